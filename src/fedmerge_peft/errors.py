@@ -1,0 +1,55 @@
+"""Every error this package raises on purpose.
+
+    FedMergeError
+    ├── RecipeError        the recipe asks for something that does not exist or cannot be
+    ├── DataError          the data are absent, or are not what the recipe says
+    ├── BackboneError      the model is absent, or cannot carry the adapter that was asked for
+    ├── DeviceError        the device or the precision asked for is not there
+    ├── RunError           a run directory is missing, unreadable or not ours
+    │   └── RunExistsError the run directory already holds a run
+    └── ClientError        a client failed; raised from the original, names client and round
+
+The command line prints them as one message on standard error and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class FedMergeError(Exception):
+    """Base of all errors raised on purpose; its text says what, where and what next."""
+
+
+class RecipeError(FedMergeError):
+    """One or more faults in a recipe, one a line, each as ``file:line: dotted.path: fault``."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+
+class DataError(FedMergeError):
+    """Data that are absent, unreadable, or do not fit what the recipe says about them."""
+
+
+class BackboneError(FedMergeError):
+    """A model that cannot be loaded, or cannot carry the adapter that the recipe asks for."""
+
+
+class DeviceError(FedMergeError):
+    """A device or numeric precision that this machine does not have."""
+
+
+class RunError(FedMergeError):
+    """A run directory that is missing, unreadable, or was not written by this package."""
+
+
+class RunExistsError(RunError):
+    """The run directory already holds a run; nothing in it was touched."""
+
+
+class ClientError(FedMergeError):
+    """A client's work failed. Raised from the original error; names the client and the round."""
+
+    def __init__(self, client: str, round: int, cause: str) -> None:
+        self.client, self.round = client, round
+        super().__init__(f"client {client}, round {round}: {cause}")

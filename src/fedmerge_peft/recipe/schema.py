@@ -1,0 +1,457 @@
+"""What a run is asked to be: one pydantic model a noun, one docstring a field.
+
+The docstrings feed ``fedmerge schema`` (the JSON schema that editors read) and the error texts, so
+they are written for the person who edits a recipe. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+def _yaml_boolean(value: object) -> object:
+    """Accept YAML 1.1's words where a truth value is meant; everywhere else they stay text."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _named(value: object) -> object:
+    """Let ``strategy: fedavg`` stand for ``strategy: {name: fedavg}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+Boolean = Annotated[bool, BeforeValidator(_yaml_boolean)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Scalar = str | int | float | bool
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are refused, values are never coerced."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Task
+# --------------------------------------------------------------------------------------------------
+ClassificationMetric = Literal["accuracy", "f1", "matthews_correlation"]
+LanguageMetric = Literal["perplexity", "accuracy", "exact_match", "rougeL"]
+
+
+class SequenceClassification(Section):
+    """Text, or a pair of texts, to one of several labels."""
+
+    name: Literal["sequence-classification"]
+    text: str = "text"
+    """Column with the text."""
+    text_pair: str | None = None
+    """Column with a second text, for tasks on pairs of sentences."""
+    label: str = "label"
+    """Column with the label: an integer from 0, or a name."""
+    num_labels: PositiveInt | None = None
+    """How many labels there are. Default: told from the data."""
+    max_length: PositiveInt | None = None
+    """Longest input in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes."""
+    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
+    """Metrics to report; the first one is the one that tables and log lines show."""
+
+
+class CausalLM(Section):
+    """Next-token prediction: plain text, chats, prompt and completion, or instructions."""
+
+    name: Literal["causal-lm"]
+    format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
+    """How a row becomes tokens. Default: told from the columns, in the order messages, prompt-completion, instruction, text."""
+    text: str = "text"
+    """Column with plain text; the loss is on every token."""
+    messages: str = "messages"
+    """Column with a list of {role, content}, laid out by the tokenizer's chat template; the loss is on every token."""
+    prompt: str = "prompt"
+    """Column with the prompt; no loss on its tokens."""
+    completion: str = "completion"
+    """Column with the completion; the loss is on its tokens alone."""
+    instruction: str = "instruction"
+    """Column with the instruction, for the template."""
+    input: str = "input"
+    """Column with the instruction's input, for the template; it may be absent or empty."""
+    output: str = "output"
+    """Column with the wanted answer; the loss is on its tokens alone."""
+    template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    """Prompt made from instruction and input, in Python's format syntax. Paragraphs whose only field is empty are left out."""
+    max_length: PositiveInt | None = None
+    """Longest example in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes, at most 1024."""
+    max_new_tokens: PositiveInt = 32
+    """How many tokens to generate for exact_match and rougeL."""
+    metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
+    """Metrics to report, the shown one first. exact_match and rougeL generate text, which takes longer."""
+
+
+class ImageClassification(Section):
+    """An image to one of several labels."""
+
+    name: Literal["image-classification"]
+    image: str = "image"
+    """Column with the image: a datasets Image, encoded bytes, or a file path."""
+    label: str = "label"
+    """Column with the label: an integer from 0, or a name."""
+    num_labels: PositiveInt | None = None
+    """How many labels there are. Default: told from the data."""
+    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
+    """Metrics to report; the first one is the one that tables and log lines show."""
+
+
+TaskRecipe = Annotated[
+    Annotated[SequenceClassification | CausalLM | ImageClassification, Field(discriminator="name")],
+    BeforeValidator(_named),
+]
+
+
+# --------------------------------------------------------------------------------------------------
+# Backbone and adapters
+# --------------------------------------------------------------------------------------------------
+class BackboneRecipe(Section):
+    """The pretrained model that every client shares and nobody changes."""
+
+    model: str
+    """Hugging Face model id, or a local folder of the same form."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Where the tokenizer or image processor is, when not beside the model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen weights. The adapters are float32 always."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention implementation. Default: what transformers picks."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Hold the frozen weights in 8 or 4 bits; needs a CUDA GPU and the extra `quantization` (bitsandbytes)."""
+    gradient_checkpointing: Boolean = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: Boolean = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+class LoraRecipe(Section):
+    """The adapter: fields of PEFT's LoraConfig, and how adapters are merged."""
+
+    r: PositiveInt = 8
+    """Rank."""
+    alpha: PositiveFloat = 16.0
+    """Scaling numerator (lora_alpha): the update is alpha / r · B A."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input, in training."""
+    target_modules: list[str] | str | None = None
+    """Module names, one regular expression, or all-linear. Default: PEFT's choice for the architecture, where it has one."""
+    exclude_modules: list[str] | str | None = None
+    """Module names, or one regular expression, to leave out."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and kept in the adapter. The classification head is added for classification tasks."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Bias terms that train too."""
+    use_rslora: Boolean = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    use_dora: Boolean = False
+    """Weight-decomposed LoRA. Merging averages its magnitudes too, which is not exact in any merge mode."""
+    init_lora_weights: bool | str = True
+    """Start of the factors: true (A random, B zero) or gaussian. Starts that alter the backbone are refused."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Rank by module name or regular expression, where it differs from r."""
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """Alpha by module name or regular expression, where it differs."""
+    layers_to_transform: list[int] | int | None = None
+    """Layer indices that get an adapter. Default: all."""
+    trainable_token_indices: list[int] | None = None
+    """Token ids whose embeddings train too."""
+    target_parameters: list[str] | None = None
+    """Names of parameters (not modules) to adapt, for mixture-of-experts layers."""
+    merge: Literal["factor", "shared_a"] = "factor"
+    """factor: average A and B each, as the paper averages parameters. shared_a: one random A, common and frozen; only B (and the
+    head) trains and travels, and the average is exact."""
+
+    @model_validator(mode="after")
+    def _mergeable(self) -> LoraRecipe:
+        if self.init_lora_weights not in (True, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights!r} cannot be merged on a shared backbone: it leaves B non-zero or "
+                "changes the pretrained weights (pissa, olora, corda, loftq, eva ... do). Use true or gaussian"
+            )
+        if self.merge == "shared_a" and self.use_dora:
+            raise ValueError("merge: shared_a promises an exact merge, which use_dora cannot give; choose one of them")
+        return self
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+class Iid(Section):
+    """Examples dealt out at random, in equal parts."""
+
+    scheme: Literal["iid"]
+    clients: PositiveInt
+    """How many clients."""
+
+
+class Dirichlet(Section):
+    """Label shares of each class drawn from a Dirichlet distribution over clients (Hsu 2019)."""
+
+    scheme: Literal["dirichlet"]
+    clients: PositiveInt
+    """How many clients."""
+    alpha: PositiveFloat = 0.1
+    """Concentration: small means each class sits with few clients."""
+    min_examples: PositiveInt = 10
+    """Draw again until every client has at least this many training examples."""
+    by: str | None = None
+    """Column whose values are spread. Default: the label."""
+
+
+class Clusters(Section):
+    """Groups of clients; each group sees its own random subset of the classes (FedMerge's cluster setting)."""
+
+    scheme: Literal["clusters"]
+    clients: PositiveInt
+    """How many clients, in all groups together."""
+    groups: PositiveInt = 5
+    """How many groups of clients."""
+    classes_per_group: PositiveInt = 30
+    """How many classes each group sees; classes may be in several groups."""
+    by: str | None = None
+    """Column whose values are the classes. Default: the label."""
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Clusters:
+        if self.clients < self.groups:
+            raise ValueError(f"clients: {self.clients} clients cannot fill {self.groups} groups; raise clients or lower groups")
+        return self
+
+
+class Natural(Section):
+    """One client, or a few, for each value of a column: a hospital, an author, a domain, a task."""
+
+    scheme: Literal["natural"]
+    by: str
+    """Column whose values are the clients, or groups of clients."""
+    clients_per_value: PositiveInt = 1
+    """How many clients share the examples of one value, in equal parts."""
+    group: str | None = None
+    """Column that names the group a client belongs to; shown in reports, never used in training. Default: `by`."""
+
+
+class Shards(Section):
+    """Examples sorted by label, cut into shards, a few shards a client (McMahan 2017)."""
+
+    scheme: Literal["shards"]
+    clients: PositiveInt
+    """How many clients."""
+    shards_per_client: PositiveInt = 2
+    """How many shards each client gets: about the number of classes it sees."""
+    by: str | None = None
+    """Column to sort by. Default: the label."""
+
+
+PartitionRecipe = Annotated[Iid | Dirichlet | Clusters | Natural | Shards, Field(discriminator="scheme")]
+
+
+class DataRecipe(Section):
+    """Where the examples come from, and which client holds which."""
+
+    path: str
+    """A hub id, a local csv / json / jsonl / parquet file, an image folder, a save_to_disk folder, or embedded:support-tickets."""
+    config: str | None = None
+    """Configuration (subset) of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    train_split: str = "train"
+    """Name of the training split."""
+    validation_split: str | None = None
+    """Name of the validation split. Default: `validation` where there is one, else a part of each client's training examples."""
+    test_split: str | None = None
+    """Name of the test split. Default: `test` where there is one, else a part of each client's training examples."""
+    split_column: str | None = None
+    """Column that names each row's split, for single files that hold several."""
+    filter: dict[str, Scalar | list[Scalar]] = {}
+    """Keep only rows whose column has this value, or one of these."""
+    validation_fraction: Fraction = 0.2
+    """Part of each client's training examples set aside for validation where no split is given."""
+    test_fraction: Fraction = 0.2
+    """Part of each client's training examples set aside for testing where no split is given."""
+    max_train: PositiveInt | None = None
+    """Most training examples a client keeps (before validation is set aside)."""
+    max_test: PositiveInt | None = None
+    """Most test examples a client keeps."""
+    partition: PartitionRecipe
+    """Which client holds which example."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Strategies
+# --------------------------------------------------------------------------------------------------
+Rule = Literal["normalized", "gradient", "paper"]
+
+
+class FedMerge(Section):
+    """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
+
+    name: Literal["fedmerge"]
+    adapters: PositiveInt = 5
+    """d, the number of adapters in the soup."""
+    rule: Rule = "normalized"
+    """How weights step: normalized (each client's gradient scaled by its largest entry), gradient (plain), or paper."""
+    weights_lr: NonNegativeFloat | None = None
+    """Step size of the merging logits. Default: 1.0, or 0.01 for the paper rule."""
+    soup_lr: PositiveFloat = 1.0
+    """Step size of the soup; 1 replaces, as FedAvg does."""
+    weights_columns: Literal["all", "head"] = "all"
+    """Which parameters the weights' inner product sees: the whole adapter, or the head alone as the paper's program does."""
+    start: Literal["independent", "identical"] = "independent"
+    """Each adapter from its own random numbers, or all from the same: identical starts never specialise (a check, not a method)."""
+
+
+class FedAvg(Section):
+    """One global adapter for everyone (McMahan 2017; on LoRA, FedIT)."""
+
+    name: Literal["fedavg"]
+    server_lr: PositiveFloat = 1.0
+    """Step size of the server."""
+
+
+class Local(Section):
+    """Every client trains alone from the same start; nothing is shared."""
+
+    name: Literal["local"]
+
+
+StrategyRecipe = Annotated[
+    Annotated[FedMerge | FedAvg | Local, Field(discriminator="name")],
+    BeforeValidator(_named),
+]
+
+
+# --------------------------------------------------------------------------------------------------
+# Training, evaluation, run
+# --------------------------------------------------------------------------------------------------
+class TrainingRecipe(Section):
+    """What one client does in one round."""
+
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, mps, cuda, or cuda:1."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast of forward and backward. auto: bf16 (else fp16) on a CUDA GPU, no elsewhere."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """A new optimizer for each client and round: only the adapter travels."""
+    learning_rate: PositiveFloat = 1e-3
+    """Step size of the local optimizer."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled for adamw, an L2 gradient for sgd."""
+    momentum: Fraction = 0.0
+    """Momentum of sgd."""
+    batch_size: PositiveInt = 16
+    """Examples a micro-batch."""
+    gradient_accumulation: PositiveInt = 1
+    """Micro-batches an optimizer step; their mean is exact, also where label counts differ."""
+    epochs: PositiveInt = 1
+    """Passes over the client's examples in a round."""
+    steps: PositiveInt | None = None
+    """Optimizer steps in a round, instead of epochs."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate within a round."""
+    warmup: Fraction = 0.0
+    """Part of a round's steps over which the learning rate rises from zero."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip each client's gradient to this norm; null for no clipping."""
+    proximal: NonNegativeFloat = 0.0
+    """mu of the proximal term mu · ‖θ − θ_sent‖², as in FedMerge's program (FedProx writes mu / 2)."""
+
+
+class ClientsRecipe(Section):
+    """Who takes part in a round."""
+
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Part of the clients drawn at random each round; at least one."""
+
+
+class EvaluationRecipe(Section):
+    """What is measured in a round."""
+
+    batch_size: PositiveInt = 64
+    """Examples a batch in evaluation."""
+    every: PositiveInt = 1
+    """Measure in every n-th round, and in the first and the last."""
+    finetuned: Boolean = True
+    """Measure clients' locally trained adapters too: the gain of finetuning, which FedMerge wants small."""
+
+
+class Recipe(Section):
+    """A whole run: task, backbone, adapter, data, strategy, training."""
+
+    name: str
+    """Name of the run; its directory is runs/NAME unless --out says otherwise."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random choice comes from it, the round and the client."""
+    rounds: PositiveInt = 20
+    """Rounds of communication."""
+    task: TaskRecipe
+    """What an example is, and how it is scored."""
+    backbone: BackboneRecipe
+    """The frozen pretrained model."""
+    lora: LoraRecipe = LoraRecipe()
+    """The adapter that trains and travels."""
+    data: DataRecipe
+    """Examples and clients."""
+    strategy: StrategyRecipe = FedMerge(name="fedmerge")
+    """What each client is sent, and what the replies change."""
+    baselines: list[StrategyRecipe] = []
+    """Strategies to run beside it on the same clients and seed; each gets a run directory below this one's."""
+    clients: ClientsRecipe = ClientsRecipe()
+    """Who takes part in a round."""
+    training: TrainingRecipe = TrainingRecipe()
+    """What one client does in one round."""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    """What is measured."""
+
+    @model_validator(mode="after")
+    def _distinct_baselines(self) -> Recipe:
+        names = [self.strategy.name, *(baseline.name for baseline in self.baselines)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"baselines: each strategy may appear once, and these are {', '.join(names)}; run it again under another name")
+        return self
+
+    @classmethod
+    def load(cls, source: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+        """Read a shipped recipe by name, or a YAML file by path, then apply ``key.sub=value`` overrides.
+
+        Overrides win over the file, the file over the defaults. Raises ``RecipeError`` with every fault at once.
+        """
+        from fedmerge_peft.recipe.loading import load
+
+        return load(source, overrides)
+
+    def replace(self, overrides: Iterable[str]) -> Recipe:
+        """A copy with ``key.sub=value`` overrides applied. Raises ``RecipeError``."""
+        from fedmerge_peft.recipe.loading import override
+
+        return override(self, overrides)
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults written out, as YAML that ``Recipe.load`` reads back equal."""
+        from fedmerge_peft.recipe.loading import dump
+
+        return dump(self)

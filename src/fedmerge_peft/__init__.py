@@ -1,0 +1,69 @@
+"""Federated fine-tuning of one Hugging Face model, with an adapter of its own for every client.
+
+    from fedmerge_peft import Recipe, federate
+    run = federate(Recipe.load("quickstart"))
+    run.weights
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmerge_peft.adapters import AdapterLayout, AdapterSoup, MergingWeights, concat, merge_error
+    from fedmerge_peft.errors import BackboneError, ClientError, DataError, DeviceError, FedMergeError, RecipeError, RunError, RunExistsError
+    from fedmerge_peft.federation import Federation, federate
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.record import RoundRecord, Scores
+    from fedmerge_peft.run import Run, load_run
+    from fedmerge_peft.strategies import Strategy, fedmerge_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterLayout",
+    "AdapterSoup",
+    "BackboneError",
+    "ClientError",
+    "DataError",
+    "DeviceError",
+    "FedMergeError",
+    "Federation",
+    "MergingWeights",
+    "Recipe",
+    "RecipeError",
+    "RoundRecord",
+    "Run",
+    "RunError",
+    "RunExistsError",
+    "Scores",
+    "Strategy",
+    "concat",
+    "federate",
+    "fedmerge_step",
+    "load_run",
+    "merge_error",
+]
+
+_HOMES = {
+    "adapters": ("AdapterLayout", "AdapterSoup", "MergingWeights", "concat", "merge_error"),
+    "errors": ("BackboneError", "ClientError", "DataError", "DeviceError", "FedMergeError", "RecipeError", "RunError", "RunExistsError"),
+    "federation": ("Federation", "federate"),
+    "recipe": ("Recipe",),
+    "record": ("RoundRecord", "Scores"),
+    "run": ("Run", "load_run"),
+    "strategies": ("Strategy", "fedmerge_step"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: ``import fedmerge_peft`` alone does not load torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

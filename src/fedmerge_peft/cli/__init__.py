@@ -1,0 +1,42 @@
+"""The command line: one file a verb family, each adding its verbs to ``app``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fedmerge_peft.errors import FedMergeError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``fedmerge`` and exit: 0 when all went well, 2 with one message for errors raised on purpose, 130 when interrupted.
+
+    With ``FEDMERGE_TRACEBACK=1`` in the environment such errors keep their traceback.
+    """
+    try:
+        from fedmerge_peft.cli import recipes, run  # noqa: F401 - importing adds their verbs
+        from fedmerge_peft.cli.app import app
+
+        try:
+            app(arguments, prog_name="fedmerge")
+        finally:
+            if sys.stdout is not None:  # it is where a shell closed it with >&-
+                sys.stdout.flush()
+    except FedMergeError as error:
+        if os.environ.get("FEDMERGE_TRACEBACK") == "1":
+            raise
+        print(_harmless(str(error)), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+        sys.exit(1)
+
+
+def _harmless(text: str) -> str:
+    """The text as a terminal can show it: file and column names may hold characters that steer one."""
+    from fedmerge_peft.recipe.document import printable
+
+    return "\n".join(map(printable, text.split("\n")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -33,7 +33,7 @@ def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-Boolean = Annotated[bool, BeforeValidator(_yaml_boolean)]
+Boolean = Annotated[bool, BeforeValidator(_yaml_boolean, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Scalar = str | int | float | bool
 
@@ -119,10 +119,9 @@ class ImageClassification(Section):
     """Metrics to report; the first one is the one that tables and log lines show."""
 
 
-TaskRecipe = Annotated[
-    Annotated[SequenceClassification | CausalLM | ImageClassification, Field(discriminator="name")],
-    BeforeValidator(_named),
-]
+TaskName = Literal["sequence-classification", "causal-lm", "image-classification"]
+Task = Annotated[SequenceClassification | CausalLM | ImageClassification, Field(discriminator="name")]
+TaskRecipe = Annotated[Task, BeforeValidator(_named, json_schema_input_type=Task | TaskName)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,10 +338,9 @@ class Local(Section):
     name: Literal["local"]
 
 
-StrategyRecipe = Annotated[
-    Annotated[FedMerge | FedAvg | Local, Field(discriminator="name")],
-    BeforeValidator(_named),
-]
+StrategyName = Literal["fedmerge", "fedavg", "local"]
+Strategy = Annotated[FedMerge | FedAvg | Local, Field(discriminator="name")]
+StrategyRecipe = Annotated[Strategy, BeforeValidator(_named, json_schema_input_type=Strategy | StrategyName)]
 
 
 # --------------------------------------------------------------------------------------------------

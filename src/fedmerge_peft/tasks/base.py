@@ -76,6 +76,10 @@ class Task(ABC):
             Two float32 tensors ``(batch,)``: the sum of the losses (nats), and how many terms it has.
         """
 
+    def count(self, labels: Tensor) -> int:
+        """How many terms the loss of a batch with these labels has, before any forward pass."""
+        return int((labels != -100).sum())
+
     @abstractmethod
     def predict(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted and expected class (or token) ids, both flat, where there is a label."""

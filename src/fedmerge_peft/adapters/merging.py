@@ -1,0 +1,86 @@
+"""Averaging LoRA in the space of functions, beside the paper's average of parameters.
+
+The paper averages parameters: A = Σ_j π_j A_j and B = Σ_j π_j B_j, so the merged update is
+(Σ_j π_j B_j)(Σ_j π_j A_j). That has cross terms B_j A_k; the average of the updates themselves,
+Σ_j π_j B_j A_j, has none. The second needs rank d·r; these functions give it, and the distance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+
+_FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Saved names of the two factors of each adapted module; A is ``(r, in)``, B is ``(out, r)``."""
+    for key in state:
+        for a_name, b_name in _FACTORS:
+            if key.endswith(a_name):
+                yield key, key.removesuffix(a_name) + b_name
+
+
+def _check_exact(soup: AdapterSoup) -> None:
+    for key, tensor in soup.state_dict(soup.rows[0]).items():
+        if "lora_magnitude_vector" in key:
+            raise ValueError("DoRA adapters have no exact merge: their magnitudes do not enter linearly")
+        if ".lora_" in key and tensor.ndim not in (1, 2):
+            raise ValueError(f"{key} is a convolution's factor; exact merging knows linear and embedding layers only")
+
+
+def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One adapter that computes Σ_j π_j B_j A_j exactly, by concatenating the factors along the rank.
+
+    Args:
+        soup: d adapters of rank r.
+        weights: One row of π, ``(d,)``.
+        config: PEFT's adapter configuration of the soup (``adapter_config.json`` as a mapping).
+
+    Returns:
+        PEFT's saved form of an adapter of rank d·r, and its configuration with the scaling unchanged.
+
+    Raises:
+        ValueError: The adapters are DoRA, or on convolutions.
+    """
+    _check_exact(soup)
+    states = [soup.state_dict(row) for row in soup.rows]
+    merged = soup.state_dict(soup.merge(weights))  # heads and biases are linear: their average is exact
+    for a_key, b_key in _pairs(states[0]):
+        merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
+        merged[b_key] = torch.cat([float(weight) * state[b_key] for weight, state in zip(weights, states, strict=True)], dim=1)
+    adapters = len(soup)
+    # The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; the rank grows d-fold, so alpha must follow.
+    growth = math.sqrt(adapters) if config.get("use_rslora") else adapters
+    return merged, {
+        **config,
+        "r": config["r"] * adapters,
+        "lora_alpha": config["lora_alpha"] * growth,
+        "rank_pattern": {key: rank * adapters for key, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: alpha * growth for key, alpha in (config.get("alpha_pattern") or {}).items()},
+    }
+
+
+def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
+    """How far the parameter average is from the average of updates, relative to the latter.
+
+    ‖(Σ π_j B_j)(Σ π_j A_j) − Σ π_j B_j A_j‖_F / ‖Σ π_j B_j A_j‖_F over all adapted modules, for one row of
+    π ``(d,)``. Zero with ``merge: shared_a``, with one adapter, and with one-hot weights. Raises ``ValueError`` as
+    ``concat`` does; 0 where there are no factors or all updates are zero.
+    """
+    _check_exact(soup)
+    states = [soup.state_dict(row) for row in soup.rows]
+    merged = soup.state_dict(soup.merge(weights))
+    off = exact = 0.0
+    for a_key, b_key in _pairs(merged):
+        terms = (weight * (state[b_key].double() @ state[a_key].double()) for weight, state in zip(weights.double(), states, strict=True))
+        update = sum(terms, start=torch.zeros((), dtype=torch.float64))
+        off += float((merged[b_key].double() @ merged[a_key].double() - update).square().sum())
+        exact += float(update.square().sum())
+    return math.sqrt(off / exact) if exact > 0 else 0.0

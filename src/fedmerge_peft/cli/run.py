@@ -1,0 +1,94 @@
+"""``fedmerge run``: federate what a recipe says."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmerge_peft.cli.app import app
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedmerge_peft.run import Run
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as strategy.adapters=8.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME. It must be new or empty.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
+) -> None:
+    """Run a federation, and its baselines, from a recipe.
+
+    Example: fedmerge run quickstart rounds=5 --out runs/first
+    """
+    from rich.console import Console
+
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.run import Run
+
+    loaded = Recipe.load(recipe, overrides or [])
+    directory = out if out is not None else Path("runs") / loaded.name
+    Run.check_free(directory)
+    console = Console(highlight=False)
+    finished = _federate(loaded, directory, console, quiet)
+    if not quiet:
+        _show(finished, recipe, console)
+
+
+def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) -> Run:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fedmerge_peft.federation import Federation, federate
+    from fedmerge_peft.record import RoundRecord
+    from fedmerge_peft.strategies import Reply
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        rounds = progress.add_task("rounds", total=recipe.rounds)
+        clients = progress.add_task("clients", total=None)
+
+        def begin(federation: Federation, run: Run) -> None:
+            strategy = federation.strategy
+            megabytes = 4 * strategy.soup.layout.size / 1e6
+            progress.print(
+                f"[bold]{federation.recipe.strategy.name}[/]: {len(federation.engine.clients)} clients, {len(strategy.soup)} adapter(s) of "
+                f"{megabytes:.2f} MB on {federation.engine.backbone.device}"
+            )
+            progress.reset(rounds, total=recipe.rounds)
+            progress.reset(clients, total=len(federation.cohort(1)))
+
+        def reply(_: Reply) -> None:
+            progress.advance(clients)
+
+        def finish(record: RoundRecord) -> None:
+            progress.print(str(record))
+            if record.round == record.rounds:
+                for warning in record.warnings:
+                    progress.print(f"[yellow]warning:[/] {warning}")
+            progress.advance(rounds)
+            progress.reset(clients)
+
+        return federate(recipe, directory, on_start=begin, on_client=reply, on_round=finish)
+
+
+def _show(run: Run, recipe: str, console: Console) -> None:
+    from fedmerge_peft.analysis import comparison, weights_table
+
+    if run.summary["final"]["merged"] is not None:
+        console.print(comparison(run))
+    if run.recipe.strategy.name == "fedmerge":
+        console.print(weights_table(run))
+    name = shlex.quote(recipe)
+    console.print(f"run directory: {run.path}\n\nnext:", soft_wrap=True, markup=False)
+    for command, why in (
+        (f"fedmerge data {name}", "which client holds which labels"),
+        (f"fedmerge run {name} strategy.adapters=3 --out {shlex.quote(str(run.path))}-3", "a smaller soup"),
+        (f"fedmerge cp {name} mine.yaml", "your own model and data"),
+    ):
+        console.print(f"  {command}   # {why}", soft_wrap=True, markup=False)

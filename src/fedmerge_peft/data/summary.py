@@ -1,0 +1,177 @@
+"""Who holds what: a table, a picture for the terminal, a figure."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fedmerge_peft.data.clients import FederatedData
+from fedmerge_peft.data.columns import class_numbers, listing
+from fedmerge_peft.data.partition import class_counts
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas
+
+SPLITS = ("train", "validation", "test")
+_BARS = " ▁▂▃▄▅▆▇█"
+_COLORS = ("#0072b2", "#e69f00", "#009e73")  # Okabe & Ito's palette, told apart without red and green
+_MOST_TICKS = 40
+
+
+def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
+    """How many examples each client has, by split and by label.
+
+    Args:
+        data: The clients and their table.
+        column: The column whose values are counted over training rows; None for the sizes alone.
+
+    Returns:
+        One row a client, indexed by name. ``table["examples"]`` has the columns train, validation and test, and
+        ``table["labels"]`` one column for each value of ``column``, all in numbers of examples.
+
+    Raises:
+        DataError: There is no such column, it is nested, or it has nulls.
+    """
+    import pandas
+
+    counts, names = _label_counts(data, column)
+    columns = [*(("examples", split) for split in SPLITS), *(("labels", name) for name in names)]
+    return pandas.DataFrame(
+        np.hstack([_sizes(data), counts]),
+        index=pandas.Index([client.name for client in data.clients], name="client"),
+        columns=pandas.MultiIndex.from_tuples(columns, names=["count", "of"]),
+    )
+
+
+def picture(data: FederatedData, column: str | None, width: int = 80, height: int = 40) -> Group:
+    """A picture of clients × labels for the terminal: a line a client, a block a label, as high as the count of training examples.
+
+    Args:
+        data: The clients and their table.
+        column: The column that has the labels; None for the sizes alone.
+        width: Characters a line; labels beyond it are left out, and a line says how many.
+        height: Most clients to show; a line says how many more there are.
+
+    Returns:
+        Something for ``rich`` to print: at most ``height`` clients and a few lines about them.
+
+    Raises:
+        DataError: As ``client_table``.
+    """
+    counts, names = _label_counts(data, column)
+    shown = data.clients[:height]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("client", no_wrap=True)
+    for split in SPLITS:
+        table.add_column(split, justify="right", no_wrap=True)
+    room = max(8, width - max(len(_short(client.name)) for client in shown) - sum(len(split) + 1 for split in SPLITS) - 2)
+    if column is not None:
+        table.add_column(Text(column, overflow="ellipsis"), no_wrap=True, max_width=room)
+    top = int(counts.max(initial=1))
+    for client, row in zip(shown, counts, strict=False):
+        sizes = (f"{len(rows):,}" for rows in (client.train, client.validation, client.test))
+        table.add_row(Text(_short(client.name)), *sizes, *([Text(_bars(row[:room], top))] if column is not None else []))
+    lines = [f"… and {len(data.clients) - height:,} more clients"] if len(data.clients) > height else []
+    if column is not None:
+        lines += [f"… and {len(names) - room:,} more labels to the right"] if len(names) > room else []
+        lines += [
+            f"the higher the block, the more training examples: {_BARS[-1]} is {top:,}, blank is none",
+            f"labels from the left: {listing(names, 10)}",
+        ]
+    total = _sizes(data).sum(axis=0)
+    lines += [f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation and {total[2]:,} test examples"]
+    return Group(table, *(Text(line, style="dim") for line in lines))
+
+
+def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> None:
+    """Draw clients × labels as a heat map, beside bars of each client's train, validation and test examples.
+
+    Args:
+        data: The clients and their table.
+        column: The column that has the labels; None for the bars alone.
+        path: Where to write; the suffix tells the format, such as ``.png`` or ``.svg``.
+
+    Raises:
+        DataError: As ``client_table``, or the suffix is not a picture's.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts, names = _label_counts(data, column)
+    clients = [client.name for client in data.clients]
+    figure = Figure(figsize=(4 + min(10, 3 + 0.12 * len(names)) * bool(names), min(14, 2.8 + 0.16 * len(clients))), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    suffix = Path(path).suffix.removeprefix(".").lower()
+    if suffix not in canvas.get_supported_filetypes():
+        raise DataError(f"{path}: pictures are written as .png, .svg or .pdf; give the file one of these suffixes")
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1], squeeze=False)[0] if names else [figure.subplots()]
+    if names:
+        _draw_counts(figure, axes[0], counts, names, str(column))
+    _draw_sizes(axes[-1], _sizes(data))
+    axes[0].set_ylabel("client")
+    _ticks(axes[0].yaxis, clients)
+    axes[0].set_ylim(len(clients) - 0.5, -0.5)
+    figure.savefig(path, format=suffix, dpi=150)
+
+
+def _draw_counts(figure: Any, axis: Any, counts: NDArray[np.int64], names: list[str], column: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    shown, top = np.ma.masked_equal(counts, 0), max(2, int(counts.max()))
+    image = axis.imshow(shown, cmap="cividis_r", aspect="auto", interpolation="nearest", vmin=1, vmax=top)
+    axis.set_xlabel(column)
+    _ticks(axis.xaxis, names)
+    axis.tick_params(axis="x", labelrotation=90)
+    ticks = MaxNLocator(nbins=6, integer=True)
+    figure.colorbar(image, ax=axis, location="top", aspect=40, ticks=ticks, label="training examples (count), white is none")
+
+
+def _draw_sizes(axis: Any, sizes: NDArray[np.int64]) -> None:
+    left = np.zeros(len(sizes), dtype=np.int64)
+    for split, size, color in zip(SPLITS, sizes.T, _COLORS, strict=True):
+        axis.barh(np.arange(len(sizes)), size, left=left, height=0.8, color=color, label=split)
+        left = left + size
+    axis.set_xlabel("examples (count)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, frameon=False, fontsize="small")
+
+
+def _ticks(axis: Any, names: list[str]) -> None:
+    """Name every n-th position, so that names never overlap."""
+    step = -(-len(names) // _MOST_TICKS)
+    axis.set_ticks(range(0, len(names), step), labels=[_short(name) for name in names[::step]], fontsize="x-small", parse_math=False)
+
+
+def _short(name: str) -> str:
+    """At most 24 characters, the last ones kept: they tell the clients of one group apart."""
+    return name if len(name) <= 24 else f"{name[:18]}…{name[-5:]}"
+
+
+def _bars(counts: NDArray[np.int64], top: int) -> str:
+    """One block a count: blank for none, the lowest for one, full for ``top``."""
+    heights = np.where(counts > 0, np.ceil(counts / top * (len(_BARS) - 1)), 0).astype(int)
+    return "".join(_BARS[height] for height in heights)
+
+
+def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
+    """Training rows by client and label, ``(clients, labels)``, and the labels' names."""
+    if column is None:
+        return np.zeros((len(data.clients), 0), dtype=np.int64), []
+    # Numbered over the rows that somebody trains on, so that labels of other rows make no empty columns.
+    trained = np.concatenate([client.train for client in data.clients])
+    numbers, names = class_numbers({"train": data.table.select(trained)}, column, "column")
+    ends = np.cumsum([client.size for client in data.clients])[:-1]
+    positions = np.split(np.arange(len(trained)), ends)
+    return class_counts(positions, numbers["train"], len(names)), names
+
+
+def _sizes(data: FederatedData) -> NDArray[np.int64]:
+    """Examples by client and split, ``(clients, 3)``."""
+    return np.array([[len(client.train), len(client.validation), len(client.test)] for client in data.clients], dtype=np.int64)

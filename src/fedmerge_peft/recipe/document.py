@@ -1,0 +1,244 @@
+"""YAML text to plain values and back, remembering on which line each value was written.
+
+The words of YAML 1.2's core schema: ``1e-4`` is a number, ``no`` is text. Two equal keys, anchors, tags
+of other programs and deep nesting are refused, so reading a file takes no more time than its length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import yaml
+
+from fedmerge_peft.errors import RecipeError
+
+Where = tuple[str | int, ...]
+"""Keys from the top of the document to a value: ``("baselines", 0, "adapters")``."""
+
+DEEPEST = 32
+"""Levels of nesting."""
+
+MOST = 50
+"""Faults that one error lists."""
+
+_TAG = "tag:yaml.org,2002:"
+_CORE: dict[str, tuple[str, str]] = {  # tag: (pattern, possible first characters)
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+}
+_SHAPES = {tag: re.compile(rf"(?:{pattern})\Z") for tag, (pattern, _) in _CORE.items()}
+
+
+def printable(text: str) -> str:
+    """The text with every character that could steer a terminal written as an escape; line feeds too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def encodable(text: str) -> bool:
+    """Whether this is Unicode text, without the halves of surrogate pairs that escapes and file names can bring."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def dotted(where: Where) -> str:
+    """A place in a document as people write it: ``baselines[0].adapters``."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in where).removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where something was written: a file and a line, or the command line, which has no lines."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+    def at(self, line: int) -> Mark:
+        """A place in the same source, which keeps to itself whether it has lines."""
+        return self if self.line is None else Mark(self.source, line)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong, in one line."""
+
+    mark: Mark
+    where: Where
+    text: str
+
+    def __str__(self) -> str:
+        return printable(": ".join(part for part in (str(self.mark), dotted(self.where), self.text) if part))
+
+
+def refuse(faults: list[Fault]) -> RecipeError:
+    """The error that lists these faults by line, those of the command line last."""
+    lines = [str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))]
+    return RecipeError(lines if len(lines) <= MOST else [*lines[:MOST], "... and more"])
+
+
+@dataclass
+class Document:
+    """Plain values, the mark of each, and what was wrong with them so far."""
+
+    value: Any
+    marks: dict[Where, Mark]
+    faults: list[Fault] = field(default_factory=list)
+
+    def mark(self, where: Where) -> Mark:
+        """Where this was written; for what was not, where the nearest section around it was."""
+        while where not in self.marks:
+            where = where[:-1]
+        return self.marks[where]
+
+
+class _Core:
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+class _Loader(_Core, yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise yaml.MarkedYAMLError(
+                problem="anchors (&) and aliases (*) are not used in recipes; quote text that starts so", problem_mark=event.start_mark
+            )
+        if self.depth == DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} levels deep", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _Dumper(_Core, yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, (_, _first) in _CORE.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_TAG + _tag, _SHAPES[_tag], [c.strip("\0") for c in _first])
+
+
+# --------------------------------------------------------------------------------------------------
+# Text to values
+# --------------------------------------------------------------------------------------------------
+def parse(text: str, mark: Mark) -> Document:
+    """Read one YAML document. ``mark`` is its first line, or the command line.
+
+    Raises ``RecipeError`` for text that is not one YAML document; what can be told beside other faults
+    (two equal keys, a number too large) is left in the document's ``faults``.
+    """
+    try:
+        node = _Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark or error.context_mark
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        hint = "; indent with spaces, not tabs" if "'\\t'" in said else ""
+        raise refuse([Fault(mark.at(place.line + 1 if place else 1), (), f"not valid YAML: {said}{hint}")]) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise refuse([Fault(mark.at(line), (), f"not valid YAML: the character {chr(error.character)!r}")]) from None
+    except (ValueError, OverflowError):  # PyYAML's own, from an escape such as "\UFFFFFFFF" or a huge version number
+        raise refuse([Fault(mark, (), "not valid YAML: it holds an escape or a number that cannot be")]) from None
+    document = Document(None, {(): mark})
+    if node is not None:
+        document.value = _value(node, (), document, mark)
+    return document
+
+
+def _value(node: Any, where: Where, document: Document, mark: Mark) -> Any:
+    here = document.marks.setdefault(where, mark.at(node.start_mark.line + 1))
+    if isinstance(node, yaml.ScalarNode) and node.tag.removeprefix(_TAG) in {"str", *_CORE}:
+        return _scalar(node, where, document, here)
+    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+        return [_value(item, (*where, i), document, mark) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+        return _mapping(node, where, document, mark)
+    document.faults.append(Fault(here, where, f"the tag {node.tag.replace(_TAG, '!!')} means nothing here; write the value without it"))
+    return None
+
+
+def _scalar(node: yaml.ScalarNode, where: Where, document: Document, here: Mark) -> Any:
+    text, tag = str(node.value), node.tag.removeprefix(_TAG)
+    if tag != "str" and not _SHAPES[tag].match(text):
+        document.faults.append(Fault(here, where, f"{text!r} is not what its tag !!{tag} says"))
+        return None
+    if tag == "null":
+        return None
+    if tag == "bool":
+        return text.lower() == "true"
+    if tag == "int":
+        if len(text) <= 70:
+            number = int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+            if -(2**63) <= number < 2**63:
+                return number
+        document.faults.append(Fault(here, where, "a number too large for 64 bits"))
+        return 1
+    if tag == "float":
+        return float(text.replace(".", "") if text[-1].isalpha() else text)
+    if not encodable(text):
+        document.faults.append(Fault(here, where, f"found {printable(text)}, half of a surrogate pair, expected Unicode text"))
+        return "?"
+    return text
+
+
+def _mapping(node: yaml.MappingNode, where: Where, document: Document, mark: Mark) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        here = mark.at(key_node.start_mark.line + 1)
+        if not isinstance(key_node, yaml.ScalarNode) or not encodable(key_node.value):
+            document.faults.append(Fault(here, where, "found a key that is not text; quote what belongs to it"))
+            continue
+        key = str(key_node.value)
+        if key in values:
+            first = document.marks[*where, key]
+            document.faults.append(Fault(here, (*where, key), f"given twice, first at {first}; keep one of them"))
+            continue
+        document.marks[*where, key] = here
+        values[key] = _value(value_node, (*where, key), document, mark)
+    return values
+
+
+# --------------------------------------------------------------------------------------------------
+# Values to text
+# --------------------------------------------------------------------------------------------------
+_YAML_1_1 = yaml.resolver.Resolver()
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quote text that programs with YAML 1.1 (``no``, ``1_000``, ``2026-01-01``) would read as something else."""
+    style = None
+    if not text.isprintable():
+        style = '"'
+    elif _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) != _TAG + "str":  # type: ignore[no-untyped-call]
+        style = "'"
+    return dumper.represent_scalar(_TAG + "str", text, style)
+
+
+def _list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.SequenceNode:
+    return dumper.represent_sequence(_TAG + "seq", items, flow_style=not any(isinstance(item, dict | list) for item in items))
+
+
+_DUMPS: dict[type, Callable[..., Any]] = {str: _text, list: _list}
+for _type, _dump in _DUMPS.items():
+    _Dumper.add_representer(_type, _dump)
+
+
+def write(value: dict[str, Any]) -> str:
+    """YAML that ``parse`` reads back equal, keys in their order, safe to print on a terminal."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**9)
+    return "".join(c if c == "\n" or c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(c: str) -> str:
+    """As YAML escapes it; only double-quoted text holds such characters, see ``_text``."""
+    return f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"

@@ -1,0 +1,307 @@
+"""The run directory: everything a run leaves behind, and the one thing that reports and notebooks read.
+
+    recipe.yaml             the recipe, defaults written out
+    environment.json        versions, device, precision
+    clients.json            name, group and number of examples of each client
+    adapter_config.json     PEFT's configuration of the adapters
+    metrics.jsonl           one object a round
+    weights/                π after each round, and what else the strategy learned
+    soup.safetensors        the adapters after the last finished round
+    weights.safetensors     π after the last finished round
+    best/                   soup and weights at the lowest mean validation loss
+    summary.json            the final and the best scores; there once the run has ended
+    baselines/<strategy>/   the same again for each baseline
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.errors import RunError, RunExistsError
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.record import RoundRecord, Scores
+from fedmerge_peft.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedmerge_peft.engines.local import LocalEngine
+
+_PACKAGES = ("fedmerge-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
+
+
+class Run:
+    """A run directory, while it is written and afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    # ---- writing ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise ``RunExistsError`` where the directory has anything in it."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "a run" if (path / "recipe.yaml").exists() else "other files"
+            free = next(candidate for n in range(2, 10_000) if not (candidate := path.with_name(f"{path.name}-{n}")).exists())
+            raise RunExistsError(f"{path} already holds {what}, and nothing is ever overwritten. Choose another directory: --out {free}")
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, engine: LocalEngine) -> Run:
+        """Make the directory and write down what is known before the first round. Raises ``RunExistsError``, ``RunError``."""
+        cls.check_free(path)
+        run = cls(path)
+        try:
+            (path / "weights").mkdir(parents=True)
+            _write_text(path / "recipe.yaml", recipe.to_yaml())
+            _write_json(path / "environment.json", _environment(engine))
+            _write_json(
+                path / "clients.json",
+                [
+                    {
+                        "name": client.name,
+                        "group": client.group,
+                        "train": len(client.train),
+                        "validation": len(client.validation),
+                        "test": len(client.test),
+                    }
+                    for client in engine.clients
+                ],
+            )
+            _write_json(path / "adapter_config.json", _adapter_config(recipe, engine))
+        except OSError as error:
+            raise RunError(f"{path} cannot be written ({error.strerror or error}); choose another directory with --out") from error
+        return run
+
+    def append(self, record: RoundRecord, strategy: Strategy) -> None:
+        """Write down a finished round: soup and weights first, so that no line of metrics speaks of what is not there."""
+        try:
+            state = {"weights": strategy.weights, **strategy.state()}
+            _write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", state)
+            self._write_state(self.path, strategy)
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"{self.path}: round {record.round} cannot be written ({error.strerror or error}); earlier rounds are intact") from error
+
+    def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
+        """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
+        loss = scores.validation_loss
+        if loss is None or (self._best is not None and loss >= self._best["merged"]["validation_loss"]):
+            return
+        (self.path / "best").mkdir(exist_ok=True)
+        self._write_state(self.path / "best", strategy)
+        self.__dict__["_best"] = {"after_round": completed, "merged": vars(scores)}
+        _write_json(self.path / "best" / "scores.json", self._best)
+
+    def finish(self, completed: int, final: Scores | None) -> None:
+        """Write ``summary.json``."""
+        records = self.records
+        _write_json(
+            self.path / "summary.json",
+            {
+                "rounds": completed,
+                "seconds": sum(record["seconds"] for record in records),
+                "bytes_down": sum(record["bytes_down"] for record in records),
+                "bytes_up": sum(record["bytes_up"] for record in records),
+                "final": {"after_round": completed, "merged": vars(final) if final is not None else None},
+                "best": self._best,
+                "warnings": records[-1]["warnings"],
+            },
+        )
+
+    @staticmethod
+    def _write_state(folder: Path, strategy: Strategy) -> None:
+        _atomically(folder / "soup.safetensors", strategy.soup.save)
+        _write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        """A run that was written before, finished or not. Raises ``RunError`` where there is none."""
+        path = Path(path)
+        if not (path / "recipe.yaml").is_file():
+            raise RunError(f"{path} holds no run (no recipe.yaml); fedmerge run RECIPE --out {path} would make one")
+        return cls(path)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What the run was asked to be."""
+        return Recipe.load(self.path / "recipe.yaml")
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The objects of ``metrics.jsonl``, one a finished round."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Final and best scores. Raises ``RunError`` while the run has not ended."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            raise RunError(f"{self.path} has not ended: {len(self.records)} of {self.recipe.rounds} rounds are done")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row a round: losses, means and worst clients, entropy, bytes, seconds."""
+        import pandas as pd
+
+        rows = []
+        for record in self.records:
+            row = {key: record[key] for key in ("round", "seconds", "train_loss", "weights_entropy", "bytes_down", "bytes_up")}
+            for kind in ("merged", "finetuned"):
+                for value in ("mean", "worst", "validation_loss"):
+                    row[f"{kind}_{value}"] = record[kind][value] if record[kind] else None
+            rows.append(row)
+        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """One row a client: group, numbers of examples, and the final scores once the run has ended."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self._clients).set_index("name")
+        if (self.path / "summary.json").exists() and (final := self.summary["final"]["merged"]):
+            frame = frame.join(pd.DataFrame.from_dict(final["clients"], orient="index"))
+        return frame
+
+    @property
+    def weights(self) -> pd.DataFrame:
+        """π after the last finished round: clients × adapters."""
+        import pandas as pd
+
+        names = [client["name"] for client in self._clients]
+        return pd.DataFrame(_read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=names)
+
+    def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
+        """π ``(clients, adapters)`` after each finished round."""
+        for path in sorted((self.path / "weights").glob("round-*.safetensors")):
+            yield int(path.stem.removeprefix("round-")), _read_tensors(path)["weights"]
+
+    @property
+    def soup(self) -> AdapterSoup:
+        """The adapters after the last finished round."""
+        return AdapterSoup.load(self.path / "soup.safetensors")
+
+    def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
+        """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` for a stranger."""
+        names = [entry["name"] for entry in self._clients]
+        if client not in names:
+            raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
+        folder = self.path / "best" if best else self.path
+        soup = AdapterSoup.load(folder / "soup.safetensors")
+        return soup.state_dict(soup.merge(_read_tensors(folder / "weights.safetensors")["weights"][names.index(client)]))
+
+    def save_adapter(self, client: str, folder: Path | str, *, best: bool = False) -> Path:
+        """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads; its rank is the recipe's."""
+        state = {key: value.clone() for key, value in self.adapter(client, best=best).items()}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tensors(folder / "adapter_model.safetensors", state)
+        _write_json(folder / "adapter_config.json", self.adapter_config)
+        return folder
+
+    @property
+    def adapter_config(self) -> dict[str, Any]:
+        """PEFT's configuration of the adapters."""
+        return dict(json.loads((self.path / "adapter_config.json").read_text(encoding="utf-8")))
+
+    @property
+    def baselines(self) -> dict[str, Run]:
+        """The runs of the recipe's baselines, by strategy."""
+        paths = {baseline.name: self.baseline_path(baseline.name) for baseline in self.recipe.baselines}
+        return {name: Run.open(path) for name, path in paths.items() if (path / "recipe.yaml").is_file()}
+
+    def baseline_path(self, strategy: str) -> Path:
+        """Where a baseline's run directory is."""
+        return self.path / "baselines" / strategy
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.recipe.strategy.name}, {len(self.records)} of {self.recipe.rounds} rounds)"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<p>{escape(repr(self))}</p>{self.metrics.tail(5).to_html()}{self.clients.head(50).to_html()}"
+
+    @cached_property
+    def _clients(self) -> list[dict[str, Any]]:
+        return list(json.loads((self.path / "clients.json").read_text(encoding="utf-8")))
+
+    @cached_property
+    def _best(self) -> dict[str, Any] | None:
+        path = self.path / "best" / "scores.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def load_run(path: Path | str) -> Run:
+    """Open a run directory. Raises ``RunError`` where there is none."""
+    return Run.open(path)
+
+
+def _environment(engine: LocalEngine) -> dict[str, Any]:
+    device = engine.backbone.device
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "mixed_precision": engine.accelerator.mixed_precision,
+        "threads": torch.get_num_threads(),
+        "packages": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def _adapter_config(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in engine.backbone.config.to_dict().items()}
+    return {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True}
+
+
+def _atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_text(path: Path, text: str) -> None:
+    _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _atomically(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: not readable ({error})") from error

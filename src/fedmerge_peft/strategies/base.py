@@ -1,0 +1,89 @@
+"""What a server-side method is: what each client gets, and what the replies change."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.layout import AdapterLayout
+from fedmerge_peft.adapters.soup import AdapterSoup
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a strategy starts from: who the clients are, and where new adapters come from."""
+
+    clients: int
+    """m, the number of clients in the federation."""
+    layout: AdapterLayout
+    fresh_row: Callable[[int], Tensor]
+    """``fresh_row(k)``: the k-th random adapter ``(P,)``; the same k gives the same numbers."""
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    """Frozen tensors that all adapters have in common, by PEFT's saved name."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What comes back from one client after one round."""
+
+    client: int
+    """Index of the client in the federation."""
+    delta: Tensor
+    """δ_i = θ_i(sent) − θ_i(trained), ``(P,)`` float32 on the CPU."""
+    size: int
+    """n_i, training examples."""
+    train_loss: float
+    """Mean loss over the round's training steps."""
+    seconds: float
+    merged: dict[str, float] | None = None
+    """Scores of the adapter as it was sent, such as ``test_accuracy``; None in rounds that do not measure."""
+    finetuned: dict[str, float] | None = None
+    """Scores after local training."""
+
+
+class Strategy(ABC):
+    """A server-side method on one round loop.
+
+    Whatever the method, a client is served with ``weights[client] @ soup``: one global adapter is a soup of one, a
+    clustering has one-hot weights, and purely local training is a soup with an adapter for each client.
+    """
+
+    federated: ClassVar[bool] = True
+    """Whether adapters travel between server and clients; False for local training."""
+
+    soup: AdapterSoup
+
+    @property
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """π, ``(clients, adapters)``; rows sum to 1."""
+
+    @abstractmethod
+    def update(self, replies: Iterable[Reply]) -> None:
+        """Learn from one round's replies."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything that changes from round to round, besides the soup's rows."""
+
+    def adapter(self, client: int) -> Tensor:
+        """The adapter ``(P,)`` that this client is sent, and served with."""
+        return self.soup.merge(self.weights[client])
+
+
+def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
+    """Who replied ``(k,)``, their deltas ``(k, P)`` and their sizes ``(k,)``, in the order of the clients.
+
+    Sorted, so that floating-point sums do not depend on which client was quicker.
+    """
+    ordered = sorted(replies, key=lambda reply: reply.client)
+    return (
+        torch.tensor([reply.client for reply in ordered]),
+        torch.stack([reply.delta for reply in ordered]),
+        torch.tensor([reply.size for reply in ordered], dtype=torch.float64),
+    )

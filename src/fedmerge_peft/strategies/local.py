@@ -1,0 +1,34 @@
+"""Local training: every client alone, from the same start; what the others know never reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.strategies.base import Reply, Start, Strategy
+
+
+class Local(Strategy):
+    """θ_i ← θ_i − δ_i. As a soup: an adapter for each client, and the identity for weights."""
+
+    federated = False
+
+    def __init__(self, start: Start) -> None:
+        self.soup = AdapterSoup(start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared)
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.eye(len(self.soup))
+
+    def adapter(self, client: int) -> Tensor:
+        return self.soup.rows[client].clone()
+
+    def update(self, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            self.soup.rows[reply.client] -= reply.delta
+
+    def state(self) -> dict[str, Tensor]:
+        return {}

@@ -1,0 +1,157 @@
+"""Training one client on the plain PEFT model: the path that every other one is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmerge_peft.backbone import Backbone
+from fedmerge_peft.recipe.schema import TrainingRecipe
+from fedmerge_peft.seeds import derive, seeded
+from fedmerge_peft.tasks.base import Batch, Examples, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training gives."""
+
+    row: Tensor
+    """The trained adapter, ``(P,)`` float32 on the CPU."""
+    loss: float
+    """Mean loss (nats) over the steps, without the proximal term."""
+    steps: int
+
+
+def train(
+    backbone: Backbone,
+    task: Task,
+    training: TrainingRecipe,
+    accelerator: Accelerator,
+    row: Tensor,
+    examples: Examples,
+    indices: Indices,
+    seed: int,
+) -> Trained:
+    """Train one adapter on one client's examples: min_θ ℓ(θ) + μ ‖θ − θ_sent‖².
+
+    Args:
+        backbone: The model; its slot holds the trained adapter afterwards.
+        task: Gives batches and losses.
+        training: Optimizer, schedule, batch size and the rest.
+        accelerator: Autocast, and the gradient scaler in fp16.
+        row: θ_sent, ``(P,)``.
+        examples: The encoded table.
+        indices: The client's rows of it.
+        seed: Decides the order of examples and the dropout masks.
+    """
+    device = backbone.device
+    sent = row.to(device)
+    backbone.load_row(row)
+    optimizer = make_optimizer(backbone.flat, training)
+    total = count_steps(len(indices), training)
+    schedule = make_schedule(optimizer, training, total)
+    scaler = _fresh_scaler(accelerator)
+    losses: list[Tensor] = []
+    backbone.model.train()
+    with seeded(derive(seed, "dropout"), device):
+        for step in _steps(indices, training, total, np.random.default_rng(derive(seed, "order"))):
+            micro_batches = [task.collate(examples, chunk) for chunk in step]
+            losses.append(_accumulate(backbone, task, accelerator, micro_batches))
+            gradient = backbone.flat.grad
+            assert gradient is not None  # noqa: S101 (the backbone keeps it for good; this tells the type checker)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            if training.proximal:
+                gradient.add_(backbone.flat.detach() - sent, alpha=2 * training.proximal)
+            if training.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_([backbone.flat], training.max_grad_norm)
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            schedule.step()
+            gradient.zero_()
+    backbone.model.eval()
+    return Trained(backbone.row(), float(torch.stack(losses).mean()), total)
+
+
+def _accumulate(backbone: Backbone, task: Task, accelerator: Accelerator, micro_batches: list[Batch]) -> Tensor:
+    """Add the gradient of the step's mean loss to ``flat.grad``, one micro-batch after another; returns that mean.
+
+    The mean runs over all terms (examples, or labelled tokens) of the step, so it does not depend on how they are split.
+    """
+    device = backbone.device
+    sums = torch.zeros((), device=device)
+    count = sum(float(task.count(batch["labels"])) for batch in micro_batches)
+    for batch in micro_batches:
+        labels, inputs = split(batch, device)
+        with accelerator.autocast():
+            logits = backbone.model(**inputs).logits
+        summed = task.losses(logits, labels)[0].sum()
+        accelerator.backward(summed / count)
+        sums += summed.detach()
+    return sums / count
+
+
+def split(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Labels, and the model's inputs, on the device. The labels stay out of the model: its own loss would mix clients."""
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return inputs.pop("labels"), inputs
+
+
+def count_steps(examples: int, training: TrainingRecipe) -> int:
+    """Optimizer steps of one client in one round."""
+    per_epoch = math.ceil(examples / (training.batch_size * training.gradient_accumulation))
+    return training.steps if training.steps is not None else training.epochs * per_epoch
+
+
+def _steps(indices: Indices, training: TrainingRecipe, total: int, generator: np.random.Generator) -> Iterator[list[Indices]]:
+    """The micro-batches of each optimizer step; examples in a new order each epoch, the last batch as short as it is."""
+    size, accumulation = training.batch_size, training.gradient_accumulation
+    done = 0
+    while done < total:
+        order = generator.permutation(indices)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        for start in range(0, len(batches), accumulation):
+            if done == total:
+                return
+            yield batches[start : start + accumulation]
+            done += 1
+
+
+def make_optimizer(parameter: torch.nn.Parameter, training: TrainingRecipe) -> torch.optim.Optimizer:
+    """A new optimizer on the flat adapter: its steps are elementwise, so they equal those on the separate tensors."""
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW([parameter], lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+    return torch.optim.SGD(
+        [parameter], lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, steps: int) -> Any:
+    """The learning rate within one round."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if training.schedule == "constant" else training.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=math.ceil(training.warmup * steps), num_training_steps=steps)
+
+
+def _fresh_scaler(accelerator: Accelerator) -> Any:
+    """fp16's gradient scaler, at its start: what one client's losses taught it must not reach the next."""
+    if accelerator.scaler is None:
+        return None
+    accelerator.scaler = torch.amp.GradScaler("cuda")
+    return accelerator.scaler

@@ -1,0 +1,30 @@
+"""Fixtures that tests of several parts use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face library is imported: no test needs the hub
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data sets (FEDMERGE_DATA, or ../shared/data beside the repository); skips where there is none."""
+    folder = Path(os.environ.get("FEDMERGE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data sets, and {folder} does not exist; FEDMERGE_DATA names another folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny random models: ``tiny_models / "bert"``, ``"llama"``, ``"gpt2"``, ``"vit"``."""
+    from fedmerge_peft import tiny
+
+    folder = tmp_path_factory.mktemp("tiny-models")
+    for kind in tiny.KINDS:
+        tiny.write(kind, folder / kind)
+    return folder

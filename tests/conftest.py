@@ -28,3 +28,44 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in tiny.KINDS:
         tiny.write(kind, folder / kind)
     return folder
+
+
+class LabelTask:
+    """As much of a task as loading a backbone needs."""
+
+    auto_model = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+    labels = ("a", "b", "c")
+    pad_token_id = 0
+
+
+class ImageTask(LabelTask):
+    auto_model = "AutoModelForImageClassification"
+    peft_task_type = None
+
+
+class TextTask:
+    auto_model = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
+    labels = ()
+    pad_token_id = 0
+
+
+TASKS = {"bert": LabelTask, "vit": ImageTask, "gpt2": TextTask, "llama": TextTask}
+
+
+@pytest.fixture
+def make_backbone(tiny_models):
+    """``make_backbone("bert", {"r": 4})``: a tiny backbone with that LoRA recipe."""
+    import torch
+
+    from fedmerge_peft.backbone import load_backbone
+    from fedmerge_peft.recipe.schema import BackboneRecipe, LoraRecipe
+
+    def make(kind, lora=None, task=None, seed=0, **backbone):
+        folder = str(tiny_models / kind)
+        return load_backbone(
+            BackboneRecipe(model=folder, **backbone), LoraRecipe(**lora or {}), task or TASKS[kind](), folder, torch.device("cpu"), seed
+        )
+
+    return make

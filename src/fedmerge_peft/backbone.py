@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,7 +126,7 @@ def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder
         model, missing = _load_model(backbone, task, folder, device)
         peft_model = _add_adapter(model, lora, task, backbone.model)
     if backbone.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     _prepare_heads(peft_model, missing)
     if lora.merge == "shared_a":
         for name, parameter in peft_model.named_parameters():
@@ -191,11 +192,12 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str) -> Any:
         raise BackboneError(
             f"lora.target_modules: PEFT has no default for {model.config.model_type}; name some of {', '.join(adaptable)}, or all-linear"
         )
-    if isinstance(lora.target_modules, list):
-        names = [module for module, _ in model.named_modules()]
-        for target in lora.target_modules:
-            if not any(module == target or module.endswith("." + target) for module in names):
-                raise BackboneError(f"lora.target_modules: {name} has no module {target!r}; it has {', '.join(adaptable)}")
+    modules = [module for module, _ in model.named_modules()]
+    for field in ("target_modules", "modules_to_save"):
+        wanted = getattr(lora, field)
+        for target in wanted if isinstance(wanted, list) else []:
+            if not any(module == target or module.endswith("." + target) for module in modules):
+                raise BackboneError(f"lora.{field}: {name} has no module {target!r}; it has {', '.join(adaptable)}")
     fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
     heads = _fresh_heads(model, task, lora.modules_to_save)
     config = LoraConfig(
@@ -203,9 +205,13 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         task_type=task.peft_task_type,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its older name
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for each layer
+            return get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise BackboneError(
             f"lora: {name} cannot carry this adapter: {str(error).strip().splitlines()[0]} (modules that can: {', '.join(adaptable)})"
@@ -253,7 +259,10 @@ def _draw(model: Any) -> None:
     base = model.get_base_model()
     for module in model.modules():
         if isinstance(module, LoraLayer):
+            frozen = [(p, p.clone()) for name, p in module.named_parameters() if "lora_" in name and not p.requires_grad]
             module.reset_lora_parameters("default", init)
+            for parameter, value in frozen:  # a shared A stays what it is
+                parameter.copy_(value)
         elif isinstance(module, ModulesToSaveWrapper) and module.fedmerge_fresh:
             for part in module.modules_to_save["default"].modules():
                 for parameter in part.parameters(recurse=False):

@@ -44,8 +44,8 @@ TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, o
         ("training: {learnin_rate: 1}", "training.learnin_rate: unknown key; did you mean 'learning_rate'?"),
         ("training: {learning-rate: 1}", "training.learning-rate: unknown key; did you mean 'learning_rate'?"),
         ("learning_rate: 1e-3", "learning_rate: unknown key; it belongs under training"),
-        ("batch_size: 8", "batch_size: unknown key; it belongs under training or evaluation"),
-        ("lora: {rounds: 8}", "lora.rounds: unknown key; it belongs under the top level"),
+        ("batch_size: 8", "batch_size: unknown key; it belongs under training or under evaluation"),
+        ("lora: {rounds: 8}", "lora.rounds: unknown key; it belongs at the top level"),
         ("learnin_rate: 1e-3", "learnin_rate: unknown key; did you mean 'training.learning_rate'?"),
         ("evaluation: {xyzzy: 1}", "evaluation.xyzzy: unknown key; the keys here are batch_size, every, finetuned"),
         ("<<: {rounds: 3}", "<<: unknown key"),
@@ -64,12 +64,20 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         ("clients: 4", "client: 4", "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: How many clients."),
         ("clients: 4", "clients: 4\n    alpha: 1", "recipe.yaml:11: data.partition.alpha: unknown key for iid; it belongs to dirichlet"),
         ("scheme: iid", "scheme: idd", "recipe.yaml:9: data.partition.scheme: found text 'idd', expected one of iid, dirichlet,"),
-        ("scheme: iid", "by: a", "recipe.yaml:8: data.partition.scheme: missing, expected one of iid, dirichlet, clusters, natural, shards"),
+        (
+            "scheme: iid",
+            "by: a",
+            "recipe.yaml:8: data.partition.scheme: missing, expected one of iid, dirichlet, clusters, natural, shards",
+        ),
         ("  path: embedded:support-tickets\n", "", "recipe.yaml:6: data.path: missing, expected text: A hub id"),
         ("name: first\n", "", "recipe.yaml:1: name: missing, expected text: Name of the run"),
         ("path:", "filter: {task: [a, [b]]}\n  path:", f"recipe.yaml:7: data.filter.task: {TWO_LISTS.format('a list')}"),
         ("path:", "filter: {task: .nan}\n  path:", f"recipe.yaml:7: data.filter.task: {TWO_LISTS.format('.nan')}"),
-        ("task: sequence-classification", "task: {name: causal-lm, num_labels: 2}", "task.num_labels: unknown key for causal-lm; it belongs to"),
+        (
+            "task: sequence-classification",
+            "task: {name: causal-lm, num_labels: 2}",
+            "task.num_labels: unknown key for causal-lm; it belongs to",
+        ),
         ("task: sequence-classification", "task: {name: causal-lm, metrics: []}", "task.metrics: found an empty list, expected a list"),
         ("task: sequence-classification", "task: {name: causal-lm, metrics: [acuracy]}", "task.metrics[0]: found text 'acuracy'"),
     ],
@@ -80,7 +88,10 @@ def test_a_fault_stands_at_the_line_and_path_that_the_user_wrote(old, new, fault
 
 
 def test_all_faults_come_at_once_in_the_order_of_lines(minimal, faults):
-    found = faults(minimal.replace("seed: 1", "seed: -1") + "strategy: {name: fedavg, adapters: 1}\nrounds: x\nsead: 1\nlora: {r: 0}\n", "training.epochs=0")
+    found = faults(
+        minimal.replace("seed: 1", "seed: -1") + "strategy: {name: fedavg, adapters: 1}\nrounds: x\nsead: 1\nlora: {r: 0}\n",
+        "training.epochs=0",
+    )
     assert [fault.partition(": ")[0] for fault in found] == [*(f"recipe.yaml:{line}" for line in (2, 11, 12, 13, 14)), "command line"]
 
 

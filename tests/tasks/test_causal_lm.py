@@ -165,8 +165,7 @@ def test_unfit_columns_are_refused(task_of, columns, message):
 
 # --- tokens ---------------------------------------------------------------------------------------
 def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_counted(task_of, caplog):
-    table = Dataset.from_dict({"prompt": ["the doo", "fine:"], "completion": ["r", " yes"]})
-    table = table.map(lambda row: {"prompt": row["prompt"].replace("the doo", "th"), "completion": row["completion"].replace("r", "e")})
+    table = Dataset.from_dict({"prompt": ["th", "fine:"], "completion": ["e", " yes"]})
     task = task_of("llama", table, name=NAME)
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
@@ -174,13 +173,13 @@ def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_
     assert decoded(task, examples, 0) == ("<s>the</s>", "e</s>")
 
 
-@pytest.mark.parametrize(("kind", "whole"), [("llama", "<s>yes</s>"), ("gpt2", "<|endoftext|>yes<|endoftext|>")])
-def test_an_empty_prompt_is_the_begin_of_sequence_token(task_of, caplog, kind, whole):
+@pytest.mark.parametrize(("kind", "start", "end"), [("llama", "<s>", "</s>"), ("gpt2", "<|endoftext|>", "<|endoftext|>")])
+def test_an_empty_prompt_is_the_begin_of_sequence_token(task_of, caplog, kind, start, end):
     table = Dataset.from_dict({"prompt": [""], "completion": ["yes"]})
     task = task_of(kind, table, name=NAME)
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
-    assert decoded(task, examples, 0) == (whole, whole[len(whole) // 2 - 20 :].partition(">")[2])
+    assert decoded(task, examples, 0) == (f"{start}yes{end}", f"yes{end}")
     assert not caplog.records
 
 
@@ -297,6 +296,7 @@ def test_generation_is_greedy_and_stops_at_the_end_of_sequence(task_of, tiny_mod
     with torch.no_grad():
         for _ in range(5):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    model.generation_config.update(do_sample=True, temperature=0.6, repetition_penalty=50.0)
     generated, _ = task.generate(model, examples, np.array([0]), torch.device("cpu"))
     assert generated == [task.processor.decode(ids[start:], skip_special_tokens=True).strip()]
     model.generation_config.eos_token_id = [3, ids[start + 2]]

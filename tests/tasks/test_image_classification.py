@@ -24,7 +24,7 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (40, 24), seed: int = 0) 
 
 def png(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "TIFF" if image.mode == "CMYK" else "PNG", **options)
+    image.save(buffer, "TIFF" if image.mode in {"CMYK", "I"} else "PNG", **options)
     return buffer.getvalue()
 
 
@@ -72,7 +72,9 @@ def test_bytes_and_paths_are_images_too(task_of, tmp_path, type):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
 def test_any_mode_becomes_rgb(task_of, mode):
-    image = picture("L").convert(mode) if mode not in {"I;16", "I"} else Image.fromarray(np.full((24, 40), 128 * 256, np.uint16)).convert(mode)
+    image = (
+        picture("L").convert(mode) if mode not in {"I;16", "I"} else Image.fromarray(np.full((24, 40), 128 * 256, np.uint16)).convert(mode)
+    )
     table = table_of([{"bytes": png(image)}, {"bytes": png(picture())}])
     task = task_of("vit", table, name=NAME)
     assert task.encode(table).columns["pixel_values"][0].shape == (3, 32, 32)

@@ -38,7 +38,13 @@ def test_class_metrics_equal_sklearn():
 
 @pytest.mark.parametrize(
     ("predicted", "expected", "accuracy", "f1"),
-    [([2, 2], [2, 2], 1.0, 1.0), ([1, 1], [2, 2], 0.0, 0.0), ([1, 2], [2, 2], 0.5, 1 / 3), ([2], [2], 1.0, 1.0), ([0, 0], [0, 1], 0.5, 1 / 3)],
+    [
+        ([2, 2], [2, 2], 1.0, 1.0),
+        ([1, 1], [2, 2], 0.0, 0.0),
+        ([1, 2], [2, 2], 0.5, 1 / 3),
+        ([2], [2], 1.0, 1.0),
+        ([0, 0], [0, 1], 0.5, 1 / 3),
+    ],
 )
 def test_clients_with_one_class_have_defined_scores_without_warnings(predicted, expected, accuracy, f1):
     scores = score(IDS, said(predicted, expected))

@@ -55,5 +55,5 @@ def warnings(weights: Tensor) -> list[str]:
     unused = [str(adapter) for adapter, share in enumerate(mass(weights)) if share < 0.25 / adapters]
     if not unused:
         return []
-    few = "adapters" if len(unused) > 1 else "adapter"
-    return [f"{few} {', '.join(unused)} of {adapters} stand unused (less than a quarter of an even share of the clients' weight)"]
+    who = "adapters {} of {} stand" if len(unused) > 1 else "adapter {} of {} stands"
+    return [f"{who.format(', '.join(unused), adapters)} unused (less than a quarter of an even share of the clients' weight)"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from fedmerge_peft.errors import FedMergeError
 
@@ -14,14 +15,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     With ``FEDMERGE_TRACEBACK=1`` in the environment such errors keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # it is None where a shell closed it with >&-
+            stream.reconfigure(errors="backslashreplace")
     try:
-        from fedmerge_peft.cli import recipes, run  # noqa: F401 - importing adds their verbs
+        from fedmerge_peft.cli import data, recipes, run  # noqa: F401 - importing adds their verbs
         from fedmerge_peft.cli.app import app
 
         try:
             app(arguments, prog_name="fedmerge")
         finally:
-            if sys.stdout is not None:  # it is where a shell closed it with >&-
+            if isinstance(sys.stdout, TextIOWrapper):
                 sys.stdout.flush()
     except FedMergeError as error:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":

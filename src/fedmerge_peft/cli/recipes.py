@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +85,8 @@ def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
     """
     from fedmerge_peft.recipe.loading import dump, load
 
+    if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # what goes to a file is a recipe, and recipes are UTF-8
     print(dump(load(recipe, overrides or [])), end="")
 
 
@@ -122,6 +126,6 @@ def _summary(recipe: Recipe) -> str:
         clients = f"{partition.clients_per_value} clients for each {partition.by}"
     beside = f"; beside it {', '.join(baseline.name for baseline in recipe.baselines)}" if recipe.baselines else ""
     return (
-        f"{recipe.name} is valid: {strategy.name}{adapters}, {recipe.rounds} rounds of {recipe.task.name} "
+        f"{recipe.name} is valid: {strategy.name}{adapters}, {recipe.rounds} round{'s' * (recipe.rounds > 1)} of {recipe.task.name} "
         f"on {recipe.backbone.model}, data {data.path} ({clients}){beside}"
     )

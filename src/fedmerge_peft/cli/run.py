@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import app
+from fedmerge_peft.cli.app import Overrides, RecipeSource, app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as strategy.adapters=8.")] = None,
+    recipe: RecipeSource,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME. It must be new or empty.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
 ) -> None:
@@ -29,6 +29,7 @@ def run(
     """
     from rich.console import Console
 
+    from fedmerge_peft.cli.logs import log_to
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.run import Run
 
@@ -36,6 +37,7 @@ def run(
     directory = out if out is not None else Path("runs") / loaded.name
     Run.check_free(directory)
     console = Console(highlight=False)
+    log_to(Console(stderr=True, highlight=False))
     finished = _federate(loaded, directory, console, quiet)
     if not quiet:
         _show(finished, recipe, console)

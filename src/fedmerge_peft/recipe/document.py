@@ -24,6 +24,7 @@ DEEPEST = 32
 MOST = 50
 """Faults that one error lists."""
 
+_NO_ALIASES = "anchors (&) and aliases (*) are not used in recipes; quote text that starts so"
 _TAG = "tag:yaml.org,2002:"
 _CORE: dict[str, tuple[str, str]] = {  # tag: (pattern, possible first characters)
     "null": (r"~|null|Null|NULL|", "~nN\0"),
@@ -107,9 +108,7 @@ class _Loader(_Core, yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise yaml.MarkedYAMLError(
-                problem="anchors (&) and aliases (*) are not used in recipes; quote text that starts so", problem_mark=event.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=_NO_ALIASES, problem_mark=event.start_mark)
         if self.depth == DEEPEST:
             raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} levels deep", problem_mark=event.start_mark)
         self.depth += 1
@@ -142,6 +141,8 @@ def parse(text: str, mark: Mark) -> Document:
     except yaml.MarkedYAMLError as error:
         place = error.problem_mark or error.context_mark
         said = ", ".join(part for part in (error.context, error.problem) if part)
+        if said.startswith(("while scanning an alias", "while scanning an anchor")):
+            said = _NO_ALIASES
         hint = "; indent with spaces, not tabs" if "'\\t'" in said else ""
         raise refuse([Fault(mark.at(place.line + 1 if place else 1), (), f"not valid YAML: {said}{hint}")]) from None
     except yaml.reader.ReaderError as error:

@@ -68,7 +68,7 @@ def _written(loc: tuple[int | str, ...]) -> tuple[Where, Any, type[Section]]:
     annotation: Any = Recipe
     section: type[Section] = Recipe
     for step in loc:
-        annotation = required(annotation)
+        whole, annotation = annotation, required(annotation)
         if kinds := kinds_of(annotation):
             annotation = section = kinds.sections[kinds.names.index(str(step))]
         elif variants(annotation):
@@ -77,7 +77,7 @@ def _written(loc: tuple[int | str, ...]) -> tuple[Where, Any, type[Section]]:
         elif get_origin(annotation) in (list, dict):
             where, annotation = (*where, step), get_args(annotation)[-1]
         else:
-            break
+            return where, whole, section
     return where, annotation, section
 
 
@@ -222,7 +222,8 @@ def _unknown(where: Where, section: type[Section]) -> str:
     if siblings:
         return f"unknown key for {_kind(section)}; it belongs to {' or '.join(siblings)}"
     if places:
-        return f"unknown key; it belongs under {' or '.join(dict.fromkeys(dotted(place) or 'the top level' for place, _ in places))}"
+        homes = dict.fromkeys(f"under {dotted(place)}" if place else "at the top level" for place, _ in places)
+        return f"unknown key; it belongs {' or '.join(homes)}"
     if guess := did_you_mean(key, section.model_fields):
         return f"unknown key{guess}"
     elsewhere = {name: dotted((*place, name)) for place, _, name in _keys()}

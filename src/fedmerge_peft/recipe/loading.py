@@ -178,6 +178,8 @@ def _section(where: Where, document: Document) -> dict[str, Any] | str:
         annotation = _annotation(here)
         if annotation is not None and not variants(annotation) and get_origin(required(annotation)) is not dict:
             return f"{dotted(here)} has no keys; write {dotted(here)}=VALUE, {expected(annotation)}"
+        if step not in section:
+            document.marks[here] = COMMAND_LINE
         inner, kinds = section.get(str(step)), kinds_of(annotation)
         if inner is None:
             default = Recipe.model_fields[str(step)].default if kinds and depth == 1 else None

@@ -52,7 +52,9 @@ def load_part(auto: Any, source: str, backbone: BackboneRecipe, revision: str | 
         return auto.from_pretrained(source, revision=revision, trust_remote_code=backbone.trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         what, reason = auto.__name__.removeprefix("Auto"), str(error).strip().partition("\n")[0]
-        raise BackboneError(f"{what} of {source} cannot be loaded: {reason}; backbone.tokenizer may name another folder or hub id") from error
+        raise BackboneError(
+            f"{what} of {source} cannot be loaded: {reason}; backbone.tokenizer may name another folder or hub id"
+        ) from error
 
 
 def pad_token_of(tokenizer: Any) -> int:

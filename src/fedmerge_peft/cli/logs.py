@@ -1,0 +1,21 @@
+"""What the libraries below say while a command runs: our warnings, and nothing of theirs that is no fault."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def log_to(console: Console) -> None:
+    """Print this package's warnings as one line each; silence progress bars and deprecations of the libraries we stand on."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    package = logging.getLogger("fedmerge_peft")
+    package.handlers = [handler]
+    package.propagate = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets|torch)\b")

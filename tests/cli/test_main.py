@@ -1,0 +1,168 @@
+"""The program as a whole: exit codes, messages, and how little it imports."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fedmerge_peft import __version__
+from fedmerge_peft.cli import main
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.recipe import loading
+
+PROGRAM = [sys.executable, "-W", "error", "-c", "from fedmerge_peft.cli import main; main()"]
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "pandas", "sklearn", "rich", "matplotlib"}
+
+
+@pytest.fixture
+def fedmerge(capsys):
+    """Runs the program in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        return (caught.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_the_version_is_the_packages(fedmerge):
+    assert fedmerge("--version") == (0, f"fedmerge-peft {__version__}\n", "")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_the_verbs(option, fedmerge):
+    code, out, _ = fedmerge(option)
+    assert code == 0
+    assert all(f"  {verb} " in out for verb in ("ls", "cp", "validate", "show", "schema", "run", "data"))
+
+
+@pytest.mark.parametrize("verb", ["ls", "cp", "validate", "show", "schema", "run", "data"])
+def test_every_verb_has_help_of_its_own(verb, fedmerge):
+    code, out, _ = fedmerge(verb, "--help")
+    assert code == 0
+    assert f"Usage: fedmerge {verb}" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nosuchverb",),
+        ("--nosuchoption",),
+        ("validate",),
+        ("validate", "--nosuchoption", "smoke"),
+        ("ls", "too", "many"),
+        ("cp", "smoke", "too", "many"),
+        ("schema", "--out"),
+        ("validate", "nosuchrecipe"),
+        ("validate", ""),
+        ("validate", "a\x00b"),
+        ("validate", "."),
+        ("validate", "/dev/null"),
+        ("validate", "smoke", "seed"),
+        ("validate", "smoke", "seed=x", "sead=3"),
+        ("validate", "smoke", "name=[" * 10),
+        ("show", "smoke", "strategy=*a"),
+        ("show", "\x1b[31mred"),
+        ("cp", "nosuchrecipe"),
+        ("cp", "smoke", "no/such/folder.yaml"),
+        ("cp", "smoke", "a\x00b"),
+        ("schema", "--out", "no/such/folder.json"),
+        ("run", "nosuchrecipe"),
+        ("run", "smoke", "rounds=0"),
+        ("data", "nosuchrecipe"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_ends_with_code_2_and_a_message(arguments, fedmerge):
+    code, out, err = fedmerge(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.strip()
+    assert "Traceback" not in err
+    assert err.replace("\n", "").isprintable()
+
+
+def test_all_faults_stand_on_lines_of_their_own(fedmerge):
+    _, _, err = fedmerge("validate", "smoke", "seed=x", "rounds=0")
+    assert err.splitlines() == [
+        "command line: seed: found text 'x', expected a whole number at least 0",
+        "command line: rounds: found 0, expected a whole number above 0",
+    ]
+
+
+def test_any_error_on_purpose_is_one_message(fedmerge, monkeypatch):
+    def fail(*_):
+        raise DataError("no such \x1b[31mcolumn\nnext: fedmerge data")
+
+    monkeypatch.setattr(loading, "load", fail)
+    assert fedmerge("validate", "smoke") == (2, "", "no such \\x1b[31mcolumn\nnext: fedmerge data\n")
+
+
+def test_developers_can_have_the_traceback(monkeypatch):
+    monkeypatch.setenv("FEDMERGE_TRACEBACK", "1")
+    with pytest.raises(loading.RecipeError):
+        main(["validate", "nosuchrecipe"])
+
+
+def test_an_interrupt_ends_with_code_130(fedmerge, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load", interrupt)
+    assert fedmerge("validate", "smoke") == (130, "", "")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loading, "load", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["validate", "smoke"])
+
+
+def test_the_installed_program_says_what_is_wrong_without_a_traceback():
+    done = subprocess.run([*PROGRAM, "validate", "smoke", "seed=x"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "command line: seed: found text 'x', expected a whole number at least 0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["validate", b"smoke", b"name=\xff"], 2, b"command line: found 'name=\\udcff', expected key=value"),
+        (["validate", "smoke", "name=für"], 0, b"f\\xfcr is valid: "),
+        (["show", "smoke", "name=für"], 0, "name: für\n".encode()),
+    ],
+    ids=["undecodable", "validate", "show"],
+)
+def test_terminals_without_unicode_show_escapes_and_files_are_utf_8(arguments, code, text):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, check=False, env=environment)
+    assert done.returncode == code
+    assert (done.stdout + done.stderr).startswith(text)
+
+
+@pytest.mark.parametrize("arguments", [["show", "smoke"], ["schema"], ["--help"]], ids=" ".join)
+def test_a_reader_that_has_seen_enough_ends_it_quietly(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*PROGRAM, *arguments], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["ls"], ["validate", "smoke"], ["show", "smoke"], ["schema"]], ids=" ".join
+)
+def test_looking_at_recipes_imports_nothing_heavy(arguments):
+    script = (
+        "import sys\nfrom fedmerge_peft.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stderr.split())

@@ -1,0 +1,101 @@
+"""The recipes that come with the package, and how recipes are found."""
+
+from pathlib import Path
+
+import pytest
+
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe import loading
+from fedmerge_peft.recipe.loading import find, load, shipped
+
+NAMES = [recipe.name for recipe in shipped()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_is_valid_and_named_as_its_file(name):
+    assert load(name).name == name
+
+
+@pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
+def test_a_shipped_recipe_says_what_it_shows_and_its_seed(recipe):
+    text = recipe.path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert 20 < len(recipe.about) < 110
+    assert "\nseed: " in text
+
+
+def test_the_shipped_recipes_are_these():
+    expected = "cifar100_clusters cifar100_dirichlet flan_tasks intents_dirichlet pacs_domains quickstart reviews_domains smoke text_tasks"
+    assert set(expected.split()) <= set(NAMES)
+
+
+def test_the_overrides_in_a_header_are_valid(recipe_file):
+    for recipe in shipped():
+        for line in recipe.path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("#   fedmerge run "):
+                name, *overrides = line.removeprefix("#   fedmerge run ").split()
+                assert name == recipe.name
+                load(name, overrides)
+
+
+def test_a_name_with_or_without_its_ending_is_the_shipped_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find("smoke") == find("smoke.yaml")
+    assert find("smoke").name == "smoke.yaml"
+
+
+def test_a_file_wins_over_the_shipped_recipe_where_its_ending_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("smoke.yaml").write_text("name: mine\n", encoding="utf-8")
+    assert find("smoke.yaml") == Path("smoke.yaml")
+    assert find("smoke") != Path("smoke.yaml")
+
+
+def test_the_recipes_in_the_wheel_win(tmp_path, monkeypatch):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "shipped_recipes").mkdir()
+    (tmp_path / "shipped_recipes" / "only.yaml").write_text("# The only one\nname: only\n", encoding="utf-8")
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "recipe" / "loading.py"))
+    assert [(recipe.name, recipe.about) for recipe in shipped()] == [("only", "The only one")]
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("quikstart", "quikstart: neither a file nor a shipped recipe; did you mean 'quickstart'? (see: fedmerge ls)"),
+        ("nowhere/recipe.yaml", "nowhere/recipe.yaml: neither a file nor a shipped recipe (see: fedmerge ls)"),
+        ("", "'': neither a file nor a shipped recipe (see: fedmerge ls)"),
+        ("a\x00b", "a\\x00b: neither a file nor a shipped recipe (see: fedmerge ls)"),
+        ("\x1b[31m\n", "\\x1b[31m\\n: neither a file nor a shipped recipe (see: fedmerge ls)"),
+        ("x" * 5000, "neither a file nor a shipped recipe (see: fedmerge ls)"),
+        ("\udcff", "\\udcff: neither a file nor a shipped recipe (see: fedmerge ls)"),
+    ],
+    ids=["misspelt", "absent", "empty", "null", "escape", "long", "surrogate"],
+)
+def test_what_is_not_there_is_said_plainly(source, fault):
+    with pytest.raises(RecipeError) as caught:
+        find(source)
+    (found,) = caught.value.faults
+    assert found.endswith(fault)
+    assert found.isprintable()
+
+
+def test_a_directory_is_not_a_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="a directory, expected a YAML file"):
+        load(tmp_path)
+
+
+def test_an_unreadable_file_is_said_plainly(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+    path.touch()
+
+    original = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(RecipeError, match=r"recipe.yaml: cannot be read: Permission denied"):
+        load(path)

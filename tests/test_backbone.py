@@ -47,7 +47,9 @@ def test_an_adapter_passes_through_the_slot_unchanged_and_decides_the_output(mak
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("fields", [*LORA_FIELDS, {"rank_pattern": {"query": 2}, "alpha_pattern": {"value": 4.0}}, {"trainable_token_indices": [5, 6]}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [*LORA_FIELDS, {"rank_pattern": {"query": 2}, "alpha_pattern": {"value": 4.0}}, {"trainable_token_indices": [5, 6]}], ids=str
+)
 def test_merged_adapters_load_in_plain_peft_and_give_the_same_logits(make_backbone, tiny_models, tmp_path, fields):
     from peft import PeftModel
     from safetensors.torch import save_file
@@ -205,9 +207,10 @@ def test_quantization_without_a_gpu_is_refused(make_backbone):
 def test_pickled_weights_are_refused(make_backbone, tiny_models, tmp_path):
     import shutil
 
+    from tests.conftest import LabelTask
+
     from fedmerge_peft.backbone import load_backbone
     from fedmerge_peft.recipe.schema import BackboneRecipe
-    from tests.conftest import LabelTask
 
     shutil.copytree(tiny_models / "bert", tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()

@@ -1,8 +1,8 @@
 """Federated fine-tuning of one Hugging Face model, with an adapter of its own for every client.
 
-    from fedmerge_peft import Recipe, federate
-    run = federate(Recipe.load("quickstart"))
-    run.weights
+from fedmerge_peft import Recipe, federate
+run = federate(Recipe.load("quickstart"))
+run.weights
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmerge_peft.adapters import AdapterLayout, AdapterSoup, MergingWeights, concat, merge_error
-    from fedmerge_peft.errors import BackboneError, ClientError, DataError, DeviceError, FedMergeError, RecipeError, RunError, RunExistsError
+    from fedmerge_peft.errors import (
+        BackboneError,
+        ClientError,
+        DataError,
+        DeviceError,
+        FedMergeError,
+        RecipeError,
+        RunError,
+        RunExistsError,
+    )
     from fedmerge_peft.federation import Federation, federate
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores

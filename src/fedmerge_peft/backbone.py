@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -96,7 +96,8 @@ def model_folder(model: str, scratch: Path) -> str:
     if model.startswith("tiny:"):
         from fedmerge_peft import tiny
 
-        tiny.write(model.removeprefix("tiny:"), scratch)
+        with _quiet():
+            tiny.write(model.removeprefix("tiny:"), scratch)
         return str(scratch)
     if (package := _CARRIED.get(model)) and (spec := find_spec(package)) and spec.submodule_search_locations:
         return str(Path(spec.submodule_search_locations[0]) / "model")
@@ -154,21 +155,35 @@ def _load_model(backbone: BackboneRecipe, task: Task, folder: str, device: torch
             "ignore_mismatched_sizes": True,  # a pretrained head for other labels gives way to a fresh one
         }
     auto_model = getattr(transformers, task.auto_model)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its report of a missing head is what we want, not a fault
     try:
-        model, report = auto_model.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+        with _quiet():
+            model, report = auto_model.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()
         raise BackboneError(
             f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: {reason[0] if reason else type(error).__name__}"
         ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    if getattr(task, "pad_token_id", None) is not None and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = task.pad_token_id
+    pad = getattr(task, "pad_token_id", None)  # decoders that classify look for the last token before the padding
+    if pad is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad
     missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
     return (model if backbone.quantization else model.to(device)), missing
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' loading bar, and its report of a missing head: that is what we want, not a fault."""
+    from transformers.utils import logging as reports
+
+    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if bars:
+            reports.enable_progress_bar()
 
 
 def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:

@@ -21,9 +21,9 @@ from fedmerge_peft.strategies import Reply, Strategy, make_strategy
 class Federation:
     """Clients, an engine that trains them, and the strategy that learns from their replies.
 
-        federation = Federation(Recipe.load("quickstart"))
-        for record in federation.rounds():
-            print(record)
+    federation = Federation(Recipe.load("quickstart"))
+    for record in federation.rounds():
+        print(record)
     """
 
     def __init__(self, recipe: Recipe, engine: LocalEngine | None = None) -> None:
@@ -133,6 +133,8 @@ def federate(
     engine = engine or LocalEngine.from_recipe(recipe)
     run = _federate_one(recipe, directory, engine, on_start, on_client, on_round)
     for baseline in recipe.baselines:
+        if baseline.name == recipe.strategy.name:
+            continue
         alone = recipe.model_copy(update={"strategy": baseline, "baselines": []})
         _federate_one(alone, run.baseline_path(baseline.name), engine, on_start, on_client, on_round)
     return Run.open(directory)

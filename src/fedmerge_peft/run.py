@@ -1,16 +1,16 @@
 """The run directory: everything a run leaves behind, and the one thing that reports and notebooks read.
 
-    recipe.yaml             the recipe, defaults written out
-    environment.json        versions, device, precision
-    clients.json            name, group and number of examples of each client
-    adapter_config.json     PEFT's configuration of the adapters
-    metrics.jsonl           one object a round
-    weights/                π after each round, and what else the strategy learned
-    soup.safetensors        the adapters after the last finished round
-    weights.safetensors     π after the last finished round
-    best/                   soup and weights at the lowest mean validation loss
-    summary.json            the final and the best scores; there once the run has ended
-    baselines/<strategy>/   the same again for each baseline
+recipe.yaml             the recipe, defaults written out
+environment.json        versions, device, precision
+clients.json            name, group and number of examples of each client
+adapter_config.json     PEFT's configuration of the adapters
+metrics.jsonl           one object a round
+weights/                π after each round, and what else the strategy learned
+soup.safetensors        the adapters after the last finished round
+weights.safetensors     π after the last finished round
+best/                   soup and weights at the lowest mean validation loss
+summary.json            the final and the best scores; there once the run has ended
+baselines/<strategy>/   the same again for each baseline
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(f"{self.path}: round {record.round} cannot be written ({error.strerror or error}); earlier rounds are intact") from error
+            raise RunError(
+                f"{self.path}: round {record.round} cannot be written ({error.strerror or error}); earlier rounds are intact"
+            ) from error
 
     def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
         """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
@@ -288,7 +290,10 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    _atomically(path, write)
 
 
 def _write_json(path: Path, value: Any) -> None:

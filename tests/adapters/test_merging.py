@@ -44,7 +44,9 @@ def test_parameter_averages_are_off_by_the_cross_terms(make_backbone):
         b_key = a_key.replace("lora_A", "lora_B")
         each = [soup.state_dict(row) for row in soup.rows]
         update = sum(w * s[b_key] @ s[a_key] for w, s in zip(weights, each, strict=True))
-        average = sum(w * s[b_key] for w, s in zip(weights, each, strict=True)) @ sum(w * s[a_key] for w, s in zip(weights, each, strict=True))
+        average = sum(w * s[b_key] for w, s in zip(weights, each, strict=True)) @ sum(
+            w * s[a_key] for w, s in zip(weights, each, strict=True)
+        )
         off += (average - update).square().sum()
         exact += update.square().sum()
     assert merge_error(soup, weights) == pytest.approx(float((off / exact).sqrt()), rel=1e-4)

@@ -54,7 +54,9 @@ def slow_paper_step(soup, logits, deltas, sizes, weights_lr, soup_lr, columns):
 
 
 @pytest.mark.parametrize("columns", [None, list(range(30, 40))], ids=["all columns", "the head alone"])
-@pytest.mark.parametrize(("weights_lr", "soup_lr"), [(0.01, 1.0), (0.003, 0.5), (100.0, 1.0)], ids=["as published", "small", "never reached"])
+@pytest.mark.parametrize(
+    ("weights_lr", "soup_lr"), [(0.01, 1.0), (0.003, 0.5), (100.0, 1.0)], ids=["as published", "small", "never reached"]
+)
 def test_paper_rule_equals_a_slow_recomputation(columns, weights_lr, soup_lr):
     soup, logits, deltas, sizes = federation()
     found = fedmerge_step(soup, logits, deltas, sizes, rule="paper", weights_lr=weights_lr, soup_lr=soup_lr, columns=columns)
@@ -135,8 +137,8 @@ def test_one_adapter_equals_fedavg(rule):
 def test_identical_starts_never_specialise(rule, dtype, d):
     soup, _, deltas, sizes = federation(m=9, d=1, p=3001, dtype=dtype)
     soup, logits = soup.repeat(d, 1), torch.zeros(9, d, dtype=dtype)
-    for round in range(5):
-        soup, logits = fedmerge_step(soup, logits, deltas.roll(round, 0), sizes, rule=rule)
+    for turn in range(5):
+        soup, logits = fedmerge_step(soup, logits, deltas.roll(turn, 0), sizes, rule=rule)
     torch.testing.assert_close(soup, soup[:1].expand_as(soup))
     torch.testing.assert_close(torch.softmax(logits, 1), torch.full_like(logits, 1 / d))
 

@@ -33,9 +33,9 @@ def comparison(run: Run, most: int = 40) -> Table:
         return [f"[bold]{value:.3f}[/]" if value == best_of(values) and len(values) > 1 else f"{value:.3f}" for value in values]
 
     clients = run.clients
-    for name, client in clients.head(most).iterrows():
-        values = [scores["clients"][name][metric] for scores in final.values()]
-        table.add_row(escape(str(name)), escape(str(client["group"])), str(client["train"]), str(client["test"]), *cells(values))
+    for client_name, client in clients.head(most).iterrows():
+        values = [scores["clients"][client_name][metric] for scores in final.values()]
+        table.add_row(escape(str(client_name)), escape(str(client["group"])), str(client["train"]), str(client["test"]), *cells(values))
     if len(clients) > most:
         table.add_row(f"... and {len(clients) - most} more")
     table.add_section()

@@ -13,6 +13,7 @@ from fedmerge_peft.cli.app import Overrides, RecipeSource, app
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.run import Run
 
 
@@ -27,13 +28,15 @@ def run(
 
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """
+    from fedmerge_peft.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+
     from rich.console import Console
 
     from fedmerge_peft.cli.logs import log_to
-    from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.run import Run
 
-    loaded = Recipe.load(recipe, overrides or [])
     directory = out if out is not None else Path("runs") / loaded.name
     Run.check_free(directory)
     console = Console(highlight=False)

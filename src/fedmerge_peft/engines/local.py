@@ -62,7 +62,7 @@ class LocalEngine:
         def fresh_row(number: int) -> Tensor:
             return self.backbone.fresh_row(derive(self.recipe.seed, "adapter", number))
 
-        return Start(len(self.clients), self.backbone.layout, fresh_row, self.backbone.shared)
+        return Start(len(self.clients), self.backbone.layout, fresh_row, self.backbone.shared, derive(self.recipe.seed, "strategy"))
 
     def exchange(self, round: int, adapters: Iterable[tuple[int, Tensor]], *, measure: bool) -> Iterator[Reply]:
         """Send each client its adapter, let it train, and hand over the replies as they come.
@@ -97,9 +97,7 @@ class LocalEngine:
             self.backbone.load_row(row)
             merged = self._scores(client)
         seed = derive(self.recipe.seed, "train", round, client.name)
-        trained = train(
-            self.backbone, self.task, self.recipe.training, self.accelerator, row, self.examples, client.train, seed
-        )
+        trained = train(self.backbone, self.task, self.recipe.training, self.accelerator, row, self.examples, client.train, seed)
         if not bool(torch.isfinite(trained.row).all()):
             raise ClientError(
                 client.name, round, "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
@@ -112,8 +110,6 @@ class LocalEngine:
         scores: dict[str, float] = {}
         for part, indices in (("validation", client.validation), ("test", client.test)):
             if len(indices):
-                found = evaluate(
-                    self.backbone, self.task, self.accelerator, self.examples, indices, self.recipe.evaluation.batch_size
-                )
+                found = evaluate(self.backbone, self.task, self.accelerator, self.examples, indices, self.recipe.evaluation.batch_size)
                 scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores

@@ -320,8 +320,14 @@ class FedMerge(Section):
     """Step size of the soup; 1 replaces, as FedAvg does."""
     weights_columns: Literal["all", "head"] = "all"
     """Which parameters the weights' inner product sees: the whole adapter, or the head alone as the paper's program does."""
-    start: Literal["independent", "identical"] = "independent"
-    """Each adapter from its own random numbers, or all from the same: identical starts never specialise (a check, not a method)."""
+    start: Literal["independent", "warm", "identical"] = "independent"
+    """independent: each adapter from its own random numbers, as the paper does. warm: all from the same, a few rounds of FedAvg, then
+    clients are grouped by the direction of their updates and each group gets an adapter. identical: all from the same, for good; such
+    adapters never specialise (a check, not a method)."""
+    warm_rounds: PositiveInt = 2
+    """Rounds before the grouping, with `start: warm`."""
+    warm_logit: PositiveFloat = 3.0
+    """Logit of a client's own group after the grouping; the others stay at zero."""
 
 
 class FedAvg(Section):
@@ -417,7 +423,7 @@ class Recipe(Section):
     strategy: StrategyRecipe = FedMerge(name="fedmerge")
     """What each client is sent, and what the replies change."""
     baselines: list[StrategyRecipe] = []
-    """Strategies to run beside it on the same clients and seed; each gets a run directory below this one's."""
+    """Strategies to run beside it on the same clients and seed, each in a run directory below this one's. The run's own is skipped."""
     clients: ClientsRecipe = ClientsRecipe()
     """Who takes part in a round."""
     training: TrainingRecipe = TrainingRecipe()
@@ -427,9 +433,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:
-        names = [self.strategy.name, *(baseline.name for baseline in self.baselines)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"baselines: each strategy may appear once, and these are {', '.join(names)}; run it again under another name")
+        names = [baseline.name for baseline in self.baselines]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"baselines: each strategy may appear once, and {', '.join(repeated)} appears again")
         return self
 
     @classmethod

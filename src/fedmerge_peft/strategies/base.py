@@ -25,6 +25,7 @@ class Start:
     """``fresh_row(k)``: the k-th random adapter ``(P,)``; the same k gives the same numbers."""
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen tensors that all adapters have in common, by PEFT's saved name."""
+    seed: int = 0
 
 
 @dataclass(frozen=True)

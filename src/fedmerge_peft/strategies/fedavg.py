@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft import recipe
+from fedmerge_peft.recipe import schema
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 
@@ -15,7 +15,7 @@ from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 class FedAvg(Strategy):
     """θ ← θ − η Σ_i ρ_i δ_i with ρ_i = n_i / n over the clients that replied (algorithm 1)."""
 
-    def __init__(self, recipe: recipe.schema.FedAvg, start: Start) -> None:
+    def __init__(self, recipe: schema.FedAvg, start: Start) -> None:
         self.server_lr = recipe.server_lr
         self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
         self._weights = torch.ones(start.clients, 1)

@@ -105,7 +105,7 @@ def _rows_scaled(gradient: Tensor) -> Tensor:
 
 
 def _paper_move(gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
-    """k · 0.01 ρ_i G_ij / Σ|G|, with k the first count at which some entry exceeds lr, at most 10 001."""
+    """K · 0.01 ρ_i G_ij / Σ|G|, with k the first count at which some entry exceeds lr, at most 10 001."""
     total = gradient.abs().sum()
     if total == 0:
         return torch.zeros_like(gradient)
@@ -129,5 +129,7 @@ def _shares(soup: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor | Sequen
     if not bool((n > 0).all()) or not bool(torch.isfinite(n).all()):
         raise ValueError("sizes must be positive and finite: a client without examples cannot take part")
     if not bool(torch.isfinite(deltas).all()):
-        raise ValueError(f"the deltas of clients {[int(i) for i in torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten()]} are not finite")
+        raise ValueError(
+            f"the deltas of clients {[int(i) for i in torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten()]} are not finite"
+        )
     return n / n.sum()

@@ -1,0 +1,160 @@
+"""Strategies on rows of numbers, with no model."""
+
+import pytest
+import torch
+
+from fedmerge_peft import AdapterLayout, RecipeError
+from fedmerge_peft.recipe.schema import FedAvg, FedMerge, Local
+from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.strategies.grouping import group_by_direction
+
+SIZE = 12
+LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")])
+
+
+def start(clients=4):
+    return Start(clients, LAYOUT, lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)), seed=1)
+
+
+def replies(clients, seed=0, sizes=None):
+    generator = torch.Generator().manual_seed(seed)
+    return [Reply(c, 0.1 * torch.randn(SIZE, generator=generator), (sizes or {}).get(c, 10), 1.0, 0.0) for c in clients]
+
+
+def test_every_client_is_served_with_its_weights_times_the_soup():
+    for recipe in (FedMerge(name="fedmerge", adapters=3), FedAvg(name="fedavg"), Local(name="local")):
+        strategy = make_strategy(recipe, start())
+        strategy.update(replies(range(4)))
+        torch.testing.assert_close(strategy.weights.sum(1), torch.ones(4))
+        for client in range(4):
+            torch.testing.assert_close(strategy.adapter(client), strategy.weights[client] @ strategy.soup.rows)
+
+
+def test_fedavg_is_the_mean_of_trained_adapters_weighted_by_examples():
+    strategy = make_strategy(FedAvg(name="fedavg"), start())
+    sent = strategy.adapter(0)
+    answers = replies(range(4), sizes={0: 30})
+    strategy.update(answers)
+    trained = [sent - reply.delta for reply in answers]
+    torch.testing.assert_close(strategy.adapter(2), (30 * trained[0] + 10 * (trained[1] + trained[2] + trained[3])) / 60)
+
+
+def test_local_keeps_each_clients_own_adapter():
+    strategy = make_strategy(Local(name="local"), start())
+    before = [strategy.adapter(client) for client in range(4)]
+    answers = replies([1, 3])
+    strategy.update(answers)
+    assert torch.equal(strategy.adapter(0), before[0])
+    torch.testing.assert_close(strategy.adapter(1), before[1] - answers[0].delta)
+    torch.testing.assert_close(strategy.adapter(3), before[3] - answers[1].delta)
+    assert not strategy.federated
+
+
+def test_one_adapter_equals_fedavg():
+    alone, fedavg = make_strategy(FedMerge(name="fedmerge", adapters=1), start()), make_strategy(FedAvg(name="fedavg"), start())
+    for turn in range(3):
+        alone.update(replies(range(4), turn))
+        fedavg.update(replies(range(4), turn))
+    torch.testing.assert_close(alone.adapter(0), fedavg.adapter(0))
+
+
+@pytest.mark.parametrize("rule", ["normalized", "paper"])
+def test_identical_starts_equal_fedavg_for_ever(rule):
+    same = make_strategy(FedMerge(name="fedmerge", adapters=3, start="identical", rule=rule), start())
+    fedavg = make_strategy(FedAvg(name="fedavg"), start())
+    for turn in range(4):
+        same.update(replies(range(4), turn))
+        fedavg.update(replies(range(4), turn))
+    for client in range(4):
+        torch.testing.assert_close(same.adapter(client), fedavg.adapter(client))
+
+
+def test_independent_starts_differ():
+    soup = make_strategy(FedMerge(name="fedmerge", adapters=3), start()).soup.rows
+    assert not torch.allclose(soup[0], soup[1])
+
+
+def test_clients_that_did_not_reply_keep_their_weights():
+    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3), start())
+    strategy.update(replies([0, 2]))
+    moved = (strategy.weights - 1 / 3).abs().amax(1) > 1e-6
+    assert moved.tolist() == [True, False, True, False]
+
+
+def test_replies_count_the_same_in_any_order():
+    forwards, backwards = (make_strategy(FedMerge(name="fedmerge", adapters=3), start()) for _ in range(2))
+    answers = replies(range(4))
+    forwards.update(answers)
+    backwards.update(reversed(answers))
+    assert torch.equal(forwards.soup.rows, backwards.soup.rows)
+    assert torch.equal(forwards.weights, backwards.weights)
+
+
+def test_the_heads_columns_alone_may_decide_the_weights():
+    whole = make_strategy(FedMerge(name="fedmerge", adapters=3), start())
+    head = make_strategy(FedMerge(name="fedmerge", adapters=3, weights_columns="head"), start())
+    answers = replies(range(4))
+    changed = [Reply(r.client, r.delta * torch.tensor([5.0] * 6 + [1.0] * 6), r.size, 1.0, 0.0) for r in answers]
+    again = make_strategy(FedMerge(name="fedmerge", adapters=3, weights_columns="head"), start())
+    whole.update(answers)
+    head.update(answers)
+    again.update(changed)
+    assert torch.equal(head.weights, again.weights)
+    assert not torch.allclose(head.weights, whole.weights)
+
+
+def test_the_heads_columns_need_a_head():
+    headless = Start(4, AdapterLayout.of([("a", (SIZE,), "lora")]), lambda _: torch.zeros(SIZE))
+    with pytest.raises(RecipeError, match="no head"):
+        make_strategy(FedMerge(name="fedmerge", weights_columns="head"), headless)
+
+
+def opposed(clients, scale=1.0):
+    """Even clients want one direction, odd clients the other; all share a third, much larger one."""
+    common = 3 * (torch.arange(SIZE) > 0)
+    wish = torch.zeros(SIZE)
+    wish[0] = scale
+    return [Reply(c, common + (wish if c % 2 else -wish), 10, 1.0, 0.0) for c in clients]
+
+
+def test_a_warm_start_is_fedavg_until_the_grouping():
+    warm = make_strategy(FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=3), start())
+    fedavg = make_strategy(FedAvg(name="fedavg"), start())
+    for turn in range(2):
+        warm.update(replies(range(4), turn))
+        fedavg.update(replies(range(4), turn))
+    for client in range(4):
+        torch.testing.assert_close(warm.adapter(client), fedavg.adapter(client))
+
+
+def test_a_warm_start_gives_opposed_clients_adapters_of_their_own():
+    strategy = make_strategy(FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=2), start())
+    before = strategy.adapter(0)
+    for _ in range(2):
+        strategy.update(opposed(range(4)))
+    favourite = strategy.weights.argmax(1).tolist()
+    assert favourite[0] == favourite[2] != favourite[1] == favourite[3]
+    assert strategy.adapter(0)[0] > before[0] > strategy.adapter(1)[0]
+    torch.testing.assert_close(strategy.adapter(0)[1:], strategy.adapter(1)[1:])
+
+
+def test_a_warm_start_leaves_clients_it_never_asked_uniform():
+    strategy = make_strategy(FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=1), start())
+    strategy.update(opposed([0, 1, 2]))
+    torch.testing.assert_close(strategy.weights[3], torch.tensor([0.5, 0.5]))
+    assert strategy.weights[:3].max(1).values.min() > 0.9
+
+
+def test_grouping_sees_directions_and_not_lengths():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, 50, generator=generator)
+    truth = torch.arange(12) % 3
+    lengths = torch.rand(12, 1, generator=generator) * 10 + 0.1
+    deltas = lengths * (centres[truth] - centres.mean(0)) + 0.01 * torch.randn(12, 50, generator=generator)
+    deltas = deltas - deltas.mean(0) + 5.0
+    groups = group_by_direction(deltas, 3, 0)
+    assert all((groups[i] == groups[k]) == (truth[i] == truth[k]) for i in range(12) for k in range(12))
+
+
+def test_more_groups_than_clients_is_one_group_a_client():
+    assert sorted(group_by_direction(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), 8, 0).tolist()) == [0, 1, 2]

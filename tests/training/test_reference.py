@@ -1,0 +1,222 @@
+"""Training one client, held against the plain way of doing the same."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from fedmerge_peft import DeviceError, Recipe
+from fedmerge_peft.backbone import load_backbone
+from fedmerge_peft.recipe.schema import TrainingRecipe
+from fedmerge_peft.tasks import make_task
+from fedmerge_peft.training.device import choose_device, choose_precision, make_accelerator
+from fedmerge_peft.training.evaluation import evaluate
+from fedmerge_peft.training.reference import count_steps, train
+
+WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
+
+
+class Bench:
+    """One client on a tiny BERT without dropout, so that steps can be recomputed."""
+
+    def __init__(self, folder, kind="bert", **training):
+        count = 10
+        if kind == "bert":
+            self.table = Dataset.from_dict(
+                {"text": [f"the {WORDS[n % 7]} {'is late ' * (n % 4)}again" for n in range(count)], "label": [n % 3 for n in range(count)]}
+            )
+            task = {"name": "sequence-classification"}
+        else:
+            self.table = Dataset.from_dict(
+                {"prompt": [f"say {WORDS[n % 7]}" for n in range(count)], "completion": [" yes" * (1 + n % 5) for n in range(count)]}
+            )
+            task = {"name": "causal-lm"}
+        self.recipe = Recipe.model_validate(
+            {
+                "name": "bench",
+                "task": task,
+                "backbone": {"model": str(folder / kind)},
+                "lora": {"r": 2, "target_modules": ["query", "value"] if kind == "bert" else ["c_attn"]},
+                "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
+                "training": {"batch_size": 4, "learning_rate": 0.01, "max_grad_norm": None, **training},
+            }
+        )
+        self.accelerator = make_accelerator(self.recipe.training)
+        self.task = make_task(self.recipe, self.table, str(folder / kind))
+        self.backbone = load_backbone(self.recipe.backbone, self.recipe.lora, self.task, str(folder / kind), torch.device("cpu"), 0)
+        for module in self.backbone.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        self.examples = self.task.encode(self.table)
+        self.row = self.backbone.fresh_row(1)
+
+    def train(self, indices=None, seed=3, row=None):
+        indices = np.arange(len(self.table)) if indices is None else indices
+        return train(
+            self.backbone,
+            self.task,
+            self.recipe.training,
+            self.accelerator,
+            self.row if row is None else row,
+            self.examples,
+            indices,
+            seed,
+        )
+
+
+def plain_step(bench, optimizer, batches, sent=None):
+    """One optimizer step on the model's separate tensors, as anybody would write it."""
+    parameters = [p for p in bench.backbone.model.parameters() if p.requires_grad]
+    sums, counts = [], []
+    for batch in batches:
+        labels = batch["labels"]
+        logits = bench.backbone.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        summed, count = bench.task.losses(logits, labels)
+        sums.append(summed.sum())
+        counts.append(count.sum())
+    loss = sum(sums) / sum(counts)
+    if sent is not None:
+        loss = loss + bench.recipe.training.proximal * sum(
+            (p - s).square().sum() for p, s in zip(parameters, [e for e in bench.backbone.layout.state_dict(sent).values()], strict=True)
+        )
+    gradients = torch.autograd.grad(loss, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad.copy_(gradient)
+    optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"proximal": 0.5}, {"gradient_accumulation": 3}], ids=str)
+def test_one_full_batch_step_equals_a_plain_optimizer_on_separate_tensors(tiny_models, optimizer, options):
+    """Three steps on all examples at once: their order does not matter then."""
+    accumulation = options.get("gradient_accumulation", 1)
+    bench = Bench(tiny_models, optimizer=optimizer, steps=3, **{**options, "batch_size": 10 if accumulation == 1 else 4})
+    trained = bench.train()
+
+    bench.backbone.load_row(bench.row)
+    parameters = [p for p in bench.backbone.model.parameters() if p.requires_grad]
+    decay = options.get("weight_decay", 0.0)
+    kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    plain = kind(parameters, lr=0.01, weight_decay=decay)
+    everything = [bench.task.collate(bench.examples, np.arange(10))]
+    for _ in range(3):
+        plain_step(bench, plain, everything, bench.row if "proximal" in options else None)
+    torch.testing.assert_close(trained.row, bench.backbone.row(), rtol=1e-4, atol=1e-5)
+    assert trained.steps == 3
+    assert not torch.allclose(trained.row, bench.row, atol=1e-3)
+
+
+def test_accumulated_gradients_weigh_every_labelled_token_alike(tiny_models):
+    """Completions have 1 to 5 tokens: a mean of micro-batch means would differ from the mean over tokens."""
+    whole = Bench(tiny_models, "gpt2", optimizer="sgd", steps=1, batch_size=10).train()
+    parts = Bench(tiny_models, "gpt2", optimizer="sgd", steps=1, batch_size=2, gradient_accumulation=5).train()
+    torch.testing.assert_close(parts.row, whole.row, rtol=1e-4, atol=1e-6)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_clipping_bounds_the_whole_gradient(tiny_models):
+    free = Bench(tiny_models, optimizer="sgd", steps=1, learning_rate=1.0)
+    clipped = Bench(tiny_models, optimizer="sgd", steps=1, learning_rate=1.0, max_grad_norm=1e-3)
+    assert float((free.train().row - free.row).norm()) > 1e-2
+    assert float((clipped.train().row - clipped.row).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_proximal_term_holds_the_adapter_near_what_was_sent(tiny_models):
+    free, held = (Bench(tiny_models, epochs=20, optimizer="sgd", learning_rate=0.1, proximal=mu) for mu in (0.0, 1.0))
+    assert float((held.train().row - held.row).norm()) < 0.5 * float((free.train().row - free.row).norm())
+
+
+def test_same_seed_same_bits_and_another_seed_another_order(tiny_models):
+    bench = Bench(tiny_models)
+    first, again, other = bench.train(seed=3), bench.train(seed=3), bench.train(seed=4)
+    assert torch.equal(first.row, again.row)
+    assert not torch.equal(first.row, other.row)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tiny_models):
+    bench = Bench(tiny_models)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    bench.train()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_training_lowers_the_loss(tiny_models):
+    bench = Bench(tiny_models, epochs=15)
+    trained = bench.train()
+    bench.backbone.load_row(bench.row)
+    before = evaluate(bench.backbone, bench.task, bench.accelerator, bench.examples, np.arange(10), 4)
+    bench.backbone.load_row(trained.row)
+    after = evaluate(bench.backbone, bench.task, bench.accelerator, bench.examples, np.arange(10), 4)
+    assert after["loss"] < 0.7 * before["loss"]
+    assert set(after) == {"loss", "accuracy"}
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tiny_models):
+    bench = Bench(tiny_models)
+    found = [evaluate(bench.backbone, bench.task, bench.accelerator, bench.examples, np.arange(10), size) for size in (1, 3, 10)]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+    assert found[0]["loss"] == pytest.approx(found[2]["loss"], rel=1e-5)
+    assert found[0]["accuracy"] == found[1]["accuracy"] == found[2]["accuracy"]
+
+
+def test_bf16_autocast_trains_and_keeps_float32_adapters(tiny_models):
+    bench = Bench(tiny_models, mixed_precision="bf16", epochs=3)
+    trained = bench.train()
+    assert trained.row.dtype == torch.float32
+    assert trained.row.isfinite().all()
+    full = Bench(tiny_models, mixed_precision="no", epochs=3).train()
+    assert not torch.equal(trained.row, full.row)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"epochs": 2}, 6), ({"steps": 5}, 5), ({"epochs": 2, "gradient_accumulation": 2}, 4), ({"batch_size": 100}, 1)],
+    ids=str,
+)
+def test_steps_follow_from_epochs_batches_and_accumulation(options, steps):
+    assert count_steps(10, TrainingRecipe(**{"batch_size": 4, **options})) == steps
+
+
+def test_warmup_and_decay_follow_the_schedule(tiny_models):
+    from fedmerge_peft.training.reference import make_optimizer, make_schedule
+
+    training = TrainingRecipe(schedule="linear", warmup=0.2, learning_rate=1.0)
+    optimizer = make_optimizer(torch.nn.Parameter(torch.zeros(1)), training)
+    schedule = make_schedule(optimizer, training, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_a_gpu_that_is_absent_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="no CUDA GPU; use training.device=cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
+def test_a_device_that_is_none_is_refused(device):
+    with pytest.raises(DeviceError, match="use auto, cpu, mps, cuda or cuda:1"):
+        choose_device(device)
+
+
+def test_fp16_on_a_cpu_is_refused_with_a_reason():
+    with pytest.raises(DeviceError, match="fp16 needs a CUDA GPU"):
+        choose_precision("fp16", torch.device("cpu"))
+
+
+def test_auto_precision_is_full_precision_on_a_cpu():
+    assert choose_precision("auto", torch.device("cpu")) == "no"
+
+
+def test_one_process_may_change_its_mind_about_precision():
+    for precision in ("no", "bf16", "no"):
+        accelerator = make_accelerator(TrainingRecipe(device="cpu", mixed_precision=precision))
+        assert accelerator.mixed_precision == precision

@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: quickstart test slow check notebooks clean
+
+quickstart: $(INSTALLED)  ## install, then run the main job on the data and the model that come along
+	$(BIN)/fedmerge run quickstart
+
+test: $(INSTALLED_DEV)  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: $(INSTALLED_DEV)  ## the tests that take longer
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(INSTALLED_DEV)  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+notebooks: $(INSTALLED_DEV)  ## run the notebooks as they are
+	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	touch $@

@@ -85,7 +85,7 @@ def test_only_one_adapter_travels_each_way(engine):
 
 def test_a_fraction_of_the_clients_is_drawn_anew_each_round(engine):
     federation = Federation(recipe("clients.fraction=0.5", "rounds=6"), engine)
-    cohorts = [federation.cohort(round) for round in range(1, 7)]
+    cohorts = [federation.cohort(number) for number in range(1, 7)]
     assert all(len(cohort) == 3 for cohort in cohorts)
     assert len({tuple(cohort) for cohort in cohorts}) > 1
     assert [record.clients for record in federation.rounds()] == [[engine.clients[i].name for i in cohort] for cohort in cohorts]
@@ -108,7 +108,7 @@ def test_a_failing_client_is_named_with_its_round_and_cause(engine, monkeypatch)
 
 def test_an_adapter_that_is_not_finite_never_reaches_the_soup():
     federation = Federation(recipe("training.learning_rate=1e30", "training.optimizer=sgd", "training.max_grad_norm=null"))
-    with pytest.raises(ClientError, match="not finite after training; lower training.learning_rate"):
+    with pytest.raises(ClientError, match=r"not finite after training; lower training\.learning_rate"):
         list(federation.rounds())
     assert federation.strategy.soup.rows.isfinite().all()
 

@@ -77,7 +77,7 @@ def plain_step(bench, optimizer, batches, sent=None):
     loss = sum(sums) / sum(counts)
     if sent is not None:
         loss = loss + bench.recipe.training.proximal * sum(
-            (p - s).square().sum() for p, s in zip(parameters, [e for e in bench.backbone.layout.state_dict(sent).values()], strict=True)
+            (p - s).square().sum() for p, s in zip(parameters, list(bench.backbone.layout.state_dict(sent).values()), strict=True)
         )
     gradients = torch.autograd.grad(loss, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -196,7 +196,7 @@ def test_warmup_and_decay_follow_the_schedule(tiny_models):
 
 def test_a_gpu_that_is_absent_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match="no CUDA GPU; use training.device=cpu"):
+    with pytest.raises(DeviceError, match=r"no CUDA GPU; use training\.device=cpu"):
         choose_device("cuda")
     assert choose_device("auto") == torch.device("cpu")
 

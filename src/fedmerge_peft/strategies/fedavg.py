@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.recipe import schema
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.recipe import schema
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 
 

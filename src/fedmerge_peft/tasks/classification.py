@@ -129,4 +129,7 @@ def _numbers(ids: NDArray[np.int64], column: str, num_labels: int | None) -> lis
 def _refuse_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -> None:
     if (ids >= num_labels).any():
         row = int((ids >= num_labels).argmax())
-        raise DataError(f"row {row}: label {ids[row]} in column {column!r} is too large for {num_labels} labels, 0 to {num_labels - 1}")
+        raise DataError(
+            f"row {row}: label {ids[row]} in column {column!r} is too large for {num_labels} labels, 0 to {num_labels - 1}; "
+            "set task.num_labels, or correct the data"
+        )

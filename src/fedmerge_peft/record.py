@@ -81,7 +81,7 @@ class RoundRecord:
             parts.append(f"merged {self.merged.mean:.3f} (worst {self.merged.worst:.3f})")
         if self.finetuned is not None:
             parts.append(f"finetuned {self.finetuned.mean:.3f}")
-        if len(self.adapter_mass) > 1:
+        if len(self.adapter_mass) > 1 and self.bytes_down:  # local training has nothing to merge
             parts.append(f"entropy {self.weights_entropy:.2f}")
         return "  ".join([*parts, f"{self.seconds:.1f} s"])
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fedmerge_peft.recipe.document import printable
 from fedmerge_peft.run import Run
 from fedmerge_peft.tasks.metrics import greater_is_better
 
@@ -35,7 +35,7 @@ def comparison(run: Run, most: int = 40) -> Table:
     clients = run.clients
     for client_name, client in clients.head(most).iterrows():
         values = [scores["clients"][client_name][metric] for scores in final.values()]
-        table.add_row(escape(str(client_name)), escape(str(client["group"])), str(client["train"]), str(client["test"]), *cells(values))
+        table.add_row(_plain(client_name), _plain(client["group"]), str(client["train"]), str(client["test"]), *cells(values))
     if len(clients) > most:
         table.add_row(f"... and {len(clients) - most} more")
     table.add_section()
@@ -52,10 +52,15 @@ def weights_table(run: Run, most: int = 40) -> Table:
     for adapter in weights.columns:
         table.add_column(str(adapter), justify="right")
     for name, row in weights.head(most).iterrows():
-        table.add_row(escape(str(name)), *(_shaded(float(value)) for value in row))
+        table.add_row(_plain(name), *(_shaded(float(value)) for value in row))
     if len(weights) > most:
         table.add_row(f"... and {len(weights) - most} more")
     return table
+
+
+def _plain(name: object) -> Text:
+    """A name from somebody's data, as text alone: neither markup nor control characters."""
+    return Text(printable(str(name)))
 
 
 def _shaded(weight: float) -> Text:

@@ -43,7 +43,7 @@ def run(
     log_to(Console(stderr=True, highlight=False))
     finished = _federate(loaded, directory, console, quiet)
     if not quiet:
-        _show(finished, recipe, console)
+        _show(finished, recipe, overrides or [], console)
 
 
 def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) -> Run:
@@ -63,7 +63,8 @@ def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) ->
             megabytes = 4 * strategy.soup.layout.size / 1e6
             progress.print(
                 f"[bold]{federation.recipe.strategy.name}[/]: {len(federation.engine.clients)} clients, {len(strategy.soup)} adapter(s) of "
-                f"{megabytes:.2f} MB on {federation.engine.backbone.device}"
+                f"{megabytes:.2f} MB on {federation.engine.backbone.device}",
+                soft_wrap=True,
             )
             progress.reset(rounds, total=recipe.rounds)
             progress.reset(clients, total=len(federation.cohort(1)))
@@ -72,28 +73,40 @@ def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) ->
             progress.advance(clients)
 
         def finish(record: RoundRecord) -> None:
-            progress.print(str(record))
+            progress.print(str(record), soft_wrap=True)
             if record.round == record.rounds:
                 for warning in record.warnings:
-                    progress.print(f"[yellow]warning:[/] {warning}")
+                    progress.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
             progress.advance(rounds)
             progress.reset(clients)
 
         return federate(recipe, directory, on_start=begin, on_client=reply, on_round=finish)
 
 
-def _show(run: Run, recipe: str, console: Console) -> None:
+def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
     from fedmerge_peft.analysis import comparison, weights_table
 
     if run.summary["final"]["merged"] is not None:
         console.print(comparison(run))
     if run.recipe.strategy.name == "fedmerge":
         console.print(weights_table(run))
-    name = shlex.quote(recipe)
     console.print(f"run directory: {run.path}\n\nnext:", soft_wrap=True, markup=False)
-    for command, why in (
-        (f"fedmerge data {name}", "which client holds which labels"),
-        (f"fedmerge run {name} strategy.adapters=3 --out {shlex.quote(str(run.path))}-3", "a smaller soup"),
-        (f"fedmerge cp {name} mine.yaml", "your own model and data"),
-    ):
+    for command, why in _next(run, recipe, overrides):
         console.print(f"  {command}   # {why}", soft_wrap=True, markup=False)
+
+
+def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
+    """Three commands that would go on from here, and what each is for."""
+    from fedmerge_peft.recipe.loading import shipped
+
+    same = shlex.join([recipe, *overrides])
+    commands = [(f"fedmerge data {same}", "which client holds which labels")]
+    if run.recipe.strategy.name == "fedmerge":
+        commands.append((f"fedmerge run {same} strategy.adapters=3 --out {shlex.quote(f'{run.path}-3')}", "a smaller soup"))
+    else:
+        commands.append((f"fedmerge run {same} strategy=fedmerge --out {shlex.quote(f'{run.path}-fedmerge')}", "merged adapters instead"))
+    if any(recipe == each.name for each in shipped()):
+        commands.append((f"fedmerge cp {recipe} mine.yaml", "your own model and data"))
+    else:
+        commands.append((f"fedmerge run {same} seed={run.recipe.seed + 1} --out {shlex.quote(f'{run.path}-seed')}", "how much is chance"))
+    return commands

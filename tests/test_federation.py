@@ -230,6 +230,24 @@ def test_a_failure_in_the_middle_loses_no_finished_round(tmp_path, engine, monke
         _ = left.summary
 
 
+def test_a_full_disk_is_one_clear_error_and_loses_no_finished_round(tmp_path, engine, monkeypatch):
+    from fedmerge_peft import run as module
+
+    def full(tensors, path, **_):
+        if path.name.startswith(".round-00002"):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    save_file = module.save_file
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(
+        RunError, match=r"round-00002.safetensors cannot be written \(No space left on device\); finished rounds are intact"
+    ):
+        federate(recipe("rounds=3"), tmp_path / "run", engine=engine)
+    assert [record["round"] for record in load_run(tmp_path / "run").records] == [1]
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
 def test_a_folder_without_a_run_is_one_clear_error(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         load_run(tmp_path)

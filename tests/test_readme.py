@@ -50,7 +50,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     """With the tiny model in place of the real one."""
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(example.replace('"quickstart"', '"smoke"'), "README.md", "exec"), {})  # noqa: S102
+    exec(compile(example.replace('"quickstart"', '"smoke"'), "README.md", "exec"), {})
     assert (tmp_path / "fen-water" / "adapter_model.safetensors").exists()
 
 
@@ -58,4 +58,4 @@ def test_every_recipe_in_the_table_is_shipped():
     from fedmerge_peft.recipe.loading import shipped
 
     table = README.split("| recipe |")[1].split("\n\n")[0]
-    assert {name for name in re.findall(r"`(\w+)`", table)} == {recipe.name for recipe in shipped()}
+    assert set(re.findall(r"`(\w+)`", table)) == {recipe.name for recipe in shipped()}

@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -65,49 +65,35 @@ class Run:
         """Make the directory and write down what is known before the first round. Raises ``RunExistsError``, ``RunError``."""
         cls.check_free(path)
         run = cls(path)
-        try:
+        with _writing(path):
             (path / "weights").mkdir(parents=True)
-            _write_text(path / "recipe.yaml", recipe.to_yaml())
-            _write_json(path / "environment.json", _environment(engine))
-            _write_json(
-                path / "clients.json",
-                [
-                    {
-                        "name": client.name,
-                        "group": client.group,
-                        "train": len(client.train),
-                        "validation": len(client.validation),
-                        "test": len(client.test),
-                    }
-                    for client in engine.clients
-                ],
-            )
-            _write_json(path / "adapter_config.json", _adapter_config(recipe, engine))
-        except OSError as error:
-            raise RunError(f"{path} cannot be written ({error.strerror or error}); choose another directory with --out") from error
+        _write_text(path / "recipe.yaml", recipe.to_yaml())
+        _write_json(path / "environment.json", _environment(engine))
+        clients = [
+            {"name": each.name, "group": each.group, "train": len(each.train), "validation": len(each.validation), "test": len(each.test)}
+            for each in engine.clients
+        ]
+        _write_json(path / "clients.json", clients)
+        _write_json(path / "adapter_config.json", _adapter_config(recipe, engine))
         return run
 
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
         """Write down a finished round: soup and weights first, so that no line of metrics speaks of what is not there."""
-        try:
-            state = {"weights": strategy.weights, **strategy.state()}
-            _write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", state)
-            self._write_state(self.path, strategy)
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(
-                f"{self.path}: round {record.round} cannot be written ({error.strerror or error}); earlier rounds are intact"
-            ) from error
+        state = {"weights": strategy.weights, **strategy.state()}
+        _write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", state)
+        self._write_state(self.path, strategy)
+        with _writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
         """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
         loss = scores.validation_loss
         if loss is None or (self._best is not None and loss >= self._best["merged"]["validation_loss"]):
             return
-        (self.path / "best").mkdir(exist_ok=True)
+        with _writing(self.path / "best") as folder:
+            folder.mkdir(exist_ok=True)
         self._write_state(self.path / "best", strategy)
         self.__dict__["_best"] = {"after_round": completed, "merged": vars(scores)}
         _write_json(self.path / "best" / "scores.json", self._best)
@@ -216,8 +202,8 @@ class Run:
     def save_adapter(self, client: str, folder: Path | str, *, best: bool = False) -> Path:
         """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads; its rank is the recipe's."""
         state = {key: value.clone() for key, value in self.adapter(client, best=best).items()}
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with _writing(Path(folder)) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
         _write_tensors(folder / "adapter_model.safetensors", state)
         _write_json(folder / "adapter_config.json", self.adapter_config)
         return folder
@@ -277,16 +263,26 @@ def _adapter_config(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
     return {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True}
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Turn what a disk can refuse into one ``RunError`` that names the path."""
+    try:
+        yield path
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path} cannot be written ({reason}); finished rounds are intact. Make room, or choose another --out") from error
+
+
 def _atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _writing(path):
+        try:
+            write(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _write_text(path: Path, text: str) -> None:

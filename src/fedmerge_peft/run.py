@@ -5,10 +5,10 @@ environment.json        versions, device, precision
 clients.json            name, group and number of examples of each client
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object a round
-weights/                π after each round, and what else the strategy learned
+weights/                π after each round
 soup.safetensors        the adapters after the last finished round
 weights.safetensors     π after the last finished round
-best/                   soup and weights at the lowest mean validation loss
+best/                   soup and weights at the lowest mean validation loss over all clients
 summary.json            the final and the best scores; there once the run has ended
 baselines/<strategy>/   the same again for each baseline
 """
@@ -16,6 +16,7 @@ baselines/<strategy>/   the same again for each baseline
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -30,8 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedmerge_peft.adapters.merging import concat
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.errors import RunError, RunExistsError
+from fedmerge_peft.errors import RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.strategies.base import Strategy
@@ -51,6 +53,13 @@ class Run:
         self.path = path
 
     # ---- writing ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def default_path(recipe: Recipe) -> Path:
+        """``runs/<name>``. Raises ``RecipeError`` for a name that would lead elsewhere."""
+        if Path(recipe.name).name != recipe.name:
+            raise RecipeError([f"name: {recipe.name!r} is no name for a folder; give another, or a run directory with --out"])
+        return Path("runs") / recipe.name
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -79,8 +88,7 @@ class Run:
 
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
         """Write down a finished round: soup and weights first, so that no line of metrics speaks of what is not there."""
-        state = {"weights": strategy.weights, **strategy.state()}
-        _write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", state)
+        _write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", {"weights": strategy.weights})
         self._write_state(self.path, strategy)
         with _writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
@@ -90,7 +98,7 @@ class Run:
     def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
         """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
         loss = scores.validation_loss
-        if loss is None or (self._best is not None and loss >= self._best["merged"]["validation_loss"]):
+        if loss is None or not math.isfinite(loss) or (self._best is not None and loss >= self._best["merged"]["validation_loss"]):
             return
         with _writing(self.path / "best") as folder:
             folder.mkdir(exist_ok=True)
@@ -138,7 +146,8 @@ class Run:
     def records(self) -> list[dict[str, Any]]:
         """The objects of ``metrics.jsonl``, one a finished round."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last line feed was cut off while it was written
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -192,21 +201,38 @@ class Run:
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
         """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` for a stranger."""
+        soup, weights = self._serving(client, best)
+        return soup.state_dict(soup.merge(weights))
+
+    def save_adapter(self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False) -> Path:
+        """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            client: Whose.
+            folder: Where to; made where it is missing.
+            best: From the round with the lowest validation loss, instead of the last.
+            exact: Concatenate the soup's factors instead of averaging them: the exact average of updates, at rank d·r.
+
+        Raises:
+            RunError: No such client, or the folder cannot be written.
+            ValueError: ``exact`` where ``concat`` knows no exact merge.
+        """
+        state, config = self.adapter(client, best=best), self.adapter_config
+        if exact:
+            state, config = concat(*self._serving(client, best), config)
+        with _writing(Path(folder)) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        _write_tensors(folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()})
+        _write_json(folder / "adapter_config.json", config)
+        return folder
+
+    def _serving(self, client: str, best: bool) -> tuple[AdapterSoup, Tensor]:
         names = [entry["name"] for entry in self._clients]
         if client not in names:
             raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
         folder = self.path / "best" if best else self.path
-        soup = AdapterSoup.load(folder / "soup.safetensors")
-        return soup.state_dict(soup.merge(_read_tensors(folder / "weights.safetensors")["weights"][names.index(client)]))
-
-    def save_adapter(self, client: str, folder: Path | str, *, best: bool = False) -> Path:
-        """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads; its rank is the recipe's."""
-        state = {key: value.clone() for key, value in self.adapter(client, best=best).items()}
-        with _writing(Path(folder)) as folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        _write_tensors(folder / "adapter_model.safetensors", state)
-        _write_json(folder / "adapter_config.json", self.adapter_config)
-        return folder
+        weights = _read_tensors(folder / "weights.safetensors")["weights"]
+        return AdapterSoup.load(folder / "soup.safetensors"), weights[names.index(client)]
 
     @property
     def adapter_config(self) -> dict[str, Any]:

@@ -28,5 +28,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.default_generators[devices[0].index or 0].manual_seed(seed)
         yield

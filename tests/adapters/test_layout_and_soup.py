@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from fedmerge_peft import AdapterLayout, AdapterSoup, MergingWeights, RunError
 from fedmerge_peft.adapters import weights as merging_weights
-from fedmerge_peft.adapters.soup import identical
 
 SHAPES = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6)
 
@@ -82,11 +81,6 @@ def test_a_file_that_is_no_soup_is_one_clear_error(tmp_path, content):
 def test_rows_of_another_layout_are_refused():
     with pytest.raises(ValueError, match=r"shape \(d, 7\)"):
         AdapterSoup(torch.zeros(2, 8), layout_of([(2, 2), (3,)]))
-
-
-def test_identical_rows_are_recognised():
-    assert identical(torch.ones(3, 4))
-    assert not identical(torch.eye(3))
 
 
 def test_uniform_weights_have_full_entropy_and_even_mass():

@@ -68,6 +68,7 @@ BAD_OVERRIDES = {
     "GPU that is absent": (["training.device=cuda:7"], ["training.device", "cuda:7"]),
     "half precision on a CPU": (["training.mixed_precision=fp16"], ["fp16 needs a CUDA GPU"]),
     "a model folder without a model": (["backbone.model=./runs"], ["backbone.model", "config.json"]),
+    "a tiny model of no kind": (["backbone.model=tiny:foo"], ["backbone.model", "bert"]),
     "a model that does not exist": (["backbone.model=nobody/nothing"], ["nobody/nothing"]),
     "unknown strategy": (["strategy=fedmurge"], ["fedmurge", "fedmerge"]),
 }
@@ -86,7 +87,14 @@ def test_a_full_output_directory_is_left_alone(folder, capsys):
     (folder / "taken" / "notes.txt").write_text("mine")
     message = fails(capsys, "mine.yaml", "--out", "taken")
     assert "already holds other files" in message
-    assert "--out taken-2" in message
+    assert "fedmerge run mine.yaml --out taken-2" in message
+
+
+def test_a_file_name_with_brackets_is_a_file_name(folder, capsys):
+    (folder / "rows.csv").rename(folder / "rows[1].csv")
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "mine.yaml", "data.path=rows[1].csv", "--quiet"])
+    assert stopped.value.code == 0, capsys.readouterr().err
 
 
 def test_faults_in_a_file_come_with_their_lines_all_at_once(folder, capsys):

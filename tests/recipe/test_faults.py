@@ -38,7 +38,7 @@ TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, o
         ("baselines: fedavg", "baselines: found text 'fedavg', expected a list of sections with name: one of fedmerge, fedavg, local"),
         ("baselines: [fedav]", "baselines[0]: found text 'fedav', expected one of fedmerge, fedavg, local; did you mean 'fedavg'?"),
         ("baselines: [local, {name: fedavg, adapters: 3}]", "baselines[1].adapters: unknown key for fedavg; it belongs to fedmerge"),
-        ("baselines: [fedmerge]", "baselines: each strategy may appear once, and these are fedmerge, fedmerge"),
+        ("baselines: [local, local]", "baselines: each strategy may appear once, and local appears again"),
         ("lora: {init_lora_weights: pissa}", "lora.init_lora_weights: 'pissa' cannot be merged on a shared backbone"),
         ("traning: {}", "traning: unknown key; did you mean 'training'?"),
         ("training: {learnin_rate: 1}", "training.learnin_rate: unknown key; did you mean 'learning_rate'?"),

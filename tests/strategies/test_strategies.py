@@ -103,6 +103,16 @@ def test_the_heads_columns_alone_may_decide_the_weights():
     assert not torch.allclose(head.weights, whole.weights)
 
 
+def test_the_paper_rule_looks_at_the_head_where_there_is_one():
+    paper = make_strategy(FedMerge(name="fedmerge", adapters=3, rule="paper"), start())
+    explicit = make_strategy(FedMerge(name="fedmerge", adapters=3, rule="paper", weights_columns="head"), start())
+    everything = make_strategy(FedMerge(name="fedmerge", adapters=3, rule="paper", weights_columns="all"), start())
+    for strategy in (paper, explicit, everything):
+        strategy.update(replies(range(4)))
+    assert torch.equal(paper.weights, explicit.weights)
+    assert not torch.equal(paper.weights, everything.weights)
+
+
 def test_the_heads_columns_need_a_head():
     headless = Start(4, AdapterLayout.of([("a", (SIZE,), "lora")]), lambda _: torch.zeros(SIZE))
     with pytest.raises(RecipeError, match="no head"):

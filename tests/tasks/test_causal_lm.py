@@ -89,11 +89,11 @@ def test_messages_without_a_chat_template_say_the_fix(task_of):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([[], [{"role": "user", "content": "a"}]], r"row 0: 'messages' must be a list of \{role, content\}"),
-        ([[{"role": "user", "content": None}]], r"row 0: a message in 'messages' needs a role and a content"),
-        ([[{"role": "user"}]], r"row 0: a message in 'messages' needs a role and a content"),
-        (["hello"], r"row 0: 'messages' must be a list"),
-        ([None, [{"role": "user", "content": "a"}]], r"row 0: 'messages' must be a list"),
+        ([[], [{"role": "user", "content": "a"}]], r"row 0 in use: 'messages' must be a list of \{role, content\}"),
+        ([[{"role": "user", "content": None}]], r"row 0 in use: a message in 'messages' needs a role and a content"),
+        ([[{"role": "user"}]], r"row 0 in use: a message in 'messages' needs a role and a content"),
+        (["hello"], r"row 0 in use: 'messages' must be a list"),
+        ([None, [{"role": "user", "content": "a"}]], r"row 0 in use: 'messages' must be a list"),
     ],
 )
 def test_unfit_messages_are_refused(task_of, messages, message):
@@ -105,7 +105,7 @@ def test_unfit_messages_are_refused(task_of, messages, message):
 def test_what_the_chat_template_refuses_is_refused_with_its_row(task_of):
     task = task_of("llama", CHATS, name=NAME)
     task.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"row 0: the chat template refuses the messages in 'messages': roles must alternate"):
+    with pytest.raises(DataError, match=r"row 0 in use: the chat template refuses the messages in 'messages': roles must alternate"):
         task.encode(CHATS)
 
 
@@ -151,10 +151,10 @@ def test_only_paragraphs_with_one_empty_field_are_left_out():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"prompt": ["a", None], "completion": ["b", "c"]}, r"row 1: column 'prompt' is empty \(null\)"),
+        ({"prompt": ["a", None], "completion": ["b", "c"]}, r"row 1 in use: column 'prompt' is empty \(null\)"),
         ({"prompt": ["a", "b"], "completion": [1, 2]}, r"task.completion: column 'completion' holds int64, not text"),
-        ({"text": ["a", None]}, r"row 1: column 'text' is empty \(null\)"),
-        ({"instruction": [None, "a"], "output": ["b", "c"]}, r"row 0: column 'instruction' is empty \(null\)"),
+        ({"text": ["a", None]}, r"row 1 in use: column 'text' is empty \(null\)"),
+        ({"instruction": [None, "a"], "output": ["b", "c"]}, r"row 0 in use: column 'instruction' is empty \(null\)"),
     ],
 )
 def test_unfit_columns_are_refused(task_of, columns, message):
@@ -220,7 +220,7 @@ def test_a_long_text_is_cut_on_the_right(task_of):
 )
 def test_a_row_that_leaves_nothing_to_predict_is_refused(task_of, kind, columns, options):
     table = Dataset.from_dict(columns)
-    with pytest.raises(DataError, match=r"row \d: 1 token\(s\) leave nothing to predict: '"):
+    with pytest.raises(DataError, match=r"row \d in use: 1 token\(s\) leave nothing to predict: '"):
         task_of(kind, table, name=NAME, **options).encode(table)
 
 
@@ -316,7 +316,7 @@ def test_chats_generate_their_last_message(task_of, tiny_models):
 def test_a_chat_that_ends_with_the_user_cannot_be_generated(task_of):
     table = Dataset.from_dict({"messages": [[{"role": "user", "content": "Hello"}]]})
     task = task_of("llama", table, name=NAME, metrics=["rougeL"])
-    with pytest.raises(DataError, match=r"row 0: the last message in 'messages' is the user's"):
+    with pytest.raises(DataError, match=r"row 0 in use: the last message in 'messages' is the user's"):
         task.encode(table)
 
 

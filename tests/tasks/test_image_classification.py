@@ -104,10 +104,10 @@ def test_a_camera_that_was_turned_is_turned_back(task_of):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"bytes": b"no image"}, r"row 1: the image in column 'image' cannot be decoded \(8 bytes\)"),
-        ({"bytes": png(picture())[:200]}, r"row 1: the image in column 'image' cannot be decoded \(200 bytes\)"),
-        ({"path": "nowhere/one.png"}, r"row 1: the image .* cannot be decoded \(nowhere/one.png\)"),
-        (None, r"row 1: column 'image' is empty \(null\)"),
+        ({"bytes": b"no image"}, r"row 1 in use: the image in column 'image' cannot be decoded \(8 bytes\)"),
+        ({"bytes": png(picture())[:200]}, r"row 1 in use: the image in column 'image' cannot be decoded \(200 bytes\)"),
+        ({"path": "nowhere/one.png"}, r"row 1 in use: the image .* cannot be decoded \(nowhere/one.png\)"),
+        (None, r"row 1 in use: column 'image' is empty \(null\)"),
     ],
 )
 def test_undecodable_images_are_refused_with_their_row(task_of, value, message):

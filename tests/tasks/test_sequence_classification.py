@@ -49,13 +49,13 @@ def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([0, -1], {}, r"row 1: label -1 in column 'label' is negative"),
-        ([0, 7, 9], {"num_labels": 4}, r"row 1: label 7 in column 'label' is too large for 4 labels, 0 to 3"),
-        ([0, None], {}, r"row 1: column 'label' is empty \(null\)"),
-        (["a", None], {}, r"row 1: column 'label' is empty \(null\)"),
+        ([0, -1], {}, r"row 1 in use: label -1 in column 'label' is negative"),
+        ([0, 7, 9], {"num_labels": 4}, r"row 1 in use: label 7 in column 'label' is too large for 4 labels, 0 to 3"),
+        ([0, None], {}, r"row 1 in use: column 'label' is empty \(null\)"),
+        (["a", None], {}, r"row 1 in use: column 'label' is empty \(null\)"),
         ([0.5, 1.0], {}, r"column 'label' holds double, such as 0.5 in row 0; a label is an integer from 0, or a name"),
         (["a", "b", "c"], {"num_labels": 2}, r"3 labels where num_labels says 2: a, b, c"),
-        ([0, 123456], {}, r"row 1: label 123456 .* does not look like a count from 0"),
+        ([0, 123456], {}, r"row 1 in use: label 123456 .* does not look like a count from 0"),
         ([0], {"label": "intent"}, r"task.label: there is no column 'intent'.*text, label"),
         ([], {}, r"no rows"),
     ],
@@ -67,7 +67,7 @@ def test_unfit_labels_are_refused(task_of, labels, options, message):
 
 def test_a_label_that_came_later_is_refused_with_its_row(task_of):
     task = task_of("bert", table_of(["a", "b"]), name=NAME)
-    with pytest.raises(DataError, match=r"row 1: 'c' in column 'label' is not a known label; the labels are a, b"):
+    with pytest.raises(DataError, match=r"row 1 in use: 'c' in column 'label' is not a known label; the labels are a, b"):
         task.encode(table_of(["a", "c"]))
 
 
@@ -113,12 +113,12 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
 @pytest.mark.parametrize(
     ("kind", "columns", "options", "message"),
     [
-        ("bert", {"text": ["a", None]}, {}, r"row 1: column 'text' is empty \(null\)"),
+        ("bert", {"text": ["a", None]}, {}, r"row 1 in use: column 'text' is empty \(null\)"),
         ("bert", {"text": [1, 2]}, {}, r"task.text: column 'text' holds int64, not text, such as 1 in row 0"),
         ("bert", {"text": [["a"], ["b"]]}, {}, r"task.text: the column text holds list"),
         ("bert", {"body": ["a", "b"]}, {}, r"task.text: there is no column 'text'.*body"),
-        ("bert", {"text": ["a", "b"], "pair": ["a", None]}, {"text_pair": "pair"}, r"row 1: column 'pair' is empty"),
-        ("gpt2", {"text": ["a", ""]}, {}, r"row 1: the text in column 'text' gives no token: ''"),
+        ("bert", {"text": ["a", "b"], "pair": ["a", None]}, {"text_pair": "pair"}, r"row 1 in use: column 'pair' is empty"),
+        ("gpt2", {"text": ["a", ""]}, {}, r"row 1 in use: the text in column 'text' gives no token: ''"),
     ],
 )
 def test_unfit_texts_are_refused(task_of, kind, columns, options, message):

@@ -143,6 +143,22 @@ def test_training_leaves_the_callers_random_numbers_alone(tiny_models):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_an_interrupted_client_leaves_nothing_to_the_next(tiny_models, monkeypatch):
+    bench = Bench(tiny_models)
+    expected = bench.train()
+    backward = bench.accelerator.backward
+
+    def interrupted(loss):
+        backward(loss)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.accelerator, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.train()
+    monkeypatch.undo()
+    assert torch.equal(bench.train().row, expected.row)
+
+
 def test_training_lowers_the_loss(tiny_models):
     bench = Bench(tiny_models, epochs=15)
     trained = bench.train()

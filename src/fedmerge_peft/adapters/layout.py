@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Role = Literal["lora", "head"]
+Role = Literal["lora", "expert", "head"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Entry:
     offset: int
     """First column of the tensor in a row."""
     role: Role
-    """``lora`` for low-rank factors and what belongs to them, ``head`` for modules that train whole."""
+    """``lora`` for low-rank factors and what belongs to them, ``expert`` for those on parameters that hold several experts, ``head`` for
+    modules that train whole."""
 
     @property
     def size(self) -> int:

@@ -28,6 +28,8 @@ def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def _check_exact(soup: AdapterSoup) -> None:
+    if any(entry.role == "expert" for entry in soup.layout.entries):
+        raise ValueError("factors on target_parameters hold several experts in one tensor; exact merging does not know these")
     for key, tensor in soup.state_dict(soup.rows[0]).items():
         if "lora_magnitude_vector" in key:
             raise ValueError("DoRA adapters have no exact merge: their magnitudes do not enter linearly")

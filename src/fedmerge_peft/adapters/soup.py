@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,8 +65,3 @@ class AdapterSoup:
             return cls(tensors["rows"], layout, shared)
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise RunError(f"{path}: not a readable soup ({error})") from error
-
-
-def identical(soup: Tensor) -> bool:
-    """Whether all rows of a soup ``(d, P)`` are the same: such a soup can never specialise."""
-    return bool(torch.all(soup == soup[0]))

@@ -35,10 +35,15 @@ def run(
     from rich.console import Console
 
     from fedmerge_peft.cli.logs import log_to
+    from fedmerge_peft.errors import RunExistsError
     from fedmerge_peft.run import Run
 
-    directory = out if out is not None else Path("runs") / loaded.name
-    Run.check_free(directory)
+    directory = out if out is not None else Run.default_path(loaded)
+    try:
+        Run.check_free(directory)
+    except RunExistsError as error:
+        free = str(error).rpartition("--out ")[2]
+        raise RunExistsError(f"{error}\n  {shlex.join(['fedmerge', 'run', recipe, *(overrides or []), '--out', free])}") from None
     console = Console(highlight=False)
     log_to(Console(stderr=True, highlight=False))
     finished = _federate(loaded, directory, console, quiet)

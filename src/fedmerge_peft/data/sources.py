@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
+from glob import escape
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def _read_local(path: Path) -> Any:
 
     if path.is_file():
         reader, options = _READERS[path.suffix.lower()]
-        return datasets.load_dataset(reader, data_files=str(path), **options)
+        return datasets.load_dataset(reader, data_files=escape(str(path)), **options)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return datasets.load_from_disk(str(path))
     return datasets.load_dataset(str(path))

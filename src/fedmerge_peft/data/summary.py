@@ -119,7 +119,10 @@ def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> 
     axes[0].set_ylabel("client")
     _ticks(axes[0].yaxis, clients)
     axes[0].set_ylim(len(clients) - 0.5, -0.5)
-    figure.savefig(path, format=suffix, dpi=150)
+    try:
+        figure.savefig(path, format=suffix, dpi=150)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _draw_counts(figure: Any, axis: Any, counts: NDArray[np.int64], names: list[str], column: str) -> None:

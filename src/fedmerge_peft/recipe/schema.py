@@ -318,8 +318,9 @@ class FedMerge(Section):
     """Step size of the merging logits. Default: 1.0, or 0.01 for the paper rule."""
     soup_lr: PositiveFloat = 1.0
     """Step size of the soup; 1 replaces, as FedAvg does."""
-    weights_columns: Literal["all", "head"] = "all"
-    """Which parameters the weights' inner product sees: the whole adapter, or the head alone as the paper's program does."""
+    weights_columns: Literal["all", "head"] | None = None
+    """Which parameters the weights' inner product sees: the whole adapter, or the head alone. Default: all; the head for the paper rule,
+    as in the authors' program, where the adapter has one."""
     start: Literal["independent", "warm", "identical"] = "independent"
     """independent: each adapter from its own random numbers, as the paper does. warm: all from the same, a few rounds of FedAvg, then
     clients are grouped by the direction of their updates and each group gets an adapter. identical: all from the same, for good; such

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
 
@@ -68,9 +69,9 @@ class Strategy(ABC):
     def update(self, replies: Iterable[Reply]) -> None:
         """Learn from one round's replies."""
 
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Everything that changes from round to round, besides the soup's rows."""
+    def warnings(self) -> list[str]:
+        """What a person should know about the weights as they are now."""
+        return merging_weights.warnings(self.weights) if self.federated else []
 
     def adapter(self, client: int) -> Tensor:
         """The adapter ``(P,)`` that this client is sent, and served with."""

@@ -28,6 +28,3 @@ class FedAvg(Strategy):
         _, deltas, sizes = stack(replies)
         shares = (sizes / sizes.sum()).to(deltas)
         self.soup.rows = self.soup.rows - self.server_lr * (shares @ deltas)
-
-    def state(self) -> dict[str, Tensor]:
-        return {}

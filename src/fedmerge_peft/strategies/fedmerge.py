@@ -27,9 +27,11 @@ class FedMerge(Strategy):
         numbers = range(recipe.adapters) if recipe.start == "independent" else [0] * recipe.adapters
         self.soup = AdapterSoup(torch.stack([start.fresh_row(number) for number in numbers]), start.layout, start.shared)
         self.merging = MergingWeights.uniform(start.clients, recipe.adapters)
-        self._columns = start.layout.columns("head") if recipe.weights_columns == "head" else None
-        if self._columns is not None and len(self._columns) == 0:
+        head = start.layout.columns("head")
+        if recipe.weights_columns == "head" and len(head) == 0:
             raise RecipeError(["strategy.weights_columns: this adapter has no head; use all, or name the head in lora.modules_to_save"])
+        by_head = recipe.weights_columns == "head" or (recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0)
+        self._columns = head if by_head else None
         self._warming = _Warming(start, recipe) if recipe.start == "warm" else None
 
     @property
@@ -55,8 +57,13 @@ class FedMerge(Strategy):
             columns=self._columns,
         )
 
-    def state(self) -> dict[str, Tensor]:
-        return {"logits": self.merging.logits, **(self._warming.state() if self._warming is not None else {})}
+    def warnings(self) -> list[str]:
+        if self.recipe.start == "identical":
+            return ["all adapters started the same, so they stay the same and every client gets FedAvg's; use strategy.start=warm"]
+        if self._warming is not None:
+            done = f"clients are grouped after round {self.recipe.warm_rounds}, and this was round {self._warming.rounds}"
+            return [f"{done}: so far this is FedAvg"]
+        return super().warnings()
 
 
 class _Warming:
@@ -85,6 +92,3 @@ class _Warming:
         logits = torch.zeros(len(self.counts), self.recipe.adapters)
         logits[seen, groups] = self.recipe.warm_logit
         return logits
-
-    def state(self) -> dict[str, Tensor]:
-        return {"warming.sums": self.sums, "warming.counts": self.counts, "warming.rounds": torch.tensor(self.rounds)}

@@ -29,6 +29,3 @@ class Local(Strategy):
     def update(self, replies: Iterable[Reply]) -> None:
         for reply in replies:
             self.soup.rows[reply.client] -= reply.delta
-
-    def state(self) -> dict[str, Tensor]:
-        return {}

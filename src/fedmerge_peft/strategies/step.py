@@ -93,8 +93,10 @@ def weights_gradient(soup: Tensor, weights: Tensor, deltas: Tensor, columns: Ten
     centred = soup - soup.mean(dim=0)
     scores = (deltas @ centred.T.to(deltas)).double()
     gradient = weights * (scores - (weights * scores).sum(dim=1, keepdim=True))
-    # Where adapters are the same, what is left is rounding; a rule that normalises would blow it up.
-    rounding = 4 * torch.finfo(soup.dtype).eps * deltas.norm(dim=1).double() * soup.norm(dim=1).max().double()
+    # Where adapters are the same, what is left is rounding: of the products, and of rows that were stored each by itself, whose
+    # errors have no common direction. A rule that normalises would blow it up.
+    lengths = centred.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
+    rounding = 4 * torch.finfo(soup.dtype).eps * deltas.norm(dim=1).double() * lengths.double()
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) > rounding[:, None], gradient, 0.0)
 
 

@@ -103,7 +103,7 @@ class CausalLMTask(Task):
             labels.append([IGNORED] * len(kept) + learned)
             labels[row][:1] = [IGNORED]  # nothing precedes the first token; now the labels count the terms of the loss
             if all(label == IGNORED for label in labels[row]):
-                raise DataError(f"row {row}: {len(inputs[row])} token(s) leave nothing to predict: {texts.learned[row][:80]!r}")
+                raise DataError(f"row {row} in use: {len(inputs[row])} token(s) leave nothing to predict: {texts.learned[row][:80]!r}")
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         if self.generates:
             starts, wanted = [prompt for prompt, _ in rows], texts.learned
@@ -138,7 +138,7 @@ class CausalLMTask(Task):
         rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenise(prompts)]
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
-            raise DataError(f"row {empty}: the prompt is empty, and the tokenizer has no begin-of-sequence token to stand for it")
+            raise DataError(f"row {empty} in use: the prompt is empty, and the tokenizer has no begin-of-sequence token to stand for it")
         return rows
 
     def _tokenise_pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[list[int], list[int]]]:

@@ -42,7 +42,7 @@ def refuse_nulls(values: Any, column: str, first: int = 0) -> None:
     """Raise ``DataError`` with the row number of the first null of an Arrow array, whose first entry is row ``first``."""
     if values.null_count:
         row = first + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"row {row}: column {column!r} is empty (null); fill such rows in or leave them out")
+        raise DataError(f"row {row} in use: column {column!r} is empty (null); fill such rows in or leave them out")
 
 
 def tell_labels(table: Dataset, column: str, num_labels: int | None) -> list[str]:
@@ -91,7 +91,7 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
     names = values.to_pylist()
     for row, name in enumerate(names):
         if name not in known:
-            raise DataError(f"row {row}: {name!r} in column {column!r} is not a known label; the labels are {listing(labels)}")
+            raise DataError(f"row {row} in use: {name!r} in column {column!r} is not a known label; the labels are {listing(labels)}")
     return torch.tensor([known[name] for name in names], dtype=torch.int64)
 
 
@@ -114,7 +114,9 @@ def _integers(values: Any, column: str) -> NDArray[np.int64]:
     ids: NDArray[np.int64] = values.to_numpy().astype(np.int64)
     if (ids < 0).any():
         row = int((ids < 0).argmax())
-        raise DataError(f"row {row}: label {ids[row]} in column {column!r} is negative, which the hub uses for 'no label'; drop such rows")
+        raise DataError(
+            f"row {row} in use: label {ids[row]} in column {column!r} is negative, which the hub uses for 'no label'; drop such rows"
+        )
     return ids
 
 
@@ -122,7 +124,9 @@ def _numbers(ids: NDArray[np.int64], column: str, num_labels: int | None) -> lis
     """Integers as names of labels, one for each id from 0 to the largest."""
     row = int(ids.argmax())
     if num_labels is None and ids[row] >= max(1000, len(ids)):
-        raise DataError(f"row {row}: label {ids[row]} in column {column!r} does not look like a count from 0; if it is one, set num_labels")
+        raise DataError(
+            f"row {row} in use: label {ids[row]} in column {column!r} does not look like a count from 0; if it is one, set num_labels"
+        )
     return [str(label) for label in range(int(ids[row]) + 1)]
 
 
@@ -130,6 +134,6 @@ def _refuse_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -
     if (ids >= num_labels).any():
         row = int((ids >= num_labels).argmax())
         raise DataError(
-            f"row {row}: label {ids[row]} in column {column!r} is too large for {num_labels} labels, 0 to {num_labels - 1}; "
+            f"row {row} in use: label {ids[row]} in column {column!r} is too large for {num_labels} labels, 0 to {num_labels - 1}; "
             "set task.num_labels, or correct the data"
         )

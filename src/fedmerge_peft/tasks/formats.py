@@ -140,7 +140,7 @@ def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, answers: bool) -
         if answers:
             if chat[-1]["role"] != "assistant":
                 raise DataError(
-                    f"row {row}: the last message in {column!r} is the {chat[-1]['role']}'s; to generate, it must be assistant's"
+                    f"row {row} in use: the last message in {column!r} is the {chat[-1]['role']}'s; to generate, it must be assistant's"
                 )
             asked.append((_render(tokenizer, chat[:-1], row, column, add_generation_prompt=True), chat[-1]["content"]))
     return Conversation(learned, answers=asked if answers else None)
@@ -149,10 +149,10 @@ def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, answers: bool) -
 def _messages(messages: Any, row: int, column: str) -> list[dict[str, Any]]:
     """One chat, without the keys that other chats have and this one lacks."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"row {row}: {column!r} must be a list of {{role, content}} with one message at least, not {messages!r}")
+        raise DataError(f"row {row} in use: {column!r} must be a list of {{role, content}} with one message at least, not {messages!r}")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"row {row}: a message in {column!r} needs a role and a content, both text, not {message!r}")
+            raise DataError(f"row {row} in use: a message in {column!r} needs a role and a content, both text, not {message!r}")
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
@@ -162,4 +162,4 @@ def _render(tokenizer: Any, chat: list[dict[str, Any]], row: int, column: str, *
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except TemplateError as error:
-        raise DataError(f"row {row}: the chat template refuses the messages in {column!r}: {error}") from error
+        raise DataError(f"row {row} in use: the chat template refuses the messages in {column!r}: {error}") from error

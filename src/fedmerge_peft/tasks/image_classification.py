@@ -101,7 +101,7 @@ class ImageClassificationTask(Classification):
             return as_rgb(feature.decode_example(value))
         except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
             where = value["path"] or f"{len(value['bytes'] or b'')} bytes"
-            raise DataError(f"row {row}: the image in column {self.recipe.image!r} cannot be decoded ({where}): {error}") from error
+            raise DataError(f"row {row} in use: the image in column {self.recipe.image!r} cannot be decoded ({where}): {error}") from error
 
     def _resize(self, images: list[Image]) -> list[Tensor]:
         """What the image processor does before it rescales and normalises."""

@@ -72,7 +72,7 @@ class SequenceClassificationTask(Classification):
                     tokens[name].append(short[name])
         empty = next((row for row, ids in enumerate(tokens["input_ids"]) if not ids), None)
         if empty is not None:
-            raise DataError(f"row {empty}: the text in column {self.recipe.text!r} gives no token: {texts[0][empty]!r}")
+            raise DataError(f"row {empty} in use: the text in column {self.recipe.text!r} gives no token: {texts[0][empty]!r}")
         if cut:
             logger.warning("%d of %d texts are longer than %d tokens and were cut", cut, len(table), self.max_length)
         return Examples({**{name: ragged(rows) for name, rows in tokens.items()}, "labels": list(labels.unbind())})

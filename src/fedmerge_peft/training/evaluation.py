@@ -22,6 +22,7 @@ def evaluate(
     backbone: Backbone, task: Task, accelerator: Accelerator, examples: Examples, indices: NDArray[np.int64], batch_size: int
 ) -> dict[str, float]:
     """Loss (nats) and metrics of the adapter in the slot on these rows: ``{"loss": ..., "accuracy": ...}``."""
+    backbone.eval()
     predictions = Predictions()
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]

@@ -64,13 +64,14 @@ def train(
     schedule = make_schedule(optimizer, training, total)
     scaler = _fresh_scaler(accelerator)
     losses: list[Tensor] = []
-    backbone.model.train()
+    gradient = backbone.flat.grad
+    assert gradient is not None  # noqa: S101 (the backbone keeps it for good; this tells the type checker)
+    gradient.zero_()  # an interrupted client may have left something
+    backbone.train()
     with seeded(derive(seed, "dropout"), device):
         for step in _steps(indices, training, total, np.random.default_rng(derive(seed, "order"))):
             micro_batches = [task.collate(examples, chunk) for chunk in step]
             losses.append(_accumulate(backbone, task, accelerator, micro_batches))
-            gradient = backbone.flat.grad
-            assert gradient is not None  # noqa: S101 (the backbone keeps it for good; this tells the type checker)
             if scaler is not None:
                 scaler.unscale_(optimizer)
             if training.proximal:
@@ -84,7 +85,7 @@ def train(
                 optimizer.step()
             schedule.step()
             gradient.zero_()
-    backbone.model.eval()
+    backbone.eval()
     return Trained(backbone.row(), float(torch.stack(losses).mean()), total)
 
 

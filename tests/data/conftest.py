@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from fedmerge_peft.recipe.schema import DataRecipe
+from fedmerge_peft.recipe.data import DataRecipe
 
 TASKS = ("snips", "subj", "trec6")
 IID = {"scheme": "iid", "clients": 3}

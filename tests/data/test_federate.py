@@ -8,7 +8,7 @@ import pytest
 
 from fedmerge_peft.data import FederatedData, federate_data
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.schema import DataRecipe
+from fedmerge_peft.recipe.data import DataRecipe
 
 IID = {"scheme": "iid", "clients": 3}
 SCHEMES = {

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fedmerge_peft.data import load_splits
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.schema import DataRecipe
+from fedmerge_peft.recipe.data import DataRecipe
 
 IID = {"scheme": "iid", "clients": 3}
 

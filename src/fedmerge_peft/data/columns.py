@@ -16,7 +16,7 @@ from fedmerge_peft.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import Scalar
+    from fedmerge_peft.recipe.section import Scalar
 
 SHOWN_VALUES = 20
 

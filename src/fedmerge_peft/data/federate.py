@@ -14,7 +14,7 @@ from fedmerge_peft.data.columns import class_numbers, listing
 from fedmerge_peft.data.partition import Holding, Stream, generator
 from fedmerge_peft.data.sources import load_splits
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.schema import Clusters, DataRecipe, Dirichlet, Iid, Natural, Shards
+from fedmerge_peft.recipe.data import Clusters, DataRecipe, Dirichlet, Iid, Natural, Shards
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -22,7 +22,7 @@ from fedmerge_peft.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import DataRecipe
+    from fedmerge_peft.recipe.data import DataRecipe
 
 EMBEDDED = {"support-tickets": "support_tickets.csv"}
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from fedmerge_peft.recipe.document import MOST, Document, Fault, Where, dotted
-from fedmerge_peft.recipe.schema import Recipe, Section
+from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.section import Section
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import document as yaml_document
 from fedmerge_peft.recipe.document import Document, Fault, Mark, Where, dotted, encodable, printable, refuse
 from fedmerge_peft.recipe.faults import did_you_mean, expected, explain, field_annotation, found, kinds_of, required, variants
-from fedmerge_peft.recipe.schema import Recipe, Section
+from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.section import Section
 
 LARGEST = 256 * 1024
 """Bytes in a recipe: a longer file is something else."""

@@ -1,0 +1,35 @@
+"""What every part of a recipe has in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _yaml_boolean(value: object) -> object:
+    """Accept YAML 1.1's words where a truth value is meant; everywhere else they stay text."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def named(value: object) -> object:
+    """Let ``strategy: fedavg`` stand for ``strategy: {name: fedavg}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+Boolean = Annotated[bool, BeforeValidator(_yaml_boolean, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Scalar = str | int | float | bool
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are refused, values are never coerced."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )

@@ -28,11 +28,9 @@ def measured(run: Run) -> dict[str, float]:
     """What one run says: percent for the mean and the worst client, seconds, megabytes that the server sent to a client."""
     summary = run.summary
     final = summary["final"]["merged"]
-    last = run.records[-1]["finetuned"]
     return {
         "mean": 100 * final["mean"],
         "worst": 100 * final["worst"],
-        "finetuned": 100 * last["mean"] if last else float("nan"),
         "seconds": summary["seconds"],
         "sent": summary["bytes_down"] / 1e6 / len(run.clients),
     }
@@ -59,11 +57,11 @@ def table(recipe: str, overrides: list[str], seeds: list[int]) -> str:
                 found.setdefault(name, []).append(measured(each))
                 print(f"seed {seed}  {name:10}  mean {found[name][-1]['mean']:.1f}  worst {found[name][-1]['worst']:.1f}", flush=True)
     rows = [
-        "| strategy | mean over clients, % | worst client, % | after local finetuning, % | MB sent to a client | seconds |",
-        "|---|---|---|---|---|---|",
+        "| strategy | mean over clients, % | worst client, % | MB sent to a client | seconds |",
+        "|---|---|---|---|---|",
     ]
     for name, values in found.items():
-        columns = [spread([value[key] for value in values]) for key in ("mean", "worst", "finetuned")]
+        columns = [spread([value[key] for value in values]) for key in ("mean", "worst")]
         rows.append(
             f"| {name} | {' | '.join(columns)} | {fmean(v['sent'] for v in values):.1f} | {fmean(v['seconds'] for v in values):.0f} |"
         )
@@ -85,7 +83,7 @@ def main() -> None:
     page = (
         f"# {name}\n\n{text}\n\n"
         f"Mean ± standard deviation over seeds {arguments.seeds}. Adapters as the server sends them after the last round, on each "
-        "client's test examples; finetuned: after the last measured round's local training.\n\n"
+        "client's test examples, without local finetuning.\n\n"
         f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, commit {commit}, fedmerge-peft {__version__}, torch {torch.__version__}, "
         f"{machine()}.\n"
     )

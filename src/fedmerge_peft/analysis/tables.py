@@ -13,6 +13,9 @@ from fedmerge_peft.run import Run
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 _SHADES = " ░▒▓█"
+_WIDE = 6
+"""More adapters than this are shown in percent alone."""
+_MOST_ADAPTERS = 15
 
 
 def comparison(run: Run, most: int = 40) -> Table:
@@ -45,16 +48,21 @@ def comparison(run: Run, most: int = 40) -> Table:
 
 
 def weights_table(run: Run, most: int = 40) -> Table:
-    """π: which client is made of which adapters."""
+    """π: which client is made of which adapters; in percent where there are many adapters, so that they fit a terminal."""
     weights = run.weights
-    table = Table(title="learned merging weights: clients × adapters", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("client")
-    for adapter in weights.columns:
-        table.add_column(str(adapter), justify="right")
+    many = weights.shape[1] > _WIDE
+    unit = ", percent" if many else ""
+    table = Table(title=f"learned merging weights: clients × adapters{unit}", box=box.SIMPLE_HEAD, title_justify="left")
+    table.padding = (0, 0) if many else (0, 1)
+    table.add_column("client", no_wrap=True)
+    for adapter in weights.columns[:_MOST_ADAPTERS]:
+        table.add_column(str(adapter), justify="right", no_wrap=True, min_width=3 if many else None)
     for name, row in weights.head(most).iterrows():
-        table.add_row(_plain(name), *(_shaded(float(value)) for value in row))
+        table.add_row(_plain(name), *(_shaded(float(value), many) for value in row[:_MOST_ADAPTERS]))
     if len(weights) > most:
         table.add_row(f"... and {len(weights) - most} more")
+    if weights.shape[1] > _MOST_ADAPTERS:
+        table.caption = f"... and {weights.shape[1] - _MOST_ADAPTERS} more adapters"
     return table
 
 
@@ -63,5 +71,6 @@ def _plain(name: object) -> Text:
     return Text(printable(str(name)))
 
 
-def _shaded(weight: float) -> Text:
-    return Text(f"{_SHADES[min(4, int(weight * 5))]} {weight:.2f}", style="dim" if weight < 0.1 else "")
+def _shaded(weight: float, many: bool) -> Text:
+    text = f"{100 * weight:.0f}" if many else f"{_SHADES[min(4, int(weight * 5))]} {weight:.2f}"
+    return Text(text, style="dim" if weight < 0.1 else "")

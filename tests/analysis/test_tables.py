@@ -1,0 +1,45 @@
+"""What a terminal shows when a run has ended."""
+
+import io
+
+import pandas
+import pytest
+from rich.console import Console
+
+from fedmerge_peft.analysis import weights_table
+
+
+class WithWeights:
+    """As much of a run as the table reads."""
+
+    def __init__(self, clients, adapters):
+        names = [f"amazon_books-{client}" for client in range(clients)]
+        self.weights = pandas.DataFrame([[1 / adapters] * adapters] * clients, index=names)
+
+
+def shown(table, width=80):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("adapters", [1, 5, 6, 7, 12, 15, 32])
+def test_weights_are_legible_in_eighty_columns(adapters):
+    text = shown(weights_table(WithWeights(3, adapters)))
+    assert "…" not in text
+    row = next(line for line in text.splitlines() if "amazon_books-2" in line)
+    numbers = [word for word in row.split()[1:] if word.replace(".", "").isdigit()]
+    assert len(numbers) == min(adapters, 15)
+    assert ("17 more adapters" in text) == (adapters == 32)
+
+
+def test_many_clients_are_cut_with_a_line_that_counts_them():
+    assert "... and 160 more" in shown(weights_table(WithWeights(200, 3)))
+
+
+def test_names_from_somebodys_data_are_neither_markup_nor_control_characters():
+    run = WithWeights(1, 2)
+    run.weights.index = ["[red]x[/] \x1b[2J"]
+    text = shown(weights_table(run))
+    assert "[red]x[/]" in text
+    assert "\x1b" not in text

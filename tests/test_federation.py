@@ -45,6 +45,14 @@ def test_another_seed_gives_another_federation(engine):
     assert [client.name for client in first.engine.clients] == [client.name for client in second.engine.clients]
 
 
+@pytest.mark.parametrize("override", ["training.learning_rate=0.5", "seed=1", "lora.r=4", "evaluation.finetuned=false"])
+def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
+    with pytest.raises(
+        RecipeError, match=rf"{override.split('.')[0].split('=')[0]}: the engine was loaded for a recipe that says otherwise"
+    ):
+        Federation(recipe(override), engine)
+
+
 def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
     row = engine.start().fresh_row(0)
     alone = next(engine.exchange(1, [(2, row)], measure=False))

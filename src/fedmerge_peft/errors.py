@@ -14,6 +14,8 @@ The command line prints them as one message on standard error and exits with cod
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class FedMergeError(Exception):
     """Base of all errors raised on purpose; its text says what, where and what next."""
@@ -44,7 +46,11 @@ class RunError(FedMergeError):
 
 
 class RunExistsError(RunError):
-    """The run directory already holds a run; nothing in it was touched."""
+    """The run directory already holds a run, or other files; nothing in it was touched. ``free`` is a directory to use instead."""
+
+    def __init__(self, message: str, free: Path) -> None:
+        self.free = free
+        super().__init__(message)
 
 
 class ClientError(FedMergeError):

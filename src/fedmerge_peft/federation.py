@@ -27,9 +27,13 @@ class Federation:
     """
 
     def __init__(self, recipe: Recipe, engine: LocalEngine | None = None) -> None:
-        """Load data and model, unless an engine brings them. Raises ``DataError``, ``BackboneError`` and their kin."""
+        """Load data and model, unless an engine brings them.
+
+        Raises ``DataError``, ``BackboneError`` and their kin, and ``RecipeError`` for an engine that was loaded for other clients' work.
+        """
         self.recipe = recipe
         self.engine = engine or LocalEngine.from_recipe(recipe)
+        self.engine.check_serves(recipe)
         self.strategy: Strategy = make_strategy(recipe.strategy, self.engine.start())
         self.completed = 0
         """Rounds done so far."""

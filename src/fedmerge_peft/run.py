@@ -67,7 +67,8 @@ class Run:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             what = "a run" if (path / "recipe.yaml").exists() else "other files"
             free = next(candidate for n in range(2, 10_000) if not (candidate := path.with_name(f"{path.name}-{n}")).exists())
-            raise RunExistsError(f"{path} already holds {what}, and nothing is ever overwritten. Choose another directory: --out {free}")
+            message = f"{path} already holds {what}, and nothing is ever overwritten. Choose another directory: --out {free}"
+            raise RunExistsError(message, free)
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, engine: LocalEngine) -> Run:

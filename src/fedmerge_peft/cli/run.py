@@ -42,8 +42,8 @@ def run(
     try:
         Run.check_free(directory)
     except RunExistsError as error:
-        free = str(error).rpartition("--out ")[2]
-        raise RunExistsError(f"{error}\n  {shlex.join(['fedmerge', 'run', recipe, *(overrides or []), '--out', free])}") from None
+        command = shlex.join(["fedmerge", "run", recipe, *(overrides or []), "--out", str(error.free)])
+        raise RunExistsError(f"{error}\n  {command}", error.free) from None
     console = Console(highlight=False)
     log_to(Console(stderr=True, highlight=False))
     finished = _federate(loaded, directory, console, quiet)

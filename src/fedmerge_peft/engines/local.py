@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmerge_peft.backbone import Backbone, load_backbone, model_folder
 from fedmerge_peft.data import Client, federate_data
-from fedmerge_peft.errors import ClientError, FedMergeError
+from fedmerge_peft.errors import ClientError, FedMergeError, RecipeError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies.base import Reply, Start
@@ -55,6 +55,13 @@ class LocalEngine:
             task = make_task(recipe, data.table, folder)
             backbone = load_backbone(recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed)
         return cls(recipe, data.clients, task, task.encode(data.table), backbone, accelerator)
+
+    def check_serves(self, recipe: Recipe) -> None:
+        """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
+        ours = self.recipe.model_copy(update={"evaluation": self.recipe.evaluation.model_copy(update={"every": recipe.evaluation.every})})
+        parts = ("seed", "task", "backbone", "lora", "data", "training", "evaluation")
+        if other := [part for part in parts if getattr(ours, part) != getattr(recipe, part)]:
+            raise RecipeError([f"{', '.join(other)}: the engine was loaded for a recipe that says otherwise; load one from this recipe"])
 
     def start(self) -> Start:
         """What a strategy starts from."""

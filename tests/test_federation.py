@@ -8,6 +8,7 @@ import torch
 
 from fedmerge_peft import ClientError, Federation, Recipe, RecipeError, Run, RunError, RunExistsError, federate, load_run
 from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.training.plan import Train
 
 SMALL = [
     "data.max_train=8",
@@ -36,7 +37,7 @@ def test_same_seed_same_bits_from_loading_to_the_last_round():
     first, second = Federation(recipe()), Federation(recipe())
     ours, theirs = list(first.rounds()), list(second.rounds())
     assert same(first, second)
-    assert [record.merged for record in ours] == [record.merged for record in theirs]
+    assert [record.served for record in ours] == [record.served for record in theirs]
 
 
 def test_another_seed_gives_another_federation(engine):
@@ -55,8 +56,8 @@ def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
 
 def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
     row = engine.start().fresh_row(0)
-    alone = next(engine.exchange(1, [(2, row)], measure=False))
-    among = list(engine.exchange(1, [(0, row), (1, row), (2, row)], measure=True))[2]
+    alone = next(engine.exchange(1, [(2, Train(row), None)]))
+    among = list(engine.exchange(1, [(client, Train(row), row) for client in (0, 1, 2)]))[2]
     assert torch.equal(alone.delta, among.delta)
 
 
@@ -79,11 +80,11 @@ def test_merged_scores_are_of_what_was_sent_and_finetuned_of_what_was_trained(en
     federation = Federation(recipe(), engine)
     sent = dict(engine.measure((client, federation.strategy.adapter(client)) for client in range(6)))
     record = next(federation.rounds())
-    assert record.merged.clients == {engine.clients[client].name: scores for client, scores in sent.items()}
-    assert record.finetuned.clients != record.merged.clients
-    values = [scores["test_accuracy"] for scores in record.merged.clients.values()]
-    assert record.merged.mean == pytest.approx(sum(values) / 6)
-    assert record.merged.worst == min(values) == record.merged.clients[record.merged.worst_client]["test_accuracy"]
+    assert record.served.clients == {engine.clients[client].name: scores for client, scores in sent.items()}
+    assert record.finetuned.clients != record.served.clients
+    values = [scores["test_accuracy"] for scores in record.served.clients.values()]
+    assert record.served.mean == pytest.approx(sum(values) / 6)
+    assert record.served.worst == min(values) == record.served.clients[record.served.worst_client]["test_accuracy"]
 
 
 def test_only_one_adapter_travels_each_way(engine):
@@ -102,7 +103,7 @@ def test_a_fraction_of_the_clients_is_drawn_anew_each_round(engine):
 
 def test_rounds_without_measuring_have_no_scores(engine):
     records = list(Federation(recipe("rounds=5", "evaluation.every=3"), engine).rounds())
-    assert [record.merged is not None for record in records] == [True, False, True, False, True]
+    assert [record.served is not None for record in records] == [True, False, True, False, True]
 
 
 def test_a_failing_client_is_named_with_its_round_and_cause(engine, monkeypatch):
@@ -152,9 +153,9 @@ def test_a_run_leaves_everything_behind(run):
 def test_metrics_hold_one_object_a_round(run):
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in records] == [1, 2, 3]
-    expected = {"seconds", "train_loss", "merged", "finetuned", "weights_entropy", "adapter_mass", "bytes_down", "bytes_up"}
+    expected = {"seconds", "train_loss", "served", "finetuned", "weights_entropy", "adapter_mass", "bytes_down", "bytes_up"}
     assert expected <= records[0].keys()
-    assert {"mean", "worst", "clients"} <= records[0]["merged"].keys()
+    assert {"mean", "worst", "clients"} <= records[0]["served"].keys()
 
 
 def test_the_recipe_in_the_run_directory_is_the_whole_recipe(run):
@@ -174,8 +175,8 @@ def test_frames_show_rounds_clients_and_weights(run):
 
 
 def test_the_best_round_has_the_lowest_mean_validation_loss(run):
-    candidates = [(record["merged"]["validation_loss"], record["round"] - 1) for record in run.records]
-    candidates.append((run.summary["final"]["merged"]["validation_loss"], 3))
+    candidates = [(record["served"]["validation_loss"], record["round"] - 1) for record in run.records]
+    candidates.append((run.summary["final"]["served"]["validation_loss"], 3))
     assert run.summary["best"]["after_round"] == min(candidates)[1]
 
 
@@ -280,7 +281,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_no_finished_round(tmp_path, en
 def test_the_best_round_is_chosen_among_scores_of_all_clients(tmp_path, engine):
     run = federate(recipe("rounds=3", "clients.fraction=0.2"), tmp_path / "run", engine=engine)
     assert run.summary["best"]["after_round"] == 3
-    assert len(run.summary["best"]["merged"]["clients"]) == 6
+    assert len(run.summary["best"]["served"]["clients"]) == 6
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
@@ -324,7 +325,7 @@ def test_a_folder_without_a_run_is_one_clear_error(tmp_path):
 )
 def test_decoders_classify_too(kind, overrides):
     federation = Federation(recipe("rounds=1", f"backbone.model=tiny:{kind}", *overrides))
-    assert next(federation.rounds()).merged.mean >= 0
+    assert next(federation.rounds()).served.mean >= 0
 
 
 @pytest.mark.parametrize("merge", ["factor", "shared_a"])

@@ -26,8 +26,8 @@ def test_recipe_trains_a_round_on_real_data(name, file, overrides, clients, shar
     recipe = Recipe.load(name, [*overrides, f"data.path={shared_data / file}"])
     run = federate(recipe, tmp_path / "run")
     assert len(run.clients) == clients
-    assert run.records[0]["merged"]["mean"] >= 0
-    assert run.summary["final"]["merged"]["validation_loss"] > 0
+    assert run.records[0]["served"]["mean"] >= 0
+    assert run.summary["final"]["served"]["validation_loss"] > 0
     assert run.weights.shape == (clients, recipe.strategy.adapters)
 
 

@@ -46,6 +46,7 @@ class Backbone:
         self.shared = shared
         """Frozen tensors that all adapters have in common, by PEFT's saved name; empty unless ``merge: shared_a``."""
         self._trainable = trainable
+        self._pretrained: dict[str, tuple[nn.Parameter, Tensor]] = {}
         row = torch.cat([parameter.detach().float().flatten() for parameter in trainable])
         self._initial = row.to("cpu", copy=True)
         self.flat = nn.Parameter(row)
@@ -82,6 +83,22 @@ class Backbone:
             _draw(self.model)
         self._bind(self.flat.data, self.flat.grad)
         return row
+
+    def set_base(self, base: Mapping[str, Tensor]) -> None:
+        """Add ΔW ``(out, in)`` to the pretrained weights of the layers named, in place of what was added before; ``{}`` takes it away.
+
+        Raises ``BackboneError`` for layers whose weights are quantized.
+        """
+        with torch.no_grad():
+            for weight, pretrained in self._pretrained.values():
+                weight.copy_(pretrained)
+            for name, update in base.items():
+                adapted = self.model.get_submodule(name)
+                frozen = adapted.base_layer.weight
+                if not frozen.is_floating_point():
+                    raise BackboneError(f"backbone.quantization: nothing can be added to the quantized weights of {name}; remove it")
+                weight, pretrained = self._pretrained.setdefault(name, (frozen, frozen.detach().clone()))
+                weight.copy_(pretrained + (update.T if adapted.fan_in_fan_out else update).to(pretrained))
 
     def train(self) -> None:
         """Put the model into training mode: dropout is on, running statistics (BatchNorm's) stay as they were pretrained."""

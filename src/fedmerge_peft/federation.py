@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.run import Run
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
+from fedmerge_peft.training.plan import Choose, InTurn, Plan
 
 
 class Federation:
@@ -45,16 +47,17 @@ class Federation:
 
         Args:
             on_client: Called for each reply as it comes.
-            on_measured: Called with (rounds completed, scores of the merged adapters) before the strategy changes them: the
+            on_measured: Called with (rounds completed, scores of what clients are served with) before the strategy changes them: the
                 moment to keep what was just measured. Only where all clients were, as the scores of others do not compare.
         """
         while self.completed < self.recipe.rounds:
             yield self._round(self.completed + 1, on_client, on_measured)
 
     def measure(self) -> Scores | None:
-        """Score every client's merged adapter as it stands now, without training."""
+        """Score what every client is served with as it stands now, without training."""
         everyone = range(len(self.engine.clients))
-        return self._scores(self.engine.measure((client, self.strategy.adapter(client)) for client in everyone))
+        self.engine.backbone.set_base(self.strategy.base)
+        return self._scores(self.engine.measure((client, self.strategy.served(client)) for client in everyone))
 
     def cohort(self, round: int) -> list[int]:
         """Indices of the clients that take part in a round, ascending; at least one."""
@@ -71,36 +74,45 @@ class Federation:
         begin = time.perf_counter()
         every = self.recipe.evaluation.every
         measure = number % every == 0 or number in (1, self.recipe.rounds)
-        adapters = ((client, self.strategy.adapter(client)) for client in self.cohort(number))
+        plans = {client: self.strategy.plan(client) for client in self.cohort(number)}
+        visits = ((client, plan, self.strategy.served(client) if measure else None) for client, plan in plans.items())
+        self.engine.backbone.set_base(self.strategy.base)
         replies: list[Reply] = []
-        for reply in self.engine.exchange(number, adapters, measure=measure):
+        for reply in self.engine.exchange(number, visits):
             replies.append(reply)
             if on_client is not None:
                 on_client(reply)
-        merged = self._scores((reply.client, reply.merged) for reply in replies if reply.merged is not None)
+        served = self._scores((reply.client, reply.served) for reply in replies if reply.served is not None)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies if reply.finetuned is not None)
-        if merged is not None and len(replies) == len(self.engine.clients) and on_measured is not None:
-            on_measured(self.completed, merged)
+        if served is not None and len(replies) == len(self.engine.clients) and on_measured is not None:
+            on_measured(self.completed, served)
+        traffic = [self.strategy.traffic(client) for client in plans]
 
         self.strategy.update(replies)
         self.completed = number
         weights = self.strategy.weights
-        sent = 4 * self.strategy.soup.layout.size * len(replies) if self.strategy.federated else 0
         examples = sum(reply.size for reply in replies)
         return RoundRecord(
             round=number,
             rounds=self.recipe.rounds,
             seconds=time.perf_counter() - begin,
             train_loss=sum(reply.train_loss * reply.size for reply in replies) / examples,
-            merged=merged,
+            served=served,
             finetuned=finetuned,
             weights_entropy=merging_weights.entropy(weights),
             adapter_mass=merging_weights.mass(weights),
-            bytes_down=sent,
-            bytes_up=sent,
+            gap=fmean(self._gap(reply, plans[reply.client]) for reply in replies),
+            bytes_down=sum(4 * down for down, _ in traffic),
+            bytes_up=sum(4 * up for _, up in traffic),
             clients=[self.engine.clients[reply.client].name for reply in replies],
             warnings=self.strategy.warnings(),
         )
+
+    def _gap(self, reply: Reply, plan: Plan) -> float:
+        """‖θ_i(trained) − θ_i(sent next)‖₂ of the adapters that are shared: the paper's local-global gap, in parameters."""
+        shared = slice(reply.choice, reply.choice + 1) if isinstance(plan, Choose | InTurn) else slice(None)
+        trained = plan.sent[shared] - (reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas)
+        return float((trained - self.strategy.plan(reply.client).sent[shared]).norm())
 
     def _scores(self, found: Iterable[tuple[int, dict[str, float]]]) -> Scores | None:
         return Scores.of(self.engine.task.metrics[0], {self.engine.clients[client].name: scores for client, scores in found})

@@ -12,7 +12,7 @@ from fedmerge_peft.tasks.metrics import greater_is_better
 
 @dataclass(frozen=True)
 class Scores:
-    """One kind of adapter (merged or finetuned), scored on each client's own examples."""
+    """One kind of adapter (as served, or finetuned), scored on each client's own examples."""
 
     metric: str
     """The score that ``mean`` and ``worst`` are of, such as ``test_accuracy``."""
@@ -48,7 +48,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round: clients were sent merged adapters, trained them, and the server learned from the replies."""
+    """One round: clients were sent adapters, trained them, and the server learned from the replies."""
 
     round: int
     """From 1."""
@@ -58,10 +58,13 @@ class RoundRecord:
     """Wall time of the round, measuring included."""
     train_loss: float
     """Mean loss (nats) of local training, weighted by the clients' number of examples."""
-    merged: Scores | None
-    """The adapters as they were sent in this round, before any local training. None in rounds that do not measure."""
+    served: Scores | None
+    """What clients were served with at the start of this round: for most methods the adapters just as they were sent, before any
+    local training. None in rounds that do not measure."""
     finetuned: Scores | None
-    """The same adapters after this round's local training: the difference is what finetuning would gain."""
+    """The same after this round's local training: the difference is what finetuning would gain."""
+    gap: float
+    """The local-global gap: how far a client's trained adapter is from what it would be sent next, ‖·‖₂, mean over the clients."""
     weights_entropy: float
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client."""
     adapter_mass: list[float]
@@ -77,8 +80,8 @@ class RoundRecord:
     def __str__(self) -> str:
         width = len(str(self.rounds))
         parts = [f"round {self.round:{width}}/{self.rounds}", f"loss {self.train_loss:.3f}"]
-        if self.merged is not None:
-            parts.append(f"merged {self.merged.mean:.3f} (worst {self.merged.worst:.3f})")
+        if self.served is not None:
+            parts.append(f"served {self.served.mean:.3f} (worst {self.served.worst:.3f})")
         if self.finetuned is not None:
             parts.append(f"finetuned {self.finetuned.mean:.3f}")
         if len(self.adapter_mass) > 1 and self.bytes_down:  # local training has nothing to merge

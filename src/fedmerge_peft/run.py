@@ -99,12 +99,12 @@ class Run:
     def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
         """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
         loss = scores.validation_loss
-        if loss is None or not math.isfinite(loss) or (self._best is not None and loss >= self._best["merged"]["validation_loss"]):
+        if loss is None or not math.isfinite(loss) or (self._best is not None and loss >= self._best["served"]["validation_loss"]):
             return
         with _writing(self.path / "best") as folder:
             folder.mkdir(exist_ok=True)
         self._write_state(self.path / "best", strategy)
-        self.__dict__["_best"] = {"after_round": completed, "merged": vars(scores)}
+        self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
         _write_json(self.path / "best" / "scores.json", self._best)
 
     def finish(self, completed: int, final: Scores | None) -> None:
@@ -117,7 +117,7 @@ class Run:
                 "seconds": sum(record["seconds"] for record in records),
                 "bytes_down": sum(record["bytes_down"] for record in records),
                 "bytes_up": sum(record["bytes_up"] for record in records),
-                "final": {"after_round": completed, "merged": vars(final) if final is not None else None},
+                "final": {"after_round": completed, "served": vars(final) if final is not None else None},
                 "best": self._best,
                 "warnings": records[-1]["warnings"],
             },
@@ -165,8 +165,8 @@ class Run:
 
         rows = []
         for record in self.records:
-            row = {key: record[key] for key in ("round", "seconds", "train_loss", "weights_entropy", "bytes_down", "bytes_up")}
-            for kind in ("merged", "finetuned"):
+            row = {key: record[key] for key in ("round", "seconds", "train_loss", "weights_entropy", "gap", "bytes_down", "bytes_up")}
+            for kind in ("served", "finetuned"):
                 for value in ("mean", "worst", "validation_loss"):
                     row[f"{kind}_{value}"] = record[kind][value] if record[kind] else None
             rows.append(row)
@@ -178,7 +178,7 @@ class Run:
         import pandas as pd
 
         frame = pd.DataFrame(self._clients).set_index("name")
-        if (self.path / "summary.json").exists() and (final := self.summary["final"]["merged"]):
+        if (self.path / "summary.json").exists() and (final := self.summary["final"]["served"]):
             frame = frame.join(pd.DataFrame.from_dict(final["clients"], orient="index"))
         return frame
 

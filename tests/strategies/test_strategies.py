@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, RecipeError
-from fedmerge_peft.recipe.schema import FedAvg, FedMerge, Local
+from fedmerge_peft.recipe.strategies import FedAvg, FedMerge, Local
 from fedmerge_peft.strategies import Reply, Start, make_strategy
 from fedmerge_peft.strategies.grouping import group_by_direction
 
@@ -18,7 +18,7 @@ def start(clients=4):
 
 def replies(clients, seed=0, sizes=None):
     generator = torch.Generator().manual_seed(seed)
-    return [Reply(c, 0.1 * torch.randn(SIZE, generator=generator), (sizes or {}).get(c, 10), 1.0, 0.0) for c in clients]
+    return [Reply(c, 0.1 * torch.randn(1, SIZE, generator=generator), (sizes or {}).get(c, 10), 1.0, 0.0) for c in clients]
 
 
 def test_every_client_is_served_with_its_weights_times_the_soup():
@@ -94,7 +94,7 @@ def test_the_heads_columns_alone_may_decide_the_weights():
     whole = make_strategy(FedMerge(name="fedmerge", adapters=3), start())
     head = make_strategy(FedMerge(name="fedmerge", adapters=3, weights_columns="head"), start())
     answers = replies(range(4))
-    changed = [Reply(r.client, r.delta * torch.tensor([5.0] * 6 + [1.0] * 6), r.size, 1.0, 0.0) for r in answers]
+    changed = [Reply(r.client, r.deltas * torch.tensor([5.0] * 6 + [1.0] * 6), r.size, 1.0, 0.0) for r in answers]
     again = make_strategy(FedMerge(name="fedmerge", adapters=3, weights_columns="head"), start())
     whole.update(answers)
     head.update(answers)
@@ -124,7 +124,7 @@ def opposed(clients, scale=1.0):
     common = 3 * (torch.arange(SIZE) > 0)
     wish = torch.zeros(SIZE)
     wish[0] = scale
-    return [Reply(c, common + (wish if c % 2 else -wish), 10, 1.0, 0.0) for c in clients]
+    return [Reply(c, (common + (wish if c % 2 else -wish))[None], 10, 1.0, 0.0) for c in clients]
 
 
 def test_a_warm_start_is_fedavg_until_the_grouping():

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNUSED = 0.25
+"""An adapter counts as unused below this part of an even share of the clients' weight."""
+
 
 @dataclass
 class MergingWeights:
@@ -52,7 +55,7 @@ def warnings(weights: Tensor) -> list[str]:
             "the merging weights have not moved from uniform: all clients get the same adapter. "
             "Raise strategy.weights_lr, or use strategy.rule=normalized"
         ]
-    unused = [str(adapter) for adapter, share in enumerate(mass(weights)) if share < 0.25 / adapters]
+    unused = [str(adapter) for adapter, share in enumerate(mass(weights)) if share < UNUSED / adapters]
     if not unused:
         return []
     who = "adapters {} of {} stand" if len(unused) > 1 else "adapter {} of {} stands"

@@ -21,7 +21,7 @@ _MOST_ADAPTERS = 15
 def comparison(run: Run, most: int = 40) -> Table:
     """Each client's final score, without local finetuning, for the run's strategy and its baselines side by side."""
     runs: Mapping[str, Run] = {run.recipe.strategy.name: run, **run.baselines}
-    final = {name: each.summary["final"]["merged"] for name, each in runs.items()}
+    final = {name: each.summary["final"]["served"] for name, each in runs.items()}
     metric = final[run.recipe.strategy.name]["metric"]
     best_of = max if greater_is_better(run.recipe.task.metrics[0]) else min
     table = Table(title=f"{metric.replace('_', ' ')}, adapters as the server sends them", box=box.SIMPLE_HEAD, title_justify="left")

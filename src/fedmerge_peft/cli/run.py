@@ -91,7 +91,7 @@ def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) ->
 def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
     from fedmerge_peft.analysis import comparison, weights_table
 
-    if run.summary["final"]["merged"] is not None:
+    if run.summary["final"]["served"] is not None:
         console.print(comparison(run))
     if run.recipe.strategy.name == "fedmerge":
         console.print(weights_table(run))

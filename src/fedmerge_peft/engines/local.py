@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.backbone import Backbone, load_backbone, model_folder
-from fedmerge_peft.data import Client, federate_data
+from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.errors import ClientError, FedMergeError, RecipeError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
@@ -21,8 +21,10 @@ from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.training.device import make_accelerator
-from fedmerge_peft.training.evaluation import evaluate
-from fedmerge_peft.training.reference import train
+from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.plan import Plan, Served, Train
+from fedmerge_peft.training.reference import Trained, train
+from fedmerge_peft.training.work import Hands, carry_out
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 class LocalEngine:
     """The clients, their encoded examples, and the one backbone that all of them train on.
 
-    What a client does depends on the recipe, the round, its name and the adapter it is sent; not on the strategy, nor on
+    What a client does depends on the recipe, the round, its name and the plan it is sent; not on the strategy, nor on
     who else takes part. One engine therefore serves several strategies.
     """
 
@@ -48,8 +50,13 @@ class LocalEngine:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LocalEngine:
         """Load data and model. Raises ``DataError``, ``BackboneError``, ``DeviceError`` or ``RecipeError``."""
+        make_accelerator(recipe.training)  # a device that is not there should not wait for the data
+        return cls.from_data(recipe, federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed))
+
+    @classmethod
+    def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:
+        """Load the model for these clients, wherever their examples come from. Raises as ``from_recipe``."""
         accelerator = make_accelerator(recipe.training)
-        data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
         with ExitStack() as stack:
             folder = model_folder(recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-"))))
             task = make_task(recipe, data.table, folder)
@@ -71,52 +78,59 @@ class LocalEngine:
 
         return Start(len(self.clients), self.backbone.layout, fresh_row, self.backbone.shared, derive(self.recipe.seed, "strategy"))
 
-    def exchange(self, round: int, adapters: Iterable[tuple[int, Tensor]], *, measure: bool) -> Iterator[Reply]:
-        """Send each client its adapter, let it train, and hand over the replies as they come.
+    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply]:
+        """Send each client its plan, let it train, and hand over the replies as they come.
 
         Args:
             round: Number of the round, from 1; with the client's name it decides all of the client's random draws.
-            adapters: Client indices, and the row ``(P,)`` that each is sent.
-            measure: Whether to score what was sent, before any training, and (as the recipe says) what was trained.
+            visits: Client indices, what each is asked to do, and what each is served with, to be scored before any training;
+                None to score nothing. After training the recipe decides what is scored.
 
         Raises:
             ClientError: A client's work failed; raised from the original error.
         """
-        for index, row in adapters:
+        for index, plan, served in visits:
             client = self.clients[index]
             try:
-                yield self._visit(round, index, client, row, measure)
+                yield self._visit(round, index, client, plan, served)
             except FedMergeError:
                 raise
             except Exception as error:
                 raise ClientError(client.name, round, f"{type(error).__name__}: {error}") from error
 
-    def measure(self, adapters: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, dict[str, float]]]:
-        """Score each client's adapter on its validation and test examples, without training."""
-        for index, row in adapters:
-            self.backbone.load_row(row)
-            yield index, self._scores(self.clients[index])
+    def measure(self, served: Iterable[tuple[int, Served]]) -> Iterator[tuple[int, dict[str, float]]]:
+        """Score what each client is served with on its validation and test examples, without training."""
+        for index, each in served:
+            yield index, self._scores(self.clients[index], each)
 
-    def _visit(self, round: int, index: int, client: Client, row: Tensor, measure: bool) -> Reply:
+    def _visit(self, round: int, index: int, client: Client, plan: Plan, served: Served | None) -> Reply:
         begin = time.perf_counter()
-        merged = finetuned = None
-        if measure:
-            self.backbone.load_row(row)
-            merged = self._scores(client)
-        seed = derive(self.recipe.seed, "train", round, client.name)
-        trained = train(self.backbone, self.task, self.recipe.training, self.accelerator, row, self.examples, client.train, seed)
-        if not bool(torch.isfinite(trained.row).all()):
+        before = self._scores(client, served) if served is not None else None
+        work = carry_out(plan, self._hands(client), derive(self.recipe.seed, "train", round, client.name))
+        if not bool(torch.isfinite(work.deltas).all()):
             raise ClientError(
                 client.name, round, "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
             )
-        if measure and self.recipe.evaluation.finetuned:
-            finetuned = self._scores(client)
-        return Reply(index, row - trained.row, client.size, trained.loss, time.perf_counter() - begin, merged, finetuned)
+        after = self._scores(client, work.trained) if served is not None and self.recipe.evaluation.finetuned else None
+        seconds = time.perf_counter() - begin
+        return Reply(index, work.deltas, client.size, work.loss, seconds, before, after, work.choice, work.weights)
 
-    def _scores(self, client: Client) -> dict[str, float]:
+    def _hands(self, client: Client) -> Hands:
+        model = (self.backbone, self.task)
+
+        def do_train(job: Train, seed: int) -> Trained:
+            return train(*model, self.recipe.training, self.accelerator, job, self.examples, client.train, seed)
+
+        def losses(row: Tensor) -> Tensor:
+            return example_losses(*model, self.accelerator, row, self.examples, client.train, self.recipe.evaluation.batch_size)
+
+        return Hands(do_train, losses)
+
+    def _scores(self, client: Client, served: Served) -> dict[str, float]:
         scores: dict[str, float] = {}
         for part, indices in (("validation", client.validation), ("test", client.test)):
             if len(indices):
-                found = evaluate(self.backbone, self.task, self.accelerator, self.examples, indices, self.recipe.evaluation.batch_size)
+                batch_size = self.recipe.evaluation.batch_size
+                found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size)
                 scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores

@@ -21,6 +21,7 @@ from pydantic import (
 
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
+from fedmerge_peft.recipe.strategies import FedMerge, StrategyRecipe
 
 # --------------------------------------------------------------------------------------------------
 # Task
@@ -167,56 +168,6 @@ class LoraRecipe(Section):
         if self.merge == "shared_a" and self.use_dora:
             raise ValueError("merge: shared_a promises an exact merge, which use_dora cannot give; choose one of them")
         return self
-
-
-# --------------------------------------------------------------------------------------------------
-# Strategies
-# --------------------------------------------------------------------------------------------------
-Rule = Literal["normalized", "gradient", "paper"]
-
-
-class FedMerge(Section):
-    """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
-
-    name: Literal["fedmerge"]
-    adapters: PositiveInt = 5
-    """d, the number of adapters in the soup."""
-    rule: Rule = "normalized"
-    """How weights step: normalized (each client's gradient scaled by its largest entry), gradient (plain), or paper."""
-    weights_lr: NonNegativeFloat | None = None
-    """Step size of the merging logits. Default: 1.0, or 0.01 for the paper rule."""
-    soup_lr: PositiveFloat = 1.0
-    """Step size of the soup; 1 replaces, as FedAvg does."""
-    weights_columns: Literal["all", "head"] | None = None
-    """Which parameters the weights' inner product sees: the whole adapter, or the head alone. Default: all; the head for the paper rule,
-    as in the authors' program, where the adapter has one."""
-    start: Literal["independent", "warm", "identical"] = "independent"
-    """independent: each adapter from its own random numbers, as the paper does. warm: all from the same, a few rounds of FedAvg, then
-    clients are grouped by the direction of their updates and each group gets an adapter. identical: all from the same, for good; such
-    adapters never specialise (a check, not a method)."""
-    warm_rounds: PositiveInt = 2
-    """Rounds before the grouping, with `start: warm`."""
-    warm_logit: PositiveFloat = 3.0
-    """Logit of a client's own group after the grouping; the others stay at zero."""
-
-
-class FedAvg(Section):
-    """One global adapter for everyone (McMahan 2017; on LoRA, FedIT)."""
-
-    name: Literal["fedavg"]
-    server_lr: PositiveFloat = 1.0
-    """Step size of the server."""
-
-
-class Local(Section):
-    """Every client trains alone from the same start; nothing is shared."""
-
-    name: Literal["local"]
-
-
-StrategyName = Literal["fedmerge", "fedavg", "local"]
-Strategy = Annotated[FedMerge | FedAvg | Local, Field(discriminator="name")]
-StrategyRecipe = Annotated[Strategy, BeforeValidator(named, json_schema_input_type=Strategy | StrategyName)]
 
 
 # --------------------------------------------------------------------------------------------------

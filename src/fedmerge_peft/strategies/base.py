@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.training.plan import Plan, Served, Train
 
 
 @dataclass(frozen=True)
@@ -35,30 +36,43 @@ class Reply:
 
     client: int
     """Index of the client in the federation."""
-    delta: Tensor
-    """δ_i = θ_i(sent) − θ_i(trained), ``(P,)`` float32 on the CPU."""
+    deltas: Tensor
+    """As sent minus as trained, ``(k, P)`` float32 on the CPU: a row for each adapter that the plan had it train."""
     size: int
     """n_i, training examples."""
     train_loss: float
     """Mean loss over the round's training steps."""
     seconds: float
-    merged: dict[str, float] | None = None
-    """Scores of the adapter as it was sent, such as ``test_accuracy``; None in rounds that do not measure."""
+    served: dict[str, float] | None = None
+    """Scores of what the client was served with before the round, such as ``test_accuracy``; None in rounds that do not measure."""
     finetuned: dict[str, float] | None = None
     """Scores after local training."""
+    choice: int = 0
+    """Which adapter was trained, where the plan gave a choice."""
+    weights: Tensor | None = None
+    """The mixture's new π ``(d,)``, where the plan was a mixture."""
+
+    @property
+    def delta(self) -> Tensor:
+        """δ_i = θ_i(sent) − θ_i(trained), ``(P,)``, of the first adapter (mostly the only one)."""
+        return self.deltas[0]
 
 
 class Strategy(ABC):
     """A server-side method on one round loop.
 
     Whatever the method, a client is served with ``weights[client] @ soup``: one global adapter is a soup of one, a
-    clustering has one-hot weights, and purely local training is a soup with an adapter for each client.
+    clustering has one-hot weights, and purely local training is a soup with an adapter for each client. (A mixture of
+    experts mixes what the adapters predict, by the same weights.) What stays private to a client in the real world is a row
+    of the soup too, and ``traffic`` leaves it out.
     """
 
     federated: ClassVar[bool] = True
     """Whether adapters travel between server and clients; False for local training."""
 
     soup: AdapterSoup
+    base: Mapping[str, Tensor] = {}
+    """What the strategy has added to the backbone's own weights, for all clients: ΔW ``(out, in)`` by module name."""
 
     @property
     @abstractmethod
@@ -69,17 +83,29 @@ class Strategy(ABC):
     def update(self, replies: Iterable[Reply]) -> None:
         """Learn from one round's replies."""
 
+    def plan(self, client: int) -> Plan:
+        """What this client is asked to do in the next round: by default, to train the adapter that it is served with."""
+        return Train(self.adapter(client))
+
+    def served(self, client: int) -> Served:
+        """What this client predicts with."""
+        return self.adapter(client)
+
+    def traffic(self, client: int) -> tuple[int, int]:
+        """How many numbers travel to this client in a round, and back."""
+        return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
+
     def warnings(self) -> list[str]:
         """What a person should know about the weights as they are now."""
         return merging_weights.warnings(self.weights) if self.federated else []
 
     def adapter(self, client: int) -> Tensor:
-        """The adapter ``(P,)`` that this client is sent, and served with."""
+        """The client's merged adapter, ``(P,)``: π_i Θ."""
         return self.soup.merge(self.weights[client])
 
 
 def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
-    """Who replied ``(k,)``, their deltas ``(k, P)`` and their sizes ``(k,)``, in the order of the clients.
+    """Who replied ``(k,)``, their first deltas ``(k, P)`` and their sizes ``(k,)``, in the order of the clients.
 
     Sorted, so that floating-point sums do not depend on which client was quicker.
     """

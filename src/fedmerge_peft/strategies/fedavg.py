@@ -1,23 +1,25 @@
-"""FedAvg: one global adapter for everyone (McMahan et al. 2017, arXiv 1602.05629; on LoRA it is known as FedIT)."""
+"""FedAvg: one global adapter for everyone (McMahan et al. 2017, arXiv 1602.05629; on LoRA it is known as FedIT), and its near kin."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.recipe import schema
+from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
+from fedmerge_peft.strategies.server import ServerOptimizer
+from fedmerge_peft.training.plan import Plan, Train
 
 
 class FedAvg(Strategy):
     """θ ← θ − η Σ_i ρ_i δ_i with ρ_i = n_i / n over the clients that replied (algorithm 1)."""
 
-    def __init__(self, recipe: schema.FedAvg, start: Start) -> None:
-        self.server_lr = recipe.server_lr
+    def __init__(self, recipe: recipes.Server, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
+        self.server = ServerOptimizer(recipe, self.soup.rows)
         self._weights = torch.ones(start.clients, 1)
 
     @property
@@ -25,6 +27,21 @@ class FedAvg(Strategy):
         return self._weights
 
     def update(self, replies: Iterable[Reply]) -> None:
-        _, deltas, sizes = stack(replies)
-        shares = (sizes / sizes.sum()).to(deltas)
-        self.soup.rows = self.soup.rows - self.server_lr * (shares @ deltas)
+        self.soup.rows = self.server.step(self.soup.rows, mean_delta(list(replies))[None])
+
+
+class FedProx(FedAvg):
+    """FedAvg whose clients minimise ℓ_i(θ) + μ/2 ‖θ − θ_sent‖² (Li et al. 2020, arXiv 1812.06127, equation 2)."""
+
+    def __init__(self, recipe: recipes.FedProx, start: Start) -> None:
+        super().__init__(recipe, start)
+        self.mu = recipe.mu
+
+    def plan(self, client: int) -> Plan:
+        return Train(self.adapter(client), proximal=self.mu / 2)
+
+
+def mean_delta(replies: Sequence[Reply]) -> Tensor:
+    """Σ_i ρ_i δ_i of the clients' first deltas, ``(P,)``; ρ_i is a client's share of the examples behind these replies."""
+    _, deltas, sizes = stack(replies)
+    return (sizes / sizes.sum()).to(deltas) @ deltas

@@ -8,54 +8,61 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.adapters.weights import MergingWeights
+from fedmerge_peft.adapters.weights import UNUSED, MergingWeights
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe import schema
+from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.balance import balanced
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
-from fedmerge_peft.strategies.step import fedmerge_step
+from fedmerge_peft.strategies.grouping import group_by_direction
+from fedmerge_peft.strategies.server import ServerOptimizer
+from fedmerge_peft.strategies.step import WEIGHTS_LR, soup_shares, weights_gradient, weights_move
+
+_ADAM_LR = 0.3
+_ADAM_MEMORY = 0.9
+"""Of the squared gradients, with ``rule: adam``; short, as a federation has tens of rounds."""
 
 
 class FedMerge(Strategy):
-    """θ_i = Σ_j softmax(W)_ij Θ_j; ``fedmerge_step`` learns Θ and W from the replies.
+    """θ_i = Σ_j π_ij Θ_j with π = softmax(W / T). A round's replies change W first, then Θ with the new π:
+
+    W_i ← W_i − move(G_i),            G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩    (strategies/step.py has the rules)
+    Θ_j ← Θ_j − η Σ_i q_ij δ_i,       q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i'
 
     ``start: warm`` keeps all adapters the same for a few rounds, which are FedAvg's then; after these the directions of the
     clients' updates set W, and the same round's soup step, with the new π, gives each group of clients its own adapter.
     """
 
-    def __init__(self, recipe: schema.FedMerge, start: Start) -> None:
+    def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
         self.recipe = recipe
-        numbers = range(recipe.adapters) if recipe.start == "independent" else [0] * recipe.adapters
-        self.soup = AdapterSoup(torch.stack([start.fresh_row(number) for number in numbers]), start.layout, start.shared)
+        self.soup = AdapterSoup(_first_rows(recipe, start), start.layout, start.shared)
+        self.server = ServerOptimizer(recipe, self.soup.rows)
         self.merging = MergingWeights.uniform(start.clients, recipe.adapters)
-        head = start.layout.columns("head")
-        if recipe.weights_columns == "head" and len(head) == 0:
-            raise RecipeError(["strategy.weights_columns: this adapter has no head; use all, or name the head in lora.modules_to_save"])
-        by_head = recipe.weights_columns == "head" or (recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0)
-        self._columns = head if by_head else None
+        self.steps = _WeightsSteps(recipe, start)
         self._warming = _Warming(start, recipe) if recipe.start == "warm" else None
+        self._reseeding = _Reseeding(recipe.reseed_after, recipe.adapters, start.seed) if recipe.reseed_after else None
+        self.rounds = 0
 
     @property
     def weights(self) -> Tensor:
-        return self.merging.softmax()
+        weights = torch.softmax(self.merging.logits / self.recipe.temperature, dim=1)
+        left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
+        return balanced(weights, left) if left > 0 else weights
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
-        rule, weights_lr = self.recipe.rule, self.recipe.weights_lr
-        if self._warming is not None:
-            rule, weights_lr = "normalized", 0.0
-            if self._warming.add(clients, deltas):
-                self.merging.logits = self._warming.logits()
-                self._warming = None
-        self.soup.rows, self.merging.logits[clients] = fedmerge_step(
-            self.soup.rows,
-            self.merging.logits[clients],
-            deltas,
-            sizes,
-            rule=rule,
-            weights_lr=weights_lr,
-            soup_lr=self.recipe.soup_lr,
-            columns=self._columns,
-        )
+        shares = sizes / sizes.sum()
+        before = self.weights[clients].double()
+        if self._warming is None:
+            gradient = weights_gradient(self.soup.rows, before, deltas, self.steps.columns)
+            self.merging.logits[clients] -= self.steps.move(clients, gradient, shares).float()
+            if self._reseeding is not None:
+                self._reseeding.look(self.soup.rows, self.merging.logits, self.weights, clients, deltas)
+        elif self._warming.add(clients, deltas):
+            self.merging.logits = self._warming.logits()
+            self._warming = None
+        self.rounds += 1
+        mixing = before * shares[:, None] if self.recipe.rule == "gradient" else soup_shares(self.weights[clients], shares)
+        self.soup.rows = self.server.step(self.soup.rows, mixing.T.to(deltas) @ deltas)
 
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":
@@ -66,10 +73,51 @@ class FedMerge(Strategy):
         return super().warnings()
 
 
+def _first_rows(recipe: recipes.FedMerge, start: Start) -> Tensor:
+    """Θ before the first round, ``(d, P)``."""
+    if recipe.start == "independent":
+        return torch.stack([start.fresh_row(number) for number in range(recipe.adapters)])
+    rows = start.fresh_row(0).repeat(recipe.adapters, 1)
+    if recipe.start == "noise":
+        generator = torch.Generator().manual_seed(start.seed)
+        rows += recipe.start_noise * torch.randn(rows.shape, generator=generator)
+    return rows
+
+
+class _WeightsSteps:
+    """How the logits step from G, and what the steps remember of earlier rounds, ``(clients, d)``."""
+
+    def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
+        self.recipe = recipe
+        head = start.layout.columns("head")
+        if recipe.weights_columns == "head" and len(head) == 0:
+            raise RecipeError(["strategy.weights_columns: this adapter has no head; use all, or name the head in lora.modules_to_save"])
+        by_head = recipe.weights_columns == "head" or (recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0)
+        self.columns = head if by_head else None
+        """Which of the P columns the inner product in G runs over; None for all."""
+        default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
+        self.lr = default if recipe.weights_lr is None else recipe.weights_lr
+        self.average = torch.zeros(start.clients, recipe.adapters, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.average)
+        self.rounds = torch.zeros(start.clients, dtype=torch.int64)
+
+    def move(self, clients: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
+        """What to take from these clients' logits, ``(k, d)``; G enters as an exponential average over the rounds a client replied in."""
+        memory = self.recipe.weights_memory
+        self.rounds[clients] += 1
+        self.average[clients] = memory * self.average[clients] + (1 - memory) * gradient
+        unbiased = self.average[clients] / (1 - memory ** self.rounds[clients, None].double())
+        if self.recipe.rule != "adam":
+            return weights_move(self.recipe.rule, unbiased, shares, self.lr)
+        self.squares[clients] = _ADAM_MEMORY * self.squares[clients] + (1 - _ADAM_MEMORY) * gradient.square()
+        root = (self.squares[clients] / (1 - _ADAM_MEMORY ** self.rounds[clients, None].double())).sqrt()
+        return self.lr * torch.where(root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+
 class _Warming:
     """The clients' updates over the rounds before the grouping."""
 
-    def __init__(self, start: Start, recipe: schema.FedMerge) -> None:
+    def __init__(self, start: Start, recipe: recipes.FedMerge) -> None:
         self.recipe = recipe
         self.seed = start.seed
         self.sums = torch.zeros(start.clients, start.layout.size)
@@ -85,10 +133,39 @@ class _Warming:
 
     def logits(self) -> Tensor:
         """W after the grouping, ``(clients, d)``; clients that were never asked stay uniform."""
-        from fedmerge_peft.strategies.grouping import group_by_direction
-
         seen = torch.nonzero(self.counts).flatten()
         groups = group_by_direction(self.sums[seen] / self.counts[seen, None], self.recipe.adapters, self.seed)
         logits = torch.zeros(len(self.counts), self.recipe.adapters)
         logits[seen, groups] = self.recipe.warm_logit
         return logits
+
+
+class _Reseeding:
+    """Gives an adapter that nobody uses to part of the clients of the most used one.
+
+    Those clients are split in two by the directions of their updates (as clustered federated learning splits a cluster, Sattler
+    et al. 2020, arXiv 1910.01991); the idle adapter becomes a copy of theirs, and the smaller part moves to it.
+    """
+
+    def __init__(self, patience: int, adapters: int, seed: int) -> None:
+        self.patience = patience
+        self.seed = seed
+        self.idle = torch.zeros(adapters, dtype=torch.int64)
+        """For how many rounds each adapter has stood unused."""
+
+    def look(self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor) -> None:
+        """Reseed at most one adapter, in place, before the round's soup step."""
+        mass = weights.mean(dim=0)
+        unused = mass < UNUSED / len(mass)
+        self.idle = torch.where(unused, self.idle + 1, 0)
+        if int(self.idle.max()) < self.patience:
+            return
+        free, busy = int(self.idle.argmax()), int(mass.argmax())
+        members = torch.nonzero(weights[clients].argmax(dim=1) == busy).flatten()
+        if len(members) < 2:
+            return
+        halves = group_by_direction(deltas[members], 2, self.seed)
+        movers = clients[members[halves == int(halves.sum() * 2 < len(halves))]]
+        rows[free] = rows[busy]
+        logits[movers[:, None], [free, busy]] = logits[movers[:, None], [busy, free]]
+        self.idle[free] = 0

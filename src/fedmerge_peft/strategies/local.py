@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, Strategy
 
 
@@ -16,7 +17,7 @@ class Local(Strategy):
 
     federated = False
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, recipe: recipes.Local, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared)
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 
 Rule = Literal["normalized", "gradient", "paper"]
 
-_WEIGHTS_LR: dict[Rule, float] = {"normalized": 1.0, "gradient": 1.0, "paper": 0.01}
+WEIGHTS_LR: dict[Rule, float] = {"normalized": 1.0, "gradient": 1.0, "paper": 0.01}
 _PAPER_STEP = 0.01
 _PAPER_MOST_STEPS = 10_001
 
@@ -65,21 +65,30 @@ def fedmerge_step(
         ValueError: Shapes that do not fit, an unknown rule, sizes that are not positive, or deltas that are not finite.
     """
     shares = _shares(soup, logits, deltas, sizes)
-    if rule not in _WEIGHTS_LR:
-        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(_WEIGHTS_LR)}")
-    lr = _WEIGHTS_LR[rule] if weights_lr is None else weights_lr
+    if rule not in WEIGHTS_LR:
+        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(WEIGHTS_LR)}")
+    lr = WEIGHTS_LR[rule] if weights_lr is None else weights_lr
     weights = torch.softmax(logits.double(), dim=1)
-    gradient = weights_gradient(soup, weights, deltas, columns)
-
-    if rule == "gradient":
-        new_logits = logits.double() - lr * shares[:, None] * gradient
-        mixing = weights * shares[:, None]
-    else:
-        move = _paper_move(gradient, shares, lr) if rule == "paper" else lr * _rows_scaled(gradient)
-        new_logits = logits.double() - move
-        mixing = torch.softmax(new_logits, dim=1) * shares[:, None]
-        mixing = mixing / mixing.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    new_logits = logits.double() - weights_move(rule, weights_gradient(soup, weights, deltas, columns), shares, lr)
+    mixing = weights * shares[:, None] if rule == "gradient" else soup_shares(torch.softmax(new_logits, dim=1), shares)
     return soup - soup_lr * (mixing.T.to(deltas) @ deltas).to(soup), new_logits.to(logits)
+
+
+def soup_shares(weights: Tensor, shares: Tensor) -> Tensor:
+    """q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i', ``(m, d)`` float64: what each client's update counts for each adapter; columns sum to 1."""
+    mixing = weights.double() * shares[:, None]
+    return mixing / mixing.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def weights_move(rule: Rule, gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
+    """How far the logits step against G ``(m, d)``, by the rules of ``fedmerge_step``."""
+    match rule:
+        case "paper":
+            return _paper_move(gradient, shares, lr)
+        case "gradient":
+            return lr * shares[:, None] * gradient
+        case "normalized":
+            return lr * _rows_scaled(gradient)
 
 
 def weights_gradient(soup: Tensor, weights: Tensor, deltas: Tensor, columns: Tensor | Sequence[int] | slice | None = None) -> Tensor:

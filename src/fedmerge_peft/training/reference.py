@@ -16,6 +16,7 @@ from fedmerge_peft.backbone import Backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.seeds import derive, seeded
 from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.training.plan import Train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,69 +40,97 @@ def train(
     task: Task,
     training: TrainingRecipe,
     accelerator: Accelerator,
-    row: Tensor,
+    job: Train,
     examples: Examples,
     indices: Indices,
     seed: int,
 ) -> Trained:
-    """Train one adapter on one client's examples: min_θ ℓ(θ) + μ ‖θ − θ_sent‖².
+    """Train one adapter on one client's examples: min_θ ℓ(θ) + μ ‖θ − anchor‖².
 
     Args:
         backbone: The model; its slot holds the trained adapter afterwards.
         task: Gives batches and losses.
         training: Optimizer, schedule, batch size and the rest.
         accelerator: Autocast, and the gradient scaler in fp16.
-        row: θ_sent, ``(P,)``.
+        job: θ as sent, and what of it trains.
         examples: The encoded table.
         indices: The client's rows of it.
         seed: Decides the order of examples and the dropout masks.
     """
     device = backbone.device
-    sent = row.to(device)
-    backbone.load_row(row)
-    optimizer = make_optimizer(backbone.flat, training)
-    total = count_steps(len(indices), training)
-    schedule = make_schedule(optimizer, training, total)
-    scaler = _fresh_scaler(accelerator)
-    losses: list[Tensor] = []
+    sent = job.row.to(device)
+    backbone.load_row(sent)
+    anchor = sent if job.anchor is None else job.anchor.to(device)
+    proximal = training.proximal if job.proximal is None else job.proximal
+    example_weights = _spread(job.example_weights, indices, len(examples))
     gradient = backbone.flat.grad
     assert gradient is not None  # noqa: S101 (the backbone keeps it for good; this tells the type checker)
     gradient.zero_()  # an interrupted client may have left something
+    total = count_steps(len(indices), training)
+    losses: list[Tensor] = []
+
+    def take(step: list[Indices], optimizer: torch.optim.Optimizer, scaler: Any, columns: Tensor | None) -> None:
+        losses.append(accumulate(backbone, task, accelerator, examples, step, example_weights))
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if proximal:
+            gradient.add_(backbone.flat.detach() - anchor, alpha=2 * proximal)
+        if columns is not None:
+            gradient.mul_(columns)
+        if training.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_([backbone.flat], training.max_grad_norm)
+        before = backbone.flat.detach().clone() if columns is not None else None
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        if columns is not None and before is not None:  # weight decay would move what does not train
+            backbone.flat.data.copy_(torch.where(columns, backbone.flat.data, before))
+        gradient.zero_()
+
     backbone.train()
     with seeded(derive(seed, "dropout"), device):
-        for step in _steps(indices, training, total, np.random.default_rng(derive(seed, "order"))):
-            micro_batches = [task.collate(examples, chunk) for chunk in step]
-            losses.append(_accumulate(backbone, task, accelerator, micro_batches))
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            if training.proximal:
-                gradient.add_(backbone.flat.detach() - sent, alpha=2 * training.proximal)
-            if training.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_([backbone.flat], training.max_grad_norm)
-            if scaler is not None:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
-            schedule.step()
-            gradient.zero_()
+        for phase, mask in enumerate(job.phases):
+            optimizer = make_optimizer(backbone.flat, training)
+            schedule = make_schedule(optimizer, training, total)
+            scaler = _fresh_scaler(accelerator)
+            order = np.random.default_rng(derive(seed, "order", phase) if phase else derive(seed, "order"))
+            for step in _steps(indices, training, total, order):
+                take(step, optimizer, scaler, None if mask is None else mask.to(device))
+                schedule.step()
     backbone.eval()
-    return Trained(backbone.row(), float(torch.stack(losses).mean()), total)
+    return Trained(backbone.row(), float(torch.stack(losses).mean()), len(losses))
 
 
-def _accumulate(backbone: Backbone, task: Task, accelerator: Accelerator, micro_batches: list[Batch]) -> Tensor:
+def _spread(weights: Tensor | None, indices: Indices, examples: int) -> Tensor | None:
+    """A client's example weights ``(n,)``, by row of the whole table."""
+    if weights is None:
+        return None
+    spread = torch.zeros(examples)
+    spread[torch.from_numpy(indices)] = weights
+    return spread
+
+
+def accumulate(
+    backbone: Backbone, task: Task, accelerator: Accelerator, examples: Examples, step: list[Indices], example_weights: Tensor | None = None
+) -> Tensor:
     """Add the gradient of the step's mean loss to ``flat.grad``, one micro-batch after another; returns that mean.
 
     The mean runs over all terms (examples, or labelled tokens) of the step, so it does not depend on how they are split.
     """
     device = backbone.device
+    batches = [task.collate(examples, chunk) for chunk in step]
     sums = torch.zeros((), device=device)
-    count = sum(float(task.count(batch["labels"])) for batch in micro_batches)
-    for batch in micro_batches:
+    count = sum(float(task.count(batch["labels"])) for batch in batches)
+    for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = split(batch, device)
         with accelerator.autocast():
             logits = backbone.model(**inputs).logits
-        summed = task.losses(logits, labels)[0].sum()
+        each = task.losses(logits, labels)[0]
+        if example_weights is not None:
+            each = each * example_weights[torch.from_numpy(chunk)].to(device)
+        summed = each.sum()
         accelerator.backward(summed / count)
         sums += summed.detach()
     return sums / count

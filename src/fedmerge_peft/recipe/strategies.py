@@ -1,0 +1,221 @@
+"""Server-side methods and their settings: a section a method, told apart by ``name``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fedmerge_peft.recipe.section import Fraction, Section, named
+
+Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
+
+
+class Server(Section):
+    """How the server steps with the mean of what the clients return (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
+
+    name: str
+    """Which method."""
+    server_optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd: step along the mean update. adam: scaled elementwise by its running moments (FedAdam)."""
+    server_lr: PositiveFloat = 1.0
+    """Step size of the server; with sgd, 1 replaces by the mean, as FedAvg does. With adam, something like 1e-3."""
+    server_momentum: Fraction = 0.0
+    """Momentum of sgd (FedAvgM), or adam's beta_1."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Soups
+# --------------------------------------------------------------------------------------------------
+class FedMerge(Server):
+    """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
+
+    name: Literal["fedmerge"]
+    adapters: PositiveInt = 5
+    """d, the number of adapters in the soup."""
+    rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
+    """How weights step: normalized (each client's gradient scaled by its largest entry), adam, gradient (plain), or paper."""
+    weights_lr: NonNegativeFloat | None = None
+    """Step size of the merging logits. Default: 1.0; 0.3 for adam; 0.01 for the paper rule."""
+    weights_columns: Literal["all", "head"] | None = None
+    """Which parameters the weights' inner product sees: the whole adapter, or the head alone. Default: all; the head for the paper rule,
+    as in the authors' program, where the adapter has one."""
+    weights_memory: Fraction = 0.0
+    """Part of a client's past updates that stays in the average which its weights step by: 0 is this round's update alone."""
+    temperature: PositiveFloat = 1.0
+    """The merging weights are softmax(W / temperature): below 1 is sharper."""
+    balance_rounds: NonNegativeInt = 0
+    """Rounds over which the adapters are held in equal use, less and less (Sinkhorn), so that none is left over early."""
+    start: Literal["independent", "noise", "warm", "identical"] = "independent"
+    """independent: each adapter from its own random numbers, as the paper does. noise: all from the same, plus noise on all of their
+    numbers. warm: all from the same, a few rounds of FedAvg, then clients are grouped by the direction of their updates and each group
+    gets an adapter. identical: all from the same, for good; such adapters never specialise (a check, not a method)."""
+    start_noise: PositiveFloat = 0.02
+    """Standard deviation of the noise, with `start: noise`."""
+    warm_rounds: PositiveInt = 2
+    """Rounds before the grouping, with `start: warm`."""
+    warm_logit: PositiveFloat = 3.0
+    """Logit of a client's own group after the grouping; the others stay at zero."""
+    reseed_after: PositiveInt | None = None
+    """Give an adapter that stood unused for so many rounds to the clients whose update its group serves worst. Default: never."""
+
+
+# --------------------------------------------------------------------------------------------------
+# One model for all, or one for each
+# --------------------------------------------------------------------------------------------------
+class FedAvg(Server):
+    """One global adapter for everyone (McMahan 2017; on LoRA, FedIT)."""
+
+    name: Literal["fedavg"]
+
+
+class FedAvgFinetuned(Server):
+    """FedAvg, and each client is served with what its last local training made of the global adapter."""
+
+    name: Literal["fedavg_ft"]
+
+
+class FedProx(Server):
+    """FedAvg with a proximal term in local training (Li et al. 2020, arXiv 1812.06127)."""
+
+    name: Literal["fedprox"]
+    mu: PositiveFloat = 0.1
+    """The term is mu / 2 · ‖θ − θ_sent‖²; it takes the place of training.proximal."""
+
+
+class Local(Section):
+    """Every client trains alone from the same start; nothing is shared."""
+
+    name: Literal["local"]
+
+
+class Ditto(Server):
+    """A private adapter for each client, held near FedAvg's global one (Li et al. 2021, arXiv 2012.04221)."""
+
+    name: Literal["ditto"]
+    regularization: PositiveFloat = 0.1
+    """lambda of the term lambda / 2 · ‖private − global‖²."""
+
+
+class FedRep(Server):
+    """A shared body and a private head, trained one after the other (Collins et al. 2021, arXiv 2102.07078)."""
+
+    name: Literal["fedrep"]
+
+
+class FedDPA(Server):
+    """Half of the rank is global, half private, both active at once (dual-personalising adapters, Yang et al. 2024, arXiv 2403.19211)."""
+
+    name: Literal["feddpa"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Clusters and mixtures
+# --------------------------------------------------------------------------------------------------
+class IFCA(Section):
+    """Clusters: each client trains the adapter with the lowest loss on its data (Ghosh et al. 2020, arXiv 2006.04088)."""
+
+    name: Literal["ifca"]
+    adapters: PositiveInt = 5
+    """Number of clusters. All of their adapters are sent to every client."""
+
+
+class FeSEM(Section):
+    """Clusters: each client belongs to the centre nearest to its trained adapter (Long et al. 2023, arXiv 2108.08647)."""
+
+    name: Literal["fesem"]
+    adapters: PositiveInt = 5
+    """Number of clusters."""
+
+
+class FLHC(Section):
+    """Rounds of FedAvg, then hierarchical clusters of the updates, each with a FedAvg of its own (Briggs et al. 2020, arXiv 2004.11791)."""
+
+    name: Literal["flhc"]
+    adapters: PositiveInt = 5
+    """Number of clusters."""
+    warm_rounds: PositiveInt = 2
+    """Rounds before the clustering."""
+    metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    """Distance between updates."""
+    linkage: Literal["average", "complete", "single"] = "average"
+    """Distance between clusters."""
+
+
+class FedEM(Section):
+    """A mixture of adapters for each client, trained by expectation-maximisation (Marfoq et al. 2021, arXiv 2108.10252)."""
+
+    name: Literal["fedem"]
+    adapters: PositiveInt = 3
+    """Number of components. All of them are sent to every client, trained by it, and sent back."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Other ways to aggregate LoRA
+# --------------------------------------------------------------------------------------------------
+class FFALora(Server):
+    """A random and frozen, only B trains and travels (Sun et al. 2024, arXiv 2403.12313)."""
+
+    name: Literal["ffa_lora"]
+
+
+class FedSALora(Server):
+    """A is shared, B and the head stay private (Guo et al. 2025, arXiv 2410.01463)."""
+
+    name: Literal["fedsa_lora"]
+
+
+class FlexLora(Section):
+    """The mean of the updates B A, brought back to each client's rank by SVD (Bai et al. 2024, arXiv 2402.11505)."""
+
+    name: Literal["flexlora"]
+    ranks: Ranks | None = None
+    """Ranks of the clients, in their order and from the beginning again; at most lora.r. Default: lora.r for all."""
+
+
+class FLora(Section):
+    """Stacked factors, added to the backbone; each round starts from fresh ones (Wang et al. 2024, arXiv 2409.05976)."""
+
+    name: Literal["flora"]
+    ranks: Ranks | None = None
+    """Ranks of the clients, in their order and from the beginning again; at most lora.r. Default: lora.r for all."""
+
+
+StrategyName = Literal[
+    "fedmerge",
+    "fedavg",
+    "fedavg_ft",
+    "fedprox",
+    "local",
+    "ditto",
+    "fedrep",
+    "feddpa",
+    "ifca",
+    "fesem",
+    "flhc",
+    "fedem",
+    "ffa_lora",
+    "fedsa_lora",
+    "flexlora",
+    "flora",
+]
+Strategy = Annotated[
+    FedMerge
+    | FedAvg
+    | FedAvgFinetuned
+    | FedProx
+    | Local
+    | Ditto
+    | FedRep
+    | FedDPA
+    | IFCA
+    | FeSEM
+    | FLHC
+    | FedEM
+    | FFALora
+    | FedSALora
+    | FlexLora
+    | FLora,
+    Field(discriminator="name"),
+]
+StrategyRecipe = Annotated[Strategy, BeforeValidator(named, json_schema_input_type=Strategy | StrategyName)]

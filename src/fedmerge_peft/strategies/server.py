@@ -1,0 +1,31 @@
+"""How the server steps with what came back: plainly, with momentum, or with Adam (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge_peft.recipe.strategies import Server
+
+_ADAPTIVITY = 1e-3
+"""FedOpt's τ: what Adam adds to the root of the second moment."""
+
+
+class ServerOptimizer:
+    """Treats the mean of the clients' δ as a gradient of the server's rows ``(d, P)``."""
+
+    def __init__(self, recipe: Server, rows: Tensor) -> None:
+        self._rows = nn.Parameter(rows.clone())
+        self.optimizer: torch.optim.Optimizer
+        if recipe.server_optimizer == "adam":
+            betas = (recipe.server_momentum, 0.99)
+            self.optimizer = torch.optim.Adam([self._rows], lr=recipe.server_lr, betas=betas, eps=_ADAPTIVITY)
+        else:
+            self.optimizer = torch.optim.SGD([self._rows], lr=recipe.server_lr, momentum=recipe.server_momentum)
+
+    def step(self, rows: Tensor, gradient: Tensor) -> Tensor:
+        """The new rows, ``(d, P)``; the old ones stay as they are."""
+        self._rows.data = rows.clone()
+        self._rows.grad = gradient.to(rows)
+        self.optimizer.step()
+        return self._rows.detach().clone()

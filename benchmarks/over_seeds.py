@@ -1,44 +1,27 @@
-"""Run a recipe and its baselines with several seeds; print the table that the README quotes.
+"""Run a recipe and its baselines with several seeds; print the comparison, and where, when and how it was made.
 
     python benchmarks/over_seeds.py quickstart
-    python benchmarks/over_seeds.py text_tasks data.path=../shared/data/textcls.parquet --seeds 0,1,2
+    python benchmarks/over_seeds.py text_tasks data.path=../shared/data/textcls.parquet strategy.adapters=6,8 --seeds 0,1,2 --write
 
-Scores are of the adapters as the server sends them after the last round, on each client's own test examples, without any
-local finetuning. Runs go to a temporary directory; with --write the table is put into benchmarks/results/<recipe>.md.
+It is ``fedmerge sweep``, so values may be several, and the same command again does what is left. With --write the page goes to
+benchmarks/results/<recipe>.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import subprocess
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 
-from fedmerge_peft import Recipe, Run, __version__, federate
+from fedmerge_peft import Comparison, __version__, expand, sweep
+from fedmerge_peft.analysis.reports import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def measured(run: Run) -> dict[str, float]:
-    """What one run says: percent for the mean and the worst client, seconds, megabytes that the server sent to a client."""
-    summary = run.summary
-    final = summary["final"]["served"]
-    return {
-        "mean": 100 * final["mean"],
-        "worst": 100 * final["worst"],
-        "seconds": summary["seconds"],
-        "sent": summary["bytes_down"] / 1e6 / len(run.clients),
-    }
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    around = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{around}"
 
 
 def machine() -> str:
@@ -48,44 +31,22 @@ def machine() -> str:
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def table(recipe: str, overrides: list[str], seeds: list[int]) -> str:
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            run = federate(Recipe.load(recipe, [*overrides, f"seed={seed}"]), Path(folder) / "run")
-            for name, each in {run.recipe.strategy.name: run, **run.baselines}.items():
-                found.setdefault(name, []).append(measured(each))
-                print(f"seed {seed}  {name:10}  mean {found[name][-1]['mean']:.1f}  worst {found[name][-1]['worst']:.1f}", flush=True)
-    rows = [
-        "| strategy | mean over clients, % | worst client, % | MB sent to a client | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    for name, values in found.items():
-        columns = [spread([value[key] for value in values]) for key in ("mean", "worst")]
-        rows.append(
-            f"| {name} | {' | '.join(columns)} | {fmean(v['sent'] for v in values):.1f} | {fmean(v['seconds'] for v in values):.0f} |"
-        )
-    return "\n".join(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", help="folder of the run directories; default: sweeps/<recipe>")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/<recipe>.md")
-    arguments = parser.parse_args()
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    text = table(arguments.recipe, arguments.overrides, seeds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    arguments = parser.parse_intermixed_args()
     name = Path(arguments.recipe).stem
-    command = " ".join(["python benchmarks/over_seeds.py", arguments.recipe, *arguments.overrides, "--seeds", arguments.seeds])
+    recipes = expand(arguments.recipe, [*arguments.overrides, f"seed={arguments.seeds}"])
+    runs = sweep(recipes, arguments.out or Path("sweeps", name), on_round=lambda name, record: print(f"{name}  {record}", flush=True))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    command = shlex.join(["python", "benchmarks/over_seeds.py", arguments.recipe, *arguments.overrides, "--seeds", arguments.seeds])
     page = (
-        f"# {name}\n\n{text}\n\n"
-        f"Mean ± standard deviation over seeds {arguments.seeds}. Adapters as the server sends them after the last round, on each "
-        "client's test examples, without local finetuning.\n\n"
-        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, commit {commit}, fedmerge-peft {__version__}, torch {torch.__version__}, "
-        f"{machine()}.\n"
+        f"{markdown(Comparison.of(runs.values()))}\n`{command}`, {datetime.now(UTC):%Y-%m-%d}, commit {commit}, fedmerge-peft "
+        f"{__version__}, torch {torch.__version__}, {machine()}.\n"
     )
     print(f"\n{page}")
     if arguments.write:

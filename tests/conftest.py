@@ -30,6 +30,40 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def write_run(tmp_path):
+    """``write_run("a", ["seed=1"], [[.1, .3], [.2, .4]])``: a finished run of ``smoke`` with each client's accuracy by rounds done.
+
+    The last are the final scores. Each of its rounds took two seconds, and 100 bytes down and 40 up a client.
+    """
+    import json
+
+    from fedmerge_peft.recipe import Recipe
+
+    def write(name, overrides, scores, metric="test_accuracy", finished=True, finetuned=None, gaps=None):
+        def of(values):
+            clients = {f"client {number}": {metric: value} for number, value in enumerate(values)}
+            return {"metric": metric, "mean": sum(values) / len(values), "worst": min(values), "clients": clients}
+
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        rounds = len(scores) - 1
+        (folder / "recipe.yaml").write_text(Recipe.load("smoke", ["baselines=[]", f"rounds={rounds}", *overrides]).to_yaml())
+        records = [
+            {"round": done + 1, "served": of(scores[done]), "finetuned": finetuned and of(finetuned[done]), "gap": gaps and gaps[done]}
+            for done in range(rounds)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if finished:
+            clients = len(scores[-1])
+            cost = {"rounds": rounds, "seconds": 2.0 * rounds, "bytes_down": 100 * clients * rounds, "bytes_up": 40 * clients * rounds}
+            summary = {**cost, "final": {"after_round": rounds, "served": of(scores[-1])}, "warnings": []}
+            (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
+
+    return write
+
+
 class LabelTask:
     """As much of a task as loading a backbone needs."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmerge_peft.adapters import AdapterLayout, AdapterSoup, MergingWeights, concat, merge_error
+    from fedmerge_peft.analysis import Comparison, compare
     from fedmerge_peft.errors import (
         BackboneError,
         ClientError,
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
         RecipeError,
         RunError,
         RunExistsError,
+        SweepError,
     )
     from fedmerge_peft.federation import Federation, federate
+    from fedmerge_peft.personalization import Personalized, personalize
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores
     from fedmerge_peft.run import Run, load_run
     from fedmerge_peft.strategies import Strategy, fedmerge_step
+    from fedmerge_peft.sweeps import expand, sweep
 
 __version__ = "0.1.0"
 
@@ -35,11 +39,13 @@ __all__ = [
     "AdapterSoup",
     "BackboneError",
     "ClientError",
+    "Comparison",
     "DataError",
     "DeviceError",
     "FedMergeError",
     "Federation",
     "MergingWeights",
+    "Personalized",
     "Recipe",
     "RecipeError",
     "RoundRecord",
@@ -48,21 +54,39 @@ __all__ = [
     "RunExistsError",
     "Scores",
     "Strategy",
+    "SweepError",
+    "compare",
     "concat",
+    "expand",
     "federate",
     "fedmerge_step",
     "load_run",
     "merge_error",
+    "personalize",
+    "sweep",
 ]
 
 _HOMES = {
     "adapters": ("AdapterLayout", "AdapterSoup", "MergingWeights", "concat", "merge_error"),
-    "errors": ("BackboneError", "ClientError", "DataError", "DeviceError", "FedMergeError", "RecipeError", "RunError", "RunExistsError"),
+    "errors": (
+        "BackboneError",
+        "ClientError",
+        "DataError",
+        "DeviceError",
+        "FedMergeError",
+        "RecipeError",
+        "RunError",
+        "RunExistsError",
+        "SweepError",
+    ),
+    "analysis": ("Comparison", "compare"),
     "federation": ("Federation", "federate"),
+    "personalization": ("Personalized", "personalize"),
     "recipe": ("Recipe",),
     "record": ("RoundRecord", "Scores"),
     "run": ("Run", "load_run"),
     "strategies": ("Strategy", "fedmerge_step"),
+    "sweeps": ("expand", "sweep"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedmerge_peft.adapters.layout import AdapterLayout, Role
 from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.prefix import find_prefix
 from fedmerge_peft.recipe.schema import BackboneRecipe, LoraRecipe
 from fedmerge_peft.seeds import derive, seeded
 from fedmerge_peft.tasks.base import Task
@@ -45,6 +46,8 @@ class Backbone:
         self.layout = layout
         self.shared = shared
         """Frozen tensors that all adapters have in common, by PEFT's saved name; empty unless ``merge: shared_a``."""
+        self.prefix = find_prefix(model)
+        """The layers in front of the first that trains; None where there are none."""
         self._trainable = trainable
         self._pretrained: dict[str, tuple[nn.Parameter, Tensor]] = {}
         row = torch.cat([parameter.detach().float().flatten() for parameter in trainable])
@@ -58,6 +61,13 @@ class Backbone:
     def config(self) -> Any:
         """PEFT's LoraConfig."""
         return self.model.peft_config["default"]
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """What the update B A of each adapted layer is multiplied by, by module name."""
+        from peft.tuners.lora.layer import LoraLayer
+
+        return {name: float(module.scaling["default"]) for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
 
     @property
     def device(self) -> torch.device:
@@ -84,10 +94,18 @@ class Backbone:
         self._bind(self.flat.data, self.flat.grad)
         return row
 
+    def load_shared(self, shared: Mapping[str, Tensor]) -> None:
+        """Put frozen tensors of the same names and shapes in place of ``shared``: those that some adapters were trained with."""
+        from peft import set_peft_model_state_dict
+
+        if shared:
+            set_peft_model_state_dict(self.model, {**self.layout.state_dict(self.flat.detach().clone()), **shared})  # it takes whole adapters
+        self.shared = shared
+
     def set_base(self, base: Mapping[str, Tensor]) -> None:
         """Add ΔW ``(out, in)`` to the pretrained weights of the layers named, in place of what was added before; ``{}`` takes it away.
 
-        Raises ``BackboneError`` for layers whose weights are quantized.
+        Raises ``BackboneError`` for layers whose weights are quantized, or are another layer's too.
         """
         with torch.no_grad():
             for weight, pretrained in self._pretrained.values():
@@ -97,12 +115,20 @@ class Backbone:
                 frozen = adapted.base_layer.weight
                 if not frozen.is_floating_point():
                     raise BackboneError(f"backbone.quantization: nothing can be added to the quantized weights of {name}; remove it")
+                places = self.model.named_parameters(remove_duplicate=False)
+                if name not in self._pretrained and sum(each is frozen for _, each in places) > 1:
+                    raise BackboneError(f"lora.target_modules: {name} is tied to another layer, which would change with it; leave it out")
                 weight, pretrained = self._pretrained.setdefault(name, (frozen, frozen.detach().clone()))
                 weight.copy_(pretrained + (update.T if adapted.fan_in_fan_out else update).to(pretrained))
 
     def train(self) -> None:
-        """Put the model into training mode: dropout is on, running statistics (BatchNorm's) stay as they were pretrained."""
+        """Put the model into training mode: dropout is on, except before the first layer that trains (``Prefix.freeze``).
+
+        Running statistics (BatchNorm's) stay as they were pretrained.
+        """
         self.model.train()
+        if self.prefix is not None:
+            self.prefix.freeze()
         for module in self.model.modules():
             if getattr(module, "track_running_stats", False):
                 module.eval()
@@ -164,6 +190,7 @@ def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder
         peft_model = _add_adapter(model, lora, task, backbone.model, missing)
     if backbone.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # reentrant checkpoints need them; here gradients would flow through frozen layers for nothing
     _prepare_heads(peft_model, missing)
     if lora.merge == "shared_a":
         for name, parameter in peft_model.named_parameters():

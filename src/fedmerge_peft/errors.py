@@ -6,7 +6,8 @@
     ├── BackboneError      the model is absent, or cannot carry the adapter that was asked for
     ├── DeviceError        the device or the precision asked for is not there
     ├── RunError           a run directory is missing, unreadable or not ours
-    │   └── RunExistsError the run directory already holds a run
+    │   ├── RunExistsError the run directory already holds a run
+    │   └── SweepError     some recipes of a sweep failed, the others ran
     └── ClientError        a client failed; raised from the original, names client and round
 
 The command line prints them as one message on standard error and exits with code 2.
@@ -51,6 +52,15 @@ class RunExistsError(RunError):
     def __init__(self, message: str, free: Path) -> None:
         self.free = free
         super().__init__(message)
+
+
+class SweepError(RunError):
+    """Some recipes of a sweep failed, after all of them were tried. ``failures`` has the reasons by name."""
+
+    def __init__(self, failures: dict[str, str]) -> None:
+        self.failures = failures
+        lines = (f"{name}: {reason}" for name, reason in failures.items())
+        super().__init__("\n".join([f"{len(failures)} run{'s' * (len(failures) > 1)} of the sweep failed:", *lines]))
 
 
 class ClientError(FedMergeError):

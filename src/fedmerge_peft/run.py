@@ -3,10 +3,11 @@
 recipe.yaml             the recipe, defaults written out
 environment.json        versions, device, precision
 clients.json            name, group and number of examples of each client
+task.json               names of the labels in the order of their ids, and the format of texts, as the data told them
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object a round
 weights/                π after each round
-soup.safetensors        the adapters after the last finished round
+soup.safetensors        the adapters after the last finished round, and what the backbone has gained beside them (flora)
 weights.safetensors     π after the last finished round
 best/                   soup and weights at the lowest mean validation loss over all clients
 summary.json            the final and the best scores; there once the run has ended
@@ -19,7 +20,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -31,10 +32,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedmerge_peft.adapters.merging import concat
+from fedmerge_peft.adapters.merging import concat, with_base
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.strategies import FedEM
 from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.strategies.base import Strategy
 
@@ -84,6 +86,7 @@ class Run:
             for each in engine.clients
         ]
         _write_json(path / "clients.json", clients)
+        _write_json(path / "task.json", {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)})
         _write_json(path / "adapter_config.json", _adapter_config(recipe, engine))
         return run
 
@@ -201,9 +204,8 @@ class Run:
         return AdapterSoup.load(self.path / "soup.safetensors")
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
-        """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` for a stranger."""
-        soup, weights = self._serving(client, best)
-        return soup.state_dict(soup.merge(weights))
+        """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` where it has none."""
+        return self._adapter(client, best=best, exact=False)[0]
 
     def save_adapter(self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False) -> Path:
         """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads.
@@ -215,25 +217,43 @@ class Run:
             exact: Concatenate the soup's factors instead of averaging them: the exact average of updates, at rank d·r.
 
         Raises:
-            RunError: No such client, or the folder cannot be written.
+            RunError: No such client, a mixture of adapters, or the folder cannot be written.
             ValueError: ``exact`` where ``concat`` knows no exact merge.
         """
-        state, config = self.adapter(client, best=best), self.adapter_config
-        if exact:
-            state, config = concat(*self._serving(client, best), config)
-        with _writing(Path(folder)) as folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        _write_tensors(folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()})
-        _write_json(folder / "adapter_config.json", config)
-        return folder
+        return write_adapter(Path(folder), *self._adapter(client, best=best, exact=exact))
+
+    def state(self, *, best: bool = False) -> tuple[AdapterSoup, Tensor]:
+        """The soup and π ``(clients, adapters)``, after the last or the best round. Raises ``RunError`` where there is none."""
+        folder = self.path / "best" if best else self.path
+        if best and not folder.is_dir():
+            raise RunError(f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last")
+        return AdapterSoup.load(folder / "soup.safetensors"), _read_tensors(folder / "weights.safetensors")["weights"]
+
+    def _adapter(self, client: str, *, best: bool, exact: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """PEFT's saved form and its configuration; with what the backbone has gained."""
+        soup, weights = self._serving(client, best)
+        state, config = concat(soup, weights, self.adapter_config) if exact else (soup.state_dict(soup.merge(weights)), self.adapter_config)
+        return with_base(state, config, soup.base) if soup.base else (state, config)
 
     def _serving(self, client: str, best: bool) -> tuple[AdapterSoup, Tensor]:
         names = [entry["name"] for entry in self._clients]
         if client not in names:
             raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
-        folder = self.path / "best" if best else self.path
-        weights = _read_tensors(folder / "weights.safetensors")["weights"]
-        return AdapterSoup.load(folder / "soup.safetensors"), weights[names.index(client)]
+        if isinstance(self.recipe.strategy, FedEM):
+            raise RunError(
+                f"{self.path}: fedem mixes what its adapters predict, so a client has no single adapter. Load each row of run.soup.rows as "
+                "run.soup.state_dict(row), and average the probabilities that they give by run.weights.loc[client]"
+            )
+        soup, weights = self.state(best=best)
+        return soup, weights[names.index(client)]
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What the run's data told about the task: ``labels``, names in the order of their ids, and the ``format`` of texts or None."""
+        path = self.path / "task.json"
+        if not path.is_file():
+            raise RunError(f"{path} is missing, so what the labels mean cannot be told; only a new fedmerge run writes it")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
     @property
     def adapter_config(self) -> dict[str, Any]:
@@ -271,6 +291,27 @@ class Run:
 def load_run(path: Path | str) -> Run:
     """Open a run directory. Raises ``RunError`` where there is none."""
     return Run.open(path)
+
+
+def write_adapter(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **documents: Any) -> Path:
+    """Write an adapter as a folder that ``PeftModel.from_pretrained`` loads, and each document as ``<name>.json`` beside it.
+
+    Args:
+        folder: Where to; made where it is missing.
+        state: Tensors in PEFT's saved form.
+        config: PEFT's configuration.
+        documents: Anything that is JSON.
+
+    Raises:
+        RunError: The folder cannot be written.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()})
+    _write_json(folder / "adapter_config.json", config)
+    for name, document in documents.items():
+        _write_json(folder / f"{name}.json", document)
+    return folder
 
 
 def _environment(engine: LocalEngine) -> dict[str, Any]:

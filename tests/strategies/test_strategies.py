@@ -6,7 +6,7 @@ import torch
 from fedmerge_peft import AdapterLayout, RecipeError
 from fedmerge_peft.recipe.strategies import FedAvg, FedMerge, Local
 from fedmerge_peft.strategies import Reply, Start, make_strategy
-from fedmerge_peft.strategies.grouping import group_by_direction
+from fedmerge_peft.strategies.grouping import agreement, group_by_direction
 
 SIZE = 12
 LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")])
@@ -155,16 +155,32 @@ def test_a_warm_start_leaves_clients_it_never_asked_uniform():
     assert strategy.weights[:3].max(1).values.min() > 0.9
 
 
-def test_grouping_sees_directions_and_not_lengths():
-    generator = torch.Generator().manual_seed(0)
+def in_groups(truth, spread, seed=0):
+    """Updates of clients that want one of three things, of very different lengths, with much in common."""
+    generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, 50, generator=generator)
+    lengths = torch.rand(len(truth), 1, generator=generator) * 10 + 0.1
+    deltas = lengths * (centres[truth] - centres.mean(0) + spread * torch.randn(len(truth), 50, generator=generator))
+    return deltas - deltas.mean(0) + 5.0
+
+
+@pytest.mark.parametrize("most", [3, 4, 8, 12, 20])
+def test_grouping_sees_directions_and_tells_how_many_groups_there_are(most):
     truth = torch.arange(12) % 3
-    lengths = torch.rand(12, 1, generator=generator) * 10 + 0.1
-    deltas = lengths * (centres[truth] - centres.mean(0)) + 0.01 * torch.randn(12, 50, generator=generator)
-    deltas = deltas - deltas.mean(0) + 5.0
-    groups = group_by_direction(deltas, 3, 0)
+    groups = group_by_direction(in_groups(truth, 0.3), most, 0)
     assert all((groups[i] == groups[k]) == (truth[i] == truth[k]) for i in range(12) for k in range(12))
 
 
-def test_more_groups_than_clients_is_one_group_a_client():
+def test_clients_with_nothing_in_common_stay_alone():
     assert sorted(group_by_direction(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), 8, 0).tolist()) == [0, 1, 2]
+
+
+def test_agreement_equals_a_slow_recomputation():
+    directions = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    groups = torch.tensor([0, 0, 0, 1, 1, 2])
+    cosines = []
+    for client in range(6):
+        others = [k for k in range(6) if k != client and groups[k] == groups[client]]
+        mean = directions[others].mean(0) if others else torch.zeros(4).double()
+        cosines.append(float(directions[client] @ mean / mean.norm()) if others else 0.0)
+    assert agreement(directions, groups) == pytest.approx(sum(cosines) / 6)

@@ -5,12 +5,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fedmerge_peft import DeviceError, Recipe
+from fedmerge_peft import DeviceError, Recipe, RecipeError
 from fedmerge_peft.backbone import load_backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.training.device import choose_device, choose_precision, make_accelerator
-from fedmerge_peft.training.evaluation import evaluate
+from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.plan import Mixture, Train
 from fedmerge_peft.training.reference import count_steps, train
 
 WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
@@ -50,18 +51,21 @@ class Bench:
         self.examples = self.task.encode(self.table)
         self.row = self.backbone.fresh_row(1)
 
-    def train(self, indices=None, seed=3, row=None):
+    def train(self, indices=None, seed=3, **job):
         indices = np.arange(len(self.table)) if indices is None else indices
-        return train(
-            self.backbone,
-            self.task,
-            self.recipe.training,
-            self.accelerator,
-            self.row if row is None else row,
-            self.examples,
-            indices,
-            seed,
-        )
+        job = Train(self.row, **job)
+        return train(self.backbone, self.task, self.recipe.training, self.accelerator, job, self.examples, indices, seed)
+
+    def evaluate(self, served, batch_size=4):
+        indices = np.arange(len(self.table))
+        return evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size)
+
+    def probabilities(self, row):
+        """Of each label for each example, ``(10, 3)``."""
+        self.backbone.load_row(row)
+        batch = self.task.collate(self.examples, np.arange(len(self.table)))
+        with torch.no_grad():
+            return self.backbone.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.double().softmax(1)
 
 
 def plain_step(bench, optimizer, batches, sent=None):
@@ -127,6 +131,70 @@ def test_the_proximal_term_holds_the_adapter_near_what_was_sent(tiny_models):
     assert float((held.train().row - held.row).norm()) < 0.5 * float((free.train().row - free.row).norm())
 
 
+def test_a_plans_proximal_term_and_anchor_take_the_place_of_the_recipes(tiny_models):
+    """One SGD step: θ ← θ − η (∇ℓ + 2 μ (θ − anchor))."""
+    bench = Bench(tiny_models, optimizer="sgd", steps=1, batch_size=10)
+    anchor = bench.backbone.fresh_row(7)
+    plain, held = bench.train(), bench.train(proximal=0.5, anchor=anchor)
+    torch.testing.assert_close(held.row, plain.row - 0.01 * (bench.row - anchor), rtol=1e-4, atol=1e-6)
+    assert held.loss == pytest.approx(plain.loss)
+    recipes = Bench(tiny_models, optimizer="sgd", steps=3, batch_size=10, proximal=0.5)
+    theirs = Bench(tiny_models, optimizer="sgd", steps=3, batch_size=10)
+    torch.testing.assert_close(recipes.train().row, theirs.train(proximal=0.5).row)
+    torch.testing.assert_close(recipes.train(proximal=0.0).row, theirs.train().row)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3}, {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.3}], ids=str)
+def test_only_the_columns_of_a_phase_move_in_it(tiny_models, options):
+    bench = Bench(tiny_models, epochs=2, **options)
+    head = torch.zeros(len(bench.row), dtype=torch.bool)
+    head[bench.backbone.layout.columns("head")] = True
+    alone = bench.train(phases=(head,))
+    assert torch.equal(alone.row[~head], bench.row[~head])
+    assert not torch.allclose(alone.row[head], bench.row[head], atol=1e-4)
+    both = bench.train(phases=(head, ~head))
+    assert torch.equal(both.row[head], alone.row[head])
+    assert not torch.allclose(both.row[~head], bench.row[~head], atol=1e-4)
+    assert both.steps == 2 * alone.steps
+
+
+def test_a_phase_of_all_columns_is_plain_training_and_each_phase_has_its_own_order(tiny_models):
+    bench = Bench(tiny_models)
+    everything = torch.ones(len(bench.row), dtype=torch.bool)
+    assert torch.equal(bench.train(phases=(everything,)).row, bench.train().row)
+    twice = bench.train(phases=(None, None)).row
+    again = train(
+        bench.backbone, bench.task, bench.recipe.training, bench.accelerator, Train(bench.train().row), bench.examples, np.arange(10), 3
+    )
+    assert not torch.equal(twice, again.row)
+
+
+def test_example_weights_multiply_each_examples_loss(tiny_models):
+    """One SGD step on Σ w_i ℓ_i / n, recomputed by autograd; the weights follow the indices, not the table."""
+    bench = Bench(tiny_models, optimizer="sgd", steps=1, batch_size=10, learning_rate=1.0)
+    indices = np.array([7, 2, 5, 0])
+    weights = torch.tensor([0.3, 0.0, 1.0, 2.0])
+    trained = bench.train(indices, example_weights=weights)
+    bench.backbone.load_row(bench.row)
+    parameters = [p for p in bench.backbone.model.parameters() if p.requires_grad]
+    batch = bench.task.collate(bench.examples, indices)
+    logits = bench.backbone.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    loss = (weights * bench.task.losses(logits, batch["labels"])[0]).sum() / 4
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+    torch.testing.assert_close(trained.row, bench.row - gradient, rtol=1e-4, atol=1e-6)
+    assert trained.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_an_example_of_weight_zero_is_absent_from_the_gradient(tiny_models):
+    bench = Bench(tiny_models, optimizer="sgd", steps=1, batch_size=10, learning_rate=1.0)
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    among = bench.train(np.array([1, 4, 8, 9]), example_weights=weights).row - bench.row
+    without = bench.train(np.array([1, 4, 8])).row - bench.row
+    torch.testing.assert_close(4 * among, 3 * without, rtol=1e-3, atol=1e-6)
+    ones = bench.train(example_weights=torch.ones(10))
+    torch.testing.assert_close(ones.row, bench.train().row)
+
+
 def test_same_seed_same_bits_and_another_seed_another_order(tiny_models):
     bench = Bench(tiny_models)
     first, again, other = bench.train(seed=3), bench.train(seed=3), bench.train(seed=4)
@@ -162,20 +230,58 @@ def test_an_interrupted_client_leaves_nothing_to_the_next(tiny_models, monkeypat
 def test_training_lowers_the_loss(tiny_models):
     bench = Bench(tiny_models, epochs=15)
     trained = bench.train()
-    bench.backbone.load_row(bench.row)
-    before = evaluate(bench.backbone, bench.task, bench.accelerator, bench.examples, np.arange(10), 4)
-    bench.backbone.load_row(trained.row)
-    after = evaluate(bench.backbone, bench.task, bench.accelerator, bench.examples, np.arange(10), 4)
+    before, after = bench.evaluate(bench.row), bench.evaluate(trained.row)
     assert after["loss"] < 0.7 * before["loss"]
     assert set(after) == {"loss", "accuracy"}
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(tiny_models):
     bench = Bench(tiny_models)
-    found = [evaluate(bench.backbone, bench.task, bench.accelerator, bench.examples, np.arange(10), size) for size in (1, 3, 10)]
+    found = [bench.evaluate(bench.row, size) for size in (1, 3, 10)]
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
     assert found[0]["loss"] == pytest.approx(found[2]["loss"], rel=1e-5)
     assert found[0]["accuracy"] == found[1]["accuracy"] == found[2]["accuracy"]
+
+
+def test_the_losses_of_examples_add_up_to_the_evaluations(tiny_models):
+    bench = Bench(tiny_models)
+    found = [
+        example_losses(bench.backbone, bench.task, bench.accelerator, bench.row, bench.examples, order, 3)
+        for order in (np.arange(10), np.arange(10)[::-1])
+    ]
+    assert float(found[0].mean()) == pytest.approx(bench.evaluate(bench.row)["loss"], rel=1e-5)
+    torch.testing.assert_close(found[0], found[1].flip(0))
+
+
+def test_a_mixture_predicts_with_the_mean_of_probabilities(tiny_models):
+    bench = Bench(tiny_models)
+    rows, weights = torch.stack([bench.row, bench.train().row, bench.backbone.fresh_row(2)]), torch.tensor([0.2, 0.7, 0.1])
+    mixed = sum(weight * bench.probabilities(row) for weight, row in zip(weights.double(), rows, strict=True))
+    labels = torch.arange(10) % 3
+    found = bench.evaluate(Mixture(rows, weights))
+    assert found["loss"] == pytest.approx(float(-mixed[torch.arange(10), labels].log().mean()), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(float((mixed.argmax(1) == labels).double().mean()))
+
+
+def test_a_mixture_of_one_is_the_adapter_itself(tiny_models):
+    bench = Bench(tiny_models)
+    alone = bench.evaluate(bench.row)
+    other = bench.backbone.fresh_row(2)
+    for mixture in (Mixture(bench.row[None], torch.ones(1)), Mixture(torch.stack([other, bench.row]), torch.tensor([0.0, 1.0]))):
+        assert bench.evaluate(mixture) == pytest.approx(alone, rel=1e-5)
+
+
+def test_each_part_of_a_mixture_predicts_by_itself_under_autocast(tiny_models):
+    bench = Bench(tiny_models, mixed_precision="bf16")
+    mixture = Mixture(torch.stack([bench.backbone.fresh_row(2), bench.row]), torch.tensor([0.0, 1.0]))
+    assert bench.evaluate(mixture) == pytest.approx(bench.evaluate(bench.row), rel=1e-5)
+
+
+def test_a_mixture_generates_no_text(tiny_models):
+    bench = Bench(tiny_models, "gpt2")
+    bench.task.generates = True
+    with pytest.raises(RecipeError, match=r"task\.metrics: a mixture of models does not generate text"):
+        bench.evaluate(Mixture(bench.row[None], torch.ones(1)))
 
 
 def test_bf16_autocast_trains_and_keeps_float32_adapters(tiny_models):

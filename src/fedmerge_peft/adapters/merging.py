@@ -69,6 +69,46 @@ def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tup
     }
 
 
+def with_base(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One adapter that carries what the backbone has gained too: scaling · [B, U S / scaling] [A; Vᵀ] = scaling · B A + ΔW.
+
+    U S Vᵀ is ΔW, without what is below the rounding error of its float32 numbers.
+
+    Args:
+        state: PEFT's saved form of an adapter on linear layers.
+        config: PEFT's configuration of it.
+        base: ΔW ``(out, in)`` by module name (``AdapterSoup.base``).
+
+    Returns:
+        The same of an adapter that runs on the pretrained backbone; each layer's rank has grown by the rank of its ΔW.
+
+    Raises:
+        ValueError: A ΔW belongs to a layer that the adapter is not on.
+    """
+    from peft.utils.other import get_pattern_key
+
+    power = 0.5 if config.get("use_rslora") else 1.0
+    alphas = config.get("alpha_pattern") or {}
+    whole, ranks, scaled, left = dict(state), {}, {}, set(base)
+    for a_key, b_key in _pairs(state):
+        module, name = a_key.removesuffix(".lora_A.weight"), a_key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        a, b = state[a_key], state[b_key]
+        scaling = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]) / len(a) ** power
+        if module in base:
+            left.remove(module)
+            u, s, vh = torch.linalg.svd(base[module].double(), full_matrices=False)
+            rank = int((s > s[0] * torch.finfo(torch.float32).eps * math.sqrt(max(base[module].shape))).sum())
+            b = torch.cat([b, (u[:, :rank] * s[:rank] / scaling).to(b)], dim=1)
+            a = torch.cat([a, vh[:rank].to(a)])
+        whole[a_key], whole[b_key] = a, b
+        ranks[f"^{name}"], scaled[f"^{name}"] = len(a), scaling * len(a) ** power
+    if left:
+        raise ValueError(f"the adapter is not on {sorted(left)[0]}, to which the backbone's change belongs")
+    return whole, {**config, "rank_pattern": ranks, "alpha_pattern": scaled}
+
+
 def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
     """How far the parameter average is from the average of updates, relative to the latter.
 

@@ -14,6 +14,7 @@ from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import RunError
 
 _SHARED = "shared."
+_BASE = "base."
 
 
 @dataclass
@@ -29,6 +30,9 @@ class AdapterSoup:
     layout: AdapterLayout
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen tensors that every adapter has in common (LoRA's A with ``merge: shared_a``), by PEFT's saved name."""
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the backbone's own weights have gained beside the adapters: ΔW ``(out, in)`` by module name. ``merge`` and ``state_dict`` leave
+    it out; ``Backbone.set_base`` or ``merging.with_base`` take it in."""
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
@@ -47,7 +51,11 @@ class AdapterSoup:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; the layout goes into its metadata."""
-        tensors = {"rows": self.rows, **{_SHARED + key: value for key, value in self.shared.items()}}
+        tensors = {
+            "rows": self.rows,
+            **{_SHARED + key: value for key, value in self.shared.items()},
+            **{_BASE + key: value for key, value in self.base.items()},
+        }
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
             path,
@@ -61,7 +69,9 @@ class AdapterSoup:
             with safe_open(path, framework="pt") as file:
                 layout = AdapterLayout.from_json((file.metadata() or {})["layout"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            shared = {key.removeprefix(_SHARED): value for key, value in tensors.items() if key.startswith(_SHARED)}
-            return cls(tensors["rows"], layout, shared)
+            shared, base = (
+                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)} for prefix in (_SHARED, _BASE)
+            )
+            return cls(tensors["rows"], layout, shared, base)
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise RunError(f"{path}: not a readable soup ({error})") from error

@@ -55,8 +55,14 @@ def warnings(weights: Tensor) -> list[str]:
             "the merging weights have not moved from uniform: all clients get the same adapter. "
             "Raise strategy.weights_lr, or use strategy.rule=normalized"
         ]
-    unused = [str(adapter) for adapter, share in enumerate(mass(weights)) if share < UNUSED / adapters]
-    if not unused:
+    return unused(weights)
+
+
+def unused(weights: Tensor) -> list[str]:
+    """Which adapters nobody uses, as one warning; empty where all are in use."""
+    adapters = weights.shape[1]
+    idle = [str(adapter) for adapter, share in enumerate(mass(weights)) if share < UNUSED / adapters]
+    if not idle:
         return []
-    who = "adapters {} of {} stand" if len(unused) > 1 else "adapter {} of {} stands"
-    return [f"{who.format(', '.join(unused), adapters)} unused (less than a quarter of an even share of the clients' weight)"]
+    who = "adapters {} of {} stand" if len(idle) > 1 else "adapter {} of {} stands"
+    return [f"{who.format(', '.join(idle), adapters)} unused (less than a quarter of an even share of the clients' weight)"]

@@ -18,7 +18,7 @@ _WIDE = 6
 _MOST_ADAPTERS = 15
 
 
-def comparison(run: Run, most: int = 40) -> Table:
+def scores_table(run: Run, most: int = 40) -> Table:
     """Each client's final score, without local finetuning, for the run's strategy and its baselines side by side."""
     runs: Mapping[str, Run] = {run.recipe.strategy.name: run, **run.baselines}
     final = {name: each.summary["final"]["served"] for name, each in runs.items()}

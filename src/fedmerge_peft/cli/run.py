@@ -89,10 +89,10 @@ def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) ->
 
 
 def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
-    from fedmerge_peft.analysis import comparison, weights_table
+    from fedmerge_peft.analysis import scores_table, weights_table
 
     if run.summary["final"]["served"] is not None:
-        console.print(comparison(run))
+        console.print(scores_table(run))
     if run.recipe.strategy.name == "fedmerge":
         console.print(weights_table(run))
     console.print(f"run directory: {run.path}\n\nnext:", soft_wrap=True, markup=False)

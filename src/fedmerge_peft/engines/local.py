@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.training.device import make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.plan import Plan, Served, Train
+from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import Trained, train
 from fedmerge_peft.training.work import Hands, carry_out
 
@@ -46,6 +48,7 @@ class LocalEngine:
         self.examples = examples
         self.backbone = backbone
         self.accelerator = accelerator
+        self.cache = self._make_cache()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LocalEngine:
@@ -76,7 +79,8 @@ class LocalEngine:
         def fresh_row(number: int) -> Tensor:
             return self.backbone.fresh_row(derive(self.recipe.seed, "adapter", number))
 
-        return Start(len(self.clients), self.backbone.layout, fresh_row, self.backbone.shared, derive(self.recipe.seed, "strategy"))
+        model = self.backbone
+        return Start(len(self.clients), model.layout, fresh_row, model.shared, derive(self.recipe.seed, "strategy"), model.scaling)
 
     def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply]:
         """Send each client its plan, let it train, and hand over the replies as they come.
@@ -115,14 +119,21 @@ class LocalEngine:
         seconds = time.perf_counter() - begin
         return Reply(index, work.deltas, client.size, work.loss, seconds, before, after, work.choice, work.weights)
 
+    def _make_cache(self) -> PrefixCache | None:
+        gigabytes = self.recipe.training.prefix_cache
+        if self.backbone.prefix is None or gigabytes == 0:
+            return None
+        held = [part for client in self.clients for part in (client.train, client.validation, client.test)]
+        return PrefixCache(self.backbone, self.task, self.examples, np.unique(np.concatenate(held)), gigabytes)
+
     def _hands(self, client: Client) -> Hands:
         model = (self.backbone, self.task)
 
         def do_train(job: Train, seed: int) -> Trained:
-            return train(*model, self.recipe.training, self.accelerator, job, self.examples, client.train, seed)
+            return train(*model, self.recipe.training, self.accelerator, job, self.examples, client.train, seed, self.cache)
 
         def losses(row: Tensor) -> Tensor:
-            return example_losses(*model, self.accelerator, row, self.examples, client.train, self.recipe.evaluation.batch_size)
+            return example_losses(*model, self.accelerator, row, self.examples, client.train, self.recipe.evaluation.batch_size, self.cache)
 
         return Hands(do_train, losses)
 
@@ -131,6 +142,6 @@ class LocalEngine:
         for part, indices in (("validation", client.validation), ("test", client.test)):
             if len(indices):
                 batch_size = self.recipe.evaluation.batch_size
-                found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size)
+                found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
                 scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores

@@ -204,6 +204,9 @@ class TrainingRecipe(Section):
     """Clip each client's gradient to this norm; null for no clipping."""
     proximal: NonNegativeFloat = 0.0
     """mu of the proximal term mu · ‖θ − θ_sent‖², as in FedMerge's program (FedProx writes mu / 2)."""
+    prefix_cache: NonNegativeFloat = 2.0
+    """GB of memory, on the device, for what enters the first layer that has an adapter (`lora.layers_to_transform`): the frozen layers
+    before it then run once for each example. Where this is too little, or 0, they run each time, with the same results."""
 
 
 class ClientsRecipe(Section):
@@ -257,6 +260,16 @@ class Recipe(Section):
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"baselines: each strategy may appear once, and {', '.join(repeated)} appears again")
+        return self
+
+    @model_validator(mode="after")
+    def _mixtures_generate_no_text(self) -> Recipe:
+        generated = [name for name in self.task.metrics if name in ("exact_match", "rougeL")]
+        if generated and any(each.name == "fedem" for each in (self.strategy, *self.baselines)):
+            raise ValueError(
+                f"task: the metric {generated[0]} needs generated text, and the mixture of adapters that fedem serves gives none; "
+                "use perplexity or accuracy, or another strategy"
+            )
         return self
 
     @classmethod

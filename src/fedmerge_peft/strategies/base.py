@@ -28,6 +28,8 @@ class Start:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen tensors that all adapters have in common, by PEFT's saved name."""
     seed: int = 0
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    """What the update B A of each adapted layer is multiplied by, by module name: alpha / r, or alpha / √r with rsLoRA."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,11 @@ class Strategy(ABC):
     """Whether adapters travel between server and clients; False for local training."""
 
     soup: AdapterSoup
-    base: Mapping[str, Tensor] = {}
-    """What the strategy has added to the backbone's own weights, for all clients: ΔW ``(out, in)`` by module name."""
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """What the strategy has added to the backbone's own weights, for all clients: ΔW ``(out, in)`` by module name."""
+        return self.soup.base
 
     @property
     @abstractmethod

@@ -13,7 +13,7 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balance import balanced
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
-from fedmerge_peft.strategies.grouping import group_by_direction
+from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
 from fedmerge_peft.strategies.server import ServerOptimizer
 from fedmerge_peft.strategies.step import WEIGHTS_LR, soup_shares, weights_gradient, weights_move
 
@@ -164,7 +164,7 @@ class _Reseeding:
         members = torch.nonzero(weights[clients].argmax(dim=1) == busy).flatten()
         if len(members) < 2:
             return
-        halves = group_by_direction(deltas[members], 2, self.seed)
+        halves = split_by_direction(deltas[members], self.seed)
         movers = clients[members[halves == int(halves.sum() * 2 < len(halves))]]
         rows[free] = rows[busy]
         logits[movers[:, None], [free, busy]] = logits[movers[:, None], [busy, free]]

@@ -7,25 +7,59 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 
-def group_by_direction(deltas: Tensor, groups: int, seed: int) -> Tensor:
+def group_by_direction(deltas: Tensor, most: int, seed: int) -> Tensor:
     """k-means of the clients' updates, centred and normalised; all must have started from the same adapter.
 
     With one common adapter, what clients share cancels in the mean, and what is left of an update says what its client
     wants otherwise; its length says how much the client trained, which is not the question. (Update directions as a sign
-    of who is alike: Sattler et al. 2020, arXiv 1910.01991.)
+    of who is alike: Sattler et al. 2020, arXiv 1910.01991.) How many groups there are is told by how well each client's
+    direction agrees with the others' of its group (``agreement``).
 
     Args:
         deltas: ``(clients, P)``, sent minus trained, or their mean over several rounds.
-        groups: How many groups at most; no more than there are clients.
+        most: How many groups there may be.
         seed: For the starts of k-means.
 
     Returns:
-        The group of each client, ``(clients,)`` int64.
+        The group of each client, ``(clients,)`` int64, from 0.
     """
+    directions = _directions(deltas)
+    found = [k_means(directions, groups, seed) for groups in range(1, min(most, len(deltas)) + 1)]
+    scores = [agreement(directions, groups) for groups in found]
+    return found[scores.index(max(scores))]
+
+
+def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
+    """The two groups of the clients' updates, ``(clients,)`` int64, by direction."""
+    return k_means(_directions(deltas), 2, seed)
+
+
+def agreement(directions: Tensor, groups: Tensor) -> float:
+    """Mean cosine of each client's direction and the mean direction of the others in its group; 0 for a client alone.
+
+    Too few groups mix what differs; too many leave each client few others to learn from. So it is largest in between.
+
+    Args:
+        directions: ``(clients, P)``, of length 1.
+        groups: ``(clients,)``.
+    """
+    cosines = directions @ directions.T
+    others = (groups[:, None] == groups).double().fill_diagonal_(0.0)
+    count = others.sum(dim=1)
+    along = (others * cosines).sum(dim=1)
+    length = torch.einsum("ij,jk,ik->i", others, cosines, others).clamp_min(0).sqrt()
+    return float(torch.where((count > 0) & (length > 0), along / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0).mean())
+
+
+def _directions(deltas: Tensor) -> Tensor:
     centred = deltas.double() - deltas.double().mean(dim=0)
-    directions = centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def k_means(vectors: Tensor, groups: int, seed: int) -> Tensor:
+    """The group of each vector ``(m, P)`` (centred, for precision), ``(m,)`` int64: at most ``groups``, the best of twenty starts."""
     # Distances are all that k-means sees: the eigenvectors of the m × m inner products keep them, at m columns for P.
-    values, vectors = torch.linalg.eigh(directions @ directions.T)
-    points = vectors * values.clamp_min(0).sqrt()
-    means = KMeans(min(groups, len(deltas)), n_init=20, random_state=seed % 2**32)
+    values, directions = torch.linalg.eigh(vectors @ vectors.T)
+    points = directions * values.clamp_min(0).sqrt()
+    means = KMeans(min(groups, len(vectors)), n_init=20, random_state=seed % 2**32)
     return torch.from_numpy(means.fit_predict(points.numpy())).long()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many numbers each example's first column has, ``(n,)``: its tokens, or its pixels."""
+        return np.array([tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.data.columns import listing, read_column
+from fedmerge_peft.data.columns import did_you_mean, listing, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Task
 
@@ -93,6 +93,46 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
         if name not in known:
             raise DataError(f"row {row} in use: {name!r} in column {column!r} is not a known label; the labels are {listing(labels)}")
     return torch.tensor([known[name] for name in names], dtype=torch.int64)
+
+
+def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
+    """The table with its labels numbered as ``labels`` are, however few of them it holds.
+
+    Names (texts, or a ``ClassLabel``'s) are looked up. An integer is an id; but where numbers are among the names and stand elsewhere
+    than at their own place, such as 1, 2, 3, it is looked up as a name too.
+
+    Args:
+        table: Rows from elsewhere than the federation.
+        column: The label column.
+        labels: Names of all labels, in the order of their ids.
+
+    Returns:
+        The same rows, in the same order; the label column is a ``ClassLabel`` with these names.
+
+    Raises:
+        DataError: With row and value, for a label that is not one of ``labels``; for a missing column, nulls, negative or fractional
+            numbers.
+    """
+    from datasets import ClassLabel, Dataset, DatasetInfo
+
+    values = _label_column(table, column)
+    if is_text(values.type):
+        found = values.to_pylist()
+    else:
+        ids = _integers(values, column).tolist()
+        ordered = all(not name.isdecimal() or name == str(label) for label, name in enumerate(labels))
+        names = getattr(table.features[column], "names", None) or (labels if ordered else ())
+        found = [names[label] if label < len(names) else str(label) for label in ids]
+    known = {name: label for label, name in enumerate(labels)}
+    for row, name in enumerate(found):
+        if name not in known:
+            hint = did_you_mean(name, labels)
+            raise DataError(f"row {row}: {name!r} in column {column!r} is not a known label{hint}; the labels are {listing(labels)}")
+    rows = table.with_format("arrow")[:]
+    rows = rows.set_column(rows.column_names.index(column), column, pa.array([known[name] for name in found], pa.int64()))
+    features = table.features.copy()
+    features[column] = ClassLabel(names=list(labels))
+    return Dataset(rows, info=DatasetInfo(features=features))
 
 
 def _label_column(table: Dataset, column: str) -> Any:

@@ -17,6 +17,7 @@ from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.seeds import derive, seeded
 from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.training.plan import Train
+from fedmerge_peft.training.prefix_cache import PrefixCache, through
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +45,7 @@ def train(
     examples: Examples,
     indices: Indices,
     seed: int,
+    cache: PrefixCache | None = None,
 ) -> Trained:
     """Train one adapter on one client's examples: min_θ ℓ(θ) + μ ‖θ − anchor‖².
 
@@ -56,6 +58,7 @@ def train(
         examples: The encoded table.
         indices: The client's rows of it.
         seed: Decides the order of examples and the dropout masks.
+        cache: Spares the layers before the first that trains.
     """
     device = backbone.device
     sent = job.row.to(device)
@@ -70,7 +73,7 @@ def train(
     losses: list[Tensor] = []
 
     def take(step: list[Indices], optimizer: torch.optim.Optimizer, scaler: Any, columns: Tensor | None) -> None:
-        losses.append(accumulate(backbone, task, accelerator, examples, step, example_weights))
+        losses.append(accumulate(backbone, task, accelerator, examples, step, example_weights, cache))
         if scaler is not None:
             scaler.unscale_(optimizer)
         if proximal:
@@ -113,7 +116,13 @@ def _spread(weights: Tensor | None, indices: Indices, examples: int) -> Tensor |
 
 
 def accumulate(
-    backbone: Backbone, task: Task, accelerator: Accelerator, examples: Examples, step: list[Indices], example_weights: Tensor | None = None
+    backbone: Backbone,
+    task: Task,
+    accelerator: Accelerator,
+    examples: Examples,
+    step: list[Indices],
+    example_weights: Tensor | None = None,
+    cache: PrefixCache | None = None,
 ) -> Tensor:
     """Add the gradient of the step's mean loss to ``flat.grad``, one micro-batch after another; returns that mean.
 
@@ -125,7 +134,7 @@ def accumulate(
     count = sum(float(task.count(batch["labels"])) for batch in batches)
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = split(batch, device)
-        with accelerator.autocast():
+        with accelerator.autocast(), through(cache, chunk):
             logits = backbone.model(**inputs).logits
         each = task.losses(logits, labels)[0]
         if example_weights is not None:

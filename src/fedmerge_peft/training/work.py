@@ -21,7 +21,7 @@ class Work:
     deltas: Tensor
     """As sent minus as trained, ``(k, P)``: a row for each adapter that was trained."""
     loss: float
-    """Mean training loss (nats) of the adapter that is shared, or of the mixture's components by their weight."""
+    """Mean training loss (nats) of the adapter that is shared, or of the mixture's components by their posterior."""
     trained: Served
     """What the client would predict with now."""
     choice: int = 0
@@ -61,9 +61,14 @@ def _(plan: InTurn, hands: Hands, seed: int) -> Work:
 
 @carry_out.register
 def _(plan: Choose, hands: Hands, seed: int) -> Work:
-    """IFCA's cluster estimate: argmin_j ℓ_i(Θ_j) (Ghosh et al. 2020, arXiv 2006.04088, algorithm 1)."""
+    """IFCA's cluster estimate: argmin_j ℓ_i(Θ_j) (Ghosh et al. 2020, arXiv 2006.04088, algorithm 1), of equals one at random.
+
+    Equals are the rule before the first round of a model without a head: LoRA's B = 0 makes all adapters the same function.
+    """
     losses = torch.stack([hands.losses(row).double().sum() for row in plan.rows])
-    choice = int(losses.argmin())
+    losses = torch.where(losses.isnan(), torch.inf, losses)
+    lowest = torch.nonzero(losses == losses.min()).flatten()
+    choice = int(lowest[derive(seed, "choice") % len(lowest)])
     row = plan.rows[choice]
     trained = hands.train(Train(row), seed)
     return Work((row - trained.row)[None], trained.loss, trained.row, choice)
@@ -71,10 +76,12 @@ def _(plan: Choose, hands: Hands, seed: int) -> Work:
 
 @carry_out.register
 def _(plan: Mixture, hands: Hands, seed: int) -> Work:
-    """FedEM's step (Marfoq et al. 2021, arXiv 2108.10252, equations 8 to 10), for each example (x, y) of the client:
+    """FedEM's step at a client (Marfoq et al. 2021, arXiv 2108.10252, section 3), over its examples (x, y):
 
-    E:  q(k) ∝ π_k · exp(−ℓ(θ_k; x, y))
-    M:  π_k ← mean of q(k);  θ_k ← local training on Σ q(k) ℓ(θ_k; x, y)
+    E:  q(k | x, y) ∝ π_k · exp(−ℓ(θ_k; x, y))
+    M:  π_k ← mean of q(k | x, y);  θ_k ← local training on q(k | x, y) · ℓ(θ_k; x, y)
+
+    Its loss is the mean of Σ_k q(k | x, y) ℓ(θ_k; x, y): the components' losses are weighted by q already.
     """
     losses = torch.stack([hands.losses(row).double() for row in plan.rows])  # (d, n)
     posterior = torch.softmax(plan.weights.double().log()[:, None] - losses, dim=0)
@@ -84,5 +91,4 @@ def _(plan: Mixture, hands: Hands, seed: int) -> Work:
         for number, (row, each) in enumerate(zip(plan.rows, posterior, strict=True))
     ]
     rows = torch.stack([trained.row for trained in done])
-    loss = sum(float(weight) * trained.loss for weight, trained in zip(weights, done, strict=True))
-    return Work(plan.rows - rows, loss, Mixture(rows, weights), weights=weights)
+    return Work(plan.rows - rows, sum(trained.loss for trained in done), Mixture(rows, weights), weights=weights)

@@ -1,0 +1,103 @@
+"""LoRA's factors by their ranks: which columns of a row they are, and products B A brought to a lower rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.layout import AdapterLayout, Entry
+
+INPUT_SIDE = ("lora_A.weight", "lora_embedding_A")
+"""How the saved names of the factors A ``(r, in)`` end."""
+
+RANDOM = ("lora_A.weight", "lora_embedding_B")
+"""How the saved names of the factors end that PEFT starts at random numbers; their partners start at zero."""
+
+_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two factors of one adapted layer, whose update is scaling · B A."""
+
+    module: str
+    """Name of the layer in the PEFT model: the saved names without ``.lora_A.weight``."""
+    a: Entry
+    """A, ``(r, in)``."""
+    b: Entry
+    """B, ``(out, r)``."""
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def embedding(self) -> bool:
+        return self.a.key.endswith("lora_embedding_A")
+
+    def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of A ``(r, in)`` and B ``(out, r)`` in a row ``(P,)``."""
+        return row[self.a.columns].view(self.a.shape), row[self.b.columns].view(self.b.shape)
+
+
+def factors(layout: AdapterLayout) -> list[Factors]:
+    """The pairs A, B of all adapted layers.
+
+    Raises:
+        ValueError: For factors whose update is no product of two matrices in the row: those of experts and convolutions, DoRA's, and
+            those whose A is frozen and common.
+    """
+    entries = {entry.key: entry for entry in layout.entries}
+    found = []
+    for key, entry in entries.items():
+        if entry.role == "expert":
+            raise ValueError(f"{key} holds several experts in one tensor (lora.target_parameters)")
+        if "lora_magnitude_vector" in key:
+            raise ValueError("the magnitudes of DoRA do not enter linearly (lora.use_dora)")
+        if ".lora_" in key and len(entry.shape) != 2:
+            raise ValueError(f"{key} is the factor of a convolution")
+        if key.endswith(tuple(_PAIRS.values())) and not any(key.removesuffix(b) + a in entries for a, b in _PAIRS.items()):
+            raise ValueError(f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)")
+        for a, b in _PAIRS.items():
+            if key.endswith("." + a):
+                partner = entries.get(key.removesuffix(a) + b)
+                if partner is None:
+                    raise ValueError(f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)")
+                found.append(Factors(key.removesuffix("." + a), entry, partner))
+    return found
+
+
+def rank_columns(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:
+    """The columns of some of each layer's ranks, as a mask ``(P,)``: rows of A, columns of B.
+
+    ``ranks`` is told the rank of a layer and says which of it are meant. Raises ``ValueError`` as ``factors`` does.
+    """
+    mask = torch.zeros(layout.size, dtype=torch.bool)
+    for layer in factors(layout):
+        a, b = layer.of(mask)
+        a[ranks(layer.rank)] = True
+        b[:, ranks(layer.rank)] = True
+    return mask
+
+
+def columns_named(layout: AdapterLayout, endings: tuple[str, ...]) -> Tensor:
+    """The columns of tensors whose saved name ends so, as a mask ``(P,)``."""
+    mask = torch.zeros(layout.size, dtype=torch.bool)
+    for entry in layout.entries:
+        if entry.key.endswith(endings):
+            mask[entry.columns] = True
+    return mask
+
+
+def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U ``(out, k)``, S ``(k,)`` and Vᵀ ``(k, in)`` of B A in float64, largest first, for B ``(out, r)`` and A ``(r, in)``.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A it is the singular value decomposition of the small R_B R_Aᵀ, and k is at most r.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vh @ q_a.T

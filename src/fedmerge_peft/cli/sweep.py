@@ -1,0 +1,95 @@
+"""``fedmerge sweep``: a run for each combination of values."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmerge_peft.cli.app import RecipeSource, app
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.run import Run
+
+Values = Annotated[list[str] | None, typer.Argument(metavar="KEY=A,B,C", help="Such as strategy.adapters=3,6 seed=0,1,2.")]
+
+
+@app.command()
+def sweep(
+    recipe: RecipeSource,
+    values: Values = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run directories; by default sweeps/NAME.")] = None,
+) -> None:
+    """Run every combination of some values, then compare.
+
+    Commas in brackets, braces and quotes belong to the value. The recipe's baselines are run once for each combination of the other
+    values. The same command again does what is left: finished runs are kept, interrupted ones start anew.
+
+    Example: fedmerge sweep quickstart strategy.adapters=3,5 seed=0,1,2
+    """
+    from fedmerge_peft.recipe.grid import expand
+
+    recipes = expand(recipe, values or [])
+
+    from rich.console import Console
+
+    from fedmerge_peft.analysis import Comparison
+    from fedmerge_peft.cli.compare import show, wide_console
+    from fedmerge_peft.cli.logs import log_to
+    from fedmerge_peft.errors import RunError, SweepError
+    from fedmerge_peft.run import Run
+
+    directory = out if out is not None else Path("sweeps", Run.default_path(next(iter(recipes.values()))).name)
+    console = wide_console()
+    log_to(Console(stderr=True, highlight=False))
+    failed = None
+    try:
+        finished = [run.path for run in _sweep(recipes, directory, console).values()]
+    except SweepError as error:
+        failed, finished = error, [directory / name for name in recipes if name not in error.failures]
+    if finished:
+        try:
+            show(Comparison.of(finished), console)
+        except RunError as error:  # such as runs that report different metrics: it takes nothing from the sweep
+            console.print(f"no comparison: {error}", markup=False, soft_wrap=True)
+    if failed is not None:
+        raise failed
+    console.print(f"next:\n  fedmerge compare {shlex.quote(str(directory))} --figure methods.png", soft_wrap=True, markup=False)
+
+
+def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console) -> dict[str, Run]:
+    """Run them, with a line for each that ends."""
+    from itertools import count
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from fedmerge_peft.errors import FedMergeError
+    from fedmerge_peft.record import RoundRecord
+    from fedmerge_peft.sweeps import sweep
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        rounds = progress.add_task("", total=None)
+        ended = count(1)
+
+        def say(name: str, how: str) -> None:
+            progress.console.print(f"[{next(ended)}/{len(recipes)}] {name}  {how}", soft_wrap=True, markup=False)
+
+        def on_run(name: str, run: Run, fresh: bool) -> None:
+            summary = run.summary
+            served = summary["final"]["served"]
+            scores = f"served {served['mean']:.3f} (worst {served['worst']:.3f})  " if served else ""
+            say(name, scores + (f"{summary['seconds']:.1f} s" if fresh else "finished before"))
+
+        def on_failure(name: str, error: FedMergeError) -> None:
+            say(name, f"failed: {str(error).splitlines()[0]}")
+
+        def on_round(name: str, record: RoundRecord) -> None:
+            progress.update(rounds, description=name, completed=record.round, total=record.rounds)
+
+        return sweep(recipes, directory, on_run=on_run, on_failure=on_failure, on_round=on_round)

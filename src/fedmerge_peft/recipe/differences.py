@@ -1,0 +1,34 @@
+"""What tells recipes apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedmerge_peft.recipe.schema import Recipe
+
+_ABSENT = object()
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values by dotted key, in the schema's order: ``{"name": ..., "strategy.adapters": 5, ...}``."""
+    return _flat(recipe.model_dump(), "")
+
+
+def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        values |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return values
+
+
+def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys at which flat recipes are not all equal, or which not all of them have; in their order."""
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    return [key for key in keys if any(recipe.get(key, _ABSENT) != recipes[0].get(key, _ABSENT) for recipe in recipes[1:])]
+
+
+def written(value: object) -> str:
+    """A value in a label: text as it is, anything else without spaces."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str).replace('"', "")

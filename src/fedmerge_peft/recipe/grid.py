@@ -1,0 +1,141 @@
+"""From one recipe and ``key=a,b,c`` to a recipe for each combination of the values. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from itertools import product
+from math import prod
+
+import yaml
+
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe.document import printable
+from fedmerge_peft.recipe.loading import load
+from fedmerge_peft.recipe.schema import Recipe
+
+MOST = 1_000
+"""Combinations of one grid."""
+
+_LONGEST = 120
+"""Characters of a name; what is longer ends in a digest."""
+
+_OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+_CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+
+
+def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Recipe]:
+    """A recipe for each combination of the overrides' values, by a name that is made from what varies.
+
+    ``expand("quickstart", ["strategy.adapters=3,6", "seed=0,1"])`` has ``strategy.adapters=3,seed=0`` and three more. The last key
+    varies fastest. Commas in brackets, braces and quotes separate nothing. The recipe's baselines become recipes of their own,
+    such as ``strategy=fedavg,seed=0``: each is there once, however many variants of the strategy it stands beside.
+
+    Args:
+        source: A shipped recipe's name, or the path of a YAML file.
+        overrides: ``key.sub=value,value,...``, each key once.
+
+    Returns:
+        Recipes without baselines, under names that can be names of folders; a single one under the recipe's own name.
+
+    Raises:
+        RecipeError: A key without values or given twice, two values that come to the same, or faults in any of the recipes: all
+            faults at once, none of them twice.
+    """
+    keys, choices = _parsed(overrides)
+    varied = [key for key, values in zip(keys, choices, strict=True) if len(values) > 1]
+    combinations: list[tuple[str, Recipe]] = []
+    baselines: list[tuple[str, Recipe]] = []
+    faults: dict[str, None] = {}
+    for values in product(*choices):
+        settings = dict(zip(keys, values, strict=True))
+        try:
+            recipe = load(source, [f"{key}={value}" for key, value in settings.items()])
+        except RecipeError as error:
+            faults |= dict.fromkeys(error.faults)
+            continue
+        alone = recipe.model_copy(update={"baselines": []})
+        own = {key: settings[key] for key in varied}
+        rest = {key: value for key, value in own.items() if key.partition(".")[0] not in ("strategy", "baselines")}
+        if recipe.baselines and rest == own:
+            own = {"strategy": recipe.strategy.name, **own}
+        combinations.append((_name(own, recipe), alone))
+        for baseline in recipe.baselines:
+            baselines.append((_name({"strategy": baseline.name, **rest}, recipe), alone.model_copy(update={"strategy": baseline})))
+    if faults:
+        raise RecipeError(list(faults))
+    return _distinct(combinations, baselines)
+
+
+def _distinct(combinations: list[tuple[str, Recipe]], baselines: list[tuple[str, Recipe]]) -> dict[str, Recipe]:
+    """The recipes by name. Where two names are one as folders (``a/b`` and ``a:b``), the second gets a digest of its recipe.
+
+    Raises ``RecipeError`` for two combinations that are the same; a baseline that is there already is left out.
+    """
+    found: dict[str, Recipe] = {}
+    taken: set[str] = set()
+    known: dict[str, str] = {}
+    for number, (name, recipe) in enumerate(combinations + baselines):
+        content = recipe.model_dump_json(exclude={"name"})
+        if other := known.get(content):
+            if number < len(combinations):
+                raise RecipeError([printable(f"command line: {other} and {name} are the same recipe; leave one of them out")])
+            continue
+        name = _with_digest(name, content) if name.casefold() in taken else name
+        taken.add(name.casefold())
+        known[content], found[name] = name, recipe
+    return found
+
+
+def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """Keys and the texts of their values."""
+    settings: dict[str, list[str]] = {}
+    faults = []
+    for text in overrides:
+        key, equals, values = text.partition("=")
+        key = key.strip()
+        if key in settings:
+            faults.append(f"command line: {key}: given twice; write all of its values once, as {key}=a,b,c")
+            continue
+        settings[key] = [value.strip() for value in _split(values)]
+        if not equals or not key:
+            faults.append(f"command line: found {text!r}, expected key=value,value,..., such as seed=0,1,2")
+        elif not all(settings[key]):
+            faults.append(f"command line: {key}: a value is missing in {text!r}; write key=a,b,c, and null for no value")
+        elif repeated := [value for value in dict.fromkeys(settings[key]) if settings[key].count(value) > 1]:
+            faults.append(f"command line: {key}: {', '.join(repeated)} is given twice; keep one of them")
+    if (combinations := prod(map(len, settings.values()))) > MOST:
+        faults.append(f"command line: {combinations:,} combinations, and {MOST:,} is the most; give fewer values")
+    if faults:
+        raise RecipeError([printable(fault) for fault in faults])
+    return list(settings), list(settings.values())
+
+
+def _split(text: str) -> Iterator[str]:
+    """The items of a YAML list without its brackets, as they were written."""
+    depth, begin = 0, 0
+    try:
+        for token in yaml.scan(f"[{text}]"):
+            depth += isinstance(token, _OPEN) - isinstance(token, _CLOSE)
+            if depth == 1 and isinstance(token, yaml.FlowEntryToken):
+                yield text[begin : token.start_mark.index - 1]
+                begin = token.start_mark.index
+    except yaml.YAMLError:  # the recipe's own reader says what is wrong
+        pass
+    yield text[begin:]
+
+
+def _name(settings: dict[str, str], recipe: Recipe) -> str:
+    """``key=value,key=value`` as a name for a folder; the recipe's own where nothing varies."""
+    name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(recipe.name)
+    return name if name and len(name) <= _LONGEST else _with_digest(name, str(settings))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.+=-]+", "-", text, flags=re.ASCII).strip("-.")
+
+
+def _with_digest(name: str, text: str) -> str:
+    return f"{name[: _LONGEST - 9]}-{blake2b(text.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"

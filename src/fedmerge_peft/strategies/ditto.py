@@ -1,0 +1,40 @@
+"""Ditto: a private adapter for each client, held near a global one (Li et al. 2021, arXiv 2012.04221)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.assigned import Assigned
+from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.fedavg import mean_delta
+from fedmerge_peft.strategies.server import ServerOptimizer
+from fedmerge_peft.training.plan import InTurn, Plan, Train
+
+
+class Ditto(Assigned):
+    """The global w is FedAvg's, and never hears of the private v_i (algorithm 1):
+
+        w ← w − η Σ_i ρ_i δ_i,    v_i ← local training on ℓ_i(v) + λ/2 ‖v − w‖²
+
+    with w as it was sent. Rows of the soup: w, then v_1 to v_m; w alone travels.
+    """
+
+    def __init__(self, recipe: recipes.Ditto, start: Start) -> None:
+        self.regularization = recipe.regularization
+        self.soup = AdapterSoup(start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared)
+        self.server = ServerOptimizer(recipe, self.soup.rows[:1])
+        self.assigned = 1 + torch.arange(start.clients)
+
+    def plan(self, client: int) -> Plan:
+        shared = self.soup.rows[0].clone()
+        return InTurn((Train(shared), Train(self.adapter(client), anchor=shared, proximal=self.regularization / 2)))
+
+    def update(self, replies: Iterable[Reply]) -> None:
+        replies = list(replies)
+        for reply in replies:
+            self.soup.rows[1 + reply.client] -= reply.deltas[1]
+        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies)[None])

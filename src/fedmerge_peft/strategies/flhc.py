@@ -1,0 +1,70 @@
+"""FL+HC: FedAvg, then hierarchical clusters of the clients' updates, each with FedAvg of its own (Briggs et al. 2020, arXiv 2004.11791)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import pairwise_distances
+from torch import Tensor
+from torch.nn import functional
+
+from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.base import Reply, Start, stack
+from fedmerge_peft.strategies.clusters import Clustering, means
+
+
+class FLHC(Clustering):
+    """Algorithm 1. Up to and with round ``warm_rounds`` all clients train one adapter θ; then they are clustered once, by that round's δ_i:
+
+    before:      θ ← θ − Σ_i n_i δ_i / Σ_i n_i
+    from there:  Θ_j ← Θ_j − Σ_{i in j} n_i δ_i / Σ_{i in j} n_i
+
+    The round of the clustering is also the first round of the clusters' own FedAvg, as they start from the same θ. The paper cuts
+    the tree at a distance; here the number of clusters is given, so that methods compare.
+
+    A client that did not reply in that round is sent the mean of the adapters, θ̄, when it is first asked. Its reply does not count;
+    it places the client in the cluster that its training leads towards, argmax_j cos(−δ_i, Θ_j − θ̄).
+    """
+
+    def __init__(self, recipe: recipes.FLHC, start: Start) -> None:
+        super().__init__(start.fresh_row(0).repeat(recipe.adapters, 1), start)
+        self.recipe = recipe
+        self.rounds = 0
+
+    def update(self, replies: Iterable[Reply]) -> None:
+        clients, deltas, sizes = stack(replies)
+        rows, count = self.soup.rows, len(self.soup)
+        self.rounds += 1
+        if self.rounds < self.recipe.warm_rounds:
+            self.soup.rows = rows - means(deltas, torch.zeros_like(clients), sizes, 1)
+            return
+        if self.rounds == self.recipe.warm_rounds:
+            self.clusters[clients] = hierarchy(deltas, count, self.recipe.metric, self.recipe.linkage)
+        late = self.clusters[clients] < 0
+        self.soup.rows = rows - means(deltas, self.clusters[clients], sizes, count)
+        towards = functional.cosine_similarity(-deltas[late][:, None], rows - rows.mean(dim=0), dim=2)
+        self.clusters[clients[late]] = towards.argmax(dim=1)
+
+    def warnings(self) -> list[str]:
+        if self.rounds < self.recipe.warm_rounds:
+            done = f"clients are clustered after round {self.recipe.warm_rounds}, and this was round {self.rounds}"
+            return [f"{done}: so far this is FedAvg"]
+        return super().warnings()
+
+
+def hierarchy(deltas: Tensor, groups: int, metric: str, linkage: str) -> Tensor:
+    """Agglomerative clusters of the updates, ``(clients,)`` int64: the nearest two are joined until ``groups`` are left.
+
+    Args:
+        deltas: ``(clients, P)``. With cosine, an update that is zero is at distance 1 from all.
+        groups: How many clusters; with fewer clients, each is its own.
+        metric: cosine, euclidean or manhattan.
+        linkage: Distance between clusters: the average, the largest (complete) or the smallest (single) of their members'.
+    """
+    if len(deltas) <= groups:
+        return torch.arange(len(deltas))
+    distances = pairwise_distances(deltas.numpy(), metric=metric)
+    tree = AgglomerativeClustering(groups, metric="precomputed", linkage=linkage)
+    return torch.from_numpy(tree.fit_predict(distances)).long()

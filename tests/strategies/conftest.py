@@ -1,0 +1,93 @@
+"""Federations to run strategies in: one of formulas, and one of a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedmerge_peft import AdapterLayout, Recipe
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.recipe.schema import StrategyRecipe
+from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.training.reference import Trained
+from fedmerge_peft.training.work import Hands, carry_out
+
+RANK = 4
+SHAPES = [
+    ("one.lora_A.weight", (RANK, 6), "lora"),
+    ("one.lora_B.weight", (7, RANK), "lora"),
+    ("two.lora_A.weight", (RANK, 5), "lora"),
+    ("two.lora_B.weight", (6, RANK), "lora"),
+    ("head.weight", (2, 3), "head"),
+]
+
+
+class Formulas:
+    """Clients with ℓ_i(θ) = ½ ‖θ − c_i‖², who find the minimum exactly."""
+
+    def __init__(self, clients: int, layout: AdapterLayout | None = None, sizes: list[int] | None = None) -> None:
+        self.layout = layout or AdapterLayout.of(SHAPES)
+        self.sizes = sizes or [10] * clients
+        self.centres = torch.randn(clients, self.layout.size, generator=torch.Generator().manual_seed(7))
+        self.shares = torch.tensor(self.sizes) / sum(self.sizes)
+
+    def fresh_row(self, number: int) -> torch.Tensor:
+        """Random, with B at zero, as PEFT starts."""
+        row = torch.randn(self.layout.size, generator=torch.Generator().manual_seed(number))
+        for entry in self.layout.entries:
+            if "lora_B" in entry.key:
+                row[entry.columns] = 0
+        return row
+
+    def strategy(self, name: str, **settings):
+        from pydantic import TypeAdapter
+
+        recipe = TypeAdapter(StrategyRecipe).validate_python({"name": name, **settings})
+        scaling = {entry.key.removesuffix(".lora_A.weight"): 0.5 for entry in self.layout.entries if "lora_A" in entry.key}
+        return make_strategy(recipe, Start(len(self.sizes), self.layout, self.fresh_row, scaling=scaling))
+
+    def train(self, client: int, job) -> Trained:
+        """argmin_θ ½ ‖θ − c‖² + μ ‖θ − anchor‖² = (c + 2 μ anchor) / (1 + 2 μ), phase after phase."""
+        row, mu = job.row.clone(), job.proximal or 0.0
+        anchor = job.row if job.anchor is None else job.anchor
+        for mask in job.phases:
+            best = (self.centres[client] + 2 * mu * anchor) / (1 + 2 * mu)
+            row = best if mask is None else torch.where(mask, best, row)
+        return Trained(row, 1.0, 1)
+
+    def replies(self, strategy, clients=None):
+        """What the clients answer to their plans."""
+        clients = range(len(self.sizes)) if clients is None else clients
+        for client in clients:
+            hands = Hands(lambda job, _, client=client: self.train(client, job), lambda _: torch.zeros(1))
+            work = carry_out(strategy.plan(client), hands, 0)
+            yield Reply(client, work.deltas, self.sizes[client], work.loss, 0.0)
+
+    def round(self, strategy, clients=None) -> None:
+        strategy.update(list(self.replies(strategy, clients)))
+
+    def mean(self, clients=None) -> torch.Tensor:
+        """Σ ρ_i c_i."""
+        clients = list(range(len(self.sizes)) if clients is None else clients)
+        return self.shares[clients] @ self.centres[clients] / self.shares[clients].sum()
+
+
+@pytest.fixture
+def formulas():
+    return Formulas
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """``smoke("strategy=ditto")``: a small form of the smoke recipe, with six clients."""
+
+    def recipe(*overrides):
+        small = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]"]
+        return Recipe.load("smoke", [*small, *overrides])
+
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def smoke_engine(smoke):
+    return LocalEngine.from_recipe(smoke())

@@ -1,0 +1,159 @@
+"""FedMerge's options, each on a case whose answer is known."""
+
+import pytest
+import torch
+
+from fedmerge_peft import AdapterLayout
+from fedmerge_peft.recipe.strategies import FedAvg, FedMerge
+from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.strategies.balance import balanced
+from fedmerge_peft.strategies.step import weights_gradient
+
+SIZE = 6
+LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora")])
+
+
+def start(clients=4):
+    return Start(clients, LAYOUT, lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)), seed=1)
+
+
+def fedmerge(clients=4, **fields):
+    return make_strategy(FedMerge(name="fedmerge", **{"adapters": 3, **fields}), start(clients))
+
+
+def replies(clients, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Reply(client, 0.1 * torch.randn(1, SIZE, generator=generator), 10, 1.0, 0.0) for client in clients]
+
+
+def towards(strategy, targets, rate=0.5):
+    """Clients whose loss is ½‖θ − target‖², each after one gradient step of this rate."""
+    return [Reply(c, rate * (strategy.adapter(c) - target)[None], 10, 1.0, 0.0) for c, target in enumerate(targets)]
+
+
+def test_temperature_sharpens_the_weights_and_nothing_else():
+    plain, sharp = fedmerge(), fedmerge(temperature=0.5)
+    for strategy in (plain, sharp):
+        strategy.merging.logits = torch.tensor([[1.0, 0.0, -1.0]]).repeat(4, 1)
+    torch.testing.assert_close(sharp.weights, torch.softmax(2 * plain.merging.logits, dim=1))
+
+
+def test_memory_averages_what_the_weights_step_by():
+    gradients = [torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    strategy = fedmerge(2, rule="gradient", weights_memory=0.8, weights_lr=1.0)
+    everyone, shares = torch.tensor([0, 1]), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    for gradient in gradients:
+        move = strategy.steps.move(everyone, gradient, shares)
+    weights = torch.tensor([0.8**2, 0.8, 1.0], dtype=torch.float64)
+    mean = sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True)) / weights.sum()
+    torch.testing.assert_close(move, 0.5 * mean)
+
+
+def test_memory_counts_only_the_rounds_a_client_replied_in():
+    strategy = fedmerge(2, rule="gradient", weights_memory=0.9, weights_lr=1.0)
+    shares, gradient = torch.tensor([1.0], dtype=torch.float64), torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
+    strategy.steps.move(torch.tensor([0]), 5 * gradient, shares)
+    torch.testing.assert_close(strategy.steps.move(torch.tensor([1]), gradient, shares), gradient)
+
+
+def test_adam_steps_each_logit_by_its_own_scale():
+    strategy = fedmerge(1, rule="adam", weights_lr=0.3)
+    gradient = torch.tensor([[100.0, -0.001, 0.0]], dtype=torch.float64)
+    move = strategy.steps.move(torch.tensor([0]), gradient, torch.tensor([1.0], dtype=torch.float64))
+    torch.testing.assert_close(move, torch.tensor([[0.3, -0.3, 0.0]], dtype=torch.float64))
+
+
+def test_balance_gives_all_adapters_the_same_mass():
+    weights = torch.softmax(3 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    torch.testing.assert_close(balanced(weights, 1.0).mean(0), torch.full((4,), 0.25), atol=1e-4, rtol=0)
+    torch.testing.assert_close(balanced(weights, 0.0), weights)
+
+
+def test_balance_keeps_what_each_client_prefers_relative_to_the_others():
+    weights = torch.softmax(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    shift = (balanced(weights, 1.0) / weights).log()
+    torch.testing.assert_close(shift - shift[:, :1], (shift - shift[:, :1])[:1].expand(5, 3), atol=1e-5, rtol=0)
+
+
+def test_balance_fades_away_over_its_rounds():
+    strategy, free = fedmerge(balance_rounds=2, weights_lr=0.0), fedmerge(weights_lr=0.0)
+    lopsided = torch.tensor([[3.0, 0.0, 0.0], [2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [3.0, 1.0, 1.0]])
+    away = []
+    for each in (strategy, free):
+        each.merging.logits = lopsided.clone()
+    for _ in range(3):
+        away.append(float((strategy.weights.mean(0) - 1 / 3).abs().max()))
+        strategy.update(replies(range(4)))
+    assert away[0] < 1e-3 < away[1] < away[2]
+    assert torch.equal(strategy.weights, free.weights)
+
+
+def test_noise_sets_the_adapters_apart_around_one_start():
+    rows = fedmerge(start="noise", start_noise=0.01).soup.rows
+    away = rows - start().fresh_row(0)
+    assert 0.003 < float(away.std()) < 0.03
+    assert torch.linalg.matrix_rank(away) == 3
+
+
+def test_an_unused_adapter_goes_to_half_of_the_busiest_ones_clients():
+    strategy = fedmerge(4, adapters=2, reseed_after=2, weights_lr=0.0, start="identical")
+    strategy.merging.logits = torch.tensor([[4.0, -4.0]]).repeat(4, 1)
+    wish = torch.zeros(SIZE)
+    wish[0] = 1.0
+    opposed = [Reply(c, (torch.ones(SIZE) + (wish if c % 2 else -wish))[None], 10, 1.0, 0.0) for c in range(4)]
+    strategy.update(opposed)
+    assert strategy.weights.argmax(1).tolist() == [0, 0, 0, 0]
+    strategy.update(opposed)
+    favourite = strategy.weights.argmax(1).tolist()
+    assert favourite[0] == favourite[2] != favourite[1] == favourite[3]
+    assert float(strategy.adapter(0)[0]) > float(strategy.adapter(1)[0])
+
+
+@pytest.mark.parametrize("fields", [{"server_momentum": 0.5}, {"server_optimizer": "adam", "server_lr": 0.01}])
+def test_one_adapter_with_a_server_optimizer_is_fedavg_with_it(fields):
+    alone = fedmerge(adapters=1, **fields)
+    fedavg = make_strategy(FedAvg(name="fedavg", **fields), start())
+    for turn in range(3):
+        alone.update(replies(range(4), turn))
+        fedavg.update(replies(range(4), turn))
+    torch.testing.assert_close(alone.adapter(0), fedavg.adapter(0))
+
+
+def test_momentum_is_the_running_sum_of_the_mean_updates():
+    strategy = make_strategy(FedAvg(name="fedavg", server_momentum=0.5, server_lr=0.1), start(1))
+    before = strategy.adapter(0)
+    first, second = replies([0], 1), replies([0], 2)
+    strategy.update(first)
+    strategy.update(second)
+    torch.testing.assert_close(strategy.adapter(0), before - 0.1 * (1.5 * first[0].delta + second[0].delta))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rule": "adam"},
+        {"weights_memory": 0.8},
+        {"balance_rounds": 5},
+        {"start": "noise", "start_noise": 0.3},
+        {"start": "warm"},
+        {"reseed_after": 2},
+    ],
+    ids=str,
+)
+def test_clients_with_two_opposed_wishes_are_served_by_their_wish(fields):
+    targets = [torch.tensor([3.0, 0, 0, 0, 0, 0]) * (1 if client % 2 else -1) for client in range(6)]
+    strategy = fedmerge(6, **fields)
+    for _ in range(40):
+        strategy.update(towards(strategy, targets))
+    for client, target in enumerate(targets):
+        assert float((strategy.adapter(client) - target).norm()) < 1.0  # the two wishes are 6 apart
+        assert strategy.weights[client] @ strategy.weights[(client + 2) % 6] > strategy.weights[client] @ strategy.weights[(client + 1) % 6]
+
+
+def test_the_first_step_of_the_weights_follows_the_gradient_of_the_objective():
+    strategy = fedmerge(rule="gradient", weights_lr=1.0)
+    answers = replies(range(4))
+    gradient = weights_gradient(strategy.soup.rows, strategy.weights.double(), torch.cat([r.deltas for r in answers]))
+    strategy.update(answers)
+    torch.testing.assert_close(strategy.merging.logits.double(), -0.25 * gradient)

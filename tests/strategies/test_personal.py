@@ -1,0 +1,208 @@
+"""Methods that leave something private with each client: on clients whose answers are formulas, and on a tiny model."""
+
+import pytest
+import torch
+
+from fedmerge_peft import AdapterLayout, Federation, RecipeError, federate
+
+
+def columns(layout, *names):
+    return torch.cat([torch.arange(layout.size)[entry.columns] for entry in layout.entries if any(name in entry.key for name in names)])
+
+
+# ---- FedAvg and finetuning -----------------------------------------------------------------------
+
+
+def test_finetuned_fedavg_serves_what_the_client_trained_last(formulas):
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("fedavg_ft")
+    case.round(strategy, [0, 2])
+    shared = case.mean([0, 2])
+    torch.testing.assert_close(strategy.plan(0).row, shared)
+    torch.testing.assert_close(strategy.served(0), case.centres[0])
+    torch.testing.assert_close(strategy.served(1), shared)  # it never took part
+    case.round(strategy, [1])
+    torch.testing.assert_close(strategy.served(1), case.centres[1])
+    torch.testing.assert_close(strategy.served(0), case.centres[0])
+    torch.testing.assert_close(strategy.weights.sum(1), torch.ones(3))
+
+
+# ---- Ditto ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regularization", [0.1, 1.0, 9.0])
+def test_dittos_private_adapter_stands_between_its_client_and_the_global_one(formulas, regularization):
+    """v_i = (c_i + λ w) / (1 + λ), with the w that was sent."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("ditto", regularization=regularization)
+    for _ in range(2):
+        case.round(strategy)
+    torch.testing.assert_close(strategy.plan(0).jobs[0].row, case.mean())
+    for client in range(3):
+        expected = (case.centres[client] + regularization * case.mean()) / (1 + regularization)
+        torch.testing.assert_close(strategy.served(client), expected)
+
+
+def test_dittos_global_adapter_is_fedavgs(formulas):
+    case = formulas(4)
+    ditto, fedavg = case.strategy("ditto"), case.strategy("fedavg")
+    for clients in ([0, 1], [1, 3], [2]):
+        case.round(ditto, clients)
+        case.round(fedavg, clients)
+        torch.testing.assert_close(ditto.plan(0).jobs[0].row, fedavg.served(0))
+
+
+# ---- FedRep --------------------------------------------------------------------------------------
+
+
+def test_fedreps_heads_never_mix_and_its_body_is_the_mean(formulas):
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("fedrep")
+    head, start = columns(case.layout, "head"), case.fresh_row(0)
+    body = columns(case.layout, "lora")
+    case.round(strategy, [0, 1])
+    for client in range(3):
+        torch.testing.assert_close(strategy.served(client)[body], case.mean([0, 1])[body])
+    for client, expected in enumerate([case.centres[0], case.centres[1], start]):
+        torch.testing.assert_close(strategy.served(client)[head], expected[head])
+    assert strategy.traffic(0) == (len(body), len(body))
+
+
+def test_fedrep_trains_the_head_first_and_then_the_body(formulas):
+    case = formulas(2)
+    first, then = case.strategy("fedrep").plan(0).phases
+    assert torch.equal(first.nonzero().flatten(), columns(case.layout, "head"))
+    assert torch.equal(then, ~first)
+
+
+def test_fedrep_needs_a_head(formulas):
+    case = formulas(2, AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("a.lora_B.weight", (3, 2), "lora")]))
+    with pytest.raises(RecipeError, match=r"strategy.name: fedrep keeps the head private and this adapter has none"):
+        case.strategy("fedrep")
+
+
+# ---- FedDPA --------------------------------------------------------------------------------------
+
+
+def halves(layout):
+    """The global and the private half of the columns, entry by entry."""
+    shared, private = torch.zeros(layout.size, dtype=torch.bool), torch.zeros(layout.size, dtype=torch.bool)
+    for entry in layout.entries:
+        for number in range(entry.size):
+            row, column = divmod(number, entry.shape[1])
+            if "lora" in entry.key:
+                rank = row if "lora_A" in entry.key else column
+                (shared if rank < 2 else private)[entry.offset + number] = True
+    return shared, private
+
+
+def test_feddpas_halves_are_the_mean_and_the_clients_own(formulas):
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("feddpa")
+    shared, private = halves(case.layout)
+    head = columns(case.layout, "head")
+    case.round(strategy, [0, 2])
+    mean = case.mean([0, 2])
+    for client in (0, 2):
+        served = strategy.served(client)
+        torch.testing.assert_close(served[shared], mean[shared])
+        torch.testing.assert_close(served[private], case.centres[client][private])
+        torch.testing.assert_close(served[head], case.centres[client][head])
+
+
+def test_a_newcomer_to_feddpa_is_served_with_the_global_half_and_head(formulas):
+    case = formulas(3)
+    strategy = case.strategy("feddpa")
+    shared, private = halves(case.layout)
+    head = columns(case.layout, "head")
+    case.round(strategy, [0, 2])
+    served = strategy.served(1)
+    torch.testing.assert_close(served[shared], case.mean([0, 2])[shared])
+    torch.testing.assert_close(served[head], case.mean([0, 2])[head])
+    assert torch.equal(served[private], case.fresh_row(0)[private])
+    strategy.update(list(case.replies(strategy, [1])))
+    torch.testing.assert_close(strategy.served(1)[head], case.centres[1][head])
+    torch.testing.assert_close(strategy.served(0)[head], case.centres[0][head])
+
+
+def test_feddpas_first_job_does_not_see_the_private_half_and_its_second_does_not_move_the_global_one(formulas):
+    case = formulas(3)
+    strategy = case.strategy("feddpa")
+    shared, _ = halves(case.layout)
+    for _ in range(2):
+        case.round(strategy)
+    first, second = strategy.plan(1).jobs
+    sent = case.layout.state_dict(first.row)
+    assert not sent["one.lora_B.weight"][:, 2:].any()
+    assert sent["one.lora_B.weight"][:, :2].any()
+    torch.testing.assert_close(second.row[shared], first.row[shared])
+    assert not (second.phases[0] & shared).any()
+    state = case.layout.state_dict(second.row)
+    a, b = state["one.lora_A.weight"], state["one.lora_B.weight"]
+    torch.testing.assert_close(b @ a, b[:, :2] @ a[:2] + b[:, 2:] @ a[2:])
+
+
+def test_feddpa_needs_an_even_rank(formulas):
+    case = formulas(2, AdapterLayout.of([("a.lora_A.weight", (3, 3), "lora"), ("a.lora_B.weight", (3, 3), "lora")]))
+    with pytest.raises(RecipeError, match=r"lora.r: feddpa gives half of the ranks to each client, and a has rank 3; use an even rank"):
+        case.strategy("feddpa")
+
+
+@pytest.mark.parametrize("lora", ["lora.merge=shared_a", "lora.use_dora=true"])
+@pytest.mark.parametrize("name", ["feddpa", "flexlora", "flora"])
+def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(smoke, name, lora):
+    with pytest.raises(RecipeError, match=rf"strategy.name: {name} cannot .* this adapter: .*\({lora.split('=')[0]}"):
+        Federation(smoke(f"strategy={name}", lora))
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+PERSONAL = ("fedavg_ft", "ditto", "fedrep", "feddpa", "fedsa_lora")
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+def test_what_was_sent_does_not_change_with_the_update(formulas, name):
+    case = formulas(3)
+    strategy = case.strategy(name)
+    plans = [strategy.plan(client) for client in range(3)]
+    before = [plan.sent.clone() for plan in plans]
+    served = [strategy.served(client) for client in range(3)]
+    kept = [each.clone() for each in served]
+    case.round(strategy)
+    assert all(torch.equal(plan.sent, sent) for plan, sent in zip(plans, before, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip(served, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+def test_the_order_of_replies_does_not_count(formulas, name):
+    case = formulas(4, sizes=[10, 20, 30, 40])
+    one, other = case.strategy(name, server_momentum=0.5), case.strategy(name, server_momentum=0.5)
+    for _ in range(2):
+        one.update(list(case.replies(one)))
+        other.update(list(case.replies(other))[::-1])
+    assert torch.equal(one.soup.rows, other.soup.rows)
+    torch.testing.assert_close(one.soup.merge(one.weights), torch.stack([one.served(client) for client in range(4)]))
+
+
+@pytest.mark.parametrize("name", ["fedavg_ft", "ditto", "fedrep", "feddpa"])
+def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
+    run = federate(smoke(f"strategy={name}"), tmp_path / "run", engine=smoke_engine)
+    head = len(smoke_engine.backbone.layout.columns("head"))
+    factors = 4 * 2 * (32 + 32)  # two layers' query and value, at rank 2
+    travels = {"fedavg_ft": factors + head, "ditto": factors + head, "fedrep": factors, "feddpa": factors // 2 + head}[name]
+    assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == 2 * [(6 * 4 * travels, 6 * 4 * travels)]
+    assert run.soup.rows.isfinite().all()
+    assert run.summary["final"]["served"]["mean"] >= 0
+    assert all(record["train_loss"] > 0 and record["gap"] >= 0 and record["warnings"] == [] for record in run.records)
+    assert run.adapter("Harbour Clinic").keys() == smoke_engine.backbone.layout.state_dict(run.soup.rows[0]).keys()
+
+
+def test_fedreps_head_stays_as_the_client_trained_it_on_a_tiny_model(smoke, smoke_engine):
+    """Each client has a head of its own after a round, and all have one body."""
+    federation = Federation(smoke("strategy=fedrep"), smoke_engine)
+    next(federation.rounds())
+    rows, head = federation.strategy.soup.rows, smoke_engine.backbone.layout.columns("head")
+    body = torch.ones(rows.shape[1], dtype=torch.bool)
+    body[head] = False
+    assert torch.equal(rows[:, body], rows[:1, body].expand(6, -1))
+    assert all(not torch.equal(rows[one, head], rows[two, head]) for one in range(6) for two in range(one))

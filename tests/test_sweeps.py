@@ -1,0 +1,152 @@
+"""Many recipes into run directories side by side: each once, whatever happens on the way."""
+
+import json
+import os
+
+import pytest
+
+from fedmerge_peft import Recipe, RecipeError, RunError, SweepError, expand, federate, sweep
+from fedmerge_peft.engines.local import LocalEngine
+
+TINY = [
+    "rounds=2",
+    "evaluation.finetuned=false",
+    "data.max_train=6",
+    "data.max_test=4",
+    "training.device=cpu",
+    "baselines=[]",
+    "data.partition={scheme: iid, clients: 3}",
+]
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The recipes that engines were loaded for."""
+    seen = []
+    load = LocalEngine.from_recipe.__func__
+
+    def counted(cls, recipe):
+        seen.append(recipe)
+        return load(cls, recipe)
+
+    monkeypatch.setattr(LocalEngine, "from_recipe", classmethod(counted))
+    return seen
+
+
+def events(into):
+    return {"on_run": lambda name, _, fresh: into.append((name, fresh)), "on_failure": lambda name, error: into.append((name, error))}
+
+
+def scores(path):
+    return json.loads((path / "summary.json").read_text())["final"]["served"]
+
+
+def test_combinations_share_an_engine_wherever_one_serves_them(tmp_path, loads):
+    recipes = expand("smoke", ["strategy=fedmerge,fedavg", "seed=0,1", *TINY])
+    seen = []
+    runs = sweep(recipes, tmp_path / "new" / "sweep", **events(seen))
+    assert [recipe.seed for recipe in loads] == [0, 1]
+    assert seen == [(f"strategy={name},seed={seed}", True) for seed in (0, 1) for name in ("fedmerge", "fedavg")]
+    assert list(runs) == list(recipes)
+    alone = federate(recipes["strategy=fedavg,seed=0"], tmp_path / "alone")
+    assert scores(alone.path) == scores(runs["strategy=fedavg,seed=0"].path)
+
+    seen.clear()
+    again = sweep(recipes, tmp_path / "new" / "sweep", **events(seen))
+    assert seen == [(name, False) for name in recipes]
+    assert [run.path for run in again.values()] == [run.path for run in runs.values()]
+    assert len(loads) == 2 + 1
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
+    recipes = expand("smoke", ["strategy=local,fedavg,fedmerge", *TINY])
+    rounds = []
+
+    def interrupt(name, record):
+        rounds.append((name, record.round))
+        if rounds[-1] == ("strategy=fedavg", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipes, tmp_path, on_round=interrupt)
+    assert (tmp_path / "strategy=fedavg" / "metrics.jsonl").exists()
+    seen = []
+    runs = sweep(recipes, tmp_path, **events(seen))
+    assert seen == [("strategy=local", False), ("strategy=fedavg", True), ("strategy=fedmerge", True)]
+    assert [len(run.records) for run in runs.values()] == [2, 2, 2]
+
+
+def test_a_run_without_one_of_its_baselines_is_unfinished(tmp_path):
+    recipes = {"mine": Recipe.load("smoke", [*TINY, "rounds=1", "baselines=[fedavg, fedmerge]"])}
+    sweep(recipes, tmp_path)
+    (tmp_path / "mine" / "baselines" / "fedavg" / "summary.json").unlink()
+    for fresh in (True, False):
+        seen = []
+        sweep(recipes, tmp_path, **events(seen))
+        assert seen == [("mine", fresh)]
+
+
+def test_a_failure_does_not_stop_the_others(tmp_path):
+    recipes = expand("smoke", ["task.label=nosuch,queue", "strategy=fedavg,local", *TINY])
+    seen = []
+    with pytest.raises(SweepError) as failed:
+        sweep(recipes, tmp_path, **events(seen))
+    assert [name for name, how in seen if how is True] == ["task.label=queue,strategy=fedavg", "task.label=queue,strategy=local"]
+    assert list(failed.value.failures) == ["task.label=nosuch,strategy=fedavg", "task.label=nosuch,strategy=local"]
+    assert "2 runs of the sweep failed:" in str(failed.value)
+    assert "nosuch" in failed.value.failures["task.label=nosuch,strategy=fedavg"]
+    assert not any((tmp_path / "task.label=nosuch,strategy=fedavg").iterdir())
+
+
+def test_a_run_of_another_recipe_is_refused_before_anything_starts(tmp_path, write_run, loads):
+    taken = write_run("seed=1", ["seed=1", "lora.r=4"], [[0.0], [0.5]])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        RunError, match=r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; lora.r is 4 there and 2 here\."
+    ):
+        sweep(expand("smoke", ["seed=0,1", "rounds=3", "baselines=[]"]), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    (taken / "summary.json").unlink()
+    with pytest.raises(RunError, match="another recipe"):
+        sweep(expand("smoke", ["seed=0,1", "rounds=3", "baselines=[]"]), tmp_path)
+    assert loads == []
+
+
+def test_the_name_in_a_recipe_makes_no_other_recipe(tmp_path, write_run, loads):
+    write_run("mine", ["name=old"], [[0.0], [0.5]])
+    assert list(sweep({"mine": Recipe.load("smoke", ["name=new", "rounds=1", "baselines=[]"])}, tmp_path)) == ["mine"]
+    assert loads == []
+
+
+@pytest.mark.parametrize("where", ["smoke/notes.txt", "smoke"])
+def test_other_files_are_left_alone(tmp_path, where):
+    path = tmp_path / where
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(RunError, match="holds files that are no run"):
+        sweep(expand("smoke", TINY), tmp_path)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "/tmp"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    with pytest.raises(RecipeError, match="no name for a folder"):
+        sweep({name: Recipe.load("smoke")}, tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        sweep(expand("smoke", TINY), tmp_path / "file" / "below")
+
+
+def test_a_run_that_another_process_writes_is_not_taken_for_an_interrupted_one(tmp_path, write_run, loads):
+    fcntl = pytest.importorskip("fcntl")
+    running = write_run("smoke", [], [[0.0], [0.5]], finished=False)
+    descriptor = os.open(running, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(SweepError, match="is being run by another process"):
+        sweep({"smoke": Recipe.load("smoke", ["rounds=1", "baselines=[]"])}, tmp_path)
+    os.close(descriptor)
+    assert (running / "metrics.jsonl").exists()
+    assert loads == []

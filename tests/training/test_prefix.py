@@ -1,0 +1,322 @@
+"""The frozen layers before the first that trains: left out where they are known, with the same results."""
+
+import logging
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from fedmerge_peft import Federation, Recipe, tiny
+from fedmerge_peft.backbone import load_backbone
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.prefix import find_prefix
+from fedmerge_peft.tasks import make_task
+from fedmerge_peft.training.device import make_accelerator
+from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.plan import Mixture, Train
+from fedmerge_peft.training.prefix_cache import PrefixCache
+from fedmerge_peft.training.reference import train
+
+WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
+COUNT = 12
+ROWS = np.arange(COUNT)
+TARGETS = {"bert": ["query", "value"], "llama": ["q_proj"], "gpt2": ["c_attn"], "vit": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(scope="module")
+def deep_models(tmp_path_factory):
+    """The tiny models with four layers."""
+    folder = tmp_path_factory.mktemp("deep-models")
+    with mock.patch.dict(tiny._WIDTH, num_hidden_layers=4):
+        for kind in tiny.KINDS:
+            tiny.write(kind, folder / kind)
+    return folder
+
+
+def table_and_task(kind, metrics):
+    labels = [n % 3 for n in range(COUNT)]
+    if kind == "vit":
+        from datasets import Features, Image, Value
+        from PIL.Image import fromarray
+
+        noise = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
+        features = Features({"image": Image(), "label": Value("int64")})
+        data = Dataset.from_dict({"image": [fromarray(each) for each in noise], "label": labels}, features=features)
+        return data, {"name": "image-classification"}
+    if kind in ("bert", "llama-classifier"):
+        texts = [f"the {WORDS[n % 7]} {'is late ' * (n % 5)}again" for n in range(COUNT)]
+        return Dataset.from_dict({"text": texts, "label": labels}), {"name": "sequence-classification"}
+    pairs = {"prompt": [f"say {WORDS[n % 7]}" for n in range(COUNT)], "completion": [" yes" * (1 + n % 5) for n in range(COUNT)]}
+    return Dataset.from_dict(pairs), {"name": "causal-lm", "metrics": metrics or ["perplexity", "accuracy"], "max_new_tokens": 4}
+
+
+class Bench:
+    """One client on a tiny model of four layers, whose last two have adapters."""
+
+    def __init__(self, folder, kind="bert", lora=None, backbone=None, metrics=None, cached=True, gigabytes=1.0, **training):
+        table, task = table_and_task(kind, metrics)
+        model = folder / kind.partition("-")[0]
+        self.recipe = Recipe.model_validate(
+            {
+                "name": "bench",
+                "task": task,
+                "backbone": {"model": str(model), **(backbone or {})},
+                "lora": {"r": 2, "dropout": 0.1, "target_modules": TARGETS[model.name], "layers_to_transform": [2, 3], **(lora or {})},
+                "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
+                "training": {"batch_size": 4, "learning_rate": 0.01, "device": "cpu", **training},
+            }
+        )
+        self.accelerator = make_accelerator(self.recipe.training)
+        self.task = make_task(self.recipe, table, str(model))
+        self.backbone = load_backbone(self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0)
+        self.examples = self.task.encode(table)
+        self.row = self.backbone.fresh_row(1)
+        self.cache = PrefixCache(self.backbone, self.task, self.examples, ROWS, gigabytes) if cached else None
+        self.model = (self.backbone, self.task)
+
+    def train(self, seed=3):
+        job = Train(self.row)
+        return train(*self.model, self.recipe.training, self.accelerator, job, self.examples, ROWS, seed, self.cache).row
+
+    def evaluate(self, served, indices=ROWS, batch_size=5):
+        return evaluate(*self.model, self.accelerator, served, self.examples, indices, batch_size, self.cache)
+
+    def losses(self, row, indices=ROWS):
+        return example_losses(*self.model, self.accelerator, row, self.examples, indices, 5, self.cache)
+
+    def count(self, layer, work):
+        """How often the layer runs in there, and what comes out."""
+        runs = []
+        part = next(module for module in self.backbone.model.get_submodule(layer).modules() if isinstance(module, nn.LayerNorm))
+        handle = part.register_forward_hook(lambda *_: runs.append(1))
+        found = work()
+        handle.remove()
+        return len(runs), found
+
+    @property
+    def used(self):
+        return self.cache._store is not None
+
+
+CASES = {
+    "bert": {},
+    "llama": {},
+    "llama-classifier": {},
+    "gpt2": {},
+    "vit": {},
+    "one layer": {"lora": {"layers_to_transform": [3]}},
+    "a shared A": {"lora": {"merge": "shared_a"}},
+    "bf16": {"mixed_precision": "bf16"},
+    "accumulation": {"batch_size": 2, "gradient_accumulation": 3},
+    "checkpointing": {"kind": "llama", "backbone": {"gradient_checkpointing": True}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_and_without_the_cache_the_results_are_the_same(deep_models, case):
+    options = {"kind": case if case.partition("-")[0] in TARGETS else "bert", **CASES[case]}
+    with_cache, without = Bench(deep_models, **options), Bench(deep_models, cached=False, **options)
+    near = {"rtol": 5e-3, "atol": 5e-3} if case == "bf16" else {"rtol": 1e-5, "atol": 1e-5}  # bf16 rounds by how a batch is padded
+    expected = [without.train(), without.train(4)]
+    for _ in range(2):  # while the states are recorded, and from the record
+        found = [with_cache.train(), with_cache.train(4)]
+        assert with_cache.used
+        torch.testing.assert_close(found, expected, **near)
+    assert not torch.allclose(expected[0], expected[1])
+    assert with_cache.evaluate(expected[0]) == pytest.approx(without.evaluate(expected[0]), rel=near["rtol"])
+    some = np.array([7, 2, 11, 3, 4, 0])
+    torch.testing.assert_close(with_cache.losses(expected[0], some), without.losses(expected[0], some), **near)
+
+
+def test_known_examples_skip_the_frozen_layers(deep_models):
+    bench = Bench(deep_models)
+    frozen, trained = ("base_model.model.bert.encoder.layer." + index for index in "13")
+    bench.train()
+    assert bench.count(frozen, bench.train)[0] == 0
+    assert bench.count(trained, bench.train)[0] > 0
+    bench.cache = None
+    assert bench.count(frozen, bench.train)[0] > 0
+
+
+def test_a_mixture_is_evaluated_from_the_cache(deep_models):
+    bench, plain = Bench(deep_models), Bench(deep_models, cached=False)
+    served = Mixture(torch.stack([bench.row, bench.train()]), torch.tensor([0.3, 0.7]))
+    expected = plain.evaluate(served)
+    assert bench.evaluate(served) == pytest.approx(expected, rel=1e-5)
+    assert bench.evaluate(served) == pytest.approx(expected, rel=1e-5)
+
+
+def test_generation_runs_all_layers(deep_models):
+    bench = Bench(deep_models, "gpt2", metrics=["exact_match", "rougeL", "perplexity"])
+    plain = Bench(deep_models, "gpt2", metrics=["exact_match", "rougeL", "perplexity"], cached=False)
+    bench.evaluate(bench.row)
+    runs, found = bench.count("base_model.model.transformer.h.0", lambda: bench.evaluate(bench.row))
+    assert runs > 0
+    assert bench.used
+    assert found == pytest.approx(plain.evaluate(plain.row), rel=1e-5)
+
+
+def test_the_frozen_prefix_has_no_dropout_in_training(deep_models):
+    backbone = Bench(deep_models).backbone
+    backbone.train()
+    training = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.Dropout) and module.training}
+    assert training
+    assert not any("embeddings" in name or "layer.0." in name or "layer.1." in name for name in training)
+    assert {"base_model.model.dropout", "base_model.model.bert.encoder.layer.2.output.dropout"} < training
+    backbone.eval()
+    assert not any(module.training for module in backbone.model.modules())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"layers_to_transform": None},
+        {"layers_to_transform": [0, 3]},
+        {"layers_to_transform": None, "target_modules": r".*layer\.[23]\..*query|.*word_embeddings"},
+        {"trainable_token_indices": [5, 6]},
+        {"bias": "all"},
+        {"modules_to_save": ["word_embeddings"]},
+        {"modules_to_save": ["embeddings"]},
+    ],
+    ids=str,
+)
+def test_there_is_no_prefix_where_something_trains_before_it(deep_models, lora):
+    assert Bench(deep_models, lora=lora, cached=False).backbone.prefix is None
+
+
+def test_there_is_no_prefix_where_two_stacks_train():
+    def stack(trainable):
+        return nn.ModuleList(nn.Linear(2, 2).requires_grad_(index >= 1 and trainable) for index in range(3))
+
+    assert find_prefix(nn.ModuleDict({"encoder": stack(True), "decoder": stack(True)})) is None
+    assert find_prefix(nn.ModuleDict({"encoder": stack(False), "decoder": stack(False)})) is None
+    found = find_prefix(nn.ModuleDict({"encoder": stack(False), "decoder": stack(True)}))
+    assert len(found.layers) == 1
+
+
+def embeddings_of(bench):
+    return bench.backbone.model.get_submodule("base_model.model.bert.embeddings")
+
+
+def drop_by_function(bench):
+    """Dropout that belongs to no module, as in some models."""
+    model = bench.backbone.model
+    embeddings_of(bench).register_forward_hook(lambda _, __, output: nn.functional.dropout(output, 0.5, model.training))
+    return "dropout that cannot be turned off"
+
+
+def reach_back(bench):
+    """A later layer that uses an earlier one's insides."""
+    early, late = bench.backbone.prefix.layers[0], bench.backbone.prefix.first
+    seen = {}
+    embeddings_of(bench).register_forward_hook(lambda *_: seen.clear())
+    early.attention.register_forward_hook(lambda _, __, output: seen.update(states=output[0]))
+    late.register_forward_hook(lambda _, __, output: output + seen.get("states", 0))
+    return "need more of its first layers"
+
+
+def require(bench):
+    early, late = bench.backbone.prefix.layers[0], bench.backbone.prefix.first
+    seen = {}
+    embeddings_of(bench).register_forward_hook(lambda *_: seen.clear())
+    early.attention.register_forward_hook(lambda _, __, output: seen.update(states=output[0]))
+    late.register_forward_hook(lambda _, __, output: output + seen["states"])
+    return "does not run without its first layers"
+
+
+def train_in_front(bench):
+    """A trainable tensor that the order of modules does not show."""
+    scale = next(p for p in bench.backbone.model.parameters() if p.requires_grad).flatten()[0]
+    embeddings_of(bench).register_forward_hook(lambda _, __, output: output * (1 + scale))
+    return "something that trains comes before"
+
+
+def repeat(bench):
+    first = bench.backbone.prefix.first
+    bench.backbone.prefix.layers[0].register_forward_hook(lambda _, __, output: first(output))
+    return "does not get one tensor"
+
+
+@pytest.mark.parametrize("alter", [drop_by_function, reach_back, require, train_in_front, repeat])
+def test_models_that_need_their_first_layers_are_found_out(deep_models, caplog, alter):
+    bench, plain = Bench(deep_models), Bench(deep_models, cached=False)
+    alter(plain)
+    reason = alter(bench)
+    with caplog.at_level(logging.INFO, "fedmerge_peft"):
+        found = bench.train(), bench.train()
+    assert reason in caplog.text
+    assert not bench.used
+    torch.testing.assert_close(found, (plain.train(), plain.train()))
+
+
+def test_the_bound_on_memory_is_kept(deep_models, caplog):
+    sizes = Bench(deep_models).examples.lengths.sum() + 1
+    needed = sizes * 32 * 4 / 1e9
+    fits, tight = Bench(deep_models, gigabytes=needed), Bench(deep_models, gigabytes=needed * 0.99)
+    torch.testing.assert_close(fits.train(), tight.train())
+    assert fits.cache._store.nbytes == needed * 1e9
+    assert not tight.used
+    assert "training.prefix_cache allows" in caplog.text
+
+
+def test_rows_that_no_client_holds_run_all_layers(deep_models):
+    bench = Bench(deep_models)
+    bench.cache = PrefixCache(bench.backbone, bench.task, bench.examples, ROWS[:6], 1.0)
+    expected = Bench(deep_models, cached=False).losses(bench.row)
+    torch.testing.assert_close(bench.losses(bench.row), expected)
+    torch.testing.assert_close(bench.losses(bench.row), expected)
+
+
+def test_a_client_that_fails_leaves_the_model_whole(deep_models):
+    bench = Bench(deep_models)
+    names = [name for name, _ in bench.backbone.model.named_modules()]
+    saved = list(bench.backbone.model.state_dict())
+    expected = bench.train()
+
+    def fail(*_):
+        assert [name for name, _ in bench.backbone.model.named_modules()] == names
+        assert list(bench.backbone.model.state_dict()) == saved
+        raise KeyboardInterrupt
+
+    handle = bench.backbone.prefix.first.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        bench.train()
+    handle.remove()
+    assert "forward" not in vars(bench.backbone.prefix.layers[0])
+    assert torch.equal(bench.train(), expected)
+    bench.cache = None
+    torch.testing.assert_close(bench.train(), expected)
+
+
+def test_the_callers_random_numbers_and_the_models_mode_stay(deep_models):
+    bench = Bench(deep_models)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    bench.evaluate(bench.row)
+    assert torch.equal(torch.rand(3), expected)
+    assert not bench.backbone.model.training
+
+
+SMALL = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]"]
+
+
+def test_one_engine_serves_several_strategies_from_its_cache():
+    def recipe(gigabytes, strategy):
+        overrides = [f"training.prefix_cache={gigabytes}", f"strategy={strategy}", "lora.layers_to_transform=[1]", "rounds=2"]
+        return Recipe.load("smoke", [*SMALL, *overrides])
+
+    engines = {gigabytes: LocalEngine.from_recipe(recipe(gigabytes, "local")) for gigabytes in (0, 1)}
+    assert engines[0].cache is None
+    for strategy in ("local", "fedavg", "fedmerge", "fedem"):
+        found = {}
+        for gigabytes, engine in engines.items():
+            federation = Federation(recipe(gigabytes, strategy), engine)
+            records = list(federation.rounds())
+            found[gigabytes] = federation.strategy.soup.rows, records[-1].served.mean
+        torch.testing.assert_close(found[1][0], found[0][0])
+        assert found[1][1] == pytest.approx(found[0][1])
+    assert engines[1].cache._store is not None

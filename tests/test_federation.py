@@ -301,9 +301,10 @@ def test_a_torn_last_line_of_metrics_is_left_out(tmp_path, engine):
     assert [record["round"] for record in load_run(run.path).records] == [1]
 
 
-def test_a_name_that_leads_elsewhere_is_refused(engine):
+@pytest.mark.parametrize("name", ["../../elsewhere", "..", "''"])
+def test_a_name_that_leads_elsewhere_is_refused(engine, name):
     with pytest.raises(RecipeError, match="no name for a folder"):
-        federate(recipe("name=../../elsewhere"), engine=engine)
+        federate(recipe(f"name={name}"), engine=engine)
 
 
 def test_a_run_that_ends_while_warming_says_so(engine):

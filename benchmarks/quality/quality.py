@@ -13,22 +13,18 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
-import torch
 import yaml
+from provenance import RESULTS, stamp
 
-from fedmerge_peft import Comparison, Recipe, Run, __version__, sweep
+from fedmerge_peft import Comparison, Recipe, Run, sweep
 from fedmerge_peft.analysis.figures import plot
 from fedmerge_peft.analysis.reports import markdown
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results"
 
 
 class Setting:
@@ -61,13 +57,6 @@ def report(name: str, run: Run, fresh: bool) -> None:
     print(f"{name:28} {final['metric']} {final['mean']:.3f}  worst {final['worst']:.3f}{'' if fresh else '  (there already)'}", flush=True)
 
 
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} thread(s)"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting")
@@ -94,17 +83,14 @@ def main() -> None:
 
     comparison = Comparison.of(runs.values())
     chosen = "\n".join(f"| {method} | {' '.join(setting.candidates[method][best[method]]) or 'defaults'} |" for method in methods)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
     page = (
         f"# {setting.name}\n\n{markdown(comparison)}\n"
         f"Each method chose one of {len(budget)} candidates by the mean validation score on seed {setting.tuning_seed}; "
         f"the table is on seeds {arguments.seeds}.\n\n| method | chosen |\n|---|---|\n{chosen}\n\n"
-        f"`python benchmarks/quality/quality.py {setting.name} --data DATA`, {datetime.now(UTC):%Y-%m-%d}, commit {commit}, "
-        f"fedmerge-peft {__version__}, torch {torch.__version__}, {machine()}.\n"
+        f"{stamp(f'python benchmarks/quality/quality.py {setting.name} --data DATA')}\n"
     )
     print(f"\n{page}")
     if arguments.write:
-        RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{setting.name}.md").write_text(page, encoding="utf-8")
         comparison.methods.to_csv(RESULTS / f"{setting.name}.csv", index=False)
         plot(comparison, RESULTS / f"{setting.name}.svg")

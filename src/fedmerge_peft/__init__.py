@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmerge_peft.adapters import AdapterLayout, AdapterSoup, MergingWeights, concat, merge_error
-    from fedmerge_peft.analysis import Comparison, compare
+    from fedmerge_peft.analysis import Comparison, compare, local_global_gap
     from fedmerge_peft.errors import (
         BackboneError,
         ClientError,
@@ -61,6 +61,7 @@ __all__ = [
     "federate",
     "fedmerge_step",
     "load_run",
+    "local_global_gap",
     "merge_error",
     "personalize",
     "sweep",
@@ -79,7 +80,7 @@ _HOMES = {
         "RunExistsError",
         "SweepError",
     ),
-    "analysis": ("Comparison", "compare"),
+    "analysis": ("Comparison", "compare", "local_global_gap"),
     "federation": ("Federation", "federate"),
     "personalization": ("Personalized", "personalize"),
     "recipe": ("Recipe",),

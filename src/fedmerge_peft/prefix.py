@@ -62,14 +62,17 @@ class Prefix:
             return same if self._entries is None else (same, *[None] * (self._entries - 1))
 
         handle = self.first.register_forward_pre_hook(replay, with_kwargs=True)
+        own = [vars(layer).get("forward") for layer in self.layers]  # some have one that is not their class's, such as accelerate's
         for layer in self.layers:
-            layer.forward = pass_on  # type: ignore[method-assign]
+            layer.forward = pass_on
         try:
             yield
         finally:
             handle.remove()
-            for layer in self.layers:
-                del layer.forward  # the class's own shows again
+            for layer, forward in zip(self.layers, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
 
 def find_prefix(model: nn.Module) -> Prefix | None:
@@ -80,11 +83,12 @@ def find_prefix(model: nn.Module) -> Prefix | None:
     """
     from peft.utils import ModulesToSaveWrapper
 
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _trains(module)]
-    outer = [name for name, _ in stacks if not any(name.startswith(other + ".") for other, _ in stacks)]
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _trains(module)}
+    outer = [name for name in stacks if not any(name.startswith(other + ".") for other in stacks)]
     if len(outer) != 1:  # an encoder and a decoder, say
         return None
-    stack, layers = outer[0], list(model.get_submodule(outer[0]).children())
+    stack = outer[0]
+    layers = list(stacks[stack])
     first = next(index for index, layer in enumerate(layers) if _trains(layer))
     heads = tuple(name + "." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
     outside = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(stack + ".")]
@@ -113,4 +117,3 @@ def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a layer's arguments."""
     states: Tensor = args[0] if args else kwargs["hidden_states"]
     return states
-

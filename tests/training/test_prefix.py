@@ -291,6 +291,15 @@ def test_a_client_that_fails_leaves_the_model_whole(deep_models):
     torch.testing.assert_close(bench.train(), expected)
 
 
+def test_a_forward_of_a_layers_own_comes_back(deep_models):
+    bench = Bench(deep_models)
+    layer = bench.backbone.prefix.layers[0]
+    own = layer.forward = layer.forward
+    expected = bench.train()
+    assert torch.equal(bench.train(), expected)
+    assert layer.forward is own
+
+
 def test_the_callers_random_numbers_and_the_models_mode_stay(deep_models):
     bench = Bench(deep_models)
     torch.manual_seed(5)

@@ -53,7 +53,7 @@ def agreement(directions: Tensor, groups: Tensor) -> float:
 
 def _directions(deltas: Tensor) -> Tensor:
     centred = deltas.double() - deltas.double().mean(dim=0)
-    return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.nn.functional.normalize(centred, dim=1, eps=torch.finfo(torch.float64).tiny)
 
 
 def k_means(vectors: Tensor, groups: int, seed: int) -> Tensor:

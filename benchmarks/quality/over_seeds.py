@@ -1,0 +1,41 @@
+"""Run a recipe and its baselines with several seeds; print the comparison, and where, when and how it was made.
+
+    python benchmarks/quality/over_seeds.py quickstart
+    python benchmarks/quality/over_seeds.py text_tasks data.path=../shared/data/textcls.parquet strategy.adapters=6,8 --seeds 0,1,2 --write
+
+It is ``fedmerge sweep``, so values may be several, and the same command again does what is left. With --write the page goes to
+benchmarks/results/<recipe>.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from provenance import RESULTS, stamp
+
+from fedmerge_peft import Comparison, expand, sweep
+from fedmerge_peft.analysis.reports import markdown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", help="folder of the run directories; default: sweeps/<recipe>")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/<recipe>.md")
+    arguments = parser.parse_intermixed_args()
+    name = Path(arguments.recipe).stem
+    recipes = expand(arguments.recipe, [*arguments.overrides, f"seed={arguments.seeds}"])
+    runs = sweep(recipes, arguments.out or Path("sweeps", name), on_round=lambda name, record: print(f"{name}  {record}", flush=True))
+    command = shlex.join(["python", "benchmarks/quality/over_seeds.py", arguments.recipe, *arguments.overrides, "--seeds", arguments.seeds])
+    page = f"{markdown(Comparison.of(runs.values()))}\n{stamp(command)}\n"
+    print(f"\n{page}")
+    if arguments.write:
+        (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

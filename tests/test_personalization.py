@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from peft import PeftModel
 from PIL.Image import fromarray
+from transformers import AutoModelForSequenceClassification
 
 from fedmerge_peft import AdapterSoup, DataError, Personalized, Recipe, Run, RunError, RunExistsError, federate, personalize
+from fedmerge_peft.data import Client, FederatedData, load_splits
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.personalization import _Comparison, distinct, learn_logits
 from fedmerge_peft.strategies.step import weights_gradient
@@ -39,8 +42,6 @@ def run(tmp_path_factory, engine):
 @pytest.fixture(scope="module")
 def tickets():
     """Tickets of an organisation that no client is."""
-    from fedmerge_peft.data import load_splits
-
     return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(range(24))
 
 
@@ -108,8 +109,6 @@ def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, ticket
 
 
 def newcomer(run, table):
-    from fedmerge_peft.data import Client, FederatedData
-
     table = relabel(table, "queue", run.task["labels"])
     rows = np.arange(len(table))
     return LocalEngine.from_data(run.recipe, FederatedData(table, [Client("newcomer", rows, rows[:0], rows[:0])]))
@@ -176,9 +175,6 @@ def test_a_run_without_a_best_round_says_so(copy, tickets):
 
 
 def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(run, tickets, engine, tiny_models, tmp_path):
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
     result = personalize(run, tickets, local=False)
     assert result.save(tmp_path / "new") == tmp_path / "new"
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=6)
@@ -310,12 +306,18 @@ def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, option
         ),
         ("strategy={name: fedmerge, adapters: 1}", "one adapter for all clients"),
         ("strategy=local", "a run of local, whose adapters are not for another client to merge"),
+        ("strategy={name: fedem, adapters: 2}", "a run of fedem, whose adapters are not for another client to merge"),
     ],
 )
 def test_runs_without_a_common_soup_are_refused(tmp_path, engine, tickets, strategy, message):
     other = federate(recipe(strategy), tmp_path / "run", engine=engine)
     with pytest.raises(RunError, match=message):
         personalize(other.path, tickets)
+
+
+def test_a_newcomer_may_merge_the_adapters_of_clusters(tmp_path, engine, tickets):
+    run = federate(recipe("strategy={name: ifca, adapters: 2}"), tmp_path / "run", engine=engine)
+    assert personalize(run, tickets, local=False).weights.shape == (2,)
 
 
 def test_adapters_that_do_not_fit_the_model_are_refused(copy, tickets):
@@ -344,18 +346,12 @@ def test_the_shared_factors_are_the_runs_own(tmp_path, tickets):
     after = personalize(run, tickets, local=False)
     assert numbers(after, "mean adapter").train_loss != numbers(before, "mean adapter").train_loss
     after.save(tmp_path / "new")
-    assert_plain_peft_agrees(after, tmp_path / "new", loaded, tickets)
-
-
-def assert_plain_peft_agrees(result, folder, backbone, tickets):
-    from peft import PeftModel
-
-    backbone.load_shared(result.soup.shared)
-    backbone.load_row(result.row)
+    loaded.load_shared(after.soup.shared)
+    loaded.load_row(after.row)
     tokens = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        ours = backbone.model(input_ids=tokens).logits
-        plain = PeftModel.from_pretrained(backbone.model.unload(), folder).eval()
+        ours = loaded.model(input_ids=tokens).logits
+        plain = PeftModel.from_pretrained(loaded.model.unload(), tmp_path / "new").eval()
         torch.testing.assert_close(plain(input_ids=tokens).logits, ours)
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -34,15 +35,19 @@ def test_make_knows_the_target(command):
 def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch, capsys):
     """On a tiny model where something trains, else as they stand."""
     monkeypatch.chdir(tmp_path)
+    tickets = (ROOT / "src" / "fedmerge_peft" / "data" / "embedded" / "support_tickets.csv").read_text(encoding="utf-8").splitlines(True)
+    (tmp_path / "newcomer.csv").write_text("".join(tickets[:30]), encoding="utf-8")
     for command in COMMANDS:
         if command[0] != "fedmerge":
             continue
-        arguments = [*command[1:], *(SMALL if command[1] == "run" else [])]
+        arguments = [*command[1:], *(SMALL if command[1] in ("run", "sweep") else [])]
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code in (0, None), (command, capsys.readouterr().err)
     assert (tmp_path / "runs" / "three" / "summary.json").exists()
     assert (tmp_path / "clients.png").exists()
+    assert (tmp_path / "methods.png").exists()
+    assert (tmp_path / "runs" / "three" / "personalized" / "newcomer" / "adapter_model.safetensors").exists()
     assert (tmp_path / "recipe.schema.json").exists()
 
 
@@ -52,6 +57,13 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(example.replace('"quickstart"', '"smoke"'), "README.md", "exec"), {})
     assert (tmp_path / "fen-water" / "adapter_model.safetensors").exists()
+
+
+def test_every_method_in_the_table_is_there_and_none_is_left_out():
+    from fedmerge_peft.recipe.strategies import StrategyName
+
+    table = README.split("| | methods |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(get_args(StrategyName))
 
 
 def test_every_recipe_in_the_table_is_shipped():

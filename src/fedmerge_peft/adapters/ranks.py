@@ -1,8 +1,8 @@
-"""LoRA's factors by their ranks: which columns of a row they are, and products B A brought to a lower rank."""
+"""LoRA's factors: what they are called, which columns of a row their ranks are, and products B A brought to a lower rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,34 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout, Entry
 
-INPUT_SIDE = ("lora_A.weight", "lora_embedding_A")
-"""How the saved names of the factors A ``(r, in)`` end."""
+_FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+"""How the saved names of the factors A ``(r, in)`` and B ``(out, r)`` end: of layers, and of embeddings."""
+
+INPUT_SIDE = tuple(a for a, _ in _FACTORS)
+"""How the saved names of A end."""
 
 RANDOM = ("lora_A.weight", "lora_embedding_B")
 """How the saved names of the factors end that PEFT starts at random numbers; their partners start at zero."""
 
-_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+
+def pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """For each factor A among the saved names: the layer's name in the PEFT model, and the saved names of A and B."""
+    for name in names:
+        for a, b in _FACTORS:
+            if name.endswith("." + a):
+                module = name.removesuffix("." + a)
+                yield module, name, f"{module}.{b}"
+
+
+def check_products(layout: AdapterLayout) -> None:
+    """Raise ``ValueError`` unless each layer's update is scaling · B A of two matrices: not with DoRA, on experts, or on convolutions."""
+    for entry in layout.entries:
+        if entry.role == "expert":
+            raise ValueError(f"{entry.key} holds several experts in one tensor (lora.target_parameters)")
+        if "lora_magnitude_vector" in entry.key:
+            raise ValueError("the magnitudes of DoRA do not enter linearly (lora.use_dora)")
+        if entry.key.endswith(tuple(name for pair in _FACTORS for name in pair)) and len(entry.shape) != 2:
+            raise ValueError(f"{entry.key} is the factor of a convolution")
 
 
 @dataclass(frozen=True)
@@ -47,27 +68,15 @@ def factors(layout: AdapterLayout) -> list[Factors]:
     """The pairs A, B of all adapted layers.
 
     Raises:
-        ValueError: For factors whose update is no product of two matrices in the row: those of experts and convolutions, DoRA's, and
-            those whose A is frozen and common.
+        ValueError: As ``check_products``, and for factors whose partner is not in the row but frozen and common.
     """
+    check_products(layout)
     entries = {entry.key: entry for entry in layout.entries}
-    found = []
-    for key, entry in entries.items():
-        if entry.role == "expert":
-            raise ValueError(f"{key} holds several experts in one tensor (lora.target_parameters)")
-        if "lora_magnitude_vector" in key:
-            raise ValueError("the magnitudes of DoRA do not enter linearly (lora.use_dora)")
-        if ".lora_" in key and len(entry.shape) != 2:
-            raise ValueError(f"{key} is the factor of a convolution")
-        if key.endswith(tuple(_PAIRS.values())) and not any(key.removesuffix(b) + a in entries for a, b in _PAIRS.items()):
-            raise ValueError(f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)")
-        for a, b in _PAIRS.items():
-            if key.endswith("." + a):
-                partner = entries.get(key.removesuffix(a) + b)
-                if partner is None:
-                    raise ValueError(f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)")
-                found.append(Factors(key.removesuffix("." + a), entry, partner))
-    return found
+    found = {(a, b): module for module, a, b in pairs(entries)}
+    paired = {key for pair in found for key in pair}
+    for key in sorted(paired - entries.keys()) + [key for key in entries if key.endswith(_OUTPUT_SIDE) and key not in paired]:
+        raise ValueError(f"{key} or its partner is frozen and common to all adapters (lora.merge: shared_a)")
+    return [Factors(module, entries[a], entries[b]) for (a, b), module in found.items()]
 
 
 def rank_columns(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:

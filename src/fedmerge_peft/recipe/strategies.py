@@ -18,10 +18,10 @@ class Server(Section):
     """Which method."""
     server_optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd: step along the mean update. adam: scaled elementwise by its running moments (FedAdam)."""
-    server_lr: PositiveFloat = 1.0
-    """Step size of the server; with sgd, 1 replaces by the mean, as FedAvg does. With adam, something like 1e-3."""
-    server_momentum: Fraction = 0.0
-    """Momentum of sgd (FedAvgM), or adam's beta_1."""
+    server_lr: PositiveFloat | None = None
+    """Step size of the server. Default: 1 with sgd, which replaces by the mean, as FedAvg does; 0.01 with adam."""
+    server_momentum: Fraction | None = None
+    """Momentum of sgd (FedAvgM), by default 0, or adam's beta_1, by default 0.9."""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from fedmerge_peft.strategies.base import Strategy
 
@@ -16,10 +16,7 @@ class Assigned(Strategy):
 
     @property
     def weights(self) -> Tensor:
-        return one_hot(self.assigned, len(self.soup)).float()
+        return torch.zeros(len(self.assigned), len(self.soup)).scatter_(1, self.assigned[:, None], 1.0)
 
     def adapter(self, client: int) -> Tensor:
         return self.soup.rows[self.assigned[client]].clone()
-
-    def warnings(self) -> list[str]:
-        return []  # the weights are not learned, so they cannot stand still

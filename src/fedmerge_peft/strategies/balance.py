@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,22 +11,21 @@ _MOST_SWEEPS = 200
 _CLOSE = 1e-4
 
 
-def balanced(weights: Tensor, strength: float) -> Tensor:
-    """π with each adapter's logit shifted, the same for all clients, towards equal mass on the adapters.
+def balancing_shifts(logits: Tensor) -> Tensor:
+    """What to add to each adapter's logit, the same for all clients, so that all adapters have equal mass: ``(d,)`` float64.
 
-    Sinkhorn's iteration finds the shifts v for which the columns of softmax(log π + v) have equal sums (Sinkhorn 1964; for
-    balanced assignments, Caron et al. 2020, arXiv 2006.09882). The result is softmax(log π + strength · v).
+    Sinkhorn's iteration finds v for which the columns of softmax(W + v) have equal sums (Sinkhorn 1964; for balanced
+    assignments, Caron et al. 2020, arXiv 2006.09882). With part of v, π is part of the way.
 
     Args:
-        weights: π, ``(m, d)``, positive; rows sum to 1.
-        strength: 0 leaves π as it is, 1 balances it.
+        logits: ``(m, d)``.
     """
-    logs = weights.double().log()
-    clients, adapters = weights.shape
-    shift = torch.zeros(adapters, dtype=torch.float64)
+    logs = torch.log_softmax(logits.double(), dim=1)
+    clients, adapters = logits.shape
+    shifts = torch.zeros(adapters, dtype=torch.float64)
     for _ in range(_MOST_SWEEPS):
-        mass = torch.softmax(logs + shift, dim=1).sum(dim=0) * adapters / clients
-        shift -= mass.log()
-        if float((mass - 1).abs().max()) < _CLOSE:
+        log_mass = torch.logsumexp(torch.log_softmax(logs + shifts, dim=1), dim=0) + math.log(adapters / clients)
+        shifts -= log_mass
+        if float(log_mass.abs().max()) < _CLOSE:
             break
-    return torch.softmax(logs + strength * shift, dim=1).to(weights)
+    return shifts

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.training.plan import Plan, Served, Train
+from fedmerge_peft.training.plan import Choose, InTurn, Plan, Served, Train
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class Strategy(ABC):
     federated: ClassVar[bool] = True
     """Whether adapters travel between server and clients; False for local training."""
 
+    learns_weights: ClassVar[bool] = False
+    """Whether π changes with the replies, so that its entropy and the adapters' mass say something."""
+    trains_what_it_serves: ClassVar[bool] = True
+    """Whether local training starts from what the client is served with; where not, scores before and after do not compare."""
+
     soup: AdapterSoup
 
     @property
@@ -100,9 +105,21 @@ class Strategy(ABC):
         """How many numbers travel to this client in a round, and back."""
         return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
 
+    def gap(self, plan: Plan, reply: Reply) -> float | None:
+        """The paper's local-global gap in parameters, ‖θ_i(trained) − θ_i(sent next)‖₂, of the adapter that is shared; call after ``update``.
+
+        The mean over them, where several are. None where rows are not comparable from one round to the next.
+        """
+        if isinstance(plan, Choose):
+            shared = slice(reply.choice, reply.choice + 1)
+        else:
+            shared = slice(1) if isinstance(plan, InTurn) else slice(None)
+        trained = plan.sent[shared] - (reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas)
+        return float((trained - self.plan(reply.client).sent[shared]).norm(dim=1).mean())
+
     def warnings(self) -> list[str]:
         """What a person should know about the weights as they are now."""
-        return merging_weights.warnings(self.weights) if self.federated else []
+        return merging_weights.warnings(self.weights) if self.learns_weights else []
 
     def adapter(self, client: int) -> Tensor:
         """The client's merged adapter, ``(P,)``: π_i Θ."""

@@ -12,6 +12,8 @@ from fedmerge_peft.strategies.base import Start, Strategy
 class Clustering(Strategy):
     """π_i is one-hot at the client's cluster; a client that has none yet is served with the mean of all adapters."""
 
+    learns_weights = True
+
     def __init__(self, rows: Tensor, start: Start) -> None:
         self.soup = AdapterSoup(rows, start.layout, start.shared)
         self.clusters = torch.full((start.clients,), -1)

@@ -28,6 +28,8 @@ class FedEM(Strategy):
     a component is that of the whole completion, and predictions are mixed token by token with π.
     """
 
+    learns_weights = True
+
     def __init__(self, recipe: recipes.FedEM, start: Start) -> None:
         rows = torch.stack([start.fresh_row(number) for number in range(recipe.adapters)])
         if recipe.adapters > 1 and bool((rows == rows[0]).all()):

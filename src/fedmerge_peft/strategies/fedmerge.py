@@ -11,7 +11,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.adapters.weights import UNUSED, MergingWeights
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.balance import balanced
+from fedmerge_peft.strategies.balance import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
 from fedmerge_peft.strategies.server import ServerOptimizer
@@ -32,11 +32,15 @@ class FedMerge(Strategy):
     clients' updates set W, and the same round's soup step, with the new π, gives each group of clients its own adapter.
     """
 
+    learns_weights = True
+
     def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
         self.recipe = recipe
         self.soup = AdapterSoup(_first_rows(recipe, start), start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
         self.merging = MergingWeights.uniform(start.clients, recipe.adapters)
+        self.shifts = torch.zeros(recipe.adapters, dtype=torch.float64)
+        """What balance adds to the adapters' logits."""
         self.steps = _WeightsSteps(recipe, start)
         self._warming = _Warming(start, recipe) if recipe.start == "warm" else None
         self._reseeding = _Reseeding(recipe.reseed_after, recipe.adapters, start.seed) if recipe.reseed_after else None
@@ -44,16 +48,20 @@ class FedMerge(Strategy):
 
     @property
     def weights(self) -> Tensor:
-        weights = torch.softmax(self.merging.logits / self.recipe.temperature, dim=1)
-        left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
-        return balanced(weights, left) if left > 0 else weights
+        return self._softmax(self.merging.logits)
+
+    def adapter(self, client: int) -> Tensor:
+        return self.soup.merge(self._softmax(self.merging.logits[client]))
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        return torch.softmax((logits / self.recipe.temperature).double() + self.shifts, dim=-1).float()
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
         shares = sizes / sizes.sum()
         before = self.weights[clients].double()
         if self._warming is None:
-            gradient = weights_gradient(self.soup.rows, before, deltas, self.steps.columns)
+            gradient = weights_gradient(self.soup.rows, before, deltas, self.steps.columns) / self.recipe.temperature
             self.merging.logits[clients] -= self.steps.move(clients, gradient, shares).float()
             if self._reseeding is not None:
                 self._reseeding.look(self.soup.rows, self.merging.logits, self.weights, clients, deltas)
@@ -61,6 +69,8 @@ class FedMerge(Strategy):
             self.merging.logits = self._warming.logits()
             self._warming = None
         self.rounds += 1
+        left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
+        self.shifts = left * balancing_shifts(self.merging.logits / self.recipe.temperature) if left > 0 else torch.zeros_like(self.shifts)
         mixing = before * shares[:, None] if self.recipe.rule == "gradient" else soup_shares(self.weights[clients], shares)
         self.soup.rows = self.server.step(self.soup.rows, mixing.T.to(deltas) @ deltas)
 

@@ -21,6 +21,8 @@ class FedAvgFinetuned(Assigned):
     Rows of the soup: θ, then θ_1 to θ_m. Before its first round a client is served with θ.
     """
 
+    trains_what_it_serves = False
+
     def __init__(self, recipe: recipes.FedAvgFinetuned, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows[:1])

@@ -9,6 +9,7 @@ import torch
 from fedmerge_peft.adapters.ranks import svd_of_product
 from fedmerge_peft.strategies.base import Reply, stack
 from fedmerge_peft.strategies.ranked import Ranked
+from fedmerge_peft.training.plan import Plan
 
 
 class FlexLora(Ranked):
@@ -37,6 +38,9 @@ class FlexLora(Ranked):
             b.zero_()
             b[:, :found] = (u[:, :found] * s[:found]).to(b)
         self.soup = self._soup(row)
+
+    def gap(self, plan: Plan, reply: Reply) -> None:
+        return None  # the SVD turns the factors to another basis
 
     def traffic(self, client: int) -> tuple[int, int]:
         return self.held(client), self.held(client)

@@ -10,6 +10,7 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
 from fedmerge_peft.strategies.ranked import Ranked
+from fedmerge_peft.training.plan import Plan
 
 
 class FLora(Ranked):
@@ -24,8 +25,7 @@ class FLora(Ranked):
     A client is sent the stacks that it has not had yet (after a round in which it took part, that round's) and the head; it returns
     its own factors and head.
 
-    W + ΔW is rounded to the backbone's number format; ΔW itself, and the adapter that a run saves, are float32. As factors begin anew,
-    the gap between what was trained and what is sent next says little here.
+    W + ΔW is rounded to the backbone's number format; ΔW itself, and the adapter that a run saves, are float32.
     """
 
     def __init__(self, recipe: recipes.FLora, start: Start) -> None:
@@ -52,6 +52,9 @@ class FLora(Ranked):
         self.soup.base = base
         self._owed[clients] = 0
         self._owed += sum(self._held_factors(int(client)) for client in clients)
+
+    def gap(self, plan: Plan, reply: Reply) -> None:
+        return None  # factors begin anew each round
 
     def traffic(self, client: int) -> tuple[int, int]:
         plain = int(self.plain.sum())

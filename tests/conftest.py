@@ -30,6 +30,26 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smoke():
+    """``smoke("strategy=ditto")``: a small form of the smoke recipe, with six clients."""
+    from fedmerge_peft import Recipe
+
+    def recipe(*overrides):
+        small = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]"]
+        return Recipe.load("smoke", [*small, *overrides])
+
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def smoke_engine(smoke):
+    """What the smoke recipe loads, for all tests of a process."""
+    from fedmerge_peft.engines.local import LocalEngine
+
+    return LocalEngine.from_recipe(smoke())
+
+
 @pytest.fixture
 def write_run(tmp_path):
     """``write_run("a", ["seed=1"], [[.1, .3], [.2, .4]])``: a finished run of ``smoke`` with each client's accuracy by rounds done.

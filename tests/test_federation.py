@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 
-from fedmerge_peft import ClientError, Federation, Recipe, RecipeError, Run, RunError, RunExistsError, federate, load_run
+from fedmerge_peft import ClientError, Federation, Recipe, RecipeError, Run, RunError, RunExistsError, federate, files, load_run
 from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.environment import source
 from fedmerge_peft.training.plan import Train
 
 SMALL = [
@@ -116,6 +121,20 @@ def test_a_failing_client_is_named_with_its_round_and_cause(engine, monkeypatch)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_a_client_that_cannot_be_measured_is_named_with_the_rounds_completed(engine, monkeypatch):
+    federation = Federation(recipe("rounds=2", "evaluation.every=5"), engine)
+    list(federation.rounds())
+
+    def fail(*_):
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setattr("fedmerge_peft.engines.local.evaluate", fail)
+    with pytest.raises(ClientError, match=r"client Harbour Clinic, round 2: scored after the round: ZeroDivisionError: no luck") as caught:
+        federation.measure()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert caught.value.round == 2
+
+
 def test_an_adapter_that_is_not_finite_never_reaches_the_soup():
     federation = Federation(recipe("training.learning_rate=1e30", "training.optimizer=sgd", "training.max_grad_norm=null"))
     with pytest.raises(ClientError, match=r"not finite after training; lower training\.learning_rate"):
@@ -148,6 +167,40 @@ def test_a_run_leaves_everything_behind(run):
         "baselines/local/summary.json",
     } <= names
     assert not [name for name in names if "/." in name or name.startswith(".")]
+
+
+def test_the_environment_says_when_and_by_what_a_run_was_made(run):
+    said = load_run(run.path).environment
+    assert {"started", "python", "platform", "processor", "device", "threads", "packages"} <= said.keys()
+    assert said["started"].endswith("Z")
+    assert said["packages"]["fedmerge-peft"] == version("fedmerge-peft")
+    assert {key: said[key] for key in ("commit", "dirty") if key in said} == source(Path(files.__file__).parent)
+
+
+def git(folder, *arguments):
+    me = ["-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *me, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_checkout_is_known_by_its_commit_and_by_changes_in_the_package(tmp_path):
+    package = tmp_path / "src" / "package"
+    package.mkdir(parents=True)
+    (package / "code.py").touch()
+    assert source.__wrapped__(package) == {}  # no checkout
+    git(tmp_path, "init")
+    assert source.__wrapped__(package) == {}  # installed below somebody's repository
+    git(tmp_path, "add", "src")
+    git(tmp_path, "commit", "-m", "code")
+    (tmp_path / "notes.txt").touch()
+    assert source.__wrapped__(package) == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    (package / "more.py").touch()
+    assert source.__wrapped__(package)["dirty"]
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert source.__wrapped__(Path(files.__file__).parent) == {}
 
 
 def test_metrics_hold_one_object_a_round(run):
@@ -261,7 +314,7 @@ def test_a_failure_in_the_middle_loses_no_finished_round(tmp_path, engine, monke
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_no_finished_round(tmp_path, engine, monkeypatch):
-    from fedmerge_peft import run as module
+    from fedmerge_peft import files as module
 
     def full(tensors, path, **_):
         if path.name.startswith(".round-00002"):

@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from fedmerge_peft import Recipe, RecipeError, RunError, SweepError, expand, federate, sweep
+from fedmerge_peft import Recipe, RecipeError, Run, RunBusyError, RunError, SweepError, expand, federate, sweep
 from fedmerge_peft.engines.local import LocalEngine
 
 TINY = [
@@ -118,6 +119,15 @@ def test_the_name_in_a_recipe_makes_no_other_recipe(tmp_path, write_run, loads):
     assert loads == []
 
 
+def test_a_default_that_is_written_out_makes_no_other_recipe(tmp_path, write_run, loads):
+    write_run("old", ["strategy=fedavg", "strategy.server_lr=1.0", "strategy.server_momentum=0"], [[0.0], [0.5]])
+    assert list(sweep({"old": Recipe.load("smoke", ["strategy=fedavg", "rounds=1", "baselines=[]"])}, tmp_path)) == ["old"]
+    adam = Recipe.load("smoke", ["strategy=fedavg", "strategy.server_optimizer=adam", "rounds=1", "baselines=[]"])
+    with pytest.raises(RunError, match=r"server_optimizer is sgd there and adam here; strategy.server_lr is 1.0 there and 0.01 here"):
+        sweep({"old": adam}, tmp_path)
+    assert loads == []
+
+
 @pytest.mark.parametrize("where", ["smoke/notes.txt", "smoke"])
 def test_other_files_are_left_alone(tmp_path, where):
     path = tmp_path / where
@@ -126,6 +136,40 @@ def test_other_files_are_left_alone(tmp_path, where):
     with pytest.raises(RunError, match="holds files that are no run"):
         sweep(expand("smoke", TINY), tmp_path)
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["thesis.txt", "weights/mine.safetensors", "personalized/clinic/adapter_config.json", "baselines/notes"])
+def test_other_files_in_an_unfinished_run_are_left_alone(tmp_path, write_run, loads, where):
+    unfinished = write_run("smoke", [], [[0.0], [0.5]], finished=False)
+    (unfinished / where).parent.mkdir(parents=True, exist_ok=True)
+    (unfinished / where).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    recipes = {"smoke": Recipe.load("smoke", ["rounds=1", "baselines=[]"])}
+    with pytest.raises(RunError, match=f"holds an unfinished run, and files that no run writes: {where}\\."):
+        sweep(recipes, tmp_path)
+    with pytest.raises(RunError, match=where):
+        Run(unfinished).clear()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert loads == []
+
+
+def test_all_that_a_run_writes_is_cleared(tmp_path, smoke, smoke_engine):
+    run = federate(smoke("rounds=2", "baselines=[fedavg]", "strategy.adapters=2"), tmp_path / "run", engine=smoke_engine)
+    (run.path / "weights" / ".round-00003.safetensors.4711").write_text("killed while this was written")
+    (run.path / "baselines" / "fedavg" / ".recipe.yaml.4711").touch()
+    assert len(run.files()) > 20
+    run.clear()
+    assert list(tmp_path.rglob("*")) == [run.path]
+
+
+def test_the_recipe_is_cleared_last(tmp_path, write_run, monkeypatch):
+    path = write_run("run", [], [[0.0], [0.5]])
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda self, **_: (removed.append(self.name), unlink(self)))
+    Run(path).clear()
+    assert removed[-1] == "recipe.yaml"
+    assert len(removed) == 3
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "/tmp"])
@@ -140,13 +184,63 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
         sweep(expand("smoke", TINY), tmp_path / "file" / "below")
 
 
-def test_a_run_that_another_process_writes_is_not_taken_for_an_interrupted_one(tmp_path, write_run, loads):
+# ---- beside other processes ----------------------------------------------------------------------
+@pytest.fixture
+def lock():
+    """``lock(path)``: hold a directory as another process would; returns what lets it go."""
     fcntl = pytest.importorskip("fcntl")
-    running = write_run("smoke", [], [[0.0], [0.5]], finished=False)
-    descriptor = os.open(running, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(SweepError, match="is being run by another process"):
-        sweep({"smoke": Recipe.load("smoke", ["rounds=1", "baselines=[]"])}, tmp_path)
-    os.close(descriptor)
-    assert (running / "metrics.jsonl").exists()
-    assert loads == []
+
+    def hold(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lambda: os.close(descriptor)
+
+    return hold
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_another_process_runs_is_waited_for_after_all_else(tmp_path, write_run, lock, monkeypatch, ends, caplog):
+    recipes = expand("smoke", ["strategy=local,fedavg", "seed=0,1", *TINY])
+    first = next(iter(recipes))
+    there = write_run(f"elsewhere/{first}", [*TINY, "strategy=local"], [[0.0], [0.5], [0.7]])
+    running = tmp_path / first
+    there.rename(running)
+    summary = (running / "summary.json").read_text()
+    (running / "summary.json").unlink()
+    let_go, seen = lock(running), []
+
+    def sleep(seconds):
+        assert (seconds > 0, len(seen), len(list(running.iterdir()))) == (True, 3, 2)
+        if ends:
+            (running / "summary.json").write_text(summary)
+        let_go()
+
+    monkeypatch.setattr("fedmerge_peft.sweeps.sleep", sleep)
+    runs = sweep(recipes, tmp_path, **events(seen))
+    assert list(runs) == list(recipes)
+    assert seen[-1] == (first, not ends)  # taken as it is, or run anew where the other has left it undone
+    assert (runs[first].summary["final"]["served"]["mean"] == 0.7) == ends
+    assert caplog.messages[-1 if ends else -2] == f"waiting for other processes, which are running {first}"
+
+
+def test_a_single_run_is_not_taken_for_an_interrupted_one(tmp_path, lock):
+    recipe = Recipe.load("smoke", [*TINY, "rounds=1", "baselines=[fedavg]"])
+    tried = []
+
+    def another_process(_):
+        with pytest.raises(BlockingIOError):
+            lock(tmp_path / "run")
+        tried.append(1)
+
+    federate(recipe, tmp_path / "run", on_round=another_process)
+    assert len(tried) == 2
+    lock(tmp_path / "run")()
+
+
+def test_a_directory_that_a_sweep_prepares_is_not_written_to(tmp_path, lock):
+    let_go = lock(tmp_path / "run")
+    with pytest.raises(RunBusyError, match="run is being written by another process"):
+        federate(Recipe.load("smoke", [*TINY, "rounds=1"]), tmp_path / "run")
+    let_go()
+    assert not any((tmp_path / "run").iterdir())

@@ -4,13 +4,12 @@
     python benchmarks/quality/over_seeds.py text_tasks data.path=../shared/data/textcls.parquet strategy.adapters=6,8 --seeds 0,1,2 --write
 
 It is ``fedmerge sweep``, so values may be several, and the same command again does what is left. With --write the page goes to
-benchmarks/results/<recipe>.md.
+benchmarks/results/<recipe>_seeds.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 from provenance import RESULTS, stamp
@@ -25,16 +24,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", help="folder of the run directories; default: sweeps/<recipe>")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/<recipe>.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/<recipe>_seeds.md")
     arguments = parser.parse_intermixed_args()
     name = Path(arguments.recipe).stem
     recipes = expand(arguments.recipe, [*arguments.overrides, f"seed={arguments.seeds}"])
     runs = sweep(recipes, arguments.out or Path("sweeps", name), on_round=lambda name, record: print(f"{name}  {record}", flush=True))
-    command = shlex.join(["python", "benchmarks/quality/over_seeds.py", arguments.recipe, *arguments.overrides, "--seeds", arguments.seeds])
-    page = f"{markdown(Comparison.of(runs.values()))}\n{stamp(command)}\n"
+    page = f"{markdown(Comparison.of(runs.values()))}\n{stamp(runs.values())}\n"
     print(f"\n{page}")
     if arguments.write:
-        (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
+        (RESULTS / f"{name}_seeds.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,51 @@
-"""Where and when a result was made."""
+"""Where, when and by which commits published runs were made."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
+import shlex
+import sys
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from fedmerge_peft import __version__
+from fedmerge_peft import Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def stamp(command: str) -> str:
-    """One line of Markdown: command, date, commit, versions, machine."""
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+def stamp(runs: Iterable[Run]) -> str:
+    """One line of Markdown: this program's command line, and what the runs say of their date, commits, versions and machines."""
+    runs = list(runs)
+    made = [run.environment for run in runs]
+
+    def each(of: Callable[[dict[str, Any]], str]) -> str:
+        return ", ".join(sorted({of(environment) for environment in made}))
+
     return (
-        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, commit {commit}, fedmerge-peft {__version__}, torch {torch.__version__}, {_machine()}."
+        f"`{shlex.join(['python', *sys.argv])}`, newest run of {max(map(_day, runs))}, {each(_commit)}, "
+        f"fedmerge-peft {each(_version('fedmerge-peft'))}, torch {each(_version('torch'))}, {each(_machine)}."
     )
 
 
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} thread(s)"
+def _day(run: Run) -> str:
+    """When the run was started, or else written."""
+    written = datetime.fromtimestamp((run.path / "recipe.yaml").stat().st_mtime, UTC)
+    return str(run.environment.get("started") or f"{written:%Y-%m-%d}")[:10]
+
+
+def _commit(environment: dict[str, Any]) -> str:
+    if "commit" not in environment:
+        return "unknown commit"
+    return f"commit {environment['commit'][:7]}{' (dirty)' if environment.get('dirty') else ''}"
+
+
+def _version(package: str) -> Callable[[dict[str, Any]], str]:
+    return lambda environment: environment.get("packages", {}).get(package, "of unknown version")
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    device, threads = environment.get("device", "unknown device"), environment.get("threads")
+    if device != "cpu":
+        return str(device)
+    return f"{environment.get('processor') or 'CPU'} with {threads or '?'} thread{'s' * (threads != 1)}"

@@ -1,13 +1,13 @@
 """Tune every method with the same budget, then compare them on seeds that the tuning did not see.
 
     python benchmarks/quality/quality.py text_tasks --data ../shared/data
-    python benchmarks/quality/quality.py text_tasks --data ../shared/data --methods fedmerge,fedavg,local --write
+    python benchmarks/quality/quality.py text_tasks --data ../shared/data --methods fedmerge,fedavg,local
 
 A setting is a YAML file beside this program: a shipped recipe, what to change in it, and for each method the candidates to choose
 from, as many for each. The candidate with the best mean validation score on the tuning seed is run with the other seeds; what is
 reported are test scores of what clients are served with after the last round. Runs go to benchmarks/quality/runs, so that the same
-command again only does what is left; several processes may share the work. With --write the tables and the figure are put into
-benchmarks/results.
+command again only does what is left; several processes may share the work. With --write, and all methods, the tables and the figure
+are put into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ def main() -> None:
 
     setting = Setting(arguments.setting, arguments.data)
     methods = arguments.methods.split(",") if arguments.methods else list(setting.candidates)
+    if unknown := [method for method in methods if method not in setting.candidates]:
+        raise SystemExit(f"{setting.name}.yaml has no {', '.join(unknown)}; it has {', '.join(setting.candidates)}")
+    if arguments.write and set(methods) != set(setting.candidates):
+        raise SystemExit(
+            f"--write needs all methods of {setting.name}.yaml, as its table replaces that of all; leave out --methods, or --write"
+        )
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if setting.tuning_seed in seeds:
         raise SystemExit(f"seed {setting.tuning_seed} is for tuning")
@@ -87,7 +93,7 @@ def main() -> None:
         f"# {setting.name}\n\n{markdown(comparison)}\n"
         f"Each method chose one of {len(budget)} candidates by the mean validation score on seed {setting.tuning_seed}; "
         f"the table is on seeds {arguments.seeds}.\n\n| method | chosen |\n|---|---|\n{chosen}\n\n"
-        f"{stamp(f'python benchmarks/quality/quality.py {setting.name} --data DATA')}\n"
+        f"{stamp([*tuned.values(), *runs.values()])}\n"
     )
     print(f"\n{page}")
     if arguments.write:

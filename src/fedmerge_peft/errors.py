@@ -7,6 +7,7 @@
     ├── DeviceError        the device or the precision asked for is not there
     ├── RunError           a run directory is missing, unreadable or not ours
     │   ├── RunExistsError the run directory already holds a run
+    │   ├── RunBusyError   another process is writing the run directory
     │   └── SweepError     some recipes of a sweep failed, the others ran
     └── ClientError        a client failed; raised from the original, names client and round
 
@@ -52,6 +53,10 @@ class RunExistsError(RunError):
     def __init__(self, message: str, free: Path) -> None:
         self.free = free
         super().__init__(message)
+
+
+class RunBusyError(RunError):
+    """Another process is writing the run directory; it was not touched."""
 
 
 class SweepError(RunError):

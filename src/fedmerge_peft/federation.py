@@ -12,6 +12,7 @@ import numpy as np
 
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.files import held
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.run import Run
@@ -56,7 +57,7 @@ class Federation:
         """Score what every client is served with as it stands now, without training."""
         everyone = range(len(self.engine.clients))
         self.engine.backbone.set_base(self.strategy.base)
-        return self._scores(self.engine.measure((client, self.strategy.served(client)) for client in everyone))
+        return self._scores(self.engine.measure(((client, self.strategy.served(client)) for client in everyone), self.completed))
 
     def cohort(self, round: int) -> list[int]:
         """Indices of the clients that take part in a round, ascending; at least one."""
@@ -136,17 +137,19 @@ def federate(
 
     Raises:
         RunExistsError: The directory is not empty. Nothing was touched.
+        RunBusyError: Another process is writing it. Nothing was touched.
         FedMergeError: Anything else the recipe got wrong; rounds already finished stay on disk.
     """
     directory = Path(out) if out is not None else Run.default_path(recipe)
     Run.check_free(directory)
     engine = engine or LocalEngine.from_recipe(recipe)
-    run = _federate_one(recipe, directory, engine, on_start, on_client, on_round)
-    for baseline in recipe.baselines:
-        if baseline.name == recipe.strategy.name:
-            continue
-        alone = recipe.model_copy(update={"strategy": baseline, "baselines": []})
-        _federate_one(alone, run.baseline_path(baseline.name), engine, on_start, on_client, on_round)
+    with held(directory):
+        run = _federate_one(recipe, directory, engine, on_start, on_client, on_round)
+        for baseline in recipe.baselines:
+            if baseline.name == recipe.strategy.name:
+                continue
+            alone = recipe.model_copy(update={"strategy": baseline, "baselines": []})
+            _federate_one(alone, run.baseline_path(baseline.name), engine, on_start, on_client, on_round)
     return Run.open(directory)
 
 

@@ -68,9 +68,9 @@ class RoundRecord:
     """The local-global gap: how far a client's trained adapter is from what it would be sent next, ‖·‖₂, mean over the clients. None for
     methods whose factors do not compare from round to round."""
     weights_entropy: float | None
-    """None where the method learns no weights. Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client."""
+    """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client. None where no weights are learned."""
     adapter_mass: list[float] | None
-    """None where the method learns no weights. Each adapter's share of the clients' weight after the round; sums to 1."""
+    """Each adapter's share of the clients' weight after the round; sums to 1. None where no weights are learned."""
     bytes_down: int
     """Bytes of adapters that the server sent, all clients together."""
     bytes_up: int

@@ -1,7 +1,7 @@
 """The run directory: everything a run leaves behind, and the one thing that reports and notebooks read.
 
 recipe.yaml             the recipe, defaults written out
-environment.json        versions, device, precision
+environment.json        start, versions, git commit, device, precision
 clients.json            name, group and number of examples of each client
 task.json               names of the labels in the order of their ids, and the format of texts, as the data told them
 adapter_config.json     PEFT's configuration of the adapters
@@ -19,22 +19,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmerge_peft.adapters.merging import concat, with_base
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.environment import environment_of
 from fedmerge_peft.errors import RecipeError, RunError, RunExistsError
+from fedmerge_peft.files import atomically, read_tensors, write_json, write_tensors, write_text, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.strategies import FedEM
 from fedmerge_peft.record import RoundRecord, Scores
@@ -45,7 +42,16 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.engines.local import LocalEngine
 
-_PACKAGES = ("fedmerge-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
+_WRITTEN = re.compile(
+    r"(baselines/[^/]+/)*"
+    r"((recipe\.yaml|(environment|clients|task|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
+    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json)"
+)
+"""Every file of a run directory, by its path there."""
+_TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
+"""The name of a file that was being written; the group is that of the file."""
+_MOST_NAMED = 5
+"""Files that a message names."""
 
 
 class Run:
@@ -77,24 +83,24 @@ class Run:
         """Make the directory and write down what is known before the first round. Raises ``RunExistsError``, ``RunError``."""
         cls.check_free(path)
         run = cls(path)
-        with _writing(path):
+        with writing(path):
             (path / "weights").mkdir(parents=True)
-        _write_text(path / "recipe.yaml", recipe.to_yaml())
-        _write_json(path / "environment.json", _environment(engine))
+        write_text(path / "recipe.yaml", recipe.to_yaml())
+        write_json(path / "environment.json", environment_of(engine))
         clients = [
             {"name": each.name, "group": each.group, "train": len(each.train), "validation": len(each.validation), "test": len(each.test)}
             for each in engine.clients
         ]
-        _write_json(path / "clients.json", clients)
-        _write_json(path / "task.json", {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)})
-        _write_json(path / "adapter_config.json", _adapter_config(recipe, engine))
+        write_json(path / "clients.json", clients)
+        write_json(path / "task.json", {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)})
+        write_json(path / "adapter_config.json", _adapter_config(recipe, engine))
         return run
 
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
         """Write down a finished round: soup and weights first, so that no line of metrics speaks of what is not there."""
-        _write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", {"weights": strategy.weights})
+        write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", {"weights": strategy.weights})
         self._write_state(self.path, strategy)
-        with _writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
+        with writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -104,16 +110,16 @@ class Run:
         loss = scores.validation_loss
         if loss is None or not math.isfinite(loss) or (self._best is not None and loss >= self._best["served"]["validation_loss"]):
             return
-        with _writing(self.path / "best") as folder:
+        with writing(self.path / "best") as folder:
             folder.mkdir(exist_ok=True)
         self._write_state(self.path / "best", strategy)
         self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
-        _write_json(self.path / "best" / "scores.json", self._best)
+        write_json(self.path / "best" / "scores.json", self._best)
 
     def finish(self, completed: int, final: Scores | None) -> None:
         """Write ``summary.json``."""
         records = self.records
-        _write_json(
+        write_json(
             self.path / "summary.json",
             {
                 "rounds": completed,
@@ -126,10 +132,40 @@ class Run:
             },
         )
 
+    def check_ours(self) -> None:
+        """Raise ``RunError`` where the directory has files, at any depth, that no run writes."""
+        names = (path.relative_to(self.path).as_posix() for path in self.files())
+        if others := sorted(name for name in names if not _WRITTEN.fullmatch(_TEMPORARY.sub(r"\1", name))):
+            named = ", ".join([*others[:_MOST_NAMED], *(["..."] if len(others) > _MOST_NAMED else [])])
+            raise RunError(
+                f"{self.path} holds an unfinished run, and files that no run writes: {named}. Move them, or choose another --out"
+            )
+
+    def clear(self) -> None:
+        """Remove what an interrupted run left, and empty folders; the directory itself stays.
+
+        The recipe goes last, so that what is left by an interruption here is an interrupted run still.
+
+        Raises:
+            RunError: There are other files too (``check_ours``), and nothing was removed; or something cannot be removed.
+        """
+        self.check_ours()
+        with writing(self.path):
+            for file in sorted(self.files(), key=lambda path: path == self.path / "recipe.yaml"):
+                file.unlink()
+            for folder, _, _ in os.walk(self.path, topdown=False):
+                if Path(folder) != self.path:
+                    Path(folder).rmdir()
+
+    def files(self) -> list[Path]:
+        """Everything in the directory, at any depth, that is no folder; links are not followed."""
+        found = ((Path(folder), [*below, *names]) for folder, below, names in os.walk(self.path))
+        return [path for folder, names in found for name in names if (path := folder / name).is_symlink() or not path.is_dir()]
+
     @staticmethod
     def _write_state(folder: Path, strategy: Strategy) -> None:
-        _atomically(folder / "soup.safetensors", strategy.soup.save)
-        _write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
+        atomically(folder / "soup.safetensors", strategy.soup.save)
+        write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
 
     # ---- reading ---------------------------------------------------------------------------------
 
@@ -152,6 +188,12 @@ class Run:
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
         return [json.loads(line) for line in lines[:-1]]  # what follows the last line feed was cut off while it was written
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Start, versions, commit, device: what ``environment.json`` says. Older runs lack some of it."""
+        path = self.path / "environment.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -191,12 +233,12 @@ class Run:
         import pandas as pd
 
         names = [client["name"] for client in self._clients]
-        return pd.DataFrame(_read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=names)
+        return pd.DataFrame(read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=names)
 
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
         """π ``(clients, adapters)`` after each finished round."""
         for path in sorted((self.path / "weights").glob("round-*.safetensors")):
-            yield int(path.stem.removeprefix("round-")), _read_tensors(path)["weights"]
+            yield int(path.stem.removeprefix("round-")), read_tensors(path)["weights"]
 
     @property
     def soup(self) -> AdapterSoup:
@@ -214,7 +256,8 @@ class Run:
             client: Whose.
             folder: Where to; made where it is missing.
             best: From the round with the lowest validation loss, instead of the last.
-            exact: Concatenate the soup's factors instead of averaging them: the exact average of updates, at rank d·r.
+            exact: Concatenate the soup's factors instead of averaging them: the exact average of updates, at r times the number of
+                adapters that the client is made of.
 
         Raises:
             RunError: No such client, a mixture of adapters, or the folder cannot be written.
@@ -227,7 +270,7 @@ class Run:
         folder = self.path / "best" if best else self.path
         if best and not folder.is_dir():
             raise RunError(f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last")
-        return AdapterSoup.load(folder / "soup.safetensors"), _read_tensors(folder / "weights.safetensors")["weights"]
+        return AdapterSoup.load(folder / "soup.safetensors"), read_tensors(folder / "weights.safetensors")["weights"]
 
     def _adapter(self, client: str, *, best: bool, exact: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """PEFT's saved form and its configuration; with what the backbone has gained."""
@@ -305,72 +348,15 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], config: Mapping[str
     Raises:
         RunError: The folder cannot be written.
     """
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()})
-    _write_json(folder / "adapter_config.json", config)
+    write_tensors(folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()})
+    write_json(folder / "adapter_config.json", config)
     for name, document in documents.items():
-        _write_json(folder / f"{name}.json", document)
+        write_json(folder / f"{name}.json", document)
     return folder
-
-
-def _environment(engine: LocalEngine) -> dict[str, Any]:
-    device = engine.backbone.device
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "mixed_precision": engine.accelerator.mixed_precision,
-        "threads": torch.get_num_threads(),
-        "packages": {package: version(package) for package in _PACKAGES},
-    }
 
 
 def _adapter_config(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in engine.backbone.config.to_dict().items()}
     return {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True}
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """Turn what a disk can refuse into one ``RunError`` that names the path."""
-    try:
-        yield path
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{path} cannot be written ({reason}); finished rounds are intact. Make room, or choose another --out") from error
-
-
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _writing(path):
-        try:
-            write(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    _atomically(path, write)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _atomically(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: not readable ({error})") from error

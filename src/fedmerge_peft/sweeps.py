@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import sleep
 
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, SweepError
+from fedmerge_peft.errors import FedMergeError, RecipeError, RunBusyError, RunError, SweepError
 from fedmerge_peft.federation import federate
+from fedmerge_peft.files import held, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.differences import differing, flat, written
 from fedmerge_peft.recipe.grid import expand
 from fedmerge_peft.record import RoundRecord
 from fedmerge_peft.run import Run
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+log = logging.getLogger(__name__)
 
 __all__ = ["expand", "sweep"]
 
 _MOST_DIFFERENCES = 8
+_POLL = 5.0
+"""Seconds between two looks at runs that other processes are busy with."""
 
 
 def sweep(
@@ -40,10 +39,13 @@ def sweep(
     A recipe whose run is finished is not run again, one whose run was interrupted is run anew. Data and model are loaded once for all
     recipes that agree on them (``LocalEngine.check_serves``); these run one after another, whatever their order in ``recipes``.
 
+    Several processes may share a sweep: each does what no other is at, then waits for the others' runs, and goes on with what they
+    leave undone.
+
     Args:
         recipes: What to run, by the names of the run directories; ``expand`` makes such a mapping.
         out: The folder of the run directories; made where it is missing.
-        on_run: Called with the name, the run, and whether it was run just now or had been before; those that had been come first.
+        on_run: Called with the name, the run, and whether it was run just now and here; those that had been before come first.
         on_failure: Called with the name and the error of a recipe that failed. The others run all the same.
         on_round: Called with the name and the record after each round, those of baselines too.
 
@@ -52,11 +54,11 @@ def sweep(
 
     Raises:
         RecipeError: A name that is no folder's name; nothing was started.
-        RunError: A directory holds the run of another recipe, or other files; nothing was started.
+        RunError: A directory holds the run of another recipe, or files that no run writes; nothing was started.
         SweepError: Some recipes failed; raised after all the others have run.
     """
     paths = {name: _path(Path(out), name) for name in recipes}
-    with _writing(Path(out)):
+    with writing(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)
     finished: dict[str, Run] = {}
     failures: dict[str, str] = {}
@@ -67,16 +69,18 @@ def sweep(
             on_run(name, run, fresh)
 
     def attempt(name: str, engine: LocalEngine | None) -> LocalEngine | None:
-        """Run one recipe, on this engine or a new one; the engine to go on with."""
+        """Run one recipe, on this engine or a new one; the engine to go on with. Raises ``RunBusyError``."""
         try:
-            with _held(paths[name]):
+            with held(paths[name]):
                 if run := _finished(paths[name], recipes[name]):  # by another process, since this one looked
                     end(name, run, fresh=False)
                     return engine
-                _clear(paths[name])
+                Run(paths[name]).clear()
                 engine = engine or LocalEngine.from_recipe(recipes[name])
                 report = None if on_round is None else lambda record: on_round(name, record)
                 end(name, federate(recipes[name], paths[name], engine=engine, on_round=report), fresh=True)
+        except RunBusyError:
+            raise
         except FedMergeError as error:
             failures[name] = str(error)
             if on_failure is not None:
@@ -88,12 +92,21 @@ def sweep(
         if run is not None:
             end(name, run, fresh=False)
     waiting = {name: recipe for name, recipe in recipes.items() if before[name] is None}
+    said = False
     while waiting:
-        engine = None
+        engine, left = None, len(waiting)
         for name, recipe in list(waiting.items()):
             if engine is None or _serves(engine, recipe):
+                try:
+                    engine = attempt(name, engine)
+                except RunBusyError:
+                    continue
                 del waiting[name]
-                engine = attempt(name, engine)
+        if len(waiting) == left:
+            if not said:
+                log.warning("waiting for other processes, which are running %s", ", ".join(waiting))
+            said = True
+            sleep(_POLL)
     if failures:
         raise SweepError(failures)
     return {name: finished[name] for name in recipes}
@@ -119,7 +132,7 @@ def _finished(path: Path, recipe: Recipe) -> Run | None:
     Raises ``RunError`` where the directory holds anything else.
     """
     if not (path / "recipe.yaml").is_file():
-        if path.is_file() or any(found.is_file() for found in path.rglob("*")):
+        if path.is_file() or any(not found.name.startswith(".recipe.yaml.") for found in Run(path).files()):
             raise RunError(f"{path} holds files that are no run, and nothing is ever overwritten. Move them, or choose another --out")
         return None
     run = Run.open(path)
@@ -129,41 +142,7 @@ def _finished(path: Path, recipe: Recipe) -> Run | None:
         more = ["..."] if len(keys) > _MOST_DIFFERENCES else []
         raise RunError(f"{path} holds the run of another recipe: {'; '.join(said + more)}. Choose another --out, or move it away")
     below = [run, *(Run(run.baseline_path(baseline.name)) for baseline in recipe.baselines if baseline.name != recipe.strategy.name)]
-    return run if all((each.path / "summary.json").is_file() for each in below) else None
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Make a run directory and hold it, so that no other sweep takes it for an interrupted one. Raises ``RunError``."""
-    with _writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY) if fcntl else None
-    if descriptor is None:
-        yield
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise RunError(f"{path} is being run by another process; when that has ended, the same command does what is left") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _clear(path: Path) -> None:
-    """Remove what an interrupted run left. The directory itself stays: it is what ``_held`` holds."""
-    with _writing(path):
-        for found in path.iterdir():
-            shutil.rmtree(found) if found.is_dir() else found.unlink()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror or error}); choose another --out") from error
+    if all((each.path / "summary.json").is_file() for each in below):
+        return run
+    run.check_ours()
+    return None

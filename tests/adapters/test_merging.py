@@ -26,6 +26,18 @@ def test_concatenation_computes_the_average_of_the_updates(make_backbone):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
+def test_adapters_without_weight_are_not_concatenated(make_backbone, use_rslora):
+    backbone = make_backbone("bert", {"r": 4, "use_rslora": use_rslora, "target_modules": ["query"]})
+    soup, config = soup_of(backbone), backbone.config.to_dict()
+    state, found = concat(soup, torch.tensor([0.25, 0.0, 0.75]), config)
+    expected, less = concat(AdapterSoup(soup.rows[[0, 2]], soup.layout, soup.shared), torch.tensor([0.25, 0.75]), config)
+    assert found == less
+    assert found["r"] == 8
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
 def test_concatenation_keeps_the_scaling(make_backbone, use_rslora):
     backbone = make_backbone("bert", {"r": 4, "alpha": 6.0, "use_rslora": use_rslora, "target_modules": ["query"]})
     _, config = concat(soup_of(backbone), torch.tensor([0.2, 0.5, 0.3]), backbone.config.to_dict())

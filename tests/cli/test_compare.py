@@ -40,7 +40,7 @@ def test_the_table_fits_the_terminal_and_says_what_it_shows(runs, fedmerge, widt
     assert ("±0.050 +0.150 ±0.050" in row.replace("  ", " ")) == (width >= 80)
     said = " ".join(out.split())
     assert "Mean ± standard deviation over runs with different seeds." in said
-    assert "Rounds to 0.400: how many were completed when the mean first reached what fedavg ends with." in said
+    assert "reached what fedavg ends with on the same seed." in said
     assert ("seconds" in lines[3]) == (width >= 100)
 
 

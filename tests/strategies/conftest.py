@@ -1,12 +1,13 @@
-"""Federations to run strategies in: one of formulas, and one of a tiny model."""
+"""A federation of formulas to run strategies in."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fedmerge_peft import AdapterLayout, Recipe
-from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft import AdapterLayout, Federation, Recipe
 from fedmerge_peft.recipe.schema import StrategyRecipe
 from fedmerge_peft.strategies import Reply, Start, make_strategy
 from fedmerge_peft.training.reference import Trained
@@ -43,8 +44,11 @@ class Formulas:
         from pydantic import TypeAdapter
 
         recipe = TypeAdapter(StrategyRecipe).validate_python({"name": name, **settings})
+        return make_strategy(recipe, self.start())
+
+    def start(self) -> Start:
         scaling = {entry.key.removesuffix(".lora_A.weight"): 0.5 for entry in self.layout.entries if "lora_A" in entry.key}
-        return make_strategy(recipe, Start(len(self.sizes), self.layout, self.fresh_row, scaling=scaling))
+        return Start(len(self.sizes), self.layout, self.fresh_row, scaling=scaling)
 
     def train(self, client: int, job) -> Trained:
         """argmin_θ ½ ‖θ − c‖² + μ ‖θ − anchor‖² = (c + 2 μ anchor) / (1 + 2 μ), phase after phase."""
@@ -55,13 +59,31 @@ class Formulas:
             row = best if mask is None else torch.where(mask, best, row)
         return Trained(row, 1.0, 1)
 
+    def reply(self, client: int, plan) -> Reply:
+        """What a client answers to its plan."""
+
+        def losses(row):
+            return 0.5 * (row - self.centres[client]).square().sum()[None]
+
+        work = carry_out(plan, Hands(lambda job, _: self.train(client, job), losses), 0)
+        return Reply(client, work.deltas, self.sizes[client], work.loss, 0.0, choice=work.choice, weights=work.weights)
+
     def replies(self, strategy, clients=None):
         """What the clients answer to their plans."""
         clients = range(len(self.sizes)) if clients is None else clients
-        for client in clients:
-            hands = Hands(lambda job, _, client=client: self.train(client, job), lambda _: torch.zeros(1))
-            work = carry_out(strategy.plan(client), hands, 0)
-            yield Reply(client, work.deltas, self.sizes[client], work.loss, 0.0)
+        return (self.reply(client, strategy.plan(client)) for client in clients)
+
+    def federation(self, *overrides) -> Federation:
+        """The round loop on these clients, without scores."""
+        engine = SimpleNamespace(
+            clients=[SimpleNamespace(name=str(client)) for client in range(len(self.sizes))],
+            task=SimpleNamespace(metrics=["accuracy"]),
+            backbone=SimpleNamespace(set_base=lambda _: None),
+            check_serves=lambda _: None,
+            start=self.start,
+            exchange=lambda _round, visits: (self.reply(client, plan) for client, plan, _ in visits),
+        )
+        return Federation(Recipe.load("smoke", ["baselines=[]", *overrides]), engine)
 
     def round(self, strategy, clients=None) -> None:
         strategy.update(list(self.replies(strategy, clients)))
@@ -75,19 +97,3 @@ class Formulas:
 @pytest.fixture
 def formulas():
     return Formulas
-
-
-@pytest.fixture(scope="session")
-def smoke():
-    """``smoke("strategy=ditto")``: a small form of the smoke recipe, with six clients."""
-
-    def recipe(*overrides):
-        small = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]"]
-        return Recipe.load("smoke", [*small, *overrides])
-
-    return recipe
-
-
-@pytest.fixture(scope="session")
-def smoke_engine(smoke):
-    return LocalEngine.from_recipe(smoke())

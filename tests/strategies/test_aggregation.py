@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedmerge_peft import AdapterLayout, AdapterSoup, BackboneError, Federation, RecipeError, federate
-from fedmerge_peft.adapters.ranks import factors, rank_columns, svd_of_product
+from fedmerge_peft import AdapterLayout, AdapterSoup, BackboneError, Federation, RecipeError, federate, merge_error
+from fedmerge_peft.adapters.ranks import RANDOM, columns_named, factors, rank_columns, svd_of_product
 from fedmerge_peft.strategies import Reply
 
 LAYERS = ("one", "two")
@@ -25,6 +25,37 @@ def mean_product(case, rows, layer, ranks=None):
     return total
 
 
+# ---- FedProx, and Adam on the server ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mu", [0.1, 3.0])
+def test_fedproxs_clients_stop_between_their_minimum_and_what_they_were_sent(formulas, mu):
+    """argmin ½ ‖θ − c_i‖² + μ/2 ‖θ − θ_sent‖² = (c_i + μ θ_sent) / (1 + μ), whose mean is the next θ."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy, expected = case.strategy("fedprox", mu=mu), case.fresh_row(0)
+    for _ in range(3):
+        case.round(strategy)
+        expected = (case.mean() + mu * expected) / (1 + mu)
+        torch.testing.assert_close(strategy.served(1), expected)
+
+
+def test_fedadam_steps_by_its_formula(formulas):
+    """m ← β₁ m + (1 − β₁) δ,  v ← β₂ v + (1 − β₂) δ²,  θ ← θ − η m̂ / (√v̂ + τ), with β₂ = 0.99 and τ = 1e-3.
+
+    m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) are Adam's own, as both moments start at zero.
+    """
+    case = formulas(2, sizes=[10, 30])
+    strategy = case.strategy("fedavg", server_optimizer="adam", server_lr=0.02, server_momentum=0.8)
+    expected, m, v = case.fresh_row(0).double(), 0.0, 0.0
+    for turn in (1, 2, 3):
+        deltas = 10.0**-turn * torch.randn(2, case.layout.size, generator=torch.Generator().manual_seed(turn))
+        strategy.update([Reply(client, deltas[client][None], case.sizes[client], 1.0, 0.0) for client in (0, 1)])
+        mean = (0.25 * deltas[0] + 0.75 * deltas[1]).double()
+        m, v = 0.8 * m + 0.2 * mean, 0.99 * v + 0.01 * mean**2
+        expected = expected - 0.02 * (m / (1 - 0.8**turn)) / ((v / (1 - 0.99**turn)).sqrt() + 1e-3)
+        torch.testing.assert_close(strategy.served(0).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
@@ -39,6 +70,35 @@ def test_ranks_are_rows_of_a_and_columns_of_b_in_embeddings_too(make_backbone):
         torch.testing.assert_close(b_part @ a_part, b[:, 1:] @ a[1:])
         assert not a_part[0].any()
         assert not b_part[:, 0].any()
+
+
+def test_products_of_two_matrices_are_told_from_other_updates_in_one_way():
+    def layout(*shapes, role="lora"):
+        return AdapterLayout.of([(f"a.{name}", shape, role) for name, shape in shapes])
+
+    plain = [("lora_A.weight", (2, 3)), ("lora_B.weight", (3, 2)), ("lora_B.bias", (3,))]
+    assert [layer.module for layer in factors(layout(*plain))] == ["a"]
+    others = {
+        "is the factor of a convolution": layout(("lora_A.weight", (2, 3, 3, 3)), ("lora_B.weight", (3, 2, 1, 1))),
+        "holds several experts": layout(*plain, role="expert"),
+        "the magnitudes of DoRA": layout(*plain, ("lora_magnitude_vector", (3,))),
+    }
+    for reason, other in others.items():
+        with pytest.raises(ValueError, match=reason):
+            factors(other)
+        with pytest.raises(ValueError, match=rf"no exact merge: .*{reason}"):
+            merge_error(AdapterSoup(torch.zeros(2, other.size), other), torch.tensor([0.5, 0.5]))
+    for alone in (plain[0], plain[1], ("lora_embedding_A", (2, 5)), ("lora_embedding_B", (4, 2))):
+        with pytest.raises(ValueError, match=rf"the partner of a.{alone[0]} is frozen and common"):
+            factors(layout(alone))
+
+
+def test_what_is_shared_with_a_frozen_a_is_what_starts_random(make_backbone):
+    lora = {"r": 3, "target_modules": ["query", "word_embeddings"]}
+    layout = make_backbone("bert", lora).layout
+    random = {entry.key for entry in layout.entries if columns_named(layout, RANDOM)[entry.offset]}
+    assert len({key.rpartition(".lora_")[2] for key in random}) == 2
+    assert make_backbone("bert", {**lora, "merge": "shared_a"}).shared.keys() == random
 
 
 def test_the_decomposition_through_small_factors_is_the_dense_one():

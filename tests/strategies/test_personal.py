@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, Federation, RecipeError, federate
+from fedmerge_peft.strategies import Reply
 
 
 def columns(layout, *names):
@@ -50,6 +51,31 @@ def test_dittos_global_adapter_is_fedavgs(formulas):
         case.round(ditto, clients)
         case.round(fedavg, clients)
         torch.testing.assert_close(ditto.plan(0).jobs[0].row, fedavg.served(0))
+
+
+def test_dittos_private_adapter_starts_from_the_global_one_when_its_client_is_first_asked(formulas):
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("ditto")
+    for clients in ([0], [0, 2]):
+        case.round(strategy, clients)
+        torch.testing.assert_close(strategy.served(1), case.mean(clients))
+        shared, own = strategy.plan(1).jobs
+        assert torch.equal(own.row, shared.row)
+        assert torch.equal(own.row, strategy.served(1))
+    served, step = strategy.served(0), 0.1 * torch.ones(case.layout.size)
+    strategy.update([Reply(1, torch.stack([step, 3 * step]), 20, 1.0, 0.0)])
+    torch.testing.assert_close(strategy.served(1), case.mean([0, 2]) - 3 * step)
+    torch.testing.assert_close(strategy.plan(1).jobs[0].row, case.mean([0, 2]) - step)
+    assert torch.equal(strategy.served(0), served)
+
+
+def test_dittos_gap_is_the_global_adapters(formulas):
+    """w is trained to c ± a and becomes c: ‖a‖, wherever the private ones are."""
+    case = formulas(2)
+    a = 0.1 * torch.ones(case.layout.size)
+    case.centres = torch.stack([case.centres[0] + a, case.centres[0] - a])
+    for record in case.federation("strategy={name: ditto, regularization: 3}").rounds():
+        assert record.gap == pytest.approx(float(a.norm()), rel=1e-4)
 
 
 # ---- FedRep --------------------------------------------------------------------------------------

@@ -34,19 +34,21 @@ def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tup
         config: PEFT's adapter configuration of the soup (``adapter_config.json`` as a mapping).
 
     Returns:
-        PEFT's saved form of an adapter of rank d·r, and its configuration with the scaling unchanged.
+        PEFT's saved form of an adapter of rank r times the number of weights that are not 0, and its configuration with the scaling
+        unchanged.
 
     Raises:
         ValueError: The adapters are DoRA, or on convolutions.
     """
     _check_exact(soup)
-    states = [soup.state_dict(row) for row in soup.rows]
+    used = weights != 0
+    states = [soup.state_dict(row) for row in soup.rows[used]]
     merged = soup.state_dict(soup.merge(weights))  # heads and biases are linear: their average is exact
     for _, a_key, b_key in pairs(states[0]):
         merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
-        merged[b_key] = torch.cat([float(weight) * state[b_key] for weight, state in zip(weights, states, strict=True)], dim=1)
-    adapters = len(soup)
-    # The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; the rank grows d-fold, so alpha must follow.
+        merged[b_key] = torch.cat([float(weight) * state[b_key] for weight, state in zip(weights[used], states, strict=True)], dim=1)
+    adapters = len(states)
+    # The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; the rank grows so many times, so alpha must follow.
     growth = math.sqrt(adapters) if config.get("use_rslora") else adapters
     return merged, {
         **config,

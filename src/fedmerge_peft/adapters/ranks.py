@@ -12,6 +12,7 @@ from fedmerge_peft.adapters.layout import AdapterLayout, Entry
 
 _FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 """How the saved names of the factors A ``(r, in)`` and B ``(out, r)`` end: of layers, and of embeddings."""
+_NAMES = tuple(name for pair in _FACTORS for name in pair)
 
 INPUT_SIDE = tuple(a for a, _ in _FACTORS)
 """How the saved names of A end."""
@@ -36,7 +37,7 @@ def check_products(layout: AdapterLayout) -> None:
             raise ValueError(f"{entry.key} holds several experts in one tensor (lora.target_parameters)")
         if "lora_magnitude_vector" in entry.key:
             raise ValueError("the magnitudes of DoRA do not enter linearly (lora.use_dora)")
-        if entry.key.endswith(tuple(name for pair in _FACTORS for name in pair)) and len(entry.shape) != 2:
+        if entry.key.endswith(_NAMES) and len(entry.shape) != 2:
             raise ValueError(f"{entry.key} is the factor of a convolution")
 
 
@@ -57,7 +58,7 @@ class Factors:
 
     @property
     def embedding(self) -> bool:
-        return self.a.key.endswith("lora_embedding_A")
+        return self.a.key.endswith(_FACTORS[1][0])
 
     def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Views of A ``(r, in)`` and B ``(out, r)`` in a row ``(P,)``."""
@@ -72,11 +73,12 @@ def factors(layout: AdapterLayout) -> list[Factors]:
     """
     check_products(layout)
     entries = {entry.key: entry for entry in layout.entries}
-    found = {(a, b): module for module, a, b in pairs(entries)}
-    paired = {key for pair in found for key in pair}
-    for key in sorted(paired - entries.keys()) + [key for key in entries if key.endswith(_OUTPUT_SIDE) and key not in paired]:
-        raise ValueError(f"{key} or its partner is frozen and common to all adapters (lora.merge: shared_a)")
-    return [Factors(module, entries[a], entries[b]) for (a, b), module in found.items()]
+    found = [Factors(module, entries[a], entries[b]) for module, a, b in pairs(entries) if b in entries]
+    paired = {entry.key for layer in found for entry in (layer.a, layer.b)}
+    for key in entries:
+        if key.endswith(_NAMES) and key not in paired:
+            raise ValueError(f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)")
+    return found
 
 
 def rank_columns(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:

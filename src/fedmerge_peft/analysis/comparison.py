@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 REFERENCES = ("local", "fedavg")
 """Strategies that gains are measured from."""
+TARGET = "fedavg"
+"""The strategy whose final score rounds are counted to."""
+_SLACK = 1e-9
+"""How far from the target, relative to it, a mean may stay for rounding."""
 
 _WITH_STD = ("mean", "worst_tenth", *(f"gain_over_{reference}" for reference in REFERENCES))
 _MEANS = ("spread", "finetuning", "gap", "bytes_down", "bytes_up", "seconds")
@@ -54,23 +58,15 @@ def find_runs(paths: Iterable[PathLike[str] | str]) -> list[Run]:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The score that ``rounds_to_target`` counts the rounds to, in one setting."""
-
-    score: float
-    source: str
-    """Where it comes from, such as ``what fedavg ends with``."""
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Finished runs, sorted into settings (one task, backbone and data) and methods."""
 
     runs: pandas.DataFrame
     """One row a run: ``path``, ``setting``, ``method``, ``strategy``, ``seed``, ``metric`` and the columns of ``methods``."""
     curves: pandas.DataFrame
-    """One row a run and measurement: ``run`` (its row in ``runs``), ``setting``, ``method``, ``seed``, ``rounds`` completed when it
-    was made, and ``mean`` over the clients."""
+    """One row a run and measurement of all its clients: ``run`` (its row in ``runs``), ``setting``, ``method``, ``seed``, ``rounds``
+    completed when it was made, and ``mean`` over the clients. Rounds in which a part of the clients took part measured only these,
+    and are not here."""
     methods: pandas.DataFrame
     """One row a setting and method, the best mean of a setting first. Means over runs, and with ``_std`` the sample standard
     deviation (nan for a single run):
@@ -82,16 +78,19 @@ class Comparison:
     gain_over_local     improvement of ``mean`` over local training, paired by seed, positive where better; nan where there is
                         no such run, or more than one method that it could be
     gain_over_fedavg    the same over fedavg
-    finetuning          improvement by a round's local training, in the last tenth of the rounds
+    finetuning          improvement of what all clients are served with by a round's local training, in the last tenth of the
+                        rounds; nan where that was not measured
     gap                 the local-global gap, ‖·‖₂, in the last tenth of the rounds
-    target              the score that the next column counts to
-    rounds_to_target    rounds completed when ``mean`` first reached it, median over runs; inf where it never did
+    target              the score that the next column counts to: for each run what fedavg ends with on the same seed, found as for
+                        the gains, and for a run of fedavg what it ends with itself; or the score that was given
+    rounds_to_target    rounds completed at the first measurement of all clients whose mean reached it, median over the runs that have
+                        a target; inf where it was never reached, nan without a target
     bytes_down          bytes that a client was sent in the whole run
     bytes_up            bytes that it sent back
     seconds             wall time of the rounds
     """
-    targets: dict[str, Target]
-    """By setting."""
+    target: float | None
+    """The score that was given to count rounds to; None where each run's is what fedavg ends with."""
 
     @classmethod
     def of(cls, runs: Iterable[Run | PathLike[str] | str], *, metric: str | None = None, target: float | None = None) -> Comparison:
@@ -101,8 +100,7 @@ class Comparison:
             runs: Runs, run directories, or folders that hold some at any depth; a run's baselines are runs too. What is not finished
                 is left out, with a warning, as is a second run of the same method with the same seed.
             metric: The score to compare, such as ``test_f1``. Default: the one that the runs report first.
-            target: The score that rounds are counted to. Default: the final mean of fedavg in the same setting or, where there is
-                not just one fedavg, of the weakest method, which all methods reach.
+            target: The score that rounds are counted to. Default: for each run, what fedavg ends with on the same seed.
 
         Raises:
             RunError: No such run, none that is finished, no such metric, or runs of one setting that report different ones.
@@ -121,14 +119,15 @@ class Comparison:
         _leave_out("the same method and seed again", frame["path"][repeated])
         frame = frame[~repeated]
         curves = pandas.DataFrame(points).merge(frame[["setting", "method", "seed"]], left_on="run", right_index=True)
-        targets = {str(setting): _target(same, target) for setting, same in frame.groupby("setting", sort=False)}
         sign = _sign(frame)
         gains = {f"gain_over_{strategy}": sign * (frame["mean"] - _counterpart(frame, strategy)) for strategy in REFERENCES}
-        frame = frame.assign(**gains, target=frame["setting"].map({setting: each.score for setting, each in targets.items()}))
-        enough = (curves["mean"] - curves["run"].map(frame["target"])) * curves["run"].map(sign) >= 0
-        reached = curves[enough].groupby("run")["rounds"].min().astype(float)
-        frame["rounds_to_target"] = reached.reindex(frame.index, fill_value=math.inf)
-        return cls(frame.drop(columns="rest"), curves, _over_seeds(frame), targets)
+        paired = _counterpart(frame, TARGET).where(frame["strategy"] != TARGET, frame["mean"])
+        frame = frame.assign(**gains, target=paired if target is None else float(target))
+        score, goal, better = curves["mean"], curves["run"].map(frame["target"]), curves["run"].map(sign)
+        reached = curves[(score * better >= goal * better) | np.isclose(score, goal, rtol=_SLACK, atol=_SLACK)]
+        first = reached.groupby("run")["rounds"].min().astype(float)
+        frame["rounds_to_target"] = first.reindex(frame.index, fill_value=math.inf).where(frame["target"].notna())
+        return cls(frame.drop(columns="rest"), curves, _over_seeds(frame), target)
 
 
 def _finished(runs: Iterable[Run | PathLike[str] | str]) -> list[Run]:
@@ -169,10 +168,14 @@ def _measured(run: Run, metric: str | None) -> tuple[dict[str, Any], dict[int, f
         return float(np.mean([scores[metric] for scores in served["clients"].values() if metric in scores]))
 
     clients = len(final["clients"])
+
+    def of_all(served: dict[str, Any] | None) -> bool:
+        return served is not None and len(served["clients"]) == clients
+
     greater = greater_is_better(metric.partition("_")[2])
     scores = pandas.Series([each[metric] for each in final["clients"].values() if metric in each]).sort_values(ascending=greater)
     late = records[-math.ceil(len(records) / 10) :]
-    finetuning = [mean(each["finetuned"]) - mean(each["served"]) for each in late if each["finetuned"] and each["served"]]
+    finetuning = [mean(each["finetuned"]) - mean(each["served"]) for each in late if of_all(each["finetuned"]) and of_all(each["served"])]
     with np.errstate(invalid="ignore"):  # a perplexity may be inf
         spread = scores.std(ddof=0)
     row = {
@@ -187,7 +190,7 @@ def _measured(run: Run, metric: str | None) -> tuple[dict[str, Any], dict[int, f
         "bytes_up": summary["bytes_up"] / clients,
         "seconds": summary["seconds"],
     }
-    curve = {record["round"] - 1: mean(record["served"]) for record in records if record["served"]}  # measured before the round trains
+    curve = {record["round"] - 1: mean(record["served"]) for record in records if of_all(record["served"])}  # before the round trains
     return row, {**curve, summary["rounds"]: float(scores.mean())}
 
 
@@ -202,18 +205,6 @@ def _check_metrics(runs: pandas.DataFrame) -> None:
 def _sign(runs: pandas.DataFrame) -> pandas.Series:
     """1 for runs whose metric is better when greater, else -1."""
     return runs["metric"].map(lambda metric: 1 if greater_is_better(metric.partition("_")[2]) else -1)
-
-
-def _target(runs: pandas.DataFrame, given: float | None) -> Target:
-    """The target of one setting's runs."""
-    if given is not None:
-        return Target(given, "the target")
-    fedavg = runs[runs["strategy"] == "fedavg"]
-    if fedavg["method"].nunique() == 1:
-        return Target(float(fedavg["mean"].mean()), "what fedavg ends with")
-    means = runs.groupby("method", sort=False)["mean"].mean()
-    weakest = (means * _sign(runs).iloc[0]).idxmin()
-    return Target(float(means[weakest]), f"what {weakest}, the weakest, ends with")
 
 
 def _counterpart(runs: pandas.DataFrame, strategy: str) -> pandas.Series:
@@ -237,7 +228,7 @@ def _over_seeds(runs: pandas.DataFrame) -> pandas.DataFrame:
     for name in _WITH_STD:
         columns |= {name: (name, "mean"), f"{name}_std": (name, "std")}
     columns |= {name: (name, "mean") for name in _MEANS}
-    columns |= {"target": ("target", "first"), "rounds_to_target": ("rounds_to_target", "median")}
+    columns |= {"target": ("target", "mean"), "rounds_to_target": ("rounds_to_target", "median")}
     frame = runs.groupby(["setting", "method"], sort=False).agg(**columns).reset_index()
     best_first = np.lexsort((-_sign(frame) * frame["mean"], frame["setting"].factorize()[0]))
     return frame.iloc[best_first].reset_index(drop=True)

@@ -67,7 +67,7 @@ def _draw_curves(axis: Any, curves: pandas.DataFrame, colors: dict[str, Any]) ->
     for method, color in colors.items():
         by_round = curves[curves["method"] == method].groupby("rounds")["mean"].agg(["mean", "std"])
         mean, std = by_round["mean"], by_round["std"].fillna(0)
-        axis.plot(by_round.index, mean, color=color)
+        axis.plot(by_round.index, mean, color=color, marker="o" if len(mean) == 1 else None)  # a line of one point is not seen
         axis.fill_between(by_round.index, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("rounds completed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,17 @@ if TYPE_CHECKING:
     import pandas
 
 _SETTING = {"task": True, "backbone": True, "data": True}
-_NO_METHOD: dict[str, Any] = {"name": True, "seed": True, "baselines": True, "task": {"metrics"}}
-"""Neither chance nor what is reported changes what is done."""
+_NO_METHOD = ("name", "seed", "baselines", "task.metrics", "training.device", "training.prefix_cache", "evaluation")
+"""Chance, what is measured and reported, and where or how fast something is computed: none of it changes what is done."""
 
 
 def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
     """Sort recipes into settings and methods.
 
     Recipes with one task, backbone and data are one setting, whatever metrics they report. In it, those that are equal apart from
-    seed, name and baselines are one method. A method is called by its strategy and by those of its values that other methods have
-    otherwise, such as ``fedmerge adapters=3``; a setting by its recipes' name, or by the values that other settings have otherwise.
+    seed, name, baselines, evaluation, device and cache are one method. A method is called by its strategy and by those of its values
+    that other methods have otherwise, such as ``fedmerge adapters=3``; a setting by its recipes' name, or by the values that other
+    settings have otherwise.
 
     Returns:
         One row a recipe: the names ``setting``, ``method`` and ``strategy``, the ``seed``, and ``rest``, which is equal for methods
@@ -30,7 +32,7 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
     import pandas
 
     settings = [recipe.model_dump_json(include=_SETTING, exclude={"task": {"metrics"}}) for recipe in recipes]
-    kinds = [recipe.model_dump_json(exclude=_NO_METHOD) for recipe in recipes]
+    kinds = [_same(_values(recipe)) for recipe in recipes]
     together: dict[str, dict[str, Recipe]] = {}
     for setting, kind, recipe in zip(settings, kinds, recipes, strict=True):
         together.setdefault(setting, {}).setdefault(kind, recipe)
@@ -42,7 +44,9 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
             "method": [method_names[kind] for kind in kinds],
             "strategy": [recipe.strategy.name for recipe in recipes],
             "seed": [recipe.seed for recipe in recipes],
-            "rest": [recipe.model_dump_json(exclude={**_NO_METHOD, "strategy": True}) for recipe in recipes],
+            "rest": [
+                _same({key: value for key, value in _values(recipe).items() if not key.startswith("strategy.")}) for recipe in recipes
+            ],
         }
     )
 
@@ -70,8 +74,13 @@ def _setting_names(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, str]:
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:
-    """What may be part of a name."""
-    return {key: value for key, value in flat(recipe).items() if key not in ("name", "seed", "baselines", "task.metrics", "strategy.name")}
+    """What makes a method what it is."""
+    return {key: value for key, value in flat(recipe).items() if not f"{key}.".startswith(tuple(f"{each}." for each in _NO_METHOD))}
+
+
+def _same(values: Mapping[str, Any]) -> str:
+    """A text that is equal for equal values."""
+    return json.dumps(values, default=str)
 
 
 def _said(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

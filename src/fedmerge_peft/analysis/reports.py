@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedmerge_peft.analysis.comparison import REFERENCES, Comparison
+from fedmerge_peft.analysis.comparison import REFERENCES, TARGET, Comparison
 from fedmerge_peft.recipe.document import printable
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _LEGEND = {
     "spread": "Spread: standard deviation over the clients.",
     "gain over": "Gains are paired by seed; positive is better.",
     "finetuning": "Finetuning: what a round's local training gains, in the last tenth of the rounds.",
+    "rounds": "Rounds: how many were completed when the mean over all clients was first measured to have reached {}.",
     "gap": "Gap: how far it takes an adapter from what the client is sent next.",
     "MB": "MB: what a client is sent, and sends, in the whole run.",
 }
@@ -30,38 +31,37 @@ _DISPENSABLE = ("gap", "finetuning", "MB\nup", "MB\ndown", "spread", "seconds", 
 def tables(comparison: Comparison, width: int) -> Iterator[Table | Text]:
     """A table for each setting, of as many columns as ``width`` characters take, and a legend."""
     shown: set[str] = set()
-    for title, cells, caption in _settings(comparison):
+    for title, cells in _settings(comparison):
         cells = _fitting(cells, width)
         shown |= set(cells.columns)
-        table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=0)
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=0)
         for name in cells.columns:
             table.add_column(name, justify="left" if name == "method" else "right")
         for row in cells.itertuples(index=False):
             table.add_row(*map(Text, row))
         yield table
-    yield Text(_legend(shown), style="dim")
+    yield Text(_legend(shown, comparison), style="dim")
 
 
 def markdown(comparison: Comparison) -> str:
     """The same in Markdown, with all columns."""
     parts = []
     shown: set[str] = set()
-    for title, cells, caption in _settings(comparison):
+    for title, cells in _settings(comparison):
         shown |= set(cells.columns)
         head = " | ".join(name.replace("\n", " ") for name in cells.columns)
         rows = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in cells.itertuples(index=False))
         lines = [f"| {head} |", "|---" * len(cells.columns) + "|", *(f"| {row} |" for row in rows)]
-        parts.append("\n".join([f"## {title}", "", *lines, "", str(caption)]))
-    return "\n\n".join([*parts, _legend(shown)]) + "\n"
+        parts.append("\n".join([f"## {title}", "", *lines]))
+    return "\n\n".join([*parts, _legend(shown, comparison)]) + "\n"
 
 
-def _settings(comparison: Comparison) -> Iterator[tuple[Text, pandas.DataFrame, Text]]:
-    """For each setting a title, the cells of its table, and a line on its target."""
-    for setting, target in comparison.targets.items():
-        methods = comparison.methods[comparison.methods["setting"] == setting]
+def _settings(comparison: Comparison) -> Iterator[tuple[Text, pandas.DataFrame]]:
+    """For each setting a title, and the cells of its table."""
+    target = TARGET if comparison.target is None else f"{comparison.target:.3f}"
+    for setting, methods in comparison.methods.groupby("setting", sort=False):
         title = f"{setting}: final {methods['metric'].iloc[0].replace('_', ' ')} of what clients are served with"
-        caption = f"Rounds to {target.score:.3f}: how many were completed when the mean first reached {target.source}."
-        yield Text(printable(title)), _cells(methods, f"{target.score:.3f}"), Text(printable(caption))
+        yield Text(printable(title)), _cells(methods, target)
 
 
 def _cells(methods: pandas.DataFrame, target: str) -> pandas.DataFrame:
@@ -83,7 +83,7 @@ def _cells(methods: pandas.DataFrame, target: str) -> pandas.DataFrame:
         **{f"gain over\n{reference}": with_std(f"gain_over_{reference}", "+z.3f") for reference in REFERENCES},
         "finetuning": text("finetuning", "+z.3f"),
         "gap": text("gap", ".3g"),
-        f"rounds\nto {target}": ["never" if math.isinf(rounds) else f"{rounds:g}" for rounds in methods["rounds_to_target"]],
+        f"rounds\nto {target}": ["never" if rounds == "inf" else rounds for rounds in text("rounds_to_target", "g")],
         "MB\ndown": [_short(count / 1e6) for count in methods["bytes_down"]],
         "MB\nup": [_short(count / 1e6) for count in methods["bytes_up"]],
         "seconds": [_short(seconds) for seconds in methods["seconds"]],
@@ -101,8 +101,9 @@ def _fitting(cells: pandas.DataFrame, width: int) -> pandas.DataFrame:
     return cells
 
 
-def _legend(columns: set[str]) -> str:
-    lines = [line for name, line in _LEGEND.items() if any(column.startswith(name) for column in columns)]
+def _legend(columns: set[str], comparison: Comparison) -> str:
+    goal = f"what {TARGET} ends with on the same seed" if comparison.target is None else f"{comparison.target:.3f}"
+    lines = [line.format(goal) for name, line in _LEGEND.items() if any(column.startswith(name) for column in columns)]
     return " ".join(["Mean ± standard deviation over runs with different seeds.", *lines])
 
 

@@ -21,7 +21,7 @@ _WIDTH = 120
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders that hold some at any depth.")],
-    target: Annotated[float | None, typer.Option(help="The score to count rounds to; by default what fedavg ends with.")] = None,
+    target: Annotated[float | None, typer.Option(help="The score to count rounds to; by default fedavg's final one, by seed.")] = None,
     metric: Annotated[str | None, typer.Option(help="The score to compare, such as test_f1; by default the one the runs report.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table to this file too, in full precision; overwritten.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write it as Markdown too; overwritten.")] = None,

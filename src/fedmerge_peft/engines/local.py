@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -95,17 +95,25 @@ class LocalEngine:
         """
         for index, plan, served in visits:
             client = self.clients[index]
-            try:
-                yield self._visit(round, index, client, plan, served)
-            except FedMergeError:
-                raise
-            except Exception as error:
-                raise ClientError(client.name, round, f"{type(error).__name__}: {error}") from error
+            with _blaming(client, round):
+                reply = self._visit(round, index, client, plan, served)
+            yield reply
 
-    def measure(self, served: Iterable[tuple[int, Served]]) -> Iterator[tuple[int, dict[str, float]]]:
-        """Score what each client is served with on its validation and test examples, without training."""
+    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float]]]:
+        """Score what each client is served with on its validation and test examples, without training.
+
+        Args:
+            served: Client indices, and what each is served with.
+            completed: Number of rounds that are behind it, for errors.
+
+        Raises:
+            ClientError: Scoring a client failed; raised from the original error.
+        """
         for index, each in served:
-            yield index, self._scores(self.clients[index], each)
+            client = self.clients[index]
+            with _blaming(client, completed, "scored after the round: "):
+                scores = self._scores(client, each)
+            yield index, scores
 
     def _visit(self, round: int, index: int, client: Client, plan: Plan, served: Served | None) -> Reply:
         begin = time.perf_counter()
@@ -145,3 +153,14 @@ class LocalEngine:
                 found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
                 scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores
+
+
+@contextmanager
+def _blaming(client: Client, round: int, when: str = "") -> Iterator[None]:
+    """Turn whatever fails into one ``ClientError`` that names the client; our own errors say enough."""
+    try:
+        yield
+    except FedMergeError:
+        raise
+    except Exception as error:
+        raise ClientError(client.name, round, f"{when}{type(error).__name__}: {error}") from error

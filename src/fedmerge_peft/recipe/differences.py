@@ -7,13 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.strategies import Server
 
 _ABSENT = object()
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values by dotted key, in the schema's order: ``{"name": ..., "strategy.adapters": 5, ...}``."""
-    return _flat(recipe.model_dump(), "")
+    """A recipe's values by dotted key, in the schema's order: ``{"name": ..., "strategy.adapters": 5, ...}``.
+
+    The server's step size and momentum are what they come to, given or not.
+    """
+    values = recipe.model_dump()
+    for strategy, section in zip([recipe.strategy, *recipe.baselines], [values["strategy"], *values["baselines"]], strict=True):
+        if isinstance(strategy, Server):
+            section |= {"server_lr": strategy.lr, "server_momentum": strategy.momentum}
+    return _flat(values, "")
 
 
 def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -23,6 +23,16 @@ class Server(Section):
     server_momentum: Fraction | None = None
     """Momentum of sgd (FedAvgM), by default 0, or adam's beta_1, by default 0.9."""
 
+    @property
+    def lr(self) -> float:
+        """``server_lr``, or its default."""
+        return self.server_lr if self.server_lr is not None else {"sgd": 1.0, "adam": 0.01}[self.server_optimizer]
+
+    @property
+    def momentum(self) -> float:
+        """``server_momentum``, or its default."""
+        return self.server_momentum if self.server_momentum is not None else {"sgd": 0.0, "adam": 0.9}[self.server_optimizer]
+
 
 # --------------------------------------------------------------------------------------------------
 # Soups

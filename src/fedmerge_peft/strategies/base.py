@@ -67,6 +67,11 @@ class Strategy(ABC):
     clustering has one-hot weights, and purely local training is a soup with an adapter for each client. (A mixture of
     experts mixes what the adapters predict, by the same weights.) What stays private to a client in the real world is a row
     of the soup too, and ``traffic`` leaves it out.
+
+    A client that has not been asked yet (``clients.fraction`` below 1) is served with what a new client would get, for which
+    nothing is known about it: the global adapter, where there is one; else the mean of the adapters (of a mixture's components,
+    what they predict). What is private never leaves its client, so a client that has nothing private yet takes the global
+    adapter's part, or, where no such part is global, as in FedRep, the part of the start.
     """
 
     federated: ClassVar[bool] = True
@@ -106,9 +111,10 @@ class Strategy(ABC):
         return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
 
     def gap(self, plan: Plan, reply: Reply) -> float | None:
-        """The paper's local-global gap in parameters, ‖θ_i(trained) − θ_i(sent next)‖₂, of the adapter that is shared; call after ``update``.
+        """The paper's local-global gap in parameters: ‖θ_i(trained) − θ_i(sent next)‖₂ of the adapter that is shared.
 
-        The mean over them, where several are. None where rows are not comparable from one round to the next.
+        The mean over them, where several are. None where rows are not comparable from one round to the next. To be asked after
+        ``update``.
         """
         if isinstance(plan, Choose):
             shared = slice(reply.choice, reply.choice + 1)

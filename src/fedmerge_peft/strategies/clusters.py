@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.strategies.base import Start, Strategy
+from fedmerge_peft.strategies.warming import MeanUpdates
 
 
 class Clustering(Strategy):
@@ -16,13 +18,38 @@ class Clustering(Strategy):
 
     def __init__(self, rows: Tensor, start: Start) -> None:
         self.soup = AdapterSoup(rows, start.layout, start.shared)
-        self.clusters = torch.full((start.clients,), -1)
+        self.clusters = torch.full((start.clients,), -1 if len(rows) > 1 else 0)
         """Each client's cluster, ``(m,)`` int64; -1 for those that have none yet."""
 
     @property
     def weights(self) -> Tensor:
         belongs = members(self.clusters, len(self.soup)).float()
         return torch.where(self.clusters[:, None] < 0, 1 / len(self.soup), belongs)
+
+
+class ServerClustering(Clustering):
+    """Clusters that the server finds, once and from one common adapter, in the clients' mean updates δ̄_i (``MeanUpdates``).
+
+    That waits until as many clients as clusters have replied. A client that comes later trains the mean of the adapters, Θ̄, which is
+    no cluster's own: its first reply δ_i places it where its training leads, argmax_j cos(−δ_i, Θ_j − Θ̄), and moves no adapter.
+    """
+
+    def __init__(self, adapters: int, start: Start) -> None:
+        super().__init__(start.fresh_row(0).repeat(adapters, 1), start)
+        self.unclustered: MeanUpdates | None = MeanUpdates(start)
+        """Until clusters are found: what to find them in."""
+
+    def missing(self) -> int:
+        """How many more clients must reply before they can be clustered."""
+        known = len(self.unclustered.clients) if self.unclustered is not None else len(self.clusters)
+        return max(0, min(len(self.soup), len(self.clusters)) - known)
+
+    def place(self, clients: Tensor, deltas: Tensor) -> Tensor:
+        """Give those who have none a cluster; returns whose replies count, ``(k,)`` bool: those of the others."""
+        rows, known = self.soup.rows, self.clusters[clients] >= 0
+        directions = normalize(rows - rows.mean(dim=0), dim=1)
+        self.clusters[clients[~known]] = (-deltas[~known] @ directions.T).argmax(dim=1)
+        return known
 
 
 def members(clusters: Tensor, count: int) -> Tensor:

@@ -20,14 +20,15 @@ class Ditto(Assigned):
 
         w ← w − η Σ_i ρ_i δ_i,    v_i ← local training on ℓ_i(v) + λ/2 ‖v − w‖²
 
-    with w as it was sent. Rows of the soup: w, then v_1 to v_m; w alone travels.
+    with w as it was sent. A client's v_i starts from the w that it is sent when it first takes part; until then it is served with w.
+    Rows of the soup: w, then v_1 to v_m; w alone travels.
     """
 
     def __init__(self, recipe: recipes.Ditto, start: Start) -> None:
         self.regularization = recipe.regularization
         self.soup = AdapterSoup(start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows[:1])
-        self.assigned = 1 + torch.arange(start.clients)
+        self.assigned = torch.zeros(start.clients, dtype=torch.int64)
 
     def plan(self, client: int) -> Plan:
         shared = self.soup.rows[0].clone()
@@ -36,5 +37,6 @@ class Ditto(Assigned):
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
         for reply in replies:
-            self.soup.rows[1 + reply.client] -= reply.deltas[1]
+            self.soup.rows[1 + reply.client] = self.adapter(reply.client) - reply.deltas[1]
+            self.assigned[reply.client] = 1 + reply.client
         self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies)[None])

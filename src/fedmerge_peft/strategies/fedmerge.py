@@ -16,6 +16,7 @@ from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
 from fedmerge_peft.strategies.server import ServerOptimizer
 from fedmerge_peft.strategies.step import WEIGHTS_LR, soup_shares, weights_gradient, weights_move
+from fedmerge_peft.strategies.warming import MeanUpdates
 
 _ADAM_LR = 0.3
 _ADAM_MEMORY = 0.9
@@ -36,13 +37,14 @@ class FedMerge(Strategy):
 
     def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
         self.recipe = recipe
+        self.seed = start.seed
         self.soup = AdapterSoup(_first_rows(recipe, start), start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
         self.merging = MergingWeights.uniform(start.clients, recipe.adapters)
         self.shifts = torch.zeros(recipe.adapters, dtype=torch.float64)
         """What balance adds to the adapters' logits."""
         self.steps = _WeightsSteps(recipe, start)
-        self._warming = _Warming(start, recipe) if recipe.start == "warm" else None
+        self._warming = MeanUpdates(start) if recipe.start == "warm" else None
         self._reseeding = _Reseeding(recipe.reseed_after, recipe.adapters, start.seed) if recipe.reseed_after else None
         self.rounds = 0
 
@@ -65,20 +67,27 @@ class FedMerge(Strategy):
             self.merging.logits[clients] -= self.steps.move(clients, gradient, shares).float()
             if self._reseeding is not None:
                 self._reseeding.look(self.soup.rows, self.merging.logits, self.weights, clients, deltas)
-        elif self._warming.add(clients, deltas):
-            self.merging.logits = self._warming.logits()
-            self._warming = None
+        else:
+            self._warming.add(clients, deltas)
+            if self.rounds + 1 == self.recipe.warm_rounds:
+                self._group(self._warming)
+                self._warming = None
         self.rounds += 1
         left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
         self.shifts = left * balancing_shifts(self.merging.logits / self.recipe.temperature) if left > 0 else torch.zeros_like(self.shifts)
         mixing = before * shares[:, None] if self.recipe.rule == "gradient" else soup_shares(self.weights[clients], shares)
         self.soup.rows = self.server.step(self.soup.rows, mixing.T.to(deltas) @ deltas)
 
+    def _group(self, updates: MeanUpdates) -> None:
+        """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
+        groups = group_by_direction(updates.means(), self.recipe.adapters, self.seed)
+        self.merging.logits[updates.clients, groups] = self.recipe.warm_logit
+
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":
             return ["all adapters started the same, so they stay the same and every client gets FedAvg's; use strategy.start=warm"]
         if self._warming is not None:
-            done = f"clients are grouped after round {self.recipe.warm_rounds}, and this was round {self._warming.rounds}"
+            done = f"clients are grouped after round {self.recipe.warm_rounds}, and this was round {self.rounds}"
             return [f"{done}: so far this is FedAvg"]
         return super().warnings()
 
@@ -122,32 +131,6 @@ class _WeightsSteps:
         self.squares[clients] = _ADAM_MEMORY * self.squares[clients] + (1 - _ADAM_MEMORY) * gradient.square()
         root = (self.squares[clients] / (1 - _ADAM_MEMORY ** self.rounds[clients, None].double())).sqrt()
         return self.lr * torch.where(root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-
-
-class _Warming:
-    """The clients' updates over the rounds before the grouping."""
-
-    def __init__(self, start: Start, recipe: recipes.FedMerge) -> None:
-        self.recipe = recipe
-        self.seed = start.seed
-        self.sums = torch.zeros(start.clients, start.layout.size)
-        self.counts = torch.zeros(start.clients)
-        self.rounds = 0
-
-    def add(self, clients: Tensor, deltas: Tensor) -> bool:
-        """Remember one round's updates; true when it was the last round before the grouping."""
-        self.sums[clients] += deltas
-        self.counts[clients] += 1
-        self.rounds += 1
-        return self.rounds == self.recipe.warm_rounds
-
-    def logits(self) -> Tensor:
-        """W after the grouping, ``(clients, d)``; clients that were never asked stay uniform."""
-        seen = torch.nonzero(self.counts).flatten()
-        groups = group_by_direction(self.sums[seen] / self.counts[seen, None], self.recipe.adapters, self.seed)
-        logits = torch.zeros(len(self.counts), self.recipe.adapters)
-        logits[seen, groups] = self.recipe.warm_logit
-        return logits
 
 
 class _Reseeding:

@@ -8,34 +8,48 @@ import torch
 
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
-from fedmerge_peft.strategies.clusters import Clustering, means, members
+from fedmerge_peft.strategies.clusters import ServerClustering, means, members
 from fedmerge_peft.strategies.grouping import k_means
 
 
-class FeSEM(Clustering):
+class FeSEM(ServerClustering):
     """With θ_i the adapter that a client made of its cluster's centre by local training:
 
     E:  j_i = argmin_j ‖θ_i − Θ_j‖₂
     M:  Θ_j ← mean of θ_i over the clients with j_i = j, each counting the same
 
-    In the first round all clients start from one adapter, and k-means finds clusters and centres. The server does it all, so one
-    adapter travels each way. A centre that no reply is nearest to stays as it is. Training moves a client less than centres are
-    apart before long, so clusters seldom change after the first rounds.
+    At first all clients train one adapter, and k-means of θ_i finds clusters and centres, as soon as there are enough clients. The
+    server does it all, so one adapter travels each way. A centre that no reply is nearest to stays as it is. Training moves a client
+    less than centres are apart before long, so clusters seldom change after the first rounds.
     """
 
     def __init__(self, recipe: recipes.FeSEM, start: Start) -> None:
-        super().__init__(start.fresh_row(0).repeat(recipe.adapters, 1), start)
+        super().__init__(recipe.adapters, start)
         self.seed = start.seed
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, _ = stack(replies)
-        trained = self.soup.merge(self.weights[clients]) - deltas
         count = len(self.soup)
-        if bool((self.clusters < 0).all()):
+        if self.unclustered is not None:
+            self.unclustered.add(clients, deltas)
+            if self.missing():
+                return
+            clients, deltas = self.unclustered.clients, self.unclustered.means()
+            self.unclustered = None
             # from one start, distances between δ are those between θ
             nearest = k_means(deltas.double() - deltas.double().mean(dim=0), count, self.seed)
-        else:  # directly: by inner products, small distances between long rows drown in rounding
+            trained = self.soup.rows[0] - deltas
+        else:
+            counts = self.place(clients, deltas)
+            clients, deltas = clients[counts], deltas[counts]
+            trained = self.soup.rows[self.clusters[clients]] - deltas
+            # directly: by inner products, small distances between long rows drown in rounding
             nearest = torch.cdist(trained, self.soup.rows, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
         self.clusters[clients] = nearest
         found = members(nearest, count).any(dim=0)[:, None]
         self.soup.rows = torch.where(found, means(trained, nearest, torch.ones(len(clients)), count), self.soup.rows)
+
+    def warnings(self) -> list[str]:
+        if missing := self.missing():
+            return [f"clients are clustered when {missing} more have taken part: until then all train the same start"]
+        return super().warnings()

@@ -8,28 +8,26 @@ import torch
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import pairwise_distances
 from torch import Tensor
-from torch.nn import functional
 
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
-from fedmerge_peft.strategies.clusters import Clustering, means
+from fedmerge_peft.strategies.clusters import ServerClustering, means
 
 
-class FLHC(Clustering):
-    """Algorithm 1. Up to and with round ``warm_rounds`` all clients train one adapter θ; then they are clustered once, by that round's δ_i:
+class FLHC(ServerClustering):
+    """Algorithm 1. Up to and with round ``warm_rounds`` all clients train one adapter θ; then they are clustered once:
 
     before:      θ ← θ − Σ_i n_i δ_i / Σ_i n_i
     from there:  Θ_j ← Θ_j − Σ_{i in j} n_i δ_i / Σ_{i in j} n_i
 
-    The round of the clustering is also the first round of the clusters' own FedAvg, as they start from the same θ. The paper cuts
-    the tree at a distance; here the number of clusters is given, so that methods compare.
-
-    A client that did not reply in that round is sent the mean of the adapters, θ̄, when it is first asked. Its reply does not count;
-    it places the client in the cluster that its training leads towards, argmax_j cos(−δ_i, Θ_j − θ̄).
+    The round of the clustering is also the first round of the clusters' own FedAvg, as they start from the same θ; sums run over
+    the clients that replied in a round, and a cluster of which none did stays as it is. The paper has all clients train for the
+    clustering; here it sees the mean update of each client that took part in a warm round. The paper cuts the tree at a distance;
+    here the number of clusters is given, so that methods compare.
     """
 
     def __init__(self, recipe: recipes.FLHC, start: Start) -> None:
-        super().__init__(start.fresh_row(0).repeat(recipe.adapters, 1), start)
+        super().__init__(recipe.adapters, start)
         self.recipe = recipe
         self.rounds = 0
 
@@ -37,20 +35,23 @@ class FLHC(Clustering):
         clients, deltas, sizes = stack(replies)
         rows, count = self.soup.rows, len(self.soup)
         self.rounds += 1
-        if self.rounds < self.recipe.warm_rounds:
-            self.soup.rows = rows - means(deltas, torch.zeros_like(clients), sizes, 1)
-            return
-        if self.rounds == self.recipe.warm_rounds:
-            self.clusters[clients] = hierarchy(deltas, count, self.recipe.metric, self.recipe.linkage)
-        late = self.clusters[clients] < 0
-        self.soup.rows = rows - means(deltas, self.clusters[clients], sizes, count)
-        towards = functional.cosine_similarity(-deltas[late][:, None], rows - rows.mean(dim=0), dim=2)
-        self.clusters[clients[late]] = towards.argmax(dim=1)
+        if self.unclustered is not None:
+            self.unclustered.add(clients, deltas)
+            if self.rounds < self.recipe.warm_rounds or self.missing():
+                self.soup.rows = rows - means(deltas, torch.zeros_like(clients), sizes, 1)
+                return
+            found = hierarchy(self.unclustered.means(), count, self.recipe.metric, self.recipe.linkage)
+            self.clusters[self.unclustered.clients] = found
+            self.unclustered = None
+        counts = self.place(clients, deltas)
+        self.soup.rows = rows - means(deltas[counts], self.clusters[clients[counts]], sizes[counts], count)
 
     def warnings(self) -> list[str]:
         if self.rounds < self.recipe.warm_rounds:
             done = f"clients are clustered after round {self.recipe.warm_rounds}, and this was round {self.rounds}"
             return [f"{done}: so far this is FedAvg"]
+        if missing := self.missing():
+            return [f"clients are clustered when {missing} more have taken part: so far this is FedAvg"]
         return super().warnings()
 
 

@@ -1,4 +1,7 @@
-"""How the server steps with what came back: plainly, with momentum, or with Adam (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
+"""How the server steps with what came back: plainly, with momentum, or with Adam (FedOpt: Reddi et al. 2021, arXiv 2003.00295).
+
+Adam is torch's, which corrects the bias of both moments.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from torch import Tensor, nn
 
 from fedmerge_peft.recipe.strategies import Server
 
-_ADAM = {"lr": 0.01, "momentum": 0.9}
-_SGD = {"lr": 1.0, "momentum": 0.0}
 _SECOND_MOMENT = 0.99
 _ADAPTIVITY = 1e-3
 """FedOpt's τ: what Adam adds to the root of the second moment."""
@@ -19,14 +20,11 @@ class ServerOptimizer:
 
     def __init__(self, recipe: Server, rows: Tensor) -> None:
         self._rows = nn.Parameter(rows.clone())
-        default = _ADAM if recipe.server_optimizer == "adam" else _SGD
-        lr = default["lr"] if recipe.server_lr is None else recipe.server_lr
-        momentum = default["momentum"] if recipe.server_momentum is None else recipe.server_momentum
         self.optimizer: torch.optim.Optimizer
         if recipe.server_optimizer == "adam":
-            self.optimizer = torch.optim.Adam([self._rows], lr=lr, betas=(momentum, _SECOND_MOMENT), eps=_ADAPTIVITY)
+            self.optimizer = torch.optim.Adam([self._rows], lr=recipe.lr, betas=(recipe.momentum, _SECOND_MOMENT), eps=_ADAPTIVITY)
         else:
-            self.optimizer = torch.optim.SGD([self._rows], lr=lr, momentum=momentum)
+            self.optimizer = torch.optim.SGD([self._rows], lr=recipe.lr, momentum=recipe.momentum)
 
     def step(self, rows: Tensor, gradient: Tensor) -> Tensor:
         """The new rows, ``(d, P)``; the old ones stay as they are."""

@@ -1,0 +1,103 @@
+"""Pretrain a small ViT on images of CIFAR-100 that the federation does not use, on the CPU.
+
+    python benchmarks/quality/pretrain_vision.py --data ../shared/data --minutes 15
+
+The folder that it writes has no head: every federated run starts its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from pretraining import BFLOAT16, arguments, fit
+from torch import Tensor
+from torch.nn import functional
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+SIZE = 32
+
+
+def read(path: Path, rows: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pixels from 0 to 1, ``(images, 3, 32, 32)``, and labels, for each split."""
+    table = pq.read_table(path, columns=["split", "image_png", "fine_label"])
+    table = table.take(np.random.default_rng(0).permutation(len(table))[:rows])
+    images = [np.asarray(Image.open(io.BytesIO(png.as_py())).convert("RGB")) for png in table["image_png"]]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    labels = torch.from_numpy(table["fine_label"].to_numpy().astype(np.int64))
+    split = table["split"].to_numpy()
+    return {name: (pixels[split == name], labels[split == name]) for name in ("train", "test")}
+
+
+def augment(images: Tensor) -> Tensor:
+    """Each image mirrored or not, up to a quarter larger, and moved by up to an eighth of its width."""
+    count = len(images)
+    scale = 0.8 + 0.2 * torch.rand(count)
+    mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    across, down = (2 * torch.rand(2, count) - 1) * (1 - scale + 0.25)
+    zero = torch.zeros(count)
+    maps = torch.stack([torch.stack([scale * mirror, zero, across], dim=1), torch.stack([zero, scale, down], dim=1)], dim=1)
+    return functional.grid_sample(images, functional.affine_grid(maps, list(images.shape), align_corners=False), align_corners=False)
+
+
+@torch.no_grad()
+def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -> float:
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+        said = torch.cat([model(pixel_values=part).logits.argmax(dim=1) for part in images.split(250)])
+    return float((said == labels).float().mean())
+
+
+def main() -> None:
+    parser = arguments(__doc__, "vision")
+    parser.add_argument("--patch", type=int, default=8, help="pixels a patch, both ways")
+    parser.add_argument("--hidden", type=int, default=192, help="width")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=128)
+    options = parser.parse_args()
+    pretrain(options)
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    torch.manual_seed(options.seed)
+    data = read(options.data / "cifar100_pretrain.parquet", options.rows)
+    mean, deviation = (of(data["train"][0], dim=(0, 2, 3)) for of in (torch.mean, torch.std))
+    train, test = (((pixels - mean.view(3, 1, 1)) / deviation.view(3, 1, 1), labels) for pixels, labels in data.values())
+    config = ViTConfig(
+        image_size=SIZE,
+        patch_size=options.patch,
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        intermediate_size=4 * options.hidden,
+        num_labels=100,
+    )
+    model = ViTForImageClassification._from_config(config, attn_implementation="eager")  # on a CPU, faster here than sdpa
+
+    def draw() -> Iterator[Tensor]:
+        return iter(torch.randperm(len(train[1])).split(options.batch_size))
+
+    def loss_of(rows: Tensor) -> Tensor:
+        logits = model(pixel_values=augment(train[0][rows])).logits
+        return functional.cross_entropy(logits.float(), train[1][rows], label_smoothing=0.1)
+
+    fit(model, draw, loss_of, options.minutes)
+    for name, (images, labels) in (("train", train), ("held-out", test)):
+        print(f"{name} accuracy {accuracy(model, images, labels):.3f}")
+    model.vit.save_pretrained(options.out)
+    size = {"height": SIZE, "width": SIZE}
+    ViTImageProcessorPil(size=size, do_convert_rgb=True, image_mean=mean.tolist(), image_std=deviation.tolist()).save_pretrained(
+        options.out
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What both pretraining programs share: a training loop that ends when its time is up."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+"""Whether the processor computes in bfloat16, which is then about twice as fast."""
+
+
+def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that both programs have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
+    parser.add_argument("--out", type=Path, default=HERE / "models" / out, help="where the model goes")
+    parser.add_argument("--minutes", type=float, default=15.0, help="how long to train")
+    parser.add_argument("--rows", type=int, help="use so many rows of the data, for a trial; by default all")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def fit(model: nn.Module, draw: Callable[[], Iterator[Any]], loss_of: Callable[[Any], Tensor], minutes: float, warmup: float = 0.1) -> None:
+    """Train until the time is up, with a learning rate that rises and falls (a half cosine) with the clock.
+
+    Matrices of the layers step by Muon (Jordan et al. 2024), which needs about half of the time that AdamW needs here; all else
+    (embeddings, norms, biases, heads) by AdamW.
+
+    Args:
+        model: Its first ModuleList is the stack of layers.
+        draw: Gives the batches of one epoch.
+        loss_of: The loss of a batch; runs under autocast.
+        minutes: How long.
+        warmup: Part of the time in which the learning rate rises.
+    """
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
+    rest = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
+        torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+    ]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    begin, steps, told = time.monotonic(), 0, 0
+    model.train()
+    while True:
+        for batch in draw():
+            done = (time.monotonic() - begin) / (60 * minutes)
+            if done >= 1:
+                return
+            factor = done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+            with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+                loss = loss_of(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * factor
+                optimizer.step()
+                optimizer.zero_grad()
+            steps += 1
+            if int(10 * done) > told:
+                told = int(10 * done)
+                print(f"{done:4.0%}  step {steps}  loss {loss.item():.3f}", flush=True)

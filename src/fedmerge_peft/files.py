@@ -1,0 +1,108 @@
+"""Writing files whole, and directories that one process at a time writes to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedmerge_peft.errors import RunBusyError, RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+"""The directories that this thread holds."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Turn what a disk can refuse into one ``RunError`` that names the path."""
+    try:
+        yield path
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path} cannot be written ({reason}); finished rounds are intact. Make room, or choose another --out") from error
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Make a directory and hold it, so that no other process takes what is written there for something interrupted.
+
+    Whoever holds it may hold it again. Without a lock where the system or the file system has none.
+
+    Raises:
+        RunBusyError: Another process, or another thread, holds it.
+        RunError: It cannot be made.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        whole = path.resolve()
+        descriptor = None if fcntl is None or whole in _HELD.get() else os.open(path, os.O_RDONLY)
+    if descriptor is None:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunBusyError(f"{path} is being written by another process; wait until that has ended, or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        token = _HELD.set(_HELD.get() | {whole})
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
+    finally:
+        os.close(descriptor)
+
+
+def atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            write(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all. Raises ``RunError``."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    atomically(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, what JSON does not know as text. Raises ``RunError``."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors. Raises ``RunError``."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    atomically(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what ``write_tensors`` wrote. Raises ``RunError``."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: not readable ({error})") from error

@@ -6,13 +6,14 @@
 A setting is a YAML file beside this program: a shipped recipe, what to change in it, and for each method the candidates to choose
 from, as many for each. The candidate with the best mean validation score on the tuning seed is run with the other seeds; what is
 reported are test scores of what clients are served with after the last round. Runs go to benchmarks/quality/runs, so that the same
-command again only does what is left; several processes may share the work. With --write, and all methods, the tables and the figure
-are put into benchmarks/results.
+command again only does what is left; several processes may share the work. With --write the tables and the figure are put into
+benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -20,6 +21,7 @@ import yaml
 from provenance import RESULTS, stamp
 
 from fedmerge_peft import Comparison, Recipe, Run, sweep
+from fedmerge_peft.analysis import sharing
 from fedmerge_peft.analysis.figures import plot
 from fedmerge_peft.analysis.reports import markdown
 from fedmerge_peft.tasks.metrics import greater_is_better
@@ -35,14 +37,17 @@ class Setting:
         text = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))
         self.base = [*text.get("overrides", []), f"data.path={data / text['data']}", "baselines=[]"]
         self.source = text["recipe"]
-        self.tuning_seed: int = text["tuning_seed"]
-        self.candidates: dict[str, list[list[str]]] = text["methods"]
+        self.tuning_seed: int | None = text.get("tuning_seed")
+        self.names_strategies = "methods" in text
+        """Else they are variants of the recipe's own strategy, one candidate each."""
+        self.candidates: dict[str, list[list[str]]] = text.get("methods") or {name: [each] for name, each in text["variants"].items()}
         if len({len(each) for each in self.candidates.values()}) != 1:
             raise SystemExit(f"{name}.yaml: every method must have as many candidates as the others")
 
     def recipe(self, method: str, candidate: int, seed: int) -> Recipe:
         changes = self.candidates[method][candidate]
-        return Recipe.load(self.source, [*self.base, f"strategy={method}", f"seed={seed}", *changes])
+        named = [f"strategy={method}"] if self.names_strategies else []
+        return Recipe.load(self.source, [*self.base, *named, f"seed={seed}", *changes])
 
 
 def validation(run: Run) -> float:
@@ -50,6 +55,19 @@ def validation(run: Run) -> float:
     metric = run.recipe.task.metrics[0]
     clients = run.summary["final"]["served"]["clients"].values()
     return (1 if greater_is_better(metric) else -1) * fmean(scores[f"validation_{metric}"] for scores in clients)
+
+
+def shared(runs: Mapping[str, Run]) -> str:
+    """Whether clients of one group share an adapter, for the runs of fedmerge."""
+    lines = []
+    for name, run in runs.items():
+        if run.recipe.strategy.name == "fedmerge":
+            found = sharing(run)
+            both = sorted({" + ".join(sorted([str(group), *others.split(", ")])) for group, others in found["others"].items() if others})
+            on_it = (found["share"] * found["clients"]).sum() / found["clients"].sum()
+            lines.append(f"| {name} | {100 * on_it:.0f} % | {', '.join(both) or 'none'} |")
+    head = "| run | clients whose main adapter is that of most of their group | groups that share one |\n|---|---|---|\n"
+    return head + "\n".join(lines) + "\n\n" if lines else ""
 
 
 def report(name: str, run: Run, fresh: bool) -> None:
@@ -71,10 +89,11 @@ def main() -> None:
     methods = arguments.methods.split(",") if arguments.methods else list(setting.candidates)
     if unknown := [method for method in methods if method not in setting.candidates]:
         raise SystemExit(f"{setting.name}.yaml has no {', '.join(unknown)}; it has {', '.join(setting.candidates)}")
-    if arguments.write and set(methods) != set(setting.candidates):
-        raise SystemExit(
-            f"--write needs all methods of {setting.name}.yaml, as its table replaces that of all; leave out --methods, or --write"
-        )
+    page_path = RESULTS / f"{setting.name}.md"
+    if arguments.write and page_path.exists():
+        written = [method for method in setting.candidates if f"\n| {method} |" in page_path.read_text(encoding="utf-8")]
+        if lost := [method for method in written if method not in methods]:
+            raise SystemExit(f"{page_path} has {', '.join(lost)} too, which --write would take away; name all of them in --methods")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if setting.tuning_seed in seeds:
         raise SystemExit(f"seed {setting.tuning_seed} is for tuning")
@@ -82,22 +101,30 @@ def main() -> None:
 
     budget = range(len(setting.candidates[methods[0]]))
     trials = {f"{method}-{number}": setting.recipe(method, number, setting.tuning_seed) for method in methods for number in budget}
-    tuned = sweep(trials, out / "tuning", on_run=report)
-    best = {method: max(budget, key=lambda number, method=method: validation(tuned[f"{method}-{number}"])) for method in methods}
+    tuned = sweep(trials, out / "tuning", on_run=report) if len(budget) > 1 else {}
+    best = dict.fromkeys(methods, 0)
+    for method in methods if tuned else []:
+        best[method] = max(budget, key=lambda number, method=method: validation(tuned[f"{method}-{number}"]))
     finals = {f"{method}-seed{seed}": setting.recipe(method, best[method], seed) for seed in seeds for method in methods}
     runs = sweep(finals, out / "final", on_run=report)
 
     comparison = Comparison.of(runs.values())
+    left_out = ", ".join(method for method in setting.candidates if method not in methods)
+    missing = f"Not run yet: {left_out}. " if left_out else ""
     chosen = "\n".join(f"| {method} | {' '.join(setting.candidates[method][best[method]]) or 'defaults'} |" for method in methods)
+    tuning = (
+        f"Each method chose one of {len(budget)} candidates by the mean validation score on seed {setting.tuning_seed}. " if tuned else ""
+    )
     page = (
         f"# {setting.name}\n\n{markdown(comparison)}\n"
-        f"Each method chose one of {len(budget)} candidates by the mean validation score on seed {setting.tuning_seed}; "
-        f"the table is on seeds {arguments.seeds}.\n\n| method | chosen |\n|---|---|\n{chosen}\n\n"
+        f"{missing}"
+        f"{tuning}The table is on seeds {arguments.seeds}.\n\n| method | settings |\n|---|---|\n{chosen}\n\n"
+        f"{shared(runs)}"
         f"{stamp([*tuned.values(), *runs.values()])}\n"
     )
     print(f"\n{page}")
     if arguments.write:
-        (RESULTS / f"{setting.name}.md").write_text(page, encoding="utf-8")
+        page_path.write_text(page, encoding="utf-8")
         comparison.methods.to_csv(RESULTS / f"{setting.name}.csv", index=False)
         plot(comparison, RESULTS / f"{setting.name}.svg")
 

@@ -5,13 +5,13 @@ import pytest
 from fedmerge_peft import Recipe, federate
 
 TINY = ["rounds=1", "training.device=cpu", "training.batch_size=16", "baselines=[]"]
-BERT = [*TINY, "backbone.model=tiny:bert", "data.max_train=12", "data.max_test=6"]
+BERT = [*TINY, "backbone.model=tiny:bert", "lora.layers_to_transform=[1]", "data.max_train=12", "data.max_test=6"]
 VIT = [*TINY, "backbone.model=tiny:vit", "data.split_column=split"]
 DECODER = [*TINY, "backbone.model=tiny:llama", "task.max_length=96", "data.max_train=8", "data.max_test=3", "task.max_new_tokens=4"]
 
 ON_SHARED_DATA = [
-    ("text_tasks", "textcls.parquet", BERT, 18),
-    ("reviews_domains", "textcls.parquet", BERT, 12),
+    ("text_tasks", "textcls.parquet", BERT, 24),
+    ("reviews_domains", "textcls.parquet", BERT, 16),
     ("intents_dirichlet", "textcls.parquet", BERT, 50),
     ("cifar100_clusters", "cifar100.parquet", [*VIT, "task.image=image_png", "data.max_train=20"], 50),
     ("cifar100_dirichlet", "cifar100.parquet", [*VIT, "task.image=image_png", "data.max_train=20"], 50),

@@ -71,10 +71,13 @@ def main() -> None:
 
 def pretrain(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
-    table = pq.read_table(options.data / "lm_gutenberg.parquet", columns=["split", "text"])
-    texts = {name: table.filter(pq.compute.equal(table["split"], name))["text"].to_pylist()[: options.rows] for name in ("train", "valid")}
-    tokenizer = train_tokenizer(texts["train"], options.vocabulary, options.context)
-    train, held_out = (windows(texts[name], tokenizer, options.context) for name in ("train", "valid"))
+    books = options.data / "lm_gutenberg.parquet"
+    texts, held_out_texts = (
+        pq.read_table(books, columns=["text"], filters=[("split", "==", split)])["text"].to_pylist()[: options.rows]
+        for split in ("train", "valid")
+    )
+    tokenizer = train_tokenizer(texts, options.vocabulary, options.context)
+    train, held_out = (windows(each, tokenizer, options.context) for each in (texts, held_out_texts))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden,

@@ -28,7 +28,7 @@ class Clustering(Strategy):
 
 
 class ServerClustering(Clustering):
-    """Clusters that the server finds, once and from one common adapter, in the clients' mean updates δ̄_i (``MeanUpdates``).
+    """Clusters that the server finds, once and from one common adapter, in the clients' updates (``MeanUpdates``).
 
     That waits until as many clients as clusters have replied. A client that comes later trains the mean of the adapters, Θ̄, which is
     no cluster's own: its first reply δ_i places it where its training leads, argmax_j cos(−δ_i, Θ_j − Θ̄), and moves no adapter.

@@ -22,7 +22,7 @@ class FLHC(ServerClustering):
 
     The round of the clustering is also the first round of the clusters' own FedAvg, as they start from the same θ; sums run over
     the clients that replied in a round, and a cluster of which none did stays as it is. The paper has all clients train for the
-    clustering; here it sees the mean update of each client that took part in a warm round. The paper cuts the tree at a distance;
+    clustering; here it sees the last update of each client that took part in a warm round. The paper cuts the tree at a distance;
     here the number of clusters is given, so that methods compare.
     """
 
@@ -36,7 +36,7 @@ class FLHC(ServerClustering):
         rows, count = self.soup.rows, len(self.soup)
         self.rounds += 1
         if self.unclustered is not None:
-            self.unclustered.add(clients, deltas)
+            self.unclustered.put(clients, deltas)
             if self.rounds < self.recipe.warm_rounds or self.missing():
                 self.soup.rows = rows - means(deltas, torch.zeros_like(clients), sizes, 1)
                 return

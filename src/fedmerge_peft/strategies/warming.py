@@ -20,6 +20,11 @@ class MeanUpdates:
         self._sums[clients] += deltas
         self._counts[clients] += 1
 
+    def put(self, clients: Tensor, deltas: Tensor) -> None:
+        """Remember these updates in place of what these clients sent before."""
+        self._sums[clients] = deltas
+        self._counts[clients] = 1
+
     @property
     def clients(self) -> Tensor:
         """Who has replied, ``(k,)`` int64, ascending."""

@@ -60,12 +60,12 @@ def perplexity(model: LlamaForCausalLM, tokens: Tensor) -> float:
 
 def main() -> None:
     parser = arguments(__doc__, "decoder")
-    parser.add_argument("--vocabulary", type=int, default=8000, help="tokens")
+    parser.add_argument("--vocabulary", type=int, default=4000, help="tokens")
     parser.add_argument("--context", type=int, default=256, help="longest text in tokens")
     parser.add_argument("--hidden", type=int, default=256, help="width")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=4)
     pretrain(parser.parse_args())
 
 
@@ -93,7 +93,7 @@ def pretrain(options: argparse.Namespace) -> None:
     def draw() -> Iterator[Tensor]:
         return (train[rows] for rows in torch.randperm(len(train)).split(options.batch_size))
 
-    fit(model, draw, lambda tokens: next_token_loss(model, tokens), options.minutes)
+    fit(model, draw, lambda tokens: next_token_loss(model, tokens), options.minutes, learning_rate=3e-3)
     print(f"held-out perplexity {perplexity(model, held_out):.1f}")
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)

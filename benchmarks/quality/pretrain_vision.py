@@ -86,9 +86,13 @@ def pretrain(options: argparse.Namespace) -> None:
         return iter(torch.randperm(len(train[1])).split(options.batch_size))
 
     def loss_of(rows: Tensor) -> Tensor:
-        logits = model(pixel_values=augment(train[0][rows])).logits
-        return functional.cross_entropy(logits.float(), train[1][rows], label_smoothing=0.1)
+        """Of images mixed in pairs (mixup, Zhang et al. 2018), their labels likewise."""
+        images, labels = augment(train[0][rows]), functional.one_hot(train[1][rows], 100).float()
+        part, others = mixing.sample(), torch.randperm(len(rows))
+        logits = model(pixel_values=part * images + (1 - part) * images[others]).logits
+        return functional.cross_entropy(logits.float(), part * labels + (1 - part) * labels[others], label_smoothing=0.1)
 
+    mixing = torch.distributions.Beta(0.5, 0.5)
     fit(model, draw, loss_of, options.minutes)
     for name, (images, labels) in (("train", train), ("held-out", test)):
         print(f"{name} accuracy {accuracy(model, images, labels):.3f}")

@@ -16,6 +16,9 @@ HERE = Path(__file__).resolve().parent
 BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 """Whether the processor computes in bfloat16, which is then about twice as fast."""
 
+WARMUP = 0.1
+"""Part of the time in which the learning rate rises."""
+
 
 def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
     """The options that both programs have."""
@@ -28,10 +31,12 @@ def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def fit(model: nn.Module, draw: Callable[[], Iterator[Any]], loss_of: Callable[[Any], Tensor], minutes: float, warmup: float = 0.1) -> None:
+def fit(
+    model: nn.Module, draw: Callable[[], Iterator[Any]], loss_of: Callable[[Any], Tensor], minutes: float, learning_rate: float = 1e-3
+) -> None:
     """Train until the time is up, with a learning rate that rises and falls (a half cosine) with the clock.
 
-    Matrices of the layers step by Muon (Jordan et al. 2024), which needs about half of the time that AdamW needs here; all else
+    Matrices of the layers step by Muon (Jordan et al. 2024), which learns about twice as much here in the time as AdamW; all else
     (embeddings, norms, biases, heads) by AdamW.
 
     Args:
@@ -39,14 +44,14 @@ def fit(model: nn.Module, draw: Callable[[], Iterator[Any]], loss_of: Callable[[
         draw: Gives the batches of one epoch.
         loss_of: The loss of a batch; runs under autocast.
         minutes: How long.
-        warmup: Part of the time in which the learning rate rises.
+        learning_rate: AdamW's, at its peak.
     """
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
     rest = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
-        torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+        torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98)),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     begin, steps, told = time.monotonic(), 0, 0
@@ -56,7 +61,7 @@ def fit(model: nn.Module, draw: Callable[[], Iterator[Any]], loss_of: Callable[[
             done = (time.monotonic() - begin) / (60 * minutes)
             if done >= 1:
                 return
-            factor = done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+            factor = done / WARMUP if done < WARMUP else 0.5 + 0.5 * math.cos(math.pi * (done - WARMUP) / (1 - WARMUP))
             with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
                 loss = loss_of(batch)
             loss.backward()

@@ -152,7 +152,21 @@ def test_a_warm_start_leaves_clients_it_never_asked_uniform():
     strategy = make_strategy(FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=1), start())
     strategy.update(opposed([0, 1, 2]))
     torch.testing.assert_close(strategy.weights[3], torch.tensor([0.5, 0.5]))
-    assert strategy.weights[:3].max(1).values.min() > 0.9
+    torch.testing.assert_close(strategy.weights[:3].max(1).values, torch.full((3,), 0.65))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_the_own_groups_weight_is_warm_weight_whatever_the_temperature(temperature):
+    recipe = FedMerge(name="fedmerge", adapters=6, start="warm", warm_rounds=1, groups=2, warm_weight=0.4, temperature=temperature)
+    strategy = make_strategy(recipe, start())
+    strategy.update(opposed([0, 1, 2, 3]))
+    torch.testing.assert_close(strategy.weights.sort(descending=True).values, torch.tensor([[0.4] + 5 * [0.12]] * 4))
+    assert len(set(strategy.weights.argmax(1).tolist())) == 2
+
+
+def test_more_groups_than_adapters_are_refused():
+    with pytest.raises(ValueError, match="4 groups need as many adapters"):
+        FedMerge(name="fedmerge", adapters=3, groups=4)
 
 
 def in_groups(truth, spread, seed=0):

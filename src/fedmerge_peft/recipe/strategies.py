@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fedmerge_peft.recipe.section import Fraction, Section, named
 
@@ -64,10 +64,18 @@ class FedMerge(Server):
     """Standard deviation of the noise, with `start: noise`."""
     warm_rounds: PositiveInt = 2
     """Rounds before the grouping, with `start: warm`."""
-    warm_logit: PositiveFloat = 3.0
-    """Logit of a client's own group after the grouping; the others stay at zero."""
+    groups: PositiveInt | None = None
+    """How many groups the clients are put into, with `start: warm`. Default: told from the updates, at most as many as adapters."""
+    warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.65
+    """Merging weight of the own group's adapter after the grouping; the other adapters share the rest evenly."""
     reseed_after: PositiveInt | None = None
     """Give an adapter that stood unused for so many rounds to the clients whose update its group serves worst. Default: never."""
+
+    @model_validator(mode="after")
+    def _a_group_has_an_adapter(self) -> FedMerge:
+        if self.groups is not None and self.groups > self.adapters:
+            raise ValueError(f"groups: {self.groups} groups need as many adapters, and there are {self.adapters}; raise adapters")
+        return self
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -80,8 +81,10 @@ class FedMerge(Strategy):
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
-        groups = group_by_direction(updates.means(), self.recipe.adapters, self.seed)
-        self.merging.logits[updates.clients, groups] = self.recipe.warm_logit
+        groups = group_by_direction(updates.means(), self.recipe.adapters, self.seed, self.recipe.groups)
+        own, others = self.recipe.warm_weight, self.recipe.adapters - 1
+        if others:  # the logit beside zeros that softmax(W / T) turns into this weight
+            self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(own * others / (1 - own))
 
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":

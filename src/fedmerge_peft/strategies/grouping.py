@@ -7,7 +7,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 
-def group_by_direction(deltas: Tensor, most: int, seed: int) -> Tensor:
+def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None = None) -> Tensor:
     """k-means of the clients' updates, centred and normalised; all must have started from the same adapter.
 
     With one common adapter, what clients share cancels in the mean, and what is left of an update says what its client
@@ -19,11 +19,14 @@ def group_by_direction(deltas: Tensor, most: int, seed: int) -> Tensor:
         deltas: ``(clients, P)``, sent minus trained, or their mean over several rounds.
         most: How many groups there may be.
         seed: For the starts of k-means.
+        count: How many groups to make; None to let the agreement tell.
 
     Returns:
         The group of each client, ``(clients,)`` int64, from 0.
     """
     directions = _directions(deltas)
+    if count is not None:
+        return k_means(directions, min(count, most), seed)
     found = [k_means(directions, groups, seed) for groups in range(1, min(most, len(deltas)) + 1)]
     scores = [agreement(directions, groups) for groups in found]
     return found[scores.index(max(scores))]

@@ -59,6 +59,16 @@ def test_combinations_share_an_engine_wherever_one_serves_them(tmp_path, loads):
     assert len(loads) == 2 + 1
 
 
+def test_what_is_loaded_serves_recipes_that_train_otherwise_and_changes_no_result(tmp_path, loads):
+    recipes = expand("smoke", ["training.learning_rate=1e-3,1e-2", "lora.r=2,4", *TINY])
+    runs = sweep(recipes, tmp_path / "sweep")
+    assert [recipe.lora.r for recipe in loads] == [2, 4]
+    last = list(recipes)[-1]
+    alone = federate(recipes[last], tmp_path / "alone")
+    assert scores(alone.path) == scores(runs[last].path)
+    assert len({str(scores(run.path)) for run in runs.values()}) == 4
+
+
 def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     recipes = expand("smoke", ["strategy=local,fedavg,fedmerge", *TINY])
     rounds = []

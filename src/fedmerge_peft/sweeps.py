@@ -37,7 +37,7 @@ def sweep(
     """Run each recipe into ``out/<name>``, so that the same call again only does what is left.
 
     A recipe whose run is finished is not run again, one whose run was interrupted is run anew. Data and model are loaded once for all
-    recipes that agree on them (``LocalEngine.check_serves``); these run one after another, whatever their order in ``recipes``.
+    recipes that agree on them (``LocalEngine.lend``); these run one after another, whatever their order in ``recipes``.
 
     Several processes may share a sweep: each does what no other is at, then waits for the others' runs, and goes on with what they
     leave undone.
@@ -94,11 +94,13 @@ def sweep(
     waiting = {name: recipe for name, recipe in recipes.items() if before[name] is None}
     said = False
     while waiting:
-        engine, left = None, len(waiting)
+        engine: LocalEngine | None = None
+        left = len(waiting)
         for name, recipe in list(waiting.items()):
-            if engine is None or _serves(engine, recipe):
+            lent = engine.lend(recipe) if engine is not None else None
+            if engine is None or lent is not None:
                 try:
-                    engine = attempt(name, engine)
+                    engine = attempt(name, lent)
                 except RunBusyError:
                     continue
                 del waiting[name]
@@ -116,14 +118,6 @@ def _path(out: Path, name: str) -> Path:
     if name in ("", "..") or Path(name).name != name:
         raise RecipeError([f"{name!r} is no name for a folder, and a sweep's recipes are run in {out}/NAME; give it another"])
     return out / name
-
-
-def _serves(engine: LocalEngine, recipe: Recipe) -> bool:
-    try:
-        engine.check_serves(recipe)
-    except RecipeError:
-        return False
-    return True
 
 
 def _finished(path: Path, recipe: Recipe) -> Run | None:

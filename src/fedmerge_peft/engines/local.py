@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -72,6 +73,20 @@ class LocalEngine:
         parts = ("seed", "task", "backbone", "lora", "data", "training", "evaluation")
         if other := [part for part in parts if getattr(ours, part) != getattr(recipe, part)]:
             raise RecipeError([f"{', '.join(other)}: the engine was loaded for a recipe that says otherwise; load one from this recipe"])
+
+    def lend(self, recipe: Recipe) -> LocalEngine | None:
+        """An engine for a recipe that trains otherwise, with this data and model, which stay loaded; None where those differ.
+
+        Two such engines share one model: use them in turn.
+        """
+        ours, theirs = self.recipe, recipe
+        loaded = all(getattr(ours, part) == getattr(theirs, part) for part in ("seed", "task", "backbone", "lora", "data"))
+        parts = ("device", "mixed_precision", "prefix_cache")
+        if not loaded or any(getattr(ours.training, part) != getattr(theirs.training, part) for part in parts):
+            return None
+        lent = copy(self)
+        lent.recipe = recipe
+        return lent
 
     def start(self) -> Start:
         """What a strategy starts from."""

@@ -80,8 +80,10 @@ class AdapterStack:
 
     def _lora(self, layer: Any) -> Forward:
         """W x + scaling · B_k A_k x, as PEFT's layer without variants."""
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        dropout, scaling = layer.lora_dropout["default"], layer.scaling["default"]
+        a: Tensor = layer.lora_A["default"].weight
+        b: Tensor = layer.lora_B["default"].weight
+        scaling: float = layer.scaling["default"]
+        dropout = layer.lora_dropout["default"]
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result: Tensor = layer.base_layer(x, *args, **kwargs)

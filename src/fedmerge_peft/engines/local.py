@@ -159,8 +159,8 @@ class LocalEngine:
             now = waiting[: self.clients_per_batch]
             found = self._train_batch([(visits[client], fit) for client, fit in (fits[number] for number in now)])
             if found is None:
-                self.clients_per_batch = max(1, len(now) // 2)
-                log.warning("out of memory: from now on %d clients train in one pass of the model", self.clients_per_batch)
+                self.clients_per_batch = (len(now) + 1) // 2
+                log.warning("out of memory: from now on %d clients train in one pass of the model, at most", self.clients_per_batch)
                 continue
             trained |= zip(now, found, strict=True)
             waiting = waiting[len(now) :]

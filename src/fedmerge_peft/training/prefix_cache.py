@@ -163,6 +163,9 @@ class PrefixCache:
 
         def keep(states: Tensor) -> None:
             places = self._places(chunk)
+            again = np.ones(len(chunk), dtype=bool)
+            again[np.unique(chunk, return_index=True)[1]] = False
+            places[torch.from_numpy(again)] = 0  # of an example that is there twice, the first counts
             inside = places > 0
             store[places[inside]] = states.detach()[inside]
             self._known[chunk] = True

@@ -97,7 +97,8 @@ def carry_out_together(
                     work[client] = done.value
                 else:
                     asked += [(client, wish) for wish in wishes]
-        trained = iter(train([(client, wish) for client, wish in asked if isinstance(wish, Fit)]))
+        fits = [(client, wish) for client, wish in asked if isinstance(wish, Fit)]
+        trained = iter(train(fits) if fits else ())
         answers = {client: [] for client, _ in asked}
         for client, wish in asked:
             answers[client].append(next(trained) if isinstance(wish, Fit) else losses(client, wish.row))

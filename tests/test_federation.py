@@ -34,15 +34,6 @@ def engine():
     return LocalEngine.from_recipe(recipe())
 
 
-ALONE = "training.clients_per_batch=1"
-
-
-@pytest.fixture(scope="module")
-def engine_for_one():
-    """Trains one client at a time."""
-    return LocalEngine.from_recipe(recipe(ALONE))
-
-
 def same(one, two):
     return torch.equal(one.strategy.soup.rows, two.strategy.soup.rows) and torch.equal(one.strategy.weights, two.strategy.weights)
 
@@ -68,8 +59,7 @@ def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
         Federation(recipe(override), engine)
 
 
-def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine_for_one):
-    engine = engine_for_one
+def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
     row = engine.start().fresh_row(0)
     alone = next(engine.exchange(1, [(2, Train(row), None)]))
     among = list(engine.exchange(1, [(client, Train(row), row) for client in (0, 1, 2)]))[2]
@@ -121,13 +111,13 @@ def test_rounds_without_measuring_have_no_scores(engine):
     assert [record.served is not None for record in records] == [True, False, True, False, True]
 
 
-def test_a_failing_client_is_named_with_its_round_and_cause(engine_for_one, monkeypatch):
+def test_a_failing_client_is_named_with_its_round_and_cause(engine, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("no luck")
 
     monkeypatch.setattr("fedmerge_peft.engines.local.train", fail)
     with pytest.raises(ClientError, match=r"client Harbour Clinic, round 1: ZeroDivisionError: no luck") as caught:
-        list(Federation(recipe(ALONE), engine_for_one).rounds())
+        list(Federation(recipe(), engine).rounds())
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -301,7 +291,7 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path, engine)
         federate(recipe(), tmp_path / "file" / "run", engine=engine)
 
 
-def test_a_failure_in_the_middle_loses_no_finished_round(tmp_path, engine_for_one, monkeypatch):
+def test_a_failure_in_the_middle_loses_no_finished_round(tmp_path, engine, monkeypatch):
     from fedmerge_peft.engines import local
 
     train = local.train
@@ -315,7 +305,7 @@ def test_a_failure_in_the_middle_loses_no_finished_round(tmp_path, engine_for_on
 
     monkeypatch.setattr(local, "train", fail_late)
     with pytest.raises(ClientError, match="round 3: RuntimeError: power cut"):
-        federate(recipe("rounds=4", ALONE), tmp_path / "run", engine=engine_for_one)
+        federate(recipe("rounds=4"), tmp_path / "run", engine=engine)
     left = load_run(tmp_path / "run")
     assert [record["round"] for record in left.records] == [1, 2]
     assert left.soup.rows.isfinite().all()

@@ -42,4 +42,4 @@ def test_what_dittos_clients_have_after_training_is_what_they_are_served_with_in
     for now, then in pairwise(records):
         for name, scores in now.finetuned.clients.items():
             assert then.served.clients[name] == pytest.approx(scores, rel=1e-5)
-            assert now.served.clients[name]["test_loss"] != pytest.approx(scores["test_loss"], rel=1e-4)
+            assert now.served.clients[name]["test_loss"] != pytest.approx(scores["test_loss"], rel=1e-3)

@@ -209,8 +209,8 @@ class TrainingRecipe(Section):
     before it then run once for each example. Where this is too little, or 0, they run each time, with the same results."""
     clients_per_batch: PositiveInt | Literal["auto"] = "auto"
     """How many clients train in one pass of the model, each its own adapter on its own batch. Results agree to rounding, except that
-    dropout masks are drawn for those who share a pass. auto: as many as bring a pass to about 64 examples (256 on a GPU), at most 16.
-    One at a time where the adapter or the model allows no more, DoRA for one; the log says why."""
+    dropout masks are drawn for those who share a pass. auto: 3 to 16, as many as bring a pass to 8 examples on a CPU and to 256 on a GPU,
+    or 1 where that is fewer. What does not allow it, DoRA for one, trains one client at a time; the log says why."""
 
 
 class ClientsRecipe(Section):

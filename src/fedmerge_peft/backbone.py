@@ -46,7 +46,8 @@ class Backbone:
         """Frozen tensors that all adapters have in common, by PEFT's saved name; empty unless ``merge: shared_a``."""
         self.prefix = find_prefix(model)
         """The layers in front of the first that trains; None where there are none."""
-        self._trainable = trainable
+        self.trainable = trainable
+        """The model's trainable tensors, in the order of the layout."""
         self._pretrained: dict[str, tuple[nn.Parameter, Tensor]] = {}
         row = torch.cat([parameter.detach().float().flatten() for parameter in trainable])
         self._initial = row.to("cpu", copy=True)
@@ -138,7 +139,7 @@ class Backbone:
 
     def _bind(self, values: Tensor, gradient: Tensor | None) -> None:
         """Make the model's trainable tensors, and their gradients, views of these vectors."""
-        for parameter, entry in zip(self._trainable, self.layout.entries, strict=True):
+        for parameter, entry in zip(self.trainable, self.layout.entries, strict=True):
             parameter.grad = None
             parameter.data = values[entry.columns].view(entry.shape)
             if gradient is not None:

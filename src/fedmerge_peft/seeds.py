@@ -1,7 +1,7 @@
 """Random seeds that depend on what they are for, not on when they are asked for.
 
 A client's draws come from (seed, round, client), so order, batching, the number of processes and
-interruptions do not change what a client does.
+interruptions do not change what a client does. (The dropout masks of clients who train in one pass come from the seeds of all.)
 """
 
 from __future__ import annotations

@@ -191,13 +191,20 @@ def test_methods_are_called_by_what_differs(write_run, tmp_path):
 
 
 def test_what_is_measured_and_where_makes_no_other_method(write_run, tmp_path):
-    ways = ["evaluation.every=5", "evaluation.finetuned=false", "evaluation.batch_size=8", "training.device=cpu", "training.prefix_cache=0"]
+    ways = [
+        "evaluation.every=5",
+        "evaluation.finetuned=false",
+        "evaluation.batch_size=8",
+        "training.device=cpu",
+        "training.prefix_cache=0",
+        "training.clients_per_batch=1",
+    ]
     for seed, way in enumerate(ways):
         write_run(f"fedmerge-{seed}", [FEDMERGE, f"seed={seed}", way], [[0.0], [0.5]])
         write_run(f"fedavg-{seed}", [FEDAVG, f"seed={seed}"], [[0.0], [0.4]])
     write_run("precise", [FEDMERGE, "training.mixed_precision=bf16"], [[0.0], [0.5]])
     frame = by_method(compare([tmp_path]))
-    assert dict(frame["runs"]) == {"fedmerge mixed_precision=auto": 5, "fedavg mixed_precision=auto": 5, "fedmerge mixed_precision=bf16": 1}
+    assert dict(frame["runs"]) == {"fedmerge mixed_precision=auto": 6, "fedavg mixed_precision=auto": 6, "fedmerge mixed_precision=bf16": 1}
     assert frame.loc["fedmerge mixed_precision=auto", "gain_over_fedavg"] == pytest.approx(0.1)
 
 

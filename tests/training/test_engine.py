@@ -17,7 +17,7 @@ def losses_on(engine, row, indices):
 def test_a_clients_losses_are_those_of_its_training_examples(smoke_engine):
     row = smoke_engine.start().fresh_row(3)
     for client in smoke_engine.clients:
-        found = smoke_engine._hands(client).losses(row)
+        found = smoke_engine._losses(client, row)
         torch.testing.assert_close(found, losses_on(smoke_engine, row, client.train))
         scores = evaluate(smoke_engine.backbone, smoke_engine.task, smoke_engine.accelerator, row, smoke_engine.examples, client.train, 4)
         assert float(found.mean()) == pytest.approx(scores["loss"], rel=1e-5)

@@ -6,7 +6,7 @@ import torch
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train
 from fedmerge_peft.training.reference import Trained
-from fedmerge_peft.training.work import Hands, carry_out
+from fedmerge_peft.training.work import Hands, carry_out, carry_out_together, requests
 
 POINTS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 3.0], [5.0, 5.0]])
 
@@ -121,3 +121,22 @@ def test_the_first_job_in_turn_draws_as_if_it_were_alone():
 def test_what_is_no_plan_is_refused():
     with pytest.raises(TypeError, match="no plan: Tensor"):
         carry_out(POINTS[0], Client().hands, 5)
+
+
+def test_what_several_clients_want_trained_at_one_time_is_one_call():
+    """Each has the work that it would have alone, whatever its neighbours were asked to do."""
+    rows, weights = torch.tensor([[9.0, 9.0], [2.0, 2.1]]), torch.tensor([0.3, 0.7])
+    plans = [Train(rows[0]), Choose(rows), InTurn((Train(rows[0]), Train(rows[1]))), Mixture(rows, weights), Choose(rows)]
+    clients, calls = [Client(POINTS + number) for number in range(len(plans))], []
+
+    def train(fits):
+        calls.append([number for number, _ in fits])
+        return [clients[number].train(fit.job, fit.seed) for number, fit in fits]
+
+    asked = [requests(plan, seed) for seed, plan in enumerate(plans)]
+    together = carry_out_together(asked, train, lambda number, row: clients[number].losses(row))
+    assert calls == [[0, 2, 2], [1, 3, 3, 4]]
+    for seed, (plan, work) in enumerate(zip(plans, together, strict=True)):
+        alone = carry_out(plan, Client(POINTS + seed).hands, seed)
+        assert torch.equal(work.deltas, alone.deltas)
+        assert (work.loss, work.choice) == (alone.loss, alone.choice)

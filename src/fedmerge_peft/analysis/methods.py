@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import pandas
 
 _SETTING = {"task": True, "backbone": True, "data": True}
-_NO_METHOD = ("name", "seed", "baselines", "task.metrics", "training.device", "training.prefix_cache", "evaluation")
+_SPEED = ("training.device", "training.prefix_cache", "training.clients_per_batch")
+_NO_METHOD = ("name", "seed", "baselines", "task.metrics", "evaluation", *_SPEED)
 """Chance, what is measured and reported, and where or how fast something is computed: none of it changes what is done."""
 
 
@@ -21,8 +22,8 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
     """Sort recipes into settings and methods.
 
     Recipes with one task, backbone and data are one setting, whatever metrics they report. In it, those that are equal apart from
-    seed, name, baselines, evaluation, device and cache are one method. A method is called by its strategy and by those of its values
-    that other methods have otherwise, such as ``fedmerge adapters=3``; a setting by its recipes' name, or by the values that other
+    seed, name, baselines, evaluation, device and what saves time are one method. A method is called by its strategy and by those of its
+    values that other methods have otherwise, such as ``fedmerge adapters=3``; a setting by its recipes' name, or by the values that other
     settings have otherwise.
 
     Returns:

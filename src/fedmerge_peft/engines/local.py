@@ -1,11 +1,15 @@
-"""Clients trained one after another in this process."""
+"""Clients trained in this process, several in one pass of the model where that is exact."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -22,22 +26,26 @@ from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Examples, Task
+from fedmerge_peft.training.batched import Job, clients_per_batch, train_together
 from fedmerge_peft.training.device import make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
-from fedmerge_peft.training.plan import Plan, Served, Train
+from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.reference import Trained, train
-from fedmerge_peft.training.work import Hands, carry_out
+from fedmerge_peft.training.reference import Indices, Trained, train
+from fedmerge_peft.training.work import Fit, Requests, carry_out_together, requests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
 
 
 class LocalEngine:
     """The clients, their encoded examples, and the one backbone that all of them train on.
 
     What a client does depends on the recipe, the round, its name and the plan it is sent; not on the strategy, nor on
-    who else takes part. One engine therefore serves several strategies.
+    who else takes part, save for rounding and for the dropout masks of those who share a pass of the model
+    (``training.clients_per_batch``). One engine therefore serves several strategies.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class LocalEngine:
             return None
         lent = copy(self)
         lent.recipe = recipe
+        vars(lent).pop("clients_per_batch", None)  # the batch size may be another
         return lent
 
     def start(self) -> Start:
@@ -108,11 +117,9 @@ class LocalEngine:
         Raises:
             ClientError: A client's work failed; raised from the original error.
         """
-        for index, plan, served in visits:
-            client = self.clients[index]
-            with _blaming(client, round):
-                reply = self._visit(round, index, client, plan, served)
-            yield reply
+        waiting = (_Visit(round, index, self.clients[index], plan, served) for index, plan, served in visits)
+        while chunk := list(islice(waiting, self.clients_per_batch)):
+            yield from self._visit(chunk)
 
     def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float]]]:
         """Score what each client is served with on its validation and test examples, without training.
@@ -130,35 +137,89 @@ class LocalEngine:
                 scores = self._scores(client, each)
             yield index, scores
 
-    def _visit(self, round: int, index: int, client: Client, plan: Plan, served: Served | None) -> Reply:
-        begin = time.perf_counter()
-        before = self._scores(client, served) if served is not None else None
-        work = carry_out(plan, self._hands(client), derive(self.recipe.seed, "train", round, client.name))
-        if not bool(torch.isfinite(work.deltas).all()):
-            raise ClientError(
-                client.name, round, "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
-            )
-        after = self._scores(client, work.trained) if served is not None and self.recipe.evaluation.finetuned else None
-        seconds = time.perf_counter() - begin
-        return Reply(index, work.deltas, client.size, work.loss, seconds, before, after, work.choice, work.weights)
+    @cached_property
+    def clients_per_batch(self) -> int:
+        """How many clients train in one pass of the model; fewer once the GPU has run out of memory."""
+        return clients_per_batch(self.backbone, self.task, self.recipe.training, self.accelerator, self.examples, self._held)
+
+    def _visit(self, visits: list[_Visit]) -> Iterator[Reply]:
+        before = []
+        for visit in visits:
+            with visit.working():
+                before.append(self._scores(visit.client, visit.served) if visit.served is not None else None)
+
+        def losses(number: int, row: Tensor) -> Tensor:
+            with visits[number].working():
+                return self._losses(visits[number].client, row)
+
+        plans = [visit.requests(self.recipe.seed) for visit in visits]
+        done = carry_out_together(plans, partial(self._train, visits), losses)
+        for visit, scores, work in zip(visits, before, done, strict=True):
+            with visit.working():
+                if not bool(torch.isfinite(work.deltas).all()):
+                    raise ClientError(
+                        visit.client.name,
+                        visit.round,
+                        "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm",
+                    )
+                finetuned = visit.served is not None and self.recipe.evaluation.finetuned
+                after = self._scores(visit.client, work.trained) if finetuned else None
+            size, choice, weights = visit.client.size, work.choice, work.weights
+            yield Reply(visit.index, work.deltas, size, work.loss, visit.seconds, scores, after, choice, weights)
+
+    def _train(self, visits: Sequence[_Visit], fits: Sequence[tuple[int, Fit]]) -> list[Trained]:
+        """Train what these clients want trained; those with like numbers of examples in one pass."""
+        trained: dict[int, Trained] = {}
+        waiting = sorted(range(len(fits)), key=lambda number: -len(visits[fits[number][0]].client.train))
+        while waiting:
+            now = waiting[: self.clients_per_batch]
+            found = self._train_batch([(visits[client], fit) for client, fit in (fits[number] for number in now)])
+            if found is None:
+                self.clients_per_batch = (len(now) + 1) // 2
+                log.warning("out of memory: from now on %d clients train in one pass of the model, at most", self.clients_per_batch)
+                continue
+            trained |= zip(now, found, strict=True)
+            waiting = waiting[len(now) :]
+        return [trained[number] for number in range(len(fits))]
+
+    def _train_batch(self, batch: Sequence[tuple[_Visit, Fit]]) -> list[Trained] | None:
+        """Train these in one pass, or, where that fails, one at a time, so that the error names its client; None: out of memory."""
+        training, rest = self.recipe.training, (self.examples, self.cache)
+        if len(batch) > 1:
+            begin = time.perf_counter()
+            jobs = [Job(fit.job, visit.client.train, fit.seed) for visit, fit in batch]
+            try:
+                found = train_together(self.backbone, self.task, training, self.accelerator, jobs, *rest)
+            except torch.OutOfMemoryError:
+                return None
+            except Exception as error:
+                log.warning("%d clients train one at a time, as they fail together: %s: %s", len(batch), type(error).__name__, error)
+            else:
+                for visit, _ in batch:
+                    visit.seconds += (time.perf_counter() - begin) / len(batch)
+                return found
+        trained = []
+        for visit, fit in batch:
+            with visit.working():
+                indices = visit.client.train
+                one = train(self.backbone, self.task, training, self.accelerator, fit.job, self.examples, indices, fit.seed, self.cache)
+                trained.append(one)
+        return trained
+
+    def _losses(self, client: Client, row: Tensor) -> Tensor:
+        size = self.recipe.evaluation.batch_size
+        return example_losses(self.backbone, self.task, self.accelerator, row, self.examples, client.train, size, self.cache)
 
     def _make_cache(self) -> PrefixCache | None:
         gigabytes = self.recipe.training.prefix_cache
         if self.backbone.prefix is None or gigabytes == 0:
             return None
-        held = [part for client in self.clients for part in (client.train, client.validation, client.test)]
-        return PrefixCache(self.backbone, self.task, self.examples, np.unique(np.concatenate(held)), gigabytes)
+        return PrefixCache(self.backbone, self.task, self.examples, self._held, gigabytes)
 
-    def _hands(self, client: Client) -> Hands:
-        model = (self.backbone, self.task)
-
-        def do_train(job: Train, seed: int) -> Trained:
-            return train(*model, self.recipe.training, self.accelerator, job, self.examples, client.train, seed, self.cache)
-
-        def losses(row: Tensor) -> Tensor:
-            return example_losses(*model, self.accelerator, row, self.examples, client.train, self.recipe.evaluation.batch_size, self.cache)
-
-        return Hands(do_train, losses)
+    @cached_property
+    def _held(self) -> Indices:
+        """The rows of the table that clients hold."""
+        return np.unique(np.concatenate([part for client in self.clients for part in (client.train, client.validation, client.test)]))
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -168,6 +229,32 @@ class LocalEngine:
                 found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
                 scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores
+
+
+@dataclass
+class _Visit:
+    """One client's part in one round."""
+
+    round: int
+    index: int
+    client: Client
+    plan: Plan
+    served: Served | None
+    seconds: float = 0.0
+    """Time spent on this client; of a pass that several share, its part."""
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Within, the time is this client's, and the errors are."""
+        begin = time.perf_counter()
+        with _blaming(self.client, self.round):
+            yield
+        self.seconds += time.perf_counter() - begin
+
+    def requests(self, seed: int) -> Requests:
+        """What the client's plan asks for."""
+        with _blaming(self.client, self.round):
+            return (yield from requests(self.plan, derive(seed, "train", self.round, self.client.name)))
 
 
 @contextmanager

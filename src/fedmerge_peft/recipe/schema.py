@@ -207,6 +207,10 @@ class TrainingRecipe(Section):
     prefix_cache: NonNegativeFloat = 2.0
     """GB of memory, on the device, for what enters the first layer that has an adapter (`lora.layers_to_transform`): the frozen layers
     before it then run once for each example. Where this is too little, or 0, they run each time, with the same results."""
+    clients_per_batch: PositiveInt | Literal["auto"] = "auto"
+    """How many clients train in one pass of the model, each its own adapter on its own batch. Results agree to rounding, except that
+    dropout masks are drawn for those who share a pass. auto: 3 to 16, as many as bring a pass to 8 examples on a CPU and to 256 on a GPU,
+    or 1 where that is fewer. What does not allow it, DoRA for one, trains one client at a time; the log says why."""
 
 
 class ClientsRecipe(Section):

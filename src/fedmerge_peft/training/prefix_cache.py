@@ -55,18 +55,24 @@ class PrefixCache:
 
     def through(self, chunk: Indices) -> AbstractContextManager[None]:
         """Within, the model runs on the batch of these rows, and leaves out what is known. Enter it under the pass's own autocast."""
+        self.open()
         prefix = self._backbone.prefix
-        if not self._opened:
-            self._opened = True
-            reason = "no layers precede the first that trains" if prefix is None else self._open(prefix)
-            if reason is not None:
-                self._store = None
-                log.info("every pass runs all layers: %s", reason)
         if prefix is None or self._store is None or not (self._starts[chunk] > 0).all():
             return nullcontext()
         if self._known[chunk].all():
             return prefix.replayed(self._read(self._store, chunk))
         return self._keeping(prefix, self._store, chunk)
+
+    def open(self) -> None:
+        """Find out whether the model allows the cache, unless that is known. As ``through``, under the pass's own autocast."""
+        if self._opened:
+            return
+        self._opened = True
+        prefix = self._backbone.prefix
+        reason = "no layers precede the first that trains" if prefix is None else self._open(prefix)
+        if reason is not None:
+            self._store = None
+            log.info("every pass runs all layers: %s", reason)
 
     def _open(self, prefix: Prefix) -> str | None:
         """Try the cache on two examples, and make room for all. Returns the reason why the cache cannot be used, if there is one."""
@@ -157,6 +163,9 @@ class PrefixCache:
 
         def keep(states: Tensor) -> None:
             places = self._places(chunk)
+            again = np.ones(len(chunk), dtype=bool)
+            again[np.unique(chunk, return_index=True)[1]] = False
+            places[torch.from_numpy(again)] = 0  # of an example that is there twice, the first counts
             inside = places > 0
             store[places[inside]] = states.detach()[inside]
             self._known[chunk] = True

@@ -65,7 +65,7 @@ def train(
     backbone.load_row(sent)
     anchor = sent if job.anchor is None else job.anchor.to(device)
     proximal = training.proximal if job.proximal is None else job.proximal
-    example_weights = _spread(job.example_weights, indices, len(examples))
+    example_weights = spread(job.example_weights, indices, len(examples))
     gradient = backbone.flat.grad
     assert gradient is not None  # noqa: S101 (the backbone keeps it for good; this tells the type checker)
     gradient.zero_()  # an interrupted client may have left something
@@ -98,15 +98,14 @@ def train(
             optimizer = make_optimizer(backbone.flat, training)
             schedule = make_schedule(optimizer, training, total)
             scaler = _fresh_scaler(accelerator)
-            order = np.random.default_rng(derive(seed, "order", phase) if phase else derive(seed, "order"))
-            for step in _steps(indices, training, total, order):
+            for step in steps(indices, training, seed, phase):
                 take(step, optimizer, scaler, None if mask is None else mask.to(device))
                 schedule.step()
     backbone.eval()
     return Trained(backbone.row(), float(torch.stack(losses).mean()), len(losses))
 
 
-def _spread(weights: Tensor | None, indices: Indices, examples: int) -> Tensor | None:
+def spread(weights: Tensor | None, indices: Indices, examples: int) -> Tensor | None:
     """A client's example weights ``(n,)``, by row of the whole table."""
     if weights is None:
         return None
@@ -157,9 +156,11 @@ def count_steps(examples: int, training: TrainingRecipe) -> int:
     return training.steps if training.steps is not None else training.epochs * per_epoch
 
 
-def _steps(indices: Indices, training: TrainingRecipe, total: int, generator: np.random.Generator) -> Iterator[list[Indices]]:
+def steps(indices: Indices, training: TrainingRecipe, seed: int, phase: int = 0) -> Iterator[list[Indices]]:
     """The micro-batches of each optimizer step; examples in a new order each epoch, the last batch as short as it is."""
+    generator = np.random.default_rng(derive(seed, "order", phase) if phase else derive(seed, "order"))
     size, accumulation = training.batch_size, training.gradient_accumulation
+    total = count_steps(len(indices), training)
     done = 0
     while done < total:
         order = generator.permutation(indices)

@@ -1,10 +1,11 @@
-"""Carrying out a plan, whatever trains and measures."""
+"""Carrying out plans, whatever trains and measures: one client's alone, or those of several in step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,29 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A client's wish to train; ``Trained`` answers it."""
+
+    job: Train
+    seed: int
+    """Decides all random draws of the job."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A client's wish for each of its training examples' summed loss (nats) with an adapter, without training; ``(n,)`` answers it."""
+
+    row: Tensor
+    """``(P,)``."""
+
+
+Request = Fit | Losses
+
+Requests = Generator[Sequence[Request], list[Any], Work]
+"""What a plan asks for: wishes that do not depend on each other at a time, which are answered by a list; its work in the end."""
+
+
+@dataclass(frozen=True)
 class Hands:
     """What a client can do."""
 
@@ -40,42 +64,84 @@ class Hands:
     """``losses(row)``: each training example's summed loss (nats), ``(n,)``, without training."""
 
 
-@singledispatch
 def carry_out(plan: Plan, hands: Hands, seed: int) -> Work:
     """Do what a plan says. ``seed`` decides all random draws; a plan's further jobs derive theirs from it."""
+
+    def train(fits: Sequence[tuple[int, Fit]]) -> list[Trained]:
+        return [hands.train(fit.job, fit.seed) for _, fit in fits]
+
+    return carry_out_together([requests(plan, seed)], train, lambda _, row: hands.losses(row))[0]
+
+
+def carry_out_together(
+    clients: Sequence[Requests],
+    train: Callable[[Sequence[tuple[int, Fit]]], Sequence[Trained]],
+    losses: Callable[[int, Tensor], Tensor],
+) -> list[Work]:
+    """Do what several clients' plans say, step by step: all that they want trained at one time is trained by one call.
+
+    Args:
+        clients: What each client's plan asks for.
+        train: Answers wishes to train, each with the position of its client; in the same order.
+        losses: ``losses(client, row)``: the losses of this client's training examples.
+    """
+    work: dict[int, Work] = {}
+    answers: dict[int, list[Any]] = {}
+    while len(work) < len(clients):
+        asked: list[tuple[int, Request]] = []
+        for client, plan in enumerate(clients):
+            if client not in work:
+                try:
+                    wishes = plan.send(answers[client]) if client in answers else next(plan)
+                except StopIteration as done:
+                    work[client] = done.value
+                else:
+                    asked += [(client, wish) for wish in wishes]
+        fits = [(client, wish) for client, wish in asked if isinstance(wish, Fit)]
+        trained = iter(train(fits) if fits else ())
+        answers = {client: [] for client, _ in asked}
+        for client, wish in asked:
+            answers[client].append(next(trained) if isinstance(wish, Fit) else losses(client, wish.row))
+    return [work[client] for client in range(len(clients))]
+
+
+@singledispatch
+def requests(plan: Plan, seed: int) -> Requests:
+    """What a plan asks for, and what it makes of the answers."""
     raise TypeError(f"no plan: {type(plan).__name__}")
 
 
-@carry_out.register
-def _(plan: Train, hands: Hands, seed: int) -> Work:
-    trained = hands.train(plan, seed)
+@requests.register
+def _(plan: Train, seed: int) -> Requests:
+    (trained,) = yield [Fit(plan, seed)]
     return Work((plan.row - trained.row)[None], trained.loss, trained.row)
 
 
-@carry_out.register
-def _(plan: InTurn, hands: Hands, seed: int) -> Work:
-    done = [hands.train(job, derive(seed, "job", number) if number else seed) for number, job in enumerate(plan.jobs)]
+@requests.register
+def _(plan: InTurn, seed: int) -> Requests:
+    done = yield [Fit(job, derive(seed, "job", number) if number else seed) for number, job in enumerate(plan.jobs)]
     deltas = torch.stack([job.row - trained.row for job, trained in zip(plan.jobs, done, strict=True)])
     return Work(deltas, done[0].loss, done[-1].row)
 
 
-@carry_out.register
-def _(plan: Choose, hands: Hands, seed: int) -> Work:
+@requests.register
+def _(plan: Choose, seed: int) -> Requests:
     """IFCA's cluster estimate: argmin_j ℓ_i(Θ_j) (Ghosh et al. 2020, arXiv 2006.04088, algorithm 1), of equals one at random.
 
     Equals are the rule before the first round of a model without a head: LoRA's B = 0 makes all adapters the same function.
     """
-    losses = torch.stack([hands.losses(row).double().sum() for row in plan.rows])
+    found = yield [Losses(row) for row in plan.rows]
+    losses = torch.stack([each.double().sum() for each in found])
     losses = torch.where(losses.isnan(), torch.inf, losses)
     lowest = torch.nonzero(losses == losses.min()).flatten()
     choice = int(lowest[derive(seed, "choice") % len(lowest)])
     row = plan.rows[choice]
-    trained = hands.train(Train(row), seed)
+    (trained,) = yield [Fit(Train(row), seed)]
     return Work((row - trained.row)[None], trained.loss, trained.row, choice)
 
 
-@carry_out.register
-def _(plan: Mixture, hands: Hands, seed: int) -> Work:
+@requests.register
+def _(plan: Mixture, seed: int) -> Requests:
     """FedEM's step at a client (Marfoq et al. 2021, arXiv 2108.10252, section 3), over its examples (x, y):
 
     E:  q(k | x, y) ∝ π_k · exp(−ℓ(θ_k; x, y))
@@ -83,11 +149,12 @@ def _(plan: Mixture, hands: Hands, seed: int) -> Work:
 
     Its loss is the mean of Σ_k q(k | x, y) ℓ(θ_k; x, y): the components' losses are weighted by q already.
     """
-    losses = torch.stack([hands.losses(row).double() for row in plan.rows])  # (d, n)
+    found = yield [Losses(row) for row in plan.rows]
+    losses = torch.stack([each.double() for each in found])  # (d, n)
     posterior = torch.softmax(plan.weights.double().log()[:, None] - losses, dim=0)
     weights = posterior.mean(dim=1).to(plan.weights)
-    done = [
-        hands.train(Train(row, example_weights=each.float()), derive(seed, "component", number))
+    done = yield [
+        Fit(Train(row, example_weights=each.float()), derive(seed, "component", number))
         for number, (row, each) in enumerate(zip(plan.rows, posterior, strict=True))
     ]
     rows = torch.stack([trained.row for trained in done])

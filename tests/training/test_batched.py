@@ -1,0 +1,337 @@
+"""Several adapters in one pass of the model, held against training them one after another."""
+
+import logging
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.nn import functional
+
+from fedmerge_peft import Recipe
+from fedmerge_peft.backbone import load_backbone
+from fedmerge_peft.stack import AdapterStack, unstackable
+from fedmerge_peft.tasks import make_task
+from fedmerge_peft.training.batched import Job, accumulate_together, clients_per_batch, train_together
+from fedmerge_peft.training.device import make_accelerator
+from fedmerge_peft.training.plan import Train
+from fedmerge_peft.training.prefix_cache import PrefixCache
+from fedmerge_peft.training.reference import accumulate, train
+
+WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
+COUNT = 16
+ROWS = np.arange(COUNT)
+TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "vit": ["q_proj", "fc1"]}
+
+
+def table_and_task(kind):
+    labels = [n % 3 for n in range(COUNT)]
+    if kind == "vit":
+        from datasets import Features, Image, Value
+        from PIL.Image import fromarray
+
+        noise = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
+        features = Features({"image": Image(), "label": Value("int64")})
+        data = Dataset.from_dict({"image": [fromarray(each) for each in noise], "label": labels}, features=features)
+        return data, {"name": "image-classification"}
+    if kind in ("bert", "llama-classifier"):
+        texts = [f"the {WORDS[n % 7]} {'is late ' * (n % 5)}again" for n in range(COUNT)]
+        return Dataset.from_dict({"text": texts, "label": labels}), {"name": "sequence-classification"}
+    pairs = {"prompt": [f"say {WORDS[n % 7]}" for n in range(COUNT)], "completion": [" yes" * (1 + n % 5) for n in range(COUNT)]}
+    return Dataset.from_dict(pairs), {"name": "causal-lm"}
+
+
+class Bench:
+    """A tiny model without dropout, and four jobs that differ in whatever jobs can differ in."""
+
+    def __init__(self, folder, kind="bert", lora=None, backbone=None, cached=False, dropout=False, **training):
+        table, task = table_and_task(kind)
+        model = folder / kind.partition("-")[0]
+        self.recipe = Recipe.model_validate(
+            {
+                "name": "bench",
+                "task": task,
+                "backbone": {"model": str(model), **(backbone or {})},
+                "lora": {"r": 2, "target_modules": TARGETS[model.name], **(lora or {})},
+                "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
+                "training": {"batch_size": 2, "learning_rate": 0.01, "device": "cpu", **training},
+            }
+        )
+        self.accelerator = make_accelerator(self.recipe.training)
+        self.task = make_task(self.recipe, table, str(model))
+        self.backbone = load_backbone(self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0)
+        for module in self.backbone.model.modules():
+            if isinstance(module, nn.Dropout) and not dropout:
+                module.p = 0.0
+        self.examples = self.task.encode(table)
+        self.cache = PrefixCache(self.backbone, self.task, self.examples, ROWS, 1.0) if cached else None
+
+    def row(self, seed):
+        """An adapter with no factor at zero, ``(P,)``."""
+        row = self.backbone.fresh_row(seed)
+        return row + 0.1 * torch.randn(len(row), generator=torch.Generator().manual_seed(seed))
+
+    def jobs(self):
+        """7, 5, 3 and 5 examples; an anchor, example weights, two phases of some columns."""
+        head = torch.zeros(self.backbone.layout.size, dtype=torch.bool)
+        head[: len(head) // 3] = True
+        plans = [
+            Train(self.row(0)),
+            Train(self.row(1), proximal=0.5, anchor=self.row(9)),
+            Train(self.row(2), example_weights=torch.tensor([0.3, 0.0, 2.0])),
+            Train(self.row(3), phases=(head, ~head)),
+        ]
+        indices = [ROWS[:7], ROWS[7:12], ROWS[[12, 3, 8]], ROWS[11:]]
+        return [Job(plan, rows, 100 + number) for number, (plan, rows) in enumerate(zip(plans, indices, strict=True))]
+
+    def alone(self, jobs):
+        rest = (self.backbone, self.task, self.recipe.training, self.accelerator)
+        return [train(*rest, job.train, self.examples, job.indices, job.seed, self.cache) for job in jobs]
+
+    def together(self, jobs):
+        return train_together(self.backbone, self.task, self.recipe.training, self.accelerator, jobs, self.examples, self.cache)
+
+    def count(self, **changes):
+        training = self.recipe.training.model_copy(update=changes)
+        return clients_per_batch(self.backbone, self.task, training, self.accelerator, self.examples, ROWS)
+
+
+def distance(found, expected, start):
+    """‖Δ_found − Δ_expected‖ / ‖Δ_expected‖."""
+    return float((found - expected).norm() / (expected - start).norm())
+
+
+SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}
+CASES = {
+    "bert": {},
+    "gpt2, whose layers are Conv1D": {"kind": "gpt2"},
+    "llama": {"kind": "llama"},
+    "a decoder that classifies": {"kind": "llama-classifier"},
+    "vit": {"kind": "vit"},
+    "sgd with momentum and decay": {"kind": "gpt2", **SGD},
+    "adamw with decay": {"weight_decay": 0.1},
+    "rslora": {"lora": {"use_rslora": True, "r": 3}},
+    "ranks and scales by layer": {"lora": {"rank_pattern": {"query": 4}, "alpha_pattern": {"value": 3.0}}},
+    "one frozen A for all": {"lora": {"merge": "shared_a"}},
+    "a LayerNorm and a linear layer train whole": {"lora": {"modules_to_save": ["LayerNorm", "intermediate.dense"]}},
+    "a Conv1D trains whole": {"kind": "gpt2", "lora": {"modules_to_save": ["c_fc"], "target_modules": ["c_attn"]}},
+    "a whole block trains": {"lora": {"modules_to_save": ["output"], "target_modules": ["query"]}},
+    "clipping": {"max_grad_norm": 0.01},
+    "no clipping": {"max_grad_norm": None, **SGD},
+    "a proximal term for all": {"proximal": 1.0, **SGD},
+    "accumulation": {"gradient_accumulation": 2, "epochs": 2},
+    "accumulation of tokens": {"kind": "llama", "gradient_accumulation": 3},
+    "a number of steps": {"steps": 3},
+    "cosine and warmup": {"schedule": "cosine", "warmup": 0.3, "epochs": 3},
+    "linear decay": {"schedule": "linear", "epochs": 2, **SGD},
+    "checkpointing": {"kind": "llama", "backbone": {"gradient_checkpointing": True}},
+    "the prefix cache": {"lora": {"layers_to_transform": [1]}, "cached": True},
+    "the prefix cache of a decoder": {"kind": "llama", "lora": {"layers_to_transform": [1]}, "cached": True, "epochs": 2},
+    "the prefix cache of images": {"kind": "vit", "lora": {"layers_to_transform": [1]}, "cached": True},
+    "the prefix cache and checkpointing": {
+        "kind": "llama", "lora": {"layers_to_transform": [1]}, "cached": True, "backbone": {"gradient_checkpointing": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trained_together_they_are_as_trained_alone(tiny_models, case):
+    bench = Bench(tiny_models, **CASES[case])
+    assert unstackable(bench.backbone) is None
+    jobs = bench.jobs()
+    for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
+        assert distance(together.row, alone.row, job.train.row) < (1e-4 if "sgd" in str(CASES[case]) else 2e-3)
+        assert together.loss == pytest.approx(alone.loss, rel=1e-4)
+        assert together.steps == alone.steps
+
+
+@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"kind": "llama", "backbone": {"dtype": "bfloat16"}}], ids=str)
+def test_half_precision_differs_by_its_rounding(tiny_models, options):
+    bench = Bench(tiny_models, **{**SGD, **options})
+    jobs = bench.jobs()
+    for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
+        assert together.row.dtype == torch.float32
+        assert distance(together.row, alone.row, job.train.row) < (0.1 if options else 1e-4)
+
+
+def in_float64(bench):
+    """Everything the gradient passes through, in double precision."""
+    backbone = bench.backbone
+    backbone.model.double()
+    for module in backbone.model.modules():
+        module._forward_pre_hooks.clear()  # heads take float32
+    backbone.flat = nn.Parameter(backbone.flat.data.double())
+    backbone.flat.grad = torch.zeros_like(backbone.flat)
+    backbone._bind(backbone.flat.data, backbone.flat.grad)
+    collate = bench.task.collate
+
+    def losses(logits, labels):
+        if logits.ndim == 3:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        each = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(len(labels), -1)
+        return each.sum(1), (labels.view(len(labels), -1) != -100).sum(1)
+
+    bench.task.losses = losses
+    bench.task.collate = lambda *args: {name: t.double() if t.is_floating_point() else t for name, t in collate(*args).items()}
+    return bench
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "llama-classifier", "vit"])
+def test_gradients_are_each_adapters_own(tiny_models, kind, checkpointing):
+    """To 1e-12 in float64, for micro-batches of unequal number and size, with weights for some."""
+    bench = in_float64(Bench(tiny_models, kind, backbone={"gradient_checkpointing": checkpointing}))
+    batches = [[ROWS[:3], ROWS[3:4]], [ROWS[4:9]], [ROWS[9:10], ROWS[10:12], ROWS[[2]]]]
+    weights = [None, torch.rand(COUNT, generator=torch.Generator().manual_seed(0)), None]
+    stack = AdapterStack(bench.backbone, torch.stack([bench.row(seed) for seed in range(3)]).double())
+    bench.backbone.train()
+    with stack.applied():
+        means = accumulate_together(stack, bench.task, bench.accelerator, bench.examples, batches, weights)
+    for row, found, mean, batch, each in zip(stack.rows, stack.gradient, means, batches, weights, strict=True):
+        bench.backbone.load_row(row)
+        bench.backbone.flat.grad.zero_()
+        alone = accumulate(bench.backbone, bench.task, bench.accelerator, bench.examples, batch, each)
+        assert float((found - bench.backbone.flat.grad).norm() / bench.backbone.flat.grad.norm()) < 1e-12
+        assert float(mean) == pytest.approx(float(alone), rel=1e-6)
+
+
+def test_the_comparison_tells_one_adapter_from_another(tiny_models):
+    """What the other tests rest on: neighbours, other examples and another order of examples are far away."""
+    bench = Bench(tiny_models)
+    jobs = bench.jobs()
+    alone = bench.alone(jobs)
+    swapped = bench.together([Job(jobs[0].train, jobs[1].indices, jobs[0].seed), Job(jobs[0].train, jobs[0].indices, 7)])
+    for other in swapped:
+        assert distance(other.row, alone[0].row, jobs[0].train.row) > 0.02
+
+
+def test_one_job_draws_the_dropout_masks_of_the_reference(tiny_models):
+    bench = Bench(tiny_models, dropout=True, lora={"dropout": 0.2}, **SGD)
+    jobs = bench.jobs()[:1]
+    (alone,), (together,) = bench.alone(jobs), bench.together(jobs)
+    assert distance(together.row, alone.row, jobs[0].train.row) < 1e-4
+
+
+def test_dropout_masks_follow_from_the_seeds_of_all_who_share_a_pass(tiny_models):
+    bench = Bench(tiny_models, dropout=True, lora={"dropout": 0.2})
+    jobs = bench.jobs()
+    state = torch.get_rng_state()
+    first, again, fewer = bench.together(jobs), bench.together(jobs), bench.together(jobs[:2])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one.row, two.row) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(first[0].row, fewer[0].row)
+
+
+def test_the_model_is_whole_again_afterwards(tiny_models):
+    bench = Bench(tiny_models)
+    jobs, held = bench.jobs(), bench.backbone.row()
+    first, gradient = bench.alone(jobs[:1])[0].row, bench.backbone.flat.grad.clone()
+    bench.backbone.load_row(held)
+    bench.together(jobs)
+    assert torch.equal(bench.backbone.row(), held)
+    bench.task.losses = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        bench.together(jobs)
+    del bench.task.losses
+    assert not any("forward" in vars(module) for module in bench.backbone.model.modules())
+    assert torch.equal(bench.backbone.flat.grad, gradient)
+    assert torch.equal(bench.alone(jobs[:1])[0].row, first)
+
+
+def test_a_forward_of_a_layers_own_comes_back(tiny_models):
+    backbone = Bench(tiny_models).backbone
+    layer = next(module for name, module in backbone.model.named_modules() if name.endswith("query"))
+    mine = layer.forward = lambda x: x
+    with AdapterStack(backbone, backbone.row()[None]).applied():
+        assert layer.forward is not mine
+    assert layer.forward is mine
+
+
+# ---- what cannot be stacked -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "reason"),
+    [
+        ("bert", {"use_dora": True}, r"DoRA's magnitudes are not low-rank updates \(lora\.use_dora\)"),
+        ("bert", {"bias": "lora_only"}, r"query\.base_layer\.bias trains, and is neither"),
+        ("bert", {"bias": "all"}, r"bias trains, and is neither"),
+        ("bert", {"trainable_token_indices": [5, 6]}, r"trains, and is neither"),
+        ("bert", {"modules_to_save": ["word_embeddings"]}, r"word_embeddings.*weight trains, and is neither"),
+        ("bert", {"target_modules": ["query", "word_embeddings"]}, r"word_embeddings is not a plain linear layer \(Embedding, Embedding\)"),
+        ("vit", {"target_modules": ["projection"]}, r"projection is not a plain linear layer \(Conv2d, Conv2d\)"),
+        ("llama", {"target_parameters": ["mlp.up_proj.weight"]}, r"is not a plain linear layer \(Linear, ParamWrapper\)"),
+        ("llama", {"modules_to_save": ["norm"]}, r"norm\..*weight trains, and is neither"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(tiny_models, caplog, kind, lora, reason):
+    bench = Bench(tiny_models, kind, lora=lora)
+    with caplog.at_level(logging.INFO):
+        assert bench.count(clients_per_batch=4) == 1
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("batched")]
+    assert line.startswith("clients train one at a time: ")
+    assert re.search(reason, line)
+
+
+def test_a_common_loss_scale_is_refused(tiny_models, caplog):
+    bench = Bench(tiny_models)
+    bench.accelerator = SimpleNamespace(scaler=object())
+    with caplog.at_level(logging.INFO):
+        assert bench.count(clients_per_batch=2) == 1
+    assert "fp16's loss scale would be common to all (training.mixed_precision)" in caplog.text
+
+
+def test_experts_and_layers_that_mix_examples_are_known_by_name(make_backbone):
+    backbone = make_backbone("bert")
+    assert unstackable(backbone) is None
+    backbone.model.get_base_model().extra = nn.BatchNorm1d(4).requires_grad_(False)
+    assert unstackable(backbone) is None  # its running statistics are the pretrained ones
+    backbone.model.get_base_model().extra = nn.BatchNorm1d(4, affine=False, track_running_stats=False)
+    assert unstackable(backbone) == "extra mixes the examples of a batch (BatchNorm1d)"
+    del backbone.model.get_base_model().extra
+    backbone.model.config.num_local_experts = 4
+    assert unstackable(backbone) == "the model routes tokens to experts (num_local_experts in its configuration)"
+
+
+def centred(module, args, output):
+    return output - output.mean(0, keepdim=True)
+
+
+def by_position(module, args):
+    return (args[0].transpose(0, 1), *args[1:])
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (lambda layer: layer.register_forward_hook(centred), "mix the examples of a batch"),
+        (lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0].flip(0),)), "use an adapter in a way of their own"),
+        (lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0][:1],)), "does not run with several adapters"),
+    ],
+    ids=["mixed", "reordered", "one for all"],
+)
+def test_models_that_do_something_else_with_a_batch_are_found_out(tiny_models, caplog, alter, reason):
+    bench = Bench(tiny_models)
+    assert bench.count(clients_per_batch=4) == 4
+    alter(bench.backbone.model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query"))
+    with caplog.at_level(logging.INFO):
+        assert bench.count(clients_per_batch=4) == 1
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(("batch_size", "clients"), [(1, 8), (2, 4), (4, 1), (16, 1)])
+def test_auto_brings_a_pass_to_eight_examples_on_a_cpu(tiny_models, batch_size, clients):
+    assert Bench(tiny_models).count(batch_size=batch_size) == clients
+
+
+def test_the_trial_leaves_no_trace(tiny_models):
+    bench = Bench(tiny_models)
+    held, state = bench.backbone.row(), torch.get_rng_state()
+    assert bench.count() == 4
+    assert torch.equal(bench.backbone.row(), held)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not bench.backbone.flat.grad.any()

@@ -1,0 +1,110 @@
+"""Federations whose clients train several in one pass of the model, held against those that train one at a time."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedmerge_peft import ClientError, Federation
+from fedmerge_peft.engines import local
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.training.batched import train_together
+from fedmerge_peft.training.plan import Train
+
+
+def engine_of(recipe):
+    engine = LocalEngine.from_recipe(recipe)
+    for module in engine.backbone.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return engine
+
+
+STRATEGIES = {
+    "fedmerge": "adapters: 3",
+    "fedem": "adapters: 2",
+    "ditto": "regularization: 0.5",
+    "ifca": "adapters: 3",
+    "fedrep": "",
+    "feddpa": "",
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_federation_in_batches_of_four_is_that_of_one_at_a_time(smoke, name):
+    def federation(clients):
+        strategy = f"strategy={{name: {name}, {STRATEGIES[name]}}}"
+        recipe = smoke(
+            strategy, "rounds=2", "training.optimizer=sgd", "training.learning_rate=0.1", f"training.clients_per_batch={clients}"
+        )
+        federation = Federation(recipe, engine_of(recipe))
+        return federation, list(federation.rounds())
+
+    (one, records), (four, others) = federation(1), federation(4)
+    assert (one.engine.clients_per_batch, four.engine.clients_per_batch) == (1, 4)
+    torch.testing.assert_close(four.strategy.soup.rows, one.strategy.soup.rows, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(four.strategy.weights, one.strategy.weights, rtol=1e-3, atol=1e-5)
+    for record, other in zip(records, others, strict=True):
+        assert other.train_loss == pytest.approx(record.train_loss, rel=1e-4)
+        assert other.clients == record.clients
+        for client, scores in record.finetuned.clients.items():
+            assert other.finetuned.clients[client]["test_loss"] == pytest.approx(scores["test_loss"], rel=1e-3)
+
+
+def test_visits_are_taken_up_as_they_are_needed(smoke):
+    engine = engine_of(smoke("training.clients_per_batch=2"))
+    row, asked = engine.start().fresh_row(0), []
+
+    def visits():
+        for client in range(6):
+            asked.append(client)
+            yield client, Train(row), None
+
+    replies = engine.exchange(1, visits())
+    assert next(replies).client == 0
+    assert asked == [0, 1]
+    assert [reply.client for reply in replies] == [1, 2, 3, 4, 5]
+
+
+def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
+    engine = engine_of(smoke("training.clients_per_batch=4"))
+    row, culprit, collate = engine.start().fresh_row(0), engine.clients[2], engine.task.collate
+    assert engine.clients_per_batch == 4
+
+    def fail(examples, indices):
+        if np.isin(indices, culprit.train).any():
+            raise ZeroDivisionError("no luck")
+        return collate(examples, indices)
+
+    monkeypatch.setattr(engine.task, "collate", fail)
+    with pytest.raises(ClientError, match=rf"client {culprit.name}, round 3: ZeroDivisionError: no luck") as caught:
+        list(engine.exchange(3, [(client, Train(row), None) for client in range(4)]))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert "4 clients train one at a time, as they fail together: ZeroDivisionError: no luck" in caplog.text
+
+
+def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours_alone(smoke):
+    engine = engine_of(smoke("training.clients_per_batch=4"))
+    row = engine.start().fresh_row(0)
+    replies = engine.exchange(1, [(client, Train(row * torch.nan if client == 2 else row), None) for client in range(4)])
+    assert all(next(replies).delta.isfinite().all() for _ in range(2))
+    with pytest.raises(ClientError, match=rf"client {engine.clients[2].name}, round 1: its adapter is not finite"):
+        next(replies)
+
+
+def test_where_memory_runs_out_fewer_train_at_a_time(smoke, monkeypatch, caplog):
+    engine = engine_of(smoke("training.clients_per_batch=6"))
+    row, sizes = engine.start().fresh_row(0), []
+
+    def small(*args):
+        sizes.append(len(args[4]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError
+        return train_together(*args)
+
+    monkeypatch.setattr(local, "train_together", small)
+    replies = list(engine.exchange(1, [(client, Train(row), None) for client in range(6)]))
+    assert [reply.client for reply in replies] == list(range(6))
+    assert sizes == [6, 3, 2, 2, 2]
+    assert engine.clients_per_batch == 2
+    assert "from now on 2 clients train in one pass" in caplog.text

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.adapters.weights import UNUSED, MergingWeights
 from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.memory import Remembers
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balance import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
@@ -33,6 +34,7 @@ class FedMerge(Strategy):
     clients' updates set W, and the same round's soup step, with the new π, gives each group of clients its own adapter.
     """
 
+    remembers = ("server", "merging", "shifts", "steps", "_warming", "_reseeding", "rounds")
     learns_weights = True
 
     def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
@@ -103,8 +105,10 @@ def _first_rows(recipe: recipes.FedMerge, start: Start) -> Tensor:
     return rows
 
 
-class _WeightsSteps:
+class _WeightsSteps(Remembers):
     """How the logits step from G, and what the steps remember of earlier rounds, ``(clients, d)``."""
+
+    remembers = ("average", "squares", "rounds")
 
     def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
         self.recipe = recipe
@@ -133,12 +137,14 @@ class _WeightsSteps:
         return self.lr * torch.where(root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
-class _Reseeding:
+class _Reseeding(Remembers):
     """Gives an adapter that nobody uses to part of the clients of the most used one.
 
     Those clients are split in two by the directions of their updates (as clustered federated learning splits a cluster, Sattler
     et al. 2020, arXiv 1910.01991); the idle adapter becomes a copy of theirs, and the smaller part moves to it.
     """
+
+    remembers = ("idle",)
 
     def __init__(self, patience: int, adapters: int, seed: int) -> None:
         self.patience = patience

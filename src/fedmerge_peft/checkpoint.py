@@ -176,7 +176,7 @@ def newest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
         return found
     if metrics.count(b"\n") > 1:
         why = "; ".join(lost) if lost else "it kept no checkpoint"
-        raise ResumeError(f"{folder.parent} cannot go on: {why}. Its finished rounds can be read still; run its recipe.yaml anew elsewhere")
+        raise ResumeError(f"{folder.parent} cannot go on: {why}. Its finished rounds can be read still; fedmerge run begins anew")
     for fault in lost:
         log.warning("%s. Going on from the start", fault)
     return None

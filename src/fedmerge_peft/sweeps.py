@@ -117,7 +117,7 @@ def _run(recipe: Recipe, path: Path, engine: LocalEngine, on_round: Callable[[Ro
         if Run(path).records:
             return resume(path, engine=engine, on_round=on_round)
     except ResumeError as error:
-        log.warning("%s. It is run anew", error)
+        log.warning("begun anew: %s", error)
     Run(path).clear()
     return federate(recipe, path, engine=engine, on_round=on_round)
 

@@ -160,6 +160,8 @@ def newest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
     """
     lost = []
     for number in rounds_in(folder):
+        if not _path(folder, number).exists():
+            continue  # interrupted before this round was done
         try:
             found = read(folder, number)
             if metrics[: found.said.metrics].count(b"\n") != number or len(metrics) < found.said.metrics:

@@ -109,7 +109,7 @@ def left_behind():
         numbers = {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in load_file(path).items()}
         if path.parent.name != "checkpoint" or ".soup" in path.name:
             return numbers
-        said = asdict(checkpoint.read(path.parent, int(path.stem.removeprefix("round-"))).said)
+        said = asdict(checkpoint.read(path.parent, int(path.stem.removeprefix("round-"))).manifest)
         return numbers, {**said, "metrics": 0, "soup": ""}  # seconds have more or fewer digits, a header's keys have no order
 
     def read(folder):

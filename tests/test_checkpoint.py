@@ -71,14 +71,14 @@ def test_a_damaged_checkpoint_is_named(run, tiny, caplog, name, damage):
     if damage is not None:
         file.write_bytes(DAMAGE[damage](content))
     found = checkpoint.newest(run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes())
-    assert found.said.round == 2
+    assert found.manifest.round == 2
     assert name in caplog.text
     assert "Going on from the checkpoint before it, after round 2" in caplog.text
 
 
 def test_a_round_that_was_not_finished_is_no_damage(run, tiny, caplog):
     (run / "checkpoint" / THIRD).unlink()
-    assert checkpoint.newest(run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes()).said.round == 2
+    assert checkpoint.newest(run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes()).manifest.round == 2
     assert caplog.text == ""
 
 
@@ -108,7 +108,7 @@ def test_metrics_that_are_gone_are_noticed(run, engine, caplog, left_behind, uni
 def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
     found = checkpoint.read(run / "checkpoint", 3)
     tensors = {"clusters": torch.zeros(7, dtype=torch.int64)}
-    text = json.dumps({**vars(found.said)})
+    text = json.dumps({**vars(found.manifest)})
     sums = {"checkpoint": text, "sha256": checkpoint._digest(tensors, text)}
     (run / "checkpoint" / THIRD).write_bytes(save(tensors, sums))
     with pytest.raises(ResumeError, match=r"clusters: a int64 tensor \(7,\) does not fit where a int64 tensor \(6,\) was expected"):
@@ -147,7 +147,7 @@ def test_no_byte_can_be_altered_unnoticed(run, at, by, name):
     finally:
         file.write_bytes(kept)
     whole = checkpoint.read(run / "checkpoint", 3)  # spaces at the header's end, and metadata that nobody reads
-    assert found.said == whole.said
+    assert found.manifest == whole.manifest
     assert all(torch.equal(found.tensors[key], value) for key, value in whole.tensors.items())
 
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
@@ -41,12 +42,10 @@ def killable():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_run_ends_as_one_that_was_not(killable, tmp_path, left_behind, strategy):
-    from time import perf_counter
-
-    begin = perf_counter()
     assert killable(tmp_path / "whole", strategy)[0] is False
-    seconds = perf_counter() - begin
+    begin = perf_counter()
     _, events = killable(tmp_path / "counted", strategy)
+    seconds = perf_counter() - begin
     whole = left_behind(tmp_path / "whole")
     assert left_behind(tmp_path / "counted") == whole
     chance = random.Random(strategy)

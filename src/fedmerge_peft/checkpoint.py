@@ -27,9 +27,9 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.files import atomically, writing
-from fedmerge_peft.memory import described
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.differences import flat, written
+from fedmerge_peft.state import described
 from fedmerge_peft.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _NAME = re.compile(r"round-(\d{5,})(\.soup)?\.safetensors")
 
 
 @dataclass(frozen=True)
-class Said:
+class Manifest:
     """What a checkpoint says beside its tensors."""
 
     round: int
@@ -61,7 +61,7 @@ class Said:
 class Checkpoint:
     """A strategy's state after a round, and where the run's other files were."""
 
-    said: Said
+    manifest: Manifest
     path: Path
     """The soup's file."""
     soup: AdapterSoup
@@ -75,7 +75,7 @@ class Checkpoint:
         # copied, as kernels may round otherwise where memory is not aligned as torch does it
         base = {module: tensor.clone() for module, tensor in theirs.base.items()}
         strategy.soup = replace(ours, rows=theirs.rows.clone(), base=base)
-        strategy.load_state({**self.tensors, **self.said.counters})
+        strategy.load_state({**self.tensors, **self.manifest.counters})
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
     tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     with writing(folder):
-        said = Said(round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe))
-        text = json.dumps(asdict(said), ensure_ascii=False, default=str)
+        manifest = Manifest(round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe))
+        text = json.dumps(asdict(manifest), ensure_ascii=False, default=str)
         sums = {"checkpoint": text, "sha256": _digest(tensors, text), "format": "pt"}
         atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
     remove(folder, [found for found in rounds_in(folder) if found <= round - KEPT])
@@ -137,12 +137,12 @@ def read(folder: Path, round: int) -> Checkpoint:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         if _digest(tensors, metadata["checkpoint"]) != metadata["sha256"]:
             raise RunError(f"{path} is damaged: its SHA-256 sum is not the one that was written")
-        said = Said(**json.loads(metadata["checkpoint"]))
-        if said.soup != _file_digest(soup):
+        manifest = Manifest(**json.loads(metadata["checkpoint"]))
+        if manifest.soup != _file_digest(soup):
             raise RunError(f"{soup} is damaged: its SHA-256 sum is not the one that was written")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         raise RunError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
-    return Checkpoint(said, soup, AdapterSoup.load(soup), tensors)
+    return Checkpoint(manifest, soup, AdapterSoup.load(soup), tensors)
 
 
 def newest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
@@ -164,14 +164,14 @@ def newest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
             continue  # interrupted before this round was done
         try:
             found = read(folder, number)
-            if metrics[: found.said.metrics].count(b"\n") != number or len(metrics) < found.said.metrics:
+            if metrics[: found.manifest.metrics].count(b"\n") != number or len(metrics) < found.manifest.metrics:
                 raise RunError(f"{_path(folder, number)} cannot be used: metrics.jsonl does not hold the {number} rounds it speaks of")
         except RunError as error:
             lost.append(str(error))
             continue
         for fault in lost:
             log.warning("%s. Going on from the checkpoint before it, after round %d", fault, number)
-        then, now = found.said.recipe, json.loads(json.dumps(_fixed(recipe), default=str))
+        then, now = found.manifest.recipe, json.loads(json.dumps(_fixed(recipe), default=str))
         if keys := [key for key in then if key in now and then[key] != now[key]]:
             said = "; ".join(f"{key} was {written(then[key])} and is {written(now[key])}" for key in keys)
             raise ResumeError(f"{folder.parent}: the recipe has changed since round {number}: {said}. Change it back to go on")

@@ -91,7 +91,7 @@ class Run:
         """The command that goes on with the run; None where it has ended, or there is none."""
         try:
             return None if Run.open(self.path).ended else shlex.join(["fedmerge", "resume", str(self.path)])
-        except FedMergeError:
+        except (FedMergeError, ValueError, KeyError):  # no recipe, or no summary, that this version wrote
             return None
 
     def check_ours(self) -> None:

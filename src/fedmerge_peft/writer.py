@@ -135,7 +135,7 @@ class RunWriter(Run):
 
     def _go_back(self, found: checkpoints.Checkpoint | None) -> None:
         """Undo on the disk what was written after this checkpoint. Where this stops half-way, it can be done again."""
-        self.completed = found.said.round if found is not None else 0
+        self.completed = found.manifest.round if found is not None else 0
         gone = [path for path in (self.path / "weights").glob("round-*.safetensors") if round_of(path) > self.completed]
         if found is None:
             gone += [self.path / "soup.safetensors", self.path / "weights.safetensors"]
@@ -145,7 +145,7 @@ class RunWriter(Run):
         metrics, folder = self.path / "metrics.jsonl", self.path / "checkpoint"
         if metrics.exists():
             with writing(metrics), metrics.open("r+b") as file:
-                file.truncate(found.said.metrics if found is not None else 0)
+                file.truncate(found.manifest.metrics if found is not None else 0)
                 os.fsync(file.fileno())
         checkpoints.remove(folder, [number for number in checkpoints.rounds_in(folder) if number > self.completed])
         if found is not None:

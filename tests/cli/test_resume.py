@@ -112,7 +112,7 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
     monkeypatch.setattr(local, "train", fail)
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
-    assert err.endswith("RuntimeError: power cut\nGo on with: fedmerge resume runs/smoke\n")
+    assert err.endswith("RuntimeError: power cut\nTo go on from the last finished round: fedmerge resume runs/smoke\n")
     monkeypatch.setattr(local, "train", train)
     assert fedmerge("resume", "runs/smoke")[0] == 0
 

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedmerge_peft.memory import Remembers
+from fedmerge_peft.state import Stateful
 
 UNUSED = 0.25
 """An adapter counts as unused below this part of an even share of the clients' weight."""
 
 
 @dataclass
-class MergingWeights(Remembers):
+class MergingWeights(Stateful):
     """W: one row of logits a client; π = softmax(W) over adapters (arXiv 2504.06768)."""
 
     remembers: ClassVar[tuple[str, ...]] = ("logits",)

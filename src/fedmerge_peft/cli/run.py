@@ -94,7 +94,7 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
         except (ClientError, RunError) as error:
             if not isinstance(error, (ResumeError, RunBusyError)) and (command := Run(directory).resume_command):
-                error.add_note(f"Go on with: {command}")
+                error.add_note(f"To go on from the last finished round: {command}")
             raise
 
 

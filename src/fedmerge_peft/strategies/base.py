@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.memory import Remembers
+from fedmerge_peft.state import Stateful
 from fedmerge_peft.training.plan import Choose, InTurn, Plan, Served, Train
 
 
@@ -61,7 +61,7 @@ class Reply:
         return self.deltas[0]
 
 
-class Strategy(Remembers, ABC):
+class Strategy(Stateful, ABC):
     """A server-side method on one round loop.
 
     Whatever the method, a client is served with ``weights[client] @ soup``: one global adapter is a soup of one, a

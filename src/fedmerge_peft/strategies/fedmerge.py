@@ -10,8 +10,8 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.adapters.weights import UNUSED, MergingWeights
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.memory import Remembers
 from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.state import Stateful
 from fedmerge_peft.strategies.balance import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
@@ -105,7 +105,7 @@ def _first_rows(recipe: recipes.FedMerge, start: Start) -> Tensor:
     return rows
 
 
-class _WeightsSteps(Remembers):
+class _WeightsSteps(Stateful):
     """How the logits step from G, and what the steps remember of earlier rounds, ``(clients, d)``."""
 
     remembers = ("average", "squares", "rounds")
@@ -137,7 +137,7 @@ class _WeightsSteps(Remembers):
         return self.lr * torch.where(root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
-class _Reseeding(Remembers):
+class _Reseeding(Stateful):
     """Gives an adapter that nobody uses to part of the clients of the most used one.
 
     Those clients are split in two by the directions of their updates (as clustered federated learning splits a cluster, Sattler

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedmerge_peft.memory import Remembers, State, fitting
 from fedmerge_peft.recipe.strategies import Server
+from fedmerge_peft.state import State, Stateful, fitting
 
 _SECOND_MOMENT = 0.99
 _ADAPTIVITY = 1e-3
 """FedOpt's τ: what Adam adds to the root of the second moment."""
 
 
-class ServerOptimizer(Remembers):
+class ServerOptimizer(Stateful):
     """Treats the mean of the clients' δ as a gradient of the server's rows ``(d, P)``. It remembers its moments, ``(d, P)`` each."""
 
     def __init__(self, recipe: Server, rows: Tensor) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmerge_peft.memory import Remembers
+from fedmerge_peft.state import Stateful
 from fedmerge_peft.strategies.base import Start
 
 
-class MeanUpdates(Remembers):
+class MeanUpdates(Stateful):
     """δ̄_i: each client's mean update over the rounds in which it replied, whoever else did."""
 
     remembers = ("_sums", "_counts")

@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
 HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": "{}", "sha256": ""})
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400) | st.integers(0, 10**6).map(lambda at: altered(HEADER, at % len(HEADER))))
 @example(HEADER)
 @example(b"\x02\0\0\0\0\0\0\0{}")
@@ -133,7 +133,7 @@ def test_whatever_a_file_holds_reading_it_is_a_checkpoint_or_one_error(run, cont
         (run / "checkpoint" / name).write_bytes(kept)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 255), st.sampled_from([THIRD, THIRD_SOUP]))
 def test_no_byte_can_be_altered_unnoticed(run, at, by, name):
     file = run / "checkpoint" / name

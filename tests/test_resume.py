@@ -297,7 +297,7 @@ def test_other_clients_are_refused(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "run", engine)
     clients = json.loads((path / "clients.json").read_text())
     (path / "clients.json").write_text(json.dumps(clients[1:]))
-    with pytest.raises(ResumeError, match=r"the data or the model have changed, and clients\.json says otherwise"):
+    with pytest.raises(ResumeError, match=r"the data have changed, and clients\.json is not what they say now"):
         resume(path, engine=engine)
 
 

@@ -105,7 +105,7 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     with writing(folder):
         manifest = Manifest(round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe))
-        text = json.dumps(asdict(manifest), ensure_ascii=False, default=str)
+        text = json.dumps(asdict(manifest), default=str)
         sums = {"checkpoint": text, "sha256": _digest(tensors, text), "format": "pt"}
         atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
     remove(folder, [found for found in rounds_in(folder) if found <= round - KEPT])

@@ -55,9 +55,10 @@ class RunWriter(Run):
             RunError: The directory cannot be written. The run can still go on.
         """
         run = cls(path, recipe)
-        for name, now in _documents(recipe, engine).items():
-            if (path / name).is_file() and _read(path / name) != json.loads(json.dumps(now, default=str)):
-                raise ResumeError(f"{path} cannot go on: the data or the model have changed, and {name} says otherwise than they do now")
+        documents = _documents(recipe, engine)
+        for name in ("clients.json", "task.json"):
+            if (path / name).is_file() and _read(path / name) != json.loads(json.dumps(documents[name], default=str)):
+                raise ResumeError(f"{path} cannot go on: the data have changed, and {name} is not what they say now")
         metrics = path / "metrics.jsonl"
         found = checkpoints.newest(path / "checkpoint", recipe, metrics.read_bytes() if metrics.exists() else b"")
         if found is not None:

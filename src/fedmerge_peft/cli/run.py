@@ -83,6 +83,7 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
     """Show a run's progress; when it is stopped or fails, say how to go on."""
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import ClientError, ResumeError, RunBusyError, RunError
+    from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.run import Run
 
     with Stop() as stop:
@@ -90,7 +91,7 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
             return _shown(start, stop, console, quiet)
         except KeyboardInterrupt as interrupt:
             if command := Run(directory).resume_command:
-                print(f"stopped; go on with: {command}", file=sys.stderr)
+                print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
         except (ClientError, RunError) as error:
             if not isinstance(error, (ResumeError, RunBusyError)) and (command := Run(directory).resume_command):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -47,4 +48,5 @@ class Stop:
         if self.asked is not None:
             raise Stopped(number)
         self.asked = number
-        os.write(2, b"\nstopping after this round; once more to stop at once\n")  # printing could meet a print that this one interrupts
+        with suppress(OSError):  # by no print, as this may have interrupted one
+            os.write(2, b"\nstopping after this round; once more to stop at once\n")

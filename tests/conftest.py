@@ -84,6 +84,41 @@ def write_run(tmp_path):
     return write
 
 
+@pytest.fixture(scope="session")
+def left_behind():
+    """``left_behind(path)``: all that a run directory holds, by file, but for wall-clock times and for where and when it ran."""
+    import json
+    from dataclasses import asdict
+
+    from safetensors.torch import load_file
+
+    from fedmerge_peft import checkpoint
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {key: timeless(inner) for key, inner in value.items() if key != "seconds"}
+        return value
+
+    def content(path):
+        if path.name == "metrics.jsonl":
+            return [timeless(json.loads(line)) for line in path.read_text().split("\n")[:-1]]
+        if path.suffix == ".json":
+            return timeless(json.loads(path.read_text()))
+        if path.suffix != ".safetensors":
+            return path.read_bytes()
+        numbers = {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in load_file(path).items()}
+        if path.parent.name != "checkpoint" or ".soup" in path.name:
+            return numbers
+        said = asdict(checkpoint.read(path.parent, int(path.stem.removeprefix("round-"))).manifest)
+        return numbers, {**said, "metrics": 0, "soup": ""}  # seconds have more or fewer digits, a header's keys have no order
+
+    def read(folder):
+        names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        return {name: content(path) for name, path in sorted(names.items()) if path.name != "environment.json"}
+
+    return read
+
+
 class LabelTask:
     """As much of a task as loading a backbone needs."""
 

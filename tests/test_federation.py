@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge_peft import ClientError, Federation, Recipe, RecipeError, Run, RunError, RunExistsError, federate, files, load_run
+from fedmerge_peft import ClientError, Federation, Recipe, RecipeError, RunError, RunExistsError, federate, files, load_run
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.environment import source
 from fedmerge_peft.training.plan import Train
+from fedmerge_peft.writer import RunWriter
 
 SMALL = [
     "data.max_train=8",
@@ -339,7 +340,7 @@ def test_the_best_round_is_chosen_among_scores_of_all_clients(tmp_path, engine):
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
     federation = Federation(recipe(), engine)
-    run = Run.create(tmp_path / "run", recipe(), engine)
+    run = RunWriter.create(tmp_path / "run", recipe(), engine)
     scores = federation.measure()
     run.offer_best(0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy)
     run.offer_best(1, dataclasses.replace(scores, validation_loss=1.0), federation.strategy)

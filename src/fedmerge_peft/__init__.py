@@ -20,12 +20,13 @@ if TYPE_CHECKING:
         DeviceError,
         FedMergeError,
         RecipeError,
+        ResumeError,
         RunBusyError,
         RunError,
         RunExistsError,
         SweepError,
     )
-    from fedmerge_peft.federation import Federation, federate
+    from fedmerge_peft.federation import Federation, federate, resume
     from fedmerge_peft.personalization import Personalized, personalize
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores
@@ -49,6 +50,7 @@ __all__ = [
     "Personalized",
     "Recipe",
     "RecipeError",
+    "ResumeError",
     "RoundRecord",
     "Run",
     "RunBusyError",
@@ -66,6 +68,7 @@ __all__ = [
     "local_global_gap",
     "merge_error",
     "personalize",
+    "resume",
     "sweep",
 ]
 
@@ -78,13 +81,14 @@ _HOMES = {
         "DeviceError",
         "FedMergeError",
         "RecipeError",
+        "ResumeError",
         "RunBusyError",
         "RunError",
         "RunExistsError",
         "SweepError",
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
-    "federation": ("Federation", "federate"),
+    "federation": ("Federation", "federate", "resume"),
     "personalization": ("Personalized", "personalize"),
     "recipe": ("Recipe",),
     "record": ("RoundRecord", "Scores"),

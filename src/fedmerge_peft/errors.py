@@ -8,6 +8,7 @@
     ├── RunError           a run directory is missing, unreadable or not ours
     │   ├── RunExistsError the run directory already holds a run
     │   ├── RunBusyError   another process is writing the run directory
+    │   ├── ResumeError    the run cannot go on from where it stopped
     │   └── SweepError     some recipes of a sweep failed, the others ran
     └── ClientError        a client failed; raised from the original, names client and round
 
@@ -57,6 +58,10 @@ class RunExistsError(RunError):
 
 class RunBusyError(RunError):
     """Another process is writing the run directory; it was not touched."""
+
+
+class ResumeError(RunError):
+    """A run that cannot go on: it has ended, its checkpoints are damaged, or data or recipe are not what they were."""
 
 
 class SweepError(RunError):

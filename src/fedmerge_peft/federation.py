@@ -11,13 +11,17 @@ from statistics import fmean
 import numpy as np
 
 from fedmerge_peft.adapters import weights as merging_weights
+from fedmerge_peft.checkpoint import FREE
 from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.errors import RecipeError, ResumeError
 from fedmerge_peft.files import held
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.differences import differing, flat
 from fedmerge_peft.record import RoundRecord, Scores
-from fedmerge_peft.run import Run
+from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
+from fedmerge_peft.writer import RunWriter
 
 
 class Federation:
@@ -138,33 +142,97 @@ def federate(
     Raises:
         RunExistsError: The directory is not empty. Nothing was touched.
         RunBusyError: Another process is writing it. Nothing was touched.
-        FedMergeError: Anything else the recipe got wrong; rounds already finished stay on disk.
+        FedMergeError: Anything else the recipe got wrong; rounds already finished stay on disk, and ``resume`` goes on from them.
     """
     directory = Path(out) if out is not None else Run.default_path(recipe)
     Run.check_free(directory)
     engine = engine or LocalEngine.from_recipe(recipe)
     with held(directory):
-        run = _federate_one(recipe, directory, engine, on_start, on_client, on_round)
-        for baseline in recipe.baselines:
-            if baseline.name == recipe.strategy.name:
-                continue
-            alone = recipe.model_copy(update={"strategy": baseline, "baselines": []})
-            _federate_one(alone, run.baseline_path(baseline.name), engine, on_start, on_client, on_round)
+        Run.check_free(directory)
+        _federate(recipe, directory, engine, on_start, on_client, on_round)
     return Run.open(directory)
 
 
-def _federate_one(
+def resume(
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    engine: LocalEngine | None = None,
+    on_start: Callable[[Federation, Run], None] | None = None,
+    on_client: Callable[[Reply], None] | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
+) -> Run:
+    """Go on with a run that was interrupted, from its last finished round; what it gives is what it would have given without.
+
+    Args:
+        path: The run directory.
+        overrides: ``rounds=N``, for more rounds than were asked for (also of a run that has ended) or fewer, or ``evaluation.every=N``.
+        engine: Loaded data and model to use; by default those that the run's recipe names.
+        on_start: Called before the first round that is left, of the recipe's strategy and of each baseline; not for those that have ended.
+        on_client: Called for each client's reply.
+        on_round: Called after each round, once it is on disk.
+
+    Returns:
+        The run, ended.
+
+    Raises:
+        RecipeError: Overrides of anything else, or fewer rounds than are done. Nothing was touched.
+        ResumeError: The run has ended, or cannot go on: data, recipe or checkpoints are not what they were.
+        RunBusyError: Another process is writing it. Nothing was touched.
+        FedMergeError: As ``federate``.
+    """
+    run = Run.open(path)
+    recipe = _continued(run, overrides)
+    with held(run.path):
+        if Run.open(run.path).ended and recipe.rounds == run.recipe.rounds:
+            raise ResumeError(
+                f"{run.path} has ended: all of its {recipe.rounds} rounds are done. For more of them: fedmerge resume {run.path} rounds=N"
+            )
+        engine = engine or LocalEngine.from_recipe(recipe)
+        run.tidy()
+        _federate(recipe, run.path, engine, on_start, on_client, on_round)
+    return Run.open(run.path)
+
+
+def _continued(run: Run, overrides: Iterable[str]) -> Recipe:
+    """The run's recipe with these overrides. Raises ``RecipeError`` for those that a run cannot go on with."""
+    recipe = run.recipe.replace(overrides)
+    if other := [key for key in differing([flat(run.recipe), flat(recipe)]) if key not in FREE]:
+        raise RecipeError(
+            [f"{', '.join(other)}: clients would do something else than before, so this would be another run; start it with fedmerge run. "
+             f"A run that goes on may change {', '.join(FREE)}"]
+        )  # fmt: skip
+    for _, path in parts(run.recipe, run.path):
+        if (done := len(Run(path).records)) > recipe.rounds:
+            raise RecipeError([f"rounds: {recipe.rounds} is fewer than the {done} that {path} has done"])
+    return recipe
+
+
+def _federate(
     recipe: Recipe,
     directory: Path,
     engine: LocalEngine,
     on_start: Callable[[Federation, Run], None] | None,
     on_client: Callable[[Reply], None] | None,
     on_round: Callable[[RoundRecord], None] | None,
-) -> Run:
-    federation = Federation(recipe, engine)
-    run = Run.create(directory, recipe, engine)
-    if on_start is not None:
-        on_start(federation, run)
+) -> None:
+    """Do what is left of a recipe and its baselines, all of it or the rest."""
+    for one, path in parts(recipe, directory):
+        if Run(path).rounds_ended == recipe.rounds:
+            continue
+        federation = Federation(one, engine)
+        began = (path / "recipe.yaml").is_file()
+        run = RunWriter.reopen(path, one, engine, federation.strategy) if began else RunWriter.create(path, one, engine)
+        federation.completed = run.completed
+        if on_start is not None:
+            on_start(federation, run)
+        _finish(federation, run, on_client, on_round)
+
+
+def _finish(
+    federation: Federation, run: RunWriter, on_client: Callable[[Reply], None] | None, on_round: Callable[[RoundRecord], None] | None
+) -> None:
+    """The rounds that are left, then the final scores."""
 
     def keep_best(completed: int, scores: Scores) -> None:
         run.offer_best(completed, scores, federation.strategy)
@@ -176,5 +244,4 @@ def _federate_one(
     final = federation.measure()
     if final is not None:
         run.offer_best(federation.completed, final, federation.strategy)
-    run.finish(federation.completed, final)
-    return run
+    run.finish(final)

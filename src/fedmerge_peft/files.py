@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,46 @@ def held(path: Path) -> Iterator[None]:
 
 
 def atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole."""
+    """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole.
+
+    That holds over a power cut too: the file is on the disk before it takes its name, and its name when this returns.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
-            write(temporary)
-            temporary.replace(path)
-        except BaseException:
             temporary.unlink(missing_ok=True)
-            raise
+            write(temporary)
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # there after a failure, and where both were names of one file already
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _sync(path.parent)
+
+
+def link(source: Path, path: Path) -> None:
+    """Give a file a second name, in place of what has it; a copy where the file system has no links. Raises ``RunError``.
+
+    As files are always replaced as a whole, what is written to one name later does not show under the other.
+    """
+
+    def write(temporary: Path) -> None:
+        try:
+            temporary.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    atomically(path, write)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write to the disk what it keeps of a file, or of a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

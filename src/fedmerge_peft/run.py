@@ -1,7 +1,7 @@
 """The run directory: everything a run leaves behind, and the one thing that reports and notebooks read.
 
 recipe.yaml             the recipe, defaults written out
-environment.json        start, versions, git commit, device, precision
+environment.json        start, versions, git commit, device, precision; the same of each time the run went on after an interruption
 clients.json            name, group and number of examples of each client
 task.json               names of the labels in the order of their ids, and the format of texts, as the data told them
 adapter_config.json     PEFT's configuration of the adapters
@@ -11,15 +11,16 @@ soup.safetensors        the adapters after the last finished round, and what the
 weights.safetensors     π after the last finished round
 best/                   soup and weights at the lowest mean validation loss over all clients
 summary.json            the final and the best scores; there once the run has ended
+checkpoint/             what the run needs to go on after an interruption (checkpoint.py)
 baselines/<strategy>/   the same again for each baseline
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -29,23 +30,18 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.merging import concat, with_base
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.environment import environment_of
-from fedmerge_peft.errors import RecipeError, RunError, RunExistsError
-from fedmerge_peft.files import atomically, read_tensors, write_json, write_tensors, write_text, writing
+from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
+from fedmerge_peft.files import read_tensors, write_json, write_tensors, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.strategies import FedEM
-from fedmerge_peft.record import RoundRecord, Scores
-from fedmerge_peft.strategies.base import Strategy
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedmerge_peft.engines.local import LocalEngine
-
 _WRITTEN = re.compile(
     r"(baselines/[^/]+/)*"
     r"((recipe\.yaml|(environment|clients|task|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
-    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json)"
+    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json|checkpoint/round-\d+(\.soup)?\.safetensors)"
 )
 """Every file of a run directory, by its path there."""
 _TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
@@ -55,12 +51,12 @@ _MOST_NAMED = 5
 
 
 class Run:
-    """A run directory, while it is written and afterwards."""
+    """A run directory. ``writer.py`` writes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    # ---- writing ---------------------------------------------------------------------------------
+    # ---- the directory ------------------------------------------------------------------------------
 
     @staticmethod
     def default_path(recipe: Recipe) -> Path:
@@ -72,65 +68,31 @@ class Run:
     @staticmethod
     def check_free(path: Path) -> None:
         """Raise ``RunExistsError`` where the directory has anything in it."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            what = "a run" if (path / "recipe.yaml").exists() else "other files"
+        if path.exists() and (not path.is_dir() or any(not _half_written(found.name) for found in path.iterdir())):
             free = next(candidate for n in range(2, 10_000) if not (candidate := path.with_name(f"{path.name}-{n}")).exists())
-            message = f"{path} already holds {what}, and nothing is ever overwritten. Choose another directory: --out {free}"
+            what = "a run" if (path / "recipe.yaml").exists() else "other files"
+            resume = f"It has not ended; go on with it: {command}. Or choose" if (command := Run(path).resume_command) else "Choose"
+            message = f"{path} already holds {what}, and nothing is ever overwritten. {resume} another directory: --out {free}"
             raise RunExistsError(message, free)
 
-    @classmethod
-    def create(cls, path: Path, recipe: Recipe, engine: LocalEngine) -> Run:
-        """Make the directory and write down what is known before the first round. Raises ``RunExistsError``, ``RunError``."""
-        cls.check_free(path)
-        run = cls(path)
-        with writing(path):
-            (path / "weights").mkdir(parents=True)
-        write_text(path / "recipe.yaml", recipe.to_yaml())
-        write_json(path / "environment.json", environment_of(engine))
-        clients = [
-            {"name": each.name, "group": each.group, "train": len(each.train), "validation": len(each.validation), "test": len(each.test)}
-            for each in engine.clients
-        ]
-        write_json(path / "clients.json", clients)
-        write_json(path / "task.json", {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)})
-        write_json(path / "adapter_config.json", _adapter_config(recipe, engine))
-        return run
+    @property
+    def ended(self) -> bool:
+        """Whether all rounds are done, those of the baselines too."""
+        return all(Run(path).rounds_ended == recipe.rounds for recipe, path in parts(self.recipe, self.path))
 
-    def append(self, record: RoundRecord, strategy: Strategy) -> None:
-        """Write down a finished round: soup and weights first, so that no line of metrics speaks of what is not there."""
-        write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", {"weights": strategy.weights})
-        self._write_state(self.path, strategy)
-        with writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    @property
+    def rounds_ended(self) -> int | None:
+        """After how many rounds the run ended; None where it has not. Says nothing of the baselines."""
+        path = self.path / "summary.json"
+        return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.is_file() else None
 
-    def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
-        """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
-        loss = scores.validation_loss
-        if loss is None or not math.isfinite(loss) or (self._best is not None and loss >= self._best["served"]["validation_loss"]):
-            return
-        with writing(self.path / "best") as folder:
-            folder.mkdir(exist_ok=True)
-        self._write_state(self.path / "best", strategy)
-        self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
-        write_json(self.path / "best" / "scores.json", self._best)
-
-    def finish(self, completed: int, final: Scores | None) -> None:
-        """Write ``summary.json``."""
-        records = self.records
-        write_json(
-            self.path / "summary.json",
-            {
-                "rounds": completed,
-                "seconds": sum(record["seconds"] for record in records),
-                "bytes_down": sum(record["bytes_down"] for record in records),
-                "bytes_up": sum(record["bytes_up"] for record in records),
-                "final": {"after_round": completed, "served": vars(final) if final is not None else None},
-                "best": self._best,
-                "warnings": records[-1]["warnings"],
-            },
-        )
+    @property
+    def resume_command(self) -> str | None:
+        """The command that goes on with the run; None where it has ended, or there is none."""
+        try:
+            return None if Run.open(self.path).ended else shlex.join(["fedmerge", "resume", str(self.path)])
+        except (FedMergeError, ValueError, KeyError):  # no recipe, or no summary, that this version wrote
+            return None
 
     def check_ours(self) -> None:
         """Raise ``RunError`` where the directory has files, at any depth, that no run writes."""
@@ -157,15 +119,17 @@ class Run:
                 if Path(folder) != self.path:
                     Path(folder).rmdir()
 
+    def tidy(self) -> None:
+        """Remove files that were being written when the run was interrupted. Raises ``RunError``."""
+        with writing(self.path):
+            for path in self.files():
+                if _half_written(path.relative_to(self.path).as_posix()):
+                    path.unlink()
+
     def files(self) -> list[Path]:
         """Everything in the directory, at any depth, that is no folder; links are not followed."""
         found = ((Path(folder), [*below, *names]) for folder, below, names in os.walk(self.path))
         return [path for folder, names in found for name in names if (path := folder / name).is_symlink() or not path.is_dir()]
-
-    @staticmethod
-    def _write_state(folder: Path, strategy: Strategy) -> None:
-        atomically(folder / "soup.safetensors", strategy.soup.save)
-        write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
 
     # ---- reading ---------------------------------------------------------------------------------
 
@@ -238,7 +202,7 @@ class Run:
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
         """π ``(clients, adapters)`` after each finished round."""
         for path in sorted((self.path / "weights").glob("round-*.safetensors")):
-            yield int(path.stem.removeprefix("round-")), read_tensors(path)["weights"]
+            yield round_of(path), read_tensors(path)["weights"]
 
     @property
     def soup(self) -> AdapterSoup:
@@ -331,6 +295,23 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def round_of(path: Path) -> int:
+    """The round of ``weights/round-00007.safetensors``."""
+    return int(path.stem.removeprefix("round-"))
+
+
+def parts(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
+    """What a run consists of, with the directories: the recipe itself, and each of its baselines as a recipe of its own."""
+    others = [baseline for baseline in recipe.baselines if baseline.name != recipe.strategy.name]
+    alone = [recipe.model_copy(update={"strategy": baseline, "baselines": []}) for baseline in others]
+    return [(recipe, path), *((each, Run(path).baseline_path(each.strategy.name)) for each in alone)]
+
+
+def _half_written(name: str) -> bool:
+    """Whether a path in a run directory is that of a file that was being written when the run was interrupted."""
+    return bool(_TEMPORARY.search(name)) and bool(_WRITTEN.fullmatch(_TEMPORARY.sub(r"\1", name)))
+
+
 def load_run(path: Path | str) -> Run:
     """Open a run directory. Raises ``RunError`` where there is none."""
     return Run.open(path)
@@ -355,8 +336,3 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], config: Mapping[str
     for name, document in documents.items():
         write_json(folder / f"{name}.json", document)
     return folder
-
-
-def _adapter_config(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in engine.backbone.config.to_dict().items()}
-    return {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True}

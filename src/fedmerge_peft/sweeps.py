@@ -8,8 +8,8 @@ from pathlib import Path
 from time import sleep
 
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.errors import FedMergeError, RecipeError, RunBusyError, RunError, SweepError
-from fedmerge_peft.federation import federate
+from fedmerge_peft.errors import FedMergeError, RecipeError, ResumeError, RunBusyError, RunError, SweepError
+from fedmerge_peft.federation import federate, resume
 from fedmerge_peft.files import held, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.differences import differing, flat, written
@@ -36,7 +36,7 @@ def sweep(
 ) -> dict[str, Run]:
     """Run each recipe into ``out/<name>``, so that the same call again only does what is left.
 
-    A recipe whose run is finished is not run again, one whose run was interrupted is run anew. Data and model are loaded once for all
+    A recipe whose run is finished is not run again, one whose run was interrupted is resumed. Data and model are loaded once for all
     recipes that agree on them (``LocalEngine.lend``); these run one after another, whatever their order in ``recipes``.
 
     Several processes may share a sweep: each does what no other is at, then waits for the others' runs, and goes on with what they
@@ -75,10 +75,9 @@ def sweep(
                 if run := _finished(paths[name], recipes[name]):  # by another process, since this one looked
                     end(name, run, fresh=False)
                     return engine
-                Run(paths[name]).clear()
                 engine = engine or LocalEngine.from_recipe(recipes[name])
                 report = None if on_round is None else lambda record: on_round(name, record)
-                end(name, federate(recipes[name], paths[name], engine=engine, on_round=report), fresh=True)
+                end(name, _run(recipes[name], paths[name], engine, report), fresh=True)
         except RunBusyError:
             raise
         except FedMergeError as error:
@@ -114,6 +113,17 @@ def sweep(
     return {name: finished[name] for name in recipes}
 
 
+def _run(recipe: Recipe, path: Path, engine: LocalEngine, on_round: Callable[[RoundRecord], None] | None) -> Run:
+    """Go on from what an interruption has left; from the start, where that is too little."""
+    try:
+        if Run(path).records:
+            return resume(path, engine=engine, on_round=on_round)
+    except ResumeError as error:
+        log.warning("begun anew: %s", error)
+    Run(path).clear()
+    return federate(recipe, path, engine=engine, on_round=on_round)
+
+
 def _path(out: Path, name: str) -> Path:
     if name in ("", "..") or Path(name).name != name:
         raise RecipeError([f"{name!r} is no name for a folder, and a sweep's recipes are run in {out}/NAME; give it another"])
@@ -135,8 +145,7 @@ def _finished(path: Path, recipe: Recipe) -> Run | None:
         said = [f"{key} is {written(there.get(key))} there and {written(here.get(key))} here" for key in keys[:_MOST_DIFFERENCES]]
         more = ["..."] if len(keys) > _MOST_DIFFERENCES else []
         raise RunError(f"{path} holds the run of another recipe: {'; '.join(said + more)}. Choose another --out, or move it away")
-    below = [run, *(Run(run.baseline_path(baseline.name)) for baseline in recipe.baselines if baseline.name != recipe.strategy.name)]
-    if all((each.path / "summary.json").is_file() for each in below):
+    if run.ended:
         return run
     run.check_ours()
     return None

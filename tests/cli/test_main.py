@@ -35,10 +35,13 @@ def test_the_version_is_the_packages(fedmerge):
 def test_help_lists_the_verbs(option, fedmerge):
     code, out, _ = fedmerge(option)
     assert code == 0
-    assert all(f"  {verb} " in out for verb in ("ls", "cp", "validate", "show", "schema", "run", "sweep", "compare", "data", "personalize"))
+    assert all(
+        f"  {verb} " in out
+        for verb in ("ls", "cp", "validate", "show", "schema", "run", "resume", "sweep", "compare", "data", "personalize")
+    )
 
 
-@pytest.mark.parametrize("verb", ["ls", "cp", "validate", "show", "schema", "run", "sweep", "compare", "data", "personalize"])
+@pytest.mark.parametrize("verb", ["ls", "cp", "validate", "show", "schema", "run", "resume", "sweep", "compare", "data", "personalize"])
 def test_every_verb_has_help_of_its_own(verb, fedmerge):
     code, out, _ = fedmerge(verb, "--help")
     assert code == 0

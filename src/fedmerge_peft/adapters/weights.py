@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from fedmerge_peft.state import Stateful
 
 UNUSED = 0.25
 """An adapter counts as unused below this part of an even share of the clients' weight."""
 
 
 @dataclass
-class MergingWeights:
+class MergingWeights(Stateful):
     """W: one row of logits a client; π = softmax(W) over adapters (arXiv 2504.06768)."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("logits",)
 
     logits: Tensor
     """``(clients, adapters)``, float32; zeros are the uniform start."""

@@ -11,7 +11,9 @@ from fedmerge_peft.errors import FedMergeError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``fedmerge`` and exit: 0 when all went well, 2 with one message for errors raised on purpose, 130 when interrupted.
+    """Run ``fedmerge`` and exit: 0 when all went well, 2 with one message for errors raised on purpose.
+
+    130 and 143 say that SIGINT (Ctrl-C) or SIGTERM stopped it.
 
     With ``FEDMERGE_TRACEBACK=1`` in the environment such errors keep their traceback.
     """
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FedMergeError as error:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":
             raise
-        print(_harmless(str(error)), file=sys.stderr)
+        print(_harmless("\n".join([str(error), *getattr(error, "__notes__", [])])), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

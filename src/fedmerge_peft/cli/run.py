@@ -1,8 +1,11 @@
-"""``fedmerge run``: federate what a recipe says."""
+"""``fedmerge run`` and ``fedmerge resume``: federate what a recipe says, and go on after an interruption."""
 
 from __future__ import annotations
 
 import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +16,7 @@ from fedmerge_peft.cli.app import Overrides, RecipeSource, app
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.run import Run
 
 
@@ -36,6 +39,7 @@ def run(
 
     from fedmerge_peft.cli.logs import log_to
     from fedmerge_peft.errors import RunExistsError
+    from fedmerge_peft.federation import federate
     from fedmerge_peft.run import Run
 
     directory = out if out is not None else Run.default_path(loaded)
@@ -46,32 +50,79 @@ def run(
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
     console = Console(highlight=False)
     log_to(Console(stderr=True, highlight=False))
-    finished = _federate(loaded, directory, console, quiet)
+    finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
     if not quiet:
         _show(finished, recipe, overrides or [], console)
 
 
-def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) -> Run:
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="rounds=N or evaluation.every=N; no others.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
+) -> None:
+    """Go on with a run that was interrupted, or give an ended one more rounds.
+
+    It goes on from the last finished round, and gives what it would have given without the interruption.
+
+    Example: fedmerge resume runs/first rounds=10
+    """
+    from rich.console import Console
+
+    from fedmerge_peft.cli.logs import log_to
+    from fedmerge_peft.federation import resume
+
+    console = Console(highlight=False)
+    log_to(Console(stderr=True, highlight=False))
+    finished = _watched(partial(resume, run, overrides or []), run, console, quiet)
+    if not quiet:
+        _show(finished, str(run / "recipe.yaml"), [], console)
+
+
+def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet: bool) -> Run:
+    """Show a run's progress; when it is stopped or fails, say how to go on."""
+    from fedmerge_peft.cli.stopping import Stop
+    from fedmerge_peft.errors import ClientError, ResumeError, RunBusyError, RunError
+    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.run import Run
+
+    with Stop() as stop:
+        try:
+            return _shown(start, stop, console, quiet)
+        except KeyboardInterrupt as interrupt:
+            if command := Run(directory).resume_command:
+                print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
+            raise typer.Exit(getattr(interrupt, "code", 130)) from None
+        except (ClientError, RunError) as error:
+            if not isinstance(error, (ResumeError, RunBusyError)) and (command := Run(directory).resume_command):
+                error.add_note(f"To go on from the last finished round: {command}")
+            raise
+
+
+def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool) -> Run:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fedmerge_peft.federation import Federation, federate
+    from fedmerge_peft.federation import Federation
     from fedmerge_peft.record import RoundRecord
     from fedmerge_peft.strategies import Reply
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        rounds = progress.add_task("rounds", total=recipe.rounds)
+        rounds = progress.add_task("rounds", total=None)
         clients = progress.add_task("clients", total=None)
 
         def begin(federation: Federation, run: Run) -> None:
+            stop.check()
+            stop.arm()
             strategy = federation.strategy
             megabytes = 4 * strategy.soup.layout.size / 1e6
+            after = f", after round {federation.completed}" if federation.completed else ""
             progress.print(
                 f"[bold]{federation.recipe.strategy.name}[/]: {len(federation.engine.clients)} clients, {len(strategy.soup)} adapter(s) of "
-                f"{megabytes:.2f} MB on {federation.engine.backbone.device}",
+                f"{megabytes:.2f} MB on {federation.engine.backbone.device}{after}",
                 soft_wrap=True,
             )
-            progress.reset(rounds, total=recipe.rounds)
+            progress.reset(rounds, total=federation.recipe.rounds, completed=federation.completed)
             progress.reset(clients, total=len(federation.cohort(1)))
 
         def reply(_: Reply) -> None:
@@ -84,8 +135,9 @@ def _federate(recipe: Recipe, directory: Path, console: Console, quiet: bool) ->
                     progress.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
             progress.advance(rounds)
             progress.reset(clients)
+            stop.check()
 
-        return federate(recipe, directory, on_start=begin, on_client=reply, on_round=finish)
+        return start(on_start=begin, on_client=reply, on_round=finish)
 
 
 def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:

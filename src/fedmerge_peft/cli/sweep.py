@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from fedmerge_peft.cli.app import RecipeSource, app
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.run import Run
 
@@ -28,7 +30,7 @@ def sweep(
     """Run every combination of some values, then compare.
 
     Commas in brackets, braces and quotes belong to the value. The recipe's baselines are run once for each combination of the other
-    values. The same command again does what is left: finished runs are kept, interrupted ones start anew.
+    values. The same command again does what is left: finished runs are kept, interrupted ones go on.
 
     Example: fedmerge sweep quickstart strategy.adapters=3,5 seed=0,1,2
     """
@@ -41,6 +43,7 @@ def sweep(
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.cli.compare import show, wide_console
     from fedmerge_peft.cli.logs import log_to
+    from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import RunError, SweepError
     from fedmerge_peft.run import Run
 
@@ -49,7 +52,11 @@ def sweep(
     log_to(Console(stderr=True, highlight=False))
     failed = None
     try:
-        finished = [run.path for run in _sweep(recipes, directory, console).values()]
+        with Stop() as stop:
+            finished = [run.path for run in _sweep(recipes, directory, console, stop).values()]
+    except KeyboardInterrupt as interrupt:
+        print("stopped; the same command again does what is left", file=sys.stderr)
+        raise typer.Exit(getattr(interrupt, "code", 130)) from None
     except SweepError as error:
         failed, finished = error, [directory / name for name in recipes if name not in error.failures]
     if finished:
@@ -62,7 +69,7 @@ def sweep(
     console.print(f"next:\n  fedmerge compare {shlex.quote(str(directory))} --figure methods.png", soft_wrap=True, markup=False)
 
 
-def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console) -> dict[str, Run]:
+def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: Stop) -> dict[str, Run]:
     """Run them, with a line for each that ends."""
     from itertools import count
 
@@ -85,11 +92,14 @@ def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console) -> dic
             served = summary["final"]["served"]
             scores = f"served {served['mean']:.3f} (worst {served['worst']:.3f})  " if served else ""
             say(name, scores + (f"{summary['seconds']:.1f} s" if fresh else "finished before"))
+            stop.check()
 
         def on_failure(name: str, error: FedMergeError) -> None:
             say(name, f"failed: {str(error).splitlines()[0]}")
 
         def on_round(name: str, record: RoundRecord) -> None:
             progress.update(rounds, description=name, completed=record.round, total=record.rounds)
+            stop.arm()
+            stop.check()
 
         return sweep(recipes, directory, on_run=on_run, on_failure=on_failure, on_round=on_round)

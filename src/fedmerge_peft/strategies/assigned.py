@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from fedmerge_peft.strategies.base import Strategy
 
 class Assigned(Strategy):
     """Client i is served with row ``assigned[i]`` of the soup: merging weights of zeros and one 1."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("assigned",)
 
     assigned: Tensor
     """``(clients,)`` int64."""

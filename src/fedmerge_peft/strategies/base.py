@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.state import Stateful
 from fedmerge_peft.training.plan import Choose, InTurn, Plan, Served, Train
 
 
@@ -60,7 +61,7 @@ class Reply:
         return self.deltas[0]
 
 
-class Strategy(ABC):
+class Strategy(Stateful, ABC):
     """A server-side method on one round loop.
 
     Whatever the method, a client is served with ``weights[client] @ soup``: one global adapter is a soup of one, a
@@ -72,6 +73,8 @@ class Strategy(ABC):
     nothing is known about it: the global adapter, where there is one; else the mean of the adapters (of a mixture's components,
     what they predict). What is private never leaves its client, so a client that has nothing private yet takes the global
     adapter's part, or, where no such part is global, as in FedRep, the part of the start.
+
+    What a strategy needs to go on after an interruption is its soup and what it ``remembers``.
     """
 
     federated: ClassVar[bool] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -14,6 +16,7 @@ from fedmerge_peft.strategies.warming import MeanUpdates
 class Clustering(Strategy):
     """π_i is one-hot at the client's cluster; a client that has none yet is served with the mean of all adapters."""
 
+    remembers: ClassVar[tuple[str, ...]] = ("clusters",)
     learns_weights = True
 
     def __init__(self, rows: Tensor, start: Start) -> None:
@@ -33,6 +36,8 @@ class ServerClustering(Clustering):
     That waits until as many clients as clusters have replied. A client that comes later trains the mean of the adapters, Θ̄, which is
     no cluster's own: its first reply δ_i places it where its training leads, argmax_j cos(−δ_i, Θ_j − Θ̄), and moves no adapter.
     """
+
+    remembers: ClassVar[tuple[str, ...]] = (*Clustering.remembers, "unclustered")
 
     def __init__(self, adapters: int, start: Start) -> None:
         super().__init__(start.fresh_row(0).repeat(adapters, 1), start)

@@ -24,6 +24,8 @@ class Ditto(Assigned):
     Rows of the soup: w, then v_1 to v_m; w alone travels.
     """
 
+    remembers = (*Assigned.remembers, "server")
+
     def __init__(self, recipe: recipes.Ditto, start: Start) -> None:
         self.regularization = recipe.regularization
         self.soup = AdapterSoup(start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared)

@@ -17,6 +17,8 @@ from fedmerge_peft.training.plan import Plan, Train
 class FedAvg(Strategy):
     """θ ← θ − η Σ_i ρ_i δ_i with ρ_i = n_i / n over the clients that replied (algorithm 1)."""
 
+    remembers = ("server",)
+
     def __init__(self, recipe: recipes.Server, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)

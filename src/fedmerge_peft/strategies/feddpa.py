@@ -34,6 +34,8 @@ class FedDPA(Assigned):
     factor nor head, such as trained biases, goes with the global half.
     """
 
+    remembers = (*Assigned.remembers, "server", "newcomers")
+
     def __init__(self, recipe: recipes.FedDPA, start: Start) -> None:
         try:
             odd = [f"{each.module} has rank {each.rank}" for each in factors(start.layout) if each.rank % 2]

@@ -28,6 +28,7 @@ class FedEM(Strategy):
     a component is that of the whole completion, and predictions are mixed token by token with π.
     """
 
+    remembers = ("_weights",)
     learns_weights = True
 
     def __init__(self, recipe: recipes.FedEM, start: Start) -> None:

@@ -12,6 +12,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.adapters.weights import UNUSED, MergingWeights
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.state import Stateful
 from fedmerge_peft.strategies.balance import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
@@ -34,6 +35,7 @@ class FedMerge(Strategy):
     clients' updates set W, and the same round's soup step, with the new π, gives each group of clients its own adapter.
     """
 
+    remembers = ("server", "merging", "shifts", "steps", "_warming", "_reseeding", "rounds")
     learns_weights = True
 
     def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
@@ -106,8 +108,10 @@ def _first_rows(recipe: recipes.FedMerge, start: Start) -> Tensor:
     return rows
 
 
-class _WeightsSteps:
+class _WeightsSteps(Stateful):
     """How the logits step from G, and what the steps remember of earlier rounds, ``(clients, d)``."""
+
+    remembers = ("average", "squares", "rounds")
 
     def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
         self.recipe = recipe
@@ -136,12 +140,14 @@ class _WeightsSteps:
         return self.lr * torch.where(root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
-class _Reseeding:
+class _Reseeding(Stateful):
     """Gives an adapter that nobody uses to part of the clients of the most used one.
 
     Those clients are split in two by the directions of their updates (as clustered federated learning splits a cluster, Sattler
     et al. 2020, arXiv 1910.01991); the idle adapter becomes a copy of theirs, and the smaller part moves to it.
     """
+
+    remembers = ("idle",)
 
     def __init__(self, patience: int, adapters: int, seed: int) -> None:
         self.patience = patience

@@ -21,6 +21,7 @@ class FedAvgFinetuned(Assigned):
     Rows of the soup: θ, then θ_1 to θ_m. Before its first round a client is served with θ.
     """
 
+    remembers = (*Assigned.remembers, "server")
     trains_what_it_serves = False
 
     def __init__(self, recipe: recipes.FedAvgFinetuned, start: Start) -> None:

@@ -26,6 +26,8 @@ class FLHC(ServerClustering):
     here the number of clusters is given, so that methods compare.
     """
 
+    remembers = (*ServerClustering.remembers, "rounds")
+
     def __init__(self, recipe: recipes.FLHC, start: Start) -> None:
         super().__init__(recipe.adapters, start)
         self.recipe = recipe

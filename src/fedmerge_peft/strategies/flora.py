@@ -28,6 +28,8 @@ class FLora(Ranked):
     W + ΔW is rounded to the backbone's number format; ΔW itself, and the adapter that a run saves, are float32.
     """
 
+    remembers = (*Ranked.remembers, "_round", "_owed")
+
     def __init__(self, recipe: recipes.FLora, start: Start) -> None:
         super().__init__(recipe, start)
         if embeddings := [layer.module for layer in self.factors if layer.embedding]:

@@ -24,6 +24,8 @@ class PartlyShared(Assigned):
     The soup has a row for each client, all alike in the shared columns; these alone travel.
     """
 
+    remembers = (*Assigned.remembers, "server")
+
     def __init__(self, recipe: recipes.Server, start: Start, shared: Tensor) -> None:
         """``shared`` is a mask ``(P,)``."""
         self.shared = shared

@@ -5,18 +5,21 @@ Adam is torch's, which corrects the bias of both moments.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from fedmerge_peft.recipe.strategies import Server
+from fedmerge_peft.state import State, Stateful, fitting
 
 _SECOND_MOMENT = 0.99
 _ADAPTIVITY = 1e-3
 """FedOpt's τ: what Adam adds to the root of the second moment."""
 
 
-class ServerOptimizer:
-    """Treats the mean of the clients' δ as a gradient of the server's rows ``(d, P)``."""
+class ServerOptimizer(Stateful):
+    """Treats the mean of the clients' δ as a gradient of the server's rows ``(d, P)``. It remembers its moments, ``(d, P)`` each."""
 
     def __init__(self, recipe: Server, rows: Tensor) -> None:
         self._rows = nn.Parameter(rows.clone())
@@ -32,3 +35,12 @@ class ServerOptimizer:
         self._rows.grad = gradient.to(rows)
         self.optimizer.step()
         return self._rows.detach().clone()
+
+    def state(self) -> State:
+        return dict(self.optimizer.state[self._rows])
+
+    def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
+        counter = torch.zeros(())
+        self.optimizer.state[self._rows] = {
+            name: fitting(name, counter if name == "step" else self._rows.detach(), value) for name, value in state.items()
+        }

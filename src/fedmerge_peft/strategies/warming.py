@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedmerge_peft.state import Stateful
 from fedmerge_peft.strategies.base import Start
 
 
-class MeanUpdates:
+class MeanUpdates(Stateful):
     """δ̄_i: each client's mean update over the rounds in which it replied, whoever else did."""
+
+    remembers = ("_sums", "_counts")
 
     def __init__(self, start: Start) -> None:
         self._sums = torch.zeros(start.clients, start.layout.size)

@@ -1,0 +1,79 @@
+"""Rows a, b and c: what training clients and whole rounds take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from setting import Plain, averaged, engine, rounds
+from timing import Row, faster, race
+
+from fedmerge_peft.engines.local import LocalEngine
+
+
+def overhead() -> Iterator[Row]:
+    """a. One client at a time, in rounds, against one centralised loop on the same examples."""
+    ours = engine(4, 16, "training.batch_size=8", "training.clients_per_batch=1")
+    plain, federation = Plain(ours), rounds(ours).rounds()
+    epoch = plain.prepared([int(row) for client in ours.clients for row in client.train])
+    taken = race({"rounds": lambda: next(federation), "plain loop": epoch}, 9)
+    what = "a. rounds of 4 clients, one at a time, over a centralised PEFT + Accelerate loop; batch 8"
+    yield faster(what, taken, "rounds", "plain loop", "≥ 0.95")
+
+
+def together() -> Iterator[Row]:
+    """b. K clients in one pass against one at a time."""
+    for batch in (1, 4, 8, 16):
+        steps = max(1, 4 // batch)
+        ours = engine(16, batch * steps, f"training.batch_size={batch}", "training.clients_per_batch=1")
+        sequential = rounds(ours).rounds()
+        sides = {"one at a time": lambda go=sequential: next(go)}
+        for count in (4, 8, 16):
+            several = ours.lend(ours.recipe.replace([f"training.clients_per_batch={count}"]))
+            assert several is not None
+            assert several.clients_per_batch == count
+            sides[f"{count} together"] = lambda go=rounds(several).rounds(): next(go)
+        taken = race(sides, 3)
+        for count in (4, 8, 16):
+            wanted = {(8, 1): "≥ 2", (8, 8): "≥ 1.2"}.get((count, batch), "")
+            yield faster(
+                f"b. {count} clients in one pass over one at a time; batch {batch}", taken, f"{count} together", "one at a time", wanted
+            )
+
+
+def prefix() -> Iterator[Row]:
+    """b. LoRA on the last third of the layers."""
+    layers = "lora.layers_to_transform=[4,5]"
+    kept, anew = (
+        engine(4, 16, "training.batch_size=8", "training.clients_per_batch=1", layers, f"training.prefix_cache={gigabytes}")
+        for gigabytes in (2, 0)
+    )
+    first, second = rounds(kept).rounds(), rounds(anew).rounds()
+    taken = race({"kept": lambda: next(first), "anew": lambda: next(second)}, 7)
+    yield faster(
+        "b. LoRA on the last third of the layers: what enters them kept, over computed anew; batch 8", taken, "kept", "anew", "≥ 2"
+    )
+
+
+def plain_round(plain: Plain, ours: LocalEngine) -> None:
+    """A round as it is usually written: each client's state into one PEFT model, evaluate, train, and an average tensor by tensor."""
+    start = plain.state()
+    states = []
+    for client in ours.clients:
+        plain.load(start)
+        plain.evaluate([int(row) for row in client.test])
+        plain.train([int(row) for row in client.train])
+        states.append(plain.state())
+    plain.load(averaged(states, [client.size for client in ours.clients]))
+
+
+def whole_rounds() -> Iterator[Row]:
+    """c. Rounds of 16 clients, each measured and trained, against a loop over state dicts."""
+    for batch, examples in ((1, 4), (8, 8)):
+        ours = engine(16, examples, f"training.batch_size={batch}", "evaluation.every=1", tests=4)
+        plain, federation = Plain(ours), rounds(ours).rounds()
+        taken = race({"round": lambda: next(federation), "loop": lambda: plain_round(plain, ours)}, 3)
+        many = ours.clients_per_batch
+        yield faster(
+            f"c. a round of 16 clients over a loop that loads their state dicts; batch {batch}, {many} client{'s' * (many > 1)} a pass",
+            taken, "round", "loop",
+        )  # fmt: skip

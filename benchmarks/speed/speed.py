@@ -1,0 +1,101 @@
+"""How fast it is, in ratios: each row does the same work in two ways, in turns, in one process.
+
+    python benchmarks/speed/speed.py                # all rows
+    python benchmarks/speed/speed.py overhead startup
+    python benchmarks/speed/speed.py --write        # into benchmarks/results/speed.md
+
+Rows that are not asked for keep what they were in that file. Row ``flower`` runs where flwr[simulation] is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import clients
+import flower
+import scale
+import server
+import startup
+import torch
+from timing import Row
+
+from fedmerge_peft import environment
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed.md"
+ROWS: dict[str, Callable[[], Iterator[Row]]] = {
+    "overhead": clients.overhead,
+    "together": clients.together,
+    "prefix": clients.prefix,
+    "rounds": clients.whole_rounds,
+    "flower": flower.rows,
+    "server": server.rows,
+    "scale": scale.rows,
+    "startup": startup.rows,
+}
+_HEAD = (
+    "# Speed\n\nA ratio says how many times as long the other way takes (for memory: how many times as much ours needs with more "
+    "clients). Both ways take turns in one process; the ratio is the median over the repeats, with the smallest and the largest. "
+    "MiniLM (22 M parameters), 32 tokens an example, LoRA of rank 8 on query and value.\n"
+)
+
+
+def stamp() -> str:
+    """Date, commit, versions and machine of these rows."""
+    source = environment.source(Path(environment.__file__).parent)
+    dirty = " (dirty)" if source.get("dirty") else ""
+    where = f"commit {source['commit'][:7]}{dirty}" if source else "unknown commit"
+    threads = torch.get_num_threads()
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{environment.processor()} with {threads} thread{'s' * (threads != 1)} beside other work."
+    )
+
+
+def sections(page: str) -> dict[str, str]:
+    """What an earlier page says of each row."""
+    return {name: text for name, text in re.findall(r"^## (\w+)\n\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--write", action="store_true", help=f"into {RESULTS.name}")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    logging.getLogger("fedmerge_peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    found = sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for name in options.rows or ROWS:
+        lines = []
+        for row in ROWS[name]():
+            print(row, flush=True)
+            lines.append(str(row))
+        if lines:
+            about = (ROWS[name].__doc__ or "").split("\n")[0]
+            found[name] = (
+                f"{about}\n\n| what | ratio | over the repeats | medians | wanted |\n|---|---|---|---|---|\n"
+                + "\n".join(lines)
+                + f"\n\n{stamp()}\n\n"
+            )
+        if options.write:
+            RESULTS.write_text(
+                _HEAD + "".join(f"\n## {each}\n\n{found[each].rstrip()}\n" for each in ROWS if each in found), encoding="utf-8"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Two ways to do the same work, taken in turns: what else the machine does meets both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    ratio: float
+    """Median over the repeats."""
+    low: float
+    high: float
+    """The smallest and the largest ratio of a repeat."""
+    sides: str
+    """What both sides took."""
+    wanted: str = ""
+    """What it should be at least, or at most."""
+
+    def __str__(self) -> str:
+        return f"| {self.what} | {self.ratio:.2f} | {self.low:.2f} to {self.high:.2f} | {self.sides} | {self.wanted} |"
+
+
+def race(sides: Mapping[str, Callable[[], object]], repeats: int, warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of each side in each repeat; the order turns round from one repeat to the next."""
+    if warm:
+        for work in sides.values():
+            work()
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        for name in list(sides)[:: -1 if repeat % 2 else 1]:
+            begin = time.perf_counter()
+            sides[name]()
+            taken[name].append(time.perf_counter() - begin)
+    return taken
+
+
+def faster(what: str, taken: Mapping[str, list[float]], ours: str, theirs: str, wanted: str = "") -> Row:
+    """How many times as long as ours theirs takes."""
+    ratios = [b / a for a, b in zip(taken[ours], taken[theirs], strict=True)]
+    sides = f"{ours} {seconds(median(taken[ours]))}, {theirs} {seconds(median(taken[theirs]))}"
+    return Row(what, median(ratios), min(ratios), max(ratios), sides, wanted)
+
+
+def seconds(value: float) -> str:
+    """A time as people read it."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"

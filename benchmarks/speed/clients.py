@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from setting import Plain, averaged, engine, rounds
 from timing import Row, faster, race
@@ -26,12 +27,12 @@ def together() -> Iterator[Row]:
         steps = max(1, 4 // batch)
         ours = engine(16, batch * steps, f"training.batch_size={batch}", "training.clients_per_batch=1")
         sequential = rounds(ours).rounds()
-        sides = {"one at a time": lambda go=sequential: next(go)}
+        sides = {"one at a time": partial(next, sequential)}
         for count in (4, 8, 16):
             several = ours.lend(ours.recipe.replace([f"training.clients_per_batch={count}"]))
             assert several is not None
             assert several.clients_per_batch == count
-            sides[f"{count} together"] = lambda go=rounds(several).rounds(): next(go)
+            sides[f"{count} together"] = partial(next, rounds(several).rounds())
         taken = race(sides, 3)
         for count in (4, 8, 16):
             wanted = {(8, 1): "≥ 2", (8, 8): "≥ 1.2"}.get((count, batch), "")
@@ -71,7 +72,7 @@ def whole_rounds() -> Iterator[Row]:
     for batch, examples in ((1, 4), (8, 8)):
         ours = engine(16, examples, f"training.batch_size={batch}", "evaluation.every=1", tests=4)
         plain, federation = Plain(ours), rounds(ours).rounds()
-        taken = race({"round": lambda: next(federation), "loop": lambda: plain_round(plain, ours)}, 3)
+        taken = race({"round": partial(next, federation), "loop": partial(plain_round, plain, ours)}, 3)
         many = ours.clients_per_batch
         yield faster(
             f"c. a round of 16 clients over a loop that loads their state dicts; batch {batch}, {many} client{'s' * (many > 1)} a pass",

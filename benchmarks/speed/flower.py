@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from statistics import median
 
 import numpy as np
@@ -26,7 +28,7 @@ def rows() -> Iterator[Row]:
         next(federation)
         for _ in range(2):
             taken["Flower"].append(median(simulated(batch)))
-            taken["round"].append(median(race({"round": lambda: next(federation)}, ROUNDS, warm=False)["round"]))
+            taken["round"].append(median(race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]))
         many = ours.clients_per_batch
         yield faster(
             f"c. a round of 16 clients over Flower's simulation; batch {batch}, {many} client{'s' * (many > 1)} a pass",
@@ -76,7 +78,7 @@ def simulated(batch: int) -> list[float]:
     run_simulation(
         server_app=ServerApp(server_fn=server), client_app=ClientApp(client_fn=client), num_supernodes=CLIENTS, backend_config=backend
     )
-    return [after - before for before, after in zip(ended, ended[1:], strict=False)]
+    return [after - before for before, after in pairwise(ended)]
 
 
 _KEPT: dict[int, tuple[Plain, list]] = {}

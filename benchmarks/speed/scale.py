@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ STRATEGIES = {
 
 
 def rows() -> Iterator[Row]:
-    """e. Clients: 20 000 examples on a tiny model, five rounds into a run directory; against 10 clients, each size in a process of its own."""
+    """e. 20 000 examples on a tiny model, five rounds into a run directory; each number of clients in a process of its own."""
     for name, strategy in STRATEGIES.items():
         found = {clients: _measured(strategy, clients, 2) for clients in CLIENTS}
         for clients in CLIENTS[1:]:
@@ -57,7 +58,7 @@ def _run(strategy: str, clients: int) -> tuple[float, float]:
     times: list[float] = []
     with TemporaryDirectory() as folder:
         federate(loaded.recipe, Path(folder) / "run", engine=loaded, on_round=lambda _: times.append(time.perf_counter()))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(b - a for a, b in zip(times, times[1:], strict=False))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(b - a for a, b in pairwise(times))
 
 
 if __name__ == "__main__":

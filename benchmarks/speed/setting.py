@@ -19,7 +19,24 @@ from fedmerge_peft.engines.local import LocalEngine
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 RATE = 1e-3
-_WORDS = "order parcel refund charge account password screen update invoice tracking delivery error button page month plan".split()
+_WORDS = [
+    "order",
+    "parcel",
+    "refund",
+    "charge",
+    "account",
+    "password",
+    "screen",
+    "update",
+    "invoice",
+    "tracking",
+    "delivery",
+    "error",
+    "button",
+    "page",
+    "month",
+    "plan",
+]
 
 
 def engine(clients: int, examples: int, *overrides: str, model: str = MODEL, tests: int = 0) -> LocalEngine:

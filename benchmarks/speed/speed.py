@@ -65,7 +65,7 @@ def stamp() -> str:
 
 def sections(page: str) -> dict[str, str]:
     """What an earlier page says of each row."""
-    return {name: text for name, text in re.findall(r"^## (\w+)\n\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)}
+    return dict(re.findall(r"^## (\w+)\n\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
 
 
 def main() -> None:

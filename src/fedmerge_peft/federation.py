@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from torch import Tensor
 
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.checkpoint import FREE
@@ -20,7 +22,9 @@ from fedmerge_peft.recipe.differences import differing, flat
 from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
+from fedmerge_peft.spill import Spill
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
+from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.writer import RunWriter
 
 
@@ -78,24 +82,35 @@ class Federation:
         begin = time.perf_counter()
         every = self.recipe.evaluation.every
         measure = number % every == 0 or number in (1, self.recipe.rounds)
-        plans = {client: self.strategy.plan(client) for client in self.cohort(number)}
-        visits = ((client, plan, self.strategy.served(client) if measure else None) for client, plan in plans.items())
+        cohort = self.cohort(number)
+        plans: dict[int, Plan] = {}
+        """Of those whose reply has not come yet."""
+
+        def visits() -> Iterator[tuple[int, Plan, Served | None]]:
+            for client in cohort:
+                plans[client] = self.strategy.plan(client)
+                yield client, plans[client], self.strategy.served(client) if measure else None
+
         self.engine.backbone.set_base(self.strategy.base)
         replies: list[Reply] = []
-        for reply in self.engine.exchange(number, visits):
-            replies.append(reply)
+        trained: dict[int, Tensor] = {}
+        deltas, rows = Spill(), Spill()
+        for reply in self.engine.exchange(number, visits()):
+            if (shared := self.strategy.trained_rows(plans.pop(reply.client), reply)) is not None:
+                trained[reply.client] = rows.keep(shared)
+            replies.append(replace(reply, deltas=deltas.keep(reply.deltas)))
             if on_client is not None:
                 on_client(reply)
         served = self._scores((reply.client, reply.served) for reply in replies if reply.served is not None)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies if reply.finetuned is not None)
         if served is not None and len(replies) == len(self.engine.clients) and on_measured is not None:
             on_measured(self.completed, served)
-        traffic = [self.strategy.traffic(client) for client in plans]
+        traffic = [self.strategy.traffic(client) for client in cohort]
 
         self.strategy.update(replies)
         self.completed = number
         learns = self.strategy.learns_weights
-        gaps = [gap for reply in replies if (gap := self.strategy.gap(plans[reply.client], reply)) is not None]
+        gaps = [self.strategy.gap(reply, trained[reply.client]) for reply in replies if reply.client in trained]
         examples = sum(reply.size for reply in replies)
         return RoundRecord(
             round=number,

@@ -197,4 +197,4 @@ def test_agreement_equals_a_slow_recomputation():
         others = [k for k in range(6) if k != client and groups[k] == groups[client]]
         mean = directions[others].mean(0) if others else torch.zeros(4).double()
         cosines.append(float(directions[client] @ mean / mean.norm()) if others else 0.0)
-    assert agreement(directions, groups) == pytest.approx(sum(cosines) / 6)
+    assert agreement(directions @ directions.T, groups) == pytest.approx(sum(cosines) / 6)

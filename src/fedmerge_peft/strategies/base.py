@@ -113,18 +113,17 @@ class Strategy(Stateful, ABC):
         """How many numbers travel to this client in a round, and back."""
         return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
 
-    def gap(self, plan: Plan, reply: Reply) -> float | None:
+    def trained_rows(self, plan: Plan, reply: Reply) -> Tensor | None:
+        """What a client made of the adapters that are shared, ``(k, P)``; None where rows are not comparable from round to round."""
+        return plan.sent[_shared(plan, reply)] - (reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas)
+
+    def gap(self, reply: Reply, trained: Tensor) -> float:
         """The paper's local-global gap in parameters: ‖θ_i(trained) − θ_i(sent next)‖₂ of the adapter that is shared.
 
-        The mean over them, where several are. None where rows are not comparable from one round to the next. To be asked after
-        ``update``.
+        The mean over them, where several are. To be asked after ``update``, with what ``trained_rows`` said before it.
         """
-        if isinstance(plan, Choose):
-            shared = slice(reply.choice, reply.choice + 1)
-        else:
-            shared = slice(1) if isinstance(plan, InTurn) else slice(None)
-        trained = plan.sent[shared] - (reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas)
-        return float((trained - self.plan(reply.client).sent[shared]).norm(dim=1).mean())
+        plan = self.plan(reply.client)
+        return float((trained - plan.sent[_shared(plan, reply)]).norm(dim=1).mean())
 
     def warnings(self) -> list[str]:
         """What a person should know about the weights as they are now."""
@@ -133,6 +132,13 @@ class Strategy(Stateful, ABC):
     def adapter(self, client: int) -> Tensor:
         """The client's merged adapter, ``(P,)``: π_i Θ."""
         return self.soup.merge(self.weights[client])
+
+
+def _shared(plan: Plan, reply: Reply) -> slice:
+    """Which of a plan's adapters are shared with others, of those that the client trained."""
+    if isinstance(plan, Choose):
+        return slice(reply.choice, reply.choice + 1)
+    return slice(1) if isinstance(plan, InTurn) else slice(None)
 
 
 def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,6 +71,10 @@ def means(vectors: Tensor, clusters: Tensor, sizes: Tensor, count: int) -> Tenso
         sizes: n, ``(k,)``.
         count: Number of clusters.
     """
+    return member_shares(clusters, sizes, count).T.to(vectors) @ vectors
+
+
+def member_shares(clusters: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """n_i / Σ_i' n_i' over the members i' of i's cluster, ``(k, count)`` float64; zero where i is no member. Arguments as ``means``'."""
     counted = members(clusters, count) * sizes[:, None].double()
-    shares = counted / counted.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    return shares.T.to(vectors) @ vectors
+    return counted / counted.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
+from fedmerge_peft.strategies.base import Reply, Start, Strategy
+from fedmerge_peft.strategies.replies import combined, in_order
 from fedmerge_peft.strategies.server import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
@@ -29,7 +30,7 @@ class FedAvg(Strategy):
         return self._weights
 
     def update(self, replies: Iterable[Reply]) -> None:
-        self.soup.rows = self.server.step(self.soup.rows, mean_delta(list(replies))[None])
+        self.soup.rows = self.server.step(self.soup.rows, mean_delta(replies)[None])
 
 
 class FedProx(FedAvg):
@@ -43,7 +44,7 @@ class FedProx(FedAvg):
         return Train(self.adapter(client), proximal=self.mu / 2)
 
 
-def mean_delta(replies: Sequence[Reply]) -> Tensor:
+def mean_delta(replies: Iterable[Reply]) -> Tensor:
     """Σ_i ρ_i δ_i of the clients' first deltas, ``(P,)``; ρ_i is a client's share of the examples behind these replies."""
-    _, deltas, sizes = stack(replies)
-    return (sizes / sizes.sum()).to(deltas) @ deltas
+    ordered, _, sizes = in_order(replies)
+    return combined((sizes / sizes.sum())[:, None], ordered)[0]

@@ -9,7 +9,7 @@ import torch
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
 from fedmerge_peft.strategies.clusters import ServerClustering, means, members
-from fedmerge_peft.strategies.grouping import k_means
+from fedmerge_peft.strategies.grouping import inner_products, k_means
 
 
 class FeSEM(ServerClustering):
@@ -37,7 +37,7 @@ class FeSEM(ServerClustering):
             clients, deltas = self.unclustered.clients, self.unclustered.means()
             self.unclustered = None
             # from one start, distances between δ are those between θ
-            nearest = k_means(deltas.double() - deltas.double().mean(dim=0), count, self.seed)
+            nearest = k_means(inner_products(deltas), count, self.seed)
             trained = self.soup.rows[0] - deltas
         else:
             counts = self.place(clients, deltas)

@@ -39,7 +39,7 @@ class FlexLora(Ranked):
             b[:, :found] = (u[:, :found] * s[:found]).to(b)
         self.soup = self._soup(row)
 
-    def gap(self, plan: Plan, reply: Reply) -> None:
+    def trained_rows(self, plan: Plan, reply: Reply) -> None:
         return None  # the SVD turns the factors to another basis
 
     def traffic(self, client: int) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class FLora(Ranked):
         self._owed[clients] = 0
         self._owed += sum(self._held_factors(int(client)) for client in clients)
 
-    def gap(self, plan: Plan, reply: Reply) -> None:
+    def trained_rows(self, plan: Plan, reply: Reply) -> None:
         return None  # factors begin anew each round
 
     def traffic(self, client: int) -> tuple[int, int]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from fedmerge_peft import spill
 
-def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None = None) -> Tensor:
+
+def group_by_direction(deltas: Tensor | Iterable[Tensor], most: int, seed: int, count: int | None = None) -> Tensor:
     """k-means of the clients' updates, centred and normalised; all must have started from the same adapter.
 
     With one common adapter, what clients share cancels in the mean, and what is left of an update says what its client
@@ -16,7 +20,7 @@ def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None =
     direction agrees with the others' of its group (``agreement``).
 
     Args:
-        deltas: ``(clients, P)``, sent minus trained, or their mean over several rounds.
+        deltas: ``(clients, P)``, sent minus trained, or their mean over several rounds; or some columns of it after the others.
         most: How many groups there may be.
         seed: For the starts of k-means.
         count: How many groups to make; None to let the agreement tell.
@@ -24,29 +28,28 @@ def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None =
     Returns:
         The group of each client, ``(clients,)`` int64, from 0.
     """
-    directions = _directions(deltas)
+    cosines = _cosines(deltas)
     if count is not None:
-        return k_means(directions, min(count, most), seed)
-    found = [k_means(directions, groups, seed) for groups in range(1, min(most, len(deltas)) + 1)]
-    scores = [agreement(directions, groups) for groups in found]
+        return k_means(cosines, min(count, most), seed)
+    found = [k_means(cosines, groups, seed) for groups in range(1, min(most, len(cosines)) + 1)]
+    scores = [agreement(cosines, groups) for groups in found]
     return found[scores.index(max(scores))]
 
 
-def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
+def split_by_direction(deltas: Sequence[Tensor], seed: int) -> Tensor:
     """The two groups of the clients' updates, ``(clients,)`` int64, by direction."""
-    return k_means(_directions(deltas), 2, seed)
+    return k_means(_cosines(columns_of(deltas)), 2, seed)
 
 
-def agreement(directions: Tensor, groups: Tensor) -> float:
+def agreement(cosines: Tensor, groups: Tensor) -> float:
     """Mean cosine of each client's direction and the mean direction of the others in its group; 0 for a client alone.
 
     Too few groups mix what differs; too many leave each client few others to learn from. So it is largest in between.
 
     Args:
-        directions: ``(clients, P)``, of length 1.
+        cosines: ``(clients, clients)``.
         groups: ``(clients,)``.
     """
-    cosines = directions @ directions.T
     others = (groups[:, None] == groups).double().fill_diagonal_(0.0)
     count = others.sum(dim=1)
     along = (others * cosines).sum(dim=1)
@@ -54,15 +57,41 @@ def agreement(directions: Tensor, groups: Tensor) -> float:
     return float(torch.where((count > 0) & (length > 0), along / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0).mean())
 
 
-def _directions(deltas: Tensor) -> Tensor:
-    centred = deltas.double() - deltas.double().mean(dim=0)
-    return torch.nn.functional.normalize(centred, dim=1, eps=torch.finfo(torch.float64).tiny)
+def _cosines(deltas: Tensor | Iterable[Tensor]) -> Tensor:
+    """Of each two centred updates, ``(clients, clients)`` float64; 0 for one of length zero."""
+    products = inner_products(deltas)
+    lengths = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return products / lengths[:, None] / lengths
 
 
-def k_means(vectors: Tensor, groups: int, seed: int) -> Tensor:
-    """The group of each vector ``(m, P)`` (centred, for precision), ``(m,)`` int64: at most ``groups``, the best of twenty starts."""
+def inner_products(vectors: Tensor | Iterable[Tensor]) -> Tensor:
+    """Of vectors ``(m, P)`` less their mean, ``(m, m)`` float64; they may come as some columns after the others."""
+    total: Tensor | None = None
+    for part in columns_of(vectors) if isinstance(vectors, Tensor) else vectors:
+        centred = part.double() - part.double().mean(dim=0)
+        total = centred @ centred.T if total is None else total.addmm_(centred, centred.T)
+    if total is None:
+        raise ValueError("no vectors")
+    return total
+
+
+def columns_of(rows: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
+    """Rows ``(m, P)`` as some columns ``(m, c)`` after the others, a chunk of memory each."""
+    width = max(1, spill.CHUNK // (8 * len(rows)))
+    for start in range(0, len(rows[0]), width):
+        yield torch.stack([row[start : start + width] for row in rows])
+
+
+def k_means(products: Tensor, groups: int, seed: int) -> Tensor:
+    """The group of each vector, ``(m,)`` int64: at most ``groups``, the best of twenty starts.
+
+    Args:
+        products: The vectors' inner products (centred, for precision), ``(m, m)`` float64.
+        groups: How many groups.
+        seed: For the starts.
+    """
     # Distances are all that k-means sees: the eigenvectors of the m × m inner products keep them, at m columns for P.
-    values, directions = torch.linalg.eigh(vectors @ vectors.T)
+    values, directions = torch.linalg.eigh(products)
     points = directions * values.clamp_min(0).sqrt()
-    means = KMeans(min(groups, len(vectors)), n_init=20, random_state=seed % 2**32)
+    means = KMeans(min(groups, len(products)), n_init=20, random_state=seed % 2**32)
     return torch.from_numpy(means.fit_predict(points.numpy())).long()

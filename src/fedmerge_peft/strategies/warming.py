@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
-from fedmerge_peft.state import Stateful
+from fedmerge_peft import spill
+from fedmerge_peft.spill import Spill, side_by_side
+from fedmerge_peft.state import State, Stateful, described, fitting
 from fedmerge_peft.strategies.base import Start
 
 
 class MeanUpdates(Stateful):
-    """δ̄_i: each client's mean update over the rounds in which it replied, whoever else did."""
-
-    remembers = ("_sums", "_counts")
+    """δ̄_i: each client's mean update over the rounds in which it replied, whoever else did. Takes a row for each that has replied."""
 
     def __init__(self, start: Start) -> None:
-        self._sums = torch.zeros(start.clients, start.layout.size)
+        self._size = start.layout.size
         self._counts = torch.zeros(start.clients)
+        self._sums: dict[int, Tensor] = {}
+        self._spill = Spill()
 
     def add(self, clients: Tensor, deltas: Tensor) -> None:
         """Remember one round's updates ``(k, P)`` of these clients ``(k,)``."""
-        self._sums[clients] += deltas
         self._counts[clients] += 1
+        for client, delta in zip(clients.tolist(), deltas, strict=True):
+            if client in self._sums:
+                self._sums[client] += delta
+            else:
+                self._sums[client] = self._spill.keep(delta)
 
     def put(self, clients: Tensor, deltas: Tensor) -> None:
         """Remember these updates in place of what these clients sent before."""
-        self._sums[clients] = deltas
-        self._counts[clients] = 1
+        for client in clients.tolist():
+            if client in self._sums:
+                self._sums[client].zero_()
+        self._counts[clients] = 0
+        self.add(clients, deltas)
 
     @property
     def clients(self) -> Tensor:
@@ -35,5 +46,31 @@ class MeanUpdates(Stateful):
 
     def means(self) -> Tensor:
         """δ̄ of those who have replied, ``(k, P)``."""
-        seen = self.clients
-        return self._sums[seen] / self._counts[seen, None]
+        return self._rows() / self._counts[self.clients, None]
+
+    def columns(self) -> Iterator[Tensor]:
+        """Some columns of ``means()`` after the others, ``(k, c)`` each."""
+        counts = self._counts[self.clients, None]
+        width = max(1, spill.CHUNK // (8 * len(counts)))
+        for start in range(0, self._size, width):
+            yield torch.stack([row[start : start + width] for row in self._ascending()]) / counts
+
+    def state(self) -> State:
+        return {"sums": self._rows(), "counts": self._counts}
+
+    def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
+        if state.keys() != {"sums", "counts"}:
+            raise ValueError(f"{', '.join(sorted(state.keys() ^ {'sums', 'counts'}))}: on one side only")
+        sums, counts = state["sums"], fitting("counts", self._counts, state["counts"])
+        clients = torch.nonzero(counts).flatten() if isinstance(counts, Tensor) else torch.empty(0)
+        if not isinstance(sums, Tensor) or sums.shape != (len(clients), self._size) or sums.dtype != torch.float32:
+            raise ValueError(f"sums: {described(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected")
+        self._sums, self._spill = {}, Spill()
+        self.add(clients, sums)
+        self._counts = counts if isinstance(counts, Tensor) else self._counts
+
+    def _ascending(self) -> list[Tensor]:
+        return [self._sums[client] for client in sorted(self._sums)]
+
+    def _rows(self) -> Tensor:
+        return side_by_side(self._ascending()) if self._sums else torch.zeros(0, self._size)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.checkpoint import FREE
+from fedmerge_peft.clock import spent
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import RecipeError, ResumeError
 from fedmerge_peft.files import held
@@ -88,17 +89,19 @@ class Federation:
 
         def visits() -> Iterator[tuple[int, Plan, Served | None]]:
             for client in cohort:
-                plans[client] = self.strategy.plan(client)
-                yield client, plans[client], self.strategy.served(client) if measure else None
+                with spent("server"):
+                    plans[client], served = self.strategy.plan(client), self.strategy.served(client) if measure else None
+                yield client, plans[client], served
 
         self.engine.backbone.set_base(self.strategy.base)
         replies: list[Reply] = []
         trained: dict[int, Tensor] = {}
         deltas, rows = Spill(), Spill()
         for reply in self.engine.exchange(number, visits()):
-            if (shared := self.strategy.trained_rows(plans.pop(reply.client), reply)) is not None:
-                trained[reply.client] = rows.keep(shared)
-            replies.append(replace(reply, deltas=deltas.keep(reply.deltas)))
+            with spent("server"):
+                if (shared := self.strategy.trained_rows(plans.pop(reply.client), reply)) is not None:
+                    trained[reply.client] = rows.keep(shared)
+                replies.append(replace(reply, deltas=deltas.keep(reply.deltas)))
             if on_client is not None:
                 on_client(reply)
         served = self._scores((reply.client, reply.served) for reply in replies if reply.served is not None)
@@ -107,10 +110,11 @@ class Federation:
             on_measured(self.completed, served)
         traffic = [self.strategy.traffic(client) for client in cohort]
 
-        self.strategy.update(replies)
+        with spent("server"):
+            self.strategy.update(replies)
+            gaps = [self.strategy.gap(reply, trained[reply.client]) for reply in replies if reply.client in trained]
         self.completed = number
         learns = self.strategy.learns_weights
-        gaps = [self.strategy.gap(reply, trained[reply.client]) for reply in replies if reply.client in trained]
         examples = sum(reply.size for reply in replies)
         return RoundRecord(
             round=number,
@@ -250,13 +254,17 @@ def _finish(
     """The rounds that are left, then the final scores."""
 
     def keep_best(completed: int, scores: Scores) -> None:
-        run.offer_best(completed, scores, federation.strategy)
+        with spent("save"):
+            run.offer_best(completed, scores, federation.strategy)
 
-    for record in federation.rounds(on_client, keep_best):
-        run.append(record, federation.strategy)
-        if on_round is not None:
-            on_round(record)
-    final = federation.measure()
-    if final is not None:
-        run.offer_best(federation.completed, final, federation.strategy)
-    run.finish(final)
+    with spent("other"):
+        for record in federation.rounds(on_client, keep_best):
+            with spent("save"):
+                run.append(record, federation.strategy)
+            if on_round is not None:
+                on_round(record)
+        final = federation.measure()
+        if final is not None:
+            keep_best(federation.completed, final)
+        with spent("save"):
+            run.finish(final)

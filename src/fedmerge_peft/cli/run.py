@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedmerge_peft.cli.stopping import Stop
+    from fedmerge_peft.clock import Clock
     from fedmerge_peft.run import Run
 
 
@@ -26,6 +27,7 @@ def run(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME. It must be new or empty.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say in the end where the rounds' time went.")] = False,
 ) -> None:
     """Run a federation, and its baselines, from a recipe.
 
@@ -38,6 +40,7 @@ def run(
     from rich.console import Console
 
     from fedmerge_peft.cli.logs import log_to
+    from fedmerge_peft.clock import timing
     from fedmerge_peft.errors import RunExistsError
     from fedmerge_peft.federation import federate
     from fedmerge_peft.run import Run
@@ -50,9 +53,12 @@ def run(
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
     console = Console(highlight=False)
     log_to(Console(stderr=True, highlight=False))
-    finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
+    with timing() as clock:
+        finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
     if not quiet:
         _show(finished, recipe, overrides or [], console)
+    if profile:
+        _show_profile(clock, console)
 
 
 @app.command()
@@ -150,6 +156,19 @@ def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None
     console.print(f"run directory: {run.path}\n\nnext:", soft_wrap=True, markup=False)
     for command, why in _next(run, recipe, overrides):
         console.print(f"  {command}   # {why}", soft_wrap=True, markup=False)
+
+
+def _show_profile(clock: Clock, console: Console) -> None:
+    from rich.table import Table
+
+    total = sum(clock.seconds.values())
+    table = Table(title=f"where the time went: {100 * clock.overhead:.1f} % neither training nor evaluation", title_justify="left")
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for part, seconds in clock.seconds.items():
+        table.add_row(part, f"{seconds:.2f}", f"{100 * seconds / total:.1f} %")
+    console.print(table)
 
 
 def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:

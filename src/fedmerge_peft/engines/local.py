@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.backbone import Backbone, load_backbone, model_folder
+from fedmerge_peft.clock import spent
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.errors import ClientError, FedMergeError, RecipeError
 from fedmerge_peft.recipe import Recipe
@@ -153,7 +154,8 @@ class LocalEngine:
                 return self._losses(visits[number].client, row)
 
         plans = [visit.requests(self.recipe.seed) for visit in visits]
-        done = carry_out_together(plans, partial(self._train, visits), losses)
+        with spent("train"):
+            done = carry_out_together(plans, partial(self._train, visits), losses)
         for visit, scores, work in zip(visits, before, done, strict=True):
             with visit.working():
                 if not bool(torch.isfinite(work.deltas).all()):
@@ -223,11 +225,12 @@ class LocalEngine:
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
         scores: dict[str, float] = {}
-        for part, indices in (("validation", client.validation), ("test", client.test)):
-            if len(indices):
-                batch_size = self.recipe.evaluation.batch_size
-                found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
-                scores |= {f"{part}_{name}": value for name, value in found.items()}
+        with spent("evaluate"):
+            for part, indices in (("validation", client.validation), ("test", client.test)):
+                if len(indices):
+                    batch_size = self.recipe.evaluation.batch_size
+                    found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
+                    scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores
 
 

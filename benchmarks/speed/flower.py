@@ -24,11 +24,11 @@ def rows() -> Iterator[Row]:
     for batch in (1, BATCH):
         ours = engine(CLIENTS, EXAMPLES, f"training.batch_size={batch}", "evaluation.every=1", tests=TESTS)
         federation = rounds(ours).rounds()
-        taken: dict[str, list[float]] = {"round": [], "Flower": []}
         next(federation)
-        for _ in range(2):
-            taken["Flower"].append(median(simulated(batch)))
-            taken["round"].append(median(race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]))
+        before = race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]
+        theirs = simulated(batch)
+        after = race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]
+        taken = {"round": [median(pair) for pair in zip(before, after, strict=True)], "Flower": theirs}
         many = ours.clients_per_batch
         yield faster(
             f"c. a round of 16 clients over Flower's simulation; batch {batch}, {many} client{'s' * (many > 1)} a pass",

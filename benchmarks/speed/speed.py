@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
-import re
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,10 +25,8 @@ import flower
 import scale
 import server
 import startup
-import torch
+from pages import sections, stamp
 from timing import Row
-
-from fedmerge_peft import environment
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed.md"
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -49,23 +44,6 @@ _HEAD = (
     "clients). Both ways take turns in one process; the ratio is the median over the repeats, with the smallest and the largest. "
     "MiniLM (22 M parameters), 32 tokens an example, LoRA of rank 8 on query and value.\n"
 )
-
-
-def stamp() -> str:
-    """Date, commit, versions and machine of these rows."""
-    source = environment.source(Path(environment.__file__).parent)
-    dirty = " (dirty)" if source.get("dirty") else ""
-    where = f"commit {source['commit'][:7]}{dirty}" if source else "unknown commit"
-    threads = torch.get_num_threads()
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{environment.processor()} with {threads} thread{'s' * (threads != 1)} beside other work."
-    )
-
-
-def sections(page: str) -> dict[str, str]:
-    """What an earlier page says of each row."""
-    return dict(re.findall(r"^## (\w+)\n\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
 
 
 def main() -> None:

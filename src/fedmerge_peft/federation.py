@@ -84,8 +84,7 @@ class Federation:
         every = self.recipe.evaluation.every
         measure = number % every == 0 or number in (1, self.recipe.rounds)
         cohort = self.cohort(number)
-        plans: dict[int, Plan] = {}
-        """Of those whose reply has not come yet."""
+        plans: dict[int, Plan] = {}  # of those whose reply has not come yet
 
         def visits() -> Iterator[tuple[int, Plan, Served | None]]:
             for client in cohort:

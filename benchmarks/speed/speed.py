@@ -56,23 +56,23 @@ def main() -> None:
     logging.getLogger("fedmerge_peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
-    found = sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in options.rows or ROWS:
         lines = []
         for row in ROWS[name]():
             print(row, flush=True)
             lines.append(str(row))
-        if lines:
-            about = (ROWS[name].__doc__ or "").split("\n")[0]
-            found[name] = (
-                f"{about}\n\n| what | ratio | over the repeats | medians | wanted |\n|---|---|---|---|---|\n"
-                + "\n".join(lines)
-                + f"\n\n{stamp()}\n\n"
-            )
-        if options.write:
-            RESULTS.write_text(
-                _HEAD + "".join(f"\n## {each}\n\n{found[each].rstrip()}\n" for each in ROWS if each in found), encoding="utf-8"
-            )
+        if lines and options.write:
+            write(name, lines)
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Put a row's lines into the page, in place of what it said; other programs may write other rows meanwhile."""
+    about = (ROWS[name].__doc__ or "").split("\n")[0]
+    table = "| what | ratio | over the repeats | medians | wanted |\n|---|---|---|---|---|\n" + "\n".join(lines)
+    found = sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    found[name] = f"{about}\n\n{table}\n\n{stamp()}"
+    page = _HEAD + "".join(f"\n## {each}\n\n{found[each].rstrip()}\n" for each in ROWS if each in found)
+    RESULTS.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

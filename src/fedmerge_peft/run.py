@@ -4,6 +4,7 @@ recipe.yaml             the recipe, defaults written out
 environment.json        start, versions, git commit, device, precision; the same of each time the run went on after an interruption
 clients.json            name, group and number of examples of each client
 task.json               names of the labels in the order of their ids, and the format of texts, as the data told them
+labels.json             how many training examples of each label each client has, where examples have labels
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object a round
 weights/                π after each round
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 _WRITTEN = re.compile(
     r"(baselines/[^/]+/)*"
-    r"((recipe\.yaml|(environment|clients|task|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
+    r"((recipe\.yaml|(environment|clients|task|labels|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
     r"|(best/)?(soup|weights)\.safetensors|best/scores\.json|checkpoint/round-\d+(\.soup)?\.safetensors)"
 )
 """Every file of a run directory, by its path there."""
@@ -192,6 +193,17 @@ class Run:
         if (self.path / "summary.json").exists() and (final := self.summary["final"]["served"]):
             frame = frame.join(pd.DataFrame.from_dict(final["clients"], orient="index"))
         return frame
+
+    @property
+    def label_counts(self) -> pd.DataFrame | None:
+        """Training examples, clients × labels; None where examples have no labels, and for older runs."""
+        import pandas as pd
+
+        path = self.path / "labels.json"
+        if not path.is_file():
+            return None
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return pd.DataFrame(said["counts"], index=[client["name"] for client in self._clients], columns=said["labels"])
 
     @property
     def weights(self) -> pd.DataFrame:

@@ -74,7 +74,7 @@ def test_what_the_hub_refuses_is_one_message(run, hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
-    with pytest.raises(RunError, match="403 Forbidden: you have no write token. Later"):
+    with pytest.raises(RunError, match=r"403 Forbidden: you have no write token\. Later"):
         push_to_hub(folder, "me/mine")
 
 

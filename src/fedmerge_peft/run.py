@@ -12,6 +12,7 @@ soup.safetensors        the adapters after the last finished round, and what the
 weights.safetensors     π after the last finished round
 best/                   soup and weights at the lowest mean validation loss over all clients
 summary.json            the final and the best scores; there once the run has ended
+tracking/               what experiment trackers wrote (tracking.py)
 checkpoint/             what the run needs to go on after an interruption (checkpoint.py)
 baselines/<strategy>/   the same again for each baseline
 """
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _WRITTEN = re.compile(
     r"(baselines/[^/]+/)*"
     r"((recipe\.yaml|(environment|clients|task|labels|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
-    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json|checkpoint/round-\d+(\.soup)?\.safetensors)"
+    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
 )
 """Every file of a run directory, by its path there."""
 _TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")

@@ -58,7 +58,9 @@ def run(
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="rounds=N or evaluation.every=N; no others.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Of rounds, evaluation.every, tracking; no others.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
 ) -> None:
     """Go on with a run that was interrupted, or give an ended one more rounds.

@@ -34,8 +34,8 @@ def advice(run: Run) -> list[Advice]:
 
 def _unfinished(run: Run) -> Iterator[Advice]:
     if command := run.resume_command:
-        done = len(run.records)
-        missing = f"{done} of {run.recipe.rounds} rounds are done" if done < run.recipe.rounds else "its own rounds are done, those of its baselines are not"
+        done, rounds = len(run.records), run.recipe.rounds
+        missing = f"{done} of {rounds} rounds are done" if done < rounds else "its own rounds are done, those of its baselines are not"
         yield Advice(f"the run has not ended: {missing}", command)
 
 

@@ -140,7 +140,7 @@ def client_card(merged: MergedAdapter, base: str, hub_base: str | None, place: s
         weights=", ".join(f"adapter {number}: {weight:.3f}" for number, weight in enumerate(merged.weights.tolist())),
         scores=_scores(merged.scores),
         round=merged.round,
-        rank=merged.saved()[1]["r"],
+        rank=run.adapter_config["r"],
         adapters=len(merged.soup),
         example=_example(run, base, load, ""),
     )  # fmt: skip
@@ -153,7 +153,7 @@ def soup_card(run: Run, base: str, hub_base: str | None, folder: str, repo: str 
     means = {metric: [each[metric] for each in scores.values() if metric in each] for metric in names}
     mean = {metric: math.fsum(values) / len(values) for metric, values in means.items()}
     place = repr(folder) if repo is None else f"snapshot_download({repo!r})"
-    load = _SOUP_LOAD.format(place=place, client=repr(str(run.clients.index[0])))
+    load = _SOUP_LOAD.format(place=place, client=repr(run.client_names[0]))
     fetch = "" if repo is None else "from huggingface_hub import snapshot_download\n"
     return _card(
         _SOUP, _data(run, hub_base, f"{run.recipe.name}: soup", {}), run, base,
@@ -179,7 +179,7 @@ def _card(template: str, data: Any, run: Run, base: str, **said: Any) -> ModelCa
         template_str=template,
         base=base,
         method=run.recipe.strategy.name,
-        clients=len(run.clients),
+        clients=len(run.client_names),
         project=_PROJECT,
         recipe=_recipe(run, base),
         **said,

@@ -52,7 +52,10 @@ def export_client(
 def export_all(run: Run, folder: Path | str, *, best: bool = False, base_model_id: str | None = None, repo: str | None = None) -> Path:
     """Write the adapters of all clients, each into a folder of its own (``folder_name``) below this one; as ``export_client``."""
     folder = Path(folder)
-    merged = [run.client(client, best=best) for client in run.clients.index]
+    soup, weights = run.state(best=best)
+    scores, after = run.scores(best=best), run.round(best=best)
+    each_of = zip(run.client_names, weights, strict=True)
+    merged = [MergedAdapter(run, client, soup, row, after, scores.get(client, {})) for client, row in each_of]
     Run.check_free(folder)
     for each in merged:
         below = folder / folder_name(each.name)
@@ -69,7 +72,7 @@ def export_soup(run: Run, folder: Path | str, *, best: bool = False, base_model_
     for number, row in enumerate(soup.rows):
         state = soup.state_dict(row)
         write_adapter(folder / f"adapter-{number}", *(with_base(state, config, soup.base) if soup.base else (state, config)))
-    rows = {client: row.tolist() for client, row in zip(run.clients.index, weights, strict=True)}
+    rows = {client: row.tolist() for client, row in zip(run.client_names, weights, strict=True)}
     write_json(folder / "weights.json", {"round": run.round(best=best), "clients": rows})
     base, hub = base_model(run, base_model_id)
     card = soup_card(run, base, hub, str(folder), repo, adapters=len(soup), best=best)
@@ -146,7 +149,9 @@ def vllm_says(run: Run) -> str:
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         return f"vLLM does not serve this adapter: {'; '.join(why)}"
-    return f"vLLM serves it with --enable-lora --max-lora-rank {enough} (rank {max(ranks)}; the base model by just the name in its config)"
+    return (
+        f"vLLM, where it has LoRA for this model: --enable-lora --max-lora-rank {enough} (rank {max(ranks)}; same name of the base model)"
+    )
 
 
 def folder_name(client: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.merging import concat, with_base
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.backbone import load_model, model_folder, quiet
+from fedmerge_peft.errors import RunError
 from fedmerge_peft.run import Run, write_adapter
 from fedmerge_peft.tasks.text import choose_length, load_part, load_tokenizer, pad_token_of, token_limit
 from fedmerge_peft.training.device import choose_device
@@ -48,7 +49,10 @@ class _Head(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """θ = π Θ, one adapter of a run; ``run.client(name)`` and ``run.merge({...})`` make them."""
+    """θ = π Θ, one adapter of a run; ``run.client(name)`` and ``run.merge({...})`` make them.
+
+    Raises ``RunError`` for runs of ``fedem``, whose clients have none.
+    """
 
     run: Run
     name: str
@@ -60,6 +64,13 @@ class MergedAdapter:
     """After how many rounds."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """What a client was measured at on its own examples, such as ``test_accuracy``; empty for mixtures, and where it was not measured."""
+
+    def __post_init__(self) -> None:
+        if self.run.recipe.strategy.name == "fedem":
+            raise RunError(
+                f"{self.run.path}: fedem mixes what its adapters predict, so a client has no single adapter. Load each row of run.soup.rows "
+                "as run.soup.state_dict(row), and average their probabilities by run.weights.loc[client]"
+            )
 
     @property
     def row(self) -> Tensor:

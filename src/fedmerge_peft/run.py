@@ -35,7 +35,6 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.files import read_tensors, write_json, write_tensors, writing
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.strategies import FedEM
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -196,6 +195,11 @@ class Run:
         return frame
 
     @property
+    def client_names(self) -> list[str]:
+        """The clients' names, in the order of the rows of π."""
+        return [str(client["name"]) for client in self._clients]
+
+    @property
     def label_counts(self) -> pd.DataFrame | None:
         """Training examples, clients × labels; None where examples have no labels, and for older runs."""
         import pandas as pd
@@ -204,15 +208,14 @@ class Run:
         if not path.is_file():
             return None
         said = json.loads(path.read_text(encoding="utf-8"))
-        return pd.DataFrame(said["counts"], index=[client["name"] for client in self._clients], columns=said["labels"])
+        return pd.DataFrame(said["counts"], index=self.client_names, columns=said["labels"])
 
     @property
     def weights(self) -> pd.DataFrame:
         """π after the last finished round: clients × adapters."""
         import pandas as pd
 
-        names = [client["name"] for client in self._clients]
-        return pd.DataFrame(read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=names)
+        return pd.DataFrame(read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=self.client_names)
 
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
         """π ``(clients, adapters)`` after each finished round."""
@@ -229,8 +232,11 @@ class Run:
 
         ``run.client("north-clinic").pipeline()("my order has not come")``
         """
-        weights = self._row_of(name, self.state(best=best)[1])
-        return self._merged(name, weights, best, self.scores(best=best).get(name, {}))
+        from fedmerge_peft.merged import MergedAdapter
+
+        soup, weights = self.state(best=best)
+        row = self._row_of(name, weights)
+        return MergedAdapter(self, name, soup, row, self.round(best=best), self.scores(best=best).get(name, {}))
 
     def merge(self, shares: Mapping[str | int, float], *, best: bool = False) -> MergedAdapter:
         """What if: an adapter of any mixture.
@@ -245,8 +251,10 @@ class Run:
         Raises:
             RunError: No such adapter or client, a negative or infinite part, or parts that are all 0.
         """
-        known = self.state(best=best)[1]
-        adapters = known.shape[1]
+        from fedmerge_peft.merged import MergedAdapter
+
+        soup, known = self.state(best=best)
+        adapters = len(soup)
         parts = torch.tensor([float(share) for share in shares.values()])
         if not (bool(torch.isfinite(parts).all()) and bool((parts >= 0).all()) and float(parts.sum()) > 0):
             raise RunError(f"{dict(shares)} is no mixture: give parts of at least 0, not all of them 0")
@@ -254,7 +262,7 @@ class Run:
             raise RunError(f"{self.path} has no adapter {wrong[0]}; it has 0 to {adapters - 1}")
         rows = [torch.eye(adapters)[key] if isinstance(key, int) else self._row_of(key, known) for key in shares]
         name = " + ".join(f"{float(part):.2g} {key}" for key, part in zip(shares, parts / parts.sum(), strict=True))
-        return self._merged(name, (parts / parts.sum()) @ torch.stack(rows), best, {})
+        return MergedAdapter(self, name, soup, (parts / parts.sum()) @ torch.stack(rows), self.round(best=best))
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
         """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` where it has none."""
@@ -271,18 +279,8 @@ class Run:
             raise RunError(f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last")
         return AdapterSoup.load(folder / "soup.safetensors"), read_tensors(folder / "weights.safetensors")["weights"]
 
-    def _merged(self, name: str, weights: Tensor, best: bool, scores: Mapping[str, float]) -> MergedAdapter:
-        from fedmerge_peft.merged import MergedAdapter
-
-        if isinstance(self.recipe.strategy, FedEM):
-            raise RunError(
-                f"{self.path}: fedem mixes what its adapters predict, so a client has no single adapter. Load each row of run.soup.rows as "
-                "run.soup.state_dict(row), and average the probabilities that they give by run.weights.loc[client]"
-            )
-        return MergedAdapter(self, name, self.state(best=best)[0], weights, self.round(best=best), scores)
-
     def _row_of(self, client: str, weights: Tensor) -> Tensor:
-        names = [entry["name"] for entry in self._clients]
+        names = self.client_names
         if client not in names:
             raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
         return weights[names.index(client)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,8 +46,8 @@ def check_trackers(recipe: Recipe) -> None:
 class Tracking:
     """Trackers of one run; one that fails later on is left out with a warning, as it must not cost the run."""
 
-    def __init__(self, accelerator: Accelerator | None) -> None:
-        self._accelerator = accelerator
+    def __init__(self, trackers: Iterable[Any] = ()) -> None:
+        self._trackers = list(trackers)
 
     def record(self, record: RoundRecord) -> None:
         """A finished round."""
@@ -69,13 +69,20 @@ class Tracking:
         self._log(_scores("final", scores), rounds)
 
     def _log(self, values: dict[str, float | None], step: int) -> None:
-        known = {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
-        for tracker in list(self._accelerator.trackers) if self._accelerator and known else []:
+        if known := {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}:
+            self._each(lambda tracker: tracker.log(known, step=step))
+
+    def finish(self) -> None:
+        """Have the trackers write what they still hold."""
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, do: Callable[[Any], object]) -> None:
+        for tracker in list(self._trackers):
             try:
-                tracker.log(known, step=step)
+                do(tracker)
             except Exception as error:
                 log.warning("tracking: %s failed and is left out from now on: %s: %s", tracker.name, type(error).__name__, error)
-                self._accelerator.trackers.remove(tracker)  # type: ignore[union-attr]
+                self._trackers.remove(tracker)
 
 
 @contextmanager
@@ -91,7 +98,7 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
         RunError: A tracker does not start.
     """
     if not recipe.tracking:
-        yield Tracking(None)
+        yield Tracking()
         return
     from accelerate import Accelerator
 
@@ -111,10 +118,11 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"tracking: {', '.join(recipe.tracking)} does not start: {reason}") from error
+    tracked = Tracking(trackers.trackers)
     try:
-        yield Tracking(trackers)
+        yield tracked
     finally:
-        trackers.end_training()
+        tracked.finish()
 
 
 def _scores(kind: str, scores: Scores | None) -> dict[str, float | None]:

@@ -82,7 +82,7 @@ def test_the_verb_writes_says_vllms_flag_and_what_comes_next(run, fedmerge, tmp_
     code, out, err = fedmerge(run.path, "--client", "client 1", "--to", tmp_path / "mine", "--base-model-id", "acme/base")
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == f"wrote {tmp_path / 'mine'}, after round 2"
-    assert "vLLM serves it with --enable-lora --max-lora-rank 8 (rank 2;" in out
+    assert "vLLM, where it has LoRA for this model: --enable-lora --max-lora-rank 8 (rank 2;" in out
     assert f"cat {tmp_path / 'mine' / 'README.md'}" in out
 
 

@@ -59,5 +59,5 @@ def export(
     if push is not None:
         print(f"pushed: {push_to_hub(written, push, private=private)}")
     else:
-        card = written / ("README.md" if not all_clients else f"{folder_name(str(opened.clients.index[0]))}/README.md")
+        card = written / ("README.md" if not all_clients else f"{folder_name(opened.client_names[0])}/README.md")
         print(printable(f"\nnext:\n  cat {shlex.quote(str(card))}   # the lines that load it, with peft and transformers alone"))

@@ -159,7 +159,7 @@ def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
     from fedmerge_peft.recipe.loading import shipped
 
     same = shlex.join([recipe, *overrides])
-    commands = [(f"fedmerge data {same}", "which client holds which labels")]
+    commands = [(f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, what to do")]
     if run.recipe.strategy.name == "fedmerge":
         commands.append((f"fedmerge run {same} strategy.adapters=3 --out {shlex.quote(f'{run.path}-3')}", "a smaller soup"))
     else:

@@ -68,8 +68,8 @@ class MergedAdapter:
     def __post_init__(self) -> None:
         if self.run.recipe.strategy.name == "fedem":
             raise RunError(
-                f"{self.run.path}: fedem mixes what its adapters predict, so a client has no single adapter. Load each row of run.soup.rows "
-                "as run.soup.state_dict(row), and average their probabilities by run.weights.loc[client]"
+                f"{self.run.path}: fedem mixes what its adapters predict, so a client has no single adapter. Load each row of run.soup.rows"
+                " as run.soup.state_dict(row), and average their probabilities by run.weights.loc[client]"
             )
 
     @property

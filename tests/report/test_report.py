@@ -11,7 +11,7 @@ from fedmerge_peft import RunError, federate, load_run
 from fedmerge_peft.cli import main
 from fedmerge_peft.report import render, write_report
 from fedmerge_peft.report.advice import advice
-from fedmerge_peft.report.figures import figures, similar_order
+from fedmerge_peft.report.figures import alike, figures, similar_order
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -73,7 +73,18 @@ def test_the_page_loads_nothing_and_runs_nothing(run):
 
 def test_a_finished_run_has_all_its_figures(run):
     titles = [figure.title for figure in figures(run)]
-    for word in ("test accuracy", "who is made of", "as they moved", "Labels", "Mass", "Entropy", "Local-global gap", "Traffic", "Time"):
+    for word in (
+        "test accuracy",
+        "who is made of",
+        "as they moved",
+        "Labels",
+        "Similarity",
+        "Mass",
+        "Entropy",
+        "Local-global gap",
+        "Traffic",
+        "Time",
+    ):
         assert [title for title in titles if word in title], word
 
 
@@ -104,6 +115,8 @@ def test_several_runs_share_a_page_with_a_section_each(run):
     page = Page(render([run, run.baselines["fedavg"]]))
     assert page.tags.count("section") == 2
     assert [value for name, value in page.attributes if name == "href"] == ["#run-1", "#run-2"]
+    first = page.text.index(f"{run.summary['final']['served']['mean']:.3f}")
+    assert first < page.text.index("rounds done")
 
 
 @pytest.mark.parametrize("strategy", ["local", "fedem", "flora", "fedavg"])
@@ -143,6 +156,11 @@ def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path)
         assert all(-1 <= float(x) <= 440 for x in re.findall(r'\b(?:x|x1|x2|cx)="(-?[\d.]+)"', inner))
         assert all(0 <= float(x) <= 440 and 0 <= float(y) <= 1000 for x, y in re.findall(r"M([\d.]+) ([\d.]+)", inner))
     assert len(text) < 2_000_000
+
+
+def test_clients_are_alike_by_what_they_have_in_common():
+    found = alike(np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
+    assert found.tolist() == [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]
 
 
 def test_clients_with_like_weights_stand_together():

@@ -73,7 +73,9 @@ def _said(run: Run) -> dict[str, Any]:
             ("worst tenth begins at", _number(worst)),
             (f"worst client, {scores['worst_client']}", _number(scores["worst"])),
         ]
-    tiles += [("MB sent to a client", _number(sent)), ("seconds", _number(sum(record["seconds"] for record in run.records)))]
+    seconds = sum(record["seconds"] for record in run.records)
+    tiles += [("MB sent to a client", _number(sent)), ("seconds", _number(seconds))]
+    reached = [scores["metric"].replace("_", " "), _number(scores["mean"]), _number(scores["worst"])] if scores else ["", "–", "–"]
     commit = str(environment.get("commit", ""))[:10]
     facts = {
         "method": recipe.strategy.name + (f", {run.weights.shape[1]} adapters" if run.records else ""),
@@ -88,6 +90,7 @@ def _said(run: Run) -> dict[str, Any]:
     }
     return {
         "name": recipe.name,
+        "beside": [*reached, _number(sent), _number(seconds)],
         "tiles": tiles,
         "facts": {key: value for key, value in facts.items() if value},
         "advice": advice(run),

@@ -16,6 +16,10 @@ from fedmerge_peft.report import svg
 from fedmerge_peft.report.advice import final, percentile
 from fedmerge_peft.run import Run
 
+_MOST_PAIRED = 1500
+"""Clients of which pairs are drawn."""
+_MOST_CELLS = 60
+"""Lines of a picture of pairs."""
 _MOST_ROUNDS = 6
 """Rounds of which π is drawn."""
 
@@ -32,7 +36,15 @@ class Figure:
 def figures(run: Run) -> list[Figure]:
     """All figures that the run's files allow; those without numbers are left out."""
     order = similar_order(run.weights.to_numpy()) if run.records else np.arange(len(run.clients))
-    found = [*_scores(run), *_weights(run, order), *_labels(run, order), *_adapters(run), *_gap(run), *_costs(run)]
+    found = [
+        *_scores(run),
+        *_weights(run, order),
+        *_labels(run, order),
+        *_similarity(run, order),
+        *_adapters(run),
+        *_gap(run),
+        *_costs(run),
+    ]
     return [figure for figure in found if figure.picture]
 
 
@@ -127,6 +139,32 @@ def _labels(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
         "Clients in the order of their merging weights: where weights follow labels, blocks here are blocks there. "
         "Clients may also differ in what they mean by a label, which this figure does not show.",
     )
+
+
+def _similarity(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
+    counts = run.label_counts
+    if counts is None or not run.records or run.weights.shape[1] < 2 or len(order) > _MOST_PAIRED:
+        return
+    held = counts.to_numpy()[order].astype(float)
+    found = {"by merging weights": run.weights.to_numpy()[order], "by labels": held / held.sum(axis=1, keepdims=True).clip(1)}
+    pictures = [(title, _coarse(alike(rows))) for title, rows in found.items()]
+    yield Figure(
+        "Similarity of clients: learned, and by their labels",
+        svg.strip(pictures, label="similarity of clients by merging weights, and by labels"),
+        "Clients against clients, in the order of their merging weights; 1 − ½ ‖p − q‖₁, from none to full colour. The server never saw "
+        "the right picture. Where the left has blocks that the right has not, clients are alike in something else than their labels.",
+    )
+
+
+def alike(rows: NDArray[Any]) -> NDArray[Any]:
+    """1 − ½ ‖p_i − p_j‖₁ of all pairs ``(m, m)`` of rows ``(m, k)`` that sum to 1: 1 for equals, 0 for nothing in common."""
+    return np.stack([1 - np.abs(rows - row).sum(axis=1) / 2 for row in rows])
+
+
+def _coarse(square: NDArray[Any]) -> NDArray[Any]:
+    """At most 60 lines and columns, as the page keeps a cell for each."""
+    across = svg.binned(square, [""] * len(square), _MOST_CELLS)[0].T
+    return svg.binned(across, [""] * len(across), _MOST_CELLS)[0].T
 
 
 def _adapters(run: Run) -> Iterator[Figure]:

@@ -213,14 +213,17 @@ def _scores(scores: Mapping[str, float]) -> dict[str, str]:
 def _example(run: Run, base: str, load: str, imports: str) -> str:
     recipe, labels = run.recipe, run.task["labels"]
     revision = "" if recipe.backbone.revision is None else f", revision={recipe.backbone.revision!r}"
+    tokenizer = recipe.backbone.tokenizer or base
+    for_others = base != recipe.backbone.model  # who then cannot have a folder of this machine
+    trust = ", trust_remote_code=True" if recipe.backbone.trust_remote_code else ""
     return (
         _LOAD[recipe.task.name]
         .format(
             imports=imports,
             labels=_wrapped(labels),
             base=repr(base),
-            options=f'dtype="{recipe.backbone.dtype}"{revision}',
-            processor=repr(recipe.backbone.tokenizer or base),
+            options=f'dtype="{recipe.backbone.dtype}"{revision}{trust}',
+            processor=repr(_portable(tokenizer) if for_others else tokenizer) + trust,
             load=load,
         )
         .strip()

@@ -96,6 +96,15 @@ def test_no_path_of_this_machine_is_in_the_card_once_the_base_model_is_named(fin
     assert "PeftModel.from_pretrained(base, 'acme/mine')" in example(folder / "README.md")
 
 
+def test_a_tokenizer_of_this_machine_is_named_without_its_folder(finished, tmp_path, monkeypatch):
+    run = finished("causal-lm").run
+    backbone = run.recipe.backbone.model_copy(update={"tokenizer": str(tmp_path)})
+    monkeypatch.setitem(vars(run), "recipe", run.recipe.model_copy(update={"backbone": backbone}))
+    folder = export_client(run, CLIENT, tmp_path / "mine", base_model_id="acme/base", repo="acme/mine")
+    assert f"AutoTokenizer.from_pretrained('{tmp_path.name}')" in example(folder / "README.md")
+    assert str(tmp_path) not in (folder / "README.md").read_text()
+
+
 def test_a_repository_of_many_clients_is_loaded_by_subfolder(finished, tmp_path):
     folder = export_all(finished("causal-lm").run, tmp_path / "all", base_model_id="acme/base", repo="acme/all")
     assert "PeftModel.from_pretrained(base, 'acme/all', subfolder='client 0')" in example(folder / "client 0" / "README.md")

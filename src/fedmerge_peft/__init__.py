@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         RunExistsError,
         SweepError,
     )
+    from fedmerge_peft.export import export_all, export_client, export_soup, push_to_hub
     from fedmerge_peft.federation import Federation, federate, resume
+    from fedmerge_peft.merged import MergedAdapter
     from fedmerge_peft.personalization import Personalized, personalize
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores
@@ -46,6 +48,7 @@ __all__ = [
     "DeviceError",
     "FedMergeError",
     "Federation",
+    "MergedAdapter",
     "MergingWeights",
     "Personalized",
     "Recipe",
@@ -62,12 +65,16 @@ __all__ = [
     "compare",
     "concat",
     "expand",
+    "export_all",
+    "export_client",
+    "export_soup",
     "federate",
     "fedmerge_step",
     "load_run",
     "local_global_gap",
     "merge_error",
     "personalize",
+    "push_to_hub",
     "resume",
     "sweep",
 ]
@@ -88,7 +95,9 @@ _HOMES = {
         "SweepError",
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
+    "export": ("export_all", "export_client", "export_soup", "push_to_hub"),
     "federation": ("Federation", "federate", "resume"),
+    "merged": ("MergedAdapter",),
     "personalization": ("Personalized", "personalize"),
     "recipe": ("Recipe",),
     "record": ("RoundRecord", "Scores"),

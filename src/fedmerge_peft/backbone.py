@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def model_folder(model: str, scratch: Path) -> str:
     if model.startswith("tiny:"):
         from fedmerge_peft import tiny
 
-        with _quiet():
+        with quiet():
             try:
                 tiny.write(model.removeprefix("tiny:"), scratch)
             except ValueError as error:
@@ -186,7 +186,7 @@ def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder
         BackboneError: The model cannot be loaded, or cannot carry this adapter; says what would do.
     """
     with seeded(derive(seed, "backbone"), device):
-        model, missing = _load_model(backbone, task, folder, device)
+        model, missing = load_model(backbone, task, folder, device)
         peft_model = _add_adapter(model, lora, task, backbone.model, missing)
     if backbone.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -200,7 +200,23 @@ def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder
     return _with_layout(peft_model)
 
 
-def _load_model(backbone: BackboneRecipe, task: Task, folder: str, device: torch.device) -> tuple[Any, set[str]]:
+class Loads(Protocol):
+    """What loading a model asks of a task."""
+
+    @property
+    def auto_model(self) -> str:
+        """Name of the transformers class."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Names of the labels, in the order of their ids; empty where there are none."""
+
+
+def load_model(backbone: BackboneRecipe, task: Loads, folder: str, device: torch.device) -> tuple[Any, set[str]]:
+    """The pretrained model, with a head for the task's labels, and the names of its tensors that are not pretrained.
+
+    Raises ``BackboneError`` where it cannot be loaded.
+    """
     import transformers
 
     options: dict[str, Any] = {"dtype": getattr(torch, backbone.dtype), "trust_remote_code": backbone.trust_remote_code}
@@ -219,7 +235,7 @@ def _load_model(backbone: BackboneRecipe, task: Task, folder: str, device: torch
         }
     auto_model = getattr(transformers, task.auto_model)
     try:
-        with _quiet():
+        with quiet():
             model, report = auto_model.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()
@@ -234,7 +250,7 @@ def _load_model(backbone: BackboneRecipe, task: Task, folder: str, device: torch
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back transformers' loading bar, and its report of a missing head: that is what we want, not a fault."""
     from transformers.utils import logging as reports
 

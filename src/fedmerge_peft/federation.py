@@ -21,6 +21,7 @@ from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
+from fedmerge_peft.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.writer import RunWriter
 
 
@@ -145,6 +146,7 @@ def federate(
         FedMergeError: Anything else the recipe got wrong; rounds already finished stay on disk, and ``resume`` goes on from them.
     """
     directory = Path(out) if out is not None else Run.default_path(recipe)
+    check_trackers(recipe)
     Run.check_free(directory)
     engine = engine or LocalEngine.from_recipe(recipe)
     with held(directory):
@@ -183,6 +185,7 @@ def resume(
     """
     run = Run.open(path)
     recipe = _continued(run, overrides)
+    check_trackers(recipe)
     with held(run.path):
         if Run.open(run.path).ended and recipe.rounds == run.recipe.rounds:
             raise ResumeError(
@@ -226,11 +229,16 @@ def _federate(
         federation.completed = run.completed
         if on_start is not None:
             on_start(federation, run)
-        _finish(federation, run, on_client, on_round)
+        with tracking(one, path, engine.accelerator) as tracked:
+            _finish(federation, run, tracked, on_client, on_round)
 
 
 def _finish(
-    federation: Federation, run: RunWriter, on_client: Callable[[Reply], None] | None, on_round: Callable[[RoundRecord], None] | None
+    federation: Federation,
+    run: RunWriter,
+    tracked: Tracking,
+    on_client: Callable[[Reply], None] | None,
+    on_round: Callable[[RoundRecord], None] | None,
 ) -> None:
     """The rounds that are left, then the final scores."""
 
@@ -239,9 +247,11 @@ def _finish(
 
     for record in federation.rounds(on_client, keep_best):
         run.append(record, federation.strategy)
+        tracked.record(record)
         if on_round is not None:
             on_round(record)
     final = federation.measure()
     if final is not None:
         run.offer_best(federation.completed, final, federation.strategy)
     run.finish(final)
+    tracked.final(final, federation.completed)

@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from fedmerge_peft import checkpoint as checkpoints
 from fedmerge_peft.environment import environment_of
 from fedmerge_peft.errors import ResumeError, RunError
@@ -160,11 +163,16 @@ def _documents(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
         {"name": each.name, "group": each.group, "train": len(each.train), "validation": len(each.validation), "test": len(each.test)}
         for each in engine.clients
     ]
-    return {
+    documents: dict[str, Any] = {
         "clients.json": clients,
         "task.json": {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)},
         "adapter_config.json": {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True},
     }
+    if engine.task.labels:
+        ids = torch.stack(list(engine.examples.columns["labels"])).numpy()
+        counts = [np.bincount(ids[each.train], minlength=len(engine.task.labels)).tolist() for each in engine.clients]
+        documents["labels.json"] = {"labels": list(engine.task.labels), "counts": counts}
+    return documents
 
 
 def _read(path: Path) -> Any:

@@ -58,7 +58,9 @@ def run(
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="rounds=N or evaluation.every=N; no others.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Of rounds, evaluation.every, tracking; no others.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
 ) -> None:
     """Go on with a run that was interrupted, or give an ended one more rounds.
@@ -157,7 +159,7 @@ def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
     from fedmerge_peft.recipe.loading import shipped
 
     same = shlex.join([recipe, *overrides])
-    commands = [(f"fedmerge data {same}", "which client holds which labels")]
+    commands = [(f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, what to do")]
     if run.recipe.strategy.name == "fedmerge":
         commands.append((f"fedmerge run {same} strategy.adapters=3 --out {shlex.quote(f'{run.path}-3')}", "a smaller soup"))
     else:

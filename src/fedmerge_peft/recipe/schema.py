@@ -231,6 +231,9 @@ class EvaluationRecipe(Section):
     """Measure clients' locally trained adapters too: the gain of finetuning, which FedMerge wants small."""
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+
+
 class Recipe(Section):
     """A whole run: task, backbone, adapter, data, strategy, training."""
 
@@ -258,6 +261,9 @@ class Recipe(Section):
     """What one client does in one round."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     """What is measured."""
+    tracking: list[Tracker] = []
+    """Experiment trackers that get each round's numbers, such as [tensorboard]; their packages must be installed. Those that write files
+    write them to the run directory's folder tracking."""
 
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:

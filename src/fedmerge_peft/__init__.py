@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RunError,
         RunExistsError,
         SweepError,
+        TooFewClientsError,
     )
     from fedmerge_peft.federation import Federation, federate, resume
     from fedmerge_peft.personalization import Personalized, personalize
@@ -59,6 +60,7 @@ __all__ = [
     "Scores",
     "Strategy",
     "SweepError",
+    "TooFewClientsError",
     "compare",
     "concat",
     "expand",
@@ -86,6 +88,7 @@ _HOMES = {
         "RunError",
         "RunExistsError",
         "SweepError",
+        "TooFewClientsError",
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
     "federation": ("Federation", "federate", "resume"),

@@ -74,9 +74,11 @@ class RoundRecord:
     bytes_down: int
     """Bytes of adapters that the server sent, all clients together."""
     bytes_up: int
-    """Bytes of adapters that came back."""
+    """Bytes of adapters that came back, from those whose replies counted."""
     clients: list[str]
-    """Who took part."""
+    """Whose replies counted."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Who was asked in vain (``clients.failures: skip``), and why, by client."""
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -88,6 +90,8 @@ class RoundRecord:
             parts.append(f"finetuned {self.finetuned.mean:.3f}")
         if self.weights_entropy is not None:
             parts.append(f"entropy {self.weights_entropy:.2f}")
+        if self.failures:
+            parts.append(f"{len(self.failures)} failed")
         return "  ".join([*parts, f"{self.seconds:.1f} s"])
 
     def to_dict(self) -> dict[str, Any]:

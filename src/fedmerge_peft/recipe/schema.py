@@ -214,10 +214,21 @@ class TrainingRecipe(Section):
 
 
 class ClientsRecipe(Section):
-    """Who takes part in a round."""
+    """Who takes part in a round, and what becomes of those who fail."""
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Part of the clients drawn at random each round; at least one."""
+    failures: Literal["raise", "skip"] = "raise"
+    """raise: a client that fails ends the run, which can be resumed. skip: it is named in the log and in the round's record, and the round
+    goes on as if it had not been asked. A client fails where its work raises, where what it returns is not finite, or not of the shape,
+    dtype and layout that were asked for, where it answers for another round or more than once, and where it takes too long."""
+    min_clients: PositiveInt = 1
+    """With `failures: skip`, how many clients must reply well. A round with fewer changes nothing and ends the run, which can be
+    resumed."""
+    timeout: PositiveFloat | None = None
+    """Seconds that a client may take for a round, scoring included; null for no limit. Clients that train in this process are not
+    interrupted: their time is looked at when they are done, and of a pass that several share each counts its part. Time is no part of the
+    seed: a run whose clients come near this limit does not repeat."""
 
 
 class EvaluationRecipe(Section):

@@ -54,6 +54,8 @@ class Reply:
     """Which adapter was trained, where the plan gave a choice."""
     weights: Tensor | None = None
     """The mixture's new π ``(d,)``, where the plan was a mixture."""
+    round: int | None = None
+    """The round whose plan it answers, from 1; None where whoever hands it over vouches for it."""
 
     @property
     def delta(self) -> Tensor:

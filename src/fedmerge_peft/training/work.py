@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmerge_peft.errors import ClientError
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
 from fedmerge_peft.training.reference import Trained
@@ -70,31 +71,39 @@ def carry_out(plan: Plan, hands: Hands, seed: int) -> Work:
     def train(fits: Sequence[tuple[int, Fit]]) -> list[Trained]:
         return [hands.train(fit.job, fit.seed) for _, fit in fits]
 
-    return carry_out_together([requests(plan, seed)], train, lambda _, row: hands.losses(row))[0]
+    (work,) = carry_out_together([requests(plan, seed)], train, lambda _, row: hands.losses(row))
+    if isinstance(work, ClientError):
+        raise work
+    return work
 
 
 def carry_out_together(
     clients: Sequence[Requests],
-    train: Callable[[Sequence[tuple[int, Fit]]], Sequence[Trained]],
-    losses: Callable[[int, Tensor], Tensor],
-) -> list[Work]:
+    train: Callable[[Sequence[tuple[int, Fit]]], Sequence[Trained | ClientError]],
+    losses: Callable[[int, Tensor], Tensor | ClientError],
+) -> list[Work | ClientError]:
     """Do what several clients' plans say, step by step: all that they want trained at one time is trained by one call.
 
     Args:
         clients: What each client's plan asks for.
         train: Answers wishes to train, each with the position of its client; in the same order.
         losses: ``losses(client, row)``: the losses of this client's training examples.
+
+    Returns:
+        Each client's work. A ``ClientError`` for an answer ends the plan of its client, and stands in the place of its work.
     """
-    work: dict[int, Work] = {}
+    work: dict[int, Work | ClientError] = {}
     answers: dict[int, list[Any]] = {}
     while len(work) < len(clients):
         asked: list[tuple[int, Request]] = []
         for client, plan in enumerate(clients):
             if client not in work:
                 try:
-                    wishes = plan.send(answers[client]) if client in answers else next(plan)
+                    wishes = _answer(plan, answers.get(client))
                 except StopIteration as done:
                     work[client] = done.value
+                except ClientError as error:
+                    work[client] = error
                 else:
                     asked += [(client, wish) for wish in wishes]
         fits = [(client, wish) for client, wish in asked if isinstance(wish, Fit)]
@@ -103,6 +112,14 @@ def carry_out_together(
         for client, wish in asked:
             answers[client].append(next(trained) if isinstance(wish, Fit) else losses(client, wish.row))
     return [work[client] for client in range(len(clients))]
+
+
+def _answer(plan: Requests, answers: list[Any] | None) -> Sequence[Request]:
+    """What a plan asks for next, given what it asked for last."""
+    if answers is None:
+        return next(plan)
+    failed = next((answer for answer in answers if isinstance(answer, ClientError)), None)
+    return plan.send(answers) if failed is None else plan.throw(failed)
 
 
 @singledispatch

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.replies import fault, repeated
 from fedmerge_peft.training.plan import Plan
 from fedmerge_peft.writer import RunWriter
@@ -45,11 +48,16 @@ class Federation:
         self.recipe = recipe
         self.engine = engine or LocalEngine.from_recipe(recipe)
         self.engine.check_serves(recipe)
-        self.strategy: Strategy = make_strategy(recipe.strategy, self.engine.start())
+        self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=Aggregator(recipe.defence)))
         self.completed = 0
         """Rounds done so far."""
         if recipe.clients.min_clients > (asked := len(self.cohort(1))):
             raise RecipeError([f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"])
+
+    def go_on(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Count these rounds, of a strategy that was brought to where they left it, as done; as objects of ``metrics.jsonl``."""
+        self.completed = len(records)
+        self.strategy.aggregator.norms = [norm for record in records if (norm := record.get("update_norm")) is not None]
 
     def rounds(
         self, on_client: Callable[[Reply], None] | None = None, on_measured: Callable[[int, Scores], None] | None = None
@@ -129,6 +137,7 @@ class Federation:
             weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
             adapter_mass=merging_weights.mass(self.strategy.weights) if learns else None,
             gap=fmean(gaps) if gaps else None,
+            update_norm=self.strategy.aggregator.norms[-1] if self.strategy.aggregator.norms else None,
             bytes_down=4 * down,
             bytes_up=4 * up,
             clients=[self.engine.clients[reply.client].name for reply in replies],
@@ -289,7 +298,7 @@ def _federate(
         federation = Federation(one, engine)
         began = (path / "recipe.yaml").is_file()
         run = RunWriter.reopen(path, one, engine, federation.strategy) if began else RunWriter.create(path, one, engine)
-        federation.completed = run.completed
+        federation.go_on(run.records)
         if on_start is not None:
             on_start(federation, run)
         _finish(federation, run, on_client, on_round)

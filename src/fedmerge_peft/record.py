@@ -71,6 +71,8 @@ class RoundRecord:
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client. None where no weights are learned."""
     adapter_mass: list[float] | None
     """Each adapter's share of the clients' weight after the round; sums to 1. None where no weights are learned."""
+    update_norm: float | None
+    """Median over the clients of ‖δ_i‖₂, of what of their updates is shared. None for methods that share no mean."""
     bytes_down: int
     """Bytes of adapters that the server sent, all clients together."""
     bytes_up: int

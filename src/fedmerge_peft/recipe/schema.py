@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from fedmerge_peft.recipe.data import DataRecipe
+from fedmerge_peft.recipe.defence import DefenceRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
 from fedmerge_peft.recipe.strategies import FedMerge, StrategyRecipe
 
@@ -265,6 +266,8 @@ class Recipe(Section):
     """Strategies to run beside it on the same clients and seed, each in a run directory below this one's. The run's own is skipped."""
     clients: ClientsRecipe = ClientsRecipe()
     """Who takes part in a round."""
+    defence: DefenceRecipe = DefenceRecipe()
+    """What the server does about hostile clients."""
     training: TrainingRecipe = TrainingRecipe()
     """What one client does in one round."""
     evaluation: EvaluationRecipe = EvaluationRecipe()

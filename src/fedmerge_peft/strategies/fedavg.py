@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.server import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
@@ -29,7 +30,7 @@ class FedAvg(Strategy):
         return self._weights
 
     def update(self, replies: Iterable[Reply]) -> None:
-        self.soup.rows = self.server.step(self.soup.rows, mean_delta(list(replies))[None])
+        self.soup.rows = self.server.step(self.soup.rows, mean_delta(replies, self.aggregator)[None])
 
 
 class FedProx(FedAvg):
@@ -43,7 +44,10 @@ class FedProx(FedAvg):
         return Train(self.adapter(client), proximal=self.mu / 2)
 
 
-def mean_delta(replies: Sequence[Reply]) -> Tensor:
-    """Σ_i ρ_i δ_i of the clients' first deltas, ``(P,)``; ρ_i is a client's share of the examples behind these replies."""
+def mean_delta(replies: Iterable[Reply], aggregator: Aggregator, columns: Tensor | slice = slice(None)) -> Tensor:
+    """Σ_i ρ_i δ_i of the clients' first deltas, or what a defence has in its place, ``(P,)``, of the columns that are shared.
+
+    ρ_i is a client's share of the examples behind these replies.
+    """
     _, deltas, sizes = stack(replies)
-    return (sizes / sizes.sum()).to(deltas) @ deltas
+    return aggregator.combine(aggregator.clip(deltas[:, columns]), (sizes / sizes.sum())[:, None])[0]

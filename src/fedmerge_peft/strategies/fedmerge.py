@@ -63,6 +63,7 @@ class FedMerge(Strategy):
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
+        deltas = self.aggregator.clip(deltas)
         shares = sizes / sizes.sum()
         before = self.weights[clients].double()
         if self._warming is None:
@@ -79,11 +80,13 @@ class FedMerge(Strategy):
         left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
         self.shifts = left * balancing_shifts(self.merging.logits / self.recipe.temperature) if left > 0 else torch.zeros_like(self.shifts)
         mixing = before * shares[:, None] if self.recipe.rule == "gradient" else soup_shares(self.weights[clients], shares)
-        self.soup.rows = self.server.step(self.soup.rows, mixing.T.to(deltas) @ deltas)
+        self.soup.rows = self.server.step(self.soup.rows, self.aggregator.combine(deltas, mixing))
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
-        groups = group_by_direction(updates.means(), self.recipe.adapters, self.seed, self.recipe.groups)
+        means = updates.means()
+        centre = self.aggregator.combine(means, torch.full((len(means), 1), 1 / len(means))) if self.aggregator.defends else None
+        groups = group_by_direction(means, self.recipe.adapters, self.seed, self.recipe.groups, centre)
         own, others = self.recipe.warm_weight, self.recipe.adapters - 1
         if others:  # the logit beside zeros that softmax(W / T) turns into this weight
             self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(own * others / (1 - own))

@@ -35,7 +35,7 @@ class PartlyShared(Assigned):
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
-        common = self.server.step(self.soup.rows[:1, self.shared], mean_delta(replies)[None, self.shared])
+        common = self.server.step(self.soup.rows[:1, self.shared], mean_delta(replies, self.aggregator, self.shared)[None])
         for reply in replies:
             self.soup.rows[reply.client] -= reply.delta
         self.soup.rows[:, self.shared] = common

@@ -66,6 +66,11 @@ def label_flip(reply: Reply, _: Adversary) -> list[Reply]:
     return [reply]
 
 
+def absent(reply: Reply, _: Adversary) -> list[Reply]:
+    """Nothing: what is lost where hostile clients do no harm but do not help either, which no defence can give back."""
+    return []
+
+
 Attack = Callable[[Reply, Adversary], list[Reply]]
 ATTACKS: dict[str, Attack] = {
     "sign flip": sign_flip,
@@ -75,6 +80,7 @@ ATTACKS: dict[str, Attack] = {
     "nan": nan,
     "stale": stale,
     "duplicate": duplicate,
+    "absent": absent,
 }
 
 

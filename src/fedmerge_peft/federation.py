@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator
+from fedmerge_peft.strategies.privacy import PrivateAggregator, release, spent
 from fedmerge_peft.strategies.replies import fault, repeated
-from fedmerge_peft.training.plan import Plan
+from fedmerge_peft.training.plan import Plan, Train
 from fedmerge_peft.writer import RunWriter
 
 log = logging.getLogger(__name__)
@@ -48,11 +50,33 @@ class Federation:
         self.recipe = recipe
         self.engine = engine or LocalEngine.from_recipe(recipe)
         self.engine.check_serves(recipe)
-        self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=Aggregator(recipe.defence)))
+        self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
         self.completed = 0
         """Rounds done so far."""
+        self.epsilon(1)  # an accountant that is not there should not wait for the first round
         if recipe.clients.min_clients > (asked := len(self.cohort(1))):
             raise RecipeError([f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"])
+
+    def _aggregator(self) -> Aggregator:
+        recipe = self.recipe
+        if recipe.privacy.mode == "central":
+            return PrivateAggregator(recipe.privacy, len(self.cohort(1)), derive(recipe.seed, "privacy"))
+        return Aggregator(recipe.defence)
+
+    def epsilon(self, rounds: int) -> float | None:
+        """ε that the client who was asked most often has spent after so many rounds; None without differential privacy.
+
+        Whoever is asked has spent, whether its reply counted or not. Raises ``RecipeError`` where the accountant is not installed.
+        """
+        if self.recipe.privacy.mode == "none" or not self.strategy.federated:
+            return None
+        asked = Counter(client for number in range(1, rounds + 1) for client in self.cohort(number))
+        return spent(self.recipe.privacy, max(asked.values(), default=0))
+
+    def _plan(self, client: int) -> Plan:
+        """What the client is asked to do, and to do to its update before it sends it."""
+        plan = self.strategy.plan(client)
+        return replace(plan, release=release(self.recipe.privacy)) if isinstance(plan, Train) and self.strategy.federated else plan
 
     def go_on(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Count these rounds, of a strategy that was brought to where they left it, as done; as objects of ``metrics.jsonl``."""
@@ -111,7 +135,7 @@ class Federation:
         begin = time.perf_counter()
         every = self.recipe.evaluation.every
         measure = number % every == 0 or number in (1, self.recipe.rounds)
-        plans = {client: self.strategy.plan(client) for client in self.cohort(number)}
+        plans = {client: self._plan(client) for client in self.cohort(number)}
         visits = ((client, plan, self.strategy.served(client) if measure else None) for client, plan in plans.items())
         self.engine.backbone.set_base(self.strategy.base)
         replies, failures = self._sound(number, plans, self.engine.exchange(number, visits), on_client)
@@ -140,6 +164,7 @@ class Federation:
             update_norm=self.strategy.aggregator.norms[-1] if self.strategy.aggregator.norms else None,
             bytes_down=4 * down,
             bytes_up=4 * up,
+            epsilon=self.epsilon(number),
             clients=[self.engine.clients[reply.client].name for reply in replies],
             failures=failures,
             warnings=self.strategy.warnings(),

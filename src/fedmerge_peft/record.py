@@ -77,6 +77,8 @@ class RoundRecord:
     """Bytes of adapters that the server sent, all clients together."""
     bytes_up: int
     """Bytes of adapters that came back, from those whose replies counted."""
+    epsilon: float | None
+    """ε at ``privacy.delta`` that the client who was asked most often has spent so far. None without differential privacy."""
     clients: list[str]
     """Whose replies counted."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -92,6 +94,8 @@ class RoundRecord:
             parts.append(f"finetuned {self.finetuned.mean:.3f}")
         if self.weights_entropy is not None:
             parts.append(f"entropy {self.weights_entropy:.2f}")
+        if self.epsilon is not None:
+            parts.append(f"ε {self.epsilon:.2f}")
         if self.failures:
             parts.append(f"{len(self.failures)} failed")
         return "  ".join([*parts, f"{self.seconds:.1f} s"])

@@ -116,6 +116,7 @@ class RunWriter(Run):
                 "seconds": sum(record["seconds"] for record in records),
                 "bytes_down": sum(record["bytes_down"] for record in records),
                 "bytes_up": sum(record["bytes_up"] for record in records),
+                "privacy": {"epsilon": records[-1]["epsilon"], "delta": self.recipe.privacy.delta} if records[-1].get("epsilon") else None,
                 "failures": dict(Counter(name for record in records for name in record.get("failures", ()))),
                 "final": {"after_round": self.completed, "served": vars(final) if final is not None else None},
                 "best": self._best,

@@ -101,14 +101,14 @@ def test_krum_asks_those_who_use_an_adapter_alone():
 def test_every_rule_gives_back_what_all_clients_say(rule):
     one = random(1, 30)
     mixing = random(7, 3).abs()
-    found = aggregator(aggregation=rule).combine(one.expand(7, 30), mixing)
-    torch.testing.assert_close(found, mixing.sum(dim=0)[:, None] * one, rtol=1e-5, atol=1e-5)
+    found = aggregator(aggregation=rule).combine(one.expand(7, 30), mixing, torch.full((7,), 2.0), normalize=False)
+    torch.testing.assert_close(found, mixing.mean(dim=0)[:, None] * one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["mean", *RULES])
 def test_an_adapter_that_nobody_uses_does_not_move(rule):
     mixing = torch.tensor([[0.5, 0.0]]).expand(4, 2)
-    assert not aggregator(aggregation=rule).combine(random(4, 9), mixing)[1].any()
+    assert not aggregator(aggregation=rule).combine(random(4, 9), mixing, torch.ones(4))[1].any()
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
@@ -118,7 +118,7 @@ def test_a_minority_cannot_leave_the_range_of_the_honest(rule, count, value, see
     hostile = (count - 1) // 2
     deltas = random(count, 5, seed=seed)
     deltas[:hostile] = value
-    found = aggregator(aggregation=rule, trim=0.49).combine(deltas, even(count))[0]
+    found = aggregator(aggregation=rule, trim=0.49).combine(deltas, even(count), torch.ones(count))[0]
     honest = deltas[hostile:]
     assert bool((found >= honest.min(dim=0).values - 1e-5).all())
     assert bool((found <= honest.max(dim=0).values + 1e-5).all())
@@ -129,8 +129,9 @@ def test_a_minority_cannot_leave_the_range_of_the_honest(rule, count, value, see
 @settings(max_examples=20, deadline=None)
 def test_who_is_first_does_not_matter(rule, order):
     deltas, mixing = random(7, 12), random(7, 2, seed=1).abs()
-    rule = aggregator(aggregation=rule)
-    torch.testing.assert_close(rule.combine(deltas[list(order)], mixing[list(order)]), rule.combine(deltas, mixing))
+    rule, sizes = aggregator(aggregation=rule), torch.ones(7)
+    shuffled = rule.combine(deltas[list(order)], mixing[list(order)], sizes)
+    torch.testing.assert_close(shuffled, rule.combine(deltas, mixing, sizes))
 
 
 def test_sorting_a_part_of_the_columns_at_a_time_changes_nothing(monkeypatch):
@@ -306,6 +307,6 @@ def test_attackers_are_drawn_by_the_seed():
 
 def test_fedavg_is_untouched_by_a_defence_that_is_off():
     strategy = make_strategy(FedAvg(name="fedavg"), start())
-    assert not strategy.aggregator.defends
+    assert not strategy.aggregator.recipe.defends
     strategy.update(replies(range(4)))
     assert strategy.aggregator.bound == math.inf

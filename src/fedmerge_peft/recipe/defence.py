@@ -27,3 +27,8 @@ class DefenceRecipe(Section):
     norm_multiple: PositiveFloat | None = None
     """Clip updates to this multiple of the running median of their L2 norms (of each round's clients, over the last five rounds); null for
     no such bound."""
+
+    @property
+    def defends(self) -> bool:
+        """Whether it does anything else than weighted means."""
+        return self.aggregation != "mean" or self.norm_bound is not None or self.norm_multiple is not None

@@ -21,6 +21,7 @@ from pydantic import (
 
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.defence import DefenceRecipe
+from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
 from fedmerge_peft.recipe.strategies import FedMerge, StrategyRecipe
 
@@ -268,6 +269,8 @@ class Recipe(Section):
     """Who takes part in a round."""
     defence: DefenceRecipe = DefenceRecipe()
     """What the server does about hostile clients."""
+    privacy: PrivacyRecipe = PrivacyRecipe()
+    """How much the adapters may tell about a client."""
     training: TrainingRecipe = TrainingRecipe()
     """What one client does in one round."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
@@ -278,6 +281,15 @@ class Recipe(Section):
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"baselines: each strategy may appear once, and {', '.join(repeated)} appears again")
+        return self
+
+    @model_validator(mode="after")
+    def _private_in_all_that_is_shared(self) -> Recipe:
+        for strategy in (self.strategy, *self.baselines):
+            if said := self.privacy.refusal(strategy):
+                raise ValueError(said)
+        if self.privacy.mode == "central" and self.defence.defends:
+            raise ValueError("privacy.mode: central noise is for means of updates clipped to privacy.clip; leave defence out, or use local")
         return self
 
     @model_validator(mode="after")

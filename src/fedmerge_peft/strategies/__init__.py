@@ -47,6 +47,6 @@ def make_strategy(recipe: recipes.Strategy, start: Start) -> Strategy:
     """The strategy that a recipe names, at its start. Raises ``RecipeError`` where it does not fit the adapter, or the defence."""
     strategy = _METHODS[type(recipe)](recipe, start)
     strategy.aggregator = start.aggregator
-    if start.aggregator.defends and strategy.federated and not strategy.averages:
+    if start.aggregator.recipe.defends and strategy.federated and not strategy.averages:
         raise RecipeError([f"defence: {recipe.name} stacks the clients' factors and has no mean to defend; use another strategy"])
     return strategy

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.recipe.defence import DefenceRecipe
+from fedmerge_peft.strategies.step import soup_shares
 
 _REMEMBERED = 5
 """Rounds that the running median of the norms is over."""
@@ -43,11 +44,6 @@ class Aggregator:
         self.norms: list[float] = []
         """Median ‖δ_i‖₂ of each round so far; the running median follows from them, so a run goes on with those of its records."""
 
-    @property
-    def defends(self) -> bool:
-        """Whether it does anything else than weighted means."""
-        return self.recipe != DefenceRecipe(trim=self.recipe.trim, malicious=self.recipe.malicious)
-
     def clip(self, deltas: Tensor) -> Tensor:
         """A round's updates ``(k, P)``, none longer than C; to be called once a round."""
         lengths = deltas.double().norm(dim=1)
@@ -61,19 +57,28 @@ class Aggregator:
         multiple = math.inf if self.recipe.norm_multiple is None else self.recipe.norm_multiple * running
         return min(multiple, math.inf if self.recipe.norm_bound is None else self.recipe.norm_bound)
 
-    def combine(self, deltas: Tensor, mixing: Tensor) -> Tensor:
-        """Δ ``(d, P)`` of updates ``(k, P)`` and what each counts for each adapter, q ``(k, d)``; zero for an adapter that nobody uses."""
+    def combine(self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True) -> Tensor:
+        """Δ ``(d, P)``, zero for an adapter that nobody uses.
+
+        Args:
+            deltas: δ, ``(k, P)``.
+            weights: π ≥ 0, what each client counts for each adapter beside its size, ``(k, d)``.
+            sizes: n, ``(k,)``, any unit.
+            normalize: q_ij = π_ij n_i / Σ_i' π_i'j n_i', so that Q_j = 1; or else q_ij = π_ij n_i / n.
+        """
+        shares = (sizes / sizes.sum()).double()
+        mixing = soup_shares(weights, shares) if normalize else weights.double() * shares[:, None]
         if self.recipe.aggregation == "mean":
             return mixing.T.to(deltas) @ deltas
-        totals = mixing.double().sum(dim=0)
-        weights = mixing.double() / totals.clamp_min(torch.finfo(torch.float64).tiny)
+        totals = mixing.sum(dim=0)
+        counted = mixing / totals.clamp_min(torch.finfo(torch.float64).tiny)
         match self.recipe.aggregation:
             case "median":
-                found = trimmed_means(deltas, weights, 0.5)
+                found = trimmed_means(deltas, counted, 0.5)
             case "trimmed_mean":
-                found = trimmed_means(deltas, weights, self.recipe.trim)
+                found = trimmed_means(deltas, counted, self.recipe.trim)
             case "krum" | "multi_krum":
-                kept = [krum(deltas, column, self.recipe.malicious, self.recipe.aggregation == "multi_krum") for column in weights.T]
+                kept = [krum(deltas, column, self.recipe.malicious, self.recipe.aggregation == "multi_krum") for column in counted.T]
                 found = torch.stack(kept).to(deltas) @ deltas
         return totals[:, None].to(deltas) * found
 

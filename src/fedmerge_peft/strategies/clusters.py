@@ -73,6 +73,4 @@ def means(vectors: Tensor, clusters: Tensor, sizes: Tensor, count: int, aggregat
         count: Number of clusters.
         aggregator: Makes one of several.
     """
-    counted = members(clusters, count) * sizes[:, None].double()
-    shares = counted / counted.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    return aggregator.combine(vectors, shares)
+    return aggregator.combine(vectors, members(clusters, count), sizes)

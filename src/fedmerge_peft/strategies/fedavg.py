@@ -23,6 +23,8 @@ class FedAvg(Strategy):
     def __init__(self, recipe: recipes.Server, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
+        self.columns = torch.ones(start.layout.size, dtype=torch.bool)
+        """Which columns train and travel, ``(P,)``."""
         self._weights = torch.ones(start.clients, 1)
 
     @property
@@ -30,7 +32,9 @@ class FedAvg(Strategy):
         return self._weights
 
     def update(self, replies: Iterable[Reply]) -> None:
-        self.soup.rows = self.server.step(self.soup.rows, mean_delta(replies, self.aggregator)[None])
+        gradient = torch.zeros_like(self.soup.rows)
+        gradient[:, self.columns] = mean_delta(replies, self.aggregator, self.columns)
+        self.soup.rows = self.server.step(self.soup.rows, gradient)
 
 
 class FedProx(FedAvg):
@@ -50,4 +54,4 @@ def mean_delta(replies: Iterable[Reply], aggregator: Aggregator, columns: Tensor
     ρ_i is a client's share of the examples behind these replies.
     """
     _, deltas, sizes = stack(replies)
-    return aggregator.combine(aggregator.clip(deltas[:, columns]), (sizes / sizes.sum())[:, None])[0]
+    return aggregator.combine(aggregator.clip(deltas[:, columns]), torch.ones(len(sizes), 1), sizes)[0]

@@ -17,7 +17,7 @@ from fedmerge_peft.strategies.balance import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
 from fedmerge_peft.strategies.server import ServerOptimizer
-from fedmerge_peft.strategies.step import WEIGHTS_LR, soup_shares, weights_gradient, weights_move
+from fedmerge_peft.strategies.step import WEIGHTS_LR, weights_gradient, weights_move
 from fedmerge_peft.strategies.warming import MeanUpdates
 
 _ADAM_LR = 0.3
@@ -79,13 +79,15 @@ class FedMerge(Strategy):
         self.rounds += 1
         left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
         self.shifts = left * balancing_shifts(self.merging.logits / self.recipe.temperature) if left > 0 else torch.zeros_like(self.shifts)
-        mixing = before * shares[:, None] if self.recipe.rule == "gradient" else soup_shares(self.weights[clients], shares)
-        self.soup.rows = self.server.step(self.soup.rows, self.aggregator.combine(deltas, mixing))
+        chain = self.recipe.rule == "gradient"
+        gradient = self.aggregator.combine(deltas, before if chain else self.weights[clients], sizes, normalize=not chain)
+        self.soup.rows = self.server.step(self.soup.rows, gradient)
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
         means = updates.means()
-        centre = self.aggregator.combine(means, torch.full((len(means), 1), 1 / len(means))) if self.aggregator.defends else None
+        ones = torch.ones(len(means), 1)
+        centre = self.aggregator.combine(means, ones, ones[:, 0]) if self.aggregator.recipe.defends else None
         groups = group_by_direction(means, self.recipe.adapters, self.seed, self.recipe.groups, centre)
         own, others = self.recipe.warm_weight, self.recipe.adapters - 1
         if others:  # the logit beside zeros that softmax(W / T) turns into this weight

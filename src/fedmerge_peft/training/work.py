@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmerge_peft.errors import ClientError
 from fedmerge_peft.seeds import derive
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Release, Served, Train
 from fedmerge_peft.training.reference import Trained
 
 
@@ -131,7 +131,21 @@ def requests(plan: Plan, seed: int) -> Requests:
 @requests.register
 def _(plan: Train, seed: int) -> Requests:
     (trained,) = yield [Fit(plan, seed)]
-    return Work((plan.row - trained.row)[None], trained.loss, trained.row)
+    delta = plan.row - trained.row
+    if plan.release is not None:
+        delta = _released(delta, plan.release, plan.phases, derive(seed, "release"))
+    return Work(delta[None], trained.loss, trained.row)
+
+
+def _released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], seed: int) -> Tensor:
+    """An update as it leaves its client, ``(P,)``: clipped, and with noise in the columns that train in some phase."""
+    delta = delta * min(1.0, release.clip / max(float(delta.double().norm()), torch.finfo(torch.float64).tiny))
+    noise = release.noise * torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed))
+    for columns in phases:
+        if columns is None:
+            return delta + noise
+    trained = torch.stack([columns for columns in phases if columns is not None]).any(dim=0)
+    return torch.where(trained, delta + noise, delta)
 
 
 @requests.register

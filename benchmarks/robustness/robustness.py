@@ -23,11 +23,11 @@ DEFENCES = {
     "none": [],
     "norm bound": ["defence.norm_multiple=1"],
     "median": ["defence.aggregation=median"],
-    "trimmed mean": ["defence.aggregation=trimmed_mean", "defence.trim=0.35"],
+    "trimmed mean": ["defence.aggregation=trimmed_mean", "defence.trim=0.2"],
     "Krum": ["defence.aggregation=krum", "defence.malicious=0.35"],
     "multi-Krum": ["defence.aggregation=multi_krum", "defence.malicious=0.35"],
     "norm bound and median": ["defence.norm_multiple=1", "defence.aggregation=median"],
-    "norm bound and trimmed mean": ["defence.norm_multiple=1", "defence.aggregation=trimmed_mean", "defence.trim=0.35"],
+    "norm bound and trimmed mean": ["defence.norm_multiple=1", "defence.aggregation=trimmed_mean", "defence.trim=0.2"],
 }
 
 

@@ -142,14 +142,15 @@ def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool)
 
 def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
     from fedmerge_peft.analysis import scores_table, weights_table
+    from fedmerge_peft.recipe.document import printable
 
     if run.summary["final"]["served"] is not None:
         console.print(scores_table(run))
     if run.recipe.strategy.name == "fedmerge":
         console.print(weights_table(run))
-    console.print(f"run directory: {run.path}\n\nnext:", soft_wrap=True, markup=False)
+    console.print(f"run directory: {printable(str(run.path))}\n\nnext:", soft_wrap=True, markup=False)
     for command, why in _next(run, recipe, overrides):
-        console.print(f"  {command}   # {why}", soft_wrap=True, markup=False)
+        console.print(f"  {printable(command)}   # {why}", soft_wrap=True, markup=False)
 
 
 def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:

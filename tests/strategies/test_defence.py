@@ -243,7 +243,7 @@ def attacked(case, name, attack, hostile, *overrides, rounds=6):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", ["fedavg", "fedmerge"])
 @pytest.mark.parametrize("attack", ["sign flip", "x100", "noise", "nan", "stale", "duplicate"])
-def test_under_the_recommended_defence_attackers_hardly_move_the_honest(formulas, attack, name, count):
+def test_under_a_median_of_clipped_updates_attackers_hardly_move_the_honest(formulas, attack, name, count):
     case = formulas(10)
     case.centres = 5.0 + 0.1 * case.centres  # alike, so that there is an honest answer
     settings = ["strategy.adapters=2"] if name == "fedmerge" else []

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RunError,
         RunExistsError,
         SweepError,
+        TooFewClientsError,
     )
     from fedmerge_peft.export import export_all, export_client, export_soup, push_to_hub
     from fedmerge_peft.federation import Federation, federate, resume
@@ -62,6 +63,7 @@ __all__ = [
     "Scores",
     "Strategy",
     "SweepError",
+    "TooFewClientsError",
     "compare",
     "concat",
     "expand",
@@ -93,6 +95,7 @@ _HOMES = {
         "RunError",
         "RunExistsError",
         "SweepError",
+        "TooFewClientsError",
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
     "export": ("export_all", "export_client", "export_soup", "push_to_hub"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.checkpoint import FREE
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.errors import RecipeError, ResumeError
+from fedmerge_peft.errors import ClientError, RecipeError, ResumeError, TooFewClientsError
 from fedmerge_peft.files import held
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.differences import differing, flat
@@ -21,8 +25,14 @@ from fedmerge_peft.record import RoundRecord, Scores
 from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
+from fedmerge_peft.strategies.aggregation import Aggregator
+from fedmerge_peft.strategies.privacy import PrivateAggregator, release, spent
+from fedmerge_peft.strategies.replies import fault, repeated
 from fedmerge_peft.tracking import Tracking, check_trackers, tracking
+from fedmerge_peft.training.plan import Plan, Train
 from fedmerge_peft.writer import RunWriter
+
+log = logging.getLogger(__name__)
 
 
 class Federation:
@@ -41,28 +51,75 @@ class Federation:
         self.recipe = recipe
         self.engine = engine or LocalEngine.from_recipe(recipe)
         self.engine.check_serves(recipe)
-        self.strategy: Strategy = make_strategy(recipe.strategy, self.engine.start())
+        self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
         self.completed = 0
         """Rounds done so far."""
+        self.epsilon(1)  # an accountant that is not there should not wait for the first round
+        if recipe.clients.min_clients > (asked := len(self.cohort(1))):
+            raise RecipeError([f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"])
+
+    def _aggregator(self) -> Aggregator:
+        recipe = self.recipe
+        if recipe.privacy.mode == "central":
+            return PrivateAggregator(recipe.privacy, len(self.cohort(1)), derive(recipe.seed, "privacy"))
+        return Aggregator(recipe.defence)
+
+    def epsilon(self, rounds: int) -> float | None:
+        """ε that the client who was asked most often has spent after so many rounds; None without differential privacy.
+
+        Whoever is asked has spent, whether its reply counted or not. Raises ``RecipeError`` where the accountant is not installed.
+        """
+        if self.recipe.privacy.mode == "none" or not self.strategy.federated:
+            return None
+        asked = Counter(client for number in range(1, rounds + 1) for client in self.cohort(number))
+        return spent(self.recipe.privacy, max(asked.values(), default=0))
+
+    def _plan(self, client: int) -> Plan:
+        """What the client is asked to do, and to do to its update before it sends it."""
+        plan = self.strategy.plan(client)
+        return replace(plan, release=release(self.recipe.privacy)) if isinstance(plan, Train) and self.strategy.federated else plan
+
+    def go_on(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Count these rounds, of a strategy that was brought to where they left it, as done; as objects of ``metrics.jsonl``."""
+        self.completed = len(records)
+        self.strategy.aggregator.norms = [norm for record in records if (norm := record.get("update_norm")) is not None]
 
     def rounds(
         self, on_client: Callable[[Reply], None] | None = None, on_measured: Callable[[int, Scores], None] | None = None
     ) -> Iterator[RoundRecord]:
         """Run the rounds that are left; yields after each.
 
+        A round that fails changes nothing, and can be run again.
+
         Args:
             on_client: Called for each reply as it comes.
             on_measured: Called with (rounds completed, scores of what clients are served with) before the strategy changes them: the
                 moment to keep what was just measured. Only where all clients were, as the scores of others do not compare.
+
+        Raises:
+            ClientError: A client failed, and ``clients.failures`` is raise.
+            TooFewClientsError: Fewer clients replied well than ``clients.min_clients``.
         """
         while self.completed < self.recipe.rounds:
             yield self._round(self.completed + 1, on_client, on_measured)
 
     def measure(self) -> Scores | None:
-        """Score what every client is served with as it stands now, without training."""
+        """Score what every client is served with as it stands now, without training; with ``clients.failures: skip``, those that can be.
+
+        Raises:
+            ClientError: Scoring a client failed, unless ``clients.failures`` is skip.
+        """
         everyone = range(len(self.engine.clients))
         self.engine.backbone.set_base(self.strategy.base)
-        return self._scores(self.engine.measure(((client, self.strategy.served(client)) for client in everyone), self.completed))
+        found: dict[int, dict[str, float]] = {}
+        for client, scores in self.engine.measure(((client, self.strategy.served(client)) for client in everyone), self.completed):
+            if not isinstance(scores, ClientError):
+                found[client] = scores
+            elif self.recipe.clients.failures == "raise":
+                raise scores
+            else:
+                log.warning("%s; left out", scores)
+        return self._scores(found.items())
 
     def cohort(self, round: int) -> list[int]:
         """Indices of the clients that take part in a round, ascending; at least one."""
@@ -79,19 +136,16 @@ class Federation:
         begin = time.perf_counter()
         every = self.recipe.evaluation.every
         measure = number % every == 0 or number in (1, self.recipe.rounds)
-        plans = {client: self.strategy.plan(client) for client in self.cohort(number)}
+        plans = {client: self._plan(client) for client in self.cohort(number)}
         visits = ((client, plan, self.strategy.served(client) if measure else None) for client, plan in plans.items())
         self.engine.backbone.set_base(self.strategy.base)
-        replies: list[Reply] = []
-        for reply in self.engine.exchange(number, visits):
-            replies.append(reply)
-            if on_client is not None:
-                on_client(reply)
+        replies, failures = self._sound(number, plans, self.engine.exchange(number, visits), on_client)
         served = self._scores((reply.client, reply.served) for reply in replies if reply.served is not None)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies if reply.finetuned is not None)
         if served is not None and len(replies) == len(self.engine.clients) and on_measured is not None:
             on_measured(self.completed, served)
-        traffic = [self.strategy.traffic(client) for client in plans]
+        down = sum(self.strategy.traffic(client)[0] for client in plans)
+        up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
 
         self.strategy.update(replies)
         self.completed = number
@@ -108,11 +162,57 @@ class Federation:
             weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
             adapter_mass=merging_weights.mass(self.strategy.weights) if learns else None,
             gap=fmean(gaps) if gaps else None,
-            bytes_down=sum(4 * down for down, _ in traffic),
-            bytes_up=sum(4 * up for _, up in traffic),
+            update_norm=self.strategy.aggregator.norms[-1] if self.strategy.aggregator.norms else None,
+            bytes_down=4 * down,
+            bytes_up=4 * up,
+            epsilon=self.epsilon(number),
             clients=[self.engine.clients[reply.client].name for reply in replies],
+            failures=failures,
             warnings=self.strategy.warnings(),
         )
+
+    def _sound(
+        self, number: int, plans: Mapping[int, Plan], answers: Iterable[Reply | ClientError], on_client: Callable[[Reply], None] | None
+    ) -> tuple[list[Reply], dict[str, str]]:
+        """The replies that count, and why the others' do not, by client.
+
+        Raises:
+            ClientError: The first failure, unless ``clients.failures`` is skip.
+            TooFewClientsError: Fewer than ``clients.min_clients`` count.
+        """
+        clients, asked = self.recipe.clients, self.engine.clients
+        replies: list[Reply] = []
+        failures: dict[str, str] = {}
+
+        def fail(error: ClientError) -> None:
+            if clients.failures == "raise":
+                raise error
+            log.warning("%s; left out", error)
+            failures[error.client] = error.cause
+
+        for answer in answers:
+            if isinstance(answer, ClientError):
+                fail(answer)
+            elif answer.client not in plans:
+                fail(ClientError(str(answer.client), number, "it was not asked"))
+            elif cause := fault(answer, plans[answer.client], number, asked[answer.client].size, clients.timeout):
+                fail(ClientError(asked[answer.client].name, number, cause))
+            else:
+                replies.append(answer)
+                if on_client is not None:
+                    on_client(answer)
+        for client in repeated(replies):
+            fail(ClientError(asked[client].name, number, "it answered more than once"))
+        replies = [reply for reply in replies if asked[reply.client].name not in failures]
+        for client in plans.keys() - {reply.client for reply in replies}:
+            if asked[client].name not in failures:
+                fail(ClientError(asked[client].name, number, "it did not answer"))
+        if len(replies) < clients.min_clients:
+            raise TooFewClientsError(
+                f"round {number}: {len(replies)} of {len(plans)} clients replied well, and clients.min_clients is {clients.min_clients}. "
+                f"The round changed nothing. Failed: {'; '.join(f'{name}: {cause}' for name, cause in failures.items())}"
+            )
+        return replies, failures
 
     def _scores(self, found: Iterable[tuple[int, dict[str, float]]]) -> Scores | None:
         return Scores.of(self.engine.task.metrics[0], {self.engine.clients[client].name: scores for client, scores in found})
@@ -226,7 +326,7 @@ def _federate(
         federation = Federation(one, engine)
         began = (path / "recipe.yaml").is_file()
         run = RunWriter.reopen(path, one, engine, federation.strategy) if began else RunWriter.create(path, one, engine)
-        federation.completed = run.completed
+        federation.go_on(run.records)
         if on_start is not None:
             on_start(federation, run)
         with tracking(one, path, engine.accelerator) as tracked:
@@ -251,7 +351,7 @@ def _finish(
         if on_round is not None:
             on_round(record)
     final = federation.measure()
-    if final is not None:
+    if final is not None and len(final.clients) == len(federation.engine.clients):
         run.offer_best(federation.completed, final, federation.strategy)
     run.finish(final)
     tracked.final(final, federation.completed)

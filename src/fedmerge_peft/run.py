@@ -64,7 +64,7 @@ class Run:
     @staticmethod
     def default_path(recipe: Recipe) -> Path:
         """``runs/<name>``. Raises ``RecipeError`` for a name that would lead elsewhere."""
-        if Path(recipe.name).name != recipe.name or recipe.name in ("", ".."):
+        if Path(recipe.name).name != recipe.name or recipe.name in ("", "..") or "\0" in recipe.name:
             raise RecipeError([f"name: {recipe.name!r} is no name for a folder; give another, or a run directory with --out"])
         return Path("runs") / recipe.name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,8 @@ class RunWriter(Run):
                 "seconds": sum(record["seconds"] for record in records),
                 "bytes_down": sum(record["bytes_down"] for record in records),
                 "bytes_up": sum(record["bytes_up"] for record in records),
+                "privacy": {"epsilon": records[-1]["epsilon"], "delta": self.recipe.privacy.delta} if records[-1].get("epsilon") else None,
+                "failures": dict(Counter(name for record in records for name in record.get("failures", ()))),
                 "final": {"after_round": self.completed, "served": vars(final) if final is not None else None},
                 "best": self._best,
                 "warnings": records[-1]["warnings"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.server import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
@@ -22,6 +23,8 @@ class FedAvg(Strategy):
     def __init__(self, recipe: recipes.Server, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
+        self.columns = torch.ones(start.layout.size, dtype=torch.bool)
+        """Which columns train and travel, ``(P,)``."""
         self._weights = torch.ones(start.clients, 1)
 
     @property
@@ -29,7 +32,9 @@ class FedAvg(Strategy):
         return self._weights
 
     def update(self, replies: Iterable[Reply]) -> None:
-        self.soup.rows = self.server.step(self.soup.rows, mean_delta(list(replies))[None])
+        gradient = torch.zeros_like(self.soup.rows)
+        gradient[:, self.columns] = mean_delta(replies, self.aggregator, self.columns)
+        self.soup.rows = self.server.step(self.soup.rows, gradient)
 
 
 class FedProx(FedAvg):
@@ -43,7 +48,10 @@ class FedProx(FedAvg):
         return Train(self.adapter(client), proximal=self.mu / 2)
 
 
-def mean_delta(replies: Sequence[Reply]) -> Tensor:
-    """Σ_i ρ_i δ_i of the clients' first deltas, ``(P,)``; ρ_i is a client's share of the examples behind these replies."""
+def mean_delta(replies: Iterable[Reply], aggregator: Aggregator, columns: Tensor | slice = slice(None)) -> Tensor:
+    """Σ_i ρ_i δ_i of the clients' first deltas, or what a defence has in its place, ``(P,)``, of the columns that are shared.
+
+    ρ_i is a client's share of the examples behind these replies.
+    """
     _, deltas, sizes = stack(replies)
-    return (sizes / sizes.sum()).to(deltas) @ deltas
+    return aggregator.combine(aggregator.clip(deltas[:, columns]), torch.ones(len(sizes), 1), sizes)[0]

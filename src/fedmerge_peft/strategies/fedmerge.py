@@ -17,7 +17,7 @@ from fedmerge_peft.strategies.balance import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
 from fedmerge_peft.strategies.server import ServerOptimizer
-from fedmerge_peft.strategies.step import WEIGHTS_LR, soup_shares, weights_gradient, weights_move
+from fedmerge_peft.strategies.step import WEIGHTS_LR, weights_gradient, weights_move
 from fedmerge_peft.strategies.warming import MeanUpdates
 
 _ADAM_LR = 0.3
@@ -63,6 +63,7 @@ class FedMerge(Strategy):
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
+        deltas = self.aggregator.clip(deltas)
         shares = sizes / sizes.sum()
         before = self.weights[clients].double()
         if self._warming is None:
@@ -78,12 +79,16 @@ class FedMerge(Strategy):
         self.rounds += 1
         left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
         self.shifts = left * balancing_shifts(self.merging.logits / self.recipe.temperature) if left > 0 else torch.zeros_like(self.shifts)
-        mixing = before * shares[:, None] if self.recipe.rule == "gradient" else soup_shares(self.weights[clients], shares)
-        self.soup.rows = self.server.step(self.soup.rows, mixing.T.to(deltas) @ deltas)
+        chain = self.recipe.rule == "gradient"
+        gradient = self.aggregator.combine(deltas, before if chain else self.weights[clients], sizes, normalize=not chain)
+        self.soup.rows = self.server.step(self.soup.rows, gradient)
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
-        groups = group_by_direction(updates.means(), self.recipe.adapters, self.seed, self.recipe.groups)
+        means = updates.means()
+        ones = torch.ones(len(means), 1)
+        centre = self.aggregator.combine(means, ones, ones[:, 0]) if self.aggregator.recipe.defends else None
+        groups = group_by_direction(means, self.recipe.adapters, self.seed, self.recipe.groups, centre)
         own, others = self.recipe.warm_weight, self.recipe.adapters - 1
         if others:  # the logit beside zeros that softmax(W / T) turns into this weight
             self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(own * others / (1 - own))

@@ -7,7 +7,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 
-def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None = None) -> Tensor:
+def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None = None, centre: Tensor | None = None) -> Tensor:
     """k-means of the clients' updates, centred and normalised; all must have started from the same adapter.
 
     With one common adapter, what clients share cancels in the mean, and what is left of an update says what its client
@@ -20,11 +20,12 @@ def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None =
         most: How many groups there may be.
         seed: For the starts of k-means.
         count: How many groups to make; None to let the agreement tell.
+        centre: What clients share, ``(1, P)``; None for the mean of their updates.
 
     Returns:
         The group of each client, ``(clients,)`` int64, from 0.
     """
-    directions = _directions(deltas)
+    directions = _directions(deltas, centre)
     if count is not None:
         return k_means(directions, min(count, most), seed)
     found = [k_means(directions, groups, seed) for groups in range(1, min(most, len(deltas)) + 1)]
@@ -54,8 +55,8 @@ def agreement(directions: Tensor, groups: Tensor) -> float:
     return float(torch.where((count > 0) & (length > 0), along / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0).mean())
 
 
-def _directions(deltas: Tensor) -> Tensor:
-    centred = deltas.double() - deltas.double().mean(dim=0)
+def _directions(deltas: Tensor, centre: Tensor | None = None) -> Tensor:
+    centred = deltas.double() - (deltas.double().mean(dim=0) if centre is None else centre.double())
     return torch.nn.functional.normalize(centred, dim=1, eps=torch.finfo(torch.float64).tiny)
 
 

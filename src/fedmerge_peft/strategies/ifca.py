@@ -39,4 +39,6 @@ class IFCA(Clustering):
         clients, deltas, sizes = stack(replies)
         for reply in replies:
             self.clusters[reply.client] = reply.choice
-        self.soup.rows = self.soup.rows - means(deltas, self.clusters[clients], sizes, len(self.soup))
+        self.soup.rows = self.soup.rows - means(
+            self.aggregator.clip(deltas), self.clusters[clients], sizes, len(self.soup), self.aggregator
+        )

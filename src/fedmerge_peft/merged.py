@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.merging import concat, with_base
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.backbone import load_model, model_folder, quiet
 from fedmerge_peft.errors import RunError
+from fedmerge_peft.pretrained import load_model, model_folder, quiet
 from fedmerge_peft.run import Run, write_adapter
 from fedmerge_peft.tasks.text import choose_length, load_part, load_tokenizer, pad_token_of, token_limit
 from fedmerge_peft.training.device import choose_device

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.backbone import Backbone, load_backbone, model_folder
+from fedmerge_peft.backbone import Backbone, load_backbone
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.errors import ClientError, FedMergeError, RecipeError
+from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies.base import Reply, Start

@@ -258,7 +258,7 @@ def test_a_model_of_another_kind_is_one_clear_error(make_backbone):
 
 
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path):
-    from fedmerge_peft.backbone import model_folder
+    from fedmerge_peft.pretrained import model_folder
 
     with pytest.raises(BackboneError, match=r"no model folder \(no config.json in"):
         model_folder(str(tmp_path), tmp_path)

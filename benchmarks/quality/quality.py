@@ -61,7 +61,7 @@ def shared(runs: Mapping[str, Run]) -> str:
     """Whether clients of one group share an adapter, for the runs of fedmerge."""
     lines = []
     for name, run in runs.items():
-        if run.recipe.strategy.name == "fedmerge":
+        if run.recipe.strategy.name == "fedmerge" and run.clients["group"].nunique() > 1:
             found = sharing(run)
             both = sorted({" + ".join(sorted([str(group), *others.split(", ")])) for group, others in found["others"].items() if others})
             on_it = (found["share"] * found["clients"]).sum() / found["clients"].sum()

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
         RunError,
         RunExistsError,
         SweepError,
+        TooFewClientsError,
     )
+    from fedmerge_peft.export import export_all, export_client, export_soup, push_to_hub
     from fedmerge_peft.federation import Federation, federate, resume
+    from fedmerge_peft.merged import MergedAdapter
     from fedmerge_peft.personalization import Personalized, personalize
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores
@@ -46,6 +49,7 @@ __all__ = [
     "DeviceError",
     "FedMergeError",
     "Federation",
+    "MergedAdapter",
     "MergingWeights",
     "Personalized",
     "Recipe",
@@ -59,15 +63,20 @@ __all__ = [
     "Scores",
     "Strategy",
     "SweepError",
+    "TooFewClientsError",
     "compare",
     "concat",
     "expand",
+    "export_all",
+    "export_client",
+    "export_soup",
     "federate",
     "fedmerge_step",
     "load_run",
     "local_global_gap",
     "merge_error",
     "personalize",
+    "push_to_hub",
     "resume",
     "sweep",
 ]
@@ -86,9 +95,12 @@ _HOMES = {
         "RunError",
         "RunExistsError",
         "SweepError",
+        "TooFewClientsError",
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
+    "export": ("export_all", "export_client", "export_soup", "push_to_hub"),
     "federation": ("Federation", "federate", "resume"),
+    "merged": ("MergedAdapter",),
     "personalization": ("Personalized", "personalize"),
     "recipe": ("Recipe",),
     "record": ("RoundRecord", "Scores"),

@@ -34,7 +34,7 @@ from fedmerge_peft.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
 
-FREE = ("name", "rounds", "evaluation.every")
+FREE = ("name", "rounds", "evaluation.every", "tracking")
 """The recipe's keys that may change when a run goes on: no client does anything else for them."""
 KEPT = 2
 """Checkpoints that are kept."""

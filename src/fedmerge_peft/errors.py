@@ -10,7 +10,8 @@
     │   ├── RunBusyError   another process is writing the run directory
     │   ├── ResumeError    the run cannot go on from where it stopped
     │   └── SweepError     some recipes of a sweep failed, the others ran
-    └── ClientError        a client failed; raised from the original, names client and round
+    ├── ClientError        a client failed; raised from the original, names client and round
+    └── TooFewClientsError too few clients of a round replied well
 
 The command line prints them as one message on standard error and exits with code 2.
 """
@@ -77,5 +78,9 @@ class ClientError(FedMergeError):
     """A client's work failed. Raised from the original error; names the client and the round."""
 
     def __init__(self, client: str, round: int, cause: str) -> None:
-        self.client, self.round = client, round
+        self.client, self.round, self.cause = client, round, cause
         super().__init__(f"client {client}, round {round}: {cause}")
+
+
+class TooFewClientsError(FedMergeError):
+    """Fewer clients of a round replied well than ``clients.min_clients``. The round changed nothing; the rounds before it stand."""

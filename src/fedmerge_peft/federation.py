@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fedmerge_peft import clock
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.checkpoint import FREE
-from fedmerge_peft.clock import spent
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.errors import RecipeError, ResumeError
+from fedmerge_peft.errors import ClientError, RecipeError, ResumeError, TooFewClientsError
 from fedmerge_peft.files import held
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.differences import differing, flat
@@ -25,8 +28,14 @@ from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.spill import Spill
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
-from fedmerge_peft.training.plan import Plan, Served
+from fedmerge_peft.strategies.aggregation import Aggregator
+from fedmerge_peft.strategies.privacy import PrivateAggregator, release, spent
+from fedmerge_peft.strategies.replies import fault
+from fedmerge_peft.tracking import Tracking, check_trackers, tracking
+from fedmerge_peft.training.plan import Plan, Served, Train
 from fedmerge_peft.writer import RunWriter
+
+log = logging.getLogger(__name__)
 
 
 class Federation:
@@ -45,28 +54,75 @@ class Federation:
         self.recipe = recipe
         self.engine = engine or LocalEngine.from_recipe(recipe)
         self.engine.check_serves(recipe)
-        self.strategy: Strategy = make_strategy(recipe.strategy, self.engine.start())
+        self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
         self.completed = 0
         """Rounds done so far."""
+        self.epsilon(1)  # an accountant that is not there should not wait for the first round
+        if recipe.clients.min_clients > (asked := len(self.cohort(1))):
+            raise RecipeError([f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"])
+
+    def _aggregator(self) -> Aggregator:
+        recipe = self.recipe
+        if recipe.privacy.mode == "central":
+            return PrivateAggregator(recipe.privacy, len(self.cohort(1)), derive(recipe.seed, "privacy"))
+        return Aggregator(recipe.defence)
+
+    def epsilon(self, rounds: int) -> float | None:
+        """ε that the client who was asked most often has spent after so many rounds; None without differential privacy.
+
+        Whoever is asked has spent, whether its reply counted or not. Raises ``RecipeError`` where the accountant is not installed.
+        """
+        if self.recipe.privacy.mode == "none" or not self.strategy.federated:
+            return None
+        asked = Counter(client for number in range(1, rounds + 1) for client in self.cohort(number))
+        return spent(self.recipe.privacy, max(asked.values(), default=0))
+
+    def _plan(self, client: int) -> Plan:
+        """What the client is asked to do, and to do to its update before it sends it."""
+        plan = self.strategy.plan(client)
+        return replace(plan, release=release(self.recipe.privacy)) if isinstance(plan, Train) and self.strategy.federated else plan
+
+    def go_on(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Count these rounds, of a strategy that was brought to where they left it, as done; as objects of ``metrics.jsonl``."""
+        self.completed = len(records)
+        self.strategy.aggregator.norms = [norm for record in records if (norm := record.get("update_norm")) is not None]
 
     def rounds(
         self, on_client: Callable[[Reply], None] | None = None, on_measured: Callable[[int, Scores], None] | None = None
     ) -> Iterator[RoundRecord]:
         """Run the rounds that are left; yields after each.
 
+        A round that fails changes nothing, and can be run again.
+
         Args:
             on_client: Called for each reply as it comes.
             on_measured: Called with (rounds completed, scores of what clients are served with) before the strategy changes them: the
                 moment to keep what was just measured. Only where all clients were, as the scores of others do not compare.
+
+        Raises:
+            ClientError: A client failed, and ``clients.failures`` is raise.
+            TooFewClientsError: Fewer clients replied well than ``clients.min_clients``.
         """
         while self.completed < self.recipe.rounds:
             yield self._round(self.completed + 1, on_client, on_measured)
 
     def measure(self) -> Scores | None:
-        """Score what every client is served with as it stands now, without training."""
+        """Score what every client is served with as it stands now, without training; with ``clients.failures: skip``, those that can be.
+
+        Raises:
+            ClientError: Scoring a client failed, unless ``clients.failures`` is skip.
+        """
         everyone = range(len(self.engine.clients))
         self.engine.backbone.set_base(self.strategy.base)
-        return self._scores(self.engine.measure(((client, self.strategy.served(client)) for client in everyone), self.completed))
+        found: dict[int, dict[str, float]] = {}
+        for client, scores in self.engine.measure(((client, self.strategy.served(client)) for client in everyone), self.completed):
+            if not isinstance(scores, ClientError):
+                found[client] = scores
+            elif self.recipe.clients.failures == "raise":
+                raise scores
+            else:
+                log.warning("%s; left out", scores)
+        return self._scores(found.items())
 
     def cohort(self, round: int) -> list[int]:
         """Indices of the clients that take part in a round, ascending; at least one."""
@@ -84,32 +140,16 @@ class Federation:
         every = self.recipe.evaluation.every
         measure = number % every == 0 or number in (1, self.recipe.rounds)
         cohort = self.cohort(number)
-        plans: dict[int, Plan] = {}  # of those whose reply has not come yet
-
-        def visits() -> Iterator[tuple[int, Plan, Served | None]]:
-            for client in cohort:
-                with spent("server"):
-                    plans[client], served = self.strategy.plan(client), self.strategy.served(client) if measure else None
-                yield client, plans[client], served
-
         self.engine.backbone.set_base(self.strategy.base)
-        replies: list[Reply] = []
-        trained: dict[int, Tensor] = {}
-        deltas, rows = Spill(), Spill()
-        for reply in self.engine.exchange(number, visits()):
-            with spent("server"):
-                if (shared := self.strategy.trained_rows(plans.pop(reply.client), reply)) is not None:
-                    trained[reply.client] = rows.keep(shared)
-                replies.append(replace(reply, deltas=deltas.keep(reply.deltas)))
-            if on_client is not None:
-                on_client(reply)
+        replies, trained, failures = self._sound(number, cohort, measure, on_client)
         served = self._scores((reply.client, reply.served) for reply in replies if reply.served is not None)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies if reply.finetuned is not None)
         if served is not None and len(replies) == len(self.engine.clients) and on_measured is not None:
             on_measured(self.completed, served)
-        traffic = [self.strategy.traffic(client) for client in cohort]
+        down = sum(self.strategy.traffic(client)[0] for client in cohort)
+        up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
 
-        with spent("server"):
+        with clock.spent("server"):
             self.strategy.update(replies)
             gaps = [self.strategy.gap(reply, trained[reply.client]) for reply in replies if reply.client in trained]
         self.completed = number
@@ -125,11 +165,75 @@ class Federation:
             weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
             adapter_mass=merging_weights.mass(self.strategy.weights) if learns else None,
             gap=fmean(gaps) if gaps else None,
-            bytes_down=sum(4 * down for down, _ in traffic),
-            bytes_up=sum(4 * up for _, up in traffic),
+            update_norm=self.strategy.aggregator.norms[-1] if self.strategy.aggregator.norms else None,
+            bytes_down=4 * down,
+            bytes_up=4 * up,
+            epsilon=self.epsilon(number),
             clients=[self.engine.clients[reply.client].name for reply in replies],
+            failures=failures,
             warnings=self.strategy.warnings(),
         )
+
+    def _sound(
+        self, number: int, cohort: Sequence[int], measure: bool, on_client: Callable[[Reply], None] | None
+    ) -> tuple[list[Reply], dict[int, Tensor], dict[str, str]]:
+        """Ask these clients. The replies that count; what those clients made of the adapters that are shared, where that compares with
+        what they get next (``Strategy.trained_rows``); and why the other clients' replies do not count, by name.
+
+        Raises:
+            ClientError: The first failure, unless ``clients.failures`` is skip.
+            TooFewClientsError: Fewer than ``clients.min_clients`` count.
+        """
+        clients, asked = self.recipe.clients, self.engine.clients
+        replies: dict[int, Reply] = {}
+        trained: dict[int, Tensor] = {}
+        failures: dict[str, str] = {}
+        plans: dict[int, Plan] = {}  # of those whose reply has not come yet
+        deltas, rows = Spill(expected=len(cohort)), Spill(expected=len(cohort))
+
+        def fail(client: str, cause: str, error: ClientError | None = None) -> None:
+            error = error or ClientError(client, number, cause)
+            if clients.failures == "raise":
+                raise error
+            log.warning("%s; left out", error)
+            failures[client] = cause
+
+        def visits() -> Iterator[tuple[int, Plan, Served | None]]:
+            for client in cohort:
+                with clock.spent("server"):
+                    plans[client], served = self._plan(client), self.strategy.served(client) if measure else None
+                yield client, plans[client], served
+
+        for answer in self.engine.exchange(number, visits()):
+            if isinstance(answer, ClientError):
+                fail(answer.client, answer.cause, answer)
+                continue
+            if answer.client in replies or (answer.client not in plans and answer.client in cohort):
+                fail(asked[answer.client].name, "it answered more than once")  # which of the answers is its own nobody can tell
+                continue
+            if answer.client not in plans:
+                fail(str(answer.client), "it was not asked")
+                continue
+            name, plan = asked[answer.client].name, plans.pop(answer.client)
+            if cause := fault(answer, plan, number, asked[answer.client].size, clients.timeout):
+                fail(name, cause)
+                continue
+            with clock.spent("server"):
+                if (shared := self.strategy.trained_rows(plan, answer)) is not None:
+                    trained[answer.client] = rows.keep(shared)
+                replies[answer.client] = replace(answer, deltas=deltas.keep(answer.deltas))
+            if on_client is not None:
+                on_client(answer)
+        for client in cohort:
+            if client not in replies and asked[client].name not in failures:
+                fail(asked[client].name, "it did not answer")
+        sound = [reply for client, reply in replies.items() if asked[client].name not in failures]
+        if len(sound) < clients.min_clients:
+            raise TooFewClientsError(
+                f"round {number}: {len(sound)} of {len(cohort)} clients replied well, and clients.min_clients is {clients.min_clients}. "
+                f"The round changed nothing. Failed: {'; '.join(f'{name}: {cause}' for name, cause in failures.items())}"
+            )
+        return sound, trained, failures
 
     def _scores(self, found: Iterable[tuple[int, dict[str, float]]]) -> Scores | None:
         return Scores.of(self.engine.task.metrics[0], {self.engine.clients[client].name: scores for client, scores in found})
@@ -163,6 +267,7 @@ def federate(
         FedMergeError: Anything else the recipe got wrong; rounds already finished stay on disk, and ``resume`` goes on from them.
     """
     directory = Path(out) if out is not None else Run.default_path(recipe)
+    check_trackers(recipe)
     Run.check_free(directory)
     engine = engine or LocalEngine.from_recipe(recipe)
     with held(directory):
@@ -201,6 +306,7 @@ def resume(
     """
     run = Run.open(path)
     recipe = _continued(run, overrides)
+    check_trackers(recipe)
     with held(run.path):
         if Run.open(run.path).ended and recipe.rounds == run.recipe.rounds:
             raise ResumeError(
@@ -241,29 +347,36 @@ def _federate(
         federation = Federation(one, engine)
         began = (path / "recipe.yaml").is_file()
         run = RunWriter.reopen(path, one, engine, federation.strategy) if began else RunWriter.create(path, one, engine)
-        federation.completed = run.completed
+        federation.go_on(run.records)
         if on_start is not None:
             on_start(federation, run)
-        _finish(federation, run, on_client, on_round)
+        with tracking(one, path, engine.accelerator) as tracked:
+            _finish(federation, run, tracked, on_client, on_round)
 
 
 def _finish(
-    federation: Federation, run: RunWriter, on_client: Callable[[Reply], None] | None, on_round: Callable[[RoundRecord], None] | None
+    federation: Federation,
+    run: RunWriter,
+    tracked: Tracking,
+    on_client: Callable[[Reply], None] | None,
+    on_round: Callable[[RoundRecord], None] | None,
 ) -> None:
     """The rounds that are left, then the final scores."""
 
     def keep_best(completed: int, scores: Scores) -> None:
-        with spent("save"):
+        with clock.spent("save"):
             run.offer_best(completed, scores, federation.strategy)
 
-    with spent("other"):
+    with clock.spent("other"):
         for record in federation.rounds(on_client, keep_best):
-            with spent("save"):
+            with clock.spent("save"):
                 run.append(record, federation.strategy)
+                tracked.record(record)
             if on_round is not None:
                 on_round(record)
         final = federation.measure()
-        if final is not None:
+        if final is not None and len(final.clients) == len(federation.engine.clients):
             keep_best(federation.completed, final)
-        with spent("save"):
+        with clock.spent("save"):
             run.finish(final)
+            tracked.final(final, federation.completed)

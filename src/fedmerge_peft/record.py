@@ -71,12 +71,18 @@ class RoundRecord:
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client. None where no weights are learned."""
     adapter_mass: list[float] | None
     """Each adapter's share of the clients' weight after the round; sums to 1. None where no weights are learned."""
+    update_norm: float | None
+    """Median over the clients of ‖δ_i‖₂, of what of their updates is shared. None for methods that share no mean."""
     bytes_down: int
     """Bytes of adapters that the server sent, all clients together."""
     bytes_up: int
-    """Bytes of adapters that came back."""
+    """Bytes of adapters that came back, from those whose replies counted."""
+    epsilon: float | None
+    """ε at ``privacy.delta`` that the client who was asked most often has spent so far. None without differential privacy."""
     clients: list[str]
-    """Who took part."""
+    """Whose replies counted."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Who was asked in vain (``clients.failures: skip``), and why, by client."""
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -88,6 +94,10 @@ class RoundRecord:
             parts.append(f"finetuned {self.finetuned.mean:.3f}")
         if self.weights_entropy is not None:
             parts.append(f"entropy {self.weights_entropy:.2f}")
+        if self.epsilon is not None:
+            parts.append(f"ε {self.epsilon:.2f}")
+        if self.failures:
+            parts.append(f"{len(self.failures)} failed")
         return "  ".join([*parts, f"{self.seconds:.1f} s"])
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ recipe.yaml             the recipe, defaults written out
 environment.json        start, versions, git commit, device, precision; the same of each time the run went on after an interruption
 clients.json            name, group and number of examples of each client
 task.json               names of the labels in the order of their ids, and the format of texts, as the data told them
+labels.json             how many training examples of each label each client has, where examples have labels
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object a round
 weights/                π after each round
@@ -11,6 +12,7 @@ soup.safetensors        the adapters after the last finished round, and what the
 weights.safetensors     π after the last finished round
 best/                   soup and weights at the lowest mean validation loss over all clients
 summary.json            the final and the best scores; there once the run has ended
+tracking/               what experiment trackers wrote (tracking.py)
 checkpoint/             what the run needs to go on after an interruption (checkpoint.py)
 baselines/<strategy>/   the same again for each baseline
 """
@@ -26,22 +28,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.merging import concat, with_base
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.files import read_tensors, write_json, write_tensors, writing
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.strategies import FedEM
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedmerge_peft.merged import MergedAdapter
+
 _WRITTEN = re.compile(
     r"(baselines/[^/]+/)*"
-    r"((recipe\.yaml|(environment|clients|task|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
-    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json|checkpoint/round-\d+(\.soup)?\.safetensors)"
+    r"((recipe\.yaml|(environment|clients|task|labels|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
+    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
 )
 """Every file of a run directory, by its path there."""
 _TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
@@ -61,7 +64,7 @@ class Run:
     @staticmethod
     def default_path(recipe: Recipe) -> Path:
         """``runs/<name>``. Raises ``RecipeError`` for a name that would lead elsewhere."""
-        if Path(recipe.name).name != recipe.name or recipe.name in ("", ".."):
+        if Path(recipe.name).name != recipe.name or recipe.name in ("", "..") or "\0" in recipe.name:
             raise RecipeError([f"name: {recipe.name!r} is no name for a folder; give another, or a run directory with --out"])
         return Path("runs") / recipe.name
 
@@ -192,12 +195,27 @@ class Run:
         return frame
 
     @property
+    def client_names(self) -> list[str]:
+        """The clients' names, in the order of the rows of π."""
+        return [str(client["name"]) for client in self._clients]
+
+    @property
+    def label_counts(self) -> pd.DataFrame | None:
+        """Training examples, clients × labels; None where examples have no labels, and for older runs."""
+        import pandas as pd
+
+        path = self.path / "labels.json"
+        if not path.is_file():
+            return None
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return pd.DataFrame(said["counts"], index=self.client_names, columns=said["labels"])
+
+    @property
     def weights(self) -> pd.DataFrame:
         """π after the last finished round: clients × adapters."""
         import pandas as pd
 
-        names = [client["name"] for client in self._clients]
-        return pd.DataFrame(read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=names)
+        return pd.DataFrame(read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=self.client_names)
 
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
         """π ``(clients, adapters)`` after each finished round."""
@@ -209,25 +227,50 @@ class Run:
         """The adapters after the last finished round."""
         return AdapterSoup.load(self.path / "soup.safetensors")
 
-    def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
-        """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` where it has none."""
-        return self._adapter(client, best=best, exact=False)[0]
+    def client(self, name: str, *, best: bool = False) -> MergedAdapter:
+        """What a client is served with, from the last or the best round, ready to use. Raises ``RunError`` where it has none.
 
-    def save_adapter(self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False) -> Path:
-        """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads.
+        ``run.client("north-clinic").pipeline()("my order has not come")``
+        """
+        from fedmerge_peft.merged import MergedAdapter
+
+        soup, weights = self.state(best=best)
+        row = self._row_of(name, weights)
+        return MergedAdapter(self, name, soup, row, self.round(best=best), self.scores(best=best).get(name, {}))
+
+    def merge(self, shares: Mapping[str | int, float], *, best: bool = False) -> MergedAdapter:
+        """What if: an adapter of any mixture.
+
+        ``run.merge({0: 1, 2: 1})`` is half of adapter 0 and half of adapter 2; ``run.merge({"Fen Water": 3, "Castle Museum": 1})`` is made
+        as these clients are, three parts to one.
 
         Args:
-            client: Whose.
-            folder: Where to; made where it is missing.
+            shares: Parts by adapter number or by client name; they are divided by their sum.
             best: From the round with the lowest validation loss, instead of the last.
-            exact: Concatenate the soup's factors instead of averaging them: the exact average of updates, at r times the number of
-                adapters that the client is made of.
 
         Raises:
-            RunError: No such client, a mixture of adapters, or the folder cannot be written.
-            ValueError: ``exact`` where ``concat`` knows no exact merge.
+            RunError: No such adapter or client, a negative or infinite part, or parts that are all 0.
         """
-        return write_adapter(Path(folder), *self._adapter(client, best=best, exact=exact))
+        from fedmerge_peft.merged import MergedAdapter
+
+        soup, known = self.state(best=best)
+        adapters = len(soup)
+        parts = torch.tensor([float(share) for share in shares.values()])
+        if not (bool(torch.isfinite(parts).all()) and bool((parts >= 0).all()) and float(parts.sum()) > 0):
+            raise RunError(f"{dict(shares)} is no mixture: give parts of at least 0, not all of them 0")
+        if wrong := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
+            raise RunError(f"{self.path} has no adapter {wrong[0]}; it has 0 to {adapters - 1}")
+        rows = [torch.eye(adapters)[key] if isinstance(key, int) else self._row_of(key, known) for key in shares]
+        name = " + ".join(f"{float(part):.2g} {key}" for key, part in zip(shares, parts / parts.sum(), strict=True))
+        return MergedAdapter(self, name, soup, (parts / parts.sum()) @ torch.stack(rows), self.round(best=best))
+
+    def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
+        """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` where it has none."""
+        return self.client(client, best=best).saved()[0]
+
+    def save_adapter(self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False) -> Path:
+        """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads: ``run.client(client).save(folder)``."""
+        return self.client(client, best=best).save(folder, exact=exact)
 
     def state(self, *, best: bool = False) -> tuple[AdapterSoup, Tensor]:
         """The soup and π ``(clients, adapters)``, after the last or the best round. Raises ``RunError`` where there is none."""
@@ -236,23 +279,23 @@ class Run:
             raise RunError(f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last")
         return AdapterSoup.load(folder / "soup.safetensors"), read_tensors(folder / "weights.safetensors")["weights"]
 
-    def _adapter(self, client: str, *, best: bool, exact: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """PEFT's saved form and its configuration; with what the backbone has gained."""
-        soup, weights = self._serving(client, best)
-        state, config = concat(soup, weights, self.adapter_config) if exact else (soup.state_dict(soup.merge(weights)), self.adapter_config)
-        return with_base(state, config, soup.base) if soup.base else (state, config)
-
-    def _serving(self, client: str, best: bool) -> tuple[AdapterSoup, Tensor]:
-        names = [entry["name"] for entry in self._clients]
+    def _row_of(self, client: str, weights: Tensor) -> Tensor:
+        names = self.client_names
         if client not in names:
             raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
-        if isinstance(self.recipe.strategy, FedEM):
-            raise RunError(
-                f"{self.path}: fedem mixes what its adapters predict, so a client has no single adapter. Load each row of run.soup.rows as "
-                "run.soup.state_dict(row), and average the probabilities that they give by run.weights.loc[client]"
-            )
-        soup, weights = self.state(best=best)
-        return soup, weights[names.index(client)]
+        return weights[names.index(client)]
+
+    def round(self, *, best: bool = False) -> int:
+        """After how many rounds the last or the best state was kept."""
+        return int(self._best["after_round"]) if best and self._best else len(self.records)
+
+    def scores(self, *, best: bool = False) -> dict[str, dict[str, float]]:
+        """Each client's scores of the last or the best state, such as ``test_accuracy``; empty where it was not measured."""
+        if best:
+            found = self._best["served"] if self._best else None
+        else:
+            found = self.summary["final"]["served"] if (self.path / "summary.json").is_file() else None
+        return dict(found["clients"]) if found else {}
 
     @property
     def task(self) -> dict[str, Any]:

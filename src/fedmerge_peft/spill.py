@@ -22,7 +22,9 @@ class Spill:
     into memory: the system takes their pages back when it needs them. The file goes when nothing refers to its rows.
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, expected: int = 1) -> None:
+        """``expected`` tells how often ``keep`` will be called: with as many rows each time, all of them then lie in one block."""
+        self._expected = expected
         self._left = IN_MEMORY if most is None else most
         self._block = torch.empty(0)
         self._used = 0
@@ -37,7 +39,7 @@ class Spill:
 
     def _next(self, least: int) -> Tensor:
         """Room for at least so many numbers, and for as many such rows as make a chunk."""
-        numbers = least * max(1, CHUNK // (4 * least))
+        numbers = least * max(self._expected, CHUNK // (4 * least))
         self._left -= 4 * numbers
         if self._left >= 0:
             return torch.empty(numbers)  # what is not used takes no memory

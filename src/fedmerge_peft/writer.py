@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from fedmerge_peft import checkpoint as checkpoints
 from fedmerge_peft.environment import environment_of
@@ -115,6 +119,8 @@ class RunWriter(Run):
                 "seconds": sum(record["seconds"] for record in records),
                 "bytes_down": sum(record["bytes_down"] for record in records),
                 "bytes_up": sum(record["bytes_up"] for record in records),
+                "privacy": {"epsilon": records[-1]["epsilon"], "delta": self.recipe.privacy.delta} if records[-1].get("epsilon") else None,
+                "failures": dict(Counter(name for record in records for name in record.get("failures", ()))),
                 "final": {"after_round": self.completed, "served": vars(final) if final is not None else None},
                 "best": self._best,
                 "warnings": records[-1]["warnings"],
@@ -160,11 +166,16 @@ def _documents(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
         {"name": each.name, "group": each.group, "train": len(each.train), "validation": len(each.validation), "test": len(each.test)}
         for each in engine.clients
     ]
-    return {
+    documents: dict[str, Any] = {
         "clients.json": clients,
         "task.json": {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)},
         "adapter_config.json": {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True},
     }
+    if engine.task.labels:
+        ids = torch.stack(list(engine.examples.columns["labels"])).numpy()
+        counts = [np.bincount(ids[each.train], minlength=len(engine.task.labels)).tolist() for each in engine.clients]
+        documents["labels.json"] = {"labels": list(engine.task.labels), "counts": counts}
+    return documents
 
 
 def _read(path: Path) -> Any:

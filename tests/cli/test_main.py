@@ -12,6 +12,10 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.recipe import loading
 
 PROGRAM = [sys.executable, "-W", "error", "-c", "from fedmerge_peft.cli import main; main()"]
+VERBS = (
+    *("ls", "cp", "validate", "show", "schema", "run", "resume", "sweep", "compare", "data", "personalize"),
+    *("export", "report", "doctor"),
+)
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "pandas", "sklearn", "rich", "matplotlib"}
 
 
@@ -35,17 +39,37 @@ def test_the_version_is_the_packages(fedmerge):
 def test_help_lists_the_verbs(option, fedmerge):
     code, out, _ = fedmerge(option)
     assert code == 0
-    assert all(
-        f"  {verb} " in out
-        for verb in ("ls", "cp", "validate", "show", "schema", "run", "resume", "sweep", "compare", "data", "personalize")
-    )
+    assert all(f"  {verb} " in out for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["ls", "cp", "validate", "show", "schema", "run", "resume", "sweep", "compare", "data", "personalize"])
-def test_every_verb_has_help_of_its_own(verb, fedmerge):
+def test_help_says_what_the_exit_codes_mean(fedmerge):
+    said = " ".join(fedmerge("--help")[1].split())
+    assert "Exit codes: 0 all went well; 1 something is missing" in said
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_of_its_own_with_an_example(verb, fedmerge):
     code, out, _ = fedmerge(verb, "--help")
     assert code == 0
     assert f"Usage: fedmerge {verb}" in out
+    assert f"Example: fedmerge {verb}" in out
+
+
+def test_no_verb_is_left_out_here():
+    from fedmerge_peft.cli.app import app
+
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(VERBS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("fedmerge rep", ["report"]), ("fedmerge run qui", ["quickstart"]), ("fedmerge validate cifar", 2)]
+)
+def test_the_shell_completes_verbs_and_recipes(typed, offered):
+    words = typed.split()
+    environment = {**os.environ, "_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(PROGRAM, capture_output=True, text=True, check=False, env=environment)
+    found = done.stdout.split()
+    assert len(found) == offered if isinstance(offered, int) else found == offered, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Formulas:
     def federation(self, *overrides) -> Federation:
         """The round loop on these clients, without scores."""
         engine = SimpleNamespace(
-            clients=[SimpleNamespace(name=str(client)) for client in range(len(self.sizes))],
+            clients=[SimpleNamespace(name=str(client), size=size) for client, size in enumerate(self.sizes)],
             task=SimpleNamespace(metrics=["accuracy"]),
             backbone=SimpleNamespace(set_base=lambda _: None),
             check_serves=lambda _: None,

@@ -77,19 +77,20 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
         return collate(examples, indices)
 
     monkeypatch.setattr(engine.task, "collate", fail)
-    with pytest.raises(ClientError, match=rf"client {culprit.name}, round 3: ZeroDivisionError: no luck") as caught:
-        list(engine.exchange(3, [(client, Train(row), None) for client in range(4)]))
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    answers = list(engine.exchange(3, [(client, Train(row), None) for client in range(4)]))
+    assert [answer.client for answer in answers] == [0, 1, culprit.name, 3]
+    assert str(answers[2]) == f"client {culprit.name}, round 3: ZeroDivisionError: no luck"
+    assert isinstance(answers[2].__cause__, ZeroDivisionError)
     assert "4 clients train one at a time, as they fail together: ZeroDivisionError: no luck" in caplog.text
 
 
 def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours_alone(smoke):
     engine = engine_of(smoke("training.clients_per_batch=4"))
     row = engine.start().fresh_row(0)
-    replies = engine.exchange(1, [(client, Train(row * torch.nan if client == 2 else row), None) for client in range(4)])
-    assert all(next(replies).delta.isfinite().all() for _ in range(2))
-    with pytest.raises(ClientError, match=rf"client {engine.clients[2].name}, round 1: its adapter is not finite"):
-        next(replies)
+    answers = list(engine.exchange(1, [(client, Train(row * torch.nan if client == 2 else row), None) for client in range(4)]))
+    assert all(answers[client].delta.isfinite().all() for client in (0, 1, 3))
+    assert isinstance(answers[2], ClientError)
+    assert str(answers[2]).startswith(f"client {engine.clients[2].name}, round 1: its adapter is not finite")
 
 
 def test_where_memory_runs_out_fewer_train_at_a_time(smoke, monkeypatch, caplog):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _SETTING = {"task": True, "backbone": True, "data": True}
 _SPEED = ("training.device", "training.prefix_cache", "training.clients_per_batch")
-_NO_METHOD = ("name", "seed", "baselines", "task.metrics", "evaluation", *_SPEED)
+_NO_METHOD = ("name", "seed", "baselines", "task.metrics", "evaluation", "tracking", *_SPEED)
 """Chance, what is measured and reported, and where or how fast something is computed: none of it changes what is done."""
 
 

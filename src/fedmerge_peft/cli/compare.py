@@ -39,6 +39,7 @@ def compare(
     from fedmerge_peft.analysis.figures import check_suffix, plot
     from fedmerge_peft.analysis.reports import markdown as as_markdown
     from fedmerge_peft.cli.logs import log_to
+    from fedmerge_peft.recipe.document import printable
 
     if figure is not None:
         check_suffix(figure)
@@ -54,7 +55,7 @@ def compare(
         plot(comparison, figure)
     for path in (csv, markdown, figure):
         if path is not None:
-            console.print(f"wrote {path}", markup=False, soft_wrap=True)
+            console.print(printable(f"wrote {path}"), markup=False, soft_wrap=True)
 
 
 def show(comparison: Comparison, console: Console) -> None:

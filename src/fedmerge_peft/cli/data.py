@@ -25,6 +25,7 @@ def data(
 
     from fedmerge_peft.data import federate_data, picture, plot
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe.document import printable
 
     loaded = Recipe.load(recipe, overrides or [])
     label = getattr(loaded.task, "label", None)
@@ -33,4 +34,4 @@ def data(
     console.print(picture(held, by or label, width=console.width))
     if figure is not None:
         plot(held, by or label, figure)
-        console.print(f"figure: {figure}", markup=False)
+        console.print(printable(f"figure: {figure}"), markup=False)

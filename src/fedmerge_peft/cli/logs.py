@@ -10,11 +10,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+class _Harmless(logging.Formatter):
+    """Messages as a terminal can show them: names of clients and columns may hold characters that steer one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from fedmerge_peft.recipe.document import printable
+
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def log_to(console: Console) -> None:
     """Print this package's warnings as one line each; silence progress bars and deprecations of the libraries we stand on."""
     from rich.logging import RichHandler
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    handler.setFormatter(_Harmless())
     package = logging.getLogger("fedmerge_peft")
     package.handlers = [handler]
     package.propagate = False

@@ -44,6 +44,7 @@ def personalize(
     from fedmerge_peft.cli.logs import log_to
     from fedmerge_peft.errors import RunError
     from fedmerge_peft.personalization import personalize
+    from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.run import Run
 
     opened = Run.open(run)
@@ -58,10 +59,10 @@ def personalize(
     result.save(folder)
     console.print(_table(result))
     weights = "  ".join(f"{number}: {weight:.2f}" for number, weight in enumerate(result.weights.tolist()))
-    console.print(f"weights of the adapters   {weights}\nmost like client   {result.nearest}", markup=False)
-    console.print(f"adapter   {folder}\n\nnext:", soft_wrap=True, markup=False)
+    console.print(f"weights of the adapters   {weights}\nmost like client   {printable(str(result.nearest))}", markup=False)
+    console.print(f"adapter   {printable(str(folder))}\n\nnext:", soft_wrap=True, markup=False)
     command, model = f"PeftModel.from_pretrained(model, {str(folder)!r})", opened.recipe.backbone.model
-    console.print(f"  {command}   # in Python, with {model} for the model", soft_wrap=True, markup=False)
+    console.print(printable(f"  {command}   # in Python, with {model} for the model"), soft_wrap=True, markup=False)
 
 
 def _table(result: Personalized) -> Table:

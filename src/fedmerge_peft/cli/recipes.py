@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def ls() -> None:
-    """List the recipes that come with the package."""
+    """List the recipes that come with the package.
+
+    Example: fedmerge ls
+    """
     from fedmerge_peft.recipe.loading import shipped
 
     recipes = shipped()

@@ -64,7 +64,9 @@ def run(
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="rounds=N or evaluation.every=N; no others.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Of rounds, evaluation.every, tracking; no others.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
 ) -> None:
     """Go on with a run that was interrupted, or give an ended one more rounds.
@@ -88,7 +90,7 @@ def resume(
 def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet: bool) -> Run:
     """Show a run's progress; when it is stopped or fails, say how to go on."""
     from fedmerge_peft.cli.stopping import Stop
-    from fedmerge_peft.errors import ClientError, ResumeError, RunBusyError, RunError
+    from fedmerge_peft.errors import ClientError, ResumeError, RunBusyError, RunError, TooFewClientsError
     from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.run import Run
 
@@ -99,7 +101,7 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
             if command := Run(directory).resume_command:
                 print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
-        except (ClientError, RunError) as error:
+        except (ClientError, RunError, TooFewClientsError) as error:
             if not isinstance(error, (ResumeError, RunBusyError)) and (command := Run(directory).resume_command):
                 error.add_note(f"To go on from the last finished round: {command}")
             raise
@@ -148,14 +150,15 @@ def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool)
 
 def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
     from fedmerge_peft.analysis import scores_table, weights_table
+    from fedmerge_peft.recipe.document import printable
 
     if run.summary["final"]["served"] is not None:
         console.print(scores_table(run))
     if run.recipe.strategy.name == "fedmerge":
         console.print(weights_table(run))
-    console.print(f"run directory: {run.path}\n\nnext:", soft_wrap=True, markup=False)
+    console.print(f"run directory: {printable(str(run.path))}\n\nnext:", soft_wrap=True, markup=False)
     for command, why in _next(run, recipe, overrides):
-        console.print(f"  {command}   # {why}", soft_wrap=True, markup=False)
+        console.print(f"  {printable(command)}   # {why}", soft_wrap=True, markup=False)
 
 
 def _show_profile(clock: Clock, console: Console) -> None:
@@ -176,7 +179,7 @@ def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
     from fedmerge_peft.recipe.loading import shipped
 
     same = shlex.join([recipe, *overrides])
-    commands = [(f"fedmerge data {same}", "which client holds which labels")]
+    commands = [(f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, what to do")]
     if run.recipe.strategy.name == "fedmerge":
         commands.append((f"fedmerge run {same} strategy.adapters=3 --out {shlex.quote(f'{run.path}-3')}", "a smaller soup"))
     else:

@@ -45,6 +45,7 @@ def sweep(
     from fedmerge_peft.cli.logs import log_to
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import RunError, SweepError
+    from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.run import Run
 
     directory = out if out is not None else Path("sweeps", Run.default_path(next(iter(recipes.values()))).name)
@@ -63,10 +64,11 @@ def sweep(
         try:
             show(Comparison.of(finished), console)
         except RunError as error:  # such as runs that report different metrics: it takes nothing from the sweep
-            console.print(f"no comparison: {error}", markup=False, soft_wrap=True)
+            console.print(printable(f"no comparison: {error}"), markup=False, soft_wrap=True)
     if failed is not None:
         raise failed
-    console.print(f"next:\n  fedmerge compare {shlex.quote(str(directory))} --figure methods.png", soft_wrap=True, markup=False)
+    command = f"fedmerge compare {shlex.quote(str(directory))} --figure methods.png"
+    console.print(f"next:\n  {printable(command)}", soft_wrap=True, markup=False)
 
 
 def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: Stop) -> dict[str, Run]:
@@ -76,6 +78,7 @@ def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from fedmerge_peft.errors import FedMergeError
+    from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.record import RoundRecord
     from fedmerge_peft.sweeps import sweep
 
@@ -85,7 +88,7 @@ def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: 
         ended = count(1)
 
         def say(name: str, how: str) -> None:
-            progress.console.print(f"[{next(ended)}/{len(recipes)}] {name}  {how}", soft_wrap=True, markup=False)
+            progress.console.print(printable(f"[{next(ended)}/{len(recipes)}] {name}  {how}"), soft_wrap=True, markup=False)
 
         def on_run(name: str, run: Run, fresh: bool) -> None:
             summary = run.summary
@@ -98,7 +101,7 @@ def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: 
             say(name, f"failed: {str(error).splitlines()[0]}")
 
         def on_round(name: str, record: RoundRecord) -> None:
-            progress.update(rounds, description=name, completed=record.round, total=record.rounds)
+            progress.update(rounds, description=printable(name), completed=record.round, total=record.rounds)
             stop.arm()
             stop.check()
 

@@ -16,6 +16,7 @@ from fedmerge_peft.data.clients import FederatedData
 from fedmerge_peft.data.columns import class_numbers, listing
 from fedmerge_peft.data.partition import class_counts
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.recipe.document import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -74,7 +75,7 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
         table.add_column(split, justify="right", no_wrap=True)
     room = max(8, width - max(len(_short(client.name)) for client in shown) - sum(len(split) + 1 for split in SPLITS) - 2)
     if column is not None:
-        table.add_column(Text(column, overflow="ellipsis"), no_wrap=True, max_width=room)
+        table.add_column(Text(printable(column), overflow="ellipsis"), no_wrap=True, max_width=room)
     top = int(counts.max(initial=1))
     for client, row in zip(shown, counts, strict=False):
         sizes = (f"{len(rows):,}" for rows in (client.train, client.validation, client.test))
@@ -88,7 +89,7 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
         ]
     total = _sizes(data).sum(axis=0)
     lines += [f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation and {total[2]:,} test examples"]
-    return Group(table, *(Text(line, style="dim") for line in lines))
+    return Group(table, *(Text(printable(line), style="dim") for line in lines))
 
 
 def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> None:
@@ -154,6 +155,7 @@ def _ticks(axis: Any, names: list[str]) -> None:
 
 def _short(name: str) -> str:
     """At most 24 characters, the last ones kept: they tell the clients of one group apart."""
+    name = printable(name)
     return name if len(name) <= 24 else f"{name[:18]}…{name[-5:]}"
 
 

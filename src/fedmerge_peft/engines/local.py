@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.backbone import Backbone, load_backbone, model_folder
+from fedmerge_peft.backbone import Backbone, load_backbone
 from fedmerge_peft.clock import spent
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.errors import ClientError, FedMergeError, RecipeError
+from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies.base import Reply, Start
@@ -33,12 +34,14 @@ from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import Indices, Trained, train
-from fedmerge_peft.training.work import Fit, Requests, carry_out_together, requests
+from fedmerge_peft.training.work import Fit, Requests, Work, carry_out_together, requests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class LocalEngine:
@@ -107,71 +110,70 @@ class LocalEngine:
         model = self.backbone
         return Start(len(self.clients), model.layout, fresh_row, model.shared, derive(self.recipe.seed, "strategy"), model.scaling)
 
-    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply]:
+    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
         """Send each client its plan, let it train, and hand over the replies as they come.
+
+        In place of a client's reply comes a ``ClientError`` where its work failed, with the original error as its cause.
 
         Args:
             round: Number of the round, from 1; with the client's name it decides all of the client's random draws.
             visits: Client indices, what each is asked to do, and what each is served with, to be scored before any training;
                 None to score nothing. After training the recipe decides what is scored.
-
-        Raises:
-            ClientError: A client's work failed; raised from the original error.
         """
         waiting = (_Visit(round, index, self.clients[index], plan, served) for index, plan, served in visits)
         while chunk := list(islice(waiting, self.clients_per_batch)):
             yield from self._visit(chunk)
 
-    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float]]]:
-        """Score what each client is served with on its validation and test examples, without training.
+    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
+        """Score what each client is served with on its validation and test examples, without training; a ``ClientError`` where that failed.
 
         Args:
             served: Client indices, and what each is served with.
             completed: Number of rounds that are behind it, for errors.
-
-        Raises:
-            ClientError: Scoring a client failed; raised from the original error.
         """
         for index, each in served:
             client = self.clients[index]
-            with _blaming(client, completed, "scored after the round: "):
-                scores = self._scores(client, each)
-            yield index, scores
+            yield index, _blaming(client, completed, partial(self._scores, client, each), "scored after the round: ")
 
     @cached_property
     def clients_per_batch(self) -> int:
         """How many clients train in one pass of the model; fewer once the GPU has run out of memory."""
         return clients_per_batch(self.backbone, self.task, self.recipe.training, self.accelerator, self.examples, self._held)
 
-    def _visit(self, visits: list[_Visit]) -> Iterator[Reply]:
-        before = []
-        for visit in visits:
-            with visit.working():
-                before.append(self._scores(visit.client, visit.served) if visit.served is not None else None)
+    def _visit(self, visits: list[_Visit]) -> Iterator[Reply | ClientError]:
+        before = [visit.timed(partial(self._scores, visit.client, visit.served)) if visit.served is not None else None for visit in visits]
 
-        def losses(number: int, row: Tensor) -> Tensor:
-            with visits[number].working():
-                return self._losses(visits[number].client, row)
+        def losses(number: int, row: Tensor) -> Tensor | ClientError:
+            return visits[number].timed(partial(self._losses, visits[number].client, row))
 
-        plans = [visit.requests(self.recipe.seed) for visit in visits]
+        plans = [
+            _stopped(scores) if isinstance(scores, ClientError) else visit.requests(self.recipe.seed)
+            for visit, scores in zip(visits, before, strict=True)
+        ]
         with spent("train"):
             done = carry_out_together(plans, partial(self._train, visits), losses)
         for visit, scores, work in zip(visits, before, done, strict=True):
-            with visit.working():
-                if not bool(torch.isfinite(work.deltas).all()):
-                    raise ClientError(
-                        visit.client.name,
-                        visit.round,
-                        "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm",
-                    )
-                finetuned = visit.served is not None and self.recipe.evaluation.finetuned
-                after = self._scores(visit.client, work.trained) if finetuned else None
-            size, choice, weights = visit.client.size, work.choice, work.weights
-            yield Reply(visit.index, work.deltas, size, work.loss, visit.seconds, scores, after, choice, weights)
+            if isinstance(scores, ClientError):
+                yield scores
+            elif isinstance(work, ClientError):
+                yield work
+            else:
+                yield self._reply(visit, scores, work)
 
-    def _train(self, visits: Sequence[_Visit], fits: Sequence[tuple[int, Fit]]) -> list[Trained]:
+    def _reply(self, visit: _Visit, before: dict[str, float] | None, work: Work) -> Reply | ClientError:
+        if not bool(torch.isfinite(work.deltas).all()):
+            cause = "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
+            return ClientError(visit.client.name, visit.round, cause)
+        finetuned = visit.served is not None and self.recipe.evaluation.finetuned
+        after = visit.timed(partial(self._scores, visit.client, work.trained)) if finetuned else None
+        if isinstance(after, ClientError):
+            return after
+        size, choice, weights = visit.client.size, work.choice, work.weights
+        return Reply(visit.index, work.deltas, size, work.loss, visit.seconds, before, after, choice, weights, visit.round)
+
+    def _train(self, visits: Sequence[_Visit], fits: Sequence[tuple[int, Fit]]) -> list[Trained | ClientError]:
         """Train what these clients want trained; those with like numbers of examples in one pass."""
-        trained: dict[int, Trained] = {}
+        trained: dict[int, Trained | ClientError] = {}
         waiting = sorted(range(len(fits)), key=lambda number: -len(visits[fits[number][0]].client.train))
         while waiting:
             now = waiting[: self.clients_per_batch]
@@ -184,8 +186,8 @@ class LocalEngine:
             waiting = waiting[len(now) :]
         return [trained[number] for number in range(len(fits))]
 
-    def _train_batch(self, batch: Sequence[tuple[_Visit, Fit]]) -> list[Trained] | None:
-        """Train these in one pass, or, where that fails, one at a time, so that the error names its client; None: out of memory."""
+    def _train_batch(self, batch: Sequence[tuple[_Visit, Fit]]) -> Sequence[Trained | ClientError] | None:
+        """Train these in one pass, or, where that fails, one at a time, so that the one to blame is found; None: out of memory."""
         training, rest = self.recipe.training, (self.examples, self.cache)
         if len(batch) > 1:
             begin = time.perf_counter()
@@ -200,13 +202,8 @@ class LocalEngine:
                 for visit, _ in batch:
                     visit.seconds += (time.perf_counter() - begin) / len(batch)
                 return found
-        trained = []
-        for visit, fit in batch:
-            with visit.working():
-                indices = visit.client.train
-                one = train(self.backbone, self.task, training, self.accelerator, fit.job, self.examples, indices, fit.seed, self.cache)
-                trained.append(one)
-        return trained
+        alone = partial(train, self.backbone, self.task, training, self.accelerator)
+        return [visit.timed(partial(alone, fit.job, self.examples, visit.client.train, fit.seed, self.cache)) for visit, fit in batch]
 
     def _losses(self, client: Client, row: Tensor) -> Tensor:
         size = self.recipe.evaluation.batch_size
@@ -246,26 +243,40 @@ class _Visit:
     seconds: float = 0.0
     """Time spent on this client; of a pass that several share, its part."""
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Within, the time is this client's, and the errors are."""
+    def timed(self, work: Callable[[], T]) -> T | ClientError:
+        """What some work gives: the time is this client's, and the errors are."""
         begin = time.perf_counter()
-        with _blaming(self.client, self.round):
-            yield
+        found = _blaming(self.client, self.round, work)
         self.seconds += time.perf_counter() - begin
+        return found
 
     def requests(self, seed: int) -> Requests:
         """What the client's plan asks for."""
-        with _blaming(self.client, self.round):
+        try:
             return (yield from requests(self.plan, derive(seed, "train", self.round, self.client.name)))
+        except ClientError:
+            raise
+        except Exception as error:
+            raise _blame(self.client, self.round, error) from error
 
 
-@contextmanager
-def _blaming(client: Client, round: int, when: str = "") -> Iterator[None]:
-    """Turn whatever fails into one ``ClientError`` that names the client; our own errors say enough."""
+def _stopped(error: ClientError) -> Requests:
+    """Asks for nothing, as the client has failed already."""
+    yield from ()
+    raise error
+
+
+def _blaming(client: Client, round: int, work: Callable[[], T], when: str = "") -> T | ClientError:
+    """What some work gives, or one ``ClientError`` that names the client, for whatever fails."""
     try:
-        yield
-    except FedMergeError:
-        raise
+        return work()
     except Exception as error:
-        raise ClientError(client.name, round, f"{when}{type(error).__name__}: {error}") from error
+        return _blame(client, round, error, when)
+
+
+def _blame(client: Client, round: int, error: Exception, when: str = "") -> ClientError:
+    """One ``ClientError`` for whatever failed, which is its cause; our own errors say enough."""
+    said = str(error) if isinstance(error, FedMergeError) else f"{type(error).__name__}: {error}"
+    blamed = ClientError(client.name, round, f"{when}{said}")
+    blamed.__cause__ = error
+    return blamed

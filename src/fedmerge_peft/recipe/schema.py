@@ -20,6 +20,8 @@ from pydantic import (
 )
 
 from fedmerge_peft.recipe.data import DataRecipe
+from fedmerge_peft.recipe.defence import DefenceRecipe
+from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
 from fedmerge_peft.recipe.strategies import FedMerge, StrategyRecipe
 
@@ -214,10 +216,21 @@ class TrainingRecipe(Section):
 
 
 class ClientsRecipe(Section):
-    """Who takes part in a round."""
+    """Who takes part in a round, and what becomes of those who fail."""
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Part of the clients drawn at random each round; at least one."""
+    failures: Literal["raise", "skip"] = "raise"
+    """raise: a client that fails ends the run, which can be resumed. skip: it is named in the log and in the round's record, and the round
+    goes on as if it had not been asked. A client fails where its work raises, where what it returns is not finite, or not of the shape,
+    dtype and layout that were asked for, where it answers for another round or more than once, and where it takes too long."""
+    min_clients: PositiveInt = 1
+    """With `failures: skip`, how many clients must reply well. A round with fewer changes nothing and ends the run, which can be
+    resumed."""
+    timeout: PositiveFloat | None = None
+    """Seconds that a client may take for a round, scoring included; null for no limit. Clients that train in this process are not
+    interrupted: their time is looked at when they are done, and of a pass that several share each counts its part. Time is no part of the
+    seed: a run whose clients come near this limit does not repeat."""
 
 
 class EvaluationRecipe(Section):
@@ -229,6 +242,9 @@ class EvaluationRecipe(Section):
     """Measure in every n-th round, and in the first and the last."""
     finetuned: Boolean = True
     """Measure clients' locally trained adapters too: the gain of finetuning, which FedMerge wants small."""
+
+
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 
 
 class Recipe(Section):
@@ -254,16 +270,32 @@ class Recipe(Section):
     """Strategies to run beside it on the same clients and seed, each in a run directory below this one's. The run's own is skipped."""
     clients: ClientsRecipe = ClientsRecipe()
     """Who takes part in a round."""
+    defence: DefenceRecipe = DefenceRecipe()
+    """What the server does about hostile clients."""
+    privacy: PrivacyRecipe = PrivacyRecipe()
+    """How much the adapters may tell about a client."""
     training: TrainingRecipe = TrainingRecipe()
     """What one client does in one round."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     """What is measured."""
+    tracking: list[Tracker] = []
+    """Experiment trackers that get each round's numbers, such as [tensorboard]; their packages must be installed. Those that write files
+    write them to the run directory's folder tracking."""
 
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"baselines: each strategy may appear once, and {', '.join(repeated)} appears again")
+        return self
+
+    @model_validator(mode="after")
+    def _private_in_all_that_is_shared(self) -> Recipe:
+        for strategy in (self.strategy, *self.baselines):
+            if said := self.privacy.refusal(strategy):
+                raise ValueError(said)
+        if self.privacy.mode == "central" and self.defence.defends:
+            raise ValueError("privacy.mode: central noise is for means of updates clipped to privacy.clip; leave defence out, or use local")
         return self
 
     @model_validator(mode="after")

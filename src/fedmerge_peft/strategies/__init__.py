@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, Strategy
 from fedmerge_peft.strategies.ditto import Ditto
@@ -43,5 +44,9 @@ _METHODS: dict[type[recipes.Strategy], Callable[[Any, Start], Strategy]] = {
 
 
 def make_strategy(recipe: recipes.Strategy, start: Start) -> Strategy:
-    """The strategy that a recipe names, at its start. Raises ``RecipeError`` where it does not fit the adapter."""
-    return _METHODS[type(recipe)](recipe, start)
+    """The strategy that a recipe names, at its start. Raises ``RecipeError`` where it does not fit the adapter, or the defence."""
+    strategy = _METHODS[type(recipe)](recipe, start)
+    strategy.aggregator = start.aggregator
+    if start.aggregator.recipe.defends and strategy.federated and not strategy.averages:
+        raise RecipeError([f"defence: {recipe.name} stacks the clients' factors and has no mean to defend; use another strategy"])
+    return strategy

@@ -13,7 +13,9 @@ from torch import Tensor
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.spill import side_by_side
 from fedmerge_peft.state import Stateful
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.training.plan import Choose, InTurn, Plan, Served, Train
 
 
@@ -31,6 +33,7 @@ class Start:
     seed: int = 0
     scaling: Mapping[str, float] = field(default_factory=dict)
     """What the update B A of each adapted layer is multiplied by, by module name: alpha / r, or alpha / √r with rsLoRA."""
+    aggregator: Aggregator = field(default_factory=Aggregator)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Reply:
     """Which adapter was trained, where the plan gave a choice."""
     weights: Tensor | None = None
     """The mixture's new π ``(d,)``, where the plan was a mixture."""
+    round: int | None = None
+    """The round whose plan it answers, from 1; None where whoever hands it over vouches for it."""
 
     @property
     def delta(self) -> Tensor:
@@ -85,7 +90,12 @@ class Strategy(Stateful, ABC):
     trains_what_it_serves: ClassVar[bool] = True
     """Whether local training starts from what the client is served with; where not, scores before and after do not compare."""
 
+    averages: ClassVar[bool] = True
+    """Whether what is shared is made of means of updates, which an ``Aggregator`` can make robust."""
+
     soup: AdapterSoup
+    aggregator: Aggregator
+    """What makes one update of several; ``make_strategy`` sets it."""
 
     @property
     def base(self) -> Mapping[str, Tensor]:
@@ -144,11 +154,11 @@ def _shared(plan: Plan, reply: Reply) -> slice:
 def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
     """Who replied ``(k,)``, their first deltas ``(k, P)`` and their sizes ``(k,)``, in the order of the clients.
 
-    Sorted, so that floating-point sums do not depend on which client was quicker.
+    Sorted, so that floating-point sums do not depend on which client was quicker. The matrix is no copy where the deltas lie side by side.
     """
     ordered = sorted(replies, key=lambda reply: reply.client)
     return (
         torch.tensor([reply.client for reply in ordered]),
-        torch.stack([reply.delta for reply in ordered]),
+        side_by_side([reply.delta for reply in ordered]),
         torch.tensor([reply.size for reply in ordered], dtype=torch.float64),
     )

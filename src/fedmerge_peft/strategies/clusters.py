@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.base import Start, Strategy
 from fedmerge_peft.strategies.warming import MeanUpdates
 
@@ -62,19 +63,14 @@ def members(clusters: Tensor, count: int) -> Tensor:
     return clusters[:, None] == torch.arange(count)
 
 
-def means(vectors: Tensor, clusters: Tensor, sizes: Tensor, count: int) -> Tensor:
-    """Each cluster's mean Σ_i n_i v_i / Σ_i n_i over its members i, ``(count, P)``; zero for a cluster without any.
+def means(vectors: Tensor, clusters: Tensor, sizes: Tensor, count: int, aggregator: Aggregator) -> Tensor:
+    """Each cluster's mean Σ_i n_i v_i / Σ_i n_i over its members i, or what a defence has in its place, ``(count, P)``; zero for none.
 
     Args:
         vectors: v, ``(k, P)``.
         clusters: The cluster of each, ``(k,)``; -1 for none.
         sizes: n, ``(k,)``.
         count: Number of clusters.
+        aggregator: Makes one of several.
     """
-    return member_shares(clusters, sizes, count).T.to(vectors) @ vectors
-
-
-def member_shares(clusters: Tensor, sizes: Tensor, count: int) -> Tensor:
-    """n_i / Σ_i' n_i' over the members i' of i's cluster, ``(k, count)`` float64; zero where i is no member. Arguments as ``means``'."""
-    counted = members(clusters, count) * sizes[:, None].double()
-    return counted / counted.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    return aggregator.combine(vectors, members(clusters, count), sizes)

@@ -41,4 +41,4 @@ class Ditto(Assigned):
         for reply in replies:
             self.soup.rows[1 + reply.client] = self.adapter(reply.client) - reply.deltas[1]
             self.assigned[reply.client] = 1 + reply.client
-        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies)[None])
+        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies, self.aggregator)[None])

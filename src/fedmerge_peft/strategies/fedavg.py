@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, Strategy
-from fedmerge_peft.strategies.replies import combined, in_order
+from fedmerge_peft.strategies.aggregation import Aggregator
+from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.server import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
@@ -23,6 +23,8 @@ class FedAvg(Strategy):
     def __init__(self, recipe: recipes.Server, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
+        self.columns = torch.ones(start.layout.size, dtype=torch.bool)
+        """Which columns train and travel, ``(P,)``."""
         self._weights = torch.ones(start.clients, 1)
 
     @property
@@ -30,7 +32,9 @@ class FedAvg(Strategy):
         return self._weights
 
     def update(self, replies: Iterable[Reply]) -> None:
-        self.soup.rows = self.server.step(self.soup.rows, mean_delta(replies)[None])
+        gradient = torch.zeros_like(self.soup.rows)
+        gradient[:, self.columns] = mean_delta(replies, self.aggregator, self.columns)
+        self.soup.rows = self.server.step(self.soup.rows, gradient)
 
 
 class FedProx(FedAvg):
@@ -44,7 +48,10 @@ class FedProx(FedAvg):
         return Train(self.adapter(client), proximal=self.mu / 2)
 
 
-def mean_delta(replies: Iterable[Reply]) -> Tensor:
-    """Σ_i ρ_i δ_i of the clients' first deltas, ``(P,)``; ρ_i is a client's share of the examples behind these replies."""
-    ordered, _, sizes = in_order(replies)
-    return combined((sizes / sizes.sum())[:, None], ordered)[0]
+def mean_delta(replies: Iterable[Reply], aggregator: Aggregator, columns: Tensor | slice = slice(None)) -> Tensor:
+    """Σ_i ρ_i δ_i of the clients' first deltas, or what a defence has in its place, ``(P,)``, of the columns that are shared.
+
+    ρ_i is a client's share of the examples behind these replies.
+    """
+    _, deltas, sizes = stack(replies)
+    return aggregator.combine(aggregator.clip(deltas[:, columns]), torch.ones(len(sizes), 1), sizes)[0]

@@ -65,7 +65,7 @@ class FedDPA(Assigned):
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
         rows = self.soup.rows
-        rows[:1] = self.server.step(rows[:1], mean_delta(replies)[None])
+        rows[:1] = self.server.step(rows[:1], mean_delta(replies, self.aggregator)[None])
         for reply in replies:
             rows[1 + reply.client] -= reply.deltas[1]
             self.newcomers[reply.client] = False

@@ -11,7 +11,7 @@ from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, Strategy
+from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.training.plan import Mixture
 
 
@@ -56,13 +56,16 @@ class FedEM(Strategy):
 
     def update(self, replies: Iterable[Reply]) -> None:
         ordered = sorted(replies, key=lambda reply: reply.client)
-        examples = sum(reply.size for reply in ordered)
-        rows, weights = self.soup.rows.clone(), self._weights.clone()
+        _, _, sizes = stack(ordered)
+        deltas = torch.stack([reply.deltas for reply in ordered])  # (clients, components, P)
+        deltas = self.aggregator.clip(deltas.flatten(1)).view_as(deltas)
+        alike = torch.ones(len(ordered), 1)
+        self.soup.rows = self.soup.rows - torch.cat([self.aggregator.combine(component, alike, sizes) for component in deltas.unbind(1)])
+        weights = self._weights.clone()
         for reply in ordered:
-            rows -= reply.size / examples * reply.deltas
             if reply.weights is not None:
                 weights[reply.client] = reply.weights
-        self.soup.rows, self._weights = rows, weights
+        self._weights = weights
 
     def warnings(self) -> list[str]:
         return merging_weights.unused(self._weights)

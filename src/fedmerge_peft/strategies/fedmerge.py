@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.state import Stateful
 from fedmerge_peft.strategies.balance import balancing_shifts
-from fedmerge_peft.strategies.base import Reply, Start, Strategy
+from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
 from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
-from fedmerge_peft.strategies.replies import chunks, combined, in_order
 from fedmerge_peft.strategies.server import ServerOptimizer
-from fedmerge_peft.strategies.step import WEIGHTS_LR, soup_shares, weights_gradient, weights_move
+from fedmerge_peft.strategies.step import WEIGHTS_LR, weights_gradient, weights_move
 from fedmerge_peft.strategies.warming import MeanUpdates
 
 _ADAM_LR = 0.3
@@ -63,29 +62,33 @@ class FedMerge(Strategy):
         return torch.softmax((logits / self.recipe.temperature).double() + self.shifts, dim=-1).float()
 
     def update(self, replies: Iterable[Reply]) -> None:
-        ordered, clients, sizes = in_order(replies)
+        clients, deltas, sizes = stack(replies)
+        deltas = self.aggregator.clip(deltas)
         shares = sizes / sizes.sum()
         before = self.weights[clients].double()
         if self._warming is None:
-            gradient = weights_gradient(self.soup.rows, before, chunks(ordered), self.steps.columns) / self.recipe.temperature
+            gradient = weights_gradient(self.soup.rows, before, deltas, self.steps.columns) / self.recipe.temperature
             self.merging.logits[clients] -= self.steps.move(clients, gradient, shares).float()
             if self._reseeding is not None:
-                self._reseeding.look(self.soup.rows, self.merging.logits, self.weights, clients, [reply.delta for reply in ordered])
+                self._reseeding.look(self.soup.rows, self.merging.logits, self.weights, clients, deltas)
         else:
-            for part, deltas in chunks(ordered):
-                self._warming.add(clients[part], deltas)
+            self._warming.add(clients, deltas)
             if self.rounds + 1 == self.recipe.warm_rounds:
                 self._group(self._warming)
                 self._warming = None
         self.rounds += 1
         left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
         self.shifts = left * balancing_shifts(self.merging.logits / self.recipe.temperature) if left > 0 else torch.zeros_like(self.shifts)
-        mixing = before * shares[:, None] if self.recipe.rule == "gradient" else soup_shares(self.weights[clients], shares)
-        self.soup.rows = self.server.step(self.soup.rows, combined(mixing, ordered))
+        chain = self.recipe.rule == "gradient"
+        gradient = self.aggregator.combine(deltas, before if chain else self.weights[clients], sizes, normalize=not chain)
+        self.soup.rows = self.server.step(self.soup.rows, gradient)
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
-        groups = group_by_direction(updates.columns(), self.recipe.adapters, self.seed, self.recipe.groups)
+        means = updates.means()
+        ones = torch.ones(len(means), 1)
+        centre = self.aggregator.combine(means, ones, ones[:, 0]) if self.aggregator.recipe.defends else None
+        groups = group_by_direction(means, self.recipe.adapters, self.seed, self.recipe.groups, centre)
         own, others = self.recipe.warm_weight, self.recipe.adapters - 1
         if others:  # the logit beside zeros that softmax(W / T) turns into this weight
             self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(own * others / (1 - own))
@@ -157,7 +160,7 @@ class _Reseeding(Stateful):
         self.idle = torch.zeros(adapters, dtype=torch.int64)
         """For how many rounds each adapter has stood unused."""
 
-    def look(self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Sequence[Tensor]) -> None:
+    def look(self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor) -> None:
         """Reseed at most one adapter, in place, before the round's soup step."""
         mass = weights.mean(dim=0)
         unused = mass < UNUSED / len(mass)
@@ -168,7 +171,7 @@ class _Reseeding(Stateful):
         members = torch.nonzero(weights[clients].argmax(dim=1) == busy).flatten()
         if len(members) < 2:
             return
-        halves = split_by_direction([deltas[member] for member in members.tolist()], self.seed)
+        halves = split_by_direction(deltas[members], self.seed)
         movers = clients[members[halves == int(halves.sum() * 2 < len(halves))]]
         rows[free] = rows[busy]
         logits[movers[:, None], [free, busy]] = logits[movers[:, None], [busy, free]]

@@ -29,6 +29,7 @@ class FeSEM(ServerClustering):
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, _ = stack(replies)
+        deltas = self.aggregator.clip(deltas)
         count = len(self.soup)
         if self.unclustered is not None:
             self.unclustered.add(clients, deltas)
@@ -47,7 +48,7 @@ class FeSEM(ServerClustering):
             nearest = torch.cdist(trained, self.soup.rows, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
         self.clusters[clients] = nearest
         found = members(nearest, count).any(dim=0)[:, None]
-        self.soup.rows = torch.where(found, means(trained, nearest, torch.ones(len(clients)), count), self.soup.rows)
+        self.soup.rows = torch.where(found, means(trained, nearest, torch.ones(len(clients)), count, self.aggregator), self.soup.rows)
 
     def warnings(self) -> list[str]:
         if missing := self.missing():

@@ -37,4 +37,4 @@ class FedAvgFinetuned(Assigned):
         for reply in replies:
             self.soup.rows[1 + reply.client] = self.soup.rows[0] - reply.delta
             self.assigned[reply.client] = 1 + reply.client
-        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies)[None])
+        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies, self.aggregator)[None])

@@ -35,18 +35,19 @@ class FLHC(ServerClustering):
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
+        deltas = self.aggregator.clip(deltas)
         rows, count = self.soup.rows, len(self.soup)
         self.rounds += 1
         if self.unclustered is not None:
             self.unclustered.put(clients, deltas)
             if self.rounds < self.recipe.warm_rounds or self.missing():
-                self.soup.rows = rows - means(deltas, torch.zeros_like(clients), sizes, 1)
+                self.soup.rows = rows - means(deltas, torch.zeros_like(clients), sizes, 1, self.aggregator)
                 return
             found = hierarchy(self.unclustered.means(), count, self.recipe.metric, self.recipe.linkage)
             self.clusters[self.unclustered.clients] = found
             self.unclustered = None
         counts = self.place(clients, deltas)
-        self.soup.rows = rows - means(deltas[counts], self.clusters[clients[counts]], sizes[counts], count)
+        self.soup.rows = rows - means(deltas[counts], self.clusters[clients[counts]], sizes[counts], count, self.aggregator)
 
     def warnings(self) -> list[str]:
         if self.rounds < self.recipe.warm_rounds:

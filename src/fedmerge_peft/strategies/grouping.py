@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from fedmerge_peft import spill
 
 
-def group_by_direction(deltas: Tensor | Iterable[Tensor], most: int, seed: int, count: int | None = None) -> Tensor:
+def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None = None, centre: Tensor | None = None) -> Tensor:
     """k-means of the clients' updates, centred and normalised; all must have started from the same adapter.
 
     With one common adapter, what clients share cancels in the mean, and what is left of an update says what its client
@@ -20,15 +18,16 @@ def group_by_direction(deltas: Tensor | Iterable[Tensor], most: int, seed: int, 
     direction agrees with the others' of its group (``agreement``).
 
     Args:
-        deltas: ``(clients, P)``, sent minus trained, or their mean over several rounds; or some columns of it after the others.
+        deltas: ``(clients, P)``, sent minus trained, or their mean over several rounds.
         most: How many groups there may be.
         seed: For the starts of k-means.
         count: How many groups to make; None to let the agreement tell.
+        centre: What clients share, ``(1, P)``; None for the mean of their updates.
 
     Returns:
         The group of each client, ``(clients,)`` int64, from 0.
     """
-    cosines = _cosines(deltas)
+    cosines = _cosines(deltas, centre)
     if count is not None:
         return k_means(cosines, min(count, most), seed)
     found = [k_means(cosines, groups, seed) for groups in range(1, min(most, len(cosines)) + 1)]
@@ -36,9 +35,9 @@ def group_by_direction(deltas: Tensor | Iterable[Tensor], most: int, seed: int, 
     return found[scores.index(max(scores))]
 
 
-def split_by_direction(deltas: Sequence[Tensor], seed: int) -> Tensor:
-    """The two groups of the clients' updates, ``(clients,)`` int64, by direction."""
-    return k_means(_cosines(columns_of(deltas)), 2, seed)
+def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
+    """The two groups of the clients' updates ``(m, P)``, ``(m,)`` int64, by direction."""
+    return k_means(_cosines(deltas), 2, seed)
 
 
 def agreement(cosines: Tensor, groups: Tensor) -> float:
@@ -57,29 +56,22 @@ def agreement(cosines: Tensor, groups: Tensor) -> float:
     return float(torch.where((count > 0) & (length > 0), along / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0).mean())
 
 
-def _cosines(deltas: Tensor | Iterable[Tensor]) -> Tensor:
+def _cosines(deltas: Tensor, centre: Tensor | None = None) -> Tensor:
     """Of each two centred updates, ``(clients, clients)`` float64; 0 for one of length zero."""
-    products = inner_products(deltas)
+    products = inner_products(deltas, centre)
     lengths = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return products / lengths[:, None] / lengths
 
 
-def inner_products(vectors: Tensor | Iterable[Tensor]) -> Tensor:
-    """Of vectors ``(m, P)`` less their mean, ``(m, m)`` float64; they may come as some columns after the others."""
-    total: Tensor | None = None
-    for part in columns_of(vectors) if isinstance(vectors, Tensor) else vectors:
-        centred = part.double() - part.double().mean(dim=0)
-        total = centred @ centred.T if total is None else total.addmm_(centred, centred.T)
-    if total is None:
-        raise ValueError("no vectors")
+def inner_products(vectors: Tensor, centre: Tensor | None = None) -> Tensor:
+    """Of vectors ``(m, P)`` less ``centre`` ``(1, P)``, or their mean, ``(m, m)`` float64; some columns at a time, to bound memory."""
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    width = max(1, spill.CHUNK // (8 * len(vectors)))
+    for start in range(0, vectors.shape[1], width):
+        part = vectors[:, start : start + width].double()
+        part -= part.mean(dim=0) if centre is None else centre[:, start : start + width].double()
+        total.addmm_(part, part.T)
     return total
-
-
-def columns_of(rows: Sequence[Tensor] | Tensor) -> Iterator[Tensor]:
-    """Rows ``(m, P)`` as some columns ``(m, c)`` after the others, a chunk of memory each."""
-    width = max(1, spill.CHUNK // (8 * len(rows)))
-    for start in range(0, len(rows[0]), width):
-        yield torch.stack([row[start : start + width] for row in rows])
 
 
 def k_means(products: Tensor, groups: int, seed: int) -> Tensor:

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start
-from fedmerge_peft.strategies.clusters import Clustering, member_shares
-from fedmerge_peft.strategies.replies import combined, in_order
+from fedmerge_peft.strategies.base import Reply, Start, stack
+from fedmerge_peft.strategies.clusters import Clustering, means
 from fedmerge_peft.training.plan import Choose, Plan
 
 
@@ -36,7 +35,10 @@ class IFCA(Clustering):
         return len(self.soup) * self.soup.layout.size, self.soup.layout.size
 
     def update(self, replies: Iterable[Reply]) -> None:
-        ordered, clients, sizes = in_order(replies)
-        for reply in ordered:
+        replies = list(replies)
+        clients, deltas, sizes = stack(replies)
+        for reply in replies:
             self.clusters[reply.client] = reply.choice
-        self.soup.rows = self.soup.rows - combined(member_shares(self.clusters[clients], sizes, len(self.soup)), ordered)
+        self.soup.rows = self.soup.rows - means(
+            self.aggregator.clip(deltas), self.clusters[clients], sizes, len(self.soup), self.aggregator
+        )

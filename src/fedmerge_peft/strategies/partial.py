@@ -35,7 +35,7 @@ class PartlyShared(Assigned):
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
-        common = self.server.step(self.soup.rows[:1, self.shared], mean_delta(replies)[None, self.shared])
+        common = self.server.step(self.soup.rows[:1, self.shared], mean_delta(replies, self.aggregator, self.shared)[None])
         for reply in replies:
             self.soup.rows[reply.client] -= reply.delta
         self.soup.rows[:, self.shared] = common
@@ -87,11 +87,11 @@ class FFALora(FedAvg):
 
     def __init__(self, recipe: recipes.FFALora, start: Start) -> None:
         super().__init__(recipe, start)
-        self.trained = ~columns_named(start.layout, RANDOM)
+        self.columns = ~columns_named(start.layout, RANDOM)
 
     def plan(self, client: int) -> Plan:
-        return Train(self.adapter(client), phases=(self.trained,))
+        return Train(self.adapter(client), phases=(self.columns,))
 
     def traffic(self, client: int) -> tuple[int, int]:
-        travels = int(self.trained.sum())
+        travels = int(self.columns.sum())
         return travels, travels

@@ -22,6 +22,8 @@ class Ranked(Assigned):
     The slot's scaling (alpha / r) holds for all: it does not change with r_i. The soup has a row for each rank that some client has.
     """
 
+    averages = False
+
     def __init__(self, recipe: recipes.FlexLora | recipes.FLora, start: Start) -> None:
         try:
             self.factors = factors(start.layout)

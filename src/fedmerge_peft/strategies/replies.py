@@ -1,43 +1,60 @@
-"""A round's replies as a matrix of which a chunk is looked at at a time.
+"""Whether a reply is what its plan asked for: what every reply must pass before a strategy sees it, whichever engine brought it.
 
-Weights and sums need each δ_i once or twice, never all at once: what the server holds is O(d P + chunk P), however many clients reply.
-A chunk is as many rows as make ``spill.CHUNK`` bytes, so that a round of small adapters is one product.
+A reply that does not pass is left out whole, so that soup, weights and private states stay as if its client had not been asked.
+Values are not judged here: an update of the right form that leads elsewhere is the defence's business (``aggregation.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
 
 import torch
 from torch import Tensor
 
-from fedmerge_peft import spill
+from fedmerge_peft.state import described
 from fedmerge_peft.strategies.base import Reply
+from fedmerge_peft.training.plan import Choose, Mixture, Plan
 
 
-def in_order(replies: Iterable[Reply]) -> tuple[list[Reply], Tensor, Tensor]:
-    """The replies in the order of their clients, who these are ``(k,)``, and their sizes ``(k,)`` float64.
+def fault(reply: Reply, plan: Plan, round: int, size: int, timeout: float | None = None) -> str | None:
+    """Why a reply cannot count, in words; None where it can.
 
-    Sorted, so that floating-point sums do not depend on which client was quicker.
+    Args:
+        reply: As it came.
+        plan: What its client was asked to do.
+        round: The round in which it was asked.
+        size: How many training examples the client has, as the federation knows it.
+        timeout: Seconds that it may have taken.
     """
-    ordered = sorted(replies, key=lambda reply: reply.client)
-    clients = torch.tensor([reply.client for reply in ordered])
-    return ordered, clients, torch.tensor([reply.size for reply in ordered], dtype=torch.float64)
+    if reply.round not in (None, round):
+        return f"it answers for round {reply.round}"
+    if timeout is not None and not reply.seconds <= timeout:
+        return f"it took {reply.seconds:.1f} s, and clients.timeout is {timeout:g} s"
+    if reply.size != size:
+        return f"it speaks for {reply.size} examples, and has {size}"
+    rows = 1 if isinstance(plan, Choose) else len(plan.sent)
+    if wrong := _form(reply.deltas, (rows, plan.sent.shape[1])):
+        return f"its update is {wrong}"
+    if not math.isfinite(reply.train_loss):
+        return f"its training loss is {reply.train_loss}"
+    if isinstance(plan, Choose) and not (type(reply.choice) is int and 0 <= reply.choice < len(plan.rows)):
+        return f"it chose adapter {reply.choice} of {len(plan.rows)}"
+    if isinstance(plan, Mixture):
+        if reply.weights is None or (wrong := _form(reply.weights, tuple(plan.weights.shape))):
+            return f"its weights are {'missing' if reply.weights is None else wrong}"
+        if bool((reply.weights < 0).any()) or abs(float(reply.weights.sum()) - 1) > 1e-3:
+            return "its weights are negative or do not sum to 1"
+    return None
 
 
-def chunks(replies: Sequence[Reply]) -> Iterator[tuple[slice, Tensor]]:
-    """Which replies, and their first deltas ``(c, P)``, chunk after chunk."""
-    rows = max(1, spill.CHUNK // (4 * replies[0].delta.numel()))
-    for start in range(0, len(replies), rows):
-        part = slice(start, start + rows)
-        yield part, spill.side_by_side([reply.delta for reply in replies[part]])
-
-
-def combined(shares: Tensor, replies: Sequence[Reply]) -> Tensor:
-    """Σ_i s_ij δ_i of first deltas, ``(d, P)`` float32, for shares s ``(k, d)`` in the order of the replies; at least one."""
-    if not replies:
-        raise ValueError("no client replied")
-    total = torch.zeros(shares.shape[1], replies[0].delta.numel())
-    for part, deltas in chunks(replies):
-        total.addmm_(shares[part].T.to(deltas), deltas)
-    return total
+def _form(value: object, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with numbers that should be a finite float32 tensor on the CPU of this shape, each with a place of its own."""
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}, expected a tensor"
+    if value.layout is not torch.strided or value.device.type != "cpu":
+        return f"{str(value.layout).removeprefix('torch.')} on {value.device}, expected strided on the CPU"
+    if value.dtype != torch.float32 or tuple(value.shape) != shape:
+        return f"{described(value)}, expected float32 {shape}"
+    if not bool(torch.isfinite(value).all()):
+        return "not finite"
+    return None

@@ -11,7 +11,7 @@ The objective is Σ_i ρ_i ℓ_i(θ_i); with δ_i for the gradient of ℓ_i, the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -91,32 +91,21 @@ def weights_move(rule: Rule, gradient: Tensor, shares: Tensor, lr: float) -> Ten
             return lr * _rows_scaled(gradient)
 
 
-def weights_gradient(
-    soup: Tensor,
-    weights: Tensor,
-    deltas: Tensor | Iterable[tuple[slice, Tensor]],
-    columns: Tensor | Sequence[int] | slice | None = None,
-) -> Tensor:
+def weights_gradient(soup: Tensor, weights: Tensor, deltas: Tensor, columns: Tensor | Sequence[int] | slice | None = None) -> Tensor:
     """G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩ over the chosen columns, ``(m, d)`` float64; zero where it is only rounding error.
 
-    As θ_i = Σ_j π_ij Θ_j, with s_ij = ⟨Θ_j, δ_i⟩ this is π_ij (s_ij − Σ_k π_ik s_ik): one product of (m, P) by (P, d). The deltas may
-    come in parts, each with the clients that it is of; what is kept of them are the scores s and their lengths.
+    As θ_i = Σ_j π_ij Θ_j, with s_ij = ⟨Θ_j, δ_i⟩ this is π_ij (s_ij − Σ_k π_ik s_ik): one product of (m, P) by (P, d).
     """
     if columns is not None:
-        soup = soup[:, columns]
+        soup, deltas = soup[:, columns], deltas[:, columns]
     # G does not change when one vector is taken from every Θ_j; without their mean the products do not cancel.
     centred = soup - soup.mean(dim=0)
-    scores = torch.empty(weights.shape, dtype=torch.float64, device=soup.device)
-    norms = torch.empty(len(weights), dtype=torch.float64, device=soup.device)
-    for part, whole in [(slice(None), deltas)] if isinstance(deltas, Tensor) else deltas:
-        chosen = whole if columns is None else whole[:, columns]
-        scores[part] = (chosen @ centred.T.to(chosen)).double()
-        norms[part] = chosen.norm(dim=1).double()
+    scores = (deltas @ centred.T.to(deltas)).double()
     gradient = weights * (scores - (weights * scores).sum(dim=1, keepdim=True))
     # Where adapters are the same, what is left is rounding: of the products, and of rows that were stored each by itself, whose
     # errors have no common direction. A rule that normalises would blow it up.
     lengths = centred.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
-    rounding = 4 * torch.finfo(soup.dtype).eps * norms * lengths.double()
+    rounding = 4 * torch.finfo(soup.dtype).eps * deltas.norm(dim=1).double() * lengths.double()
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) > rounding[:, None], gradient, 0.0)
 
 

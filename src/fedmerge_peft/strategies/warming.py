@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fedmerge_peft import spill
 from fedmerge_peft.spill import Spill, side_by_side
 from fedmerge_peft.state import State, Stateful, described, fitting
 from fedmerge_peft.strategies.base import Start
@@ -20,7 +19,7 @@ class MeanUpdates(Stateful):
         self._size = start.layout.size
         self._counts = torch.zeros(start.clients)
         self._sums: dict[int, Tensor] = {}
-        self._spill = Spill()
+        self._spill = Spill(expected=start.clients)
 
     def add(self, clients: Tensor, deltas: Tensor) -> None:
         """Remember one round's updates ``(k, P)`` of these clients ``(k,)``."""
@@ -46,14 +45,8 @@ class MeanUpdates(Stateful):
 
     def means(self) -> Tensor:
         """δ̄ of those who have replied, ``(k, P)``."""
-        return self._rows() / self._counts[self.clients, None]
-
-    def columns(self) -> Iterator[Tensor]:
-        """Some columns of ``means()`` after the others, ``(k, c)`` each."""
-        counts = self._counts[self.clients, None]
-        width = max(1, spill.CHUNK // (8 * len(counts)))
-        for start in range(0, self._size, width):
-            yield torch.stack([row[start : start + width] for row in self._ascending()]) / counts
+        kept, counts = Spill(expected=len(self._sums)), self._counts[self.clients]
+        return side_by_side([kept.keep(row / count) for row, count in zip(self._ascending(), counts, strict=True)])
 
     def state(self) -> State:
         return {"sums": self._rows(), "counts": self._counts}
@@ -65,7 +58,7 @@ class MeanUpdates(Stateful):
         clients = torch.nonzero(counts).flatten() if isinstance(counts, Tensor) else torch.empty(0)
         if not isinstance(sums, Tensor) or sums.shape != (len(clients), self._size) or sums.dtype != torch.float32:
             raise ValueError(f"sums: {described(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected")
-        self._sums, self._spill = {}, Spill()
+        self._sums, self._spill = {}, Spill(expected=len(self._counts))
         self.add(clients, sums)
         self._counts = counts if isinstance(counts, Tensor) else self._counts
 

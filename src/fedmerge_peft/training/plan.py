@@ -13,6 +13,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Release:
+    """What a client does to an update before it sends it: δ · min(1, clip / ‖δ‖₂), plus Gaussian noise, in the columns that trained."""
+
+    clip: float
+    """L2."""
+    noise: float
+    """Standard deviation of each number's noise; 0 for none."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Train one adapter on the client's examples: min_θ ℓ(θ) + μ ‖θ − anchor‖²."""
 
@@ -26,6 +36,8 @@ class Train:
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
     """What each of the client's training examples counts, ``(n,)``; None for 1."""
+    release: Release | None = None
+    """What is done to the update before it leaves the client; None to send it as it is. What the client keeps is not touched."""
 
     @property
     def sent(self) -> Tensor:

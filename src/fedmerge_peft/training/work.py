@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmerge_peft.errors import ClientError
 from fedmerge_peft.seeds import derive
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Release, Served, Train
 from fedmerge_peft.training.reference import Trained
 
 
@@ -70,31 +71,39 @@ def carry_out(plan: Plan, hands: Hands, seed: int) -> Work:
     def train(fits: Sequence[tuple[int, Fit]]) -> list[Trained]:
         return [hands.train(fit.job, fit.seed) for _, fit in fits]
 
-    return carry_out_together([requests(plan, seed)], train, lambda _, row: hands.losses(row))[0]
+    (work,) = carry_out_together([requests(plan, seed)], train, lambda _, row: hands.losses(row))
+    if isinstance(work, ClientError):
+        raise work
+    return work
 
 
 def carry_out_together(
     clients: Sequence[Requests],
-    train: Callable[[Sequence[tuple[int, Fit]]], Sequence[Trained]],
-    losses: Callable[[int, Tensor], Tensor],
-) -> list[Work]:
+    train: Callable[[Sequence[tuple[int, Fit]]], Sequence[Trained | ClientError]],
+    losses: Callable[[int, Tensor], Tensor | ClientError],
+) -> list[Work | ClientError]:
     """Do what several clients' plans say, step by step: all that they want trained at one time is trained by one call.
 
     Args:
         clients: What each client's plan asks for.
         train: Answers wishes to train, each with the position of its client; in the same order.
         losses: ``losses(client, row)``: the losses of this client's training examples.
+
+    Returns:
+        Each client's work. A ``ClientError`` for an answer ends the plan of its client, and stands in the place of its work.
     """
-    work: dict[int, Work] = {}
+    work: dict[int, Work | ClientError] = {}
     answers: dict[int, list[Any]] = {}
     while len(work) < len(clients):
         asked: list[tuple[int, Request]] = []
         for client, plan in enumerate(clients):
             if client not in work:
                 try:
-                    wishes = plan.send(answers[client]) if client in answers else next(plan)
+                    wishes = _answer(plan, answers.get(client))
                 except StopIteration as done:
                     work[client] = done.value
+                except ClientError as error:
+                    work[client] = error
                 else:
                     asked += [(client, wish) for wish in wishes]
         fits = [(client, wish) for client, wish in asked if isinstance(wish, Fit)]
@@ -103,6 +112,14 @@ def carry_out_together(
         for client, wish in asked:
             answers[client].append(next(trained) if isinstance(wish, Fit) else losses(client, wish.row))
     return [work[client] for client in range(len(clients))]
+
+
+def _answer(plan: Requests, answers: list[Any] | None) -> Sequence[Request]:
+    """What a plan asks for next, given what it asked for last."""
+    if answers is None:
+        return next(plan)
+    failed = next((answer for answer in answers if isinstance(answer, ClientError)), None)
+    return plan.send(answers) if failed is None else plan.throw(failed)
 
 
 @singledispatch
@@ -114,7 +131,21 @@ def requests(plan: Plan, seed: int) -> Requests:
 @requests.register
 def _(plan: Train, seed: int) -> Requests:
     (trained,) = yield [Fit(plan, seed)]
-    return Work((plan.row - trained.row)[None], trained.loss, trained.row)
+    delta = plan.row - trained.row
+    if plan.release is not None:
+        delta = _released(delta, plan.release, plan.phases, derive(seed, "release"))
+    return Work(delta[None], trained.loss, trained.row)
+
+
+def _released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], seed: int) -> Tensor:
+    """An update as it leaves its client, ``(P,)``: clipped, and with noise in the columns that train in some phase."""
+    delta = delta * min(1.0, release.clip / max(float(delta.double().norm()), torch.finfo(torch.float64).tiny))
+    noise = release.noise * torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed))
+    for columns in phases:
+        if columns is None:
+            return delta + noise
+    trained = torch.stack([columns for columns in phases if columns is not None]).any(dim=0)
+    return torch.where(trained, delta + noise, delta)
 
 
 @requests.register

@@ -1,0 +1,117 @@
+"""What hostile clients do. An attack makes a client's honest reply into what it sends instead; some of them need its past, or a victim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.seeds import derive
+from fedmerge_peft.strategies import Reply
+from fedmerge_peft.tasks.base import Examples
+
+
+@dataclass
+class Adversary:
+    """What one hostile client knows."""
+
+    seed: int
+    victim: int
+    """An honest client, whose name it knows."""
+    victims_size: int
+    first: Reply | None = field(default=None)
+    """Its first honest reply."""
+
+
+def sign_flip(reply: Reply, _: Adversary) -> list[Reply]:
+    """−δ: the model is to get worse at what the client knows."""
+    return [replace(reply, deltas=-reply.deltas)]
+
+
+def times_100(reply: Reply, _: Adversary) -> list[Reply]:
+    """100 δ: the client's wishes are to count for all (model replacement, Bagdasaryan et al. 2020, arXiv 1807.00459)."""
+    return [replace(reply, deltas=100 * reply.deltas)]
+
+
+def noise(reply: Reply, adversary: Adversary) -> list[Reply]:
+    """Gaussian noise of ten times the length of δ."""
+    generator = torch.Generator().manual_seed(derive(adversary.seed, "noise", reply.client, reply.round or 0))
+    drawn = torch.randn(reply.deltas.shape, generator=generator)
+    return [replace(reply, deltas=10 * reply.deltas.norm() / drawn.norm() * drawn)]
+
+
+def nan(reply: Reply, _: Adversary) -> list[Reply]:
+    """One number that is none."""
+    return [replace(reply, deltas=reply.deltas.index_fill(1, torch.tensor([0]), torch.nan))]
+
+
+def stale(reply: Reply, adversary: Adversary) -> list[Reply]:
+    """Its first reply for ever, under the number of this round."""
+    adversary.first = adversary.first or reply
+    return [replace(reply, deltas=adversary.first.deltas)]
+
+
+def duplicate(reply: Reply, adversary: Adversary) -> list[Reply]:
+    """Its own reply, and −10 δ in the name of an honest client."""
+    return [reply, replace(reply, client=adversary.victim, size=adversary.victims_size, deltas=-10 * reply.deltas)]
+
+
+def label_flip(reply: Reply, _: Adversary) -> list[Reply]:
+    """What honest training on labels in reverse order gives (``flipped`` puts the labels into the data)."""
+    return [reply]
+
+
+def absent(reply: Reply, _: Adversary) -> list[Reply]:
+    """Nothing: what is lost where hostile clients do no harm but do not help either, which no defence can give back."""
+    return []
+
+
+Attack = Callable[[Reply, Adversary], list[Reply]]
+ATTACKS: dict[str, Attack] = {
+    "sign flip": sign_flip,
+    "x100": times_100,
+    "noise": noise,
+    "label flip": label_flip,
+    "nan": nan,
+    "stale": stale,
+    "duplicate": duplicate,
+    "absent": absent,
+}
+
+
+def attackers(clients: int, fraction: float, seed: int) -> list[int]:
+    """So many of the clients, drawn by the seed; at least one unless the fraction is 0."""
+    count = max(1, round(fraction * clients)) if fraction else 0
+    return sorted(int(client) for client in np.random.default_rng(derive(seed, "attackers")).choice(clients, count, replace=False))
+
+
+def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: int) -> LocalEngine:
+    """The engine with these clients hostile; shares model and data with the one given."""
+    hostile = list(hostile)
+    changed = flipped(engine, hostile) if attack is label_flip else copy(engine)
+    honest = [client for client in range(len(engine.clients)) if client not in hostile]
+    victims = {client: honest[place % len(honest)] for place, client in enumerate(hostile)}
+    known = {client: Adversary(seed, victim, engine.clients[victim].size) for client, victim in victims.items()}
+
+    def exchange(number: int, visits: Any) -> Iterator[Any]:
+        for answer in LocalEngine.exchange(changed, number, visits):
+            yield from attack(answer, known[answer.client]) if isinstance(answer, Reply) and answer.client in known else [answer]
+
+    changed.exchange = exchange  # type: ignore[method-assign]
+    return changed
+
+
+def flipped(engine: LocalEngine, hostile: Iterable[int]) -> LocalEngine:
+    """The engine with the labels of these clients' training examples in reverse order, y ← L − 1 − y."""
+    labels = list(engine.examples.columns["labels"])
+    for client in hostile:
+        for row in engine.clients[client].train:
+            labels[row] = len(engine.task.labels) - 1 - labels[row]
+    changed = copy(engine)
+    changed.examples = Examples({**engine.examples.columns, "labels": labels})
+    return changed

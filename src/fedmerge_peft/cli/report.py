@@ -1,0 +1,27 @@
+"""``fedmerge report``: a page to read, and to send to others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmerge_peft.cli.app import app
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write; overwritten.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page about runs: figures, worst clients, what to do.
+
+    It needs no network, and fits a phone.
+
+    Example: fedmerge report runs/first --out first.html
+    """
+    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.report import write_report
+
+    print(printable(f"wrote {write_report(runs, out)}"))

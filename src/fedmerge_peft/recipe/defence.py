@@ -1,0 +1,34 @@
+"""What the server does about hostile clients: a section of the recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat
+
+from fedmerge_peft.recipe.section import Section
+
+Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
+
+
+class DefenceRecipe(Section):
+    """How much a client can change of what others get."""
+
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    """How the clients' updates become one, for each adapter by what they count for it: the weighted mean, the coordinate-wise weighted
+    median or trimmed mean (Yin et al. 2018, arXiv 1803.01498), the one update nearest to its neighbours (Krum), or the mean of the nearest
+    ones (multi_krum; Blanchard et al. 2017, arXiv 1703.02757)."""
+    trim: Minority = 0.2
+    """Part of the weight that trimmed_mean cuts off at each end; more than the part of the clients that may be hostile."""
+    malicious: Minority = 0.2
+    """Part of an adapter's users that krum and multi_krum expect to be hostile."""
+    norm_bound: PositiveFloat | None = None
+    """Clip updates to this L2 norm; null for no fixed bound."""
+    norm_multiple: PositiveFloat | None = None
+    """Clip updates to this multiple of the running median of their L2 norms (of each round's clients, over the last five rounds); null for
+    no such bound."""
+
+    @property
+    def defends(self) -> bool:
+        """Whether it does anything else than weighted means."""
+        return self.aggregation != "mean" or self.norm_bound is not None or self.norm_multiple is not None

@@ -1,0 +1,222 @@
+"""The page on a run: whole in itself, true to the run's files, and well-formed whatever clients are called."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from fedmerge_peft import RunError, federate, load_run
+from fedmerge_peft.cli import main
+from fedmerge_peft.report import render, write_report
+from fedmerge_peft.report.advice import advice
+from fedmerge_peft.report.figures import alike, figures, similar_order
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+@pytest.fixture(scope="module")
+def run(smoke, smoke_engine, tmp_path_factory):
+    recipe = smoke("strategy.adapters=3", "rounds=3", "baselines=[fedavg, local]")
+    return federate(recipe, tmp_path_factory.mktemp("runs") / "first", engine=smoke_engine)
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps text and attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.attributes, self.tags = [], "", [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def rename(run, tmp_path, names):
+    """A copy of a run whose first clients are called otherwise."""
+    import shutil
+
+    shutil.copytree(run.path, tmp_path / "renamed")
+    old = [client["name"] for client in json.loads((run.path / "clients.json").read_text())]
+    for path in (tmp_path / "renamed").rglob("*.json*"):
+        text = path.read_text()
+        for before, after in zip(old, names, strict=False):
+            text = text.replace(json.dumps(before), json.dumps(after))
+        path.write_text(text)
+    return load_run(tmp_path / "renamed")
+
+
+def test_the_page_loads_nothing_and_runs_nothing(run):
+    page = Page(render([run]))
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not [value for name, value in page.attributes if name in ("src", "href", "style") and value and not value.startswith("#")]
+    assert "url(" not in render([run])
+    assert "@import" not in render([run])
+
+
+def test_a_finished_run_has_all_its_figures(run):
+    titles = [figure.title for figure in figures(run)]
+    for word in (
+        "test accuracy",
+        "who is made of",
+        "as they moved",
+        "Labels",
+        "Similarity",
+        "Mass",
+        "Entropy",
+        "Local-global gap",
+        "Traffic",
+        "Time",
+    ):
+        assert [title for title in titles if word in title], word
+
+
+def test_a_figure_can_be_heard(run):
+    for figure in figures(run):
+        assert re.search(r'role="img" aria-label="[^"]{10,}"', figure.picture)
+
+
+def test_the_worst_client_comes_first_with_its_numbers(run):
+    page = Page(render([run]))
+    scores = run.summary["final"]["served"]
+    worst = min(run.clients["test_accuracy"])
+    after = page.text.split("The clients that are served worst")[1]
+    first = min(run.clients.index, key=after.index)
+    assert run.clients.loc[first, "test_accuracy"] == worst == scores["worst"]
+    assert f"{scores['mean']:.3f}" in page.text
+
+
+def test_names_from_data_are_shown_and_not_obeyed(run, tmp_path):
+    names = ["<script>alert(1)</script>", 'a"b', "c&d <b>", "x" * 300]
+    text = render([rename(run, tmp_path, names)])
+    page = Page(text)
+    assert "script" not in page.tags
+    assert all(name in page.text for name in names)
+
+
+def test_several_runs_share_a_page_with_a_section_each(run):
+    page = Page(render([run, run.baselines["fedavg"]]))
+    assert page.tags.count("section") == 2
+    assert [value for name, value in page.attributes if name == "href"] == ["#run-1", "#run-2"]
+    first = page.text.index(f"{run.summary['final']['served']['mean']:.3f}")
+    assert first < page.text.index("rounds done")
+
+
+@pytest.mark.parametrize("strategy", ["local", "fedem", "flora", "fedavg"])
+def test_other_methods_have_a_page_too(strategy, smoke, smoke_engine, tmp_path):
+    made = federate(smoke(f"strategy={strategy}", "rounds=1"), tmp_path / "run", engine=smoke_engine)
+    assert strategy in Page(render([made])).text
+
+
+def test_a_run_without_a_single_round_says_how_to_go_on(run, tmp_path):
+    for name in ("recipe.yaml", "clients.json", "task.json", "adapter_config.json"):
+        (tmp_path / name).write_bytes((run.path / name).read_bytes())
+    page = Page(render([tmp_path]))
+    assert "the run has not ended: 0 of 3 rounds are done" in page.text
+    assert f"fedmerge resume {tmp_path}" in page.text
+
+
+def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path):
+    """Every coordinate lies within the figure, and no figure is wider than it says."""
+    import torch
+    from safetensors.torch import save_file
+
+    big = rename(run, tmp_path, [])
+    names = [f"the hospital on the hill, number {number}" for number in range(200)]
+    (big.path / "clients.json").write_text(
+        json.dumps([{"name": name, "group": None, "train": 9, "validation": 1, "test": 4} for name in names])
+    )
+    (big.path / "labels.json").write_text(
+        json.dumps({"labels": [f"label {number}" for number in range(150)], "counts": np.eye(200, 150, dtype=int).tolist()})
+    )
+    for path in [big.path / "weights.safetensors", *(big.path / "weights").iterdir()]:
+        save_file({"weights": torch.softmax(3 * torch.randn(200, 50), dim=1)}, path)
+    text = render([big.path])
+    Page(text)
+    for width, height, inner in re.findall(r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*?)</svg>', text, re.DOTALL):
+        assert width == "440"
+        assert int(height) < 1000
+        assert all(-1 <= float(x) <= 440 for x in re.findall(r'\b(?:x|x1|x2|cx)="(-?[\d.]+)"', inner))
+        assert all(0 <= float(x) <= 440 and 0 <= float(y) <= 1000 for x, y in re.findall(r"M([\d.]+) ([\d.]+)", inner))
+    assert len(text) < 2_000_000
+
+
+def test_clients_are_alike_by_what_they_have_in_common():
+    found = alike(np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
+    assert found.tolist() == [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]
+
+
+def test_clients_with_like_weights_stand_together():
+    weights = np.array([[0.1, 0.9, 0.0], [0.8, 0.0, 0.2], [0.0, 0.95, 0.05], [0.7, 0.3, 0.0], [0.2, 0.8, 0.0]])
+    assert similar_order(weights).tolist() == [3, 1, 0, 4, 2]
+
+
+def test_what_deserves_attention_comes_with_what_to_do(run):
+    found = advice(run)
+    assert found
+    assert all(each.found and each.do for each in found)
+    assert any("fewer than 30 test examples" in each.found for each in found)
+
+
+def test_clients_that_lose_by_taking_part_are_named(write_run, tmp_path):
+    path = write_run("mine", ["baselines=[local]"], [[0.1, 0.1, 0.1], [0.6, 0.4, 0.5]])
+    local = write_run("other", ["strategy=local"], [[0.1, 0.1, 0.1], [0.5, 0.7, 0.7]])
+    (path / "baselines").mkdir()
+    local.rename(path / "baselines" / "local")
+    clients = [{"name": f"client {number}", "group": None, "train": 9, "validation": 1, "test": 40} for number in range(3)]
+    (path / "clients.json").write_text(json.dumps(clients))
+    from fedmerge_peft.report.advice import _worse_than_baselines
+
+    found = [each.found for each in _worse_than_baselines(load_run(path))]
+    assert found[0].startswith("local serves better on average: 0.633 against 0.500")
+    assert found[1] == "2 of 3 clients are served worse than if they had trained alone: client 1, client 2"
+
+
+def test_the_verb_writes_the_page(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(run.path), "--out", str(tmp_path / "page.html")])
+    assert not stopped.value.code
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'page.html'}\n"
+    Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("runs", "out", "message"),
+    [
+        (["nowhere"], "page.html", "nowhere holds no run"),
+        (["RUN", "nowhere"], "page.html", "nowhere holds no run"),
+        (["RUN"], "page.pdf", "page.pdf: a report is an HTML page"),
+        (["RUN"], "no/such/page.html", "there is no folder"),
+        ([], "page.html", "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_message(runs, out, message, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *(each.replace("RUN", str(run.path)) for each in runs), "--out", out])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_report_on_nothing_is_refused(tmp_path):
+    with pytest.raises(RunError, match="no run to report on"):
+        write_report([], tmp_path / "page.html")

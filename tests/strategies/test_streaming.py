@@ -1,0 +1,103 @@
+"""A round's replies as one matrix, of which little is in memory at a time."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedmerge_peft import spill
+
+SIZES = [10, 30, 20, 5, 15, 25, 10]
+SETTINGS = [
+    ("fedavg", {}),
+    ("ifca", {"adapters": 3}),
+    *[("fedmerge", {"adapters": 3, "rule": rule}) for rule in ("normalized", "paper", "gradient", "adam")],
+    ("fedmerge", {"adapters": 3, "start": "warm", "warm_rounds": 2}),
+    ("fedmerge", {"adapters": 3, "reseed_after": 1}),
+    ("flhc", {"adapters": 2, "warm_rounds": 2}),
+    ("ditto", {}),
+]
+
+
+def after_four_rounds(formulas, name, settings):
+    federation = formulas(len(SIZES), sizes=SIZES)
+    strategy = federation.strategy(name, **settings)
+    for cohort in (range(7), [0, 1, 2, 3, 5], range(7), [1, 2, 4, 6]):
+        federation.round(strategy, cohort)
+    return strategy
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(monkeypatch, formulas, name, settings, rows):
+    whole = after_four_rounds(formulas, name, settings)
+    monkeypatch.setattr(spill, "CHUNK", 4 * rows * whole.soup.layout.size)
+    parts = after_four_rounds(formulas, name, settings)
+    torch.testing.assert_close(parts.soup.rows, whole.soup.rows, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.weights, whole.weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
+def test_who_replied_first_does_not_matter_to_the_last_bit(monkeypatch, formulas, name, settings):
+    federation = formulas(len(SIZES), sizes=SIZES)
+    monkeypatch.setattr(spill, "CHUNK", 12 * federation.layout.size)
+    one, other = (federation.strategy(name, **settings) for _ in range(2))
+    for _ in range(3):
+        replies = list(federation.replies(one))
+        one.update(replies)
+        other.update([replace(reply, deltas=reply.deltas.clone()) for reply in reversed(replies)])
+    assert torch.equal(one.soup.rows, other.soup.rows)
+    assert torch.equal(one.weights, other.weights)
+
+
+def test_warm_means_take_a_row_for_each_client_that_has_replied_and_no_more(formulas):
+    federation = formulas(50)
+    strategy = federation.strategy("fedmerge", adapters=2, start="warm", warm_rounds=5)
+    federation.round(strategy, [3, 40])
+    federation.round(strategy, [7, 40])
+    assert strategy.state()["warming.sums"].shape == (3, federation.layout.size)
+
+
+_TIGHT = """
+import resource
+import torch
+from fedmerge_peft import AdapterLayout, spill
+from fedmerge_peft.recipe.strategies import FedMerge
+from fedmerge_peft.strategies import Reply, Start, make_strategy
+
+spill.CHUNK = spill.IN_MEMORY = 2**22
+SIZE, CLIENTS = 2**18, 200
+layout = AdapterLayout.of([("head.weight", (SIZE,), "head")])
+start = Start(CLIENTS, layout, lambda number: torch.randn(SIZE, generator=torch.Generator().manual_seed(number)))
+
+
+def learn(count):
+    kept = spill.Spill(expected=count)
+    replies = [Reply(client, kept.keep(torch.randn(1, SIZE)), 10, 1.0, 0.0) for client in range(count)]
+    for more in ({}, {"start": "warm"}):
+        make_strategy(FedMerge(name="fedmerge", adapters=2, warm_rounds=1, **more), start).update(replies)
+    return replies
+
+
+learn(8)  # what the libraries need, whatever their work
+lines = open("/proc/self/status").read().splitlines()
+now = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (1024 * now + 64 * 2**20,) * 2)
+replies = learn(CLIENTS)
+try:
+    torch.stack([reply.delta for reply in replies])
+except RuntimeError:
+    print("too much")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's own memory is Linux's")
+def test_two_hundred_replies_of_a_megabyte_are_learned_from_in_a_third_of_that():
+    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+    done = subprocess.run([sys.executable, "-c", _TIGHT], env=exact, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "too much\n"

@@ -2,7 +2,7 @@
 
     python benchmarks/quality/adapters.py --data ../shared/data --write
 
-The settings are those of cifar100_clusters.yaml and cifar100_dirichlet.yaml; d is 1, 2, 5, 10, 15, 25 and 50, the number of clients.
+The settings are those of cifar100_clusters.yaml and cifar100_dirichlet.yaml; d is 1, 2, 5, 10, 15, and 50, the number of clients.
 With d = 1 FedMerge is FedAvg. Several processes may share the work; the same command again only does what is left.
 """
 
@@ -18,7 +18,7 @@ from fedmerge_peft import Recipe, Run, sweep
 from quality import HERE, Setting
 
 SETTINGS = {"cifar100_clusters": "five groups of ten clients", "cifar100_dirichlet": "Dirichlet(0.1)"}
-ADAPTERS = (1, 2, 5, 10, 15, 25, 50)
+ADAPTERS = (1, 2, 5, 10, 15, 50)
 
 
 def recipes(name: str, data: Path, seeds: list[str]) -> dict[str, Recipe]:

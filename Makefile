@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: quickstart test slow check notebooks clean
+.PHONY: quickstart test slow check docs dist notebooks clean
 
 quickstart: $(INSTALLED)  ## install, then run the main job on the data and the model that come along
 	$(BIN)/fedmerge run quickstart
@@ -20,6 +20,9 @@ check: $(INSTALLED_DEV)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED_DEV)  ## the site, into build/site; warnings are errors, nothing is fetched
+	$(BIN)/mkdocs build --strict --quiet
 
 notebooks: $(INSTALLED_DEV)  ## run the notebooks as they are
 	$(BIN)/python -m pytest -m slow tests/test_notebooks.py

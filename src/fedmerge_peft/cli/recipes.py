@@ -96,6 +96,9 @@ def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
 @app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="A file to write instead of standard output; overwritten.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="A reference for people instead: every key, type, bound and default.")
+    ] = False,
 ) -> None:
     """Print the JSON schema of recipes, for editors.
 
@@ -108,15 +111,16 @@ def schema(
     import json
 
     from fedmerge_peft.errors import RecipeError
-    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe import Recipe, reference
     from fedmerge_peft.recipe.document import printable
 
-    text = json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=2)
+    as_json = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    text = reference.markdown() if markdown else json.dumps(as_json, indent=2) + "\n"
     if out is None:
-        print(text)
+        print(text, end="")
         return
     try:
-        out.write_text(text + "\n", encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise RecipeError([printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")]) from None
 

@@ -29,8 +29,9 @@ def test_every_command_and_line_runs_in_the_order_it_is_shown(first, tmp_path, c
         with pytest.raises(SystemExit) as stopped:
             main(shlex.split(line)[1:])
         assert not stopped.value.code, (line, capsys.readouterr().err)
-    (lines,) = blocks("python")
-    exec(compile(lines, "using.md", "exec"), {})
+    names = {}
+    for block in blocks("python"):
+        exec(compile(block, "using.md", "exec"), names)
     made = ("first.html", "fen-water/README.md", "everyone/Fen Water/README.md", "runs/first/exported/soup", "between/adapter_config.json")
     assert all((tmp_path / name).exists() for name in made)
 

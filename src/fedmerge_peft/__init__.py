@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.federation import Federation, federate, resume
     from fedmerge_peft.merged import MergedAdapter
     from fedmerge_peft.personalization import Personalized, personalize
+    from fedmerge_peft.predict import Predictor
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores
     from fedmerge_peft.run import Run, load_run
@@ -52,6 +53,7 @@ __all__ = [
     "MergedAdapter",
     "MergingWeights",
     "Personalized",
+    "Predictor",
     "Recipe",
     "RecipeError",
     "ResumeError",
@@ -102,6 +104,7 @@ _HOMES = {
     "federation": ("Federation", "federate", "resume"),
     "merged": ("MergedAdapter",),
     "personalization": ("Personalized", "personalize"),
+    "predict": ("Predictor",),
     "recipe": ("Recipe",),
     "record": ("RoundRecord", "Scores"),
     "run": ("Run", "load_run"),

@@ -22,6 +22,8 @@ from fedmerge_peft.training.device import choose_device
 if TYPE_CHECKING:
     import torch
 
+    from fedmerge_peft.backbone import Backbone
+
 
 class Kind(NamedTuple):
     """What transformers calls a task."""
@@ -159,3 +161,19 @@ class MergedAdapter:
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:.2f}" for weight in self.weights.tolist())
         return f"MergedAdapter({self.name!r}, weights=[{weights}], after round {self.round})"
+
+
+def fit(backbone: Backbone, soup: AdapterSoup, run: Run) -> None:
+    """Give a model, as the run's recipe loads it, what the run's adapters rely on: frozen tensors that they share, and what it has gained.
+
+    Raises:
+        RunError: The adapters are not for this model.
+    """
+    shapes = [{key: tuple(value.shape) for key, value in each.shared.items()} for each in (backbone, soup)]
+    if backbone.layout != soup.layout or shapes[0] != shapes[1]:
+        raise RunError(
+            f"{run.path}: its adapters do not fit {run.recipe.backbone.model} as it loads here; the model or PEFT has changed since the "
+            "run (environment.json has its versions)"
+        )
+    backbone.load_shared(soup.shared)
+    backbone.set_base(soup.base)

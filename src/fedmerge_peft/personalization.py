@@ -23,6 +23,7 @@ from fedmerge_peft.data import Client, FederatedData, Indices, load_splits
 from fedmerge_peft.data.partition import set_aside
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import DataError, RunError
+from fedmerge_peft.merged import fit
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.run import Run, write_adapter
 from fedmerge_peft.seeds import derive
@@ -160,7 +161,7 @@ def personalize(
     seed = run.recipe.seed if seed is None else seed
     table, newcomer = _read(run, data, name, test_fraction, max_train, seed)
     engine = LocalEngine.from_data(_recipe(run), FederatedData(table, [newcomer]))
-    _take_over(engine, soup, run)
+    fit(engine.backbone, soup, run)
     clients = run.clients.index.tolist()
     compared = _Comparison(engine, soup)
     logits = compared.learn(known, clients)
@@ -364,15 +365,3 @@ def _recipe(run: Run) -> Recipe:
     if task.name == "causal-lm":
         task = task.model_copy(update={"format": run.task["format"]})
     return recipe.model_copy(update={"task": task, "training": training})
-
-
-def _take_over(engine: LocalEngine, soup: AdapterSoup, run: Run) -> None:
-    """Give the model the frozen tensors that the run's adapters share. Raises ``RunError`` where they are not for this model."""
-    backbone = engine.backbone
-    shapes = [{key: tuple(value.shape) for key, value in each.shared.items()} for each in (backbone, soup)]
-    if backbone.layout != soup.layout or shapes[0] != shapes[1]:
-        raise RunError(
-            f"{run.path}: its adapters do not fit {run.recipe.backbone.model} as it loads here; the model or PEFT has changed since the "
-            "run (environment.json has its versions)"
-        )
-    backbone.load_shared(soup.shared)

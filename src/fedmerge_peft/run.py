@@ -23,7 +23,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedmerge_peft.merged import MergedAdapter
+    from fedmerge_peft.predict import Prediction
 
 _WRITTEN = re.compile(
     r"(baselines/[^/]+/)*"
@@ -263,6 +264,15 @@ class Run:
         rows = [torch.eye(adapters)[key] if isinstance(key, int) else self._row_of(key, known) for key in shares]
         name = " + ".join(f"{float(part):.2g} {key}" for key, part in zip(shares, parts / parts.sum(), strict=True))
         return MergedAdapter(self, name, soup, (parts / parts.sum()) @ torch.stack(rows), self.round(best=best))
+
+    def predict(self, inputs: Mapping[str, Sequence[Any]], *, best: bool = False, device: str = "auto") -> dict[str, list[Prediction]]:
+        """What each client's own adapter says of its inputs, several clients in one pass: ``run.predict({"north-clinic": ["..."]})``.
+
+        Loads the model anew; ``Predictor`` keeps it, and says what inputs and predictions are, and what it raises.
+        """
+        from fedmerge_peft.predict import Predictor
+
+        return Predictor(self, best=best, device=device)(inputs)
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
         """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` where it has none."""

@@ -188,26 +188,40 @@ class CausalLMTask(Task):
         targets = labels[:, 1:]
         return logits[:, :-1].argmax(dim=-1)[targets != IGNORED], targets[targets != IGNORED]
 
+    def encode_prompts(self, prompts: Sequence[str]) -> Examples:
+        """Prompts without completions, as ``complete`` takes them; long ones are cut on the left. Raises ``DataError`` for an empty one."""
+        return Examples({"prompt": ragged([self._cut_left(ids, self.max_prompt) for ids in self._tokenise_prompts(prompts)])})
+
+    def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """``input_ids`` and ``attention_mask``, both ``(batch, longest)``, padded on the left."""
+        prompts = [examples.columns["prompt"][index] for index in indices]
+        return {
+            "input_ids": pad(prompts, self.pad_token_id, "left"),
+            "attention_mask": pad([torch.ones_like(ids) for ids in prompts], 0, "left"),
+        }
+
     @torch.no_grad()
-    def generate(self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device) -> tuple[list[str], list[str]]:
-        """Greedy completions of the prompts, up to the end of sequence or ``max_new_tokens``, and the wanted ones; both stripped.
+    def complete(self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device) -> list[str]:
+        """Greedy completions of the prompts, up to the end of sequence or ``max_new_tokens``, stripped.
 
         The model should be in evaluation mode.
         """
         from transformers import GenerationConfig
 
-        prompts = [examples.columns["prompt"][index] for index in indices]
-        inputs = pad(prompts, self.pad_token_id, "left").to(device)
-        mask = pad([torch.ones_like(ids) for ids in prompts], 0, "left").to(device)
+        batch = {name: tensor.to(device) for name, tensor in self.collate_prompts(examples, indices).items()}
         # Every field that the model's own generation_config.json may set for sampling is set here, so that decoding is plainly greedy.
         settings = GenerationConfig(
             do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, use_cache=True,
             max_new_tokens=self.recipe.max_new_tokens, pad_token_id=self.pad_token_id, eos_token_id=self._ends(model) or None,
         )  # fmt: skip
-        tokens = model.generate(input_ids=inputs, attention_mask=mask, generation_config=settings)[:, inputs.shape[1] :]
+        tokens = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.strip() for text in texts]
+
+    def generate(self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device) -> tuple[list[str], list[str]]:
+        """What ``complete`` gives, and the wanted completions, stripped too."""
         wanted = [bytes(examples.columns["wanted"][index].tolist()).decode() for index in indices]
-        return [text.strip() for text in texts], [text.strip() for text in wanted]
+        return self.complete(model, examples, indices, device), [text.strip() for text in wanted]
 
     def _ends(self, model: Any) -> list[int]:
         """Token ids that end a completion: the tokenizer's, and those that the model names, such as the end of a turn."""

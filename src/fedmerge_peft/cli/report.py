@@ -14,6 +14,7 @@ from fedmerge_peft.cli.app import app
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, finished or not.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write; overwritten.")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="A folder for the figures as PNG and SVG files too; overwritten.")] = None,
 ) -> None:
     """Write one HTML page about runs: figures, worst clients, what to do.
 
@@ -22,6 +23,8 @@ def report(
     Example: fedmerge report runs/first --out first.html
     """
     from fedmerge_peft.recipe.document import printable
-    from fedmerge_peft.report import write_report
+    from fedmerge_peft.report import write_figures, write_report
 
     print(printable(f"wrote {write_report(runs, out)}"))
+    if figures is not None:
+        print(printable(f"wrote {len(write_figures(runs, figures))} files into {figures}"))

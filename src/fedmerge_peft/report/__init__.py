@@ -17,7 +17,7 @@ from fedmerge_peft.report.figures import figures
 from fedmerge_peft.run import Run
 from fedmerge_peft.tasks.metrics import greater_is_better
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "write_figures", "write_report"]
 
 _WORST = 10
 """Clients in the first table."""
@@ -43,6 +43,26 @@ def write_report(runs: Iterable[Run | Path | str], path: Path | str) -> Path:
         raise RunError(f"{path} cannot be written: there is no folder {path.parent}")
     write_text(path, text)
     return path
+
+
+def write_figures(runs: Iterable[Run | Path | str], folder: Path | str) -> list[Path]:
+    """Write each figure of the page as a PNG and an SVG file, in place of files of the same names.
+
+    Args:
+        runs: As for ``write_report``.
+        folder: Made where it is missing; with several runs, each has a folder below it, ``1-quickstart`` and so on.
+
+    Returns:
+        The files.
+
+    Raises:
+        RunError: No run there, or a file cannot be written.
+    """
+    from fedmerge_peft.report import plots
+
+    opened = [each if isinstance(each, Run) else Run.open(each) for each in runs]
+    below = [Path(folder) / f"{number}-{run.recipe.name}" if len(opened) > 1 else Path(folder) for number, run in enumerate(opened, 1)]
+    return [path for run, each in zip(opened, below, strict=True) for path in plots.write_figures(figures(run), each)]
 
 
 def render(runs: Iterable[Run | Path | str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from fedmerge_peft.analysis import local_global_gap
 from fedmerge_peft.report import svg
 from fedmerge_peft.report.advice import final, percentile
+from fedmerge_peft.report.drawings import Bars, Drawing, Heat, Line, Lines, Strip
 from fedmerge_peft.run import Run
 
 _MOST_PAIRED = 1500
@@ -28,9 +30,16 @@ _MOST_ROUNDS = 6
 class Figure:
     """A picture with its title and a sentence on how to read it."""
 
+    name: str
+    """Of its files."""
     title: str
-    picture: Markup
+    drawing: Drawing
     reading: str
+
+    @cached_property
+    def picture(self) -> Markup:
+        """An ``svg`` element in the colours of the page; empty where there is nothing to draw."""
+        return svg.draw(self.drawing)
 
 
 def figures(run: Run) -> list[Figure]:
@@ -67,17 +76,18 @@ def _scores(run: Run) -> Iterator[Figure]:
     x = [completed for completed, _ in served]
     means = [scores["mean"] for _, scores in served]
     bands = [[percentile(scores, percent) for _, scores in served] for percent in (10, 90)]
-    series.append(svg.Line("served", x, means, bands[0], bands[1], 0))
+    series.append(Line("served", x, means, bands[0], bands[1], 0))
     tuned = [(record["round"] - 1, record["finetuned"]["mean"]) for record in run.records if record["finetuned"]]
     if tuned:
-        series.append(svg.Line("finetuned", [at for at, _ in tuned], [mean for _, mean in tuned], style=1))
+        series.append(Line("finetuned", [at for at, _ in tuned], [mean for _, mean in tuned], style=1))
     for style, (name, other) in enumerate(run.baselines.items(), start=2):
         if points := _points(other):
-            series.append(svg.Line(name, [at for at, _ in points], [scores["mean"] for _, scores in points], style=min(style, 5)))
+            series.append(Line(name, [at for at, _ in points], [scores["mean"] for _, scores in points], style=min(style, 5)))
     bounded = not served[0][1]["metric"].endswith(("perplexity", "loss", "correlation"))
     yield Figure(
+        "scores",
         f"{metric}, mean over clients, by round",
-        svg.lines(series, x="rounds completed", y=metric, floor=0 if bounded else None, ceiling=1 if bounded else None),
+        Lines(series, x="rounds completed", y=metric, floor=0 if bounded else None, ceiling=1 if bounded else None),
         "The band holds the middle 80 % of the clients. “finetuned” is what a round of local training makes of what is served: "
         "the closer the two lines, the less a client needs it. "
         + ("The other lines are what the baselines serve." if len(series) > 2 else ""),
@@ -99,8 +109,9 @@ def _weights(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
     names = [str(weights.index[number]) for number in order]
     crowd = f" With {len(names)} clients, neighbours share a line." if len(names) > svg.MOST_ROWS else ""
     yield Figure(
+        "weights",
         "Merging weights π: who is made of which adapters",
-        svg.heat(
+        Heat(
             weights.to_numpy()[order],
             rows=names,
             columns=[str(column) for column in weights.columns],
@@ -114,8 +125,9 @@ def _weights(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
     if run.recipe.strategy.name == "fedmerge" and len(chosen) > 1:
         pictures = [(f"round {by_round[number][0]}", by_round[number][1].numpy()[order]) for number in chosen]
         yield Figure(
+            "weights-by-round",
             "Merging weights π as they moved over the rounds",
-            svg.strip(pictures, label="merging weights, clients by adapters, at several rounds"),
+            Strip(pictures, x="adapters, by number", y="clients, in the order of their weights", label="merging weight π (share)"),
             "Clients from top to bottom in the order of the figure above, adapters from left to right, a stronger colour for more weight.",
         )
 
@@ -127,8 +139,9 @@ def _labels(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
     held = counts.to_numpy()[order].astype(float)
     shares = held / held.sum(axis=1, keepdims=True).clip(1)
     yield Figure(
+        "labels",
         "Labels: who holds what",
-        svg.heat(
+        Heat(
             shares,
             rows=[str(counts.index[number]) for number in order],
             columns=[str(column) for column in counts.columns],
@@ -149,8 +162,11 @@ def _similarity(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
     found = {"by merging weights": run.weights.to_numpy()[order], "by labels": held / held.sum(axis=1, keepdims=True).clip(1)}
     pictures = [(title, _coarse(alike(rows))) for title, rows in found.items()]
     yield Figure(
+        "similarity",
         "Similarity of clients: learned, and by their labels",
-        svg.strip(pictures, label="similarity of clients by merging weights, and by labels"),
+        Strip(
+            pictures, x="clients, in the order of their merging weights", y="clients, in the same order", label="similarity, 1 − ½ ‖p − q‖₁"
+        ),
         "Clients against clients, in the order of their merging weights; 1 − ½ ‖p − q‖₁, from none to full colour. The server never saw "
         "the right picture. Where the left has blocks that the right has not, clients are alike in something else than their labels.",
     )
@@ -173,8 +189,9 @@ def _adapters(run: Run) -> Iterator[Figure]:
         return
     mass = np.array([record["adapter_mass"] for record in learned]).T
     yield Figure(
+        "mass",
         "Mass: how much of all clients each adapter is",
-        svg.heat(
+        Heat(
             mass,
             rows=[f"adapter {number}" for number in range(len(mass))],
             columns=[str(record["round"]) for record in learned],
@@ -186,9 +203,10 @@ def _adapters(run: Run) -> Iterator[Figure]:
     )
     rounds = [record["round"] for record in learned]
     yield Figure(
+        "entropy",
         "Entropy of the merging weights, by round",
-        svg.lines(
-            [svg.Line("entropy", rounds, [record["weights_entropy"] for record in learned])],
+        Lines(
+            [Line("entropy", rounds, [record["weights_entropy"] for record in learned])],
             x="round",
             y="entropy of π, in units of log d",
             floor=0,
@@ -204,9 +222,10 @@ def _gap(run: Run) -> Iterator[Figure]:
         return
     gap = gap[gap["distance"].notna()]
     yield Figure(
+        "gap",
         "Local-global gap: what clients trained against what they get next",
-        svg.lines(
-            [svg.Line("gap", [int(number) for number in gap.index], gap["distance"].astype(float).tolist())],
+        Lines(
+            [Line("gap", [int(number) for number in gap.index], gap["distance"].astype(float).tolist())],
             x="round",
             y="distance ‖trained − sent next‖₂, in parameters",
             floor=0,
@@ -221,16 +240,18 @@ def _costs(run: Run) -> Iterator[Figure]:
     if not runs:
         return
     clients = len(run.clients)
-    for way, key in (("a client is sent", "bytes_down"), ("a client sends back", "bytes_up")):
+    for direction, way, key in (("down", "a client is sent", "bytes_down"), ("up", "a client sends back", "bytes_up")):
         megabytes = [sum(record[key] for record in each.records) / clients / 1e6 for each in runs.values()]
         yield Figure(
+            f"traffic-{direction}",
             f"Traffic: what {way} in the whole run",
-            svg.bars(list(runs), megabytes, unit="MB", label=f"megabytes that {way}"),
+            Bars(list(runs), megabytes, unit="MB", label=f"what {way} (MB)"),
             "Adapters as float32, mean over clients.",
         )
     seconds = [sum(record["seconds"] for record in each.records) for each in runs.values()]
     yield Figure(
+        "time",
         "Time: wall clock of all rounds",
-        svg.bars(list(runs), seconds, unit="s", label="seconds of the rounds"),
+        Bars(list(runs), seconds, unit="s", label="wall clock of all rounds (s)"),
         "Measuring included; clients trained on one machine.",
     )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
+
+from fedmerge_peft.report.drawings import Bars, Drawing, Heat, Line, Lines, Strip
 
 WIDTH = 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 104, 10, 40
@@ -33,17 +34,17 @@ MOST_ROWS = int(_TALLEST / _ROWS[0])
 MOST_COLUMNS = 80
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line, and a band around it."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
-    style: int = 0
-    """Which of the page's colours and dashes, 0 to 5."""
+def draw(drawing: Drawing) -> Markup:
+    """The drawing as an ``svg`` element; empty where there is nothing to draw."""
+    match drawing:
+        case Lines():
+            return lines(drawing.series, x=drawing.x, y=drawing.y, floor=drawing.floor, ceiling=drawing.ceiling)
+        case Heat():
+            return heat(drawing.values, rows=drawing.rows, columns=drawing.columns, x=drawing.x, label=drawing.label, top=drawing.top)
+        case Strip():
+            return strip(drawing.pictures, label=f"{drawing.label}: {drawing.y} by {drawing.x}")
+        case Bars():
+            return bars(drawing.names, drawing.values, unit=drawing.unit, label=drawing.label)
 
 
 def lines(series: Sequence[Line], *, x: str, y: str, floor: float | None = None, ceiling: float | None = None) -> Markup:

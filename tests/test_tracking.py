@@ -1,8 +1,11 @@
 """Trackers get each round's numbers, and never cost a run."""
 
 import logging
+from io import BytesIO
 
 import pytest
+import torch
+from PIL import Image
 
 from fedmerge_peft import RecipeError, RunError, federate, load_run, resume
 from fedmerge_peft import tracking as module
@@ -113,6 +116,53 @@ def test_tensorboard_itself_reads_what_was_written(smoke, smoke_engine, tmp_path
     events.Reload()
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2]
     assert events.Scalars("final/test_accuracy_mean")[0].value == pytest.approx(run.summary["final"]["served"]["mean"])
+    images = events.Images("merging_weights/0") if "merging_weights/0" in events.Tags()["images"] else events.Images("merging_weights")
+    assert [image.step for image in images] == [1, 2]
+    assert len({image.encoded_image_string for image in images}) == 2
+    shown = Image.open(BytesIO(images[-1].encoded_image_string))
+    assert min(shown.size) > 200
+    assert len(shown.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_mlflow_itself_reads_what_was_written(smoke, smoke_engine, tmp_path, monkeypatch):
+    """In a store of files, without a server."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    from mlflow import MlflowClient
+
+    run = federate(smoke(*ROUNDS, "tracking=[mlflow]", "baselines=[fedavg]"), tmp_path / "run", engine=smoke_engine)
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'smoke'")
+    tracked = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
+    assert set(tracked) == {"fedmerge-seed0", "fedavg-seed0"}
+    ours = tracked["fedmerge-seed0"]
+    assert ours.info.status == "FINISHED"
+    assert ours.data.params["strategy.adapters"] == "3"
+    losses = client.get_metric_history(ours.info.run_id, "train_loss")
+    assert [(each.step, each.value) for each in losses] == [(record["round"], record["train_loss"]) for record in run.records]
+    assert ours.data.metrics["final/test_accuracy_mean"] == run.summary["final"]["served"]["mean"]
+    pictures = [each.path for each in client.list_artifacts(ours.info.run_id, "merging_weights")]
+    assert pictures == ["merging_weights/round-00001.png", "merging_weights/round-00002.png"]
+    assert client.list_artifacts(tracked["fedavg-seed0"].info.run_id) == []  # which learns no weights
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "aim", "clearml"])
+def test_other_trackers_get_the_heat_map_in_their_form(name):
+    """What accelerate's classes hand on: a list of images to some, one image to others."""
+    shown = []
+
+    class Pictures:
+        def log_images(self, values, step):
+            shown.append((values["merging_weights"], step))
+
+    tracker = Pictures()
+    tracker.name = name
+    module.Tracking([tracker]).weights(torch.eye(3), ["a", "b", "c"], 4)
+    ((images, step),) = shown
+    assert step == 4
+    image = images if name in ("aim", "clearml") else images[0]
+    assert (image.ndim, image.shape[2], image.dtype) == (3, 3, "uint8")
 
 
 def test_the_recipe_knows_just_the_trackers_that_there_are():

@@ -1,4 +1,4 @@
-"""What a figure shows, whoever draws it: ``svg.py`` for the page, ``plots.py`` for files."""
+"""What a figure shows, whoever draws it: ``report/svg.py`` for the page, ``plots.py`` for files and trackers."""
 
 from __future__ import annotations
 

@@ -372,6 +372,8 @@ def _finish(
             with clock.spent("save"):
                 run.append(record, federation.strategy)
                 tracked.record(record)
+                if federation.strategy.learns_weights:
+                    tracked.weights(federation.strategy.weights, [client.name for client in federation.engine.clients], record.round)
             if on_round is not None:
                 on_round(record)
         final = federation.measure()

@@ -1,20 +1,17 @@
-"""Figures as files, by matplotlib: for papers and slides, where a page's own figures are for reading there."""
+"""Figures by matplotlib: as files for papers and slides, and for trackers; a page has figures of its own (``report/svg.py``)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fedmerge_peft.drawings import Bars, Drawing, Heat, Lines, Strip
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.recipe.document import printable
-from fedmerge_peft.report.drawings import Bars, Drawing, Heat, Lines, Strip
-
-if TYPE_CHECKING:
-    from fedmerge_peft.report.figures import Figure
 
 SUFFIXES = (".png", ".svg")
 _COLORS = ("#0072b2", "#d55e00", "#007a5a", "#a8457f", "#6b5800", "#444444")  # the page's, told apart by colour-blind readers
@@ -27,29 +24,24 @@ _LINES_TALL = 3.6
 _MOST_NAMES = 40
 
 
-def write_figures(figures: Sequence[Figure], folder: Path) -> Iterator[Path]:
-    """Write each figure as ``NAME.png`` and ``NAME.svg``, in place of what is there; gives the paths as they are written.
-
-    Args:
-        figures: Such as ``report.figures.figures(run)``.
-        folder: Made where it is missing.
+def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
+    """Write ``path`` with each of ``SUFFIXES``, in place of what is there; its folder is made where it is missing.
 
     Raises:
         RunError: The folder or a file cannot be written.
     """
     from matplotlib import rc_context
 
-    for each in figures:
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": each.name}):  # text stays text, and the same figure the same file
-            drawn = draw(each.drawing, each.title)
-            for suffix in SUFFIXES:
-                path = folder / f"{each.name}{suffix}"
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    drawn.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-                except OSError as error:
-                    raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-                yield path
+    paths = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):  # text stays text, and the same figure the same file
+        drawn = draw(drawing, title)
+        for each in paths:
+            try:
+                each.parent.mkdir(parents=True, exist_ok=True)
+                drawn.savefig(each, dpi=150, metadata={"Date": None} if each.suffix == ".svg" else None)
+            except OSError as error:
+                raise RunError(f"{each} cannot be written: {error.strerror or error}") from error
+    return paths
 
 
 def draw(drawing: Drawing, title: str) -> Any:

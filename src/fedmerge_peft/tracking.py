@@ -1,14 +1,16 @@
-"""Experiment trackers, by Accelerate: each round's numbers as scalars, at the step of the round."""
+"""Experiment trackers, by Accelerate: each round's numbers as scalars, and π as an image, at the step of the round."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedmerge_peft.errors import RecipeError, RunError
 from fedmerge_peft.recipe import Recipe
@@ -17,6 +19,7 @@ from fedmerge_peft.record import RoundRecord, Scores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,18 @@ class Tracking:
             **{f"mass/adapter_{number}": share for number, share in enumerate(record.adapter_mass or [])},
         }
         self._log(values, record.round)
+
+    def weights(self, weights: Tensor, clients: Sequence[str], round: int) -> None:
+        """π ``(clients, adapters)`` after a round, as a heat map, for those trackers that take images."""
+        if not any(_takes_images(tracker) for tracker in self._trackers):
+            return
+        from fedmerge_peft import plots
+        from fedmerge_peft.drawings import Heat
+
+        columns = [str(number) for number in range(weights.shape[1])]
+        heat = Heat(weights.numpy(), clients, columns, x="adapter (number)", label="weight π (share of the client)")
+        figure = plots.draw(heat, f"Merging weights after round {round}")
+        self._each(lambda tracker: _show(tracker, "merging_weights", figure, round))
 
     def final(self, scores: Scores | None, rounds: int) -> None:
         """What all clients are served with in the end."""
@@ -131,3 +146,21 @@ def _scores(kind: str, scores: Scores | None) -> dict[str, float | None]:
     name = scores.metric
     values = {f"{name}_mean": scores.mean, f"{name}_worst": scores.worst, "validation_loss": scores.validation_loss}
     return {f"{kind}/{key}": value for key, value in values.items()}
+
+
+def _takes_images(tracker: Any) -> bool:
+    return hasattr(tracker, "log_images") or hasattr(tracker, "log_figure")
+
+
+def _show(tracker: Any, name: str, figure: Any, step: int) -> None:
+    """Give a figure to a tracker in the form that it takes, if it takes any."""
+    if hasattr(tracker, "log_figure"):  # mlflow's files have no step
+        tracker.log_figure(figure, f"{name}/round-{step:05}.png")
+    if not hasattr(tracker, "log_images"):
+        return
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    if tracker.name == "tensorboard":
+        tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+    else:
+        tracker.log_images({name: pixels if tracker.name in ("aim", "clearml") else [pixels]}, step=step)

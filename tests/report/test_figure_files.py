@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from fedmerge_peft import RunError, federate
 from fedmerge_peft.cli import main
+from fedmerge_peft.plots import draw
 from fedmerge_peft.report import write_figures
 from fedmerge_peft.report.figures import figures
-from fedmerge_peft.report.plots import draw
 from fedmerge_peft.run import Run
 
 

@@ -58,11 +58,16 @@ def write_figures(runs: Iterable[Run | Path | str], folder: Path | str) -> list[
     Raises:
         RunError: No run there, or a file cannot be written.
     """
-    from fedmerge_peft.report import plots
+    from fedmerge_peft import plots
 
     opened = [each if isinstance(each, Run) else Run.open(each) for each in runs]
     below = [Path(folder) / f"{number}-{run.recipe.name}" if len(opened) > 1 else Path(folder) for number, run in enumerate(opened, 1)]
-    return [path for run, each in zip(opened, below, strict=True) for path in plots.write_figures(figures(run), each)]
+    return [
+        path
+        for run, each in zip(opened, below, strict=True)
+        for figure in figures(run)
+        for path in plots.save(figure.drawing, figure.title, each / figure.name)
+    ]
 
 
 def render(runs: Iterable[Run | Path | str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from fedmerge_peft.report.drawings import Bars, Drawing, Heat, Line, Lines, Strip
+from fedmerge_peft.drawings import Bars, Drawing, Heat, Line, Lines, Strip
 
 WIDTH = 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 104, 10, 40

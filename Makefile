@@ -24,6 +24,10 @@ check: $(INSTALLED_DEV)  ## formatting, lint, types
 docs: $(INSTALLED_DEV)  ## the site, into build/site; warnings are errors, nothing is fetched
 	$(BIN)/mkdocs build --strict --quiet
 
+dist: $(INSTALLED_DEV)  ## sdist and wheel, after the wheel was tried in an empty environment
+	$(BIN)/python -m pytest -m slow tests/test_distribution.py
+	$(BIN)/python -m hatchling build
+
 notebooks: $(INSTALLED_DEV)  ## run the notebooks as they are
 	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
 

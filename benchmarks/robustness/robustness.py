@@ -31,6 +31,8 @@ DEFENCES = {
     "trimmed mean": ["defence.aggregation=trimmed_mean", "defence.trim=0.2"],
     "Krum": ["defence.aggregation=krum", "defence.malicious=0.35"],
     "multi-Krum": ["defence.aggregation=multi_krum", "defence.malicious=0.35"],
+    "cosine filter": ["defence.aggregation=cosine_filter"],
+    "norm bound and cosine filter": ["defence.norm_multiple=1", "defence.aggregation=cosine_filter"],
     "norm bound and median": ["defence.norm_multiple=1", "defence.aggregation=median"],
     "norm bound and trimmed mean": ["defence.norm_multiple=1", "defence.aggregation=trimmed_mean", "defence.trim=0.2"],
 }

@@ -56,10 +56,13 @@ def tear(number):
 
 def go(path, strategy, engine):
     """Begin the run, or go on with it; nothing where it has ended."""
+    recipe = Recipe.load("smoke", [*SMALL, *strategy])
+    lent = engine.lend(recipe)
     if not (path / "recipe.yaml").exists():
-        federate(Recipe.load("smoke", [*SMALL, *strategy]), path, engine=engine)
+        federate(recipe, path, engine=lent)
     elif not Run.open(path).ended:
-        resume(path, engine=engine)
+        resume(path, engine=lent)
+    assert lent.clients_per_batch == recipe.training.clients_per_batch
 
 
 def child(asked, engine, write):

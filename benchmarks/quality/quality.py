@@ -100,8 +100,9 @@ def main() -> None:
     out = arguments.runs / setting.name
 
     budget = range(len(setting.candidates[methods[0]]))
-    trials = {f"{method}-{number}": setting.recipe(method, number, setting.tuning_seed) for method in methods for number in budget}
-    tuned = sweep(trials, out / "tuning", on_run=report) if len(budget) > 1 else {}
+    chosen_from = methods if len(budget) > 1 else []
+    trials = {f"{method}-{number}": setting.recipe(method, number, setting.tuning_seed) for method in chosen_from for number in budget}
+    tuned = sweep(trials, out / "tuning", on_run=report) if trials else {}
     best = dict.fromkeys(methods, 0)
     for method in methods if tuned else []:
         best[method] = max(budget, key=lambda number, method=method: validation(tuned[f"{method}-{number}"]))

@@ -108,15 +108,16 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
         text = json.dumps(asdict(manifest), default=str)
         sums = {"checkpoint": text, "sha256": _digest(tensors, text), "format": "pt"}
         atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
-    remove(folder, [found for found in rounds_in(folder) if found <= round - KEPT])
+    remove_all_but(folder, round)
 
 
-def remove(folder: Path, rounds: list[int]) -> None:
-    """Remove the checkpoints of these rounds, whole or not. Raises ``RunError``."""
-    for number in rounds:
-        for path in (_path(folder, number), _soup_path(folder, number)):
-            with writing(path):
-                path.unlink(missing_ok=True)
+def remove_all_but(folder: Path, round: int) -> None:
+    """Keep the checkpoint of this round and what is kept before it; remove all others, whole or not. Raises ``RunError``."""
+    for number in rounds_in(folder):
+        if not round - KEPT < number <= round:
+            for path in (_path(folder, number), _soup_path(folder, number)):
+                with writing(path):
+                    path.unlink(missing_ok=True)
 
 
 # ---- reading -------------------------------------------------------------------------------------

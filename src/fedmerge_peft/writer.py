@@ -154,7 +154,7 @@ class RunWriter(Run):
             with writing(metrics), metrics.open("r+b") as file:
                 file.truncate(found.manifest.metrics if found is not None else 0)
                 os.fsync(file.fileno())
-        checkpoints.remove(folder, [number for number in checkpoints.rounds_in(folder) if number > self.completed])
+        checkpoints.remove_all_but(folder, self.completed)
         if found is not None:
             link(found.path, self.path / "soup.safetensors")
 

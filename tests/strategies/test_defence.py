@@ -16,9 +16,9 @@ from fedmerge_peft import AdapterLayout, RecipeError, federate, resume
 from fedmerge_peft.recipe.defence import DefenceRecipe
 from fedmerge_peft.recipe.strategies import FedAvg, FedMerge
 from fedmerge_peft.strategies import Reply, Start, make_strategy
-from fedmerge_peft.strategies.aggregation import Aggregator, clipped, krum, trimmed_means
+from fedmerge_peft.strategies.aggregation import Aggregator, agreeing, clipped, krum, trimmed_means
 
-RULES = ["median", "trimmed_mean", "krum", "multi_krum"]
+RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"]
 SIZE = 12
 LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")])
 
@@ -95,6 +95,20 @@ def test_krum_asks_those_who_use_an_adapter_alone():
     weights = torch.cat([torch.full((4,), 0.2), torch.full((8,), 0.025)]).double()
     assert krum(deltas, weights, 0.2, False).argmax() < 4
     assert krum(deltas, weights, 0.2, True)[4:].sum() == 0
+
+
+def test_the_cosine_filter_leaves_out_who_points_against_the_others():
+    common = random(1, 40)
+    deltas = torch.cat([common + 0.5 * random(7, 40, seed=1), -100 * common, 0 * common])
+    found = aggregator(aggregation="cosine_filter").combine(deltas, torch.ones(9, 1), torch.ones(9))[0]
+    torch.testing.assert_close(found, deltas[:7].mean(dim=0), rtol=1e-5, atol=1e-5)
+
+
+def test_nobody_decides_about_itself_in_the_cosine_filter():
+    between = torch.tensor([[1.0, -0.1, -0.1], [-0.1, 1.0, 0.5], [-0.1, 0.5, 1.0]]).double()
+    found = agreeing(between, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64))
+    assert found.tolist() == [0.9, 0.05, 0.05]  # it has nearly all of the weight: the other two are no users, and have no say
+    torch.testing.assert_close(agreeing(between, torch.tensor([0.5, 0.25, 0.25]).double()), torch.tensor([0.0, 0.5, 0.5]).double())
 
 
 @pytest.mark.parametrize("rule", ["mean", *RULES])

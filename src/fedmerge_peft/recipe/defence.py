@@ -14,10 +14,11 @@ Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
 class DefenceRecipe(Section):
     """How much a client can change of what others get."""
 
-    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"] = "mean"
     """How the clients' updates become one, for each adapter by what they count for it: the weighted mean, the coordinate-wise weighted
-    median or trimmed mean (Yin et al. 2018, arXiv 1803.01498), the one update nearest to its neighbours (Krum), or the mean of the nearest
-    ones (multi_krum; Blanchard et al. 2017, arXiv 1703.02757)."""
+    median or trimmed mean (Yin et al. 2018, arXiv 1803.01498), the one update nearest to its neighbours (Krum), the mean of the nearest
+    ones (multi_krum; Blanchard et al. 2017, arXiv 1703.02757), or the weighted mean of those that do not point against the others'
+    (cosine_filter; Cao et al. 2021, arXiv 2012.13995, with the other clients in the place of the server's own data)."""
     trim: Minority = 0.2
     """Part of the weight that trimmed_mean cuts off at each end; more than the part of the clients that may be hostile."""
     malicious: Minority = 0.2

@@ -8,10 +8,15 @@ median         in each coordinate the weighted median: at most half of the weigh
 trimmed_mean   in each coordinate the weighted mean of what is left when the lowest and the highest part β of the weight is cut off.
 krum           δ_i of the client whose n − f − 2 nearest others are nearest, by the sum of squared distances.
 multi_krum     the weighted mean of the n − f clients for which that sum is smallest.
+cosine_filter  the weighted mean of the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0: all others have a vote of length 1 on where
+               to go, and who goes against it is left out.
 
 Median and trimmed mean: Yin et al. 2018, arXiv 1803.01498, definitions 1 and 2, of which these are the weighted forms (equal weights give
 theirs). Krum: Blanchard et al. 2017, arXiv 1703.02757; it has no weights, so n counts the clients that use an adapter, those with at
 least half of an even share of its weight, and f is a part of these. Below three users nobody can be outvoted, and it is their mean.
+The filter is FLTrust's (Cao et al. 2021, arXiv 2012.13995, algorithm 2), which trusts nobody whose direction is against that of an update
+from data of the server's own; here, where the server has none, the adapter's other users are asked. Who agrees counts in full: clients
+that differ are no worse.
 
 Before that, updates are clipped: δ_i ← δ_i · min(1, C / ‖δ_i‖₂) (Sun et al. 2019, arXiv 1911.07963), so that client i moves Θ_j by no more
 than η q_ij C with the mean. C is fixed, or a multiple of the running median of the norms, which no minority of clients decides.
@@ -26,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.recipe.defence import DefenceRecipe
+from fedmerge_peft.strategies.grouping import cosines
 from fedmerge_peft.strategies.step import soup_shares
 
 _REMEMBERED = 5
@@ -79,6 +85,9 @@ class Aggregator:
             case "krum" | "multi_krum":
                 kept = [krum(deltas, column, self.recipe.malicious, self.recipe.aggregation == "multi_krum") for column in counted.T]
                 found = torch.stack(kept).to(deltas) @ deltas
+            case "cosine_filter":
+                between = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
+                found = torch.stack([agreeing(between, column) for column in counted.T]).to(deltas) @ deltas
         return totals[:, None].to(deltas) * found
 
 
@@ -133,7 +142,7 @@ def krum(deltas: Tensor, weights: Tensor, malicious: float, several: bool) -> Te
         malicious: f as a part of the users.
         several: Keep the n − f best by their weights, instead of the one best.
     """
-    users = torch.nonzero(weights * len(weights) >= _USES).flatten()
+    users = _users(weights)
     if (count := len(users)) > 2:
         hostile = math.floor(malicious * count)
         theirs = deltas[users].double()
@@ -143,3 +152,25 @@ def krum(deltas: Tensor, weights: Tensor, malicious: float, several: bool) -> Te
     kept = torch.zeros_like(weights)
     kept[users] = weights[users]
     return kept / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def agreeing(between: Tensor, weights: Tensor) -> Tensor:
+    """What the filter keeps of each client's update: weights ``(k,)`` that sum to 1, or to 0 where those given do.
+
+    Args:
+        between: Cosines of each two updates, ``(k, k)`` float64.
+        weights: ``(k,)`` float64; sums to 1, or is zero.
+    """
+    users = _users(weights)
+    if len(users) < 3:
+        return weights
+    votes = torch.zeros_like(weights)
+    votes[users] = weights[users]
+    others = between @ votes - between.diagonal() * votes
+    kept = torch.where(others > 0, weights, 0.0)
+    return kept / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _users(weights: Tensor) -> Tensor:
+    """Indices of the clients that use an adapter, by their weights ``(k,)``, which sum to 1 or 0."""
+    return torch.nonzero(weights * len(weights) >= _USES).flatten()

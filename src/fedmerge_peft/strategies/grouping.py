@@ -27,17 +27,17 @@ def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None =
     Returns:
         The group of each client, ``(clients,)`` int64, from 0.
     """
-    cosines = _cosines(deltas, centre)
+    between = cosines(deltas, centre)
     if count is not None:
-        return k_means(cosines, min(count, most), seed)
-    found = [k_means(cosines, groups, seed) for groups in range(1, min(most, len(cosines)) + 1)]
-    scores = [agreement(cosines, groups) for groups in found]
+        return k_means(between, min(count, most), seed)
+    found = [k_means(between, groups, seed) for groups in range(1, min(most, len(between)) + 1)]
+    scores = [agreement(between, groups) for groups in found]
     return found[scores.index(max(scores))]
 
 
 def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
     """The two groups of the clients' updates ``(m, P)``, ``(m,)`` int64, by direction."""
-    return k_means(_cosines(deltas), 2, seed)
+    return k_means(cosines(deltas), 2, seed)
 
 
 def agreement(cosines: Tensor, groups: Tensor) -> float:
@@ -56,8 +56,8 @@ def agreement(cosines: Tensor, groups: Tensor) -> float:
     return float(torch.where((count > 0) & (length > 0), along / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0).mean())
 
 
-def _cosines(deltas: Tensor, centre: Tensor | None = None) -> Tensor:
-    """Of each two centred updates, ``(clients, clients)`` float64; 0 for one of length zero."""
+def cosines(deltas: Tensor, centre: Tensor | None = None) -> Tensor:
+    """Of each two updates less ``centre`` ``(1, P)``, or their mean, ``(clients, clients)`` float64; 0 for one of length zero."""
     products = inner_products(deltas, centre)
     lengths = products.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return products / lengths[:, None] / lengths

@@ -22,6 +22,8 @@ _ROW = 0.19
 _TALLEST = 8.0
 _LINES_TALL = 3.6
 _MOST_NAMES = 40
+_SHORT = 30
+"""Characters of a name beside a heat map."""
 
 
 def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
@@ -152,4 +154,4 @@ def _names(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
 def _short(name: str) -> str:
     """The last characters are kept: they tell the clients of one group apart."""
     name = printable(name)
-    return name if len(name) <= 24 else f"{name[:18]}…{name[-5:]}"
+    return name if len(name) <= _SHORT else f"{name[: _SHORT - 9]}…{name[-8:]}"

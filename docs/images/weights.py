@@ -1,0 +1,32 @@
+"""Draw the README's picture of a learned weight matrix: python docs/images/weights.py [RUN], of a finished run of quickstart."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fedmerge_peft import Run, load_run
+from fedmerge_peft.drawings import Heat
+from fedmerge_peft.plots import draw
+
+HERE = Path(__file__).parent
+
+
+def picture(run: Run) -> Heat:
+    """π after the last round, clients with their group's name, which training never saw, and in its order."""
+    clients = run.clients.sort_values("group", kind="stable")
+    weights = run.weights.loc[clients.index]
+    rows = [f"{name} · {group}" for name, group in clients["group"].items()]
+    columns = [str(column) for column in weights.columns]
+    return Heat(weights.to_numpy(), rows, columns, x="adapter (number)", label="weight π (share of the client)")
+
+
+def main() -> None:
+    """Write weights.png beside this program."""
+    run = load_run(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
+    figure = draw(picture(run), "Merging weights that the quickstart learned")
+    figure.savefig(HERE / "weights.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,3 +103,17 @@ def test_a_folder_that_cannot_be_is_one_message(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"scores\.png cannot be written"):
         write_figures([run], tmp_path / "file")
+
+
+def test_the_readmes_picture_can_be_drawn_from_a_run(run):
+    import importlib.util
+
+    program = Path(__file__).parents[2] / "docs" / "images" / "weights.py"
+    spec = importlib.util.spec_from_file_location("weights", program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    heat = module.picture(run)
+    groups = [row.rpartition(" · ")[2] for row in heat.rows]
+    assert groups == sorted(groups)
+    assert heat.values.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert draw(heat, "title").axes

@@ -97,7 +97,7 @@ def _lines(axes: Any, drawing: Lines) -> None:
     if drawing.floor is not None:
         axes.set_ylim(bottom=min(drawing.floor, axes.get_ylim()[0]) if drawing.ceiling is None else drawing.floor)
     if drawing.ceiling is not None:
-        axes.set_ylim(top=min(drawing.ceiling, axes.get_ylim()[1] * 1.05))
+        axes.set_ylim(top=min(1.02 * drawing.ceiling, 1.05 * axes.get_ylim()[1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(drawing.x)
     axes.set_ylabel(_wrapped(drawing.y, _LINES_TALL - 0.6))

@@ -83,7 +83,7 @@ def test_the_verb_writes_says_vllms_flag_and_what_comes_next(run, fedmerge, tmp_
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == f"wrote {tmp_path / 'mine'}, after round 2"
     assert "vLLM, where it has LoRA for this model: --enable-lora --max-lora-rank 8 (rank 2;" in out
-    assert f"cat {tmp_path / 'mine' / 'README.md'}" in out
+    assert f"\n\nnext:\n  cat {tmp_path / 'mine' / 'README.md'} " in out
 
 
 def test_the_verb_names_the_folder_itself_and_warns_of_a_local_base(run, fedmerge):

@@ -60,4 +60,5 @@ def export(
         print(f"pushed: {push_to_hub(written, push, private=private)}")
     else:
         card = written / ("README.md" if not all_clients else f"{folder_name(opened.client_names[0])}/README.md")
-        print(printable(f"\nnext:\n  cat {shlex.quote(str(card))}   # the lines that load it, with peft and transformers alone"))
+        print("\nnext:")
+        print(printable(f"  cat {shlex.quote(str(card))}   # the lines that load it, with peft and transformers alone"))

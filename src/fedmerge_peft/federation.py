@@ -53,6 +53,9 @@ class Federation:
         self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
         self.completed = 0
         """Rounds done so far."""
+        self._asked = Counter[int]()
+        """How often each client was asked in the rounds that were ``_counted``."""
+        self._counted = 0
         self.epsilon(1)  # an accountant that is not there should not wait for the first round
         if recipe.clients.min_clients > (asked := len(self.cohort(1))):
             raise RecipeError([f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"])
@@ -70,8 +73,13 @@ class Federation:
         """
         if self.recipe.privacy.mode == "none" or not self.strategy.federated:
             return None
-        asked = Counter(client for number in range(1, rounds + 1) for client in self.cohort(number))
-        return spent(self.recipe.privacy, max(asked.values(), default=0))
+        if rounds < self._counted:
+            self._asked.clear()
+            self._counted = 0
+        while self._counted < rounds:
+            self._counted += 1
+            self._asked.update(self.cohort(self._counted))
+        return spent(self.recipe.privacy, max(self._asked.values(), default=0))
 
     def _plan(self, client: int) -> Plan:
         """What the client is asked to do, and to do to its update before it sends it."""

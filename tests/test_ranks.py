@@ -9,16 +9,30 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fedmerge_peft import ClientError, DeviceError, RankError, RecipeError, Run, RunExistsError, resume, sweep
+from fedmerge_peft import ClientError, DeviceError, RankError, RecipeError, Run, RunExistsError, federate, resume, sweep
 from fedmerge_peft.cli.stopping import Stopped
-from fedmerge_peft.engines.ranked import dealt
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.engines.ranked import RankedEngine, dealt
 from fedmerge_peft.engines.visits import Visits
 from fedmerge_peft.training.device import choose_device
 
 PROGRAM = Path(__file__).with_name("ranked.py")
 SCENARIOS = ("fedmerge", "flhc", "ditto", "flora", "fedem", "failing")
+
+
+def one_client_fails(engine):
+    """The last client's training and scoring."""
+    culprit, collate = engine.clients[-1], engine.task.collate
+
+    def fail(examples, indices):
+        if np.isin(indices, culprit.train).any():
+            raise ZeroDivisionError("no luck")
+        return collate(examples, indices)
+
+    engine.task.collate = fail
 
 
 # ---- in one process ------------------------------------------------------------------------------
@@ -83,6 +97,26 @@ def test_a_sweep_is_for_processes_of_their_own(monkeypatch, tmp_path):
     with pytest.raises(DeviceError, match="a sweep does not run on several ranks"):
         sweep({}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_a_rank_alone_does_what_an_engine_does_that_knows_of_no_ranks(smoke, tmp_path, left_behind, together):
+    recipe = smoke("strategy=ifca", "clients.failures=skip", f"training.clients_per_batch={together}")
+    local = LocalEngine.from_recipe(recipe)
+    one_client_fails(local)
+    ranked = RankedEngine(recipe, local.clients, local.task, local.examples, local.backbone, local.accelerator)
+    runs = [federate(recipe, tmp_path / type(engine).__name__, engine=engine) for engine in (local, ranked)]
+    assert left_behind(runs[0].path) == left_behind(runs[1].path)
+    assert all(record["failures"] for record in runs[1].records)
+
+
+@pytest.mark.parametrize(("training", "passes"), [("training.epochs=2", 2), ("training.steps=3", 3 * 4 / 6)])
+def test_a_clients_work_is_its_tokens_times_its_passes(smoke, training, passes):
+    engine = RankedEngine.from_recipe(smoke(training, "training.batch_size=4"))
+    held = engine.clients[0]
+    assert held.size == 6
+    train, scored = (int(engine.examples.lengths[rows].sum()) for rows in (held.train, [*held.validation, *held.test]))
+    assert engine._work(0) == 3 * passes * train + scored
 
 
 # ---- in two --------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def resume(
 def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet: bool) -> Run:
     """Show a run's progress; when it is stopped or fails, say how to go on."""
     from fedmerge_peft.cli.stopping import Stop
-    from fedmerge_peft.errors import ClientError, ResumeError, RunBusyError, RunError, TooFewClientsError
+    from fedmerge_peft.errors import ClientError, RankError, ResumeError, RunBusyError, RunError, TooFewClientsError
     from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.run import Run
 
@@ -104,7 +104,7 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
             if leads() and (command := Run(directory).resume_command):
                 print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
-        except (ClientError, RunError, TooFewClientsError) as error:
+        except (ClientError, RankError, RunError, TooFewClientsError) as error:
             if not isinstance(error, (ResumeError, RunBusyError)) and (command := Run(directory).resume_command):
                 error.add_note(f"To go on from the last finished round: {command}")
             raise

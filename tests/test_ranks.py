@@ -3,13 +3,13 @@
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedmerge_peft import ClientError, DeviceError, RankError, RecipeError, Run, RunExistsError, federate, resume, sweep
@@ -20,19 +20,8 @@ from fedmerge_peft.engines.visits import Visits
 from fedmerge_peft.training.device import choose_device
 
 PROGRAM = Path(__file__).with_name("ranked.py")
-SCENARIOS = ("fedmerge", "flhc", "ditto", "flora", "fedem", "failing")
-
-
-def one_client_fails(engine):
-    """The last client's training and scoring."""
-    culprit, collate = engine.clients[-1], engine.task.collate
-
-    def fail(examples, indices):
-        if np.isin(indices, culprit.train).any():
-            raise ZeroDivisionError("no luck")
-        return collate(examples, indices)
-
-    engine.task.collate = fail
+RANKED = runpy.run_path(str(PROGRAM))
+SCENARIOS = RANKED["SCENARIOS"]
 
 
 # ---- in one process ------------------------------------------------------------------------------
@@ -103,7 +92,7 @@ def test_a_sweep_is_for_processes_of_their_own(monkeypatch, tmp_path):
 def test_a_rank_alone_does_what_an_engine_does_that_knows_of_no_ranks(smoke, tmp_path, left_behind, together):
     recipe = smoke("strategy=ifca", "clients.failures=skip", f"training.clients_per_batch={together}")
     local = LocalEngine.from_recipe(recipe)
-    one_client_fails(local)
+    RANKED["one_client_fails"](local)
     ranked = RankedEngine(recipe, local.clients, local.task, local.examples, local.backbone, local.accelerator)
     runs = [federate(recipe, tmp_path / type(engine).__name__, engine=engine) for engine in (local, ranked)]
     assert left_behind(runs[0].path) == left_behind(runs[1].path)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DataError,
         DeviceError,
         FedMergeError,
+        RankError,
         RecipeError,
         ResumeError,
         RunBusyError,
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
         TooFewClientsError,
     )
     from fedmerge_peft.export import export_all, export_client, export_soup, push_to_hub
-    from fedmerge_peft.federation import Federation, federate, resume
+    from fedmerge_peft.federation import Federation
     from fedmerge_peft.merged import MergedAdapter
     from fedmerge_peft.personalization import Personalized, personalize
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores
     from fedmerge_peft.run import Run, load_run
+    from fedmerge_peft.running import federate, resume
     from fedmerge_peft.strategies import Strategy, fedmerge_step
     from fedmerge_peft.sweeps import expand, sweep
 
@@ -52,6 +54,7 @@ __all__ = [
     "MergedAdapter",
     "MergingWeights",
     "Personalized",
+    "RankError",
     "Recipe",
     "RecipeError",
     "ResumeError",
@@ -89,6 +92,7 @@ _HOMES = {
         "DataError",
         "DeviceError",
         "FedMergeError",
+        "RankError",
         "RecipeError",
         "ResumeError",
         "RunBusyError",
@@ -99,12 +103,13 @@ _HOMES = {
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
     "export": ("export_all", "export_client", "export_soup", "push_to_hub"),
-    "federation": ("Federation", "federate", "resume"),
+    "federation": ("Federation",),
     "merged": ("MergedAdapter",),
     "personalization": ("Personalized", "personalize"),
     "recipe": ("Recipe",),
     "record": ("RoundRecord", "Scores"),
     "run": ("Run", "load_run"),
+    "running": ("federate", "resume"),
     "strategies": ("Strategy", "fedmerge_step"),
     "sweeps": ("expand", "sweep"),
 }

@@ -48,3 +48,21 @@ def test_sides_take_turns_and_the_order_turns_round(benchmark):
 def test_the_page_is_read_back_row_by_row(benchmark):
     page = "# Speed\n\nA ratio.\n\n## server\n\nd. Steps.\n\n| a |\n\n## startup\n\nf. Start.\n"
     assert benchmark("pages").sections(page) == {"server": "d. Steps.\n\n| a |\n\n", "startup": "f. Start.\n"}
+
+
+def test_sizes_are_compared_one_step_apart_and_what_memory_does_not_hold_is_left_out(benchmark, monkeypatch):
+    scale = benchmark("scale")
+    monkeypatch.setattr(scale, "SIZES", ((8, 10**5), (8, 10**6), (8, 10**9)))
+    monkeypatch.setattr(scale, "ADAPTERS", (1, 2))
+    monkeypatch.setattr(scale, "_measured", lambda adapters, size, repeats: ([size / 1e4] * repeats, [adapters * size / 1e6] * repeats))
+    rows = {row.what: (row.ratio, row.sides) for row in scale.sizes()}
+    assert rows == {
+        "e. 2 adapters of 10^6 over 1 adapter of 10^6": (2.0, "2.00 s and 100 MB, 1 adapter of 10^6 1.00 s"),
+        "e. 8 adapters of 10^6 over 8 adapters of 10^5": (10.0, "8.00 s and 100 MB, 8 adapters of 10^5 800 ms"),
+    }
+
+
+def test_what_the_server_does_in_a_round_is_measured_in_megabytes_and_seconds(benchmark):
+    memory, taken = benchmark("scale")._serve(2, 1000)
+    assert memory > 10
+    assert 0 < taken < 10

@@ -1,8 +1,9 @@
-"""Row e: the same examples dealt to more clients, of whom 1 % take part in a round."""
+"""Rows e: the same examples dealt to more clients, of whom 1 % take part in a round; and more and larger adapters."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import subprocess
 import sys
@@ -18,6 +19,13 @@ from timing import Row, seconds
 CLIENTS = (10, 1000, 10_000)
 EXAMPLES = 20_000
 ROUNDS = 5
+ASKED = 4
+"""Clients whose replies come back where adapters grow."""
+SIZES = ((8, 10**5), (8, 10**6), (8, 10**7), (1, 10**7), (1, 10**8))
+"""Adapters, and numbers in each; the last two show the largest that fits beside other work."""
+ADAPTERS = (1, 2, 4, 8, 16, 32)
+MOST = 6e9
+"""Bytes that a process may take here; what needs more is left out."""
 STRATEGIES = {"fedmerge": "{name: fedmerge, adapters: 8, start: warm}", "fedavg": "fedavg"}
 
 
@@ -37,9 +45,32 @@ def rows() -> Iterator[Row]:
             yield Row(f"e. {name}: most memory of {clients} clients over 10", median(ratios), min(ratios), max(ratios), sides, wanted)
 
 
-def _measured(strategy: str, clients: int, repeats: int) -> tuple[list[float], list[float]]:
-    """Most resident memory (MB) of each process, and its seconds a round."""
-    command = [sys.executable, __file__, strategy, str(clients)]
+def sizes() -> Iterator[Row]:
+    """e. What the server does in a round of FedMerge: four adapters merged and sent, as many replies kept, one step."""
+    found = {size: _measured(*size, 2) for size in {*SIZES, *((each, 10**6) for each in ADAPTERS)} if _needed(*size) <= MOST}
+    for small, large in (
+        *(((1, 10**6), (each, 10**6)) for each in ADAPTERS[1:]),
+        *((a, b) for a, b in pairwise(SIZES) if a[0] == b[0]),
+    ):
+        if large in found:
+            (_, less), (memory, more) = found[small], found[large]
+            ratios = [a / b for a, b in zip(more, less, strict=True)]
+            sides = f"{seconds(median(more))} and {median(memory):.0f} MB, {_named(*small)} {seconds(median(less))}"
+            yield Row(f"e. {_named(*large)} over {_named(*small)}", median(ratios), min(ratios), max(ratios), sides)
+
+
+def _named(adapters: int, size: int) -> str:
+    return f"{adapters} adapter{'s' * (adapters > 1)} of 10^{round(math.log10(size))}"
+
+
+def _needed(adapters: int, size: int) -> float:
+    """Bytes, roughly: Θ, its gradient, the optimizer's copy and the new one, Θ without its mean; the replies."""
+    return 4 * size * (6 * adapters + ASKED + 2)
+
+
+def _measured(first: object, second: object, repeats: int) -> tuple[list[float], list[float]]:
+    """Most resident memory (MB) of each process, and its seconds a round; of a strategy and clients, or of adapters and their size."""
+    command = [sys.executable, __file__, str(first), str(second)]
     said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(repeats)]
     return [float(each[-2]) for each in said], [float(each[-1]) for each in said]
 
@@ -57,9 +88,32 @@ def _run(strategy: str, clients: int) -> tuple[float, float]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(b - a for a, b in pairwise(times))
 
 
+def _serve(adapters: int, size: int) -> tuple[float, float]:
+    import torch
+
+    from fedmerge_peft.adapters.layout import AdapterLayout
+    from fedmerge_peft.recipe.strategies import FedMerge
+    from fedmerge_peft.spill import Spill
+    from fedmerge_peft.strategies import Reply, Start, make_strategy
+
+    layout = AdapterLayout.of([("layer.lora_A.weight", (100, size // 100), "lora")])
+    generator = torch.Generator().manual_seed(0)
+    strategy = make_strategy(
+        FedMerge(name="fedmerge", adapters=adapters), Start(ASKED, layout, lambda _: torch.randn(size, generator=generator))
+    )
+    times = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        kept = Spill(expected=ASKED)
+        replies = [Reply(client, kept.keep(0.01 * strategy.plan(client).sent), 10, 1.0, 0.0) for client in range(ASKED)]
+        strategy.update(replies)
+        times.append(time.perf_counter() - begin)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(times[1:])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("strategy")
-    parser.add_argument("clients", type=int)
+    parser.add_argument("first", help="a strategy, or a number of adapters")
+    parser.add_argument("second", type=int, help="clients, or numbers in an adapter")
     options = parser.parse_args()
-    print(*_run(options.strategy, options.clients))
+    print(*(_serve(int(options.first), options.second) if options.first.isdigit() else _run(options.first, options.second)))

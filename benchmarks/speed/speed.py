@@ -37,11 +37,13 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "flower": flower.rows,
     "server": server.rows,
     "scale": scale.rows,
+    "sizes": scale.sizes,
     "startup": startup.rows,
+    "first_step": startup.first_step,
 }
 _HEAD = (
-    "# Speed\n\nA ratio says how many times as long the other way takes (for memory: how many times as much ours needs with more "
-    "clients). Both ways take turns in one process; the ratio is the median over the repeats, with the smallest and the largest. "
+    "# Speed\n\nA ratio says how many times as long the other way takes (for memory, and where adapters grow: how many times as much ours "
+    "needs with more). Both ways take turns in one process; the ratio is the median over the repeats, with the smallest and the largest. "
     "MiniLM (22 M parameters), 32 tokens an example, LoRA of rank 8 on query and value.\n"
 )
 

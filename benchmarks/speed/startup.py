@@ -1,4 +1,4 @@
-"""Row f: what a command takes before it does anything, against the interpreter importing torch."""
+"""Rows f: what a command takes before it does anything, against the interpreter importing torch; and the way to the first step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from timing import Row, race, seconds
+from timing import Row, faster, race, seconds
 
 _CALL = "from fedmerge_peft.cli import main; main({!r})"
+EXAMPLES = 8
 COMMANDS = {"--help": ("≤ 0.4 s", ["--help"]), "ls": ("", ["ls"]), "validate": ("≤ 0.8 s", ["validate", "quickstart"])}
 
 
@@ -27,3 +28,55 @@ def rows() -> Iterator[Row]:
         ratios = [torch / ours for torch, ours in zip(taken["import torch"], taken[name], strict=True)]
         sides = ", ".join(f"{each} {seconds(median(taken[each]))}" for each in (name, "import torch", "python"))
         yield Row(f"f. `fedmerge {name}`", median(ratios), min(ratios), max(ratios), sides, wanted)
+
+
+def first_step() -> Iterator[Row]:
+    """f. From an empty process to the end of the first training step on MiniLM, batch 8."""
+
+    def run(side: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, __file__, side], check=True, stdout=subprocess.DEVNULL)
+
+    taken = race({"ours": run("ours"), "plain loop": run("plain")}, 5)
+    yield faster("f. the first training step, over a plain PEFT + Accelerate program's", taken, "ours", "plain loop")
+
+
+def _ours() -> None:
+    from setting import engine
+
+    from fedmerge_peft.training.plan import Train
+
+    loaded = engine(1, EXAMPLES, f"training.batch_size={EXAMPLES}", "training.steps=1")
+    next(loaded.exchange(1, [(0, Train(loaded.start().fresh_row(0)), None)]))
+
+
+def _plain() -> None:
+    """As their guides have it."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    import torch
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from fedmerge_peft.pretrained import model_folder
+
+    with TemporaryDirectory() as scratch:
+        folder = model_folder("sentence-transformers/all-MiniLM-L6-v2", Path(scratch))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    table = Dataset.from_dict({"text": ["order parcel refund " * 13] * EXAMPLES, "labels": [0, 1] * (EXAMPLES // 2)})
+    table = table.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=32), batched=True, remove_columns="text")
+    accelerator = Accelerator(cpu=True)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(table.with_format("torch"), EXAMPLES))
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    {"ours": _ours, "plain": _plain}[sys.argv[1]]()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DataError,
         DeviceError,
         FedMergeError,
+        RankError,
         RecipeError,
         ResumeError,
         RunBusyError,
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
         TooFewClientsError,
     )
     from fedmerge_peft.export import export_all, export_client, export_soup, push_to_hub
-    from fedmerge_peft.federation import Federation, federate, resume
+    from fedmerge_peft.federation import Federation
     from fedmerge_peft.merged import MergedAdapter
     from fedmerge_peft.personalization import Personalized, personalize
     from fedmerge_peft.predict import Predictor
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.record import RoundRecord, Scores
     from fedmerge_peft.run import Run, load_run
+    from fedmerge_peft.running import federate, resume
     from fedmerge_peft.strategies import Strategy, fedmerge_step
     from fedmerge_peft.sweeps import expand, sweep
 
@@ -54,6 +56,7 @@ __all__ = [
     "MergingWeights",
     "Personalized",
     "Predictor",
+    "RankError",
     "Recipe",
     "RecipeError",
     "ResumeError",
@@ -91,6 +94,7 @@ _HOMES = {
         "DataError",
         "DeviceError",
         "FedMergeError",
+        "RankError",
         "RecipeError",
         "ResumeError",
         "RunBusyError",
@@ -101,13 +105,14 @@ _HOMES = {
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
     "export": ("export_all", "export_client", "export_soup", "push_to_hub"),
-    "federation": ("Federation", "federate", "resume"),
+    "federation": ("Federation",),
     "merged": ("MergedAdapter",),
     "personalization": ("Personalized", "personalize"),
     "predict": ("Predictor",),
     "recipe": ("Recipe",),
     "record": ("RoundRecord", "Scores"),
     "run": ("Run", "load_run"),
+    "running": ("federate", "resume"),
     "strategies": ("Strategy", "fedmerge_step"),
     "sweeps": ("expand", "sweep"),
 }

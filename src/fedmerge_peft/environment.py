@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedmerge_peft import ranks
+
 if TYPE_CHECKING:
     from fedmerge_peft.engines.local import LocalEngine
 
@@ -21,7 +23,7 @@ _PATIENCE = 10
 
 
 def environment_of(engine: LocalEngine) -> dict[str, Any]:
-    """The start in UTC, versions, device and precision; ``commit`` and ``dirty`` where the package runs from a git checkout."""
+    """The start in UTC, versions, device, precision and ranks; ``commit`` and ``dirty`` where the package runs from a git checkout."""
     device = engine.backbone.device
     return {
         "started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -31,6 +33,7 @@ def environment_of(engine: LocalEngine) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "mixed_precision": engine.accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count(),
         "packages": {package: version(package) for package in _PACKAGES},
         **source(Path(__file__).parent),
     }

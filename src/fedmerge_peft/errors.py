@@ -11,7 +11,8 @@
     │   ├── ResumeError    the run cannot go on from where it stopped
     │   └── SweepError     some recipes of a sweep failed, the others ran
     ├── ClientError        a client failed; raised from the original, names client and round
-    └── TooFewClientsError too few clients of a round replied well
+    ├── TooFewClientsError too few clients of a round replied well
+    └── RankError          another of the ranks that train together failed, or is gone
 
 The command line prints them as one message on standard error and exits with code 2.
 """
@@ -19,10 +20,24 @@ The command line prints them as one message on standard error and exits with cod
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class FedMergeError(Exception):
     """Base of all errors raised on purpose; its text says what, where and what next."""
+
+    rank: int = 0
+    """Of the ranks that raise it, the one that says so."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[FedMergeError], args: tuple[Any, ...], held: dict[str, Any]) -> FedMergeError:
+    """An error in another process; its initialiser takes other arguments than the text."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(held)
+    return error
 
 
 class RecipeError(FedMergeError):
@@ -84,3 +99,7 @@ class ClientError(FedMergeError):
 
 class TooFewClientsError(FedMergeError):
     """Fewer clients of a round replied well than ``clients.min_clients``. The round changed nothing; the rounds before it stand."""
+
+
+class RankError(FedMergeError):
+    """Another of the processes that train together (``ranks.py``) failed in a way nobody meant, or has ended."""

@@ -8,32 +8,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import Tensor
 
 from fedmerge_peft import clock
 from fedmerge_peft.adapters import weights as merging_weights
-from fedmerge_peft.checkpoint import FREE
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.errors import ClientError, RecipeError, ResumeError, TooFewClientsError
-from fedmerge_peft.files import held
+from fedmerge_peft.engines.ranked import load_engine
+from fedmerge_peft.engines.visits import Visits
+from fedmerge_peft.errors import ClientError, RecipeError, TooFewClientsError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.differences import differing, flat
 from fedmerge_peft.record import RoundRecord, Scores
-from fedmerge_peft.run import Run, parts
 from fedmerge_peft.seeds import derive
 from fedmerge_peft.spill import Spill
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.privacy import PrivateAggregator, release, spent
 from fedmerge_peft.strategies.replies import fault
-from fedmerge_peft.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.training.plan import Plan, Served, Train
-from fedmerge_peft.writer import RunWriter
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +48,14 @@ class Federation:
         Raises ``DataError``, ``BackboneError`` and their kin, and ``RecipeError`` for an engine that was loaded for other clients' work.
         """
         self.recipe = recipe
-        self.engine = engine or LocalEngine.from_recipe(recipe)
+        self.engine = engine or load_engine(recipe)
         self.engine.check_serves(recipe)
         self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
         self.completed = 0
         """Rounds done so far."""
+        self._asked = Counter[int]()
+        """How often each client was asked in the rounds that were ``_counted``."""
+        self._counted = 0
         self.epsilon(1)  # an accountant that is not there should not wait for the first round
         if recipe.clients.min_clients > (asked := len(self.cohort(1))):
             raise RecipeError([f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"])
@@ -74,8 +73,13 @@ class Federation:
         """
         if self.recipe.privacy.mode == "none" or not self.strategy.federated:
             return None
-        asked = Counter(client for number in range(1, rounds + 1) for client in self.cohort(number))
-        return spent(self.recipe.privacy, max(asked.values(), default=0))
+        if rounds < self._counted:
+            self._asked.clear()
+            self._counted = 0
+        while self._counted < rounds:
+            self._counted += 1
+            self._asked.update(self.cohort(self._counted))
+        return spent(self.recipe.privacy, max(self._asked.values(), default=0))
 
     def _plan(self, client: int) -> Plan:
         """What the client is asked to do, and to do to its update before it sends it."""
@@ -115,7 +119,8 @@ class Federation:
         everyone = range(len(self.engine.clients))
         self.engine.backbone.set_base(self.strategy.base)
         found: dict[int, dict[str, float]] = {}
-        for client, scores in self.engine.measure(((client, self.strategy.served(client)) for client in everyone), self.completed):
+        served = Visits(everyone, lambda client: (client, self.strategy.served(client)))
+        for client, scores in self.engine.measure(served, self.completed):
             if not isinstance(scores, ClientError):
                 found[client] = scores
             elif self.recipe.clients.failures == "raise":
@@ -188,7 +193,8 @@ class Federation:
         replies: dict[int, Reply] = {}
         trained: dict[int, Tensor] = {}
         failures: dict[str, str] = {}
-        plans: dict[int, Plan] = {}  # of those whose reply has not come yet
+        waiting = set(cohort)
+        plans = WeakValueDictionary[int, Plan]()  # as long as the engine holds them; it may be done with them before it replies
         deltas, rows = Spill(expected=len(cohort)), Spill(expected=len(cohort))
 
         def fail(client: str, cause: str, error: ClientError | None = None) -> None:
@@ -198,23 +204,23 @@ class Federation:
             log.warning("%s; left out", error)
             failures[client] = cause
 
-        def visits() -> Iterator[tuple[int, Plan, Served | None]]:
-            for client in cohort:
-                with clock.spent("server"):
-                    plans[client], served = self._plan(client), self.strategy.served(client) if measure else None
-                yield client, plans[client], served
+        def visit(client: int) -> tuple[int, Plan, Served | None]:
+            with clock.spent("server"):
+                plans[client] = plan = self._plan(client)
+                return client, plan, self.strategy.served(client) if measure else None
 
-        for answer in self.engine.exchange(number, visits()):
+        for answer in self.engine.exchange(number, Visits(cohort, visit)):
             if isinstance(answer, ClientError):
                 fail(answer.client, answer.cause, answer)
                 continue
-            if answer.client in replies or (answer.client not in plans and answer.client in cohort):
-                fail(asked[answer.client].name, "it answered more than once")  # which of the answers is its own nobody can tell
+            if answer.client not in waiting:
+                if answer.client in cohort:
+                    fail(asked[answer.client].name, "it answered more than once")  # which of the answers is its own nobody can tell
+                else:
+                    fail(str(answer.client), "it was not asked")
                 continue
-            if answer.client not in plans:
-                fail(str(answer.client), "it was not asked")
-                continue
-            name, plan = asked[answer.client].name, plans.pop(answer.client)
+            waiting.remove(answer.client)
+            name, plan = asked[answer.client].name, plans.get(answer.client) or self._plan(answer.client)
             if cause := fault(answer, plan, number, asked[answer.client].size, clients.timeout):
                 fail(name, cause)
                 continue
@@ -237,148 +243,3 @@ class Federation:
 
     def _scores(self, found: Iterable[tuple[int, dict[str, float]]]) -> Scores | None:
         return Scores.of(self.engine.task.metrics[0], {self.engine.clients[client].name: scores for client, scores in found})
-
-
-def federate(
-    recipe: Recipe,
-    out: Path | str | None = None,
-    *,
-    engine: LocalEngine | None = None,
-    on_start: Callable[[Federation, Run], None] | None = None,
-    on_client: Callable[[Reply], None] | None = None,
-    on_round: Callable[[RoundRecord], None] | None = None,
-) -> Run:
-    """Run a whole recipe, and its baselines, into a run directory.
-
-    Args:
-        recipe: What to federate.
-        out: The run directory; by default ``runs/<name>``. Baselines go to ``<out>/baselines/<strategy>``.
-        engine: Loaded data and model to use; by default those that the recipe names.
-        on_start: Called before the first round of the recipe's strategy and of each baseline.
-        on_client: Called for each client's reply.
-        on_round: Called after each round, once it is on disk.
-
-    Returns:
-        The run of the recipe's own strategy; ``run.baselines`` has the others.
-
-    Raises:
-        RunExistsError: The directory is not empty. Nothing was touched.
-        RunBusyError: Another process is writing it. Nothing was touched.
-        FedMergeError: Anything else the recipe got wrong; rounds already finished stay on disk, and ``resume`` goes on from them.
-    """
-    directory = Path(out) if out is not None else Run.default_path(recipe)
-    check_trackers(recipe)
-    Run.check_free(directory)
-    engine = engine or LocalEngine.from_recipe(recipe)
-    with held(directory):
-        Run.check_free(directory)
-        _federate(recipe, directory, engine, on_start, on_client, on_round)
-    return Run.open(directory)
-
-
-def resume(
-    path: Path | str,
-    overrides: Iterable[str] = (),
-    *,
-    engine: LocalEngine | None = None,
-    on_start: Callable[[Federation, Run], None] | None = None,
-    on_client: Callable[[Reply], None] | None = None,
-    on_round: Callable[[RoundRecord], None] | None = None,
-) -> Run:
-    """Go on with a run that was interrupted, from its last finished round; what it gives is what it would have given without.
-
-    Args:
-        path: The run directory.
-        overrides: ``rounds=N``, for more rounds than were asked for (also of a run that has ended) or fewer, or ``evaluation.every=N``.
-        engine: Loaded data and model to use; by default those that the run's recipe names.
-        on_start: Called before the first round that is left, of the recipe's strategy and of each baseline; not for those that have ended.
-        on_client: Called for each client's reply.
-        on_round: Called after each round, once it is on disk.
-
-    Returns:
-        The run, ended.
-
-    Raises:
-        RecipeError: Overrides of anything else, or fewer rounds than are done. Nothing was touched.
-        ResumeError: The run has ended, or cannot go on: data, recipe or checkpoints are not what they were.
-        RunBusyError: Another process is writing it. Nothing was touched.
-        FedMergeError: As ``federate``.
-    """
-    run = Run.open(path)
-    recipe = _continued(run, overrides)
-    check_trackers(recipe)
-    with held(run.path):
-        if Run.open(run.path).ended and recipe.rounds == run.recipe.rounds:
-            raise ResumeError(
-                f"{run.path} has ended: all of its {recipe.rounds} rounds are done. For more of them: fedmerge resume {run.path} rounds=N"
-            )
-        engine = engine or LocalEngine.from_recipe(recipe)
-        run.tidy()
-        _federate(recipe, run.path, engine, on_start, on_client, on_round)
-    return Run.open(run.path)
-
-
-def _continued(run: Run, overrides: Iterable[str]) -> Recipe:
-    """The run's recipe with these overrides. Raises ``RecipeError`` for those that a run cannot go on with."""
-    recipe = run.recipe.replace(overrides)
-    if other := [key for key in differing([flat(run.recipe), flat(recipe)]) if key not in FREE]:
-        raise RecipeError(
-            [f"{', '.join(other)}: clients would do something else than before, so this would be another run; start it with fedmerge run. "
-             f"A run that goes on may change {', '.join(FREE)}"]
-        )  # fmt: skip
-    for _, path in parts(run.recipe, run.path):
-        if (done := len(Run(path).records)) > recipe.rounds:
-            raise RecipeError([f"rounds: {recipe.rounds} is fewer than the {done} that {path} has done"])
-    return recipe
-
-
-def _federate(
-    recipe: Recipe,
-    directory: Path,
-    engine: LocalEngine,
-    on_start: Callable[[Federation, Run], None] | None,
-    on_client: Callable[[Reply], None] | None,
-    on_round: Callable[[RoundRecord], None] | None,
-) -> None:
-    """Do what is left of a recipe and its baselines, all of it or the rest."""
-    for one, path in parts(recipe, directory):
-        if Run(path).rounds_ended == recipe.rounds:
-            continue
-        federation = Federation(one, engine)
-        began = (path / "recipe.yaml").is_file()
-        run = RunWriter.reopen(path, one, engine, federation.strategy) if began else RunWriter.create(path, one, engine)
-        federation.go_on(run.records)
-        if on_start is not None:
-            on_start(federation, run)
-        with tracking(one, path, engine.accelerator) as tracked:
-            _finish(federation, run, tracked, on_client, on_round)
-
-
-def _finish(
-    federation: Federation,
-    run: RunWriter,
-    tracked: Tracking,
-    on_client: Callable[[Reply], None] | None,
-    on_round: Callable[[RoundRecord], None] | None,
-) -> None:
-    """The rounds that are left, then the final scores."""
-
-    def keep_best(completed: int, scores: Scores) -> None:
-        with clock.spent("save"):
-            run.offer_best(completed, scores, federation.strategy)
-
-    with clock.spent("other"):
-        for record in federation.rounds(on_client, keep_best):
-            with clock.spent("save"):
-                run.append(record, federation.strategy)
-                tracked.record(record)
-                if federation.strategy.learns_weights:
-                    tracked.weights(federation.strategy.weights, [client.name for client in federation.engine.clients], record.round)
-            if on_round is not None:
-                on_round(record)
-        final = federation.measure()
-        if final is not None and len(final.clients) == len(federation.engine.clients):
-            keep_best(federation.completed, final)
-        with clock.spent("save"):
-            run.finish(final)
-            tracked.final(final, federation.completed)

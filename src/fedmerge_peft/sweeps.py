@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import sleep
 
+from fedmerge_peft import ranks
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import FedMergeError, RecipeError, ResumeError, RunBusyError, RunError, SweepError
-from fedmerge_peft.federation import federate, resume
 from fedmerge_peft.files import held, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.differences import differing, flat, written
 from fedmerge_peft.recipe.grid import expand
 from fedmerge_peft.record import RoundRecord
 from fedmerge_peft.run import Run
+from fedmerge_peft.running import federate, resume
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,11 @@ def sweep(
 
     Raises:
         RecipeError: A name that is no folder's name; nothing was started.
+        DeviceError: A launcher has started several ranks of this process.
         RunError: A directory holds the run of another recipe, or files that no run writes; nothing was started.
         SweepError: Some recipes failed; raised after all the others have run.
     """
+    ranks.refuse("a sweep")
     paths = {name: _path(Path(out), name) for name in recipes}
     with writing(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)

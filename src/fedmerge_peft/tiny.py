@@ -70,6 +70,7 @@ def write(kind: str, folder: str | PathLike[str]) -> Path:
         # torch.manual_seed would seed the GPUs' generators too, which fork_rng leaves alone here.
         torch.default_generator.manual_seed(_SEED)
         model = _model(kind, processor)
+    model.should_save_on_this_rank = lambda _: True  # of several ranks, transformers lets the first write alone; here each has a folder
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from fedmerge_peft import federation, load_run
+from fedmerge_peft import load_run, running
 from fedmerge_peft.cli import main
 from fedmerge_peft.engines import local
 
@@ -138,7 +138,7 @@ def test_what_cannot_go_on_is_refused_with_code_2(fedmerge, write_run, arguments
 def test_a_run_that_has_not_ended_is_not_begun_anew(fedmerge, signals, monkeypatch):
     signals(4, signal.SIGINT)
     fedmerge("run", "smoke", *TINY)
-    monkeypatch.setattr(federation, "federate", None)
+    monkeypatch.setattr(running, "federate", None)
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert "go on with it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke " in err

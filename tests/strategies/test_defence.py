@@ -180,6 +180,12 @@ def test_the_bound_is_a_multiple_of_the_running_median_or_fixed_whichever_is_les
     assert aggregator().bound == math.inf
 
 
+def test_the_lengths_that_are_handed_on_are_those_after_clipping():
+    rule, deltas = aggregator(norm_bound=1.0), torch.tensor([0.5, 1.0, 3.0])[:, None] * torch.eye(4)[:3]
+    torch.testing.assert_close(rule.clip(deltas).norm(dim=1), rule.lengths)
+    assert rule.lengths.tolist() == [0.5, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("name", ["fedmerge", "fedavg"])
 def test_a_bound_on_norms_bounds_what_one_client_moves(formulas, name):
     """‖ΔΘ_j‖ ≤ η q_ij · 2C between any two replies of client i; q_ij ≤ 1, and ρ_i for FedAvg."""

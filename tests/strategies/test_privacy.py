@@ -83,6 +83,16 @@ def test_each_client_pays_for_the_rounds_in_which_it_was_asked(formulas, mode):
     assert max(asked) < 8
 
 
+def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_each_round_once(formulas):
+    found = formulas(6).federation("strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3")
+    fresh = [formulas(6).federation("strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3").epsilon(n) for n in range(9)]
+    assert [found.epsilon(number) for number in (2, 8, 3, 3, 0, 7)] == [fresh[number] for number in (2, 8, 3, 3, 0, 7)]
+    cohort, seen = found.cohort, []
+    found.cohort = lambda number: seen.append(number) or cohort(number)
+    assert [found.epsilon(number) for number in (7, 8)] == fresh[7:]
+    assert seen == [8]
+
+
 # ---- what leaves a client ------------------------------------------------------------------------
 
 

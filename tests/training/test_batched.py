@@ -2,12 +2,12 @@
 
 import logging
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from torch.nn import functional
 
@@ -21,34 +21,16 @@ from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import accumulate, train
 
-WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
 COUNT = 16
 ROWS = np.arange(COUNT)
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "vit": ["q_proj", "fc1"]}
 
 
-def table_and_task(kind):
-    labels = [n % 3 for n in range(COUNT)]
-    if kind == "vit":
-        from datasets import Features, Image, Value
-        from PIL.Image import fromarray
-
-        noise = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
-        features = Features({"image": Image(), "label": Value("int64")})
-        data = Dataset.from_dict({"image": [fromarray(each) for each in noise], "label": labels}, features=features)
-        return data, {"name": "image-classification"}
-    if kind in ("bert", "llama-classifier"):
-        texts = [f"the {WORDS[n % 7]} {'is late ' * (n % 5)}again" for n in range(COUNT)]
-        return Dataset.from_dict({"text": texts, "label": labels}), {"name": "sequence-classification"}
-    pairs = {"prompt": [f"say {WORDS[n % 7]}" for n in range(COUNT)], "completion": [" yes" * (1 + n % 5) for n in range(COUNT)]}
-    return Dataset.from_dict(pairs), {"name": "causal-lm"}
-
-
 class Bench:
     """A tiny model without dropout, and four jobs that differ in whatever jobs can differ in."""
 
-    def __init__(self, folder, kind="bert", lora=None, backbone=None, cached=False, dropout=False, **training):
-        table, task = table_and_task(kind)
+    def __init__(self, folder, table_and_task, kind="bert", lora=None, backbone=None, cached=False, dropout=False, **training):
+        table, task = table_and_task(kind, COUNT)
         model = folder / kind.partition("-")[0]
         self.recipe = Recipe.model_validate(
             {
@@ -99,6 +81,12 @@ class Bench:
         return clients_per_batch(self.backbone, self.task, training, self.accelerator, self.examples, ROWS)
 
 
+@pytest.fixture
+def make_bench(tiny_models, table_and_task):
+    """``make_bench("gpt2", lora={...})``."""
+    return partial(Bench, tiny_models, table_and_task)
+
+
 def distance(found, expected, start):
     """‖Δ_found − Δ_expected‖ / ‖Δ_expected‖."""
     return float((found - expected).norm() / (expected - start).norm())
@@ -138,8 +126,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trained_together_they_are_as_trained_alone(tiny_models, case):
-    bench = Bench(tiny_models, **CASES[case])
+def test_trained_together_they_are_as_trained_alone(make_bench, case):
+    bench = make_bench(**CASES[case])
     assert unstackable(bench.backbone) is None
     jobs = bench.jobs()
     for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
@@ -149,8 +137,8 @@ def test_trained_together_they_are_as_trained_alone(tiny_models, case):
 
 
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"kind": "llama", "backbone": {"dtype": "bfloat16"}}], ids=str)
-def test_half_precision_differs_by_its_rounding(tiny_models, options):
-    bench = Bench(tiny_models, **{**SGD, **options})
+def test_half_precision_differs_by_its_rounding(make_bench, options):
+    bench = make_bench(**{**SGD, **options})
     jobs = bench.jobs()
     for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
         assert together.row.dtype == torch.float32
@@ -181,9 +169,9 @@ def in_float64(bench):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "llama-classifier", "vit"])
-def test_gradients_are_each_adapters_own(tiny_models, kind, checkpointing):
+def test_gradients_are_each_adapters_own(make_bench, kind, checkpointing):
     """To 1e-12 in float64, for micro-batches of unequal number and size, with weights for some."""
-    bench = in_float64(Bench(tiny_models, kind, backbone={"gradient_checkpointing": checkpointing}))
+    bench = in_float64(make_bench(kind, backbone={"gradient_checkpointing": checkpointing}))
     batches = [[ROWS[:3], ROWS[3:4]], [ROWS[4:9]], [ROWS[9:10], ROWS[10:12], ROWS[[2]]]]
     weights = [None, torch.rand(COUNT, generator=torch.Generator().manual_seed(0)), None]
     stack = AdapterStack(bench.backbone, torch.stack([bench.row(seed) for seed in range(3)]).double())
@@ -198,9 +186,9 @@ def test_gradients_are_each_adapters_own(tiny_models, kind, checkpointing):
         assert float(mean) == pytest.approx(float(alone), rel=1e-6)
 
 
-def test_the_comparison_tells_one_adapter_from_another(tiny_models):
+def test_the_comparison_tells_one_adapter_from_another(make_bench):
     """What the other tests rest on: neighbours, other examples and another order of examples are far away."""
-    bench = Bench(tiny_models)
+    bench = make_bench()
     jobs = bench.jobs()
     alone = bench.alone(jobs)
     swapped = bench.together([Job(jobs[0].train, jobs[1].indices, jobs[0].seed), Job(jobs[0].train, jobs[0].indices, 7)])
@@ -208,15 +196,15 @@ def test_the_comparison_tells_one_adapter_from_another(tiny_models):
         assert distance(other.row, alone[0].row, jobs[0].train.row) > 0.02
 
 
-def test_one_job_draws_the_dropout_masks_of_the_reference(tiny_models):
-    bench = Bench(tiny_models, dropout=True, lora={"dropout": 0.2}, **SGD)
+def test_one_job_draws_the_dropout_masks_of_the_reference(make_bench):
+    bench = make_bench(dropout=True, lora={"dropout": 0.2}, **SGD)
     jobs = bench.jobs()[:1]
     (alone,), (together,) = bench.alone(jobs), bench.together(jobs)
     assert distance(together.row, alone.row, jobs[0].train.row) < 1e-4
 
 
-def test_dropout_masks_follow_from_the_seeds_of_all_who_share_a_pass(tiny_models):
-    bench = Bench(tiny_models, dropout=True, lora={"dropout": 0.2})
+def test_dropout_masks_follow_from_the_seeds_of_all_who_share_a_pass(make_bench):
+    bench = make_bench(dropout=True, lora={"dropout": 0.2})
     jobs = bench.jobs()
     state = torch.get_rng_state()
     first, again, fewer = bench.together(jobs), bench.together(jobs), bench.together(jobs[:2])
@@ -225,8 +213,8 @@ def test_dropout_masks_follow_from_the_seeds_of_all_who_share_a_pass(tiny_models
     assert not torch.equal(first[0].row, fewer[0].row)
 
 
-def test_the_model_is_whole_again_afterwards(tiny_models):
-    bench = Bench(tiny_models)
+def test_the_model_is_whole_again_afterwards(make_bench):
+    bench = make_bench()
     jobs, held = bench.jobs(), bench.backbone.row()
     first, gradient = bench.alone(jobs[:1])[0].row, bench.backbone.flat.grad.clone()
     bench.backbone.load_row(held)
@@ -241,8 +229,8 @@ def test_the_model_is_whole_again_afterwards(tiny_models):
     assert torch.equal(bench.alone(jobs[:1])[0].row, first)
 
 
-def test_a_forward_of_a_layers_own_comes_back(tiny_models):
-    backbone = Bench(tiny_models).backbone
+def test_a_forward_of_a_layers_own_comes_back(make_bench):
+    backbone = make_bench().backbone
     layer = next(module for name, module in backbone.model.named_modules() if name.endswith("query"))
     mine = layer.forward = lambda x: x
     with AdapterStack(backbone, backbone.row()[None]).applied():
@@ -268,8 +256,8 @@ def test_a_forward_of_a_layers_own_comes_back(tiny_models):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(tiny_models, caplog, kind, lora, reason):
-    bench = Bench(tiny_models, kind, lora=lora)
+def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(make_bench, caplog, kind, lora, reason):
+    bench = make_bench(kind, lora=lora)
     with caplog.at_level(logging.INFO):
         assert bench.count(clients_per_batch=4) == 1
     (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("batched")]
@@ -277,8 +265,8 @@ def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(tiny_models, 
     assert re.search(reason, line)
 
 
-def test_a_common_loss_scale_is_refused(tiny_models, caplog):
-    bench = Bench(tiny_models)
+def test_a_common_loss_scale_is_refused(make_bench, caplog):
+    bench = make_bench()
     bench.accelerator = SimpleNamespace(scaler=object())
     with caplog.at_level(logging.INFO):
         assert bench.count(clients_per_batch=2) == 1
@@ -314,8 +302,8 @@ def by_position(module, args):
     ],
     ids=["mixed", "reordered", "one for all"],
 )
-def test_models_that_do_something_else_with_a_batch_are_found_out(tiny_models, caplog, alter, reason):
-    bench = Bench(tiny_models)
+def test_models_that_do_something_else_with_a_batch_are_found_out(make_bench, caplog, alter, reason):
+    bench = make_bench()
     assert bench.count(clients_per_batch=4) == 4
     alter(bench.backbone.model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query"))
     with caplog.at_level(logging.INFO):
@@ -324,12 +312,12 @@ def test_models_that_do_something_else_with_a_batch_are_found_out(tiny_models, c
 
 
 @pytest.mark.parametrize(("batch_size", "clients"), [(1, 8), (2, 4), (4, 1), (16, 1)])
-def test_auto_brings_a_pass_to_eight_examples_on_a_cpu(tiny_models, batch_size, clients):
-    assert Bench(tiny_models).count(batch_size=batch_size) == clients
+def test_auto_brings_a_pass_to_eight_examples_on_a_cpu(make_bench, batch_size, clients):
+    assert make_bench().count(batch_size=batch_size) == clients
 
 
-def test_the_trial_leaves_no_trace(tiny_models):
-    bench = Bench(tiny_models)
+def test_the_trial_leaves_no_trace(make_bench):
+    bench = make_bench()
     held, state = bench.backbone.row(), torch.get_rng_state()
     assert bench.count() == 4
     assert torch.equal(bench.backbone.row(), held)

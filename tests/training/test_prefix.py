@@ -1,12 +1,12 @@
 """The frozen layers before the first that trains: left out where they are known, with the same results."""
 
 import logging
+from functools import partial
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 
 from fedmerge_peft import Federation, Recipe, tiny
@@ -20,7 +20,6 @@ from fedmerge_peft.training.plan import Mixture, Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import train
 
-WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
 COUNT = 12
 ROWS = np.arange(COUNT)
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj"], "gpt2": ["c_attn"], "vit": ["q_proj", "v_proj"]}
@@ -36,28 +35,13 @@ def deep_models(tmp_path_factory):
     return folder
 
 
-def table_and_task(kind, metrics):
-    labels = [n % 3 for n in range(COUNT)]
-    if kind == "vit":
-        from datasets import Features, Image, Value
-        from PIL.Image import fromarray
-
-        noise = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
-        features = Features({"image": Image(), "label": Value("int64")})
-        data = Dataset.from_dict({"image": [fromarray(each) for each in noise], "label": labels}, features=features)
-        return data, {"name": "image-classification"}
-    if kind in ("bert", "llama-classifier"):
-        texts = [f"the {WORDS[n % 7]} {'is late ' * (n % 5)}again" for n in range(COUNT)]
-        return Dataset.from_dict({"text": texts, "label": labels}), {"name": "sequence-classification"}
-    pairs = {"prompt": [f"say {WORDS[n % 7]}" for n in range(COUNT)], "completion": [" yes" * (1 + n % 5) for n in range(COUNT)]}
-    return Dataset.from_dict(pairs), {"name": "causal-lm", "metrics": metrics or ["perplexity", "accuracy"], "max_new_tokens": 4}
-
-
 class Bench:
     """One client on a tiny model of four layers, whose last two have adapters."""
 
-    def __init__(self, folder, kind="bert", lora=None, backbone=None, metrics=None, cached=True, gigabytes=1.0, **training):
-        table, task = table_and_task(kind, metrics)
+    def __init__(self, folder, table_and_task, kind="bert", lora=None, backbone=None, metrics=None, cached=True, gigabytes=1.0, **training):
+        table, task = table_and_task(kind, COUNT)
+        if task["name"] == "causal-lm":
+            task |= {"metrics": metrics or ["perplexity", "accuracy"], "max_new_tokens": 4}
         model = folder / kind.partition("-")[0]
         self.recipe = Recipe.model_validate(
             {
@@ -101,6 +85,12 @@ class Bench:
         return self.cache._store is not None
 
 
+@pytest.fixture
+def make_bench(deep_models, table_and_task):
+    """``make_bench("gpt2", lora={...})``."""
+    return partial(Bench, deep_models, table_and_task)
+
+
 CASES = {
     "bert": {},
     "llama": {},
@@ -116,9 +106,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_with_and_without_the_cache_the_results_are_the_same(deep_models, case):
+def test_with_and_without_the_cache_the_results_are_the_same(make_bench, case):
     options = {"kind": case if case.partition("-")[0] in TARGETS else "bert", **CASES[case]}
-    with_cache, without = Bench(deep_models, **options), Bench(deep_models, cached=False, **options)
+    with_cache, without = make_bench(**options), make_bench(cached=False, **options)
     near = {"rtol": 5e-3, "atol": 5e-3} if case == "bf16" else {"rtol": 1e-5, "atol": 1e-5}  # bf16 rounds by how a batch is padded
     expected = [without.train(), without.train(4)]
     for _ in range(2):  # while the states are recorded, and from the record
@@ -131,8 +121,8 @@ def test_with_and_without_the_cache_the_results_are_the_same(deep_models, case):
     torch.testing.assert_close(with_cache.losses(expected[0], some), without.losses(expected[0], some), **near)
 
 
-def test_known_examples_skip_the_frozen_layers(deep_models):
-    bench = Bench(deep_models)
+def test_known_examples_skip_the_frozen_layers(make_bench):
+    bench = make_bench()
     frozen, trained = ("base_model.model.bert.encoder.layer." + index for index in "13")
     bench.train()
     assert bench.count(frozen, bench.train)[0] == 0
@@ -141,17 +131,17 @@ def test_known_examples_skip_the_frozen_layers(deep_models):
     assert bench.count(frozen, bench.train)[0] > 0
 
 
-def test_a_mixture_is_evaluated_from_the_cache(deep_models):
-    bench, plain = Bench(deep_models), Bench(deep_models, cached=False)
+def test_a_mixture_is_evaluated_from_the_cache(make_bench):
+    bench, plain = make_bench(), make_bench(cached=False)
     served = Mixture(torch.stack([bench.row, bench.train()]), torch.tensor([0.3, 0.7]))
     expected = plain.evaluate(served)
     assert bench.evaluate(served) == pytest.approx(expected, rel=1e-5)
     assert bench.evaluate(served) == pytest.approx(expected, rel=1e-5)
 
 
-def test_generation_runs_all_layers(deep_models):
-    bench = Bench(deep_models, "gpt2", metrics=["exact_match", "rougeL", "perplexity"])
-    plain = Bench(deep_models, "gpt2", metrics=["exact_match", "rougeL", "perplexity"], cached=False)
+def test_generation_runs_all_layers(make_bench):
+    bench = make_bench("gpt2", metrics=["exact_match", "rougeL", "perplexity"])
+    plain = make_bench("gpt2", metrics=["exact_match", "rougeL", "perplexity"], cached=False)
     bench.evaluate(bench.row)
     runs, found = bench.count("base_model.model.transformer.h.0", lambda: bench.evaluate(bench.row))
     assert runs > 0
@@ -159,8 +149,8 @@ def test_generation_runs_all_layers(deep_models):
     assert found == pytest.approx(plain.evaluate(plain.row), rel=1e-5)
 
 
-def test_the_frozen_prefix_has_no_dropout_in_training(deep_models):
-    backbone = Bench(deep_models).backbone
+def test_the_frozen_prefix_has_no_dropout_in_training(make_bench):
+    backbone = make_bench().backbone
     backbone.train()
     training = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.Dropout) and module.training}
     assert training
@@ -183,8 +173,8 @@ def test_the_frozen_prefix_has_no_dropout_in_training(deep_models):
     ],
     ids=str,
 )
-def test_there_is_no_prefix_where_something_trains_before_it(deep_models, lora):
-    assert Bench(deep_models, lora=lora, cached=False).backbone.prefix is None
+def test_there_is_no_prefix_where_something_trains_before_it(make_bench, lora):
+    assert make_bench(lora=lora, cached=False).backbone.prefix is None
 
 
 def test_there_is_no_prefix_where_two_stacks_train():
@@ -241,8 +231,8 @@ def repeat(bench):
 
 
 @pytest.mark.parametrize("alter", [drop_by_function, reach_back, require, train_in_front, repeat])
-def test_models_that_need_their_first_layers_are_found_out(deep_models, caplog, alter):
-    bench, plain = Bench(deep_models), Bench(deep_models, cached=False)
+def test_models_that_need_their_first_layers_are_found_out(make_bench, caplog, alter):
+    bench, plain = make_bench(), make_bench(cached=False)
     alter(plain)
     reason = alter(bench)
     with caplog.at_level(logging.INFO, "fedmerge_peft"):
@@ -252,26 +242,26 @@ def test_models_that_need_their_first_layers_are_found_out(deep_models, caplog, 
     torch.testing.assert_close(found, (plain.train(), plain.train()))
 
 
-def test_the_bound_on_memory_is_kept(deep_models, caplog):
-    sizes = Bench(deep_models).examples.lengths.sum() + 1
+def test_the_bound_on_memory_is_kept(make_bench, caplog):
+    sizes = make_bench().examples.lengths.sum() + 1
     needed = sizes * 32 * 4 / 1e9
-    fits, tight = Bench(deep_models, gigabytes=needed), Bench(deep_models, gigabytes=needed * 0.99)
+    fits, tight = make_bench(gigabytes=needed), make_bench(gigabytes=needed * 0.99)
     torch.testing.assert_close(fits.train(), tight.train())
     assert fits.cache._store.nbytes == needed * 1e9
     assert not tight.used
     assert "training.prefix_cache allows" in caplog.text
 
 
-def test_rows_that_no_client_holds_run_all_layers(deep_models):
-    bench = Bench(deep_models)
+def test_rows_that_no_client_holds_run_all_layers(make_bench):
+    bench = make_bench()
     bench.cache = PrefixCache(bench.backbone, bench.task, bench.examples, ROWS[:6], 1.0)
-    expected = Bench(deep_models, cached=False).losses(bench.row)
+    expected = make_bench(cached=False).losses(bench.row)
     torch.testing.assert_close(bench.losses(bench.row), expected)
     torch.testing.assert_close(bench.losses(bench.row), expected)
 
 
-def test_a_client_that_fails_leaves_the_model_whole(deep_models):
-    bench = Bench(deep_models)
+def test_a_client_that_fails_leaves_the_model_whole(make_bench):
+    bench = make_bench()
     names = [name for name, _ in bench.backbone.model.named_modules()]
     saved = list(bench.backbone.model.state_dict())
     expected = bench.train()
@@ -291,8 +281,8 @@ def test_a_client_that_fails_leaves_the_model_whole(deep_models):
     torch.testing.assert_close(bench.train(), expected)
 
 
-def test_a_forward_of_a_layers_own_comes_back(deep_models):
-    bench = Bench(deep_models)
+def test_a_forward_of_a_layers_own_comes_back(make_bench):
+    bench = make_bench()
     layer = bench.backbone.prefix.layers[0]
     own = layer.forward = layer.forward
     expected = bench.train()
@@ -300,8 +290,8 @@ def test_a_forward_of_a_layers_own_comes_back(deep_models):
     assert layer.forward is own
 
 
-def test_the_callers_random_numbers_and_the_models_mode_stay(deep_models):
-    bench = Bench(deep_models)
+def test_the_callers_random_numbers_and_the_models_mode_stay(make_bench):
+    bench = make_bench()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from fedmerge_peft.errors import FedMergeError
+from fedmerge_peft.ranks import number
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FedMergeError as error:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":
             raise
-        print(_harmless("\n".join([str(error), *getattr(error, "__notes__", [])])), file=sys.stderr)
+        if error.rank == number():
+            print(_harmless("\n".join([str(error), *getattr(error, "__notes__", [])])), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

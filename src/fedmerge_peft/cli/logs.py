@@ -6,6 +6,8 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
+from fedmerge_peft.ranks import leads
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -25,6 +27,8 @@ def log_to(console: Console) -> None:
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     handler.setFormatter(_Harmless())
+    if not leads():
+        handler.addFilter(logging.Filter("fedmerge_peft.engines"))  # the rest says the same on all ranks
     package = logging.getLogger("fedmerge_peft")
     package.handlers = [handler]
     package.propagate = False

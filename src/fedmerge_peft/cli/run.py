@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmerge_peft.cli.app import Overrides, RecipeSource, app
+from fedmerge_peft.ranks import leads, leave
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,8 +43,8 @@ def run(
     from fedmerge_peft.cli.logs import log_to
     from fedmerge_peft.clock import timing
     from fedmerge_peft.errors import RunExistsError
-    from fedmerge_peft.federation import federate
     from fedmerge_peft.run import Run
+    from fedmerge_peft.running import federate
 
     directory = out if out is not None else Run.default_path(loaded)
     try:
@@ -51,11 +52,12 @@ def run(
     except RunExistsError as error:
         command = shlex.join(["fedmerge", "run", recipe, *(overrides or []), "--out", str(error.free)])
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=not leads())
     log_to(Console(stderr=True, highlight=False))
     with timing() as clock:
         finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
-    if not quiet:
+    leave()
+    if not quiet and leads():
         _show(finished, recipe, overrides or [], console)
     if profile:
         _show_profile(clock, console)
@@ -78,19 +80,20 @@ def resume(
     from rich.console import Console
 
     from fedmerge_peft.cli.logs import log_to
-    from fedmerge_peft.federation import resume
+    from fedmerge_peft.running import resume
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=not leads())
     log_to(Console(stderr=True, highlight=False))
     finished = _watched(partial(resume, run, overrides or []), run, console, quiet)
-    if not quiet:
+    leave()
+    if not quiet and leads():
         _show(finished, str(run / "recipe.yaml"), [], console)
 
 
 def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet: bool) -> Run:
     """Show a run's progress; when it is stopped or fails, say how to go on."""
     from fedmerge_peft.cli.stopping import Stop
-    from fedmerge_peft.errors import ClientError, ResumeError, RunBusyError, RunError, TooFewClientsError
+    from fedmerge_peft.errors import ClientError, RankError, ResumeError, RunBusyError, RunError, TooFewClientsError
     from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.run import Run
 
@@ -98,10 +101,10 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
         try:
             return _shown(start, stop, console, quiet)
         except KeyboardInterrupt as interrupt:
-            if command := Run(directory).resume_command:
+            if leads() and (command := Run(directory).resume_command):
                 print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
-        except (ClientError, RunError, TooFewClientsError) as error:
+        except (ClientError, RankError, RunError, TooFewClientsError) as error:
             if not isinstance(error, (ResumeError, RunBusyError)) and (command := Run(directory).resume_command):
                 error.add_note(f"To go on from the last finished round: {command}")
             raise

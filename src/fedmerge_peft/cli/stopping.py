@@ -8,13 +8,15 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from fedmerge_peft.ranks import leads
+
 
 class Stopped(KeyboardInterrupt):
     """Somebody asked to stop. ``code`` is the exit code, 128 and the signal's number: 130 or 143."""
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number
-        super().__init__()
+        super().__init__(number)
 
 
 class Stop:
@@ -48,5 +50,6 @@ class Stop:
         if self.asked is not None:
             raise Stopped(number)
         self.asked = number
-        with suppress(OSError):  # by no print, as this may have interrupted one
-            os.write(2, b"\nstopping after this round; once more to stop at once\n")
+        if leads():
+            with suppress(OSError):  # by no print, as this may have interrupted one
+                os.write(2, b"\nstopping after this round; once more to stop at once\n")

@@ -120,9 +120,9 @@ class LocalEngine:
             visits: Client indices, what each is asked to do, and what each is served with, to be scored before any training;
                 None to score nothing. After training the recipe decides what is scored.
         """
-        waiting = (_Visit(round, index, self.clients[index], plan, served) for index, plan, served in visits)
+        waiting = (self._visit(round, *visit) for visit in visits)
         while chunk := list(islice(waiting, self.clients_per_batch)):
-            yield from self._visit(chunk)
+            yield from self._answers(chunk)
 
     def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with on its validation and test examples, without training; a ``ClientError`` where that failed.
@@ -140,7 +140,11 @@ class LocalEngine:
         """How many clients train in one pass of the model; fewer once the GPU has run out of memory."""
         return clients_per_batch(self.backbone, self.task, self.recipe.training, self.accelerator, self.examples, self._held)
 
-    def _visit(self, visits: list[_Visit]) -> Iterator[Reply | ClientError]:
+    def _visit(self, round: int, client: int, plan: Plan, served: Served | None) -> _Visit:
+        return _Visit(round, client, self.clients[client], plan, served)
+
+    def _answers(self, visits: Sequence[_Visit]) -> Iterator[Reply | ClientError]:
+        """What these clients, who may share passes of the model, make of their plans; in the same order."""
         before = [visit.timed(partial(self._scores, visit.client, visit.served)) if visit.served is not None else None for visit in visits]
 
         def losses(number: int, row: Tensor) -> Tensor | ClientError:

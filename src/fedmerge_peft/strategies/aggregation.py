@@ -49,10 +49,14 @@ class Aggregator:
         self.recipe = recipe or DefenceRecipe()
         self.norms: list[float] = []
         """Median ‖δ_i‖₂ of each round so far; the running median follows from them, so a run goes on with those of its records."""
+        self.lengths = torch.empty(0)
+        """‖δ_i‖₂ of the updates that were clipped last, as they are now, ``(k,)``, to a millionth or so: a pass over all replies."""
 
     def clip(self, deltas: Tensor) -> Tensor:
         """A round's updates ``(k, P)``, none longer than C; to be called once a round."""
-        self.norms.append(float(deltas.norm(dim=1).median()))
+        lengths = deltas.norm(dim=1)
+        self.norms.append(float(lengths.median()))
+        self.lengths = lengths.clamp_max(self.bound)
         return clipped(deltas, self.bound)
 
     @property

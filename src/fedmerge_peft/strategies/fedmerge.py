@@ -67,7 +67,8 @@ class FedMerge(Strategy):
         shares = sizes / sizes.sum()
         before = self.weights[clients].double()
         if self._warming is None:
-            gradient = weights_gradient(self.soup.rows, before, deltas, self.steps.columns) / self.recipe.temperature
+            gradient = weights_gradient(self.soup.rows, before, deltas, self.steps.columns, self.aggregator.lengths)
+            gradient /= self.recipe.temperature
             self.merging.logits[clients] -= self.steps.move(clients, gradient, shares).float()
             if self._reseeding is not None:
                 self._reseeding.look(self.soup.rows, self.merging.logits, self.weights, clients, deltas)

@@ -91,21 +91,30 @@ def weights_move(rule: Rule, gradient: Tensor, shares: Tensor, lr: float) -> Ten
             return lr * _rows_scaled(gradient)
 
 
-def weights_gradient(soup: Tensor, weights: Tensor, deltas: Tensor, columns: Tensor | Sequence[int] | slice | None = None) -> Tensor:
+def weights_gradient(
+    soup: Tensor,
+    weights: Tensor,
+    deltas: Tensor,
+    columns: Tensor | Sequence[int] | slice | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩ over the chosen columns, ``(m, d)`` float64; zero where it is only rounding error.
 
-    As θ_i = Σ_j π_ij Θ_j, with s_ij = ⟨Θ_j, δ_i⟩ this is π_ij (s_ij − Σ_k π_ik s_ik): one product of (m, P) by (P, d).
+    As θ_i = Σ_j π_ij Θ_j, with s_ij = ⟨Θ_j, δ_i⟩ this is π_ij (s_ij − Σ_k π_ik s_ik): one product of (m, P) by (P, d). ``lengths``
+    spares a pass over the deltas where ‖δ_i‖₂ ``(m,)``, over all columns, are known.
     """
     if columns is not None:
-        soup, deltas = soup[:, columns], deltas[:, columns]
+        soup, deltas, lengths = soup[:, columns], deltas[:, columns], None
+    if lengths is None:
+        lengths = deltas.norm(dim=1)
     # G does not change when one vector is taken from every Θ_j; without their mean the products do not cancel.
     centred = soup - soup.mean(dim=0)
     scores = (deltas @ centred.T.to(deltas)).double()
     gradient = weights * (scores - (weights * scores).sum(dim=1, keepdim=True))
     # Where adapters are the same, what is left is rounding: of the products, and of rows that were stored each by itself, whose
     # errors have no common direction. A rule that normalises would blow it up.
-    lengths = centred.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
-    rounding = 4 * torch.finfo(soup.dtype).eps * deltas.norm(dim=1).double() * lengths.double()
+    longest = centred.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
+    rounding = 4 * torch.finfo(soup.dtype).eps * lengths.double() * longest.double()
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) > rounding[:, None], gradient, 0.0)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 
+from fedmerge_peft import ranks
 from fedmerge_peft.errors import DeviceError
 from fedmerge_peft.recipe.schema import TrainingRecipe
 
@@ -13,10 +16,17 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _HINT = "use training.device=cpu, or auto to take what there is"
+_PATIENCE = timedelta(days=7)
+"""How long a rank waits for another. One that has ended is noticed without; one that trains on may take as long as it takes."""
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that a recipe's ``training.device`` names. Raises ``DeviceError`` where it is absent."""
+    """The device that a recipe's ``training.device`` names; for each of several ranks one of its own.
+
+    Raises ``DeviceError`` where it is absent.
+    """
+    if ranks.launched() > 1:
+        return _of_this_rank(wanted)
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -35,6 +45,21 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
+def _of_this_rank(wanted: str) -> torch.device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"training.device: {wanted} is one device, and {ranks.launched()} ranks were started; use auto, cuda or cpu")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= (found := torch.cuda.device_count()):
+        error = DeviceError(
+            f"training.device: rank {ranks.number()} finds no GPU of its own: this machine has {found}; start as many ranks"
+        )
+        error.rank = ranks.number()
+        raise error
+    return torch.device("cuda", index)
+
+
 def choose_precision(wanted: str, device: torch.device) -> str:
     """``no``, ``bf16`` or ``fp16``. Raises ``DeviceError`` for fp16 away from a GPU, where it would silently be float32."""
     if wanted == "fp16" and device.type != "cuda":
@@ -47,12 +72,12 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 
 def make_accelerator(training: TrainingRecipe) -> Accelerator:
-    """The process's Accelerator for this device and precision. Raises ``DeviceError``.
+    """The process's Accelerator for this device and precision; with it the ranks come together. Raises ``DeviceError``.
 
     Accelerate keeps its state for the whole process and refuses a second precision; a notebook that tries several wants
     just that, so state of another precision is put aside first.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     device = choose_device(training.device)
@@ -63,4 +88,4 @@ def make_accelerator(training: TrainingRecipe) -> Accelerator:
         current = AcceleratorState()
         if current.mixed_precision != precision or current.device.type != device.type:
             AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedmerge_peft import clock
 from fedmerge_peft.adapters import weights as merging_weights
 from fedmerge_peft.checkpoint import FREE
+from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import ClientError, RecipeError, ResumeError, TooFewClientsError
 from fedmerge_peft.files import held
@@ -46,13 +47,13 @@ class Federation:
         print(record)
     """
 
-    def __init__(self, recipe: Recipe, engine: LocalEngine | None = None) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine | None = None) -> None:
         """Load data and model, unless an engine brings them.
 
         Raises ``DataError``, ``BackboneError`` and their kin, and ``RecipeError`` for an engine that was loaded for other clients' work.
         """
         self.recipe = recipe
-        self.engine = engine or LocalEngine.from_recipe(recipe)
+        self.engine: Engine = engine or LocalEngine.from_recipe(recipe)
         self.engine.check_serves(recipe)
         self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
         self.completed = 0
@@ -243,7 +244,7 @@ def federate(
     recipe: Recipe,
     out: Path | str | None = None,
     *,
-    engine: LocalEngine | None = None,
+    engine: Engine | None = None,
     on_start: Callable[[Federation, Run], None] | None = None,
     on_client: Callable[[Reply], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
@@ -280,7 +281,7 @@ def resume(
     path: Path | str,
     overrides: Iterable[str] = (),
     *,
-    engine: LocalEngine | None = None,
+    engine: Engine | None = None,
     on_start: Callable[[Federation, Run], None] | None = None,
     on_client: Callable[[Reply], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
@@ -335,7 +336,7 @@ def _continued(run: Run, overrides: Iterable[str]) -> Recipe:
 def _federate(
     recipe: Recipe,
     directory: Path,
-    engine: LocalEngine,
+    engine: Engine,
     on_start: Callable[[Federation, Run], None] | None,
     on_client: Callable[[Reply], None] | None,
     on_round: Callable[[RoundRecord], None] | None,

@@ -78,7 +78,7 @@ class Engine(Protocol):
         """Training examples of each label, clients × labels; None where examples have no labels."""
 
     def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
-        """Send each client its plan, let it train, and hand over the replies as they come, a ``ClientError`` in place of those that fail."""
+        """Send each client its plan, let it train, and hand over the replies as they come; a ``ClientError`` for those that fail."""
 
     def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, without training."""

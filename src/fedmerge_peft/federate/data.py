@@ -11,6 +11,7 @@ import numpy as np
 
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.sources import no_progress_bars
 from fedmerge_peft.errors import DataError, FederateError, RefusedError
 from fedmerge_peft.federate.settings import SITE, SiteChecks, SiteData
 from fedmerge_peft.files import write_text
@@ -86,7 +87,8 @@ def check_data(data: FederatedData, checks: SiteChecks) -> None:
             )
         if checks.max_repeated < 1 and (repeated := _repeated(data.table, client)) > checks.max_repeated:
             raise RefusedError(
-                f"client {client.name}: {repeated:.0%} of its rows repeat another, and checks.max_repeated in {SITE} is {checks.max_repeated:g}"
+                f"client {client.name}: {repeated:.0%} of its rows repeat another, and "
+                f"checks.max_repeated in {SITE} is {checks.max_repeated:g}"
             )
 
 
@@ -165,9 +167,11 @@ def write_site(data: FederatedData, clients: Sequence[str], kit: Path, more: Map
             for column, value in ((CLIENT, client.name), (SPLIT, split), (GROUP, client.group)):
                 columns[column] += [value] * len(part)
     table = data.table.select(np.concatenate(rows))
-    for column, values in columns.items():
-        table = table.add_column(column, values)
-    table.to_parquet(kit / "data.parquet")
+    with no_progress_bars():
+        for column, values in columns.items():
+            table = table.add_column(column, values)
+    with no_progress_bars():
+        table.to_parquet(kit / "data.parquet")
     said = {
         "data": {
             "path": "data.parquet",

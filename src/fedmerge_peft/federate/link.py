@@ -1,7 +1,7 @@
 """Between a site's job process and its trainer: bytes over a local socket that only this user can open.
 
-A request is its kind, a line feed, and a message; the answer is one byte and a message. A connection carries one request, so that a job that
-gives up closes it and nobody takes an old answer for a new one. Nothing here imports torch or nvflare.
+A request is its kind, a line feed, and a message; the answer is one byte and a message. A connection carries one request, so that a job
+that gives up closes it and nobody takes an old answer for a new one. Nothing here imports torch or nvflare.
 """
 
 from __future__ import annotations

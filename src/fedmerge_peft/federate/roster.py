@@ -69,8 +69,8 @@ class Roster:
             known = self.clients.setdefault(str(each["name"]), entry)
             if known != entry:
                 raise WireError(
-                    f"client {each['name']} was entered with {known['train']} training, {known['validation']} validation and {known['test']} "
-                    f"test examples, and now has {entry['train']}, {entry['validation']} and {entry['test']}, or other labels: "
+                    f"client {each['name']} was entered with {known['train']} training, {known['validation']} validation and "
+                    f"{known['test']} test examples, and now has {entry['train']}, {entry['validation']} and {entry['test']}, or other labels: "
                     "data may not change within a federation"
                 )
 
@@ -82,14 +82,14 @@ def told_by(facts: Mapping[str, Any], clients: Sequence[str], site: str) -> dict
             {"name": str(each["name"]), "group": str(each["group"]), **{key: _count(each[key]) for key in ("train", "validation", "test")}}
             for each in facts["clients"]
         ]
-        labels, format = facts["labels"], facts["format"]
+        labels, layout = facts["labels"], facts["format"]
         columns = [str(name) for name in facts["columns"]]
         labels = None if labels is None else [str(label) for label in labels]
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"it told of its data in no form that this version knows ({type(error).__name__})") from error
     if [each["name"] for each in told] != list(clients) or any(each["train"] < 1 for each in told):
         raise WireError(f"it told of other clients than the federation knows of {site}")
-    return {"clients": told, "labels": labels, "format": None if format is None else str(format), "columns": columns}
+    return {"clients": told, "labels": labels, "format": None if layout is None else str(layout), "columns": columns}
 
 
 def counts_of(facts: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[list[int]] | None:

@@ -23,7 +23,6 @@ from fedmerge_peft.files import write_text
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import loads
 from fedmerge_peft.run import write_adapter
-from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import InTurn, Plan, Release, Train
 from fedmerge_peft.training.work import released
 

@@ -19,16 +19,12 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from fedmerge_peft.federate.flare.executor import CONTENT, DEADLINE, ERROR
+from fedmerge_peft.federate.flare.names import CONTENT, DEADLINE, ERROR, OUTCOME, TOPIC
 from fedmerge_peft.federate.orphan import end_with_parent
 from fedmerge_peft.federate.remote import Letter
 from fedmerge_peft.federate.server import State, conduct
 from fedmerge_peft.federate.settings import Federation
 
-TOPIC = "fedmerge"
-"""Of the commands that a running job takes: ``{"do": "look"}``, ``{"do": "stop"}``, ``{"do": "pause"}``."""
-OUTCOME = "outcome.json"
-"""What a job leaves behind, among its files at the server."""
 _LOOK = 0.05
 """Seconds between two looks at a queue."""
 _GRACE = 30

@@ -13,14 +13,12 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmerge_peft.errors import FedMergeError
+from fedmerge_peft.federate.flare.names import CONTENT, DEADLINE, ERROR
 from fedmerge_peft.federate.link import ADDRESS, KIT, Link
 from fedmerge_peft.federate.orphan import end_with_parent
 
 if TYPE_CHECKING:
     from fedmerge_peft.federate.trainer import Trainer
-
-CONTENT, ERROR, DEADLINE = "content", "error", "deadline"
-"""Keys of what travels: the message's bytes, or why there are none, and for how many seconds an answer is waited for."""
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -52,8 +50,8 @@ class SiteExecutor(Executor):  # type: ignore[misc]
 
     def _own(self, site: str) -> Trainer:
         if self._trainer is None:
+            from fedmerge_peft.federate.processes import SETTINGS
             from fedmerge_peft.federate.settings import SITE, SiteSettings
-            from fedmerge_peft.federate.site import SETTINGS
             from fedmerge_peft.federate.trainer import Trainer
 
             kit = Path(os.environ[KIT])

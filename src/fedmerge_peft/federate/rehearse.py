@@ -52,9 +52,9 @@ def running(out: Path, federation: Federation) -> Iterator[dict[str, Child]]:
     children: dict[str, Child] = {}
     try:
         children["server"] = start_server(out)
-        await_server(federation, children["server"])
         for site in federation.sites:
             children[site] = start_site(out, site)
+        await_server(federation, children["server"])
         yield children
     finally:
         for child in reversed(children.values()):

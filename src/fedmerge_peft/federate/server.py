@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,10 +41,6 @@ class Outcome:
     """Sites that took no part, and why."""
     adapters: dict[str, str | None] = field(default_factory=dict)
     """Clients whose adapters were sent in the end; why not, where one did not arrive."""
-
-    def to_json(self) -> str:
-        """As a job leaves it behind."""
-        return json.dumps(vars(self), ensure_ascii=False, indent=2)
 
 
 class _Pause(Exception):  # noqa: N818 (no error: the job ends here, and the run goes on)

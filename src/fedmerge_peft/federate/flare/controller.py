@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import deque
@@ -143,7 +144,8 @@ class FederationController(Controller):  # type: ignore[misc]
         outcome = conduct(kit, transport, stop, self._tell)
         folder = Path(workspace.get_run_dir(fl_ctx.get_job_id()))
         temporary = folder / f".{OUTCOME}.{os.getpid()}"
-        temporary.write_text(outcome.to_json(), encoding="utf-8")
+        said = {**vars(outcome), "told": self._told}
+        temporary.write_text(json.dumps(said, ensure_ascii=False, indent=2), encoding="utf-8")
         temporary.replace(folder / OUTCOME)
         self.log_info(fl_ctx, f"{outcome.state}: {outcome.rounds} of {outcome.total} rounds. {outcome.error or ''}")
 

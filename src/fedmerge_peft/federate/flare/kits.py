@@ -29,7 +29,7 @@ _BUILDERS = [
 _NOTHING = {"shell_commands": "none", "byoc": "none", "server-predeployed-flwr": "none"}
 _ROLES = {
     "project_admin": {
-        **dict.fromkeys(("submit_job", "clone_job", "manage_job", "download_job", "view", "operate"), "any"),
+        **dict.fromkeys(("submit_job", "clone_job", "manage_job", "download_job", "view", "operate", "app_command"), "any"),
         **_NOTHING,
     },
     "org_admin": {"manage_job": "o:submitter", "download_job": "o:submitter", "view": "any", "operate": "o:site", **_NOTHING},

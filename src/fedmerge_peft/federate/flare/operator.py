@@ -125,8 +125,11 @@ def _segment(opened: Session, kit: Path, tell: Callable[[str], None], wait: floa
     _await_sites(opened, federation, tell, wait, least, watch)
     with TemporaryDirectory(prefix="fedmerge-") as scratch, _quiet():
         job = opened.submit_job(str(write_job(Path(scratch) / federation.project)))
-    _follow(opened, job, federation, tell, watch)
-    return _outcome(opened, job)
+    told = _follow(opened, job, federation, tell, watch)
+    outcome = _outcome(opened, job)
+    for line in outcome.pop("told")[told:]:
+        tell(line)
+    return outcome
 
 
 def _await_sites(
@@ -145,21 +148,21 @@ def _await_sites(
         time.sleep(_POLL)
 
 
-def _follow(opened: Session, job: str, federation: Federation, tell: Callable[[str], None], watch: Callable[[], None]) -> None:
-    """Pass on what a job tells until it has ended. A site that comes in meanwhile has it end after the round, for the next to begin."""
+def _follow(opened: Session, job: str, federation: Federation, tell: Callable[[str], None], watch: Callable[[], None]) -> int:
+    """Pass on what a job tells until it has ended; how many lines. A site that comes in has it end after its round, for the next."""
     told, looked = 0, time.monotonic()
     while True:
         watch()
         with _quiet():
             status = str(opened.get_job_meta(job).get("status", ""))
         if status.startswith("FINISHED"):
-            return
+            return told
         if status == "RUNNING":
             said = _ask(opened, job, {"do": "look", "from": told})
             for line in said.get("told", []):
                 tell(line)
                 told += 1
-            if time.monotonic() - looked > _LOOK_FOR_SITES and said.get("wanted") is None and told:
+            if said and told and said["wanted"] is None and time.monotonic() - looked > _LOOK_FOR_SITES:
                 looked = time.monotonic()
                 late = [site for site in _connected(opened) if site in federation.sites and site not in said["sites"]]
                 if late:

@@ -1,0 +1,181 @@
+"""Federations as processes of their own, with TLS on both sides: what is true of one machine is true of them, whatever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmerge_peft import Recipe, Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="processes and sockets as on Linux")]
+
+SMALL = ["data.max_train=4", "data.max_test=3", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]"]
+FEDMERGE = [sys.executable, "-c", "from fedmerge_peft.cli import main; main()"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("NVFLARE_DEAD_CLIENT_GRACE_PERIOD", "3")
+
+
+def fedmerge(*arguments, check=True):
+    return subprocess.run([*FEDMERGE, *map(str, arguments)], capture_output=True, text=True, check=check, timeout=240)
+
+
+def same(one, two):
+    """Two runs' soups and weights, bit by bit."""
+    (soup, weights), (other, others) = one.state(), two.state()
+    assert torch.equal(soup.rows, other.rows)
+    assert torch.equal(weights, others)
+
+
+def test_a_rehearsal_of_three_sites_equals_one_machine(tmp_path):
+    done = fedmerge("federate", "rehearse", "smoke", *SMALL, "lora.dropout=0.1", "rounds=3", "--sites", 3, "--out", tmp_path / "out")
+    assert "round 3/3" in done.stdout
+    local = Recipe.load("smoke", [*SMALL, "lora.dropout=0.1", "rounds=3", "training.clients_per_batch=1"])
+    fedmerge("run", "smoke", *SMALL, "lora.dropout=0.1", "rounds=3", "training.clients_per_batch=1", "--out", tmp_path / "local", "--quiet")
+    run = Run.open(tmp_path / "out" / "server" / "run")
+    same(run, Run.open(tmp_path / "local"))
+    assert run.recipe.rounds == local.rounds == len(run.records)
+    for site in (1, 2, 3):
+        kit = tmp_path / "out" / "sites" / f"site-{site}"
+        sent = [json.loads(line) for line in (kit / "left.jsonl").read_text().splitlines()]
+        assert {each["kind"] for each in sent} == {"enrol", "open", "train", "score", "adapter"}
+        assert all(each["norm"] > 0 for each in sent if each["kind"] == "train")
+    adapters = sorted(path.parent.name for path in (tmp_path / "out").glob("sites/*/adapters/*/adapter_model.safetensors"))
+    assert adapters == sorted(run.client_names)
+
+
+class Field:
+    """A prepared federation whose processes a test starts, kills, and starts again."""
+
+    def __init__(self, out, federation):
+        self.out, self.federation = out, federation
+        self.processes = {}
+        self.lines = []
+
+    def start(self, *names):
+        from fedmerge_peft.federate.rehearse import start_server, start_site
+
+        for name in names:
+            self.processes[name] = start_server(self.out) if name == "server" else start_site(self.out, name)
+
+    def run(self, *options):
+        """``fedmerge federate run``, whose lines come into ``lines`` as it says them."""
+        command = [*FEDMERGE, "federate", "run", str(self.out), *map(str, options)]
+        self.operator = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        threading.Thread(target=lambda: self.lines.extend(self.operator.stdout), daemon=True).start()
+
+    def rounds(self):
+        metrics = self.out / "server" / "run" / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def until(self, condition, seconds=120):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "".join(self.lines)
+            assert self.operator.poll() is None or condition(), "".join(self.lines)
+            time.sleep(0.05)
+
+    def after_rounds(self, more):
+        """Wait until so many rounds more are on the disk."""
+        wanted = self.rounds() + more
+        self.until(lambda: self.rounds() >= wanted)
+
+    def trainer(self, site):
+        """The process that trains at a site."""
+        return next(pid for pid in children_of(self.processes[site].process.pid) if "trainer_process" in command_of(pid))
+
+    def kill(self, name):
+        """SIGKILL of the command alone: what it started has to end by itself."""
+        os.kill(self.processes[name].process.pid, signal.SIGKILL)
+        self.processes.pop(name).process.wait()
+
+    def end(self):
+        for process in self.processes.values():
+            process.end()
+        if hasattr(self, "operator") and self.operator.poll() is None:
+            self.operator.kill()
+
+
+def children_of(parent):
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+@pytest.fixture
+def field(tmp_path):
+    """``field(recipe, sites, **facts)``: a prepared federation on this machine, nothing of it running."""
+    from fedmerge_peft.federate.rehearse import rehearsal
+
+    fields = []
+
+    def make(recipe, sites, **facts):
+        fields.append(Field(tmp_path / f"field-{len(fields)}", rehearsal(recipe, sites, tmp_path / f"field-{len(fields)}", **facts)))
+        return fields[-1]
+
+    yield make
+    for each in fields:
+        each.end()
+
+
+def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(field, tmp_path):
+    """Three sites of two clients each: the third comes late, and a trainer, a site and the server are killed at some moment."""
+    recipe = Recipe.load("smoke", [*SMALL, "rounds=500", "evaluation.every=1000", "evaluation.finetuned=false"])
+    there = field(recipe, 3, segment=400, deadline=8)
+    there.start("server", "site-1", "site-2")
+    there.run("--wait", 5, "--least", 2, "--patience", 120)
+    there.until(lambda: there.rounds() >= 2)
+    run = Run.open(there.out / "server" / "run")
+    north, middle, late = (there.federation.sites[site] for site in ("site-1", "site-2", "site-3"))
+    assert set(run.records[1]["clients"]) == {*north, *middle}
+    assert all("takes no part" in run.records[1]["failures"][client] for client in late)
+
+    os.kill(there.trainer("site-1"), signal.SIGKILL)  # ---- a trainer dies, and is back within the same job
+    there.until(lambda: any(client in record["failures"] for record in run.records for client in north))
+    there.until(lambda: set(north) <= set(run.records[-1]["clients"]))
+
+    os.kill(stopped := there.trainer("site-2"), signal.SIGSTOP)  # ---- a trainer hangs: it costs its site that round
+    there.until(lambda: any("did not answer within" in why for record in run.records for why in record["failures"].values()))
+    os.kill(stopped, signal.SIGCONT)
+    there.until(lambda: set(middle) <= set(run.records[-1]["clients"]))
+
+    there.start("site-3")  # ---- a site comes late
+    there.until(lambda: set(late) <= set(run.records[-1]["clients"]))
+    there.kill("site-2")  # ---- a whole site dies, and is started again
+    there.until(lambda: not set(middle) & set(run.records[-1]["clients"]))
+    there.start("site-2")
+    there.until(lambda: set(middle) <= set(run.records[-1]["clients"]))
+
+    before = len(run.records)
+    there.kill("server")  # ---- the server dies, and is started again
+    there.start("server")
+    there.until(lambda: len(run.records) > before + 1)
+    records = run.records
+    assert [record["round"] for record in records] == list(range(1, len(records) + 1))
+    said = fedmerge("federate", "status", there.out).stdout
+    assert said.count("connected") == 3
+    fedmerge("federate", "stop", there.out)
+    assert there.operator.wait(60) == 0
+    assert "stopped: " in "".join(there.lines)
+    assert [client["train"] > 0 for client in json.loads((run.path / "clients.json").read_text())] == [True] * 6
+    print("".join(there.lines))

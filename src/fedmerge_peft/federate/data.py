@@ -116,7 +116,7 @@ def agree_on_labels(told: Sequence[Sequence[str]], num_labels: int | None) -> li
 
     Where the longest list has all the others' names it stands as it is; else all names are sorted. ``num_labels`` fills up as in a run.
     """
-    longest = list(max(told, key=lambda labels: len(labels)))
+    longest = max((list(labels) for labels in told), key=len)
     union = {label for labels in told for label in labels}
     labels = longest if union == set(longest) else sorted(union)
     if num_labels is None:

@@ -224,8 +224,8 @@ def _clients(federation: Federation, roster: Roster) -> list[Client]:
     clients = []
     for name in federation.clients:
         known = roster.clients.get(name, nothing)
-        rows = (np.arange(known[part], dtype=np.int64) for part in ("train", "validation", "test"))
-        clients.append(Client(name, *rows, known["group"]))
+        train, validation, test = (np.arange(known[part], dtype=np.int64) for part in ("train", "validation", "test"))
+        clients.append(Client(name, train, validation, test, known["group"]))
     return clients
 
 

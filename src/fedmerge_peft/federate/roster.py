@@ -14,6 +14,7 @@ from fedmerge_peft.files import write_json
 from fedmerge_peft.recipe import Recipe
 
 ROSTER = "roster.json"
+_PARTS = ("train", "validation", "test")
 
 
 @dataclass
@@ -68,9 +69,9 @@ class Roster:
             entry["counts"] = None if counts is None else list(counts[position])
             known = self.clients.setdefault(str(each["name"]), entry)
             if known != entry:
+                was, now = (", ".join(f"{said[part]} {part}" for part in _PARTS) for said in (known, entry))
                 raise WireError(
-                    f"client {each['name']} was entered with {known['train']} training, {known['validation']} validation and "
-                    f"{known['test']} test examples, and now has {entry['train']}, {entry['validation']} and {entry['test']}, or other labels: "
+                    f"client {each['name']} was entered with {was} examples, and now has {now}, or others of a label; "
                     "data may not change within a federation"
                 )
 
@@ -78,8 +79,8 @@ class Roster:
 def told_by(facts: Mapping[str, Any], clients: Sequence[str], site: str) -> dict[str, Any]:
     """What a site told when it enrolled, checked. Raises ``WireError``."""
     try:
-        told = [
-            {"name": str(each["name"]), "group": str(each["group"]), **{key: _count(each[key]) for key in ("train", "validation", "test")}}
+        told: list[dict[str, Any]] = [
+            {"name": str(each["name"]), "group": str(each["group"]), **{key: _count(each[key]) for key in _PARTS}}
             for each in facts["clients"]
         ]
         labels, layout = facts["labels"], facts["format"]

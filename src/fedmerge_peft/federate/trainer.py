@@ -160,8 +160,8 @@ class Trainer:
         trained = reply.deltas
         if release is not None:
             reply = replace(reply, deltas=filtered(trained, plan, release))
-        norms = (float(deltas.double().norm()) for deltas in (reply.deltas, trained))
-        return reply_message(reply, work.client, layout, dtype), Departure("train", work.client, work.round, *norms)
+        norm, norm_trained = (float(deltas.double().norm()) for deltas in (reply.deltas, trained))
+        return reply_message(reply, work.client, layout, dtype), Departure("train", work.client, work.round, norm, norm_trained)
 
     def _score(self, engine: LocalEngine, index: int, work: Work) -> Message:
         if work.served is None:

@@ -28,6 +28,8 @@ from fedmerge_peft.federate.settings import Federation
 
 _LOOK = 0.05
 """Seconds between two looks at a queue."""
+_FREE, _BUSY = 30.0, 3.0
+"""Seconds to fetch work: of a site that has answered what it was asked before, and of one that has not."""
 _GRACE = 30
 """Seconds that FLARE's own timeout comes after ours."""
 
@@ -41,24 +43,30 @@ class _Distinct(list[Any]):
 
 
 class FlareTransport:
-    """Messages as tasks, one at a time for each site, with a deadline of our own beside FLARE's."""
+    """Messages as tasks, one at a time for each site, with deadlines of our own beside FLARE's.
+
+    A site that is free fetches its work at once. One that does not is away, or still at the work of a round that went on without it: it is
+    waited for no longer than that takes to tell, and takes part again in the first round whose work it fetches.
+    """
 
     def __init__(self, controller: Controller, fl_ctx: FLContext, abort: Signal, sites: Sequence[str]) -> None:
         self.sites = sites
         self._controller = controller
         self._fl_ctx = fl_ctx
         self._abort = abort
+        self._patience: dict[str, float] = {}
+        """Seconds that a site has to fetch its work; before its first answer, as long as it has to answer."""
 
     def ask(self, letters: Mapping[str, Sequence[Letter]], deadline: float) -> Iterator[tuple[str, int, bytes | str]]:
         """As ``remote.Transport``."""
         answers: Queue[tuple[Task, bytes | str]] = Queue()
         waiting = {site: deque(queue) for site, queue in letters.items() if queue}
-        standing: dict[str, tuple[int, Task]] = {}
+        standing: dict[str, tuple[int, Task, float]] = {}
         end = time.monotonic() + deadline
 
         def send(site: str) -> None:
             number, letter = waiting[site].popleft()
-            standing[site] = number, self._send(site, letter(), end - time.monotonic(), answers)
+            standing[site] = number, self._send(site, letter(), end - time.monotonic(), answers), time.monotonic()
 
         for site in waiting:
             send(site)
@@ -67,19 +75,31 @@ class FlareTransport:
                 task, answer = answers.get(timeout=_LOOK)
             except Empty:
                 task, answer = None, ""
-            for site, (number, each) in list(standing.items()):
+            for site, (number, each, sent) in list(standing.items()):
                 if each is task:
                     del standing[site]
+                    self._patience[site] = _FREE if isinstance(answer, bytes) else _BUSY
                     yield site, number, answer
                     if waiting[site]:
                         send(site)
-            over = "the job was stopped" if self._abort.triggered else f"it did not answer within {deadline:g} s"
-            if self._abort.triggered or time.monotonic() > end:
-                for site, (number, each) in list(standing.items()):
+                elif why := self._given_up(site, each, sent, end, deadline):
                     del standing[site]
                     self._controller.cancel_task(each, fl_ctx=self._fl_ctx)
                     for left in (number, *(number for number, _ in waiting[site])):
-                        yield site, left, over
+                        yield site, left, why
+
+    def _given_up(self, site: str, task: Task, sent: float, end: float, deadline: float) -> str | None:
+        """Why a site is not waited for any longer, in words; None where it is."""
+        if self._abort.triggered:
+            return "the job was stopped"
+        now, patience = time.monotonic(), self._patience.get(site, deadline)
+        if now > end:
+            self._patience[site] = _BUSY
+            return f"it did not answer within {deadline:g} s"
+        if not task.client_tasks and now - sent > patience:
+            self._patience[site] = _BUSY
+            return f"it did not fetch its work within {patience:g} s"
+        return None
 
     def _send(self, site: str, content: bytes, seconds: float, answers: Queue[tuple[Task, bytes | str]]) -> Task:
         data = Shareable()

@@ -164,7 +164,7 @@ def _follow(opened: Session, job: str, federation: Federation, tell: Callable[[s
                 told += 1
             if said and told and said["wanted"] is None and time.monotonic() - looked > _LOOK_FOR_SITES:
                 looked = time.monotonic()
-                late = [site for site in _connected(opened) if site in federation.sites and site not in said["sites"]]
+                late = [site for site in _idle(opened) if site in federation.sites]
                 if late:
                     tell(f"{', '.join(late)} came in, and takes part after this round")
                     _ask(opened, job, {"do": "pause"})
@@ -202,6 +202,12 @@ def _outcome(opened: Session, job: str) -> dict[str, Any]:
 def _connected(opened: Session) -> list[str]:
     with _quiet():
         return [client.name for client in opened.get_connected_client_list()]
+
+
+def _idle(opened: Session) -> list[str]:
+    """Sites that are connected and in no job: they came after it began, or were started again since."""
+    with _quiet():
+        return [str(each["client_name"]) for each in opened.get_client_job_status() or [] if each.get("status") == "no_jobs"]
 
 
 def _running(opened: Session) -> list[str]:

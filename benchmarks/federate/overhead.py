@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from fedmerge_peft import Recipe, Run
@@ -58,7 +59,7 @@ def measure(megabytes, rounds, wire_dtype):
             raise SystemExit(outcome["error"])
         done = Run.open(out / "f" / "server" / "run")
         times = [path.stat().st_mtime for path in sorted((done.path / "weights").glob("round-*.safetensors"))]
-        whole = [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+        whole = [later - sooner for sooner, later in pairwise(times)]
         return whole, [record["seconds"] for record in done.records[1:]], 4 * done.soup.layout.size
     finally:
         for child in reversed(children):

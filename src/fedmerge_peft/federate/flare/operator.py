@@ -26,6 +26,8 @@ _POLL = 0.5
 """Seconds between two looks at a job."""
 _LOOK_FOR_SITES = 5.0
 """Seconds between two looks for sites that came late."""
+_GONE = 10.0
+"""Seconds after which a job that is said to run, and does not, is given up."""
 _FETCH = 0.2
 """Seconds between two times that a site asks for work."""
 
@@ -150,13 +152,18 @@ def _await_sites(
 
 def _follow(opened: Session, job: str, federation: Federation, tell: Callable[[str], None], watch: Callable[[], None]) -> int:
     """Pass on what a job tells until it has ended; how many lines. A site that comes in has it end after its round, for the next."""
-    told, looked = 0, time.monotonic()
+    told, alive = 0, time.monotonic()
+    looked = alive
     while True:
         watch()
         with _quiet():
             status = str(opened.get_job_meta(job).get("status", ""))
         if status.startswith("FINISHED"):
             return told
+        if status != "RUNNING" or job in _running(opened):
+            alive = time.monotonic()
+        elif time.monotonic() - alive > _GONE:
+            raise NoConnection(f"job {job} went down with it")
         if status == "RUNNING":
             said = _ask(opened, job, {"do": "look", "from": told})
             for line in said.get("told", []):
@@ -211,9 +218,9 @@ def _idle(opened: Session) -> list[str]:
 
 
 def _running(opened: Session) -> list[str]:
+    """Jobs that the server runs now. Its list of jobs also calls those running that ran when it was killed."""
     with _quiet():
-        jobs = opened.list_jobs()
-    return [str(job["job_id"]) for job in jobs if not str(job.get("status", "")).startswith("FINISHED")]
+        return [str(job.job_id) for job in opened.get_system_info().job_info]
 
 
 def write_job(folder: Path) -> Path:

@@ -73,7 +73,8 @@ class Field:
         """``fedmerge federate run``, whose lines come into ``lines`` as it says them."""
         command = [*FEDMERGE, "federate", "run", str(self.out), *map(str, options)]
         self.operator = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        threading.Thread(target=lambda: self.lines.extend(self.operator.stdout), daemon=True).start()
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.operator.stdout), daemon=True)
+        self.reader.start()
 
     def rounds(self):
         metrics = self.out / "server" / "run" / "metrics.jsonl"
@@ -103,8 +104,11 @@ class Field:
     def end(self):
         for process in self.processes.values():
             process.end()
-        if hasattr(self, "operator") and self.operator.poll() is None:
+        if hasattr(self, "operator"):
             self.operator.kill()
+            self.operator.wait()
+            self.reader.join()
+            self.operator.stdout.close()
 
 
 def children_of(parent):
@@ -178,4 +182,74 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
     assert there.operator.wait(60) == 0
     assert "stopped: " in "".join(there.lines)
     assert [client["train"] > 0 for client in json.loads((run.path / "clients.json").read_text())] == [True] * 6
-    print("".join(there.lines))
+
+
+def test_a_certificate_of_another_authority_is_not_let_in(field):
+    """A site of another federation, sent to this server's port: it never gets past the handshake, and nothing of it is there."""
+    from fedmerge_peft.federate.rehearse import await_server
+
+    recipe = Recipe.load("smoke", [*SMALL, "rounds=1"])
+    ours = field(recipe, 2)
+    theirs = field(recipe, 2, port=ours.federation.port)
+    ours.start("server", "site-1")
+    await_server(ours.federation, ours.processes["server"])
+    theirs.start("site-2")
+    log = theirs.out / "sites" / "site-2" / "site.log"
+    end = time.monotonic() + 60
+    while time.monotonic() < end and "CERTIFICATE_VERIFY_FAILED" not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.2)
+    ours.run("--wait", 3)
+    assert ours.operator.wait(120) == 0
+    assert "sites: site-1; without site-2 (it is not connected)" in "".join(ours.lines)
+    assert not (theirs.out / "sites" / "site-2" / "left.jsonl").exists()
+    assert "CERTIFICATE_VERIFY_FAILED" in log.read_text()
+
+
+@pytest.fixture
+def networks():
+    """Three network namespaces on one bridge: (name, address) of the server's and two sites'. Skips where the system does not allow them."""
+    from shutil import which
+
+    if sys.platform != "linux" or which("ip") is None:
+        pytest.skip("needs Linux and ip (iproute2)")
+    tag, number = f"fm{os.getpid() % 10000}", os.getpid() % 200 + 20
+    spaces = [(f"{tag}-{part}", f"10.77.{number}.{last}") for part, last in (("server", 1), ("a", 2), ("b", 3))]
+
+    def ip(*arguments, check=True):
+        return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=check)
+
+    try:
+        ip("link", "add", f"{tag}-br", "type", "bridge")
+        ip("link", "set", f"{tag}-br", "up")
+        for last, (space, address) in enumerate(spaces):
+            ip("netns", "add", space)
+            ip("link", "add", f"{tag}-v{last}", "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip("link", "set", f"{tag}-v{last}", "master", f"{tag}-br", "up")
+            ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
+            ip("-n", space, "link", "set", "lo", "up")
+            ip("-n", space, "link", "set", "eth0", "up")
+        yield spaces
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this system does not allow network namespaces: {error.stderr.strip() or error}")
+    finally:
+        for space, _ in spaces:
+            ip("netns", "del", space, check=False)
+        ip("link", "del", f"{tag}-br", check=False)
+
+
+def test_server_and_sites_on_networks_of_their_own(networks, field, monkeypatch):
+    """Nothing depends on localhost: each end has its own address, and its own loopback."""
+    from fedmerge_peft.federate import rehearse
+
+    (here, address), *others = networks
+    there = field(Recipe.load("smoke", [*SMALL, "rounds=2"]), 2, host=address, port=8002)
+    program = rehearse._PROGRAM
+    for name, space in (("server", here), *zip(there.federation.sites, (space for space, _ in others), strict=True)):
+        monkeypatch.setattr(rehearse, "_PROGRAM", ["ip", "netns", "exec", space, *program])
+        there.start(name)
+    monkeypatch.setattr(sys.modules[__name__], "FEDMERGE", ["ip", "netns", "exec", here, *FEDMERGE])
+    there.run("--wait", 60, "--least", 2)
+    assert there.operator.wait(150) == 0, "".join(there.lines)
+    run = Run.open(there.out / "server" / "run")
+    assert run.ended
+    assert [len(record["clients"]) for record in run.records] == [6, 6]

@@ -207,7 +207,7 @@ def test_a_certificate_of_another_authority_is_not_let_in(field):
 
 @pytest.fixture
 def networks():
-    """Three network namespaces on one bridge: (name, address) of the server's and two sites'. Skips where the system does not allow them."""
+    """Three network namespaces on one bridge: name and address of the server's and two sites'. Skips where there can be none."""
     from shutil import which
 
     if sys.platform != "linux" or which("ip") is None:

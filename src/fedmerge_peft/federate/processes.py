@@ -25,6 +25,14 @@ SETTINGS = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
 SHUTDOWN = "shutdown.fl"
 """FLARE leaves this file in a kit that the operator has shut down."""
+_MB = 2**20
+_FLARE = {
+    "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",  # seconds until a site that has gone is given up
+    "NVFLARE_STREAMING_CHUNK_SIZE": str(8 * _MB),  # its own is 1 MB, which is slower for adapters of 100 MB
+    "NVFLARE_STREAMING_WINDOW_SIZE": str(128 * _MB),
+    "NVFLARE_STREAMING_ACK_INTERVAL": str(32 * _MB),
+}
+"""Settings of FLARE's, as environment variables."""
 _POLL = 0.2
 """Seconds between two looks at children."""
 _PATIENCE = 10.0
@@ -111,8 +119,8 @@ def serve_site(kit: Path, site: str, settings: SiteSettings) -> None:
 
 
 def environment() -> dict[str, str]:
-    """For children: this process's, and how long FLARE waits for a site that has gone."""
-    return {**os.environ, "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": os.environ.get("NVFLARE_DEAD_CLIENT_GRACE_PERIOD", "15")}
+    """For children: what FLARE is told, and this process' own variables, which win."""
+    return {**_FLARE, **os.environ}
 
 
 def _watch(kit: Path, children: Sequence[Child]) -> None:

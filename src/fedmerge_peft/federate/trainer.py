@@ -158,9 +158,10 @@ class Trainer:
         if isinstance(reply, ClientError):
             raise reply
         trained = reply.deltas
+        norm = norm_trained = float(torch.linalg.vector_norm(trained, dtype=torch.float64))
         if release is not None:
             reply = replace(reply, deltas=filtered(trained, plan, release))
-        norm, norm_trained = (float(deltas.double().norm()) for deltas in (reply.deltas, trained))
+            norm = float(torch.linalg.vector_norm(reply.deltas, dtype=torch.float64))
         return reply_message(reply, work.client, layout, dtype), Departure("train", work.client, work.round, norm, norm_trained)
 
     def _score(self, engine: LocalEngine, index: int, work: Work) -> Message:

@@ -15,14 +15,14 @@ import torch
 from fedmerge_peft import ranks
 
 if TYPE_CHECKING:
-    from fedmerge_peft.engines.local import LocalEngine
+    from fedmerge_peft.engines.base import Engine
 
 _PACKAGES = ("fedmerge-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
 _PATIENCE = 10
 """Seconds that git may take."""
 
 
-def environment_of(engine: LocalEngine) -> dict[str, Any]:
+def environment_of(engine: Engine) -> dict[str, Any]:
     """The start in UTC, versions, device, precision and ranks; ``commit`` and ``dirty`` where the package runs from a git checkout."""
     device = engine.backbone.device
     return {

@@ -10,6 +10,9 @@
     │   ├── RunBusyError   another process is writing the run directory
     │   ├── ResumeError    the run cannot go on from where it stopped
     │   └── SweepError     some recipes of a sweep failed, the others ran
+    ├── FederateError      a federation across sites cannot begin or go on
+    │   ├── RefusedError   a site does not do what the federation asks of it
+    │   └── WireError      a message between server and site is not what was agreed
     ├── ClientError        a client failed; raised from the original, names client and round
     ├── TooFewClientsError too few clients of a round replied well
     └── RankError          another of the ranks that train together failed, or is gone
@@ -87,6 +90,18 @@ class SweepError(RunError):
         self.failures = failures
         lines = (f"{name}: {reason}" for name, reason in failures.items())
         super().__init__("\n".join([f"{len(failures)} run{'s' * (len(failures) > 1)} of the sweep failed:", *lines]))
+
+
+class FederateError(FedMergeError):
+    """A federation across sites that cannot begin or go on: a kit, a connection, a site's settings, or all of its sites are at fault."""
+
+
+class RefusedError(FederateError):
+    """A site does not do what it is asked, as its own settings do not allow it; nothing left the site."""
+
+
+class WireError(FederateError):
+    """A message between server and site that is not what was agreed: its form, its layout, its number format."""
 
 
 class ClientError(FedMergeError):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmerge_peft import clock
 from fedmerge_peft.adapters import weights as merging_weights
-from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.ranked import load_engine
 from fedmerge_peft.engines.visits import Visits
 from fedmerge_peft.errors import ClientError, RecipeError, TooFewClientsError
@@ -42,13 +42,13 @@ class Federation:
         print(record)
     """
 
-    def __init__(self, recipe: Recipe, engine: LocalEngine | None = None) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine | None = None) -> None:
         """Load data and model, unless an engine brings them.
 
         Raises ``DataError``, ``BackboneError`` and their kin, and ``RecipeError`` for an engine that was loaded for other clients' work.
         """
         self.recipe = recipe
-        self.engine = engine or load_engine(recipe)
+        self.engine: Engine = engine or load_engine(recipe)
         self.engine.check_serves(recipe)
         self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
         self.completed = 0

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedmerge_peft import clock, ranks
 from fedmerge_peft.checkpoint import FREE
-from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.ranked import load_engine
 from fedmerge_peft.errors import RecipeError, ResumeError
 from fedmerge_peft.federation import Federation
@@ -32,7 +32,7 @@ def federate(
     recipe: Recipe,
     out: Path | str | None = None,
     *,
-    engine: LocalEngine | None = None,
+    engine: Engine | None = None,
     on_start: Callable[[Federation, Run], None] | None = None,
     on_client: Callable[[Reply], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
@@ -72,7 +72,7 @@ def resume(
     path: Path | str,
     overrides: Iterable[str] = (),
     *,
-    engine: LocalEngine | None = None,
+    engine: Engine | None = None,
     on_start: Callable[[Federation, Run], None] | None = None,
     on_client: Callable[[Reply], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
@@ -140,7 +140,7 @@ def _continued(run: Run, overrides: Iterable[str]) -> Recipe:
 def _federate(
     recipe: Recipe,
     directory: Path,
-    engine: LocalEngine,
+    engine: Engine,
     on_start: Callable[[Federation, Run], None] | None,
     on_client: Callable[[Reply], None] | None,
     on_round: Callable[[RoundRecord], None] | None,
@@ -184,7 +184,7 @@ def _catch_up(run: RunWriter, federation: Federation) -> None:
     federation.go_on(records)
 
 
-def _track(stack: ExitStack, recipe: Recipe, path: Path, engine: LocalEngine) -> Tracking:
+def _track(stack: ExitStack, recipe: Recipe, path: Path, engine: Engine) -> Tracking:
     return stack.enter_context(tracking(recipe, path, engine.accelerator)) if ranks.leads() else Tracking()
 
 

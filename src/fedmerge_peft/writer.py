@@ -9,9 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from fedmerge_peft import checkpoint as checkpoints
 from fedmerge_peft.environment import environment_of
 from fedmerge_peft.errors import ResumeError, RunError
@@ -22,7 +19,7 @@ from fedmerge_peft.run import Run, round_of
 from fedmerge_peft.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from fedmerge_peft.engines.local import LocalEngine
+    from fedmerge_peft.engines.base import Engine
 
 
 class RunWriter(Run):
@@ -35,7 +32,7 @@ class RunWriter(Run):
         """Rounds on the disk."""
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, engine: LocalEngine) -> RunWriter:
+    def create(cls, path: Path, recipe: Recipe, engine: Engine) -> RunWriter:
         """Make the directory and write down what is known before the first round. Raises ``RunExistsError``, ``RunError``."""
         cls.check_free(path)
         run = cls(path, recipe)
@@ -45,7 +42,7 @@ class RunWriter(Run):
         return run
 
     @classmethod
-    def reopen(cls, path: Path, recipe: Recipe, engine: LocalEngine, strategy: Strategy) -> RunWriter:
+    def reopen(cls, path: Path, recipe: Recipe, engine: Engine, strategy: Strategy) -> RunWriter:
         """Go back to the newest whole checkpoint, and undo on the disk what a run wrote after it.
 
         Args:
@@ -127,7 +124,7 @@ class RunWriter(Run):
             },
         )
 
-    def _describe(self, recipe: Recipe, engine: LocalEngine) -> None:
+    def _describe(self, recipe: Recipe, engine: Engine) -> None:
         """Write what is known before the first round; the recipe first, as it makes the directory a run's.
 
         What is there stays, but for the recipe, and for the environment, where each later start has an entry of its own.
@@ -159,7 +156,7 @@ class RunWriter(Run):
             link(found.path, self.path / "soup.safetensors")
 
 
-def _documents(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
+def _documents(recipe: Recipe, engine: Engine) -> dict[str, Any]:
     """What a run says of its clients, its task and its adapter, by file."""
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in engine.backbone.config.to_dict().items()}
     clients = [
@@ -171,9 +168,7 @@ def _documents(recipe: Recipe, engine: LocalEngine) -> dict[str, Any]:
         "task.json": {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)},
         "adapter_config.json": {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True},
     }
-    if engine.task.labels:
-        ids = torch.stack(list(engine.examples.columns["labels"])).numpy()
-        counts = [np.bincount(ids[each.train], minlength=len(engine.task.labels)).tolist() for each in engine.clients]
+    if (counts := engine.label_counts()) is not None:
         documents["labels.json"] = {"labels": list(engine.task.labels), "counts": counts}
     return documents
 

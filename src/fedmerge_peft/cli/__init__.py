@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):  # it is None where a shell closed it with >&-
             stream.reconfigure(errors="backslashreplace")
     try:
-        from fedmerge_peft.cli import compare, data, doctor, export, personalize, recipes, report, run, sweep  # noqa: F401 - importing adds their verbs
+        from fedmerge_peft.cli import compare, data, doctor, export, federate, personalize, recipes, report, run, sweep  # noqa: F401 - importing adds their verbs
         from fedmerge_peft.cli.app import app
 
         try:

@@ -52,7 +52,7 @@ def load_splits(recipe: DataRecipe) -> dict[str, Dataset]:
         DataError: The data cannot be found or read; a split or column that the recipe names is absent; the filter leaves no
             training rows, or names a value that no row has.
     """
-    with _no_progress_bars():
+    with no_progress_bars():
         splits = _read(recipe)
     if recipe.split_column is not None:
         splits = _split_by_column(recipe.split_column, splits)
@@ -172,7 +172,8 @@ def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Within, ``datasets`` shows none."""
     import datasets
 
     disabled = datasets.are_progress_bars_disabled()

@@ -110,6 +110,13 @@ class LocalEngine:
         model = self.backbone
         return Start(len(self.clients), model.layout, fresh_row, model.shared, derive(self.recipe.seed, "strategy"), model.scaling)
 
+    def label_counts(self) -> list[list[int]] | None:
+        """Training examples of each label, clients × labels; None where examples have no labels."""
+        if not self.task.labels:
+            return None
+        ids = torch.stack(list(self.examples.columns["labels"])).numpy()
+        return [np.bincount(ids[each.train], minlength=len(self.task.labels)).tolist() for each in self.clients]
+
     def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
         """Send each client its plan, let it train, and hand over the replies as they come.
 

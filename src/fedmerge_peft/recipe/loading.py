@@ -94,9 +94,14 @@ def load(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recip
     Raises ``RecipeError`` with every fault at once, each as ``file:line: dotted.path: what was found, what was expected``.
     """
     path = find(source)
-    document = yaml_document.parse(_read(path), Mark(str(path), 1))
+    return loads(_read(path), str(path), overrides)
+
+
+def loads(text: str, source: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read YAML text, then apply the overrides; ``source`` stands in messages for a file's name. Raises as ``load``."""
+    document = yaml_document.parse(text, Mark(source, 1))
     if document.value is None:
-        raise refuse([*document.faults, Fault(Mark(str(path)), (), "empty; a recipe needs at least name, task, backbone and data")])
+        raise refuse([*document.faults, Fault(Mark(source), (), "empty; a recipe needs at least name, task, backbone and data")])
     if not isinstance(document.value, dict):
         mark = document.mark(())
         raise refuse([*document.faults, Fault(mark, (), f"found {found(document.value)}, expected key: value lines at the top level")])

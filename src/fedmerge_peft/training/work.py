@@ -133,11 +133,11 @@ def _(plan: Train, seed: int) -> Requests:
     (trained,) = yield [Fit(plan, seed)]
     delta = plan.row - trained.row
     if plan.release is not None:
-        delta = _released(delta, plan.release, plan.phases, derive(seed, "release"))
+        delta = released(delta, plan.release, plan.phases, derive(seed, "release"))
     return Work(delta[None], trained.loss, trained.row)
 
 
-def _released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], seed: int) -> Tensor:
+def released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], seed: int) -> Tensor:
     """An update as it leaves its client, ``(P,)``: clipped, and with noise in the columns that train in some phase."""
     delta = delta * min(1.0, release.clip / max(float(delta.double().norm()), torch.finfo(torch.float64).tiny))
     noise = release.noise * torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed))

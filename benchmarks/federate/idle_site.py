@@ -1,0 +1,24 @@
+"""A site that trains nothing: all of the way of a message, and an update that costs no time. Started by ``overhead.py``."""
+
+import os
+import sys
+from pathlib import Path
+
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.sites.link import ADDRESS, KIT, serve
+from fedmerge_peft.sites.orphan import end_with_parent
+from fedmerge_peft.sites.settings import SITE, SiteSettings
+from fedmerge_peft.sites.trainer import Trainer
+from fedmerge_peft.strategies.base import Reply
+
+
+def idle(engine, round, visits):
+    for index, plan, _ in visits:
+        yield Reply(index, 1e-3 * plan.sent, engine.clients[index].size, 1.0, 0.0, round=round)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    LocalEngine.exchange = idle
+    kit = Path(os.environ[KIT])
+    serve(Trainer(kit, sys.argv[1], SiteSettings.read(kit / SITE)), os.environ[ADDRESS])

@@ -1,0 +1,84 @@
+"""What the round loop and the run directory ask of an engine, wherever its clients train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.training.plan import Plan, Served
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from fedmerge_peft.data import Client
+    from fedmerge_peft.errors import ClientError
+    from fedmerge_peft.recipe import Recipe
+
+
+class Model(Protocol):
+    """The frozen model, as far as the server's side knows it."""
+
+    @property
+    def config(self) -> Any:
+        """PEFT's LoraConfig."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def set_base(self, base: Mapping[str, Tensor]) -> None:
+        """Have clients train and score on pretrained weights plus ΔW ``(out, in)`` by module name, in place of what was added before."""
+
+
+class Scored(Protocol):
+    """The task, as far as the server's side knows it."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the metrics; the first is the one that tables show."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Names of the labels; empty where there are none."""
+
+
+class Engine(Protocol):
+    """Clients, and a way to have them train and be scored."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it was loaded for."""
+
+    @property
+    def clients(self) -> Sequence[Client]:
+        """Who there is; a client's index here is its number in the federation."""
+
+    @property
+    def task(self) -> Scored:
+        """What an example is, and how it is scored."""
+
+    @property
+    def backbone(self) -> Model:
+        """What adapters sit on."""
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Device and precision of this process."""
+
+    def check_serves(self, recipe: Recipe) -> None:
+        """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
+
+    def start(self) -> Start:
+        """What a strategy starts from."""
+
+    def label_counts(self) -> list[list[int]] | None:
+        """Training examples of each label, clients × labels; None where examples have no labels."""
+
+    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
+        """Send each client its plan, let it train, and hand over the replies as they come; a ``ClientError`` for those that fail."""
+
+    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
+        """Score what each client is served with, without training."""

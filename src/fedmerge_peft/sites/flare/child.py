@@ -1,0 +1,27 @@
+"""NVIDIA FLARE's own processes, as children that end with the command that started them.
+
+python -m fedmerge_peft.sites.flare.child server KIT
+python -m fedmerge_peft.sites.flare.child client KIT SITE
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from fedmerge_peft.sites.orphan import end_with_parent
+
+
+def main() -> None:
+    """Become the process that FLARE's own start script would start."""
+    end_with_parent()
+    kind, kit, *site = sys.argv[1:]
+    module = f"nvflare.private.fed.app.{kind}.{kind}_train"
+    names = [f"uid={site[0]}"] if site else []
+    options = ["--set", "secure_train=true", *names, "org=federation", "config_folder=config"]
+    sys.argv = [module, "-m", kit, "-s", f"fed_{kind}.json", *options]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The verbs of ``fedmerge federate``: help, bad input, and how little they import."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fedmerge_peft.cli import main
+
+ASKED = "federate prepare smoke --sites north,south --client south=a --client south=b --server 10.1.2.3:8102 --wire-dtype bfloat16"
+VERBS = ("prepare", "server", "site", "run", "status", "stop", "rehearse")
+
+
+@pytest.fixture
+def fedmerge(capsys):
+    """Runs the program in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(each) for each in arguments])
+        return (caught.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory):
+    """What prepare makes for two sites, the second with two clients."""
+    out = tmp_path_factory.mktemp("federation") / "out"
+    with pytest.raises(SystemExit) as caught:
+        main([*ASKED.split(), "--out", str(out)])
+    assert not caught.value.code
+    return out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_of_its_own_with_an_example(verb, fedmerge):
+    code, out, _ = fedmerge("federate", verb, "--help")
+    assert code == 0
+    assert f"Example: fedmerge federate {verb}" in out
+
+
+def test_no_verb_is_left_out_here():
+    from fedmerge_peft.cli.federate import federate
+
+    assert {command.callback.__name__ for command in federate.registered_commands} == set(VERBS)
+
+
+def test_help_imports_neither_torch_nor_nvflare():
+    script = (
+        "import sys\nfrom fedmerge_peft.cli import main\n"
+        "try:\n    main(['federate', 'prepare', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "nvflare", "transformers", "grpc"} & set(done.stderr.split())
+
+
+def test_importing_the_package_imports_no_nvflare():
+    script = "import sys, fedmerge_peft, fedmerge_peft.federation, fedmerge_peft.sites.server; assert 'nvflare' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prepare", "smoke"], "--sites: '', expected different names"),
+        (["prepare", "smoke", "--sites", "a,a"], "expected different names"),
+        (["prepare", "smoke", "--sites", "a,../b"], "'../b' is no name for a site"),
+        (["prepare", "smoke", "--sites", "a", "--server", "nohost"], "expected HOST:PORT"),
+        (["prepare", "smoke", "--sites", "a", "--server", "x:99999"], "expected HOST:PORT"),
+        (["prepare", "smoke", "--sites", "a", "--client", "b=x"], "expected SITE=NAME"),
+        (["prepare", "smoke", "--sites", "a,b", "--client", "a=b"], "named more than once"),
+        (["prepare", "smoke", "--sites", "a", "--wire-dtype", "int8"], "--wire-dtype"),
+        (["prepare", "nosuchrecipe", "--sites", "a"], "nosuchrecipe"),
+        (["rehearse", "smoke", "--sites", "99"], "--sites 99: the recipe has 12 clients"),
+        (["rehearse", "smoke", "--wire-dtype", "int8"], "--wire-dtype"),
+        (["server", "nowhere"], "no kit of a federation"),
+        (["site", "nowhere"], "no kit of a federation"),
+        (["run", "nowhere"], "no kit of a federation"),
+        (["status", "nowhere"], "no kit of a federation"),
+        (["stop", "nowhere"], "no kit of a federation"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_with_code_2_and_a_message(arguments, said, fedmerge, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = fedmerge("federate", *arguments)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_kit_for_each_and_a_page_for_each_site(kits):
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.sites.settings import Federation
+
+    federation = Federation.read(kits / "sites" / "south")
+    assert federation.sites == {"north": ["north"], "south": ["a", "b"]}
+    assert (federation.host, federation.port, federation.wire_dtype) == ("10.1.2.3", 8102, "bfloat16")
+    for kit in ("server", "operator", "sites/north", "sites/south"):
+        recipe = Recipe.load(kits / kit / "recipe.yaml")
+        assert (recipe.clients.failures, recipe.training.clients_per_batch) == ("skip", 1)
+        assert (kits / kit / "startup" / "rootCA.pem").is_file()
+    page = (kits / "sites" / "south" / "README.md").read_text()
+    assert "fedmerge federate site . --data" in page
+    assert "examples of: a, b" in page
+    assert "10.1.2.3:8102" in page
+
+
+def test_only_the_authority_can_sign_and_keys_are_their_owners_alone(kits):
+    assert [path.parent.name for path in kits.rglob("cert.json")] == ["authority"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in kits.rglob("*.key"))
+    assert (kits / "authority").stat().st_mode & 0o077 == 0
+
+
+def test_prepare_overwrites_nothing(kits, fedmerge):
+    code, _, err = fedmerge("federate", "prepare", "smoke", "--sites", "a", "--out", kits)
+    assert code == 2
+    assert "nothing is ever overwritten" in err
+
+
+def test_a_recipe_that_says_what_becomes_of_failures_keeps_it():
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.sites.prepare import as_federated
+
+    assert as_federated(Recipe.load("smoke", ["clients.failures=raise"])).clients.failures == "raise"
+    assert as_federated(Recipe.load("smoke")).clients.failures == "skip"
+
+
+def test_a_site_says_what_is_wrong_before_it_connects(kits, fedmerge, tmp_path):
+    site = kits / "sites" / "north"
+    code, _, err = fedmerge("federate", "site", site)
+    assert (code, "which data?" in err) == (2, True)
+    own = (site / "site.yaml").read_text()
+    (site / "site.yaml").write_text("rounds: 3\n")
+    code, _, err = fedmerge("federate", "site", site, "--data", tmp_path / "x.csv")
+    (site / "site.yaml").write_text(own)
+    assert (code, "not a site's to say" in err) == (2, True)
+
+
+def test_no_server_is_one_message(kits, fedmerge, monkeypatch):
+    from fedmerge_peft.sites.flare import operator
+
+    def unreachable(*arguments, **options):
+        raise ConnectionRefusedError("connection refused")
+
+    monkeypatch.setattr(operator, "new_secure_session", unreachable)
+    code, _, err = fedmerge("federate", "status", kits)
+    assert code == 2
+    assert "no server of this federation answers" in err
+
+
+def test_what_a_kit_allows_is_written_where_it_is_used(kits):
+    import json
+
+    from fedmerge_peft.sites.flare.kits import OURS, settle, site_name
+
+    site = kits / "sites" / "north"
+    settle(site, server=False)
+    resources = json.loads((site / "local" / "resources.json").read_text())
+    roles = json.loads((site / "local" / "authorization.json").read_text())["permissions"]
+    assert resources["class_allow_list"] == [OURS]
+    assert resources["allow_log_streaming"] is False
+    assert all(rights["shell_commands"] == rights["byoc"] == "none" for rights in roles.values())
+    assert site_name(site) == "north"
+    settle(kits / "server", server=True)
+    text = (kits / "server" / "local" / "resources.json").read_text()
+    assert "/tmp/nvflare" not in text

@@ -167,3 +167,24 @@ def test_what_a_kit_allows_is_written_where_it_is_used(kits):
     settle(kits / "server", server=True)
     text = (kits / "server" / "local" / "resources.json").read_text()
     assert "/tmp/nvflare" not in text
+
+
+def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(kits, fedmerge, monkeypatch):
+    from fedmerge_peft.federate.flare import operator
+
+    failed = {"state": "failed", "rounds": 3, "total": 9, "error": "no site takes part:\n  north: its data are \x1b[31mempty"}
+    monkeypatch.setattr(operator, "run", lambda *arguments, **options: failed)
+    code, _, err = fedmerge("federate", "run", kits)
+    assert code == 2
+    assert "north: its data are \\x1b[31mempty" in err
+    assert "3 of 9 rounds are done; to go on from there: fedmerge federate run" in err
+
+
+def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeypatch):
+    from fedmerge_peft.federate.flare import operator
+
+    monkeypatch.setattr(operator, "run", lambda *arguments, **options: {"state": "stopped", "rounds": 3, "total": 9})
+    code, out, _ = fedmerge("federate", "run", kits)
+    assert code == 0
+    assert "stopped: 3 of 9 rounds are done" in out
+    assert "to go on: fedmerge federate run" in out

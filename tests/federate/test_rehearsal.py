@@ -191,6 +191,8 @@ def test_a_certificate_of_another_authority_is_not_let_in(field):
     recipe = Recipe.load("smoke", [*SMALL, "rounds=1"])
     ours = field(recipe, 2)
     theirs = field(recipe, 2, port=ours.federation.port)
+    with (ours.out / "sites" / "site-1" / "site.yaml").open("a") as file:
+        file.write("process: job\n")  # the site that is let in trains in its job's own process
     ours.start("server", "site-1")
     await_server(ours.federation, ours.processes["server"])
     theirs.start("site-2")

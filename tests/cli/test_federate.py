@@ -170,7 +170,7 @@ def test_what_a_kit_allows_is_written_where_it_is_used(kits):
 
 
 def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(kits, fedmerge, monkeypatch):
-    from fedmerge_peft.federate.flare import operator
+    from fedmerge_peft.sites.flare import operator
 
     failed = {"state": "failed", "rounds": 3, "total": 9, "error": "no site takes part:\n  north: its data are \x1b[31mempty"}
     monkeypatch.setattr(operator, "run", lambda *arguments, **options: failed)
@@ -181,7 +181,7 @@ def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(kits,
 
 
 def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeypatch):
-    from fedmerge_peft.federate.flare import operator
+    from fedmerge_peft.sites.flare import operator
 
     monkeypatch.setattr(operator, "run", lambda *arguments, **options: {"state": "stopped", "rounds": 3, "total": 9})
     code, out, _ = fedmerge("federate", "run", kits)

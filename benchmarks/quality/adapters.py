@@ -55,7 +55,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes.set_xlabel("d, adapters in the soup")
     axes.set_ylabel("test accuracy (%), mean over clients")
     axes.set_title(
-        "CIFAR-100, 50 clients: where clients form groups, as many adapters as\ngroups are best; where they do not, more adapters are better",
+        "CIFAR-100, 50 clients: where they form groups, as many adapters as\ngroups are best; where they do not, more adapters are better",
         fontsize=9,
     )
     axes.legend(frameon=False)

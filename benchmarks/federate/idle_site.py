@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.federate.link import ADDRESS, KIT, serve
-from fedmerge_peft.federate.orphan import end_with_parent
-from fedmerge_peft.federate.settings import SITE, SiteSettings
-from fedmerge_peft.federate.trainer import Trainer
+from fedmerge_peft.sites.link import ADDRESS, KIT, serve
+from fedmerge_peft.sites.orphan import end_with_parent
+from fedmerge_peft.sites.settings import SITE, SiteSettings
+from fedmerge_peft.sites.trainer import Trainer
 from fedmerge_peft.strategies.base import Reply
 
 

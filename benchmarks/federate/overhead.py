@@ -16,11 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedmerge_peft import Recipe, Run
-from fedmerge_peft.federate.flare.kits import settle
-from fedmerge_peft.federate.flare.operator import run
-from fedmerge_peft.federate.link import ADDRESS, KIT
-from fedmerge_peft.federate.processes import Child, environment
-from fedmerge_peft.federate.rehearse import await_server, rehearsal, start_server
+from fedmerge_peft.sites.flare.kits import settle
+from fedmerge_peft.sites.flare.operator import run
+from fedmerge_peft.sites.link import ADDRESS, KIT
+from fedmerge_peft.sites.processes import Child, environment
+from fedmerge_peft.sites.rehearse import await_server, rehearsal, start_server
 
 PER_RANK = 4 * (2 * 2 * 2 * 32)
 """Bytes that one more rank adds: two layers, two modules, two factors, 32 wide."""
@@ -40,7 +40,7 @@ def start_idle_site(out, site):
     settle(kit, server=False)
     own = {**environment(), KIT: str(kit), ADDRESS: str(out / f"{site}.socket")}
     trainer = [sys.executable, str(Path(__file__).with_name("idle_site.py")), site]
-    client = [sys.executable, "-m", "fedmerge_peft.federate.flare.child", "client", str(kit), site]
+    client = [sys.executable, "-m", "fedmerge_peft.sites.flare.child", "client", str(kit), site]
     return Child("trainer", trainer, out / f"{site}.out", own), Child("connection", client, kit / "site.log", own)
 
 

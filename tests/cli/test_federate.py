@@ -57,7 +57,7 @@ def test_help_imports_neither_torch_nor_nvflare():
 
 
 def test_importing_the_package_imports_no_nvflare():
-    script = "import sys, fedmerge_peft, fedmerge_peft.federation, fedmerge_peft.federate.server; assert 'nvflare' not in sys.modules"
+    script = "import sys, fedmerge_peft, fedmerge_peft.federation, fedmerge_peft.sites.server; assert 'nvflare' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -92,8 +92,8 @@ def test_bad_input_ends_with_code_2_and_a_message(arguments, said, fedmerge, tmp
 
 
 def test_a_kit_for_each_and_a_page_for_each_site(kits):
-    from fedmerge_peft.federate.settings import Federation
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.sites.settings import Federation
 
     federation = Federation.read(kits / "sites" / "south")
     assert federation.sites == {"north": ["north"], "south": ["a", "b"]}
@@ -121,8 +121,8 @@ def test_prepare_overwrites_nothing(kits, fedmerge):
 
 
 def test_a_recipe_that_says_what_becomes_of_failures_keeps_it():
-    from fedmerge_peft.federate.prepare import as_federated
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.sites.prepare import as_federated
 
     assert as_federated(Recipe.load("smoke", ["clients.failures=raise"])).clients.failures == "raise"
     assert as_federated(Recipe.load("smoke")).clients.failures == "skip"
@@ -140,7 +140,7 @@ def test_a_site_says_what_is_wrong_before_it_connects(kits, fedmerge, tmp_path):
 
 
 def test_no_server_is_one_message(kits, fedmerge, monkeypatch):
-    from fedmerge_peft.federate.flare import operator
+    from fedmerge_peft.sites.flare import operator
 
     def unreachable(*arguments, **options):
         raise ConnectionRefusedError("connection refused")
@@ -154,7 +154,7 @@ def test_no_server_is_one_message(kits, fedmerge, monkeypatch):
 def test_what_a_kit_allows_is_written_where_it_is_used(kits):
     import json
 
-    from fedmerge_peft.federate.flare.kits import OURS, settle, site_name
+    from fedmerge_peft.sites.flare.kits import OURS, settle, site_name
 
     site = kits / "sites" / "north"
     settle(site, server=False)
@@ -170,7 +170,7 @@ def test_what_a_kit_allows_is_written_where_it_is_used(kits):
 
 
 def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(kits, fedmerge, monkeypatch):
-    from fedmerge_peft.federate.flare import operator
+    from fedmerge_peft.sites.flare import operator
 
     failed = {"state": "failed", "rounds": 3, "total": 9, "error": "no site takes part:\n  north: its data are \x1b[31mempty"}
     monkeypatch.setattr(operator, "run", lambda *arguments, **options: failed)
@@ -181,10 +181,15 @@ def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(kits,
 
 
 def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeypatch):
-    from fedmerge_peft.federate.flare import operator
+    from fedmerge_peft.sites.flare import operator
 
     monkeypatch.setattr(operator, "run", lambda *arguments, **options: {"state": "stopped", "rounds": 3, "total": 9})
     code, out, _ = fedmerge("federate", "run", kits)
     assert code == 0
     assert "stopped: 3 of 9 rounds are done" in out
     assert "to go on: fedmerge federate run" in out
+
+
+def test_the_function_federate_is_not_hidden_by_a_module():
+    script = "import fedmerge_peft.sites.server, fedmerge_peft.cli.federate; from fedmerge_peft import federate; assert callable(federate)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -52,9 +52,9 @@ def prepare(
 
     Example: fedmerge federate prepare my.yaml --sites north,south --server fl.example.org:8002 --out federation
     """
-    from fedmerge_peft.federate.prepare import prepare
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.sites.prepare import prepare
 
     loaded = Recipe.load(recipe, overrides or [])
     host, port = _address(server)
@@ -75,16 +75,16 @@ def server(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The se
 
     Example: fedmerge federate server federation
     """
-    from fedmerge_peft.federate.prepare import check_installed, check_kit
-    from fedmerge_peft.federate.processes import serve_server
-    from fedmerge_peft.federate.settings import Federation
     from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.sites.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.processes import serve_server
+    from fedmerge_peft.sites.settings import Federation
 
     check_installed()
     kit = check_kit(directory, "server")
     federation = Federation.read(kit)
 
-    from fedmerge_peft.federate.flare.kits import settle
+    from fedmerge_peft.sites.flare.kits import settle
 
     settle(kit, server=True)
     print(
@@ -104,11 +104,11 @@ def site(
     Example: fedmerge federate site north --data tickets.csv
     """
     from fedmerge_peft.errors import FederateError
-    from fedmerge_peft.federate.prepare import check_installed, check_kit
-    from fedmerge_peft.federate.processes import serve_site
-    from fedmerge_peft.federate.settings import RECIPE, SITE, SiteSettings, refusal
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.sites.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.processes import serve_site
+    from fedmerge_peft.sites.settings import RECIPE, SITE, SiteSettings, refusal
 
     check_installed()
     kit = check_kit(directory, "")
@@ -122,7 +122,7 @@ def site(
     if why := refusal(recipe, recipe, settings.allow):
         raise FederateError(f"the recipe in the kit asks for more than {kit / SITE} allows: {why}")
 
-    from fedmerge_peft.federate.flare.kits import settle, site_name
+    from fedmerge_peft.sites.flare.kits import settle, site_name
 
     name = site_name(kit)
     settle(kit, server=False)
@@ -142,12 +142,12 @@ def run(
 
     Example: fedmerge federate run federation --wait 60
     """
-    from fedmerge_peft.federate.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.prepare import check_installed, check_kit
 
     check_installed()
     kit = check_kit(directory, "operator")
 
-    from fedmerge_peft.federate.flare.operator import run
+    from fedmerge_peft.sites.flare.operator import run
 
     outcome = _patiently(lambda: run(kit, _teller(quiet), wait=wait, least=least, patience=patience))
     _conclude(outcome, "the server's kit, below run", f"fedmerge federate run {shlex.quote(str(directory))}")
@@ -159,14 +159,14 @@ def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The op
 
     Example: fedmerge federate status federation
     """
-    from fedmerge_peft.federate.prepare import check_installed, check_kit
-    from fedmerge_peft.federate.settings import Federation
     from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.sites.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.settings import Federation
 
     check_installed()
     kit = check_kit(directory, "operator")
 
-    from fedmerge_peft.federate.flare.operator import look
+    from fedmerge_peft.sites.flare.operator import look
 
     found, known = look(kit), Federation.read(kit).sites
     taking = found.get("sites", []) if found["job"] else []
@@ -188,12 +188,12 @@ def stop(
 
     Example: fedmerge federate stop federation
     """
-    from fedmerge_peft.federate.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.prepare import check_installed, check_kit
 
     check_installed()
     kit = check_kit(directory, "operator")
 
-    from fedmerge_peft.federate.flare.operator import stop
+    from fedmerge_peft.sites.flare.operator import stop
 
     print(stop(kit, now=now, everything=everything))
 
@@ -213,15 +213,15 @@ def rehearse(
 
     Example: fedmerge federate rehearse smoke --sites 3
     """
-    from fedmerge_peft.federate.prepare import check_installed
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.sites.prepare import check_installed
 
     check_installed()
     loaded = Recipe.load(recipe, overrides or [])
     folder = out if out is not None else Path("rehearsals") / _project(loaded.name)
 
-    from fedmerge_peft.federate.rehearse import rehearsal, rehearse
+    from fedmerge_peft.sites.rehearse import rehearsal, rehearse
 
     _federation({"project": "x", "host": "x", "port": 1, "sites": {}, "wire_dtype": wire_dtype})
     federation = rehearsal(loaded, sites, folder, wire_dtype=wire_dtype, segment=segment, deadline=deadline)
@@ -255,7 +255,7 @@ def _conclude(outcome: dict[str, Any], run: str, again: str) -> None:
 
 
 def _until_stopped(serve: Callable[[], None]) -> None:
-    from fedmerge_peft.federate.processes import Stopped
+    from fedmerge_peft.sites.processes import Stopped
 
     try:
         serve()
@@ -275,7 +275,7 @@ def _federation(facts: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
     from fedmerge_peft.errors import FederateError
-    from fedmerge_peft.federate.settings import Federation
+    from fedmerge_peft.sites.settings import Federation
 
     try:
         return Federation(**facts)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge_peft.errors import FederateError, WireError
-from fedmerge_peft.federate.data import agree_on_labels
-from fedmerge_peft.federate.settings import Federation, read_json
 from fedmerge_peft.files import write_json
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.sites.data import agree_on_labels
+from fedmerge_peft.sites.settings import Federation, read_json
 
 ROSTER = "roster.json"
 _PARTS = ("train", "validation", "test")

@@ -13,11 +13,11 @@ from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.columns import listing
 from fedmerge_peft.data.sources import no_progress_bars
 from fedmerge_peft.errors import DataError, FederateError, RefusedError
-from fedmerge_peft.federate.settings import SITE, SiteChecks, SiteData
 from fedmerge_peft.files import write_text
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe import document as yaml_document
 from fedmerge_peft.recipe.data import Iid, Natural
+from fedmerge_peft.sites.settings import SITE, SiteChecks, SiteData
 from fedmerge_peft.tasks.classification import relabel, tell_labels
 from fedmerge_peft.tasks.formats import tell_format
 

@@ -13,12 +13,12 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.federate.flare.names import CONTENT, DEADLINE, ERROR
-from fedmerge_peft.federate.link import ADDRESS, KIT, Link
-from fedmerge_peft.federate.orphan import end_with_parent
+from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR
+from fedmerge_peft.sites.link import ADDRESS, KIT, Link
+from fedmerge_peft.sites.orphan import end_with_parent
 
 if TYPE_CHECKING:
-    from fedmerge_peft.federate.trainer import Trainer
+    from fedmerge_peft.sites.trainer import Trainer
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -50,9 +50,9 @@ class SiteExecutor(Executor):  # type: ignore[misc]
 
     def _own(self, site: str) -> Trainer:
         if self._trainer is None:
-            from fedmerge_peft.federate.processes import SETTINGS
-            from fedmerge_peft.federate.settings import SITE, SiteSettings
-            from fedmerge_peft.federate.trainer import Trainer
+            from fedmerge_peft.sites.processes import SETTINGS
+            from fedmerge_peft.sites.settings import SITE, SiteSettings
+            from fedmerge_peft.sites.trainer import Trainer
 
             kit = Path(os.environ[KIT])
             said = os.environ.get(SETTINGS)

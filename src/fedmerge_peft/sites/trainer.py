@@ -15,14 +15,14 @@ from torch import Tensor
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import ClientError, FedMergeError, RefusedError, WireError
 from fedmerge_peft.export import folder_name
-from fedmerge_peft.federate.data import check_data, numbered, read_data, tell
-from fedmerge_peft.federate.departures import Departure, record
-from fedmerge_peft.federate.settings import RECIPE, SITE, Federation, SitePrivacy, SiteSettings, refusal, refused_modules
-from fedmerge_peft.federate.wire import Message, Work, layout_digest, read_work, reply_message
 from fedmerge_peft.files import write_text
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import loads
 from fedmerge_peft.run import write_adapter
+from fedmerge_peft.sites.data import check_data, numbered, read_data, tell
+from fedmerge_peft.sites.departures import Departure, record
+from fedmerge_peft.sites.settings import RECIPE, SITE, Federation, SitePrivacy, SiteSettings, refusal, refused_modules
+from fedmerge_peft.sites.wire import Message, Work, layout_digest, read_work, reply_message
 from fedmerge_peft.training.plan import InTurn, Plan, Release, Train
 from fedmerge_peft.training.work import released
 

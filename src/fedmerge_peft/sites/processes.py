@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.federate.link import ADDRESS, KIT
-from fedmerge_peft.federate.settings import SiteSettings
+from fedmerge_peft.sites.link import ADDRESS, KIT
+from fedmerge_peft.sites.settings import SiteSettings
 
 SETTINGS = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
@@ -93,7 +93,7 @@ class Child:
 def serve_server(kit: Path) -> None:
     """Run the server's side of FLARE until it is stopped. Raises ``FederateError``, ``Stopped``."""
     (kit / SHUTDOWN).unlink(missing_ok=True)
-    command = [sys.executable, "-u", "-m", "fedmerge_peft.federate.flare.child", "server", str(kit.resolve())]
+    command = [sys.executable, "-u", "-m", "fedmerge_peft.sites.flare.child", "server", str(kit.resolve())]
     with _children() as children:
         children.append(Child("server", command, kit / "server.log", environment()))
         _watch(kit, children)
@@ -109,9 +109,9 @@ def serve_site(kit: Path, site: str, settings: SiteSettings) -> None:
         with _children() as children:
             if settings.process == "attached":
                 own[ADDRESS] = str(folder / "trainer")
-                trainer = [sys.executable, "-u", "-m", "fedmerge_peft.federate.trainer_process", site]
+                trainer = [sys.executable, "-u", "-m", "fedmerge_peft.sites.trainer_process", site]
                 children.append(Child("trainer", trainer, None, own))
-            client = [sys.executable, "-u", "-m", "fedmerge_peft.federate.flare.child", "client", str(kit), site]
+            client = [sys.executable, "-u", "-m", "fedmerge_peft.sites.flare.child", "client", str(kit), site]
             children.append(Child("connection", client, kit / "site.log", own))
             _watch(kit, children)
     finally:

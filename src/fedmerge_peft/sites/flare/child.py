@@ -1,7 +1,7 @@
 """NVIDIA FLARE's own processes, as children that end with the command that started them.
 
-python -m fedmerge_peft.federate.flare.child server KIT
-python -m fedmerge_peft.federate.flare.child client KIT SITE
+python -m fedmerge_peft.sites.flare.child server KIT
+python -m fedmerge_peft.sites.flare.child client KIT SITE
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from fedmerge_peft.federate.orphan import end_with_parent
+from fedmerge_peft.sites.orphan import end_with_parent
 
 
 def main() -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fedmerge_peft.errors import FederateError, RefusedError
-from fedmerge_peft.federate.data import agree_on_labels
-from fedmerge_peft.federate.flare.kits import OURS
-from fedmerge_peft.federate.server import conduct
-from fedmerge_peft.federate.settings import SITE, SiteLimits, SiteSettings, check_names, refusal
-from fedmerge_peft.federate.trainer import Trainer, stricter
-from fedmerge_peft.federate.wire import Message
 from fedmerge_peft.run import Run
+from fedmerge_peft.sites.data import agree_on_labels
+from fedmerge_peft.sites.flare.kits import OURS
+from fedmerge_peft.sites.server import conduct
+from fedmerge_peft.sites.settings import SITE, SiteLimits, SiteSettings, check_names, refusal
+from fedmerge_peft.sites.trainer import Trainer, stricter
+from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.training.plan import Release
 
 
@@ -243,7 +243,7 @@ def test_labels_are_agreed_on_by_name():
 
 
 def test_no_class_but_ours_may_run_in_a_job():
-    from fedmerge_peft.federate.flare.names import CONTROLLER, EXECUTOR
+    from fedmerge_peft.sites.flare.names import CONTROLLER, EXECUTOR
 
     assert CONTROLLER.startswith(OURS)
     assert EXECUTOR.startswith(OURS)

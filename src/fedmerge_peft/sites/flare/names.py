@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-CONTROLLER = "fedmerge_peft.federate.flare.controller.FederationController"
-EXECUTOR = "fedmerge_peft.federate.flare.executor.SiteExecutor"
+CONTROLLER = "fedmerge_peft.sites.flare.controller.FederationController"
+EXECUTOR = "fedmerge_peft.sites.flare.executor.SiteExecutor"
 TOPIC = "fedmerge"
 """Of the commands that a running job takes: ``{"do": "look"}``, ``{"do": "stop"}``, ``{"do": "pause"}``."""
 OUTCOME = "outcome.json"

@@ -18,13 +18,13 @@ from torch import Tensor
 from fedmerge_peft.backbone import Backbone, load_backbone
 from fedmerge_peft.data import Client
 from fedmerge_peft.errors import ClientError, FederateError, RecipeError, WireError
-from fedmerge_peft.federate.data import stand_in
-from fedmerge_peft.federate.roster import Roster, counts_of, told_by
-from fedmerge_peft.federate.settings import Federation
-from fedmerge_peft.federate.wire import Message, layout_digest, read_reply, work_message
 from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
+from fedmerge_peft.sites.data import stand_in
+from fedmerge_peft.sites.roster import Roster, counts_of, told_by
+from fedmerge_peft.sites.settings import Federation
+from fedmerge_peft.sites.wire import Message, layout_digest, read_reply, work_message
 from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmerge_peft.errors import WireError
-from fedmerge_peft.federate.wire import Message, read_reply, read_work, reply_message, work_message
+from fedmerge_peft.sites.wire import Message, read_reply, read_work, reply_message, work_message
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Release, Train
 

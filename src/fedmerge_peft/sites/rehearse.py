@@ -12,11 +12,11 @@ from typing import Any
 
 from fedmerge_peft.data import federate_data
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.federate.data import deal, write_site
-from fedmerge_peft.federate.prepare import as_federated, prepare
-from fedmerge_peft.federate.processes import Child, environment
-from fedmerge_peft.federate.settings import Federation
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.sites.data import deal, write_site
+from fedmerge_peft.sites.prepare import as_federated, prepare
+from fedmerge_peft.sites.processes import Child, environment
+from fedmerge_peft.sites.settings import Federation
 
 _PROGRAM = [sys.executable, "-c", "from fedmerge_peft.cli import main; main()", "federate"]
 _START = 60.0
@@ -75,7 +75,7 @@ def rehearse(
     out: Path, federation: Federation, tell: Callable[[str], None], *, wait: float = 120.0, least: int | None = None
 ) -> dict[str, Any]:
     """Run a prepared rehearsal to its end; the last job's outcome. Raises ``FederateError``."""
-    from fedmerge_peft.federate.flare.operator import run
+    from fedmerge_peft.sites.flare.operator import run
 
     with running(out, federation) as children:
 

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.federate.settings import OPERATOR, Federation
+from fedmerge_peft.sites.settings import OPERATOR, Federation
 
-OURS = "fedmerge_peft.federate.flare."
+OURS = "fedmerge_peft.sites.flare."
 """What classes a job may name, at the server and at sites: these and no others, so that no other job runs in a kit of ours."""
 PROJECT = "project.yml"
 _ORG = "federation"

@@ -64,7 +64,7 @@ class Field:
         self.lines = []
 
     def start(self, *names):
-        from fedmerge_peft.federate.rehearse import start_server, start_site
+        from fedmerge_peft.sites.rehearse import start_server, start_site
 
         for name in names:
             self.processes[name] = start_server(self.out) if name == "server" else start_site(self.out, name)
@@ -129,7 +129,7 @@ def command_of(pid):
 @pytest.fixture
 def field(tmp_path):
     """``field(recipe, sites, **facts)``: a prepared federation on this machine, nothing of it running."""
-    from fedmerge_peft.federate.rehearse import rehearsal
+    from fedmerge_peft.sites.rehearse import rehearsal
 
     fields = []
 
@@ -186,7 +186,7 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
 
 def test_a_certificate_of_another_authority_is_not_let_in(field):
     """A site of another federation, sent to this server's port: it never gets past the handshake, and nothing of it is there."""
-    from fedmerge_peft.federate.rehearse import await_server
+    from fedmerge_peft.sites.rehearse import await_server
 
     recipe = Recipe.load("smoke", [*SMALL, "rounds=1"])
     ours = field(recipe, 2)
@@ -241,7 +241,7 @@ def networks():
 
 def test_server_and_sites_on_networks_of_their_own(networks, field, monkeypatch):
     """Nothing depends on localhost: each end has its own address, and its own loopback."""
-    from fedmerge_peft.federate import rehearse
+    from fedmerge_peft.sites import rehearse
 
     (here, address), *others = networks
     there = field(Recipe.load("smoke", [*SMALL, "rounds=2"]), 2, host=address, port=8002)

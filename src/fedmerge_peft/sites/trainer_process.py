@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.federate.link import ADDRESS, KIT, serve
-from fedmerge_peft.federate.orphan import end_with_parent
-from fedmerge_peft.federate.processes import REFUSED, SETTINGS
-from fedmerge_peft.federate.settings import SiteSettings, printable_lines
+from fedmerge_peft.sites.link import ADDRESS, KIT, serve
+from fedmerge_peft.sites.orphan import end_with_parent
+from fedmerge_peft.sites.processes import REFUSED, SETTINGS
+from fedmerge_peft.sites.settings import SiteSettings, printable_lines
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     from rich.console import Console
 
     from fedmerge_peft.cli.logs import log_to
-    from fedmerge_peft.federate.trainer import Trainer
+    from fedmerge_peft.sites.trainer import Trainer
 
     log_to(Console(stderr=True, highlight=False))
     try:

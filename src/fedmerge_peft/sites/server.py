@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from fedmerge_peft.errors import FederateError, FedMergeError
 from fedmerge_peft.export import export_client
-from fedmerge_peft.federate.remote import RemoteEngine, Transport
-from fedmerge_peft.federate.roster import Roster, reconcile
-from fedmerge_peft.federate.settings import RECIPE, RUN, Federation
 from fedmerge_peft.federation import federate, resume
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.record import RoundRecord
 from fedmerge_peft.run import Run, parts
+from fedmerge_peft.sites.remote import RemoteEngine, Transport
+from fedmerge_peft.sites.roster import Roster, reconcile
+from fedmerge_peft.sites.settings import RECIPE, RUN, Federation
 
 log = logging.getLogger(__name__)
 

@@ -188,3 +188,8 @@ def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeyp
     assert code == 0
     assert "stopped: 3 of 9 rounds are done" in out
     assert "to go on: fedmerge federate run" in out
+
+
+def test_the_function_federate_is_not_hidden_by_a_module():
+    script = "import fedmerge_peft.sites.server, fedmerge_peft.cli.federate; from fedmerge_peft import federate; assert callable(federate)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from fedmerge_peft import Recipe, federate
 from fedmerge_peft.cli import main
+from fedmerge_peft.cli.federate import federate as federate_app
 from fedmerge_peft.recipe import differences
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,12 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
+def parsed(arguments):
+    """Verb and options of ``fedmerge federate`` are there, and take these values."""
+    group = typer.main.get_command(federate_app)
+    group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+
+
 def pages(language):
     return [page for page in PAGES if page not in ELSEWHERE and blocks(page, language)]
 
@@ -51,7 +59,9 @@ def test_commands_run_in_the_order_they_are_shown(page, here, capsys):
     """On a tiny model where something trains, else as they stand; ``make`` and ``pip`` are not for a test to run."""
     for line in "".join(blocks(page, "bash")).splitlines():
         command = shlex.split(line, comments=True)
-        if command[0] == "make":
+        if command[:2] == ["fedmerge", "federate"]:
+            parsed(command[2:])  # several processes, some of which wait for others: tests/sites starts them
+        elif command[0] == "make":
             assert subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
         elif command[0] == "fedmerge":
             with pytest.raises(SystemExit) as stopped:

@@ -28,7 +28,7 @@ def one_thread(monkeypatch):
 
 
 def fedmerge(*arguments, check=True):
-    return subprocess.run([*FEDMERGE, *map(str, arguments)], capture_output=True, text=True, check=check, timeout=240)
+    return subprocess.run([*FEDMERGE, *map(str, arguments)], capture_output=True, text=True, check=check, timeout=600)
 
 
 def same(one, two):
@@ -80,7 +80,7 @@ class Field:
         metrics = self.out / "server" / "run" / "metrics.jsonl"
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
-    def until(self, condition, seconds=120):
+    def until(self, condition, seconds=300):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "".join(self.lines)
@@ -179,7 +179,7 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
     said = fedmerge("federate", "status", there.out).stdout
     assert said.count("connected") == 3
     fedmerge("federate", "stop", there.out)
-    assert there.operator.wait(60) == 0
+    assert there.operator.wait(120) == 0
     assert "stopped: " in "".join(there.lines)
     assert [client["train"] > 0 for client in json.loads((run.path / "clients.json").read_text())] == [True] * 6
 
@@ -201,7 +201,7 @@ def test_a_certificate_of_another_authority_is_not_let_in(field):
     while time.monotonic() < end and "CERTIFICATE_VERIFY_FAILED" not in (log.read_text() if log.exists() else ""):
         time.sleep(0.2)
     ours.run("--wait", 3)
-    assert ours.operator.wait(120) == 0
+    assert ours.operator.wait(300) == 0
     assert "sites: site-1; without site-2 (it is not connected)" in "".join(ours.lines)
     assert not (theirs.out / "sites" / "site-2" / "left.jsonl").exists()
     assert "CERTIFICATE_VERIFY_FAILED" in log.read_text()
@@ -251,7 +251,7 @@ def test_server_and_sites_on_networks_of_their_own(networks, field, monkeypatch)
         there.start(name)
     monkeypatch.setattr(sys.modules[__name__], "FEDMERGE", ["ip", "netns", "exec", here, *FEDMERGE])
     there.run("--wait", 60, "--least", 2)
-    assert there.operator.wait(150) == 0, "".join(there.lines)
+    assert there.operator.wait(300) == 0, "".join(there.lines)
     run = Run.open(there.out / "server" / "run")
     assert run.ended
     assert [len(record["clients"]) for record in run.records] == [6, 6]

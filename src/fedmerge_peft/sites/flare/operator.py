@@ -26,6 +26,8 @@ _POLL = 0.5
 """Seconds between two looks at a job."""
 _LOOK_FOR_SITES = 5.0
 """Seconds between two looks for sites that came late."""
+_ATTEMPTS = 3
+"""Jobs in a row that may leave nothing."""
 _GONE = 10.0
 """Seconds after which a job that is said to run, and does not, is given up."""
 _FETCH = 0.2
@@ -34,6 +36,10 @@ _FETCH = 0.2
 
 class Lost(FederateError):  # noqa: N818 (the server is)
     """The server does not answer."""
+
+
+class _NoOutcome(FederateError):
+    """A job ended and left nothing: its process at the server failed before ours began, or was killed."""
 
 
 @contextmanager
@@ -75,13 +81,19 @@ def run(
         FederateError: The server does not come back, or a job left no outcome.
     """
     seen: float = time.monotonic()
+    failed = 0
     while True:
         try:
             with session(kit) as opened:
                 outcome = _segment(opened, kit, tell, wait, least, watch)
             if outcome["state"] != "segment":
                 return outcome
-            seen = time.monotonic()
+            seen, failed = time.monotonic(), 0
+        except _NoOutcome as error:
+            failed += 1
+            if failed == _ATTEMPTS:
+                raise
+            tell(f"{error}. Submitting another")
         except Lost:
             if time.monotonic() - seen > patience:
                 raise
@@ -198,9 +210,7 @@ def _outcome(opened: Session, job: str) -> dict[str, Any]:
             folder = opened.download_job_result(job, scratch)
         found = next(Path(folder).rglob(OUTCOME), None) if folder else None
         if found is None:
-            raise FederateError(
-                f"job {job} ended as {status} and left no {OUTCOME}; the server's log.txt has more. The same command goes on"
-            )
+            raise _NoOutcome(f"job {job} ended as {status} and left no {OUTCOME}; the server's log.txt has more")
         outcome: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
     shutil.rmtree(Path(folder), ignore_errors=True)
     return outcome

@@ -38,7 +38,7 @@ class Lost(FederateError):  # noqa: N818 (the server is)
     """The server does not answer."""
 
 
-class _NoOutcome(FederateError):
+class _NoOutcomeError(FederateError):
     """A job ended and left nothing: its process at the server failed before ours began, or was killed."""
 
 
@@ -89,7 +89,7 @@ def run(
             if outcome["state"] != "segment":
                 return outcome
             seen, failed = time.monotonic(), 0
-        except _NoOutcome as error:
+        except _NoOutcomeError as error:
             failed += 1
             if failed == _ATTEMPTS:
                 raise
@@ -210,7 +210,7 @@ def _outcome(opened: Session, job: str) -> dict[str, Any]:
             folder = opened.download_job_result(job, scratch)
         found = next(Path(folder).rglob(OUTCOME), None) if folder else None
         if found is None:
-            raise _NoOutcome(f"job {job} ended as {status} and left no {OUTCOME}; the server's log.txt has more")
+            raise _NoOutcomeError(f"job {job} ended as {status} and left no {OUTCOME}; the server's log.txt has more")
         outcome: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
     shutil.rmtree(Path(folder), ignore_errors=True)
     return outcome

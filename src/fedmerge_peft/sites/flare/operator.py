@@ -38,7 +38,7 @@ class Lost(FederateError):  # noqa: N818 (the server is)
     """The server does not answer."""
 
 
-class _NoOutcome(FederateError):
+class _NoOutcome(FederateError):  # noqa: N818 (the job has none)
     """A job ended and left nothing: its process at the server failed before ours began, or was killed."""
 
 

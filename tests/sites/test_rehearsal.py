@@ -173,11 +173,11 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
     before = len(run.records)
     there.kill("server")  # ---- the server dies, and is started again
     there.start("server")
-    there.until(lambda: len(run.records) > before + 1)
+    there.until(lambda: len(run.records) > before + 1 and len(run.records[-1]["clients"]) == 6)  # all sites have found it again
     records = run.records
     assert [record["round"] for record in records] == list(range(1, len(records) + 1))
     said = fedmerge("federate", "status", there.out).stdout
-    assert said.count("connected") == 3
+    assert said.count("connected, in the running job") == 3
     fedmerge("federate", "stop", there.out)
     assert there.operator.wait(120) == 0
     assert "stopped: " in "".join(there.lines)

@@ -111,6 +111,17 @@ class Field:
             self.operator.stdout.close()
 
 
+def failed(run, clients, why=""):
+    """Whether one of these clients failed, for this reason, in a round after those that are done now; to be asked later."""
+    done = len(run.records)
+
+    def since():
+        found = (record["failures"].get(client) for record in run.records[done:] for client in clients)
+        return any(reason is not None and why in reason for reason in found)
+
+    return since
+
+
 def children_of(parent):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -154,20 +165,23 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
     assert set(run.records[1]["clients"]) == {*north, *middle}
     assert all("takes no part" in run.records[1]["failures"][client] for client in late)
 
+    died = failed(run, north)
     os.kill(there.trainer("site-1"), signal.SIGKILL)  # ---- a trainer dies, and is back within the same job
-    there.until(lambda: any(client in record["failures"] for record in run.records for client in north))
+    there.until(died)
     there.until(lambda: set(north) <= set(run.records[-1]["clients"]))
 
+    hung = failed(run, middle, "did not answer within")
     os.kill(stopped := there.trainer("site-2"), signal.SIGSTOP)  # ---- a trainer hangs: it costs its site that round
-    there.until(lambda: any("did not answer within" in why for record in run.records for why in record["failures"].values()))
+    there.until(hung)
     os.kill(stopped, signal.SIGCONT)
     there.until(lambda: set(middle) <= set(run.records[-1]["clients"]))
 
     there.start("site-3")  # ---- a site comes late
     there.until(lambda: set(late) <= set(run.records[-1]["clients"]))
+    gone = failed(run, middle)
     there.kill("site-2")  # ---- a whole site dies, and is started again
     there.start("site-2")
-    there.until(lambda: any(set(middle) <= set(record["failures"]) for record in run.records))
+    there.until(gone)
     there.until(lambda: set(middle) <= set(run.records[-1]["clients"]))
 
     before = len(run.records)

@@ -20,8 +20,10 @@ def rows(text):
 
 
 def sections(kind=Section):
+    """Of recipes: a site's settings are made of sections too."""
     for each in kind.__subclasses__():
-        yield each
+        if each.__module__.startswith("fedmerge_peft.recipe."):
+            yield each
         yield from sections(each)
 
 

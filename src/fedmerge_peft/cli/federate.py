@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +18,7 @@ federate = typer.Typer(
 )
 app.add_typer(federate)
 
-WireDtype = Annotated[str, typer.Option(help="Number format of adapters on their way: float32, or bfloat16 for half the bytes.")]
+WireDtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Numbers of adapters on their way; bfloat16 halves the bytes.")]
 Segment = Annotated[int, typer.Option(min=1, help="Rounds in a job; who was away comes in with the next.")]
 Deadline = Annotated[int, typer.Option(min=1, help="Seconds that a site has for its part of a round.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say how it ended, and no more.")]
@@ -55,11 +55,20 @@ def prepare(
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.sites.prepare import prepare
+    from fedmerge_peft.sites.settings import Federation
 
     loaded = Recipe.load(recipe, overrides or [])
     host, port = _address(server)
-    facts = {"project": _project(loaded.name), "host": host, "port": port, "sites": _clients(sites, client or [])}
-    prepare(loaded, _federation({**facts, "wire_dtype": wire_dtype, "segment": segment, "deadline": deadline}), out)
+    federation = Federation(
+        project=_project(loaded.name),
+        host=host,
+        port=port,
+        sites=_clients(sites, client or []),
+        wire_dtype=wire_dtype,
+        segment=segment,
+        deadline=deadline,
+    )
+    prepare(loaded, federation, out)
     where = shlex.quote(str(out))
     print(printable(f"wrote {out}: server, operator, sites; authority holds the key that signs certificates: keep it off the network"))
     print(f"\nnext:\n  fedmerge federate server {where}   # on {printable(host)}, which the sites reach at port {port}")
@@ -223,7 +232,6 @@ def rehearse(
 
     from fedmerge_peft.sites.rehearse import rehearsal, rehearse
 
-    _federation({"project": "x", "host": "x", "port": 1, "sites": {}, "wire_dtype": wire_dtype})
     federation = rehearsal(loaded, sites, folder, wire_dtype=wire_dtype, segment=segment, deadline=deadline)
     tell = _teller(quiet)
     tell(f"prepared {printable(str(folder))}; starting a server and {sites} site{'s' * (sites > 1)}")
@@ -269,19 +277,6 @@ def _patiently(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
     logging.getLogger("nvflare").setLevel(logging.CRITICAL)
     return work()
-
-
-def _federation(facts: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from fedmerge_peft.errors import FederateError
-    from fedmerge_peft.sites.settings import Federation
-
-    try:
-        return Federation(**facts)
-    except ValidationError as error:
-        said = "; ".join(f"--{'.'.join(map(str, each['loc'])).replace('_', '-')}: {each['msg']}" for each in error.errors())
-        raise FederateError(said) from error
 
 
 def _address(text: str) -> tuple[str, int]:

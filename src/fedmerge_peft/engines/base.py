@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.training.plan import Plan, Served
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from fedmerge_peft.backbone import Backbone
     from fedmerge_peft.data import Client
     from fedmerge_peft.errors import ClientError
     from fedmerge_peft.recipe import Recipe
@@ -82,3 +85,20 @@ class Engine(Protocol):
 
     def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, without training."""
+
+
+def check_same(loaded: Recipe, recipe: Recipe, why: str, also: Sequence[str] = ()) -> None:
+    """Raise ``RecipeError`` where clients would do something else under ``recipe`` than under the one an engine was loaded for."""
+    ours = loaded.model_copy(update={"evaluation": loaded.evaluation.model_copy(update={"every": recipe.evaluation.every})})
+    parts = ("seed", "task", "backbone", "lora", "data", "training", "evaluation", *also)
+    if other := [part for part in parts if getattr(ours, part) != getattr(recipe, part)]:
+        raise RecipeError([f"{', '.join(other)}: {why}"])
+
+
+def start_of(model: Backbone, clients: int, seed: int) -> Start:
+    """What a strategy starts from: the model's layout, and new adapters that its first weights and the recipe's seed give."""
+
+    def fresh_row(number: int) -> Tensor:
+        return model.fresh_row(derive(seed, "adapter", number))
+
+    return Start(clients, model.layout, fresh_row, model.shared, derive(seed, "strategy"), model.scaling)

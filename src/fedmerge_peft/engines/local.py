@@ -21,7 +21,8 @@ from torch import Tensor
 from fedmerge_peft.backbone import Backbone, load_backbone
 from fedmerge_peft.clock import spent
 from fedmerge_peft.data import Client, FederatedData, federate_data
-from fedmerge_peft.errors import ClientError, FedMergeError, RecipeError
+from fedmerge_peft.engines.base import check_same, start_of
+from fedmerge_peft.errors import ClientError, FedMergeError
 from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
@@ -81,10 +82,7 @@ class LocalEngine:
 
     def check_serves(self, recipe: Recipe) -> None:
         """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
-        ours = self.recipe.model_copy(update={"evaluation": self.recipe.evaluation.model_copy(update={"every": recipe.evaluation.every})})
-        parts = ("seed", "task", "backbone", "lora", "data", "training", "evaluation")
-        if other := [part for part in parts if getattr(ours, part) != getattr(recipe, part)]:
-            raise RecipeError([f"{', '.join(other)}: the engine was loaded for a recipe that says otherwise; load one from this recipe"])
+        check_same(self.recipe, recipe, "the engine was loaded for a recipe that says otherwise; load one from this recipe")
 
     def lend(self, recipe: Recipe) -> LocalEngine | None:
         """An engine for a recipe that trains otherwise, with this data and model, which stay loaded; None where those differ.
@@ -103,12 +101,7 @@ class LocalEngine:
 
     def start(self) -> Start:
         """What a strategy starts from."""
-
-        def fresh_row(number: int) -> Tensor:
-            return self.backbone.fresh_row(derive(self.recipe.seed, "adapter", number))
-
-        model = self.backbone
-        return Start(len(self.clients), model.layout, fresh_row, model.shared, derive(self.recipe.seed, "strategy"), model.scaling)
+        return start_of(self.backbone, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
         """Training examples of each label, clients × labels; None where examples have no labels."""

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fedmerge_peft.backbone import Backbone, load_backbone
 from fedmerge_peft.data import Client
-from fedmerge_peft.errors import ClientError, FederateError, RecipeError, WireError
+from fedmerge_peft.engines.base import check_same, start_of
+from fedmerge_peft.engines.visits import Visits
+from fedmerge_peft.errors import ClientError, FederateError, WireError
 from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.seeds import derive
 from fedmerge_peft.sites.data import stand_in
 from fedmerge_peft.sites.roster import Roster, counts_of, told_by
 from fedmerge_peft.sites.settings import Federation
@@ -130,19 +131,11 @@ class RemoteEngine:
 
     def check_serves(self, recipe: Recipe) -> None:
         """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
-        ours = self.recipe.model_copy(update={"evaluation": self.recipe.evaluation.model_copy(update={"every": recipe.evaluation.every})})
-        parts = ("seed", "task", "backbone", "lora", "data", "training", "evaluation", "privacy")
-        if other := [part for part in parts if getattr(ours, part) != getattr(recipe, part)]:
-            raise RecipeError([f"{', '.join(other)}: the sites have opened the job for a recipe that says otherwise"])
+        check_same(self.recipe, recipe, "the sites have opened the job for a recipe that says otherwise", also=("privacy",))
 
     def start(self) -> Start:
         """What a strategy starts from."""
-        model, seed = self._model, self.recipe.seed
-
-        def fresh_row(number: int) -> Tensor:
-            return model.fresh_row(derive(seed, "adapter", number))
-
-        return Start(len(self.clients), model.layout, fresh_row, model.shared, derive(seed, "strategy"), model.scaling)
+        return start_of(self._model, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
         """Training examples of each label, clients × labels; zeros for those who have not told yet."""
@@ -153,11 +146,14 @@ class RemoteEngine:
 
     def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
         """Have each client's site carry out its plan; what does not come within the federation's deadline is a ``ClientError``."""
-        work: dict[int, Callable[[], bytes]] = {
-            index: partial(self._letter, round, self.clients[index].name, plan, served) for index, plan, served in visits
-        }
+        asked = Visits.of(visits)
+
+        def letter(index: int) -> bytes:
+            _, plan, served = asked.make(index)
+            return self._letter(round, self.clients[index].name, plan, served)
+
         columns, dtype = self._model.layout.size, self.federation.wire_dtype
-        for index, answer in self._ask(work):
+        for index, answer in self._ask({index: partial(letter, index) for index in asked.clients}):
             name = self.clients[index].name
             try:
                 message = _opened(answer, "reply")
@@ -167,11 +163,13 @@ class RemoteEngine:
 
     def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, at its site."""
-        work: dict[int, Callable[[], bytes]] = {
-            index: partial(self._letter, completed, self.clients[index].name, None, each) for index, each in served
-        }
+        asked = Visits.of(served)
+
+        def letter(index: int) -> bytes:
+            return self._letter(completed, self.clients[index].name, None, asked.make(index)[1])
+
         found: dict[int, dict[str, float] | ClientError] = {}
-        for index, answer in self._ask(work):
+        for index, answer in self._ask({index: partial(letter, index) for index in asked.clients}):
             try:
                 scores = _opened(answer, "scored").facts.get("scores")
                 if not isinstance(scores, dict):

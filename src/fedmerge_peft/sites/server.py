@@ -11,7 +11,7 @@ from typing import Literal
 
 from safetensors.torch import load_file
 
-from fedmerge_peft.errors import FederateError, FedMergeError
+from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.export import export_client
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.record import RoundRecord
@@ -134,6 +134,6 @@ def _outcome(
 ) -> Outcome:
     try:
         done, total = progress(kit)
-    except (FederateError, FedMergeError):
+    except FedMergeError:
         done = total = 0
     return Outcome(state, done, total, error, absent, adapters or {})

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nvflare.fuel.flare_api.api_spec import NoConnection
+from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, JobNotRunning, NoConnection, NoReply
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
@@ -195,9 +195,7 @@ def _ask(opened: Session, job: str, command: dict[str, Any]) -> dict[str, Any]:
     with _quiet():
         try:
             return dict(opened.do_app_command(job, TOPIC, command))
-        except NoConnection:
-            raise
-        except Exception as error:
+        except (InternalError, JobNotFound, JobNotRunning, NoReply) as error:
             log.debug("the job does not answer: %s", error)
             return {}
 

@@ -44,6 +44,8 @@ class Backbone:
         self.trainable = trainable
         """The model's trainable tensors, in the order of the layout."""
         self._pretrained: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self.as_pretrained = True
+        """Whether the frozen weights are the pretrained ones: ``set_base`` has added nothing."""
         row = torch.cat([parameter.detach().float().flatten() for parameter in trainable])
         self._initial = row.to("cpu", copy=True)
         self.flat = nn.Parameter(row)
@@ -102,6 +104,7 @@ class Backbone:
 
         Raises ``BackboneError`` for layers whose weights are quantized, or are another layer's too.
         """
+        self.as_pretrained = not base
         with torch.no_grad():
             for weight, pretrained in self._pretrained.values():
                 weight.copy_(pretrained)

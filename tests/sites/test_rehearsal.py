@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -93,8 +94,14 @@ class Field:
         self.until(lambda: self.rounds() >= wanted)
 
     def trainer(self, site):
-        """The process that trains at a site."""
-        return next(pid for pid in children_of(self.processes[site].process.pid) if "trainer_process" in command_of(pid))
+        """The process that trains at a site; None while there is none."""
+        return next((pid for pid in children_of(self.processes[site].process.pid) if "trainer_process" in command_of(pid)), None)
+
+    def at_some_moment(self):
+        """Wait for up to the time of two rounds: whatever is killed next, it is not always in the middle of the same thing."""
+        start, before = time.monotonic(), self.rounds()
+        self.until(lambda: self.rounds() > before)
+        time.sleep(random.uniform(0, 2 * min(time.monotonic() - start, 2)))
 
     def kill(self, name):
         """SIGKILL of the command alone: what it started has to end by itself."""
@@ -134,7 +141,10 @@ def children_of(parent):
 
 
 def command_of(pid):
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:  # it has ended
+        return ""
 
 
 @pytest.fixture
@@ -154,7 +164,7 @@ def field(tmp_path):
 
 
 def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(field, tmp_path):
-    """Three sites of two clients each: the third comes late, and a trainer, a site and the server are killed at some moment."""
+    """Three sites of two clients each: the third comes late, and a trainer, a site and the server are killed at a random moment."""
     recipe = Recipe.load("smoke", [*SMALL, "rounds=500", "evaluation.every=1000", "evaluation.finetuned=false"])
     there = field(recipe, 3, segment=400, deadline=8)
     there.start("server", "site-1", "site-2")
@@ -165,12 +175,14 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
     assert set(run.records[1]["clients"]) == {*north, *middle}
     assert all("takes no part" in run.records[1]["failures"][client] for client in late)
 
-    died = failed(run, north)
-    os.kill(there.trainer("site-1"), signal.SIGKILL)  # ---- a trainer dies, and is back within the same job
-    there.until(died)
-    there.until(lambda: set(north) <= set(run.records[-1]["clients"]))
+    there.at_some_moment()
+    os.kill(died := there.trainer("site-1"), signal.SIGKILL)  # ---- a trainer dies, and is back within the same job
+    there.until(lambda: there.trainer("site-1") not in (died, None))
+    before = len(run.records)  # nobody has failed if it was killed while the other site was waited for
+    there.until(lambda: any(set(north) <= set(record["clients"]) for record in run.records[before + 1 :]))
 
     hung = failed(run, middle, "did not answer within")
+    there.at_some_moment()
     os.kill(stopped := there.trainer("site-2"), signal.SIGSTOP)  # ---- a trainer hangs: it costs its site that round
     there.until(hung)
     os.kill(stopped, signal.SIGCONT)
@@ -179,11 +191,13 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
     there.start("site-3")  # ---- a site comes late
     there.until(lambda: set(late) <= set(run.records[-1]["clients"]))
     gone = failed(run, middle)
+    there.at_some_moment()
     there.kill("site-2")  # ---- a whole site dies, and is started again
     there.start("site-2")
     there.until(gone)
     there.until(lambda: set(middle) <= set(run.records[-1]["clients"]))
 
+    there.at_some_moment()
     before = len(run.records)
     there.kill("server")  # ---- the server dies, and is started again
     there.start("server")

@@ -22,6 +22,7 @@ from fedmerge_peft.backbone import Backbone, load_backbone
 from fedmerge_peft.clock import spent
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.engines.base import check_same, start_of
+from fedmerge_peft.engines.known import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError
 from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
@@ -63,6 +64,7 @@ class LocalEngine:
         self.backbone = backbone
         self.accelerator = accelerator
         self.cache = self._make_cache()
+        self.known = KnownScores()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LocalEngine:
@@ -96,6 +98,7 @@ class LocalEngine:
             return None
         lent = copy(self)
         lent.recipe = recipe
+        lent.known = KnownScores()
         vars(lent).pop("clients_per_batch", None)  # the batch size may be another
         return lent
 
@@ -225,13 +228,18 @@ class LocalEngine:
         return np.unique(np.concatenate([part for client in self.clients for part in (client.train, client.validation, client.test)]))
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
-        scores: dict[str, float] = {}
         with spent("evaluate"):
-            for part, indices in (("validation", client.validation), ("test", client.test)):
-                if len(indices):
-                    batch_size = self.recipe.evaluation.batch_size
-                    found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
-                    scores |= {f"{part}_{name}": value for name, value in found.items()}
+            if not self.backbone.as_pretrained:  # scores would be of these weights too
+                return self._evaluate(client, served)
+            return self.known.of(client.name, served, partial(self._evaluate, client, served))
+
+    def _evaluate(self, client: Client, served: Served) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        batch_size = self.recipe.evaluation.batch_size
+        for part, indices in (("validation", client.validation), ("test", client.test)):
+            if len(indices):
+                found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
+                scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores
 
 

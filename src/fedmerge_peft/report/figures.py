@@ -86,7 +86,7 @@ def _scores(run: Run) -> Iterator[Figure]:
     bounded = not served[0][1]["metric"].endswith(("perplexity", "loss", "correlation"))
     yield Figure(
         "scores",
-        f"{metric}, mean over clients, by round",
+        f"{metric[:1].upper()}{metric[1:]}, mean over clients, by round",
         Lines(series, x="rounds completed", y=metric, floor=0 if bounded else None, ceiling=1 if bounded else None),
         "The band holds the middle 80 % of the clients. “finetuned” is what a round of local training makes of what is served: "
         "the closer the two lines, the less a client needs it. "

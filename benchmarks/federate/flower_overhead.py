@@ -1,11 +1,15 @@
-"""The same rounds over Flower's deployment engine: arrays of this size down to two SuperNodes and back, no training, without TLS.
+"""The same rounds over Flower's deployment engine: arrays of this size down to two SuperNodes and back, no training.
 
 To be run with the Python of an environment that has flwr (its pins do not go together with ours); it needs nothing of ours.
 
-    /path/to/flwr-env/bin/python benchmarks/federate/flower_overhead.py --megabytes 1 100 --rounds 4
+    /path/to/flwr-env/bin/python benchmarks/federate/flower_overhead.py --megabytes 1 100 --rounds 4 [--tls]
+
+With ``--tls`` the server has a certificate that the others check; the SuperNodes have none, as Flower knows them by their keys.
 """
 
 import argparse
+import datetime
+import ipaddress
 import json
 import os
 import shutil
@@ -92,7 +96,27 @@ def ports(count):
     return numbers
 
 
-def measure(megabytes, rounds, patience):
+def certify(folder):
+    """A self-signed certificate for this machine, and its key: paths."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+    made = (
+        made.add_extension(address, False).add_extension(x509.BasicConstraints(ca=True, path_length=None), True).sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(made.public_bytes(pem))
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def measure(megabytes, rounds, patience, tls):
     """Seconds of each round after the first."""
     folder = Path(tempfile.mkdtemp(prefix="flower-"))
     app = folder / "app"
@@ -102,8 +126,11 @@ def measure(megabytes, rounds, patience):
     runtime, *nodes = ports(3)
     home = folder / "home"
     home.mkdir()
-    link = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{runtime}"\ninsecure = true\n'
-    (home / "config.toml").write_text(link)
+    certificate, key = certify(folder)
+    link = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{runtime}"\n'
+    (home / "config.toml").write_text(link + (f'root-certificates = "{certificate}"\n' if tls else "insecure = true\n"))
+    server = ["--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certfile", certificate] if tls else ["--insecure"]
+    node = ["--root-certificates", certificate, "--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certfile", certificate]
     environment = {
         **os.environ,
         "FLWR_HOME": str(home),
@@ -111,7 +138,6 @@ def measure(megabytes, rounds, patience):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     programs = Path(sys.executable).parent
-    server = ["--insecure", "--port", str(runtime)]
     processes = []
 
     def start(program, *arguments):
@@ -119,10 +145,10 @@ def measure(megabytes, rounds, patience):
             processes.append(subprocess.Popen([programs / program, *arguments], env=environment, stdout=log, stderr=log))
 
     try:
-        start("flower-superlink", *server)
+        start("flower-superlink", *server, "--port", str(runtime))
         time.sleep(8)
         for port in nodes:
-            start("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{runtime}", "--port", str(port))
+            start("flower-supernode", *(node if tls else ["--insecure"]), "--superlink", f"127.0.0.1:{runtime}", "--port", str(port))
         result = folder / "result.json"
         config = f"numbers={int(megabytes * 250_000)} rounds={rounds} result='{result}'"
         asked = subprocess.run(
@@ -153,11 +179,13 @@ def main():
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 100])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--patience", type=float, default=300)
+    parser.add_argument("--tls", action="store_true")
     asked = parser.parse_args()
-    print("| arrays | rounds | seconds a round, median | longest |\n|---|---:|---:|---:|")
+    print("| arrays | TLS | rounds | seconds a round, median | longest |\n|---|---|---:|---:|---:|")
     for megabytes in asked.megabytes:
-        taken = measure(megabytes, asked.rounds, asked.patience)
-        print(f"| {megabytes:g} MB | {len(taken)} | {statistics.median(taken):.2f} | {max(taken):.2f} |", flush=True)
+        taken = measure(megabytes, asked.rounds, asked.patience, asked.tls)
+        row = f"{megabytes:g} MB | {'the server' if asked.tls else 'none'} | {len(taken)}"
+        print(f"| {row} | {statistics.median(taken):.2f} | {max(taken):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.engines.base import check_same, start_of
 from fedmerge_peft.engines.known import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError
+from fedmerge_peft.finite import finite
 from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
@@ -168,7 +169,7 @@ class LocalEngine:
                 yield self._reply(visit, scores, work)
 
     def _reply(self, visit: _Visit, before: dict[str, float] | None, work: Work) -> Reply | ClientError:
-        if not bool(torch.isfinite(work.deltas).all()):
+        if not finite(work.deltas):
             cause = "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
             return ClientError(visit.client.name, visit.round, cause)
         finetuned = visit.served is not None and self.recipe.evaluation.finetuned

@@ -158,10 +158,10 @@ class Trainer:
         if isinstance(reply, ClientError):
             raise reply
         trained = reply.deltas
-        norm = norm_trained = float(torch.linalg.vector_norm(trained, dtype=torch.float64))
+        norm = norm_trained = float(torch.linalg.vector_norm(trained))
         if release is not None:
             reply = replace(reply, deltas=filtered(trained, plan, release))
-            norm = float(torch.linalg.vector_norm(reply.deltas, dtype=torch.float64))
+            norm = float(torch.linalg.vector_norm(reply.deltas))
         return reply_message(reply, work.client, layout, dtype), Departure("train", work.client, work.round, norm, norm_trained)
 
     def _score(self, engine: LocalEngine, index: int, work: Work) -> Message:

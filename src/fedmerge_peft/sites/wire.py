@@ -44,8 +44,13 @@ class Message:
     def to_bytes(self) -> bytes:
         """The message as it travels."""
         said = json.dumps({"protocol": PROTOCOL, "kind": self.kind, "facts": self.facts}, ensure_ascii=False)
-        # copies, as safetensors takes no two views of one memory
-        whole = {name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors.items()}
+        whole: dict[str, Tensor] = {}
+        held: set[int] = set()
+        for name, tensor in self.tensors.items():
+            value = tensor.detach().to("cpu").contiguous()
+            memory = value.untyped_storage().data_ptr()
+            whole[name] = value.clone() if memory in held else value  # safetensors takes no two views of one memory
+            held.add(memory)
         return save(whole, metadata={"fedmerge": said})
 
     @classmethod

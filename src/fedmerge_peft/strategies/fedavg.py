@@ -23,8 +23,8 @@ class FedAvg(Strategy):
     def __init__(self, recipe: recipes.Server, start: Start) -> None:
         self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
-        self.columns = torch.ones(start.layout.size, dtype=torch.bool)
-        """Which columns train and travel, ``(P,)``."""
+        self.columns: Tensor | slice = slice(None)
+        """Which columns train and travel: a mask ``(P,)``, or all of them."""
         self._weights = torch.ones(start.clients, 1)
 
     @property

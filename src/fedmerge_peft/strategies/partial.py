@@ -87,11 +87,11 @@ class FFALora(FedAvg):
 
     def __init__(self, recipe: recipes.FFALora, start: Start) -> None:
         super().__init__(recipe, start)
-        self.columns = ~columns_named(start.layout, RANDOM)
+        self.columns = self.trained = ~columns_named(start.layout, RANDOM)
 
     def plan(self, client: int) -> Plan:
-        return Train(self.adapter(client), phases=(self.columns,))
+        return Train(self.adapter(client), phases=(self.trained,))
 
     def traffic(self, client: int) -> tuple[int, int]:
-        travels = int(self.columns.sum())
+        travels = int(self.trained.sum())
         return travels, travels

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedmerge_peft.finite import finite
 from fedmerge_peft.state import described
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, Mixture, Plan
@@ -55,6 +56,6 @@ def _form(value: object, shape: tuple[int, ...]) -> str | None:
         return f"{str(value.layout).removeprefix('torch.')} on {value.device}, expected strided on the CPU"
     if value.dtype != torch.float32 or tuple(value.shape) != shape:
         return f"{described(value)}, expected float32 {shape}"
-    if not bool(torch.isfinite(value).all()):
+    if not finite(value):
         return "not finite"
     return None

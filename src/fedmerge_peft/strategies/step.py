@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedmerge_peft.finite import finite
+
 Rule = Literal["normalized", "gradient", "paper"]
 
 WEIGHTS_LR: dict[Rule, float] = {"normalized": 1.0, "gradient": 1.0, "paper": 0.01}
@@ -148,7 +150,7 @@ def _shares(soup: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor | Sequen
         )
     if not bool((n > 0).all()) or not bool(torch.isfinite(n).all()):
         raise ValueError("sizes must be positive and finite: a client without examples cannot take part")
-    if not bool(torch.isfinite(deltas).all()):
+    if not finite(deltas):
         raise ValueError(
             f"the deltas of clients {[int(i) for i in torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten()]} are not finite"
         )

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: quickstart test slow check docs dist notebooks clean
+.PHONY: quickstart test slow check docs dist notebooks outputs clean
 
 quickstart: $(INSTALLED)  ## install, then run the main job on the data and the model that come along
 	$(BIN)/fedmerge run quickstart
@@ -30,6 +30,9 @@ dist: $(INSTALLED_DEV)  ## sdist and wheel, after the wheel was tried in an empt
 
 notebooks: $(INSTALLED_DEV)  ## run the notebooks as they are
 	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
+
+outputs: $(INSTALLED_DEV)  ## run the notebooks, and keep what they show in them
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

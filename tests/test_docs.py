@@ -47,10 +47,8 @@ def pages(language):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to work in, with a newcomer's table."""
+    """A folder to work in."""
     monkeypatch.chdir(tmp_path)
-    tickets = (ROOT / "src" / "fedmerge_peft" / "data" / "embedded" / "support_tickets.csv").read_text(encoding="utf-8").splitlines(True)
-    (tmp_path / "newcomer.csv").write_text("".join(tickets[:30]), encoding="utf-8")
     return tmp_path
 
 
@@ -59,10 +57,16 @@ def test_commands_run_in_the_order_they_are_shown(page, here, capsys):
     """On a tiny model where something trains, else as they stand; ``make`` and ``pip`` are not for a test to run."""
     for line in "".join(blocks(page, "bash")).splitlines():
         command = shlex.split(line, comments=True)
+        if command[0] == "torchrun":  # of one rank here; tests/test_ranks.py starts several
+            command = ["fedmerge", *command[command.index("fedmerge_peft") + 1 :]]
         if command[:2] == ["fedmerge", "federate"]:
             parsed(command[2:])  # several processes, some of which wait for others: tests/sites starts them
         elif command[0] == "make":
             assert subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+        elif command[0] == "head":
+            subprocess.run(line.replace(" src/", f" {ROOT}/src/"), shell=True, check=True)
+        elif command[0] == "python":  # a program that measures for minutes
+            assert (ROOT / command[1]).is_file()
         elif command[0] == "fedmerge":
             with pytest.raises(SystemExit) as stopped:
                 main([*command[1:], *(TRAINING if command[1] in ("run", "sweep") else [])])
@@ -84,9 +88,23 @@ def test_recipes_are_parts_of_valid_recipes(page):
     for block in blocks(page, "yaml"):
         sections = yaml.safe_load(block)
         recipe = Recipe.load("smoke", [f"{key}={json.dumps(value)}" for key, value in sections.items()])
-        found = differences.flat(recipe)
-        written = {f"{key}.{name}": value for key, section in sections.items() for name, value in section.items()}
-        assert {key: found[key] for key in written if key in found} == {key: written[key] for key in written if key in found}
+        written = dict(leaves(sections))
+        assert {key: differences.flat(recipe).get(key) for key in written} == written
+
+
+def leaves(section, *above):
+    """What a part of a recipe sets, by dotted key."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *above, key)
+        else:
+            yield ".".join((*above, key)), value
+
+
+def test_every_block_says_what_it_is():
+    """One that says nothing would not be run."""
+    for page, text in PAGES.items():
+        assert all(language for language in re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]), page
 
 
 def test_every_page_is_in_the_navigation():

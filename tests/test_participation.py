@@ -12,7 +12,7 @@ from fedmerge_peft.training.plan import Mixture
 
 CLIENTS = 6
 SETTINGS = {
-    "fedmerge": "adapters: 2",
+    "fedmerge": "adapters: 2, start: independent",
     "ifca": "adapters: 2",
     "fesem": "adapters: 2",
     "flhc": "adapters: 2, warm_rounds: 1",

@@ -23,7 +23,7 @@ def test_the_loop_over_tensors_does_what_the_server_step_does(benchmark):
     layout = AdapterLayout.of([("one.lora_A.weight", (2, 3), "lora"), ("head.weight", (4,), "head")])
     rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     deltas = 0.1 * torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3), Start(5, layout, rows.__getitem__))
+    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), Start(5, layout, rows.__getitem__))
     soup, uniform = [layout.state_dict(row) for row in rows], torch.full((5, 3), 1 / 3)
     found = benchmark("server").by_tensor(soup, uniform, [layout.state_dict(delta) for delta in deltas])
     strategy.update([Reply(client, deltas[client][None], 10, 1.0, 0.0) for client in range(5)])

@@ -1,7 +1,9 @@
 """Trackers get each round's numbers, and never cost a run."""
 
 import logging
+import sys
 from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +41,9 @@ def tracked(monkeypatch, smoke, smoke_engine, tmp_path):
             if Listing.fails:
                 raise ConnectionError("no route")
             told.append((step, values))
+
+        def log_images(self, values, **_):
+            pass
 
         def finish(self):
             told.append(("finish",))
@@ -163,6 +168,29 @@ def test_other_trackers_get_the_heat_map_in_their_form(name):
     assert step == 4
     image = images if name in ("aim", "clearml") else images[0]
     assert (image.ndim, image.shape[2], image.dtype) == (3, 3, "uint8")
+
+
+def test_trackers_that_accelerate_gives_numbers_alone_are_asked_themselves(monkeypatch):
+    """As trackio 0.43, comet_ml 3.58 and dvclive 3.49 take images: their own calls, on what accelerate calls ``tracker``."""
+    shown = []
+
+    class Own:
+        def __init__(self, name):
+            self.name, self.tracker = name, self
+
+        def log(self, values, step):
+            shown.append((self.name, values["merging_weights"].pixels, step))
+
+        def log_image(self, *given, **named):
+            shown.append((self.name, *given, named))
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: SimpleNamespace(pixels=pixels)))
+    module.Tracking(map(Own, ("trackio", "comet_ml", "dvclive"))).weights(torch.eye(3), ["a", "b", "c"], 4)
+    (trackio, comet, live) = shown
+    assert (trackio[0], trackio[2]) == ("trackio", 4)
+    assert (comet[0], comet[2]) == ("comet_ml", {"name": "merging_weights", "step": 4})
+    assert live[:2] == ("dvclive", "merging_weights/round-00004.png")
+    assert [(image.ndim, image.shape[2], image.dtype) for image in (trackio[1], comet[1], live[2])] == [(3, 3, "uint8")] * 3
 
 
 def test_the_recipe_knows_just_the_trackers_that_there_are():

@@ -99,7 +99,8 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
     layout = AdapterLayout.of([("layer.lora_A.weight", (100, size // 100), "lora")])
     generator = torch.Generator().manual_seed(0)
     strategy = make_strategy(
-        FedMerge(name="fedmerge", adapters=adapters), Start(ASKED, layout, lambda _: torch.randn(size, generator=generator))
+        FedMerge(name="fedmerge", adapters=adapters, start="independent"),
+        Start(ASKED, layout, lambda _: torch.randn(size, generator=generator)),
     )
     times = []
     for _ in range(ROUNDS):

@@ -22,7 +22,7 @@ def rows() -> Iterator[Row]:
     layout = AdapterLayout.of([(f"layer{number}.lora_A.weight", (8, WIDTH // 8), "lora") for number in range(TENSORS)])
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(ADAPTERS, layout.size, generator=generator)
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=ADAPTERS), Start(CLIENTS, layout, drawn.__getitem__))
+    strategy = make_strategy(FedMerge(name="fedmerge", adapters=ADAPTERS, start="independent"), Start(CLIENTS, layout, drawn.__getitem__))
     block = 0.01 * torch.randn(50, layout.size, generator=generator)
     deltas = torch.cat([block] * (CLIENTS // 50))
     replies = [Reply(client, deltas[client : client + 1], 10, 1.0, 0.0) for client in range(CLIENTS)]

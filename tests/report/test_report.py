@@ -74,7 +74,7 @@ def test_the_page_loads_nothing_and_runs_nothing(run):
 def test_a_finished_run_has_all_its_figures(run):
     titles = [figure.title for figure in figures(run)]
     for word in (
-        "test accuracy",
+        "Test accuracy",
         "who is made of",
         "as they moved",
         "Labels",

@@ -165,8 +165,8 @@ def field(tmp_path):
 
 def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(field, tmp_path):
     """Three sites of two clients each: the third comes late, and a trainer, a site and the server are killed at a random moment."""
-    recipe = Recipe.load("smoke", [*SMALL, "rounds=500", "evaluation.every=1000", "evaluation.finetuned=false"])
-    there = field(recipe, 3, segment=400, deadline=8)
+    recipe = Recipe.load("smoke", [*SMALL, "rounds=2000", "evaluation.every=4000", "evaluation.finetuned=false"])
+    there = field(recipe, 3, segment=1500, deadline=8)
     there.start("server", "site-1", "site-2")
     there.run("--wait", 5, "--least", 2, "--patience", 120)
     there.until(lambda: there.rounds() >= 2)
@@ -190,9 +190,9 @@ def test_kills_late_comers_and_missed_deadlines_cost_no_round_that_was_done(fiel
 
     there.start("site-3")  # ---- a site comes late
     there.until(lambda: set(late) <= set(run.records[-1]["clients"]))
-    gone = failed(run, middle)
     there.at_some_moment()
     there.kill("site-2")  # ---- a whole site dies, and is started again
+    gone = failed(run, middle)
     there.start("site-2")
     there.until(gone)
     there.until(lambda: set(middle) <= set(run.records[-1]["clients"]))

@@ -13,7 +13,7 @@ from fedmerge_peft.sites.server import conduct
 from fedmerge_peft.sites.settings import SITE, SiteLimits, SiteSettings, check_names, refusal
 from fedmerge_peft.sites.trainer import Trainer, stricter
 from fedmerge_peft.sites.wire import Message
-from fedmerge_peft.training.plan import Release
+from fedmerge_peft.training.plan import Choose, Release, Train
 
 
 def go(kit, transport, stop=lambda: None):
@@ -257,6 +257,18 @@ def test_work_for_another_sites_client_is_refused(smoke, federation_of, loop):
     answer = Message.from_bytes(trainers["site-2"].answer(work))
     assert (answer.kind, answer.facts["refused"]) == ("error", True)
     assert "who is not at this site" in answer.facts["error"]
+
+
+def test_a_server_cannot_have_less_privacy_than_the_recipe_in_the_kit_says(smoke, federation_of):
+    _kit, trainers = federation_of(smoke("privacy={mode: local, clip: 0.1, noise: 1}"), 2, settings={"site-1": {"privacy": {"noise": 0.5}}})
+    row = torch.zeros(3)
+    for weaker in (Release(1e9, 0.0), Release(0.1, 0.1)):
+        assert trainers["site-1"]._release(Train(row, release=weaker)) == Release(0.1, 0.5)
+        assert trainers["site-2"]._release(Train(row, release=weaker)) == Release(0.1, 0.2)
+    assert trainers["site-2"]._release(Train(row, release=Release(0.05, 3.0))) == Release(0.05, 3.0)
+    for plan in (Train(row), Choose(row[None])):
+        with pytest.raises(RefusedError, match="the server asks for updates without it"):
+            trainers["site-2"]._release(plan)
 
 
 def test_a_trainer_wants_data(smoke, federation_of):

@@ -18,7 +18,7 @@ def row(seed=0, *shape):
     return torch.randn(*(shape or (P,)), generator=torch.Generator().manual_seed(seed))
 
 
-TRAIN = Train(row(), (None, torch.tensor([True, False, True, True, False])), 0.5, row(1), torch.tensor([0.25, 0.75]), Release(1.5, 0.1))
+TRAIN = Train(row(), (None, torch.tensor([True, False, True, True, False])), 0.5, row(1), None, Release(1.5, 0.1))
 MIXTURE = Mixture(row(3, 2, P), torch.tensor([0.3, 0.7]))
 PLANS = {
     "train": TRAIN,
@@ -50,6 +50,12 @@ def test_every_plan_and_everything_served_arrives_bit_by_bit(plan, served):
     assert parts(work.plan) == parts(plan)
     assert parts(work.served) == parts(served)
     assert work.base["layer.0"].tolist() == row(8, 2, 3).tolist()
+
+
+def test_no_server_singles_an_example_out():
+    """Weights of examples are a client's own business (FedEM's); in a message they are not read."""
+    plan = Train(row(), example_weights=torch.tensor([1.0, 0.0]))
+    assert read_work(sent(plan, None), LAYOUT, P, "float32").plan.example_weights is None
 
 
 def test_what_is_trained_and_scored_alike_travels_once():

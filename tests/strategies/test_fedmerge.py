@@ -17,7 +17,7 @@ def start(clients=4):
 
 
 def fedmerge(clients=4, **fields):
-    return make_strategy(FedMerge(name="fedmerge", **{"adapters": 3, **fields}), start(clients))
+    return make_strategy(FedMerge(name="fedmerge", **{"adapters": 3, "start": "independent", **fields}), start(clients))
 
 
 def replies(clients, seed=0):

@@ -209,7 +209,7 @@ def test_local_training_shares_nothing_and_gets_no_noise(smoke, smoke_engine):
     assert records[-1].epsilon is None
 
 
-@pytest.mark.parametrize("strategy", ["ffa_lora", "fedmerge"])
+@pytest.mark.parametrize("strategy", ["ffa_lora", "{name: fedmerge, start: independent}"])
 @pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
 def test_noise_is_on_all_that_travels_and_on_nothing_else(formulas, strategy, mode):
     found = formulas(3).federation(f"strategy={strategy}", mode)

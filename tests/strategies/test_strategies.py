@@ -22,7 +22,7 @@ def replies(clients, seed=0, sizes=None):
 
 
 def test_every_client_is_served_with_its_weights_times_the_soup():
-    for recipe in (FedMerge(name="fedmerge", adapters=3), FedAvg(name="fedavg"), Local(name="local")):
+    for recipe in (FedMerge(name="fedmerge", adapters=3, start="independent"), FedAvg(name="fedavg"), Local(name="local")):
         strategy = make_strategy(recipe, start())
         strategy.update(replies(range(4)))
         torch.testing.assert_close(strategy.weights.sum(1), torch.ones(4))
@@ -70,19 +70,19 @@ def test_identical_starts_equal_fedavg_for_ever(rule):
 
 
 def test_independent_starts_differ():
-    soup = make_strategy(FedMerge(name="fedmerge", adapters=3), start()).soup.rows
+    soup = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start()).soup.rows
     assert not torch.allclose(soup[0], soup[1])
 
 
 def test_clients_that_did_not_reply_keep_their_weights():
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3), start())
+    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start())
     strategy.update(replies([0, 2]))
     moved = (strategy.weights - 1 / 3).abs().amax(1) > 1e-6
     assert moved.tolist() == [True, False, True, False]
 
 
 def test_replies_count_the_same_in_any_order():
-    forwards, backwards = (make_strategy(FedMerge(name="fedmerge", adapters=3), start()) for _ in range(2))
+    forwards, backwards = (make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start()) for _ in range(2))
     answers = replies(range(4))
     forwards.update(answers)
     backwards.update(reversed(answers))
@@ -91,11 +91,11 @@ def test_replies_count_the_same_in_any_order():
 
 
 def test_the_heads_columns_alone_may_decide_the_weights():
-    whole = make_strategy(FedMerge(name="fedmerge", adapters=3), start())
-    head = make_strategy(FedMerge(name="fedmerge", adapters=3, weights_columns="head"), start())
+    whole = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start())
+    head = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start())
     answers = replies(range(4))
     changed = [Reply(r.client, r.deltas * torch.tensor([5.0] * 6 + [1.0] * 6), r.size, 1.0, 0.0) for r in answers]
-    again = make_strategy(FedMerge(name="fedmerge", adapters=3, weights_columns="head"), start())
+    again = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start())
     whole.update(answers)
     head.update(answers)
     again.update(changed)
@@ -104,9 +104,9 @@ def test_the_heads_columns_alone_may_decide_the_weights():
 
 
 def test_the_paper_rule_looks_at_the_head_where_there_is_one():
-    paper = make_strategy(FedMerge(name="fedmerge", adapters=3, rule="paper"), start())
-    explicit = make_strategy(FedMerge(name="fedmerge", adapters=3, rule="paper", weights_columns="head"), start())
-    everything = make_strategy(FedMerge(name="fedmerge", adapters=3, rule="paper", weights_columns="all"), start())
+    paper = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper"), start())
+    explicit = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="head"), start())
+    everything = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="all"), start())
     for strategy in (paper, explicit, everything):
         strategy.update(replies(range(4)))
     assert torch.equal(paper.weights, explicit.weights)

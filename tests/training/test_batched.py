@@ -132,6 +132,7 @@ def test_trained_together_they_are_as_trained_alone(make_bench, case):
     jobs = bench.jobs()
     for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
         assert distance(together.row, alone.row, job.train.row) < (1e-4 if "sgd" in str(CASES[case]) else 2e-3)
+        assert (together.row - alone.row).norm() <= 1e-5 * alone.row.norm()
         assert together.loss == pytest.approx(alone.loss, rel=1e-4)
         assert together.steps == alone.steps
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import Overrides, RecipeSource, app
+from fedmerge_peft.cli.app import Overrides, RecipeSource, app, shipped_names
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe import Recipe
@@ -31,7 +31,7 @@ def ls() -> None:
 
 @app.command()
 def cp(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe; see fedmerge ls.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe; see fedmerge ls.", autocompletion=shipped_names)],
     dest: Annotated[
         Path | None, typer.Argument(metavar="DEST", help="Where to write it: a file or a folder. Default: NAME.yaml, here.")
     ] = None,

@@ -24,7 +24,6 @@ from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.engines.base import check_same, start_of
 from fedmerge_peft.engines.known import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError
-from fedmerge_peft.finite import finite
 from fedmerge_peft.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.seeds import derive
@@ -38,6 +37,7 @@ from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import Indices, Trained, train
 from fedmerge_peft.training.work import Fit, Requests, Work, carry_out_together, requests
+from fedmerge_peft.vectors import finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

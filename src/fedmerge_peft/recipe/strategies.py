@@ -56,10 +56,10 @@ class FedMerge(Server):
     """The merging weights are softmax(W / temperature): below 1 is sharper."""
     balance_rounds: NonNegativeInt = 0
     """Rounds over which the adapters are held in equal use, less and less (Sinkhorn), so that none is left over early."""
-    start: Literal["independent", "noise", "warm", "identical"] = "independent"
-    """independent: each adapter from its own random numbers, as the paper does. noise: all from the same, plus noise on all of their
-    numbers. warm: all from the same, a few rounds of FedAvg, then clients are grouped by the direction of their updates and each group
-    gets an adapter. identical: all from the same, for good; such adapters never specialise (a check, not a method)."""
+    start: Literal["independent", "noise", "warm", "identical"] = "warm"
+    """warm: all from the same, a few rounds of FedAvg, then clients are grouped by the direction of their updates and each group gets an
+    adapter. independent: each adapter from its own random numbers, as the paper does; central privacy needs it. noise: all from the same,
+    plus noise on all of their numbers. identical: all from the same, for good; such adapters never specialise (a check, not a method)."""
     start_noise: PositiveFloat = 0.02
     """Standard deviation of the noise, with `start: noise`."""
     warm_rounds: PositiveInt = 2

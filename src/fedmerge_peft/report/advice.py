@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def _best_is_earlier(run: Run) -> Iterator[Advice]:
     if (run.path / "best" / "scores.json").is_file() and run.records and run.round(best=True) < len(run.records):
         yield Advice(
             f"the validation loss was lowest after round {run.round(best=True)} of {len(run.records)}",
-            f"fedmerge export {run.path} --all --best, or fewer rounds",
+            f"fedmerge export {shlex.quote(str(run.path))} --all --best, or fewer rounds",
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedmerge_peft.engines.known import KnownScores
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import ClientError, FedMergeError, RefusedError, WireError
 from fedmerge_peft.export import folder_name
@@ -23,8 +24,10 @@ from fedmerge_peft.sites.data import check_data, numbered, read_data, tell
 from fedmerge_peft.sites.departures import Departure, record
 from fedmerge_peft.sites.settings import RECIPE, SITE, Federation, SitePrivacy, SiteSettings, refusal, refused_modules
 from fedmerge_peft.sites.wire import Message, Work, layout_digest, read_work, reply_message
+from fedmerge_peft.strategies.privacy import release as agreed_release
 from fedmerge_peft.training.plan import InTurn, Plan, Release, Train
 from fedmerge_peft.training.work import released
+from fedmerge_peft.vectors import lengths
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +129,7 @@ class Trainer:
         if {name: value.shape for name, value in shared.items()} != {name: value.shape for name, value in engine.backbone.shared.items()}:
             raise WireError("the tensors that all adapters share are not those of this layout")
         engine.backbone.load_shared(shared)
+        engine.known = KnownScores()  # what is known was scored with what was shared before
         return Message("opened", {"layout": ours, "size": engine.backbone.layout.size, "counts": engine.label_counts()})
 
     @property
@@ -158,10 +162,10 @@ class Trainer:
         if isinstance(reply, ClientError):
             raise reply
         trained = reply.deltas
-        norm = norm_trained = float(torch.linalg.vector_norm(trained))
+        norm = norm_trained = float(lengths(trained.reshape(1, -1)))
         if release is not None:
             reply = replace(reply, deltas=filtered(trained, plan, release))
-            norm = float(torch.linalg.vector_norm(reply.deltas))
+            norm = float(lengths(reply.deltas.reshape(1, -1)))
         return reply_message(reply, work.client, layout, dtype), Departure("train", work.client, work.round, norm, norm_trained)
 
     def _score(self, engine: LocalEngine, index: int, work: Work) -> Message:
@@ -173,13 +177,13 @@ class Trainer:
         return Message("scored", {"client": work.client, "scores": scores})
 
     def _release(self, plan: Plan) -> Release | None:
-        """What is done to an update before it leaves: the stricter of what the plan and what the site say."""
-        own, asked = self.settings.privacy, plan.release if isinstance(plan, Train) else None
-        if asked is None and self.agreed.privacy.mode != "none" and self.agreed.strategy.name != "local":
+        """What is done to an update before it leaves: the strictest of what the plan, the recipe in the kit and the site say."""
+        asked = plan.release if isinstance(plan, Train) else None
+        if asked is None and self.agreed.privacy.mode != "none":
             raise RefusedError(
                 f"privacy.mode: the recipe in the kit says {self.agreed.privacy.mode}, and the server asks for updates without it"
             )
-        return stricter(own, asked)
+        return stricter(self.settings.privacy, asked, agreed_release(self.agreed.privacy))
 
     # ---- the end -----------------------------------------------------------------------------------
 
@@ -208,10 +212,11 @@ class Trainer:
         return {**config, "base_model_name_or_path": backbone.model, "revision": backbone.revision, "inference_mode": True}
 
 
-def stricter(own: SitePrivacy, asked: Release | None) -> Release | None:
-    """The shorter clip and the larger noise of what a site and what a plan want; None where neither wants anything."""
-    clips = [clip for clip in (own.clip, asked.clip if asked is not None else None) if clip is not None]
-    noise = max(own.noise, asked.noise if asked is not None else 0.0)
+def stricter(own: SitePrivacy, *others: Release | None) -> Release | None:
+    """The shortest clip and the largest noise of what a site and others want; None where nobody wants anything."""
+    wanted = [each for each in others if each is not None]
+    clips = [clip for clip in (own.clip, *(each.clip for each in wanted)) if clip is not None]
+    noise = max([own.noise, *(each.noise for each in wanted)])
     return Release(min(clips, default=float("inf")), noise) if clips or noise else None
 
 

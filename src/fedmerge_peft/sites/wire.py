@@ -153,7 +153,6 @@ def _train(job: Train, luggage: _Luggage) -> dict[str, Any]:
         "phases": [None if columns is None else luggage.mask(columns) for columns in job.phases],
         "proximal": job.proximal,
         "anchor": None if job.anchor is None else luggage.numbers(job.anchor),
-        "example_weights": None if job.example_weights is None else luggage.exact(job.example_weights),
         "release": None if job.release is None else {"clip": job.release.clip, "noise": job.release.noise},
     }
 
@@ -334,8 +333,7 @@ class _Reader:
             tuple(None if name is None else self.mask(name) for name in phases),
             None if said["proximal"] is None else float(said["proximal"]),
             None if said["anchor"] is None else self.numbers(said["anchor"], 1),
-            None if said["example_weights"] is None else self.exact(said["example_weights"], 1),
-            None if release is None else Release(float(release["clip"]), float(release["noise"])),
+            release=None if release is None else Release(float(release["clip"]), float(release["noise"])),
         )
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from fedmerge_peft.recipe.defence import DefenceRecipe
 from fedmerge_peft.strategies.grouping import cosines
 from fedmerge_peft.strategies.step import soup_shares
+from fedmerge_peft.vectors import lengths
 
 _REMEMBERED = 5
 """Rounds that the running median of the norms is over."""
@@ -54,9 +55,9 @@ class Aggregator:
 
     def clip(self, deltas: Tensor) -> Tensor:
         """A round's updates ``(k, P)``, none longer than C; to be called once a round."""
-        lengths = deltas.norm(dim=1)
-        self.norms.append(float(lengths.median()))
-        self.lengths = lengths.clamp_max(self.bound)
+        found = lengths(deltas)
+        self.norms.append(float(found.median()))
+        self.lengths = found.clamp_max(self.bound)
         return clipped(deltas, self.bound)
 
     @property
@@ -99,14 +100,9 @@ def clipped(deltas: Tensor, bound: float) -> Tensor:
     """δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``; what is short enough stays, bit for bit."""
     if math.isinf(bound):
         return deltas
-    lengths = _lengths(deltas)[:, None]
-    shorter = (deltas * (bound / lengths.clamp_min(torch.finfo(torch.float64).tiny))).to(deltas)
-    return torch.where(lengths > bound, shorter, deltas)
-
-
-def _lengths(deltas: Tensor) -> Tensor:
-    """‖δ_i‖₂, ``(k,)`` float64; row by row, to bound memory."""
-    return torch.tensor([float(delta.double().norm()) for delta in deltas], dtype=torch.float64)
+    exact = torch.tensor([float(delta.double().norm()) for delta in deltas], dtype=torch.float64)[:, None]  # row by row, to bound memory
+    shorter = (deltas * (bound / exact.clamp_min(torch.finfo(torch.float64).tiny))).to(deltas)
+    return torch.where(exact > bound, shorter, deltas)
 
 
 def trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:

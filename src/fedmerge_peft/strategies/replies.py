@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from fedmerge_peft.finite import finite
 from fedmerge_peft.state import described
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, Mixture, Plan
+from fedmerge_peft.vectors import finite
 
 
 def fault(reply: Reply, plan: Plan, round: int, size: int, timeout: float | None = None) -> str | None:

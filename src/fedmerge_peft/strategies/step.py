@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmerge_peft.finite import finite
+from fedmerge_peft.vectors import finite
 
 Rule = Literal["normalized", "gradient", "paper"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, JobNotRunning, NoConnection, NoReply
+from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, JobNotRunning, NoConnection, NoReply, SessionClosed
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
@@ -98,7 +98,7 @@ def run(
             if time.monotonic() - seen > patience:
                 raise
             time.sleep(_POLL)
-        except NoConnection as error:
+        except (NoConnection, SessionClosed) as error:
             tell(f"the server does not answer ({_said(error)}); waiting for it")
             seen = time.monotonic()
 

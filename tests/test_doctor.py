@@ -29,6 +29,12 @@ def test_versions_devices_extras_hub_and_disk_are_looked_at(said):
     assert importlib.metadata.version("torch") in lines["torch"]
 
 
+def test_every_extra_for_users_is_looked_at():
+    extras = {each.what.removeprefix("extra ") for each in doctor.findings() if each.what.startswith("extra ")}
+    known = set(importlib.metadata.metadata("fedmerge-peft").get_all("Provides-Extra"))
+    assert extras == known - {"dev", "docs", "tensorboard"}  # the last is among the trackers
+
+
 def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch):
     class Silent:
         def head(self, *_, **__):

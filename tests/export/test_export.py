@@ -64,6 +64,15 @@ def test_all_clients_have_a_folder_each(finished, tmp_path):
         torch.testing.assert_close(loaded(folder / client / "README.md")(**made.inputs).logits.detach(), made.logits(client))
 
 
+def test_a_folder_of_all_clients_is_as_vllms_filesystem_resolver_looks_it_up(finished, tmp_path):
+    """<cache directory>/<name in the request>/adapter_config.json, of type LORA and for the very model that is served."""
+    run = finished("causal-lm").run
+    folder = export_all(run, tmp_path / "everyone", base_model_id="acme/base")
+    for client in run.client_names:
+        config = json.loads((folder / client / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "acme/base")
+
+
 def test_a_soups_weights_are_every_clients(finished, tmp_path):
     run = finished("causal-lm").run
     folder = export_soup(run, tmp_path / "soup")

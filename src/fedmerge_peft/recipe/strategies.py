@@ -62,7 +62,7 @@ class FedMerge(Server):
     plus noise on all of their numbers. identical: all from the same, for good; such adapters never specialise (a check, not a method)."""
     start_noise: PositiveFloat = 0.02
     """Standard deviation of the noise, with `start: noise`."""
-    warm_rounds: PositiveInt = 2
+    warm_rounds: PositiveInt = 3
     """Rounds before the grouping, with `start: warm`."""
     groups: PositiveInt | None = None
     """How many groups the clients are put into, with `start: warm`. Default: told from the updates, at most as many as adapters."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -75,6 +76,14 @@ def report(name: str, run: Run, fresh: bool) -> None:
     print(f"{name:28} {final['metric']} {final['mean']:.3f}  worst {final['worst']:.3f}{'' if fresh else '  (there already)'}", flush=True)
 
 
+def by_variant(comparison: Comparison, runs: Mapping[str, Run]) -> Comparison:
+    """With the variants' own names as methods, which say less than all the keys in which they differ."""
+    variant = {str(run.path): name.rpartition("-seed")[0] for name, run in runs.items()}
+    names = {row.method: variant[str(row.path)] for row in comparison.runs.itertuples()}
+    frames = {part: getattr(comparison, part).replace({"method": names}) for part in ("runs", "curves", "methods")}
+    return replace(comparison, **frames)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting")
@@ -110,6 +119,8 @@ def main() -> None:
     runs = sweep(finals, out / "final", on_run=report)
 
     comparison = Comparison.of(runs.values())
+    if not setting.names_strategies:
+        comparison = by_variant(comparison, runs)
     left_out = ", ".join(method for method in setting.candidates if method not in methods)
     missing = f"Not run yet: {left_out}. " if left_out else ""
     chosen = "\n".join(f"| {method} | {' '.join(setting.candidates[method][best[method]]) or 'defaults'} |" for method in methods)

@@ -65,7 +65,7 @@ def finished(tiny_models, tmp_path_factory):
                 f"name: mine\ntask: {task}\nrounds: 2\nbackbone: {{model: {tiny_models / model}}}\n"
                 f"lora: {{r: 2, target_modules: {targets}}}\n"
                 f"data: {{path: {folder / 'data'}, test_fraction: 0.25, partition: {{scheme: natural, by: by}}}}\n"
-                "strategy: {name: fedmerge, adapters: 3}\ntraining: {learning_rate: 0.01, device: cpu}\n"
+                "strategy: {name: fedmerge, adapters: 3, start: independent}\ntraining: {learning_rate: 0.01, device: cpu}\n"
             )
             recipe = Recipe.load(folder / "mine.yaml")
             engine = LocalEngine.from_recipe(recipe)

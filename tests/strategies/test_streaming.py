@@ -14,9 +14,9 @@ SIZES = [10, 30, 20, 5, 15, 25, 10]
 SETTINGS = [
     ("fedavg", {}),
     ("ifca", {"adapters": 3}),
-    *[("fedmerge", {"adapters": 3, "rule": rule}) for rule in ("normalized", "paper", "gradient", "adam")],
+    *[("fedmerge", {"adapters": 3, "start": "independent", "rule": rule}) for rule in ("normalized", "paper", "gradient", "adam")],
     ("fedmerge", {"adapters": 3, "start": "warm", "warm_rounds": 2}),
-    ("fedmerge", {"adapters": 3, "reseed_after": 1}),
+    ("fedmerge", {"adapters": 3, "start": "independent", "reseed_after": 1}),
     ("flhc", {"adapters": 2, "warm_rounds": 2}),
     ("ditto", {}),
 ]

@@ -21,7 +21,7 @@ def engine_of(recipe):
 
 
 STRATEGIES = {
-    "fedmerge": "adapters: 3",
+    "fedmerge": "adapters: 3, start: independent",
     "fedem": "adapters: 2",
     "ditto": "regularization: 0.5",
     "ifca": "adapters: 3",

@@ -58,7 +58,7 @@ class Aggregator:
         found = lengths(deltas)
         self.norms.append(float(found.median()))
         self.lengths = found.clamp_max(self.bound)
-        return clipped(deltas, self.bound)
+        return clipped(deltas, self.bound, found)
 
     @property
     def bound(self) -> float:
@@ -96,13 +96,13 @@ class Aggregator:
         return totals[:, None].to(deltas) * found
 
 
-def clipped(deltas: Tensor, bound: float) -> Tensor:
-    """δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``; what is short enough stays, bit for bit."""
+def clipped(deltas: Tensor, bound: float, known: Tensor | None = None) -> Tensor:
+    """δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``; what is short enough stays, bit for bit. ``known``: ‖δ_i‖₂, where they are."""
     if math.isinf(bound):
         return deltas
-    exact = torch.tensor([float(delta.double().norm()) for delta in deltas], dtype=torch.float64)[:, None]  # row by row, to bound memory
-    shorter = (deltas * (bound / exact.clamp_min(torch.finfo(torch.float64).tiny))).to(deltas)
-    return torch.where(exact > bound, shorter, deltas)
+    found = (lengths(deltas) if known is None else known)[:, None]
+    shorter = (deltas * (bound / found.clamp_min(torch.finfo(torch.float64).tiny))).to(deltas)
+    return torch.where(found > bound, shorter, deltas)
 
 
 def trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:

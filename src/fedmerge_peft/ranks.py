@@ -7,6 +7,7 @@ is told to the others, so that all raise and none waits. In a process of its own
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -113,6 +114,11 @@ def leave() -> None:
         from accelerate.state import PartialState
 
         PartialState().destroy_process_group()
+
+
+def let_speak(seconds: float = 5.0) -> None:
+    """Wait, before this rank ends for a fault that another says: a launcher ends all ranks as soon as the first has ended."""
+    time.sleep(seconds)  # SIGTERM, the launcher's way, ends it
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.ranks import number
+from fedmerge_peft.ranks import let_speak, number
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":
             raise
         if error.rank == number():
-            print(_harmless("\n".join([str(error), *getattr(error, "__notes__", [])])), file=sys.stderr)
+            print(_harmless("\n".join([str(error), *getattr(error, "__notes__", [])])), file=sys.stderr, flush=True)
+        else:
+            let_speak()
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,7 +1,7 @@
 """Between a site's job process and its trainer: bytes over a local socket that only this user can open.
 
-A request is its kind, a line feed, and a message; the answer is one byte and a message. A connection carries one request, so that a job
-that gives up closes it and nobody takes an old answer for a new one. Nothing here imports torch or nvflare.
+A request is its kind, then a message; the answer is one byte, then a message unless the byte says that there is none. A connection carries
+one request, so that a job that gives up closes it and nobody takes an old answer for a new one. Nothing here imports torch or nvflare.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def serve(trainer: Answers, address: str) -> None:
         while True:
             with listener.accept() as connection:
                 try:
-                    kind, _, content = connection.recv_bytes().partition(b"\n")
+                    kind, content = connection.recv_bytes(), connection.recv_bytes()
                     if kind not in (b"enrol", b"open") and not trainer.opened:
                         connection.send_bytes(_CLOSED)
                         continue
-                    connection.send_bytes(_DONE + trainer.answer(content))
+                    answer = trainer.answer(content)
+                    connection.send_bytes(_DONE)
+                    connection.send_bytes(answer)
                 except (EOFError, OSError) as error:  # the job has gone, or waits no longer
                     log.warning("an answer was not waited for (%s)", type(error).__name__)
 
@@ -68,21 +70,23 @@ class Link:
         if kind == "open":
             self._opening = content
         answer = self._once(kind, content, given_up)
-        if answer[:1] == _CLOSED and self._opening is not None:
+        if answer is None and self._opening is not None:
             self._once("open", self._opening, given_up)
             answer = self._once(kind, content, given_up)
-        if answer[:1] != _DONE:
+        if answer is None:
             raise FederateError("the trainer could not be opened for this job")
-        return answer[1:]
+        return answer
 
-    def _once(self, kind: str, content: bytes, given_up: Callable[[], bool]) -> bytes:
+    def _once(self, kind: str, content: bytes, given_up: Callable[[], bool]) -> bytes | None:
+        """The answer; None of a trainer that has not been opened."""
         with self._connect(given_up) as connection:
             try:
-                connection.send_bytes(kind.encode() + b"\n" + content)
+                connection.send_bytes(kind.encode())
+                connection.send_bytes(content)
                 while not connection.poll(_WAIT):
                     if given_up():
                         raise FederateError("the job waits no longer")
-                return connection.recv_bytes()
+                return connection.recv_bytes() if connection.recv_bytes() == _DONE else None
             except (EOFError, OSError) as error:
                 raise FederateError("the site's trainer died while it worked; it is being started again") from error
 

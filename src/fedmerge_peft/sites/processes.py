@@ -25,12 +25,8 @@ SETTINGS = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
 SHUTDOWN = "shutdown.fl"
 """FLARE leaves this file in a kit that the operator has shut down."""
-_MB = 2**20
 _FLARE = {
     "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",  # seconds until a site that has gone is given up
-    "NVFLARE_STREAMING_CHUNK_SIZE": str(8 * _MB),  # its own is 1 MB, which is slower for adapters of 100 MB
-    "NVFLARE_STREAMING_WINDOW_SIZE": str(128 * _MB),
-    "NVFLARE_STREAMING_ACK_INTERVAL": str(32 * _MB),
 }
 """Settings of FLARE's, as environment variables."""
 _POLL = 0.2

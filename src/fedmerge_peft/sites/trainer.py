@@ -125,7 +125,7 @@ class Trainer:
                 f"the server's adapters have layout {str(layout)[:12]}, and the model here gives {ours[:12]}: "
                 "the model, PEFT or this package differ; install the same versions, and take the same model, everywhere"
             )
-        shared = {name: message.tensors[name].to(torch.float32, copy=True) for name in engine.backbone.shared if name in message.tensors}
+        shared = {name: message.tensors[name].float() for name in engine.backbone.shared if name in message.tensors}
         if {name: value.shape for name, value in shared.items()} != {name: value.shape for name, value in engine.backbone.shared.items()}:
             raise WireError("the tensors that all adapters share are not those of this layout")
         engine.backbone.load_shared(shared)
@@ -198,7 +198,7 @@ class Trainer:
         if {name: tuple(tensor.shape) for name, tensor in message.tensors.items()} != expected:
             raise WireError("an adapter that is not of this layout")
         folder = self.kit / "adapters" / folder_name(client)
-        write_adapter(folder, {name: tensor.clone() for name, tensor in message.tensors.items()}, self._config)
+        write_adapter(folder, message.tensors, self._config)
         for name in ("README.md", "weights.json"):
             if isinstance(text := message.facts.get(name), str) and len(text) <= _LONGEST:
                 write_text(folder / name, text)

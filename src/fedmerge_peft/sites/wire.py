@@ -290,13 +290,13 @@ class _Reader:
 
     def numbers(self, name: str, dimensions: int) -> Tensor:
         """Rows ``(P,)`` or ``(k, P)``, float32."""
-        return self._take(name, _DTYPES[self.dtype], dimensions, self.columns).to(torch.float32, copy=True)
+        return self._take(name, _DTYPES[self.dtype], dimensions, self.columns).float()
 
     def exact(self, name: str, dimensions: int | None) -> Tensor:
-        return self._take(name, torch.float32, dimensions, None).clone()
+        return self._take(name, torch.float32, dimensions, None)
 
     def mask(self, name: str) -> Tensor:
-        return self._take(name, torch.bool, 1, self.columns).clone()
+        return self._take(name, torch.bool, 1, self.columns)
 
     def _take(self, name: str, dtype: torch.dtype, dimensions: int | None, columns: int | None) -> Tensor:
         tensor = self.message.tensors[name]

@@ -20,6 +20,7 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
+from fedmerge_peft.sites.flare.mends import Distinct, say_messages_short
 from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR, OUTCOME, TOPIC
 from fedmerge_peft.sites.orphan import end_with_parent
 from fedmerge_peft.sites.remote import Letter
@@ -32,14 +33,6 @@ _FREE, _BUSY = 30.0, 3.0
 """Seconds to fetch work: of a site that has answered what it was asked before, and of one that has not."""
 _GRACE = 30
 """Seconds that FLARE's own timeout comes after ours."""
-
-
-class _Distinct(list[Any]):
-    """Keeps one object once: FLARE 2.9 enters a task twice that it had to send again, and its monitor dies of it at the task's end."""
-
-    def append(self, item: Any) -> None:
-        if not any(item is known for known in self):
-            super().append(item)
 
 
 class FlareTransport:
@@ -105,7 +98,7 @@ class FlareTransport:
         data = Shareable()
         data.update({CONTENT: content, DEADLINE: seconds})
         task = Task(name=_kind(content), data=data, timeout=max(1, int(seconds)) + _GRACE)
-        task.client_tasks = _Distinct(task.client_tasks)
+        task.client_tasks = Distinct(task.client_tasks)
         task.result_received_cb = partial(_received, answers)
         task.task_done_cb = partial(_done, answers)
         self._controller.send(task, self._fl_ctx, targets=[site])
@@ -140,6 +133,7 @@ class FederationController(Controller):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(task_check_period=0.1)
+        say_messages_short()
         self._wanted: State | None = None
         self._told: list[str] = []
         self._sites: list[str] = []

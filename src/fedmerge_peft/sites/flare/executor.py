@@ -13,6 +13,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmerge_peft.errors import FedMergeError
+from fedmerge_peft.sites.flare.mends import say_messages_short
 from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR
 from fedmerge_peft.sites.link import ADDRESS, KIT, Link
 from fedmerge_peft.sites.orphan import end_with_parent
@@ -26,6 +27,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        say_messages_short()
         end_with_parent()
         address = os.environ.get(ADDRESS)
         self._link = Link(address) if address else None

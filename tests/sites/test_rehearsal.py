@@ -240,8 +240,8 @@ def networks():
     """Three network namespaces on one bridge: name and address of the server's and two sites'. Skips where there can be none."""
     from shutil import which
 
-    if sys.platform != "linux" or which("ip") is None:
-        pytest.skip("needs Linux and ip (iproute2)")
+    if sys.platform != "linux" or which("ip") is None or which("tc") is None:
+        pytest.skip("needs Linux, and ip and tc (iproute2)")
     tag, number = f"fm{os.getpid() % 10000}", os.getpid() % 200 + 20
     spaces = [(f"{tag}-{part}", f"10.77.{number}.{last}") for part, last in (("server", 1), ("a", 2), ("b", 3))]
 
@@ -267,12 +267,15 @@ def networks():
         ip("link", "del", f"{tag}-br", check=False)
 
 
-def test_server_and_sites_on_networks_of_their_own(networks, field, monkeypatch):
-    """Nothing depends on localhost: each end has its own address, and its own loopback."""
+def test_server_and_sites_on_networks_of_their_own_behind_a_slow_line(networks, field, monkeypatch):
+    """Nothing depends on localhost: each end has its own address, and its own loopback. What takes long is waited for, and sent once."""
     from fedmerge_peft.sites import rehearse
 
     (here, address), *others = networks
-    there = field(Recipe.load("smoke", [*SMALL, "rounds=2"]), 2, host=address, port=8002)
+    line = ["rate", "1mbit", "burst", "64kb", "latency", "400ms"]
+    subprocess.run(["tc", "-n", here, "qdisc", "add", "dev", "eth0", "root", "tbf", *line], check=True)
+    two = ["data.filter.organisation=[Fen Water, Harbour Clinic]", "strategy=fedavg", "evaluation.finetuned=false", "lora.r=800"]
+    there = field(Recipe.load("smoke", [*SMALL[:2], *SMALL[3:], *two, "rounds=1"]), 2, host=address, port=8002, deadline=120)
     program = rehearse._PROGRAM
     for name, space in (("server", here), *zip(there.federation.sites, (space for space, _ in others), strict=True)):
         monkeypatch.setattr(rehearse, "_PROGRAM", ["ip", "netns", "exec", space, *program])
@@ -282,4 +285,10 @@ def test_server_and_sites_on_networks_of_their_own(networks, field, monkeypatch)
     assert there.operator.wait(300) == 0, "".join(there.lines)
     run = Run.open(there.out / "server" / "run")
     assert run.ended
-    assert [len(record["clients"]) for record in run.records] == [6, 6]
+    assert [len(record["clients"]) for record in run.records] == [2]
+    assert "adapters sent to 2 of 2 clients" in "".join(there.lines)
+    told = subprocess.run(["ip", "-s", "-j", "-n", here, "link", "show", "eth0"], capture_output=True, check=True).stdout
+    sent = json.loads(told)[0]["stats64"]["tx"]["bytes"]
+    adapter = 4 * run.soup.layout.size
+    assert adapter > 5 * 125_000 / 2  # at 1 Mbit/s two of them take longer than the 5 s after which FLARE, left alone, sends again
+    assert 6 * adapter < sent < 8 * adapter  # to train, to score, to keep; and what else is said

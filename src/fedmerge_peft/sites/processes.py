@@ -23,12 +23,18 @@ from fedmerge_peft.sites.settings import SiteSettings
 
 SETTINGS = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
+_MB = 2**20
 SHUTDOWN = "shutdown.fl"
 """FLARE leaves this file in a kit that the operator has shut down."""
 _FLARE = {
     "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",  # seconds until a site that has gone is given up
+    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "60",  # seconds that a job which has ended at the server waits for it to end at sites
+    "NVFLARE_STREAMING_WINDOW_SIZE": str(8 * _MB),  # on its way and not acknowledged; more queues up before a slow line, unseen
+    "NVFLARE_STREAMING_ACK_INTERVAL": str(2 * _MB),
+    "NVFLARE_STREAMING_RETRY_WAIT": "60",  # seconds until a piece is sent again; its own 5 fill a slow line with copies
+    "NVFLARE_STREAMING_RETRY_TIMEOUT": "600",
 }
-"""Settings of FLARE's, as environment variables."""
+"""Settings of FLARE's, as environment variables. With its own, a line of 10 Mbit/s does not get adapters of 100 MB through."""
 _POLL = 0.2
 """Seconds between two looks at children."""
 _PATIENCE = 10.0

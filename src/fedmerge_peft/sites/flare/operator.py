@@ -28,10 +28,16 @@ _LOOK_FOR_SITES = 5.0
 """Seconds between two looks for sites that came late."""
 _ATTEMPTS = 3
 """Jobs in a row that may leave nothing."""
-_GONE = 10.0
-"""Seconds after which a job that is said to run, and does not, is given up."""
 _FETCH = 0.2
 """Seconds between two times that a site asks for work."""
+_PATIENCE = {
+    "get_task_timeout": 30.0,
+    "submit_task_result_timeout": 60.0,
+    "task_check_timeout": 30.0,
+    "runner_sync_timeout": 10.0,
+    "max_runner_sync_timeout": 600.0,
+}
+"""Seconds without progress, or an answer, until a site asks the server again; FLARE's own 2 to 5 are too few for a slow line."""
 
 
 class Lost(FederateError):  # noqa: N818 (the server is)
@@ -132,14 +138,14 @@ def stop(kit: Path, *, now: bool, everything: bool) -> str:
 
 def _segment(opened: Session, kit: Path, tell: Callable[[str], None], wait: float, least: int, watch: Callable[[], None]) -> dict[str, Any]:
     """Wait for sites, submit a job, follow it, fetch what it left."""
-    federation = Federation.read(kit)
+    federation, begun = Federation.read(kit), _begun(opened)
     for job in _running(opened):
         tell(f"waiting for job {job}, which runs already")
-        _follow(opened, job, federation, tell, watch)
+        _follow(opened, job, begun, federation, tell, watch)
     _await_sites(opened, federation, tell, wait, least, watch)
     with TemporaryDirectory(prefix="fedmerge-") as scratch, _quiet():
         job = opened.submit_job(str(write_job(Path(scratch) / federation.project)))
-    told = _follow(opened, job, federation, tell, watch)
+    told = _follow(opened, job, begun, federation, tell, watch)
     outcome = _outcome(opened, job)
     for line in outcome.pop("told")[told:]:
         tell(line)
@@ -162,19 +168,19 @@ def _await_sites(
         time.sleep(_POLL)
 
 
-def _follow(opened: Session, job: str, federation: Federation, tell: Callable[[str], None], watch: Callable[[], None]) -> int:
-    """Pass on what a job tells until it has ended; how many lines. A site that comes in has it end after its round, for the next."""
-    told, alive = 0, time.monotonic()
-    looked = alive
+def _follow(opened: Session, job: str, begun: float, federation: Federation, tell: Callable[[str], None], watch: Callable[[], None]) -> int:
+    """Pass on what a job tells until it has ended; how many lines. A site that comes in has it end after its round, for the next.
+
+    Raises ``NoConnection`` where the server has been started anew since it had ``begun``: it calls jobs running that ran before.
+    """
+    told, looked = 0, time.monotonic()
     while True:
         watch()
         with _quiet():
             status = str(opened.get_job_meta(job).get("status", ""))
         if status.startswith("FINISHED"):
             return told
-        if status != "RUNNING" or job in _running(opened):
-            alive = time.monotonic()
-        elif time.monotonic() - alive > _GONE:
+        if _begun(opened) != begun:
             raise NoConnection(f"job {job} went down with it")
         if status == "RUNNING":
             said = _ask(opened, job, {"do": "look", "from": told})
@@ -225,6 +231,12 @@ def _idle(opened: Session) -> list[str]:
         return [str(each["client_name"]) for each in opened.get_client_job_status() or [] if each.get("status") == "no_jobs"]
 
 
+def _begun(opened: Session) -> float:
+    """When the server was started."""
+    with _quiet():
+        return float(opened.get_system_info().server_info.start_time)
+
+
 def _running(opened: Session) -> list[str]:
     """Jobs that the server runs now. Its list of jobs also calls those running that ran when it was killed."""
     with _quiet():
@@ -243,6 +255,7 @@ def write_job(folder: Path) -> Path:
     }
     client = {
         "format_version": 2,
+        **_PATIENCE,
         "executors": [{"tasks": ["*"], "executor": {"path": EXECUTOR, "args": {}}}],
         "task_data_filters": [],
         "task_result_filters": [],

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge_peft import ClientError, DeviceError, RankError, RecipeError, Run, RunExistsError, federate, resume, sweep
+from fedmerge_peft.cli import main
 from fedmerge_peft.cli.stopping import Stopped
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.engines.ranked import RankedEngine, dealt
@@ -79,6 +80,17 @@ def test_ranks_find_their_gpus_and_say_where_there_are_too_few(monkeypatch):
     with pytest.raises(DeviceError, match=r"rank 2 finds no GPU of its own: this machine has 2") as caught:
         choose_device("auto")
     assert caught.value.rank == 2  # nobody else may know
+
+
+def test_a_rank_with_nothing_to_say_waits_for_the_one_that_says_it(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank, said, waits in (("1", 0, [5.0]), ("0", 1, [5.0])):  # a launcher ends all ranks as soon as one has ended
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", "smoke", "training.learnin_rate=1"])
+        assert (capsys.readouterr().err.count("unknown key"), waited) == (said, waits)
 
 
 def test_a_sweep_is_for_processes_of_their_own(monkeypatch, tmp_path):

@@ -147,7 +147,7 @@ class FederationController(Controller):  # type: ignore[misc]
         """The job."""
         engine = fl_ctx.get_engine()
         workspace = engine.get_workspace()
-        kit = Path(workspace.get_root_dir())
+        kit = self._kit(fl_ctx)
         known = Federation.read(kit).sites
         self._sites = [client.name for client in engine.get_clients() if client.name in known]
         transport = FlareTransport(self, fl_ctx, abort_signal, self._sites)
@@ -162,6 +162,10 @@ class FederationController(Controller):  # type: ignore[misc]
         temporary.write_text(json.dumps(said, ensure_ascii=False, indent=2), encoding="utf-8")
         temporary.replace(folder / OUTCOME)
         self.log_info(fl_ctx, f"{outcome.state}: {outcome.rounds} of {outcome.total} rounds. {outcome.error or ''}")
+
+    def _kit(self, fl_ctx: FLContext) -> Path:
+        """The server's kit: FLARE runs in it."""
+        return Path(fl_ctx.get_engine().get_workspace().get_root_dir())
 
     def _tell(self, line: str) -> None:
         self._told.append(line)

@@ -15,7 +15,7 @@ from nvflare.apis.signal import Signal
 from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.sites.flare.mends import say_messages_short
 from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR
-from fedmerge_peft.sites.link import ADDRESS, KIT, Link
+from fedmerge_peft.sites.link import ADDRESS, Link
 from fedmerge_peft.sites.orphan import end_with_parent
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
                 given_up = lambda: bool(abort_signal.triggered) or time.monotonic() > end  # noqa: E731
                 answer = {CONTENT: self._link.ask(task_name, shareable[CONTENT], given_up)}
             else:
-                answer = {CONTENT: self._own(fl_ctx.get_identity_name()).answer(shareable[CONTENT])}
+                answer = {CONTENT: self._own(fl_ctx).answer(shareable[CONTENT])}
         except FedMergeError as error:
             self.log_warning(fl_ctx, str(error))
             answer = {ERROR: str(error)}
@@ -50,14 +50,18 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         reply.update(answer)
         return reply
 
-    def _own(self, site: str) -> Trainer:
+    def _kit(self, fl_ctx: FLContext) -> Path:
+        """The site's kit: FLARE runs in it."""
+        return Path(fl_ctx.get_engine().get_workspace().get_root_dir())
+
+    def _own(self, fl_ctx: FLContext) -> Trainer:
         if self._trainer is None:
             from fedmerge_peft.sites.processes import SETTINGS
             from fedmerge_peft.sites.settings import SITE, SiteSettings
             from fedmerge_peft.sites.trainer import Trainer
 
-            kit = Path(os.environ[KIT])
+            kit = self._kit(fl_ctx)
             said = os.environ.get(SETTINGS)
             settings = SiteSettings.model_validate_json(said) if said else SiteSettings.read(kit / SITE)
-            self._trainer = Trainer(kit, site, settings)
+            self._trainer = Trainer(kit, fl_ctx.get_identity_name(), settings)
         return self._trainer

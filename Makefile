@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -11,10 +12,10 @@ quickstart: $(INSTALLED)  ## install, then run the main job on the data and the 
 	$(BIN)/fedmerge run quickstart
 
 test: $(INSTALLED_DEV)  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
 slow: $(INSTALLED_DEV)  ## the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not gpu"
 
 check: $(INSTALLED_DEV)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

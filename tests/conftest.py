@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face library is imported: no test needs the hub
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # threads that wait for each other's processors are slower than one
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.fixture(scope="session")

@@ -274,7 +274,7 @@ def test_server_and_sites_on_networks_of_their_own_behind_a_slow_line(networks, 
     (here, address), *others = networks
     line = ["rate", "1mbit", "burst", "64kb", "latency", "400ms"]
     subprocess.run(["tc", "-n", here, "qdisc", "add", "dev", "eth0", "root", "tbf", *line], check=True)
-    two = ["data.filter.organisation=[Fen Water, Harbour Clinic]", "strategy=fedavg", "evaluation.finetuned=false", "lora.r=800"]
+    two = ["data.filter.organisation=[Fen Water, Harbour Clinic]", "strategy=fedavg", "evaluation.finetuned=false", "lora.r=500"]
     there = field(Recipe.load("smoke", [*SMALL[:2], *SMALL[3:], *two, "rounds=1"]), 2, host=address, port=8002, deadline=120)
     program = rehearse._PROGRAM
     for name, space in (("server", here), *zip(there.federation.sites, (space for space, _ in others), strict=True)):

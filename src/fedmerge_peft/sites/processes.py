@@ -34,7 +34,9 @@ _FLARE = {
     "NVFLARE_STREAMING_RETRY_WAIT": "60",  # seconds until a piece is sent again; its own 5 fill a slow line with copies
     "NVFLARE_STREAMING_RETRY_TIMEOUT": "600",
 }
-"""Settings of FLARE's, as environment variables. With its own, a line of 10 Mbit/s does not get adapters of 100 MB through."""
+"""Settings of FLARE's, as environment variables. With its own, what takes a slow line longer than 5 s is sent again and again."""
+_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(4096 * _MB), "MALLOC_TRIM_THRESHOLD_": str(8192 * _MB)}
+"""Settings of glibc's: a message's memory is kept for the next one, as it takes longer to have it anew from the system than to send it."""
 _POLL = 0.2
 """Seconds between two looks at children."""
 _PATIENCE = 10.0
@@ -121,8 +123,8 @@ def serve_site(kit: Path, site: str, settings: SiteSettings) -> None:
 
 
 def environment() -> dict[str, str]:
-    """For children: what FLARE is told, and this process' own variables, which win."""
-    return {**_FLARE, **os.environ}
+    """For children: what FLARE and the C library are told, and this process' own variables, which win."""
+    return {**_FLARE, **_MEMORY, **os.environ}
 
 
 def _watch(kit: Path, children: Sequence[Child]) -> None:

@@ -23,9 +23,9 @@ from fedmerge_peft.sites.settings import SiteSettings
 
 SETTINGS = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
-_MB = 2**20
 SHUTDOWN = "shutdown.fl"
 """FLARE leaves this file in a kit that the operator has shut down."""
+_MB = 2**20
 _FLARE = {
     "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",  # seconds until a site that has gone is given up
     "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "60",  # seconds that a job which has ended at the server waits for it to end at sites
@@ -33,8 +33,13 @@ _FLARE = {
     "NVFLARE_STREAMING_ACK_INTERVAL": str(2 * _MB),
     "NVFLARE_STREAMING_RETRY_WAIT": "60",  # seconds until a piece is sent again; its own 5 fill a slow line with copies
     "NVFLARE_STREAMING_RETRY_TIMEOUT": "600",
+    "NVFLARE_GET_TASK_TIMEOUT": "30",  # from here on seconds without progress, or an answer, until a site asks the server again
+    "NVFLARE_SUBMIT_TASK_RESULT_TIMEOUT": "60",
+    "NVFLARE_TASK_CHECK_TIMEOUT": "30",
+    "NVFLARE_RUNNER_SYNC_TIMEOUT": "10",
+    "NVFLARE_MAX_RUNNER_SYNC_TIMEOUT": "600",  # seconds in all that a site tries to get into a job
 }
-"""Settings of FLARE's, as environment variables. With its own, what takes a slow line longer than 5 s is sent again and again."""
+"""Settings of FLARE's, as environment variables. With its own, what takes a slow line longer than 5 s is asked for, and sent, again."""
 _MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(4096 * _MB), "MALLOC_TRIM_THRESHOLD_": str(8192 * _MB)}
 """Settings of glibc's: a message's memory is kept for the next one, as it takes longer to have it anew from the system than to send it."""
 _POLL = 0.2

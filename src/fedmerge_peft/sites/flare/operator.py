@@ -30,14 +30,6 @@ _ATTEMPTS = 3
 """Jobs in a row that may leave nothing."""
 _FETCH = 0.2
 """Seconds between two times that a site asks for work."""
-_PATIENCE = {
-    "get_task_timeout": 30.0,
-    "submit_task_result_timeout": 60.0,
-    "task_check_timeout": 30.0,
-    "runner_sync_timeout": 10.0,
-    "max_runner_sync_timeout": 600.0,
-}
-"""Seconds without progress, or an answer, until a site asks the server again; FLARE's own 2 to 5 are too few for a slow line."""
 
 
 class Lost(FederateError):  # noqa: N818 (the server is)
@@ -255,7 +247,6 @@ def write_job(folder: Path) -> Path:
     }
     client = {
         "format_version": 2,
-        **_PATIENCE,
         "executors": [{"tasks": ["*"], "executor": {"path": EXECUTOR, "args": {}}}],
         "task_data_filters": [],
         "task_result_filters": [],

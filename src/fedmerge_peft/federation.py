@@ -156,7 +156,7 @@ class Federation:
 
         with clock.spent("server"):
             self.strategy.update(replies)
-            gaps = [self.strategy.gap(reply, trained[reply.client]) for reply in replies if reply.client in trained]
+            gap = fmean(self.strategy.gap(reply, trained[reply.client]) for reply in replies)
         self.completed = number
         learns = self.strategy.learns_weights
         examples = sum(reply.size for reply in replies)
@@ -169,7 +169,7 @@ class Federation:
             finetuned=finetuned if self.strategy.trains_what_it_serves else None,
             weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
             adapter_mass=merging_weights.mass(self.strategy.weights) if learns else None,
-            gap=fmean(gaps) if gaps else None,
+            gap=gap,
             update_norm=self.strategy.aggregator.norms[-1] if self.strategy.aggregator.norms else None,
             bytes_down=4 * down,
             bytes_up=4 * up,
@@ -182,8 +182,8 @@ class Federation:
     def _sound(
         self, number: int, cohort: Sequence[int], measure: bool, on_client: Callable[[Reply], None] | None
     ) -> tuple[list[Reply], dict[int, Tensor], dict[str, str]]:
-        """Ask these clients. The replies that count; what those clients made of the adapters that are shared, where that compares with
-        what they get next (``Strategy.trained_rows``); and why the other clients' replies do not count, by name.
+        """Ask these clients. The replies that count; what those clients made of the adapters that are shared; and why the other clients'
+        replies do not count, by name.
 
         Raises:
             ClientError: The first failure, unless ``clients.failures`` is skip.
@@ -225,8 +225,7 @@ class Federation:
                 fail(name, cause)
                 continue
             with clock.spent("server"):
-                if (shared := self.strategy.trained_rows(plan, answer)) is not None:
-                    trained[answer.client] = rows.keep(shared)
+                trained[answer.client] = rows.keep(self.strategy.trained_rows(plan, answer))
                 replies[answer.client] = replace(answer, deltas=deltas.keep(answer.deltas))
             if on_client is not None:
                 on_client(answer)

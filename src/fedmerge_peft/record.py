@@ -64,9 +64,9 @@ class RoundRecord:
     finetuned: Scores | None
     """The same after this round's local training: the difference is what finetuning would gain. None for methods whose training does not
     start from what they serve (``fedavg_ft``)."""
-    gap: float | None
-    """The local-global gap: how far a client's trained adapter is from what it would be sent next, ‖·‖₂, mean over the clients. None for
-    methods whose factors do not compare from round to round."""
+    gap: float
+    """The local-global gap: how far a client's trained adapter is from what it would be sent next, ‖·‖₂, mean over the clients. Between
+    updates ΔW rather than adapters for flora and flexlora, whose factors do not compare from round to round."""
     weights_entropy: float | None
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client. None where no weights are learned."""
     adapter_mass: list[float] | None

@@ -340,6 +340,26 @@ def test_clients_of_different_ranks_on_a_tiny_model(smoke, smoke_engine, name):
         assert not layer.of(federation.strategy.served(0))[0][1:].any()
 
 
+@pytest.mark.parametrize("ranks", [[4], [1, 4]])
+@pytest.mark.parametrize("name", ["flexlora", "flora"])
+def test_the_gap_is_between_updates(formulas, name, ranks):
+    """Of a client's s B_i A_i and what it gets next: the rank-r approximation of the mean for FlexLoRA, the mean itself for FLoRA."""
+    case = formulas(3, sizes=[10, 20, 30])
+    federation = case.federation(f"strategy={{name: {name}, ranks: {ranks}}}", "rounds=2")
+    held, expected = [ranks[client % len(ranks)] for client in range(3)], []
+    records = list(federation.rounds())
+    for client, rank in enumerate(held):
+        square = (case.centres[client] - case.mean())[-6:].square().sum()
+        for layer in LAYERS:
+            mean = mean_product(case, case.centres, layer, held)
+            u, s, vh = torch.linalg.svd(mean)
+            a, b = pair(case.layout, case.centres[client], layer)
+            gets = mean if name == "flora" else u[:, :rank] * s[:rank] @ vh[:rank]
+            square += (0.5 * (b[:, :rank] @ a[:rank] - gets)).square().sum()
+        expected.append(float(square.sqrt()))
+    assert [record.gap for record in records] == pytest.approx([sum(expected) / 3] * 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
     "lora", ["lora.alpha=5", "lora.use_rslora=true", "lora.alpha_pattern={query: 3}", "lora.rank_pattern={layer.0.attention.self.query: 3}"]

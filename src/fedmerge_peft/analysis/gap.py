@@ -20,8 +20,9 @@ def local_global_gap(run: Run) -> pandas.DataFrame:
     methods that serve a private model the distance is that of the shared adapter, and loss and score are the private model's.
 
     Returns:
-        By round: ``distance`` ‖θ_i(trained) − θ_i(sent next)‖₂; ``loss``, next minus trained, nats; and the run's metric, such as
-        ``test_accuracy``, trained minus next. nan in rounds without a measurement (``evaluation.every``, ``evaluation.finetuned``).
+        By round: ``distance`` ‖θ_i(trained) − θ_i(sent next)‖₂, of updates rather than adapters for flora and flexlora; ``loss``,
+        next minus trained, nats; and the run's metric, such as ``test_accuracy``, trained minus next. nan in rounds without a
+        measurement (``evaluation.every``, ``evaluation.finetuned``).
     """
     import pandas
 

@@ -22,7 +22,7 @@ _LEGEND = {
     "gain over": "Gains are paired by seed; positive is better.",
     "finetuning": "Finetuning: what a round's local training gains, in the last tenth of the rounds.",
     "rounds": "Rounds: how many were completed when the mean over all clients was first measured to have reached {}.",
-    "gap": "Gap: how far it takes an adapter from what the client is sent next.",
+    "gap": "Gap: how far it takes an adapter from what the client is sent next (flora and flexlora: their updates).",
     "MB": "MB: what a client is sent, and sends, in the whole run.",
 }
 _DISPENSABLE = ("gap", "finetuning", "MB\nup", "MB\ndown", "spread", "seconds", "runs")

@@ -227,10 +227,11 @@ def _gap(run: Run) -> Iterator[Figure]:
         Lines(
             [Line("gap", [int(number) for number in gap.index], gap["distance"].astype(float).tolist())],
             x="round",
-            y="distance ‖trained − sent next‖₂, in parameters",
+            y="distance ‖trained − sent next‖₂",
             floor=0,
         ),
-        "‖θ trained − θ sent next‖₂ in parameters, mean over clients. The smaller, the less of a client's training is lost in merging.",
+        "‖θ trained − θ sent next‖₂ in parameters (flora and flexlora: in updates of the weights), mean over clients. "
+        "The smaller, the less of a client's training is lost in merging.",
     )
 
 

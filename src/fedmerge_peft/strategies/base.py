@@ -123,8 +123,8 @@ class Strategy(Stateful, ABC):
         """How many numbers travel to this client in a round, and back."""
         return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
 
-    def trained_rows(self, plan: Plan, reply: Reply) -> Tensor | None:
-        """What a client made of the adapters that are shared, ``(k, P)``; None where rows are not comparable from round to round."""
+    def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:
+        """What a client made of the adapters that are shared, ``(k, P)``."""
         return plan.sent[_shared(plan, reply)] - (reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas)
 
     def gap(self, reply: Reply, trained: Tensor) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
-from fedmerge_peft.adapters.ranks import svd_of_product
+from fedmerge_peft.adapters.ranks import Factors, svd_of_product
 from fedmerge_peft.strategies.base import Reply, stack
 from fedmerge_peft.strategies.ranked import Ranked
-from fedmerge_peft.training.plan import Plan
 
 
 class FlexLora(Ranked):
@@ -39,8 +39,8 @@ class FlexLora(Ranked):
             b[:, :found] = (u[:, :found] * s[:found]).to(b)
         self.soup = self._soup(row)
 
-    def trained_rows(self, plan: Plan, reply: Reply) -> None:
-        return None  # the SVD turns the factors to another basis
+    def next_factors(self, layer: Factors, client: int) -> tuple[Tensor, Tensor]:
+        return layer.of(self.adapter(client))
 
     def traffic(self, client: int) -> tuple[int, int]:
         return self.held(client), self.held(client)

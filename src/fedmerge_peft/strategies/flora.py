@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
+from fedmerge_peft.adapters.ranks import Factors
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
 from fedmerge_peft.strategies.ranked import Ranked
-from fedmerge_peft.training.plan import Plan
 
 
 class FLora(Ranked):
@@ -38,6 +39,8 @@ class FLora(Ranked):
         self.soup.base = {module: torch.zeros(shape) for module, shape in shapes.items()}
         self._round = 0
         self._owed = torch.zeros(start.clients, dtype=torch.int64)
+        self._added: dict[str, tuple[Tensor, Tensor]] = {}
+        """The last round's stacked factors A and B, by module name."""
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
@@ -46,8 +49,10 @@ class FLora(Ranked):
         base = dict(self.base)
         for layer in self.factors:
             each = [layer.of(one) for one in trained.double()]
-            stacked = torch.cat([share * b for share, (_, b) in zip(shares, each, strict=True)], dim=1) @ torch.cat([a for a, _ in each])
-            base[layer.module] = base[layer.module] + (self.start.scaling[layer.module] * stacked).float()
+            b = torch.cat([share * b for share, (_, b) in zip(shares, each, strict=True)], dim=1)
+            a = torch.cat([a for a, _ in each])
+            self._added[layer.module] = a.float(), b.float()
+            base[layer.module] = base[layer.module] + (self.start.scaling[layer.module] * b @ a).float()
         self._round += 1
         row = torch.where(self.plain, shares.to(trained) @ trained, self.start.fresh_row(self._round))
         self.soup = self._soup(row)
@@ -55,8 +60,8 @@ class FLora(Ranked):
         self._owed[clients] = 0
         self._owed += sum(self._held_factors(int(client)) for client in clients)
 
-    def trained_rows(self, plan: Plan, reply: Reply) -> None:
-        return None  # factors begin anew each round
+    def next_factors(self, layer: Factors, client: int) -> tuple[Tensor, Tensor]:
+        return self._added[layer.module]
 
     def traffic(self, client: int) -> tuple[int, int]:
         plain = int(self.plain.sum())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.ranks import factors, rank_columns
+from fedmerge_peft.adapters.ranks import Factors, factors, product_distance, rank_columns
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.assigned import Assigned
-from fedmerge_peft.strategies.base import Start
+from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.training.plan import Plan, Train
 
 
@@ -52,6 +54,22 @@ class Ranked(Assigned):
     def held(self, client: int) -> int:
         """How many numbers of an adapter this client has."""
         return int(self.masks[self.assigned[client]].sum())
+
+    @abstractmethod
+    def next_factors(self, layer: Factors, client: int) -> tuple[Tensor, Tensor]:
+        """A and B of what this client gets next in a layer, on the backbone that it trained on."""
+
+    def gap(self, reply: Reply, trained: Tensor) -> float:
+        """As ``Strategy.gap``, but between updates, as the factors of one and the same update differ from round to round:
+
+        √(Σ_layers s² ‖B_i A_i (trained) − B A (sent next)‖_F² + ‖·‖² of heads and what else does not belong to the factors)
+        """
+        (row,) = trained
+        square = float((row - self.adapter(reply.client))[self.plain].double().square().sum())
+        for layer in self.factors:
+            distance = product_distance(layer.of(row), self.next_factors(layer, reply.client))
+            square += (self.start.scaling[layer.module] * distance) ** 2
+        return math.sqrt(square)
 
     def _soup(self, row: Tensor) -> AdapterSoup:
         """The soup in which a client of each rank has its part of this row ``(P,)``."""

@@ -1,8 +1,10 @@
-"""The same rounds over Flower's deployment engine: arrays of this size down to two SuperNodes and back, no training.
+"""The same rounds over Flower's deployment engine: its own FedAvg sends arrays of this size to two SuperNodes that do not train, and back.
+
+A round of ``--evaluate`` is what FedAvg does by default: an exchange to train, and one more to evaluate the new arrays where they are sent.
 
 To be run with the Python of an environment that has flwr (its pins do not go together with ours); it needs nothing of ours.
 
-    /path/to/flwr-env/bin/python benchmarks/federate/flower_overhead.py --megabytes 1 100 --rounds 4 [--tls]
+    /path/to/flwr-env/bin/python benchmarks/federate/flower_overhead.py --megabytes 1 100 --rounds 4 [--tls] [--evaluate]
 
 With ``--tls`` the server has a certificate that the others check; the SuperNodes have none, as Flower knows them by their keys.
 """
@@ -45,6 +47,7 @@ clientapp = "idle.client:app"
 [tool.flwr.app.config]
 numbers = 1
 rounds = 1
+evaluate = false
 result = ""
 """
 CLIENT = """from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -58,31 +61,42 @@ def train(message: Message, context: Context) -> Message:
     (array,) = message.content["arrays"].to_numpy_ndarrays()
     content = RecordDict({"arrays": ArrayRecord(numpy_ndarrays=[array * 0.999]), "metrics": MetricRecord({"num-examples": 3})})
     return Message(content=content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    message.content["arrays"].to_numpy_ndarrays()
+    content = RecordDict({"metrics": MetricRecord({"num-examples": 3, "test_accuracy": 0.5, "test_loss": 1.0})})
+    return Message(content=content, reply_to=message)
 """
 SERVER = """import json
 import time
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
 app = ServerApp()
+begun = []
+
+
+class Timed(FedAvg):
+    def configure_train(self, *arguments):
+        begun.append(time.perf_counter())
+        return super().configure_train(*arguments)
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    while len(nodes := list(grid.get_node_ids())) < 2:
+    while len(list(grid.get_node_ids())) < 2:
         time.sleep(0.2)
-    row, taken = np.ones(int(context.run_config["numbers"]), np.float32), []
-    for number in range(int(context.run_config["rounds"])):
-        begin = time.perf_counter()
-        arrays = RecordDict({"arrays": ArrayRecord(numpy_ndarrays=[row])})
-        asked = [Message(content=arrays, message_type="train", dst_node_id=node, group_id=str(number)) for node in nodes]
-        replies = list(grid.send_and_receive(asked))
-        row = np.mean([reply.content["arrays"].to_numpy_ndarrays()[0] for reply in replies], axis=0)
-        taken.append(time.perf_counter() - begin)
-    Path(str(context.run_config["result"])).write_text(json.dumps(taken))
+    config = context.run_config
+    arrays = ArrayRecord(numpy_ndarrays=[np.ones(int(config["numbers"]), np.float32)])
+    Timed(fraction_evaluate=1.0 if config["evaluate"] else 0.0).start(grid, arrays, num_rounds=int(config["rounds"]))
+    taken = [later - sooner for sooner, later in zip(begun, [*begun[1:], time.perf_counter()])]
+    Path(str(config["result"])).write_text(json.dumps(taken))
 """
 
 
@@ -116,7 +130,7 @@ def certify(folder):
     return folder / "cert.pem", folder / "key.pem"
 
 
-def measure(megabytes, rounds, patience, tls):
+def measure(megabytes, rounds, patience, tls, evaluate):
     """Seconds of each round after the first."""
     folder = Path(tempfile.mkdtemp(prefix="flower-"))
     app = folder / "app"
@@ -150,7 +164,7 @@ def measure(megabytes, rounds, patience, tls):
         for port in nodes:
             start("flower-supernode", *(node if tls else ["--insecure"]), "--superlink", f"127.0.0.1:{runtime}", "--port", str(port))
         result = folder / "result.json"
-        config = f"numbers={int(megabytes * 250_000)} rounds={rounds} result='{result}'"
+        config = f"numbers={int(megabytes * 250_000)} rounds={rounds} evaluate={str(evaluate).lower()} result='{result}'"
         asked = subprocess.run(
             [programs / "flwr", "run", str(app), "here", "--run-config", config],
             env=environment,
@@ -180,11 +194,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--patience", type=float, default=300)
     parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--evaluate", action="store_true")
     asked = parser.parse_args()
-    print("| arrays | TLS | rounds | seconds a round, median | longest |\n|---|---|---:|---:|---:|")
+    print("| arrays | TLS | exchanges a round | rounds | seconds a round, median | longest |\n|---|---|---:|---:|---:|---:|")
     for megabytes in asked.megabytes:
-        taken = measure(megabytes, asked.rounds, asked.patience, asked.tls)
-        row = f"{megabytes:g} MB | {'the server' if asked.tls else 'none'} | {len(taken)}"
+        taken = measure(megabytes, asked.rounds, asked.patience, asked.tls, asked.evaluate)
+        row = f"{megabytes:g} MB | {'the server' if asked.tls else 'none'} | {1 + asked.evaluate} | {len(taken)}"
         print(f"| {row} | {statistics.median(taken):.2f} | {max(taken):.2f} |", flush=True)
 
 

@@ -1,7 +1,7 @@
 """What a round across sites costs beyond training: adapters of about 1 MB and 100 MB, to two sites over loopback with TLS, no training.
 
-Server and sites are processes as in earnest; only training is left out, so that what remains is merging, messages, TLS, checks, logs, the
-update of the soup and the checkpoint.
+Server and sites are processes as in earnest; only training and evaluating are left out, so that what remains is merging, messages, TLS,
+checks, logs, the update of the soup and the checkpoint. A site scores what it is sent and trains it in one exchange.
 
     python benchmarks/federate/overhead.py --megabytes 1 100 --rounds 6
 """
@@ -30,7 +30,7 @@ def recipe_of(megabytes, rounds):
     """The smoke recipe with adapters of about this size: a tiny model, and a rank to match."""
     rank = max(1, round(megabytes * 1e6 / PER_RANK))
     small = ["data.max_train=4", "data.max_test=3", "data.filter.organisation=[Fen Water, Harbour Clinic]", "training.device=cpu"]
-    rest = ["baselines=[]", "strategy=fedavg", "evaluation.every=1000", "evaluation.finetuned=false", f"rounds={rounds}", f"lora.r={rank}"]
+    rest = ["baselines=[]", "strategy=fedavg", "evaluation.finetuned=false", f"rounds={rounds}", f"lora.r={rank}"]
     return Recipe.load("smoke", [*small, *rest])
 
 

@@ -86,6 +86,12 @@ class Federation:
         plan = self.strategy.plan(client)
         return replace(plan, release=release(self.recipe.privacy)) if isinstance(plan, Train) and self.strategy.federated else plan
 
+    def _served(self, client: int, plan: Plan) -> Served:
+        """What the client predicts with before it trains; where that is what it is to train, the same tensor."""
+        if isinstance(plan, Train) and self.strategy.trains_what_it_serves:
+            return plan.row
+        return self.strategy.served(client)
+
     def go_on(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Count these rounds, of a strategy that was brought to where they left it, as done; as objects of ``metrics.jsonl``."""
         self.completed = len(records)
@@ -207,7 +213,7 @@ class Federation:
         def visit(client: int) -> tuple[int, Plan, Served | None]:
             with clock.spent("server"):
                 plans[client] = plan = self._plan(client)
-                return client, plan, self.strategy.served(client) if measure else None
+                return client, plan, self._served(client, plan) if measure else None
 
         for answer in self.engine.exchange(number, Visits(cohort, visit)):
             if isinstance(answer, ClientError):

@@ -1,12 +1,15 @@
 """Strategies on rows of numbers, with no model."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, RecipeError
-from fedmerge_peft.recipe.strategies import FedAvg, FedMerge, Local
+from fedmerge_peft.recipe.strategies import FedAvg, FedMerge, Local, StrategyRecipe
 from fedmerge_peft.strategies import Reply, Start, make_strategy
 from fedmerge_peft.strategies.grouping import agreement, group_by_direction
+from fedmerge_peft.training.plan import Train
 
 SIZE = 12
 LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")])
@@ -28,6 +31,25 @@ def test_every_client_is_served_with_its_weights_times_the_soup():
         torch.testing.assert_close(strategy.weights.sum(1), torch.ones(4))
         for client in range(4):
             torch.testing.assert_close(strategy.adapter(client), strategy.weights[client] @ strategy.soup.rows)
+
+
+def names():
+    """Of every strategy that a recipe may name."""
+    kinds, *_ = get_args(StrategyRecipe)
+    return [name for kind in get_args(kinds) for name in get_args(kind.model_fields["name"].annotation)]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_single_plan_trains_what_the_client_is_served_with(formulas, name):
+    """The round loop relies on it: it scores a plan's row in place of asking for the same numbers again."""
+    case = formulas(4)
+    strategy = case.strategy(name)
+    for _ in range(2):
+        for client in range(4):
+            if isinstance(plan := strategy.plan(client), Train):
+                assert torch.equal(plan.row, strategy.served(client)) or not strategy.trains_what_it_serves
+            assert strategy.trains_what_it_serves or name == "fedavg_ft"
+        case.round(strategy)
 
 
 def test_fedavg_is_the_mean_of_trained_adapters_weighted_by_examples():

@@ -101,7 +101,7 @@ class _Luggage:
 
     def _put(self, tensor: Tensor) -> str:
         for name, known in self.tensors.items():
-            if known.dtype == tensor.dtype and known.shape == tensor.shape and torch.equal(known, tensor):
+            if known is tensor or (known.dtype == tensor.dtype and known.shape == tensor.shape and torch.equal(known, tensor)):
                 return name
         name = f"t{len(self.tensors)}"
         self.tensors[name] = tensor

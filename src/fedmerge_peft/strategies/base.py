@@ -88,7 +88,10 @@ class Strategy(Stateful, ABC):
     learns_weights: ClassVar[bool] = False
     """Whether π changes with the replies, so that its entropy and the adapters' mass say something."""
     trains_what_it_serves: ClassVar[bool] = True
-    """Whether local training starts from what the client is served with; where not, scores before and after do not compare."""
+    """Whether local training starts from what the client is served with; where not, scores before and after do not compare.
+
+    Where it does, and a plan is ``Train``, the plan's row is what the client is served with.
+    """
 
     averages: ClassVar[bool] = True
     """Whether what is shared is made of means of updates, which an ``Aggregator`` can make robust."""

@@ -31,6 +31,9 @@ class FedAvg(Strategy):
     def weights(self) -> Tensor:
         return self._weights
 
+    def adapter(self, client: int) -> Tensor:
+        return self.soup.rows[0].clone()
+
     def update(self, replies: Iterable[Reply]) -> None:
         gradient = torch.zeros_like(self.soup.rows)
         gradient[:, self.columns] = mean_delta(replies, self.aggregator, self.columns)

@@ -103,14 +103,10 @@ def columns_named(layout: AdapterLayout, endings: tuple[str, ...]) -> Tensor:
     return mask
 
 
-def product_distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """‖B A − B' A'‖_F of two pairs (A, B) and (A', B') of any ranks, in float64, without either product.
-
-    With C = [B, −B'] and E = [A; A'] it is ‖C E‖_F, and ‖C E‖_F² = ⟨Cᵀ C, E Eᵀ⟩.
-    """
-    c = torch.cat([one[1].double(), -other[1].double()], dim=1)
-    e = torch.cat([one[0].double(), other[0].double()])
-    return float(((c.T @ c) * (e @ e.T)).sum().clamp(min=0).sqrt())
+def inner_of_products(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """⟨B A, B' A'⟩_F of two pairs (A, B) and (A', B') of any ranks, in float64, without either product: ⟨Bᵀ B', A A'ᵀ⟩."""
+    (a, b), (other_a, other_b) = one, other
+    return float(((b.double().T @ other_b.double()) * (a.double() @ other_a.double().T)).sum())
 
 
 def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.ranks import Factors, svd_of_product
+from fedmerge_peft.adapters.ranks import Factors, inner_of_products, svd_of_product
 from fedmerge_peft.strategies.base import Reply, stack
 from fedmerge_peft.strategies.ranked import Ranked
 
@@ -39,8 +39,9 @@ class FlexLora(Ranked):
             b[:, :found] = (u[:, :found] * s[:found]).to(b)
         self.soup = self._soup(row)
 
-    def next_factors(self, layer: Factors, client: int) -> tuple[Tensor, Tensor]:
-        return layer.of(self.adapter(client))
+    def next_update(self, layer: Factors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
+        pair = layer.of(self.soup.rows[self.assigned[client]])
+        return pair, inner_of_products(pair, pair)
 
     def traffic(self, client: int) -> tuple[int, int]:
         return self.held(client), self.held(client)

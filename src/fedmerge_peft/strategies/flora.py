@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.ranks import Factors
+from fedmerge_peft.adapters.ranks import Factors, inner_of_products
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
@@ -39,8 +39,8 @@ class FLora(Ranked):
         self.soup.base = {module: torch.zeros(shape) for module, shape in shapes.items()}
         self._round = 0
         self._owed = torch.zeros(start.clients, dtype=torch.int64)
-        self._added: dict[str, tuple[Tensor, Tensor]] = {}
-        """The last round's stacked factors A and B, by module name."""
+        self._added: dict[str, tuple[tuple[Tensor, Tensor], float]] = {}
+        """The last round's stacked factors A and B, and ‖B A‖_F², by module name."""
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
@@ -51,7 +51,7 @@ class FLora(Ranked):
             each = [layer.of(one) for one in trained.double()]
             b = torch.cat([share * b for share, (_, b) in zip(shares, each, strict=True)], dim=1)
             a = torch.cat([a for a, _ in each])
-            self._added[layer.module] = a.float(), b.float()
+            self._added[layer.module] = (a.float(), b.float()), inner_of_products((a, b), (a, b))
             base[layer.module] = base[layer.module] + (self.start.scaling[layer.module] * b @ a).float()
         self._round += 1
         row = torch.where(self.plain, shares.to(trained) @ trained, self.start.fresh_row(self._round))
@@ -60,7 +60,7 @@ class FLora(Ranked):
         self._owed[clients] = 0
         self._owed += sum(self._held_factors(int(client)) for client in clients)
 
-    def next_factors(self, layer: Factors, client: int) -> tuple[Tensor, Tensor]:
+    def next_update(self, layer: Factors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
         return self._added[layer.module]
 
     def traffic(self, client: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.ranks import Factors, factors, product_distance, rank_columns
+from fedmerge_peft.adapters.ranks import Factors, factors, inner_of_products, rank_columns
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
@@ -56,8 +56,8 @@ class Ranked(Assigned):
         return int(self.masks[self.assigned[client]].sum())
 
     @abstractmethod
-    def next_factors(self, layer: Factors, client: int) -> tuple[Tensor, Tensor]:
-        """A and B of what this client gets next in a layer, on the backbone that it trained on."""
+    def next_update(self, layer: Factors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
+        """What this client gets next in a layer, on the backbone that it trained on: A and B, and ‖B A‖_F²."""
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
         """As ``Strategy.gap``, but between updates, as the factors of one and the same update differ from round to round:
@@ -67,8 +67,9 @@ class Ranked(Assigned):
         (row,) = trained
         square = float((row - self.adapter(reply.client))[self.plain].double().square().sum())
         for layer in self.factors:
-            distance = product_distance(layer.of(row), self.next_factors(layer, reply.client))
-            square += (self.start.scaling[layer.module] * distance) ** 2
+            trained_to, (sent_next, length) = layer.of(row), self.next_update(layer, reply.client)
+            distance = inner_of_products(trained_to, trained_to) - 2 * inner_of_products(trained_to, sent_next) + length
+            square += self.start.scaling[layer.module] ** 2 * max(distance, 0.0)
         return math.sqrt(square)
 
     def _soup(self, row: Tensor) -> AdapterSoup:

@@ -24,7 +24,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny random models: ``tiny_models / "bert"``, ``"llama"``, ``"gpt2"``, ``"vit"``."""
-    from fedmerge_peft import tiny
+    from fedmerge_peft.models import tiny
 
     folder = tmp_path_factory.mktemp("tiny-models")
     for kind in tiny.KINDS:
@@ -94,7 +94,7 @@ def left_behind():
 
     from safetensors.torch import load_file
 
-    from fedmerge_peft import checkpoint
+    from fedmerge_peft.runs import checkpoint
 
     def timeless(value):
         if isinstance(value, dict):
@@ -150,7 +150,7 @@ def make_backbone(tiny_models):
     """``make_backbone("bert", {"r": 4})``: a tiny backbone with that LoRA recipe."""
     import torch
 
-    from fedmerge_peft.backbone import load_backbone
+    from fedmerge_peft.models.backbone import load_backbone
     from fedmerge_peft.recipe.schema import BackboneRecipe, LoraRecipe
 
     def make(kind, lora=None, task=None, seed=0, **backbone):

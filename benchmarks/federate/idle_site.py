@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.sites.link import ADDRESS, KIT, serve
-from fedmerge_peft.sites.orphan import end_with_parent
-from fedmerge_peft.sites.settings import SITE, SiteSettings
-from fedmerge_peft.sites.trainer import Trainer
+from fedmerge_peft.sites.config import SITE, SiteSettings
+from fedmerge_peft.sites.exit_with_parent import end_with_parent
+from fedmerge_peft.sites.site.connection import ADDRESS, KIT, serve
+from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.strategies.base import Reply
 
 

@@ -16,11 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedmerge_peft import Recipe, Run
-from fedmerge_peft.sites.flare.kits import settle
 from fedmerge_peft.sites.flare.operator import run
-from fedmerge_peft.sites.link import ADDRESS, KIT
-from fedmerge_peft.sites.processes import Child, environment
+from fedmerge_peft.sites.flare.provision import settle
 from fedmerge_peft.sites.rehearse import await_server, rehearsal, start_server
+from fedmerge_peft.sites.site.connection import ADDRESS, KIT
+from fedmerge_peft.sites.supervisor import Child, environment
 
 PER_RANK = 4 * (2 * 2 * 2 * 32)
 """Bytes that one more rank adds: two layers, two modules, two factors, 32 wide."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply
 from fedmerge_peft.tasks.base import Examples
+from fedmerge_peft.util.seeds import derive
 
 
 @dataclass

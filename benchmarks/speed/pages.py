@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fedmerge_peft import environment
+from fedmerge_peft.runs import environment
 
 
 def stamp() -> str:

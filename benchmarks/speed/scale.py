@@ -93,8 +93,8 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
 
     from fedmerge_peft.adapters.layout import AdapterLayout
     from fedmerge_peft.recipe.strategies import FedMerge
-    from fedmerge_peft.spill import Spill
     from fedmerge_peft.strategies import Reply, Start, make_strategy
+    from fedmerge_peft.util.row_buffer import Spill
 
     layout = AdapterLayout.of([("layer.lora_A.weight", (100, size // 100), "lora")])
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from fedmerge_peft import Federation, Recipe
 from fedmerge_peft.data import Client, FederatedData
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.pretrained import model_folder
+from fedmerge_peft.models.pretrained import model_folder
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 RATE = 1e-3

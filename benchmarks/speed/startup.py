@@ -61,7 +61,7 @@ def _plain() -> None:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from fedmerge_peft.pretrained import model_folder
+    from fedmerge_peft.models.pretrained import model_folder
 
     with TemporaryDirectory() as scratch:
         folder = model_folder("sentence-transformers/all-MiniLM-L6-v2", Path(scratch))

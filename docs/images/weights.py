@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from fedmerge_peft import Run, load_run
-from fedmerge_peft.drawings import Heat
-from fedmerge_peft.plots import draw
+from fedmerge_peft.plotting.render import draw
+from fedmerge_peft.plotting.specs import Heat
 
 HERE = Path(__file__).parent
 

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
         SweepError,
         TooFewClientsError,
     )
-    from fedmerge_peft.export import export_all, export_client, export_soup, push_to_hub
-    from fedmerge_peft.federation import Federation
-    from fedmerge_peft.merged import MergedAdapter
-    from fedmerge_peft.personalization import Personalized, personalize
-    from fedmerge_peft.predict import Predictor
+    from fedmerge_peft.federation.federate import federate, resume
+    from fedmerge_peft.federation.loop import Federation
+    from fedmerge_peft.federation.sweep import expand, sweep
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.record import RoundRecord, Scores
-    from fedmerge_peft.run import Run, load_run
-    from fedmerge_peft.running import federate, resume
+    from fedmerge_peft.runs.directory import Run, load_run
+    from fedmerge_peft.runs.record import RoundRecord, Scores
+    from fedmerge_peft.serving.export import export_all, export_client, export_soup, push_to_hub
+    from fedmerge_peft.serving.merged_adapter import MergedAdapter
+    from fedmerge_peft.serving.personalize import Personalized, personalize
+    from fedmerge_peft.serving.predictor import Predictor
     from fedmerge_peft.strategies import Strategy, fedmerge_step
-    from fedmerge_peft.sweeps import expand, sweep
 
 __version__ = "0.1.0"
 
@@ -104,17 +104,17 @@ _HOMES = {
         "TooFewClientsError",
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
-    "export": ("export_all", "export_client", "export_soup", "push_to_hub"),
-    "federation": ("Federation",),
-    "merged": ("MergedAdapter",),
-    "personalization": ("Personalized", "personalize"),
-    "predict": ("Predictor",),
+    "serving.export": ("export_all", "export_client", "export_soup", "push_to_hub"),
+    "federation.loop": ("Federation",),
+    "serving.merged_adapter": ("MergedAdapter",),
+    "serving.personalize": ("Personalized", "personalize"),
+    "serving.predictor": ("Predictor",),
     "recipe": ("Recipe",),
-    "record": ("RoundRecord", "Scores"),
-    "run": ("Run", "load_run"),
-    "running": ("federate", "resume"),
+    "runs.record": ("RoundRecord", "Scores"),
+    "runs.directory": ("Run", "load_run"),
+    "federation.federate": ("federate", "resume"),
     "strategies": ("Strategy", "fedmerge_step"),
-    "sweeps": ("expand", "sweep"),
+    "federation.sweep": ("expand", "sweep"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -117,4 +117,4 @@ class TooFewClientsError(FedMergeError):
 
 
 class RankError(FedMergeError):
-    """Another of the processes that train together (``ranks.py``) failed in a way nobody meant, or has ended."""
+    """Another of the processes that train together (``distributed.py``) failed in a way nobody meant, or has ended."""

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmerge_peft import AdapterLayout, AdapterSoup, MergingWeights, RunError
-from fedmerge_peft.adapters import weights as merging_weights
+from fedmerge_peft.adapters import merging_weights
 
 SHAPES = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6)
 

@@ -57,7 +57,7 @@ def test_help_imports_neither_torch_nor_nvflare():
 
 
 def test_importing_the_package_imports_no_nvflare():
-    script = "import sys, fedmerge_peft, fedmerge_peft.federation, fedmerge_peft.sites.server; assert 'nvflare' not in sys.modules"
+    script = "import sys, fedmerge_peft, fedmerge_peft.federation.loop, fedmerge_peft.sites.server.job; assert 'nvflare' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -93,7 +93,7 @@ def test_bad_input_ends_with_code_2_and_a_message(arguments, said, fedmerge, tmp
 
 def test_a_kit_for_each_and_a_page_for_each_site(kits):
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.sites.settings import Federation
+    from fedmerge_peft.sites.config import Federation
 
     federation = Federation.read(kits / "sites" / "south")
     assert federation.sites == {"north": ["north"], "south": ["a", "b"]}
@@ -154,7 +154,7 @@ def test_no_server_is_one_message(kits, fedmerge, monkeypatch):
 def test_what_a_kit_allows_is_written_where_it_is_used(kits):
     import json
 
-    from fedmerge_peft.sites.flare.kits import OURS, settle, site_name
+    from fedmerge_peft.sites.flare.provision import OURS, settle, site_name
 
     site = kits / "sites" / "north"
     settle(site, server=False)
@@ -191,5 +191,7 @@ def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeyp
 
 
 def test_the_function_federate_is_not_hidden_by_a_module():
-    script = "import fedmerge_peft.sites.server, fedmerge_peft.cli.federate; from fedmerge_peft import federate; assert callable(federate)"
+    script = (
+        "import fedmerge_peft.sites.server.job, fedmerge_peft.cli.federate; from fedmerge_peft import federate; assert callable(federate)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)

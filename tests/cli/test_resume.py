@@ -7,9 +7,10 @@ import signal
 
 import pytest
 
-from fedmerge_peft import load_run, running
+from fedmerge_peft import load_run
 from fedmerge_peft.cli import main
 from fedmerge_peft.engines import local
+from fedmerge_peft.federation import federate as running
 
 TINY = [
     "rounds=3",

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe.document import write
-from fedmerge_peft.recipe.faults import _keys
+from fedmerge_peft.recipe.error_messages import _keys
 from fedmerge_peft.recipe.loading import load
 from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.yaml_document import write
 
 KEYS = sorted({key for _, _, key in _keys()})
 TAGS = ["fedmerge", "fedavg", "local", "iid", "dirichlet", "clusters", "natural", "shards", "causal-lm", "image-classification"]

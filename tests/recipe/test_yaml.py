@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from fedmerge_peft.recipe.document import Mark, parse
 from fedmerge_peft.recipe.loading import load
+from fedmerge_peft.recipe.yaml_document import Mark, parse
 
 
 def read(text):

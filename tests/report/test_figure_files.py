@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from fedmerge_peft import RunError, federate
 from fedmerge_peft.cli import main
-from fedmerge_peft.plots import draw
-from fedmerge_peft.report import write_figures
+from fedmerge_peft.plotting.render import draw
 from fedmerge_peft.report.figures import figures
-from fedmerge_peft.run import Run
+from fedmerge_peft.report.page import write_figures
+from fedmerge_peft.runs.directory import Run
 
 
 @pytest.fixture(scope="module")

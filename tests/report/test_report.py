@@ -9,9 +9,9 @@ import pytest
 
 from fedmerge_peft import RunError, federate, load_run
 from fedmerge_peft.cli import main
-from fedmerge_peft.report import render, write_report
 from fedmerge_peft.report.advice import advice
 from fedmerge_peft.report.figures import alike, figures, similar_order
+from fedmerge_peft.report.page import render, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

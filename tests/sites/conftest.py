@@ -30,9 +30,9 @@ class Loop:
 @pytest.fixture
 def federation_of(tmp_path):
     """``federation_of(recipe, 3)``: a server's kit, and the trainers of three sites that hold the recipe's clients between them."""
-    from fedmerge_peft.sites.data import deal, write_site
-    from fedmerge_peft.sites.settings import RECIPE, SITE, Federation, SiteSettings
-    from fedmerge_peft.sites.trainer import Trainer
+    from fedmerge_peft.sites.config import RECIPE, SITE, Federation, SiteSettings
+    from fedmerge_peft.sites.site.trainer import Trainer
+    from fedmerge_peft.sites.site_data import deal, write_site
 
     def make(recipe, sites, *, settings=None, name="federation", **facts):
         recipe = recipe.replace(["training.clients_per_batch=1"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedmerge_peft import federate
-from fedmerge_peft.run import Run
-from fedmerge_peft.sites.server import conduct
+from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.sites.server.job import conduct
 
 LOCAL = "training.clients_per_batch=1"
 """Sites train one client at a time, so that dropout masks are each client's own."""

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fedmerge_peft.errors import FederateError, RefusedError
-from fedmerge_peft.run import Run
-from fedmerge_peft.sites.data import agree_on_labels
-from fedmerge_peft.sites.flare.kits import OURS
-from fedmerge_peft.sites.server import conduct
-from fedmerge_peft.sites.settings import SITE, SiteLimits, SiteSettings, check_names, refusal
-from fedmerge_peft.sites.trainer import Trainer, stricter
-from fedmerge_peft.sites.wire import Message
+from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.sites.config import SITE, SiteLimits, SiteSettings, check_names, refusal
+from fedmerge_peft.sites.flare.provision import OURS
+from fedmerge_peft.sites.messages import Message
+from fedmerge_peft.sites.server.job import conduct
+from fedmerge_peft.sites.site.trainer import Trainer, stricter
+from fedmerge_peft.sites.site_data import agree_on_labels
 from fedmerge_peft.training.plan import Choose, Release, Train
 
 

@@ -10,8 +10,8 @@ import torch
 from fedmerge_peft import AdapterLayout, Federation, Recipe
 from fedmerge_peft.recipe.schema import StrategyRecipe
 from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.reference import Trained
-from fedmerge_peft.training.work import Hands, carry_out
 
 RANK = 4
 SHAPES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, AdapterSoup, BackboneError, Federation, RecipeError, federate, merge_error
-from fedmerge_peft.adapters.ranks import RANDOM, columns_named, factors, rank_columns, svd_of_product
+from fedmerge_peft.adapters.lora_factors import RANDOM, columns_named, factors, rank_columns, svd_of_product
 from fedmerge_peft.strategies import Reply
 
 LAYERS = ("one", "two")

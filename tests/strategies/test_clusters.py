@@ -8,12 +8,12 @@ import torch
 
 from fedmerge_peft import AdapterLayout, federate, load_run
 from fedmerge_peft.recipe.strategies import FLHC, IFCA, FedEM, FeSEM
-from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Start, make_strategy
 from fedmerge_peft.strategies.flhc import hierarchy
+from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.plan import Choose
 from fedmerge_peft.training.reference import Trained
-from fedmerge_peft.training.work import Hands, carry_out
+from fedmerge_peft.util.seeds import derive
 
 SIZE = 20
 LAYOUT = AdapterLayout.of([("a.lora_A.weight", (4, 5), "lora")])

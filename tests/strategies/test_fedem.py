@@ -5,11 +5,11 @@ import torch
 
 from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, RunError, federate
 from fedmerge_peft.recipe.strategies import FedEM
-from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.plan import Mixture
 from fedmerge_peft.training.reference import Trained
-from fedmerge_peft.training.work import Hands, carry_out
+from fedmerge_peft.util.seeds import derive
 
 SIZE = 20
 LAYOUT = AdapterLayout.of([("a.lora_A.weight", (4, 5), "lora")])

@@ -6,7 +6,7 @@ import torch
 from fedmerge_peft import AdapterLayout
 from fedmerge_peft.recipe.strategies import FedAvg, FedMerge
 from fedmerge_peft.strategies import Reply, Start, make_strategy
-from fedmerge_peft.strategies.balance import balancing_shifts
+from fedmerge_peft.strategies.balancing import balancing_shifts
 
 SIZE = 6
 LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora")])

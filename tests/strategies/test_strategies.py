@@ -8,7 +8,7 @@ import torch
 from fedmerge_peft import AdapterLayout, RecipeError
 from fedmerge_peft.recipe.strategies import FedAvg, FedMerge, Local, StrategyRecipe
 from fedmerge_peft.strategies import Reply, Start, make_strategy
-from fedmerge_peft.strategies.grouping import agreement, group_by_direction
+from fedmerge_peft.strategies.similarity import agreement, group_by_direction
 from fedmerge_peft.training.plan import Train
 
 SIZE = 12

@@ -9,7 +9,7 @@ import transformers as hf
 from datasets import Dataset
 
 from fedmerge_peft.errors import DataError, RecipeError
-from fedmerge_peft.tasks.formats import fill, parse_template
+from fedmerge_peft.tasks.text_formats import fill, parse_template
 
 NAME = "causal-lm"
 PAIRS = Dataset.from_dict({"prompt": ["Two and three?", "Name a colour:"], "completion": [" five", " red"]})

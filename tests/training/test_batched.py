@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from fedmerge_peft import Recipe
-from fedmerge_peft.backbone import load_backbone
-from fedmerge_peft.stack import AdapterStack, unstackable
+from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
+from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.tasks import make_task
+from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batched import Job, accumulate_together, clients_per_batch, train_together
-from fedmerge_peft.training.device import make_accelerator
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import accumulate, train

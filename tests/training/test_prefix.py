@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedmerge_peft import Federation, Recipe, tiny
-from fedmerge_peft.backbone import load_backbone
+from fedmerge_peft import Federation, Recipe
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.prefix import find_prefix
+from fedmerge_peft.models import tiny
+from fedmerge_peft.models.backbone import load_backbone
+from fedmerge_peft.models.frozen_prefix import find_prefix
 from fedmerge_peft.tasks import make_task
-from fedmerge_peft.training.device import make_accelerator
+from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.plan import Mixture, Train
 from fedmerge_peft.training.prefix_cache import PrefixCache

@@ -6,10 +6,10 @@ import torch
 from datasets import Dataset
 
 from fedmerge_peft import DeviceError, Recipe, RecipeError
-from fedmerge_peft.backbone import load_backbone
+from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.tasks import make_task
-from fedmerge_peft.training.device import choose_device, choose_precision, make_accelerator
+from fedmerge_peft.training.accelerator import choose_device, choose_precision, make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.plan import Mixture, Train
 from fedmerge_peft.training.reference import count_steps, train

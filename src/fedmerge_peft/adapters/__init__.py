@@ -1,8 +1,8 @@
 """Adapters as rows of numbers: their layout, the soup, the merging weights."""
 
+from fedmerge_peft.adapters.exact_merge import concat, merge_error
 from fedmerge_peft.adapters.layout import AdapterLayout
-from fedmerge_peft.adapters.merging import concat, merge_error
+from fedmerge_peft.adapters.merging_weights import MergingWeights
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.adapters.weights import MergingWeights
 
 __all__ = ["AdapterLayout", "AdapterSoup", "MergingWeights", "concat", "merge_error"]

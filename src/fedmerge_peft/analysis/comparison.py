@@ -17,7 +17,7 @@ import numpy as np
 
 from fedmerge_peft.analysis.methods import methods
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.run import Run
+from fedmerge_peft.runs.directory import Run
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedmerge_peft.run import Run
+from fedmerge_peft.runs.directory import Run
 
 if TYPE_CHECKING:
     import pandas

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.differences import differing, flat, written
+from fedmerge_peft.recipe.diff import differing, flat, written
 
 if TYPE_CHECKING:
     import pandas

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmerge_peft.analysis.comparison import REFERENCES, TARGET, Comparison
-from fedmerge_peft.recipe.document import printable
+from fedmerge_peft.recipe.yaml_document import printable
 
 if TYPE_CHECKING:
     import pandas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedmerge_peft.run import Run
+from fedmerge_peft.runs.directory import Run
 
 if TYPE_CHECKING:
     import pandas

@@ -8,8 +8,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedmerge_peft.recipe.document import printable
-from fedmerge_peft.run import Run
+from fedmerge_peft.recipe.yaml_document import printable
+from fedmerge_peft.runs.directory import Run
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 _SHADES = " ░▒▓█"

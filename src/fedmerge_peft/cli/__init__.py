@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
+from fedmerge_peft.distributed import let_speak, number
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.ranks import let_speak, number
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,6 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _harmless(text: str) -> str:
     """The text as a terminal can show it: file and column names may hold characters that steer one."""
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
 
     return "\n".join(map(printable, text.split("\n")))

@@ -38,8 +38,8 @@ def compare(
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.analysis.figures import check_suffix, plot
     from fedmerge_peft.analysis.reports import markdown as as_markdown
-    from fedmerge_peft.cli.logs import log_to
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.util.logs import log_to
 
     if figure is not None:
         check_suffix(figure)

@@ -25,7 +25,7 @@ def data(
 
     from fedmerge_peft.data import federate_data, picture, plot
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
 
     loaded = Recipe.load(recipe, overrides or [])
     label = getattr(loaded.task, "label", None)

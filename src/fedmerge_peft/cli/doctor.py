@@ -17,8 +17,8 @@ def doctor() -> None:
 
     Example: fedmerge doctor
     """
-    from fedmerge_peft.doctor import findings
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.cli.installation import findings
+    from fedmerge_peft.recipe.yaml_document import printable
 
     wrong = 0
     for finding in findings():

@@ -35,13 +35,22 @@ def export(
     from functools import partial
 
     from fedmerge_peft.errors import RunError
-    from fedmerge_peft.run import Run
+    from fedmerge_peft.runs.directory import Run
 
     if sum([client is not None, all_clients, soup]) != 1:
         raise RunError("give one of --client NAME, --all and --soup: what should be exported?")
 
-    from fedmerge_peft.export import base_model, check_repo, export_all, export_client, export_soup, folder_name, push_to_hub, vllm_says
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.serving.export import (
+        base_model,
+        check_repo,
+        export_all,
+        export_client,
+        export_soup,
+        folder_name,
+        push_to_hub,
+        vllm_says,
+    )
 
     opened = Run.open(run)
     base, hub = base_model(opened, base_model_id)

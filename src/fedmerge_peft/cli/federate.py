@@ -53,9 +53,9 @@ def prepare(
     Example: fedmerge federate prepare my.yaml --sites north,south --server fl.example.org:8002 --out federation
     """
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.sites.config import Federation
     from fedmerge_peft.sites.prepare import prepare
-    from fedmerge_peft.sites.settings import Federation
 
     loaded = Recipe.load(recipe, overrides or [])
     host, port = _address(server)
@@ -84,16 +84,16 @@ def server(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The se
 
     Example: fedmerge federate server federation
     """
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.sites.config import Federation
     from fedmerge_peft.sites.prepare import check_installed, check_kit
-    from fedmerge_peft.sites.processes import serve_server
-    from fedmerge_peft.sites.settings import Federation
+    from fedmerge_peft.sites.supervisor import serve_server
 
     check_installed()
     kit = check_kit(directory, "server")
     federation = Federation.read(kit)
 
-    from fedmerge_peft.sites.flare.kits import settle
+    from fedmerge_peft.sites.flare.provision import settle
 
     settle(kit, server=True)
     print(
@@ -114,10 +114,10 @@ def site(
     """
     from fedmerge_peft.errors import FederateError
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.sites.config import RECIPE, SITE, SiteSettings, refusal
     from fedmerge_peft.sites.prepare import check_installed, check_kit
-    from fedmerge_peft.sites.processes import serve_site
-    from fedmerge_peft.sites.settings import RECIPE, SITE, SiteSettings, refusal
+    from fedmerge_peft.sites.supervisor import serve_site
 
     check_installed()
     kit = check_kit(directory, "")
@@ -131,7 +131,7 @@ def site(
     if why := refusal(recipe, recipe, settings.allow):
         raise FederateError(f"the recipe in the kit asks for more than {kit / SITE} allows: {why}")
 
-    from fedmerge_peft.sites.flare.kits import settle, site_name
+    from fedmerge_peft.sites.flare.provision import settle, site_name
 
     name = site_name(kit)
     settle(kit, server=False)
@@ -168,9 +168,9 @@ def status(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The op
 
     Example: fedmerge federate status federation
     """
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.sites.config import Federation
     from fedmerge_peft.sites.prepare import check_installed, check_kit
-    from fedmerge_peft.sites.settings import Federation
 
     check_installed()
     kit = check_kit(directory, "operator")
@@ -223,7 +223,7 @@ def rehearse(
     Example: fedmerge federate rehearse smoke --sites 3
     """
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
     from fedmerge_peft.sites.prepare import check_installed
 
     check_installed()
@@ -240,7 +240,7 @@ def rehearse(
 
 
 def _teller(quiet: bool) -> Callable[[str], None]:
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
 
     def tell(text: str) -> None:
         if not quiet:
@@ -252,7 +252,7 @@ def _teller(quiet: bool) -> Callable[[str], None]:
 def _conclude(outcome: dict[str, Any], run: str, again: str) -> None:
     """Say how it ended; a failure is an error."""
     from fedmerge_peft.errors import FederateError
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
 
     done = f"{outcome['rounds']} of {outcome['total']} rounds are done"
     if outcome["state"] == "failed":
@@ -263,7 +263,7 @@ def _conclude(outcome: dict[str, Any], run: str, again: str) -> None:
 
 
 def _until_stopped(serve: Callable[[], None]) -> None:
-    from fedmerge_peft.sites.processes import Stopped
+    from fedmerge_peft.sites.supervisor import Stopped
 
     try:
         serve()

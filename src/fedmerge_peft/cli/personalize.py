@@ -12,7 +12,7 @@ from fedmerge_peft.cli.app import app
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedmerge_peft.personalization import Personalized
+    from fedmerge_peft.serving.personalize import Personalized
 
 
 @app.command()
@@ -41,11 +41,11 @@ def personalize(
     """
     from rich.console import Console
 
-    from fedmerge_peft.cli.logs import log_to
     from fedmerge_peft.errors import RunError
-    from fedmerge_peft.personalization import personalize
-    from fedmerge_peft.recipe.document import printable
-    from fedmerge_peft.run import Run
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.runs.directory import Run
+    from fedmerge_peft.serving.personalize import personalize
+    from fedmerge_peft.util.logs import log_to
 
     opened = Run.open(run)
     called = name if name is not None else data.stem
@@ -71,7 +71,7 @@ def _table(result: Personalized) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
     from fedmerge_peft.tasks.metrics import greater_is_better
 
     title = f"{result.name}: {result.examples['train']} examples learned from, {result.examples['test']} tested on"

@@ -43,9 +43,9 @@ def cp(
     import shlex
 
     from fedmerge_peft.errors import RecipeError
-    from fedmerge_peft.recipe.document import printable
-    from fedmerge_peft.recipe.faults import did_you_mean
+    from fedmerge_peft.recipe.error_messages import did_you_mean
     from fedmerge_peft.recipe.loading import shipped
+    from fedmerge_peft.recipe.yaml_document import printable
 
     recipes = {recipe.name: recipe.path for recipe in shipped()}
     name = name.removesuffix(".yaml")
@@ -72,8 +72,8 @@ def validate(recipe: RecipeSource, overrides: Overrides = None) -> None:
 
     Example: fedmerge validate quickstart strategy.adapters=4
     """
-    from fedmerge_peft.recipe.document import printable
     from fedmerge_peft.recipe.loading import load
+    from fedmerge_peft.recipe.yaml_document import printable
 
     print(printable(_summary(load(recipe, overrides or []))))
 
@@ -111,11 +111,12 @@ def schema(
     import json
 
     from fedmerge_peft.errors import RecipeError
-    from fedmerge_peft.recipe import Recipe, reference
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe.markdown import reference
+    from fedmerge_peft.recipe.yaml_document import printable
 
     as_json = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-    text = reference.markdown() if markdown else json.dumps(as_json, indent=2) + "\n"
+    text = reference() if markdown else json.dumps(as_json, indent=2) + "\n"
     if out is None:
         print(text, end="")
         return

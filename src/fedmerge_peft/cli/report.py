@@ -22,8 +22,8 @@ def report(
 
     Example: fedmerge report runs/first --out first.html
     """
-    from fedmerge_peft.recipe.document import printable
-    from fedmerge_peft.report import write_figures, write_report
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.report.page import write_figures, write_report
 
     print(printable(f"wrote {write_report(runs, out)}"))
     if figures is not None:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmerge_peft.cli.app import Overrides, RecipeSource, app
-from fedmerge_peft.ranks import leads, leave
+from fedmerge_peft.distributed import leads, leave
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedmerge_peft.cli.stopping import Stop
-    from fedmerge_peft.clock import Clock
-    from fedmerge_peft.run import Run
+    from fedmerge_peft.runs.directory import Run
+    from fedmerge_peft.util.profiling import Clock
 
 
 @app.command()
@@ -40,11 +40,11 @@ def run(
 
     from rich.console import Console
 
-    from fedmerge_peft.cli.logs import log_to
-    from fedmerge_peft.clock import timing
     from fedmerge_peft.errors import RunExistsError
-    from fedmerge_peft.run import Run
-    from fedmerge_peft.running import federate
+    from fedmerge_peft.federation.federate import federate
+    from fedmerge_peft.runs.directory import Run
+    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.profiling import timing
 
     directory = out if out is not None else Run.default_path(loaded)
     try:
@@ -79,8 +79,8 @@ def resume(
     """
     from rich.console import Console
 
-    from fedmerge_peft.cli.logs import log_to
-    from fedmerge_peft.running import resume
+    from fedmerge_peft.federation.federate import resume
+    from fedmerge_peft.util.logs import log_to
 
     console = Console(highlight=False, quiet=not leads())
     log_to(Console(stderr=True, highlight=False))
@@ -94,8 +94,8 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
     """Show a run's progress; when it is stopped or fails, say how to go on."""
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import ClientError, RankError, ResumeError, RunBusyError, RunError, TooFewClientsError
-    from fedmerge_peft.recipe.document import printable
-    from fedmerge_peft.run import Run
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.runs.directory import Run
 
     with Stop() as stop:
         try:
@@ -113,8 +113,8 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
 def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool) -> Run:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fedmerge_peft.federation import Federation
-    from fedmerge_peft.record import RoundRecord
+    from fedmerge_peft.federation.loop import Federation
+    from fedmerge_peft.runs.record import RoundRecord
     from fedmerge_peft.strategies import Reply
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -153,7 +153,7 @@ def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool)
 
 def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
     from fedmerge_peft.analysis import scores_table, weights_table
-    from fedmerge_peft.recipe.document import printable
+    from fedmerge_peft.recipe.yaml_document import printable
 
     if run.summary["final"]["served"] is not None:
         console.print(scores_table(run))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from fedmerge_peft.ranks import leads
+from fedmerge_peft.distributed import leads
 
 
 class Stopped(KeyboardInterrupt):

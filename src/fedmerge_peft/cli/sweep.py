@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.run import Run
+    from fedmerge_peft.runs.directory import Run
 
 Values = Annotated[list[str] | None, typer.Argument(metavar="KEY=A,B,C", help="Such as strategy.adapters=3,6 seed=0,1,2.")]
 
@@ -42,11 +42,11 @@ def sweep(
 
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.cli.compare import show, wide_console
-    from fedmerge_peft.cli.logs import log_to
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import RunError, SweepError
-    from fedmerge_peft.recipe.document import printable
-    from fedmerge_peft.run import Run
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.runs.directory import Run
+    from fedmerge_peft.util.logs import log_to
 
     directory = out if out is not None else Path("sweeps", Run.default_path(next(iter(recipes.values()))).name)
     console = wide_console()
@@ -78,9 +78,9 @@ def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from fedmerge_peft.errors import FedMergeError
-    from fedmerge_peft.recipe.document import printable
-    from fedmerge_peft.record import RoundRecord
-    from fedmerge_peft.sweeps import sweep
+    from fedmerge_peft.federation.sweep import sweep
+    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.runs.record import RoundRecord
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -4,9 +4,9 @@
 (numpy alone), ``federate`` joins both into one table and its clients, ``summary`` shows who holds what.
 """
 
+from fedmerge_peft.data.build import federate_data
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
-from fedmerge_peft.data.federate import federate_data
-from fedmerge_peft.data.sources import load_splits
+from fedmerge_peft.data.loading import load_splits
 from fedmerge_peft.data.summary import client_table, picture, plot
 
 __all__ = [

@@ -16,7 +16,7 @@ from fedmerge_peft.data.clients import FederatedData
 from fedmerge_peft.data.columns import class_numbers, listing
 from fedmerge_peft.data.partition import class_counts
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.document import printable
+from fedmerge_peft.recipe.yaml_document import printable
 
 if TYPE_CHECKING:
     import pandas

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.training.plan import Plan, Served
+from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import Tensor
 
-    from fedmerge_peft.backbone import Backbone
     from fedmerge_peft.data import Client
     from fedmerge_peft.errors import ClientError
+    from fedmerge_peft.models.backbone import Backbone
     from fedmerge_peft.recipe import Recipe
 
 

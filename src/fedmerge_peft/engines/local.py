@@ -18,26 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.backbone import Backbone, load_backbone
-from fedmerge_peft.clock import spent
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.engines.base import check_same, start_of
-from fedmerge_peft.engines.known import KnownScores
+from fedmerge_peft.engines.score_cache import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError
-from fedmerge_peft.pretrained import model_folder
+from fedmerge_peft.models.backbone import Backbone, load_backbone
+from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.seeds import derive
 from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Examples, Task
+from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batched import Job, clients_per_batch, train_together
-from fedmerge_peft.training.device import make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.execute import Fit, Requests, Work, carry_out_together, requests
 from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import Indices, Trained, train
-from fedmerge_peft.training.work import Fit, Requests, Work, carry_out_together, requests
-from fedmerge_peft.vectors import finite
+from fedmerge_peft.util.profiling import spent
+from fedmerge_peft.util.seeds import derive
+from fedmerge_peft.util.vectors import finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

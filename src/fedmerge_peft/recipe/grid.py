@@ -12,9 +12,9 @@ from math import prod
 import yaml
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe.document import printable
 from fedmerge_peft.recipe.loading import load
 from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.yaml_document import printable
 
 MOST = 1_000
 """Combinations of one grid."""

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, get_origin
 from pydantic import ValidationError
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe import document as yaml_document
-from fedmerge_peft.recipe.document import Document, Fault, Mark, Where, dotted, encodable, printable, refuse
-from fedmerge_peft.recipe.faults import did_you_mean, expected, explain, field_annotation, found, kinds_of, required, variants
+from fedmerge_peft.recipe import yaml_document
+from fedmerge_peft.recipe.error_messages import did_you_mean, expected, explain, field_annotation, found, kinds_of, required, variants
 from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dotted, encodable, printable, refuse
 
 LARGEST = 256 * 1024
 """Bytes in a recipe: a longer file is something else."""

@@ -20,8 +20,8 @@ from pydantic import (
 )
 
 from fedmerge_peft.recipe.data import DataRecipe
-from fedmerge_peft.recipe.defence import DefenceRecipe
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
+from fedmerge_peft.recipe.robustness import DefenceRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
 from fedmerge_peft.recipe.strategies import FedMerge, StrategyRecipe
 

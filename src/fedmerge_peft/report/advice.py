@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmerge_peft.run import Run
+from fedmerge_peft.runs.directory import Run
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 _FEW = 30

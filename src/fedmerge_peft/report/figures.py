@@ -13,10 +13,10 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from fedmerge_peft.analysis import local_global_gap
-from fedmerge_peft.drawings import Bars, Drawing, Heat, Line, Lines, Strip
-from fedmerge_peft.report import svg
+from fedmerge_peft.plotting import svg
+from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Line, Lines, Strip
 from fedmerge_peft.report.advice import final, percentile
-from fedmerge_peft.run import Run
+from fedmerge_peft.runs.directory import Run
 
 _MOST_PAIRED = 1500
 """Clients of which pairs are drawn."""

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.files import write_text, writing
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.run import Run
-from fedmerge_peft.sites.settings import RECIPE, SITE, Federation, check_names
+from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.sites.config import RECIPE, SITE, Federation, check_names
+from fedmerge_peft.util.files import write_text, writing
 
 PAGE = "README.md"
 
@@ -36,7 +36,7 @@ def prepare(recipe: Recipe, federation: Federation, out: Path) -> None:
     check_names(federation.sites)
     Run.check_free(out)
     check_installed()
-    from fedmerge_peft.sites.flare.kits import provision
+    from fedmerge_peft.sites.flare.provision import provision
 
     recipe = as_federated(recipe)
     with writing(out):

@@ -13,10 +13,10 @@ from typing import Any
 from fedmerge_peft.data import federate_data
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.sites.data import deal, write_site
+from fedmerge_peft.sites.config import Federation
 from fedmerge_peft.sites.prepare import as_federated, prepare
-from fedmerge_peft.sites.processes import Child, environment
-from fedmerge_peft.sites.settings import Federation
+from fedmerge_peft.sites.site_data import deal, write_site
+from fedmerge_peft.sites.supervisor import Child, environment
 
 _PROGRAM = [sys.executable, "-c", "from fedmerge_peft.cli import main; main()", "federate"]
 _START = 60.0

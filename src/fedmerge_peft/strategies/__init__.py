@@ -8,18 +8,18 @@ from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, Strategy
 from fedmerge_peft.strategies.ditto import Ditto
 from fedmerge_peft.strategies.fedavg import FedAvg, FedProx
+from fedmerge_peft.strategies.fedavg_finetuned import FedAvgFinetuned
 from fedmerge_peft.strategies.feddpa import FedDPA
 from fedmerge_peft.strategies.fedem import FedEM
 from fedmerge_peft.strategies.fedmerge import FedMerge
 from fedmerge_peft.strategies.fesem import FeSEM
-from fedmerge_peft.strategies.finetuned import FedAvgFinetuned
 from fedmerge_peft.strategies.flexlora import FlexLora
 from fedmerge_peft.strategies.flhc import FLHC
 from fedmerge_peft.strategies.flora import FLora
 from fedmerge_peft.strategies.ifca import IFCA
 from fedmerge_peft.strategies.local import Local
-from fedmerge_peft.strategies.partial import FedRep, FedSALora, FFALora
-from fedmerge_peft.strategies.step import fedmerge_step
+from fedmerge_peft.strategies.partly_shared import FedRep, FedSALora, FFALora
+from fedmerge_peft.strategies.server_step import fedmerge_step
 
 __all__ = ["FedAvg", "FedMerge", "Local", "Reply", "Start", "Strategy", "fedmerge_step", "make_strategy"]
 

@@ -30,10 +30,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fedmerge_peft.recipe.defence import DefenceRecipe
-from fedmerge_peft.strategies.grouping import cosines
-from fedmerge_peft.strategies.step import soup_shares
-from fedmerge_peft.vectors import lengths
+from fedmerge_peft.recipe.robustness import DefenceRecipe
+from fedmerge_peft.strategies.server_step import soup_shares
+from fedmerge_peft.strategies.similarity import cosines
+from fedmerge_peft.util.vectors import lengths
 
 _REMEMBERED = 5
 """Rounds that the running median of the norms is over."""

@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters import weights as merging_weights
+from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.spill import side_by_side
-from fedmerge_peft.state import Stateful
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.training.plan import Choose, InTurn, Plan, Served, Train
+from fedmerge_peft.util.row_buffer import side_by_side
+from fedmerge_peft.util.stateful import Stateful
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.assigned import Assigned
 from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.strategies.fedavg import mean_delta
-from fedmerge_peft.strategies.server import ServerOptimizer
+from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 

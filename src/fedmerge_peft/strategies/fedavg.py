@@ -11,7 +11,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
-from fedmerge_peft.strategies.server import ServerOptimizer
+from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 import torch
 
-from fedmerge_peft.adapters.ranks import factors, rank_columns
+from fedmerge_peft.adapters.lora_factors import factors, rank_columns
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.assigned import Assigned
 from fedmerge_peft.strategies.base import Reply, Start
 from fedmerge_peft.strategies.fedavg import mean_delta
-from fedmerge_peft.strategies.server import ServerOptimizer
+from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters import weights as merging_weights
+from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
@@ -18,7 +18,7 @@ from fedmerge_peft.training.plan import Mixture
 class FedEM(Strategy):
     """p_i(y | x) = Σ_k π_ik p(y | x; Θ_k). Components are common, π_i is the client's; each round is a step of EM:
 
-    client:  E and M of ``training/work.py`` on its own examples give π_i and θ_ik, trained from Θ_k
+    client:  E and M of ``training/execute.py`` on its own examples give π_i and θ_ik, trained from Θ_k
     server:  Θ_k ← Σ_i ρ_i θ_ik,  ρ_i = n_i / n over the clients that replied
 
     All components travel both ways. They start independent, since equal ones would stay equal; as long as LoRA's B = 0 they differ by

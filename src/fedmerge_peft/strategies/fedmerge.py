@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.merging_weights import UNUSED, MergingWeights
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.adapters.weights import UNUSED, MergingWeights
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.state import Stateful
-from fedmerge_peft.strategies.balance import balancing_shifts
+from fedmerge_peft.strategies.balancing import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
-from fedmerge_peft.strategies.grouping import group_by_direction, split_by_direction
-from fedmerge_peft.strategies.server import ServerOptimizer
-from fedmerge_peft.strategies.step import WEIGHTS_LR, weights_gradient, weights_move
-from fedmerge_peft.strategies.warming import MeanUpdates
+from fedmerge_peft.strategies.mean_updates import MeanUpdates
+from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
+from fedmerge_peft.strategies.server_step import WEIGHTS_LR, weights_gradient, weights_move
+from fedmerge_peft.strategies.similarity import group_by_direction, split_by_direction
+from fedmerge_peft.util.stateful import Stateful
 
 _ADAM_LR = 0.3
 _ADAM_MEMORY = 0.9

@@ -8,8 +8,8 @@ import torch
 
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
-from fedmerge_peft.strategies.clusters import ServerClustering, means, members
-from fedmerge_peft.strategies.grouping import inner_products, k_means
+from fedmerge_peft.strategies.clustering import ServerClustering, means, members
+from fedmerge_peft.strategies.similarity import inner_products, k_means
 
 
 class FeSEM(ServerClustering):

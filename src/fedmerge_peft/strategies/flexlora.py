@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.ranks import Factors, inner_of_products, svd_of_product
+from fedmerge_peft.adapters.lora_factors import Factors, inner_of_products, svd_of_product
 from fedmerge_peft.strategies.base import Reply, stack
-from fedmerge_peft.strategies.ranked import Ranked
+from fedmerge_peft.strategies.heterogeneous_ranks import Ranked
 
 
 class FlexLora(Ranked):

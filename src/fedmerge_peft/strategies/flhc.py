@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
-from fedmerge_peft.strategies.clusters import ServerClustering, means
+from fedmerge_peft.strategies.clustering import ServerClustering, means
 
 
 class FLHC(ServerClustering):

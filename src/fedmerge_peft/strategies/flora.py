@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.ranks import Factors, inner_of_products
+from fedmerge_peft.adapters.lora_factors import Factors, inner_of_products
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
-from fedmerge_peft.strategies.ranked import Ranked
+from fedmerge_peft.strategies.heterogeneous_ranks import Ranked
 
 
 class FLora(Ranked):

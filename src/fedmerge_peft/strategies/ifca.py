@@ -8,7 +8,7 @@ import torch
 
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, Start, stack
-from fedmerge_peft.strategies.clusters import Clustering, means
+from fedmerge_peft.strategies.clustering import Clustering, means
 from fedmerge_peft.training.plan import Choose, Plan
 
 

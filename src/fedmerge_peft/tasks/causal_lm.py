@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.tasks.base import Batch, Examples, Task
-from fedmerge_peft.tasks.formats import lay_out, parse_template, tell_format
 from fedmerge_peft.tasks.metrics import GENERATED
-from fedmerge_peft.tasks.text import choose_length, chunks, load_tokenizer, pad, pad_token_of, ragged, token_limit
+from fedmerge_peft.tasks.text_formats import lay_out, parse_template, tell_format
+from fedmerge_peft.tasks.tokenization import choose_length, chunks, load_tokenizer, pad, pad_token_of, ragged, token_limit
 
 if TYPE_CHECKING:
     from datasets import Dataset

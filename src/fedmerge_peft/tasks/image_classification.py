@@ -13,7 +13,7 @@ from fedmerge_peft.data.columns import listing
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.classification import Classification, encode_labels, refuse_nulls, tell_labels
-from fedmerge_peft.tasks.text import load_part
+from fedmerge_peft.tasks.tokenization import load_part
 
 if TYPE_CHECKING:
     from datasets import Dataset

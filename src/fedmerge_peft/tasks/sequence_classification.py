@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.classification import Classification, encode_labels, tell_labels
-from fedmerge_peft.tasks.text import choose_length, chunks, load_tokenizer, pad, pad_token_of, ragged, read_texts, token_limit
+from fedmerge_peft.tasks.tokenization import choose_length, chunks, load_tokenizer, pad, pad_token_of, ragged, read_texts, token_limit
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.backbone import Backbone
+from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
+from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
-from fedmerge_peft.seeds import derive, seeded
-from fedmerge_peft.stack import AdapterStack, unstackable
 from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache, through
@@ -30,6 +29,7 @@ from fedmerge_peft.training.reference import (
     spread,
     steps,
 )
+from fedmerge_peft.util.seeds import derive, seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

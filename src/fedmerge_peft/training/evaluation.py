@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.backbone import Backbone
 from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.tasks.base import Examples, Predictions, Task
 from fedmerge_peft.tasks.metrics import score
 from fedmerge_peft.training.plan import Mixture, Served

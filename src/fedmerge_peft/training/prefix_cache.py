@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.backbone import Backbone
-from fedmerge_peft.prefix import Prefix
-from fedmerge_peft.seeds import seeded
+from fedmerge_peft.models.backbone import Backbone
+from fedmerge_peft.models.frozen_prefix import Prefix
 from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.util.seeds import seeded
 
 if TYPE_CHECKING:
     from fedmerge_peft.training.reference import Indices

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmerge_peft.backbone import Backbone
+from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
-from fedmerge_peft.seeds import derive, seeded
 from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache, through
+from fedmerge_peft.util.seeds import derive, seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,7 +9,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from fedmerge_peft.sites.orphan import end_with_parent
+from fedmerge_peft.sites.exit_with_parent import end_with_parent
 
 
 def main() -> None:

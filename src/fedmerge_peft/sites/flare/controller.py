@@ -20,12 +20,12 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from fedmerge_peft.sites.flare.mends import Distinct, say_messages_short
+from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.exit_with_parent import end_with_parent
 from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR, OUTCOME, TOPIC
-from fedmerge_peft.sites.orphan import end_with_parent
-from fedmerge_peft.sites.remote import Letter
-from fedmerge_peft.sites.server import State, conduct
-from fedmerge_peft.sites.settings import Federation
+from fedmerge_peft.sites.flare.workarounds import Distinct, say_messages_short
+from fedmerge_peft.sites.server.engine import Letter
+from fedmerge_peft.sites.server.job import State, conduct
 
 _LOOK = 0.05
 """Seconds between two looks at a queue."""
@@ -123,7 +123,7 @@ def _done(answers: Queue[tuple[Task, bytes | str]], task: Task, fl_ctx: FLContex
 
 def _kind(content: bytes) -> str:
     """The kind of a message, for the task's name and the trainer's door."""
-    from fedmerge_peft.sites.wire import kind_of
+    from fedmerge_peft.sites.messages import kind_of
 
     return kind_of(content)
 

@@ -13,13 +13,13 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.sites.flare.mends import say_messages_short
+from fedmerge_peft.sites.exit_with_parent import end_with_parent
 from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR
-from fedmerge_peft.sites.link import ADDRESS, Link
-from fedmerge_peft.sites.orphan import end_with_parent
+from fedmerge_peft.sites.flare.workarounds import say_messages_short
+from fedmerge_peft.sites.site.connection import ADDRESS, Link
 
 if TYPE_CHECKING:
-    from fedmerge_peft.sites.trainer import Trainer
+    from fedmerge_peft.sites.site.trainer import Trainer
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -56,9 +56,9 @@ class SiteExecutor(Executor):  # type: ignore[misc]
 
     def _own(self, fl_ctx: FLContext) -> Trainer:
         if self._trainer is None:
-            from fedmerge_peft.sites.processes import SETTINGS
-            from fedmerge_peft.sites.settings import SITE, SiteSettings
-            from fedmerge_peft.sites.trainer import Trainer
+            from fedmerge_peft.sites.config import SITE, SiteSettings
+            from fedmerge_peft.sites.site.trainer import Trainer
+            from fedmerge_peft.sites.supervisor import SETTINGS
 
             kit = self._kit(fl_ctx)
             said = os.environ.get(SETTINGS)

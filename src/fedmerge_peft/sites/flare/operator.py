@@ -17,8 +17,8 @@ from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, JobNotRu
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
+from fedmerge_peft.sites.config import OPERATOR, Federation
 from fedmerge_peft.sites.flare.names import CONTROLLER, EXECUTOR, OUTCOME, TOPIC
-from fedmerge_peft.sites.settings import OPERATOR, Federation
 
 log = logging.getLogger(__name__)
 

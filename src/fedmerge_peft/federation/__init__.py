@@ -1,0 +1,1 @@
+"""The round loop, and whole recipes into run directories."""

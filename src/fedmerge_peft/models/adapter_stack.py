@@ -1,0 +1,189 @@
+"""Several adapters in the one model at once, each on its own part of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedmerge_peft.models.backbone import Backbone
+
+Forward = Callable[..., Tensor]
+
+
+class AdapterStack:
+    """K adapters on one frozen model: the first K-th of a batch's examples passes through the first adapter, and so on.
+
+    The frozen weights see the whole batch at once. Where an adapter acts, each has its own product, by one ``bmm`` for all: LoRA's
+    B A beside a frozen layer, and the layers of a head. No example of one part touches another part's adapter, so the gradient of the
+    sum of the parts' losses holds each adapter's own.
+
+    Args:
+        backbone: A model to which ``unstackable`` has no objection.
+        rows: The adapters, ``(K, P)``, on the model's device.
+    """
+
+    def __init__(self, backbone: Backbone, rows: Tensor) -> None:
+        self.rows = rows.clone(memory_format=torch.contiguous_format)
+        """``(K, P)``; what changes them changes what the model computes."""
+        self.gradient = torch.zeros_like(self.rows)
+        """``(K, P)``: where ``backward`` adds each adapter's gradient."""
+        self.model = backbone.model
+        self._backbone = backbone
+        self._leaves: dict[int, Tensor] = {}
+        """``(K, *shape)`` for each trainable tensor, by its identity: views of the rows."""
+        self.keep(len(rows))
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.rows)
+
+    def keep(self, count: int) -> None:
+        """Go on with the first ``count`` adapters; the rest leave the stack as they are."""
+        self.rows, self.gradient = self.rows[:count], self.gradient[:count]
+        for parameter, entry in zip(self._backbone.trainable, self._backbone.layout.entries, strict=True):
+            self._leaves[id(parameter)] = self.rows[:, entry.columns].view(count, *entry.shape).detach().requires_grad_()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss, the sum of the parts' losses, to ``gradient``."""
+        # Not by the leaves' own .grad: torch warns where gradients are not contiguous, as views of a matrix cannot be.
+        found = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
+        for entry, each in zip(self._backbone.layout.entries, found, strict=True):
+            if each is not None:
+                self.gradient[:, entry.columns].view(len(self), *entry.shape).add_(each)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, forward passes go through the stack instead of the backbone's slot. Backward passes belong inside too."""
+        modules = list(_sites(self._backbone.model))
+        own = [vars(module).get("forward") for module in modules]  # some have one that is not their class's, such as accelerate's
+        for module in modules:
+            module.forward = self._forward(module)
+        try:
+            yield
+        finally:
+            for module, forward in zip(modules, own, strict=True):
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+
+    def _forward(self, module: nn.Module) -> Forward:
+        from peft.tuners.lora.layer import LoraLayer
+
+        if isinstance(module, LoraLayer):
+            return self._lora(module)
+        return self._layer_norm(module) if isinstance(module, nn.LayerNorm) else self._linear(module)
+
+    def _lora(self, layer: Any) -> Forward:
+        """W x + scaling · B_k A_k x, as PEFT's layer without variants."""
+        a: Tensor = layer.lora_A["default"].weight
+        b: Tensor = layer.lora_B["default"].weight
+        scaling: float = layer.scaling["default"]
+        dropout = layer.lora_dropout["default"]
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            result: Tensor = layer.base_layer(x, *args, **kwargs)
+            low = torch.bmm(self._parts(dropout(x.to(a.dtype))), self._of(a).transpose(1, 2))
+            up = self._of(b).transpose(1, 2)
+            if low.dtype == result.dtype:  # one pass over the memory instead of three
+                return torch.baddbmm(self._parts(result), low, up, alpha=scaling).view_as(result)
+            return (result + torch.bmm(low, up).view_as(result) * scaling).to(result.dtype)
+
+        return forward
+
+    def _linear(self, layer: Any) -> Forward:
+        """W_k x + b_k; ``Conv1D`` holds W_kᵀ."""
+
+        def forward(x: Tensor) -> Tensor:
+            weight = self._of(layer.weight)
+            weight = weight.transpose(1, 2) if isinstance(layer, nn.Linear) else weight
+            if layer.bias is None:
+                product = torch.bmm(self._parts(x), weight)
+            else:
+                product = torch.baddbmm(self._of(layer.bias)[:, None], self._parts(x), weight)
+            return product.view(*x.shape[:-1], -1)
+
+        return forward
+
+    def _layer_norm(self, layer: nn.LayerNorm) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+            scaled = normal.reshape(len(self), -1, *layer.normalized_shape) * self._of(layer.weight)[:, None]
+            if layer.bias is not None:
+                scaled = scaled + self._of(layer.bias)[:, None]
+            return scaled.view_as(normal).to(normal.dtype)
+
+        return forward
+
+    def _of(self, parameter: Tensor) -> Tensor:
+        """Each adapter's version of a tensor, ``(K, *shape)``; of a frozen one, the same for all."""
+        leaf = self._leaves.get(id(parameter))
+        return parameter.expand(len(self), *parameter.shape) if leaf is None else leaf
+
+    def _parts(self, x: Tensor) -> Tensor:
+        """The batch by adapters, ``(K, positions, width)``."""
+        return x.reshape(len(self), -1, x.shape[-1])
+
+
+def unstackable(backbone: Backbone) -> str | None:
+    """Why several adapters cannot share this model's batches, as far as its modules tell; None where nothing speaks against it."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    model = backbone.model
+    if backbone.config.use_dora:
+        return "DoRA's magnitudes are not low-rank updates (lora.use_dora)"
+    if experts := [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(model.config, name, None)]:
+        return f"the model routes tokens to experts ({experts[0]} in its configuration)"
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not _is_plain_lora(module):
+            return f"{_short(name)} is not a plain linear layer ({type(module.get_base_layer()).__name__}, {type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
+            return f"{_short(name)} mixes the examples of a batch ({type(module).__name__})"
+    stacked = {id(tensor) for module in _sites(model) for tensor in _tensors(module)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in stacked:
+            return f"{_short(name)} trains, and is neither LoRA's nor that of a linear layer or a LayerNorm"
+    return None
+
+
+def _sites(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward pass differs between adapters."""
+    from peft.tuners.lora.layer import LoraLayer
+    from transformers.pytorch_utils import Conv1D
+
+    factors: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            factors |= {id(part) for part in module.modules()} - {id(module)}
+            if _is_plain_lora(module):
+                yield module
+        elif type(module) in (nn.Linear, Conv1D, nn.LayerNorm) and id(module) not in factors:
+            own = list(module.parameters(recurse=False))
+            if own and all(parameter.requires_grad for parameter in own):
+                yield module
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """What a site has an adapter's own version of."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    if isinstance(module, LoraLayer):
+        return [module.lora_A["default"].weight, module.lora_B["default"].weight]
+    return list(module.parameters(recurse=False))
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    """Whether the layer computes W x + scaling · B A x and no more: not DoRA's, not quantized, not a convolution or an embedding."""
+    from peft.tuners.lora.layer import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    plain = type(layer) is Linear and type(layer.base_layer) in (nn.Linear, Conv1D)
+    return plain and list(layer.lora_A) == ["default"] and not layer.lora_variant
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.")

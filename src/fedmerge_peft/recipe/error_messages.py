@@ -1,0 +1,237 @@
+"""What pydantic found wrong with a recipe, in the words of the person who wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Where, dotted
+
+
+# --------------------------------------------------------------------------------------------------
+# The shape of a recipe
+# --------------------------------------------------------------------------------------------------
+def required(annotation: Any) -> Any:
+    """The annotation without its constraints, and without the None of an optional value."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        rest = tuple(option for option in get_args(annotation) if option is not NoneType)
+        return required(rest[0]) if len(rest) == 1 else Union[rest]  # noqa: UP007 - the number of options is not known here
+    return annotation
+
+
+def variants(annotation: Any) -> tuple[type[Section], ...]:
+    """The kinds of section that may stand here: several where a tag (``name``, ``scheme``) tells them apart."""
+    annotation = required(annotation)
+    options = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+    sections = tuple(option for option in options if isinstance(option, type) and issubclass(option, Section))
+    return sections if len(sections) == len(options) else ()
+
+
+class Kinds(NamedTuple):
+    """Sections that a tag tells apart: for ``scheme``, the key, are named iid, dirichlet and so on."""
+
+    key: str
+    names: tuple[str, ...]
+    sections: tuple[type[Section], ...]
+
+
+def kinds_of(annotation: Any) -> Kinds | None:
+    """The kinds of section that may stand here, where there are several."""
+    sections = variants(annotation)
+    if len(sections) < 2:
+        return None
+    tags = [next(iter(section.model_fields.items())) for section in sections]
+    return Kinds(tags[0][0], tuple(get_args(info.annotation)[0] for _, info in tags), sections)
+
+
+def field_annotation(info: FieldInfo) -> Any:
+    """A field's type with its constraints."""
+    return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+
+
+def _written(loc: tuple[int | str, ...]) -> tuple[Where, Any, type[Section]]:
+    """Where pydantic's location is in what the user wrote, what is expected there, and the section around it.
+
+    Pydantic puts tags and names of types among the keys: ``("data", "partition", "iid", "clients")``.
+    """
+    where: Where = ()
+    annotation: Any = Recipe
+    section: type[Section] = Recipe
+    for step in loc:
+        whole, annotation = annotation, required(annotation)
+        if kinds := kinds_of(annotation):
+            annotation = section = kinds.sections[kinds.names.index(str(step))]
+        elif variants(annotation):
+            section, info = annotation, annotation.model_fields.get(step)
+            where, annotation = (*where, step), field_annotation(info) if info else None
+        elif get_origin(annotation) in (list, dict):
+            where, annotation = (*where, step), get_args(annotation)[-1]
+        else:
+            return where, whole, section
+    return where, annotation, section
+
+
+def _keys(annotation: Any = Recipe, where: Where = ()) -> Iterator[tuple[Where, type[Section], str]]:
+    """Every key of a recipe: the place of its section, the section, and the key."""
+    for section in variants(annotation):
+        for key, info in section.model_fields.items():
+            yield where, section, key
+            yield from _keys(info.annotation, (*where, key))
+
+
+# --------------------------------------------------------------------------------------------------
+# Words
+# --------------------------------------------------------------------------------------------------
+_PLAIN: dict[Any, tuple[str, str]] = {  # one, several
+    str: ("text", "text"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    NoneType: ("null", "null"),
+}
+
+
+def expected(annotation: Any, many: bool = False) -> str:
+    """A type in plain words: ``a whole number above 0``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return expected(arguments[0], many) + _bounds(arguments[1:])
+    if kinds := kinds_of(annotation):
+        return f"{'sections' if many else 'a section'} with {kinds.key}: one of {', '.join(kinds.names)}"
+    if variants(annotation) or origin is dict:
+        return "a section (key: value, indented below)"
+    if origin is Literal:
+        return f"{'any' if many else 'one'} of {', '.join(arguments)}"
+    if origin is list:
+        return f"a list of {expected(arguments[0], many=True)}"
+    if origin in (Union, UnionType):
+        options = [expected(option, many) for option in arguments]
+        return f"{', '.join(options[:-1])}, or {options[-1]}"
+    return _PLAIN[annotation][many]
+
+
+def _bounds(constraints: Iterable[Any]) -> str:
+    parts = [part for entry in constraints for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    bounds = []
+    for part in parts:
+        match part:
+            case Gt(gt=bound):
+                bounds.append(f"above {bound}")
+            case Ge(ge=bound):
+                bounds.append(f"at least {bound}")
+            case Lt(lt=bound):
+                bounds.append(f"below {bound}")
+            case Le(le=bound):
+                bounds.append(f"at most {bound}")
+            case MinLen(min_length=length):
+                bounds.append(f"({length} or more)")
+            case _:
+                pass
+    return " " + " and ".join(bounds) if bounds else ""
+
+
+def found(value: Any) -> str:
+    """A value as it would stand in YAML, cut where it is long."""
+    match value:
+        case None:
+            return "nothing"
+        case list():
+            return "an empty list" if not value else "a list"
+        case dict():
+            return "an empty section" if not value else "a section"
+        case str():
+            return f"text {_cut(repr(value))}"
+        case bool() | int() | float():
+            return _cut(json.dumps(value)).replace("NaN", ".nan").replace("Infinity", ".inf")
+        case _:
+            return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """The closest of some words as a question to put after a message; empty where none is close."""
+    closest = get_close_matches(word.lower(), words, n=1)
+    return f"; did you mean '{closest[0]}'?" if closest else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Faults
+# --------------------------------------------------------------------------------------------------
+def explain(error: ValidationError, document: Document) -> list[Fault]:
+    """One fault for each value that is wrong, however many ways there are for it to be right."""
+    faults: dict[Where, Fault] = {}
+    for detail in error.errors(include_url=False):
+        if len(faults) > MOST:
+            break
+        where, annotation, section = _written(detail["loc"])
+        if detail["type"] == "value_error":
+            where, text = _own_words(where, annotation, str(detail["ctx"]["error"]))
+        elif detail["type"] == "extra_forbidden":
+            text = _unknown(where, section)
+        elif detail["type"] == "missing":
+            text = f"missing, expected {expected(annotation)}: {section.model_fields[str(where[-1])].description}"
+        else:
+            where, text = _unfit(where, annotation, detail["type"], document.value)
+        faults.setdefault(where, Fault(document.mark(where), where, text))
+    return list(faults.values())
+
+
+def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
+    """A message of the schema's validators, which may begin with the key that it is about."""
+    key, colon, rest = text.partition(": ")
+    return ((*where, key), rest) if colon and any(key in kind.model_fields for kind in variants(section)) else (where, text)
+
+
+def _unfit(where: Where, annotation: Any, problem: str, value: Any) -> tuple[Where, str]:
+    for step in where:
+        value = value[step]
+    if (kinds := kinds_of(annotation)) and isinstance(value, str | dict):
+        names = f"expected one of {', '.join(kinds.names)}"
+        if problem == "union_tag_not_found":
+            return (*where, kinds.key), f"missing, {names}"
+        if isinstance(value, dict):
+            where, value = (*where, kinds.key), value[kinds.key]
+        return where, f"found {found(value)}, {names}{_closest(value, kinds.names)}"
+    choices = get_args(required(annotation)) if get_origin(required(annotation)) is Literal else ()
+    return where, f"found {found(value)}, expected {expected(annotation)}{_closest(value, choices)}"
+
+
+def _closest(value: Any, words: Iterable[str]) -> str:
+    return did_you_mean(value, words) if isinstance(value, str) else ""
+
+
+def _unknown(where: Where, section: type[Section]) -> str:
+    key, here = str(where[-1]), where[:-1]
+    if here[:1] == ("baselines",):
+        here = ("strategy",)
+    places = {(place, kind): name for place, kind, name in _keys() if name == key}
+    siblings = [_kind(kind) for place, kind in places if place == here]
+    if siblings:
+        return f"unknown key for {_kind(section)}; it belongs to {' or '.join(siblings)}"
+    if places:
+        homes = dict.fromkeys(f"under {dotted(place)}" if place else "at the top level" for place, _ in places)
+        return f"unknown key; it belongs {' or '.join(homes)}"
+    if guess := did_you_mean(key, section.model_fields):
+        return f"unknown key{guess}"
+    elsewhere = {name: dotted((*place, name)) for place, _, name in _keys()}
+    if closest := get_close_matches(key.lower(), elsewhere, n=1):
+        return f"unknown key; did you mean '{elsewhere[closest[0]]}'?"
+    return f"unknown key; the keys here are {', '.join(section.model_fields)}"
+
+
+def _kind(section: type[Section]) -> str:
+    return str(get_args(next(iter(section.model_fields.values())).annotation)[0])

@@ -1,0 +1,120 @@
+"""The reference of recipes as Markdown, from the same JSON schema that editors read: every key, type, bound and default."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from fedmerge_peft.recipe.schema import Recipe
+
+Schema = dict[str, Any]
+
+_SHARED_BY = 4
+"""A key that so many variants of a section have in common is told once for all of them."""
+_NAMES = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
+_HEAD = """# Recipes: all keys
+
+Made by `fedmerge schema --markdown` from the schema that checks recipes. Keys may be given on the command line as `section.key=value`,
+which wins over the file. **required** marks keys without a default; a section whose keys all have one may be left out. What comes with
+the package (`fedmerge ls`) has comments that give reasons.
+"""
+
+
+def reference() -> str:
+    """The whole reference: a table a section, a table a variant of those that come in several kinds."""
+    schema = Recipe.model_json_schema()
+    top = {"description": Recipe.__doc__, "properties": schema["properties"]}
+    return "\n".join([_HEAD, *_section("", top, schema["$defs"])]).rstrip("\n") + "\n"
+
+
+def _section(path: str, section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()) -> Iterator[str]:
+    """A section's table, then the sections within it."""
+    if path:
+        yield _said(section) + "\n"
+    yield from _table(section, known, skip)
+    for key, field in section["properties"].items():
+        place = f"{path}.{key}".removeprefix(".")
+        kinds = _variants(field)
+        if "$ref" in field:
+            yield f"{'##' if not path else '###'} {place}\n"
+            yield from _section(place, _of(field, known), known)
+        elif kinds and field.get("type") != "array":  # baselines are of the strategy's kinds
+            yield from _kinds(place, field, [_of(kind, known) for kind in kinds], known)
+
+
+def _kinds(path: str, field: Schema, kinds: list[Schema], known: dict[str, Schema]) -> Iterator[str]:
+    """A section that comes in several kinds, which one of its keys tells apart."""
+    level = "##" + "#" * path.count(".")
+    yield f"{level} {path}\n"
+    yield _said(field) + "\n"
+    tag = next(key for key, each in kinds[0]["properties"].items() if "const" in each)
+    counts = Counter(json.dumps([key, each]) for kind in kinds for key, each in kind["properties"].items())
+    common = dict(json.loads(text) for text, count in counts.items() if count >= _SHARED_BY)
+    if common:
+        owners = [kind["properties"][tag]["const"] for kind in kinds if common.keys() <= kind["properties"].keys()]
+        yield f"Common to {', '.join(f'`{owner}`' for owner in owners)}:\n"
+        yield from _table({"properties": common}, known)
+    for kind in kinds:
+        yield f"{level}# {tag}: {kind['properties'][tag]['const']}\n"
+        yield from _section(path, kind, known, frozenset({tag} | {key for key in common if kind["properties"].get(key) == common[key]}))
+
+
+def _table(section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()) -> Iterator[str]:
+    fields = {key: field for key, field in section["properties"].items() if key not in skip}
+    if not fields:
+        return
+    yield "| key | type | default | what it says |\n|---|---|---|---|"
+    for key, field in fields.items():
+        default = _default(field) if "default" in field else "**required**"
+        said = _said(field if "description" in field else _of(field, known))  # pydantic says once what both would say
+        yield f"| `{key}` | {_type(field)} | {default} | {said} |"
+    yield ""
+
+
+def _type(field: Schema) -> str:
+    """A field's type and bounds in words."""
+    if "$ref" in field or _variants(field):
+        return "a list of such sections" if field.get("type") == "array" else "a section, below"
+    if "anyOf" in field:
+        parts = [_type(each) for each in field["anyOf"]]
+        return _NAMES["boolean"] if parts[0] == _NAMES["boolean"] and "`yes`" in parts[1] else " / ".join(parts)
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if field["type"] == "array":
+        return f"list of {_type(field['items'])}" + (", not empty" if field.get("minItems") else "")
+    if field["type"] == "object":
+        return f"by name: {_type(field['additionalProperties'])}"
+    return _NAMES[field["type"]] + _bounds(field)
+
+
+def _bounds(field: Schema) -> str:
+    """`` > 0 and < 1``, or nothing."""
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    if field["type"] == "integer" and "exclusiveMinimum" in field:
+        field = {**field, "minimum": field["exclusiveMinimum"] + 1}
+        del field["exclusiveMinimum"]
+    said = [f"{sign} {field[bound]:g}" for bound, sign in signs.items() if bound in field]
+    return " " + " and ".join(said) if said else ""
+
+
+def _default(field: Schema) -> str:
+    value = field["default"]
+    if isinstance(value, dict) and value:
+        return "as below"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`".replace("\n", "\\n")
+
+
+def _said(section: Schema) -> str:
+    return " ".join(str(section["description"]).split()).replace("|", "\\|")
+
+
+def _variants(field: Schema) -> list[Schema]:
+    """What a field's section may be, where it comes in several kinds."""
+    inner = [field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ())]
+    return next((list(each["oneOf"]) for each in inner if "oneOf" in each), [])
+
+
+def _of(field: Schema, known: dict[str, Schema]) -> Schema:
+    return known[field["$ref"].rpartition("/")[2]]

@@ -1,0 +1,172 @@
+"""Experiment trackers, by Accelerate: each round's numbers as scalars, and π as an image, at the step of the round."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedmerge_peft.errors import RecipeError, RunError
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.diff import flat, written
+from fedmerge_peft.runs.record import RoundRecord, Scores
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+TRACKERS = {
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "comet_ml": "comet_ml",
+    "aim": "aim",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+}
+"""What a recipe may name, and the module that it needs."""
+FOLDER = "tracking"
+"""Where in the run directory those trackers write that write files."""
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise ``RecipeError`` for trackers that are not installed."""
+    if missing := [name for name in recipe.tracking if find_spec(TRACKERS[name]) is None]:
+        packages = " ".join(name.replace("comet_ml", "comet-ml") for name in missing)
+        raise RecipeError([f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, or leave it out"])
+
+
+class Tracking:
+    """Trackers of one run; one that fails later on is left out with a warning, as it must not cost the run."""
+
+    def __init__(self, trackers: Iterable[Any] = ()) -> None:
+        self._trackers = list(trackers)
+
+    def record(self, record: RoundRecord) -> None:
+        """A finished round."""
+        values: dict[str, float | None] = {
+            "train_loss": record.train_loss,
+            "weights_entropy": record.weights_entropy,
+            "gap": record.gap,
+            "seconds": record.seconds,
+            "bytes_down": record.bytes_down,
+            "bytes_up": record.bytes_up,
+            **_scores("served", record.served),
+            **_scores("finetuned", record.finetuned),
+            **{f"mass/adapter_{number}": share for number, share in enumerate(record.adapter_mass or [])},
+        }
+        self._log(values, record.round)
+
+    def weights(self, weights: Tensor, clients: Sequence[str], round: int) -> None:
+        """π ``(clients, adapters)`` after a round, as a heat map."""
+        if not self._trackers:
+            return
+        from fedmerge_peft.plotting import render
+        from fedmerge_peft.plotting.specs import Heat
+
+        columns = [str(number) for number in range(weights.shape[1])]
+        heat = Heat(weights.numpy(), clients, columns, x="adapter (number)", label="weight π (share of the client)")
+        figure = render.draw(heat, f"Merging weights after round {round}")
+        self._each(lambda tracker: _show(tracker, "merging_weights", figure, round))
+
+    def final(self, scores: Scores | None, rounds: int) -> None:
+        """What all clients are served with in the end."""
+        self._log(_scores("final", scores), rounds)
+
+    def _log(self, values: dict[str, float | None], step: int) -> None:
+        if known := {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}:
+            self._each(lambda tracker: tracker.log(known, step=step))
+
+    def finish(self) -> None:
+        """Have the trackers write what they still hold."""
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, do: Callable[[Any], object]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                do(tracker)
+            except Exception as error:
+                log.warning("tracking: %s failed and is left out from now on: %s: %s", tracker.name, type(error).__name__, error)
+                self._trackers.remove(tracker)
+
+
+@contextmanager
+def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[Tracking]:
+    """The recipe's trackers, while a run goes on.
+
+    Args:
+        recipe: Says which (``tracking``); its values become the tracked run's configuration.
+        path: The run directory; files of trackers go to its folder ``tracking``.
+        accelerator: The engine's: trackers share its process, device and precision.
+
+    Raises:
+        RunError: A tracker does not start.
+    """
+    if not recipe.tracking:
+        yield Tracking()
+        return
+    from accelerate import Accelerator
+
+    folder = path / FOLDER
+    name = f"{recipe.strategy.name}-seed{recipe.seed}"
+    values = {key: value if isinstance(value, bool | int | float) else written(value) for key, value in flat(recipe).items()}
+    own: dict[str, Any] = {"mlflow": {"run_name": name}, "wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trackers = Accelerator(
+            cpu=accelerator.device.type == "cpu",
+            mixed_precision=accelerator.mixed_precision,
+            log_with=list(recipe.tracking),
+            project_dir=folder,
+        )
+        trackers.init_trackers(recipe.name, config=values, init_kwargs=own)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"tracking: {', '.join(recipe.tracking)} does not start: {reason}") from error
+    tracked = Tracking(trackers.trackers)
+    try:
+        yield tracked
+    finally:
+        tracked.finish()
+
+
+def _scores(kind: str, scores: Scores | None) -> dict[str, float | None]:
+    if scores is None:
+        return {}
+    name = scores.metric
+    values = {f"{name}_mean": scores.mean, f"{name}_worst": scores.worst, "validation_loss": scores.validation_loss}
+    return {f"{kind}/{key}": value for key, value in values.items()}
+
+
+def _show(tracker: Any, name: str, figure: Any, step: int) -> None:
+    """Give a figure to a tracker in the form that it takes."""
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        case "wandb" | "swanlab":
+            tracker.log_images({name: [pixels]}, step=step)
+        case "aim" | "clearml":
+            tracker.log_images({name: pixels}, step=step)
+        case "mlflow":  # whose files have no step
+            tracker.log_figure(figure, f"{name}/round-{step:05}.png")
+        # Accelerate hands only numbers on to these; ``tracker.tracker`` is what they themselves gave it.
+        case "trackio":
+            from trackio import Image
+
+            tracker.tracker.log({name: Image(pixels)}, step=step)
+        case "comet_ml":
+            tracker.tracker.log_image(pixels, name=name, step=step)
+        case "dvclive":
+            tracker.tracker.log_image(f"{name}/round-{step:05}.png", pixels)

@@ -1,0 +1,1 @@
+"""Using what was learned: merged adapters, predictions, exports, new clients."""

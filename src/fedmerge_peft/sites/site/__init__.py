@@ -1,0 +1,1 @@
+"""The site side of a federation across sites."""

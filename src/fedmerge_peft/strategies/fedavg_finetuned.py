@@ -1,0 +1,40 @@
+"""FedAvg, and what local training makes of it: the plainest way to personalise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.assigned import Assigned
+from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.fedavg import mean_delta
+from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
+from fedmerge_peft.training.plan import Plan, Train
+
+
+class FedAvgFinetuned(Assigned):
+    """θ ← θ − η Σ_i ρ_i δ_i, as FedAvg; client i is served with θ_i = θ(sent) − δ_i of the last round in which it took part.
+
+    Rows of the soup: θ, then θ_1 to θ_m. Before its first round a client is served with θ.
+    """
+
+    remembers = (*Assigned.remembers, "server")
+    trains_what_it_serves = False
+
+    def __init__(self, recipe: recipes.FedAvgFinetuned, start: Start) -> None:
+        self.soup = AdapterSoup(start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared)
+        self.server = ServerOptimizer(recipe, self.soup.rows[:1])
+        self.assigned = torch.zeros(start.clients, dtype=torch.int64)
+
+    def plan(self, client: int) -> Plan:
+        return Train(self.soup.rows[0].clone())
+
+    def update(self, replies: Iterable[Reply]) -> None:
+        replies = list(replies)
+        for reply in replies:
+            self.soup.rows[1 + reply.client] = self.soup.rows[0] - reply.delta
+            self.assigned[reply.client] = 1 + reply.client
+        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies, self.aggregator)[None])

@@ -1,0 +1,73 @@
+"""``fedmerge doctor`` says what works here, and fails for nothing that one can do without."""
+
+import importlib.metadata
+
+import huggingface_hub
+import pytest
+
+from fedmerge_peft.cli import installation, main
+
+
+@pytest.fixture
+def said(capsys):
+    """What the verb prints, by what it is about; and the exit code."""
+
+    def call():
+        with pytest.raises(SystemExit) as stopped:
+            main(["doctor"])
+        lines = capsys.readouterr().out.splitlines()
+        return {line[4:28].strip(): line for line in lines}, stopped.value.code or 0
+
+    return call
+
+
+def test_versions_devices_extras_hub_and_disk_are_looked_at(said):
+    lines, _ = said()
+    looked = {"Python", "fedmerge-peft", "torch", "transformers", "peft", "accelerate", "CPU", "extra demo", "trackers", "hub", "disk here"}
+    assert looked <= lines.keys()
+    assert importlib.metadata.version("torch") in lines["torch"]
+
+
+def test_every_extra_for_users_is_looked_at():
+    extras = {each.what.removeprefix("extra ") for each in installation.findings() if each.what.startswith("extra ")}
+    known = set(importlib.metadata.metadata("fedmerge-peft").get_all("Provides-Extra"))
+    assert extras == known - {"dev", "docs", "tensorboard"}  # the last is among the trackers
+
+
+def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch):
+    class Silent:
+        def head(self, *_, **__):
+            raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Silent)
+    finding = installation._hub()
+    assert (finding.state, "does not answer (ConnectionError)" in finding.says) == ("absent", True)
+
+
+def test_a_token_is_never_shown(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    finding = installation._hub()
+    assert "a token is there" in finding.says
+    assert "hf_secret" not in f"{finding}"
+
+
+@pytest.mark.parametrize(
+    ("needs", "state", "does"),
+    [
+        ("torch>=2", "ok", ""),
+        ("torch>=99", "wrong", "pip install -c constraints.txt 'torch>=99'"),
+        ("no-such-package>=1", "wrong", "pip install 'no-such-package>=1'"),
+    ],
+)
+def test_a_version_that_does_not_fit_comes_with_the_command_that_mends_it(needs, state, does, monkeypatch):
+    monkeypatch.setattr(installation, "requires", lambda _: [needs, 'pytest>=99; extra == "dev"'])
+    _, finding = installation._packages()
+    assert (finding.state, finding.do) == (state, does)
+
+
+def test_something_wrong_ends_with_code_1(said, monkeypatch):
+    monkeypatch.setattr(installation, "requires", lambda _: ["torch>=99"])
+    lines, code = said()
+    assert code == 1
+    assert lines["torch"].startswith("!!  torch")

@@ -1,0 +1,125 @@
+"""What the pages of docs/ say to type works, and they make a site that fetches nothing."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from fedmerge_peft import Recipe, federate
+from fedmerge_peft.cli import main
+from fedmerge_peft.cli.federate import federate as federate_app
+from fedmerge_peft.recipe import diff
+
+ROOT = Path(__file__).parents[2]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+ELSEWHERE = {"using.md"}
+"""Pages that have a test of their own."""
+TRAINING = [
+    "backbone.model=tiny:bert",
+    "lora.layers_to_transform=[1]",
+    "rounds=1",
+    "baselines=[]",
+    "data.max_train=6",
+    "training.device=cpu",
+]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def parsed(arguments):
+    """Verb and options of ``fedmerge federate`` are there, and take these values."""
+    group = typer.main.get_command(federate_app)
+    group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+
+
+def pages(language):
+    return [page for page in PAGES if page not in ELSEWHERE and blocks(page, language)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", pages("bash"))
+def test_commands_run_in_the_order_they_are_shown(page, here, capsys):
+    """On a tiny model where something trains, else as they stand; ``make`` and ``pip`` are not for a test to run."""
+    for line in "".join(blocks(page, "bash")).splitlines():
+        command = shlex.split(line, comments=True)
+        if command[0] == "torchrun":  # of one rank here; tests/test_ranks.py starts several
+            command = ["fedmerge", *command[command.index("fedmerge_peft") + 1 :]]
+        if command[:2] == ["fedmerge", "federate"]:
+            parsed(command[2:])  # several processes, some of which wait for others: tests/sites starts them
+        elif command[0] == "make":
+            assert subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+        elif command[0] == "head":
+            subprocess.run(line.replace(" src/", f" {ROOT}/src/"), shell=True, check=True)
+        elif command[0] == "python":  # a program that measures for minutes
+            assert (ROOT / command[1]).is_file()
+        elif command[0] == "fedmerge":
+            with pytest.raises(SystemExit) as stopped:
+                main([*command[1:], *(TRAINING if command[1] in ("run", "sweep") else [])])
+            assert not stopped.value.code, (line, capsys.readouterr().err)
+        else:
+            assert command[0] == "pip", line
+
+
+@pytest.mark.parametrize("page", pages("python"))
+def test_python_runs(page, here, smoke, smoke_engine):
+    federate(smoke("rounds=1"), here / "runs" / "first", engine=smoke_engine)
+    names = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", pages("yaml"))
+def test_recipes_are_parts_of_valid_recipes(page):
+    for block in blocks(page, "yaml"):
+        sections = yaml.safe_load(block)
+        recipe = Recipe.load("smoke", [f"{key}={json.dumps(value)}" for key, value in sections.items()])
+        written = dict(leaves(sections))
+        assert {key: diff.flat(recipe).get(key) for key in written} == written
+
+
+def leaves(section, *above):
+    """What a part of a recipe sets, by dotted key."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *above, key)
+        else:
+            yield ".".join((*above, key)), value
+
+
+def test_every_block_says_what_it_is():
+    """One that says nothing would not be run."""
+    for page, text in PAGES.items():
+        assert all(language for language in re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]), page
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    assert {page for page in PAGES if f" {page}\n" not in navigation} == set()
+
+
+@pytest.mark.skipif(shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None, reason="needs the extra docs")
+def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        html = (tmp_path / "site" / page.replace(".md", ".html")).read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)"|<link[^>]*stylesheet[^>]*href="(https?:[^"]*)"', html)
+        assert not fetched, page
+    speed = (tmp_path / "site" / "speed.html").read_text(encoding="utf-8")
+    assert 'href="results/speed.html"' in speed

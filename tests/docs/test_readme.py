@@ -1,0 +1,123 @@
+"""What the README says to type works."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fedmerge_peft.cli import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+SMALL = ["backbone.model=tiny:bert", "lora.layers_to_transform=[1]", "rounds=1", "baselines=[]", "data.max_train=6", "training.device=cpu"]
+
+
+def test_the_readme_shows_commands():
+    assert len([command for command in COMMANDS if command[0] == "fedmerge"]) >= 6
+    assert ["make", "quickstart"] in COMMANDS
+    assert ["make", "test"] in COMMANDS
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "make"], ids=shlex.join)
+def test_make_knows_the_target(command):
+    assert subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch, capsys):
+    """On a tiny model where something trains, else as they stand."""
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        if command[0] == "head":
+            subprocess.run(" ".join(command).replace(" src/", f" {ROOT}/src/"), shell=True, check=True)
+        if command[0] != "fedmerge":
+            continue
+        arguments = [*command[1:], *(SMALL if command[1] in ("run", "sweep") else [])]
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code in (0, None), (command, capsys.readouterr().err)
+    assert (tmp_path / "runs" / "three" / "summary.json").exists()
+    assert (tmp_path / "clients.png").exists()
+    assert (tmp_path / "methods.png").exists()
+    assert (tmp_path / "runs" / "three" / "personalized" / "newcomer" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "mine.yaml").exists()
+
+
+def test_the_python_examples_run(tmp_path, monkeypatch, tiny_models):
+    """With the tiny model in place of the real one; the second knows nothing of this package."""
+    monkeypatch.chdir(tmp_path)
+    ours, plain = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(ours.replace('"quickstart"', '"smoke"'), "README.md", "exec"), {})
+    assert (tmp_path / "fen-water" / "adapter_model.safetensors").exists()
+    assert "fedmerge" not in plain
+    names = {}
+    exec(compile(plain.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_models / "bert")), "README.md", "exec"), names)
+    assert names["model"].active_adapter == "default"
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def measured(page):
+    """Mean and worst tenth in percent, as the README writes them, by method, from a page of benchmarks/results."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| method | runs |"))
+    head, found = cells(lines[start]), {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        row = dict(zip(head, cells(line), strict=True))
+        values = [[100 * float(part) for part in row[name].split(" ±")] for name in ("mean", "worst 10 %")]
+        found[row["method"].split()[0]] = [f"{mean:.1f} ± {std:.1f}" for mean, std in values]
+    return found
+
+
+def test_the_table_of_qualities_is_what_was_measured():
+    rows = re.findall(r"^\| \[\w+\]\((benchmarks/results/\w+\.md)\) \| `(\w+)` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
+    assert len({page for page, *_ in rows}) >= 4
+    for page, method, *said in rows:
+        assert said == measured(page)[method], (page, method)
+    for page in {page for page, *_ in rows}:
+        first = next(iter(measured(page)))
+        assert first in {method for each, method, *_ in rows if each == page}, f"{page}: the best method, {first}, is left out"
+
+
+def test_the_table_of_speeds_is_what_was_measured():
+    table = README.split("| speed,")[1].split("\n\n")[0].splitlines()[2:]
+    measured = (ROOT / "benchmarks" / "results" / "speed.md").read_text(encoding="utf-8")
+    assert len(table) >= 5
+    for line in table:
+        assert f"{line.removeprefix('| ')[:-1].strip()} " in measured, line
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
+    assert "docs/images/weights.png" in links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def page(name):
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_every_method_in_the_table_is_there_and_none_is_left_out():
+    from fedmerge_peft.recipe.strategies import StrategyName
+
+    table = page("strategies").split("| | methods |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(get_args(StrategyName))
+
+
+def test_every_recipe_in_the_table_is_shipped():
+    from fedmerge_peft.recipe.loading import shipped
+
+    table = page("quickstart").split("| recipe |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == {recipe.name for recipe in shipped()}

@@ -1,0 +1,107 @@
+"""A program that loads a backbone once, and then, for each line of its input, forks a child that runs or resumes a run and may be killed.
+
+A line is JSON: ``path``, ``strategy``, and ``kill``: null, ``["after", seconds]``, ``["event", n]`` (before the n-th time that the child
+opens, renames, links, cuts or removes something below the path) or ``["torn", n]`` (when half of the n-th file of tensors is written).
+The answer is ``[whether it was killed, events seen]``.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fedmerge_peft import Recipe, Run, federate, resume
+from fedmerge_peft.adapters import soup
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.runs import checkpoint
+from fedmerge_peft.util import files
+
+SMALL = ["data.max_train=4", "data.max_test=3", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "evaluation.finetuned=false"]
+EVENTS = {"open", "os.rename", "os.link", "os.truncate", "os.remove", "os.mkdir"}
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch(path, number, seen):
+    """Count the child's events; die before the n-th."""
+
+    def hook(event, arguments):
+        if event in EVENTS and any(str(argument).startswith(path) for argument in arguments[:2]):
+            seen[0] += 1
+            if seen[0] == number:
+                die()
+
+    sys.addaudithook(hook)
+
+
+def tear(number):
+    """Die with half of the n-th file of tensors written."""
+    left = [number]
+    save_file = files.save_file
+
+    def half(tensors, path, **settings):
+        save_file(tensors, path, **settings)
+        left[0] -= 1
+        if left[0] == 0:
+            os.truncate(path, Path(path).stat().st_size // 2)
+            die()
+
+    for module in (files, checkpoint, soup):
+        module.save_file = half
+
+
+def go(path, strategy, engine):
+    """Begin the run, or go on with it; nothing where it has ended."""
+    recipe = Recipe.load("smoke", [*SMALL, *strategy])
+    lent = engine.lend(recipe)
+    if not (path / "recipe.yaml").exists():
+        federate(recipe, path, engine=lent)
+    elif not Run.open(path).ended:
+        resume(path, engine=lent)
+    assert lent.clients_per_batch == recipe.training.clients_per_batch
+
+
+def child(asked, engine, write):
+    how, number = asked["kill"] or ("event", 0)
+    seen = [0]
+    watch(asked["path"], number if how == "event" else 0, seen)
+    if how == "torn":
+        tear(number)
+    go(Path(asked["path"]), asked["strategy"], engine)
+    os.write(write, json.dumps(seen[0]).encode())
+
+
+def main():
+    torch.set_num_threads(1)
+    engine = LocalEngine.from_recipe(Recipe.load("smoke", SMALL))  # trains nothing here: a fork would not like it
+    for line in sys.stdin:
+        asked = json.loads(line)
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                child(asked, engine, write)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(write)
+        if asked["kill"] and asked["kill"][0] == "after":
+            time.sleep(asked["kill"][1])
+            os.kill(pid, signal.SIGKILL)  # an ended child is there until it is waited for
+        _, status = os.waitpid(pid, 0)
+        if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
+            sys.exit("the child failed")
+        with os.fdopen(read) as answer:
+            print(json.dumps([os.WIFSIGNALED(status), json.loads(answer.read() or "0")]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Whole runs in which clients fail."""
+
+import json
+import random
+
+import pytest
+
+from fedmerge_peft import ClientError, TooFewClientsError, federate, load_run, resume
+from fedmerge_peft.engines import local
+from fedmerge_peft.util.seeds import derive
+
+SKIP = ["clients.failures=skip", "rounds=5", "evaluation.every=5"]
+
+
+@pytest.fixture
+def unreliable(smoke_engine, monkeypatch):
+    """``unreliable(rate)``: what happened, by (round, client): replies of the engine fail at random, each time the same."""
+
+    def make(rate):
+        happened = {}
+        exchange = smoke_engine.exchange
+
+        def fail(number, visits):
+            for answer in exchange(number, visits):
+                name = smoke_engine.clients[answer.client].name
+                dice = random.Random(derive(7, "fault", number, name))
+                if dice.random() < rate:
+                    answer = happened[number, name] = dice.choice([ClientError(name, number, "lost"), None, NAN(answer)])
+                if answer is not None:
+                    yield answer
+
+        monkeypatch.setattr(smoke_engine, "exchange", fail)
+        return happened
+
+    return make
+
+
+def NAN(reply):  # noqa: N802
+    from dataclasses import replace
+
+    return replace(reply, deltas=reply.deltas * float("nan"))
+
+
+@pytest.mark.parametrize("strategy", ["fedmerge", "ditto", "fesem"])
+def test_with_a_fifth_of_the_replies_failing_a_run_ends_and_every_failure_is_accounted_for(
+    smoke, smoke_engine, unreliable, tmp_path, strategy
+):
+    happened = unreliable(0.2)
+    run = federate(smoke(f"strategy={strategy}", *SKIP), tmp_path / "run", engine=smoke_engine)
+    told = {(record["round"], name) for record in run.records for name in record["failures"]}
+    assert told == happened.keys()
+    assert len(told) >= 3
+    everyone = {client.name for client in smoke_engine.clients}
+    assert all({*record["clients"], *record["failures"]} == everyone for record in run.records)
+    assert sum(run.summary["failures"].values()) == len(told)
+    assert run.soup.rows.isfinite().all()
+
+
+def test_a_run_with_failures_resumes_to_the_same_bits(smoke, smoke_engine, unreliable, tmp_path, left_behind):
+    unreliable(0.2)
+    federate(smoke(*SKIP), tmp_path / "whole", engine=smoke_engine)
+
+    def interrupt(record):
+        if record.round == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(smoke(*SKIP), tmp_path / "parts", engine=smoke_engine, on_round=interrupt)
+    resume(tmp_path / "parts", engine=smoke_engine)
+    assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
+
+
+def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(smoke, smoke_engine, tmp_path, monkeypatch, left_behind):
+    recipe = smoke(*SKIP, "clients.min_clients=3")
+    federate(recipe, tmp_path / "whole", engine=smoke_engine)
+    exchange = smoke_engine.exchange
+    with monkeypatch.context() as patch:
+        patch.setattr(smoke_engine, "exchange", lambda number, visits: list(exchange(number, visits))[: 6 if number < 3 else 2])
+        with pytest.raises(TooFewClientsError, match="round 3: 2 of 6 clients replied well"):
+            federate(recipe, tmp_path / "parts", engine=smoke_engine)
+    assert len(load_run(tmp_path / "parts").records) == 2
+    resume(tmp_path / "parts", engine=smoke_engine)
+    assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
+
+
+def test_a_client_that_cannot_be_scored_is_left_out_of_the_final_scores_alone(smoke, smoke_engine, tmp_path, monkeypatch):
+    evaluate, culprit = local.evaluate, smoke_engine.clients[1]
+
+    def fail(*args):
+        if args[5] is culprit.test:
+            raise ZeroDivisionError("no luck")
+        return evaluate(*args)
+
+    monkeypatch.setattr(local, "evaluate", fail)
+    run = federate(smoke("clients.failures=skip"), tmp_path / "run", engine=smoke_engine)
+    assert run.summary["failures"] == {culprit.name: 2}
+    assert culprit.name not in run.summary["final"]["served"]["clients"]
+    assert len(run.summary["final"]["served"]["clients"]) == 5
+
+
+def test_a_client_that_takes_too_long_is_left_out_when_it_is_done(smoke, smoke_engine, tmp_path):
+    recipe = smoke("clients.timeout=1e-9", "clients.failures=skip")
+    with pytest.raises(TooFewClientsError, match=r"clients\.timeout is 1e-09 s"):
+        federate(recipe, tmp_path / "run", engine=smoke_engine)
+
+
+def test_the_command_line_says_how_to_go_on(tmp_path, capsys):
+    from fedmerge_peft.cli import main
+
+    small = ["data.max_train=4", "data.max_test=2", "training.device=cpu", "baselines=[]", "clients.timeout=1e-9"]
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "smoke", *small, "clients.failures=skip", "--out", str(tmp_path / "run"), "--quiet"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "0 of 12 clients replied well" in said
+    assert f"fedmerge resume {tmp_path / 'run'}" in said
+    assert "Traceback" not in said
+
+
+def test_records_of_runs_without_failures_say_so(smoke, smoke_engine, tmp_path):
+    run = federate(smoke(), tmp_path / "run", engine=smoke_engine)
+    assert all(json.loads(line)["failures"] == {} for line in (run.path / "metrics.jsonl").read_text().splitlines())

@@ -1,0 +1,125 @@
+"""Three of six clients a round, with every method: what the others are served with, and what a reply may move."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from fedmerge_peft import Federation
+from fedmerge_peft.adapters.lora_factors import INPUT_SIDE, RANDOM, columns_named, factors, rank_columns
+from fedmerge_peft.recipe.strategies import StrategyName
+from fedmerge_peft.training.plan import Mixture
+
+CLIENTS = 6
+SETTINGS = {
+    "fedmerge": "adapters: 2, start: independent",
+    "ifca": "adapters: 2",
+    "fesem": "adapters: 2",
+    "flhc": "adapters: 2, warm_rounds: 1",
+    "fedem": "adapters: 2",
+}
+
+
+class Half:
+    """Two rounds: what there was before the second one, what came back in it, and what there is now."""
+
+    def __init__(self, smoke, engine, name):
+        recipe = smoke(f"strategy={{name: {name}, {SETTINGS.get(name, '')}}}", "clients.fraction=0.5")
+        federation = Federation(recipe, engine)
+        self.strategy = federation.strategy
+        self.layout = engine.backbone.layout
+        self.start = engine.start().fresh_row(0)
+        rounds, replies = federation.rounds(lambda reply: replies.append(reply)), []
+        first = next(rounds)
+        self.before, self.weights = self.strategy.soup.rows.clone(), self.strategy.weights.clone()
+        self.earlier = [reply.client for reply in replies]
+        replies.clear()
+        self.records = [first, next(rounds)]
+        self.replies = replies
+        self.asked = [reply.client for reply in replies]
+        self.never = sorted(set(range(CLIENTS)) - {*self.earlier, *self.asked})
+        assert 0 < len(self.never) < 3
+        self.rows = self.strategy.soup.rows
+        self.whole = torch.ones(self.layout.size, dtype=torch.bool)
+        self.head = torch.zeros_like(self.whole)
+        self.head[self.layout.columns("head")] = True
+
+    def newcomers_adapter(self, name):
+        """What the rule in ``Strategy`` says, ``(P,)``."""
+        if name == "local":
+            return self.start
+        if name in ("fedmerge", "ifca", "fesem", "flhc"):
+            return self.rows.mean(0)
+        if name in ("fedrep", "fedsa_lora"):  # the private part of the start
+            shared = ~self.head if name == "fedrep" else columns_named(self.layout, INPUT_SIDE)
+            return torch.where(shared, self.rows[self.asked[0]], self.start)
+        return self.rows[0]
+
+    def movable(self, name):
+        """Which numbers of the soup the second round may have changed, ``(d, P)`` bool."""
+        allowed = torch.zeros(self.rows.shape, dtype=torch.bool)
+        own = torch.tensor(self.asked)
+        if name == "local":
+            allowed[own] = True
+        elif name in ("fedavg_ft", "ditto"):
+            allowed[0] = allowed[1 + own] = True
+        elif name == "feddpa":
+            private = rank_columns(self.layout, lambda rank: slice(rank // 2, None))
+            allowed[:] = ~private & ~self.head  # the global half
+            allowed[0] |= self.head
+            allowed[1 + torch.tensor(self.never)] |= self.head
+            allowed[1 + own] = True
+        elif name in ("fedrep", "fedsa_lora"):
+            allowed[:] = ~self.head if name == "fedrep" else columns_named(self.layout, INPUT_SIDE)
+            allowed[own] = True
+        elif name == "ifca":
+            allowed[[reply.choice for reply in self.replies]] = True
+        elif name in ("fesem", "flhc"):  # a first reply after the clustering moves nothing
+            allowed[[int(self.strategy.clusters[client]) for client in self.asked if client in self.earlier]] = True
+        elif name == "ffa_lora":
+            allowed[:] = ~columns_named(self.layout, RANDOM)
+        else:
+            allowed[:] = True
+        return allowed
+
+    def numbers(self, name):
+        """How many numbers travel down and up for one client, in the first round and in the second."""
+        size, head = self.layout.size, int(self.head.sum())
+        a, b = (sum(part.size for part in side) for side in zip(*[(layer.a, layer.b) for layer in factors(self.layout)], strict=True))
+        assert a + b + head == size
+        if name == "flora":  # three clients' stacks of the first round go to everyone
+            return [(head, size), (3 * (a + b) + head, size)]
+        down, up = {
+            "local": (0, 0),
+            "ifca": (2 * size, size),
+            "fedem": (2 * size, 2 * size),
+            "fedrep": (a + b, a + b),
+            "feddpa": ((a + b) // 2 + head, (a + b) // 2 + head),
+            "ffa_lora": (b + head, b + head),
+            "fedsa_lora": (a, a),
+        }.get(name, (size, size))
+        return 2 * [(down, up)]
+
+
+@pytest.mark.parametrize("name", get_args(StrategyName))
+def test_with_half_of_the_clients_a_round(smoke, smoke_engine, name):
+    half = Half(smoke, smoke_engine, name)
+    for client in half.never:
+        served = half.strategy.served(client)
+        if name == "fedem":
+            assert isinstance(served, Mixture)
+            assert torch.equal(served.rows, half.rows)
+            assert served.weights.tolist() == [0.5, 0.5]
+        else:
+            torch.testing.assert_close(served, half.newcomers_adapter(name))
+        sent = half.strategy.plan(client).sent
+        if name == "ditto":  # and so starts from there
+            assert torch.equal(sent, half.rows[:1].repeat(2, 1))
+    moved, movable = half.rows != half.before, half.movable(name)
+    assert not (moved & ~movable).any()
+    assert torch.equal(moved.any(1), movable.any(1))
+    others = [client for client in range(CLIENTS) if client not in half.asked]
+    assert torch.equal(half.strategy.weights[others], half.weights[others])
+    assert [(record.bytes_down, record.bytes_up) for record in half.records] == [
+        (3 * 4 * down, 3 * 4 * up) for down, up in half.numbers(name)
+    ]

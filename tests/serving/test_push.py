@@ -1,0 +1,140 @@
+"""Uploading to the hub, up to the network; and ``fedmerge export`` as a person types it."""
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard
+
+from fedmerge_peft import RunError
+from fedmerge_peft.cli import main
+from fedmerge_peft.serving.export import export_client, push_to_hub
+
+
+@pytest.fixture
+def run(finished):
+    return finished("causal-lm").run
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What was asked of the hub; the methods keep the signatures of the real ones."""
+    asked = []
+
+    def record(self, *positional, **named):
+        asked.append((positional, named))
+        return huggingface_hub.CommitInfo(
+            commit_url="https://huggingface.co/me/mine/commit/abc", commit_message="", commit_description="", oid="abc"
+        )
+
+    for method in ("create_repo", "upload_folder"):
+        real = getattr(huggingface_hub.HfApi, method)
+
+        def checked(self, *positional, real=real, **named):
+            import inspect
+
+            inspect.signature(real).bind(self, *positional, **named)
+            return record(self, *positional, real.__name__, **named)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, method, checked)
+    return asked
+
+
+@pytest.fixture
+def fedmerge(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(["export", *map(str, arguments)])
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def test_a_new_repository_is_private_and_gets_the_whole_folder(run, hub, tmp_path):
+    folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
+    assert push_to_hub(folder, "me/mine") == "https://huggingface.co/me/mine/commit/abc"
+    (made, how), (_, uploaded) = hub
+    assert made == ("me/mine", "create_repo")
+    assert how == {"repo_type": "model", "private": True, "exist_ok": True}
+    assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/mine", folder)
+
+
+def test_without_the_hub_the_folder_stays_and_the_way_on_is_said(run, tmp_path):
+    """The tests run offline, so this is the real client's own refusal."""
+    folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
+    with pytest.raises(RunError, match=r"is written, and was not uploaded: .*Later: hf upload me/mine .*mine"):
+        push_to_hub(folder, "me/mine")
+    assert (folder / "README.md").is_file()
+
+
+def test_what_the_hub_refuses_is_one_message(run, hub, tmp_path, monkeypatch):
+    import httpx2
+
+    def refuse(*_, **__):
+        response = httpx2.Response(403, request=httpx2.Request("POST", "https://huggingface.co/api/repos/create"))
+        raise huggingface_hub.errors.HfHubHTTPError("403 Forbidden: you have no write token\nmore", response=response)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
+    with pytest.raises(RunError, match=r"403 Forbidden: you have no write token\. Later"):
+        push_to_hub(folder, "me/mine")
+
+
+def test_the_verb_writes_says_vllms_flag_and_what_comes_next(run, fedmerge, tmp_path):
+    code, out, err = fedmerge(run.path, "--client", "client 1", "--to", tmp_path / "mine", "--base-model-id", "acme/base")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == f"wrote {tmp_path / 'mine'}, after round 2"
+    assert "vLLM, where it has LoRA for this model: --enable-lora --max-lora-rank 8 (rank 2;" in out
+    assert f"\n\nnext:\n  cat {tmp_path / 'mine' / 'README.md'} " in out
+
+
+def test_the_verb_names_the_folder_itself_and_warns_of_a_local_base(run, fedmerge):
+    code, _, err = fedmerge(run.path, "--soup")
+    assert code == 0
+    assert (run.path / "exported" / "soup" / "adapter-2").is_dir()
+    assert "is not on the hub; name it for others with --base-model-id" in err
+    code, _, err = fedmerge(run.path, "--soup")
+    assert code == 2
+    assert "nothing is ever overwritten" in err
+
+
+def test_the_verb_pushes_where_the_card_says_it_is(run, hub, fedmerge, tmp_path):
+    options = ["--all", "--to", tmp_path / "all", "--base-model-id", "acme/base", "--push", "me/mine", "--public"]
+    code, out, _ = fedmerge(run.path, *options)
+    assert code == 0
+    assert "pushed: https://huggingface.co/me/mine/commit/abc" in out
+    assert hub[0][1]["private"] is False
+    card = ModelCard.load(tmp_path / "all" / "client 2" / "README.md")
+    assert "'me/mine', subfolder='client 2'" in card.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --client NAME, --all and --soup"),
+        (["--all", "--soup"], "give one of"),
+        (["--client", "nobody"], "has no client 'nobody'"),
+        (["--client", "client 1", "--push", "me/mine"], "is not on the hub, so nobody could load what is pushed"),
+        (["--client", "client 1", "--push", "a b", "--base-model-id", "acme/base"], "'a b' is no name of a repository"),
+        (["--client", "client 1", "--to", "/dev/null"], "/dev/null already holds other files"),
+    ],
+)
+def test_bad_input_is_one_message(arguments, message, run, fedmerge):
+    code, out, err = fedmerge(run.path, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_that_is_no_run_is_named(fedmerge, tmp_path):
+    code, _, err = fedmerge(tmp_path, "--all")
+    assert code == 2
+    assert "holds no run" in err
+
+
+def test_a_mixture_of_experts_has_no_single_adapter_but_has_a_soup(fedmerge, tmp_path, smoke, smoke_engine):
+    from fedmerge_peft import federate
+
+    run = federate(smoke("strategy=fedem", "rounds=1"), tmp_path / "run", engine=smoke_engine)
+    code, _, err = fedmerge(run.path, "--client", run.clients.index[0])
+    assert code == 2
+    assert "fedem mixes what its adapters predict" in err
+    assert fedmerge(run.path, "--soup")[0] == 0

@@ -1,0 +1,235 @@
+"""Client-level differential privacy: what leaves a client, what noise the sums get, and what is spent."""
+
+import math
+import sys
+from statistics import NormalDist
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmerge_peft import Federation, Recipe, RecipeError, federate, resume
+from fedmerge_peft.recipe.privacy import PrivacyRecipe
+from fedmerge_peft.strategies.aggregation import clipped
+from fedmerge_peft.strategies.differential_privacy import PrivateAggregator, release, spent
+from fedmerge_peft.training.execute import Hands, carry_out
+from fedmerge_peft.training.plan import Release, Train
+from fedmerge_peft.training.reference import Trained
+
+LOCAL, CENTRAL = "privacy.mode=local", "privacy.mode=central"
+
+
+# ---- the accountant ------------------------------------------------------------------------------
+
+
+def renyi(noise, rounds, delta):
+    """min over α of ε_R(α) + log((α − 1)/α) − (log δ + log α)/(α − 1), with ε_R(α) = T α / (2 z²).
+
+    (Mironov 2017, arXiv 1702.07476, proposition 7; Balle et al. 2020, arXiv 1905.09982, theorem 21.)
+    """
+    orders = [1 + x / 1000 for x in range(1, 100_000)]
+    return min(rounds * a / (2 * noise**2) + math.log((a - 1) / a) - (math.log(delta) + math.log(a)) / (a - 1) for a in orders)
+
+
+def exact(noise, rounds, delta):
+    """The ε at which T Gaussian mechanisms, which are one of noise z/√T, have this δ (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
+    phi, sigma = NormalDist().cdf, noise / math.sqrt(rounds)
+    low, high = 0.0, 100.0
+    for _ in range(100):
+        e = (low + high) / 2
+        over = phi(1 / (2 * sigma) - e * sigma) - math.exp(e) * phi(-1 / (2 * sigma) - e * sigma) > delta
+        low, high = (e, high) if over else (low, e)
+    return high
+
+
+@pytest.mark.parametrize(
+    ("noise", "rounds", "delta"), [(1.0, 1, 1e-5), (2.0, 10, 1e-5), (5.0, 100, 1e-6), (0.8, 3, 1e-3), (60.0, 20, 1e-5)]
+)
+def test_what_is_spent_is_what_the_formulas_say(noise, rounds, delta):
+    found = spent(PrivacyRecipe(mode="local", noise=noise, delta=delta), rounds)
+    assert found == pytest.approx(renyi(noise, rounds, delta), rel=0.01)
+    assert exact(noise, rounds, delta) <= found <= 1.25 * exact(noise, rounds, delta)
+
+
+def test_what_is_spent_is_the_accountants_own_figure():
+    from opacus.accountants.analysis import rdp
+
+    orders = [1 + x / 10.0 for x in range(1, 100)] + list(range(12, 64))
+    curve = rdp.compute_rdp(q=1.0, noise_multiplier=1.5, steps=7, orders=orders)
+    epsilon, _ = rdp.get_privacy_spent(orders=orders, rdp=curve, delta=1e-5)
+    assert spent(PrivacyRecipe(mode="local", noise=1.5), 7) == epsilon
+
+
+def test_who_was_never_asked_has_spent_nothing():
+    assert spent(PrivacyRecipe(mode="local"), 0) == 0.0
+
+
+def test_without_the_accountant_a_run_says_what_to_install_before_it_starts(formulas, monkeypatch):
+    monkeypatch.setitem(sys.modules, "opacus.accountants", None)
+    with pytest.raises(RecipeError, match=r"pip install 'fedmerge-peft\[privacy\]'"):
+        formulas(2).federation("strategy=fedavg", LOCAL)
+
+
+@pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
+def test_each_client_pays_for_the_rounds_in_which_it_was_asked(formulas, mode):
+    found = formulas(6).federation("strategy=fedavg", mode, "clients.fraction=0.5", "rounds=8", "privacy.noise=3")
+    asked = [0] * 6
+    for record in found.rounds():
+        for client in found.cohort(record.round):
+            asked[client] += 1
+        assert record.epsilon == spent(found.recipe.privacy, max(asked))
+        assert f"ε {record.epsilon:.2f}" in str(record)
+    assert max(asked) < 8
+
+
+def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_each_round_once(formulas):
+    found = formulas(6).federation("strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3")
+    fresh = [formulas(6).federation("strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3").epsilon(n) for n in range(9)]
+    assert [found.epsilon(number) for number in (2, 8, 3, 3, 0, 7)] == [fresh[number] for number in (2, 8, 3, 3, 0, 7)]
+    cohort, seen = found.cohort, []
+    found.cohort = lambda number: seen.append(number) or cohort(number)
+    assert [found.epsilon(number) for number in (7, 8)] == fresh[7:]
+    assert seen == [8]
+
+
+# ---- what leaves a client ------------------------------------------------------------------------
+
+
+def sent(delta, release, phases=(None,), seed=5):
+    """What a client whose training moves it by δ returns, and what it keeps."""
+    row = torch.zeros_like(delta)
+    work = carry_out(Train(row, phases, release=release), Hands(lambda job, _: Trained(job.row - delta, 1.0, 1), None), seed)
+    return work.deltas[0], work.trained
+
+
+def test_a_released_update_is_clipped_and_what_the_client_keeps_is_not_touched():
+    delta = torch.tensor([3.0, 4.0])
+    returned, kept = sent(delta, Release(1.0, 0.0))
+    torch.testing.assert_close(returned, delta / 5)
+    assert torch.equal(kept, -delta)
+    assert torch.equal(sent(delta, Release(6.0, 0.0))[0], delta)
+
+
+def test_the_noise_of_a_released_update_is_gaussian_of_its_size_and_another_for_each_seed():
+    delta = torch.zeros(100_000)
+    noise = sent(delta, Release(1.0, 0.3))[0]
+    assert float(noise.std()) == pytest.approx(0.3, rel=0.02)
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.005)
+    assert float((noise.abs() < 0.3).float().mean()) == pytest.approx(0.6827, abs=0.01)
+    assert torch.equal(noise, sent(delta, Release(1.0, 0.3))[0])
+    other = sent(delta, Release(1.0, 0.3), seed=6)[0]
+    assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.02
+
+
+def test_columns_that_do_not_train_get_no_noise():
+    mask = torch.tensor([True, False, False])
+    returned, _ = sent(torch.zeros(3), Release(1.0, 1.0), (mask, mask.roll(1)))
+    assert (returned != 0).tolist() == [True, True, False]
+
+
+def test_local_noise_is_in_units_of_how_far_two_clipped_updates_can_be_apart():
+    assert release(PrivacyRecipe(mode="local", clip=0.5, noise=3.0)) == Release(0.5, 3.0)
+    assert release(PrivacyRecipe(mode="central", clip=0.5, noise=3.0)) == Release(0.5, 0.0)
+    assert release(PrivacyRecipe()) is None
+
+
+# ---- noise on the sums ---------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 10_000), st.floats(0.01, 5.0))
+def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(clients, adapters, seed, sharpness):
+    """max over which client is missing of ‖f(all) − f(all but one)‖ ≤ S, without the noise."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = clipped(5 * torch.randn(clients, 6, generator=generator), 1.0)
+    weights = torch.softmax(sharpness * torch.randn(clients, adapters, generator=generator).double(), dim=1)
+    rule = PrivateAggregator(PrivacyRecipe(mode="central", noise=1e-12), asked=clients, seed=0)
+    whole = rule.combine(deltas, weights, torch.ones(clients))
+    for missing in range(clients):
+        rest = [client for client in range(clients) if client != missing]
+        without = rule.combine(deltas[rest], weights[rest], torch.ones(len(rest)))
+        assert float((whole - without).norm()) <= rule.sensitivity(adapters) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("adapters", "sensitivity"), [(1, 0.05), (4, 0.4)])
+def test_sums_get_noise_of_z_times_their_sensitivity(adapters, sensitivity):
+    rule = PrivateAggregator(PrivacyRecipe(mode="central", noise=2.0, clip=0.5), asked=10, seed=0)
+    assert rule.sensitivity(adapters) == sensitivity
+    found = rule.combine(torch.zeros(10, 50_000), torch.full((10, adapters), 1 / adapters), torch.ones(10))
+    assert float(found.std()) == pytest.approx(2.0 * sensitivity, rel=0.02)
+
+
+def test_each_round_has_its_own_noise():
+    rule = PrivateAggregator(PrivacyRecipe(mode="central"), asked=3, seed=0)
+    found = []
+    for _ in range(2):
+        rule.clip(torch.zeros(3, 4))
+        found.append(rule.combine(torch.zeros(3, 4), torch.ones(3, 1), torch.ones(3)))
+    assert not torch.equal(*found)
+
+
+def test_with_little_noise_and_a_wide_bound_private_fedavg_is_fedavg(formulas):
+    case = formulas(4)
+    private = case.federation("strategy=fedavg", CENTRAL, "privacy.clip=1e4", "privacy.noise=1e-9")
+    list(private.rounds())
+    torch.testing.assert_close(private.strategy.soup.rows[0], case.mean(), rtol=1e-3, atol=1e-3)
+
+
+# ---- which methods -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ditto", "fedrep", "fedem", "ifca", "flora", "fedavg_ft"])
+@pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
+def test_a_method_that_shares_more_than_is_covered_is_refused(strategy, mode):
+    with pytest.raises(RecipeError, match=rf"covers .*, not all that {strategy} shares"):
+        Recipe.load("smoke", [f"strategy={strategy}", mode, "baselines=[]"])
+    with pytest.raises(RecipeError, match=rf"not all that {strategy} shares"):
+        Recipe.load("smoke", [f"baselines=[{strategy}]", mode])
+
+
+@pytest.mark.parametrize("setting", ["start=warm", "rule=paper", "rule=gradient", "reseed_after=2", "balance_rounds=1"])
+def test_weights_that_depend_on_other_clients_are_refused_where_the_noise_is_on_the_sums(setting):
+    with pytest.raises(RecipeError, match="by each other's updates, which noise on the sums does not cover"):
+        Recipe.load("smoke", [f"strategy.{setting}", CENTRAL])
+    Recipe.load("smoke", [f"strategy.{setting}", LOCAL])
+
+
+def test_central_noise_and_a_defence_exclude_each_other():
+    with pytest.raises(RecipeError, match="leave defence out"):
+        Recipe.load("smoke", [CENTRAL, "defence.norm_multiple=1"])
+    Recipe.load("smoke", [LOCAL, "defence.aggregation=median"])
+
+
+def test_local_training_shares_nothing_and_gets_no_noise(smoke, smoke_engine):
+    plain, private = (Federation(smoke("strategy=local", *more), smoke_engine) for more in ([], [LOCAL]))
+    records = list(private.rounds())
+    list(plain.rounds())
+    assert torch.equal(plain.strategy.soup.rows, private.strategy.soup.rows)
+    assert records[-1].epsilon is None
+
+
+@pytest.mark.parametrize("strategy", ["ffa_lora", "{name: fedmerge, start: independent}"])
+@pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
+def test_noise_is_on_all_that_travels_and_on_nothing_else(formulas, strategy, mode):
+    found = formulas(3).federation(f"strategy={strategy}", mode)
+    before = found.strategy.soup.rows.clone()
+    list(found.rounds())
+    moved = (found.strategy.soup.rows != before).any(dim=0)
+    assert torch.equal(moved, found.strategy.columns if strategy == "ffa_lora" else torch.ones_like(moved))
+
+
+@pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
+def test_a_private_run_says_what_it_spent_and_resumes_to_the_same_bits(smoke, smoke_engine, tmp_path, left_behind, mode):
+    recipe = smoke("rounds=4", mode, "privacy.noise=4", "clients.fraction=0.5")
+
+    def interrupt(record):
+        if record.round == 2:
+            raise KeyboardInterrupt
+
+    run = federate(recipe, tmp_path / "whole", engine=smoke_engine)
+    assert run.summary["privacy"] == {"epsilon": run.records[-1]["epsilon"], "delta": 1e-5}
+    with pytest.raises(KeyboardInterrupt):
+        federate(recipe, tmp_path / "parts", engine=smoke_engine, on_round=interrupt)
+    resume(tmp_path / "parts", engine=smoke_engine)
+    assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")

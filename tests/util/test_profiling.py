@@ -1,0 +1,55 @@
+"""Where a run's time went."""
+
+import time
+
+import pytest
+
+from fedmerge_peft import federate
+from fedmerge_peft.cli import main
+from fedmerge_peft.util.profiling import spent, timing
+
+
+def test_each_moment_counts_once_for_the_innermost_part(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
+    with timing() as clock, spent("other"), spent("train"), spent("save"):
+        pass
+    assert clock.seconds == {"train": 2.0, "evaluate": 0.0, "server": 0.0, "save": 1.0, "other": 2.0}
+    assert clock.overhead == pytest.approx(0.6)
+
+
+def test_time_is_counted_where_something_fails_too():
+    with timing() as clock:
+        with pytest.raises(KeyError), spent("other"), spent("train"):
+            raise KeyError
+        with spent("save"):
+            time.sleep(0.02)
+    assert clock.seconds["save"] >= 0.02
+    assert clock.seconds["train"] < 0.02
+
+
+def test_what_nobody_times_is_not_counted():
+    with timing() as clock:
+        pass
+    with spent("train"):
+        pass
+    assert sum(clock.seconds.values()) == clock.overhead == 0.0
+
+
+def test_the_parts_of_a_run_add_up_to_its_time(smoke, smoke_engine, tmp_path):
+    begin = time.perf_counter()
+    with timing() as clock:
+        federate(smoke(), tmp_path / "run", engine=smoke_engine)
+    whole = time.perf_counter() - begin
+    assert all(seconds > 0 for seconds in clock.seconds.values())
+    assert sum(clock.seconds.values()) < whole
+
+
+def test_run_with_profile_says_where_the_time_went(capsys, tmp_path):
+    small = ["data.max_train=4", "data.max_test=4", "rounds=1", "baselines=[]", "training.device=cpu"]
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "smoke", *small, "--profile", "--quiet", "--out", str(tmp_path / "run")])
+    assert not caught.value.code
+    out = capsys.readouterr().out
+    assert "neither training nor evaluation" in out
+    assert all(part in out for part in ("train", "evaluate", "server", "save", "other"))

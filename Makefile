@@ -21,6 +21,7 @@ check: $(INSTALLED_DEV)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(INSTALLED_DEV)  ## the site, into build/site; warnings are errors, nothing is fetched
 	$(BIN)/mkdocs build --strict --quiet

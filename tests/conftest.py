@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face library is imported: no test needs the hub
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # threads that wait for each other's processors are slower than one
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before any Hugging Face library is imported: no test needs the hub
+if workers := int(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
+):  # threads that wait for each other's processors are slower than one
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
@@ -17,7 +21,9 @@ def shared_data() -> Path:
     """The folder with real data sets (FEDMERGE_DATA, or ../shared/data beside the repository); skips where there is none."""
     folder = Path(os.environ.get("FEDMERGE_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
-        pytest.skip(f"needs the real data sets, and {folder} does not exist; FEDMERGE_DATA names another folder")
+        pytest.skip(
+            f"needs the real data sets, and {folder} does not exist; FEDMERGE_DATA names another folder"
+        )
     return folder
 
 
@@ -38,7 +44,13 @@ def smoke():
     from fedmerge_peft import Recipe
 
     def recipe(*overrides):
-        small = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]"]
+        small = [
+            "data.max_train=8",
+            "data.max_test=6",
+            "data.filter.provider=[Alder, Birch]",
+            "training.device=cpu",
+            "baselines=[]",
+        ]
         return Recipe.load("smoke", [*small, *overrides])
 
     return recipe
@@ -62,24 +74,49 @@ def write_run(tmp_path):
 
     from fedmerge_peft.recipe import Recipe
 
-    def write(name, overrides, scores, metric="test_accuracy", finished=True, finetuned=None, gaps=None):
+    def write(
+        name, overrides, scores, metric="test_accuracy", finished=True, finetuned=None, gaps=None
+    ):
         def of(values):
             clients = {f"client {number}": {metric: value} for number, value in enumerate(values)}
-            return {"metric": metric, "mean": sum(values) / len(values), "worst": min(values), "clients": clients}
+            return {
+                "metric": metric,
+                "mean": sum(values) / len(values),
+                "worst": min(values),
+                "clients": clients,
+            }
 
         folder = tmp_path / name
         folder.mkdir(parents=True)
         rounds = len(scores) - 1
-        (folder / "recipe.yaml").write_text(Recipe.load("smoke", ["baselines=[]", f"rounds={rounds}", *overrides]).to_yaml())
+        (folder / "recipe.yaml").write_text(
+            Recipe.load("smoke", ["baselines=[]", f"rounds={rounds}", *overrides]).to_yaml()
+        )
         records = [
-            {"round": done + 1, "served": of(scores[done]), "finetuned": finetuned and of(finetuned[done]), "gap": gaps and gaps[done]}
+            {
+                "round": done + 1,
+                "served": of(scores[done]),
+                "finetuned": finetuned and of(finetuned[done]),
+                "gap": gaps and gaps[done],
+            }
             for done in range(rounds)
         ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
         if finished:
             clients = len(scores[-1])
-            cost = {"rounds": rounds, "seconds": 2.0 * rounds, "bytes_down": 100 * clients * rounds, "bytes_up": 40 * clients * rounds}
-            summary = {**cost, "final": {"after_round": rounds, "served": of(scores[-1])}, "warnings": []}
+            cost = {
+                "rounds": rounds,
+                "seconds": 2.0 * rounds,
+                "bytes_down": 100 * clients * rounds,
+                "bytes_up": 40 * clients * rounds,
+            }
+            summary = {
+                **cost,
+                "final": {"after_round": rounds, "served": of(scores[-1])},
+                "warnings": [],
+            }
             (folder / "summary.json").write_text(json.dumps(summary))
         return folder
 
@@ -108,15 +145,30 @@ def left_behind():
             return timeless(json.loads(path.read_text()))
         if path.suffix != ".safetensors":
             return path.read_bytes()
-        numbers = {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in load_file(path).items()}
+        numbers = {
+            name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+            for name, tensor in load_file(path).items()
+        }
         if path.parent.name != "checkpoint" or ".soup" in path.name:
             return numbers
         said = asdict(checkpoint.read(path.parent, int(path.stem.removeprefix("round-"))).manifest)
-        return numbers, {**said, "metrics": 0, "soup": ""}  # seconds have more or fewer digits, a header's keys have no order
+        return numbers, {
+            **said,
+            "metrics": 0,
+            "soup": "",
+        }  # seconds have more or fewer digits, a header's keys have no order
 
     def read(folder):
-        names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        return {name: content(path) for name, path in sorted(names.items()) if path.name != "environment.json"}
+        names = {
+            path.relative_to(folder).as_posix(): path
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        return {
+            name: content(path)
+            for name, path in sorted(names.items())
+            if path.name != "environment.json"
+        }
 
     return read
 
@@ -156,7 +208,12 @@ def make_backbone(tiny_models):
     def make(kind, lora=None, task=None, seed=0, **backbone):
         folder = str(tiny_models / kind)
         return load_backbone(
-            BackboneRecipe(model=folder, **backbone), LoraRecipe(**lora or {}), task or TASKS[kind](), folder, torch.device("cpu"), seed
+            BackboneRecipe(model=folder, **backbone),
+            LoraRecipe(**lora or {}),
+            task or TASKS[kind](),
+            folder,
+            torch.device("cpu"),
+            seed,
         )
 
     return make

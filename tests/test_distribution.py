@@ -15,8 +15,19 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command, cwd):
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -44,23 +55,55 @@ def installed(built, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     run(sys.executable, "-m", "venv", "--without-pip", home / "venv", cwd=home)
     python = home / "venv" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", built[1], cwd=home)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        built[1],
+        cwd=home,
+    )
     (packages,) = (home / "venv" / "lib").glob("python*/site-packages")
-    (packages / "lent.pth").write_text(str(Path(numpy.__file__).parents[1]) + "\n")  # its own .pth files are not followed
+    (packages / "lent.pth").write_text(
+        str(Path(numpy.__file__).parents[1]) + "\n"
+    )  # its own .pth files are not followed
     return python
 
 
 def test_the_sdist_has_what_makes_tests_and_site(built):
     tree = built[2]
-    for name in ("README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "Makefile", "mkdocs.yml", "docs/index.md", "tests/conftest.py"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "constraints.txt",
+        "Makefile",
+        "mkdocs.yml",
+        "docs/index.md",
+        "tests/conftest.py",
+    ):
         assert (tree / name).is_file(), name
-    assert not [path for path in tree.rglob("*") if path.suffix in (".safetensors", ".parquet") or path.name in ("runs", ".git")]
+    assert not [
+        path
+        for path in tree.rglob("*")
+        if path.suffix in (".safetensors", ".parquet") or path.name in ("runs", ".git")
+    ]
 
 
 def test_the_wheel_has_the_package_and_its_data_and_no_more(built):
     names = zipfile.ZipFile(built[1]).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"fedmerge_peft"}
-    for name in ("py.typed", "report/page.html.j2", "data/embedded/support_tickets.csv", "shipped_recipes/quickstart.yaml"):
+    for name in (
+        "py.typed",
+        "report/page.html.j2",
+        "data/embedded/support_tickets.csv",
+        "shipped_recipes/quickstart.yaml",
+    ):
         assert f"fedmerge_peft/{name}" in names
     ours = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
     assert ours == {name for name in names if name.endswith(".py")}
@@ -68,7 +111,9 @@ def test_the_wheel_has_the_package_and_its_data_and_no_more(built):
 
 def test_the_program_runs_from_the_wheel(installed, tmp_path):
     program = installed.with_name("fedmerge")
-    where = run(installed, "-c", "import fedmerge_peft; print(fedmerge_peft.__file__)", cwd=tmp_path)
+    where = run(
+        installed, "-c", "import fedmerge_peft; print(fedmerge_peft.__file__)", cwd=tmp_path
+    )
     assert Path(where.strip()).is_relative_to(installed.parents[1])
     assert "Begin with: fedmerge ls" in run(program, "--help", cwd=tmp_path)
     listed = {line.split()[0] for line in run(program, "ls", cwd=tmp_path).splitlines()}

@@ -18,22 +18,58 @@ from fedmerge_peft.recipe.strategies import FedMerge
 from fedmerge_peft.strategies import Reply, make_strategy
 
 SOURCE = Path(fedmerge_peft.__file__).parent
-UNSAFE = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "eval", "exec", "__import__", "unsafe_load", "full_load"}
-NASTY = ["\x1b[2Jgone", "../../outside", "/etc/passwd", "a\nb", "[red]x[/]", "\x9b31m", "..", "CON", "\u202eevil"]
+UNSAFE = {
+    "pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "eval",
+    "exec",
+    "__import__",
+    "unsafe_load",
+    "full_load",
+}
+NASTY = [
+    "\x1b[2Jgone",
+    "../../outside",
+    "/etc/passwd",
+    "a\nb",
+    "[red]x[/]",
+    "\x9b31m",
+    "..",
+    "CON",
+    "\u202eevil",
+]
 
 
 # ---- nothing of theirs runs ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.relative_to(SOURCE).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.relative_to(SOURCE).as_posix()
+)
 def test_nothing_unpickles_or_evaluates(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            modules = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
             assert not {module.partition(".")[0] for module in modules} & UNSAFE
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in {*UNSAFE, "torch.load", "np.load", "numpy.load", "pd.read_pickle", "yaml.load", "yaml.unsafe_load"}
+            assert called not in {
+                *UNSAFE,
+                "torch.load",
+                "np.load",
+                "numpy.load",
+                "pd.read_pickle",
+                "yaml.load",
+                "yaml.unsafe_load",
+            }
             assert not [word for word in node.keywords if word.arg == "allow_pickle"]
 
 
@@ -44,12 +80,19 @@ def test_code_that_comes_with_a_model_does_not_run(tiny_models, tmp_path):
 
     folder = shutil.copytree(tiny_models / "bert", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForSequenceClassification"), "mine.Mine")}
+    config |= {
+        "model_type": "mine",
+        "auto_map": dict.fromkeys(
+            ("AutoConfig", "AutoModelForSequenceClassification"), "mine.Mine"
+        ),
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
     assert Recipe.load("smoke").backbone.trust_remote_code is False
     with pytest.raises(BackboneError):
-        LocalEngine.from_recipe(Recipe.load("smoke", [f"backbone.model={folder}", "training.device=cpu"]))
+        LocalEngine.from_recipe(
+            Recipe.load("smoke", [f"backbone.model={folder}", "training.device=cpu"])
+        )
     assert not (tmp_path / "ran").exists()
 
 
@@ -75,10 +118,29 @@ def test_a_runs_name_is_one_folders_name(name):
 def nasty(tmp_path, monkeypatch):
     """A recipe whose clients, groups and labels have names that steer what believes them."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"text": f"ticket {n} about the printer", "team": NASTY[n % 2], "site": NASTY[n % len(NASTY)]} for n in range(90)]
+    rows = [
+        {
+            "text": f"ticket {n} about the printer",
+            "team": NASTY[n % 2],
+            "site": NASTY[n % len(NASTY)],
+        }
+        for n in range(90)
+    ]
     Dataset.from_list(rows).to_parquet("rows.parquet")
-    keys = ["name=nasty", "data.path=rows.parquet", "task.label=team", "data.partition.by=site", "data.partition.group=null"]
-    small = ["data.max_train=4", "data.max_test=2", "training.device=cpu", "baselines=[]", "rounds=1"]
+    keys = [
+        "name=nasty",
+        "data.path=rows.parquet",
+        "task.label=team",
+        "data.partition.by=site",
+        "data.partition.group=null",
+    ]
+    small = [
+        "data.max_train=4",
+        "data.max_test=2",
+        "training.device=cpu",
+        "baselines=[]",
+        "rounds=1",
+    ]
     return [*keys, *small]
 
 
@@ -87,7 +149,9 @@ def test_clients_with_any_names_are_kept_by_name_and_write_nothing_elsewhere(nas
     run = federate(Recipe.load("smoke", nasty), tmp_path / "runs" / "nasty")
     assert set(run.clients.index) == set(NASTY)
     assert {name for record in run.records for name in record["clients"]} == set(NASTY)
-    assert {client["name"] for client in json.loads((run.path / "clients.json").read_text())} == set(NASTY)
+    assert {
+        client["name"] for client in json.loads((run.path / "clients.json").read_text())
+    } == set(NASTY)
     new = {path for path in tmp_path.parent.rglob("*") if path.is_file()} - before
     assert all(path.is_relative_to(run.path) for path in new)
     run.save_adapter("../../outside", tmp_path / "adapter")
@@ -97,7 +161,9 @@ def test_clients_with_any_names_are_kept_by_name_and_write_nothing_elsewhere(nas
 # ---- no terminal obeys ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], ["clients.failures=skip", "clients.timeout=1e-9"], ["clients.timeout=1e-9"]])
+@pytest.mark.parametrize(
+    "more", [[], ["clients.failures=skip", "clients.timeout=1e-9"], ["clients.timeout=1e-9"]]
+)
 def test_names_from_the_data_do_not_reach_the_terminal_as_they_are(nasty, capsys, more):
     for command in (["data", "smoke", *nasty], ["run", "smoke", *nasty, *more, "--out", "out"]):
         with pytest.raises(SystemExit):
@@ -136,17 +202,28 @@ def test_log_lines_are_what_a_terminal_can_show(capsys):
     st.floats(1e-8, 1e6),
     st.integers(0, 1000),
 )
-def test_weights_are_shares_and_those_of_clients_that_were_not_asked_stay(rule, begin, cohorts, scale, seed):
+def test_weights_are_shares_and_those_of_clients_that_were_not_asked_stay(
+    rule, begin, cohorts, scale, seed
+):
     from fedmerge_peft import AdapterLayout
     from fedmerge_peft.strategies import Start
 
-    layout = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")])
+    layout = AdapterLayout.of(
+        [("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")]
+    )
     generator = torch.Generator().manual_seed(seed)
-    start = Start(5, layout, lambda number: torch.randn(12, generator=torch.Generator().manual_seed(number)))
+    start = Start(
+        5, layout, lambda number: torch.randn(12, generator=torch.Generator().manual_seed(number))
+    )
     strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, rule=rule, start=begin), start)
     for cohort in cohorts:
         before = strategy.merging.logits.clone()
-        strategy.update([Reply(client, scale * torch.randn(1, 12, generator=generator), 10, 1.0, 0.0) for client in cohort])
+        strategy.update(
+            [
+                Reply(client, scale * torch.randn(1, 12, generator=generator), 10, 1.0, 0.0)
+                for client in cohort
+            ]
+        )
         others = [client for client in range(5) if client not in cohort]
         assert torch.equal(strategy.merging.logits[others], before[others])
         torch.testing.assert_close(strategy.weights.sum(dim=1), torch.ones(5))

@@ -116,17 +116,34 @@ def certify(folder):
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")])
+    key, name = (
+        ec.generate_private_key(ec.SECP256R1()),
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")]),
+    )
     now = datetime.datetime.now(datetime.UTC)
-    address = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
-    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+    address = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    )
     made = (
-        made.add_extension(address, False).add_extension(x509.BasicConstraints(ca=True, path_length=None), True).sign(key, hashes.SHA256())
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+    )
+    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
+        now + datetime.timedelta(days=1)
+    )
+    made = (
+        made.add_extension(address, False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
     (folder / "cert.pem").write_bytes(made.public_bytes(pem))
-    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
     return folder / "cert.pem", folder / "key.pem"
 
 
@@ -135,16 +152,36 @@ def measure(megabytes, rounds, patience, tls, evaluate):
     folder = Path(tempfile.mkdtemp(prefix="flower-"))
     app = folder / "app"
     (app / "idle").mkdir(parents=True)
-    for name, text in {"pyproject.toml": PYPROJECT, "idle/__init__.py": "", "idle/client.py": CLIENT, "idle/server.py": SERVER}.items():
+    for name, text in {
+        "pyproject.toml": PYPROJECT,
+        "idle/__init__.py": "",
+        "idle/client.py": CLIENT,
+        "idle/server.py": SERVER,
+    }.items():
         (app / name).write_text(text)
     runtime, *nodes = ports(3)
     home = folder / "home"
     home.mkdir()
     certificate, key = certify(folder)
     link = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{runtime}"\n'
-    (home / "config.toml").write_text(link + (f'root-certificates = "{certificate}"\n' if tls else "insecure = true\n"))
-    server = ["--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certfile", certificate] if tls else ["--insecure"]
-    node = ["--root-certificates", certificate, "--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certfile", certificate]
+    (home / "config.toml").write_text(
+        link + (f'root-certificates = "{certificate}"\n' if tls else "insecure = true\n")
+    )
+    server = (
+        ["--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certfile", certificate]
+        if tls
+        else ["--insecure"]
+    )
+    node = [
+        "--root-certificates",
+        certificate,
+        "--ssl-certfile",
+        certificate,
+        "--ssl-keyfile",
+        key,
+        "--ssl-ca-certfile",
+        certificate,
+    ]
     environment = {
         **os.environ,
         "FLWR_HOME": str(home),
@@ -156,13 +193,24 @@ def measure(megabytes, rounds, patience, tls, evaluate):
 
     def start(program, *arguments):
         with (folder / f"{program}-{len(processes)}.log").open("w") as log:
-            processes.append(subprocess.Popen([programs / program, *arguments], env=environment, stdout=log, stderr=log))
+            processes.append(
+                subprocess.Popen(
+                    [programs / program, *arguments], env=environment, stdout=log, stderr=log
+                )
+            )
 
     try:
         start("flower-superlink", *server, "--port", str(runtime))
         time.sleep(8)
         for port in nodes:
-            start("flower-supernode", *(node if tls else ["--insecure"]), "--superlink", f"127.0.0.1:{runtime}", "--port", str(port))
+            start(
+                "flower-supernode",
+                *(node if tls else ["--insecure"]),
+                "--superlink",
+                f"127.0.0.1:{runtime}",
+                "--port",
+                str(port),
+            )
         result = folder / "result.json"
         config = f"numbers={int(megabytes * 250_000)} rounds={rounds} evaluate={str(evaluate).lower()} result='{result}'"
         asked = subprocess.run(
@@ -196,7 +244,9 @@ def main():
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
     asked = parser.parse_args()
-    print("| arrays | TLS | exchanges a round | rounds | seconds a round, median | longest |\n|---|---|---:|---:|---:|---:|")
+    print(
+        "| arrays | TLS | exchanges a round | rounds | seconds a round, median | longest |\n|---|---|---:|---:|---:|---:|"
+    )
     for megabytes in asked.megabytes:
         taken = measure(megabytes, asked.rounds, asked.patience, asked.tls, asked.evaluate)
         row = f"{megabytes:g} MB | {'the server' if asked.tls else 'none'} | {1 + asked.evaluate} | {len(taken)}"

@@ -15,7 +15,15 @@ from fedmerge_peft.strategies.base import Reply
 def idle(engine, round, visits):
     for index, plan, served in visits:
         scores = None if served is None else {"test_accuracy": 0.5, "test_loss": 1.0}
-        yield Reply(index, 1e-3 * plan.sent, engine.clients[index].size, 1.0, 0.0, served=scores, round=round)
+        yield Reply(
+            index,
+            1e-3 * plan.sent,
+            engine.clients[index].size,
+            1.0,
+            0.0,
+            served=scores,
+            round=round,
+        )
 
 
 if __name__ == "__main__":

@@ -29,8 +29,19 @@ PER_RANK = 4 * (2 * 2 * 2 * 32)
 def recipe_of(megabytes, rounds):
     """The smoke recipe with adapters of about this size: a tiny model, and a rank to match."""
     rank = max(1, round(megabytes * 1e6 / PER_RANK))
-    small = ["data.max_train=4", "data.max_test=3", "data.filter.organisation=[Fen Water, Harbour Clinic]", "training.device=cpu"]
-    rest = ["baselines=[]", "strategy=fedavg", "evaluation.finetuned=false", f"rounds={rounds}", f"lora.r={rank}"]
+    small = [
+        "data.max_train=4",
+        "data.max_test=3",
+        "data.filter.organisation=[Fen Water, Harbour Clinic]",
+        "training.device=cpu",
+    ]
+    rest = [
+        "baselines=[]",
+        "strategy=fedavg",
+        "evaluation.finetuned=false",
+        f"rounds={rounds}",
+        f"lora.r={rank}",
+    ]
     return Recipe.load("smoke", [*small, *rest])
 
 
@@ -41,7 +52,9 @@ def start_idle_site(out, site):
     own = {**environment(), KIT: str(kit), ADDRESS: str(out / f"{site}.socket")}
     trainer = [sys.executable, str(Path(__file__).with_name("idle_site.py")), site]
     client = [sys.executable, "-m", "fedmerge_peft.sites.flare.child", "client", str(kit), site]
-    return Child("trainer", trainer, out / f"{site}.out", own), Child("connection", client, kit / "site.log", own)
+    return Child("trainer", trainer, out / f"{site}.out", own), Child(
+        "connection", client, kit / "site.log", own
+    )
 
 
 def measure(megabytes, rounds, wire_dtype):
@@ -49,16 +62,27 @@ def measure(megabytes, rounds, wire_dtype):
     out = Path(tempfile.mkdtemp(prefix="fedmerge-"))
     children = []
     try:
-        federation = rehearsal(recipe_of(megabytes, rounds), 2, out / "f", segment=rounds + 1, wire_dtype=wire_dtype)
+        federation = rehearsal(
+            recipe_of(megabytes, rounds), 2, out / "f", segment=rounds + 1, wire_dtype=wire_dtype
+        )
         children.append(start_server(out / "f"))
         for site in federation.sites:
             children += start_idle_site(out / "f", site)
         await_server(federation, children[0])
-        outcome = run(out / "f" / "operator", lambda line: print(line, file=sys.stderr), wait=300, least=2, patience=10)
+        outcome = run(
+            out / "f" / "operator",
+            lambda line: print(line, file=sys.stderr),
+            wait=300,
+            least=2,
+            patience=10,
+        )
         if outcome["state"] != "ended":
             raise SystemExit(outcome["error"])
         done = Run.open(out / "f" / "server" / "run")
-        times = [path.stat().st_mtime for path in sorted((done.path / "weights").glob("round-*.safetensors"))]
+        times = [
+            path.stat().st_mtime
+            for path in sorted((done.path / "weights").glob("round-*.safetensors"))
+        ]
         whole = [later - sooner for sooner, later in pairwise(times)]
         return whole, [record["seconds"] for record in done.records[1:]], 4 * done.soup.layout.size
     finally:
@@ -74,7 +98,9 @@ def main():
     parser.add_argument("--wire-dtype", default="float32", choices=["float32", "bfloat16"])
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    print("| adapter | wire | rounds | seconds a round, median | longest | of it messages and update |\n|---|---|---:|---:|---:|---:|")
+    print(
+        "| adapter | wire | rounds | seconds a round, median | longest | of it messages and update |\n|---|---|---:|---:|---:|---:|"
+    )
     for megabytes in asked.megabytes:
         whole, inner, size = measure(megabytes, asked.rounds, asked.wire_dtype)
         row = f"{size / 1e6:.1f} MB | {asked.wire_dtype} | {len(whole)} | {statistics.median(whole):.2f} | {max(whole):.2f}"

@@ -17,7 +17,10 @@ from provenance import RESULTS, stamp
 from fedmerge_peft import Recipe, Run, sweep
 from quality import HERE, Setting
 
-SETTINGS = {"cifar100_clusters": "five groups of ten clients", "cifar100_dirichlet": "Dirichlet(0.1)"}
+SETTINGS = {
+    "cifar100_clusters": "five groups of ten clients",
+    "cifar100_dirichlet": "Dirichlet(0.1)",
+}
 ADAPTERS = (1, 2, 5, 10, 15, 50)
 
 
@@ -26,7 +29,14 @@ def recipes(name: str, data: Path, seeds: list[str]) -> dict[str, Recipe]:
     start = ["strategy=fedmerge", "strategy.start=warm", "strategy.weights_lr=0.3"]
     return {
         f"d{d}-seed{seed}": Recipe.load(
-            setting.source, [*setting.base, *start, f"strategy.adapters={d}", f"strategy.groups={d}", f"seed={seed}"]
+            setting.source,
+            [
+                *setting.base,
+                *start,
+                f"strategy.adapters={d}",
+                f"strategy.groups={d}",
+                f"seed={seed}",
+            ],
         )
         for seed in seeds
         for d in ADAPTERS
@@ -38,7 +48,14 @@ def scores(setting: str, runs: dict[str, Run]) -> pd.DataFrame:
     rows = []
     for run in runs.values():
         final = run.summary["final"]["served"]
-        rows.append({"setting": setting, "d": run.recipe.strategy.adapters, "mean": final["mean"], "worst": final["worst"]})
+        rows.append(
+            {
+                "setting": setting,
+                "d": run.recipe.strategy.adapters,
+                "mean": final["mean"],
+                "worst": final["worst"],
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -47,8 +64,17 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for (setting, what), marker in zip(SETTINGS.items(), "os", strict=True):
-        means = 100 * table[table["setting"] == setting].pivot_table(index="d", values="mean", aggfunc=["mean", "std"])
-        axes.errorbar(means.index, means["mean"]["mean"], means["std"]["mean"], marker=marker, capsize=3, label=what)
+        means = 100 * table[table["setting"] == setting].pivot_table(
+            index="d", values="mean", aggfunc=["mean", "std"]
+        )
+        axes.errorbar(
+            means.index,
+            means["mean"]["mean"],
+            means["std"]["mean"],
+            marker=marker,
+            capsize=3,
+            label=what,
+        )
     axes.set_xscale("log")
     axes.set_xticks(ADAPTERS, [str(d) for d in ADAPTERS])
     axes.minorticks_off()
@@ -63,7 +89,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--runs", type=Path, default=HERE / "runs" / "adapters")
@@ -74,7 +102,9 @@ def main() -> None:
         name: sweep(
             recipes(name, options.data, options.seeds.split(",")),
             options.runs / name,
-            on_run=lambda name, run, _: print(name, f"{run.summary['final']['served']['mean']:.3f}", flush=True),
+            on_run=lambda name, run, _: print(
+                name, f"{run.summary['final']['served']['mean']:.3f}", flush=True
+            ),
         )
         for name in SETTINGS
     }
@@ -87,7 +117,9 @@ def main() -> None:
     page = (
         "# Accuracy against the number of adapters\n\nFedMerge on CIFAR-100, 50 clients, merged adapters without finetuning, "
         f"as many groups as adapters; mean ± std over seeds {options.seeds}.\n\n![Accuracy against d](adapters.svg)\n\n"
-        "| clients | d | accuracy, % | worst 10 % |\n|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
+        "| clients | d | accuracy, % | worst 10 % |\n|---|---|---|---|\n"
+        + "\n".join(lines)
+        + "\n\n"
         f"{stamp([run for runs in done.values() for run in runs.values()])}\n"
     )
     print(f"\n{page}")

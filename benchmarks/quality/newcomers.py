@@ -27,7 +27,9 @@ def without_the_last(data: FederatedData) -> tuple[FederatedData, list[Client]]:
     """The federation without the last client of each group, and those clients."""
     last = {client.group: client for client in data.clients}
     out = {client.name for client in last.values()}
-    return FederatedData(data.table, [client for client in data.clients if client.name not in out]), list(last.values())
+    return FederatedData(
+        data.table, [client for client in data.clients if client.name not in out]
+    ), list(last.values())
 
 
 def examples_of(client: Client, table: Dataset, split_column: str, most: int) -> Dataset:
@@ -41,7 +43,11 @@ def one_seed(recipe: Recipe, out: Path, most: int) -> tuple[Run, list[dict[str, 
     """Run the federation without its newcomers (unless it is there already); a row of results for each newcomer."""
     data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
     federation, newcomers = without_the_last(data)
-    run = Run.open(out) if (out / "summary.json").exists() else federate(recipe, out, engine=LocalEngine.from_data(recipe, federation))
+    run = (
+        Run.open(out)
+        if (out / "summary.json").exists()
+        else federate(recipe, out, engine=LocalEngine.from_data(recipe, federation))
+    )
     metric = run.recipe.task.metrics[0]
     took_part = run.clients.groupby("group")[f"test_{metric}"].mean()
     rows: list[dict[str, object]] = []
@@ -49,9 +55,15 @@ def one_seed(recipe: Recipe, out: Path, most: int) -> tuple[Run, list[dict[str, 
         begin = time.perf_counter()
         examples = examples_of(newcomer, data.table, recipe.data.split_column or "split", most)
         found = personalize(run, examples, name=newcomer.name)
-        wall = time.perf_counter() - begin - sum(method.seconds for method in found.methods if method.name == "local training")
+        wall = (
+            time.perf_counter()
+            - begin
+            - sum(method.seconds for method in found.methods if method.name == "local training")
+        )
         scores = {method.name: method.test[metric] for method in found.methods}
-        seconds = next(method.seconds for method in found.methods if method.name == "learned weights")
+        seconds = next(
+            method.seconds for method in found.methods if method.name == "learned weights"
+        )
         rows.append(
             {
                 "seed": recipe.seed,
@@ -62,17 +74,28 @@ def one_seed(recipe: Recipe, out: Path, most: int) -> tuple[Run, list[dict[str, 
                 "wall": wall,
             }
         )
-        print(f"seed {recipe.seed}  {newcomer.name}  {metric} {scores['learned weights']:.3f}, of its kind {took_part[newcomer.group]:.3f}")
+        print(
+            f"seed {recipe.seed}  {newcomer.name}  {metric} {scores['learned weights']:.3f}, of its kind {took_part[newcomer.group]:.3f}"
+        )
     return run, rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--examples", type=int, default=32, help="most examples that a newcomer learns from")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "runs" / "newcomers", help="folder of the runs")
+    parser.add_argument(
+        "--examples", type=int, default=32, help="most examples that a newcomer learns from"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent / "runs" / "newcomers",
+        help="folder of the runs",
+    )
     parser.add_argument("--write", action="store_true")
     options = parser.parse_intermixed_args()
 
@@ -84,15 +107,22 @@ def main() -> None:
         runs.append(run)
         rows += found
     table = pd.DataFrame(rows)
-    ways = [column for column in table.columns if column not in ("seed", "group", "seconds", "wall")]
+    ways = [
+        column for column in table.columns if column not in ("seed", "group", "seconds", "wall")
+    ]
     by_seed = table.groupby("seed")[ways].mean()
-    lines = [f"| {way} | {100 * by_seed[way].mean():.1f} ± {100 * by_seed[way].std():.1f} |" for way in ways]
+    lines = [
+        f"| {way} | {100 * by_seed[way].mean():.1f} ± {100 * by_seed[way].std():.1f} |"
+        for way in ways
+    ]
     behind = 100 * fmean(by_seed["took part"] - by_seed["learned weights"])
     page = (
         f"# {name}: clients that were not there\n\n"
         f"One client of each group was left out, {len(table)} in all over seeds {options.seeds}, and learned its merging weights from "
         f"{options.examples} examples.\n\n"
-        f"| way to an adapter | {runs[0].recipe.task.metrics[0]}, mean ± std over seeds |\n|---|---|\n" + "\n".join(lines) + "\n\n"
+        f"| way to an adapter | {runs[0].recipe.task.metrics[0]}, mean ± std over seeds |\n|---|---|\n"
+        + "\n".join(lines)
+        + "\n\n"
         f"Learned weights are {behind:.1f} points behind the clients of the same group that took part. Learning them took "
         f"{table['seconds'].median():.1f} s (median; at most {table['seconds'].max():.1f} s), with data and model loaded "
         f"{table['wall'].median():.1f} s (at most {table['wall'].max():.1f} s).\n\n{stamp(runs)}\n"

@@ -19,16 +19,24 @@ from fedmerge_peft.analysis.reports import markdown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", help="folder of the run directories; default: sweeps/<recipe>")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/<recipe>_seeds.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/results/<recipe>_seeds.md"
+    )
     arguments = parser.parse_intermixed_args()
     name = Path(arguments.recipe).stem
     recipes = expand(arguments.recipe, [*arguments.overrides, f"seed={arguments.seeds}"])
-    runs = sweep(recipes, arguments.out or Path("sweeps", name), on_round=lambda name, record: print(f"{name}  {record}", flush=True))
+    runs = sweep(
+        recipes,
+        arguments.out or Path("sweeps", name),
+        on_round=lambda name, record: print(f"{name}  {record}", flush=True),
+    )
     page = f"{markdown(Comparison.of(runs.values()))}\n{stamp(runs.values())}\n"
     print(f"\n{page}")
     if arguments.write:

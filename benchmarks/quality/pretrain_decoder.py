@@ -34,14 +34,23 @@ def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrain
     )
     tokenizer.train_from_iterator(texts, trainer)
     begin = SPECIAL["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, clean_up_tokenization_spaces=False, **SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+        **SPECIAL,
+    )
 
 
 def windows(texts: list[str], tokenizer: PreTrainedTokenizerFast, context: int) -> Tensor:
     """All texts one after another, each with its begin and end, cut into ``(windows, context)``."""
     end = [tokenizer.eos_token_id]
-    tokens = torch.cat([torch.tensor(ids + end) for ids in tokenizer(texts, verbose=False)["input_ids"]])
+    tokens = torch.cat(
+        [torch.tensor(ids + end) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    )
     return tokens[: len(tokens) // context * context].view(-1, context)
 
 
@@ -73,11 +82,15 @@ def pretrain(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     books = options.data / "lm_gutenberg.parquet"
     texts, held_out_texts = (
-        pq.read_table(books, columns=["text"], filters=[("split", "==", split)])["text"].to_pylist()[: options.rows]
+        pq.read_table(books, columns=["text"], filters=[("split", "==", split)])[
+            "text"
+        ].to_pylist()[: options.rows]
         for split in ("train", "valid")
     )
     tokenizer = train_tokenizer(texts, options.vocabulary, options.context)
-    train, held_out = (windows(each, tokenizer, options.context) for each in (texts, held_out_texts))
+    train, held_out = (
+        windows(each, tokenizer, options.context) for each in (texts, held_out_texts)
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden,
@@ -88,12 +101,20 @@ def pretrain(options: argparse.Namespace) -> None:
         tie_word_embeddings=True,
         **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL},
     )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="eager")  # on a CPU, faster here than sdpa
+    model = LlamaForCausalLM._from_config(
+        config, attn_implementation="eager"
+    )  # on a CPU, faster here than sdpa
 
     def draw() -> Iterator[Tensor]:
         return (train[rows] for rows in torch.randperm(len(train)).split(options.batch_size))
 
-    fit(model, draw, lambda tokens: next_token_loss(model, tokens), options.minutes, learning_rate=3e-3)
+    fit(
+        model,
+        draw,
+        lambda tokens: next_token_loss(model, tokens),
+        options.minutes,
+        learning_rate=3e-3,
+    )
     print(f"held-out perplexity {perplexity(model, held_out):.1f}")
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)

@@ -29,7 +29,9 @@ def read(path: Path, rows: int | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Pixels from 0 to 1, ``(images, 3, 32, 32)``, and labels, for each split."""
     table = pq.read_table(path, columns=["split", "image_png", "fine_label"])
     table = table.take(np.random.default_rng(0).permutation(len(table))[:rows])
-    images = [np.asarray(Image.open(io.BytesIO(png.as_py())).convert("RGB")) for png in table["image_png"]]
+    images = [
+        np.asarray(Image.open(io.BytesIO(png.as_py())).convert("RGB")) for png in table["image_png"]
+    ]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     labels = torch.from_numpy(table["fine_label"].to_numpy().astype(np.int64))
     split = table["split"].to_numpy()
@@ -43,15 +45,27 @@ def augment(images: Tensor) -> Tensor:
     mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
     across, down = (2 * torch.rand(2, count) - 1) * (1 - scale + 0.25)
     zero = torch.zeros(count)
-    maps = torch.stack([torch.stack([scale * mirror, zero, across], dim=1), torch.stack([zero, scale, down], dim=1)], dim=1)
-    return functional.grid_sample(images, functional.affine_grid(maps, list(images.shape), align_corners=False), align_corners=False)
+    maps = torch.stack(
+        [
+            torch.stack([scale * mirror, zero, across], dim=1),
+            torch.stack([zero, scale, down], dim=1),
+        ],
+        dim=1,
+    )
+    return functional.grid_sample(
+        images,
+        functional.affine_grid(maps, list(images.shape), align_corners=False),
+        align_corners=False,
+    )
 
 
 @torch.no_grad()
 def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -> float:
     model.eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-        said = torch.cat([model(pixel_values=part).logits.argmax(dim=1) for part in images.split(250)])
+        said = torch.cat(
+            [model(pixel_values=part).logits.argmax(dim=1) for part in images.split(250)]
+        )
     return float((said == labels).float().mean())
 
 
@@ -70,7 +84,10 @@ def pretrain(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     data = read(options.data / "cifar100_pretrain.parquet", options.rows)
     mean, deviation = (of(data["train"][0], dim=(0, 2, 3)) for of in (torch.mean, torch.std))
-    train, test = (((pixels - mean.view(3, 1, 1)) / deviation.view(3, 1, 1), labels) for pixels, labels in data.values())
+    train, test = (
+        ((pixels - mean.view(3, 1, 1)) / deviation.view(3, 1, 1), labels)
+        for pixels, labels in data.values()
+    )
     config = ViTConfig(
         image_size=SIZE,
         patch_size=options.patch,
@@ -80,7 +97,9 @@ def pretrain(options: argparse.Namespace) -> None:
         intermediate_size=4 * options.hidden,
         num_labels=100,
     )
-    model = ViTForImageClassification._from_config(config, attn_implementation="eager")  # on a CPU, faster here than sdpa
+    model = ViTForImageClassification._from_config(
+        config, attn_implementation="eager"
+    )  # on a CPU, faster here than sdpa
 
     def draw() -> Iterator[Tensor]:
         return iter(torch.randperm(len(train[1])).split(options.batch_size))
@@ -90,7 +109,9 @@ def pretrain(options: argparse.Namespace) -> None:
         images, labels = augment(train[0][rows]), functional.one_hot(train[1][rows], 100).float()
         part, others = mixing.sample(), torch.randperm(len(rows))
         logits = model(pixel_values=part * images + (1 - part) * images[others]).logits
-        return functional.cross_entropy(logits.float(), part * labels + (1 - part) * labels[others], label_smoothing=0.1)
+        return functional.cross_entropy(
+            logits.float(), part * labels + (1 - part) * labels[others], label_smoothing=0.1
+        )
 
     mixing = torch.distributions.Beta(0.5, 0.5)
     fit(model, draw, loss_of, options.minutes)
@@ -98,9 +119,9 @@ def pretrain(options: argparse.Namespace) -> None:
         print(f"{name} accuracy {accuracy(model, images, labels):.3f}")
     model.vit.save_pretrained(options.out)
     size = {"height": SIZE, "width": SIZE}
-    ViTImageProcessorPil(size=size, do_convert_rgb=True, image_mean=mean.tolist(), image_std=deviation.tolist()).save_pretrained(
-        options.out
-    )
+    ViTImageProcessorPil(
+        size=size, do_convert_rgb=True, image_mean=mean.tolist(), image_std=deviation.tolist()
+    ).save_pretrained(options.out)
 
 
 if __name__ == "__main__":

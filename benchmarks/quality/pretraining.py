@@ -22,17 +22,27 @@ WARMUP = 0.1
 
 def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
     """The options that both programs have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
-    parser.add_argument("--out", type=Path, default=HERE / "models" / out, help="where the model goes")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "models" / out, help="where the model goes"
+    )
     parser.add_argument("--minutes", type=float, default=15.0, help="how long to train")
-    parser.add_argument("--rows", type=int, help="use so many rows of the data, for a trial; by default all")
+    parser.add_argument(
+        "--rows", type=int, help="use so many rows of the data, for a trial; by default all"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def fit(
-    model: nn.Module, draw: Callable[[], Iterator[Any]], loss_of: Callable[[Any], Tensor], minutes: float, learning_rate: float = 1e-3
+    model: nn.Module,
+    draw: Callable[[], Iterator[Any]],
+    loss_of: Callable[[Any], Tensor],
+    minutes: float,
+    learning_rate: float = 1e-3,
 ) -> None:
     """Train until the time is up, with a learning rate that rises and falls (a half cosine) with the clock.
 
@@ -48,7 +58,11 @@ def fit(
     """
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
-    rest = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
+    rest = [
+        parameter
+        for parameter in model.parameters()
+        if all(parameter is not matrix for matrix in matrices)
+    ]
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
         torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98)),
@@ -61,7 +75,11 @@ def fit(
             done = (time.monotonic() - begin) / (60 * minutes)
             if done >= 1:
                 return
-            factor = done / WARMUP if done < WARMUP else 0.5 + 0.5 * math.cos(math.pi * (done - WARMUP) / (1 - WARMUP))
+            factor = (
+                done / WARMUP
+                if done < WARMUP
+                else 0.5 + 0.5 * math.cos(math.pi * (done - WARMUP) / (1 - WARMUP))
+            )
             with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
                 loss = loss_of(batch)
             loss.backward()

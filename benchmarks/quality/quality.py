@@ -41,9 +41,13 @@ class Setting:
         self.tuning_seed: int | None = text.get("tuning_seed")
         self.names_strategies = "methods" in text
         """Else they are variants of the recipe's own strategy, one candidate each."""
-        self.candidates: dict[str, list[list[str]]] = text.get("methods") or {name: [each] for name, each in text["variants"].items()}
+        self.candidates: dict[str, list[list[str]]] = text.get("methods") or {
+            name: [each] for name, each in text["variants"].items()
+        }
         if len({len(each) for each in self.candidates.values()}) != 1:
-            raise SystemExit(f"{name}.yaml: every method must have as many candidates as the others")
+            raise SystemExit(
+                f"{name}.yaml: every method must have as many candidates as the others"
+            )
 
     def recipe(self, method: str, candidate: int, seed: int) -> Recipe:
         changes = self.candidates[method][candidate]
@@ -55,7 +59,9 @@ def validation(run: Run) -> float:
     """Mean over the clients of the first metric on their validation examples, greater is better."""
     metric = run.recipe.task.metrics[0]
     clients = run.summary["final"]["served"]["clients"].values()
-    return (1 if greater_is_better(metric) else -1) * fmean(scores[f"validation_{metric}"] for scores in clients)
+    return (1 if greater_is_better(metric) else -1) * fmean(
+        scores[f"validation_{metric}"] for scores in clients
+    )
 
 
 def shared(runs: Mapping[str, Run]) -> str:
@@ -64,7 +70,13 @@ def shared(runs: Mapping[str, Run]) -> str:
     for name, run in runs.items():
         if run.recipe.strategy.name == "fedmerge" and run.clients["group"].nunique() > 1:
             found = sharing(run)
-            both = sorted({" + ".join(sorted([str(group), *others.split(", ")])) for group, others in found["others"].items() if others})
+            both = sorted(
+                {
+                    " + ".join(sorted([str(group), *others.split(", ")]))
+                    for group, others in found["others"].items()
+                    if others
+                }
+            )
             on_it = (found["share"] * found["clients"]).sum() / found["clients"].sum()
             lines.append(f"| {name} | {100 * on_it:.0f} % | {', '.join(both) or 'none'} |")
     head = "| run | clients whose main adapter is that of most of their group | groups that share one |\n|---|---|---|\n"
@@ -73,19 +85,27 @@ def shared(runs: Mapping[str, Run]) -> str:
 
 def report(name: str, run: Run, fresh: bool) -> None:
     final = run.summary["final"]["served"]
-    print(f"{name:28} {final['metric']} {final['mean']:.3f}  worst {final['worst']:.3f}{'' if fresh else '  (there already)'}", flush=True)
+    print(
+        f"{name:28} {final['metric']} {final['mean']:.3f}  worst {final['worst']:.3f}{'' if fresh else '  (there already)'}",
+        flush=True,
+    )
 
 
 def by_variant(comparison: Comparison, runs: Mapping[str, Run]) -> Comparison:
     """With the variants' own names as methods, which say less than all the keys in which they differ."""
     variant = {str(run.path): name.rpartition("-seed")[0] for name, run in runs.items()}
     names = {row.method: variant[str(row.path)] for row in comparison.runs.itertuples()}
-    frames = {part: getattr(comparison, part).replace({"method": names}) for part in ("runs", "curves", "methods")}
+    frames = {
+        part: getattr(comparison, part).replace({"method": names})
+        for part in ("runs", "curves", "methods")
+    }
     return replace(comparison, **frames)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("setting")
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
     parser.add_argument("--methods", help="some of the setting's methods; by default all")
@@ -97,12 +117,20 @@ def main() -> None:
     setting = Setting(arguments.setting, arguments.data)
     methods = arguments.methods.split(",") if arguments.methods else list(setting.candidates)
     if unknown := [method for method in methods if method not in setting.candidates]:
-        raise SystemExit(f"{setting.name}.yaml has no {', '.join(unknown)}; it has {', '.join(setting.candidates)}")
+        raise SystemExit(
+            f"{setting.name}.yaml has no {', '.join(unknown)}; it has {', '.join(setting.candidates)}"
+        )
     page_path = RESULTS / f"{setting.name}.md"
     if arguments.write and page_path.exists():
-        written = [method for method in setting.candidates if f"\n| {method} |" in page_path.read_text(encoding="utf-8")]
+        written = [
+            method
+            for method in setting.candidates
+            if f"\n| {method} |" in page_path.read_text(encoding="utf-8")
+        ]
         if lost := [method for method in written if method not in methods]:
-            raise SystemExit(f"{page_path} has {', '.join(lost)} too, which --write would take away; name all of them in --methods")
+            raise SystemExit(
+                f"{page_path} has {', '.join(lost)} too, which --write would take away; name all of them in --methods"
+            )
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if setting.tuning_seed in seeds:
         raise SystemExit(f"seed {setting.tuning_seed} is for tuning")
@@ -110,12 +138,22 @@ def main() -> None:
 
     budget = range(len(setting.candidates[methods[0]]))
     chosen_from = methods if len(budget) > 1 else []
-    trials = {f"{method}-{number}": setting.recipe(method, number, setting.tuning_seed) for method in chosen_from for number in budget}
+    trials = {
+        f"{method}-{number}": setting.recipe(method, number, setting.tuning_seed)
+        for method in chosen_from
+        for number in budget
+    }
     tuned = sweep(trials, out / "tuning", on_run=report) if trials else {}
     best = dict.fromkeys(methods, 0)
     for method in methods if tuned else []:
-        best[method] = max(budget, key=lambda number, method=method: validation(tuned[f"{method}-{number}"]))
-    finals = {f"{method}-seed{seed}": setting.recipe(method, best[method], seed) for seed in seeds for method in methods}
+        best[method] = max(
+            budget, key=lambda number, method=method: validation(tuned[f"{method}-{number}"])
+        )
+    finals = {
+        f"{method}-seed{seed}": setting.recipe(method, best[method], seed)
+        for seed in seeds
+        for method in methods
+    }
     runs = sweep(finals, out / "final", on_run=report)
 
     comparison = Comparison.of(runs.values())
@@ -123,9 +161,14 @@ def main() -> None:
         comparison = by_variant(comparison, runs)
     left_out = ", ".join(method for method in setting.candidates if method not in methods)
     missing = f"Not run yet: {left_out}. " if left_out else ""
-    chosen = "\n".join(f"| {method} | {' '.join(setting.candidates[method][best[method]]) or 'defaults'} |" for method in methods)
+    chosen = "\n".join(
+        f"| {method} | {' '.join(setting.candidates[method][best[method]]) or 'defaults'} |"
+        for method in methods
+    )
     tuning = (
-        f"Each method chose one of {len(budget)} candidates by the mean validation score on seed {setting.tuning_seed}. " if tuned else ""
+        f"Each method chose one of {len(budget)} candidates by the mean validation score on seed {setting.tuning_seed}. "
+        if tuned
+        else ""
     )
     page = (
         f"# {setting.name}\n\n{markdown(comparison)}\n"

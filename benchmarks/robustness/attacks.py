@@ -40,7 +40,9 @@ def times_100(reply: Reply, _: Adversary) -> list[Reply]:
 
 def noise(reply: Reply, adversary: Adversary) -> list[Reply]:
     """Gaussian noise of ten times the length of δ."""
-    generator = torch.Generator().manual_seed(derive(adversary.seed, "noise", reply.client, reply.round or 0))
+    generator = torch.Generator().manual_seed(
+        derive(adversary.seed, "noise", reply.client, reply.round or 0)
+    )
     drawn = torch.randn(reply.deltas.shape, generator=generator)
     return [replace(reply, deltas=10 * reply.deltas.norm() / drawn.norm() * drawn)]
 
@@ -58,7 +60,12 @@ def stale(reply: Reply, adversary: Adversary) -> list[Reply]:
 
 def duplicate(reply: Reply, adversary: Adversary) -> list[Reply]:
     """Its own reply, and −10 δ in the name of an honest client."""
-    return [reply, replace(reply, client=adversary.victim, size=adversary.victims_size, deltas=-10 * reply.deltas)]
+    return [
+        reply,
+        replace(
+            reply, client=adversary.victim, size=adversary.victims_size, deltas=-10 * reply.deltas
+        ),
+    ]
 
 
 def label_flip(reply: Reply, _: Adversary) -> list[Reply]:
@@ -87,7 +94,12 @@ ATTACKS: dict[str, Attack] = {
 def attackers(clients: int, fraction: float, seed: int) -> list[int]:
     """So many of the clients, drawn by the seed; at least one unless the fraction is 0."""
     count = max(1, round(fraction * clients)) if fraction else 0
-    return sorted(int(client) for client in np.random.default_rng(derive(seed, "attackers")).choice(clients, count, replace=False))
+    return sorted(
+        int(client)
+        for client in np.random.default_rng(derive(seed, "attackers")).choice(
+            clients, count, replace=False
+        )
+    )
 
 
 def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: int) -> LocalEngine:
@@ -96,11 +108,18 @@ def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: 
     changed = flipped(engine, hostile) if attack is label_flip else copy(engine)
     honest = [client for client in range(len(engine.clients)) if client not in hostile]
     victims = {client: honest[place % len(honest)] for place, client in enumerate(hostile)}
-    known = {client: Adversary(seed, victim, engine.clients[victim].size) for client, victim in victims.items()}
+    known = {
+        client: Adversary(seed, victim, engine.clients[victim].size)
+        for client, victim in victims.items()
+    }
 
     def exchange(number: int, visits: Any) -> Iterator[Any]:
         for answer in LocalEngine.exchange(changed, number, visits):
-            yield from attack(answer, known[answer.client]) if isinstance(answer, Reply) and answer.client in known else [answer]
+            yield from (
+                attack(answer, known[answer.client])
+                if isinstance(answer, Reply) and answer.client in known
+                else [answer]
+            )
 
     changed.exchange = exchange  # type: ignore[method-assign]
     return changed

@@ -32,9 +32,16 @@ DEFENCES = {
     "Krum": ["defence.aggregation=krum", "defence.malicious=0.35"],
     "multi-Krum": ["defence.aggregation=multi_krum", "defence.malicious=0.35"],
     "cosine filter": ["defence.aggregation=cosine_filter"],
-    "norm bound and cosine filter": ["defence.norm_multiple=1", "defence.aggregation=cosine_filter"],
+    "norm bound and cosine filter": [
+        "defence.norm_multiple=1",
+        "defence.aggregation=cosine_filter",
+    ],
     "norm bound and median": ["defence.norm_multiple=1", "defence.aggregation=median"],
-    "norm bound and trimmed mean": ["defence.norm_multiple=1", "defence.aggregation=trimmed_mean", "defence.trim=0.2"],
+    "norm bound and trimmed mean": [
+        "defence.norm_multiple=1",
+        "defence.aggregation=trimmed_mean",
+        "defence.trim=0.2",
+    ],
 }
 
 
@@ -47,13 +54,28 @@ class Cells:
         self.runs: list[Run] = []
         self.clean: dict[str, dict[str, float]] = {}
 
-    def run(self, defence: str, attack: str | None = None, fraction: float = 0.0) -> dict[str, float]:
+    def run(
+        self, defence: str, attack: str | None = None, fraction: float = 0.0
+    ) -> dict[str, float]:
         """The final score of every client, by name."""
         hostile = attackers(len(self.engine.clients), fraction, self.recipe.seed)
-        used = attacked(self.engine, ATTACKS[attack], hostile, self.recipe.seed) if attack else self.engine
-        self.runs.append(federate(self.recipe.replace(DEFENCES[defence]), self.folder / str(len(self.runs)), engine=used))
+        used = (
+            attacked(self.engine, ATTACKS[attack], hostile, self.recipe.seed)
+            if attack
+            else self.engine
+        )
+        self.runs.append(
+            federate(
+                self.recipe.replace(DEFENCES[defence]),
+                self.folder / str(len(self.runs)),
+                engine=used,
+            )
+        )
         served = self.runs[-1].summary["final"]["served"]
-        print(f"seed {self.recipe.seed}, {attack or 'nobody'} {fraction:.0%}, {defence}: {served['mean']:.3f}", flush=True)
+        print(
+            f"seed {self.recipe.seed}, {attack or 'nobody'} {fraction:.0%}, {defence}: {served['mean']:.3f}",
+            flush=True,
+        )
         return {name: found[served["metric"]] for name, found in served["clients"].items()}
 
     def undisturbed(self, defence: str, fraction: float = 0.0) -> float:
@@ -66,7 +88,10 @@ class Cells:
         return self._honest(self.run(defence, attack, fraction), fraction)
 
     def _honest(self, found: dict[str, float], fraction: float) -> float:
-        hostile = {self.engine.clients[client].name for client in attackers(len(self.engine.clients), fraction, self.recipe.seed)}
+        hostile = {
+            self.engine.clients[client].name
+            for client in attackers(len(self.engine.clients), fraction, self.recipe.seed)
+        }
         return 100 * fmean(score for name, score in found.items() if name not in hostile)
 
 
@@ -75,31 +100,53 @@ def said(found: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--attacks", default=",".join(ATTACKS))
     parser.add_argument("--fractions", default="0.1,0.3")
     parser.add_argument("--defences", default=",".join(DEFENCES))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/robustness_NAME.md")
+    parser.add_argument(
+        "--write", metavar="NAME", help="write benchmarks/results/robustness_NAME.md"
+    )
     arguments = parser.parse_intermixed_args()
     defences = arguments.defences.split(",")
     with TemporaryDirectory() as folder:
         seeds = [
             Cells(
-                Recipe.load(arguments.recipe, [*arguments.overrides, "baselines=[]", "clients.failures=skip", f"seed={seed}"]),
+                Recipe.load(
+                    arguments.recipe,
+                    [*arguments.overrides, "baselines=[]", "clients.failures=skip", f"seed={seed}"],
+                ),
                 Path(folder, seed),
             )
             for seed in arguments.seeds.split(",")
         ]
         lines = [["hostile", "clients", *defences], ["---"] * (2 + len(defences))]
-        lines.append(["nobody", "0 %", *(said([cells.undisturbed(defence) for cells in seeds]) for defence in defences)])
+        lines.append(
+            [
+                "nobody",
+                "0 %",
+                *(said([cells.undisturbed(defence) for cells in seeds]) for defence in defences),
+            ]
+        )
         for attack in arguments.attacks.split(","):
             for fraction in map(float, arguments.fractions.split(",")):
                 best = fmean(cells.undisturbed("none", fraction) for cells in seeds)
-                found = [[cells.disturbed(defence, attack, fraction) for cells in seeds] for defence in defences]
-                lines.append([attack, f"{100 * fraction:.0f} %", *(f"{said(each)} ({fmean(each) / best:.0%})" for each in found)])
+                found = [
+                    [cells.disturbed(defence, attack, fraction) for cells in seeds]
+                    for defence in defences
+                ]
+                lines.append(
+                    [
+                        attack,
+                        f"{100 * fraction:.0f} %",
+                        *(f"{said(each)} ({fmean(each) / best:.0%})" for each in found),
+                    ]
+                )
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         first = seeds[0]
         what = f"{first.recipe.strategy.name}, {len(first.engine.clients)} clients, {first.recipe.rounds} rounds, seeds {arguments.seeds}"

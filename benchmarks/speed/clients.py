@@ -17,7 +17,9 @@ def overhead() -> Iterator[Row]:
     plain, federation = Plain(ours), rounds(ours).rounds()
     epoch = plain.prepared([int(row) for client in ours.clients for row in client.train])
     taken = race({"rounds": lambda: next(federation), "plain loop": epoch}, 9)
-    what = "a. rounds of 4 clients, one at a time, over a centralised PEFT + Accelerate loop; batch 8"
+    what = (
+        "a. rounds of 4 clients, one at a time, over a centralised PEFT + Accelerate loop; batch 8"
+    )
     yield faster(what, taken, "rounds", "plain loop", "≥ 0.95")
 
 
@@ -25,7 +27,9 @@ def together() -> Iterator[Row]:
     """b. K clients in one pass against one at a time."""
     for batch in (1, 4, 8, 16):
         steps = max(1, 4 // batch)
-        ours = engine(16, batch * steps, f"training.batch_size={batch}", "training.clients_per_batch=1")
+        ours = engine(
+            16, batch * steps, f"training.batch_size={batch}", "training.clients_per_batch=1"
+        )
         sequential = rounds(ours).rounds()
         sides = {"one at a time": partial(next, sequential)}
         for count in (4, 8, 16):
@@ -37,7 +41,11 @@ def together() -> Iterator[Row]:
         for count in (4, 8, 16):
             wanted = {(8, 1): "≥ 2", (8, 8): "≥ 1.2"}.get((count, batch), "")
             yield faster(
-                f"b. {count} clients in one pass over one at a time; batch {batch}", taken, f"{count} together", "one at a time", wanted
+                f"b. {count} clients in one pass over one at a time; batch {batch}",
+                taken,
+                f"{count} together",
+                "one at a time",
+                wanted,
             )
 
 
@@ -45,13 +53,24 @@ def prefix() -> Iterator[Row]:
     """b. LoRA on the last third of the layers."""
     layers = "lora.layers_to_transform=[4,5]"
     kept, anew = (
-        engine(4, 16, "training.batch_size=8", "training.clients_per_batch=1", layers, f"training.prefix_cache={gigabytes}")
+        engine(
+            4,
+            16,
+            "training.batch_size=8",
+            "training.clients_per_batch=1",
+            layers,
+            f"training.prefix_cache={gigabytes}",
+        )
         for gigabytes in (2, 0)
     )
     first, second = rounds(kept).rounds(), rounds(anew).rounds()
     taken = race({"kept": lambda: next(first), "anew": lambda: next(second)}, 7)
     yield faster(
-        "b. LoRA on the last third of the layers: what enters them kept, over computed anew; batch 8", taken, "kept", "anew", "≥ 2"
+        "b. LoRA on the last third of the layers: what enters them kept, over computed anew; batch 8",
+        taken,
+        "kept",
+        "anew",
+        "≥ 2",
     )
 
 
@@ -72,7 +91,9 @@ def whole_rounds() -> Iterator[Row]:
     for batch, examples in ((1, 4), (8, 8)):
         ours = engine(16, examples, f"training.batch_size={batch}", "evaluation.every=1", tests=4)
         plain, federation = Plain(ours), rounds(ours).rounds()
-        taken = race({"round": partial(next, federation), "loop": partial(plain_round, plain, ours)}, 3)
+        taken = race(
+            {"round": partial(next, federation), "loop": partial(plain_round, plain, ours)}, 3
+        )
         many = ours.clients_per_batch
         yield faster(
             f"c. a round of 16 clients over a loop that loads their state dicts; batch {batch}, {many} client{'s' * (many > 1)} a pass",

@@ -22,13 +22,18 @@ def rows() -> Iterator[Row]:
     if find_spec("flwr") is None or find_spec("ray") is None:
         return
     for batch in (1, BATCH):
-        ours = engine(CLIENTS, EXAMPLES, f"training.batch_size={batch}", "evaluation.every=1", tests=TESTS)
+        ours = engine(
+            CLIENTS, EXAMPLES, f"training.batch_size={batch}", "evaluation.every=1", tests=TESTS
+        )
         federation = rounds(ours).rounds()
         next(federation)
         before = race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]
         theirs = simulated(batch)
         after = race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]
-        taken = {"round": [median(pair) for pair in zip(before, after, strict=True)], "Flower": theirs}
+        taken = {
+            "round": [median(pair) for pair in zip(before, after, strict=True)],
+            "Flower": theirs,
+        }
         many = ours.clients_per_batch
         yield faster(
             f"c. a round of 16 clients over Flower's simulation; batch {batch}, {many} client{'s' * (many > 1)} a pass",
@@ -55,8 +60,15 @@ def simulated(batch: int) -> list[float]:
     def server(_):  # type: ignore[no-untyped-def]
         plain = _loaded(batch)[0]
         first = ndarrays_to_parameters([tensor.numpy() for tensor in plain.state().values()])
-        everyone = {"min_fit_clients": CLIENTS, "min_available_clients": CLIENTS, "fraction_evaluate": 0.0, "initial_parameters": first}
-        return ServerAppComponents(strategy=Timed(**everyone), config=ServerConfig(num_rounds=ROUNDS + 1))
+        everyone = {
+            "min_fit_clients": CLIENTS,
+            "min_available_clients": CLIENTS,
+            "fraction_evaluate": 0.0,
+            "initial_parameters": first,
+        }
+        return ServerAppComponents(
+            strategy=Timed(**everyone), config=ServerConfig(num_rounds=ROUNDS + 1)
+        )
 
     class Client(NumPyClient):
         def __init__(self, number: int) -> None:
@@ -66,17 +78,32 @@ def simulated(batch: int) -> list[float]:
         def fit(self, parameters, config):  # type: ignore[no-untyped-def]
             import torch
 
-            self.plain.load({name: torch.from_numpy(np.array(value)) for name, value in zip(self.plain.state(), parameters, strict=True)})
+            self.plain.load(
+                {
+                    name: torch.from_numpy(np.array(value))
+                    for name, value in zip(self.plain.state(), parameters, strict=True)
+                }
+            )
             accuracy = self.plain.evaluate([int(row) for row in self.own.test])
             self.plain.train([int(row) for row in self.own.train])
-            return [tensor.numpy() for tensor in self.plain.state().values()], self.own.size, {"accuracy": accuracy}
+            return (
+                [tensor.numpy() for tensor in self.plain.state().values()],
+                self.own.size,
+                {"accuracy": accuracy},
+            )
 
     def client(context):  # type: ignore[no-untyped-def]
         return Client(int(context.node_config["partition-id"])).to_client()
 
-    backend = {"init_args": {"num_cpus": 1, "log_to_driver": False}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    backend = {
+        "init_args": {"num_cpus": 1, "log_to_driver": False},
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+    }
     run_simulation(
-        server_app=ServerApp(server_fn=server), client_app=ClientApp(client_fn=client), num_supernodes=CLIENTS, backend_config=backend
+        server_app=ServerApp(server_fn=server),
+        client_app=ClientApp(client_fn=client),
+        num_supernodes=CLIENTS,
+        backend_config=backend,
     )
     return [after - before for before, after in pairwise(ended)]
 

@@ -42,12 +42,23 @@ def rows() -> Iterator[Row]:
                 f"client{'s' * (asked > 1)}, 10 clients {seconds(median(fewest))} for 1"
             )
             wanted = "≤ 1.1" if clients == CLIENTS[-1] else ""
-            yield Row(f"e. {name}: most memory of {clients} clients over 10", median(ratios), min(ratios), max(ratios), sides, wanted)
+            yield Row(
+                f"e. {name}: most memory of {clients} clients over 10",
+                median(ratios),
+                min(ratios),
+                max(ratios),
+                sides,
+                wanted,
+            )
 
 
 def sizes() -> Iterator[Row]:
     """e. What the server does in a round of FedMerge: four adapters merged and sent, as many replies kept, one step."""
-    found = {size: _measured(*size, 2) for size in {*SIZES, *((each, 10**6) for each in ADAPTERS)} if _needed(*size) <= MOST}
+    found = {
+        size: _measured(*size, 2)
+        for size in {*SIZES, *((each, 10**6) for each in ADAPTERS)}
+        if _needed(*size) <= MOST
+    }
     for small, large in (
         *(((1, 10**6), (each, 10**6)) for each in ADAPTERS[1:]),
         *((a, b) for a, b in pairwise(SIZES) if a[0] == b[0]),
@@ -56,7 +67,13 @@ def sizes() -> Iterator[Row]:
             (_, less), (memory, more) = found[small], found[large]
             ratios = [a / b for a, b in zip(more, less, strict=True)]
             sides = f"{seconds(median(more))} and {median(memory):.0f} MB, {_named(*small)} {seconds(median(less))}"
-            yield Row(f"e. {_named(*large)} over {_named(*small)}", median(ratios), min(ratios), max(ratios), sides)
+            yield Row(
+                f"e. {_named(*large)} over {_named(*small)}",
+                median(ratios),
+                min(ratios),
+                max(ratios),
+                sides,
+            )
 
 
 def _named(adapters: int, size: int) -> str:
@@ -71,21 +88,31 @@ def _needed(adapters: int, size: int) -> float:
 def _measured(first: object, second: object, repeats: int) -> tuple[list[float], list[float]]:
     """Most resident memory (MB) of each process, and its seconds a round; of a strategy and clients, or of adapters and their size."""
     command = [sys.executable, __file__, str(first), str(second)]
-    said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(repeats)]
+    said = [
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        for _ in range(repeats)
+    ]
     return [float(each[-2]) for each in said], [float(each[-1]) for each in said]
 
 
 def _run(strategy: str, clients: int) -> tuple[float, float]:
     from setting import engine
 
-    from fedmerge_peft import federate
+    from fedmerge_peft import Callback, federate
 
     loaded = engine(clients, EXAMPLES // clients, f"strategy={strategy}", "training.steps=1", "training.batch_size=2",
                     "clients.fraction=0.01", f"rounds={ROUNDS}", model="tiny:bert")  # fmt: skip
     times: list[float] = []
     with TemporaryDirectory() as folder:
-        federate(loaded.recipe, Path(folder) / "run", engine=loaded, on_round=lambda _: times.append(time.perf_counter()))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(b - a for a, b in pairwise(times))
+        federate(
+            loaded.recipe,
+            Path(folder) / "run",
+            engine=loaded,
+            callbacks=[Callback(on_round=lambda _: times.append(time.perf_counter()))],
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(
+        b - a for a, b in pairwise(times)
+    )
 
 
 def _serve(adapters: int, size: int) -> tuple[float, float]:
@@ -106,7 +133,10 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
     for _ in range(ROUNDS):
         begin = time.perf_counter()
         kept = Spill(expected=ASKED)
-        replies = [Reply(client, kept.keep(0.01 * strategy.plan(client).sent), 10, 1.0, 0.0) for client in range(ASKED)]
+        replies = [
+            Reply(client, kept.keep(0.01 * strategy.plan(client).sent), 10, 1.0, 0.0)
+            for client in range(ASKED)
+        ]
         strategy.update(replies)
         times.append(time.perf_counter() - begin)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(times[1:])
@@ -117,4 +147,10 @@ if __name__ == "__main__":
     parser.add_argument("first", help="a strategy, or a number of adapters")
     parser.add_argument("second", type=int, help="clients, or numbers in an adapter")
     options = parser.parse_args()
-    print(*(_serve(int(options.first), options.second) if options.first.isdigit() else _run(options.first, options.second)))
+    print(
+        *(
+            _serve(int(options.first), options.second)
+            if options.first.isdigit()
+            else _run(options.first, options.second)
+        )
+    )

@@ -19,13 +19,20 @@ SOME = 25
 
 def rows() -> Iterator[Row]:
     """d. The server step: 1000 clients, 8 adapters of 1 000 000 numbers in 100 tensors, normalised rule."""
-    layout = AdapterLayout.of([(f"layer{number}.lora_A.weight", (8, WIDTH // 8), "lora") for number in range(TENSORS)])
+    layout = AdapterLayout.of(
+        [(f"layer{number}.lora_A.weight", (8, WIDTH // 8), "lora") for number in range(TENSORS)]
+    )
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(ADAPTERS, layout.size, generator=generator)
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=ADAPTERS, start="independent"), Start(CLIENTS, layout, drawn.__getitem__))
+    strategy = make_strategy(
+        FedMerge(name="fedmerge", adapters=ADAPTERS, start="independent"),
+        Start(CLIENTS, layout, drawn.__getitem__),
+    )
     block = 0.01 * torch.randn(50, layout.size, generator=generator)
     deltas = torch.cat([block] * (CLIENTS // 50))
-    replies = [Reply(client, deltas[client : client + 1], 10, 1.0, 0.0) for client in range(CLIENTS)]
+    replies = [
+        Reply(client, deltas[client : client + 1], 10, 1.0, 0.0) for client in range(CLIENTS)
+    ]
     soup, shares = strategy.soup.rows.clone(), torch.rand(ADAPTERS, CLIENTS)
     copied = torch.empty_like(deltas[: CLIENTS // 10])
     states = [layout.state_dict(row) for row in soup]
@@ -48,17 +55,28 @@ def rows() -> Iterator[Row]:
     }
     taken = race(sides, 3)
     loops = taken.pop(f"loops ({SOME} clients)")
-    taken[f"loops ({SOME} clients, times {CLIENTS // SOME})"] = [CLIENTS / SOME * each for each in loops]
-    yield faster("d. the server step over loops through state dicts", taken, "step", list(taken)[-1], "≥ 20")
-    yield faster("d. the server step over the two products alone", taken, "step", "two products", "≥ 0.5")
+    taken[f"loops ({SOME} clients, times {CLIENTS // SOME})"] = [
+        CLIENTS / SOME * each for each in loops
+    ]
+    yield faster(
+        "d. the server step over loops through state dicts", taken, "step", list(taken)[-1], "≥ 20"
+    )
+    yield faster(
+        "d. the server step over the two products alone", taken, "step", "two products", "≥ 0.5"
+    )
     yield faster("d. the server step over a copy of the deltas' bytes", taken, "step", "copy")
 
 
-def by_tensor(soup: list[Mapping[str, Tensor]], weights: Tensor, deltas: list[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+def by_tensor(
+    soup: list[Mapping[str, Tensor]], weights: Tensor, deltas: list[Mapping[str, Tensor]]
+) -> list[dict[str, Tensor]]:
     """The same step as one would write it: merge, inner products, new weights, and weighted sums, tensor by tensor."""
     moved = []
     for client, delta in enumerate(deltas):
-        merged = {name: sum(float(weights[client, j]) * soup[j][name] for j in range(len(soup))) for name in delta}
+        merged = {
+            name: sum(float(weights[client, j]) * soup[j][name] for j in range(len(soup)))
+            for name in delta
+        }
         gradient = torch.tensor(
             [float(weights[client, j]) * sum(float(((soup[j][name] - merged[name]) * delta[name]).sum()) for name in delta)
              for j in range(len(soup))]

@@ -39,7 +39,9 @@ _WORDS = [
 ]
 
 
-def engine(clients: int, examples: int, *overrides: str, model: str = MODEL, tests: int = 0) -> LocalEngine:
+def engine(
+    clients: int, examples: int, *overrides: str, model: str = MODEL, tests: int = 0
+) -> LocalEngine:
     """Clients with so many training examples each, and so many test examples."""
     recipe = Recipe.load(
         "smoke",
@@ -52,13 +54,23 @@ def engine(clients: int, examples: int, *overrides: str, model: str = MODEL, tes
     texts = [" ".join(generator.choice(_WORDS, 40)) for _ in range(clients * each)]
     rows = np.arange(clients * each).reshape(clients, each)
     none = rows[0, :0]
-    held = [Client(f"client {number}", own[:examples], none, own[examples:]) for number, own in enumerate(rows)]
-    return LocalEngine.from_data(recipe, FederatedData(Dataset.from_dict({"text": texts, "label": [0, 1] * (len(texts) // 2)}), held))
+    held = [
+        Client(f"client {number}", own[:examples], none, own[examples:])
+        for number, own in enumerate(rows)
+    ]
+    return LocalEngine.from_data(
+        recipe,
+        FederatedData(
+            Dataset.from_dict({"text": texts, "label": [0, 1] * (len(texts) // 2)}), held
+        ),
+    )
 
 
 def rounds(engine: LocalEngine, measured: bool = False) -> Federation:
     """A federation between its first round and its last, so that only ``evaluation.every`` decides what is measured."""
-    recipe = engine.recipe.model_copy(update={"evaluation": engine.recipe.evaluation.model_copy(update={"every": 1})})
+    recipe = engine.recipe.model_copy(
+        update={"evaluation": engine.recipe.evaluation.model_copy(update={"every": 1})}
+    )
     federation = Federation(recipe if measured else engine.recipe, engine)
     federation.completed = 1
     return federation
@@ -79,16 +91,32 @@ class Plain:
         self.columns = engine.examples.columns
         self.accelerator = Accelerator(cpu=True)
         with TemporaryDirectory() as folder:
-            loaded = AutoModelForSequenceClassification.from_pretrained(model_folder(engine.recipe.backbone.model, Path(folder)))
+            loaded = AutoModelForSequenceClassification.from_pretrained(
+                model_folder(engine.recipe.backbone.model, Path(folder))
+            )
         wanted = engine.recipe.lora
-        config = LoraConfig(task_type="SEQ_CLS", r=wanted.r, lora_alpha=wanted.alpha, target_modules=list(wanted.target_modules or []))
+        config = LoraConfig(
+            task_type="SEQ_CLS",
+            r=wanted.r,
+            lora_alpha=wanted.alpha,
+            target_modules=list(wanted.target_modules or []),
+        )
         self.model = self.accelerator.prepare_model(get_peft_model(loaded, config))
         self.model.train()
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.parameters = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
 
-    def loader(self, rows: Sequence[int], batch_size: int | None = None) -> DataLoader[dict[str, Tensor]]:
+    def loader(
+        self, rows: Sequence[int], batch_size: int | None = None
+    ) -> DataLoader[dict[str, Tensor]]:
         examples = [{name: column[row] for name, column in self.columns.items()} for row in rows]
-        return DataLoader(examples, batch_size or self.batch_size, shuffle=batch_size is None, collate_fn=default_collate)
+        return DataLoader(
+            examples,
+            batch_size or self.batch_size,
+            shuffle=batch_size is None,
+            collate_fn=default_collate,
+        )
 
     def prepared(self, rows: Sequence[int]) -> Callable[[], float]:
         """A centralised loop on these rows, set up once; each call is an epoch."""
@@ -102,7 +130,9 @@ class Plain:
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
 
-    def _epoch(self, loader: Iterable[dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> float:
+    def _epoch(
+        self, loader: Iterable[dict[str, Tensor]], optimizer: torch.optim.Optimizer
+    ) -> float:
         losses = []
         for batch in loader:
             loss = self.model(**batch).loss
@@ -127,7 +157,9 @@ class Plain:
     def state(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
-        return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(self.model).items()}
+        return {
+            name: tensor.clone() for name, tensor in get_peft_model_state_dict(self.model).items()
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict
@@ -138,4 +170,7 @@ class Plain:
 def averaged(states: Sequence[Mapping[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
     """FedAvg, tensor by tensor."""
     total = sum(sizes)
-    return {name: sum(state[name] * (size / total) for state, size in zip(states, sizes, strict=True)) for name in states[0]}
+    return {
+        name: sum(state[name] * (size / total) for state, size in zip(states, sizes, strict=True))
+        for name in states[0]
+    }

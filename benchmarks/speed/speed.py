@@ -49,7 +49,9 @@ _HEAD = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--write", action="store_true", help=f"into {RESULTS.name}")
     options = parser.parse_args()
@@ -70,10 +72,15 @@ def main() -> None:
 def write(name: str, lines: list[str]) -> None:
     """Put a row's lines into the page, in place of what it said; other programs may write other rows meanwhile."""
     about = (ROWS[name].__doc__ or "").split("\n")[0]
-    table = "| what | ratio | over the repeats | medians | wanted |\n|---|---|---|---|---|\n" + "\n".join(lines)
+    table = (
+        "| what | ratio | over the repeats | medians | wanted |\n|---|---|---|---|---|\n"
+        + "\n".join(lines)
+    )
     found = sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     found[name] = f"{about}\n\n{table}\n\n{stamp()}"
-    page = _HEAD + "".join(f"\n## {each}\n\n{found[each].rstrip()}\n" for each in ROWS if each in found)
+    page = _HEAD + "".join(
+        f"\n## {each}\n\n{found[each].rstrip()}\n" for each in ROWS if each in found
+    )
     RESULTS.write_text(page, encoding="utf-8")
 
 

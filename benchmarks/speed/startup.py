@@ -11,22 +11,36 @@ from timing import Row, faster, race, seconds
 
 _CALL = "from fedmerge_peft.cli import main; main({!r})"
 EXAMPLES = 8
-COMMANDS = {"--help": ("≤ 0.4 s", ["--help"]), "ls": ("", ["ls"]), "validate": ("≤ 0.8 s", ["validate", "quickstart"])}
+COMMANDS = {
+    "--help": ("≤ 0.4 s", ["--help"]),
+    "ls": ("", ["ls"]),
+    "validate": ("≤ 0.8 s", ["validate", "quickstart"]),
+}
 
 
 def rows() -> Iterator[Row]:
     """f. Start-up: commands that load no model, against `python -c "import torch"`."""
 
     def run(code: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        return lambda: subprocess.run(
+            [sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL
+        )
 
     taken = race(
-        {"python": run(""), "import torch": run("import torch"), **{name: run(_CALL.format(call)) for name, (_, call) in COMMANDS.items()}},
+        {
+            "python": run(""),
+            "import torch": run("import torch"),
+            **{name: run(_CALL.format(call)) for name, (_, call) in COMMANDS.items()},
+        },
         7,
     )
     for name, (wanted, _) in COMMANDS.items():
-        ratios = [torch / ours for torch, ours in zip(taken["import torch"], taken[name], strict=True)]
-        sides = ", ".join(f"{each} {seconds(median(taken[each]))}" for each in (name, "import torch", "python"))
+        ratios = [
+            torch / ours for torch, ours in zip(taken["import torch"], taken[name], strict=True)
+        ]
+        sides = ", ".join(
+            f"{each} {seconds(median(taken[each]))}" for each in (name, "import torch", "python")
+        )
         yield Row(f"f. `fedmerge {name}`", median(ratios), min(ratios), max(ratios), sides, wanted)
 
 
@@ -34,10 +48,17 @@ def first_step() -> Iterator[Row]:
     """f. From an empty process to the end of the first training step on MiniLM, batch 8."""
 
     def run(side: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, __file__, side], check=True, stdout=subprocess.DEVNULL)
+        return lambda: subprocess.run(
+            [sys.executable, __file__, side], check=True, stdout=subprocess.DEVNULL
+        )
 
     taken = race({"ours": run("ours"), "plain loop": run("plain")}, 5)
-    yield faster("f. the first training step, over a plain PEFT + Accelerate program's", taken, "ours", "plain loop")
+    yield faster(
+        "f. the first training step, over a plain PEFT + Accelerate program's",
+        taken,
+        "ours",
+        "plain loop",
+    )
 
 
 def _ours() -> None:
@@ -67,12 +88,24 @@ def _plain() -> None:
         folder = model_folder("sentence-transformers/all-MiniLM-L6-v2", Path(scratch))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    table = Dataset.from_dict({"text": ["order parcel refund " * 13] * EXAMPLES, "labels": [0, 1] * (EXAMPLES // 2)})
-    table = table.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=32), batched=True, remove_columns="text")
+    table = Dataset.from_dict(
+        {"text": ["order parcel refund " * 13] * EXAMPLES, "labels": [0, 1] * (EXAMPLES // 2)}
+    )
+    table = table.map(
+        lambda rows: tokenizer(rows["text"], truncation=True, max_length=32),
+        batched=True,
+        remove_columns="text",
+    )
     accelerator = Accelerator(cpu=True)
-    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]))
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(table.with_format("torch"), EXAMPLES))
+    model = get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
+    )
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3
+    )
+    model, optimizer, loader = accelerator.prepare(
+        model, optimizer, DataLoader(table.with_format("torch"), EXAMPLES)
+    )
     for batch in loader:
         accelerator.backward(model(**batch).loss)
         optimizer.step()

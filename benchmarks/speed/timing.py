@@ -27,7 +27,9 @@ class Row:
         return f"| {self.what} | {self.ratio:.2f} | {self.low:.2f} to {self.high:.2f} | {self.sides} | {self.wanted} |"
 
 
-def race(sides: Mapping[str, Callable[[], object]], repeats: int, warm: bool = True) -> dict[str, list[float]]:
+def race(
+    sides: Mapping[str, Callable[[], object]], repeats: int, warm: bool = True
+) -> dict[str, list[float]]:
     """Seconds of each side in each repeat; the order turns round from one repeat to the next."""
     if warm:
         for work in sides.values():
@@ -41,7 +43,9 @@ def race(sides: Mapping[str, Callable[[], object]], repeats: int, warm: bool = T
     return taken
 
 
-def faster(what: str, taken: Mapping[str, list[float]], ours: str, theirs: str, wanted: str = "") -> Row:
+def faster(
+    what: str, taken: Mapping[str, list[float]], ours: str, theirs: str, wanted: str = ""
+) -> Row:
     """How many times as long as ours theirs takes."""
     ratios = [b / a for a, b in zip(taken[ours], taken[theirs], strict=True)]
     sides = f"{ours} {seconds(median(taken[ours]))}, {theirs} {seconds(median(taken[theirs]))}"

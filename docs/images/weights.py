@@ -18,7 +18,13 @@ def picture(run: Run) -> Heat:
     weights = run.weights.loc[clients.index]
     rows = [f"{name} · {group}" for name, group in clients["group"].items()]
     columns = [str(column) for column in weights.columns]
-    return Heat(weights.to_numpy(), rows, columns, x="adapter (number)", label="weight π (share of the client)")
+    return Heat(
+        weights.to_numpy(),
+        rows,
+        columns,
+        x="adapter (number)",
+        label="weight π (share of the client)",
+    )
 
 
 def main() -> None:

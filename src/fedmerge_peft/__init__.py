@@ -11,8 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmerge_peft.adapters import AdapterLayout, AdapterSoup, MergingWeights, concat, merge_error
+    from fedmerge_peft.adapters import (
+        AdapterLayout,
+        AdapterSoup,
+        MergingWeights,
+        concat,
+        merge_error,
+    )
     from fedmerge_peft.analysis import Comparison, compare, local_global_gap
+    from fedmerge_peft.api import Run, federate, load_run, resume, sweep
     from fedmerge_peft.errors import (
         BackboneError,
         ClientError,
@@ -28,11 +35,10 @@ if TYPE_CHECKING:
         SweepError,
         TooFewClientsError,
     )
-    from fedmerge_peft.federation.federate import federate, resume
+    from fedmerge_peft.federation.callbacks import Callback
     from fedmerge_peft.federation.loop import Federation
-    from fedmerge_peft.federation.sweep import expand, sweep
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.runs.directory import Run, load_run
+    from fedmerge_peft.recipe.grid import expand
     from fedmerge_peft.runs.record import RoundRecord, Scores
     from fedmerge_peft.serving.export import export_all, export_client, export_soup, push_to_hub
     from fedmerge_peft.serving.merged_adapter import MergedAdapter
@@ -46,6 +52,7 @@ __all__ = [
     "AdapterLayout",
     "AdapterSoup",
     "BackboneError",
+    "Callback",
     "ClientError",
     "Comparison",
     "DataError",
@@ -105,16 +112,16 @@ _HOMES = {
     ),
     "analysis": ("Comparison", "compare", "local_global_gap"),
     "serving.export": ("export_all", "export_client", "export_soup", "push_to_hub"),
+    "federation.callbacks": ("Callback",),
     "federation.loop": ("Federation",),
     "serving.merged_adapter": ("MergedAdapter",),
     "serving.personalize": ("Personalized", "personalize"),
     "serving.predictor": ("Predictor",),
     "recipe": ("Recipe",),
     "runs.record": ("RoundRecord", "Scores"),
-    "runs.directory": ("Run", "load_run"),
-    "federation.federate": ("federate", "resume"),
+    "api": ("Run", "federate", "load_run", "resume", "sweep"),
     "strategies": ("Strategy", "fedmerge_step"),
-    "federation.sweep": ("expand", "sweep"),
+    "recipe.grid": ("expand",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

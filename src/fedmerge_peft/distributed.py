@@ -62,7 +62,9 @@ def gathered(work: Callable[[], T]) -> list[T]:
 
     with _speaking():
         told = gather_object([(found, None if failure is None else _portable(failure))])
-    lowest, theirs = next(((rank, error) for rank, (_, error) in enumerate(told) if error is not None), (0, None))
+    lowest, theirs = next(
+        ((rank, error) for rank, (_, error) in enumerate(told) if error is not None), (0, None)
+    )
     raised = failure or theirs
     if raised is None:
         return [each for values, _ in told for each in values]
@@ -105,7 +107,9 @@ def handed_round(tensor: Tensor, owner: int) -> Tensor:
 def refuse(what: str) -> None:
     """Raise ``DeviceError`` where a launcher has started several ranks, for what only works in a process of its own."""
     if launched() > 1:
-        raise DeviceError(f"{what} does not run on several ranks: start it without the launcher, once for each device")
+        raise DeviceError(
+            f"{what} does not run on several ranks: start it without the launcher, once for each device"
+        )
 
 
 def leave() -> None:
@@ -127,7 +131,9 @@ def _speaking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError(f"rank {number()} has lost the others: one of them has ended, and says why, or was killed") from error
+        raise RankError(
+            f"rank {number()} has lost the others: one of them has ended, and says why, or was killed"
+        ) from error
 
 
 def _portable(error: BaseException) -> BaseException:

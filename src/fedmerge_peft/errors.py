@@ -89,7 +89,11 @@ class SweepError(RunError):
     def __init__(self, failures: dict[str, str]) -> None:
         self.failures = failures
         lines = (f"{name}: {reason}" for name, reason in failures.items())
-        super().__init__("\n".join([f"{len(failures)} run{'s' * (len(failures) > 1)} of the sweep failed:", *lines]))
+        super().__init__(
+            "\n".join(
+                [f"{len(failures)} run{'s' * (len(failures) > 1)} of the sweep failed:", *lines]
+            )
+        )
 
 
 class FederateError(FedMergeError):

@@ -9,7 +9,11 @@ from fedmerge_peft import AdapterSoup, concat, merge_error
 def soup_of(backbone, adapters=3):
     """Adapters whose B is not zero, as after some training."""
     rows = torch.stack([backbone.fresh_row(number) for number in range(adapters)])
-    return AdapterSoup(rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)), backbone.layout, backbone.shared)
+    return AdapterSoup(
+        rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)),
+        backbone.layout,
+        backbone.shared,
+    )
 
 
 def test_concatenation_computes_the_average_of_the_updates(make_backbone):
@@ -21,16 +25,22 @@ def test_concatenation_computes_the_average_of_the_updates(make_backbone):
     for key in [key for key in state if key.endswith("lora_A.weight")]:
         b_key = key.replace("lora_A", "lora_B")
         each = [soup.state_dict(row) for row in soup.rows]
-        expected = sum(weight * one[b_key] @ one[key] for weight, one in zip(weights, each, strict=True))
+        expected = sum(
+            weight * one[b_key] @ one[key] for weight, one in zip(weights, each, strict=True)
+        )
         torch.testing.assert_close(state[b_key] @ state[key], expected)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_adapters_without_weight_are_not_concatenated(make_backbone, use_rslora):
-    backbone = make_backbone("bert", {"r": 4, "use_rslora": use_rslora, "target_modules": ["query"]})
+    backbone = make_backbone(
+        "bert", {"r": 4, "use_rslora": use_rslora, "target_modules": ["query"]}
+    )
     soup, config = soup_of(backbone), backbone.config.to_dict()
     state, found = concat(soup, torch.tensor([0.25, 0.0, 0.75]), config)
-    expected, less = concat(AdapterSoup(soup.rows[[0, 2]], soup.layout, soup.shared), torch.tensor([0.25, 0.75]), config)
+    expected, less = concat(
+        AdapterSoup(soup.rows[[0, 2]], soup.layout, soup.shared), torch.tensor([0.25, 0.75]), config
+    )
     assert found == less
     assert found["r"] == 8
     for key, value in expected.items():
@@ -39,7 +49,9 @@ def test_adapters_without_weight_are_not_concatenated(make_backbone, use_rslora)
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_concatenation_keeps_the_scaling(make_backbone, use_rslora):
-    backbone = make_backbone("bert", {"r": 4, "alpha": 6.0, "use_rslora": use_rslora, "target_modules": ["query"]})
+    backbone = make_backbone(
+        "bert", {"r": 4, "alpha": 6.0, "use_rslora": use_rslora, "target_modules": ["query"]}
+    )
     _, config = concat(soup_of(backbone), torch.tensor([0.2, 0.5, 0.3]), backbone.config.to_dict())
     power = 0.5 if use_rslora else 1.0
     assert config["lora_alpha"] / config["r"] ** power == pytest.approx(6.0 / 4**power)
@@ -48,7 +60,10 @@ def test_concatenation_keeps_the_scaling(make_backbone, use_rslora):
 def test_parameter_averages_are_off_by_the_cross_terms(make_backbone):
     soup = soup_of(make_backbone("bert", {"target_modules": ["query"]}))
     weights = torch.tensor([0.2, 0.5, 0.3])
-    a_key, b_key = (next(key for key in soup.state_dict(soup.rows[0]) if factor in key) for factor in ("lora_A", "lora_B"))
+    a_key, b_key = (
+        next(key for key in soup.state_dict(soup.rows[0]) if factor in key)
+        for factor in ("lora_A", "lora_B")
+    )
     only = {key for key in soup.state_dict(soup.rows[0]) if "lora_" in key}
     assert merge_error(soup, weights) > 0.1
     off = exact = 0.0
@@ -65,7 +80,9 @@ def test_parameter_averages_are_off_by_the_cross_terms(make_backbone):
 
 
 def test_a_shared_a_makes_the_parameter_average_exact(make_backbone):
-    soup = soup_of(make_backbone("bert", {"target_modules": ["query", "value"], "merge": "shared_a"}))
+    soup = soup_of(
+        make_backbone("bert", {"target_modules": ["query", "value"], "merge": "shared_a"})
+    )
     assert merge_error(soup, torch.tensor([0.2, 0.5, 0.3])) < 1e-6
 
 

@@ -6,11 +6,15 @@ from hypothesis import strategies as st
 from fedmerge_peft import AdapterLayout, AdapterSoup, MergingWeights, RunError
 from fedmerge_peft.adapters import merging_weights
 
-SHAPES = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6)
+SHAPES = st.lists(
+    st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6
+)
 
 
 def layout_of(shapes):
-    return AdapterLayout.of((f"layer.{n}.weight", shape, "head" if n == 0 else "lora") for n, shape in enumerate(shapes))
+    return AdapterLayout.of(
+        (f"layer.{n}.weight", shape, "head" if n == 0 else "lora") for n, shape in enumerate(shapes)
+    )
 
 
 @given(SHAPES)
@@ -39,7 +43,10 @@ def test_columns_of_a_role_are_those_of_its_tensors():
     [
         (lambda state: state.pop("layer.1.weight"), r"lacks 1 of 2 tensors, first layer.1.weight"),
         (lambda state: state.update(other=torch.zeros(1)), "does not know, first other"),
-        (lambda state: state.update({"layer.0.weight": torch.zeros(9)}), r"shape \(9,\), expected \(2, 2\)"),
+        (
+            lambda state: state.update({"layer.0.weight": torch.zeros(9)}),
+            r"shape \(9,\), expected \(2, 2\)",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_a_layout_are_refused(change, message):
@@ -63,7 +70,9 @@ def test_merging_is_the_weighted_sum_of_rows():
 
 
 def test_a_soup_survives_its_file(tmp_path):
-    soup = AdapterSoup(torch.randn(3, 7), layout_of([(2, 2), (3,)]), {"layer.a.weight": torch.randn(4, 2)})
+    soup = AdapterSoup(
+        torch.randn(3, 7), layout_of([(2, 2), (3,)]), {"layer.a.weight": torch.randn(4, 2)}
+    )
     soup.save(tmp_path / "soup.safetensors")
     again = AdapterSoup.load(tmp_path / "soup.safetensors")
     assert torch.equal(again.rows, soup.rows)
@@ -71,7 +80,9 @@ def test_a_soup_survives_its_file(tmp_path):
     assert torch.equal(again.shared["layer.a.weight"], soup.shared["layer.a.weight"])
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+@pytest.mark.parametrize(
+    "content", [b"", b"not safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "]
+)
 def test_a_file_that_is_no_soup_is_one_clear_error(tmp_path, content):
     (tmp_path / "soup.safetensors").write_bytes(content)
     with pytest.raises(RunError, match="not a readable soup"):

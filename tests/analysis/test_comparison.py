@@ -50,7 +50,9 @@ def test_gains_are_paired_by_seed(three_methods):
     assert math.isnan(frame.loc["fedavg", "gain_over_fedavg"])
 
 
-def test_a_seed_without_counterpart_counts_in_the_mean_and_not_in_the_gain(three_methods, write_run):
+def test_a_seed_without_counterpart_counts_in_the_mean_and_not_in_the_gain(
+    three_methods, write_run
+):
     write_run("fedmerge-2", [FEDMERGE, "seed=2"], [[0.0, 0.0], [0.0, 0.0], [0.1, 0.1]])
     frame = by_method(compare([three_methods]))
     assert frame.loc["fedmerge", "runs"] == 3
@@ -68,7 +70,9 @@ def test_rounds_are_counted_until_the_mean_reaches_what_fedavg_ends_with(three_m
     assert comparison.target is None
     frame = by_method(comparison.methods)
     assert frame.loc["fedmerge", "target"] == 0.5
-    assert frame.loc["fedmerge", "rounds_to_target"] == 1.5  # one round with seed 0, two with seed 1
+    assert (
+        frame.loc["fedmerge", "rounds_to_target"] == 1.5
+    )  # one round with seed 0, two with seed 1
     assert frame.loc["fedavg", "rounds_to_target"] == 2
     assert frame.loc["local", "rounds_to_target"] == math.inf  # one seed of two is no median
 
@@ -77,7 +81,9 @@ def test_the_target_is_that_of_the_same_seed(write_run, tmp_path):
     """Fedavg ends with 0.3 and 0.7: one of its runs never reaches the mean of both, but each reaches its own."""
     for seed, (end, half) in enumerate([([0.2, 0.4], 0.1 + 0.2), ([0.6, 0.8], 0.4)]):
         write_run(f"fedavg-{seed}", [FEDAVG, f"seed={seed}"], [[0.0, 0.0], [0.1, 0.1], end])
-        write_run(f"fedmerge-{seed}", [FEDMERGE, f"seed={seed}"], [[0.0, 0.0], [half, half], [0.7, 0.7]])
+        write_run(
+            f"fedmerge-{seed}", [FEDMERGE, f"seed={seed}"], [[0.0, 0.0], [half, half], [0.7, 0.7]]
+        )
     write_run("fedmerge-2", [FEDMERGE, "seed=2"], [[0.9, 0.9], [0.9, 0.9], [0.9, 0.9]])
     comparison = Comparison.of([tmp_path])
     frame = by_method(comparison.methods)
@@ -94,12 +100,15 @@ def test_each_of_several_fedavgs_is_the_target_of_its_own_kind(write_run, tmp_pa
         write_run(f"fedmerge-{rank}", [FEDMERGE, f"lora.r={rank}"], [[0.0], [0.5], [0.9]])
     write_run("fedmerge-16", [FEDMERGE, "lora.r=16"], [[0.0], [0.5], [0.9]])
     frame = by_method(compare([tmp_path]))
-    assert list(frame.loc[["fedavg r=4", "fedavg r=8", "fedmerge r=4", "fedmerge r=8"], "rounds_to_target"]) == [2, 2, 1, 2]
+    assert list(
+        frame.loc[["fedavg r=4", "fedavg r=8", "fedmerge r=4", "fedmerge r=8"], "rounds_to_target"]
+    ) == [2, 2, 1, 2]
     assert math.isnan(frame.loc["fedmerge r=16", "rounds_to_target"])
 
 
 @pytest.mark.parametrize(
-    ("metric", "start", "end", "target"), [("test_accuracy", 0.0, 0.3, 0.1 + 0.2), ("test_perplexity", 1.0, 0.1 + 0.2, 0.3)]
+    ("metric", "start", "end", "target"),
+    [("test_accuracy", 0.0, 0.3, 0.1 + 0.2), ("test_perplexity", 1.0, 0.1 + 0.2, 0.3)],
 )
 def test_a_mean_that_is_off_by_rounding_reaches_the_target(write_run, metric, start, end, target):
     run = write_run("run", [], [[start], [end]], metric=metric)
@@ -113,12 +122,16 @@ def test_the_target_can_be_given(three_methods):
 
 
 def test_without_fedavg_there_is_no_target(three_methods):
-    comparison = Comparison.of([three_methods / f"{method}-{seed}" for method in ("fedmerge", "local") for seed in (0, 1)])
+    comparison = Comparison.of(
+        [three_methods / f"{method}-{seed}" for method in ("fedmerge", "local") for seed in (0, 1)]
+    )
     assert comparison.methods[["target", "rounds_to_target"]].isna().all(axis=None)
     assert "rounds" not in markdown(comparison).lower()
 
 
-@pytest.mark.parametrize(("clients", "worst"), [(1, 0.0), (10, 0.0), (11, 0.5), (20, 0.5), (21, 1.0)])
+@pytest.mark.parametrize(
+    ("clients", "worst"), [(1, 0.0), (10, 0.0), (11, 0.5), (20, 0.5), (21, 1.0)]
+)
 def test_the_worst_tenth_is_rounded_up(write_run, clients, worst):
     run = write_run("run", [], [[0.0] * clients, list(range(clients))])
     assert compare([run])["worst_tenth"].item() == worst
@@ -126,8 +139,16 @@ def test_the_worst_tenth_is_rounded_up(write_run, clients, worst):
 
 def test_of_scores_where_less_is_better_the_largest_are_the_worst(write_run):
     write_run("fedavg", [FEDAVG], [[9.0, 9.0], [4.0, 6.0]], metric="test_perplexity")
-    write_run("fedmerge", [FEDMERGE], [[9.0, 9.0], [2.0, 4.0]], metric="test_perplexity", finetuned=[[7.0, 8.0]])
-    frame = compare([write_run("local", [LOCAL], [[9.0, 9.0], [8.0, 8.0]], metric="test_perplexity").parent])
+    write_run(
+        "fedmerge",
+        [FEDMERGE],
+        [[9.0, 9.0], [2.0, 4.0]],
+        metric="test_perplexity",
+        finetuned=[[7.0, 8.0]],
+    )
+    frame = compare(
+        [write_run("local", [LOCAL], [[9.0, 9.0], [8.0, 8.0]], metric="test_perplexity").parent]
+    )
     assert list(frame["method"]) == ["fedmerge", "fedavg", "local"]
     assert list(frame["worst_tenth"]) == [4.0, 6.0, 8.0]
     assert list(frame["gain_over_local"][:2]) == [5.0, 3.0]
@@ -137,7 +158,9 @@ def test_of_scores_where_less_is_better_the_largest_are_the_worst(write_run):
 
 def test_finetuning_and_gap_are_of_the_last_tenth_of_the_rounds(write_run):
     scores = [[0.0]] * 9 + [[0.2], [0.4], [0.5]]
-    run = write_run("run", [], scores, finetuned=[[1.0]] * 9 + [[0.3], [0.7]], gaps=[9.0] * 9 + [1.0, 2.0])
+    run = write_run(
+        "run", [], scores, finetuned=[[1.0]] * 9 + [[0.3], [0.7]], gaps=[9.0] * 9 + [1.0, 2.0]
+    )
     frame = compare([run])
     assert frame["finetuning"].item() == pytest.approx((0.1 + 0.3) / 2)
     assert frame["gap"].item() == 1.5
@@ -146,7 +169,13 @@ def test_finetuning_and_gap_are_of_the_last_tenth_of_the_rounds(write_run):
 def test_measurements_of_some_of_the_clients_are_left_out(write_run):
     """Two of four clients take part: what they score says nothing of the mean over all of them."""
     some, good = "clients.fraction=0.5", [0.9, 0.9]
-    run = write_run("run", [FEDAVG, some], [good, good, [0.9, 0.9, 0.1, 0.1]], finetuned=[[1.0, 1.0]] * 2, gaps=[1.0, 2.0])
+    run = write_run(
+        "run",
+        [FEDAVG, some],
+        [good, good, [0.9, 0.9, 0.1, 0.1]],
+        finetuned=[[1.0, 1.0]] * 2,
+        gaps=[1.0, 2.0],
+    )
     comparison = Comparison.of([run])
     assert comparison.curves[["rounds", "mean"]].to_numpy().tolist() == [[2, 0.5]]
     assert comparison.methods["rounds_to_target"].item() == 2
@@ -186,7 +215,12 @@ def test_methods_are_called_by_what_differs(write_run, tmp_path):
     }.items():
         write_run(name, overrides, [[0.0], [0.5]])
     frame = by_method(compare([tmp_path]))
-    assert set(frame.index) == {"fedmerge adapters=3 r=2", "fedmerge adapters=6 r=2", "fedmerge adapters=6 r=4", "fedavg r=2"}
+    assert set(frame.index) == {
+        "fedmerge adapters=3 r=2",
+        "fedmerge adapters=6 r=2",
+        "fedmerge adapters=6 r=4",
+        "fedavg r=2",
+    }
     assert frame.loc["fedavg r=2", "runs"] == 2
 
 
@@ -204,7 +238,11 @@ def test_what_is_measured_and_where_makes_no_other_method(write_run, tmp_path):
         write_run(f"fedavg-{seed}", [FEDAVG, f"seed={seed}"], [[0.0], [0.4]])
     write_run("precise", [FEDMERGE, "training.mixed_precision=bf16"], [[0.0], [0.5]])
     frame = by_method(compare([tmp_path]))
-    assert dict(frame["runs"]) == {"fedmerge mixed_precision=auto": 6, "fedavg mixed_precision=auto": 6, "fedmerge mixed_precision=bf16": 1}
+    assert dict(frame["runs"]) == {
+        "fedmerge mixed_precision=auto": 6,
+        "fedavg mixed_precision=auto": 6,
+        "fedmerge mixed_precision=bf16": 1,
+    }
     assert frame.loc["fedmerge mixed_precision=auto", "gain_over_fedavg"] == pytest.approx(0.1)
 
 
@@ -218,7 +256,9 @@ def test_gains_are_over_the_counterpart_with_the_same_training(write_run, tmp_pa
     frame = by_method(compare([tmp_path]))
     assert frame.loc["fedmerge r=4", "gain_over_fedavg"] == pytest.approx(0.4)
     assert frame.loc["fedmerge r=8", "gain_over_fedavg"] == pytest.approx(0.2)
-    assert math.isnan(frame.loc["fedmerge r=16", "gain_over_fedavg"])  # which of the two would it be?
+    assert math.isnan(
+        frame.loc["fedmerge r=16", "gain_over_fedavg"]
+    )  # which of the two would it be?
     assert frame.loc["fedmerge r=4", "gain_over_local"] == pytest.approx(0.2)  # there is but one
 
 
@@ -249,7 +289,10 @@ def test_runs_are_found_at_any_depth_and_each_counts_once(write_run, tmp_path):
     write_run("deep/below/run/baselines/fedavg", [FEDAVG], [[0.0], [0.4]])
     for given in ([Run.open(run)], [tmp_path], [run, str(tmp_path / "deep"), Run.open(run)]):
         frame = compare(given)
-        assert dict(zip(frame["method"], frame["runs"], strict=True)) == {"fedmerge": 1, "fedavg": 1}
+        assert dict(zip(frame["method"], frame["runs"], strict=True)) == {
+            "fedmerge": 1,
+            "fedavg": 1,
+        }
 
 
 def test_unfinished_runs_are_left_out_with_a_line_that_says_so(write_run, tmp_path, caplog):
@@ -281,7 +324,9 @@ def test_nothing_to_compare_is_an_error(write_run, tmp_path):
 def test_different_metrics_in_one_setting_are_an_error(write_run, tmp_path):
     write_run("a", [FEDMERGE], [[0.0], [0.5]])
     write_run("b", [FEDAVG, "task.metrics=[f1]"], [[0.0], [0.5]], metric="test_f1")
-    with pytest.raises(RunError, match=r"a reports test_accuracy; .*b reports test_f1\. Choose one .* --metric"):
+    with pytest.raises(
+        RunError, match=r"a reports test_accuracy; .*b reports test_f1\. Choose one .* --metric"
+    ):
         compare([tmp_path])
     with pytest.raises(RunError, match=r"b has no score test_accuracy; it has test_f1"):
         compare([tmp_path], metric="test_accuracy")
@@ -294,8 +339,12 @@ def test_markdown_has_a_row_a_method_and_blanks_for_what_is_not_there(three_meth
     assert lines[2] == (
         "| method | runs | mean | worst 10 % | spread | gain over local | gain over fedavg | rounds to fedavg | MB down | MB up | seconds |"
     )
-    assert lines[4].startswith("| fedmerge | 2 | 0.700 ±0.141 | 0.600 ±0.141 | 0.100 | +0.200 ±0.283 | +0.200 ±0.141 | 1.5 | 0.0002 |")
-    assert lines[5].startswith("| fedavg | 2 | 0.500 ±0.000 | 0.350 ±0.071 | 0.150 | +0.000 ±0.141 |  | 2 | 0.0002 |")
+    assert lines[4].startswith(
+        "| fedmerge | 2 | 0.700 ±0.141 | 0.600 ±0.141 | 0.100 | +0.200 ±0.283 | +0.200 ±0.141 | 1.5 | 0.0002 |"
+    )
+    assert lines[5].startswith(
+        "| fedavg | 2 | 0.500 ±0.000 | 0.350 ±0.071 | 0.150 | +0.000 ±0.141 |  | 2 | 0.0002 |"
+    )
     assert "| never |" in lines[6]
     assert "first measured to have reached what fedavg ends with on the same seed." in lines[-1]
     given = markdown(Comparison.of([three_methods], target=0.45))
@@ -304,9 +353,15 @@ def test_markdown_has_a_row_a_method_and_blanks_for_what_is_not_there(three_meth
 
 
 @pytest.mark.parametrize("suffix", [".png", ".SVG"])
-def test_figures_of_any_number_of_methods_and_settings_are_drawn(three_methods, write_run, tmp_path, suffix):
+def test_figures_of_any_number_of_methods_and_settings_are_drawn(
+    three_methods, write_run, tmp_path, suffix
+):
     for adapters in range(2, 8):
-        write_run(f"more-{adapters}", ["data.max_train=4", f"strategy.adapters={adapters}", "name=$x^2"], [[0.0], [0.5]])
+        write_run(
+            f"more-{adapters}",
+            ["data.max_train=4", f"strategy.adapters={adapters}", "name=$x^2"],
+            [[0.0], [0.5]],
+        )
     path = tmp_path / f"figure{suffix}"
     plot(Comparison.of([three_methods]), path)
     assert path.stat().st_size > 5_000
@@ -315,5 +370,7 @@ def test_figures_of_any_number_of_methods_and_settings_are_drawn(three_methods, 
 def test_curves_are_the_means_by_round(three_methods):
     curves = Comparison.of([three_methods]).curves
     found = curves[curves["method"] == "fedmerge"].groupby("rounds")["mean"].agg(["mean", "std"])
-    expected = pandas.DataFrame({"mean": [0.1, 0.4, 0.7], "std": [0.0, math.sqrt(0.02), math.sqrt(0.02)]}, index=[0, 1, 2])
+    expected = pandas.DataFrame(
+        {"mean": [0.1, 0.4, 0.7], "std": [0.0, math.sqrt(0.02), math.sqrt(0.02)]}, index=[0, 1, 2]
+    )
     pandas.testing.assert_frame_equal(found, expected, check_names=False)

@@ -4,12 +4,21 @@ import pytest
 
 from fedmerge_peft import Recipe, federate, local_global_gap
 
-SMALL = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder]", "baselines=[]", "training.device=cpu", "rounds=3"]
+SMALL = [
+    "data.max_train=8",
+    "data.max_test=6",
+    "data.filter.provider=[Alder]",
+    "baselines=[]",
+    "training.device=cpu",
+    "rounds=3",
+]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return federate(Recipe.load("smoke", [*SMALL, "strategy=fedavg"]), tmp_path_factory.mktemp("gap") / "run")
+    return federate(
+        Recipe.load("smoke", [*SMALL, "strategy=fedavg"]), tmp_path_factory.mktemp("gap") / "run"
+    )
 
 
 def test_the_gap_is_what_a_client_trained_against_what_it_is_served_next(run):
@@ -32,5 +41,8 @@ def test_a_client_that_trains_alone_has_no_gap(tmp_path):
 
 
 def test_rounds_that_do_not_measure_have_a_distance_alone(tmp_path):
-    few = federate(Recipe.load("smoke", [*SMALL, "strategy=fedavg", "evaluation.finetuned=false"]), tmp_path / "run")
+    few = federate(
+        Recipe.load("smoke", [*SMALL, "strategy=fedavg", "evaluation.finetuned=false"]),
+        tmp_path / "run",
+    )
     assert local_global_gap(few).columns.tolist() == ["distance"]

@@ -35,13 +35,38 @@ def say(folder, **environment):
 
 
 def test_the_stamp_is_what_the_runs_say(program, write_run, monkeypatch):
-    machine = {"device": "cpu", "threads": 1, "processor": "Some CPU", "packages": {"torch": "2.9", "fedmerge-peft": "0.1.0"}}
+    machine = {
+        "device": "cpu",
+        "threads": 1,
+        "processor": "Some CPU",
+        "packages": {"torch": "2.9", "fedmerge-peft": "0.1.0"},
+    }
     runs = [
-        say(write_run("a", [], [[0.0], [0.5]]), commit="a" * 40, dirty=False, started="2031-01-02T03:04:05Z", **machine),
-        say(write_run("b", [], [[0.0], [0.5]]), commit="b" * 40, dirty=True, started="2031-02-03T03:04:05Z", **machine),
-        say(write_run("c", [], [[0.0], [0.5]]), commit="a" * 40, dirty=False, started="2030-01-02T03:04:05Z", **machine),
+        say(
+            write_run("a", [], [[0.0], [0.5]]),
+            commit="a" * 40,
+            dirty=False,
+            started="2031-01-02T03:04:05Z",
+            **machine,
+        ),
+        say(
+            write_run("b", [], [[0.0], [0.5]]),
+            commit="b" * 40,
+            dirty=True,
+            started="2031-02-03T03:04:05Z",
+            **machine,
+        ),
+        say(
+            write_run("c", [], [[0.0], [0.5]]),
+            commit="a" * 40,
+            dirty=False,
+            started="2030-01-02T03:04:05Z",
+            **machine,
+        ),
     ]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/quality/quality.py", "text_tasks", "--seeds", "1, 2"])
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks/quality/quality.py", "text_tasks", "--seeds", "1, 2"]
+    )
     assert program("provenance").stamp(runs) == (
         "`python benchmarks/quality/quality.py text_tasks --seeds '1, 2'`, newest run of 2031-02-03, "
         "commit aaaaaaa, commit bbbbbbb (dirty), fedmerge-peft 0.1.0, torch 2.9, Some CPU with 1 thread."
@@ -52,7 +77,9 @@ def test_runs_that_say_less_are_stamped_all_the_same(program, write_run):
     bare, older = write_run("bare", [], [[0.0], [0.5]]), write_run("older", [], [[0.0], [0.5]])
     for folder in (bare, older):
         os.utime(folder / "recipe.yaml", (0, 0))
-    said = program("provenance").stamp([Run.open(bare), say(older, device="cpu", threads=2, packages={"torch": "2.9"})])
+    said = program("provenance").stamp(
+        [Run.open(bare), say(older, device="cpu", threads=2, packages={"torch": "2.9"})]
+    )
     assert "newest run of 1970-01-01, unknown commit, " in said
     assert said.endswith("torch 2.9, of unknown version, CPU with 2 threads, unknown device.")
 
@@ -63,20 +90,45 @@ def quality(program, write_run, tmp_path, monkeypatch, capsys):
     module = program("quality")
     results = tmp_path / "results"
     results.mkdir()
-    setting = {"recipe": "smoke", "data": "tickets.csv", "overrides": [RUN[0], "rounds=1"], "tuning_seed": 9}
-    (tmp_path / "mine.yaml").write_text(json.dumps({**setting, "methods": {"local": [[]], "fedavg": [[]]}}))
+    setting = {
+        "recipe": "smoke",
+        "data": "tickets.csv",
+        "overrides": [RUN[0], "rounds=1"],
+        "tuning_seed": 9,
+    }
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps({**setting, "methods": {"local": [[]], "fedavg": [[]]}})
+    )
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "RESULTS", results)
     for method in ("local", "fedavg"):
         for seed in (0, 1):
-            write_run(f"runs/mine/final/{method}-seed{seed}", [*RUN, f"strategy={method}", f"seed={seed}"], [[0.0], [0.5]])
-            folder = write_run(f"runs/mine/tuning/{method}-{seed}", [*RUN, f"strategy={method}", "seed=9"], [[0.0], [0.5]])
+            write_run(
+                f"runs/mine/final/{method}-seed{seed}",
+                [*RUN, f"strategy={method}", f"seed={seed}"],
+                [[0.0], [0.5]],
+            )
+            folder = write_run(
+                f"runs/mine/tuning/{method}-{seed}",
+                [*RUN, f"strategy={method}", "seed=9"],
+                [[0.0], [0.5]],
+            )
             summary = json.loads((folder / "summary.json").read_text())
             summary["final"]["served"]["clients"]["client 0"]["validation_accuracy"] = 0.5
             (folder / "summary.json").write_text(json.dumps(summary))
 
     def run(*arguments):
-        command = ["quality.py", "mine", "--data", "data", "--runs", str(tmp_path / "runs"), "--seeds", "0,1", *arguments]
+        command = [
+            "quality.py",
+            "mine",
+            "--data",
+            "data",
+            "--runs",
+            str(tmp_path / "runs"),
+            "--seeds",
+            "0,1",
+            *arguments,
+        ]
         monkeypatch.setattr(sys, "argv", command)
         module.main()
         return capsys.readouterr().out, {path.name: path.read_bytes() for path in results.iterdir()}
@@ -108,8 +160,20 @@ def test_the_two_programs_write_different_files(program, write_run, tmp_path, mo
     module = program("over_seeds")
     write_run("out/smoke", ["seed=0"], [[0.0], [0.5]])
     monkeypatch.setattr(module, "RESULTS", tmp_path)
-    arguments = ["smoke", "rounds=1", "baselines=[]", "--seeds", "0", "--out", str(tmp_path / "out"), "--write"]
+    arguments = [
+        "smoke",
+        "rounds=1",
+        "baselines=[]",
+        "--seeds",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+        "--write",
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmarks/quality/over_seeds.py", *arguments])
     module.main()
     assert [path.name for path in tmp_path.glob("*.md")] == ["smoke_seeds.md"]
-    assert re.search(r"`python benchmarks/quality/over_seeds\.py smoke rounds=1 .* --write`", capsys.readouterr().out)
+    assert re.search(
+        r"`python benchmarks/quality/over_seeds\.py smoke rounds=1 .* --write`",
+        capsys.readouterr().out,
+    )

@@ -14,7 +14,18 @@ from fedmerge_peft.engines.local import LocalEngine
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 SETTINGS = sorted(path.stem for path in QUALITY.glob("*.yaml"))
-SMALL = ["--hidden", "32", "--layers", "2", "--heads", "2", "--batch-size", "8", "--minutes", "0.02"]
+SMALL = [
+    "--hidden",
+    "32",
+    "--layers",
+    "2",
+    "--heads",
+    "2",
+    "--batch-size",
+    "8",
+    "--minutes",
+    "0.02",
+]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -35,7 +46,16 @@ def pretrain(shared_data, tmp_path):
     """Run a program for a moment on a little of the data; gives the folder that it wrote and what it said."""
 
     def run(program, *options):
-        command = [sys.executable, QUALITY / program, "--data", shared_data, "--out", tmp_path / "model", *SMALL, *options]
+        command = [
+            sys.executable,
+            QUALITY / program,
+            "--data",
+            shared_data,
+            "--out",
+            tmp_path / "model",
+            *SMALL,
+            *options,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return tmp_path / "model", done.stdout
@@ -46,7 +66,11 @@ def pretrain(shared_data, tmp_path):
 def engine(model, *overrides):
     lora = "lora={r: 4, target_modules: [q_proj, v_proj], layers_to_transform: [1]}"
     partition = "data.partition={scheme: iid, clients: 2}"
-    return LocalEngine.from_recipe(Recipe.load("smoke", [f"backbone.model={model}", lora, partition, "training.device=cpu", *overrides]))
+    return LocalEngine.from_recipe(
+        Recipe.load(
+            "smoke", [f"backbone.model={model}", lora, partition, "training.device=cpu", *overrides]
+        )
+    )
 
 
 @pytest.mark.slow
@@ -61,8 +85,14 @@ def test_the_pretrained_vit_loads_without_a_head(pretrain, tmp_path):
 
     model, said = pretrain("pretrain_vision.py", "--rows", "200")
     assert "held-out accuracy 0." in said
-    Dataset.from_dict({"image": [png(value) for value in range(40)], "label": [0, 1, 2, 3] * 10}).to_parquet(tmp_path / "images.parquet")
-    loaded = engine(model, "task={name: image-classification, num_labels: 100}", f"data.path={tmp_path / 'images.parquet'}")
+    Dataset.from_dict(
+        {"image": [png(value) for value in range(40)], "label": [0, 1, 2, 3] * 10}
+    ).to_parquet(tmp_path / "images.parquet")
+    loaded = engine(
+        model,
+        "task={name: image-classification, num_labels: 100}",
+        f"data.path={tmp_path / 'images.parquet'}",
+    )
     assert loaded.backbone.prefix is not None
     assert loaded.examples.columns["pixel_values"][0].shape == (3, 32, 32)
     head = loaded.backbone.layout.columns("head")
@@ -72,8 +102,12 @@ def test_the_pretrained_vit_loads_without_a_head(pretrain, tmp_path):
 
 @pytest.mark.slow
 def test_the_pretrained_decoder_loads_with_its_tokenizer(pretrain):
-    model, said = pretrain("pretrain_decoder.py", "--rows", "100", "--vocabulary", "400", "--context", "64")
+    model, said = pretrain(
+        "pretrain_decoder.py", "--rows", "100", "--vocabulary", "400", "--context", "64"
+    )
     assert "held-out perplexity" in said
-    loaded = engine(model, "task={name: causal-lm, max_length: 48}", "data.max_train=10", "data.max_test=4")
+    loaded = engine(
+        model, "task={name: causal-lm, max_length: 48}", "data.max_train=10", "data.max_test=4"
+    )
     assert loaded.backbone.prefix is not None
     assert loaded.task.processor.decode(loaded.examples.columns["input_ids"][0]).startswith("<s>")

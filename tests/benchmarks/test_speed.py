@@ -20,12 +20,19 @@ def benchmark(monkeypatch):
 
 
 def test_the_loop_over_tensors_does_what_the_server_step_does(benchmark):
-    layout = AdapterLayout.of([("one.lora_A.weight", (2, 3), "lora"), ("head.weight", (4,), "head")])
+    layout = AdapterLayout.of(
+        [("one.lora_A.weight", (2, 3), "lora"), ("head.weight", (4,), "head")]
+    )
     rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     deltas = 0.1 * torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), Start(5, layout, rows.__getitem__))
+    strategy = make_strategy(
+        FedMerge(name="fedmerge", adapters=3, start="independent"),
+        Start(5, layout, rows.__getitem__),
+    )
     soup, uniform = [layout.state_dict(row) for row in rows], torch.full((5, 3), 1 / 3)
-    found = benchmark("server").by_tensor(soup, uniform, [layout.state_dict(delta) for delta in deltas])
+    found = benchmark("server").by_tensor(
+        soup, uniform, [layout.state_dict(delta) for delta in deltas]
+    )
     strategy.update([Reply(client, deltas[client][None], 10, 1.0, 0.0) for client in range(5)])
     for state, row in zip(found, strategy.soup.rows, strict=True):
         torch.testing.assert_close(state, layout.state_dict(row))
@@ -33,32 +40,51 @@ def test_the_loop_over_tensors_does_what_the_server_step_does(benchmark):
 
 def test_a_ratio_says_how_many_times_as_long_the_other_way_takes(benchmark):
     timing = benchmark("timing")
-    row = timing.faster("what", {"ours": [1.0, 2.0, 1.0], "theirs": [2.0, 3.0, 4.0]}, "ours", "theirs", "≥ 2")
+    row = timing.faster(
+        "what", {"ours": [1.0, 2.0, 1.0], "theirs": [2.0, 3.0, 4.0]}, "ours", "theirs", "≥ 2"
+    )
     assert (row.ratio, row.low, row.high) == (2.0, 1.5, 4.0)
     assert str(row) == "| what | 2.00 | 1.50 to 4.00 | ours 1.00 s, theirs 3.00 s | ≥ 2 |"
 
 
 def test_sides_take_turns_and_the_order_turns_round(benchmark):
     order = []
-    taken = benchmark("timing").race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    taken = benchmark("timing").race(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3
+    )
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
     assert [len(times) for times in taken.values()] == [3, 3]
 
 
 def test_the_page_is_read_back_row_by_row(benchmark):
     page = "# Speed\n\nA ratio.\n\n## server\n\nd. Steps.\n\n| a |\n\n## startup\n\nf. Start.\n"
-    assert benchmark("pages").sections(page) == {"server": "d. Steps.\n\n| a |\n\n", "startup": "f. Start.\n"}
+    assert benchmark("pages").sections(page) == {
+        "server": "d. Steps.\n\n| a |\n\n",
+        "startup": "f. Start.\n",
+    }
 
 
-def test_sizes_are_compared_one_step_apart_and_what_memory_does_not_hold_is_left_out(benchmark, monkeypatch):
+def test_sizes_are_compared_one_step_apart_and_what_memory_does_not_hold_is_left_out(
+    benchmark, monkeypatch
+):
     scale = benchmark("scale")
     monkeypatch.setattr(scale, "SIZES", ((8, 10**5), (8, 10**6), (8, 10**9)))
     monkeypatch.setattr(scale, "ADAPTERS", (1, 2))
-    monkeypatch.setattr(scale, "_measured", lambda adapters, size, repeats: ([size / 1e4] * repeats, [adapters * size / 1e6] * repeats))
+    monkeypatch.setattr(
+        scale,
+        "_measured",
+        lambda adapters, size, repeats: ([size / 1e4] * repeats, [adapters * size / 1e6] * repeats),
+    )
     rows = {row.what: (row.ratio, row.sides) for row in scale.sizes()}
     assert rows == {
-        "e. 2 adapters of 10^6 over 1 adapter of 10^6": (2.0, "2.00 s and 100 MB, 1 adapter of 10^6 1.00 s"),
-        "e. 8 adapters of 10^6 over 8 adapters of 10^5": (10.0, "8.00 s and 100 MB, 8 adapters of 10^5 800 ms"),
+        "e. 2 adapters of 10^6 over 1 adapter of 10^6": (
+            2.0,
+            "2.00 s and 100 MB, 1 adapter of 10^6 1.00 s",
+        ),
+        "e. 8 adapters of 10^6 over 8 adapters of 10^5": (
+            10.0,
+            "8.00 s and 100 MB, 8 adapters of 10^5 800 ms",
+        ),
     }
 
 

@@ -6,7 +6,11 @@ from datasets import Dataset
 
 from fedmerge_peft.cli import main
 
-ROWS = {"text": [f"ticket {n} about the printer" for n in range(24)], "team": [n % 3 for n in range(24)], "site": ["a", "b"] * 12}
+ROWS = {
+    "text": [f"ticket {n} about the printer" for n in range(24)],
+    "team": [n % 3 for n in range(24)],
+    "site": ["a", "b"] * 12,
+}
 RECIPE = """\
 name: mine
 task:
@@ -54,20 +58,32 @@ def test_the_recipe_itself_runs(folder, capsys):
 
 
 BAD_OVERRIDES = {
-    "misspelled key": (["training.learnin_rate=1"], ["training.learnin_rate", "did you mean 'learning_rate'"]),
+    "misspelled key": (
+        ["training.learnin_rate=1"],
+        ["training.learnin_rate", "did you mean 'learning_rate'"],
+    ),
     "wrong type": (["rounds=many"], ["rounds", "a whole number"]),
     "missing file": (["data.path=nowhere.csv"], ["nowhere.csv", "data.path"]),
     "missing label column": (["task.label=tema"], ["tema", "team"]),
     "missing text column": (["task.text=body"], ["body", "text"]),
     "label out of range": (["task.num_labels=2"], ["2", "team", "num_labels"]),
     "more clients than examples": (["data.partition={scheme: iid, clients: 100}"], ["100", "24"]),
-    "empty client": (["data.partition={scheme: dirichlet, clients: 8, alpha: 0.01, min_examples: 3}"], ["min_examples", "alpha"]),
+    "empty client": (
+        ["data.partition={scheme: dirichlet, clients: 8, alpha: 0.01, min_examples: 3}"],
+        ["min_examples", "alpha"],
+    ),
     "unmergeable option": (["lora.init_lora_weights=pissa"], ["pissa", "cannot be merged"]),
-    "target module that is not there": (["lora.target_modules=[q_proj]"], ["q_proj", "query, key, value, dense"]),
+    "target module that is not there": (
+        ["lora.target_modules=[q_proj]"],
+        ["q_proj", "query, key, value, dense"],
+    ),
     "max_length beyond the model": (["task.max_length=4000"], ["4000", "128"]),
     "GPU that is absent": (["training.device=cuda:7"], ["training.device", "cuda:7"]),
     "half precision on a CPU": (["training.mixed_precision=fp16"], ["fp16 needs a CUDA GPU"]),
-    "a model folder without a model": (["backbone.model=./runs"], ["backbone.model", "config.json"]),
+    "a model folder without a model": (
+        ["backbone.model=./runs"],
+        ["backbone.model", "config.json"],
+    ),
     "a tiny model of no kind": (["backbone.model=tiny:foo"], ["backbone.model", "bert"]),
     "a model that does not exist": (["backbone.model=nobody/nothing"], ["nobody/nothing"]),
     "unknown strategy": (["strategy=fedmurge"], ["fedmurge", "fedmerge"]),
@@ -98,7 +114,9 @@ def test_a_file_name_with_brackets_is_a_file_name(folder, capsys):
 
 
 def test_faults_in_a_file_come_with_their_lines_all_at_once(folder, capsys):
-    (folder / "mine.yaml").write_text(RECIPE.replace("rounds: 1", "rounds: one").replace("by: site", "buy: site"))
+    (folder / "mine.yaml").write_text(
+        RECIPE.replace("rounds: 1", "rounds: one").replace("by: site", "buy: site")
+    )
     message = fails(capsys, "mine.yaml")
     assert "mine.yaml:13: data.partition.buy" in message
     assert "mine.yaml:14: rounds" in message
@@ -121,9 +139,18 @@ def test_images_of_any_mode_become_rgb(folder, capsys):
         label = folder / "images" / "train" / str(number % 2)
         label.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+        image = (
+            Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+            if mode == "I;16"
+            else Image.fromarray(pixels).convert(mode)
+        )
         image.save(label / f"{number}.{'tiff' if mode == 'CMYK' else 'png'}")
-    overrides = ["task={name: image-classification}", "backbone.model=tiny:vit", "lora.target_modules=[q_proj]", "data.path=images"]
+    overrides = [
+        "task={name: image-classification}",
+        "backbone.model=tiny:vit",
+        "lora.target_modules=[q_proj]",
+        "data.path=images",
+    ]
     with pytest.raises(SystemExit) as stopped:
         main(["run", "mine.yaml", *overrides, "data.partition={scheme: iid, clients: 2}"])
     assert stopped.value.code == 0, capsys.readouterr().err

@@ -22,9 +22,17 @@ def fedmerge(capsys, monkeypatch, tmp_path):
 @pytest.fixture
 def runs(write_run):
     for seed in (0, 1, 2):
-        write_run(f"runs/fedmerge-{seed}", ["strategy=fedmerge", f"seed={seed}"], [[0.0, 0.2], [0.5, 0.5 + seed / 10]])
-        write_run(f"runs/fedavg-{seed}", ["strategy=fedavg", f"seed={seed}"], [[0.0, 0.2], [0.4, 0.4]])
-        write_run(f"runs/local-{seed}", ["strategy=local", f"seed={seed}"], [[0.0, 0.2], [0.3, 0.5]])
+        write_run(
+            f"runs/fedmerge-{seed}",
+            ["strategy=fedmerge", f"seed={seed}"],
+            [[0.0, 0.2], [0.5, 0.5 + seed / 10]],
+        )
+        write_run(
+            f"runs/fedavg-{seed}", ["strategy=fedavg", f"seed={seed}"], [[0.0, 0.2], [0.4, 0.4]]
+        )
+        write_run(
+            f"runs/local-{seed}", ["strategy=local", f"seed={seed}"], [[0.0, 0.2], [0.3, 0.5]]
+        )
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 120, 160])
@@ -45,7 +53,17 @@ def test_the_table_fits_the_terminal_and_says_what_it_shows(runs, fedmerge, widt
 
 
 def test_files_are_written_beside_the_table(runs, fedmerge, tmp_path):
-    code, out, _ = fedmerge("runs", "--csv", "out.csv", "--markdown", "out.md", "--figure", "out.svg", "--target", "0.45")
+    code, out, _ = fedmerge(
+        "runs",
+        "--csv",
+        "out.csv",
+        "--markdown",
+        "out.md",
+        "--figure",
+        "out.svg",
+        "--target",
+        "0.45",
+    )
     assert code == 0
     assert out.splitlines()[-3:] == ["wrote out.csv", "wrote out.md", "wrote out.svg"]
     frame = pandas.read_csv(tmp_path / "out.csv").set_index("method")
@@ -74,7 +92,10 @@ def test_unfinished_runs_are_named_on_standard_error(runs, write_run, fedmerge):
         (["stopped"], "no finished run to compare"),
         (["runs", "--figure", "out.gif"], "out.gif: figures are written as .png, .svg, .pdf"),
         (["runs", "--figure", "out"], "figures are written as"),
-        (["runs", "--figure", "no/such/out.png"], "no/such/out.png cannot be written: No such file"),
+        (
+            ["runs", "--figure", "no/such/out.png"],
+            "no/such/out.png cannot be written: No such file",
+        ),
         (["runs", "--csv", "no/such/out.csv"], "no/such/out.csv cannot be written: No such file"),
         (["runs", "--markdown", "empty"], "empty cannot be written: Is a directory"),
         (["runs", "--metric", "f1"], "has no score f1; it has test_accuracy"),

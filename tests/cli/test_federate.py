@@ -52,7 +52,9 @@ def test_help_imports_neither_torch_nor_nvflare():
         "try:\n    main(['federate', 'prepare', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert not {"torch", "nvflare", "transformers", "grpc"} & set(done.stderr.split())
 
 
@@ -97,7 +99,11 @@ def test_a_kit_for_each_and_a_page_for_each_site(kits):
 
     federation = Federation.read(kits / "sites" / "south")
     assert federation.sites == {"north": ["north"], "south": ["a", "b"]}
-    assert (federation.host, federation.port, federation.wire_dtype) == ("10.1.2.3", 8102, "bfloat16")
+    assert (federation.host, federation.port, federation.wire_dtype) == (
+        "10.1.2.3",
+        8102,
+        "bfloat16",
+    )
     for kit in ("server", "operator", "sites/north", "sites/south"):
         recipe = Recipe.load(kits / kit / "recipe.yaml")
         assert (recipe.clients.failures, recipe.training.clients_per_batch) == ("skip", 1)
@@ -124,7 +130,9 @@ def test_a_recipe_that_says_what_becomes_of_failures_keeps_it():
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.sites.prepare import as_federated
 
-    assert as_federated(Recipe.load("smoke", ["clients.failures=raise"])).clients.failures == "raise"
+    assert (
+        as_federated(Recipe.load("smoke", ["clients.failures=raise"])).clients.failures == "raise"
+    )
     assert as_federated(Recipe.load("smoke")).clients.failures == "skip"
 
 
@@ -169,10 +177,17 @@ def test_what_a_kit_allows_is_written_where_it_is_used(kits):
     assert "/tmp/nvflare" not in text
 
 
-def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(kits, fedmerge, monkeypatch):
+def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(
+    kits, fedmerge, monkeypatch
+):
     from fedmerge_peft.sites.flare import operator
 
-    failed = {"state": "failed", "rounds": 3, "total": 9, "error": "no site takes part:\n  north: its data are \x1b[31mempty"}
+    failed = {
+        "state": "failed",
+        "rounds": 3,
+        "total": 9,
+        "error": "no site takes part:\n  north: its data are \x1b[31mempty",
+    }
     monkeypatch.setattr(operator, "run", lambda *arguments, **options: failed)
     code, _, err = fedmerge("federate", "run", kits)
     assert code == 2
@@ -183,7 +198,9 @@ def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(kits,
 def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeypatch):
     from fedmerge_peft.sites.flare import operator
 
-    monkeypatch.setattr(operator, "run", lambda *arguments, **options: {"state": "stopped", "rounds": 3, "total": 9})
+    monkeypatch.setattr(
+        operator, "run", lambda *arguments, **options: {"state": "stopped", "rounds": 3, "total": 9}
+    )
     code, out, _ = fedmerge("federate", "run", kits)
     assert code == 0
     assert "stopped: 3 of 9 rounds are done" in out
@@ -191,7 +208,5 @@ def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeyp
 
 
 def test_the_function_federate_is_not_hidden_by_a_module():
-    script = (
-        "import fedmerge_peft.sites.server.job, fedmerge_peft.cli.federate; from fedmerge_peft import federate; assert callable(federate)"
-    )
+    script = "import fedmerge_peft.sites.server.job, fedmerge_peft.cli.federate; from fedmerge_peft import federate; assert callable(federate)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -23,13 +23,29 @@ def said(capsys):
 
 def test_versions_devices_extras_hub_and_disk_are_looked_at(said):
     lines, _ = said()
-    looked = {"Python", "fedmerge-peft", "torch", "transformers", "peft", "accelerate", "CPU", "extra demo", "trackers", "hub", "disk here"}
+    looked = {
+        "Python",
+        "fedmerge-peft",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "CPU",
+        "extra demo",
+        "trackers",
+        "hub",
+        "disk here",
+    }
     assert looked <= lines.keys()
     assert importlib.metadata.version("torch") in lines["torch"]
 
 
 def test_every_extra_for_users_is_looked_at():
-    extras = {each.what.removeprefix("extra ") for each in installation.findings() if each.what.startswith("extra ")}
+    extras = {
+        each.what.removeprefix("extra ")
+        for each in installation.findings()
+        if each.what.startswith("extra ")
+    }
     known = set(importlib.metadata.metadata("fedmerge-peft").get_all("Provides-Extra"))
     assert extras == known - {"dev", "docs", "tensorboard"}  # the last is among the trackers
 
@@ -60,7 +76,9 @@ def test_a_token_is_never_shown(monkeypatch):
         ("no-such-package>=1", "wrong", "pip install 'no-such-package>=1'"),
     ],
 )
-def test_a_version_that_does_not_fit_comes_with_the_command_that_mends_it(needs, state, does, monkeypatch):
+def test_a_version_that_does_not_fit_comes_with_the_command_that_mends_it(
+    needs, state, does, monkeypatch
+):
     monkeypatch.setattr(installation, "requires", lambda _: [needs, 'pytest>=99; extra == "dev"'])
     _, finding = installation._packages()
     assert (finding.state, finding.do) == (state, does)

@@ -13,10 +13,34 @@ from fedmerge_peft.recipe import loading
 
 PROGRAM = [sys.executable, "-W", "error", "-c", "from fedmerge_peft.cli import main; main()"]
 VERBS = (
-    *("ls", "cp", "validate", "show", "schema", "run", "resume", "sweep", "compare", "data", "personalize"),
+    *(
+        "ls",
+        "cp",
+        "validate",
+        "show",
+        "schema",
+        "run",
+        "resume",
+        "sweep",
+        "compare",
+        "data",
+        "personalize",
+    ),
     *("export", "report", "doctor"),
 )
-HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "numpy", "pandas", "sklearn", "rich", "matplotlib"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "numpy",
+    "pandas",
+    "sklearn",
+    "rich",
+    "matplotlib",
+}
 
 
 @pytest.fixture
@@ -58,15 +82,27 @@ def test_every_verb_has_help_of_its_own_with_an_example(verb, fedmerge):
 def test_no_verb_is_left_out_here():
     from fedmerge_peft.cli.app import app
 
-    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(VERBS)
+    assert {
+        command.name or command.callback.__name__ for command in app.registered_commands
+    } == set(VERBS)
 
 
 @pytest.mark.parametrize(
-    ("typed", "offered"), [("fedmerge rep", ["report"]), ("fedmerge run qui", ["quickstart"]), ("fedmerge validate cifar", 2)]
+    ("typed", "offered"),
+    [
+        ("fedmerge rep", ["report"]),
+        ("fedmerge run qui", ["quickstart"]),
+        ("fedmerge validate cifar", 2),
+    ],
 )
 def test_the_shell_completes_verbs_and_recipes(typed, offered):
     words = typed.split()
-    environment = {**os.environ, "_FEDMERGE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    environment = {
+        **os.environ,
+        "_FEDMERGE_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(words) - 1),
+    }
     done = subprocess.run(PROGRAM, capture_output=True, text=True, check=False, env=environment)
     found = done.stdout.split()
     assert len(found) == offered if isinstance(offered, int) else found == offered, done.stderr
@@ -124,7 +160,11 @@ def test_any_error_on_purpose_is_one_message(fedmerge, monkeypatch):
         raise DataError("no such \x1b[31mcolumn\nnext: fedmerge data")
 
     monkeypatch.setattr(loading, "load", fail)
-    assert fedmerge("validate", "smoke") == (2, "", "no such \\x1b[31mcolumn\nnext: fedmerge data\n")
+    assert fedmerge("validate", "smoke") == (
+        2,
+        "",
+        "no such \\x1b[31mcolumn\nnext: fedmerge data\n",
+    )
 
 
 def test_developers_can_have_the_traceback(monkeypatch):
@@ -151,7 +191,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 
 def test_the_installed_program_says_what_is_wrong_without_a_traceback():
-    done = subprocess.run([*PROGRAM, "validate", "smoke", "seed=x"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*PROGRAM, "validate", "smoke", "seed=x"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "command line: seed: found text 'x', expected a whole number at least 0\n"
 
@@ -159,7 +201,11 @@ def test_the_installed_program_says_what_is_wrong_without_a_traceback():
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["validate", b"smoke", b"name=\xff"], 2, b"command line: found 'name=\\udcff', expected key=value"),
+        (
+            ["validate", b"smoke", b"name=\xff"],
+            2,
+            b"command line: found 'name=\\udcff', expected key=value",
+        ),
         (["validate", "smoke", "name=für"], 0, b"f\\xfcr is valid: "),
         (["show", "smoke", "name=für"], 0, "name: für\n".encode()),
     ],
@@ -183,7 +229,9 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["ls"], ["validate", "smoke"], ["show", "smoke"], ["schema"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["ls"], ["validate", "smoke"], ["show", "smoke"], ["schema"]],
+    ids=" ".join,
 )
 def test_looking_at_recipes_imports_nothing_heavy(arguments):
     script = (
@@ -191,5 +239,7 @@ def test_looking_at_recipes_imports_nothing_heavy(arguments):
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+    )
     assert not HEAVY & set(done.stderr.split())

@@ -20,13 +20,18 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return federate(Recipe.load("smoke", [*SMALL, "training.device=cpu"]), tmp_path_factory.mktemp("runs") / "first")
+    return federate(
+        Recipe.load("smoke", [*SMALL, "training.device=cpu"]),
+        tmp_path_factory.mktemp("runs") / "first",
+    )
 
 
 @pytest.fixture
 def file(tmp_path):
     """Tickets of an organisation that no client is."""
-    loaded = load_splits(Recipe.load("smoke", ["data.filter={organisation: Fen Water}"]).data)["train"]
+    loaded = load_splits(Recipe.load("smoke", ["data.filter={organisation: Fen Water}"]).data)[
+        "train"
+    ]
     loaded.select(range(12)).to_csv(tmp_path / "Fen Water.csv")
     return tmp_path / "Fen Water.csv"
 
@@ -48,12 +53,19 @@ def test_one_table_the_weights_and_a_folder_for_peft(run, file, personalize):
     assert code == 0
     assert "Fen Water: 8 examples learned from, 4 tested on" in out
     assert all(text in out for text in ("training loss", "test loss", "test accuracy", "seconds"))
-    assert all(method in out for method in ("mean adapter", "best single adapter", "learned weights", "local training"))
+    assert all(
+        method in out
+        for method in ("mean adapter", "best single adapter", "learned weights", "local training")
+    )
     assert "weights of the adapters   0: " in out
     assert "most like client   " in out
     folder = run.path / "personalized" / "Fen Water"
     assert f"adapter   {folder}" in out
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "weights.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "weights.json",
+    }
     assert json.loads((folder / "weights.json").read_text())["examples"] == {"train": 8, "test": 4}
     before = {path: path.read_bytes() for path in folder.iterdir()}
     code, out, err = personalize(run.path, "--data", file)
@@ -65,7 +77,20 @@ def test_one_table_the_weights_and_a_folder_for_peft(run, file, personalize):
 
 def test_options(run, file, personalize, tmp_path):
     out_folder = tmp_path / "mine"
-    options = ["--name", "[red]", "--best", "--test-fraction", 0, "--max-train", 5, "--no-local", "--seed", 1, "--out", out_folder]
+    options = [
+        "--name",
+        "[red]",
+        "--best",
+        "--test-fraction",
+        0,
+        "--max-train",
+        5,
+        "--no-local",
+        "--seed",
+        1,
+        "--out",
+        out_folder,
+    ]
     code, out, _ = personalize(run.path, "--data", file, *options)
     assert code == 0
     assert "[red]: 5 examples learned from, 0 tested on" in out
@@ -87,7 +112,9 @@ def test_options(run, file, personalize, tmp_path):
     ],
 )
 def test_bad_input_is_one_message(run, file, personalize, arguments, message):
-    code, out, err = personalize(*(each.replace("RUN", str(run.path)).replace("FILE", str(file)) for each in arguments))
+    code, out, err = personalize(
+        *(each.replace("RUN", str(run.path)).replace("FILE", str(file)) for each in arguments)
+    )
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err

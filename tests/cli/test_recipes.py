@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedmerge_peft.cli import main
-from fedmerge_peft.recipe.loading import load, shipped
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.loading import shipped
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,9 @@ def refused(capsys):
 
 def test_ls_names_every_shipped_recipe_with_its_first_line(fedmerge):
     lines = fedmerge("ls").splitlines()
-    assert [line.split(maxsplit=1) for line in lines] == [[recipe.name, recipe.about] for recipe in shipped()]
+    assert [line.split(maxsplit=1) for line in lines] == [
+        [recipe.name, recipe.about] for recipe in shipped()
+    ]
 
 
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
@@ -54,7 +57,9 @@ def test_validate_sums_a_shipped_recipe_up_in_one_line(recipe, fedmerge):
 
 
 def test_validate_shows_what_overrides_change(fedmerge):
-    line = fedmerge("validate", "smoke", "strategy=fedavg", "baselines=[]", "rounds=1", 'name="\\e[31m"')
+    line = fedmerge(
+        "validate", "smoke", "strategy=fedavg", "baselines=[]", "rounds=1", 'name="\\e[31m"'
+    )
     assert line == (
         "\\x1b[31m is valid: fedavg, 1 round of sequence-classification on tiny:bert, "
         "data embedded:support-tickets (one client for each organisation)\n"
@@ -62,36 +67,51 @@ def test_validate_shows_what_overrides_change(fedmerge):
 
 
 def test_show_prints_a_recipe_that_loads_back(fedmerge):
-    Path("shown.yaml").write_text(fedmerge("show", "smoke", "training.learning_rate=1e-4"), encoding="utf-8")
-    assert load("shown.yaml") == load("smoke", ["training.learning_rate=1e-4"])
+    Path("shown.yaml").write_text(
+        fedmerge("show", "smoke", "training.learning_rate=1e-4"), encoding="utf-8"
+    )
+    assert Recipe.load("shown.yaml") == Recipe.load("smoke", ["training.learning_rate=1e-4"])
     assert fedmerge("show", "shown.yaml") == Path("shown.yaml").read_text(encoding="utf-8")
 
 
 def test_show_escapes_what_could_steer_a_terminal(fedmerge):
-    assert fedmerge("show", "smoke", 'name="\\e[31m\\u202e\\U000E0001"').startswith('name: "\\e[31m\\u202e\\U000E0001"\n')
+    assert fedmerge("show", "smoke", 'name="\\e[31m\\u202e\\U000E0001"').startswith(
+        'name: "\\e[31m\\u202e\\U000E0001"\n'
+    )
 
 
 def test_cp_copies_a_recipe_and_names_the_next_command(fedmerge):
-    assert fedmerge("cp", "smoke") == "Wrote smoke.yaml. Next: edit it, then fedmerge run smoke.yaml\n"
-    assert Path("smoke.yaml").read_bytes() == next(recipe.path for recipe in shipped() if recipe.name == "smoke").read_bytes()
-    assert load("smoke.yaml") == load("smoke")
+    assert (
+        fedmerge("cp", "smoke") == "Wrote smoke.yaml. Next: edit it, then fedmerge run smoke.yaml\n"
+    )
+    assert (
+        Path("smoke.yaml").read_bytes()
+        == next(recipe.path for recipe in shipped() if recipe.name == "smoke").read_bytes()
+    )
+    assert Recipe.load("smoke.yaml") == Recipe.load("smoke")
 
 
 def test_cp_writes_to_a_file_or_into_a_folder(fedmerge, folder):
     (folder / "sub").mkdir()
     assert fedmerge("cp", "smoke", "my first.yaml").endswith("fedmerge run 'my first.yaml'\n")
     assert fedmerge("cp", "smoke.yaml", "sub").endswith("fedmerge run sub/smoke.yaml\n")
-    assert load("my first.yaml") == load("sub/smoke.yaml")
+    assert Recipe.load("my first.yaml") == Recipe.load("sub/smoke.yaml")
 
 
 def test_cp_never_overwrites(refused):
     Path("smoke.yaml").write_text("mine", encoding="utf-8")
-    assert refused("cp", "smoke") == "smoke.yaml: exists already, and was left as it is; give another name\n"
+    assert (
+        refused("cp", "smoke")
+        == "smoke.yaml: exists already, and was left as it is; give another name\n"
+    )
     assert Path("smoke.yaml").read_text(encoding="utf-8") == "mine"
 
 
 def test_cp_suggests_a_name(refused):
-    assert refused("cp", "smoek") == "smoek: no such shipped recipe; did you mean 'smoke'? (see: fedmerge ls)\n"
+    assert (
+        refused("cp", "smoek")
+        == "smoek: no such shipped recipe; did you mean 'smoke'? (see: fedmerge ls)\n"
+    )
 
 
 def test_the_schema_describes_every_key(fedmerge):
@@ -104,7 +124,9 @@ def test_the_schema_describes_every_key(fedmerge):
 
 def test_the_schema_can_be_written_to_a_file(fedmerge):
     assert fedmerge("schema", "--out", "recipe.schema.json") == ""
-    assert json.loads(Path("recipe.schema.json").read_text(encoding="utf-8")) == json.loads(fedmerge("schema"))
+    assert json.loads(Path("recipe.schema.json").read_text(encoding="utf-8")) == json.loads(
+        fedmerge("schema")
+    )
 
 
 def test_editors_that_check_by_the_schema_agree_with_validate(fedmerge):
@@ -113,13 +135,15 @@ def test_editors_that_check_by_the_schema_agree_with_validate(fedmerge):
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     for recipe in shipped():
-        validator.validate(load(recipe.name).model_dump())
+        validator.validate(Recipe.load(recipe.name).model_dump())
     short = {
         "name": "x",
         "task": "causal-lm",
         "backbone": {"model": "m"},
         "data": {"path": "p", "partition": {"scheme": "iid", "clients": 2}},
     }
-    validator.validate({**short, "strategy": "fedavg", "baselines": ["local"], "evaluation": {"finetuned": "no"}})
+    validator.validate(
+        {**short, "strategy": "fedavg", "baselines": ["local"], "evaluation": {"finetuned": "no"}}
+    )
     assert not validator.is_valid({**short, "strategy": "fedavgg"})
     assert not validator.is_valid({**short, "sead": 1})

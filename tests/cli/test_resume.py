@@ -55,7 +55,9 @@ def signals(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_round_and_the_command_that_is_printed_goes_on(fedmerge, signals, number):
+def test_a_signal_stops_after_the_round_and_the_command_that_is_printed_goes_on(
+    fedmerge, signals, number
+):
     signals(5, number)
     code, out, err = fedmerge("run", "smoke", *TINY, "--out", "my run")
     assert code == 128 + number
@@ -72,7 +74,9 @@ def test_a_signal_stops_after_the_round_and_the_command_that_is_printed_goes_on(
     assert load_run("my run").ended
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
+)
 def test_a_second_signal_stops_at_once(fedmerge, signals, numbers):
     before = [signal.getsignal(number) for number in numbers]
     signals(5, *numbers)
@@ -113,7 +117,9 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
     monkeypatch.setattr(local, "train", fail)
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
-    assert err.endswith("RuntimeError: power cut\nTo go on from the last finished round: fedmerge resume runs/smoke\n")
+    assert err.endswith(
+        "RuntimeError: power cut\nTo go on from the last finished round: fedmerge resume runs/smoke\n"
+    )
     monkeypatch.setattr(local, "train", train)
     assert fedmerge("resume", "runs/smoke")[0] == 0
 
@@ -122,7 +128,10 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
     ("arguments", "text"),
     [
         (["runs/nowhere"], "runs/nowhere holds no run"),
-        (["done"], "done has ended: all of its 1 rounds are done. For more of them: fedmerge resume done rounds=N"),
+        (
+            ["done"],
+            "done has ended: all of its 1 rounds are done. For more of them: fedmerge resume done rounds=N",
+        ),
         (["done", "seed=3"], "seed: clients would do something else than before"),
         (["done", "sead=3"], "did you mean 'seed'"),
         (["done", "rounds=0"], "a whole number above 0"),
@@ -142,4 +151,7 @@ def test_a_run_that_has_not_ended_is_not_begun_anew(fedmerge, signals, monkeypat
     monkeypatch.setattr(running, "federate", None)
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
-    assert "go on with it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke " in err
+    assert (
+        "go on with it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke "
+        in err
+    )

@@ -6,7 +6,13 @@ import pytest
 
 from fedmerge_peft.cli import main
 
-TINY = ["rounds=1", "data.max_train=6", "data.max_test=4", "training.device=cpu", "data.partition={scheme: iid, clients: 3}"]
+TINY = [
+    "rounds=1",
+    "data.max_train=6",
+    "data.max_test=4",
+    "training.device=cpu",
+    "data.partition={scheme: iid, clients: 3}",
+]
 
 
 @pytest.fixture
@@ -40,7 +46,9 @@ def test_each_finished_run_has_a_line_and_the_end_is_the_comparison(fedmerge, tm
 
 
 def test_failures_are_told_at_the_end_with_code_2(fedmerge):
-    code, out, err = fedmerge("sweep", "smoke", "task.label=nosuch,queue", "baselines=[]", *TINY, "--out", "here")
+    code, out, err = fedmerge(
+        "sweep", "smoke", "task.label=nosuch,queue", "baselines=[]", *TINY, "--out", "here"
+    )
     assert code == 2
     assert re.search(r"^\[1/2\] task.label=nosuch  failed: .*nosuch", out, re.MULTILINE)
     assert "[2/2] task.label=queue  served" in out

@@ -64,15 +64,23 @@ def test_absent_splits_are_set_aside_from_each_client_s_own_rows(recipe):
 
 
 def test_max_train_counts_validation_and_max_test_does_not_touch_it(recipe):
-    data = federate_data(recipe(max_train=10, max_test=3, split_column="split", partition=IID), "label", 0)
+    data = federate_data(
+        recipe(max_train=10, max_test=3, split_column="split", partition=IID), "label", 0
+    )
     assert [tuple(map(len, parts(client))) for client in data.clients] == [(8, 2, 3)] * 3
     assert len(data.table) == 39
 
 
 def test_natural_clients_hold_their_value_in_every_split(recipe):
-    data = federate_data(recipe(partition=SCHEMES["natural"] | {"group": "domain"}, split_column="split"), "label", 0)
-    assert [client.name for client in data.clients] == [f"{task}-{i}" for task in ("snips", "subj", "trec6") for i in range(2)]
-    assert [client.group for client in data.clients] == ["speech"] * 2 + ["logic"] * 2 + ["speech"] * 2
+    data = federate_data(
+        recipe(partition=SCHEMES["natural"] | {"group": "domain"}, split_column="split"), "label", 0
+    )
+    assert [client.name for client in data.clients] == [
+        f"{task}-{i}" for task in ("snips", "subj", "trec6") for i in range(2)
+    ]
+    assert [client.group for client in data.clients] == ["speech"] * 2 + ["logic"] * 2 + [
+        "speech"
+    ] * 2
     for client in data.clients:
         for rows in parts(client):
             assert set(data.table.select(rows)["task"]) == {client.name[:-2]}
@@ -80,29 +88,48 @@ def test_natural_clients_hold_their_value_in_every_split(recipe):
 
 def test_the_group_of_a_natural_client_is_its_value_by_default(recipe):
     data = federate_data(recipe(partition={"scheme": "natural", "by": "label"}), None, 0)
-    assert [(client.name, client.group) for client in data.clients] == [(str(i), str(i)) for i in range(4)]
+    assert [(client.name, client.group) for client in data.clients] == [
+        (str(i), str(i)) for i in range(4)
+    ]
 
 
 def test_class_label_names_are_client_names(tmp_path, table):
-    named = table.cast_column("label", datasets.ClassLabel(names=["north", "east", "south", "west"]))
+    named = table.cast_column(
+        "label", datasets.ClassLabel(names=["north", "east", "south", "west"])
+    )
     named.save_to_disk(str(tmp_path / "named"))
-    data = federate_data(DataRecipe(path=str(tmp_path / "named"), partition={"scheme": "natural", "by": "label"}), "label", 0)
+    data = federate_data(
+        DataRecipe(path=str(tmp_path / "named"), partition={"scheme": "natural", "by": "label"}),
+        "label",
+        0,
+    )
     assert [client.name for client in data.clients] == ["north", "east", "south", "west"]
 
 
 def test_test_rows_follow_the_client_s_training_labels(recipe):
-    data = federate_data(recipe(partition=SCHEMES["clusters"], split_column="split", validation_fraction=0.0), "label", 0)
+    data = federate_data(
+        recipe(partition=SCHEMES["clusters"], split_column="split", validation_fraction=0.0),
+        "label",
+        0,
+    )
     labels = np.array(data.table["label"])
     for client in data.clients:
         assert set(labels[client.test]) <= set(labels[client.train])
     trained = np.concatenate([client.train for client in data.clients])
-    assert Counter(labels[np.concatenate([client.test for client in data.clients])]).keys() == Counter(labels[trained]).keys()
+    assert (
+        Counter(labels[np.concatenate([client.test for client in data.clients])]).keys()
+        == Counter(labels[trained]).keys()
+    )
 
 
 def test_test_rows_of_labels_nobody_trains_on_are_dropped(tmp_path, table):
-    test = datasets.Dataset.from_dict(table[:8] | {"label": [0, 1, 2, 3, 4, 4, 4, 4]}, features=table.features)
+    test = datasets.Dataset.from_dict(
+        table[:8] | {"label": [0, 1, 2, 3, 4, 4, 4, 4]}, features=table.features
+    )
     datasets.DatasetDict(train=table, test=test).save_to_disk(str(tmp_path / "rows"))
-    data = federate_data(DataRecipe(path=str(tmp_path / "rows"), partition=SCHEMES["dirichlet"]), "label", 0)
+    data = federate_data(
+        DataRecipe(path=str(tmp_path / "rows"), partition=SCHEMES["dirichlet"]), "label", 0
+    )
     assert len(data.table) == 64
     assert set(data.table["label"]) == {0, 1, 2, 3}
 
@@ -130,11 +157,20 @@ def test_tasks_without_labels_need_a_column_to_deal_by(recipe):
 
 def test_absent_columns_are_named_with_those_present(recipe):
     present = "the data have text, label, task, domain, split"
-    assert faults(recipe(), "labels") == f"task.label: there is no column 'labels' (did you mean label?); {present}"
+    assert (
+        faults(recipe(), "labels")
+        == f"task.label: there is no column 'labels' (did you mean label?); {present}"
+    )
     natural = {"scheme": "natural", "by": "hospital"}
-    assert faults(recipe(partition=natural)) == f"data.partition.by: there is no column 'hospital'; {present}"
+    assert (
+        faults(recipe(partition=natural))
+        == f"data.partition.by: there is no column 'hospital'; {present}"
+    )
     natural = {"scheme": "natural", "by": "task", "group": "domian"}
-    assert faults(recipe(partition=natural)) == f"data.partition.group: there is no column 'domian' (did you mean domain?); {present}"
+    assert (
+        faults(recipe(partition=natural))
+        == f"data.partition.group: there is no column 'domian' (did you mean domain?); {present}"
+    )
 
 
 def test_missing_labels_are_counted(tmp_path):
@@ -151,18 +187,26 @@ def test_labels_must_be_plain_values(tmp_path):
 
 def test_more_clients_than_examples_are_refused(recipe):
     fault = faults(recipe(partition={"scheme": "iid", "clients": 61}))
-    assert fault.startswith("data.partition.clients: 61 clients, and 60 training examples; lower data.partition.clients")
+    assert fault.startswith(
+        "data.partition.clients: 61 clients, and 60 training examples; lower data.partition.clients"
+    )
 
 
 def test_clients_without_training_examples_are_named(recipe):
     fault = faults(recipe(partition=SCHEMES["natural"] | {"clients_per_value": 21}))
-    assert fault.startswith("data.partition: 3 of 63 clients have no training examples (snips-20, subj-20, trec6-20); lower the number")
+    assert fault.startswith(
+        "data.partition: 3 of 63 clients have no training examples (snips-20, subj-20, trec6-20); lower the number"
+    )
 
 
 def test_set_aside_fractions_must_leave_something(recipe):
     fault = faults(recipe(validation_fraction=0.5, test_fraction=0.5))
-    assert fault.startswith("data: validation_fraction 0.5 and test_fraction 0.5 leave nothing to train on")
-    assert federate_data(recipe(validation_fraction=0.5, test_fraction=0.5, split_column="split"), "label", 0).clients
+    assert fault.startswith(
+        "data: validation_fraction 0.5 and test_fraction 0.5 leave nothing to train on"
+    )
+    assert federate_data(
+        recipe(validation_fraction=0.5, test_fraction=0.5, split_column="split"), "label", 0
+    ).clients
 
 
 def test_splits_with_different_columns_are_refused(tmp_path, table):
@@ -176,7 +220,9 @@ def test_splits_with_different_columns_are_refused(tmp_path, table):
 
 def test_a_client_in_two_groups_is_refused(recipe):
     fault = faults(recipe(partition={"scheme": "natural", "by": "domain", "group": "task"}))
-    assert fault.startswith("data.partition.group: domain speech has rows of several task (snips, trec6), and a client is in one group")
+    assert fault.startswith(
+        "data.partition.group: domain speech has rows of several task (snips, trec6), and a client is in one group"
+    )
 
 
 def test_text_classification_is_federated_by_task(shared_data):
@@ -189,14 +235,24 @@ def test_text_classification_is_federated_by_task(shared_data):
         partition={"scheme": "natural", "by": "task", "clients_per_value": 3},
     )
     data = federate_data(recipe, "label_name", 0)
-    assert [client.name for client in data.clients] == [f"{task}-{i}" for task in ("snips", "subj", "trec6") for i in range(3)]
-    assert {(client.size, len(client.validation), len(client.test)) for client in data.clients} == {(77, 19, 50)}
+    assert [client.name for client in data.clients] == [
+        f"{task}-{i}" for task in ("snips", "subj", "trec6") for i in range(3)
+    ]
+    assert {(client.size, len(client.validation), len(client.test)) for client in data.clients} == {
+        (77, 19, 50)
+    }
     assert len(data.table) == 9 * 146
 
 
 def test_cifar_clusters_see_thirty_classes_each(shared_data):
     scheme = {"scheme": "clusters", "clients": 50, "groups": 5, "classes_per_group": 30}
-    data = federate_data(DataRecipe(path=str(shared_data / "cifar100.parquet"), split_column="split", partition=scheme), "fine_label", 0)
+    data = federate_data(
+        DataRecipe(
+            path=str(shared_data / "cifar100.parquet"), split_column="split", partition=scheme
+        ),
+        "fine_label",
+        0,
+    )
     labels = np.array(data.table["fine_label"])
     for group in range(5):
         mine = [client for client in data.clients if client.group == f"cluster-{group}"]

@@ -21,7 +21,9 @@ def load(path, **keys):
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
 def test_single_files_are_the_training_split(tmp_path, table, suffix):
     path = tmp_path / f"rows.{suffix}"
-    write = {"csv": table.to_csv, "parquet": table.to_parquet}.get(suffix, lambda path: table.to_json(path, lines=suffix == "jsonl"))
+    write = {"csv": table.to_csv, "parquet": table.to_parquet}.get(
+        suffix, lambda path: table.to_json(path, lines=suffix == "jsonl")
+    )
     write(str(path))
     splits = load(path)
     assert list(splits) == ["train"]
@@ -35,15 +37,23 @@ def test_tab_separated_files_are_read(tmp_path):
 
 def test_words_like_none_stay_text_in_csv_files_and_empty_cells_are_missing(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\nNA,None\n,null\n", encoding="utf-8")
-    assert load(tmp_path / "rows.csv")["train"][:] == {"text": ["NA", None], "label": ["None", "null"]}
+    assert load(tmp_path / "rows.csv")["train"][:] == {
+        "text": ["NA", None],
+        "label": ["None", "null"],
+    }
 
 
 def test_saved_data_sets_are_read_and_not_written_to(tmp_path, table):
     table.with_format("numpy").save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict(train=table, test=table.select(range(5))).save_to_disk(str(tmp_path / "two"))
+    datasets.DatasetDict(train=table, test=table.select(range(5))).save_to_disk(
+        str(tmp_path / "two")
+    )
     before = sorted(tmp_path.rglob("*"))
     assert load(tmp_path / "one", filter={"task": "snips"})["train"][0] == table[0]
-    assert {name: len(split) for name, split in load(tmp_path / "two").items()} == {"train": 60, "test": 5}
+    assert {name: len(split) for name, split in load(tmp_path / "two").items()} == {
+        "train": 60,
+        "test": 5,
+    }
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -56,9 +66,14 @@ def test_folders_of_files_are_read_with_their_splits(tmp_path, table):
 def test_image_folders_have_an_image_and_a_label(tmp_path):
     for split, label in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
         (tmp_path / split / label).mkdir(parents=True)
-        Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / split / label / "0.png")
+        Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(
+            tmp_path / split / label / "0.png"
+        )
     splits = load(tmp_path, filter={"label": "dog"})
-    assert {name: split["label"][:] for name, split in splits.items()} == {"train": [1], "test": [1]}
+    assert {name: split["label"][:] for name, split in splits.items()} == {
+        "train": [1],
+        "test": [1],
+    }
     assert splits["train"].features["label"].names == ["cat", "dog"]
     assert splits["train"][0]["image"].size == (4, 4)
 
@@ -83,29 +98,56 @@ def test_a_split_column_tells_the_splits_of_a_single_file(parquet):
 
 def test_split_columns_may_use_other_names(parquet):
     splits = load(parquet, split_column="task", train_split="trec6", validation_split="subj")
-    assert {name: set(split["task"]) for name, split in splits.items()} == {"train": {"trec6"}, "validation": {"subj"}}
+    assert {name: set(split["task"]) for name, split in splits.items()} == {
+        "train": {"trec6"},
+        "validation": {"subj"},
+    }
 
 
 def test_a_split_serves_as_the_default_of_one_purpose_alone(tmp_path, table):
-    datasets.DatasetDict(train=table, validation=table.select(range(5))).save_to_disk(str(tmp_path / "rows"))
+    datasets.DatasetDict(train=table, validation=table.select(range(5))).save_to_disk(
+        str(tmp_path / "rows")
+    )
     assert set(load(tmp_path / "rows")) == {"train", "validation"}
     assert set(load(tmp_path / "rows", test_split="validation")) == {"train", "test"}
 
 
 def test_filters_keep_rows_that_match_all_columns(parquet):
-    train = load(parquet, filter={"task": ["snips", "subj"], "label": [0, 1], "domain": "speech"})["train"]
-    assert set(zip(train["task"], train["label"], train["domain"], strict=True)) == {("snips", 0, "speech"), ("snips", 1, "speech")}
+    train = load(parquet, filter={"task": ["snips", "subj"], "label": [0, 1], "domain": "speech"})[
+        "train"
+    ]
+    assert set(zip(train["task"], train["label"], train["domain"], strict=True)) == {
+        ("snips", 0, "speech"),
+        ("snips", 1, "speech"),
+    }
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("id", "3"), ("id", 3), ("id", 3.0), ("name", 3), ("score", 3), ("kind", "three"), ("kind", 3)]
+    ("column", "value"),
+    [
+        ("id", "3"),
+        ("id", 3),
+        ("id", 3.0),
+        ("name", 3),
+        ("score", 3),
+        ("kind", "three"),
+        ("kind", 3),
+    ],
 )
 def test_filter_values_are_read_as_the_column_s_type(tmp_path, column, value):
     kinds = datasets.ClassLabel(names=["zero", "one", "two", "three", "four"])
     features = datasets.Features(
-        id=datasets.Value("int16"), name=datasets.Value("large_string"), score=datasets.Value("float32"), kind=kinds
+        id=datasets.Value("int16"),
+        name=datasets.Value("large_string"),
+        score=datasets.Value("float32"),
+        kind=kinds,
     )
-    rows = {"id": range(5), "name": [str(i) for i in range(5)], "score": [float(i) for i in range(5)], "kind": range(5)}
+    rows = {
+        "id": range(5),
+        "name": [str(i) for i in range(5)],
+        "score": [float(i) for i in range(5)],
+        "kind": range(5),
+    }
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "rows"))
     assert load(tmp_path / "rows", filter={column: value})["train"]["id"][:] == [3]
 
@@ -114,7 +156,10 @@ def test_a_default_split_that_the_filter_empties_is_left_out(tmp_path, table):
     snips = table.select(np.arange(0, 60, 3))
     datasets.DatasetDict(train=table, test=snips).save_to_disk(str(tmp_path / "rows"))
     assert set(load(tmp_path / "rows", filter={"task": "subj"})) == {"train"}
-    with pytest.raises(DataError, match=r"leaves no rows in the split test \(test\), whose columns hold task: snips$"):
+    with pytest.raises(
+        DataError,
+        match=r"leaves no rows in the split test \(test\), whose columns hold task: snips$",
+    ):
         load(tmp_path / "rows", filter={"task": "subj"}, test_split="test")
 
 
@@ -124,10 +169,15 @@ def faults(path, **keys):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("path", ["./rows.csv", "rows.parquet", "~/no-such-folder-at-all", "a/b/c", "/nowhere"])
+@pytest.mark.parametrize(
+    "path", ["./rows.csv", "rows.parquet", "~/no-such-folder-at-all", "a/b/c", "/nowhere"]
+)
 def test_missing_local_paths_are_named_with_what_to_write(path):
     fault = faults(path)
-    assert re.search(r"data\.path: /.* does not exist; write data\.path=FILE \(\.csv, .*\), data\.path=FOLDER", fault)
+    assert re.search(
+        r"data\.path: /.* does not exist; write data\.path=FILE \(\.csv, .*\), data\.path=FOLDER",
+        fault,
+    )
     assert "~" not in fault
 
 
@@ -137,7 +187,10 @@ def test_hub_failures_say_the_cause_in_one_line(monkeypatch, path):
         raise ConnectionError("Couldn't reach\nthe Hub (offline)")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    assert faults(path) == f"data.path: the hub's data set {path} cannot be loaded: ConnectionError: Couldn't reach the Hub (offline)"
+    assert (
+        faults(path)
+        == f"data.path: the hub's data set {path} cannot be loaded: ConnectionError: Couldn't reach the Hub (offline)"
+    )
 
 
 def test_hub_ids_are_asked_for_with_configuration_and_revision(monkeypatch, table):
@@ -159,7 +212,10 @@ def test_pickles_and_other_files_are_refused(tmp_path):
 
 def test_broken_files_and_empty_folders_say_why(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"not parquet")
-    assert re.search(r"rows\.parquet cannot be loaded: ArrowInvalid: .*[Mm]agic bytes", faults(tmp_path / "rows.parquet"))
+    assert re.search(
+        r"rows\.parquet cannot be loaded: ArrowInvalid: .*[Mm]agic bytes",
+        faults(tmp_path / "rows.parquet"),
+    )
     (tmp_path / "empty").mkdir()
     assert "empty cannot be loaded: EmptyDatasetError" in faults(tmp_path / "empty")
 
@@ -188,18 +244,30 @@ def test_split_columns_must_exist_and_be_needed(tmp_path, parquet, table):
         "data.split_column: there is no column 'splits' (did you mean split?); the data have text, label, task, domain, split"
     )
     datasets.DatasetDict(train=table, test=table).save_to_disk(str(tmp_path / "two"))
-    assert "the data come in splits already (train, test)" in faults(tmp_path / "two", split_column="split")
+    assert "the data come in splits already (train, test)" in faults(
+        tmp_path / "two", split_column="split"
+    )
 
 
 def test_filters_that_match_nothing_list_the_column_s_values(parquet):
     assert faults(parquet, filter={"task": "trec"}) == (
         "data.filter.task: no row has 'trec' (did you mean trec6?); the column task holds snips, subj, trec6"
     )
-    assert faults(parquet, filter={"label": [0, 9]}) == "data.filter.label: no row has 9; the column label holds 0, 1, 2, 3"
-    assert faults(parquet, filter={"label": "zero"}) == "data.filter.label: no row has 'zero'; the column label holds 0, 1, 2, 3"
-    assert "there is no column 'taks' (did you mean task?)" in faults(parquet, filter={"taks": "trec6"})
+    assert (
+        faults(parquet, filter={"label": [0, 9]})
+        == "data.filter.label: no row has 9; the column label holds 0, 1, 2, 3"
+    )
+    assert (
+        faults(parquet, filter={"label": "zero"})
+        == "data.filter.label: no row has 'zero'; the column label holds 0, 1, 2, 3"
+    )
+    assert "there is no column 'taks' (did you mean task?)" in faults(
+        parquet, filter={"taks": "trec6"}
+    )
     assert "the list is empty" in faults(parquet, filter={"task": []})
-    assert "no row has 'x'; the column text holds text 0, text 1, " in faults(parquet, filter={"text": "x"})
+    assert "no row has 'x'; the column text holds text 0, text 1, " in faults(
+        parquet, filter={"text": "x"}
+    )
     assert faults(parquet, filter={"text": "x"}).endswith("… and 40 more")
 
 

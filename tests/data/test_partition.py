@@ -27,7 +27,9 @@ seeds = st.integers(0, 2**32)
 def class_lists(draw, fewest_rows=20, most_rows=200):
     """Class numbers in which every class from 0 occurs."""
     count = draw(st.integers(1, 8))
-    rest = draw(arrays(np.int64, st.integers(fewest_rows, most_rows), elements=st.integers(0, count - 1)))
+    rest = draw(
+        arrays(np.int64, st.integers(fewest_rows, most_rows), elements=st.integers(0, count - 1))
+    )
     return np.concatenate([np.arange(count), rest])
 
 
@@ -55,14 +57,18 @@ def test_dirichlet_partitions_are_exact_covers(classes, clients, alpha, seed):
 
 
 @given(class_lists(), st.integers(1, 4), st.integers(0, 4), st.data(), seeds)
-def test_cluster_partitions_are_exact_covers_of_the_classes_that_groups_chose(classes, groups, more, data, seed):
+def test_cluster_partitions_are_exact_covers_of_the_classes_that_groups_chose(
+    classes, groups, more, data, seed
+):
     count = classes.max() + 1
     per_group = data.draw(st.integers(1, count))
     holdings = clusters(classes, groups + more, groups, per_group, generator(seed, "train"))
     chosen = np.unique(classes[held_rows(holdings)])
     assert_exact_cover(holdings, np.flatnonzero(np.isin(classes, chosen)))
     for group in {holding.group for holding in holdings}:
-        seen = np.unique(classes[held_rows([holding for holding in holdings if holding.group == group])])
+        seen = np.unique(
+            classes[held_rows([holding for holding in holdings if holding.group == group])]
+        )
         assert len(seen) <= per_group
 
 
@@ -80,18 +86,26 @@ def test_natural_partitions_are_exact_covers_and_never_mix_values(classes, clien
 
 
 @given(class_lists(fewest_rows=40), st.integers(1, 10), st.integers(1, 4), seeds)
-def test_shard_partitions_are_exact_covers_of_few_classes_each(classes, clients, shards_per_client, seed):
+def test_shard_partitions_are_exact_covers_of_few_classes_each(
+    classes, clients, shards_per_client, seed
+):
     holdings = shards(classes, clients, shards_per_client, generator(seed, "train"))
     assert_exact_cover(holdings, np.arange(len(classes)))
     longest_shard = -(-len(classes) // (clients * shards_per_client))
     smallest_class = np.bincount(classes).min()
     if smallest_class >= longest_shard:
-        assert all(len(np.unique(classes[holding.rows])) <= 2 * shards_per_client for holding in holdings)
+        assert all(
+            len(np.unique(classes[holding.rows])) <= 2 * shards_per_client for holding in holdings
+        )
 
 
 @given(class_lists(), st.integers(1, 6), st.data(), seeds)
-def test_dealing_is_an_exact_cover_of_the_classes_that_somebody_has_a_share_of(classes, clients, data, seed):
-    shares = data.draw(arrays(np.int64, (clients, int(classes.max()) + 1), elements=st.integers(0, 5)))
+def test_dealing_is_an_exact_cover_of_the_classes_that_somebody_has_a_share_of(
+    classes, clients, data, seed
+):
+    shares = data.draw(
+        arrays(np.int64, (clients, int(classes.max()) + 1), elements=st.integers(0, 5))
+    )
     dealt = deal(classes, shares, generator(seed, "test"))
     wanted = np.flatnonzero(shares.sum(axis=0)[classes] > 0)
     np.testing.assert_array_equal(np.sort(np.concatenate(dealt)), wanted)
@@ -100,8 +114,12 @@ def test_dealing_is_an_exact_cover_of_the_classes_that_somebody_has_a_share_of(c
     assert (np.abs(counts - quotas) < 1).all()
 
 
-@given(st.integers(1, 60), st.floats(0, 0.6), st.floats(0, 0.39), st.none() | st.integers(1, 60), seeds)
-def test_set_aside_rows_are_disjoint_and_leave_some_to_train_on(count, validation, test, max_train, seed):
+@given(
+    st.integers(1, 60), st.floats(0, 0.6), st.floats(0, 0.39), st.none() | st.integers(1, 60), seeds
+)
+def test_set_aside_rows_are_disjoint_and_leave_some_to_train_on(
+    count, validation, test, max_train, seed
+):
     rows = np.arange(100, 100 + count)
     parts = set_aside(rows, validation, test, max_train, generator(seed, "set aside"))
     together = np.concatenate(parts)
@@ -147,8 +165,15 @@ def test_groups_that_share_a_class_divide_its_rows_evenly():
     holdings = clusters(classes, 4, 2, 3, generator(0, "train"))
     counts = class_counts([holding.rows for holding in holdings], classes, 3)
     np.testing.assert_array_equal(counts, np.full((4, 3), 10))
-    assert [holding.name for holding in holdings] == [f"cluster-{g}-client-0{c}" for g in range(2) for c in range(2)]
-    assert [holding.group for holding in holdings] == ["cluster-0", "cluster-0", "cluster-1", "cluster-1"]
+    assert [holding.name for holding in holdings] == [
+        f"cluster-{g}-client-0{c}" for g in range(2) for c in range(2)
+    ]
+    assert [holding.group for holding in holdings] == [
+        "cluster-0",
+        "cluster-0",
+        "cluster-1",
+        "cluster-1",
+    ]
 
 
 def test_small_alpha_gathers_each_class_with_few_clients_and_large_alpha_spreads_it():
@@ -164,7 +189,9 @@ def test_small_alpha_gathers_each_class_with_few_clients_and_large_alpha_spreads
 
 def test_rounding_favours_no_client_of_a_dirichlet_partition():
     classes = np.repeat(np.arange(200), 3)
-    sizes = [len(holding.rows) for holding in dirichlet(classes, 20, 100.0, 1, generator(0, "train"))]
+    sizes = [
+        len(holding.rows) for holding in dirichlet(classes, 20, 100.0, 1, generator(0, "train"))
+    ]
     assert max(sizes) < 3 * np.mean(sizes)
 
 
@@ -185,7 +212,10 @@ def test_a_seed_gives_one_partition_and_another_seed_another(scheme):
     for one, same in zip(first, again, strict=True):
         assert one.name == same.name
         np.testing.assert_array_equal(one.rows, same.rows)
-    assert any(not np.array_equal(one.rows, another.rows) for one, another in zip(first, other, strict=True))
+    assert any(
+        not np.array_equal(one.rows, another.rows)
+        for one, another in zip(first, other, strict=True)
+    )
 
 
 def test_names_are_as_wide_as_the_count_needs():
@@ -196,26 +226,42 @@ def test_names_are_as_wide_as_the_count_needs():
 
 def test_one_client_a_value_is_named_after_it_alone():
     rng = generator(0, "train")
-    assert [holding.name for holding in natural(np.array([0, 1]), ["snips", ""], 1, rng)] == ["snips", "(empty)"]
+    assert [holding.name for holding in natural(np.array([0, 1]), ["snips", ""], 1, rng)] == [
+        "snips",
+        "(empty)",
+    ]
     several = natural(np.zeros(4, dtype=np.int64), ["trec6"], 2, rng, groups=["questions"])
-    assert [(holding.name, holding.group) for holding in several] == [("trec6-0", "questions"), ("trec6-1", "questions")]
+    assert [(holding.name, holding.group) for holding in several] == [
+        ("trec6-0", "questions"),
+        ("trec6-1", "questions"),
+    ]
 
 
 def test_dirichlet_says_at_once_that_there_are_too_few_examples():
-    with pytest.raises(DataError, match=r"5 clients × min_examples 10 need 50 training examples, and there are 20; lower"):
+    with pytest.raises(
+        DataError,
+        match=r"5 clients × min_examples 10 need 50 training examples, and there are 20; lower",
+    ):
         dirichlet(np.zeros(20, dtype=np.int64), 5, 0.1, 10, generator(0, "train"))
 
 
 def test_dirichlet_gives_up_after_many_draws_and_says_what_to_change():
-    with pytest.raises(DataError, match=r"never had 9 training examples \(at best \d+\); raise data\.partition\.alpha, or lower"):
+    with pytest.raises(
+        DataError,
+        match=r"never had 9 training examples \(at best \d+\); raise data\.partition\.alpha, or lower",
+    ):
         dirichlet(np.zeros(100, dtype=np.int64), 10, 0.01, 9, generator(0, "train"))
 
 
 def test_clusters_of_more_classes_than_there_are_are_refused():
-    with pytest.raises(DataError, match=r"30 classes a group, and the training examples have 2; write .*=2 or less"):
+    with pytest.raises(
+        DataError, match=r"30 classes a group, and the training examples have 2; write .*=2 or less"
+    ):
         clusters(np.array([0, 1, 0, 1]), 2, 1, 30, generator(0, "train"))
 
 
 def test_more_shards_than_examples_are_refused():
-    with pytest.raises(DataError, match=r"3 clients × 2 shards need 6 training examples, and there are 5"):
+    with pytest.raises(
+        DataError, match=r"3 clients × 2 shards need 6 training examples, and there are 5"
+    ):
         shards(np.zeros(5, dtype=np.int64), 3, 2, generator(0, "train"))

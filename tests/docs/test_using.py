@@ -32,10 +32,18 @@ def test_every_command_and_line_runs_in_the_order_it_is_shown(first, tmp_path, c
     names = {}
     for block in blocks("python"):
         exec(compile(block, "using.md", "exec"), names)
-    made = ("first.html", "fen-water/README.md", "everyone/Fen Water/README.md", "runs/first/exported/soup", "between/adapter_config.json")
+    made = (
+        "first.html",
+        "fen-water/README.md",
+        "everyone/Fen Water/README.md",
+        "runs/first/exported/soup",
+        "between/adapter_config.json",
+    )
     assert all((tmp_path / name).exists() for name in made)
 
 
 def test_the_recipes_lines_are_a_recipes():
     (lines,) = blocks("yaml")
-    assert Recipe.load("smoke", [f"tracking={yaml.safe_load(lines)['tracking']}"]).tracking == ["tensorboard"]
+    assert Recipe.load("smoke", [f"tracking={yaml.safe_load(lines)['tracking']}"]).tracking == [
+        "tensorboard"
+    ]

@@ -12,10 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmerge_peft import Recipe, distributed, federate
+from fedmerge_peft import Callback, Recipe, distributed, federate
 from fedmerge_peft.engines.distributed import load_engine
 
-SMALL = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]", "rounds=3"]
+SMALL = [
+    "data.max_train=8",
+    "data.max_test=6",
+    "data.filter.provider=[Alder, Birch]",
+    "training.device=cpu",
+    "baselines=[]",
+    "rounds=3",
+]
 SCENARIOS = {
     "fedmerge": [
         "strategy={name: fedmerge, adapters: 3, start: warm, warm_rounds: 1}",
@@ -23,10 +30,21 @@ SCENARIOS = {
         "baselines=[fedavg]",
     ],
     "flhc": ["strategy={name: flhc, adapters: 2, warm_rounds: 1}", "training.clients_per_batch=1"],
-    "ditto": ["strategy=ditto", "clients.fraction=0.5", "training.clients_per_batch=2"],  # three clients, in passes of two and one
+    "ditto": [
+        "strategy=ditto",
+        "clients.fraction=0.5",
+        "training.clients_per_batch=2",
+    ],  # three clients, in passes of two and one
     "flora": ["strategy={name: flora, ranks: [1, 2]}"],
-    "fedem": ["strategy={name: fedem, adapters: 2}", "clients.fraction=0.1"],  # one client, so that a rank has none
-    "failing": ["strategy={name: ifca, adapters: 2}", "clients.failures=skip", "training.clients_per_batch=1"],
+    "fedem": [
+        "strategy={name: fedem, adapters: 2}",
+        "clients.fraction=0.1",
+    ],  # one client, so that a rank has none
+    "failing": [
+        "strategy={name: ifca, adapters: 2}",
+        "clients.failures=skip",
+        "training.clients_per_batch=1",
+    ],
 }
 
 
@@ -54,7 +72,12 @@ def run(folder, name, on_round=None, broken=False):
         one_client_fails(engine)
     if broken and distributed.number() == distributed.count() - 1:
         engine._done = lambda *_: 1 / 0
-    return federate(recipe, folder / name, engine=engine, on_round=on_round)
+    return federate(
+        recipe,
+        folder / name,
+        engine=engine,
+        callbacks=[Callback(on_round=on_round)] if on_round else [],
+    )
 
 
 def main(folder, *names):

@@ -35,20 +35,28 @@ def test_a_federation_in_batches_of_four_is_that_of_one_at_a_time(smoke, name):
     def federation(clients):
         strategy = f"strategy={{name: {name}, {STRATEGIES[name]}}}"
         recipe = smoke(
-            strategy, "rounds=2", "training.optimizer=sgd", "training.learning_rate=0.1", f"training.clients_per_batch={clients}"
+            strategy,
+            "rounds=2",
+            "training.optimizer=sgd",
+            "training.learning_rate=0.1",
+            f"training.clients_per_batch={clients}",
         )
         federation = Federation(recipe, engine_of(recipe))
         return federation, list(federation.rounds())
 
     (one, records), (four, others) = federation(1), federation(4)
     assert (one.engine.clients_per_batch, four.engine.clients_per_batch) == (1, 4)
-    torch.testing.assert_close(four.strategy.soup.rows, one.strategy.soup.rows, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        four.strategy.soup.rows, one.strategy.soup.rows, rtol=1e-3, atol=1e-5
+    )
     torch.testing.assert_close(four.strategy.weights, one.strategy.weights, rtol=1e-3, atol=1e-5)
     for record, other in zip(records, others, strict=True):
         assert other.train_loss == pytest.approx(record.train_loss, rel=1e-4)
         assert other.clients == record.clients
         for client, scores in record.finetuned.clients.items():
-            assert other.finetuned.clients[client]["test_loss"] == pytest.approx(scores["test_loss"], rel=1e-3)
+            assert other.finetuned.clients[client]["test_loss"] == pytest.approx(
+                scores["test_loss"], rel=1e-3
+            )
 
 
 def test_visits_are_taken_up_as_they_are_needed(smoke):
@@ -81,16 +89,26 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
     assert [answer.client for answer in answers] == [0, 1, culprit.name, 3]
     assert str(answers[2]) == f"client {culprit.name}, round 3: ZeroDivisionError: no luck"
     assert isinstance(answers[2].__cause__, ZeroDivisionError)
-    assert "4 clients train one at a time, as they fail together: ZeroDivisionError: no luck" in caplog.text
+    assert (
+        "4 clients train one at a time, as they fail together: ZeroDivisionError: no luck"
+        in caplog.text
+    )
 
 
 def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours_alone(smoke):
     engine = engine_of(smoke("training.clients_per_batch=4"))
     row = engine.start().fresh_row(0)
-    answers = list(engine.exchange(1, [(client, Train(row * torch.nan if client == 2 else row), None) for client in range(4)]))
+    answers = list(
+        engine.exchange(
+            1,
+            [(client, Train(row * torch.nan if client == 2 else row), None) for client in range(4)],
+        )
+    )
     assert all(answers[client].delta.isfinite().all() for client in (0, 1, 3))
     assert isinstance(answers[2], ClientError)
-    assert str(answers[2]).startswith(f"client {engine.clients[2].name}, round 1: its adapter is not finite")
+    assert str(answers[2]).startswith(
+        f"client {engine.clients[2].name}, round 1: its adapter is not finite"
+    )
 
 
 def test_where_memory_runs_out_fewer_train_at_a_time(smoke, monkeypatch, caplog):

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from fedmerge_peft import ClientError, DeviceError, RankError, RecipeError, Run, RunExistsError, federate, resume, sweep
+from fedmerge_peft import (
+    ClientError,
+    DeviceError,
+    RankError,
+    RecipeError,
+    Run,
+    RunExistsError,
+    federate,
+    resume,
+    sweep,
+)
 from fedmerge_peft.cli import main
 from fedmerge_peft.cli.stopping import Stopped
 from fedmerge_peft.engines.assignments import Visits
@@ -52,7 +62,13 @@ def test_visits_are_made_when_they_are_taken():
 
 @pytest.mark.parametrize(
     "error",
-    [ClientError("Ann", 3, "lost"), RecipeError(["one", "two"]), RunExistsError("there", Path("free")), RankError("gone"), Stopped(15)],
+    [
+        ClientError("Ann", 3, "lost"),
+        RecipeError(["one", "two"]),
+        RunExistsError("there", Path("free")),
+        RankError("gone"),
+        Stopped(15),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_reaches_another_process_as_it_is(error):
@@ -61,7 +77,10 @@ def test_an_error_reaches_another_process_as_it_is(error):
     assert (str(again), vars(again)) == (str(error), vars(error))
 
 
-@pytest.mark.parametrize(("wanted", "said"), [("cuda:1", "cuda:1 is one device, and 2 ranks were started"), ("mps", "mps is one device")])
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [("cuda:1", "cuda:1 is one device, and 2 ranks were started"), ("mps", "mps is one device")],
+)
 def test_each_rank_takes_a_device_of_its_own(monkeypatch, wanted, said):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_device("cpu").type == "cpu"
@@ -77,7 +96,9 @@ def test_ranks_find_their_gpus_and_say_where_there_are_too_few(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert str(choose_device("auto")) == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(DeviceError, match=r"rank 2 finds no GPU of its own: this machine has 2") as caught:
+    with pytest.raises(
+        DeviceError, match=r"rank 2 finds no GPU of its own: this machine has 2"
+    ) as caught:
         choose_device("auto")
     assert caught.value.rank == 2  # nobody else may know
 
@@ -86,7 +107,10 @@ def test_a_rank_with_nothing_to_say_waits_for_the_one_that_says_it(monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    for rank, said, waits in (("1", 0, [5.0]), ("0", 1, [5.0])):  # a launcher ends all ranks as soon as one has ended
+    for rank, said, waits in (
+        ("1", 0, [5.0]),
+        ("0", 1, [5.0]),
+    ):  # a launcher ends all ranks as soon as one has ended
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit, match="2"):
             main(["run", "smoke", "training.learnin_rate=1"])
@@ -101,22 +125,36 @@ def test_a_sweep_is_for_processes_of_their_own(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("together", [1, 4])
-def test_a_rank_alone_does_what_an_engine_does_that_knows_of_no_ranks(smoke, tmp_path, left_behind, together):
-    recipe = smoke("strategy=ifca", "clients.failures=skip", f"training.clients_per_batch={together}")
+def test_a_rank_alone_does_what_an_engine_does_that_knows_of_no_ranks(
+    smoke, tmp_path, left_behind, together
+):
+    recipe = smoke(
+        "strategy=ifca", "clients.failures=skip", f"training.clients_per_batch={together}"
+    )
     local = LocalEngine.from_recipe(recipe)
     RANKED["one_client_fails"](local)
-    ranked = RankedEngine(recipe, local.clients, local.task, local.examples, local.backbone, local.accelerator)
-    runs = [federate(recipe, tmp_path / type(engine).__name__, engine=engine) for engine in (local, ranked)]
+    ranked = RankedEngine(
+        recipe, local.clients, local.task, local.examples, local.backbone, local.accelerator
+    )
+    runs = [
+        federate(recipe, tmp_path / type(engine).__name__, engine=engine)
+        for engine in (local, ranked)
+    ]
     assert left_behind(runs[0].path) == left_behind(runs[1].path)
     assert all(record["failures"] for record in runs[1].records)
 
 
-@pytest.mark.parametrize(("training", "passes"), [("training.epochs=2", 2), ("training.steps=3", 3 * 4 / 6)])
+@pytest.mark.parametrize(
+    ("training", "passes"), [("training.epochs=2", 2), ("training.steps=3", 3 * 4 / 6)]
+)
 def test_a_clients_work_is_its_tokens_times_its_passes(smoke, training, passes):
     engine = RankedEngine.from_recipe(smoke(training, "training.batch_size=4"))
     held = engine.clients[0]
     assert held.size == 6
-    train, scored = (int(engine.examples.lengths[rows].sum()) for rows in (held.train, [*held.validation, *held.test]))
+    train, scored = (
+        int(engine.examples.lengths[rows].sum())
+        for rows in (held.train, [*held.validation, *held.test])
+    )
     assert engine._work(0) == 3 * passes * train + scored
 
 
@@ -124,14 +162,24 @@ def test_a_clients_work_is_its_tokens_times_its_passes(smoke, training, passes):
 
 
 def command(*program):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, program)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *map(str, program),
+    ]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def launched(*program):
-    return subprocess.run(command(*program), capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
+    return subprocess.run(
+        command(*program), capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +187,9 @@ def on_one_rank(tmp_path_factory):
     """The folder of the scenarios' runs in one process."""
     folder = tmp_path_factory.mktemp("one")
     program = [sys.executable, PROGRAM, folder, *SCENARIOS]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -162,7 +212,9 @@ def test_two_ranks_leave_behind_what_one_does(on_one_rank, on_two_ranks, left_be
 
 
 @pytest.mark.slow
-def test_after_a_kill_of_both_ranks_the_run_goes_on_with_the_same_bits(on_one_rank, tmp_path, left_behind):
+def test_after_a_kill_of_both_ranks_the_run_goes_on_with_the_same_bits(
+    on_one_rank, tmp_path, left_behind
+):
     killed = launched(PROGRAM, tmp_path, "kill", "fedmerge")
     run = Run(tmp_path / "fedmerge")
     assert killed.returncode != 0
@@ -185,9 +237,17 @@ def test_where_a_rank_fails_in_a_way_nobody_meant_all_end_and_say_which(tmp_path
 
 @pytest.mark.slow
 def test_a_signal_lets_all_ranks_end_the_round_and_says_once_how_to_go_on(tmp_path):
-    recipe = ["smoke", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]", "rounds=100000"]
+    recipe = [
+        "smoke",
+        "data.filter.provider=[Alder, Birch]",
+        "training.device=cpu",
+        "baselines=[]",
+        "rounds=100000",
+    ]
     program = command("-m", "fedmerge_peft", "run", *recipe, "--out", tmp_path / "run", "-q")
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     while not re.search(r"round +2/", line := process.stdout.readline()):
         assert line, process.communicate()[1]
     process.send_signal(signal.SIGTERM)
@@ -202,14 +262,27 @@ def test_a_signal_lets_all_ranks_end_the_round_and_says_once_how_to_go_on(tmp_pa
 
 @pytest.mark.slow
 def test_what_is_wrong_with_a_recipe_is_said_once(tmp_path):
-    done = launched("-m", "fedmerge_peft", "run", "smoke", "training.learnin_rate=1", "--out", tmp_path / "run")
+    done = launched(
+        "-m", "fedmerge_peft", "run", "smoke", "training.learnin_rate=1", "--out", tmp_path / "run"
+    )
     assert done.returncode != 0
     assert done.stderr.count("unknown key") == 1
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    done = launched("-m", "fedmerge_peft", "run", "smoke", "training.device=cpu", "--out", tmp_path / "full")
+    done = launched(
+        "-m", "fedmerge_peft", "run", "smoke", "training.device=cpu", "--out", tmp_path / "full"
+    )
     assert done.returncode != 0
     assert done.stderr.count("already holds other files") == 1
-    done = launched("-m", "fedmerge_peft", "run", "smoke", "training.device=cpu", "task.label=quue", "--out", tmp_path / "run")
+    done = launched(
+        "-m",
+        "fedmerge_peft",
+        "run",
+        "smoke",
+        "training.device=cpu",
+        "task.label=quue",
+        "--out",
+        tmp_path / "run",
+    )
     assert done.returncode != 0
     assert done.stderr.count("'quue'") == 1  # found by both, when they load the data

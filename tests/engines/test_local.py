@@ -11,7 +11,9 @@ from fedmerge_peft.training.evaluation import evaluate, example_losses
 
 
 def losses_on(engine, row, indices):
-    return example_losses(engine.backbone, engine.task, engine.accelerator, row, engine.examples, indices, 4)
+    return example_losses(
+        engine.backbone, engine.task, engine.accelerator, row, engine.examples, indices, 4
+    )
 
 
 def test_a_clients_losses_are_those_of_its_training_examples(smoke_engine):
@@ -19,7 +21,15 @@ def test_a_clients_losses_are_those_of_its_training_examples(smoke_engine):
     for client in smoke_engine.clients:
         found = smoke_engine._losses(client, row)
         torch.testing.assert_close(found, losses_on(smoke_engine, row, client.train))
-        scores = evaluate(smoke_engine.backbone, smoke_engine.task, smoke_engine.accelerator, row, smoke_engine.examples, client.train, 4)
+        scores = evaluate(
+            smoke_engine.backbone,
+            smoke_engine.task,
+            smoke_engine.accelerator,
+            row,
+            smoke_engine.examples,
+            client.train,
+            4,
+        )
         assert float(found.mean()) == pytest.approx(scores["loss"], rel=1e-5)
         assert not set(client.train) & {*client.test, *client.validation}
 
@@ -31,25 +41,41 @@ def test_ifca_chooses_by_training_losses(smoke, smoke_engine):
 
     def best(part):
         clients = smoke_engine.clients
-        return [int(torch.stack([losses_on(smoke_engine, row, getattr(c, part)).sum() for row in rows]).argmin()) for c in clients]
+        return [
+            int(
+                torch.stack(
+                    [losses_on(smoke_engine, row, getattr(c, part)).sum() for row in rows]
+                ).argmin()
+            )
+            for c in clients
+        ]
 
     assert [choices[client] for client in range(6)] == best("train") != best("test")
 
 
-def test_what_dittos_clients_have_after_training_is_what_they_are_served_with_in_the_next_round(smoke):
-    recipe = smoke("strategy={name: ditto, regularization: 1.0}", "rounds=3", "training.learning_rate=0.02")
+def test_what_dittos_clients_have_after_training_is_what_they_are_served_with_in_the_next_round(
+    smoke,
+):
+    recipe = smoke(
+        "strategy={name: ditto, regularization: 1.0}", "rounds=3", "training.learning_rate=0.02"
+    )
     records = list(Federation(recipe, LocalEngine.from_recipe(recipe)).rounds())
     for now, then in pairwise(records):
         for name, scores in now.finetuned.clients.items():
             assert then.served.clients[name] == pytest.approx(scores, rel=1e-5)
-            assert now.served.clients[name]["test_loss"] != pytest.approx(scores["test_loss"], rel=1e-3)
+            assert now.served.clients[name]["test_loss"] != pytest.approx(
+                scores["test_loss"], rel=1e-3
+            )
 
 
 @pytest.mark.parametrize(("strategy", "scored"), [("local", 6 + 4 * 6), ("fedavg", 4 * 12 + 6)])
 def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
     """Who trains alone is served with what it ended with; the scores are those that a second look would give."""
     asked = []
-    monkeypatch.setattr("fedmerge_peft.engines.local.evaluate", lambda *given: asked.append(given) or evaluate(*given))
+    monkeypatch.setattr(
+        "fedmerge_peft.engines.local.evaluate",
+        lambda *given: asked.append(given) or evaluate(*given),
+    )
     recipe = smoke(f"strategy={{name: {strategy}}}", "rounds=4", "data.validation_fraction=0")
     engine = LocalEngine.from_recipe(recipe)
     federation = Federation(recipe, engine)
@@ -60,9 +86,9 @@ def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
         same = [then.clients[name] == scores for name, scores in now.finetuned.clients.items()]
         assert all(same) == (strategy == "local")
     fresh = LocalEngine.from_recipe(recipe)
-    assert dict(fresh.measure((index, federation.strategy.served(index)) for index in range(6))) == {
-        index: last.clients[client.name] for index, client in enumerate(engine.clients)
-    }
+    assert dict(
+        fresh.measure((index, federation.strategy.served(index)) for index in range(6))
+    ) == {index: last.clients[client.name] for index, client in enumerate(engine.clients)}
 
 
 def test_another_clients_scores_are_not_taken(smoke_engine):
@@ -77,7 +103,9 @@ def test_scores_on_other_frozen_weights_are_not_taken(smoke_engine):
     (before,) = dict(smoke_engine.measure([(0, row)])).values()
     try:
         name = next(iter(backbone.scaling))
-        backbone.set_base({name: torch.full_like(backbone.model.get_submodule(name).base_layer.weight, 0.1)})
+        backbone.set_base(
+            {name: torch.full_like(backbone.model.get_submodule(name).base_layer.weight, 0.1)}
+        )
         (other,) = dict(smoke_engine.measure([(0, row)])).values()
     finally:
         backbone.set_base({})

@@ -20,7 +20,13 @@ from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.runs import checkpoint
 from fedmerge_peft.util import files
 
-SMALL = ["data.max_train=4", "data.max_test=3", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "evaluation.finetuned=false"]
+SMALL = [
+    "data.max_train=4",
+    "data.max_test=3",
+    "data.filter.provider=[Alder, Birch]",
+    "training.device=cpu",
+    "evaluation.finetuned=false",
+]
 EVENTS = {"open", "os.rename", "os.link", "os.truncate", "os.remove", "os.mkdir"}
 
 
@@ -79,7 +85,9 @@ def child(asked, engine, write):
 
 def main():
     torch.set_num_threads(1)
-    engine = LocalEngine.from_recipe(Recipe.load("smoke", SMALL))  # trains nothing here: a fork would not like it
+    engine = LocalEngine.from_recipe(
+        Recipe.load("smoke", SMALL)
+    )  # trains nothing here: a fork would not like it
     for line in sys.stdin:
         asked = json.loads(line)
         read, write = os.pipe()
@@ -100,7 +108,9 @@ def main():
         if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
             sys.exit("the child failed")
         with os.fdopen(read) as answer:
-            print(json.dumps([os.WIFSIGNALED(status), json.loads(answer.read() or "0")]), flush=True)
+            print(
+                json.dumps([os.WIFSIGNALED(status), json.loads(answer.read() or "0")]), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from fedmerge_peft import ClientError, TooFewClientsError, federate, load_run, resume
+from fedmerge_peft import Callback, ClientError, TooFewClientsError, federate, load_run, resume
 from fedmerge_peft.engines import local
 from fedmerge_peft.util.seeds import derive
 
@@ -25,7 +25,9 @@ def unreliable(smoke_engine, monkeypatch):
                 name = smoke_engine.clients[answer.client].name
                 dice = random.Random(derive(7, "fault", number, name))
                 if dice.random() < rate:
-                    answer = happened[number, name] = dice.choice([ClientError(name, number, "lost"), None, NAN(answer)])
+                    answer = happened[number, name] = dice.choice(
+                        [ClientError(name, number, "lost"), None, NAN(answer)]
+                    )
                 if answer is not None:
                     yield answer
 
@@ -56,7 +58,9 @@ def test_with_a_fifth_of_the_replies_failing_a_run_ends_and_every_failure_is_acc
     assert run.soup.rows.isfinite().all()
 
 
-def test_a_run_with_failures_resumes_to_the_same_bits(smoke, smoke_engine, unreliable, tmp_path, left_behind):
+def test_a_run_with_failures_resumes_to_the_same_bits(
+    smoke, smoke_engine, unreliable, tmp_path, left_behind
+):
     unreliable(0.2)
     federate(smoke(*SKIP), tmp_path / "whole", engine=smoke_engine)
 
@@ -65,17 +69,28 @@ def test_a_run_with_failures_resumes_to_the_same_bits(smoke, smoke_engine, unrel
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        federate(smoke(*SKIP), tmp_path / "parts", engine=smoke_engine, on_round=interrupt)
+        federate(
+            smoke(*SKIP),
+            tmp_path / "parts",
+            engine=smoke_engine,
+            callbacks=[Callback(on_round=interrupt)],
+        )
     resume(tmp_path / "parts", engine=smoke_engine)
     assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
 
 
-def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(smoke, smoke_engine, tmp_path, monkeypatch, left_behind):
+def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(
+    smoke, smoke_engine, tmp_path, monkeypatch, left_behind
+):
     recipe = smoke(*SKIP, "clients.min_clients=3")
     federate(recipe, tmp_path / "whole", engine=smoke_engine)
     exchange = smoke_engine.exchange
     with monkeypatch.context() as patch:
-        patch.setattr(smoke_engine, "exchange", lambda number, visits: list(exchange(number, visits))[: 6 if number < 3 else 2])
+        patch.setattr(
+            smoke_engine,
+            "exchange",
+            lambda number, visits: list(exchange(number, visits))[: 6 if number < 3 else 2],
+        )
         with pytest.raises(TooFewClientsError, match="round 3: 2 of 6 clients replied well"):
             federate(recipe, tmp_path / "parts", engine=smoke_engine)
     assert len(load_run(tmp_path / "parts").records) == 2
@@ -83,7 +98,9 @@ def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(smoke, smok
     assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
 
 
-def test_a_client_that_cannot_be_scored_is_left_out_of_the_final_scores_alone(smoke, smoke_engine, tmp_path, monkeypatch):
+def test_a_client_that_cannot_be_scored_is_left_out_of_the_final_scores_alone(
+    smoke, smoke_engine, tmp_path, monkeypatch
+):
     evaluate, culprit = local.evaluate, smoke_engine.clients[1]
 
     def fail(*args):
@@ -107,9 +124,25 @@ def test_a_client_that_takes_too_long_is_left_out_when_it_is_done(smoke, smoke_e
 def test_the_command_line_says_how_to_go_on(tmp_path, capsys):
     from fedmerge_peft.cli import main
 
-    small = ["data.max_train=4", "data.max_test=2", "training.device=cpu", "baselines=[]", "clients.timeout=1e-9"]
+    small = [
+        "data.max_train=4",
+        "data.max_test=2",
+        "training.device=cpu",
+        "baselines=[]",
+        "clients.timeout=1e-9",
+    ]
     with pytest.raises(SystemExit) as caught:
-        main(["run", "smoke", *small, "clients.failures=skip", "--out", str(tmp_path / "run"), "--quiet"])
+        main(
+            [
+                "run",
+                "smoke",
+                *small,
+                "clients.failures=skip",
+                "--out",
+                str(tmp_path / "run"),
+                "--quiet",
+            ]
+        )
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert "0 of 12 clients replied well" in said
@@ -119,4 +152,7 @@ def test_the_command_line_says_how_to_go_on(tmp_path, capsys):
 
 def test_records_of_runs_without_failures_say_so(smoke, smoke_engine, tmp_path):
     run = federate(smoke(), tmp_path / "run", engine=smoke_engine)
-    assert all(json.loads(line)["failures"] == {} for line in (run.path / "metrics.jsonl").read_text().splitlines())
+    assert all(
+        json.loads(line)["failures"] == {}
+        for line in (run.path / "metrics.jsonl").read_text().splitlines()
+    )

@@ -13,7 +13,10 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 STRATEGIES = {
-    "fedmerge": ["strategy={name: fedmerge, adapters: 3, start: warm, warm_rounds: 2, server_momentum: 0.5}", "baselines=[fedavg]"],
+    "fedmerge": [
+        "strategy={name: fedmerge, adapters: 3, start: warm, warm_rounds: 2, server_momentum: 0.5}",
+        "baselines=[fedavg]",
+    ],
     "ditto": ["strategy={name: ditto, server_optimizer: adam}", "baselines=[]"],
     "fesem": ["strategy={name: fesem, adapters: 2}", "baselines=[]"],
 }
@@ -26,11 +29,20 @@ def killable():
     """``killable(path, strategy, together, kill)``: whether it was killed, and how many events there were."""
     program = [sys.executable, str(Path(__file__).with_name("killable.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
 
     def ask(path, strategy, together, kill=None):
-        overrides = [*STRATEGIES[strategy], "rounds=4", "clients.fraction=0.5", f"training.clients_per_batch={together}"]
-        process.stdin.write(json.dumps({"path": str(path), "strategy": overrides, "kill": kill}) + "\n")
+        overrides = [
+            *STRATEGIES[strategy],
+            "rounds=4",
+            "clients.fraction=0.5",
+            f"training.clients_per_batch={together}",
+        ]
+        process.stdin.write(
+            json.dumps({"path": str(path), "strategy": overrides, "kill": kill}) + "\n"
+        )
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge_peft import ClientError, Federation, Recipe, RecipeError, RunError, RunExistsError, federate, load_run
+from fedmerge_peft import (
+    ClientError,
+    Federation,
+    Recipe,
+    RecipeError,
+    RunError,
+    RunExistsError,
+    federate,
+    load_run,
+)
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.runs.environment import source
 from fedmerge_peft.runs.writer import RunWriter
@@ -37,7 +46,9 @@ def engine():
 
 
 def same(one, two):
-    return torch.equal(one.strategy.soup.rows, two.strategy.soup.rows) and torch.equal(one.strategy.weights, two.strategy.weights)
+    return torch.equal(one.strategy.soup.rows, two.strategy.soup.rows) and torch.equal(
+        one.strategy.weights, two.strategy.weights
+    )
 
 
 def test_same_seed_same_bits_from_loading_to_the_last_round():
@@ -50,13 +61,18 @@ def test_same_seed_same_bits_from_loading_to_the_last_round():
 def test_another_seed_gives_another_federation(engine):
     first, second = Federation(recipe(), engine), Federation(recipe("seed=1"))
     assert not torch.equal(first.strategy.soup.rows, second.strategy.soup.rows)
-    assert [client.name for client in first.engine.clients] == [client.name for client in second.engine.clients]
+    assert [client.name for client in first.engine.clients] == [
+        client.name for client in second.engine.clients
+    ]
 
 
-@pytest.mark.parametrize("override", ["training.learning_rate=0.5", "seed=1", "lora.r=4", "evaluation.finetuned=false"])
+@pytest.mark.parametrize(
+    "override", ["training.learning_rate=0.5", "seed=1", "lora.r=4", "evaluation.finetuned=false"]
+)
 def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
     with pytest.raises(
-        RecipeError, match=rf"{override.split('.')[0].split('=')[0]}: the engine was loaded for a recipe that says otherwise"
+        RecipeError,
+        match=rf"{override.split('.')[0].split('=')[0]}: the engine was loaded for a recipe that says otherwise",
     ):
         Federation(recipe(override), engine)
 
@@ -69,29 +85,45 @@ def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
 
 
 def test_one_adapter_is_fedavg_to_the_end(engine):
-    one, fedavg = Federation(recipe("strategy.adapters=1"), engine), Federation(recipe("strategy=fedavg"), engine)
+    one, fedavg = (
+        Federation(recipe("strategy.adapters=1"), engine),
+        Federation(recipe("strategy=fedavg"), engine),
+    )
     list(one.rounds())
     list(fedavg.rounds())
     torch.testing.assert_close(one.strategy.adapter(0), fedavg.strategy.adapter(0))
 
 
 def test_identical_starts_stay_fedavg_through_real_training(engine):
-    same_start, fedavg = Federation(recipe("strategy.start=identical"), engine), Federation(recipe("strategy=fedavg"), engine)
+    same_start, fedavg = (
+        Federation(recipe("strategy.start=identical"), engine),
+        Federation(recipe("strategy=fedavg"), engine),
+    )
     list(same_start.rounds())
     list(fedavg.rounds())
-    torch.testing.assert_close(same_start.strategy.adapter(3), fedavg.strategy.adapter(3), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        same_start.strategy.adapter(3), fedavg.strategy.adapter(3), rtol=1e-3, atol=1e-5
+    )
     torch.testing.assert_close(same_start.strategy.weights, torch.full((6, 3), 1 / 3))
 
 
 def test_merged_scores_are_of_what_was_sent_and_finetuned_of_what_was_trained(engine):
     federation = Federation(recipe(), engine)
-    sent = dict(engine.measure((client, federation.strategy.adapter(client)) for client in range(6)))
+    sent = dict(
+        engine.measure((client, federation.strategy.adapter(client)) for client in range(6))
+    )
     record = next(federation.rounds())
-    assert record.served.clients == {engine.clients[client].name: scores for client, scores in sent.items()}
+    assert record.served.clients == {
+        engine.clients[client].name: scores for client, scores in sent.items()
+    }
     assert record.finetuned.clients != record.served.clients
     values = [scores["test_accuracy"] for scores in record.served.clients.values()]
     assert record.served.mean == pytest.approx(sum(values) / 6)
-    assert record.served.worst == min(values) == record.served.clients[record.served.worst_client]["test_accuracy"]
+    assert (
+        record.served.worst
+        == min(values)
+        == record.served.clients[record.served.worst_client]["test_accuracy"]
+    )
 
 
 def test_only_one_adapter_travels_each_way(engine):
@@ -105,7 +137,9 @@ def test_a_fraction_of_the_clients_is_drawn_anew_each_round(engine):
     cohorts = [federation.cohort(number) for number in range(1, 7)]
     assert all(len(cohort) == 3 for cohort in cohorts)
     assert len({tuple(cohort) for cohort in cohorts}) > 1
-    assert [record.clients for record in federation.rounds()] == [[engine.clients[i].name for i in cohort] for cohort in cohorts]
+    assert [record.clients for record in federation.rounds()] == [
+        [engine.clients[i].name for i in cohort] for cohort in cohorts
+    ]
 
 
 def test_rounds_without_measuring_have_no_scores(engine):
@@ -118,7 +152,9 @@ def test_a_failing_client_is_named_with_its_round_and_cause(engine, monkeypatch)
         raise ZeroDivisionError("no luck")
 
     monkeypatch.setattr("fedmerge_peft.engines.local.train", fail)
-    with pytest.raises(ClientError, match=r"client Harbour Clinic, round 1: ZeroDivisionError: no luck") as caught:
+    with pytest.raises(
+        ClientError, match=r"client Harbour Clinic, round 1: ZeroDivisionError: no luck"
+    ) as caught:
         list(Federation(recipe(), engine).rounds())
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -131,15 +167,24 @@ def test_a_client_that_cannot_be_measured_is_named_with_the_rounds_completed(eng
         raise ZeroDivisionError("no luck")
 
     monkeypatch.setattr("fedmerge_peft.engines.local.evaluate", fail)
-    with pytest.raises(ClientError, match=r"client Harbour Clinic, round 2: scored after the round: ZeroDivisionError: no luck") as caught:
+    with pytest.raises(
+        ClientError,
+        match=r"client Harbour Clinic, round 2: scored after the round: ZeroDivisionError: no luck",
+    ) as caught:
         federation.measure()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert caught.value.round == 2
 
 
 def test_an_adapter_that_is_not_finite_never_reaches_the_soup():
-    federation = Federation(recipe("training.learning_rate=1e30", "training.optimizer=sgd", "training.max_grad_norm=null"))
-    with pytest.raises(ClientError, match=r"not finite after training; lower training\.learning_rate"):
+    federation = Federation(
+        recipe(
+            "training.learning_rate=1e30", "training.optimizer=sgd", "training.max_grad_norm=null"
+        )
+    )
+    with pytest.raises(
+        ClientError, match=r"not finite after training; lower training\.learning_rate"
+    ):
         list(federation.rounds())
     assert federation.strategy.soup.rows.isfinite().all()
 
@@ -149,11 +194,17 @@ def test_an_adapter_that_is_not_finite_never_reaches_the_soup():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, engine):
-    return federate(recipe("rounds=3", "baselines=[fedavg, local]"), tmp_path_factory.mktemp("runs") / "first", engine=engine)
+    return federate(
+        recipe("rounds=3", "baselines=[fedavg, local]"),
+        tmp_path_factory.mktemp("runs") / "first",
+        engine=engine,
+    )
 
 
 def test_a_run_leaves_everything_behind(run):
-    names = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
+    names = {
+        path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()
+    }
     assert {
         "recipe.yaml",
         "environment.json",
@@ -173,15 +224,27 @@ def test_a_run_leaves_everything_behind(run):
 
 def test_the_environment_says_when_and_by_what_a_run_was_made(run):
     said = load_run(run.path).environment
-    assert {"started", "python", "platform", "processor", "device", "threads", "packages"} <= said.keys()
+    assert {
+        "started",
+        "python",
+        "platform",
+        "processor",
+        "device",
+        "threads",
+        "packages",
+    } <= said.keys()
     assert said["started"].endswith("Z")
     assert said["packages"]["fedmerge-peft"] == version("fedmerge-peft")
-    assert {key: said[key] for key in ("commit", "dirty") if key in said} == source(Path(files.__file__).parent)
+    assert {key: said[key] for key in ("commit", "dirty") if key in said} == source(
+        Path(files.__file__).parent
+    )
 
 
 def git(folder, *arguments):
     me = ["-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *me, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *me, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -195,7 +258,10 @@ def test_a_checkout_is_known_by_its_commit_and_by_changes_in_the_package(tmp_pat
     git(tmp_path, "add", "src")
     git(tmp_path, "commit", "-m", "code")
     (tmp_path / "notes.txt").touch()
-    assert source.__wrapped__(package) == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    assert source.__wrapped__(package) == {
+        "commit": git(tmp_path, "rev-parse", "HEAD"),
+        "dirty": False,
+    }
     (package / "more.py").touch()
     assert source.__wrapped__(package)["dirty"]
 
@@ -208,7 +274,16 @@ def test_without_git_there_is_no_commit(monkeypatch):
 def test_metrics_hold_one_object_a_round(run):
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in records] == [1, 2, 3]
-    expected = {"seconds", "train_loss", "served", "finetuned", "weights_entropy", "adapter_mass", "bytes_down", "bytes_up"}
+    expected = {
+        "seconds",
+        "train_loss",
+        "served",
+        "finetuned",
+        "weights_entropy",
+        "adapter_mass",
+        "bytes_down",
+        "bytes_up",
+    }
     assert expected <= records[0].keys()
     assert {"mean", "worst", "clients"} <= records[0]["served"].keys()
 
@@ -230,32 +305,46 @@ def test_frames_show_rounds_clients_and_weights(run):
 
 
 def test_the_best_round_has_the_lowest_mean_validation_loss(run):
-    candidates = [(record["served"]["validation_loss"], record["round"] - 1) for record in run.records]
+    candidates = [
+        (record["served"]["validation_loss"], record["round"] - 1) for record in run.records
+    ]
     candidates.append((run.summary["final"]["served"]["validation_loss"], 3))
     assert run.summary["best"]["after_round"] == min(candidates)[1]
 
 
-def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(run, engine, tiny_models, tmp_path):
+def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(
+    run, engine, tiny_models, tmp_path
+):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
     run.save_adapter("Lantern Logistics", tmp_path)
-    plain = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=len(engine.task.labels))
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        tiny_models / "bert", num_labels=len(engine.task.labels)
+    )
     plain = PeftModel.from_pretrained(plain, tmp_path).eval()
     names = [client.name for client in engine.clients]
-    engine.backbone.load_row(run.soup.merge(torch.tensor(run.weights.to_numpy())[names.index("Lantern Logistics")]))
+    engine.backbone.load_row(
+        run.soup.merge(torch.tensor(run.weights.to_numpy())[names.index("Lantern Logistics")])
+    )
     tokens = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        torch.testing.assert_close(plain(input_ids=tokens).logits, engine.backbone.model(input_ids=tokens).logits)
+        torch.testing.assert_close(
+            plain(input_ids=tokens).logits, engine.backbone.model(input_ids=tokens).logits
+        )
 
 
-def test_an_exact_adapter_is_the_average_of_updates_in_plain_peft(run, engine, tiny_models, tmp_path):
+def test_an_exact_adapter_is_the_average_of_updates_in_plain_peft(
+    run, engine, tiny_models, tmp_path
+):
     """The features of a layer under the exact adapter are the weighted mean of those under each adapter of the soup."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
     run.save_adapter("Lantern Logistics", tmp_path, exact=True)
-    plain = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=len(engine.task.labels))
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        tiny_models / "bert", num_labels=len(engine.task.labels)
+    )
     plain = PeftModel.from_pretrained(plain, tmp_path).eval()
     layer = plain.get_base_model().bert.encoder.layer[0].attention.self.query
     hidden = torch.randn(1, 3, 32)
@@ -326,7 +415,8 @@ def test_a_full_disk_is_one_clear_error_and_loses_no_finished_round(tmp_path, en
     save_file = module.save_file
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(
-        RunError, match=r"round-00002.safetensors cannot be written \(No space left on device\); finished rounds are intact"
+        RunError,
+        match=r"round-00002.safetensors cannot be written \(No space left on device\); finished rounds are intact",
     ):
         federate(recipe("rounds=3"), tmp_path / "run", engine=engine)
     assert [record["round"] for record in load_run(tmp_path / "run").records] == [1]
@@ -343,9 +433,13 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
     federation = Federation(recipe(), engine)
     run = RunWriter.create(tmp_path / "run", recipe(), engine)
     scores = federation.measure()
-    run.offer_best(0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy)
+    run.offer_best(
+        0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy
+    )
     run.offer_best(1, dataclasses.replace(scores, validation_loss=1.0), federation.strategy)
-    run.offer_best(2, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy)
+    run.offer_best(
+        2, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy
+    )
     assert json.loads((tmp_path / "run" / "best" / "scores.json").read_text())["after_round"] == 1
 
 
@@ -363,8 +457,12 @@ def test_a_name_that_leads_elsewhere_is_refused(engine, name):
 
 
 def test_a_run_that_ends_while_warming_says_so(engine):
-    records = list(Federation(recipe("strategy.start=warm", "strategy.warm_rounds=3"), engine).rounds())
-    assert records[-1].warnings == ["clients are grouped after round 3, and this was round 2: so far this is FedAvg"]
+    records = list(
+        Federation(recipe("strategy.start=warm", "strategy.warm_rounds=3"), engine).rounds()
+    )
+    assert records[-1].warnings == [
+        "clients are grouped after round 3, and this was round 2: so far this is FedAvg"
+    ]
 
 
 def test_a_folder_without_a_run_is_one_clear_error(tmp_path):

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from fedmerge_peft import Federation
-from fedmerge_peft.adapters.lora_factors import INPUT_SIDE, RANDOM, columns_named, factors, rank_columns
+from fedmerge_peft.adapters.lora_factors import (
+    INPUT_SIDE,
+    RANDOM,
+    columns_named,
+    factors,
+    rank_columns,
+)
 from fedmerge_peft.recipe.strategies import StrategyName
 from fedmerge_peft.training.plan import Mixture
 
@@ -24,7 +30,9 @@ class Half:
     """Two rounds: what there was before the second one, what came back in it, and what there is now."""
 
     def __init__(self, smoke, engine, name):
-        recipe = smoke(f"strategy={{name: {name}, {SETTINGS.get(name, '')}}}", "clients.fraction=0.5")
+        recipe = smoke(
+            f"strategy={{name: {name}, {SETTINGS.get(name, '')}}}", "clients.fraction=0.5"
+        )
         federation = Federation(recipe, engine)
         self.strategy = federation.strategy
         self.layout = engine.backbone.layout
@@ -75,7 +83,13 @@ class Half:
         elif name == "ifca":
             allowed[[reply.choice for reply in self.replies]] = True
         elif name in ("fesem", "flhc"):  # a first reply after the clustering moves nothing
-            allowed[[int(self.strategy.clusters[client]) for client in self.asked if client in self.earlier]] = True
+            allowed[
+                [
+                    int(self.strategy.clusters[client])
+                    for client in self.asked
+                    if client in self.earlier
+                ]
+            ] = True
         elif name == "ffa_lora":
             allowed[:] = ~columns_named(self.layout, RANDOM)
         else:
@@ -85,7 +99,10 @@ class Half:
     def numbers(self, name):
         """How many numbers travel down and up for one client, in the first round and in the second."""
         size, head = self.layout.size, int(self.head.sum())
-        a, b = (sum(part.size for part in side) for side in zip(*[(layer.a, layer.b) for layer in factors(self.layout)], strict=True))
+        a, b = (
+            sum(part.size for part in side)
+            for side in zip(*[(layer.a, layer.b) for layer in factors(self.layout)], strict=True)
+        )
         assert a + b + head == size
         if name == "flora":  # three clients' stacks of the first round go to everyone
             return [(head, size), (3 * (a + b) + head, size)]

@@ -8,27 +8,61 @@ from typing import get_args
 import pytest
 import torch
 
-from fedmerge_peft import RecipeError, ResumeError, Run, RunExistsError, federate, resume
+from fedmerge_peft import Callback, RecipeError, ResumeError, Run, RunExistsError, federate, resume
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.recipe.strategies import StrategyName
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.util import files
 from fedmerge_peft.util.stateful import Stateful
 
-TINY = ["data.max_train=4", "data.max_test=2", "evaluation.finetuned=false", "rounds=4", "clients.fraction=0.5"]
+TINY = [
+    "data.max_train=4",
+    "data.max_test=2",
+    "evaluation.finetuned=false",
+    "rounds=4",
+    "clients.fraction=0.5",
+]
 
 VARIANTS = [
     *({"name": name} for name in get_args(StrategyName)),
-    {"name": "fedmerge", "adapters": 3, "rule": "adam", "weights_memory": 0.5, "balance_rounds": 3, "reseed_after": 1},
-    {"name": "fedmerge", "adapters": 3, "start": "warm", "warm_rounds": 3},  # stopped before the grouping
-    {"name": "fedmerge", "adapters": 3, "start": "warm", "warm_rounds": 1, "server_optimizer": "adam"},  # and after it
+    {
+        "name": "fedmerge",
+        "adapters": 3,
+        "rule": "adam",
+        "weights_memory": 0.5,
+        "balance_rounds": 3,
+        "reseed_after": 1,
+    },
+    {
+        "name": "fedmerge",
+        "adapters": 3,
+        "start": "warm",
+        "warm_rounds": 3,
+    },  # stopped before the grouping
+    {
+        "name": "fedmerge",
+        "adapters": 3,
+        "start": "warm",
+        "warm_rounds": 1,
+        "server_optimizer": "adam",
+    },  # and after it
     {"name": "fedavg", "server_optimizer": "adam"},
     {"name": "fesem", "adapters": 6},  # waits for its last clients
     {"name": "flhc", "adapters": 2, "warm_rounds": 3},
     {"name": "flexlora", "ranks": [1, 2]},
     {"name": "flora", "ranks": [1, 2]},
 ]
-MOMENTUM = ("fedmerge", "fedavg", "fedavg_ft", "fedprox", "ditto", "fedrep", "feddpa", "ffa_lora", "fedsa_lora")
+MOMENTUM = (
+    "fedmerge",
+    "fedavg",
+    "fedavg_ft",
+    "fedprox",
+    "ditto",
+    "fedrep",
+    "feddpa",
+    "ffa_lora",
+    "fedsa_lora",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +73,9 @@ def engine(smoke):
 @pytest.fixture(scope="module")
 def uninterrupted(smoke, engine, tmp_path_factory, left_behind):
     """What a run of ``tiny()`` leaves behind."""
-    return left_behind(federate(smoke(*TINY), tmp_path_factory.mktemp("runs") / "whole", engine=engine).path)
+    return left_behind(
+        federate(smoke(*TINY), tmp_path_factory.mktemp("runs") / "whole", engine=engine).path
+    )
 
 
 @pytest.fixture
@@ -59,7 +95,7 @@ def stop_after(number, strategy=None):
         if record.round == number and strategy in (None, names[-1]):
             raise KeyboardInterrupt
 
-    return {"on_start": start, "on_round": interrupt}
+    return {"callbacks": [Callback(on_start=start, on_round=interrupt)]}
 
 
 def interrupted(recipe, path, engine, after=2, strategy=None):
@@ -82,10 +118,16 @@ def numbers(thing):
 
 
 def same(one, other):
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one is other or one == other
+    return (
+        torch.equal(one, other)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        else one is other or one == other
+    )
 
 
-@pytest.mark.parametrize("strategy", VARIANTS, ids=lambda strategy: "-".join(map(str, strategy.values())))
+@pytest.mark.parametrize(
+    "strategy", VARIANTS, ids=lambda strategy: "-".join(map(str, strategy.values()))
+)
 def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, strategy):
     momentum = {"server_momentum": 0.5} if strategy["name"] in MOMENTUM else {}
     recipe = tiny(f"strategy={json.dumps({**momentum, **strategy})}")
@@ -98,18 +140,31 @@ def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, s
         if record.round == 2:
             shutil.copytree(tmp_path / "whole", tmp_path / "parts")
 
-    whole = federate(recipe, tmp_path / "whole", engine=engine, on_start=start, on_round=copy)
+    whole = federate(
+        recipe,
+        tmp_path / "whole",
+        engine=engine,
+        callbacks=[Callback(on_start=start, on_round=copy)],
+    )
     rounds = []
-    resume(tmp_path / "parts", engine=engine, on_round=lambda record: rounds.append(record.round))
+    resume(
+        tmp_path / "parts",
+        engine=engine,
+        callbacks=[Callback(on_round=lambda record: rounds.append(record.round))],
+    )
     assert rounds == [3, 4]
     assert left_behind(tmp_path / "parts") == left_behind(whole.path)
 
     # and nothing that rounds change is forgotten, whether it shows in four of them or not
     federation, before = federations[0]
     after = numbers(federation.strategy)
-    changed = {name for name, value in after.items() if name not in before or not same(value, before[name])}
+    changed = {
+        name for name, value in after.items() if name not in before or not same(value, before[name])
+    }
     remembered = {name.replace("_", "") for name in federation.strategy.state()}
-    assert {name.replace("_", "") for name in changed - {"server._rows"}} <= remembered  # which each step is given anew
+    assert {
+        name.replace("_", "") for name in changed - {"server._rows"}
+    } <= remembered  # which each step is given anew
 
 
 @pytest.mark.parametrize(
@@ -133,7 +188,9 @@ def test_the_server_remembers_its_moments_and_refuses_others(settings, names):
     gradient = torch.arange(6.0).view(2, 3)
     assert torch.equal(first.step(rows, gradient), second.step(rows, gradient))
     if names:
-        with pytest.raises(ValueError, match=r"does not fit where a float32 tensor \(2, 4\) was expected"):
+        with pytest.raises(
+            ValueError, match=r"does not fit where a float32 tensor \(2, 4\) was expected"
+        ):
             make(4).load_state(first.state())
 
 
@@ -183,30 +240,52 @@ def test_baselines_go_on_too(tiny, engine, tmp_path, left_behind):
     began = []
     with pytest.raises(KeyboardInterrupt):
         resume(path, engine=engine, **stop_after(1, "ifca"))
-    run = resume(path, engine=engine, on_start=lambda federation, _: began.append((federation.recipe.strategy.name, federation.completed)))
+    run = resume(
+        path,
+        engine=engine,
+        callbacks=[
+            Callback(
+                on_start=lambda federation, _: began.append(
+                    (federation.recipe.strategy.name, federation.completed)
+                )
+            )
+        ],
+    )
     assert began == [("ifca", 1)]
     assert left_behind(path) == left_behind(whole.path)
     assert run.ended
     assert set(run.baselines) == {"ditto", "ifca"}
 
 
-def test_the_newest_two_checkpoints_are_kept_and_the_soup_is_on_the_disk_once(tiny, engine, tmp_path):
+def test_the_newest_two_checkpoints_are_kept_and_the_soup_is_on_the_disk_once(
+    tiny, engine, tmp_path
+):
     path = interrupted(tiny(), tmp_path / "run", engine, 3)
     names = sorted(found.name for found in (path / "checkpoint").iterdir())
-    assert names == [f"round-0000{number}{part}.safetensors" for number in (2, 3) for part in ("", ".soup")]
-    assert (path / "soup.safetensors").samefile(path / "checkpoint" / "round-00003.soup.safetensors")
+    assert names == [
+        f"round-0000{number}{part}.safetensors" for number in (2, 3) for part in ("", ".soup")
+    ]
+    assert (path / "soup.safetensors").samefile(
+        path / "checkpoint" / "round-00003.soup.safetensors"
+    )
     resume(path, engine=engine)
-    assert (path / "soup.safetensors").samefile(path / "checkpoint" / "round-00004.soup.safetensors")
+    assert (path / "soup.safetensors").samefile(
+        path / "checkpoint" / "round-00004.soup.safetensors"
+    )
 
 
-def test_where_files_cannot_be_linked_they_are_copied(tiny, engine, tmp_path, monkeypatch, left_behind, uninterrupted):
+def test_where_files_cannot_be_linked_they_are_copied(
+    tiny, engine, tmp_path, monkeypatch, left_behind, uninterrupted
+):
 
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     resume(interrupted(tiny(), tmp_path / "run", engine), engine=engine)
-    assert not (tmp_path / "run" / "soup.safetensors").samefile(tmp_path / "run" / "checkpoint" / "round-00004.soup.safetensors")
+    assert not (tmp_path / "run" / "soup.safetensors").samefile(
+        tmp_path / "run" / "checkpoint" / "round-00004.soup.safetensors"
+    )
     assert left_behind(tmp_path / "run") == uninterrupted
 
 
@@ -216,31 +295,47 @@ def test_a_second_name_for_the_same_file_leaves_nothing_beside_it(tmp_path):
     files.link(tmp_path / "one", tmp_path / "two")
     (tmp_path / "three").write_text("3")
     files.link(tmp_path / "three", tmp_path / "two")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one": "1", "two": "3", "three": "3"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "one": "1",
+        "two": "3",
+        "three": "3",
+    }
 
 
 def test_each_start_is_in_the_environment(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "run", engine)
     first = Run(path).environment
     again = resume(path, engine=engine).environment
-    assert [(start["after_round"], start["packages"]) for start in again.pop("resumed")] == [(2, first["packages"])]
+    assert [(start["after_round"], start["packages"]) for start in again.pop("resumed")] == [
+        (2, first["packages"])
+    ]
     assert again == first
 
 
-def test_what_was_written_after_the_checkpoint_is_undone(tiny, engine, tmp_path, left_behind, uninterrupted):
+def test_what_was_written_after_the_checkpoint_is_undone(
+    tiny, engine, tmp_path, left_behind, uninterrupted
+):
     path = interrupted(tiny(), tmp_path / "run", engine, 3)
-    (path / "checkpoint" / "round-00003.safetensors").unlink()  # as if it had been interrupted just before
+    (
+        path / "checkpoint" / "round-00003.safetensors"
+    ).unlink()  # as if it had been interrupted just before
     (path / "checkpoint" / ".round-00003.safetensors.4711").write_text("half")
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"round": 4, "half')
     rounds = []
-    resume(path, engine=engine, on_round=lambda record: rounds.append(record.round))
+    resume(
+        path,
+        engine=engine,
+        callbacks=[Callback(on_round=lambda record: rounds.append(record.round))],
+    )
     assert rounds == [3, 4]
     assert left_behind(path) == uninterrupted
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_without_a_checkpoint_the_first_round_is_done_again(tiny, engine, tmp_path, left_behind, uninterrupted, after):
+def test_without_a_checkpoint_the_first_round_is_done_again(
+    tiny, engine, tmp_path, left_behind, uninterrupted, after
+):
     path = interrupted(tiny(), tmp_path / "run", engine, 1)
     shutil.rmtree(path / "checkpoint")
     if not after:
@@ -254,9 +349,18 @@ def test_without_a_checkpoint_the_first_round_is_done_again(tiny, engine, tmp_pa
 
 
 def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
-    whole = federate(tiny("clients.fraction=1.0", "baselines=[fedavg]"), tmp_path / "whole", engine=engine)
-    short = federate(tiny("rounds=2", "clients.fraction=1.0", "baselines=[fedavg]"), tmp_path / "short", engine=engine)
-    with pytest.raises(ResumeError, match=r"has ended: all of its 2 rounds are done\. For more of them: fedmerge resume .*short rounds=N"):
+    whole = federate(
+        tiny("clients.fraction=1.0", "baselines=[fedavg]"), tmp_path / "whole", engine=engine
+    )
+    short = federate(
+        tiny("rounds=2", "clients.fraction=1.0", "baselines=[fedavg]"),
+        tmp_path / "short",
+        engine=engine,
+    )
+    with pytest.raises(
+        ResumeError,
+        match=r"has ended: all of its 2 rounds are done\. For more of them: fedmerge resume .*short rounds=N",
+    ):
         resume(short.path, engine=engine)
     run = resume(short.path, ["rounds=4"], engine=engine)
     assert run.recipe.rounds == 4
@@ -268,11 +372,19 @@ def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("override", ["seed=1", "training.learning_rate=0.5", "strategy=fedavg", "baselines=[local]", "lora.r=4"])
-def test_overrides_that_would_make_another_run_are_refused(tiny, engine, tmp_path, left_behind, override):
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "training.learning_rate=0.5", "strategy=fedavg", "baselines=[local]", "lora.r=4"],
+)
+def test_overrides_that_would_make_another_run_are_refused(
+    tiny, engine, tmp_path, left_behind, override
+):
     path = interrupted(tiny(), tmp_path / "run", engine)
     before = left_behind(path)
-    with pytest.raises(RecipeError, match=r"this would be another run; .* may change name, rounds, evaluation\.every"):
+    with pytest.raises(
+        RecipeError,
+        match=r"this would be another run; .* may change name, rounds, evaluation\.every",
+    ):
         resume(path, [override], engine=engine)
     assert left_behind(path) == before
 
@@ -288,7 +400,10 @@ def test_a_recipe_that_was_edited_is_refused(tiny, engine, tmp_path):
     path = interrupted(tiny("strategy=ditto"), tmp_path / "run", engine)
     text = (path / "recipe.yaml").read_text()
     (path / "recipe.yaml").write_text(text.replace("regularization: 0.1", "regularization: 0.2"))
-    with pytest.raises(ResumeError, match=r"has changed since round 2: strategy\.regularization was 0\.1 and is 0\.2\. Change it back"):
+    with pytest.raises(
+        ResumeError,
+        match=r"has changed since round 2: strategy\.regularization was 0\.1 and is 0\.2\. Change it back",
+    ):
         resume(path, engine=engine)
     (path / "recipe.yaml").write_text(text)
     resume(path, engine=engine)
@@ -298,11 +413,16 @@ def test_other_clients_are_refused(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "run", engine)
     clients = json.loads((path / "clients.json").read_text())
     (path / "clients.json").write_text(json.dumps(clients[1:]))
-    with pytest.raises(ResumeError, match=r"the data have changed, and clients\.json is not what they say now"):
+    with pytest.raises(
+        ResumeError, match=r"the data have changed, and clients\.json is not what they say now"
+    ):
         resume(path, engine=engine)
 
 
 def test_a_run_that_has_not_ended_names_the_command(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "my run", engine)
-    with pytest.raises(RunExistsError, match=r"already holds a run, .* go on with it: fedmerge resume '.*my run'\. Or choose .* --out"):
+    with pytest.raises(
+        RunExistsError,
+        match=r"already holds a run, .* go on with it: fedmerge resume '.*my run'\. Or choose .* --out",
+    ):
         federate(tiny(), path, engine=engine)

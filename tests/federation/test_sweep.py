@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from fedmerge_peft import Recipe, RecipeError, Run, RunBusyError, RunError, SweepError, expand, federate, sweep
+from fedmerge_peft import (
+    Callback,
+    Recipe,
+    RecipeError,
+    Run,
+    RunBusyError,
+    RunError,
+    SweepError,
+    expand,
+    federate,
+    sweep,
+)
 from fedmerge_peft.engines.local import LocalEngine
 
 TINY = [
@@ -35,7 +46,10 @@ def loads(monkeypatch):
 
 
 def events(into):
-    return {"on_run": lambda name, _, fresh: into.append((name, fresh)), "on_failure": lambda name, error: into.append((name, error))}
+    return {
+        "on_run": lambda name, _, fresh: into.append((name, fresh)),
+        "on_failure": lambda name, error: into.append((name, error)),
+    }
 
 
 def scores(path):
@@ -47,7 +61,9 @@ def test_combinations_share_an_engine_wherever_one_serves_them(tmp_path, loads):
     seen = []
     runs = sweep(recipes, tmp_path / "new" / "sweep", **events(seen))
     assert [recipe.seed for recipe in loads] == [0, 1]
-    assert seen == [(f"strategy={name},seed={seed}", True) for seed in (0, 1) for name in ("fedmerge", "fedavg")]
+    assert seen == [
+        (f"strategy={name},seed={seed}", True) for seed in (0, 1) for name in ("fedmerge", "fedavg")
+    ]
     assert list(runs) == list(recipes)
     alone = federate(recipes["strategy=fedavg,seed=0"], tmp_path / "alone")
     assert scores(alone.path) == scores(runs["strategy=fedavg,seed=0"].path)
@@ -82,8 +98,17 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, left_behind):
         sweep(recipes, tmp_path, on_round=interrupt)
     assert (tmp_path / "strategy=fedavg" / "metrics.jsonl").exists()
     seen, rounds = [], []
-    runs = sweep(recipes, tmp_path, **events(seen), on_round=lambda name, record: rounds.append((name, record.round)))
-    assert seen == [("strategy=local", False), ("strategy=fedavg", True), ("strategy=fedmerge", True)]
+    runs = sweep(
+        recipes,
+        tmp_path,
+        **events(seen),
+        on_round=lambda name, record: rounds.append((name, record.round)),
+    )
+    assert seen == [
+        ("strategy=local", False),
+        ("strategy=fedavg", True),
+        ("strategy=fedmerge", True),
+    ]
     assert rounds == [("strategy=fedavg", 2), ("strategy=fedmerge", 1), ("strategy=fedmerge", 2)]
     whole = federate(recipes["strategy=fedavg"], tmp_path / "whole")
     assert left_behind(tmp_path / "strategy=fedavg") == left_behind(whole.path)
@@ -105,8 +130,14 @@ def test_a_failure_does_not_stop_the_others(tmp_path):
     seen = []
     with pytest.raises(SweepError) as failed:
         sweep(recipes, tmp_path, **events(seen))
-    assert [name for name, how in seen if how is True] == ["task.label=queue,strategy=fedavg", "task.label=queue,strategy=local"]
-    assert list(failed.value.failures) == ["task.label=nosuch,strategy=fedavg", "task.label=nosuch,strategy=local"]
+    assert [name for name, how in seen if how is True] == [
+        "task.label=queue,strategy=fedavg",
+        "task.label=queue,strategy=local",
+    ]
+    assert list(failed.value.failures) == [
+        "task.label=nosuch,strategy=fedavg",
+        "task.label=nosuch,strategy=local",
+    ]
     assert "2 runs of the sweep failed:" in str(failed.value)
     assert "nosuch" in failed.value.failures["task.label=nosuch,strategy=fedavg"]
     assert not any((tmp_path / "task.label=nosuch,strategy=fedavg").iterdir())
@@ -116,7 +147,8 @@ def test_a_run_of_another_recipe_is_refused_before_anything_starts(tmp_path, wri
     taken = write_run("seed=1", ["seed=1", "lora.r=4"], [[0.0], [0.5]])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        RunError, match=r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; lora.r is 4 there and 2 here\."
+        RunError,
+        match=r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; lora.r is 4 there and 2 here\.",
     ):
         sweep(expand("smoke", ["seed=0,1", "rounds=3", "baselines=[]"]), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
@@ -128,15 +160,30 @@ def test_a_run_of_another_recipe_is_refused_before_anything_starts(tmp_path, wri
 
 def test_the_name_in_a_recipe_makes_no_other_recipe(tmp_path, write_run, loads):
     write_run("mine", ["name=old"], [[0.0], [0.5]])
-    assert list(sweep({"mine": Recipe.load("smoke", ["name=new", "rounds=1", "baselines=[]"])}, tmp_path)) == ["mine"]
+    assert list(
+        sweep({"mine": Recipe.load("smoke", ["name=new", "rounds=1", "baselines=[]"])}, tmp_path)
+    ) == ["mine"]
     assert loads == []
 
 
 def test_a_default_that_is_written_out_makes_no_other_recipe(tmp_path, write_run, loads):
-    write_run("old", ["strategy=fedavg", "strategy.server_lr=1.0", "strategy.server_momentum=0"], [[0.0], [0.5]])
-    assert list(sweep({"old": Recipe.load("smoke", ["strategy=fedavg", "rounds=1", "baselines=[]"])}, tmp_path)) == ["old"]
-    adam = Recipe.load("smoke", ["strategy=fedavg", "strategy.server_optimizer=adam", "rounds=1", "baselines=[]"])
-    with pytest.raises(RunError, match=r"server_optimizer is sgd there and adam here; strategy.server_lr is 1.0 there and 0.01 here"):
+    write_run(
+        "old",
+        ["strategy=fedavg", "strategy.server_lr=1.0", "strategy.server_momentum=0"],
+        [[0.0], [0.5]],
+    )
+    assert list(
+        sweep(
+            {"old": Recipe.load("smoke", ["strategy=fedavg", "rounds=1", "baselines=[]"])}, tmp_path
+        )
+    ) == ["old"]
+    adam = Recipe.load(
+        "smoke", ["strategy=fedavg", "strategy.server_optimizer=adam", "rounds=1", "baselines=[]"]
+    )
+    with pytest.raises(
+        RunError,
+        match=r"server_optimizer is sgd there and adam here; strategy.server_lr is 1.0 there and 0.01 here",
+    ):
         sweep({"old": adam}, tmp_path)
     assert loads == []
 
@@ -151,14 +198,24 @@ def test_other_files_are_left_alone(tmp_path, where):
     assert path.read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", ["thesis.txt", "weights/mine.safetensors", "personalized/clinic/adapter_config.json", "baselines/notes"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "thesis.txt",
+        "weights/mine.safetensors",
+        "personalized/clinic/adapter_config.json",
+        "baselines/notes",
+    ],
+)
 def test_other_files_in_an_unfinished_run_are_left_alone(tmp_path, write_run, loads, where):
     unfinished = write_run("smoke", [], [[0.0], [0.5]], finished=False)
     (unfinished / where).parent.mkdir(parents=True, exist_ok=True)
     (unfinished / where).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     recipes = {"smoke": Recipe.load("smoke", ["rounds=1", "baselines=[]"])}
-    with pytest.raises(RunError, match=f"holds an unfinished run, and files that no run writes: {where}\\."):
+    with pytest.raises(
+        RunError, match=f"holds an unfinished run, and files that no run writes: {where}\\."
+    ):
         sweep(recipes, tmp_path)
     with pytest.raises(RunError, match=where):
         Run(unfinished).clear()
@@ -167,8 +224,14 @@ def test_other_files_in_an_unfinished_run_are_left_alone(tmp_path, write_run, lo
 
 
 def test_all_that_a_run_writes_is_cleared(tmp_path, smoke, smoke_engine):
-    run = federate(smoke("rounds=2", "baselines=[fedavg]", "strategy.adapters=2"), tmp_path / "run", engine=smoke_engine)
-    (run.path / "weights" / ".round-00003.safetensors.4711").write_text("killed while this was written")
+    run = federate(
+        smoke("rounds=2", "baselines=[fedavg]", "strategy.adapters=2"),
+        tmp_path / "run",
+        engine=smoke_engine,
+    )
+    (run.path / "weights" / ".round-00003.safetensors.4711").write_text(
+        "killed while this was written"
+    )
     (run.path / "baselines" / "fedavg" / ".recipe.yaml.4711").touch()
     assert len(run.files()) > 20
     run.clear()
@@ -213,7 +276,9 @@ def lock():
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_what_another_process_runs_is_waited_for_after_all_else(tmp_path, write_run, lock, monkeypatch, ends, caplog):
+def test_what_another_process_runs_is_waited_for_after_all_else(
+    tmp_path, write_run, lock, monkeypatch, ends, caplog
+):
     recipes = expand("smoke", ["strategy=local,fedavg", "seed=0,1", *TINY])
     first = next(iter(recipes))
     there = write_run(f"elsewhere/{first}", [*TINY, "strategy=local"], [[0.0], [0.5], [0.7]])
@@ -232,7 +297,10 @@ def test_what_another_process_runs_is_waited_for_after_all_else(tmp_path, write_
     monkeypatch.setattr("fedmerge_peft.federation.sweep.sleep", sleep)
     runs = sweep(recipes, tmp_path, **events(seen))
     assert list(runs) == list(recipes)
-    assert seen[-1] == (first, not ends)  # taken as it is, or run anew where the other has left it undone
+    assert seen[-1] == (
+        first,
+        not ends,
+    )  # taken as it is, or run anew where the other has left it undone
     assert (runs[first].summary["final"]["served"]["mean"] == 0.7) == ends
     assert f"waiting for other processes, which are running {first}" in caplog.messages
 
@@ -246,7 +314,7 @@ def test_a_single_run_is_not_taken_for_an_interrupted_one(tmp_path, lock):
             lock(tmp_path / "run")
         tried.append(1)
 
-    federate(recipe, tmp_path / "run", on_round=another_process)
+    federate(recipe, tmp_path / "run", callbacks=[Callback(on_round=another_process)])
     assert len(tried) == 2
     lock(tmp_path / "run")()
 

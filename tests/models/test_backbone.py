@@ -10,11 +10,18 @@ from fedmerge_peft.recipe.schema import LoraRecipe
 
 def inputs(kind):
     if kind == "vit":
-        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+        return {
+            "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        }
     return {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])}
 
 
-TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj"]}
+TARGETS = {
+    "bert": ["query", "value"],
+    "gpt2": ["c_attn"],
+    "llama": ["q_proj", "v_proj"],
+    "vit": ["q_proj", "v_proj"],
+}
 LORA_FIELDS = [
     {},
     {"use_rslora": True},
@@ -32,7 +39,9 @@ LORA_FIELDS = [
 
 @pytest.mark.parametrize("fields", LORA_FIELDS, ids=str)
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "vit"])
-def test_an_adapter_passes_through_the_slot_unchanged_and_decides_the_output(make_backbone, kind, fields):
+def test_an_adapter_passes_through_the_slot_unchanged_and_decides_the_output(
+    make_backbone, kind, fields
+):
     backbone = make_backbone(kind, {"target_modules": TARGETS[kind], **fields})
     one, two = backbone.fresh_row(1), backbone.fresh_row(2)
     two = two + 0.1
@@ -49,9 +58,17 @@ def test_an_adapter_passes_through_the_slot_unchanged_and_decides_the_output(mak
 
 
 @pytest.mark.parametrize(
-    "fields", [*LORA_FIELDS, {"rank_pattern": {"query": 2}, "alpha_pattern": {"value": 4.0}}, {"trainable_token_indices": [5, 6]}], ids=str
+    "fields",
+    [
+        *LORA_FIELDS,
+        {"rank_pattern": {"query": 2}, "alpha_pattern": {"value": 4.0}},
+        {"trainable_token_indices": [5, 6]},
+    ],
+    ids=str,
 )
-def test_merged_adapters_load_in_plain_peft_and_give_the_same_logits(make_backbone, tiny_models, tmp_path, fields):
+def test_merged_adapters_load_in_plain_peft_and_give_the_same_logits(
+    make_backbone, tiny_models, tmp_path, fields
+):
     from peft import PeftModel
     from safetensors.torch import save_file
     from transformers import AutoModelForSequenceClassification
@@ -62,14 +79,20 @@ def test_merged_adapters_load_in_plain_peft_and_give_the_same_logits(make_backbo
     rows = torch.stack([backbone.fresh_row(number) for number in range(2)]) + 0.05
     soup = AdapterSoup(rows, backbone.layout, backbone.shared)
     merged = soup.merge(torch.tensor([0.3, 0.7]))
-    save_file({k: v.clone() for k, v in soup.state_dict(merged).items()}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.clone() for k, v in soup.state_dict(merged).items()},
+        tmp_path / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
     backbone.config.save_pretrained(tmp_path)
 
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=3)
     plain = PeftModel.from_pretrained(plain, tmp_path).eval()
     backbone.load_row(merged)
     with torch.no_grad():
-        torch.testing.assert_close(plain(**inputs("bert")).logits, backbone.model(**inputs("bert")).logits)
+        torch.testing.assert_close(
+            plain(**inputs("bert")).logits, backbone.model(**inputs("bert")).logits
+        )
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "vit"])
@@ -107,11 +130,20 @@ def test_the_same_seed_gives_the_same_fresh_adapter_and_leaves_the_slot_alone(ma
     one = backbone.fresh_row(7)
     assert torch.equal(torch.rand(1), expected_noise)
     assert torch.equal(backbone.row(), before)
-    assert torch.equal(one, make_backbone("bert", {"target_modules": ["query"]}, seed=5).fresh_row(7))
+    assert torch.equal(
+        one, make_backbone("bert", {"target_modules": ["query"]}, seed=5).fresh_row(7)
+    )
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"bias": "all"}, {"use_dora": True}, {"trainable_token_indices": [5]}, {"modules_to_save": ["pooler"]}]
+    "fields",
+    [
+        {},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"trainable_token_indices": [5]},
+        {"modules_to_save": ["pooler"]},
+    ],
 )
 def test_a_fresh_adapter_does_not_remember_what_was_in_the_slot(make_backbone, fields):
     backbone = make_backbone("bert", {"target_modules": ["query"], **fields})
@@ -130,9 +162,21 @@ def test_weights_that_the_pretrained_model_lacks_travel_in_the_adapter(make_back
     config = make_backbone("bert", {"target_modules": ["query"]}).model.get_base_model().config
     AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(tmp_path)
     recipe = BackboneRecipe(model=str(tmp_path))
-    backbone = load_backbone(recipe, LoraRecipe(target_modules=["query"]), LabelTask(), str(tmp_path), torch.device("cpu"), 0)
-    assert "base_model.model.bert.pooler.dense.weight" in {entry.key for entry in backbone.layout.entries}
-    assert not torch.equal(backbone.fresh_row(1)[backbone.layout.columns("head")], backbone.fresh_row(2)[backbone.layout.columns("head")])
+    backbone = load_backbone(
+        recipe,
+        LoraRecipe(target_modules=["query"]),
+        LabelTask(),
+        str(tmp_path),
+        torch.device("cpu"),
+        0,
+    )
+    assert "base_model.model.bert.pooler.dense.weight" in {
+        entry.key for entry in backbone.layout.entries
+    }
+    assert not torch.equal(
+        backbone.fresh_row(1)[backbone.layout.columns("head")],
+        backbone.fresh_row(2)[backbone.layout.columns("head")],
+    )
 
 
 def test_a_decoder_that_classifies_knows_the_tasks_padding(make_backbone):
@@ -144,7 +188,9 @@ def test_a_decoder_that_classifies_knows_the_tasks_padding(make_backbone):
     padded = torch.tensor([[5, 6, 7, 3, 3]])
     with torch.no_grad():
         plain = backbone.model(input_ids=words).logits
-        longer = backbone.model(input_ids=padded, attention_mask=torch.tensor([[1, 1, 1, 0, 0]])).logits
+        longer = backbone.model(
+            input_ids=padded, attention_mask=torch.tensor([[1, 1, 1, 0, 0]])
+        ).logits
     torch.testing.assert_close(longer, plain)
 
 
@@ -157,7 +203,14 @@ def test_running_statistics_stay_as_they_were_pretrained(tmp_path):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(tmp_path)
     recipe = BackboneRecipe(model=str(tmp_path))
-    backbone = load_backbone(recipe, LoraRecipe(target_modules=["convolution"]), ImageTask(), str(tmp_path), torch.device("cpu"), 0)
+    backbone = load_backbone(
+        recipe,
+        LoraRecipe(target_modules=["convolution"]),
+        ImageTask(),
+        str(tmp_path),
+        torch.device("cpu"),
+        0,
+    )
     before = {name: buffer.clone() for name, buffer in backbone.model.named_buffers()}
     backbone.train()
     backbone.model(pixel_values=torch.randn(4, 3, 32, 32))
@@ -170,7 +223,11 @@ def test_half_precision_with_trained_biases_is_refused(make_backbone):
 
 
 def test_half_precision_with_whole_modules_inside_runs(make_backbone):
-    backbone = make_backbone("bert", {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}, dtype="bfloat16")
+    backbone = make_backbone(
+        "bert",
+        {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]},
+        dtype="bfloat16",
+    )
     assert backbone.model(**inputs("bert")).logits.isfinite().all()
 
 
@@ -186,7 +243,15 @@ def test_a_pretrained_head_with_the_right_labels_is_kept(make_backbone, tmp_path
     again = load_backbone(
         BackboneRecipe(model=str(tmp_path)),
         LoraRecipe(target_modules=["query"]),
-        type("T", (), {"auto_model": "AutoModelForSequenceClassification", "peft_task_type": "SEQ_CLS", "labels": ("a", "b", "c")})(),
+        type(
+            "T",
+            (),
+            {
+                "auto_model": "AutoModelForSequenceClassification",
+                "peft_task_type": "SEQ_CLS",
+                "labels": ("a", "b", "c"),
+            },
+        )(),
         str(tmp_path),
         torch.device("cpu"),
         0,
@@ -217,7 +282,9 @@ def test_adapters_stay_float32_on_a_half_precision_backbone(make_backbone, dtype
 def test_gradient_checkpointing_does_not_change_gradients(make_backbone):
     found = []
     for checkpointing in (False, True):
-        backbone = make_backbone("bert", {"target_modules": ["query"]}, gradient_checkpointing=checkpointing)
+        backbone = make_backbone(
+            "bert", {"target_modules": ["query"]}, gradient_checkpointing=checkpointing
+        )
         backbone.load_row(backbone.fresh_row(1) + 0.01)
         backbone.model.train()
         for module in backbone.model.modules():
@@ -231,17 +298,35 @@ def test_gradient_checkpointing_does_not_change_gradients(make_backbone):
 @pytest.mark.parametrize(
     ("kind", "lora", "message"),
     [
-        ("bert", {"target_modules": ["q_proj"]}, r"no module 'q_proj'; it has query, key, value, dense"),
+        (
+            "bert",
+            {"target_modules": ["q_proj"]},
+            r"no module 'q_proj'; it has query, key, value, dense",
+        ),
         ("bert", {"target_modules": ["query", "quarry"]}, r"no module 'quarry'"),
-        ("bert", {"target_modules": "nothing.*like.this"}, r"cannot carry this adapter: .*modules that can: query"),
+        (
+            "bert",
+            {"target_modules": "nothing.*like.this"},
+            r"cannot carry this adapter: .*modules that can: query",
+        ),
         ("vit", {}, r"no default for vit; name some of q_proj"),
         ("bert", {"target_modules": ["LayerNorm"]}, r"cannot carry this adapter"),
         ("bert", {"target_modules": "qu(ery"}, r"cannot carry this adapter"),
-        ("bert", {"target_modules": ["query"], "trainable_token_indices": [99999]}, r"cannot carry this adapter"),
-        ("bert", {"target_modules": ["query"], "modules_to_save": ["nowhere"]}, r"modules_to_save: .* has no module 'nowhere'"),
+        (
+            "bert",
+            {"target_modules": ["query"], "trainable_token_indices": [99999]},
+            r"cannot carry this adapter",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "modules_to_save": ["nowhere"]},
+            r"modules_to_save: .* has no module 'nowhere'",
+        ),
     ],
 )
-def test_modules_that_do_not_exist_are_refused_with_those_that_do(make_backbone, kind, lora, message):
+def test_modules_that_do_not_exist_are_refused_with_those_that_do(
+    make_backbone, kind, lora, message
+):
     with pytest.raises(BackboneError, match=message):
         make_backbone(kind, lora)
 

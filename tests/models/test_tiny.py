@@ -14,7 +14,9 @@ def test_the_same_kind_gives_the_same_bytes(kind: str, tiny_models: Path, tmp_pa
     again = tiny.write(kind, tmp_path / "again")
     names = sorted(path.name for path in again.iterdir())
     assert names == sorted(path.name for path in (tiny_models / kind).iterdir())
-    assert all((again / name).read_bytes() == (tiny_models / kind / name).read_bytes() for name in names)
+    assert all(
+        (again / name).read_bytes() == (tiny_models / kind / name).read_bytes() for name in names
+    )
 
 
 def test_writing_leaves_torch_generator_as_it_was(tmp_path: Path):
@@ -33,16 +35,22 @@ def test_writing_leaves_torch_generator_as_it_was(tmp_path: Path):
         ("gpt2", "AutoModelForCausalLM", set()),
     ],
 )
-def test_heads_of_classifiers_start_fresh_and_all_else_is_loaded(kind: str, auto: str, fresh: set[str], tiny_models: Path):
+def test_heads_of_classifiers_start_fresh_and_all_else_is_loaded(
+    kind: str, auto: str, fresh: set[str], tiny_models: Path
+):
     _, report = getattr(hf, auto).from_pretrained(tiny_models / kind, output_loading_info=True)
     assert set(report["missing_keys"]) == fresh
 
 
 def test_gpt2_ties_its_output_matrix_and_has_no_pad_token_and_llama_does_neither(tiny_models: Path):
-    gpt2, llama = (hf.AutoModelForCausalLM.from_pretrained(tiny_models / kind) for kind in ("gpt2", "llama"))
+    gpt2, llama = (
+        hf.AutoModelForCausalLM.from_pretrained(tiny_models / kind) for kind in ("gpt2", "llama")
+    )
     assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
     assert llama.lm_head.weight is not llama.model.embed_tokens.weight
-    tokenizers = {kind: hf.AutoTokenizer.from_pretrained(tiny_models / kind) for kind in ("gpt2", "llama")}
+    tokenizers = {
+        kind: hf.AutoTokenizer.from_pretrained(tiny_models / kind) for kind in ("gpt2", "llama")
+    }
     assert tokenizers["gpt2"].pad_token is None
     assert tokenizers["llama"].pad_token == "<pad>"
     assert tokenizers["llama"].chat_template

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe.loading import load
+from fedmerge_peft.recipe import Recipe
 
 MINIMAL = """\
 name: first
@@ -32,7 +32,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | byt
     path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
 
     def write(content: str | bytes) -> Path:
-        path.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+        path.write_bytes(
+            content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+        )
         return path
 
     return write
@@ -45,7 +47,7 @@ def faults(recipe_file: Callable[[str | bytes], Path]) -> Callable[..., list[str
     def read(content: str | bytes, *overrides: str) -> list[str]:
         path = recipe_file(content)
         with pytest.raises(RecipeError) as caught:
-            load(path, overrides)
+            Recipe.load(path, overrides)
         return [fault.replace(f"{path.parent}/", "") for fault in caught.value.faults]
 
     return read

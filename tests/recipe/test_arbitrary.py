@@ -8,12 +8,22 @@ from hypothesis import strategies as st
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.error_messages import _keys
-from fedmerge_peft.recipe.loading import load
 from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.recipe.yaml_document import write
 
-KEYS = sorted({key for _, _, key in _keys()})
-TAGS = ["fedmerge", "fedavg", "local", "iid", "dirichlet", "clusters", "natural", "shards", "causal-lm", "image-classification"]
+KEYS = sorted({key for _, _, key in _keys(Recipe)})
+TAGS = [
+    "fedmerge",
+    "fedavg",
+    "local",
+    "iid",
+    "dirichlet",
+    "clusters",
+    "natural",
+    "shards",
+    "causal-lm",
+    "image-classification",
+]
 VALID = Recipe.model_validate(
     {
         "name": "x",
@@ -55,10 +65,18 @@ TOKENS = [
     "`",
     "~",
 ]
-YAML_LIKE = st.lists(st.one_of(st.sampled_from([*TOKENS, *KEYS, *TAGS]), st.text(max_size=3))).map("".join)
-TEXT = st.one_of(st.sampled_from(KEYS + TAGS), st.text(st.characters(exclude_categories=["Cs"]), max_size=5))
+YAML_LIKE = st.lists(st.one_of(st.sampled_from([*TOKENS, *KEYS, *TAGS]), st.text(max_size=3))).map(
+    "".join
+)
+TEXT = st.one_of(
+    st.sampled_from(KEYS + TAGS), st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+)
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT)
-NESTED = st.recursive(LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)), max_leaves=12)
+NESTED = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
+    max_leaves=12,
+)
 
 
 @st.composite
@@ -68,7 +86,11 @@ def spoilt(draw):
     for _ in range(draw(st.integers(1, 3))):
         section = plain
         while True:
-            key = draw(st.one_of(st.sampled_from(sorted(section)), TEXT)) if isinstance(section, dict) and section else None
+            key = (
+                draw(st.one_of(st.sampled_from(sorted(section)), TEXT))
+                if isinstance(section, dict) and section
+                else None
+            )
             if key is None:
                 break
             if isinstance(section.get(key), dict) and draw(st.booleans()):
@@ -82,15 +104,16 @@ def spoilt(draw):
 OVERRIDE = st.one_of(
     st.text(),
     YAML_LIKE,
-    st.tuples(st.lists(st.one_of(st.sampled_from(KEYS), TEXT), min_size=1, max_size=3).map(".".join), st.one_of(YAML_LIKE, TEXT)).map(
-        "=".join
-    ),
+    st.tuples(
+        st.lists(st.one_of(st.sampled_from(KEYS), TEXT), min_size=1, max_size=3).map(".".join),
+        st.one_of(YAML_LIKE, TEXT),
+    ).map("=".join),
 )
 
 
 def faults(path, overrides):
     try:
-        assert isinstance(load(path, overrides), Recipe)
+        assert isinstance(Recipe.load(path, overrides), Recipe)
     except RecipeError as error:
         return error.faults
     return None
@@ -102,7 +125,11 @@ def check(recipe_file, content, overrides=()):
     if found is not None:
         assert found
         assert all(fault.isprintable() for fault in found)
-        lines = [int(fault.split(":")[1]) for fault in found if fault.startswith(f"{path}:") and fault.split(":")[1].isdigit()]
+        lines = [
+            int(fault.split(":")[1])
+            for fault in found
+            if fault.startswith(f"{path}:") and fault.split(":")[1].isdigit()
+        ]
         assert lines == sorted(lines)
 
 

@@ -19,40 +19,106 @@ TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, o
         ("rounds: true", "rounds: found true, expected a whole number above 0"),
         ("rounds:", "rounds: found nothing, expected a whole number above 0"),
         ("rounds: [1]", "rounds: found a list, expected a whole number above 0"),
-        ("lora: {dropout: 1}", "lora.dropout: found 1, expected a number at least 0.0 and below 1.0"),
-        ("lora: {dropout: .nan}", "lora.dropout: found .nan, expected a number at least 0.0 and below 1.0"),
-        ("training: {learning_rate: .inf}", "training.learning_rate: found .inf, expected a number above 0"),
+        (
+            "lora: {dropout: 1}",
+            "lora.dropout: found 1, expected a number at least 0.0 and below 1.0",
+        ),
+        (
+            "lora: {dropout: .nan}",
+            "lora.dropout: found .nan, expected a number at least 0.0 and below 1.0",
+        ),
+        (
+            "training: {learning_rate: .inf}",
+            "training.learning_rate: found .inf, expected a number above 0",
+        ),
         ("training: {device: 3}", "training.device: found 3, expected text"),
         ("training: 3", "training: found 3, expected a section (key: value, indented below)"),
         ("training:", "training: found nothing, expected a section (key: value, indented below)"),
-        ("evaluation: {finetuned: maybe}", "evaluation.finetuned: found text 'maybe', expected true or false"),
-        ("lora: {bias: lora}", "lora.bias: found text 'lora', expected one of none, all, lora_only"),
-        ("training: {optimizer: adam}", "found text 'adam', expected one of adamw, sgd; did you mean 'adamw'?"),
-        ("lora: {target_modules: 3}", "lora.target_modules: found 3, expected a list of text, text, or null"),
-        ("lora: {target_modules: [1, a]}", "lora.target_modules: found a list, expected a list of text, text, or null"),
-        ("lora: {layers_to_transform: x}", "found text 'x', expected a list of whole numbers, a whole number, or null"),
+        (
+            "evaluation: {finetuned: maybe}",
+            "evaluation.finetuned: found text 'maybe', expected true or false",
+        ),
+        (
+            "lora: {bias: lora}",
+            "lora.bias: found text 'lora', expected one of none, all, lora_only",
+        ),
+        (
+            "training: {optimizer: adam}",
+            "found text 'adam', expected one of adamw, sgd; did you mean 'adamw'?",
+        ),
+        (
+            "lora: {target_modules: 3}",
+            "lora.target_modules: found 3, expected a list of text, text, or null",
+        ),
+        (
+            "lora: {target_modules: [1, a]}",
+            "lora.target_modules: found a list, expected a list of text, text, or null",
+        ),
+        (
+            "lora: {layers_to_transform: x}",
+            "found text 'x', expected a list of whole numbers, a whole number, or null",
+        ),
         ("lora: {modules_to_save: [a, 1]}", "lora.modules_to_save[1]: found 1, expected text"),
-        ("lora: {rank_pattern: {q.*: 0}}", "lora.rank_pattern.q.*: found 0, expected a whole number above 0"),
-        ("strategy: fedmerg", "strategy: found text 'fedmerg', expected one of METHODS; did you mean 'fedmerge'?"),
-        ("strategy: {name: fedmerg}", "strategy.name: found text 'fedmerg', expected one of METHODS; did you mean"),
+        (
+            "lora: {rank_pattern: {q.*: 0}}",
+            "lora.rank_pattern.q.*: found 0, expected a whole number above 0",
+        ),
+        (
+            "strategy: fedmerg",
+            "strategy: found text 'fedmerg', expected one of METHODS; did you mean 'fedmerge'?",
+        ),
+        (
+            "strategy: {name: fedmerg}",
+            "strategy.name: found text 'fedmerg', expected one of METHODS; did you mean",
+        ),
         ("strategy: {name: [a]}", "strategy.name: found a list, expected one of METHODS"),
         ("strategy: {adapters: 3}", "strategy.name: missing, expected one of METHODS"),
         ("strategy: 3", "strategy: found 3, expected a section with name: one of METHODS"),
-        ("strategy: {name: fedavg, server_lr: 0}", "strategy.server_lr: found 0, expected a number above 0"),
-        ("strategy: {name: fedavg, adapters: 3}", "strategy.adapters: unknown key for fedavg; it belongs to fedmerge"),
-        ("baselines: fedavg", "baselines: found text 'fedavg', expected a list of sections with name: one of METHODS"),
-        ("baselines: [fedav]", "baselines[0]: found text 'fedav', expected one of METHODS; did you mean 'fedavg'?"),
-        ("baselines: [local, {name: fedavg, adapters: 3}]", "baselines[1].adapters: unknown key for fedavg; it belongs to fedmerge"),
-        ("baselines: [local, local]", "baselines: each strategy may appear once, and local appears again"),
-        ("lora: {init_lora_weights: pissa}", "lora.init_lora_weights: 'pissa' cannot be merged on a shared backbone"),
+        (
+            "strategy: {name: fedavg, server_lr: 0}",
+            "strategy.server_lr: found 0, expected a number above 0",
+        ),
+        (
+            "strategy: {name: fedavg, adapters: 3}",
+            "strategy.adapters: unknown key for fedavg; it belongs to fedmerge",
+        ),
+        (
+            "baselines: fedavg",
+            "baselines: found text 'fedavg', expected a list of sections with name: one of METHODS",
+        ),
+        (
+            "baselines: [fedav]",
+            "baselines[0]: found text 'fedav', expected one of METHODS; did you mean 'fedavg'?",
+        ),
+        (
+            "baselines: [local, {name: fedavg, adapters: 3}]",
+            "baselines[1].adapters: unknown key for fedavg; it belongs to fedmerge",
+        ),
+        (
+            "baselines: [local, local]",
+            "baselines: each strategy may appear once, and local appears again",
+        ),
+        (
+            "lora: {init_lora_weights: pissa}",
+            "lora.init_lora_weights: 'pissa' cannot be merged on a shared backbone",
+        ),
         ("traning: {}", "traning: unknown key; did you mean 'training'?"),
-        ("training: {learnin_rate: 1}", "training.learnin_rate: unknown key; did you mean 'learning_rate'?"),
-        ("training: {learning-rate: 1}", "training.learning-rate: unknown key; did you mean 'learning_rate'?"),
+        (
+            "training: {learnin_rate: 1}",
+            "training.learnin_rate: unknown key; did you mean 'learning_rate'?",
+        ),
+        (
+            "training: {learning-rate: 1}",
+            "training.learning-rate: unknown key; did you mean 'learning_rate'?",
+        ),
         ("learning_rate: 1e-3", "learning_rate: unknown key; it belongs under training"),
         ("batch_size: 8", "batch_size: unknown key; it belongs under training or under evaluation"),
         ("lora: {rounds: 8}", "lora.rounds: unknown key; it belongs at the top level"),
         ("learnin_rate: 1e-3", "learnin_rate: unknown key; did you mean 'training.learning_rate'?"),
-        ("evaluation: {xyzzy: 1}", "evaluation.xyzzy: unknown key; the keys here are batch_size, every, finetuned"),
+        (
+            "evaluation: {xyzzy: 1}",
+            "evaluation.xyzzy: unknown key; the keys here are batch_size, every, finetuned",
+        ),
         ("<<: {rounds: 3}", "<<: unknown key"),
     ],
 )
@@ -65,26 +131,62 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("clients: 4", "clients: four", "recipe.yaml:10: data.partition.clients: found text 'four', expected a whole number above 0"),
-        ("clients: 4", "client: 4", "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: How many clients."),
-        ("clients: 4", "clients: 4\n    alpha: 1", "recipe.yaml:11: data.partition.alpha: unknown key for iid; it belongs to dirichlet"),
-        ("scheme: iid", "scheme: idd", "recipe.yaml:9: data.partition.scheme: found text 'idd', expected one of iid, dirichlet,"),
+        (
+            "clients: 4",
+            "clients: four",
+            "recipe.yaml:10: data.partition.clients: found text 'four', expected a whole number above 0",
+        ),
+        (
+            "clients: 4",
+            "client: 4",
+            "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: How many clients.",
+        ),
+        (
+            "clients: 4",
+            "clients: 4\n    alpha: 1",
+            "recipe.yaml:11: data.partition.alpha: unknown key for iid; it belongs to dirichlet",
+        ),
+        (
+            "scheme: iid",
+            "scheme: idd",
+            "recipe.yaml:9: data.partition.scheme: found text 'idd', expected one of iid, dirichlet,",
+        ),
         (
             "scheme: iid",
             "by: a",
             "recipe.yaml:8: data.partition.scheme: missing, expected one of iid, dirichlet, clusters, natural, shards",
         ),
-        ("  path: embedded:support-tickets\n", "", "recipe.yaml:6: data.path: missing, expected text: A hub id"),
+        (
+            "  path: embedded:support-tickets\n",
+            "",
+            "recipe.yaml:6: data.path: missing, expected text: A hub id",
+        ),
         ("name: first\n", "", "recipe.yaml:1: name: missing, expected text: Name of the run"),
-        ("path:", "filter: {task: [a, [b]]}\n  path:", f"recipe.yaml:7: data.filter.task: {TWO_LISTS.format('a list')}"),
-        ("path:", "filter: {task: .nan}\n  path:", f"recipe.yaml:7: data.filter.task: {TWO_LISTS.format('.nan')}"),
+        (
+            "path:",
+            "filter: {task: [a, [b]]}\n  path:",
+            f"recipe.yaml:7: data.filter.task: {TWO_LISTS.format('a list')}",
+        ),
+        (
+            "path:",
+            "filter: {task: .nan}\n  path:",
+            f"recipe.yaml:7: data.filter.task: {TWO_LISTS.format('.nan')}",
+        ),
         (
             "task: sequence-classification",
             "task: {name: causal-lm, num_labels: 2}",
             "task.num_labels: unknown key for causal-lm; it belongs to",
         ),
-        ("task: sequence-classification", "task: {name: causal-lm, metrics: []}", "task.metrics: found an empty list, expected a list"),
-        ("task: sequence-classification", "task: {name: causal-lm, metrics: [acuracy]}", "task.metrics[0]: found text 'acuracy'"),
+        (
+            "task: sequence-classification",
+            "task: {name: causal-lm, metrics: []}",
+            "task.metrics: found an empty list, expected a list",
+        ),
+        (
+            "task: sequence-classification",
+            "task: {name: causal-lm, metrics: [acuracy]}",
+            "task.metrics[0]: found text 'acuracy'",
+        ),
     ],
 )
 def test_a_fault_stands_at_the_line_and_path_that_the_user_wrote(old, new, fault, minimal, faults):
@@ -94,10 +196,14 @@ def test_a_fault_stands_at_the_line_and_path_that_the_user_wrote(old, new, fault
 
 def test_all_faults_come_at_once_in_the_order_of_lines(minimal, faults):
     found = faults(
-        minimal.replace("seed: 1", "seed: -1") + "strategy: {name: fedavg, adapters: 1}\nrounds: x\nsead: 1\nlora: {r: 0}\n",
+        minimal.replace("seed: 1", "seed: -1")
+        + "strategy: {name: fedavg, adapters: 1}\nrounds: x\nsead: 1\nlora: {r: 0}\n",
         "training.epochs=0",
     )
-    assert [fault.partition(": ")[0] for fault in found] == [*(f"recipe.yaml:{line}" for line in (2, 11, 12, 13, 14)), "command line"]
+    assert [fault.partition(": ")[0] for fault in found] == [
+        *(f"recipe.yaml:{line}" for line in (2, 11, 12, 13, 14)),
+        "command line",
+    ]
 
 
 def test_control_characters_never_reach_the_terminal(minimal, faults):

@@ -10,7 +10,10 @@ ALONE = "baselines=[]"
 
 def test_every_combination_has_a_name_made_from_what_varies():
     recipes = expand("smoke", ["strategy.adapters=3,6", "rounds=5", "seed=0,1", ALONE])
-    assert [(name, recipe.strategy.adapters, recipe.seed, recipe.rounds) for name, recipe in recipes.items()] == [
+    assert [
+        (name, recipe.strategy.adapters, recipe.seed, recipe.rounds)
+        for name, recipe in recipes.items()
+    ] == [
         ("strategy.adapters=3,seed=0", 3, 0, 5),
         ("strategy.adapters=3,seed=1", 3, 1, 5),
         ("strategy.adapters=6,seed=0", 6, 0, 5),
@@ -47,7 +50,9 @@ def test_sections_are_values():
 @pytest.mark.parametrize("value", ["rows[1].csv", "../data/a b.csv", "a#b", "a: b"])
 def test_values_that_are_no_flow_yaml_reach_the_recipes_own_reader(value):
     try:
-        assert [recipe.data.path for recipe in expand("smoke", [f"data.path={value}", ALONE]).values()] == [value]
+        assert [
+            recipe.data.path for recipe in expand("smoke", [f"data.path={value}", ALONE]).values()
+        ] == [value]
     except RecipeError as error:
         assert "data.path" in str(error)  # noqa: PT017 - a: b is a section, which no path is
 
@@ -56,7 +61,13 @@ def test_names_are_names_of_folders_and_differ():
     paths = "data.path=a/b,a:b,../../etc," + "x" * 300
     names = list(expand("smoke", [paths, "seed=0,1", ALONE]))
     assert len(set(names)) == 8
-    assert all(len(name) <= 120 and name.isascii() and not set(name) & set("/:\\ ") and not name.startswith(".") for name in names)
+    assert all(
+        len(name) <= 120
+        and name.isascii()
+        and not set(name) & set("/:\\ ")
+        and not name.startswith(".")
+        for name in names
+    )
 
 
 def test_baselines_are_there_once_for_each_combination_of_the_rest():
@@ -68,8 +79,13 @@ def test_baselines_are_there_once_for_each_combination_of_the_rest():
         "strategy=local,seed=1",
     ]
     assert not any(recipe.baselines for recipe in recipes.values())
-    assert list(expand("smoke", ["seed=0,1"])) == [f"strategy={name},seed={seed}" for name in ("fedmerge", "fedavg") for seed in (0, 1)]
-    assert list(expand("smoke", ["strategy=fedavg,fedmerge"])) == ["strategy=fedavg", "strategy=fedmerge"]
+    assert list(expand("smoke", ["seed=0,1"])) == [
+        f"strategy={name},seed={seed}" for name in ("fedmerge", "fedavg") for seed in (0, 1)
+    ]
+    assert list(expand("smoke", ["strategy=fedavg,fedmerge"])) == [
+        "strategy=fedavg",
+        "strategy=fedmerge",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +100,10 @@ def test_baselines_are_there_once_for_each_combination_of_the_rest():
         (["seed=1,0x1"], "seed=1 and seed=0x1 are the same recipe"),
         (["seed=" + ",".join(map(str, range(2000)))], "2,000 combinations"),
         (["seed=a,b", "rounds=0,1"], "rounds: found 0"),
-        (["strategy=fedavg,fedmerge", "strategy.adapters=3"], "strategy.adapters: unknown key for fedavg"),
+        (
+            ["strategy=fedavg,fedmerge", "strategy.adapters=3"],
+            "strategy.adapters: unknown key for fedavg",
+        ),
         (["lora.target_modules=[query,value"], "lora.target_modules"),
     ],
 )

@@ -16,7 +16,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def rows(text):
     """Cells by key, of each table."""
-    return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| `")]
+    return [
+        re.split(r" (?<!\\)\| ", line.strip("| "))
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
 
 
 def sections(kind=Section):
@@ -28,12 +32,16 @@ def sections(kind=Section):
 
 
 def test_the_committed_reference_is_current():
-    assert (DOCS / "recipes.md").read_text(encoding="utf-8") == markdown.reference(), "fedmerge schema --markdown --out docs/recipes.md"
+    assert (DOCS / "recipes.md").read_text(encoding="utf-8") == markdown.reference(), (
+        "fedmerge schema --markdown --out docs/recipes.md"
+    )
 
 
 def test_every_key_of_every_section_is_there():
     keys = {cells[0].strip("`") for cells in rows(markdown.reference())}
-    assert {name for section in sections() for name in section.model_fields} - keys == {"scheme"}  # tells partitions apart, in headings
+    assert {name for section in sections() for name in section.model_fields} - keys == {
+        "scheme"
+    }  # tells partitions apart, in headings
 
 
 def test_a_row_says_type_bounds_default_and_meaning():
@@ -50,8 +58,14 @@ def test_all_defaults_are_what_the_models_say():
     said = {(cells[0].strip("`"), cells[2]) for cells in rows(markdown.reference())}
     for section in [Recipe, *sections()]:
         for name, field in section.model_fields.items():
-            if isinstance(field.default, bool | int | float) and not isinstance(field.default, BaseModel):
-                written = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+            if isinstance(field.default, bool | int | float) and not isinstance(
+                field.default, BaseModel
+            ):
+                written = (
+                    str(field.default).lower()
+                    if isinstance(field.default, bool)
+                    else str(field.default)
+                )
                 assert (name, f"`{written}`") in said
 
 

@@ -4,13 +4,12 @@ import pytest
 
 from fedmerge_peft import Recipe
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe.loading import load, override
 
 
 @pytest.fixture
 def loaded(minimal, recipe_file):
     def loaded(more="", *overrides):
-        return load(recipe_file(minimal + more), overrides)
+        return Recipe.load(recipe_file(minimal + more), overrides)
 
     return loaded
 
@@ -39,7 +38,11 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_defaults(loaded)
         ("task.num_labels=3", "task.num_labels", 3),
         ("data.filter.task=[a,b]", "data.filter", {"task": ["a", "b"]}),
         ("data.filter.my.column=1", "data.filter", {"my.column": 1}),
-        ("lora.rank_pattern.encoder.layer.0.query=4", "lora.rank_pattern", {"encoder.layer.0.query": 4}),
+        (
+            "lora.rank_pattern.encoder.layer.0.query=4",
+            "lora.rank_pattern",
+            {"encoder.layer.0.query": 4},
+        ),
         ("name=a=b", "name", "a=b"),
         (" seed = 5 ", "seed", 5),
     ],
@@ -57,15 +60,28 @@ def test_later_overrides_win(loaded):
 
 
 def test_a_new_kind_of_section_drops_the_keys_of_the_files_kind(loaded):
-    assert loaded("strategy: {name: fedmerge, adapters: 4}\n", "strategy.name=fedavg").strategy.name == "fedavg"
-    partition = loaded("", "data.partition.scheme=dirichlet", "data.partition.alpha=.3").data.partition
+    assert (
+        loaded("strategy: {name: fedmerge, adapters: 4}\n", "strategy.name=fedavg").strategy.name
+        == "fedavg"
+    )
+    partition = loaded(
+        "", "data.partition.scheme=dirichlet", "data.partition.alpha=.3"
+    ).data.partition
     assert (partition.scheme, partition.clients, partition.alpha) == ("dirichlet", 4, 0.3)
-    assert loaded("", "data.partition.scheme=natural", "data.partition.by=organisation").data.partition.by == "organisation"
+    assert (
+        loaded(
+            "", "data.partition.scheme=natural", "data.partition.by=organisation"
+        ).data.partition.by
+        == "organisation"
+    )
     assert loaded("", "task.name=image-classification").task.name == "image-classification"
 
 
 def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, minimal):
-    for overrides in (["strategy.adapters=4", "strategy.name=fedavg"], ["strategy.name=fedavg", "strategy.adapters=4"]):
+    for overrides in (
+        ["strategy.adapters=4", "strategy.name=fedavg"],
+        ["strategy.name=fedavg", "strategy.adapters=4"],
+    ):
         assert faults(minimal, *overrides) == [
             "command line: strategy.adapters: unknown key for fedavg; it belongs to fedmerge or ifca or fesem or flhc or fedem"
         ]
@@ -74,19 +90,43 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("seed", "command line: found 'seed', expected key=value, such as training.learning_rate=1e-4"),
+        (
+            "seed",
+            "command line: found 'seed', expected key=value, such as training.learning_rate=1e-4",
+        ),
         ("=3", "command line: found '=3', expected key=value, such as training.learning_rate=1e-4"),
-        ("a..b=3", "command line: found 'a..b=3', expected key=value, such as training.learning_rate=1e-4"),
-        ("name=\udcff", "command line: found 'name=\\udcff', expected key=value, such as training.learning_rate=1e-4"),
-        ("seed.x=3", "command line: seed.x: seed has no keys; write seed=VALUE, a whole number at least 0"),
-        ("baselines.0=local", "command line: baselines.0: baselines has no keys; write baselines=VALUE, a list of sections with name: "),
+        (
+            "a..b=3",
+            "command line: found 'a..b=3', expected key=value, such as training.learning_rate=1e-4",
+        ),
+        (
+            "name=\udcff",
+            "command line: found 'name=\\udcff', expected key=value, such as training.learning_rate=1e-4",
+        ),
+        (
+            "seed.x=3",
+            "command line: seed.x: seed has no keys; write seed=VALUE, a whole number at least 0",
+        ),
+        (
+            "baselines.0=local",
+            "command line: baselines.0: baselines has no keys; write baselines=VALUE, a list of sections with name: ",
+        ),
         ("seed=x", "command line: seed: found text 'x', expected a whole number at least 0"),
-        ("training.learnin_rate=1", "command line: training.learnin_rate: unknown key; did you mean 'learning_rate'?"),
+        (
+            "training.learnin_rate=1",
+            "command line: training.learnin_rate: unknown key; did you mean 'learning_rate'?",
+        ),
         ("trainin.epochs=1", "command line: trainin: unknown key; did you mean 'training'?"),
         ("learning_rate=1", "command line: learning_rate: unknown key; it belongs under training"),
         ("lora.r=[", "command line: lora.r: not valid YAML: "),
-        ("lora.target_modules=*.query", "command line: lora.target_modules: not valid YAML: anchors (&) and aliases (*) are not used"),
-        ("strategy={name: fedavg, name: local}", "command line: strategy.name: given twice, first at command line; keep one of them"),
+        (
+            "lora.target_modules=*.query",
+            "command line: lora.target_modules: not valid YAML: anchors (&) and aliases (*) are not used",
+        ),
+        (
+            "strategy={name: fedavg, name: local}",
+            "command line: strategy.name: given twice, first at command line; keep one of them",
+        ),
         ("data=3", "command line: data: found 3, expected a section (key: value, indented below)"),
     ],
 )
@@ -101,7 +141,10 @@ def test_all_faults_of_all_overrides_come_at_once(minimal, faults):
 
 def test_a_section_that_the_file_got_wrong_is_not_papered_over(minimal, faults):
     found = faults(minimal + "training: 3\n", "training.epochs=2")
-    assert found[0] == "recipe.yaml:11: training: found 3, expected a section (key: value, indented below)"
+    assert (
+        found[0]
+        == "recipe.yaml:11: training: found 3, expected a section (key: value, indented below)"
+    )
 
 
 def test_a_recipe_can_be_changed_after_it_was_loaded(loaded):
@@ -109,14 +152,20 @@ def test_a_recipe_can_be_changed_after_it_was_loaded(loaded):
     second = first.replace(["strategy.name=fedavg", "lora.rank_pattern.query=2"])
     assert (second.strategy.name, second.lora.rank_pattern) == ("fedavg", {"query": 2})
     assert (first.strategy.name, first.lora.rank_pattern) == ("fedmerge", {})
-    assert override(first, []) == first
+    assert first.replace([]) == first
 
 
 def test_faults_of_a_changed_recipe_name_the_command_line(loaded):
-    with pytest.raises(RecipeError, match=r"^command line: lora.merge: shared_a promises an exact merge"):
+    with pytest.raises(
+        RecipeError, match=r"^command line: lora.merge: shared_a promises an exact merge"
+    ):
         loaded().replace(["lora.use_dora=true", "lora.merge=shared_a"])
 
 
 def test_recipe_load_is_load(minimal, recipe_file):
     path = recipe_file(minimal)
-    assert Recipe.load(path, ["seed=9"]) == load(path, ["seed=9"]) == Recipe.load(str(path)).replace(["seed=9"])
+    assert (
+        Recipe.load(path, ["seed=9"])
+        == Recipe.load(path, ["seed=9"])
+        == Recipe.load(str(path)).replace(["seed=9"])
+    )

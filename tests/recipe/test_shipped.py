@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe import loading
-from fedmerge_peft.recipe.loading import find, load, shipped
+from fedmerge_peft.recipe import Recipe, loading
+from fedmerge_peft.recipe.loading import find, shipped
 
 NAMES = [recipe.name for recipe in shipped()]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_is_valid_and_named_as_its_file(name):
-    assert load(name).name == name
+    assert Recipe.load(name).name == name
 
 
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
@@ -35,7 +35,7 @@ def test_the_overrides_in_a_header_are_valid(recipe_file):
             if line.startswith("#   fedmerge run "):
                 name, *overrides = line.removeprefix("#   fedmerge run ").split()
                 assert name == recipe.name
-                load(name, overrides)
+                Recipe.load(name, overrides)
 
 
 def test_a_name_with_or_without_its_ending_is_the_shipped_recipe(tmp_path, monkeypatch):
@@ -54,7 +54,9 @@ def test_a_file_wins_over_the_shipped_recipe_where_its_ending_is_given(tmp_path,
 def test_the_recipes_in_the_wheel_win(tmp_path, monkeypatch):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "shipped_recipes").mkdir()
-    (tmp_path / "shipped_recipes" / "only.yaml").write_text("# The only one\nname: only\n", encoding="utf-8")
+    (tmp_path / "shipped_recipes" / "only.yaml").write_text(
+        "# The only one\nname: only\n", encoding="utf-8"
+    )
     monkeypatch.setattr(loading, "__file__", str(tmp_path / "recipe" / "loading.py"))
     assert [(recipe.name, recipe.about) for recipe in shipped()] == [("only", "The only one")]
 
@@ -62,8 +64,14 @@ def test_the_recipes_in_the_wheel_win(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
-        ("quikstart", "quikstart: neither a file nor a shipped recipe; did you mean 'quickstart'? (see: fedmerge ls)"),
-        ("nowhere/recipe.yaml", "nowhere/recipe.yaml: neither a file nor a shipped recipe (see: fedmerge ls)"),
+        (
+            "quikstart",
+            "quikstart: neither a file nor a shipped recipe; did you mean 'quickstart'? (see: fedmerge ls)",
+        ),
+        (
+            "nowhere/recipe.yaml",
+            "nowhere/recipe.yaml: neither a file nor a shipped recipe (see: fedmerge ls)",
+        ),
         ("", "'': neither a file nor a shipped recipe (see: fedmerge ls)"),
         ("a\x00b", "a\\x00b: neither a file nor a shipped recipe (see: fedmerge ls)"),
         ("\x1b[31m\n", "\\x1b[31m\\n: neither a file nor a shipped recipe (see: fedmerge ls)"),
@@ -82,7 +90,7 @@ def test_what_is_not_there_is_said_plainly(source, fault):
 
 def test_a_directory_is_not_a_recipe(tmp_path):
     with pytest.raises(RecipeError, match="a directory, expected a YAML file"):
-        load(tmp_path)
+        Recipe.load(tmp_path)
 
 
 def test_an_unreadable_file_is_said_plainly(tmp_path, monkeypatch):
@@ -98,4 +106,4 @@ def test_an_unreadable_file_is_said_plainly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(RecipeError, match=r"recipe.yaml: cannot be read: Permission denied"):
-        load(path)
+        Recipe.load(path)

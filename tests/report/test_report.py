@@ -66,7 +66,11 @@ def rename(run, tmp_path, names):
 def test_the_page_loads_nothing_and_runs_nothing(run):
     page = Page(render([run]))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-    assert not [value for name, value in page.attributes if name in ("src", "href", "style") and value and not value.startswith("#")]
+    assert not [
+        value
+        for name, value in page.attributes
+        if name in ("src", "href", "style") and value and not value.startswith("#")
+    ]
     assert "url(" not in render([run])
     assert "@import" not in render([run])
 
@@ -121,7 +125,9 @@ def test_several_runs_share_a_page_with_a_section_each(run):
 
 @pytest.mark.parametrize("strategy", ["local", "fedem", "flora", "fedavg"])
 def test_other_methods_have_a_page_too(strategy, smoke, smoke_engine, tmp_path):
-    made = federate(smoke(f"strategy={strategy}", "rounds=1"), tmp_path / "run", engine=smoke_engine)
+    made = federate(
+        smoke(f"strategy={strategy}", "rounds=1"), tmp_path / "run", engine=smoke_engine
+    )
     assert strategy in Page(render([made])).text
 
 
@@ -141,20 +147,37 @@ def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path)
     big = rename(run, tmp_path, [])
     names = [f"the hospital on the hill, number {number}" for number in range(200)]
     (big.path / "clients.json").write_text(
-        json.dumps([{"name": name, "group": None, "train": 9, "validation": 1, "test": 4} for name in names])
+        json.dumps(
+            [
+                {"name": name, "group": None, "train": 9, "validation": 1, "test": 4}
+                for name in names
+            ]
+        )
     )
     (big.path / "labels.json").write_text(
-        json.dumps({"labels": [f"label {number}" for number in range(150)], "counts": np.eye(200, 150, dtype=int).tolist()})
+        json.dumps(
+            {
+                "labels": [f"label {number}" for number in range(150)],
+                "counts": np.eye(200, 150, dtype=int).tolist(),
+            }
+        )
     )
     for path in [big.path / "weights.safetensors", *(big.path / "weights").iterdir()]:
         save_file({"weights": torch.softmax(3 * torch.randn(200, 50), dim=1)}, path)
     text = render([big.path])
     Page(text)
-    for width, height, inner in re.findall(r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*?)</svg>', text, re.DOTALL):
+    for width, height, inner in re.findall(
+        r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*?)</svg>', text, re.DOTALL
+    ):
         assert width == "440"
         assert int(height) < 1000
-        assert all(-1 <= float(x) <= 440 for x in re.findall(r'\b(?:x|x1|x2|cx)="(-?[\d.]+)"', inner))
-        assert all(0 <= float(x) <= 440 and 0 <= float(y) <= 1000 for x, y in re.findall(r"M([\d.]+) ([\d.]+)", inner))
+        assert all(
+            -1 <= float(x) <= 440 for x in re.findall(r'\b(?:x|x1|x2|cx)="(-?[\d.]+)"', inner)
+        )
+        assert all(
+            0 <= float(x) <= 440 and 0 <= float(y) <= 1000
+            for x, y in re.findall(r"M([\d.]+) ([\d.]+)", inner)
+        )
     assert len(text) < 2_000_000
 
 
@@ -164,7 +187,9 @@ def test_clients_are_alike_by_what_they_have_in_common():
 
 
 def test_clients_with_like_weights_stand_together():
-    weights = np.array([[0.1, 0.9, 0.0], [0.8, 0.0, 0.2], [0.0, 0.95, 0.05], [0.7, 0.3, 0.0], [0.2, 0.8, 0.0]])
+    weights = np.array(
+        [[0.1, 0.9, 0.0], [0.8, 0.0, 0.2], [0.0, 0.95, 0.05], [0.7, 0.3, 0.0], [0.2, 0.8, 0.0]]
+    )
     assert similar_order(weights).tolist() == [3, 1, 0, 4, 2]
 
 
@@ -180,13 +205,19 @@ def test_clients_that_lose_by_taking_part_are_named(write_run, tmp_path):
     local = write_run("other", ["strategy=local"], [[0.1, 0.1, 0.1], [0.5, 0.7, 0.7]])
     (path / "baselines").mkdir()
     local.rename(path / "baselines" / "local")
-    clients = [{"name": f"client {number}", "group": None, "train": 9, "validation": 1, "test": 40} for number in range(3)]
+    clients = [
+        {"name": f"client {number}", "group": None, "train": 9, "validation": 1, "test": 40}
+        for number in range(3)
+    ]
     (path / "clients.json").write_text(json.dumps(clients))
     from fedmerge_peft.report.advice import _worse_than_baselines
 
     found = [each.found for each in _worse_than_baselines(load_run(path))]
     assert found[0].startswith("local serves better on average: 0.633 against 0.500")
-    assert found[1] == "2 of 3 clients are served worse than if they had trained alone: client 1, client 2"
+    assert (
+        found[1]
+        == "2 of 3 clients are served worse than if they had trained alone: client 1, client 2"
+    )
 
 
 def test_the_verb_writes_the_page(run, tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedmerge_peft import ResumeError, Run, RunError, federate, resume
+from fedmerge_peft import federate, resume, ResumeError, Callback, Run, RunError
 from fedmerge_peft.runs import checkpoint
 from fedmerge_peft.engines.local import LocalEngine
 
@@ -44,7 +44,7 @@ def stopped(tiny, engine, tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        federate(tiny, path, engine=engine, on_round=stop)
+        federate(tiny, path, engine=engine, callbacks=[Callback(on_round=stop)])
     return path
 
 

@@ -38,7 +38,11 @@ def table(task):
             row |= {"image": Pictures.fromarray(pixels), "label": ["cat", "dog"][number // 3 % 2]}
         else:
             row |= {"text": f"{words[number % 4]} {number}"}
-            row |= {"label": ["amber", "blue"][number // 3 % 2]} if task == "sequence-classification" else {}
+            row |= (
+                {"label": ["amber", "blue"][number // 3 % 2]}
+                if task == "sequence-classification"
+                else {}
+            )
     made = Dataset.from_list(rows)
     return made.cast_column("image", Image()) if task == "image-classification" else made
 

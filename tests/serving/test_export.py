@@ -9,7 +9,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from fedmerge_peft import RunError, RunExistsError
-from fedmerge_peft.serving.export import VLLM_RANKS, export_all, export_client, export_soup, folder_name, vllm_says
+from fedmerge_peft.serving.export import (
+    VLLM_RANKS,
+    export_all,
+    export_client,
+    export_soup,
+    folder_name,
+    vllm_says,
+)
 from fedmerge_peft.serving.model_card import plain
 
 from .conftest import TASKS
@@ -36,7 +43,9 @@ def test_the_cards_own_lines_load_what_the_client_was_served(task, finished, tmp
     made = finished(task)
     folder = export_client(made.run, CLIENT, tmp_path / "mine")
     model = loaded(folder / "README.md")
-    torch.testing.assert_close(model(**made.inputs).logits.detach(), made.logits(CLIENT), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model(**made.inputs).logits.detach(), made.logits(CLIENT), rtol=1e-5, atol=1e-6
+    )
     with model.disable_adapter():
         assert float((model(**made.inputs).logits - made.logits(CLIENT)).abs().max()) > 1e-3
 
@@ -46,14 +55,28 @@ def test_the_soups_card_merges_on_load_what_the_client_was_served(task, finished
     made = finished(task)
     folder = export_soup(made.run, tmp_path / "soup")
     first = made.run.clients.index[0]
-    torch.testing.assert_close(loaded(folder / "README.md")(**made.inputs).logits.detach(), made.logits(first), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        loaded(folder / "README.md")(**made.inputs).logits.detach(),
+        made.logits(first),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_an_export_is_a_plain_peft_folder_of_the_runs_rank(finished, tmp_path):
     folder = export_client(finished("causal-lm").run, CLIENT, tmp_path / "mine")
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "weights.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "weights.json",
+        "README.md",
+    }
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
-    assert all(2 in value.shape for key, value in load_file(folder / "adapter_model.safetensors").items() if "lora_" in key)
+    assert all(
+        2 in value.shape
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+        if "lora_" in key
+    )
 
 
 def test_all_clients_have_a_folder_each(finished, tmp_path):
@@ -61,7 +84,10 @@ def test_all_clients_have_a_folder_each(finished, tmp_path):
     folder = export_all(made.run, tmp_path / "all")
     assert sorted(path.name for path in folder.iterdir()) == ["client 0", "client 1", "client 2"]
     for client in ("client 0", "client 2"):
-        torch.testing.assert_close(loaded(folder / client / "README.md")(**made.inputs).logits.detach(), made.logits(client))
+        torch.testing.assert_close(
+            loaded(folder / client / "README.md")(**made.inputs).logits.detach(),
+            made.logits(client),
+        )
 
 
 def test_a_folder_of_all_clients_is_as_vllms_filesystem_resolver_looks_it_up(finished, tmp_path):
@@ -80,7 +106,11 @@ def test_a_soups_weights_are_every_clients(finished, tmp_path):
     assert said["round"] == 2
     assert list(said["clients"]) == list(run.clients.index)
     assert said["clients"][CLIENT] == pytest.approx(list(run.weights.loc[CLIENT]))
-    assert sorted(path.name for path in folder.glob("adapter-*")) == ["adapter-0", "adapter-1", "adapter-2"]
+    assert sorted(path.name for path in folder.glob("adapter-*")) == [
+        "adapter-0",
+        "adapter-1",
+        "adapter-2",
+    ]
 
 
 def test_a_card_says_what_the_adapter_is(finished, tmp_path):
@@ -91,13 +121,20 @@ def test_a_card_says_what_the_adapter_is(finished, tmp_path):
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
     (result,) = [each for each in card.data.eval_results if each.metric_type == "accuracy"]
     assert result.metric_value == run.clients.loc[CLIENT, "test_accuracy"]
-    weights = ", ".join(f"adapter {number}: {weight:.3f}" for number, weight in enumerate(run.weights.loc[CLIENT]))
-    assert all(text in card.text for text in ("| method | `fedmerge` |", "| round | 2 |", weights, "adapters: 3"))
+    weights = ", ".join(
+        f"adapter {number}: {weight:.3f}" for number, weight in enumerate(run.weights.loc[CLIENT])
+    )
+    assert all(
+        text in card.text
+        for text in ("| method | `fedmerge` |", "| round | 2 |", weights, "adapters: 3")
+    )
 
 
 def test_no_path_of_this_machine_is_in_the_card_once_the_base_model_is_named(finished, tmp_path):
     made = finished("sequence-classification")
-    folder = export_client(made.run, CLIENT, tmp_path / "mine", base_model_id="acme/base", repo="acme/mine")
+    folder = export_client(
+        made.run, CLIENT, tmp_path / "mine", base_model_id="acme/base", repo="acme/mine"
+    )
     for file in ("README.md", "adapter_config.json", "weights.json"):
         text = (folder / file).read_text()
         assert str(made.run.path.parent) not in text
@@ -109,14 +146,20 @@ def test_a_tokenizer_of_this_machine_is_named_without_its_folder(finished, tmp_p
     run = finished("causal-lm").run
     backbone = run.recipe.backbone.model_copy(update={"tokenizer": str(tmp_path)})
     monkeypatch.setitem(vars(run), "recipe", run.recipe.model_copy(update={"backbone": backbone}))
-    folder = export_client(run, CLIENT, tmp_path / "mine", base_model_id="acme/base", repo="acme/mine")
+    folder = export_client(
+        run, CLIENT, tmp_path / "mine", base_model_id="acme/base", repo="acme/mine"
+    )
     assert f"AutoTokenizer.from_pretrained('{tmp_path.name}')" in example(folder / "README.md")
     assert str(tmp_path) not in (folder / "README.md").read_text()
 
 
 def test_a_repository_of_many_clients_is_loaded_by_subfolder(finished, tmp_path):
-    folder = export_all(finished("causal-lm").run, tmp_path / "all", base_model_id="acme/base", repo="acme/all")
-    assert "PeftModel.from_pretrained(base, 'acme/all', subfolder='client 0')" in example(folder / "client 0" / "README.md")
+    folder = export_all(
+        finished("causal-lm").run, tmp_path / "all", base_model_id="acme/base", repo="acme/all"
+    )
+    assert "PeftModel.from_pretrained(base, 'acme/all', subfolder='client 0')" in example(
+        folder / "client 0" / "README.md"
+    )
 
 
 def test_a_base_model_that_is_a_folder_is_not_claimed_to_be_on_the_hub(finished, tmp_path):
@@ -127,26 +170,43 @@ def test_a_base_model_that_is_a_folder_is_not_claimed_to_be_on_the_hub(finished,
 def test_nothing_is_overwritten(finished, tmp_path):
     run = finished("causal-lm").run
     export_client(run, CLIENT, tmp_path / "mine")
-    for again in (lambda: export_client(run, CLIENT, tmp_path / "mine"), lambda: export_soup(run, tmp_path / "mine")):
+    for again in (
+        lambda: export_client(run, CLIENT, tmp_path / "mine"),
+        lambda: export_soup(run, tmp_path / "mine"),
+    ):
         with pytest.raises(RunExistsError, match="nothing is ever overwritten"):
             again()
 
 
 def test_a_client_that_is_not_there_leaves_nothing(finished, tmp_path):
-    with pytest.raises(RunError, match="has no client 'nobody'; it has client 0, client 1, client 2"):
+    with pytest.raises(
+        RunError, match="has no client 'nobody'; it has client 0, client 1, client 2"
+    ):
         export_client(finished("causal-lm").run, "nobody", tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("Fen Water", "Fen Water"), ("a/b", "a%2Fb"), ("..", "%2E%2E"), ("a%2Fb", "a%252Fb"), ("", "%"), ("ü\n", "ü%0A")]
+    ("name", "folder"),
+    [
+        ("Fen Water", "Fen Water"),
+        ("a/b", "a%2Fb"),
+        ("..", "%2E%2E"),
+        ("a%2Fb", "a%252Fb"),
+        ("", "%"),
+        ("ü\n", "ü%0A"),
+    ],
 )
 def test_folder_names_are_safe_and_distinct(name, folder):
     assert folder_name(name) == folder
 
 
-@pytest.mark.parametrize(("rank", "flag"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
-def test_vllm_is_given_the_least_rank_that_it_takes_and_that_is_enough(rank, flag, finished, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "flag"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)]
+)
+def test_vllm_is_given_the_least_rank_that_it_takes_and_that_is_enough(
+    rank, flag, finished, monkeypatch
+):
     run = finished("causal-lm").run
     monkeypatch.setattr(type(run), "adapter_config", {**run.adapter_config, "r": rank})
     assert flag in VLLM_RANKS

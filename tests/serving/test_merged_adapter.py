@@ -16,7 +16,9 @@ def test_a_clients_model_is_what_it_was_served(task, finished):
     made = finished(task)
     model = made.run.client(CLIENT).model("cpu")
     assert not model.training
-    torch.testing.assert_close(model(**made.inputs).logits.detach(), made.logits(CLIENT), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model(**made.inputs).logits.detach(), made.logits(CLIENT), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_pipeline_tells_labels_by_name(finished):
@@ -61,7 +63,9 @@ def test_parts_are_divided_by_their_sum(finished):
 def test_clients_can_be_mixed_by_name(finished):
     run = finished("causal-lm").run
     mixed = run.merge({"client 0": 1, "client 2": 1, 1: 2})
-    expected = (run.client("client 0").weights + run.client("client 2").weights) / 4 + torch.tensor([0, 0.5, 0])
+    expected = (run.client("client 0").weights + run.client("client 2").weights) / 4 + torch.tensor(
+        [0, 0.5, 0]
+    )
     torch.testing.assert_close(mixed.weights, expected)
     assert mixed.name == "0.25 client 0 + 0.25 client 2 + 0.5 1"
     assert mixed.scores == {}

@@ -11,7 +11,17 @@ from peft import PeftModel
 from PIL.Image import fromarray
 from transformers import AutoModelForSequenceClassification
 
-from fedmerge_peft import AdapterSoup, DataError, Personalized, Recipe, Run, RunError, RunExistsError, federate, personalize
+from fedmerge_peft import (
+    AdapterSoup,
+    DataError,
+    Personalized,
+    Recipe,
+    Run,
+    RunError,
+    RunExistsError,
+    federate,
+    personalize,
+)
 from fedmerge_peft.data import Client, FederatedData, load_splits
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.serving.personalize import _Comparison, distinct, learn_logits
@@ -21,7 +31,14 @@ from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.reference import train
 
 QUEUES = ["amber", "blue", "coral", "denim", "emerald", "fuchsia"]
-SMALL = ["rounds=1", "data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "strategy.adapters=3", "baselines=[]"]
+SMALL = [
+    "rounds=1",
+    "data.max_train=8",
+    "data.max_test=6",
+    "data.filter.provider=[Alder, Birch]",
+    "strategy.adapters=3",
+    "baselines=[]",
+]
 LEARNED, LOCAL = "learned weights", "local training"
 
 
@@ -42,7 +59,9 @@ def run(tmp_path_factory, engine):
 @pytest.fixture(scope="module")
 def tickets():
     """Tickets of an organisation that no client is."""
-    return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(range(24))
+    return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(
+        range(24)
+    )
 
 
 @pytest.fixture
@@ -65,7 +84,10 @@ def quadratic(target):
 
 
 def test_weights_that_make_the_loss_zero_are_found():
-    rows, weights = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.6, 0.05, 0.25])
+    rows, weights = (
+        torch.randn(4, 50, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.1, 0.6, 0.05, 0.25]),
+    )
     logits, loss = learn_logits(rows, torch.full((4,), 0.25), quadratic(weights @ rows), steps=200)
     torch.testing.assert_close(torch.softmax(logits, 0).float(), weights, atol=0.02, rtol=0)
     assert loss < 0.05
@@ -94,7 +116,10 @@ def test_the_best_weights_seen_are_kept():
 def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, tickets):
     engine = newcomer(run, tickets)
     compared = _Comparison(engine, run.soup)
-    rows, logits = run.soup.rows + 0.1 * torch.randn_like(run.soup.rows), torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+    rows, logits = (
+        run.soup.rows + 0.1 * torch.randn_like(run.soup.rows),
+        torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64),
+    )
 
     def loss(logits):
         return compared._objective(torch.softmax(logits, 0).float() @ rows)[0]
@@ -103,7 +128,9 @@ def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, ticket
     _, gradient = compared._objective(weights.float() @ rows)
     found = weights_gradient(rows, weights[None], gradient[None])[0]
     steps = 0.05 * torch.eye(3, dtype=torch.float64)
-    expected = torch.tensor([(loss(logits + step) - loss(logits - step)) / 0.1 for step in steps], dtype=torch.float64)
+    expected = torch.tensor(
+        [(loss(logits + step) - loss(logits - step)) / 0.1 for step in steps], dtype=torch.float64
+    )
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=0.02, atol=2e-4)
 
@@ -111,7 +138,9 @@ def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, ticket
 def newcomer(run, table):
     table = relabel(table, "queue", run.task["labels"])
     rows = np.arange(len(table))
-    return LocalEngine.from_data(run.recipe, FederatedData(table, [Client("newcomer", rows, rows[:0], rows[:0])]))
+    return LocalEngine.from_data(
+        run.recipe, FederatedData(table, [Client("newcomer", rows, rows[:0], rows[:0])])
+    )
 
 
 def test_distinct_rows_are_far_from_each_other_and_from_what_is_covered():
@@ -151,7 +180,9 @@ def test_learning_is_never_worse_than_what_it_starts_from(run, tickets):
 def test_the_same_seed_gives_the_same_result(run, tickets):
     one, two = personalize(run, tickets), personalize(run, tickets)
     assert torch.equal(one.logits, two.logits)
-    assert [method.train_loss for method in one.methods] == [method.train_loss for method in two.methods]
+    assert [method.train_loss for method in one.methods] == [
+        method.train_loss for method in two.methods
+    ]
     other = personalize(run, tickets, seed=1)
     assert numbers(other, "mean adapter").train_loss != numbers(one, "mean adapter").train_loss
 
@@ -174,7 +205,9 @@ def test_a_run_without_a_best_round_says_so(copy, tickets):
         personalize(copy, tickets, best=True)
 
 
-def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(run, tickets, engine, tiny_models, tmp_path):
+def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(
+    run, tickets, engine, tiny_models, tmp_path
+):
     result = personalize(run, tickets, local=False)
     assert result.save(tmp_path / "new") == tmp_path / "new"
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=6)
@@ -182,11 +215,17 @@ def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(run, tick
     engine.backbone.load_row(result.row)
     tokens = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        torch.testing.assert_close(plain(input_ids=tokens).logits, engine.backbone.model(input_ids=tokens).logits)
+        torch.testing.assert_close(
+            plain(input_ids=tokens).logits, engine.backbone.model(input_ids=tokens).logits
+        )
     document = json.loads((tmp_path / "new" / "weights.json").read_text())
     assert document["weights"] == result.weights.tolist()
-    assert torch.softmax(torch.tensor(document["logits"]), 0).tolist() == pytest.approx(document["weights"])
-    assert [method["name"] for method in document["methods"]] == [method.name for method in result.methods]
+    assert torch.softmax(torch.tensor(document["logits"]), 0).tolist() == pytest.approx(
+        document["weights"]
+    )
+    assert [method["name"] for method in document["methods"]] == [
+        method.name for method in result.methods
+    ]
 
 
 def test_nothing_is_overwritten(run, tickets, tmp_path):
@@ -200,7 +239,9 @@ def test_nothing_is_overwritten(run, tickets, tmp_path):
 # ---- the newcomer's data -------------------------------------------------------------------------
 
 
-def test_the_run_remembers_the_labels_and_a_newcomer_with_some_of_them_keeps_their_numbers(run, tickets, tmp_path):
+def test_the_run_remembers_the_labels_and_a_newcomer_with_some_of_them_keeps_their_numbers(
+    run, tickets, tmp_path
+):
     assert run.task == {"labels": QUEUES, "format": None}
     some = tickets.filter(lambda row: row["queue"] in {"denim", "fuchsia"})
     some.to_csv(tmp_path / "Fen Water.csv")
@@ -222,7 +263,16 @@ def test_the_run_remembers_the_labels_and_a_newcomer_with_some_of_them_keeps_the
         ([0, 1], ClassLabel(names=["fox", "cat"]), ["cat", "dog", "fox"], [2, 0]),
         ([True, False], None, ["0", "1"], [1, 0]),
     ],
-    ids=["names", "numbers", "number beyond the data", "number as text", "ids", "names that are numbers", "other order", "truth values"],
+    ids=[
+        "names",
+        "numbers",
+        "number beyond the data",
+        "number as text",
+        "ids",
+        "names that are numbers",
+        "other order",
+        "truth values",
+    ],
 )
 def test_labels_are_numbered_as_the_runs_are(values, feature, labels, expected):
     table = Dataset.from_dict({"text": ["x"] * len(values), "label": values})
@@ -238,7 +288,11 @@ def test_labels_are_numbered_as_the_runs_are(values, feature, labels, expected):
 @pytest.mark.parametrize(
     ("values", "labels", "message"),
     [
-        (["a", "bleu"], QUEUES, "row 0: 'a' in column 'label' is not a known label; the labels are amber, blue"),
+        (
+            ["a", "bleu"],
+            QUEUES,
+            "row 0: 'a' in column 'label' is not a known label; the labels are amber, blue",
+        ),
         (["amber", "bleu"], QUEUES, r"row 1: 'bleu' .* not a known label \(did you mean blue\?\)"),
         ([0, 6], QUEUES, "row 1: '6' .* not a known label"),
         ([0], ["1", "2"], "row 0: '0' .* not a known label"),
@@ -253,8 +307,13 @@ def test_unknown_labels_are_refused(values, labels, message):
 
 
 def test_a_newcomer_with_an_unseen_label_is_refused(run, tickets):
-    table = tickets.map(lambda row, number: {"queue": "green" if number == 2 else row["queue"]}, with_indices=True)
-    with pytest.raises(DataError, match="row 2: 'green' in column 'queue' is not a known label; the labels are amber, blue, coral"):
+    table = tickets.map(
+        lambda row, number: {"queue": "green" if number == 2 else row["queue"]}, with_indices=True
+    )
+    with pytest.raises(
+        DataError,
+        match="row 2: 'green' in column 'queue' is not a known label; the labels are amber, blue, coral",
+    ):
         personalize(run, table)
 
 
@@ -265,8 +324,17 @@ def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
     frame = tickets.to_pandas().assign(part=parts)
     others = frame.assign(organisation=["A", "B"] * 12)
     pd.concat([others, others]).to_csv(tmp_path / "all.csv", index=False)
-    names = ["data.split_column=part", "data.train_split=learn", "data.validation_split=dev", "data.test_split=final", "data.filter={}"]
-    run = federate(recipe(f"data.path={tmp_path / 'all.csv'}", *names, "data.partition.group=null"), tmp_path / "run")
+    names = [
+        "data.split_column=part",
+        "data.train_split=learn",
+        "data.validation_split=dev",
+        "data.test_split=final",
+        "data.filter={}",
+    ]
+    run = federate(
+        recipe(f"data.path={tmp_path / 'all.csv'}", *names, "data.partition.group=null"),
+        tmp_path / "run",
+    )
     frame.to_csv(tmp_path / "new.csv", index=False)
     assert personalize(run, tmp_path / "new.csv", local=False).examples == {"train": 18, "test": 6}
     frame.drop(columns="part").to_csv(tmp_path / "bare.csv", index=False)
@@ -288,7 +356,11 @@ def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
 )
 def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, options, message):
     monkeypatch.chdir(tmp_path)
-    for name, text in {"here.csv": "text,label\nhello,1\n", "empty.csv": "", "here.txt": "hello"}.items():
+    for name, text in {
+        "here.csv": "text,label\nhello,1\n",
+        "empty.csv": "",
+        "here.txt": "hello",
+    }.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         personalize(run, data, **options)
@@ -306,7 +378,10 @@ def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, option
         ),
         ("strategy={name: fedmerge, adapters: 1}", "one adapter for all clients"),
         ("strategy=local", "a run of local, whose adapters are not for another client to merge"),
-        ("strategy={name: fedem, adapters: 2}", "a run of fedem, whose adapters are not for another client to merge"),
+        (
+            "strategy={name: fedem, adapters: 2}",
+            "a run of fedem, whose adapters are not for another client to merge",
+        ),
     ],
 )
 def test_runs_without_a_common_soup_are_refused(tmp_path, engine, tickets, strategy, message):
@@ -337,10 +412,14 @@ def test_the_shared_factors_are_the_runs_own(tmp_path, tickets):
     run = federate(recipe("lora.merge=shared_a"), tmp_path / "run")
     loaded = newcomer(run, tickets).backbone
     assert run.soup.shared.keys() == loaded.shared.keys()
-    assert all(torch.equal(value, loaded.shared[key]) for key, value in run.soup.shared.items())  # the seed gives the same again
+    assert all(
+        torch.equal(value, loaded.shared[key]) for key, value in run.soup.shared.items()
+    )  # the seed gives the same again
     before = personalize(run, tickets, local=False)
     soup = run.soup
-    soup.shared = {key: -3 * value for key, value in soup.shared.items()}  # as if drawn by another device's generator
+    soup.shared = {
+        key: -3 * value for key, value in soup.shared.items()
+    }  # as if drawn by another device's generator
     soup.rows = soup.rows + 0.3
     soup.save(run.path / "soup.safetensors")
     after = personalize(run, tickets, local=False)
@@ -365,15 +444,29 @@ def pairs():
 
 
 def completions():
-    rows = [{"prompt": f"What is {n}? ", "completion": "one two three"[: 3 + n % 5]} for n in range(12)]
-    return Dataset.from_list(rows), "tiny:gpt2", ["c_attn"], {"name": "causal-lm"}, {"loss", "perplexity"}
+    rows = [
+        {"prompt": f"What is {n}? ", "completion": "one two three"[: 3 + n % 5]} for n in range(12)
+    ]
+    return (
+        Dataset.from_list(rows),
+        "tiny:gpt2",
+        ["c_attn"],
+        {"name": "causal-lm"},
+        {"loss", "perplexity"},
+    )
 
 
 def images():
     pixels = np.random.default_rng(0).integers(0, 255, (12, 20, 20, 3), dtype=np.uint8)
     rows = {"image": [fromarray(each) for each in pixels], "label": [n % 3 for n in range(12)]}
     table = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")}))
-    return table, "tiny:vit", ["q_proj", "query"], {"name": "image-classification"}, {"loss", "accuracy"}
+    return (
+        table,
+        "tiny:vit",
+        ["q_proj", "query"],
+        {"name": "image-classification"},
+        {"loss", "accuracy"},
+    )
 
 
 @pytest.mark.parametrize("make", [pairs, completions, images])
@@ -385,10 +478,18 @@ def test_other_tasks_have_newcomers_too(make, tmp_path):
         "task": task,
         "backbone": {"model": model},
         "lora": {"r": 2, "target_modules": modules[:1]},
-        "data": {"path": str(tmp_path / "all.parquet"), "partition": {"scheme": "natural", "by": "site"}},
+        "data": {
+            "path": str(tmp_path / "all.parquet"),
+            "partition": {"scheme": "natural", "by": "site"},
+        },
         "strategy": {"name": "fedmerge", "adapters": 2},
     }
-    run = federate(Recipe(name="other", rounds=1, training={"device": "cpu", "learning_rate": 1e-2}, **changed), tmp_path / "run")
+    run = federate(
+        Recipe(
+            name="other", rounds=1, training={"device": "cpu", "learning_rate": 1e-2}, **changed
+        ),
+        tmp_path / "run",
+    )
     result = personalize(run, tmp_path / "new.parquet")
     assert result.examples == {"train": 4, "test": 2}
     assert all(method.test.keys() == scores for method in result.methods)

@@ -12,7 +12,11 @@ from fedmerge_peft.serving.predictor import unstackable
 from .conftest import TASKS
 
 TEXTS = {
-    "client 0": ["my order is late", "the page shows an error and I cannot go on", "a refund please"],
+    "client 0": [
+        "my order is late",
+        "the page shows an error and I cannot go on",
+        "a refund please",
+    ],
     "client 2": ["it works again"],
     "client 1": [f"ticket {number} " + "again " * number for number in range(5)],
 }
@@ -20,8 +24,14 @@ TEXTS = {
 
 def inputs(task):
     if task == "image-classification":
-        colors = {client: [(40 * number, 10 * len(text), 90) for number, text in enumerate(texts)] for client, texts in TEXTS.items()}
-        return {client: [Image.new("RGB", (32, 32), color) for color in each] for client, each in colors.items()}
+        colors = {
+            client: [(40 * number, 10 * len(text), 90) for number, text in enumerate(texts)]
+            for client, texts in TEXTS.items()
+        }
+        return {
+            client: [Image.new("RGB", (32, 32), color) for color in each]
+            for client, each in colors.items()
+        }
     return TEXTS
 
 
@@ -40,14 +50,18 @@ def passes(monkeypatch):
     """The number of adapters of each pass."""
     counted = []
     whole = Predictor._holding
-    monkeypatch.setattr(Predictor, "_holding", lambda self, rows: (counted.append(len(rows)), whole(self, rows))[1])
+    monkeypatch.setattr(
+        Predictor, "_holding", lambda self, rows: (counted.append(len(rows)), whole(self, rows))[1]
+    )
     return counted
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_together_is_as_one_client_at_a_time(task, predictor, passes):
     predict, given = predictor(task), inputs(task)
-    alone = {client: [predict({client: [each]})[client][0] for each in given[client]] for client in given}
+    alone = {
+        client: [predict({client: [each]})[client][0] for each in given[client]] for client in given
+    }
     assert set(passes) == {1}
     assert predict.reason is None
     passes.clear()
@@ -59,8 +73,12 @@ def test_together_is_as_one_client_at_a_time(task, predictor, passes):
         assert together == alone
         return
     for client in given:
-        assert [each["label"] for each in together[client]] == [each["label"] for each in alone[client]]
-        assert [each["score"] for each in together[client]] == pytest.approx([each["score"] for each in alone[client]], rel=1e-5)
+        assert [each["label"] for each in together[client]] == [
+            each["label"] for each in alone[client]
+        ]
+        assert [each["score"] for each in together[client]] == pytest.approx(
+            [each["score"] for each in alone[client]], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "image-classification"])
@@ -68,16 +86,24 @@ def test_together_is_as_each_clients_pipeline(task, finished, predictor):
     given = inputs(task)
     for client, said in predictor(task)(given).items():
         expected = finished(task).run.client(client).pipeline("cpu")(given[client])
-        best = [max(each, key=lambda label: label["score"]) if isinstance(each, list) else each for each in expected]
+        best = [
+            max(each, key=lambda label: label["score"]) if isinstance(each, list) else each
+            for each in expected
+        ]
         assert [each["label"] for each in said] == [each["label"] for each in best]
-        assert [each["score"] for each in said] == pytest.approx([each["score"] for each in best], rel=1e-4)
+        assert [each["score"] for each in said] == pytest.approx(
+            [each["score"] for each in best], rel=1e-4
+        )
 
 
 def test_a_decoder_completes_as_its_pipeline_does(finished, predictor):
     run = finished("causal-lm").run
     for client, said in predictor("causal-lm")(TEXTS).items():
         pipeline = run.client(client).pipeline("cpu", do_sample=False)
-        found = [pipeline(text, return_full_text=False)[0]["generated_text"].strip() for text in TEXTS[client]]
+        found = [
+            pipeline(text, return_full_text=False)[0]["generated_text"].strip()
+            for text in TEXTS[client]
+        ]
         assert said == found
 
 
@@ -106,7 +132,11 @@ def test_a_model_that_mixes_a_batch_is_found_out(finished, monkeypatch):
     def mixing(module, args, output):
         return output + 0.3 * output.flip(0)
 
-    layer = next(module for name, module in predict._backbone.model.named_modules() if name.endswith("classifier"))
+    layer = next(
+        module
+        for name, module in predict._backbone.model.named_modules()
+        if name.endswith("classifier")
+    )
     layer.register_forward_hook(mixing)
     assert "mix the examples" in predict.reason
 
@@ -117,20 +147,26 @@ def test_dora_predicts_one_at_a_time(smoke, tmp_path):
     names = run.client_names[:2]
     found = predict({name: ["the badge reader is offline"] for name in names})
     assert "DoRA" in predict.reason
-    assert found[names[1]][0]["score"] == pytest.approx(run.client(names[1]).pipeline("cpu")("the badge reader is offline")[0]["score"])
+    assert found[names[1]][0]["score"] == pytest.approx(
+        run.client(names[1]).pipeline("cpu")("the badge reader is offline")[0]["score"]
+    )
 
 
 def test_flora_predicts_with_what_the_backbone_has_gained(smoke, smoke_engine, tmp_path):
     run = federate(smoke("strategy=flora", "rounds=2"), tmp_path / "run", engine=smoke_engine)
     name = run.client_names[0]
     found = run.predict({name: ["the badge reader is offline"]}, device="cpu")
-    assert found[name][0]["score"] == pytest.approx(run.client(name).pipeline("cpu")("the badge reader is offline")[0]["score"], rel=1e-4)
+    assert found[name][0]["score"] == pytest.approx(
+        run.client(name).pipeline("cpu")("the badge reader is offline")[0]["score"], rel=1e-4
+    )
 
 
 def test_paths_of_images_are_read(predictor, tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     predict = predictor("image-classification")
-    assert predict({"client 1": [tmp_path / "red.png"]}) == predict({"client 1": [Image.new("RGB", (40, 40), "red")]})
+    assert predict({"client 1": [tmp_path / "red.png"]}) == predict(
+        {"client 1": [Image.new("RGB", (40, 40), "red")]}
+    )
 
 
 def test_no_inputs_no_predictions(finished):
@@ -147,17 +183,34 @@ def test_many_inputs_are_cut_into_passes(predictor, passes):
     cut = predict(given, batch_size=4)
     assert len(passes) >= 6
     for client in given:
-        assert [each["score"] for each in cut[client]] == pytest.approx([each["score"] for each in whole[client]], rel=1e-5)
+        assert [each["score"] for each in cut[client]] == pytest.approx(
+            [each["score"] for each in whole[client]], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     ("task", "given", "error", "message"),
     [
-        ("sequence-classification", {"nobody": ["a"]}, RunError, "no client 'nobody'; it has client 0"),
+        (
+            "sequence-classification",
+            {"nobody": ["a"]},
+            RunError,
+            "no client 'nobody'; it has client 0",
+        ),
         ("sequence-classification", {"client 0": [3]}, DataError, "an input is a text, not 3"),
-        ("sequence-classification", {"client 0": [("a", "b")]}, DataError, "an input is a text, not"),
+        (
+            "sequence-classification",
+            {"client 0": [("a", "b")]},
+            DataError,
+            "an input is a text, not",
+        ),
         ("sequence-classification", {"client 0": [""]}, None, ""),
-        ("image-classification", {"client 0": [0]}, DataError, "an input is a PIL image, or the path of a file, not 0"),
+        (
+            "image-classification",
+            {"client 0": [0]},
+            DataError,
+            "an input is a PIL image, or the path of a file, not 0",
+        ),
         ("causal-lm", {"client 0": [0]}, DataError, "an input is a text, not 0"),
     ],
 )
@@ -180,5 +233,7 @@ def test_nothing_is_left_in_the_model(predictor):
     predict(TEXTS)
     assert torch.is_grad_enabled()
     assert not [
-        module for module in predict._backbone.model.modules() if "forward" in vars(module) and "AdapterStack" in repr(module.forward)
+        module
+        for module in predict._backbone.model.modules()
+        if "forward" in vars(module) and "AdapterStack" in repr(module.forward)
     ]

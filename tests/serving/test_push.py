@@ -22,7 +22,10 @@ def hub(monkeypatch):
     def record(self, *positional, **named):
         asked.append((positional, named))
         return huggingface_hub.CommitInfo(
-            commit_url="https://huggingface.co/me/mine/commit/abc", commit_message="", commit_description="", oid="abc"
+            commit_url="https://huggingface.co/me/mine/commit/abc",
+            commit_message="",
+            commit_description="",
+            oid="abc",
         )
 
     for method in ("create_repo", "upload_folder"):
@@ -60,7 +63,9 @@ def test_a_new_repository_is_private_and_gets_the_whole_folder(run, hub, tmp_pat
 def test_without_the_hub_the_folder_stays_and_the_way_on_is_said(run, tmp_path):
     """The tests run offline, so this is the real client's own refusal."""
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
-    with pytest.raises(RunError, match=r"is written, and was not uploaded: .*Later: hf upload me/mine .*mine"):
+    with pytest.raises(
+        RunError, match=r"is written, and was not uploaded: .*Later: hf upload me/mine .*mine"
+    ):
         push_to_hub(folder, "me/mine")
     assert (folder / "README.md").is_file()
 
@@ -69,8 +74,12 @@ def test_what_the_hub_refuses_is_one_message(run, hub, tmp_path, monkeypatch):
     import httpx2
 
     def refuse(*_, **__):
-        response = httpx2.Response(403, request=httpx2.Request("POST", "https://huggingface.co/api/repos/create"))
-        raise huggingface_hub.errors.HfHubHTTPError("403 Forbidden: you have no write token\nmore", response=response)
+        response = httpx2.Response(
+            403, request=httpx2.Request("POST", "https://huggingface.co/api/repos/create")
+        )
+        raise huggingface_hub.errors.HfHubHTTPError(
+            "403 Forbidden: you have no write token\nmore", response=response
+        )
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
@@ -79,7 +88,9 @@ def test_what_the_hub_refuses_is_one_message(run, hub, tmp_path, monkeypatch):
 
 
 def test_the_verb_writes_says_vllms_flag_and_what_comes_next(run, fedmerge, tmp_path):
-    code, out, err = fedmerge(run.path, "--client", "client 1", "--to", tmp_path / "mine", "--base-model-id", "acme/base")
+    code, out, err = fedmerge(
+        run.path, "--client", "client 1", "--to", tmp_path / "mine", "--base-model-id", "acme/base"
+    )
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == f"wrote {tmp_path / 'mine'}, after round 2"
     assert "vLLM, where it has LoRA for this model: --enable-lora --max-lora-rank 8 (rank 2;" in out
@@ -97,7 +108,16 @@ def test_the_verb_names_the_folder_itself_and_warns_of_a_local_base(run, fedmerg
 
 
 def test_the_verb_pushes_where_the_card_says_it_is(run, hub, fedmerge, tmp_path):
-    options = ["--all", "--to", tmp_path / "all", "--base-model-id", "acme/base", "--push", "me/mine", "--public"]
+    options = [
+        "--all",
+        "--to",
+        tmp_path / "all",
+        "--base-model-id",
+        "acme/base",
+        "--push",
+        "me/mine",
+        "--public",
+    ]
     code, out, _ = fedmerge(run.path, *options)
     assert code == 0
     assert "pushed: https://huggingface.co/me/mine/commit/abc" in out
@@ -112,8 +132,14 @@ def test_the_verb_pushes_where_the_card_says_it_is(run, hub, fedmerge, tmp_path)
         ([], "give one of --client NAME, --all and --soup"),
         (["--all", "--soup"], "give one of"),
         (["--client", "nobody"], "has no client 'nobody'"),
-        (["--client", "client 1", "--push", "me/mine"], "is not on the hub, so nobody could load what is pushed"),
-        (["--client", "client 1", "--push", "a b", "--base-model-id", "acme/base"], "'a b' is no name of a repository"),
+        (
+            ["--client", "client 1", "--push", "me/mine"],
+            "is not on the hub, so nobody could load what is pushed",
+        ),
+        (
+            ["--client", "client 1", "--push", "a b", "--base-model-id", "acme/base"],
+            "'a b' is no name of a repository",
+        ),
         (["--client", "client 1", "--to", "/dev/null"], "/dev/null already holds other files"),
     ],
 )
@@ -130,7 +156,9 @@ def test_a_folder_that_is_no_run_is_named(fedmerge, tmp_path):
     assert "holds no run" in err
 
 
-def test_a_mixture_of_experts_has_no_single_adapter_but_has_a_soup(fedmerge, tmp_path, smoke, smoke_engine):
+def test_a_mixture_of_experts_has_no_single_adapter_but_has_a_soup(
+    fedmerge, tmp_path, smoke, smoke_engine
+):
     from fedmerge_peft import federate
 
     run = federate(smoke("strategy=fedem", "rounds=1"), tmp_path / "run", engine=smoke_engine)

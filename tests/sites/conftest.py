@@ -37,7 +37,13 @@ def federation_of(tmp_path):
     def make(recipe, sites, *, settings=None, name="federation", **facts):
         recipe = recipe.replace(["training.clients_per_batch=1"])
         data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
-        federation = Federation(project="test", host="localhost", port=1, sites=deal(data, sites), **{"deadline": 60, **facts})
+        federation = Federation(
+            project="test",
+            host="localhost",
+            port=1,
+            sites=deal(data, sites),
+            **{"deadline": 60, **facts},
+        )
         trainers = {}
         for kit in ("server", *federation.sites):
             folder: Path = tmp_path / name / kit

@@ -18,7 +18,14 @@ def row(seed=0, *shape):
     return torch.randn(*(shape or (P,)), generator=torch.Generator().manual_seed(seed))
 
 
-TRAIN = Train(row(), (None, torch.tensor([True, False, True, True, False])), 0.5, row(1), None, Release(1.5, 0.1))
+TRAIN = Train(
+    row(),
+    (None, torch.tensor([True, False, True, True, False])),
+    0.5,
+    row(1),
+    None,
+    Release(1.5, 0.1),
+)
 MIXTURE = Mixture(row(3, 2, P), torch.tensor([0.3, 0.7]))
 PLANS = {
     "train": TRAIN,
@@ -35,11 +42,17 @@ def parts(value):
         return value.tolist()
     if isinstance(value, tuple):
         return [parts(each) for each in value]
-    return [type(value).__name__, {key: parts(each) for key, each in vars(value).items()}] if hasattr(value, "__dict__") else value
+    return (
+        [type(value).__name__, {key: parts(each) for key, each in vars(value).items()}]
+        if hasattr(value, "__dict__")
+        else value
+    )
 
 
 def sent(plan, served, dtype="float32", base=None):
-    return Message.from_bytes(work_message(3, "clinic ü", plan, served, base or {}, LAYOUT, dtype).to_bytes())
+    return Message.from_bytes(
+        work_message(3, "clinic ü", plan, served, base or {}, LAYOUT, dtype).to_bytes()
+    )
 
 
 @pytest.mark.parametrize("served", [None, row(7), MIXTURE], ids=["none", "row", "mixture"])
@@ -65,9 +78,14 @@ def test_what_is_trained_and_scored_alike_travels_once():
 
 def test_bfloat16_halves_the_bytes_and_rounds_to_its_numbers():
     big = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
-    sizes = [len(work_message(1, "a", Train(big), None, {}, LAYOUT, dtype).to_bytes()) for dtype in ("float32", "bfloat16")]
+    sizes = [
+        len(work_message(1, "a", Train(big), None, {}, LAYOUT, dtype).to_bytes())
+        for dtype in ("float32", "bfloat16")
+    ]
     assert sizes[1] < 0.52 * sizes[0]
-    message = Message.from_bytes(work_message(1, "a", Train(big), None, {}, LAYOUT, "bfloat16").to_bytes())
+    message = Message.from_bytes(
+        work_message(1, "a", Train(big), None, {}, LAYOUT, "bfloat16").to_bytes()
+    )
     read = read_work(message, LAYOUT, 10_000, "bfloat16").plan.row
     assert read.dtype == torch.float32
     assert torch.equal(read, big.bfloat16().float())
@@ -75,14 +93,21 @@ def test_bfloat16_halves_the_bytes_and_rounds_to_its_numbers():
 
 @pytest.mark.parametrize(
     ("layout", "columns", "dtype", "said"),
-    [("b" * 64, P, "float32", "layout"), (LAYOUT, P + 1, "float32", "columns"), (LAYOUT, P, "bfloat16", "was agreed")],
+    [
+        ("b" * 64, P, "float32", "layout"),
+        (LAYOUT, P + 1, "float32", "columns"),
+        (LAYOUT, P, "bfloat16", "was agreed"),
+    ],
 )
 def test_another_layout_size_or_number_format_is_refused(layout, columns, dtype, said):
     with pytest.raises(WireError, match=said):
         read_work(sent(TRAIN, None), layout, columns, dtype)
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 7, b"\xff" * 40, pickle.dumps({"a": 1}), (2).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x" * 7, b"\xff" * 40, pickle.dumps({"a": 1}), (2).to_bytes(8, "little") + b"{}"],
+)
 def test_bytes_that_are_no_message_are_refused(content):
     with pytest.raises(WireError, match="no message"):
         Message.from_bytes(content)
@@ -104,12 +129,24 @@ def test_bytes_that_are_no_message_are_refused(content):
 def test_a_message_of_another_form_is_refused(facts):
     message = sent(TRAIN, None)
     with pytest.raises(WireError):
-        read_work(Message("train", {**message.facts, **facts}, message.tensors), LAYOUT, P, "float32")
+        read_work(
+            Message("train", {**message.facts, **facts}, message.tensors), LAYOUT, P, "float32"
+        )
 
 
 def reply(**changes):
-    values = {"client": 2, "deltas": row(9, 2, P), "size": 7, "train_loss": 0.125, "seconds": 1.5, "round": 4, "choice": 1}
-    return Reply(**{**values, "weights": torch.tensor([0.4, 0.6]), "served": {"test_loss": 0.5}, **changes})
+    values = {
+        "client": 2,
+        "deltas": row(9, 2, P),
+        "size": 7,
+        "train_loss": 0.125,
+        "seconds": 1.5,
+        "round": 4,
+        "choice": 1,
+    }
+    return Reply(
+        **{**values, "weights": torch.tensor([0.4, 0.6]), "served": {"test_loss": 0.5}, **changes}
+    )
 
 
 def test_a_reply_arrives_bit_by_bit():

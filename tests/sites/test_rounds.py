@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from fedmerge_peft import federate
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft import Run, federate
 from fedmerge_peft.sites.server.job import conduct
 
 LOCAL = "training.clients_per_batch=1"
@@ -45,7 +44,9 @@ def timeless(record):
     ],
     ids=lambda text: text.split("name: ")[-1].split(",")[0].removeprefix("strategy="),
 )
-def test_a_federation_of_three_sites_equals_one_machine(strategy, smoke, federation_of, loop, tmp_path):
+def test_a_federation_of_three_sites_equals_one_machine(
+    strategy, smoke, federation_of, loop, tmp_path
+):
     recipe = smoke(strategy, LOCAL, "lora.dropout=0.1")
     kit, trainers = federation_of(recipe, 3)
     outcome, _ = go(kit, loop(trainers))
@@ -53,7 +54,11 @@ def test_a_federation_of_three_sites_equals_one_machine(strategy, smoke, federat
     local = federate(recipe, tmp_path / "local")
     run = Run.open(kit / "run")
     same(run, local)
-    assert [timeless(record) for record in run.records] == [timeless(record) for record in local.records]
+    assert [timeless(record) for record in run.records] == [
+        timeless(record) for record in local.records
+    ]
     assert run.summary["final"] == local.summary["final"]
     for name in ("clients.json", "labels.json", "task.json", "adapter_config.json"):
-        assert json.loads((run.path / name).read_text()) == json.loads((local.path / name).read_text())
+        assert json.loads((run.path / name).read_text()) == json.loads(
+            (local.path / name).read_text()
+        )

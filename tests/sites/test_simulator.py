@@ -32,11 +32,17 @@ def test_a_job_in_the_simulator_equals_one_machine(tmp_path):
     federation = rehearsal(recipe, 2, tmp_path / "kits")
     job = write_job(tmp_path / "job")
     for config in (job / "app" / "config").glob("*.json"):
-        said = config.read_text().replace(CONTROLLER, "simulated.Controller").replace(EXECUTOR, "simulated.Executor")
+        said = (
+            config.read_text()
+            .replace(CONTROLLER, "simulated.Controller")
+            .replace(EXECUTOR, "simulated.Executor")
+        )
         config.write_text(said)
     local = tmp_path / "workspace" / "local"
     local.mkdir(parents=True)
-    (local / "resources.json").write_text(json.dumps({"format_version": 2, "class_allow_list": ["simulated."], "components": []}))
+    (local / "resources.json").write_text(
+        json.dumps({"format_version": 2, "class_allow_list": ["simulated."], "components": []})
+    )
     environment = {
         **os.environ,
         "FEDMERGE_SIMULATED": str(tmp_path / "kits"),
@@ -45,12 +51,22 @@ def test_a_job_in_the_simulator_equals_one_machine(tmp_path):
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [sys.executable, PROGRAM, tmp_path / "workspace", job, ",".join(federation.sites)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    outcome = json.loads(next((tmp_path / "workspace").rglob("outcome.json")).read_text()) if done.returncode == 0 else {}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    outcome = (
+        json.loads(next((tmp_path / "workspace").rglob("outcome.json")).read_text())
+        if done.returncode == 0
+        else {}
+    )
     assert outcome.get("state") == "ended", done.stdout + done.stderr
     assert set(outcome["adapters"].values()) == {None}
     (soup, weights), (other, others) = (
-        run.state() for run in (Run.open(tmp_path / "kits" / "server" / "run"), federate(recipe, tmp_path / "one"))
+        run.state()
+        for run in (
+            Run.open(tmp_path / "kits" / "server" / "run"),
+            federate(recipe, tmp_path / "one"),
+        )
     )
     assert torch.equal(soup.rows, other.rows)
     assert torch.equal(weights, others)

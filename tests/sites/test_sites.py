@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from fedmerge_peft import Run
 from fedmerge_peft.errors import FederateError, RefusedError
-from fedmerge_peft.runs.directory import Run
 from fedmerge_peft.sites.config import SITE, SiteLimits, SiteSettings, check_names, refusal
 from fedmerge_peft.sites.flare.provision import OURS
 from fedmerge_peft.sites.messages import Message
@@ -28,7 +28,9 @@ def left(trainer, kind="train"):
 
 def test_a_sites_own_filter_clips_what_leaves_and_its_log_says_so(smoke, federation_of, loop):
     clip = 1e-3
-    kit, trainers = federation_of(smoke("strategy=fedavg", "rounds=2"), 2, settings={"site-1": {"privacy": {"clip": clip}}})
+    kit, trainers = federation_of(
+        smoke("strategy=fedavg", "rounds=2"), 2, settings={"site-1": {"privacy": {"clip": clip}}}
+    )
     transport = loop(trainers)
     seen = {"site-1": [], "site-2": []}
 
@@ -52,7 +54,10 @@ def test_a_sites_own_noise_cannot_be_told_from_the_seed(smoke, federation_of, lo
     rows = []
     for name in ("one", "two"):
         kit, trainers = federation_of(
-            smoke("strategy=fedavg", "rounds=1"), 2, settings={"site-1": {"privacy": {"clip": 0.1, "noise": 0.5}}}, name=name
+            smoke("strategy=fedavg", "rounds=1"),
+            2,
+            settings={"site-1": {"privacy": {"clip": 0.1, "noise": 0.5}}},
+            name=name,
         )
         assert go(kit, loop(trainers))[0].state == "ended"
         rows.append(Run.open(kit / "run").soup.rows)
@@ -80,7 +85,14 @@ def test_a_server_that_asks_for_another_recipe_than_the_kits_is_refused(override
 
 
 def test_a_server_may_change_what_no_site_does_otherwise_for(smoke):
-    assert refusal(smoke("rounds=9", "strategy=fedavg", "clients.fraction=0.5", "evaluation.every=2"), smoke(), SiteLimits()) is None
+    assert (
+        refusal(
+            smoke("rounds=9", "strategy=fedavg", "clients.fraction=0.5", "evaluation.every=2"),
+            smoke(),
+            SiteLimits(),
+        )
+        is None
+    )
 
 
 def test_remote_code_runs_only_where_a_site_allows_it(smoke):
@@ -90,7 +102,11 @@ def test_remote_code_runs_only_where_a_site_allows_it(smoke):
 
 
 def test_modules_that_a_site_does_not_allow_are_not_trained(smoke, federation_of, loop):
-    kit, trainers = federation_of(smoke("clients.failures=skip"), 2, settings={"site-2": {"allow": {"modules": ["query", "value"]}}})
+    kit, trainers = federation_of(
+        smoke("clients.failures=skip"),
+        2,
+        settings={"site-2": {"allow": {"modules": ["query", "value"]}}},
+    )
     outcome, told = go(kit, loop(trainers))
     assert outcome.state == "ended"
     assert "classifier would train" in outcome.absent["site-2"]
@@ -105,11 +121,15 @@ def test_clients_of_few_examples_do_not_take_part(smoke, federation_of):
 def test_a_site_with_another_layout_is_refused_and_the_others_go_on(smoke, federation_of, loop):
     kit, trainers = federation_of(smoke("clients.failures=skip"), 2)
     other = trainers["site-2"]
-    other.recipe = other.recipe.replace(["lora.r=4"])  # as if another version of PEFT laid adapters out differently
+    other.recipe = other.recipe.replace(
+        ["lora.r=4"]
+    )  # as if another version of PEFT laid adapters out differently
     outcome, _ = go(kit, loop(trainers))
     assert "the server's adapters have layout" in outcome.absent["site-2"]
     assert outcome.state == "ended"
-    assert set(Run.open(kit / "run").records[-1]["clients"]) == {client.name for client in trainers["site-1"].data.clients}
+    assert set(Run.open(kit / "run").records[-1]["clients"]) == {
+        client.name for client in trainers["site-1"].data.clients
+    }
 
 
 def test_a_federation_without_sites_fails_with_each_sites_own_reason(smoke, federation_of, loop):
@@ -136,7 +156,9 @@ def test_an_answer_that_is_none_costs_its_client_that_round_only(smoke, federati
     outcome, _ = go(kit, transport)
     first, second = Run.open(kit / "run").records
     assert outcome.state == "ended"
-    assert [why.partition(" (")[0] for why in first["failures"].values()] == ["7 bytes that are no message"]
+    assert [why.partition(" (")[0] for why in first["failures"].values()] == [
+        "7 bytes that are no message"
+    ]
     assert not second["failures"]
 
 
@@ -192,10 +214,15 @@ def test_each_client_gets_its_adapter_as_a_peft_folder_at_its_own_site(smoke, fe
         for client in trainer.data.clients:
             assert outcome.adapters[client.name] is None
             folder = trainer.kit / "adapters" / client.name
-            mine, servers = load_file(folder / "adapter_model.safetensors"), run.adapter(client.name)
+            mine, servers = (
+                load_file(folder / "adapter_model.safetensors"),
+                run.adapter(client.name),
+            )
             assert mine.keys() == servers.keys()
             assert all(torch.equal(mine[key], servers[key]) for key in mine)
-            assert json.loads((folder / "adapter_config.json").read_text())["r"] == run.recipe.lora.r
+            assert (
+                json.loads((folder / "adapter_config.json").read_text())["r"] == run.recipe.lora.r
+            )
             assert (folder / "README.md").read_text().startswith("---")
 
 
@@ -236,7 +263,9 @@ def test_a_client_is_at_one_site():
 
 def test_labels_are_agreed_on_by_name():
     assert agree_on_labels([["b", "c"], ["a", "c"]], None) == ["a", "b", "c"]
-    assert agree_on_labels([["0", "1"], [str(n) for n in range(12)]], None) == [str(n) for n in range(12)]
+    assert agree_on_labels([["0", "1"], [str(n) for n in range(12)]], None) == [
+        str(n) for n in range(12)
+    ]
     assert agree_on_labels([["a"], ["b"]], 3) == ["a", "b", "LABEL_2"]
     with pytest.raises(FederateError, match="3 labels"):
         agree_on_labels([["a", "b"], ["c"]], 2)
@@ -253,14 +282,22 @@ def test_work_for_another_sites_client_is_refused(smoke, federation_of, loop):
     kit, trainers = federation_of(smoke("rounds=1"), 2)
     transport = loop(trainers)
     go(kit, transport)
-    work = next(content for site, content in transport.sent if site == "site-1" and Message.from_bytes(content).kind == "train")
+    work = next(
+        content
+        for site, content in transport.sent
+        if site == "site-1" and Message.from_bytes(content).kind == "train"
+    )
     answer = Message.from_bytes(trainers["site-2"].answer(work))
     assert (answer.kind, answer.facts["refused"]) == ("error", True)
     assert "who is not at this site" in answer.facts["error"]
 
 
 def test_a_server_cannot_have_less_privacy_than_the_recipe_in_the_kit_says(smoke, federation_of):
-    _kit, trainers = federation_of(smoke("privacy={mode: local, clip: 0.1, noise: 1}"), 2, settings={"site-1": {"privacy": {"noise": 0.5}}})
+    _kit, trainers = federation_of(
+        smoke("privacy={mode: local, clip: 0.1, noise: 1}"),
+        2,
+        settings={"site-1": {"privacy": {"noise": 0.5}}},
+    )
     row = torch.zeros(3)
     for weaker in (Release(1e9, 0.0), Release(0.1, 0.1)):
         assert trainers["site-1"]._release(Train(row, release=weaker)) == Release(0.1, 0.5)

@@ -26,10 +26,14 @@ SHAPES = [
 class Formulas:
     """Clients with ℓ_i(θ) = ½ ‖θ − c_i‖², who find the minimum exactly."""
 
-    def __init__(self, clients: int, layout: AdapterLayout | None = None, sizes: list[int] | None = None) -> None:
+    def __init__(
+        self, clients: int, layout: AdapterLayout | None = None, sizes: list[int] | None = None
+    ) -> None:
         self.layout = layout or AdapterLayout.of(SHAPES)
         self.sizes = sizes or [10] * clients
-        self.centres = torch.randn(clients, self.layout.size, generator=torch.Generator().manual_seed(7))
+        self.centres = torch.randn(
+            clients, self.layout.size, generator=torch.Generator().manual_seed(7)
+        )
         self.shares = torch.tensor(self.sizes) / sum(self.sizes)
 
     def fresh_row(self, number: int) -> torch.Tensor:
@@ -47,7 +51,11 @@ class Formulas:
         return make_strategy(recipe, self.start())
 
     def start(self) -> Start:
-        scaling = {entry.key.removesuffix(".lora_A.weight"): 0.5 for entry in self.layout.entries if "lora_A" in entry.key}
+        scaling = {
+            entry.key.removesuffix(".lora_A.weight"): 0.5
+            for entry in self.layout.entries
+            if "lora_A" in entry.key
+        }
         return Start(len(self.sizes), self.layout, self.fresh_row, scaling=scaling)
 
     def train(self, client: int, job) -> Trained:
@@ -66,7 +74,15 @@ class Formulas:
             return 0.5 * (row - self.centres[client]).square().sum()[None]
 
         work = carry_out(plan, Hands(lambda job, _: self.train(client, job), losses), 0)
-        return Reply(client, work.deltas, self.sizes[client], work.loss, 0.0, choice=work.choice, weights=work.weights)
+        return Reply(
+            client,
+            work.deltas,
+            self.sizes[client],
+            work.loss,
+            0.0,
+            choice=work.choice,
+            weights=work.weights,
+        )
 
     def replies(self, strategy, clients=None):
         """What the clients answer to their plans."""
@@ -76,12 +92,17 @@ class Formulas:
     def federation(self, *overrides) -> Federation:
         """The round loop on these clients, without scores."""
         engine = SimpleNamespace(
-            clients=[SimpleNamespace(name=str(client), size=size) for client, size in enumerate(self.sizes)],
+            clients=[
+                SimpleNamespace(name=str(client), size=size)
+                for client, size in enumerate(self.sizes)
+            ],
             task=SimpleNamespace(metrics=["accuracy"]),
             backbone=SimpleNamespace(set_base=lambda _: None),
             check_serves=lambda _: None,
             start=self.start,
-            exchange=lambda _round, visits: (self.reply(client, plan) for client, plan, _ in visits),
+            exchange=lambda _round, visits: (
+                self.reply(client, plan) for client, plan, _ in visits
+            ),
         )
         return Federation(Recipe.load("smoke", ["baselines=[]", *overrides]), engine)
 

@@ -3,8 +3,22 @@
 import pytest
 import torch
 
-from fedmerge_peft import AdapterLayout, AdapterSoup, BackboneError, Federation, RecipeError, federate, merge_error
-from fedmerge_peft.adapters.lora_factors import RANDOM, columns_named, factors, rank_columns, svd_of_product
+from fedmerge_peft import (
+    AdapterLayout,
+    AdapterSoup,
+    BackboneError,
+    Federation,
+    RecipeError,
+    federate,
+    merge_error,
+)
+from fedmerge_peft.adapters.lora_factors import (
+    RANDOM,
+    columns_named,
+    factors,
+    rank_columns,
+    svd_of_product,
+)
 from fedmerge_peft.strategies import Reply
 
 LAYERS = ("one", "two")
@@ -48,8 +62,12 @@ def test_fedadam_steps_by_its_formula(formulas):
     strategy = case.strategy("fedavg", server_optimizer="adam", server_lr=0.02, server_momentum=0.8)
     expected, m, v = case.fresh_row(0).double(), 0.0, 0.0
     for turn in (1, 2, 3):
-        deltas = 10.0**-turn * torch.randn(2, case.layout.size, generator=torch.Generator().manual_seed(turn))
-        strategy.update([Reply(client, deltas[client][None], case.sizes[client], 1.0, 0.0) for client in (0, 1)])
+        deltas = 10.0**-turn * torch.randn(
+            2, case.layout.size, generator=torch.Generator().manual_seed(turn)
+        )
+        strategy.update(
+            [Reply(client, deltas[client][None], case.sizes[client], 1.0, 0.0) for client in (0, 1)]
+        )
         mean = (0.25 * deltas[0] + 0.75 * deltas[1]).double()
         m, v = 0.8 * m + 0.2 * mean, 0.99 * v + 0.01 * mean**2
         expected = expected - 0.02 * (m / (1 - 0.8**turn)) / ((v / (1 - 0.99**turn)).sqrt() + 1e-3)
@@ -62,7 +80,10 @@ def test_fedadam_steps_by_its_formula(formulas):
 def test_ranks_are_rows_of_a_and_columns_of_b_in_embeddings_too(make_backbone):
     backbone = make_backbone("bert", {"r": 3, "target_modules": ["query", "word_embeddings"]})
     row = backbone.fresh_row(0) + 1.0
-    whole, part = row.clone(), torch.where(rank_columns(backbone.layout, lambda _: slice(1, 3)), row, 0.0)
+    whole, part = (
+        row.clone(),
+        torch.where(rank_columns(backbone.layout, lambda _: slice(1, 3)), row, 0.0),
+    )
     assert {layer.embedding for layer in factors(backbone.layout)} == {True, False}
     for layer in factors(backbone.layout):
         (a, b), (a_part, b_part) = layer.of(whole), layer.of(part)
@@ -79,7 +100,9 @@ def test_products_of_two_matrices_are_told_from_other_updates_in_one_way():
     plain = [("lora_A.weight", (2, 3)), ("lora_B.weight", (3, 2)), ("lora_B.bias", (3,))]
     assert [layer.module for layer in factors(layout(*plain))] == ["a"]
     others = {
-        "is the factor of a convolution": layout(("lora_A.weight", (2, 3, 3, 3)), ("lora_B.weight", (3, 2, 1, 1))),
+        "is the factor of a convolution": layout(
+            ("lora_A.weight", (2, 3, 3, 3)), ("lora_B.weight", (3, 2, 1, 1))
+        ),
         "holds several experts": layout(*plain, role="expert"),
         "the magnitudes of DoRA": layout(*plain, ("lora_magnitude_vector", (3,))),
     }
@@ -122,15 +145,23 @@ def test_ffa_loras_mean_of_b_is_the_mean_of_the_updates(formulas):
         a, b = pair(case.layout, strategy.served(1), layer)
         assert torch.equal(a, pair(case.layout, start, layer)[0])
         torch.testing.assert_close(
-            b @ a, sum(share * pair(case.layout, c, layer)[1] @ a for share, c in zip(case.shares, case.centres, strict=True))
+            b @ a,
+            sum(
+                share * pair(case.layout, c, layer)[1] @ a
+                for share, c in zip(case.shares, case.centres, strict=True)
+            ),
         )
     size = 7 * 4 + 6 * 4 + 6
     assert strategy.traffic(0) == (size, size)
 
 
-@pytest.mark.parametrize("settings", ["", ", server_optimizer: adam, server_lr: 0.01, server_momentum: 0.9"])
+@pytest.mark.parametrize(
+    "settings", ["", ", server_optimizer: adam, server_lr: 0.01, server_momentum: 0.9"]
+)
 def test_ffa_loras_a_stays_bit_identical_through_training(smoke, settings):
-    federation = Federation(smoke(f"strategy={{name: ffa_lora{settings}}}", "training.weight_decay=0.1"))
+    federation = Federation(
+        smoke(f"strategy={{name: ffa_lora{settings}}}", "training.weight_decay=0.1")
+    )
     start = federation.strategy.served(0)
     list(federation.rounds())
     layout, now = federation.engine.backbone.layout, federation.strategy.served(0)
@@ -153,7 +184,9 @@ def test_fedsa_lora_averages_a_alone(formulas):
 
 
 def test_fedsa_lora_needs_an_a_that_trains(smoke):
-    with pytest.raises(RecipeError, match=r"strategy.name: fedsa_lora averages A, which does not train"):
+    with pytest.raises(
+        RecipeError, match=r"strategy.name: fedsa_lora averages A, which does not train"
+    ):
         Federation(smoke("strategy=fedsa_lora", "lora.merge=shared_a"))
 
 
@@ -171,7 +204,9 @@ def test_flexlora_is_exact_where_the_mean_has_the_rank(formulas):
     case.round(strategy)
     for layer in LAYERS:
         a, b = pair(case.layout, strategy.served(0), layer)
-        torch.testing.assert_close(b @ a, mean_product(case, case.centres, layer), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            b @ a, mean_product(case, case.centres, layer), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_flexlora_is_the_best_approximation_otherwise(formulas):
@@ -183,7 +218,9 @@ def test_flexlora_is_the_best_approximation_otherwise(formulas):
         exact = mean_product(case, case.centres, layer)
         u, s, vh = torch.linalg.svd(exact)
         torch.testing.assert_close(b @ a, u[:, :4] * s[:4] @ vh[:4], rtol=1e-4, atol=1e-5)
-        assert torch.linalg.matrix_norm(exact - b @ a) == pytest.approx(float(s[4:].norm()), rel=1e-4)
+        assert torch.linalg.matrix_norm(exact - b @ a) == pytest.approx(
+            float(s[4:].norm()), rel=1e-4
+        )
         torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(strategy.served(0)[-6:], case.mean()[-6:])
 
@@ -197,7 +234,9 @@ def test_flexlora_gives_each_client_the_first_directions_of_its_rank(formulas):
         u, s, vh = torch.linalg.svd(mean_product(case, case.centres, layer, ranks))
         for client, rank in enumerate(ranks):
             a, b = pair(case.layout, strategy.served(client), layer)
-            torch.testing.assert_close(b @ a, u[:, :rank] * s[:rank] @ vh[:rank], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                b @ a, u[:, :rank] * s[:rank] @ vh[:rank], rtol=1e-4, atol=1e-5
+            )
             assert not a[rank:].any()
             assert not b[:, rank:].any()
     assert strategy.traffic(0) == (6 + 7 + 5 + 6 + 6,) * 2
@@ -218,7 +257,10 @@ def test_flexlora_leaves_no_direction_that_could_not_be_learned_again(formulas):
 
 @pytest.mark.parametrize("name", ["flexlora", "flora"])
 def test_ranks_are_at_most_the_slots(formulas, name):
-    with pytest.raises(RecipeError, match=r"strategy.ranks: 8 is more than the adapter's rank of 4; lower it, or raise lora.r"):
+    with pytest.raises(
+        RecipeError,
+        match=r"strategy.ranks: 8 is more than the adapter's rank of 4; lower it, or raise lora.r",
+    ):
         formulas(3).strategy(name, ranks=[2, 8])
 
 
@@ -241,7 +283,10 @@ def test_flora_adds_the_mean_of_the_updates_to_the_backbone(formulas, ranks):
     case.round(strategy)  # the same answers again, on other fresh factors
     for layer in LAYERS:
         torch.testing.assert_close(
-            strategy.base[layer], mean_product(case, case.centres, layer, [1, 4, 1] if ranks else None), rtol=1e-5, atol=1e-5
+            strategy.base[layer],
+            mean_product(case, case.centres, layer, [1, 4, 1] if ranks else None),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -251,19 +296,31 @@ def test_flora_sends_the_stacks_that_a_client_has_not_had_yet(formulas):
     one, four, head = 24, 96, 6
     assert strategy.traffic(0) == (head, one + head)
     case.round(strategy, [0, 1])
-    assert [strategy.traffic(client) for client in range(3)] == [(one + four + head, up + head) for up in (one, four, one)]
+    assert [strategy.traffic(client) for client in range(3)] == [
+        (one + four + head, up + head) for up in (one, four, one)
+    ]
     case.round(strategy, [2])
-    assert [strategy.traffic(client)[0] for client in range(3)] == [one + four + one + head] * 2 + [one + head]
+    assert [strategy.traffic(client)[0] for client in range(3)] == [one + four + one + head] * 2 + [
+        one + head
+    ]
 
 
 def test_floras_backbone_computes_what_the_adapter_did(make_backbone):
     """W + ΔW with fresh factors gives the outputs of W with the factors behind ΔW; taking ΔW away restores every bit."""
     tokens = torch.tensor([[5, 6, 7, 8]])
     for kind, target in (("bert", "query"), ("gpt2", "c_attn")):
-        backbone = make_backbone(kind, {"r": 2, "alpha": 6.0, "use_rslora": True, "target_modules": [target]})
+        backbone = make_backbone(
+            kind, {"r": 2, "alpha": 6.0, "use_rslora": True, "target_modules": [target]}
+        )
         strategy = flora_of(backbone)
-        before = {name: value.clone() for name, value in backbone.model.state_dict().items() if "lora_" not in name}
-        trained = strategy.served(0) + 0.1 * torch.randn(backbone.layout.size, generator=torch.Generator().manual_seed(0))
+        before = {
+            name: value.clone()
+            for name, value in backbone.model.state_dict().items()
+            if "lora_" not in name
+        }
+        trained = strategy.served(0) + 0.1 * torch.randn(
+            backbone.layout.size, generator=torch.Generator().manual_seed(0)
+        )
         backbone.load_row(trained)
         expected = outputs(backbone, tokens)
         strategy.update([Reply(0, (strategy.served(0) - trained)[None], 10, 1.0, 0.0)])
@@ -272,14 +329,21 @@ def test_floras_backbone_computes_what_the_adapter_did(make_backbone):
         torch.testing.assert_close(outputs(backbone, tokens), expected, rtol=1e-4, atol=1e-5)
         backbone.set_base({})
         after = backbone.model.state_dict()
-        assert all(torch.equal(after[name], value) for name, value in before.items() if "modules_to_save" not in name)
+        assert all(
+            torch.equal(after[name], value)
+            for name, value in before.items()
+            if "modules_to_save" not in name
+        )
 
 
 def flora_of(backbone, clients=1):
     from fedmerge_peft.recipe.strategies import FLora
     from fedmerge_peft.strategies import Start, make_strategy
 
-    return make_strategy(FLora(name="flora"), Start(clients, backbone.layout, backbone.fresh_row, scaling=backbone.scaling))
+    return make_strategy(
+        FLora(name="flora"),
+        Start(clients, backbone.layout, backbone.fresh_row, scaling=backbone.scaling),
+    )
 
 
 def outputs(backbone, tokens):
@@ -291,18 +355,25 @@ def outputs(backbone, tokens):
 def test_nothing_is_added_to_a_layer_that_is_tied_to_another(make_backbone):
     backbone = make_backbone("gpt2", {"r": 2, "target_modules": ["lm_head"]})
     name = next(iter(backbone.scaling))
-    with pytest.raises(BackboneError, match=r"lora.target_modules: .*lm_head is tied to another layer"):
+    with pytest.raises(
+        BackboneError, match=r"lora.target_modules: .*lm_head is tied to another layer"
+    ):
         backbone.set_base({name: torch.zeros(1)})
 
 
 def test_flora_refuses_embeddings(make_backbone):
-    with pytest.raises(RecipeError, match=r"lora.target_modules: flora adds to linear layers, and .*word_embeddings is an embedding"):
+    with pytest.raises(
+        RecipeError,
+        match=r"lora.target_modules: flora adds to linear layers, and .*word_embeddings is an embedding",
+    ):
         flora_of(make_backbone("bert", {"target_modules": ["query", "word_embeddings"]}))
 
 
 def test_a_soup_keeps_what_the_backbone_gained(tmp_path):
     layout = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora")])
-    soup = AdapterSoup(torch.ones(1, 6), layout, {"s": torch.ones(2)}, {"a": torch.arange(6.0).view(2, 3)})
+    soup = AdapterSoup(
+        torch.ones(1, 6), layout, {"s": torch.ones(2)}, {"a": torch.arange(6.0).view(2, 3)}
+    )
     soup.save(tmp_path / "soup.safetensors")
     again = AdapterSoup.load(tmp_path / "soup.safetensors")
     assert torch.equal(again.base["a"], soup.base["a"])
@@ -323,7 +394,9 @@ def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
         "flexlora": 2 * [(a + b + head, a + b + head)],
         "flora": [(head, a + b + head), (6 * (a + b) + head, a + b + head)],
     }[name]
-    assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == [(24 * down, 24 * up) for down, up in travels]
+    assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == [
+        (24 * down, 24 * up) for down, up in travels
+    ]
     assert run.soup.rows.isfinite().all()
     assert run.summary["final"]["served"]["mean"] >= 0
     assert all(record["train_loss"] > 0 and record["warnings"] == [] for record in run.records)
@@ -362,17 +435,29 @@ def test_the_gap_is_between_updates(formulas, name, ranks):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
-    "lora", ["lora.alpha=5", "lora.use_rslora=true", "lora.alpha_pattern={query: 3}", "lora.rank_pattern={layer.0.attention.self.query: 3}"]
+    "lora",
+    [
+        "lora.alpha=5",
+        "lora.use_rslora=true",
+        "lora.alpha_pattern={query: 3}",
+        "lora.rank_pattern={layer.0.attention.self.query: 3}",
+    ],
 )
-def test_a_saved_adapter_of_flora_loads_in_plain_peft_and_gives_the_same_logits(smoke, tiny_models, tmp_path, lora, exact):
+def test_a_saved_adapter_of_flora_loads_in_plain_peft_and_gives_the_same_logits(
+    smoke, tiny_models, tmp_path, lora, exact
+):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    federation = Federation(smoke("strategy=flora", lora, "training.learning_rate=0.05", "rounds=3"))
+    federation = Federation(
+        smoke("strategy=flora", lora, "training.learning_rate=0.05", "rounds=3")
+    )
     run = federate(federation.recipe, tmp_path / "run", engine=federation.engine)
     backbone = federation.engine.backbone
     run.save_adapter("Harbour Clinic", tmp_path / "adapter", exact=exact)
-    plain = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=len(federation.engine.task.labels))
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        tiny_models / "bert", num_labels=len(federation.engine.task.labels)
+    )
     plain = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     tokens = torch.tensor([[5, 6, 7, 8]])
     soup = run.soup

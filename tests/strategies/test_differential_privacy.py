@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge_peft import Federation, Recipe, RecipeError, federate, resume
+from fedmerge_peft import Callback, Federation, Recipe, RecipeError, federate, resume
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import clipped
 from fedmerge_peft.strategies.differential_privacy import PrivateAggregator, release, spent
@@ -29,7 +29,12 @@ def renyi(noise, rounds, delta):
     (Mironov 2017, arXiv 1702.07476, proposition 7; Balle et al. 2020, arXiv 1905.09982, theorem 21.)
     """
     orders = [1 + x / 1000 for x in range(1, 100_000)]
-    return min(rounds * a / (2 * noise**2) + math.log((a - 1) / a) - (math.log(delta) + math.log(a)) / (a - 1) for a in orders)
+    return min(
+        rounds * a / (2 * noise**2)
+        + math.log((a - 1) / a)
+        - (math.log(delta) + math.log(a)) / (a - 1)
+        for a in orders
+    )
 
 
 def exact(noise, rounds, delta):
@@ -38,13 +43,17 @@ def exact(noise, rounds, delta):
     low, high = 0.0, 100.0
     for _ in range(100):
         e = (low + high) / 2
-        over = phi(1 / (2 * sigma) - e * sigma) - math.exp(e) * phi(-1 / (2 * sigma) - e * sigma) > delta
+        over = (
+            phi(1 / (2 * sigma) - e * sigma) - math.exp(e) * phi(-1 / (2 * sigma) - e * sigma)
+            > delta
+        )
         low, high = (e, high) if over else (low, e)
     return high
 
 
 @pytest.mark.parametrize(
-    ("noise", "rounds", "delta"), [(1.0, 1, 1e-5), (2.0, 10, 1e-5), (5.0, 100, 1e-6), (0.8, 3, 1e-3), (60.0, 20, 1e-5)]
+    ("noise", "rounds", "delta"),
+    [(1.0, 1, 1e-5), (2.0, 10, 1e-5), (5.0, 100, 1e-6), (0.8, 3, 1e-3), (60.0, 20, 1e-5)],
 )
 def test_what_is_spent_is_what_the_formulas_say(noise, rounds, delta):
     found = spent(PrivacyRecipe(mode="local", noise=noise, delta=delta), rounds)
@@ -73,7 +82,9 @@ def test_without_the_accountant_a_run_says_what_to_install_before_it_starts(form
 
 @pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
 def test_each_client_pays_for_the_rounds_in_which_it_was_asked(formulas, mode):
-    found = formulas(6).federation("strategy=fedavg", mode, "clients.fraction=0.5", "rounds=8", "privacy.noise=3")
+    found = formulas(6).federation(
+        "strategy=fedavg", mode, "clients.fraction=0.5", "rounds=8", "privacy.noise=3"
+    )
     asked = [0] * 6
     for record in found.rounds():
         for client in found.cohort(record.round):
@@ -83,10 +94,21 @@ def test_each_client_pays_for_the_rounds_in_which_it_was_asked(formulas, mode):
     assert max(asked) < 8
 
 
-def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_each_round_once(formulas):
-    found = formulas(6).federation("strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3")
-    fresh = [formulas(6).federation("strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3").epsilon(n) for n in range(9)]
-    assert [found.epsilon(number) for number in (2, 8, 3, 3, 0, 7)] == [fresh[number] for number in (2, 8, 3, 3, 0, 7)]
+def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_each_round_once(
+    formulas,
+):
+    found = formulas(6).federation(
+        "strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3"
+    )
+    fresh = [
+        formulas(6)
+        .federation("strategy=fedavg", LOCAL, "clients.fraction=0.5", "privacy.noise=3")
+        .epsilon(n)
+        for n in range(9)
+    ]
+    assert [found.epsilon(number) for number in (2, 8, 3, 3, 0, 7)] == [
+        fresh[number] for number in (2, 8, 3, 3, 0, 7)
+    ]
     cohort, seen = found.cohort, []
     found.cohort = lambda number: seen.append(number) or cohort(number)
     assert [found.epsilon(number) for number in (7, 8)] == fresh[7:]
@@ -99,7 +121,11 @@ def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_ea
 def sent(delta, release, phases=(None,), seed=5):
     """What a client whose training moves it by δ returns, and what it keeps."""
     row = torch.zeros_like(delta)
-    work = carry_out(Train(row, phases, release=release), Hands(lambda job, _: Trained(job.row - delta, 1.0, 1), None), seed)
+    work = carry_out(
+        Train(row, phases, release=release),
+        Hands(lambda job, _: Trained(job.row - delta, 1.0, 1), None),
+        seed,
+    )
     return work.deltas[0], work.trained
 
 
@@ -139,11 +165,15 @@ def test_local_noise_is_in_units_of_how_far_two_clipped_updates_can_be_apart():
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 10_000), st.floats(0.01, 5.0))
-def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(clients, adapters, seed, sharpness):
+def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(
+    clients, adapters, seed, sharpness
+):
     """max over which client is missing of ‖f(all) − f(all but one)‖ ≤ S, without the noise."""
     generator = torch.Generator().manual_seed(seed)
     deltas = clipped(5 * torch.randn(clients, 6, generator=generator), 1.0)
-    weights = torch.softmax(sharpness * torch.randn(clients, adapters, generator=generator).double(), dim=1)
+    weights = torch.softmax(
+        sharpness * torch.randn(clients, adapters, generator=generator).double(), dim=1
+    )
     rule = PrivateAggregator(PrivacyRecipe(mode="central", noise=1e-12), asked=clients, seed=0)
     whole = rule.combine(deltas, weights, torch.ones(clients))
     for missing in range(clients):
@@ -156,7 +186,9 @@ def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(clie
 def test_sums_get_noise_of_z_times_their_sensitivity(adapters, sensitivity):
     rule = PrivateAggregator(PrivacyRecipe(mode="central", noise=2.0, clip=0.5), asked=10, seed=0)
     assert rule.sensitivity(adapters) == sensitivity
-    found = rule.combine(torch.zeros(10, 50_000), torch.full((10, adapters), 1 / adapters), torch.ones(10))
+    found = rule.combine(
+        torch.zeros(10, 50_000), torch.full((10, adapters), 1 / adapters), torch.ones(10)
+    )
     assert float(found.std()) == pytest.approx(2.0 * sensitivity, rel=0.02)
 
 
@@ -188,9 +220,13 @@ def test_a_method_that_shares_more_than_is_covered_is_refused(strategy, mode):
         Recipe.load("smoke", [f"baselines=[{strategy}]", mode])
 
 
-@pytest.mark.parametrize("setting", ["start=warm", "rule=paper", "rule=gradient", "reseed_after=2", "balance_rounds=1"])
+@pytest.mark.parametrize(
+    "setting", ["start=warm", "rule=paper", "rule=gradient", "reseed_after=2", "balance_rounds=1"]
+)
 def test_weights_that_depend_on_other_clients_are_refused_where_the_noise_is_on_the_sums(setting):
-    with pytest.raises(RecipeError, match="by each other's updates, which noise on the sums does not cover"):
+    with pytest.raises(
+        RecipeError, match="by each other's updates, which noise on the sums does not cover"
+    ):
         Recipe.load("smoke", [f"strategy.{setting}", CENTRAL])
     Recipe.load("smoke", [f"strategy.{setting}", LOCAL])
 
@@ -202,7 +238,9 @@ def test_central_noise_and_a_defence_exclude_each_other():
 
 
 def test_local_training_shares_nothing_and_gets_no_noise(smoke, smoke_engine):
-    plain, private = (Federation(smoke("strategy=local", *more), smoke_engine) for more in ([], [LOCAL]))
+    plain, private = (
+        Federation(smoke("strategy=local", *more), smoke_engine) for more in ([], [LOCAL])
+    )
     records = list(private.rounds())
     list(plain.rounds())
     assert torch.equal(plain.strategy.soup.rows, private.strategy.soup.rows)
@@ -216,11 +254,15 @@ def test_noise_is_on_all_that_travels_and_on_nothing_else(formulas, strategy, mo
     before = found.strategy.soup.rows.clone()
     list(found.rounds())
     moved = (found.strategy.soup.rows != before).any(dim=0)
-    assert torch.equal(moved, found.strategy.columns if strategy == "ffa_lora" else torch.ones_like(moved))
+    assert torch.equal(
+        moved, found.strategy.columns if strategy == "ffa_lora" else torch.ones_like(moved)
+    )
 
 
 @pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
-def test_a_private_run_says_what_it_spent_and_resumes_to_the_same_bits(smoke, smoke_engine, tmp_path, left_behind, mode):
+def test_a_private_run_says_what_it_spent_and_resumes_to_the_same_bits(
+    smoke, smoke_engine, tmp_path, left_behind, mode
+):
     recipe = smoke("rounds=4", mode, "privacy.noise=4", "clients.fraction=0.5")
 
     def interrupt(record):
@@ -230,6 +272,11 @@ def test_a_private_run_says_what_it_spent_and_resumes_to_the_same_bits(smoke, sm
     run = federate(recipe, tmp_path / "whole", engine=smoke_engine)
     assert run.summary["privacy"] == {"epsilon": run.records[-1]["epsilon"], "delta": 1e-5}
     with pytest.raises(KeyboardInterrupt):
-        federate(recipe, tmp_path / "parts", engine=smoke_engine, on_round=interrupt)
+        federate(
+            recipe,
+            tmp_path / "parts",
+            engine=smoke_engine,
+            callbacks=[Callback(on_round=interrupt)],
+        )
     resume(tmp_path / "parts", engine=smoke_engine)
     assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")

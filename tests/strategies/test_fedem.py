@@ -27,7 +27,9 @@ class Regression:
         self.inputs = 3 * torch.randn(self.size, 3, generator=generator)
         second = (torch.rand(self.size, generator=generator) >= part).long()
         self.part = float((second == 0).float().mean())
-        self.outputs = (self.inputs * COEFFICIENTS[second]).sum(1) + torch.randn(self.size, generator=generator)
+        self.outputs = (self.inputs * COEFFICIENTS[second]).sum(1) + torch.randn(
+            self.size, generator=generator
+        )
 
     def hands(self):
         def losses(row):
@@ -36,7 +38,12 @@ class Regression:
         def train(job, seed):
             row, weights = job.row.clone(), job.example_weights
             for _ in range(10):
-                row[:3] -= 0.05 * (weights * (self.inputs @ row[:3] - self.outputs)) @ self.inputs / self.size
+                row[:3] -= (
+                    0.05
+                    * (weights * (self.inputs @ row[:3] - self.outputs))
+                    @ self.inputs
+                    / self.size
+                )
             return Trained(row, float((weights * losses(row)).mean()), 10)
 
         return Hands(train, losses)
@@ -47,7 +54,9 @@ def noise(number):
 
 
 def make(adapters, fresh_row=noise, clients=9):
-    return make_strategy(FedEM(name="fedem", adapters=adapters), Start(clients, LAYOUT, fresh_row, seed=1))
+    return make_strategy(
+        FedEM(name="fedem", adapters=adapters), Start(clients, LAYOUT, fresh_row, seed=1)
+    )
 
 
 def replies(strategy, clients):
@@ -63,15 +72,27 @@ def test_fedem_recovers_a_mixture_of_two_regressions_and_each_clients_part_of_it
         strategy.update(list(replies(strategy, clients)))
     order = [0, 1] if (strategy.soup.rows[0, :3] - COEFFICIENTS[0]).norm() < 1 else [1, 0]
     torch.testing.assert_close(strategy.soup.rows[order, :3], COEFFICIENTS, rtol=0, atol=0.03)
-    torch.testing.assert_close(strategy.weights[:, order[0]], torch.tensor([client.part for client in clients]), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        strategy.weights[:, order[0]],
+        torch.tensor([client.part for client in clients]),
+        rtol=0,
+        atol=0.02,
+    )
 
 
 def test_fedems_server_averages_each_component_by_examples_and_keeps_the_clients_weights():
     strategy = make(3)
     before = strategy.soup.rows
-    deltas = [torch.randn(3, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    deltas = [
+        torch.randn(3, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    ]
     weights = [torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.1, 0.8])]
-    strategy.update([Reply(c, d, n, 0.0, 0.0, weights=w) for c, d, n, w in zip((4, 2), deltas, (30, 10), weights, strict=True)])
+    strategy.update(
+        [
+            Reply(c, d, n, 0.0, 0.0, weights=w)
+            for c, d, n, w in zip((4, 2), deltas, (30, 10), weights, strict=True)
+        ]
+    )
     torch.testing.assert_close(strategy.soup.rows, before - (0.75 * deltas[0] + 0.25 * deltas[1]))
     torch.testing.assert_close(strategy.weights[[4, 2]], torch.stack(weights))
     torch.testing.assert_close(strategy.weights[0], torch.full((3,), 1 / 3))
@@ -82,7 +103,10 @@ def test_fedems_server_averages_each_component_by_examples_and_keeps_the_clients
 
 
 def test_fedem_refuses_components_that_would_stay_equal():
-    with pytest.raises(RecipeError, match=r"strategy: fedem's components would start equal .* use lora\.merge=factor"):
+    with pytest.raises(
+        RecipeError,
+        match=r"strategy: fedem's components would start equal .* use lora\.merge=factor",
+    ):
         make(3, lambda _: torch.zeros(SIZE))
     make(1, lambda _: torch.zeros(SIZE))
 
@@ -124,7 +148,8 @@ def test_a_mixture_and_a_metric_of_generated_text_are_refused_with_the_recipe(tm
         "data: {path: unused, partition: {scheme: iid, clients: 2}}\n"
     )
     with pytest.raises(
-        RecipeError, match=r"recipe.yaml:2: task: the metric rougeL needs generated text.*fedem.*use perplexity or accuracy"
+        RecipeError,
+        match=r"recipe.yaml:2: task: the metric rougeL needs generated text.*fedem.*use perplexity or accuracy",
     ):
         Recipe.load(path, [where])
     Recipe.load(path, [where, "task.metrics=[perplexity, accuracy]"])

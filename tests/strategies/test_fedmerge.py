@@ -13,21 +13,35 @@ LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora")])
 
 
 def start(clients=4):
-    return Start(clients, LAYOUT, lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)), seed=1)
+    return Start(
+        clients,
+        LAYOUT,
+        lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)),
+        seed=1,
+    )
 
 
 def fedmerge(clients=4, **fields):
-    return make_strategy(FedMerge(name="fedmerge", **{"adapters": 3, "start": "independent", **fields}), start(clients))
+    return make_strategy(
+        FedMerge(name="fedmerge", **{"adapters": 3, "start": "independent", **fields}),
+        start(clients),
+    )
 
 
 def replies(clients, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [Reply(client, 0.1 * torch.randn(1, SIZE, generator=generator), 10, 1.0, 0.0) for client in clients]
+    return [
+        Reply(client, 0.1 * torch.randn(1, SIZE, generator=generator), 10, 1.0, 0.0)
+        for client in clients
+    ]
 
 
 def towards(strategy, targets, rate=0.5):
     """Clients whose loss is ½‖θ − target‖², each after one gradient step of this rate."""
-    return [Reply(c, rate * (strategy.adapter(c) - target)[None], 10, 1.0, 0.0) for c, target in enumerate(targets)]
+    return [
+        Reply(c, rate * (strategy.adapter(c) - target)[None], 10, 1.0, 0.0)
+        for c, target in enumerate(targets)
+    ]
 
 
 def test_temperature_sharpens_the_weights_and_nothing_else():
@@ -38,19 +52,28 @@ def test_temperature_sharpens_the_weights_and_nothing_else():
 
 
 def test_memory_averages_what_the_weights_step_by():
-    gradients = [torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    gradients = [
+        torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        for n in range(3)
+    ]
     strategy = fedmerge(2, rule="gradient", weights_memory=0.8, weights_lr=1.0)
     everyone, shares = torch.tensor([0, 1]), torch.tensor([0.5, 0.5], dtype=torch.float64)
     for gradient in gradients:
         move = strategy.steps.move(everyone, gradient, shares)
     weights = torch.tensor([0.8**2, 0.8, 1.0], dtype=torch.float64)
-    mean = sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True)) / weights.sum()
+    mean = (
+        sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
+        / weights.sum()
+    )
     torch.testing.assert_close(move, 0.5 * mean)
 
 
 def test_memory_counts_only_the_rounds_a_client_replied_in():
     strategy = fedmerge(2, rule="gradient", weights_memory=0.9, weights_lr=1.0)
-    shares, gradient = torch.tensor([1.0], dtype=torch.float64), torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
+    shares, gradient = (
+        torch.tensor([1.0], dtype=torch.float64),
+        torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64),
+    )
     strategy.steps.move(torch.tensor([0]), 5 * gradient, shares)
     torch.testing.assert_close(strategy.steps.move(torch.tensor([1]), gradient, shares), gradient)
 
@@ -58,14 +81,18 @@ def test_memory_counts_only_the_rounds_a_client_replied_in():
 def test_adam_steps_each_logit_by_its_own_scale():
     strategy = fedmerge(1, rule="adam", weights_lr=0.3)
     gradient = torch.tensor([[100.0, -0.001, 0.0]], dtype=torch.float64)
-    move = strategy.steps.move(torch.tensor([0]), gradient, torch.tensor([1.0], dtype=torch.float64))
+    move = strategy.steps.move(
+        torch.tensor([0]), gradient, torch.tensor([1.0], dtype=torch.float64)
+    )
     torch.testing.assert_close(move, torch.tensor([[0.3, -0.3, 0.0]], dtype=torch.float64))
 
 
 def test_balance_gives_all_adapters_the_same_mass():
     logits = 3 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.softmax(logits + balancing_shifts(logits), dim=1)
-    torch.testing.assert_close(weights.mean(0), torch.full((4,), 0.25, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        weights.mean(0), torch.full((4,), 0.25, dtype=torch.float64), atol=1e-4, rtol=0
+    )
 
 
 def test_balance_bears_adapters_that_nobody_uses():
@@ -76,7 +103,9 @@ def test_balance_fades_away_over_its_rounds():
     strategy, free = fedmerge(balance_rounds=3, weights_lr=0.0), fedmerge(weights_lr=0.0)
     away = []
     for each in (strategy, free):
-        each.merging.logits = torch.tensor([[3.0, 0.0, 0.0], [2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [3.0, 1.0, 1.0]])
+        each.merging.logits = torch.tensor(
+            [[3.0, 0.0, 0.0], [2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [3.0, 1.0, 1.0]]
+        )
     for _ in range(3):
         strategy.update(replies(range(4)))
         away.append(float((strategy.weights.mean(0) - 1 / 3).abs().max()))
@@ -96,7 +125,10 @@ def test_an_unused_adapter_goes_to_half_of_the_busiest_ones_clients():
     strategy.merging.logits = torch.tensor([[4.0, -4.0]]).repeat(4, 1)
     wish = torch.zeros(SIZE)
     wish[0] = 1.0
-    opposed = [Reply(c, (torch.ones(SIZE) + (wish if c % 2 else -wish))[None], 10, 1.0, 0.0) for c in range(4)]
+    opposed = [
+        Reply(c, (torch.ones(SIZE) + (wish if c % 2 else -wish))[None], 10, 1.0, 0.0)
+        for c in range(4)
+    ]
     strategy.update(opposed)
     assert strategy.weights.argmax(1).tolist() == [0, 0, 0, 0]
     strategy.update(opposed)
@@ -121,7 +153,9 @@ def test_momentum_is_the_running_sum_of_the_mean_updates():
     first, second = replies([0], 1), replies([0], 2)
     strategy.update(first)
     strategy.update(second)
-    torch.testing.assert_close(strategy.adapter(0), before - 0.1 * (1.5 * first[0].delta + second[0].delta))
+    torch.testing.assert_close(
+        strategy.adapter(0), before - 0.1 * (1.5 * first[0].delta + second[0].delta)
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,13 +172,18 @@ def test_momentum_is_the_running_sum_of_the_mean_updates():
     ids=str,
 )
 def test_clients_with_two_opposed_wishes_are_served_by_their_wish(fields):
-    targets = [torch.tensor([3.0, 0, 0, 0, 0, 0]) * (1 if client % 2 else -1) for client in range(6)]
+    targets = [
+        torch.tensor([3.0, 0, 0, 0, 0, 0]) * (1 if client % 2 else -1) for client in range(6)
+    ]
     strategy = fedmerge(6, **fields)
     for _ in range(40):
         strategy.update(towards(strategy, targets))
     for client, target in enumerate(targets):
         assert float((strategy.adapter(client) - target).norm()) < 1.0  # the two wishes are 6 apart
-        assert strategy.weights[client] @ strategy.weights[(client + 2) % 6] > strategy.weights[client] @ strategy.weights[(client + 1) % 6]
+        assert (
+            strategy.weights[client] @ strategy.weights[(client + 2) % 6]
+            > strategy.weights[client] @ strategy.weights[(client + 1) % 6]
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])

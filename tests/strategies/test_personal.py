@@ -8,7 +8,13 @@ from fedmerge_peft.strategies import Reply
 
 
 def columns(layout, *names):
-    return torch.cat([torch.arange(layout.size)[entry.columns] for entry in layout.entries if any(name in entry.key for name in names)])
+    return torch.cat(
+        [
+            torch.arange(layout.size)[entry.columns]
+            for entry in layout.entries
+            if any(name in entry.key for name in names)
+        ]
+    )
 
 
 # ---- FedAvg and finetuning -----------------------------------------------------------------------
@@ -32,7 +38,9 @@ def test_finetuned_fedavg_serves_what_the_client_trained_last(formulas):
 
 
 @pytest.mark.parametrize("regularization", [0.1, 1.0, 9.0])
-def test_dittos_private_adapter_stands_between_its_client_and_the_global_one(formulas, regularization):
+def test_dittos_private_adapter_stands_between_its_client_and_the_global_one(
+    formulas, regularization
+):
     """v_i = (c_i + λ w) / (1 + λ), with the w that was sent."""
     case = formulas(3, sizes=[10, 20, 30])
     strategy = case.strategy("ditto", regularization=regularization)
@@ -102,8 +110,15 @@ def test_fedrep_trains_the_head_first_and_then_the_body(formulas):
 
 
 def test_fedrep_needs_a_head(formulas):
-    case = formulas(2, AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("a.lora_B.weight", (3, 2), "lora")]))
-    with pytest.raises(RecipeError, match=r"strategy.name: fedrep keeps the head private and this adapter has none"):
+    case = formulas(
+        2,
+        AdapterLayout.of(
+            [("a.lora_A.weight", (2, 3), "lora"), ("a.lora_B.weight", (3, 2), "lora")]
+        ),
+    )
+    with pytest.raises(
+        RecipeError, match=r"strategy.name: fedrep keeps the head private and this adapter has none"
+    ):
         case.strategy("fedrep")
 
 
@@ -112,7 +127,10 @@ def test_fedrep_needs_a_head(formulas):
 
 def halves(layout):
     """The global and the private half of the columns, entry by entry."""
-    shared, private = torch.zeros(layout.size, dtype=torch.bool), torch.zeros(layout.size, dtype=torch.bool)
+    shared, private = (
+        torch.zeros(layout.size, dtype=torch.bool),
+        torch.zeros(layout.size, dtype=torch.bool),
+    )
     for entry in layout.entries:
         for number in range(entry.size):
             row, column = divmod(number, entry.shape[1])
@@ -151,7 +169,9 @@ def test_a_newcomer_to_feddpa_is_served_with_the_global_half_and_head(formulas):
     torch.testing.assert_close(strategy.served(0)[head], case.centres[0][head])
 
 
-def test_feddpas_first_job_does_not_see_the_private_half_and_its_second_does_not_move_the_global_one(formulas):
+def test_feddpas_first_job_does_not_see_the_private_half_and_its_second_does_not_move_the_global_one(
+    formulas,
+):
     case = formulas(3)
     strategy = case.strategy("feddpa")
     shared, _ = halves(case.layout)
@@ -169,15 +189,26 @@ def test_feddpas_first_job_does_not_see_the_private_half_and_its_second_does_not
 
 
 def test_feddpa_needs_an_even_rank(formulas):
-    case = formulas(2, AdapterLayout.of([("a.lora_A.weight", (3, 3), "lora"), ("a.lora_B.weight", (3, 3), "lora")]))
-    with pytest.raises(RecipeError, match=r"lora.r: feddpa gives half of the ranks to each client, and a has rank 3; use an even rank"):
+    case = formulas(
+        2,
+        AdapterLayout.of(
+            [("a.lora_A.weight", (3, 3), "lora"), ("a.lora_B.weight", (3, 3), "lora")]
+        ),
+    )
+    with pytest.raises(
+        RecipeError,
+        match=r"lora.r: feddpa gives half of the ranks to each client, and a has rank 3; use an even rank",
+    ):
         case.strategy("feddpa")
 
 
 @pytest.mark.parametrize("lora", ["lora.merge=shared_a", "lora.use_dora=true"])
 @pytest.mark.parametrize("name", ["feddpa", "flexlora", "flora"])
 def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(smoke, name, lora):
-    with pytest.raises(RecipeError, match=rf"strategy.name: {name} cannot .* this adapter: .*\({lora.split('=')[0]}"):
+    with pytest.raises(
+        RecipeError,
+        match=rf"strategy.name: {name} cannot .* this adapter: .*\({lora.split('=')[0]}",
+    ):
         Federation(smoke(f"strategy={name}", lora))
 
 
@@ -207,7 +238,9 @@ def test_the_order_of_replies_does_not_count(formulas, name):
         one.update(list(case.replies(one)))
         other.update(list(case.replies(other))[::-1])
     assert torch.equal(one.soup.rows, other.soup.rows)
-    torch.testing.assert_close(one.soup.merge(one.weights), torch.stack([one.served(client) for client in range(4)]))
+    torch.testing.assert_close(
+        one.soup.merge(one.weights), torch.stack([one.served(client) for client in range(4)])
+    )
 
 
 @pytest.mark.parametrize("name", ["fedavg_ft", "ditto", "fedrep", "feddpa"])
@@ -215,12 +248,25 @@ def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     run = federate(smoke(f"strategy={name}"), tmp_path / "run", engine=smoke_engine)
     head = len(smoke_engine.backbone.layout.columns("head"))
     factors = 4 * 2 * (32 + 32)  # two layers' query and value, at rank 2
-    travels = {"fedavg_ft": factors + head, "ditto": factors + head, "fedrep": factors, "feddpa": factors // 2 + head}[name]
-    assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == 2 * [(6 * 4 * travels, 6 * 4 * travels)]
+    travels = {
+        "fedavg_ft": factors + head,
+        "ditto": factors + head,
+        "fedrep": factors,
+        "feddpa": factors // 2 + head,
+    }[name]
+    assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == 2 * [
+        (6 * 4 * travels, 6 * 4 * travels)
+    ]
     assert run.soup.rows.isfinite().all()
     assert run.summary["final"]["served"]["mean"] >= 0
-    assert all(record["train_loss"] > 0 and record["gap"] >= 0 and record["warnings"] == [] for record in run.records)
-    assert run.adapter("Harbour Clinic").keys() == smoke_engine.backbone.layout.state_dict(run.soup.rows[0]).keys()
+    assert all(
+        record["train_loss"] > 0 and record["gap"] >= 0 and record["warnings"] == []
+        for record in run.records
+    )
+    assert (
+        run.adapter("Harbour Clinic").keys()
+        == smoke_engine.backbone.layout.state_dict(run.soup.rows[0]).keys()
+    )
 
 
 def test_fedreps_head_stays_as_the_client_trained_it_on_a_tiny_model(smoke, smoke_engine):
@@ -231,4 +277,6 @@ def test_fedreps_head_stays_as_the_client_trained_it_on_a_tiny_model(smoke, smok
     body = torch.ones(rows.shape[1], dtype=torch.bool)
     body[head] = False
     assert torch.equal(rows[:, body], rows[:1, body].expand(6, -1))
-    assert all(not torch.equal(rows[one, head], rows[two, head]) for one in range(6) for two in range(one))
+    assert all(
+        not torch.equal(rows[one, head], rows[two, head]) for one in range(6) for two in range(one)
+    )

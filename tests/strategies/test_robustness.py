@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmerge_peft import AdapterLayout, RecipeError, federate, resume
+from fedmerge_peft import AdapterLayout, Callback, RecipeError, federate, resume
 from fedmerge_peft.recipe.robustness import DefenceRecipe
 from fedmerge_peft.recipe.strategies import FedAvg, FedMerge
 from fedmerge_peft.strategies import Reply, Start, make_strategy
@@ -65,7 +65,9 @@ def test_with_equal_weights_the_median_is_the_coordinate_wise_median(count):
 def test_with_equal_weights_the_trimmed_mean_is_that_of_yin(count, trim):
     deltas, cut = random(count, 40), round(trim * count)
     expected = deltas.sort(dim=0).values[cut : count - cut].mean(dim=0)
-    torch.testing.assert_close(trimmed_means(deltas, even(count), trim)[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        trimmed_means(deltas, even(count), trim)[0], expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("trim", [0.1, 0.25, 0.5])
@@ -73,7 +75,12 @@ def test_a_weight_of_three_is_three_clients(trim):
     deltas, times = random(6, 40), torch.tensor([1, 3, 1, 2, 1, 2])
     weights = (times.double() / times.sum())[:, None]
     repeated = deltas.repeat_interleave(times, dim=0)
-    torch.testing.assert_close(trimmed_means(deltas, weights, trim), trimmed_means(repeated, even(10), trim), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        trimmed_means(deltas, weights, trim),
+        trimmed_means(repeated, even(10), trim),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -82,7 +89,9 @@ def test_krum_keeps_the_updates_with_the_nearest_neighbours(count, several):
     deltas, hostile = random(count, 6), math.floor(0.3 * count)
     scores = []
     for i in range(count):
-        squares = sorted(float((deltas[i] - deltas[k]).square().sum()) for k in range(count) if k != i)
+        squares = sorted(
+            float((deltas[i] - deltas[k]).square().sum()) for k in range(count) if k != i
+        )
         scores.append(sum(squares[: max(1, count - hostile - 2)]))
     best = sorted(range(count), key=scores.__getitem__)[: count - hostile if several else 1]
     expected = torch.zeros(count, dtype=torch.float64)
@@ -100,22 +109,33 @@ def test_krum_asks_those_who_use_an_adapter_alone():
 def test_the_cosine_filter_leaves_out_who_points_against_the_others():
     common = random(1, 40)
     deltas = torch.cat([common + 0.5 * random(7, 40, seed=1), -100 * common, 0 * common])
-    found = aggregator(aggregation="cosine_filter").combine(deltas, torch.ones(9, 1), torch.ones(9))[0]
+    found = aggregator(aggregation="cosine_filter").combine(
+        deltas, torch.ones(9, 1), torch.ones(9)
+    )[0]
     torch.testing.assert_close(found, deltas[:7].mean(dim=0), rtol=1e-5, atol=1e-5)
 
 
 def test_nobody_decides_about_itself_in_the_cosine_filter():
     between = torch.tensor([[1.0, -0.1, -0.1], [-0.1, 1.0, 0.5], [-0.1, 0.5, 1.0]]).double()
     found = agreeing(between, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64))
-    assert found.tolist() == [0.9, 0.05, 0.05]  # it has nearly all of the weight: the other two are no users, and have no say
-    torch.testing.assert_close(agreeing(between, torch.tensor([0.5, 0.25, 0.25]).double()), torch.tensor([0.0, 0.5, 0.5]).double())
+    assert found.tolist() == [
+        0.9,
+        0.05,
+        0.05,
+    ]  # it has nearly all of the weight: the other two are no users, and have no say
+    torch.testing.assert_close(
+        agreeing(between, torch.tensor([0.5, 0.25, 0.25]).double()),
+        torch.tensor([0.0, 0.5, 0.5]).double(),
+    )
 
 
 @pytest.mark.parametrize("rule", ["mean", *RULES])
 def test_every_rule_gives_back_what_all_clients_say(rule):
     one = random(1, 30)
     mixing = random(7, 3).abs()
-    found = aggregator(aggregation=rule).combine(one.expand(7, 30), mixing, torch.full((7,), 2.0), normalize=False)
+    found = aggregator(aggregation=rule).combine(
+        one.expand(7, 30), mixing, torch.full((7,), 2.0), normalize=False
+    )
     torch.testing.assert_close(found, mixing.mean(dim=0)[:, None] * one, rtol=1e-5, atol=1e-5)
 
 
@@ -132,7 +152,9 @@ def test_a_minority_cannot_leave_the_range_of_the_honest(rule, count, value, see
     hostile = (count - 1) // 2
     deltas = random(count, 5, seed=seed)
     deltas[:hostile] = value
-    found = aggregator(aggregation=rule, trim=0.49).combine(deltas, even(count), torch.ones(count))[0]
+    found = aggregator(aggregation=rule, trim=0.49).combine(deltas, even(count), torch.ones(count))[
+        0
+    ]
     honest = deltas[hostile:]
     assert bool((found >= honest.min(dim=0).values - 1e-5).all())
     assert bool((found <= honest.max(dim=0).values + 1e-5).all())
@@ -166,7 +188,9 @@ def test_no_update_is_longer_than_the_bound_and_short_ones_stay(bound, seed):
     assert bool((short.norm(dim=1) <= bound * (1 + 1e-5)).all())
     stays = deltas.double().norm(dim=1) <= bound
     assert torch.equal(short[stays], deltas[stays])
-    torch.testing.assert_close(torch.nn.functional.normalize(short), torch.nn.functional.normalize(deltas))
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(short), torch.nn.functional.normalize(deltas)
+    )
 
 
 def test_the_bound_is_a_multiple_of_the_running_median_or_fixed_whichever_is_less():
@@ -181,7 +205,10 @@ def test_the_bound_is_a_multiple_of_the_running_median_or_fixed_whichever_is_les
 
 
 def test_the_lengths_that_are_handed_on_are_those_after_clipping():
-    rule, deltas = aggregator(norm_bound=1.0), torch.tensor([0.5, 1.0, 3.0])[:, None] * torch.eye(4)[:3]
+    rule, deltas = (
+        aggregator(norm_bound=1.0),
+        torch.tensor([0.5, 1.0, 3.0])[:, None] * torch.eye(4)[:3],
+    )
     torch.testing.assert_close(rule.clip(deltas).norm(dim=1).double(), rule.lengths)
     assert rule.lengths.tolist() == [0.5, 1.0, 1.0]
 
@@ -196,7 +223,12 @@ def test_a_bound_on_norms_bounds_what_one_client_moves(formulas, name):
         update = found.strategy.update
         changes = {"0": scale}
         found.strategy.update = lambda replies, update=update, changes=changes: update(
-            [dataclasses.replace(reply, deltas=reply.deltas * changes.get(str(reply.client), 1.0)) for reply in replies]
+            [
+                dataclasses.replace(
+                    reply, deltas=reply.deltas * changes.get(str(reply.client), 1.0)
+                )
+                for reply in replies
+            ]
         )
         next(found.rounds())
         rows.append(found.strategy.soup.rows)
@@ -205,7 +237,10 @@ def test_a_bound_on_norms_bounds_what_one_client_moves(formulas, name):
 
 def test_private_rows_are_not_clipped(formulas):
     case = formulas(3)
-    free, bound = case.federation("strategy.name=ditto"), case.federation("strategy.name=ditto", "defence.norm_bound=1e-3")
+    free, bound = (
+        case.federation("strategy.name=ditto"),
+        case.federation("strategy.name=ditto", "defence.norm_bound=1e-3"),
+    )
     next(free.rounds())
     next(bound.rounds())
     assert torch.equal(free.strategy.soup.rows[1:], bound.strategy.soup.rows[1:])
@@ -221,7 +256,9 @@ def test_private_rows_are_not_clipped(formulas):
 def test_no_reply_moves_anothers_logits(rule, scale, seed):
     logits = []
     for factor in (1.0, scale):
-        strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule=rule), start())
+        strategy = make_strategy(
+            FedMerge(name="fedmerge", adapters=3, start="independent", rule=rule), start()
+        )
         deltas = random(4, 1, SIZE, seed=seed)
         deltas[0] *= factor
         strategy.update([Reply(client, deltas[client], 10, 1.0, 0.0) for client in range(4)])
@@ -233,7 +270,9 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
     """Σ|G| runs over all clients: whoever sends the longest update takes all of the step."""
     moved = []
     for factor in (1.0, 1e4):
-        strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper"), start())
+        strategy = make_strategy(
+            FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper"), start()
+        )
         first, *others = replies(range(4))
         strategy.update([dataclasses.replace(first, deltas=factor * first.deltas), *others])
         moved.append(strategy.merging.logits[1:].abs().max())
@@ -246,14 +285,20 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
 def attacked(case, name, attack, hostile, *overrides, rounds=6):
     """Mean distance of the honest clients' adapters to their common minimum, after some rounds."""
     attacks = load_attacks()
-    found = case.federation(f"strategy.name={name}", f"rounds={rounds}", "clients.failures=skip", *overrides)
+    found = case.federation(
+        f"strategy.name={name}", f"rounds={rounds}", "clients.failures=skip", *overrides
+    )
     exchange = found.engine.exchange
     honest = [client for client in range(len(case.sizes)) if client not in hostile]
     known = {client: attacks.Adversary(0, honest[0], case.sizes[honest[0]]) for client in hostile}
 
     def hostile_exchange(number, visits):
         for reply in exchange(number, visits):
-            yield from attacks.ATTACKS[attack](reply, known[reply.client]) if reply.client in known else [reply]
+            yield from (
+                attacks.ATTACKS[attack](reply, known[reply.client])
+                if reply.client in known
+                else [reply]
+            )
 
     found.engine.exchange = hostile_exchange
     list(found.rounds())
@@ -263,11 +308,21 @@ def attacked(case, name, attack, hostile, *overrides, rounds=6):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", ["fedavg", "fedmerge"])
 @pytest.mark.parametrize("attack", ["sign flip", "x100", "noise", "nan", "stale", "duplicate"])
-def test_under_a_median_of_clipped_updates_attackers_hardly_move_the_honest(formulas, attack, name, count):
+def test_under_a_median_of_clipped_updates_attackers_hardly_move_the_honest(
+    formulas, attack, name, count
+):
     case = formulas(10)
     case.centres = 5.0 + 0.1 * case.centres  # alike, so that there is an honest answer
     settings = ["strategy.adapters=2"] if name == "fedmerge" else []
-    defended = attacked(case, name, attack, range(count), *settings, "defence.aggregation=median", "defence.norm_multiple=1")
+    defended = attacked(
+        case,
+        name,
+        attack,
+        range(count),
+        *settings,
+        "defence.aggregation=median",
+        "defence.norm_multiple=1",
+    )
     far = float((case.fresh_row(0) - case.mean()).norm())
     assert defended < 0.3 * far
 
@@ -276,17 +331,38 @@ def test_under_a_median_of_clipped_updates_attackers_hardly_move_the_honest(form
 def test_without_a_defence_three_of_ten_attackers_take_over(formulas, attack):
     case = formulas(10)
     case.centres = 5.0 + 0.1 * case.centres
-    defended = attacked(case, "fedavg", attack, range(3), "defence.aggregation=median", "defence.norm_multiple=1")
+    defended = attacked(
+        case, "fedavg", attack, range(3), "defence.aggregation=median", "defence.norm_multiple=1"
+    )
     assert attacked(case, "fedavg", attack, range(3)) > 3 * defended
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fedmerge", "fedavg", "ditto", "fedrep", "feddpa", "ifca", "fesem", "flhc", "fedem", "ffa_lora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fedmerge",
+        "fedavg",
+        "ditto",
+        "fedrep",
+        "feddpa",
+        "ifca",
+        "fesem",
+        "flhc",
+        "fedem",
+        "ffa_lora",
+    ],
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_method_that_averages_takes_every_rule(formulas, name, rule):
-    found = formulas(6).federation(f"strategy.name={name}", f"defence.aggregation={rule}", "defence.norm_multiple=2", "rounds=3")
+    found = formulas(6).federation(
+        f"strategy.name={name}",
+        f"defence.aggregation={rule}",
+        "defence.norm_multiple=2",
+        "rounds=3",
+    )
     assert [record.update_norm >= 0 for record in found.rounds()] == [True] * 3
     assert found.strategy.soup.rows.isfinite().all()
 
@@ -297,8 +373,15 @@ def test_a_method_without_a_mean_refuses_a_defence(formulas, name):
         formulas(3).federation(f"strategy.name={name}", "defence.aggregation=median")
 
 
-def test_the_running_median_goes_on_after_an_interruption(smoke, smoke_engine, tmp_path, left_behind):
-    recipe = smoke("rounds=4", "defence.norm_multiple=0.8", "defence.aggregation=trimmed_mean", "clients.fraction=0.5")
+def test_the_running_median_goes_on_after_an_interruption(
+    smoke, smoke_engine, tmp_path, left_behind
+):
+    recipe = smoke(
+        "rounds=4",
+        "defence.norm_multiple=0.8",
+        "defence.aggregation=trimmed_mean",
+        "clients.fraction=0.5",
+    )
 
     def interrupt(record):
         if record.round == 2:
@@ -306,14 +389,21 @@ def test_the_running_median_goes_on_after_an_interruption(smoke, smoke_engine, t
 
     federate(recipe, tmp_path / "whole", engine=smoke_engine)
     with pytest.raises(KeyboardInterrupt):
-        federate(recipe, tmp_path / "parts", engine=smoke_engine, on_round=interrupt)
+        federate(
+            recipe,
+            tmp_path / "parts",
+            engine=smoke_engine,
+            callbacks=[Callback(on_round=interrupt)],
+        )
     resume(tmp_path / "parts", engine=smoke_engine)
     assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
 
 
 def test_flipped_labels_are_those_of_the_hostile_clients_training_examples(smoke_engine):
     changed = load_attacks().flipped(smoke_engine, [1])
-    before, after = (list(map(int, engine.examples.columns["labels"])) for engine in (smoke_engine, changed))
+    before, after = (
+        list(map(int, engine.examples.columns["labels"])) for engine in (smoke_engine, changed)
+    )
     held = set(map(int, smoke_engine.clients[1].train))
     last = len(smoke_engine.task.labels) - 1
     assert after == [last - label if row in held else label for row, label in enumerate(before)]

@@ -36,7 +36,9 @@ def slow_paper_step(soup, logits, deltas, sizes, weights_lr, soup_lr, columns):
     for i in range(m):
         merged = [sum(pi[i][j] * theta[j][c] for j in range(d)) for c in range(p)]
         for j in range(d):
-            gradient[i][j] = pi[i][j] * sum((theta[j][c] - merged[c]) * delta[i][c] for c in columns)
+            gradient[i][j] = pi[i][j] * sum(
+                (theta[j][c] - merged[c]) * delta[i][c] for c in columns
+            )
     total = sum(abs(g) for row in gradient for g in row)
     step = [[0.01 * rho[i] * gradient[i][j] / total for j in range(d)] for i in range(m)]
     moved = [[0.0] * d for _ in range(m)]
@@ -53,14 +55,29 @@ def slow_paper_step(soup, logits, deltas, sizes, weights_lr, soup_lr, columns):
     return torch.tensor(theta, dtype=torch.float64), torch.tensor(w, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("columns", [None, list(range(30, 40))], ids=["all columns", "the head alone"])
 @pytest.mark.parametrize(
-    ("weights_lr", "soup_lr"), [(0.01, 1.0), (0.003, 0.5), (100.0, 1.0)], ids=["as published", "small", "never reached"]
+    "columns", [None, list(range(30, 40))], ids=["all columns", "the head alone"]
+)
+@pytest.mark.parametrize(
+    ("weights_lr", "soup_lr"),
+    [(0.01, 1.0), (0.003, 0.5), (100.0, 1.0)],
+    ids=["as published", "small", "never reached"],
 )
 def test_paper_rule_equals_a_slow_recomputation(columns, weights_lr, soup_lr):
     soup, logits, deltas, sizes = federation()
-    found = fedmerge_step(soup, logits, deltas, sizes, rule="paper", weights_lr=weights_lr, soup_lr=soup_lr, columns=columns)
-    expected = slow_paper_step(soup, logits, deltas, sizes, weights_lr, soup_lr, columns or range(40))
+    found = fedmerge_step(
+        soup,
+        logits,
+        deltas,
+        sizes,
+        rule="paper",
+        weights_lr=weights_lr,
+        soup_lr=soup_lr,
+        columns=columns,
+    )
+    expected = slow_paper_step(
+        soup, logits, deltas, sizes, weights_lr, soup_lr, columns or range(40)
+    )
     torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-10)
 
@@ -81,7 +98,13 @@ def test_gradient_rule_is_the_gradient_of_the_merged_objective():
     objective = (shares * 0.5 * (merged - targets).square().sum(dim=1)).sum()
     by_autograd = torch.autograd.grad(objective, (soup, logits))
     new_soup, new_logits = fedmerge_step(
-        soup.detach(), logits.detach(), (merged - targets).detach(), sizes, rule="gradient", weights_lr=0.3, soup_lr=0.7
+        soup.detach(),
+        logits.detach(),
+        (merged - targets).detach(),
+        sizes,
+        rule="gradient",
+        weights_lr=0.3,
+        soup_lr=0.7,
     )
     torch.testing.assert_close(new_soup, soup.detach() - 0.7 * by_autograd[0])
     torch.testing.assert_close(new_logits, logits.detach() - 0.3 * by_autograd[1])
@@ -89,14 +112,18 @@ def test_gradient_rule_is_the_gradient_of_the_merged_objective():
 
 def test_normalized_rule_moves_every_client_by_the_step_size():
     soup, logits, deltas, sizes = federation()
-    moved = (fedmerge_step(soup, logits, deltas, sizes, weights_lr=0.7)[1] - logits).abs().amax(dim=1)
+    moved = (
+        (fedmerge_step(soup, logits, deltas, sizes, weights_lr=0.7)[1] - logits).abs().amax(dim=1)
+    )
     torch.testing.assert_close(moved, torch.full_like(moved, 0.7))
 
 
 def test_normalized_rule_moves_weight_towards_the_adapter_that_the_client_moved_to():
     soup = torch.eye(2, dtype=torch.float64)
     trained_towards_second = torch.tensor([[0.2, -0.2]], dtype=torch.float64)  # sent minus trained
-    _, logits = fedmerge_step(soup, torch.zeros(1, 2, dtype=torch.float64), trained_towards_second, [5])
+    _, logits = fedmerge_step(
+        soup, torch.zeros(1, 2, dtype=torch.float64), trained_towards_second, [5]
+    )
     assert logits[0, 1] > logits[0, 0]
 
 
@@ -146,7 +173,13 @@ def test_identical_starts_never_specialise(rule, dtype, d):
 @pytest.mark.parametrize("rule", ["normalized", "paper"])
 def test_identical_starts_equal_fedavg(rule):
     start, _, deltas, sizes = federation(d=1)
-    soup, _ = fedmerge_step(start.repeat(4, 1), torch.zeros(len(deltas), 4, dtype=torch.float64), deltas, sizes, rule=rule)
+    soup, _ = fedmerge_step(
+        start.repeat(4, 1),
+        torch.zeros(len(deltas), 4, dtype=torch.float64),
+        deltas,
+        sizes,
+        rule=rule,
+    )
     fedavg = start - (sizes / sizes.sum()).to(deltas) @ deltas
     torch.testing.assert_close(soup, fedavg.expand_as(soup))
 
@@ -199,7 +232,10 @@ def test_arguments_are_left_alone():
         (lambda s, w, x, n: (s, w, x, n[:-1]), r"expected soup \(d, P\)"),
         (lambda s, w, x, n: (s, w[:0], x[:0], n[:0]), "at least one client"),
         (lambda s, w, x, n: (s, w, x, n * 0), "sizes must be positive"),
-        (lambda s, w, x, n: (s, w, x.index_fill(0, torch.tensor([2, 5]), math.nan), n), r"clients \[2, 5\] are not finite"),
+        (
+            lambda s, w, x, n: (s, w, x.index_fill(0, torch.tensor([2, 5]), math.nan), n),
+            r"clients \[2, 5\] are not finite",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):

@@ -16,27 +16,45 @@ LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", 
 
 
 def start(clients=4):
-    return Start(clients, LAYOUT, lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)), seed=1)
+    return Start(
+        clients,
+        LAYOUT,
+        lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)),
+        seed=1,
+    )
 
 
 def replies(clients, seed=0, sizes=None):
     generator = torch.Generator().manual_seed(seed)
-    return [Reply(c, 0.1 * torch.randn(1, SIZE, generator=generator), (sizes or {}).get(c, 10), 1.0, 0.0) for c in clients]
+    return [
+        Reply(
+            c, 0.1 * torch.randn(1, SIZE, generator=generator), (sizes or {}).get(c, 10), 1.0, 0.0
+        )
+        for c in clients
+    ]
 
 
 def test_every_client_is_served_with_its_weights_times_the_soup():
-    for recipe in (FedMerge(name="fedmerge", adapters=3, start="independent"), FedAvg(name="fedavg"), Local(name="local")):
+    for recipe in (
+        FedMerge(name="fedmerge", adapters=3, start="independent"),
+        FedAvg(name="fedavg"),
+        Local(name="local"),
+    ):
         strategy = make_strategy(recipe, start())
         strategy.update(replies(range(4)))
         torch.testing.assert_close(strategy.weights.sum(1), torch.ones(4))
         for client in range(4):
-            torch.testing.assert_close(strategy.adapter(client), strategy.weights[client] @ strategy.soup.rows)
+            torch.testing.assert_close(
+                strategy.adapter(client), strategy.weights[client] @ strategy.soup.rows
+            )
 
 
 def names():
     """Of every strategy that a recipe may name."""
     kinds, *_ = get_args(StrategyRecipe)
-    return [name for kind in get_args(kinds) for name in get_args(kind.model_fields["name"].annotation)]
+    return [
+        name for kind in get_args(kinds) for name in get_args(kind.model_fields["name"].annotation)
+    ]
 
 
 @pytest.mark.parametrize("name", names())
@@ -47,7 +65,10 @@ def test_a_single_plan_trains_what_the_client_is_served_with(formulas, name):
     for _ in range(2):
         for client in range(4):
             if isinstance(plan := strategy.plan(client), Train):
-                assert torch.equal(plan.row, strategy.served(client)) or not strategy.trains_what_it_serves
+                assert (
+                    torch.equal(plan.row, strategy.served(client))
+                    or not strategy.trains_what_it_serves
+                )
             assert strategy.trains_what_it_serves or name == "fedavg_ft"
         case.round(strategy)
 
@@ -58,7 +79,9 @@ def test_fedavg_is_the_mean_of_trained_adapters_weighted_by_examples():
     answers = replies(range(4), sizes={0: 30})
     strategy.update(answers)
     trained = [sent - reply.delta for reply in answers]
-    torch.testing.assert_close(strategy.adapter(2), (30 * trained[0] + 10 * (trained[1] + trained[2] + trained[3])) / 60)
+    torch.testing.assert_close(
+        strategy.adapter(2), (30 * trained[0] + 10 * (trained[1] + trained[2] + trained[3])) / 60
+    )
 
 
 def test_local_keeps_each_clients_own_adapter():
@@ -73,7 +96,10 @@ def test_local_keeps_each_clients_own_adapter():
 
 
 def test_one_adapter_equals_fedavg():
-    alone, fedavg = make_strategy(FedMerge(name="fedmerge", adapters=1), start()), make_strategy(FedAvg(name="fedavg"), start())
+    alone, fedavg = (
+        make_strategy(FedMerge(name="fedmerge", adapters=1), start()),
+        make_strategy(FedAvg(name="fedavg"), start()),
+    )
     for turn in range(3):
         alone.update(replies(range(4), turn))
         fedavg.update(replies(range(4), turn))
@@ -82,7 +108,9 @@ def test_one_adapter_equals_fedavg():
 
 @pytest.mark.parametrize("rule", ["normalized", "paper"])
 def test_identical_starts_equal_fedavg_for_ever(rule):
-    same = make_strategy(FedMerge(name="fedmerge", adapters=3, start="identical", rule=rule), start())
+    same = make_strategy(
+        FedMerge(name="fedmerge", adapters=3, start="identical", rule=rule), start()
+    )
     fedavg = make_strategy(FedAvg(name="fedavg"), start())
     for turn in range(4):
         same.update(replies(range(4), turn))
@@ -92,7 +120,9 @@ def test_identical_starts_equal_fedavg_for_ever(rule):
 
 
 def test_independent_starts_differ():
-    soup = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start()).soup.rows
+    soup = make_strategy(
+        FedMerge(name="fedmerge", adapters=3, start="independent"), start()
+    ).soup.rows
     assert not torch.allclose(soup[0], soup[1])
 
 
@@ -104,7 +134,10 @@ def test_clients_that_did_not_reply_keep_their_weights():
 
 
 def test_replies_count_the_same_in_any_order():
-    forwards, backwards = (make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start()) for _ in range(2))
+    forwards, backwards = (
+        make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start())
+        for _ in range(2)
+    )
     answers = replies(range(4))
     forwards.update(answers)
     backwards.update(reversed(answers))
@@ -114,10 +147,17 @@ def test_replies_count_the_same_in_any_order():
 
 def test_the_heads_columns_alone_may_decide_the_weights():
     whole = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start())
-    head = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start())
+    head = make_strategy(
+        FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start()
+    )
     answers = replies(range(4))
-    changed = [Reply(r.client, r.deltas * torch.tensor([5.0] * 6 + [1.0] * 6), r.size, 1.0, 0.0) for r in answers]
-    again = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start())
+    changed = [
+        Reply(r.client, r.deltas * torch.tensor([5.0] * 6 + [1.0] * 6), r.size, 1.0, 0.0)
+        for r in answers
+    ]
+    again = make_strategy(
+        FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start()
+    )
     whole.update(answers)
     head.update(answers)
     again.update(changed)
@@ -126,9 +166,21 @@ def test_the_heads_columns_alone_may_decide_the_weights():
 
 
 def test_the_paper_rule_looks_at_the_head_where_there_is_one():
-    paper = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper"), start())
-    explicit = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="head"), start())
-    everything = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="all"), start())
+    paper = make_strategy(
+        FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper"), start()
+    )
+    explicit = make_strategy(
+        FedMerge(
+            name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="head"
+        ),
+        start(),
+    )
+    everything = make_strategy(
+        FedMerge(
+            name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="all"
+        ),
+        start(),
+    )
     for strategy in (paper, explicit, everything):
         strategy.update(replies(range(4)))
     assert torch.equal(paper.weights, explicit.weights)
@@ -150,7 +202,9 @@ def opposed(clients, scale=1.0):
 
 
 def test_a_warm_start_is_fedavg_until_the_grouping():
-    warm = make_strategy(FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=3), start())
+    warm = make_strategy(
+        FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=3), start()
+    )
     fedavg = make_strategy(FedAvg(name="fedavg"), start())
     for turn in range(2):
         warm.update(replies(range(4), turn))
@@ -160,7 +214,9 @@ def test_a_warm_start_is_fedavg_until_the_grouping():
 
 
 def test_a_warm_start_gives_opposed_clients_adapters_of_their_own():
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=2), start())
+    strategy = make_strategy(
+        FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=2), start()
+    )
     before = strategy.adapter(0)
     for _ in range(2):
         strategy.update(opposed(range(4)))
@@ -171,7 +227,9 @@ def test_a_warm_start_gives_opposed_clients_adapters_of_their_own():
 
 
 def test_a_warm_start_leaves_clients_it_never_asked_uniform():
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=1), start())
+    strategy = make_strategy(
+        FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=1), start()
+    )
     strategy.update(opposed([0, 1, 2]))
     torch.testing.assert_close(strategy.weights[3], torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(strategy.weights[:3].max(1).values, torch.full((3,), 0.65))
@@ -179,10 +237,20 @@ def test_a_warm_start_leaves_clients_it_never_asked_uniform():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_the_own_groups_weight_is_warm_weight_whatever_the_temperature(temperature):
-    recipe = FedMerge(name="fedmerge", adapters=6, start="warm", warm_rounds=1, groups=2, warm_weight=0.4, temperature=temperature)
+    recipe = FedMerge(
+        name="fedmerge",
+        adapters=6,
+        start="warm",
+        warm_rounds=1,
+        groups=2,
+        warm_weight=0.4,
+        temperature=temperature,
+    )
     strategy = make_strategy(recipe, start())
     strategy.update(opposed([0, 1, 2, 3]))
-    torch.testing.assert_close(strategy.weights.sort(descending=True).values, torch.tensor([[0.4] + 5 * [0.12]] * 4))
+    torch.testing.assert_close(
+        strategy.weights.sort(descending=True).values, torch.tensor([[0.4] + 5 * [0.12]] * 4)
+    )
     assert len(set(strategy.weights.argmax(1).tolist())) == 2
 
 
@@ -196,7 +264,9 @@ def in_groups(truth, spread, seed=0):
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, 50, generator=generator)
     lengths = torch.rand(len(truth), 1, generator=generator) * 10 + 0.1
-    deltas = lengths * (centres[truth] - centres.mean(0) + spread * torch.randn(len(truth), 50, generator=generator))
+    deltas = lengths * (
+        centres[truth] - centres.mean(0) + spread * torch.randn(len(truth), 50, generator=generator)
+    )
     return deltas - deltas.mean(0) + 5.0
 
 
@@ -204,15 +274,23 @@ def in_groups(truth, spread, seed=0):
 def test_grouping_sees_directions_and_tells_how_many_groups_there_are(most):
     truth = torch.arange(12) % 3
     groups = group_by_direction(in_groups(truth, 0.3), most, 0)
-    assert all((groups[i] == groups[k]) == (truth[i] == truth[k]) for i in range(12) for k in range(12))
+    assert all(
+        (groups[i] == groups[k]) == (truth[i] == truth[k]) for i in range(12) for k in range(12)
+    )
 
 
 def test_clients_with_nothing_in_common_stay_alone():
-    assert sorted(group_by_direction(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), 8, 0).tolist()) == [0, 1, 2]
+    assert sorted(
+        group_by_direction(
+            torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), 8, 0
+        ).tolist()
+    ) == [0, 1, 2]
 
 
 def test_agreement_equals_a_slow_recomputation():
-    directions = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double(), dim=1
+    )
     groups = torch.tensor([0, 0, 0, 1, 1, 2])
     cosines = []
     for client in range(6):

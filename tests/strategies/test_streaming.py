@@ -14,7 +14,10 @@ SIZES = [10, 30, 20, 5, 15, 25, 10]
 SETTINGS = [
     ("fedavg", {}),
     ("ifca", {"adapters": 3}),
-    *[("fedmerge", {"adapters": 3, "start": "independent", "rule": rule}) for rule in ("normalized", "paper", "gradient", "adam")],
+    *[
+        ("fedmerge", {"adapters": 3, "start": "independent", "rule": rule})
+        for rule in ("normalized", "paper", "gradient", "adam")
+    ],
     ("fedmerge", {"adapters": 3, "start": "warm", "warm_rounds": 2}),
     ("fedmerge", {"adapters": 3, "start": "independent", "reseed_after": 1}),
     ("flhc", {"adapters": 2, "warm_rounds": 2}),
@@ -32,7 +35,9 @@ def after_four_rounds(formulas, name, settings):
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(monkeypatch, formulas, name, settings, rows):
+def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(
+    monkeypatch, formulas, name, settings, rows
+):
     whole = after_four_rounds(formulas, name, settings)
     monkeypatch.setattr(row_buffer, "CHUNK", 4 * rows * whole.soup.layout.size)
     parts = after_four_rounds(formulas, name, settings)
@@ -96,9 +101,21 @@ except RuntimeError:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's own memory is Linux's")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the limit on a process's own memory is Linux's"
+)
 def test_two_hundred_replies_of_a_megabyte_are_learned_from_in_a_third_of_that():
-    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
-    done = subprocess.run([sys.executable, "-c", _TIGHT], env=exact, capture_output=True, text=True, timeout=120, check=False)
+    exact = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # what is freed goes back to the system
+    done = subprocess.run(
+        [sys.executable, "-c", _TIGHT],
+        env=exact,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "too much\n"

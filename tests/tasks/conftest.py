@@ -15,7 +15,14 @@ from fedmerge_peft.tasks import Task, make_task
 def task_of(tiny_models: Path) -> Callable[..., Any]:
     """``task_of(kind, table, name=..., **options)``: the task of a recipe with these options on a tiny model."""
 
-    def build(kind: str, table: Dataset, *, backbone: dict[str, Any] | None = None, folder: Path | None = None, **task: Any) -> Task:
+    def build(
+        kind: str,
+        table: Dataset,
+        *,
+        backbone: dict[str, Any] | None = None,
+        folder: Path | None = None,
+        **task: Any,
+    ) -> Task:
         recipe = Recipe.model_validate(
             {
                 "name": "test",

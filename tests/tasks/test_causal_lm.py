@@ -12,12 +12,18 @@ from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.tasks.text_formats import fill, parse_template
 
 NAME = "causal-lm"
-PAIRS = Dataset.from_dict({"prompt": ["Two and three?", "Name a colour:"], "completion": [" five", " red"]})
+PAIRS = Dataset.from_dict(
+    {"prompt": ["Two and three?", "Name a colour:"], "completion": [" five", " red"]}
+)
 CHATS = Dataset.from_dict(
     {
         "messages": [
             [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}],
-            [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}],
+            [
+                {"role": "system", "content": "Be kind"},
+                {"role": "user", "content": "Who?"},
+                {"role": "assistant", "content": "Me"},
+            ],
         ]
     }
 )
@@ -45,16 +51,25 @@ def test_the_format_is_told_from_the_columns(task_of, columns, format):
 
 
 def test_columns_that_fit_no_format_are_listed(task_of):
-    with pytest.raises(DataError, match=r"the data have body, title, which fits no format \(messages: messages; prompt-completion"):
+    with pytest.raises(
+        DataError,
+        match=r"the data have body, title, which fits no format \(messages: messages; prompt-completion",
+    ):
         task_of("llama", Dataset.from_dict({"body": ["a"], "title": ["b"]}), name=NAME)
 
 
 def test_a_format_without_its_column_is_refused(task_of):
-    with pytest.raises(DataError, match=r"prompt-completion needs the column 'completion'; the data have prompt"):
-        task_of("llama", Dataset.from_dict({"prompt": ["a"]}), name=NAME, format="prompt-completion")
+    with pytest.raises(
+        DataError, match=r"prompt-completion needs the column 'completion'; the data have prompt"
+    ):
+        task_of(
+            "llama", Dataset.from_dict({"prompt": ["a"]}), name=NAME, format="prompt-completion"
+        )
 
 
-@pytest.mark.parametrize(("kind", "whole"), [("llama", "<s>One two.</s>"), ("gpt2", "One two.<|endoftext|>")])
+@pytest.mark.parametrize(
+    ("kind", "whole"), [("llama", "<s>One two.</s>"), ("gpt2", "One two.<|endoftext|>")]
+)
 def test_text_is_learned_whole_and_ends(task_of, kind, whole):
     table = Dataset.from_dict({"text": ["One two."]})
     task = task_of(kind, table, name=NAME)
@@ -65,7 +80,9 @@ def test_text_is_learned_whole_and_ends(task_of, kind, whole):
     assert (examples.columns["labels"][0] != -100).sum() == len(examples.columns["labels"][0]) - 1
 
 
-@pytest.mark.parametrize(("kind", "start", "end"), [("llama", "<s>", "</s>"), ("gpt2", "", "<|endoftext|>")])
+@pytest.mark.parametrize(
+    ("kind", "start", "end"), [("llama", "<s>", "</s>"), ("gpt2", "", "<|endoftext|>")]
+)
 def test_only_the_completion_is_learned(task_of, kind, start, end):
     task = task_of(kind, PAIRS, name=NAME)
     examples = task.encode(PAIRS)
@@ -75,22 +92,32 @@ def test_only_the_completion_is_learned(task_of, kind, start, end):
 def test_messages_are_laid_out_by_the_chat_template(task_of):
     task = task_of("llama", CHATS, name=NAME)
     examples = task.encode(CHATS)
-    assert decoded(task, examples, 1)[0] == "<s>[system] Be kind</s>[user] Who?</s>[assistant] Me</s>"
+    assert (
+        decoded(task, examples, 1)[0] == "<s>[system] Be kind</s>[user] Who?</s>[assistant] Me</s>"
+    )
     wanted = task.processor.apply_chat_template(CHATS[1]["messages"])["input_ids"]
     assert examples.columns["input_ids"][1].tolist() == wanted
     assert examples.columns["labels"][1].tolist() == [-100, *wanted[1:]]
 
 
 def test_messages_without_a_chat_template_say_the_fix(task_of):
-    with pytest.raises(DataError, match=r"needs a tokenizer with a chat template.*backbone.tokenizer"):
+    with pytest.raises(
+        DataError, match=r"needs a tokenizer with a chat template.*backbone.tokenizer"
+    ):
         task_of("gpt2", CHATS, name=NAME).encode(CHATS)
 
 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([[], [{"role": "user", "content": "a"}]], r"row 0 in use: 'messages' must be a list of \{role, content\}"),
-        ([[{"role": "user", "content": None}]], r"row 0 in use: a message in 'messages' needs a role and a content"),
+        (
+            [[], [{"role": "user", "content": "a"}]],
+            r"row 0 in use: 'messages' must be a list of \{role, content\}",
+        ),
+        (
+            [[{"role": "user", "content": None}]],
+            r"row 0 in use: a message in 'messages' needs a role and a content",
+        ),
         ([[{"role": "user"}]], r"row 0 in use: a message in 'messages' needs a role and a content"),
         (["hello"], r"row 0 in use: 'messages' must be a list"),
         ([None, [{"role": "user", "content": "a"}]], r"row 0 in use: 'messages' must be a list"),
@@ -105,17 +132,25 @@ def test_unfit_messages_are_refused(task_of, messages, message):
 def test_what_the_chat_template_refuses_is_refused_with_its_row(task_of):
     task = task_of("llama", CHATS, name=NAME)
     task.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"row 0 in use: the chat template refuses the messages in 'messages': roles must alternate"):
+    with pytest.raises(
+        DataError,
+        match=r"row 0 in use: the chat template refuses the messages in 'messages': roles must alternate",
+    ):
         task.encode(CHATS)
 
 
 # --- the template ---------------------------------------------------------------------------------
 def test_the_default_template_leaves_out_an_empty_or_absent_input(task_of):
-    table = Dataset.from_dict({"instruction": ["Add.", "Say hi."], "input": ["2 {3}", ""], "output": ["5", "hi"]})
+    table = Dataset.from_dict(
+        {"instruction": ["Add.", "Say hi."], "input": ["2 {3}", ""], "output": ["5", "hi"]}
+    )
     task = task_of("llama", table, name=NAME)
     short = "<s>### Instruction:\nSay hi.\n\n### Response:\n"
     examples = task.encode(table)
-    assert decoded(task, examples, 0) == ("<s>### Instruction:\nAdd.\n\n### Input:\n2 {3}\n\n### Response:\n5</s>", "5</s>")
+    assert decoded(task, examples, 0) == (
+        "<s>### Instruction:\nAdd.\n\n### Input:\n2 {3}\n\n### Response:\n5</s>",
+        "5</s>",
+    )
     assert decoded(task, examples, 1) == (short + "hi</s>", "hi</s>")
     assert decoded(task, task.encode(table.remove_columns("input")), 1)[0] == short + "hi</s>"
     nulls = table.remove_columns("input").add_column("input", ["a", None])
@@ -131,7 +166,10 @@ def test_a_template_may_name_any_column(task_of):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{instruction} {topic}", r"task.template: \{topic\} is no column; the data have instruction, output"),
+        (
+            "{instruction} {topic}",
+            r"task.template: \{topic\} is no column; the data have instruction, output",
+        ),
         ("{instruction.upper}", r"task.template: \{instruction.upper\} is no column"),
         ("{}", r"task.template: \{\} is no column"),
         ("{instruction", r"task.template: .*write \{\{ and \}\} for braces"),
@@ -151,10 +189,19 @@ def test_only_paragraphs_with_one_empty_field_are_left_out():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"prompt": ["a", None], "completion": ["b", "c"]}, r"row 1 in use: column 'prompt' is empty \(null\)"),
-        ({"prompt": ["a", "b"], "completion": [1, 2]}, r"task.completion: column 'completion' holds int64, not text"),
+        (
+            {"prompt": ["a", None], "completion": ["b", "c"]},
+            r"row 1 in use: column 'prompt' is empty \(null\)",
+        ),
+        (
+            {"prompt": ["a", "b"], "completion": [1, 2]},
+            r"task.completion: column 'completion' holds int64, not text",
+        ),
         ({"text": ["a", None]}, r"row 1 in use: column 'text' is empty \(null\)"),
-        ({"instruction": [None, "a"], "output": ["b", "c"]}, r"row 0 in use: column 'instruction' is empty \(null\)"),
+        (
+            {"instruction": [None, "a"], "output": ["b", "c"]},
+            r"row 0 in use: column 'instruction' is empty \(null\)",
+        ),
     ],
 )
 def test_unfit_columns_are_refused(task_of, columns, message):
@@ -164,16 +211,23 @@ def test_unfit_columns_are_refused(task_of, columns, message):
 
 
 # --- tokens ---------------------------------------------------------------------------------------
-def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_counted(task_of, caplog):
+def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_counted(
+    task_of, caplog
+):
     table = Dataset.from_dict({"prompt": ["th", "fine:"], "completion": ["e", " yes"]})
     task = task_of("llama", table, name=NAME)
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
-    assert "in 1 of 2 rows the tokens of prompt + completion do not begin with the prompt's (first: row 0)" in caplog.text
+    assert (
+        "in 1 of 2 rows the tokens of prompt + completion do not begin with the prompt's (first: row 0)"
+        in caplog.text
+    )
     assert decoded(task, examples, 0) == ("<s>the</s>", "e</s>")
 
 
-@pytest.mark.parametrize(("kind", "start", "end"), [("llama", "<s>", "</s>"), ("gpt2", "<|endoftext|>", "<|endoftext|>")])
+@pytest.mark.parametrize(
+    ("kind", "start", "end"), [("llama", "<s>", "</s>"), ("gpt2", "<|endoftext|>", "<|endoftext|>")]
+)
 def test_an_empty_prompt_is_the_begin_of_sequence_token(task_of, caplog, kind, start, end):
     table = Dataset.from_dict({"prompt": [""], "completion": ["yes"]})
     task = task_of(kind, table, name=NAME)
@@ -184,7 +238,9 @@ def test_an_empty_prompt_is_the_begin_of_sequence_token(task_of, caplog, kind, s
 
 
 def test_a_long_prompt_is_cut_on_the_left_so_that_the_completion_survives(task_of, caplog):
-    table = Dataset.from_dict({"prompt": ["x " * 200 + "end", "short"], "completion": [" done", " ok"]})
+    table = Dataset.from_dict(
+        {"prompt": ["x " * 200 + "end", "short"], "completion": [" done", " ok"]}
+    )
     task = task_of("llama", table, name=NAME, max_length=20)
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
@@ -207,7 +263,10 @@ def test_a_long_text_is_cut_on_the_right(task_of):
     table = Dataset.from_dict({"text": ["a b c d e f g h i j k l m n o p"]})
     task = task_of("llama", table, name=NAME, max_length=8)
     examples = task.encode(table)
-    assert examples.columns["input_ids"][0].tolist() == task.processor(table["text"][0])["input_ids"][:8]
+    assert (
+        examples.columns["input_ids"][0].tolist()
+        == task.processor(table["text"][0])["input_ids"][:8]
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,13 +286,19 @@ def test_a_row_that_leaves_nothing_to_predict_is_refused(task_of, kind, columns,
 def test_lengths_stay_within_the_model(task_of):
     with pytest.raises(DataError, match=r"task.max_length: 200 .* is 128"):
         task_of("gpt2", PAIRS, name=NAME, max_length=200)
-    with pytest.raises(DataError, match=r"task.max_new_tokens: 128 new tokens leave no room for a prompt; the model takes 128"):
+    with pytest.raises(
+        DataError,
+        match=r"task.max_new_tokens: 128 new tokens leave no room for a prompt; the model takes 128",
+    ):
         task_of("gpt2", PAIRS, name=NAME, max_new_tokens=128, metrics=["rougeL"])
 
 
 # --- losses ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("table", [PAIRS, Dataset.from_dict({"text": ["A short one.", "And one that is quite a bit longer."]})])
+@pytest.mark.parametrize(
+    "table",
+    [PAIRS, Dataset.from_dict({"text": ["A short one.", "And one that is quite a bit longer."]})],
+)
 def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind, table):
     task = task_of(kind, table, name=NAME, metrics=["accuracy"])
     batch = task.collate(task.encode(table), np.arange(2))
@@ -271,17 +336,26 @@ def test_tokens_are_predicted_only_for_a_metric_that_looks_at_them(task_of):
 # --- generation -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_batch_generates_what_each_row_does_alone(task_of, tiny_models, kind, recwarn, caplog):
-    table = Dataset.from_dict({"prompt": ["Two", "Name a colour of the rainbow and", "x"], "completion": [" five ", " rot, grün", ""]})
+    table = Dataset.from_dict(
+        {
+            "prompt": ["Two", "Name a colour of the rainbow and", "x"],
+            "completion": [" five ", " rot, grün", ""],
+        }
+    )
     task = task_of(kind, table, name=NAME, metrics=["exact_match"], max_new_tokens=8)
     assert task.generates
     model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / kind).eval()
-    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.3)
+    model.generation_config.update(
+        do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.3
+    )
     examples = task.encode(table)
     device = torch.device("cpu")
     with caplog.at_level(logging.WARNING):
         together, wanted = task.generate(model, examples, np.arange(3), device)
     assert wanted == ["five", "rot, grün", ""]
-    assert together == [task.generate(model, examples, np.array([row]), device)[0][0] for row in range(3)]
+    assert together == [
+        task.generate(model, examples, np.array([row]), device)[0][0] for row in range(3)
+    ]
     assert any(together)
     assert not caplog.records
     assert not recwarn.list
@@ -302,7 +376,9 @@ def test_generation_is_greedy_and_stops_at_the_end_of_sequence(task_of, tiny_mod
     model.generation_config.eos_token_id = [3, ids[start + 2]]
     generated, _ = task.generate(model, examples, np.array([0]), torch.device("cpu"))
     stop = ids.index(ids[start + 2], start)
-    assert generated == [task.processor.decode(ids[start : stop + 1], skip_special_tokens=True).strip()]
+    assert generated == [
+        task.processor.decode(ids[start : stop + 1], skip_special_tokens=True).strip()
+    ]
 
 
 def test_chats_generate_their_last_message(task_of, tiny_models):
@@ -310,13 +386,18 @@ def test_chats_generate_their_last_message(task_of, tiny_models):
     examples = task.encode(CHATS)
     assert task.processor.decode(examples.columns["prompt"][0]) == "<s>[user] Hello</s>[assistant] "
     model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / "llama").eval()
-    assert task.generate(model, examples, np.array([1, 0]), torch.device("cpu"))[1] == ["Me", "Good day"]
+    assert task.generate(model, examples, np.array([1, 0]), torch.device("cpu"))[1] == [
+        "Me",
+        "Good day",
+    ]
 
 
 def test_a_chat_that_ends_with_the_user_cannot_be_generated(task_of):
     table = Dataset.from_dict({"messages": [[{"role": "user", "content": "Hello"}]]})
     task = task_of("llama", table, name=NAME, metrics=["rougeL"])
-    with pytest.raises(DataError, match=r"row 0 in use: the last message in 'messages' is the user's"):
+    with pytest.raises(
+        DataError, match=r"row 0 in use: the last message in 'messages' is the user's"
+    ):
         task.encode(table)
 
 
@@ -329,11 +410,20 @@ def test_prompts_leave_room_to_generate(task_of):
 
 
 def test_plain_text_has_nothing_to_generate(task_of):
-    with pytest.raises(RecipeError, match=r"task.metrics: exact_match compares a generated completion"):
-        task_of("llama", Dataset.from_dict({"text": ["a"]}), name=NAME, metrics=["perplexity", "exact_match"])
+    with pytest.raises(
+        RecipeError, match=r"task.metrics: exact_match compares a generated completion"
+    ):
+        task_of(
+            "llama",
+            Dataset.from_dict({"text": ["a"]}),
+            name=NAME,
+            metrics=["perplexity", "exact_match"],
+        )
 
 
 def test_other_tasks_do_not_generate(task_of):
-    task = task_of("bert", Dataset.from_dict({"text": ["a"], "label": [0]}), name="sequence-classification")
+    task = task_of(
+        "bert", Dataset.from_dict({"text": ["a"], "label": [0]}), name="sequence-classification"
+    )
     with pytest.raises(TypeError, match="does not generate"):
         task.generate(None, None, np.arange(1), torch.device("cpu"))

@@ -30,7 +30,9 @@ def png(image: Image.Image, **options: object) -> bytes:
 
 def table_of(images: list[object], feature: object = None) -> Dataset:
     features = Features({"image": feature or ImageFeature(), "label": Value("int64")})
-    return Dataset.from_dict({"image": images, "label": [row % 2 for row in range(len(images))]}, features=features)
+    return Dataset.from_dict(
+        {"image": images, "label": [row % 2 for row in range(len(images))]}, features=features
+    )
 
 
 def test_batches_equal_the_processors_own_output(task_of):
@@ -53,7 +55,12 @@ def test_a_processor_that_does_less_is_followed(task_of, rescale, normalise):
     task = task_of("vit", table, name=NAME)
     task.processor.do_rescale, task.processor.do_normalize = rescale, normalise
     own = task.processor([picture()], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(task.collate(task.encode(table), np.arange(1))["pixel_values"], own.float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        task.collate(task.encode(table), np.arange(1))["pixel_values"],
+        own.float(),
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("type", [pa.binary(), pa.large_binary(), pa.string(), pa.large_string()])
@@ -73,7 +80,9 @@ def test_bytes_and_paths_are_images_too(task_of, tmp_path, type):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
 def test_any_mode_becomes_rgb(task_of, mode):
     image = (
-        picture("L").convert(mode) if mode not in {"I;16", "I"} else Image.fromarray(np.full((24, 40), 128 * 256, np.uint16)).convert(mode)
+        picture("L").convert(mode)
+        if mode not in {"I;16", "I"}
+        else Image.fromarray(np.full((24, 40), 128 * 256, np.uint16)).convert(mode)
     )
     table = table_of([{"bytes": png(image)}, {"bytes": png(picture())}])
     task = task_of("vit", table, name=NAME)
@@ -83,7 +92,12 @@ def test_any_mode_becomes_rgb(task_of, mode):
 def test_sixteen_bits_are_scaled_not_clipped():
     ramp = np.array([[0, 256, 32768, 65535]], np.uint16)
     assert np.asarray(as_rgb(Image.fromarray(ramp)))[0, :, 0].tolist() == [0, 1, 128, 255]
-    assert np.asarray(as_rgb(Image.fromarray(ramp.astype(np.int32))))[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert np.asarray(as_rgb(Image.fromarray(ramp.astype(np.int32))))[0, :, 0].tolist() == [
+        0,
+        1,
+        128,
+        255,
+    ]
 
 
 def test_transparent_palettes_make_no_warning():
@@ -98,15 +112,27 @@ def test_a_camera_that_was_turned_is_turned_back(task_of):
     turned = table_of([{"bytes": png(picture(), exif=exif)}])
     upright = table_of([{"bytes": png(picture().transpose(Image.Transpose.ROTATE_270))}])
     task = task_of("vit", turned, name=NAME)
-    assert torch.equal(task.encode(turned).columns["pixel_values"][0], task.encode(upright).columns["pixel_values"][0])
+    assert torch.equal(
+        task.encode(turned).columns["pixel_values"][0],
+        task.encode(upright).columns["pixel_values"][0],
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"bytes": b"no image"}, r"row 1 in use: the image in column 'image' cannot be decoded \(8 bytes\)"),
-        ({"bytes": png(picture())[:200]}, r"row 1 in use: the image in column 'image' cannot be decoded \(200 bytes\)"),
-        ({"path": "nowhere/one.png"}, r"row 1 in use: the image .* cannot be decoded \(nowhere/one.png\)"),
+        (
+            {"bytes": b"no image"},
+            r"row 1 in use: the image in column 'image' cannot be decoded \(8 bytes\)",
+        ),
+        (
+            {"bytes": png(picture())[:200]},
+            r"row 1 in use: the image in column 'image' cannot be decoded \(200 bytes\)",
+        ),
+        (
+            {"path": "nowhere/one.png"},
+            r"row 1 in use: the image .* cannot be decoded \(nowhere/one.png\)",
+        ),
         (None, r"row 1 in use: column 'image' is empty \(null\)"),
     ],
 )
@@ -118,9 +144,13 @@ def test_undecodable_images_are_refused_with_their_row(task_of, value, message):
 
 def test_a_column_that_holds_no_images_is_refused(task_of):
     table = Dataset.from_dict({"image": [1, 2], "label": [0, 1]})
-    with pytest.raises(DataError, match=r"task.image: column 'image' holds int64; images are encoded bytes"):
+    with pytest.raises(
+        DataError, match=r"task.image: column 'image' holds int64; images are encoded bytes"
+    ):
         task_of("vit", table, name=NAME).encode(table)
-    with pytest.raises(DataError, match=r"task.image: there is no column 'photo'; the data have image, label"):
+    with pytest.raises(
+        DataError, match=r"task.image: there is no column 'photo'; the data have image, label"
+    ):
         task_of("vit", table, name=NAME, image="photo")
 
 
@@ -128,7 +158,9 @@ def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models):
     table = table_of([picture(seed=seed) for seed in range(3)])
     task = task_of("vit", table, name=NAME, num_labels=5)
     batch = task.collate(task.encode(table), np.arange(3))
-    model = hf.AutoModelForImageClassification.from_pretrained(tiny_models / "vit", num_labels=5).eval()
+    model = hf.AutoModelForImageClassification.from_pretrained(
+        tiny_models / "vit", num_labels=5
+    ).eval()
     with torch.no_grad():
         output = model(**batch)
     losses, counts = task.losses(output.logits, batch["labels"])

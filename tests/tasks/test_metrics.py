@@ -23,7 +23,14 @@ def said(predicted: list[int], expected: list[int]) -> Predictions:
 def test_known_answers():
     scores = score(IDS, said([0, 1, 1, 0], [0, 1, 0, 0]))
     # class 0: precision 2/2, recall 2/3; class 1: precision 1/2, recall 1/1
-    assert scores == pytest.approx({"loss": 0.5, "accuracy": 0.75, "f1": (4 / 5 + 2 / 3) / 2, "matthews_correlation": math.sqrt(1 / 3)})
+    assert scores == pytest.approx(
+        {
+            "loss": 0.5,
+            "accuracy": 0.75,
+            "f1": (4 / 5 + 2 / 3) / 2,
+            "matthews_correlation": math.sqrt(1 / 3),
+        }
+    )
 
 
 def test_class_metrics_equal_sklearn():
@@ -46,18 +53,27 @@ def test_class_metrics_equal_sklearn():
         ([0, 0], [0, 1], 0.5, 1 / 3),
     ],
 )
-def test_clients_with_one_class_have_defined_scores_without_warnings(predicted, expected, accuracy, f1):
+def test_clients_with_one_class_have_defined_scores_without_warnings(
+    predicted, expected, accuracy, f1
+):
     scores = score(IDS, said(predicted, expected))
-    assert scores == pytest.approx({"loss": 0.5, "accuracy": accuracy, "f1": f1, "matthews_correlation": 0.0})
+    assert scores == pytest.approx(
+        {"loss": 0.5, "accuracy": accuracy, "f1": f1, "matthews_correlation": 0.0}
+    )
 
 
 def test_texts_are_compared_whole_and_by_words():
     predictions = Predictions(1.0, 1.0, generated=["the cat sat", "yes"], wanted=["the cat", "yes"])
-    assert score(TEXTS, predictions) == pytest.approx({"loss": 1.0, "exact_match": 0.5, "rougeL": (0.8 + 1.0) / 2})
+    assert score(TEXTS, predictions) == pytest.approx(
+        {"loss": 1.0, "exact_match": 0.5, "rougeL": (0.8 + 1.0) / 2}
+    )
 
 
 def test_perplexity_is_exp_of_the_mean_loss_and_inf_beyond_floats():
-    assert score(["perplexity"], Predictions(loss_sum=6.0, count=3.0)) == {"loss": 2.0, "perplexity": math.exp(2.0)}
+    assert score(["perplexity"], Predictions(loss_sum=6.0, count=3.0)) == {
+        "loss": 2.0,
+        "perplexity": math.exp(2.0),
+    }
     assert score(["perplexity"], Predictions(loss_sum=1e6, count=1.0))["perplexity"] == math.inf
 
 
@@ -68,7 +84,9 @@ def test_nothing_to_score_is_nan():
 
 
 def test_only_loss_and_perplexity_are_better_when_smaller():
-    assert [name for name in [*IDS, *TEXTS, "perplexity", "loss"] if not greater_is_better(name)] == ["perplexity", "loss"]
+    assert [
+        name for name in [*IDS, *TEXTS, "perplexity", "loss"] if not greater_is_better(name)
+    ] == ["perplexity", "loss"]
 
 
 def test_they_are_evaluate_metrics_that_need_no_hub():

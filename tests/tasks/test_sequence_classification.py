@@ -15,8 +15,16 @@ NAME = "sequence-classification"
 TEXTS = ["Where is my parcel?", "I was charged twice, please refund me.", "It crashes."]
 
 
-def table_of(labels: list[object], texts: list[str | None] | None = None, **columns: list[object]) -> Dataset:
-    return Dataset.from_dict({"text": texts or [f"text number {row}" for row in range(len(labels))], "label": labels, **columns})
+def table_of(
+    labels: list[object], texts: list[str | None] | None = None, **columns: list[object]
+) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "text": texts or [f"text number {row}" for row in range(len(labels))],
+            "label": labels,
+            **columns,
+        }
+    )
 
 
 # --- labels ---------------------------------------------------------------------------------------
@@ -28,12 +36,21 @@ def test_named_labels_are_sorted(task_of):
 
 
 def test_large_string_labels_are_names_too(task_of):
-    table = Dataset(pa.table({"text": pa.array(["a", "b"], pa.large_string()), "label": pa.array(["y", "x"], pa.large_string())}))
+    table = Dataset(
+        pa.table(
+            {
+                "text": pa.array(["a", "b"], pa.large_string()),
+                "label": pa.array(["y", "x"], pa.large_string()),
+            }
+        )
+    )
     assert task_of("bert", table, name=NAME).labels == ["x", "y"]
 
 
 def test_a_class_label_brings_its_names_also_those_without_rows(task_of):
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos", "mixed"])})
+    features = Features(
+        {"text": Value("string"), "label": ClassLabel(names=["neg", "pos", "mixed"])}
+    )
     table = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     task = task_of("bert", table, name=NAME)
     assert task.labels == ["neg", "pos", "mixed"]
@@ -42,7 +59,11 @@ def test_a_class_label_brings_its_names_also_those_without_rows(task_of):
 
 def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
     assert task_of("bert", table_of([0, 3]), name=NAME).labels == ["0", "1", "2", "3"]
-    assert task_of("bert", table_of([0, 1]), name=NAME, num_labels=3).labels == ["0", "1", "LABEL_2"]
+    assert task_of("bert", table_of([0, 1]), name=NAME, num_labels=3).labels == [
+        "0",
+        "1",
+        "LABEL_2",
+    ]
     assert task_of("bert", table_of([True, False]), name=NAME).labels == ["0", "1"]
 
 
@@ -50,10 +71,18 @@ def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
     ("labels", "options", "message"),
     [
         ([0, -1], {}, r"row 1 in use: label -1 in column 'label' is negative"),
-        ([0, 7, 9], {"num_labels": 4}, r"row 1 in use: label 7 in column 'label' is too large for 4 labels, 0 to 3"),
+        (
+            [0, 7, 9],
+            {"num_labels": 4},
+            r"row 1 in use: label 7 in column 'label' is too large for 4 labels, 0 to 3",
+        ),
         ([0, None], {}, r"row 1 in use: column 'label' is empty \(null\)"),
         (["a", None], {}, r"row 1 in use: column 'label' is empty \(null\)"),
-        ([0.5, 1.0], {}, r"column 'label' holds double, such as 0.5 in row 0; a label is an integer from 0, or a name"),
+        (
+            [0.5, 1.0],
+            {},
+            r"column 'label' holds double, such as 0.5 in row 0; a label is an integer from 0, or a name",
+        ),
         (["a", "b", "c"], {"num_labels": 2}, r"3 labels where num_labels says 2: a, b, c"),
         ([0, 123456], {}, r"row 1 in use: label 123456 .* does not look like a count from 0"),
         ([0], {"label": "intent"}, r"task.label: there is no column 'intent'.*text, label"),
@@ -67,7 +96,10 @@ def test_unfit_labels_are_refused(task_of, labels, options, message):
 
 def test_a_label_that_came_later_is_refused_with_its_row(task_of):
     task = task_of("bert", table_of(["a", "b"]), name=NAME)
-    with pytest.raises(DataError, match=r"row 1 in use: 'c' in column 'label' is not a known label; the labels are a, b"):
+    with pytest.raises(
+        DataError,
+        match=r"row 1 in use: 'c' in column 'label' is not a known label; the labels are a, b",
+    ):
         task.encode(table_of(["a", "c"]))
 
 
@@ -89,7 +121,9 @@ def test_pairs_have_token_types(task_of, tiny_models):
     table = table_of([0, 1], ["a premise", "b"], other=["a longer hypothesis", "c"])
     task = task_of("bert", table, name=NAME, text_pair="other")
     batch = task.collate(task.encode(table), np.arange(2))
-    wanted = hf.AutoTokenizer.from_pretrained(tiny_models / "bert")(table["text"][:], table["other"][:], padding=True, return_tensors="pt")
+    wanted = hf.AutoTokenizer.from_pretrained(tiny_models / "bert")(
+        table["text"][:], table["other"][:], padding=True, return_tensors="pt"
+    )
     assert torch.equal(batch["token_type_ids"], wanted["token_type_ids"])
     assert batch["token_type_ids"].sum() > 0
 
@@ -114,11 +148,26 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
     ("kind", "columns", "options", "message"),
     [
         ("bert", {"text": ["a", None]}, {}, r"row 1 in use: column 'text' is empty \(null\)"),
-        ("bert", {"text": [1, 2]}, {}, r"task.text: column 'text' holds int64, not text, such as 1 in row 0"),
+        (
+            "bert",
+            {"text": [1, 2]},
+            {},
+            r"task.text: column 'text' holds int64, not text, such as 1 in row 0",
+        ),
         ("bert", {"text": [["a"], ["b"]]}, {}, r"task.text: the column text holds list"),
         ("bert", {"body": ["a", "b"]}, {}, r"task.text: there is no column 'text'.*body"),
-        ("bert", {"text": ["a", "b"], "pair": ["a", None]}, {"text_pair": "pair"}, r"row 1 in use: column 'pair' is empty"),
-        ("gpt2", {"text": ["a", ""]}, {}, r"row 1 in use: the text in column 'text' gives no token: ''"),
+        (
+            "bert",
+            {"text": ["a", "b"], "pair": ["a", None]},
+            {"text_pair": "pair"},
+            r"row 1 in use: column 'pair' is empty",
+        ),
+        (
+            "gpt2",
+            {"text": ["a", ""]},
+            {},
+            r"row 1 in use: the text in column 'text' gives no token: ''",
+        ),
     ],
 )
 def test_unfit_texts_are_refused(task_of, kind, columns, options, message):
@@ -141,12 +190,19 @@ def test_rows_of_a_selection_are_its_own(task_of):
 
 
 def test_a_tokenizer_from_elsewhere(task_of, tiny_models):
-    task = task_of("bert", table_of([0, 1]), name=NAME, backbone={"tokenizer": str(tiny_models / "llama"), "revision": "main"})
+    task = task_of(
+        "bert",
+        table_of([0, 1]),
+        name=NAME,
+        backbone={"tokenizer": str(tiny_models / "llama"), "revision": "main"},
+    )
     assert task.processor.bos_token == "<s>"
 
 
 def test_a_missing_tokenizer_is_said(task_of, tmp_path):
-    with pytest.raises(BackboneError, match=r"Tokenizer of .* cannot be loaded: .*; backbone.tokenizer may name"):
+    with pytest.raises(
+        BackboneError, match=r"Tokenizer of .* cannot be loaded: .*; backbone.tokenizer may name"
+    ):
         task_of("bert", table_of([0, 1]), name=NAME, folder=tmp_path)
 
 
@@ -179,9 +235,13 @@ def test_losses_of_half_precision_logits_are_float32(task_of):
 def test_padding_changes_no_logits_of_a_decoder_that_pads_with_eos(task_of, tiny_models):
     table = table_of([0, 1, 0], TEXTS)
     task = task_of("gpt2", table, name=NAME)
-    model = hf.AutoModelForSequenceClassification.from_pretrained(tiny_models / "gpt2", num_labels=2, pad_token_id=task.pad_token_id).eval()
+    model = hf.AutoModelForSequenceClassification.from_pretrained(
+        tiny_models / "gpt2", num_labels=2, pad_token_id=task.pad_token_id
+    ).eval()
     examples = task.encode(table)
     with torch.no_grad():
         together = model(**task.collate(examples, np.arange(3))).logits
-        alone = torch.cat([model(**task.collate(examples, np.array([row]))).logits for row in range(3)])
+        alone = torch.cat(
+            [model(**task.collate(examples, np.array([row]))).logits for row in range(3)]
+        )
     torch.testing.assert_close(together, alone)

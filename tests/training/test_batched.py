@@ -16,20 +16,40 @@ from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.batched import Job, accumulate_together, clients_per_batch, train_together
+from fedmerge_peft.training.batched import (
+    Job,
+    accumulate_together,
+    clients_per_batch,
+    train_together,
+)
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import accumulate, train
 
 COUNT = 16
 ROWS = np.arange(COUNT)
-TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "vit": ["q_proj", "fc1"]}
+TARGETS = {
+    "bert": ["query", "value"],
+    "llama": ["q_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+    "vit": ["q_proj", "fc1"],
+}
 
 
 class Bench:
     """A tiny model without dropout, and four jobs that differ in whatever jobs can differ in."""
 
-    def __init__(self, folder, table_and_task, kind="bert", lora=None, backbone=None, cached=False, dropout=False, **training):
+    def __init__(
+        self,
+        folder,
+        table_and_task,
+        kind="bert",
+        lora=None,
+        backbone=None,
+        cached=False,
+        dropout=False,
+        **training,
+    ):
         table, task = table_and_task(kind, COUNT)
         model = folder / kind.partition("-")[0]
         self.recipe = Recipe.model_validate(
@@ -44,12 +64,16 @@ class Bench:
         )
         self.accelerator = make_accelerator(self.recipe.training)
         self.task = make_task(self.recipe, table, str(model))
-        self.backbone = load_backbone(self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0)
+        self.backbone = load_backbone(
+            self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0
+        )
         for module in self.backbone.model.modules():
             if isinstance(module, nn.Dropout) and not dropout:
                 module.p = 0.0
         self.examples = self.task.encode(table)
-        self.cache = PrefixCache(self.backbone, self.task, self.examples, ROWS, 1.0) if cached else None
+        self.cache = (
+            PrefixCache(self.backbone, self.task, self.examples, ROWS, 1.0) if cached else None
+        )
 
     def row(self, seed):
         """An adapter with no factor at zero, ``(P,)``."""
@@ -67,18 +91,34 @@ class Bench:
             Train(self.row(3), phases=(head, ~head)),
         ]
         indices = [ROWS[:7], ROWS[7:12], ROWS[[12, 3, 8]], ROWS[11:]]
-        return [Job(plan, rows, 100 + number) for number, (plan, rows) in enumerate(zip(plans, indices, strict=True))]
+        return [
+            Job(plan, rows, 100 + number)
+            for number, (plan, rows) in enumerate(zip(plans, indices, strict=True))
+        ]
 
     def alone(self, jobs):
         rest = (self.backbone, self.task, self.recipe.training, self.accelerator)
-        return [train(*rest, job.train, self.examples, job.indices, job.seed, self.cache) for job in jobs]
+        return [
+            train(*rest, job.train, self.examples, job.indices, job.seed, self.cache)
+            for job in jobs
+        ]
 
     def together(self, jobs):
-        return train_together(self.backbone, self.task, self.recipe.training, self.accelerator, jobs, self.examples, self.cache)
+        return train_together(
+            self.backbone,
+            self.task,
+            self.recipe.training,
+            self.accelerator,
+            jobs,
+            self.examples,
+            self.cache,
+        )
 
     def count(self, **changes):
         training = self.recipe.training.model_copy(update=changes)
-        return clients_per_batch(self.backbone, self.task, training, self.accelerator, self.examples, ROWS)
+        return clients_per_batch(
+            self.backbone, self.task, training, self.accelerator, self.examples, ROWS
+        )
 
 
 @pytest.fixture
@@ -131,13 +171,19 @@ def test_trained_together_they_are_as_trained_alone(make_bench, case):
     assert unstackable(bench.backbone) is None
     jobs = bench.jobs()
     for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
-        assert distance(together.row, alone.row, job.train.row) < (1e-4 if "sgd" in str(CASES[case]) else 2e-3)
+        assert distance(together.row, alone.row, job.train.row) < (
+            1e-4 if "sgd" in str(CASES[case]) else 2e-3
+        )
         assert (together.row - alone.row).norm() <= 1e-5 * alone.row.norm()
         assert together.loss == pytest.approx(alone.loss, rel=1e-4)
         assert together.steps == alone.steps
 
 
-@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"kind": "llama", "backbone": {"dtype": "bfloat16"}}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mixed_precision": "bf16"}, {"kind": "llama", "backbone": {"dtype": "bfloat16"}}],
+    ids=str,
+)
 def test_half_precision_differs_by_its_rounding(make_bench, options):
     bench = make_bench(**{**SGD, **options})
     jobs = bench.jobs()
@@ -160,11 +206,15 @@ def in_float64(bench):
     def losses(logits, labels):
         if logits.ndim == 3:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        each = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(len(labels), -1)
+        each = functional.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction="none"
+        ).view(len(labels), -1)
         return each.sum(1), (labels.view(len(labels), -1) != -100).sum(1)
 
     bench.task.losses = losses
-    bench.task.collate = lambda *args: {name: t.double() if t.is_floating_point() else t for name, t in collate(*args).items()}
+    bench.task.collate = lambda *args: {
+        name: t.double() if t.is_floating_point() else t for name, t in collate(*args).items()
+    }
     return bench
 
 
@@ -175,15 +225,26 @@ def test_gradients_are_each_adapters_own(make_bench, kind, checkpointing):
     bench = in_float64(make_bench(kind, backbone={"gradient_checkpointing": checkpointing}))
     batches = [[ROWS[:3], ROWS[3:4]], [ROWS[4:9]], [ROWS[9:10], ROWS[10:12], ROWS[[2]]]]
     weights = [None, torch.rand(COUNT, generator=torch.Generator().manual_seed(0)), None]
-    stack = AdapterStack(bench.backbone, torch.stack([bench.row(seed) for seed in range(3)]).double())
+    stack = AdapterStack(
+        bench.backbone, torch.stack([bench.row(seed) for seed in range(3)]).double()
+    )
     bench.backbone.train()
     with stack.applied():
-        means = accumulate_together(stack, bench.task, bench.accelerator, bench.examples, batches, weights)
-    for row, found, mean, batch, each in zip(stack.rows, stack.gradient, means, batches, weights, strict=True):
+        means = accumulate_together(
+            stack, bench.task, bench.accelerator, bench.examples, batches, weights
+        )
+    for row, found, mean, batch, each in zip(
+        stack.rows, stack.gradient, means, batches, weights, strict=True
+    ):
         bench.backbone.load_row(row)
         bench.backbone.flat.grad.zero_()
-        alone = accumulate(bench.backbone, bench.task, bench.accelerator, bench.examples, batch, each)
-        assert float((found - bench.backbone.flat.grad).norm() / bench.backbone.flat.grad.norm()) < 1e-12
+        alone = accumulate(
+            bench.backbone, bench.task, bench.accelerator, bench.examples, batch, each
+        )
+        assert (
+            float((found - bench.backbone.flat.grad).norm() / bench.backbone.flat.grad.norm())
+            < 1e-12
+        )
         assert float(mean) == pytest.approx(float(alone), rel=1e-6)
 
 
@@ -192,7 +253,9 @@ def test_the_comparison_tells_one_adapter_from_another(make_bench):
     bench = make_bench()
     jobs = bench.jobs()
     alone = bench.alone(jobs)
-    swapped = bench.together([Job(jobs[0].train, jobs[1].indices, jobs[0].seed), Job(jobs[0].train, jobs[0].indices, 7)])
+    swapped = bench.together(
+        [Job(jobs[0].train, jobs[1].indices, jobs[0].seed), Job(jobs[0].train, jobs[0].indices, 7)]
+    )
     for other in swapped:
         assert distance(other.row, alone[0].row, jobs[0].train.row) > 0.02
 
@@ -232,7 +295,9 @@ def test_the_model_is_whole_again_afterwards(make_bench):
 
 def test_a_forward_of_a_layers_own_comes_back(make_bench):
     backbone = make_bench().backbone
-    layer = next(module for name, module in backbone.model.named_modules() if name.endswith("query"))
+    layer = next(
+        module for name, module in backbone.model.named_modules() if name.endswith("query")
+    )
     mine = layer.forward = lambda x: x
     with AdapterStack(backbone, backbone.row()[None]).applied():
         assert layer.forward is not mine
@@ -257,7 +322,9 @@ def test_a_forward_of_a_layers_own_comes_back(make_bench):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(make_bench, caplog, kind, lora, reason):
+def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(
+    make_bench, caplog, kind, lora, reason
+):
     bench = make_bench(kind, lora=lora)
     with caplog.at_level(logging.INFO):
         assert bench.count(clients_per_batch=4) == 1
@@ -279,11 +346,16 @@ def test_experts_and_layers_that_mix_examples_are_known_by_name(make_backbone):
     assert unstackable(backbone) is None
     backbone.model.get_base_model().extra = nn.BatchNorm1d(4).requires_grad_(False)
     assert unstackable(backbone) is None  # its running statistics are the pretrained ones
-    backbone.model.get_base_model().extra = nn.BatchNorm1d(4, affine=False, track_running_stats=False)
+    backbone.model.get_base_model().extra = nn.BatchNorm1d(
+        4, affine=False, track_running_stats=False
+    )
     assert unstackable(backbone) == "extra mixes the examples of a batch (BatchNorm1d)"
     del backbone.model.get_base_model().extra
     backbone.model.config.num_local_experts = 4
-    assert unstackable(backbone) == "the model routes tokens to experts (num_local_experts in its configuration)"
+    assert (
+        unstackable(backbone)
+        == "the model routes tokens to experts (num_local_experts in its configuration)"
+    )
 
 
 def centred(module, args, output):
@@ -298,15 +370,27 @@ def by_position(module, args):
     ("alter", "reason"),
     [
         (lambda layer: layer.register_forward_hook(centred), "mix the examples of a batch"),
-        (lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0].flip(0),)), "use an adapter in a way of their own"),
-        (lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0][:1],)), "does not run with several adapters"),
+        (
+            lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0].flip(0),)),
+            "use an adapter in a way of their own",
+        ),
+        (
+            lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0][:1],)),
+            "does not run with several adapters",
+        ),
     ],
     ids=["mixed", "reordered", "one for all"],
 )
-def test_models_that_do_something_else_with_a_batch_are_found_out(make_bench, caplog, alter, reason):
+def test_models_that_do_something_else_with_a_batch_are_found_out(
+    make_bench, caplog, alter, reason
+):
     bench = make_bench()
     assert bench.count(clients_per_batch=4) == 4
-    alter(bench.backbone.model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query"))
+    alter(
+        bench.backbone.model.get_submodule(
+            "base_model.model.bert.encoder.layer.0.attention.self.query"
+        )
+    )
     with caplog.at_level(logging.INFO):
         assert bench.count(clients_per_batch=4) == 1
     assert reason in caplog.text

@@ -24,7 +24,9 @@ class Client:
 
     def train(self, job, seed):
         self.jobs.append((job, seed))
-        weights = torch.ones(len(self.points)) if job.example_weights is None else job.example_weights
+        weights = (
+            torch.ones(len(self.points)) if job.example_weights is None else job.example_weights
+        )
         row = (weights[:, None] * self.points).sum(0) / weights.sum()
         return Trained(row, float((weights * self.losses(row)).mean()), 1)
 
@@ -66,15 +68,27 @@ def test_equal_losses_are_chosen_from_at_random():
 
 
 def test_an_adapter_whose_loss_is_no_number_is_not_chosen():
-    assert carry_out(Choose(torch.tensor([[torch.nan, 0.0], [50.0, 50.0]])), Client().hands, 5).choice == 1
+    assert (
+        carry_out(Choose(torch.tensor([[torch.nan, 0.0], [50.0, 50.0]])), Client().hands, 5).choice
+        == 1
+    )
 
 
 def test_a_mixtures_posterior_is_bayes_rule():
     """p(k | x) = π_k exp(−½‖θ_k − x‖²) / Σ_j …, with plain numbers; π_k its mean, θ_k the mean of the points by it."""
-    client, rows, weights = Client(), torch.tensor([[0.0, 1.0], [3.0, 3.0]]), torch.tensor([0.3, 0.7])
+    client, rows, weights = (
+        Client(),
+        torch.tensor([[0.0, 1.0], [3.0, 3.0]]),
+        torch.tensor([0.3, 0.7]),
+    )
     work = carry_out(Mixture(rows, weights), client.hands, 5)
-    joint = [[float(weights[k] * torch.exp(-0.5 * (rows[k] - point).square().sum())) for point in POINTS] for k in range(2)]
-    posterior = torch.tensor([[joint[k][i] / (joint[0][i] + joint[1][i]) for i in range(4)] for k in range(2)])
+    joint = [
+        [float(weights[k] * torch.exp(-0.5 * (rows[k] - point).square().sum())) for point in POINTS]
+        for k in range(2)
+    ]
+    posterior = torch.tensor(
+        [[joint[k][i] / (joint[0][i] + joint[1][i]) for i in range(4)] for k in range(2)]
+    )
     torch.testing.assert_close(work.weights, posterior.mean(1))
     trained = posterior @ POINTS / posterior.sum(1, keepdim=True)
     torch.testing.assert_close(work.deltas, rows - trained)
@@ -101,7 +115,11 @@ def test_a_mixture_of_equals_has_the_loss_of_one_of_them():
     torch.testing.assert_close(mixed.weights, torch.full((3,), 1 / 3))
 
 
-@pytest.mark.parametrize("plan", [InTurn((Train(POINTS[0]), Train(POINTS[1]))), Mixture(POINTS[:2], torch.tensor([0.5, 0.5]))], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [InTurn((Train(POINTS[0]), Train(POINTS[1]))), Mixture(POINTS[:2], torch.tensor([0.5, 0.5]))],
+    ids=str,
+)
 def test_every_job_of_a_plan_has_a_seed_of_its_own_that_follows_from_the_plans(plan):
     def seeds(seed):
         client = Client()
@@ -126,7 +144,13 @@ def test_what_is_no_plan_is_refused():
 def test_what_several_clients_want_trained_at_one_time_is_one_call():
     """Each has the work that it would have alone, whatever its neighbours were asked to do."""
     rows, weights = torch.tensor([[9.0, 9.0], [2.0, 2.1]]), torch.tensor([0.3, 0.7])
-    plans = [Train(rows[0]), Choose(rows), InTurn((Train(rows[0]), Train(rows[1]))), Mixture(rows, weights), Choose(rows)]
+    plans = [
+        Train(rows[0]),
+        Choose(rows),
+        InTurn((Train(rows[0]), Train(rows[1]))),
+        Mixture(rows, weights),
+        Choose(rows),
+    ]
     clients, calls = [Client(POINTS + number) for number in range(len(plans))], []
 
     def train(fits):

@@ -23,7 +23,12 @@ from fedmerge_peft.training.reference import train
 
 COUNT = 12
 ROWS = np.arange(COUNT)
-TARGETS = {"bert": ["query", "value"], "llama": ["q_proj"], "gpt2": ["c_attn"], "vit": ["q_proj", "v_proj"]}
+TARGETS = {
+    "bert": ["query", "value"],
+    "llama": ["q_proj"],
+    "gpt2": ["c_attn"],
+    "vit": ["q_proj", "v_proj"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,18 @@ def deep_models(tmp_path_factory):
 class Bench:
     """One client on a tiny model of four layers, whose last two have adapters."""
 
-    def __init__(self, folder, table_and_task, kind="bert", lora=None, backbone=None, metrics=None, cached=True, gigabytes=1.0, **training):
+    def __init__(
+        self,
+        folder,
+        table_and_task,
+        kind="bert",
+        lora=None,
+        backbone=None,
+        metrics=None,
+        cached=True,
+        gigabytes=1.0,
+        **training,
+    ):
         table, task = table_and_task(kind, COUNT)
         if task["name"] == "causal-lm":
             task |= {"metrics": metrics or ["perplexity", "accuracy"], "max_new_tokens": 4}
@@ -49,33 +65,62 @@ class Bench:
                 "name": "bench",
                 "task": task,
                 "backbone": {"model": str(model), **(backbone or {})},
-                "lora": {"r": 2, "dropout": 0.1, "target_modules": TARGETS[model.name], "layers_to_transform": [2, 3], **(lora or {})},
+                "lora": {
+                    "r": 2,
+                    "dropout": 0.1,
+                    "target_modules": TARGETS[model.name],
+                    "layers_to_transform": [2, 3],
+                    **(lora or {}),
+                },
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
                 "training": {"batch_size": 4, "learning_rate": 0.01, "device": "cpu", **training},
             }
         )
         self.accelerator = make_accelerator(self.recipe.training)
         self.task = make_task(self.recipe, table, str(model))
-        self.backbone = load_backbone(self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0)
+        self.backbone = load_backbone(
+            self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0
+        )
         self.examples = self.task.encode(table)
         self.row = self.backbone.fresh_row(1)
-        self.cache = PrefixCache(self.backbone, self.task, self.examples, ROWS, gigabytes) if cached else None
+        self.cache = (
+            PrefixCache(self.backbone, self.task, self.examples, ROWS, gigabytes)
+            if cached
+            else None
+        )
         self.model = (self.backbone, self.task)
 
     def train(self, seed=3):
         job = Train(self.row)
-        return train(*self.model, self.recipe.training, self.accelerator, job, self.examples, ROWS, seed, self.cache).row
+        return train(
+            *self.model,
+            self.recipe.training,
+            self.accelerator,
+            job,
+            self.examples,
+            ROWS,
+            seed,
+            self.cache,
+        ).row
 
     def evaluate(self, served, indices=ROWS, batch_size=5):
-        return evaluate(*self.model, self.accelerator, served, self.examples, indices, batch_size, self.cache)
+        return evaluate(
+            *self.model, self.accelerator, served, self.examples, indices, batch_size, self.cache
+        )
 
     def losses(self, row, indices=ROWS):
-        return example_losses(*self.model, self.accelerator, row, self.examples, indices, 5, self.cache)
+        return example_losses(
+            *self.model, self.accelerator, row, self.examples, indices, 5, self.cache
+        )
 
     def count(self, layer, work):
         """How often the layer runs in there, and what comes out."""
         runs = []
-        part = next(module for module in self.backbone.model.get_submodule(layer).modules() if isinstance(module, nn.LayerNorm))
+        part = next(
+            module
+            for module in self.backbone.model.get_submodule(layer).modules()
+            if isinstance(module, nn.LayerNorm)
+        )
         handle = part.register_forward_hook(lambda *_: runs.append(1))
         found = work()
         handle.remove()
@@ -110,16 +155,22 @@ CASES = {
 def test_with_and_without_the_cache_the_results_are_the_same(make_bench, case):
     options = {"kind": case if case.partition("-")[0] in TARGETS else "bert", **CASES[case]}
     with_cache, without = make_bench(**options), make_bench(cached=False, **options)
-    near = {"rtol": 5e-3, "atol": 5e-3} if case == "bf16" else {"rtol": 1e-5, "atol": 1e-5}  # bf16 rounds by how a batch is padded
+    near = (
+        {"rtol": 5e-3, "atol": 5e-3} if case == "bf16" else {"rtol": 1e-5, "atol": 1e-5}
+    )  # bf16 rounds by how a batch is padded
     expected = [without.train(), without.train(4)]
     for _ in range(2):  # while the states are recorded, and from the record
         found = [with_cache.train(), with_cache.train(4)]
         assert with_cache.used
         torch.testing.assert_close(found, expected, **near)
     assert not torch.allclose(expected[0], expected[1])
-    assert with_cache.evaluate(expected[0]) == pytest.approx(without.evaluate(expected[0]), rel=near["rtol"])
+    assert with_cache.evaluate(expected[0]) == pytest.approx(
+        without.evaluate(expected[0]), rel=near["rtol"]
+    )
     some = np.array([7, 2, 11, 3, 4, 0])
-    torch.testing.assert_close(with_cache.losses(expected[0], some), without.losses(expected[0], some), **near)
+    torch.testing.assert_close(
+        with_cache.losses(expected[0], some), without.losses(expected[0], some), **near
+    )
 
 
 def test_known_examples_skip_the_frozen_layers(make_bench):
@@ -153,10 +204,19 @@ def test_generation_runs_all_layers(make_bench):
 def test_the_frozen_prefix_has_no_dropout_in_training(make_bench):
     backbone = make_bench().backbone
     backbone.train()
-    training = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.Dropout) and module.training}
+    training = {
+        name
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, nn.Dropout) and module.training
+    }
     assert training
-    assert not any("embeddings" in name or "layer.0." in name or "layer.1." in name for name in training)
-    assert {"base_model.model.dropout", "base_model.model.bert.encoder.layer.2.output.dropout"} < training
+    assert not any(
+        "embeddings" in name or "layer.0." in name or "layer.1." in name for name in training
+    )
+    assert {
+        "base_model.model.dropout",
+        "base_model.model.bert.encoder.layer.2.output.dropout",
+    } < training
     backbone.eval()
     assert not any(module.training for module in backbone.model.modules())
 
@@ -166,7 +226,10 @@ def test_the_frozen_prefix_has_no_dropout_in_training(make_bench):
     [
         {"layers_to_transform": None},
         {"layers_to_transform": [0, 3]},
-        {"layers_to_transform": None, "target_modules": r".*layer\.[23]\..*query|.*word_embeddings"},
+        {
+            "layers_to_transform": None,
+            "target_modules": r".*layer\.[23]\..*query|.*word_embeddings",
+        },
         {"trainable_token_indices": [5, 6]},
         {"bias": "all"},
         {"modules_to_save": ["word_embeddings"]},
@@ -180,7 +243,9 @@ def test_there_is_no_prefix_where_something_trains_before_it(make_bench, lora):
 
 def test_there_is_no_prefix_where_two_stacks_train():
     def stack(trainable):
-        return nn.ModuleList(nn.Linear(2, 2).requires_grad_(index >= 1 and trainable) for index in range(3))
+        return nn.ModuleList(
+            nn.Linear(2, 2).requires_grad_(index >= 1 and trainable) for index in range(3)
+        )
 
     assert find_prefix(nn.ModuleDict({"encoder": stack(True), "decoder": stack(True)})) is None
     assert find_prefix(nn.ModuleDict({"encoder": stack(False), "decoder": stack(False)})) is None
@@ -195,7 +260,9 @@ def embeddings_of(bench):
 def drop_by_function(bench):
     """Dropout that belongs to no module, as in some models."""
     model = bench.backbone.model
-    embeddings_of(bench).register_forward_hook(lambda _, __, output: nn.functional.dropout(output, 0.5, model.training))
+    embeddings_of(bench).register_forward_hook(
+        lambda _, __, output: nn.functional.dropout(output, 0.5, model.training)
+    )
     return "dropout that cannot be turned off"
 
 
@@ -301,15 +368,28 @@ def test_the_callers_random_numbers_and_the_models_mode_stay(make_bench):
     assert not bench.backbone.model.training
 
 
-SMALL = ["data.max_train=8", "data.max_test=6", "data.filter.provider=[Alder, Birch]", "training.device=cpu", "baselines=[]"]
+SMALL = [
+    "data.max_train=8",
+    "data.max_test=6",
+    "data.filter.provider=[Alder, Birch]",
+    "training.device=cpu",
+    "baselines=[]",
+]
 
 
 def test_one_engine_serves_several_strategies_from_its_cache():
     def recipe(gigabytes, strategy):
-        overrides = [f"training.prefix_cache={gigabytes}", f"strategy={strategy}", "lora.layers_to_transform=[1]", "rounds=2"]
+        overrides = [
+            f"training.prefix_cache={gigabytes}",
+            f"strategy={strategy}",
+            "lora.layers_to_transform=[1]",
+            "rounds=2",
+        ]
         return Recipe.load("smoke", [*SMALL, *overrides])
 
-    engines = {gigabytes: LocalEngine.from_recipe(recipe(gigabytes, "local")) for gigabytes in (0, 1)}
+    engines = {
+        gigabytes: LocalEngine.from_recipe(recipe(gigabytes, "local")) for gigabytes in (0, 1)
+    }
     assert engines[0].cache is None
     for strategy in ("local", "fedavg", "fedmerge", "fedem"):
         found = {}

@@ -24,12 +24,20 @@ class Bench:
         count = 10
         if kind == "bert":
             self.table = Dataset.from_dict(
-                {"text": [f"the {WORDS[n % 7]} {'is late ' * (n % 4)}again" for n in range(count)], "label": [n % 3 for n in range(count)]}
+                {
+                    "text": [
+                        f"the {WORDS[n % 7]} {'is late ' * (n % 4)}again" for n in range(count)
+                    ],
+                    "label": [n % 3 for n in range(count)],
+                }
             )
             task = {"name": "sequence-classification"}
         else:
             self.table = Dataset.from_dict(
-                {"prompt": [f"say {WORDS[n % 7]}" for n in range(count)], "completion": [" yes" * (1 + n % 5) for n in range(count)]}
+                {
+                    "prompt": [f"say {WORDS[n % 7]}" for n in range(count)],
+                    "completion": [" yes" * (1 + n % 5) for n in range(count)],
+                }
             )
             task = {"name": "causal-lm"}
         self.recipe = Recipe.model_validate(
@@ -37,14 +45,29 @@ class Bench:
                 "name": "bench",
                 "task": task,
                 "backbone": {"model": str(folder / kind)},
-                "lora": {"r": 2, "target_modules": ["query", "value"] if kind == "bert" else ["c_attn"]},
+                "lora": {
+                    "r": 2,
+                    "target_modules": ["query", "value"] if kind == "bert" else ["c_attn"],
+                },
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 4, "learning_rate": 0.01, "max_grad_norm": None, **training},
+                "training": {
+                    "batch_size": 4,
+                    "learning_rate": 0.01,
+                    "max_grad_norm": None,
+                    **training,
+                },
             }
         )
         self.accelerator = make_accelerator(self.recipe.training)
         self.task = make_task(self.recipe, self.table, str(folder / kind))
-        self.backbone = load_backbone(self.recipe.backbone, self.recipe.lora, self.task, str(folder / kind), torch.device("cpu"), 0)
+        self.backbone = load_backbone(
+            self.recipe.backbone,
+            self.recipe.lora,
+            self.task,
+            str(folder / kind),
+            torch.device("cpu"),
+            0,
+        )
         for module in self.backbone.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -54,18 +77,33 @@ class Bench:
     def train(self, indices=None, seed=3, **job):
         indices = np.arange(len(self.table)) if indices is None else indices
         job = Train(self.row, **job)
-        return train(self.backbone, self.task, self.recipe.training, self.accelerator, job, self.examples, indices, seed)
+        return train(
+            self.backbone,
+            self.task,
+            self.recipe.training,
+            self.accelerator,
+            job,
+            self.examples,
+            indices,
+            seed,
+        )
 
     def evaluate(self, served, batch_size=4):
         indices = np.arange(len(self.table))
-        return evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size)
+        return evaluate(
+            self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size
+        )
 
     def probabilities(self, row):
         """Of each label for each example, ``(10, 3)``."""
         self.backbone.load_row(row)
         batch = self.task.collate(self.examples, np.arange(len(self.table)))
         with torch.no_grad():
-            return self.backbone.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.double().softmax(1)
+            return (
+                self.backbone.model.eval()(**{k: v for k, v in batch.items() if k != "labels"})
+                .logits.double()
+                .softmax(1)
+            )
 
 
 def plain_step(bench, optimizer, batches, sent=None):
@@ -81,7 +119,10 @@ def plain_step(bench, optimizer, batches, sent=None):
     loss = sum(sums) / sum(counts)
     if sent is not None:
         loss = loss + bench.recipe.training.proximal * sum(
-            (p - s).square().sum() for p, s in zip(parameters, list(bench.backbone.layout.state_dict(sent).values()), strict=True)
+            (p - s).square().sum()
+            for p, s in zip(
+                parameters, list(bench.backbone.layout.state_dict(sent).values()), strict=True
+            )
         )
     gradients = torch.autograd.grad(loss, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -91,11 +132,20 @@ def plain_step(bench, optimizer, batches, sent=None):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"proximal": 0.5}, {"gradient_accumulation": 3}], ids=str)
-def test_one_full_batch_step_equals_a_plain_optimizer_on_separate_tensors(tiny_models, optimizer, options):
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"proximal": 0.5}, {"gradient_accumulation": 3}], ids=str
+)
+def test_one_full_batch_step_equals_a_plain_optimizer_on_separate_tensors(
+    tiny_models, optimizer, options
+):
     """Three steps on all examples at once: their order does not matter then."""
     accumulation = options.get("gradient_accumulation", 1)
-    bench = Bench(tiny_models, optimizer=optimizer, steps=3, **{**options, "batch_size": 10 if accumulation == 1 else 4})
+    bench = Bench(
+        tiny_models,
+        optimizer=optimizer,
+        steps=3,
+        **{**options, "batch_size": 10 if accumulation == 1 else 4},
+    )
     trained = bench.train()
 
     bench.backbone.load_row(bench.row)
@@ -114,7 +164,9 @@ def test_one_full_batch_step_equals_a_plain_optimizer_on_separate_tensors(tiny_m
 def test_accumulated_gradients_weigh_every_labelled_token_alike(tiny_models):
     """Completions have 1 to 5 tokens: a mean of micro-batch means would differ from the mean over tokens."""
     whole = Bench(tiny_models, "gpt2", optimizer="sgd", steps=1, batch_size=10).train()
-    parts = Bench(tiny_models, "gpt2", optimizer="sgd", steps=1, batch_size=2, gradient_accumulation=5).train()
+    parts = Bench(
+        tiny_models, "gpt2", optimizer="sgd", steps=1, batch_size=2, gradient_accumulation=5
+    ).train()
     torch.testing.assert_close(parts.row, whole.row, rtol=1e-4, atol=1e-6)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
 
@@ -127,8 +179,13 @@ def test_clipping_bounds_the_whole_gradient(tiny_models):
 
 
 def test_the_proximal_term_holds_the_adapter_near_what_was_sent(tiny_models):
-    free, held = (Bench(tiny_models, epochs=20, optimizer="sgd", learning_rate=0.1, proximal=mu) for mu in (0.0, 1.0))
-    assert float((held.train().row - held.row).norm()) < 0.5 * float((free.train().row - free.row).norm())
+    free, held = (
+        Bench(tiny_models, epochs=20, optimizer="sgd", learning_rate=0.1, proximal=mu)
+        for mu in (0.0, 1.0)
+    )
+    assert float((held.train().row - held.row).norm()) < 0.5 * float(
+        (free.train().row - free.row).norm()
+    )
 
 
 def test_a_plans_proximal_term_and_anchor_take_the_place_of_the_recipes(tiny_models):
@@ -136,7 +193,9 @@ def test_a_plans_proximal_term_and_anchor_take_the_place_of_the_recipes(tiny_mod
     bench = Bench(tiny_models, optimizer="sgd", steps=1, batch_size=10)
     anchor = bench.backbone.fresh_row(7)
     plain, held = bench.train(), bench.train(proximal=0.5, anchor=anchor)
-    torch.testing.assert_close(held.row, plain.row - 0.01 * (bench.row - anchor), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        held.row, plain.row - 0.01 * (bench.row - anchor), rtol=1e-4, atol=1e-6
+    )
     assert held.loss == pytest.approx(plain.loss)
     recipes = Bench(tiny_models, optimizer="sgd", steps=3, batch_size=10, proximal=0.5)
     theirs = Bench(tiny_models, optimizer="sgd", steps=3, batch_size=10)
@@ -144,7 +203,11 @@ def test_a_plans_proximal_term_and_anchor_take_the_place_of_the_recipes(tiny_mod
     torch.testing.assert_close(recipes.train(proximal=0.0).row, theirs.train().row)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3}, {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.3}, {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.3}],
+    ids=str,
+)
 def test_only_the_columns_of_a_phase_move_in_it(tiny_models, options):
     bench = Bench(tiny_models, epochs=2, **options)
     head = torch.zeros(len(bench.row), dtype=torch.bool)
@@ -164,7 +227,14 @@ def test_a_phase_of_all_columns_is_plain_training_and_each_phase_has_its_own_ord
     assert torch.equal(bench.train(phases=(everything,)).row, bench.train().row)
     twice = bench.train(phases=(None, None)).row
     again = train(
-        bench.backbone, bench.task, bench.recipe.training, bench.accelerator, Train(bench.train().row), bench.examples, np.arange(10), 3
+        bench.backbone,
+        bench.task,
+        bench.recipe.training,
+        bench.accelerator,
+        Train(bench.train().row),
+        bench.examples,
+        np.arange(10),
+        3,
     )
     assert not torch.equal(twice, again.row)
 
@@ -246,7 +316,9 @@ def test_evaluation_does_not_depend_on_its_batch_size(tiny_models):
 def test_the_losses_of_examples_add_up_to_the_evaluations(tiny_models):
     bench = Bench(tiny_models)
     found = [
-        example_losses(bench.backbone, bench.task, bench.accelerator, bench.row, bench.examples, order, 3)
+        example_losses(
+            bench.backbone, bench.task, bench.accelerator, bench.row, bench.examples, order, 3
+        )
         for order in (np.arange(10), np.arange(10)[::-1])
     ]
     assert float(found[0].mean()) == pytest.approx(bench.evaluate(bench.row)["loss"], rel=1e-5)
@@ -255,11 +327,19 @@ def test_the_losses_of_examples_add_up_to_the_evaluations(tiny_models):
 
 def test_a_mixture_predicts_with_the_mean_of_probabilities(tiny_models):
     bench = Bench(tiny_models)
-    rows, weights = torch.stack([bench.row, bench.train().row, bench.backbone.fresh_row(2)]), torch.tensor([0.2, 0.7, 0.1])
-    mixed = sum(weight * bench.probabilities(row) for weight, row in zip(weights.double(), rows, strict=True))
+    rows, weights = (
+        torch.stack([bench.row, bench.train().row, bench.backbone.fresh_row(2)]),
+        torch.tensor([0.2, 0.7, 0.1]),
+    )
+    mixed = sum(
+        weight * bench.probabilities(row)
+        for weight, row in zip(weights.double(), rows, strict=True)
+    )
     labels = torch.arange(10) % 3
     found = bench.evaluate(Mixture(rows, weights))
-    assert found["loss"] == pytest.approx(float(-mixed[torch.arange(10), labels].log().mean()), rel=1e-5)
+    assert found["loss"] == pytest.approx(
+        float(-mixed[torch.arange(10), labels].log().mean()), rel=1e-5
+    )
     assert found["accuracy"] == pytest.approx(float((mixed.argmax(1) == labels).double().mean()))
 
 
@@ -267,20 +347,27 @@ def test_a_mixture_of_one_is_the_adapter_itself(tiny_models):
     bench = Bench(tiny_models)
     alone = bench.evaluate(bench.row)
     other = bench.backbone.fresh_row(2)
-    for mixture in (Mixture(bench.row[None], torch.ones(1)), Mixture(torch.stack([other, bench.row]), torch.tensor([0.0, 1.0]))):
+    for mixture in (
+        Mixture(bench.row[None], torch.ones(1)),
+        Mixture(torch.stack([other, bench.row]), torch.tensor([0.0, 1.0])),
+    ):
         assert bench.evaluate(mixture) == pytest.approx(alone, rel=1e-5)
 
 
 def test_each_part_of_a_mixture_predicts_by_itself_under_autocast(tiny_models):
     bench = Bench(tiny_models, mixed_precision="bf16")
-    mixture = Mixture(torch.stack([bench.backbone.fresh_row(2), bench.row]), torch.tensor([0.0, 1.0]))
+    mixture = Mixture(
+        torch.stack([bench.backbone.fresh_row(2), bench.row]), torch.tensor([0.0, 1.0])
+    )
     assert bench.evaluate(mixture) == pytest.approx(bench.evaluate(bench.row), rel=1e-5)
 
 
 def test_a_mixture_generates_no_text(tiny_models):
     bench = Bench(tiny_models, "gpt2")
     bench.task.generates = True
-    with pytest.raises(RecipeError, match=r"task\.metrics: a mixture of models does not generate text"):
+    with pytest.raises(
+        RecipeError, match=r"task\.metrics: a mixture of models does not generate text"
+    ):
         bench.evaluate(Mixture(bench.row[None], torch.ones(1)))
 
 
@@ -295,7 +382,12 @@ def test_bf16_autocast_trains_and_keeps_float32_adapters(tiny_models):
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({"epochs": 2}, 6), ({"steps": 5}, 5), ({"epochs": 2, "gradient_accumulation": 2}, 4), ({"batch_size": 100}, 1)],
+    [
+        ({"epochs": 2}, 6),
+        ({"steps": 5}, 5),
+        ({"epochs": 2, "gradient_accumulation": 2}, 4),
+        ({"batch_size": 100}, 1),
+    ],
     ids=str,
 )
 def test_steps_follow_from_epochs_batches_and_accumulation(options, steps):

@@ -14,7 +14,13 @@ def test_each_moment_counts_once_for_the_innermost_part(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
     with timing() as clock, spent("other"), spent("train"), spent("save"):
         pass
-    assert clock.seconds == {"train": 2.0, "evaluate": 0.0, "server": 0.0, "save": 1.0, "other": 2.0}
+    assert clock.seconds == {
+        "train": 2.0,
+        "evaluate": 0.0,
+        "server": 0.0,
+        "save": 1.0,
+        "other": 2.0,
+    }
     assert clock.overhead == pytest.approx(0.6)
 
 
@@ -46,7 +52,13 @@ def test_the_parts_of_a_run_add_up_to_its_time(smoke, smoke_engine, tmp_path):
 
 
 def test_run_with_profile_says_where_the_time_went(capsys, tmp_path):
-    small = ["data.max_train=4", "data.max_test=4", "rounds=1", "baselines=[]", "training.device=cpu"]
+    small = [
+        "data.max_train=4",
+        "data.max_test=4",
+        "rounds=1",
+        "baselines=[]",
+        "training.device=cpu",
+    ]
     with pytest.raises(SystemExit) as caught:
         main(["run", "smoke", *small, "--profile", "--quiet", "--out", str(tmp_path / "run")])
     assert not caught.value.code

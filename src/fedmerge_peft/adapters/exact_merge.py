@@ -25,7 +25,9 @@ def _check_exact(soup: AdapterSoup) -> None:
         raise ValueError(f"these adapters have no exact merge: {error}") from error
 
 
-def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def concat(
+    soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One adapter that computes Σ_j π_j B_j A_j exactly, by concatenating the factors along the rank.
 
     Args:
@@ -43,10 +45,18 @@ def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tup
     _check_exact(soup)
     used = weights != 0
     states = [soup.state_dict(row) for row in soup.rows[used]]
-    merged = soup.state_dict(soup.merge(weights))  # heads and biases are linear: their average is exact
+    merged = soup.state_dict(
+        soup.merge(weights)
+    )  # heads and biases are linear: their average is exact
     for _, a_key, b_key in pairs(states[0]):
         merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
-        merged[b_key] = torch.cat([float(weight) * state[b_key] for weight, state in zip(weights[used], states, strict=True)], dim=1)
+        merged[b_key] = torch.cat(
+            [
+                float(weight) * state[b_key]
+                for weight, state in zip(weights[used], states, strict=True)
+            ],
+            dim=1,
+        )
     adapters = len(states)
     # The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; the rank grows so many times, so alpha must follow.
     growth = math.sqrt(adapters) if config.get("use_rslora") else adapters
@@ -54,8 +64,12 @@ def concat(soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]) -> tup
         **config,
         "r": config["r"] * adapters,
         "lora_alpha": config["lora_alpha"] * growth,
-        "rank_pattern": {key: rank * adapters for key, rank in (config.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {key: alpha * growth for key, alpha in (config.get("alpha_pattern") or {}).items()},
+        "rank_pattern": {
+            key: rank * adapters for key, rank in (config.get("rank_pattern") or {}).items()
+        },
+        "alpha_pattern": {
+            key: alpha * growth for key, alpha in (config.get("alpha_pattern") or {}).items()
+        },
     }
 
 
@@ -85,17 +99,25 @@ def with_base(
     for module, a_key, b_key in pairs(state):
         name = module.removeprefix("base_model.model.")
         a, b = state[a_key], state[b_key]
-        scaling = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]) / len(a) ** power
+        scaling = (
+            alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]) / len(a) ** power
+        )
         if module in base:
             left.remove(module)
             u, s, vh = torch.linalg.svd(base[module].double(), full_matrices=False)
-            rank = int((s > s[0] * torch.finfo(torch.float32).eps * math.sqrt(max(base[module].shape))).sum())
+            rank = int(
+                (
+                    s > s[0] * torch.finfo(torch.float32).eps * math.sqrt(max(base[module].shape))
+                ).sum()
+            )
             b = torch.cat([b, (u[:, :rank] * s[:rank] / scaling).to(b)], dim=1)
             a = torch.cat([a, vh[:rank].to(a)])
         whole[a_key], whole[b_key] = a, b
         ranks[f"^{name}"], scaled[f"^{name}"] = len(a), scaling * len(a) ** power
     if left:
-        raise ValueError(f"the adapter is not on {sorted(left)[0]}, to which the backbone's change belongs")
+        raise ValueError(
+            f"the adapter is not on {sorted(left)[0]}, to which the backbone's change belongs"
+        )
     return whole, {**config, "rank_pattern": ranks, "alpha_pattern": scaled}
 
 
@@ -111,7 +133,10 @@ def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
     merged = soup.state_dict(soup.merge(weights))
     off = exact = 0.0
     for _, a_key, b_key in pairs(merged):
-        terms = (weight * (state[b_key].double() @ state[a_key].double()) for weight, state in zip(weights.double(), states, strict=True))
+        terms = (
+            weight * (state[b_key].double() @ state[a_key].double())
+            for weight, state in zip(weights.double(), states, strict=True)
+        )
         update = sum(terms, start=torch.zeros((), dtype=torch.float64))
         off += float((merged[b_key].double() @ merged[a_key].double() - update).square().sum())
         exact += float(update.square().sum())

@@ -71,17 +71,32 @@ class AdapterLayout:
         """
         keys = {entry.key for entry in self.entries}
         if missing := sorted(keys - state.keys()):
-            raise ValueError(f"the adapter lacks {len(missing)} of {len(keys)} tensors, first {missing[0]}")
+            raise ValueError(
+                f"the adapter lacks {len(missing)} of {len(keys)} tensors, first {missing[0]}"
+            )
         if extra := sorted(state.keys() - keys):
-            raise ValueError(f"the adapter has {len(extra)} tensors that the layout does not know, first {extra[0]}")
+            raise ValueError(
+                f"the adapter has {len(extra)} tensors that the layout does not know, first {extra[0]}"
+            )
         for entry in self.entries:
             if tuple(state[entry.key].shape) != entry.shape:
-                raise ValueError(f"{entry.key} has shape {tuple(state[entry.key].shape)}, expected {entry.shape}")
-        return torch.cat([state[entry.key].detach().reshape(-1).to("cpu", torch.float32) for entry in self.entries])
+                raise ValueError(
+                    f"{entry.key} has shape {tuple(state[entry.key].shape)}, expected {entry.shape}"
+                )
+        return torch.cat(
+            [
+                state[entry.key].detach().reshape(-1).to("cpu", torch.float32)
+                for entry in self.entries
+            ]
+        )
 
     def columns(self, role: Role) -> Tensor:
         """Column numbers, int64, of all tensors with this role."""
-        parts = [torch.arange(entry.offset, entry.offset + entry.size) for entry in self.entries if entry.role == role]
+        parts = [
+            torch.arange(entry.offset, entry.offset + entry.size)
+            for entry in self.entries
+            if entry.role == role
+        ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def to_json(self) -> str:
@@ -91,11 +106,17 @@ class AdapterLayout:
     @classmethod
     def from_json(cls, text: str) -> AdapterLayout:
         """Read back what ``to_json`` wrote. Raises ``ValueError`` where the offsets do not add up."""
-        layout = cls.of((entry["key"], tuple(entry["shape"]), entry["role"]) for entry in json.loads(text))
-        if [entry.offset for entry in layout.entries] != [entry["offset"] for entry in json.loads(text)]:
+        layout = cls.of(
+            (entry["key"], tuple(entry["shape"]), entry["role"]) for entry in json.loads(text)
+        )
+        if [entry.offset for entry in layout.entries] != [
+            entry["offset"] for entry in json.loads(text)
+        ]:
             raise ValueError("the layout's offsets do not follow from its shapes")
         return layout
 
     def _check(self, row: Tensor) -> None:
         if row.shape != (self.size,):
-            raise ValueError(f"an adapter of this layout is a row of {self.size} numbers, got shape {tuple(row.shape)}")
+            raise ValueError(
+                f"an adapter of this layout is a row of {self.size} numbers, got shape {tuple(row.shape)}"
+            )

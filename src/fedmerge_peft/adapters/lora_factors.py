@@ -34,7 +34,9 @@ def check_products(layout: AdapterLayout) -> None:
     """Raise ``ValueError`` unless each layer's update is scaling · B A of two matrices: not with DoRA, on experts, or on convolutions."""
     for entry in layout.entries:
         if entry.role == "expert":
-            raise ValueError(f"{entry.key} holds several experts in one tensor (lora.target_parameters)")
+            raise ValueError(
+                f"{entry.key} holds several experts in one tensor (lora.target_parameters)"
+            )
         if "lora_magnitude_vector" in entry.key:
             raise ValueError("the magnitudes of DoRA do not enter linearly (lora.use_dora)")
         if entry.key.endswith(_NAMES) and len(entry.shape) != 2:
@@ -73,11 +75,15 @@ def factors(layout: AdapterLayout) -> list[Factors]:
     """
     check_products(layout)
     entries = {entry.key: entry for entry in layout.entries}
-    found = [Factors(module, entries[a], entries[b]) for module, a, b in pairs(entries) if b in entries]
+    found = [
+        Factors(module, entries[a], entries[b]) for module, a, b in pairs(entries) if b in entries
+    ]
     paired = {entry.key for layer in found for entry in (layer.a, layer.b)}
     for key in entries:
         if key.endswith(_NAMES) and key not in paired:
-            raise ValueError(f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)")
+            raise ValueError(
+                f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)"
+            )
     return found
 
 

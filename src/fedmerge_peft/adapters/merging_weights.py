@@ -66,8 +66,12 @@ def warnings(weights: Tensor) -> list[str]:
 def unused(weights: Tensor) -> list[str]:
     """Which adapters nobody uses, as one warning; empty where all are in use."""
     adapters = weights.shape[1]
-    idle = [str(adapter) for adapter, share in enumerate(mass(weights)) if share < UNUSED / adapters]
+    idle = [
+        str(adapter) for adapter, share in enumerate(mass(weights)) if share < UNUSED / adapters
+    ]
     if not idle:
         return []
     who = "adapters {} of {} stand" if len(idle) > 1 else "adapter {} of {} stands"
-    return [f"{who.format(', '.join(idle), adapters)} unused (less than a quarter of an even share of the clients' weight)"]
+    return [
+        f"{who.format(', '.join(idle), adapters)} unused (less than a quarter of an even share of the clients' weight)"
+    ]

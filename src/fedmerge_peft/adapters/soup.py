@@ -36,7 +36,9 @@ class AdapterSoup:
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
-            raise ValueError(f"a soup of this layout has shape (d, {self.layout.size}), got {tuple(self.rows.shape)}")
+            raise ValueError(
+                f"a soup of this layout has shape (d, {self.layout.size}), got {tuple(self.rows.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,7 +72,12 @@ class AdapterSoup:
                 layout = AdapterLayout.from_json((file.metadata() or {})["layout"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             shared, base = (
-                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)} for prefix in (_SHARED, _BASE)
+                {
+                    key.removeprefix(prefix): value
+                    for key, value in tensors.items()
+                    if key.startswith(prefix)
+                }
+                for prefix in (_SHARED, _BASE)
             )
             return cls(tensors["rows"], layout, shared, base)
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fedmerge_peft.analysis.methods import methods
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 if TYPE_CHECKING:
@@ -36,24 +36,31 @@ _WITH_STD = ("mean", "worst_tenth", *(f"gain_over_{reference}" for reference in 
 _MEANS = ("spread", "finetuning", "gap", "bytes_down", "bytes_up", "seconds")
 
 
-def compare(runs: Iterable[Run | PathLike[str] | str], *, metric: str | None = None, target: float | None = None) -> pandas.DataFrame:
+def compare(
+    runs: Iterable[RunDirectory | PathLike[str] | str],
+    *,
+    metric: str | None = None,
+    target: float | None = None,
+) -> pandas.DataFrame:
     """What each method reaches, over its runs with different seeds: ``Comparison.of(...).methods``."""
     return Comparison.of(runs, metric=metric, target=target).methods
 
 
-def find_runs(paths: Iterable[PathLike[str] | str]) -> list[Run]:
+def find_runs(paths: Iterable[PathLike[str] | str]) -> list[RunDirectory]:
     """The runs in these directories and at any depth below, so baselines too; finished or not, each once.
 
     Raises ``RunError`` for a path that is not there, or that holds no run.
     """
-    found: dict[Path, Run] = {}
+    found: dict[Path, RunDirectory] = {}
     for path in map(Path, paths):
         below = sorted(file.parent for file in path.rglob("recipe.yaml"))
         if not below:
             what = "holds no run" if path.exists() else "does not exist"
-            raise RunError(f"{path} {what}; give run directories, or folders of them, as fedmerge run and fedmerge sweep make them")
+            raise RunError(
+                f"{path} {what}; give run directories, or folders of them, as fedmerge run and fedmerge sweep make them"
+            )
         for folder in below:
-            found.setdefault(folder.resolve(), Run.open(folder))
+            found.setdefault(folder.resolve(), RunDirectory.open(folder))
     return list(found.values())
 
 
@@ -93,7 +100,13 @@ class Comparison:
     """The score that was given to count rounds to; None where each run's is what fedavg ends with."""
 
     @classmethod
-    def of(cls, runs: Iterable[Run | PathLike[str] | str], *, metric: str | None = None, target: float | None = None) -> Comparison:
+    def of(
+        cls,
+        runs: Iterable[RunDirectory | PathLike[str] | str],
+        *,
+        metric: str | None = None,
+        target: float | None = None,
+    ) -> Comparison:
         """Read the runs.
 
         Args:
@@ -112,27 +125,42 @@ class Comparison:
         for number, run in enumerate(finished):
             row, curve = _measured(run, metric)
             rows.append(row)
-            points += [{"run": number, "rounds": rounds, "mean": mean} for rounds, mean in curve.items()]
+            points += [
+                {"run": number, "rounds": rounds, "mean": mean} for rounds, mean in curve.items()
+            ]
         frame = methods([run.recipe for run in finished]).join(pandas.DataFrame(rows))
         _check_metrics(frame)
         repeated = frame.duplicated(["setting", "method", "seed"])
         _leave_out("the same method and seed again", frame["path"][repeated])
         frame = frame[~repeated]
-        curves = pandas.DataFrame(points).merge(frame[["setting", "method", "seed"]], left_on="run", right_index=True)
+        curves = pandas.DataFrame(points).merge(
+            frame[["setting", "method", "seed"]], left_on="run", right_index=True
+        )
         sign = _sign(frame)
-        gains = {f"gain_over_{strategy}": sign * (frame["mean"] - _counterpart(frame, strategy)) for strategy in REFERENCES}
+        gains = {
+            f"gain_over_{strategy}": sign * (frame["mean"] - _counterpart(frame, strategy))
+            for strategy in REFERENCES
+        }
         paired = _counterpart(frame, TARGET).where(frame["strategy"] != TARGET, frame["mean"])
         frame = frame.assign(**gains, target=paired if target is None else float(target))
-        score, goal, better = curves["mean"], curves["run"].map(frame["target"]), curves["run"].map(sign)
-        reached = curves[(score * better >= goal * better) | np.isclose(score, goal, rtol=_SLACK, atol=_SLACK)]
+        score, goal, better = (
+            curves["mean"],
+            curves["run"].map(frame["target"]),
+            curves["run"].map(sign),
+        )
+        reached = curves[
+            (score * better >= goal * better) | np.isclose(score, goal, rtol=_SLACK, atol=_SLACK)
+        ]
         first = reached.groupby("run")["rounds"].min().astype(float)
-        frame["rounds_to_target"] = first.reindex(frame.index, fill_value=math.inf).where(frame["target"].notna())
+        frame["rounds_to_target"] = first.reindex(frame.index, fill_value=math.inf).where(
+            frame["target"].notna()
+        )
         return cls(frame.drop(columns="rest"), curves, _over_seeds(frame), target)
 
 
-def _finished(runs: Iterable[Run | PathLike[str] | str]) -> list[Run]:
+def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDirectory]:
     """The runs that have final scores."""
-    found = find_runs(each.path if isinstance(each, Run) else each for each in runs)
+    found = find_runs(each.path if isinstance(each, RunDirectory) else each for each in runs)
     ended = [run for run in found if (run.path / "summary.json").is_file()]
     scored = [run for run in ended if _final(run)]
     _leave_out("not finished", [run.path for run in found if run not in ended])
@@ -142,11 +170,13 @@ def _finished(runs: Iterable[Run | PathLike[str] | str]) -> list[Run]:
     return scored
 
 
-def _final(run: Run) -> dict[str, Any] | None:
+def _final(run: RunDirectory) -> dict[str, Any] | None:
     try:
         return run.summary["final"]["served"]  # type: ignore[no-any-return]
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.path / 'summary.json'} is none that this version wrote ({error!r}); leave the run out") from error
+        raise RunError(
+            f"{run.path / 'summary.json'} is none that this version wrote ({error!r}); leave the run out"
+        ) from error
 
 
 def _leave_out(why: str, paths: Iterable[Path]) -> None:
@@ -154,7 +184,7 @@ def _leave_out(why: str, paths: Iterable[Path]) -> None:
         log.warning("left out, %s: %s", why, listed)
 
 
-def _measured(run: Run, metric: str | None) -> tuple[dict[str, Any], dict[int, float]]:
+def _measured(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dict[int, float]]:
     """What one run reaches and costs, and its mean score by the number of rounds completed."""
     import pandas
 
@@ -165,7 +195,9 @@ def _measured(run: Run, metric: str | None) -> tuple[dict[str, Any], dict[int, f
         raise RunError(f"{run.path} has no score {metric}; it has {', '.join(known)}")
 
     def mean(served: dict[str, Any]) -> float:
-        return float(np.mean([scores[metric] for scores in served["clients"].values() if metric in scores]))
+        return float(
+            np.mean([scores[metric] for scores in served["clients"].values() if metric in scores])
+        )
 
     clients = len(final["clients"])
 
@@ -173,9 +205,15 @@ def _measured(run: Run, metric: str | None) -> tuple[dict[str, Any], dict[int, f
         return served is not None and len(served["clients"]) == clients
 
     greater = greater_is_better(metric.partition("_")[2])
-    scores = pandas.Series([each[metric] for each in final["clients"].values() if metric in each]).sort_values(ascending=greater)
+    scores = pandas.Series(
+        [each[metric] for each in final["clients"].values() if metric in each]
+    ).sort_values(ascending=greater)
     late = records[-math.ceil(len(records) / 10) :]
-    finetuning = [mean(each["finetuned"]) - mean(each["served"]) for each in late if of_all(each["finetuned"]) and of_all(each["served"])]
+    finetuning = [
+        mean(each["finetuned"]) - mean(each["served"])
+        for each in late
+        if of_all(each["finetuned"]) and of_all(each["served"])
+    ]
     with np.errstate(invalid="ignore"):  # a perplexity may be inf
         spread = scores.std(ddof=0)
     row = {
@@ -190,7 +228,11 @@ def _measured(run: Run, metric: str | None) -> tuple[dict[str, Any], dict[int, f
         "bytes_up": summary["bytes_up"] / clients,
         "seconds": summary["seconds"],
     }
-    curve = {record["round"] - 1: mean(record["served"]) for record in records if of_all(record["served"])}  # before the round trains
+    curve = {
+        record["round"] - 1: mean(record["served"])
+        for record in records
+        if of_all(record["served"])
+    }  # before the round trains
     return row, {**curve, summary["rounds"]: float(scores.mean())}
 
 
@@ -199,12 +241,16 @@ def _check_metrics(runs: pandas.DataFrame) -> None:
         first = same.drop_duplicates("metric")
         if len(first) > 1:
             said = "; ".join(f"{row.path} reports {row.metric}" for row in first.itertuples())
-            raise RunError(f"the runs of {setting} report different metrics: {said}. Choose one that all of them have with --metric")
+            raise RunError(
+                f"the runs of {setting} report different metrics: {said}. Choose one that all of them have with --metric"
+            )
 
 
 def _sign(runs: pandas.DataFrame) -> pandas.Series:
     """1 for runs whose metric is better when greater, else -1."""
-    return runs["metric"].map(lambda metric: 1 if greater_is_better(metric.partition("_")[2]) else -1)
+    return runs["metric"].map(
+        lambda metric: 1 if greater_is_better(metric.partition("_")[2]) else -1
+    )
 
 
 def _counterpart(runs: pandas.DataFrame, strategy: str) -> pandas.Series:
@@ -217,7 +263,9 @@ def _counterpart(runs: pandas.DataFrame, strategy: str) -> pandas.Series:
     of_strategy = runs[runs["strategy"] == strategy]
     for same in (["setting"], ["setting", "rest"]):
         only = of_strategy[of_strategy.groupby(same)["method"].transform("nunique") == 1]
-        matched = runs[[*same, "seed"]].merge(only[[*same, "seed", "mean"]], how="left", on=[*same, "seed"])["mean"]
+        matched = runs[[*same, "seed"]].merge(
+            only[[*same, "seed", "mean"]], how="left", on=[*same, "seed"]
+        )["mean"]
         found = matched.set_axis(runs.index).fillna(found)
     return found.where(runs["strategy"] != strategy)
 

@@ -15,13 +15,23 @@ if TYPE_CHECKING:
     import pandas
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe & Ito's palette
+_COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+)  # Okabe & Ito's palette
 
 
 def check_suffix(path: PathLike[str] | str) -> None:
     """Raise ``RunError`` unless ``plot`` can write such a file."""
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise RunError(f"{path}: figures are written as {', '.join(SUFFIXES)}; give the file one of these suffixes")
+        raise RunError(
+            f"{path}: figures are written as {', '.join(SUFFIXES)}; give the file one of these suffixes"
+        )
 
 
 def plot(comparison: Comparison, path: PathLike[str] | str) -> None:
@@ -58,7 +68,11 @@ def plot(comparison: Comparison, path: PathLike[str] | str) -> None:
 def _colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    return list(_COLORS[:count]) if count <= len(_COLORS) else [colormaps["turbo"](number / (count - 1)) for number in range(count)]
+    return (
+        list(_COLORS[:count])
+        if count <= len(_COLORS)
+        else [colormaps["turbo"](number / (count - 1)) for number in range(count)]
+    )
 
 
 def _draw_curves(axis: Any, curves: pandas.DataFrame, colors: dict[str, Any]) -> None:
@@ -67,8 +81,12 @@ def _draw_curves(axis: Any, curves: pandas.DataFrame, colors: dict[str, Any]) ->
     for method, color in colors.items():
         by_round = curves[curves["method"] == method].groupby("rounds")["mean"].agg(["mean", "std"])
         mean, std = by_round["mean"], by_round["std"].fillna(0)
-        axis.plot(by_round.index, mean, color=color, marker="o" if len(mean) == 1 else None)  # a line of one point is not seen
-        axis.fill_between(by_round.index, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+        axis.plot(
+            by_round.index, mean, color=color, marker="o" if len(mean) == 1 else None
+        )  # a line of one point is not seen
+        axis.fill_between(
+            by_round.index, mean - std, mean + std, color=color, alpha=0.15, linewidth=0
+        )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("rounds completed")
     axis.grid(alpha=0.3)
@@ -80,13 +98,30 @@ def _draw_finals(axis: Any, methods: pandas.DataFrame, colors: dict[str, Any]) -
 
     for name, face in (("mean", None), ("worst_tenth", "white")):
         for row, method in methods.iterrows():
-            style = {"color": colors[method["method"]], "markerfacecolor": face, "markersize": 6, "elinewidth": 1.5, "capsize": 3}
-            axis.errorbar(method[name], row, xerr=np.nan_to_num(method[f"{name}_std"]), fmt="o", **style)
+            style = {
+                "color": colors[method["method"]],
+                "markerfacecolor": face,
+                "markersize": 6,
+                "elinewidth": 1.5,
+                "capsize": 3,
+            }
+            axis.errorbar(
+                method[name], row, xerr=np.nan_to_num(method[f"{name}_std"]), fmt="o", **style
+            )
     axis.set_yticks(methods.index, labels=methods["method"], parse_math=False)
     for label in axis.get_yticklabels():
         label.set_color(colors[label.get_text()])
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.grid(alpha=0.3, axis="x")
-    keys = [Line2D([], [], color="gray", marker="o", linestyle="", markerfacecolor=face) for face in ("gray", "white")]
-    style = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "frameon": False, "fontsize": "small"}
+    keys = [
+        Line2D([], [], color="gray", marker="o", linestyle="", markerfacecolor=face)
+        for face in ("gray", "white")
+    ]
+    style = {
+        "loc": "lower center",
+        "bbox_to_anchor": (0.5, 1.0),
+        "ncols": 2,
+        "frameon": False,
+        "fontsize": "small",
+    }
     axis.legend(keys, ["mean over clients", "worst 10 % of clients"], **style)

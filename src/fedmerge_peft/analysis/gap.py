@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     import pandas
 
 
-def local_global_gap(run: Run) -> pandas.DataFrame:
+def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     """The gap after each round, mean over the clients that took part and were measured.
 
     Loss and score compare a client's model after local training in round t with what it is served with at the start of round
@@ -44,4 +44,8 @@ def local_global_gap(run: Run) -> pandas.DataFrame:
 
 def _mean_difference(of: dict[str, Any], other: dict[str, Any], score: str) -> float:
     both = [name for name in of if name in other and score in of[name] and score in other[name]]
-    return float(np.mean([of[name][score] - other[name][score] for name in both])) if both else float("nan")
+    return (
+        float(np.mean([of[name][score] - other[name][score] for name in both]))
+        if both
+        else float("nan")
+    )

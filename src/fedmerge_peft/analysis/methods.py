@@ -32,13 +32,23 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
     """
     import pandas
 
-    settings = [recipe.model_dump_json(include=_SETTING, exclude={"task": {"metrics"}}) for recipe in recipes]
+    settings = [
+        recipe.model_dump_json(include=_SETTING, exclude={"task": {"metrics"}})
+        for recipe in recipes
+    ]
     kinds = [_same(_values(recipe)) for recipe in recipes]
     together: dict[str, dict[str, Recipe]] = {}
     for setting, kind, recipe in zip(settings, kinds, recipes, strict=True):
         together.setdefault(setting, {}).setdefault(kind, recipe)
-    method_names = {kind: name for same in together.values() for kind, name in _method_names(same).items()}
-    setting_names = _setting_names({setting: [r for r, s in zip(recipes, settings, strict=True) if s == setting] for setting in together})
+    method_names = {
+        kind: name for same in together.values() for kind, name in _method_names(same).items()
+    }
+    setting_names = _setting_names(
+        {
+            setting: [r for r, s in zip(recipes, settings, strict=True) if s == setting]
+            for setting in together
+        }
+    )
     return pandas.DataFrame(
         {
             "setting": [setting_names[setting] for setting in settings],
@@ -46,7 +56,14 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
             "strategy": [recipe.strategy.name for recipe in recipes],
             "seed": [recipe.seed for recipe in recipes],
             "rest": [
-                _same({key: value for key, value in _values(recipe).items() if not key.startswith("strategy.")}) for recipe in recipes
+                _same(
+                    {
+                        key: value
+                        for key, value in _values(recipe).items()
+                        if not key.startswith("strategy.")
+                    }
+                )
+                for recipe in recipes
             ],
         }
     )
@@ -58,7 +75,11 @@ def _method_names(recipes: Mapping[str, Recipe]) -> dict[str, str]:
     common = [key for key in differing(list(values.values())) if not key.startswith("strategy.")]
     names = {}
     for method, recipe in recipes.items():
-        family = [values[other] for other, each in recipes.items() if each.strategy.name == recipe.strategy.name]
+        family = [
+            values[other]
+            for other, each in recipes.items()
+            if each.strategy.name == recipe.strategy.name
+        ]
         own = [key for key in differing(family) if key.startswith("strategy.")]
         names[method] = " ".join([recipe.strategy.name, *_said(values[method], own + common)])
     return names
@@ -70,13 +91,19 @@ def _setting_names(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, str]:
     if len(set().union(*given.values())) == sum(map(len, given.values())) == len(given):
         return {setting: name for setting, (name,) in given.items()}
     values = {setting: _values(same[0]) for setting, same in recipes.items()}
-    keys = [key for key in differing(list(values.values())) if key.partition(".")[0] in _SETTING] or ["data.path"]
+    keys = [
+        key for key in differing(list(values.values())) if key.partition(".")[0] in _SETTING
+    ] or ["data.path"]
     return {setting: " ".join(_said(each, keys)) for setting, each in values.items()}
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:
     """What makes a method what it is."""
-    return {key: value for key, value in flat(recipe).items() if not f"{key}.".startswith(tuple(f"{each}." for each in _NO_METHOD))}
+    return {
+        key: value
+        for key, value in flat(recipe).items()
+        if not f"{key}.".startswith(tuple(f"{each}." for each in _NO_METHOD))
+    }
 
 
 def _same(values: Mapping[str, Any]) -> str:
@@ -87,5 +114,8 @@ def _same(values: Mapping[str, Any]) -> str:
 def _said(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """``key=value`` for the keys that are there, each as short as it can be told from the others."""
     last = [key.rpartition(".")[2] for key in keys]
-    short = {key: end if last.count(end) == 1 and end != "name" else key for key, end in zip(keys, last, strict=True)}
+    short = {
+        key: end if last.count(end) == 1 and end != "name" else key
+        for key, end in zip(keys, last, strict=True)
+    }
     return [f"{short[key]}={written(values[key])}" for key in keys if key in values]

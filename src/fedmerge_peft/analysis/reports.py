@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmerge_peft.analysis.comparison import REFERENCES, TARGET, Comparison
-from fedmerge_peft.recipe.yaml_document import printable
+from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -50,7 +50,10 @@ def markdown(comparison: Comparison) -> str:
     for title, cells in _settings(comparison):
         shown |= set(cells.columns)
         head = " | ".join(name.replace("\n", " ") for name in cells.columns)
-        rows = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in cells.itertuples(index=False))
+        rows = (
+            " | ".join(cell.replace("|", "\\|") for cell in row)
+            for row in cells.itertuples(index=False)
+        )
         lines = [f"| {head} |", "|---" * len(cells.columns) + "|", *(f"| {row} |" for row in rows)]
         parts.append("\n".join([f"## {title}", "", *lines]))
     return "\n\n".join([*parts, _legend(shown, comparison)]) + "\n"
@@ -72,7 +75,10 @@ def _cells(methods: pandas.DataFrame, target: str) -> pandas.DataFrame:
         return ["" if math.isnan(value) else format(value, form) for value in methods[name]]
 
     def with_std(name: str, form: str) -> list[str]:
-        return [f"{mean} ±{std}" if std else mean for mean, std in zip(text(name, form), text(f"{name}_std", "z.3f"), strict=True)]
+        return [
+            f"{mean} ±{std}" if std else mean
+            for mean, std in zip(text(name, form), text(f"{name}_std", "z.3f"), strict=True)
+        ]
 
     columns = {
         "method": [printable(method) for method in methods["method"]],
@@ -80,10 +86,15 @@ def _cells(methods: pandas.DataFrame, target: str) -> pandas.DataFrame:
         "mean": with_std("mean", "z.3f"),
         "worst 10 %": with_std("worst_tenth", "z.3f"),
         "spread": text("spread", "z.3f"),
-        **{f"gain over\n{reference}": with_std(f"gain_over_{reference}", "+z.3f") for reference in REFERENCES},
+        **{
+            f"gain over\n{reference}": with_std(f"gain_over_{reference}", "+z.3f")
+            for reference in REFERENCES
+        },
         "finetuning": text("finetuning", "+z.3f"),
         "gap": text("gap", ".3g"),
-        f"rounds\nto {target}": ["never" if rounds == "inf" else rounds for rounds in text("rounds_to_target", "g")],
+        f"rounds\nto {target}": [
+            "never" if rounds == "inf" else rounds for rounds in text("rounds_to_target", "g")
+        ],
         "MB\ndown": [_short(count / 1e6) for count in methods["bytes_down"]],
         "MB\nup": [_short(count / 1e6) for count in methods["bytes_up"]],
         "seconds": [_short(seconds) for seconds in methods["seconds"]],
@@ -95,15 +106,26 @@ def _fitting(cells: pandas.DataFrame, width: int) -> pandas.DataFrame:
     """The columns that stand beside each other in so many characters, the dispensable ones dropped one by one."""
     for name in ("", *_DISPENSABLE):
         cells = cells.drop(columns=name, errors="ignore")
-        widths = (max(len(line) for text in (column, *cells[column]) for line in text.split("\n")) for column in cells.columns)
+        widths = (
+            max(len(line) for text in (column, *cells[column]) for line in text.split("\n"))
+            for column in cells.columns
+        )
         if sum(widths) + len(cells.columns) + 1 <= width:
             break
     return cells
 
 
 def _legend(columns: set[str], comparison: Comparison) -> str:
-    goal = f"what {TARGET} ends with on the same seed" if comparison.target is None else f"{comparison.target:.3f}"
-    lines = [line.format(goal) for name, line in _LEGEND.items() if any(column.startswith(name) for column in columns)]
+    goal = (
+        f"what {TARGET} ends with on the same seed"
+        if comparison.target is None
+        else f"{comparison.target:.3f}"
+    )
+    lines = [
+        line.format(goal)
+        for name, line in _LEGEND.items()
+        if any(column.startswith(name) for column in columns)
+    ]
     return " ".join(["Mean ± standard deviation over runs with different seeds.", *lines])
 
 

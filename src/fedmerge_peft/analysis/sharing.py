@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     import pandas
 
 
-def sharing(run: Run) -> pandas.DataFrame:
+def sharing(run: RunDirectory) -> pandas.DataFrame:
     """A client's own adapter is the one with its largest merging weight; a group's is the one that most of its clients have.
 
     Returns:
@@ -29,5 +29,8 @@ def sharing(run: Run) -> pandas.DataFrame:
         }
     )
     same = frame.groupby("adapter").groups
-    frame["others"] = [", ".join(str(other) for other in same[row.adapter] if other != group) for group, row in frame.iterrows()]
+    frame["others"] = [
+        ", ".join(str(other) for other in same[row.adapter] if other != group)
+        for group, row in frame.iterrows()
+    ]
     return frame

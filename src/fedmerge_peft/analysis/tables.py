@@ -8,9 +8,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedmerge_peft.recipe.yaml_document import printable
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_is_better
+from fedmerge_peft.util.text import printable
 
 _SHADES = " ░▒▓█"
 _WIDE = 6
@@ -18,13 +18,17 @@ _WIDE = 6
 _MOST_ADAPTERS = 15
 
 
-def scores_table(run: Run, most: int = 40) -> Table:
+def scores_table(run: RunDirectory, most: int = 40) -> Table:
     """Each client's final score, without local finetuning, for the run's strategy and its baselines side by side."""
-    runs: Mapping[str, Run] = {run.recipe.strategy.name: run, **run.baselines}
+    runs: Mapping[str, RunDirectory] = {run.recipe.strategy.name: run, **run.baselines}
     final = {name: each.summary["final"]["served"] for name, each in runs.items()}
     metric = final[run.recipe.strategy.name]["metric"]
     best_of = max if greater_is_better(run.recipe.task.metrics[0]) else min
-    table = Table(title=f"{metric.replace('_', ' ')}, adapters as the server sends them", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"{metric.replace('_', ' ')}, adapters as the server sends them",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
     table.add_column("client")
     table.add_column("group")
     table.add_column("train", justify="right")
@@ -33,32 +37,51 @@ def scores_table(run: Run, most: int = 40) -> Table:
         table.add_column(name, justify="right")
 
     def cells(values: list[float]) -> list[str]:
-        return [f"[bold]{value:.3f}[/]" if value == best_of(values) and len(values) > 1 else f"{value:.3f}" for value in values]
+        return [
+            f"[bold]{value:.3f}[/]"
+            if value == best_of(values) and len(values) > 1
+            else f"{value:.3f}"
+            for value in values
+        ]
 
     clients = run.clients
     for client_name, client in clients.head(most).iterrows():
         values = [scores["clients"][client_name][metric] for scores in final.values()]
-        table.add_row(_plain(client_name), _plain(client["group"]), str(client["train"]), str(client["test"]), *cells(values))
+        table.add_row(
+            _plain(client_name),
+            _plain(client["group"]),
+            str(client["train"]),
+            str(client["test"]),
+            *cells(values),
+        )
     if len(clients) > most:
         table.add_row(f"... and {len(clients) - most} more")
     table.add_section()
     table.add_row("mean", "", "", "", *cells([scores["mean"] for scores in final.values()]))
-    table.add_row("worst client", "", "", "", *cells([scores["worst"] for scores in final.values()]))
+    table.add_row(
+        "worst client", "", "", "", *cells([scores["worst"] for scores in final.values()])
+    )
     return table
 
 
-def weights_table(run: Run, most: int = 40) -> Table:
+def weights_table(run: RunDirectory, most: int = 40) -> Table:
     """π: which client is made of which adapters; in percent where there are many adapters, so that they fit a terminal."""
     weights = run.weights
     many = weights.shape[1] > _WIDE
     unit = ", percent" if many else ""
-    table = Table(title=f"learned merging weights: clients × adapters{unit}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"learned merging weights: clients × adapters{unit}",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
     table.padding = (0, 0) if many else (0, 1)
     table.add_column("client", no_wrap=True)
     for adapter in weights.columns[:_MOST_ADAPTERS]:
         table.add_column(str(adapter), justify="right", no_wrap=True, min_width=3 if many else None)
     for name, row in weights.head(most).iterrows():
-        table.add_row(_plain(name), *(_shaded(float(value), many) for value in row[:_MOST_ADAPTERS]))
+        table.add_row(
+            _plain(name), *(_shaded(float(value), many) for value in row[:_MOST_ADAPTERS])
+        )
     if len(weights) > most:
         table.add_row(f"... and {len(weights) - most} more")
     if weights.shape[1] > _MOST_ADAPTERS:

@@ -22,7 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):  # it is None where a shell closed it with >&-
             stream.reconfigure(errors="backslashreplace")
     try:
-        from fedmerge_peft.cli import compare, data, doctor, export, federate, personalize, recipes, report, run, sweep  # noqa: F401 - importing adds their verbs
+        from fedmerge_peft.cli import (  # noqa: F401 - importing adds their verbs
+            compare,
+            data,
+            doctor,
+            export,
+            federate,
+            personalize,
+            recipes,
+            report,
+            run,
+            sweep,
+        )
         from fedmerge_peft.cli.app import app
 
         try:
@@ -34,19 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":
             raise
         if error.rank == number():
-            print(_harmless("\n".join([str(error), *getattr(error, "__notes__", [])])), file=sys.stderr, flush=True)
+            print(
+                _harmless("\n".join([str(error), *getattr(error, "__notes__", [])])),
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             let_speak()
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter would complain at its end
         sys.exit(1)
 
 
 def _harmless(text: str) -> str:
     """The text as a terminal can show it: file and column names may hold characters that steer one."""
-    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.util.text import printable
 
     return "\n".join(map(printable, text.split("\n")))

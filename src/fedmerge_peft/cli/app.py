@@ -34,9 +34,15 @@ def shipped_names(incomplete: str) -> list[str]:
 
 RecipeSource = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a YAML file.", autocompletion=shipped_names),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name, or a path to a YAML file.",
+        autocompletion=shipped_names,
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as strategy.adapters=8.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as strategy.adapters=8.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -49,7 +55,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def fedmerge(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
     """Federated LoRA fine-tuning, with an adapter of its own for every client.
 

@@ -20,12 +20,32 @@ _WIDTH = 120
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders that hold some at any depth.")],
-    target: Annotated[float | None, typer.Option(help="The score to count rounds to; by default fedavg's final one, by seed.")] = None,
-    metric: Annotated[str | None, typer.Option(help="The score to compare, such as test_f1; by default the one the runs report.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the table to this file too, in full precision; overwritten.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write it as Markdown too; overwritten.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file; overwritten.")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Run directories, or folders that hold some at any depth."
+        ),
+    ],
+    target: Annotated[
+        float | None,
+        typer.Option(help="The score to count rounds to; by default fedavg's final one, by seed."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="The score to compare, such as test_f1; by default the one the runs report."
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Write the table to this file too, in full precision; overwritten."),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write it as Markdown too; overwritten.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file; overwritten.")
+    ] = None,
 ) -> None:
     """Compare methods over seeds: scores, worst clients, gains, bytes, seconds.
 
@@ -38,8 +58,8 @@ def compare(
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.analysis.figures import check_suffix, plot
     from fedmerge_peft.analysis.reports import markdown as as_markdown
-    from fedmerge_peft.recipe.yaml_document import printable
     from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.text import printable
 
     if figure is not None:
         check_suffix(figure)
@@ -73,7 +93,11 @@ def wide_console() -> Console:
     from rich.console import Console
 
     console = Console(highlight=False)
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_WIDTH)
+    return (
+        console
+        if console.is_terminal or "COLUMNS" in os.environ
+        else Console(highlight=False, width=_WIDTH)
+    )
 
 
 def _write(path: Path, text: str) -> None:
@@ -82,4 +106,6 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise RunError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error

@@ -15,7 +15,10 @@ def data(
     recipe: RecipeSource,
     overrides: Overrides = None,
     by: Annotated[str | None, typer.Option(help="Column to count, instead of the label.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Write the picture of clients and labels to this PNG or SVG file too.")] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Write the picture of clients and labels to this PNG or SVG file too."),
+    ] = None,
 ) -> None:
     """Show the clients: how many examples each holds, and of which labels.
 
@@ -25,7 +28,7 @@ def data(
 
     from fedmerge_peft.data import federate_data, picture, plot
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.util.text import printable
 
     loaded = Recipe.load(recipe, overrides or [])
     label = getattr(loaded.task, "label", None)

@@ -18,12 +18,15 @@ def doctor() -> None:
     Example: fedmerge doctor
     """
     from fedmerge_peft.cli.installation import findings
-    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.util.text import printable
 
     wrong = 0
     for finding in findings():
         wrong += finding.state == "wrong"
         remedy = f"   # {finding.do}" if finding.do else ""
-        print(printable(f"{_MARKS[finding.state]}  {finding.what:<24}{finding.says}{remedy}"), flush=True)
+        print(
+            printable(f"{_MARKS[finding.state]}  {finding.what:<24}{finding.says}{remedy}"),
+            flush=True,
+        )
     if wrong:
         raise typer.Exit(1)

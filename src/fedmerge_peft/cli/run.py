@@ -17,8 +17,12 @@ from fedmerge_peft.distributed import leads, leave
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedmerge_peft.api import Run
     from fedmerge_peft.cli.stopping import Stop
-    from fedmerge_peft.runs.directory import Run
+    from fedmerge_peft.federation.loop import Federation
+    from fedmerge_peft.runs.directory import RunDirectory
+    from fedmerge_peft.runs.record import RoundRecord
+    from fedmerge_peft.strategies import Reply
     from fedmerge_peft.util.profiling import Clock
 
 
@@ -26,9 +30,16 @@ if TYPE_CHECKING:
 def run(
     recipe: RecipeSource,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME. It must be new or empty.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Say in the end where the rounds' time went.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run directory; by default runs/NAME. It must be new or empty."),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say in the end where the rounds' time went.")
+    ] = False,
 ) -> None:
     """Run a federation, and its baselines, from a recipe.
 
@@ -40,9 +51,8 @@ def run(
 
     from rich.console import Console
 
+    from fedmerge_peft.api import Run, federate
     from fedmerge_peft.errors import RunExistsError
-    from fedmerge_peft.federation.federate import federate
-    from fedmerge_peft.runs.directory import Run
     from fedmerge_peft.util.logs import log_to
     from fedmerge_peft.util.profiling import timing
 
@@ -50,10 +60,12 @@ def run(
     try:
         Run.check_free(directory)
     except RunExistsError as error:
-        command = shlex.join(["fedmerge", "run", recipe, *(overrides or []), "--out", str(error.free)])
+        command = shlex.join(
+            ["fedmerge", "run", recipe, *(overrides or []), "--out", str(error.free)]
+        )
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
     console = Console(highlight=False, quiet=not leads())
-    log_to(Console(stderr=True, highlight=False))
+    log_to(Console(stderr=True, highlight=False), engines_only=not leads())
     with timing() as clock:
         finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
     leave()
@@ -67,9 +79,14 @@ def run(
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Of rounds, evaluation.every, tracking; no others.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Of rounds, evaluation.every, tracking; no others."
+        ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")
+    ] = False,
 ) -> None:
     """Go on with a run that was interrupted, or give an ended one more rounds.
 
@@ -79,11 +96,11 @@ def resume(
     """
     from rich.console import Console
 
-    from fedmerge_peft.federation.federate import resume
+    from fedmerge_peft.api import resume
     from fedmerge_peft.util.logs import log_to
 
     console = Console(highlight=False, quiet=not leads())
-    log_to(Console(stderr=True, highlight=False))
+    log_to(Console(stderr=True, highlight=False), engines_only=not leads())
     finished = _watched(partial(resume, run, overrides or []), run, console, quiet)
     leave()
     if not quiet and leads():
@@ -92,10 +109,17 @@ def resume(
 
 def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet: bool) -> Run:
     """Show a run's progress; when it is stopped or fails, say how to go on."""
+    from fedmerge_peft.api import Run
     from fedmerge_peft.cli.stopping import Stop
-    from fedmerge_peft.errors import ClientError, RankError, ResumeError, RunBusyError, RunError, TooFewClientsError
-    from fedmerge_peft.recipe.yaml_document import printable
-    from fedmerge_peft.runs.directory import Run
+    from fedmerge_peft.errors import (
+        ClientError,
+        RankError,
+        ResumeError,
+        RunBusyError,
+        RunError,
+        TooFewClientsError,
+    )
+    from fedmerge_peft.util.text import printable
 
     with Stop() as stop:
         try:
@@ -105,61 +129,79 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
                 print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
         except (ClientError, RankError, RunError, TooFewClientsError) as error:
-            if not isinstance(error, (ResumeError, RunBusyError)) and (command := Run(directory).resume_command):
+            if not isinstance(error, (ResumeError, RunBusyError)) and (
+                command := Run(directory).resume_command
+            ):
                 error.add_note(f"To go on from the last finished round: {command}")
             raise
 
 
 def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool) -> Run:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    from fedmerge_peft.federation.loop import Federation
-    from fedmerge_peft.runs.record import RoundRecord
-    from fedmerge_peft.strategies import Reply
+    from fedmerge_peft.federation.callbacks import Callback
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as progress:
         rounds = progress.add_task("rounds", total=None)
         clients = progress.add_task("clients", total=None)
 
-        def begin(federation: Federation, run: Run) -> None:
-            stop.check()
-            stop.arm()
-            strategy = federation.strategy
-            megabytes = 4 * strategy.soup.layout.size / 1e6
-            after = f", after round {federation.completed}" if federation.completed else ""
-            progress.print(
-                f"[bold]{federation.recipe.strategy.name}[/]: {len(federation.engine.clients)} clients, {len(strategy.soup)} adapter(s) of "
-                f"{megabytes:.2f} MB on {federation.engine.backbone.device}{after}",
-                soft_wrap=True,
-            )
-            progress.reset(rounds, total=federation.recipe.rounds, completed=federation.completed)
-            progress.reset(clients, total=len(federation.cohort(1)))
+        class Show(Callback):
+            def on_start(self, federation: Federation, run: RunDirectory) -> None:
+                stop.check()
+                stop.arm()
+                strategy = federation.strategy
+                megabytes = 4 * strategy.soup.layout.size / 1e6
+                after = f", after round {federation.completed}" if federation.completed else ""
+                progress.print(
+                    f"[bold]{federation.recipe.strategy.name}[/]: {len(federation.engine.clients)} clients, {len(strategy.soup)} "
+                    f"adapter(s) of {megabytes:.2f} MB on {federation.engine.backbone.device}{after}",
+                    soft_wrap=True,
+                )
+                progress.reset(
+                    rounds, total=federation.recipe.rounds, completed=federation.completed
+                )
+                progress.reset(clients, total=len(federation.cohort(1)))
 
-        def reply(_: Reply) -> None:
-            progress.advance(clients)
+            def on_client(self, reply: Reply) -> None:
+                progress.advance(clients)
 
-        def finish(record: RoundRecord) -> None:
-            progress.print(str(record), soft_wrap=True)
-            if record.round == record.rounds:
-                for warning in record.warnings:
-                    progress.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
-            progress.advance(rounds)
-            progress.reset(clients)
-            stop.check()
+            def on_round(self, record: RoundRecord) -> None:
+                progress.print(str(record), soft_wrap=True)
+                if record.round == record.rounds:
+                    for warning in record.warnings:
+                        progress.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+                progress.advance(rounds)
+                progress.reset(clients)
+                stop.check()
 
-        return start(on_start=begin, on_client=reply, on_round=finish)
+        return start(callbacks=[Show()])
 
 
 def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
     from fedmerge_peft.analysis import scores_table, weights_table
-    from fedmerge_peft.recipe.yaml_document import printable
+    from fedmerge_peft.util.text import printable
 
     if run.summary["final"]["served"] is not None:
         console.print(scores_table(run))
     if run.recipe.strategy.name == "fedmerge":
         console.print(weights_table(run))
-    console.print(f"run directory: {printable(str(run.path))}\n\nnext:", soft_wrap=True, markup=False)
+    console.print(
+        f"run directory: {printable(str(run.path))}\n\nnext:", soft_wrap=True, markup=False
+    )
     for command, why in _next(run, recipe, overrides):
         console.print(f"  {printable(command)}   # {why}", soft_wrap=True, markup=False)
 
@@ -168,7 +210,10 @@ def _show_profile(clock: Clock, console: Console) -> None:
     from rich.table import Table
 
     total = sum(clock.seconds.values())
-    table = Table(title=f"where the time went: {100 * clock.overhead:.1f} % neither training nor evaluation", title_justify="left")
+    table = Table(
+        title=f"where the time went: {100 * clock.overhead:.1f} % neither training nor evaluation",
+        title_justify="left",
+    )
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
@@ -182,13 +227,30 @@ def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
     from fedmerge_peft.recipe.loading import shipped
 
     same = shlex.join([recipe, *overrides])
-    commands = [(f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, what to do")]
+    commands = [
+        (f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, what to do")
+    ]
     if run.recipe.strategy.name == "fedmerge":
-        commands.append((f"fedmerge run {same} strategy.adapters=3 --out {shlex.quote(f'{run.path}-3')}", "a smaller soup"))
+        commands.append(
+            (
+                f"fedmerge run {same} strategy.adapters=3 --out {shlex.quote(f'{run.path}-3')}",
+                "a smaller soup",
+            )
+        )
     else:
-        commands.append((f"fedmerge run {same} strategy=fedmerge --out {shlex.quote(f'{run.path}-fedmerge')}", "merged adapters instead"))
+        commands.append(
+            (
+                f"fedmerge run {same} strategy=fedmerge --out {shlex.quote(f'{run.path}-fedmerge')}",
+                "merged adapters instead",
+            )
+        )
     if any(recipe == each.name for each in shipped()):
         commands.append((f"fedmerge cp {recipe} mine.yaml", "your own model and data"))
     else:
-        commands.append((f"fedmerge run {same} seed={run.recipe.seed + 1} --out {shlex.quote(f'{run.path}-seed')}", "how much is chance"))
+        commands.append(
+            (
+                f"fedmerge run {same} seed={run.recipe.seed + 1} --out {shlex.quote(f'{run.path}-seed')}",
+                "how much is chance",
+            )
+        )
     return commands

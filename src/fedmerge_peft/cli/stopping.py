@@ -32,14 +32,22 @@ class Stop:
     def __enter__(self) -> Stop:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def arm(self) -> None:
         """Begin to catch the signals."""
         if not self._before:
-            self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._hear)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
     def check(self) -> None:
         """To be called where it is safe to stop. Raises ``Stopped`` if somebody has asked to."""

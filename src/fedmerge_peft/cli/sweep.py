@@ -14,18 +14,23 @@ from fedmerge_peft.cli.app import RecipeSource, app
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedmerge_peft.api import Run
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.runs.directory import Run
 
-Values = Annotated[list[str] | None, typer.Argument(metavar="KEY=A,B,C", help="Such as strategy.adapters=3,6 seed=0,1,2.")]
+Values = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=A,B,C", help="Such as strategy.adapters=3,6 seed=0,1,2."),
+]
 
 
 @app.command()
 def sweep(
     recipe: RecipeSource,
     values: Values = None,
-    out: Annotated[Path | None, typer.Option(help="The folder of the run directories; by default sweeps/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the run directories; by default sweeps/NAME.")
+    ] = None,
 ) -> None:
     """Run every combination of some values, then compare.
 
@@ -41,14 +46,18 @@ def sweep(
     from rich.console import Console
 
     from fedmerge_peft.analysis import Comparison
+    from fedmerge_peft.api import Run
     from fedmerge_peft.cli.compare import show, wide_console
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import RunError, SweepError
-    from fedmerge_peft.recipe.yaml_document import printable
-    from fedmerge_peft.runs.directory import Run
     from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.text import printable
 
-    directory = out if out is not None else Path("sweeps", Run.default_path(next(iter(recipes.values()))).name)
+    directory = (
+        out
+        if out is not None
+        else Path("sweeps", Run.default_path(next(iter(recipes.values()))).name)
+    )
     console = wide_console()
     log_to(Console(stderr=True, highlight=False))
     failed = None
@@ -59,11 +68,16 @@ def sweep(
         print("stopped; the same command again does what is left", file=sys.stderr)
         raise typer.Exit(getattr(interrupt, "code", 130)) from None
     except SweepError as error:
-        failed, finished = error, [directory / name for name in recipes if name not in error.failures]
+        failed, finished = (
+            error,
+            [directory / name for name in recipes if name not in error.failures],
+        )
     if finished:
         try:
             show(Comparison.of(finished), console)
-        except RunError as error:  # such as runs that report different metrics: it takes nothing from the sweep
+        except (
+            RunError
+        ) as error:  # such as runs that report different metrics: it takes nothing from the sweep
             console.print(printable(f"no comparison: {error}"), markup=False, soft_wrap=True)
     if failed is not None:
         raise failed
@@ -71,29 +85,39 @@ def sweep(
     console.print(f"next:\n  {printable(command)}", soft_wrap=True, markup=False)
 
 
-def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: Stop) -> dict[str, Run]:
+def _sweep(
+    recipes: dict[str, Recipe], directory: Path, console: Console, stop: Stop
+) -> dict[str, Run]:
     """Run them, with a line for each that ends."""
     from itertools import count
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from fedmerge_peft.api import sweep
     from fedmerge_peft.errors import FedMergeError
-    from fedmerge_peft.federation.sweep import sweep
-    from fedmerge_peft.recipe.yaml_document import printable
     from fedmerge_peft.runs.record import RoundRecord
+    from fedmerge_peft.util.text import printable
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         rounds = progress.add_task("", total=None)
         ended = count(1)
 
         def say(name: str, how: str) -> None:
-            progress.console.print(printable(f"[{next(ended)}/{len(recipes)}] {name}  {how}"), soft_wrap=True, markup=False)
+            progress.console.print(
+                printable(f"[{next(ended)}/{len(recipes)}] {name}  {how}"),
+                soft_wrap=True,
+                markup=False,
+            )
 
         def on_run(name: str, run: Run, fresh: bool) -> None:
             summary = run.summary
             served = summary["final"]["served"]
-            scores = f"served {served['mean']:.3f} (worst {served['worst']:.3f})  " if served else ""
+            scores = (
+                f"served {served['mean']:.3f} (worst {served['worst']:.3f})  " if served else ""
+            )
             say(name, scores + (f"{summary['seconds']:.1f} s" if fresh else "finished before"))
             stop.check()
 
@@ -101,7 +125,9 @@ def _sweep(recipes: dict[str, Recipe], directory: Path, console: Console, stop: 
             say(name, f"failed: {str(error).splitlines()[0]}")
 
         def on_round(name: str, record: RoundRecord) -> None:
-            progress.update(rounds, description=printable(name), completed=record.round, total=record.rounds)
+            progress.update(
+                rounds, description=printable(name), completed=record.round, total=record.rounds
+            )
             stop.arm()
             stop.check()
 

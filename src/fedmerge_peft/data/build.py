@@ -53,17 +53,23 @@ def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> Federated
         )
     clients = []
     for number, (name, rows, group) in enumerate(held["train"]):
-        kept, validated, tested = partition.set_aside(rows, validation, test, recipe.max_train, generator(seed, "set aside", number))
+        kept, validated, tested = partition.set_aside(
+            rows, validation, test, recipe.max_train, generator(seed, "set aside", number)
+        )
         validated = held["validation"][number].rows if "validation" in held else validated
         tested = held["test"][number].rows if "test" in held else tested
         if recipe.max_test is not None and len(tested) > recipe.max_test:
-            tested = np.sort(generator(seed, "max_test", number).choice(tested, recipe.max_test, replace=False))
+            tested = np.sort(
+                generator(seed, "max_test", number).choice(tested, recipe.max_test, replace=False)
+            )
         clients.append(Client(name, kept, validated, tested, group))
     _refuse_empty_clients(clients)
     return _drop_unused_rows(FederatedData(_join(splits), clients))
 
 
-def _deal(recipe: DataRecipe, splits: Mapping[str, Dataset], label: str | None, seed: int) -> dict[str, list[Holding]]:
+def _deal(
+    recipe: DataRecipe, splits: Mapping[str, Dataset], label: str | None, seed: int
+) -> dict[str, list[Holding]]:
     """Each client's rows of each split, as row numbers of the joined splits."""
     scheme = recipe.partition
     examples = len(splits["train"])
@@ -72,7 +78,11 @@ def _deal(recipe: DataRecipe, splits: Mapping[str, Dataset], label: str | None, 
             f"data.partition.clients: {scheme.clients:,} clients, and {examples:,} training examples; "
             "lower data.partition.clients, or let data.filter keep more"
         )
-    dealt = _deal_evenly(scheme, splits, seed) if isinstance(scheme, Iid) else _deal_by_column(scheme, splits, label, seed)
+    dealt = (
+        _deal_evenly(scheme, splits, seed)
+        if isinstance(scheme, Iid)
+        else _deal_by_column(scheme, splits, label, seed)
+    )
     held: dict[str, list[Holding]] = {}
     start = 0
     for split, dataset in splits.items():
@@ -82,11 +92,17 @@ def _deal(recipe: DataRecipe, splits: Mapping[str, Dataset], label: str | None, 
 
 
 def _deal_evenly(scheme: Iid, splits: Mapping[str, Dataset], seed: int) -> dict[str, list[Holding]]:
-    return {split: partition.iid(len(dataset), scheme.clients, generator(seed, _stream(split))) for split, dataset in splits.items()}
+    return {
+        split: partition.iid(len(dataset), scheme.clients, generator(seed, _stream(split)))
+        for split, dataset in splits.items()
+    }
 
 
 def _deal_by_column(
-    scheme: Dirichlet | Clusters | Natural | Shards, splits: Mapping[str, Dataset], label: str | None, seed: int
+    scheme: Dirichlet | Clusters | Natural | Shards,
+    splits: Mapping[str, Dataset],
+    label: str | None,
+    seed: int,
 ) -> dict[str, list[Holding]]:
     by = scheme.by if scheme.by is not None else label
     if by is None:
@@ -100,13 +116,19 @@ def _deal_by_column(
     if isinstance(scheme, Natural):
         groups = None if scheme.group is None else _groups(scheme, splits, train, names)
         return {
-            split: partition.natural(classes, names, scheme.clients_per_value, generator(seed, _stream(split)), groups)
+            split: partition.natural(
+                classes, names, scheme.clients_per_value, generator(seed, _stream(split)), groups
+            )
             for split, classes in numbers.items()
         }
     if isinstance(scheme, Dirichlet):
-        holdings = partition.dirichlet(train, scheme.clients, scheme.alpha, scheme.min_examples, rng)
+        holdings = partition.dirichlet(
+            train, scheme.clients, scheme.alpha, scheme.min_examples, rng
+        )
     elif isinstance(scheme, Clusters):
-        holdings = partition.clusters(train, scheme.clients, scheme.groups, scheme.classes_per_group, rng)
+        holdings = partition.clusters(
+            train, scheme.clients, scheme.groups, scheme.classes_per_group, rng
+        )
     else:
         holdings = partition.shards(train, scheme.clients, scheme.shards_per_client, rng)
     shares = partition.class_counts([holding.rows for holding in holdings], train, len(names))
@@ -114,7 +136,9 @@ def _deal_by_column(
     for split, classes in numbers.items():
         if split != "train":
             rows = partition.deal(classes, shares, generator(seed, _stream(split)))
-            dealt[split] = [holding._replace(rows=mine) for holding, mine in zip(holdings, rows, strict=True)]
+            dealt[split] = [
+                holding._replace(rows=mine) for holding, mine in zip(holdings, rows, strict=True)
+            ]
     return dealt
 
 
@@ -122,11 +146,17 @@ def _stream(split: str) -> Stream:
     return cast(Stream, split)
 
 
-def _groups(scheme: Natural, splits: Mapping[str, Dataset], classes: Indices, names: Sequence[str]) -> list[str]:
+def _groups(
+    scheme: Natural, splits: Mapping[str, Dataset], classes: Indices, names: Sequence[str]
+) -> list[str]:
     """The group of each value, from training rows."""
     assert scheme.group is not None  # noqa: S101
-    numbers, group_names = class_numbers({"train": splits["train"]}, scheme.group, "data.partition.group")
-    pairs = np.unique(np.stack([classes, numbers["train"]], axis=1), axis=0)  # (pairs, 2): value, group
+    numbers, group_names = class_numbers(
+        {"train": splits["train"]}, scheme.group, "data.partition.group"
+    )
+    pairs = np.unique(
+        np.stack([classes, numbers["train"]], axis=1), axis=0
+    )  # (pairs, 2): value, group
     values, counts = np.unique(pairs[:, 0], return_counts=True)
     if counts.max() > 1:
         value = values[counts.argmax()]
@@ -144,14 +174,23 @@ def _refuse_different_columns(splits: Mapping[str, Dataset]) -> None:
         names = [*train, *(name for name in dataset.features if name not in train)]
         differ = [name for name in names if train.get(name) != dataset.features.get(name)]
         if differ:
-            texts = (f"{name} is {_type(train.get(name))} in train, {_type(dataset.features.get(name))} in {split}" for name in differ)
-            raise DataError(f"data: the splits have different columns: {listing(texts, 5)}; give them the same columns and types")
+            texts = (
+                f"{name} is {_type(train.get(name))} in train, {_type(dataset.features.get(name))} in {split}"
+                for name in differ
+            )
+            raise DataError(
+                f"data: the splits have different columns: {listing(texts, 5)}; give them the same columns and types"
+            )
 
 
 def _type(feature: object) -> str:
     if feature is None:
         return "absent"
-    return f"ClassLabel({listing(feature.names, 5)})" if hasattr(feature, "names") else str(getattr(feature, "dtype", feature))
+    return (
+        f"ClassLabel({listing(feature.names, 5)})"
+        if hasattr(feature, "names")
+        else str(getattr(feature, "dtype", feature))
+    )
 
 
 def _refuse_empty_clients(clients: Sequence[Client]) -> None:
@@ -171,13 +210,26 @@ def _join(splits: Mapping[str, Dataset]) -> Dataset:
 
 def _drop_unused_rows(data: FederatedData) -> FederatedData:
     """The same clients on a table without the rows that nobody holds."""
-    used = np.unique(np.concatenate([rows for client in data.clients for rows in (client.train, client.validation, client.test)]))
+    used = np.unique(
+        np.concatenate(
+            [
+                rows
+                for client in data.clients
+                for rows in (client.train, client.validation, client.test)
+            ]
+        )
+    )
 
     def renumber(rows: Indices) -> Indices:
         return np.searchsorted(used, rows).astype(np.int64)
 
     clients = [
-        replace(client, train=renumber(client.train), validation=renumber(client.validation), test=renumber(client.test))
+        replace(
+            client,
+            train=renumber(client.train),
+            validation=renumber(client.validation),
+            test=renumber(client.test),
+        )
         for client in data.clients
     ]
     return FederatedData(data.table.select(used), clients)

@@ -51,7 +51,9 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
         )
     column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
     if pa.types.is_nested(column.type):
-        raise DataError(f"{key}: the column {name} holds {column.type}; a column of plain values (text, numbers) is needed here")
+        raise DataError(
+            f"{key}: the column {name} holds {column.type}; a column of plain values (text, numbers) is needed here"
+        )
     return column
 
 
@@ -64,10 +66,15 @@ def value_name(dataset: Dataset, column: str, value: object) -> str:
 
 def value_names(dataset: Dataset, column: str, key: str) -> list[str]:
     """The distinct values of a column as they are shown, in order, nulls left out."""
-    return [value_name(dataset, column, value) for value in _distinct(read_column(dataset, column, key)).to_pylist()]
+    return [
+        value_name(dataset, column, value)
+        for value in _distinct(read_column(dataset, column, key)).to_pylist()
+    ]
 
 
-def class_numbers(splits: Mapping[str, Dataset], column: str, key: str) -> tuple[dict[str, Indices], list[str]]:
+def class_numbers(
+    splits: Mapping[str, Dataset], column: str, key: str
+) -> tuple[dict[str, Indices], list[str]]:
     """Number the values that a column has in training, in sorted order.
 
     Returns:
@@ -85,20 +92,30 @@ def class_numbers(splits: Mapping[str, Dataset], column: str, key: str) -> tuple
                 "fill them in or leave those rows out (data.filter keeps rows by value)"
             )
     values = _distinct(columns["train"])
-    numbers = {split: _to_numpy(pc.fill_null(pc.index_in(entries, value_set=values), -1)) for split, entries in columns.items()}
+    numbers = {
+        split: _to_numpy(pc.fill_null(pc.index_in(entries, value_set=values), -1))
+        for split, entries in columns.items()
+    }
     return numbers, [value_name(splits["train"], column, value) for value in values.to_pylist()]
 
 
-def matching_rows(dataset: Dataset, column: str, wanted: Sequence[Scalar], key: str) -> tuple[Indices, set[Scalar]]:
+def matching_rows(
+    dataset: Dataset, column: str, wanted: Sequence[Scalar], key: str
+) -> tuple[Indices, set[Scalar]]:
     """Rows whose column has one of the wanted values, and those of the wanted values that do occur.
 
     A value is read as the column's type: ``3`` matches the text "3", and a name matches the ClassLabel's number.
     """
     entries = read_column(dataset, column, key)
     typed = {value: _as_type(value, entries.type, dataset.features[column]) for value in wanted}
-    mask = pc.is_in(entries, value_set=pa.array([value for value in typed.values() if value is not None], entries.type))
+    mask = pc.is_in(
+        entries,
+        value_set=pa.array([value for value in typed.values() if value is not None], entries.type),
+    )
     found = set(pc.unique(entries.filter(mask)).to_pylist())
-    return np.flatnonzero(mask.to_numpy()).astype(np.int64), {value for value, same in typed.items() if same in found}
+    return np.flatnonzero(mask.to_numpy()).astype(np.int64), {
+        value for value, same in typed.items() if same in found
+    }
 
 
 def _as_type(value: Scalar, type: Any, feature: Any) -> Any:

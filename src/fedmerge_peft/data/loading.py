@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedmerge_peft.data.columns import class_numbers, did_you_mean, listing, matching_rows, value_names
+from fedmerge_peft.data.columns import (
+    class_numbers,
+    did_you_mean,
+    listing,
+    matching_rows,
+    value_names,
+)
 from fedmerge_peft.errors import DataError
 
 if TYPE_CHECKING:
@@ -59,7 +65,9 @@ def load_splits(recipe: DataRecipe) -> dict[str, Dataset]:
     chosen = _choose(recipe, splits)
     chosen = _filter(recipe, chosen) if recipe.filter else chosen
     if not len(chosen["train"]):
-        raise DataError(f"data.path: the split {recipe.train_split} of {recipe.path} has no rows; name another with data.train_split=...")
+        raise DataError(
+            f"data.path: the split {recipe.train_split} of {recipe.path} has no rows; name another with data.train_split=..."
+        )
     return chosen
 
 
@@ -69,7 +77,9 @@ def _read(recipe: DataRecipe) -> dict[str, Dataset]:
         return {"train": _read_embedded(recipe.path.removeprefix("embedded:"))}
     path = Path(recipe.path).expanduser()
     if path.is_file() and path.suffix.lower() not in _READERS:
-        raise DataError(f"data.path: {path} is not a file this can read; write it as {listing(_READERS)}, or name a folder or a hub id")
+        raise DataError(
+            f"data.path: {path} is not a file this can read; write it as {listing(_READERS)}, or name a folder or a hub id"
+        )
     if not path.exists() and _looks_local(recipe.path):
         raise DataError(
             f"data.path: {path.absolute()} does not exist; write data.path=FILE ({listing(_READERS)}), data.path=FOLDER, "
@@ -77,7 +87,9 @@ def _read(recipe: DataRecipe) -> dict[str, Dataset]:
         )
     try:
         loaded = _read_local(path) if path.exists() else _read_hub(recipe)
-    except Exception as error:  # whatever a reader raises on a broken file, or the network: it is the data's fault
+    except (
+        Exception
+    ) as error:  # whatever a reader raises on a broken file, or the network: it is the data's fault
         where = path if path.exists() else f"the hub's data set {recipe.path}"
         raise DataError(f"data.path: {where} cannot be loaded: {_cause(error)}") from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
@@ -89,9 +101,15 @@ def _read_embedded(name: str) -> Dataset:
     from datasets import Dataset
 
     if name not in EMBEDDED:
-        raise DataError(f"data.path: there is no embedded:{name}{did_you_mean(name, EMBEDDED)}; the package comes with {listing(EMBEDDED)}")
-    with (resources.files("fedmerge_peft.data") / "embedded" / EMBEDDED[name]).open(encoding="utf-8") as file:
-        return Dataset.from_pandas(pandas.read_csv(file, keep_default_na=False), preserve_index=False)
+        raise DataError(
+            f"data.path: there is no embedded:{name}{did_you_mean(name, EMBEDDED)}; the package comes with {listing(EMBEDDED)}"
+        )
+    with (resources.files("fedmerge_peft.data") / "embedded" / EMBEDDED[name]).open(
+        encoding="utf-8"
+    ) as file:
+        return Dataset.from_pandas(
+            pandas.read_csv(file, keep_default_na=False), preserve_index=False
+        )
 
 
 def _read_local(path: Path) -> Any:
@@ -113,7 +131,11 @@ def _read_hub(recipe: DataRecipe) -> Any:
 
 def _looks_local(path: str) -> bool:
     separators = path.count("/") if os.sep == "/" else path.count("/") + path.count(os.sep)
-    return path.startswith((".", "~", "/", os.sep)) or separators > 1 or Path(path).suffix.lower() in {*_READERS, *_OTHER_FILES}
+    return (
+        path.startswith((".", "~", "/", os.sep))
+        or separators > 1
+        or Path(path).suffix.lower() in {*_READERS, *_OTHER_FILES}
+    )
 
 
 def _cause(error: BaseException) -> str:
@@ -126,21 +148,34 @@ def _cause(error: BaseException) -> str:
 
 def _split_by_column(column: str, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     if len(splits) > 1:
-        raise DataError(f"data.split_column: the data come in splits already ({listing(splits)}); leave data.split_column out")
+        raise DataError(
+            f"data.split_column: the data come in splits already ({listing(splits)}); leave data.split_column out"
+        )
     (table,) = splits.values()
     numbers, names = class_numbers({"train": table}, column, "data.split_column")
-    return {name: table.select(np.flatnonzero(numbers["train"] == number)) for number, name in enumerate(names)}
+    return {
+        name: table.select(np.flatnonzero(numbers["train"] == number))
+        for number, name in enumerate(names)
+    }
 
 
 def _choose(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Splits under the names of what they are for."""
-    asked = {"train": recipe.train_split, "validation": recipe.validation_split, "test": recipe.test_split}
+    asked = {
+        "train": recipe.train_split,
+        "validation": recipe.validation_split,
+        "test": recipe.test_split,
+    }
     where = recipe.path if recipe.split_column is None else f"the column {recipe.split_column}"
     for role, name in asked.items():
         if name is not None and name not in splits:
-            raise DataError(f"data.{role}_split: {where} has no split {name!r}{did_you_mean(name, splits)}; it has {listing(splits)}")
+            raise DataError(
+                f"data.{role}_split: {where} has no split {name!r}{did_you_mean(name, splits)}; it has {listing(splits)}"
+            )
         if name == recipe.train_split and role != "train":
-            raise DataError(f"data.{role}_split: {name} is the training split; name another, or leave it out to set a part of it aside")
+            raise DataError(
+                f"data.{role}_split: {name} is the training split; name another, or leave it out to set a part of it aside"
+            )
     for role in ("validation", "test"):
         if asked[role] is None and role in splits and role not in asked.values():
             asked[role] = role
@@ -160,14 +195,29 @@ def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
         absent = [value for value in values if value not in found]
         if absent or not values:
             present = value_names(splits["train"], column, key)
-            fault = f"no row has {absent[0]!r}{did_you_mean(absent[0], present)}" if absent else "the list is empty, so no row is kept"
+            fault = (
+                f"no row has {absent[0]!r}{did_you_mean(absent[0], present)}"
+                if absent
+                else "the list is empty, so no row is kept"
+            )
             raise DataError(f"{key}: {fault}; the column {column} holds {listing(present)}")
-    filtered = {split: splits[split].select(reduce(np.intersect1d, rows)) for split, rows in kept.items()}
-    asked = {"train": recipe.train_split, "validation": recipe.validation_split, "test": recipe.test_split}
+    filtered = {
+        split: splits[split].select(reduce(np.intersect1d, rows)) for split, rows in kept.items()
+    }
+    asked = {
+        "train": recipe.train_split,
+        "validation": recipe.validation_split,
+        "test": recipe.test_split,
+    }
     for split, dataset in filtered.items():
         if asked[split] is not None and not len(dataset):
-            held = "; ".join(f"{column}: {listing(value_names(splits[split], column, 'data.filter'))}" for column in recipe.filter)
-            raise DataError(f"data.filter: it leaves no rows in the split {asked[split]} ({split}), whose columns hold {held}")
+            held = "; ".join(
+                f"{column}: {listing(value_names(splits[split], column, 'data.filter'))}"
+                for column in recipe.filter
+            )
+            raise DataError(
+                f"data.filter: it leaves no rows in the split {asked[split]} ({split}), whose columns hold {held}"
+            )
     return {split: dataset for split, dataset in filtered.items() if len(dataset)}
 
 

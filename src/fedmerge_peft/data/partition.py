@@ -31,7 +31,9 @@ class Holding(NamedTuple):
 
 def generator(seed: int, stream: Stream, client: int = 0) -> np.random.Generator:
     """The random numbers of one part of the partition: a function of these three, and of nothing that training draws."""
-    return np.random.default_rng(np.random.SeedSequence([seed, 0xDA7A, _STREAMS.index(stream), client]))
+    return np.random.default_rng(
+        np.random.SeedSequence([seed, 0xDA7A, _STREAMS.index(stream), client])
+    )
 
 
 def iid(examples: int, clients: int, rng: np.random.Generator) -> list[Holding]:
@@ -40,7 +42,9 @@ def iid(examples: int, clients: int, rng: np.random.Generator) -> list[Holding]:
     return _hold(client_names(clients), parts)
 
 
-def dirichlet(classes: Indices, clients: int, alpha: float, min_examples: int, rng: np.random.Generator) -> list[Holding]:
+def dirichlet(
+    classes: Indices, clients: int, alpha: float, min_examples: int, rng: np.random.Generator
+) -> list[Holding]:
     """Spread every class over the clients by proportions p_k ~ Dirichlet(α · 1), drawn again until each client has enough.
 
     Class k's rows are shuffled and cut at ⌊n_k · cumsum(p_k) + u_k⌋, u_k uniform in [0, 1): without it, rounding would take from
@@ -74,7 +78,9 @@ def dirichlet(classes: Indices, clients: int, alpha: float, min_examples: int, r
     )
 
 
-def clusters(classes: Indices, clients: int, groups: int, classes_per_group: int, rng: np.random.Generator) -> list[Holding]:
+def clusters(
+    classes: Indices, clients: int, groups: int, classes_per_group: int, rng: np.random.Generator
+) -> list[Holding]:
     """Give each group of clients a random subset of the classes; all clients that see a class share its rows evenly.
 
     FedMerge's cluster setting (arXiv 2504.06768, experiments). Classes are drawn without replacement within a group, and each
@@ -94,14 +100,20 @@ def clusters(classes: Indices, clients: int, groups: int, classes_per_group: int
     names: list[str] = []
     labels: list[str] = []
     for group, size in zip(_numbered("cluster", groups, 1), group_sizes, strict=True):
-        shares[len(names) : len(names) + size, rng.choice(count, classes_per_group, replace=False)] = 1
+        shares[
+            len(names) : len(names) + size, rng.choice(count, classes_per_group, replace=False)
+        ] = 1
         names += client_names(size, f"{group}-client")
         labels += [group] * size
     return _hold(names, deal(classes, shares, rng), labels)
 
 
 def natural(
-    classes: Indices, names: Sequence[str], clients_per_value: int, rng: np.random.Generator, groups: Sequence[str] | None = None
+    classes: Indices,
+    names: Sequence[str],
+    clients_per_value: int,
+    rng: np.random.Generator,
+    groups: Sequence[str] | None = None,
 ) -> list[Holding]:
     """One client for each class, named after it, or a few that share its rows evenly (``trec6-0``, ``trec6-1`` …).
 
@@ -113,12 +125,26 @@ def natural(
         groups: Group of each class. Default: its name.
     """
     values = [name or "(empty)" for name in names]
-    parts = [part for rows in _rows_of_classes(classes, len(values), rng) for part in np.array_split(rows, clients_per_value)]
-    clients = [name for value in values for name in (_numbered(value, clients_per_value, 1) if clients_per_value > 1 else [value])]
-    return _hold(clients, parts, np.repeat(values if groups is None else list(groups), clients_per_value).tolist())
+    parts = [
+        part
+        for rows in _rows_of_classes(classes, len(values), rng)
+        for part in np.array_split(rows, clients_per_value)
+    ]
+    clients = [
+        name
+        for value in values
+        for name in (_numbered(value, clients_per_value, 1) if clients_per_value > 1 else [value])
+    ]
+    return _hold(
+        clients,
+        parts,
+        np.repeat(values if groups is None else list(groups), clients_per_value).tolist(),
+    )
 
 
-def shards(classes: Indices, clients: int, shards_per_client: int, rng: np.random.Generator) -> list[Holding]:
+def shards(
+    classes: Indices, clients: int, shards_per_client: int, rng: np.random.Generator
+) -> list[Holding]:
     """Sort rows by class, cut them into equal shards, deal each client the same number of shards (McMahan et al. 2017, section 3).
 
     Raises:
@@ -133,7 +159,9 @@ def shards(classes: Indices, clients: int, shards_per_client: int, rng: np.rando
         )
     cut = np.array_split(ordered, count)
     dealt = rng.permutation(count).reshape(clients, shards_per_client)
-    return _hold(client_names(clients), [np.concatenate([cut[shard] for shard in mine]) for mine in dealt])
+    return _hold(
+        client_names(clients), [np.concatenate([cut[shard] for shard in mine]) for mine in dealt]
+    )
 
 
 def deal(classes: Indices, shares: NDArray[np.int64], rng: np.random.Generator) -> list[Indices]:
@@ -189,10 +217,20 @@ def set_aside(
     """
     shuffled = rng.permutation(rows)
     enough = len(rows) >= 3
-    tested = min(max(1, round(test * len(rows))), len(rows) - (2 if validation else 1)) if test and enough else 0
+    tested = (
+        min(max(1, round(test * len(rows))), len(rows) - (2 if validation else 1))
+        if test and enough
+        else 0
+    )
     kept = min(len(rows) - tested, max_train or len(rows))
-    validated = min(max(1, round(validation / (1 - test) * kept)), kept - 1) if validation and enough else 0
-    parts = shuffled[tested + validated : tested + kept], shuffled[tested : tested + validated], shuffled[:tested]
+    validated = (
+        min(max(1, round(validation / (1 - test) * kept)), kept - 1) if validation and enough else 0
+    )
+    parts = (
+        shuffled[tested + validated : tested + kept],
+        shuffled[tested : tested + validated],
+        shuffled[:tested],
+    )
     return np.sort(parts[0]), np.sort(parts[1]), np.sort(parts[2])
 
 
@@ -218,6 +256,11 @@ def _join(parts: Sequence[Sequence[Indices]]) -> list[Indices]:
     return [np.sort(np.concatenate(mine)) for mine in zip(*parts, strict=True)]
 
 
-def _hold(names: Sequence[str], parts: Sequence[Indices], groups: Sequence[str] | None = None) -> list[Holding]:
+def _hold(
+    names: Sequence[str], parts: Sequence[Indices], groups: Sequence[str] | None = None
+) -> list[Holding]:
     groups = [""] * len(names) if groups is None else groups
-    return [Holding(name, np.sort(rows).astype(np.int64), group) for name, rows, group in zip(names, parts, groups, strict=True)]
+    return [
+        Holding(name, np.sort(rows).astype(np.int64), group)
+        for name, rows, group in zip(names, parts, groups, strict=True)
+    ]

@@ -16,14 +16,18 @@ from fedmerge_peft.data.clients import FederatedData
 from fedmerge_peft.data.columns import class_numbers, listing
 from fedmerge_peft.data.partition import class_counts
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.yaml_document import printable
+from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     import pandas
 
 SPLITS = ("train", "validation", "test")
 _BARS = " ▁▂▃▄▅▆▇█"
-_COLORS = ("#0072b2", "#e69f00", "#009e73")  # Okabe & Ito's palette, told apart without red and green
+_COLORS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+)  # Okabe & Ito's palette, told apart without red and green
 _MOST_TICKS = 40
 
 
@@ -73,22 +77,38 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
     table.add_column("client", no_wrap=True)
     for split in SPLITS:
         table.add_column(split, justify="right", no_wrap=True)
-    room = max(8, width - max(len(_short(client.name)) for client in shown) - sum(len(split) + 1 for split in SPLITS) - 2)
+    room = max(
+        8,
+        width
+        - max(len(_short(client.name)) for client in shown)
+        - sum(len(split) + 1 for split in SPLITS)
+        - 2,
+    )
     if column is not None:
         table.add_column(Text(printable(column), overflow="ellipsis"), no_wrap=True, max_width=room)
     top = int(counts.max(initial=1))
     for client, row in zip(shown, counts, strict=False):
         sizes = (f"{len(rows):,}" for rows in (client.train, client.validation, client.test))
-        table.add_row(Text(_short(client.name)), *sizes, *([Text(_bars(row[:room], top))] if column is not None else []))
-    lines = [f"… and {len(data.clients) - height:,} more clients"] if len(data.clients) > height else []
+        table.add_row(
+            Text(_short(client.name)),
+            *sizes,
+            *([Text(_bars(row[:room], top))] if column is not None else []),
+        )
+    lines = (
+        [f"… and {len(data.clients) - height:,} more clients"] if len(data.clients) > height else []
+    )
     if column is not None:
-        lines += [f"… and {len(names) - room:,} more labels to the right"] if len(names) > room else []
+        lines += (
+            [f"… and {len(names) - room:,} more labels to the right"] if len(names) > room else []
+        )
         lines += [
             f"the higher the block, the more training examples: {_BARS[-1]} is {top:,}, blank is none",
             f"labels from the left: {listing(names, 10)}",
         ]
     total = _sizes(data).sum(axis=0)
-    lines += [f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation and {total[2]:,} test examples"]
+    lines += [
+        f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation and {total[2]:,} test examples"
+    ]
     return Group(table, *(Text(printable(line), style="dim") for line in lines))
 
 
@@ -108,12 +128,24 @@ def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> 
 
     counts, names = _label_counts(data, column)
     clients = [client.name for client in data.clients]
-    figure = Figure(figsize=(4 + min(10, 3 + 0.12 * len(names)) * bool(names), min(14, 2.8 + 0.16 * len(clients))), layout="constrained")
+    figure = Figure(
+        figsize=(
+            4 + min(10, 3 + 0.12 * len(names)) * bool(names),
+            min(14, 2.8 + 0.16 * len(clients)),
+        ),
+        layout="constrained",
+    )
     canvas = FigureCanvasAgg(figure)
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix not in canvas.get_supported_filetypes():
-        raise DataError(f"{path}: pictures are written as .png, .svg or .pdf; give the file one of these suffixes")
-    axes = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1], squeeze=False)[0] if names else [figure.subplots()]
+        raise DataError(
+            f"{path}: pictures are written as .png, .svg or .pdf; give the file one of these suffixes"
+        )
+    axes = (
+        figure.subplots(1, 2, sharey=True, width_ratios=[3, 1], squeeze=False)[0]
+        if names
+        else [figure.subplots()]
+    )
     if names:
         _draw_counts(figure, axes[0], counts, names, str(column))
     _draw_sizes(axes[-1], _sizes(data))
@@ -126,16 +158,27 @@ def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> 
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _draw_counts(figure: Any, axis: Any, counts: NDArray[np.int64], names: list[str], column: str) -> None:
+def _draw_counts(
+    figure: Any, axis: Any, counts: NDArray[np.int64], names: list[str], column: str
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     shown, top = np.ma.masked_equal(counts, 0), max(2, int(counts.max()))
-    image = axis.imshow(shown, cmap="cividis_r", aspect="auto", interpolation="nearest", vmin=1, vmax=top)
+    image = axis.imshow(
+        shown, cmap="cividis_r", aspect="auto", interpolation="nearest", vmin=1, vmax=top
+    )
     axis.set_xlabel(column)
     _ticks(axis.xaxis, names)
     axis.tick_params(axis="x", labelrotation=90)
     ticks = MaxNLocator(nbins=6, integer=True)
-    figure.colorbar(image, ax=axis, location="top", aspect=40, ticks=ticks, label="training examples (count), white is none")
+    figure.colorbar(
+        image,
+        ax=axis,
+        location="top",
+        aspect=40,
+        ticks=ticks,
+        label="training examples (count), white is none",
+    )
 
 
 def _draw_sizes(axis: Any, sizes: NDArray[np.int64]) -> None:
@@ -144,13 +187,20 @@ def _draw_sizes(axis: Any, sizes: NDArray[np.int64]) -> None:
         axis.barh(np.arange(len(sizes)), size, left=left, height=0.8, color=color, label=split)
         left = left + size
     axis.set_xlabel("examples (count)")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, frameon=False, fontsize="small")
+    axis.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, frameon=False, fontsize="small"
+    )
 
 
 def _ticks(axis: Any, names: list[str]) -> None:
     """Name every n-th position, so that names never overlap."""
     step = -(-len(names) // _MOST_TICKS)
-    axis.set_ticks(range(0, len(names), step), labels=[_short(name) for name in names[::step]], fontsize="x-small", parse_math=False)
+    axis.set_ticks(
+        range(0, len(names), step),
+        labels=[_short(name) for name in names[::step]],
+        fontsize="x-small",
+        parse_math=False,
+    )
 
 
 def _short(name: str) -> str:
@@ -179,4 +229,7 @@ def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.i
 
 def _sizes(data: FederatedData) -> NDArray[np.int64]:
     """Examples by client and split, ``(clients, 3)``."""
-    return np.array([[len(client.train), len(client.validation), len(client.test)] for client in data.clients], dtype=np.int64)
+    return np.array(
+        [[len(client.train), len(client.validation), len(client.test)] for client in data.clients],
+        dtype=np.int64,
+    )

@@ -80,16 +80,24 @@ class Engine(Protocol):
     def label_counts(self) -> list[list[int]] | None:
         """Training examples of each label, clients × labels; None where examples have no labels."""
 
-    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
+    def exchange(
+        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
+    ) -> Iterator[Reply | ClientError]:
         """Send each client its plan, let it train, and hand over the replies as they come; a ``ClientError`` for those that fail."""
 
-    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
+    def measure(
+        self, served: Iterable[tuple[int, Served]], completed: int = 0
+    ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, without training."""
 
 
 def check_same(loaded: Recipe, recipe: Recipe, why: str, also: Sequence[str] = ()) -> None:
     """Raise ``RecipeError`` where clients would do something else under ``recipe`` than under the one an engine was loaded for."""
-    ours = loaded.model_copy(update={"evaluation": loaded.evaluation.model_copy(update={"every": recipe.evaluation.every})})
+    ours = loaded.model_copy(
+        update={
+            "evaluation": loaded.evaluation.model_copy(update={"every": recipe.evaluation.every})
+        }
+    )
     parts = ("seed", "task", "backbone", "lora", "data", "training", "evaluation", *also)
     if other := [part for part in parts if getattr(ours, part) != getattr(recipe, part)]:
         raise RecipeError([f"{', '.join(other)}: {why}"])
@@ -101,4 +109,6 @@ def start_of(model: Backbone, clients: int, seed: int) -> Start:
     def fresh_row(number: int) -> Tensor:
         return model.fresh_row(derive(seed, "adapter", number))
 
-    return Start(clients, model.layout, fresh_row, model.shared, derive(seed, "strategy"), model.scaling)
+    return Start(
+        clients, model.layout, fresh_row, model.shared, derive(seed, "strategy"), model.scaling
+    )

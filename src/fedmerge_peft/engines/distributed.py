@@ -38,55 +38,100 @@ class RankedEngine(LocalEngine):
     makes those of its own clients.
     """
 
-    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
+    def exchange(
+        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
+    ) -> Iterator[Reply | ClientError]:
         asked = Visits.of(visits)
         together = min(distributed.gathered(lambda: self.clients_per_batch))
-        passes = [asked.clients[start : start + together] for start in range(0, len(asked.clients), together)]
+        passes = [
+            asked.clients[start : start + together]
+            for start in range(0, len(asked.clients), together)
+        ]
         owners = dealt([sum(map(self._work, clients)) for clients in passes], distributed.count())
         if len(passes) < distributed.count():
-            log.info("%d passes of %d clients leave %d ranks idle", len(passes), together, distributed.count() - len(passes))
-        mine = [clients for clients, owner in zip(passes, owners, strict=True) if owner == distributed.number()]
+            log.info(
+                "%d passes of %d clients leave %d ranks idle",
+                len(passes),
+                together,
+                distributed.count() - len(passes),
+            )
+        mine = [
+            clients
+            for clients, owner in zip(passes, owners, strict=True)
+            if owner == distributed.number()
+        ]
         done = distributed.everyone(partial(self._done, round, asked, mine))
-        told = ChainMap(*distributed.gathered(lambda: {client: _without_numbers(answer) for client, answer in done.items()}))
+        told = ChainMap(
+            *distributed.gathered(
+                lambda: {client: _without_numbers(answer) for client, answer in done.items()}
+            )
+        )
         for clients, owner in zip(passes, owners, strict=True):
             for client in clients:
                 answer = done.pop(client, None) or told[client]
                 if isinstance(answer, Reply):
-                    here = answer.deltas if owner == distributed.number() else torch.empty(answer.deltas.shape)
+                    here = (
+                        answer.deltas
+                        if owner == distributed.number()
+                        else torch.empty(answer.deltas.shape)
+                    )
                     answer = replace(answer, deltas=distributed.handed_round(here, owner))
                 yield answer
 
-    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
+    def measure(
+        self, served: Iterable[tuple[int, Served]], completed: int = 0
+    ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         asked = Visits.of(served)
-        owners = dealt([self._tokens(client, scored=True) for client in asked.clients], distributed.count())
-        mine = [client for client, owner in zip(asked.clients, owners, strict=True) if owner == distributed.number()]
+        owners = dealt(
+            [self._tokens(client, scored=True) for client in asked.clients], distributed.count()
+        )
+        mine = [
+            client
+            for client, owner in zip(asked.clients, owners, strict=True)
+            if owner == distributed.number()
+        ]
         measured = super().measure(Visits(mine, asked.make), completed)
         found = ChainMap(*distributed.gathered(lambda: dict(measured)))
         for client in asked.clients:
             yield client, found[client]
 
     def _done(
-        self, round: int, asked: Visits[tuple[int, Plan, Served | None]], passes: Sequence[Sequence[int]]
+        self,
+        round: int,
+        asked: Visits[tuple[int, Plan, Served | None]],
+        passes: Sequence[Sequence[int]],
     ) -> dict[int, Reply | ClientError]:
         """What the clients of these passes answer, with the updates put aside."""
         kept, answers = Spill(expected=sum(map(len, passes))), dict[int, Reply | ClientError]()
         for clients in passes:
             visits = [self._visit(round, *asked.make(client)) for client in clients]
             for client, answer in zip(clients, self._answers(visits), strict=True):
-                answers[client] = replace(answer, deltas=kept.keep(answer.deltas)) if isinstance(answer, Reply) else answer
+                answers[client] = (
+                    replace(answer, deltas=kept.keep(answer.deltas))
+                    if isinstance(answer, Reply)
+                    else answer
+                )
         return answers
 
     def _work(self, client: int) -> float:
         """How long a client takes in a round, in tokens that pass forward."""
         training, held = self.recipe.training, self.clients[client]
-        drawn = None if training.steps is None else training.steps * training.batch_size * training.gradient_accumulation
+        drawn = (
+            None
+            if training.steps is None
+            else training.steps * training.batch_size * training.gradient_accumulation
+        )
         epochs = training.epochs if drawn is None else drawn / held.size
         return _TRAINING * epochs * self._tokens(client) + self._tokens(client, scored=True)
 
     def _tokens(self, client: int, scored: bool = False) -> float:
         """Of the client's training examples, or of those it is scored on."""
         held = self.clients[client]
-        return float(self.examples.lengths[np.concatenate([held.validation, held.test]) if scored else held.train].sum())
+        return float(
+            self.examples.lengths[
+                np.concatenate([held.validation, held.test]) if scored else held.train
+            ].sum()
+        )
 
 
 def load_engine(recipe: Recipe) -> LocalEngine:

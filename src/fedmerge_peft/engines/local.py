@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Client, FederatedData, federate_data
+from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.engines.base import check_same, start_of
 from fedmerge_peft.engines.score_cache import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError
@@ -34,7 +35,7 @@ from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.execute import Fit, Requests, Work, carry_out_together, requests
 from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.reference import Indices, Trained, train
+from fedmerge_peft.training.reference import Trained, train
 from fedmerge_peft.util.profiling import spent
 from fedmerge_peft.util.seeds import derive
 from fedmerge_peft.util.vectors import finite
@@ -56,7 +57,13 @@ class LocalEngine:
     """
 
     def __init__(
-        self, recipe: Recipe, clients: Sequence[Client], task: Task, examples: Examples, backbone: Backbone, accelerator: Accelerator
+        self,
+        recipe: Recipe,
+        clients: Sequence[Client],
+        task: Task,
+        examples: Examples,
+        backbone: Backbone,
+        accelerator: Accelerator,
     ) -> None:
         self.recipe = recipe
         self.clients = clients
@@ -71,21 +78,32 @@ class LocalEngine:
     def from_recipe(cls, recipe: Recipe) -> LocalEngine:
         """Load data and model. Raises ``DataError``, ``BackboneError``, ``DeviceError`` or ``RecipeError``."""
         make_accelerator(recipe.training)  # a device that is not there should not wait for the data
-        return cls.from_data(recipe, federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed))
+        return cls.from_data(
+            recipe, federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
+        )
 
     @classmethod
     def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:
         """Load the model for these clients, wherever their examples come from. Raises as ``from_recipe``."""
         accelerator = make_accelerator(recipe.training)
         with ExitStack() as stack:
-            folder = model_folder(recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-"))))
+            folder = model_folder(
+                recipe.backbone.model,
+                Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-"))),
+            )
             task = make_task(recipe, data.table, folder)
-            backbone = load_backbone(recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed)
+            backbone = load_backbone(
+                recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed
+            )
         return cls(recipe, data.clients, task, task.encode(data.table), backbone, accelerator)
 
     def check_serves(self, recipe: Recipe) -> None:
         """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
-        check_same(self.recipe, recipe, "the engine was loaded for a recipe that says otherwise; load one from this recipe")
+        check_same(
+            self.recipe,
+            recipe,
+            "the engine was loaded for a recipe that says otherwise; load one from this recipe",
+        )
 
     def lend(self, recipe: Recipe) -> LocalEngine | None:
         """An engine for a recipe that trains otherwise, with this data and model, which stay loaded; None where those differ.
@@ -93,9 +111,14 @@ class LocalEngine:
         Two such engines share one model: use them in turn.
         """
         ours, theirs = self.recipe, recipe
-        loaded = all(getattr(ours, part) == getattr(theirs, part) for part in ("seed", "task", "backbone", "lora", "data"))
+        loaded = all(
+            getattr(ours, part) == getattr(theirs, part)
+            for part in ("seed", "task", "backbone", "lora", "data")
+        )
         parts = ("device", "mixed_precision", "prefix_cache")
-        if not loaded or any(getattr(ours.training, part) != getattr(theirs.training, part) for part in parts):
+        if not loaded or any(
+            getattr(ours.training, part) != getattr(theirs.training, part) for part in parts
+        ):
             return None
         lent = copy(self)
         lent.recipe = recipe
@@ -112,9 +135,14 @@ class LocalEngine:
         if not self.task.labels:
             return None
         ids = torch.stack(list(self.examples.columns["labels"])).numpy()
-        return [np.bincount(ids[each.train], minlength=len(self.task.labels)).tolist() for each in self.clients]
+        return [
+            np.bincount(ids[each.train], minlength=len(self.task.labels)).tolist()
+            for each in self.clients
+        ]
 
-    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
+    def exchange(
+        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
+    ) -> Iterator[Reply | ClientError]:
         """Send each client its plan, let it train, and hand over the replies as they come.
 
         In place of a client's reply comes a ``ClientError`` where its work failed, with the original error as its cause.
@@ -128,7 +156,9 @@ class LocalEngine:
         while chunk := list(islice(waiting, self.clients_per_batch)):
             yield from self._answers(chunk)
 
-    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
+    def measure(
+        self, served: Iterable[tuple[int, Served]], completed: int = 0
+    ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with on its validation and test examples, without training; a ``ClientError`` where that failed.
 
         Args:
@@ -137,25 +167,47 @@ class LocalEngine:
         """
         for index, each in served:
             client = self.clients[index]
-            yield index, _blaming(client, completed, partial(self._scores, client, each), "scored after the round: ")
+            yield (
+                index,
+                _blaming(
+                    client,
+                    completed,
+                    partial(self._scores, client, each),
+                    "scored after the round: ",
+                ),
+            )
 
     @cached_property
     def clients_per_batch(self) -> int:
         """How many clients train in one pass of the model; fewer once the GPU has run out of memory."""
-        return clients_per_batch(self.backbone, self.task, self.recipe.training, self.accelerator, self.examples, self._held)
+        return clients_per_batch(
+            self.backbone,
+            self.task,
+            self.recipe.training,
+            self.accelerator,
+            self.examples,
+            self._held,
+        )
 
     def _visit(self, round: int, client: int, plan: Plan, served: Served | None) -> _Visit:
         return _Visit(round, client, self.clients[client], plan, served)
 
     def _answers(self, visits: Sequence[_Visit]) -> Iterator[Reply | ClientError]:
         """What these clients, who may share passes of the model, make of their plans; in the same order."""
-        before = [visit.timed(partial(self._scores, visit.client, visit.served)) if visit.served is not None else None for visit in visits]
+        before = [
+            visit.timed(partial(self._scores, visit.client, visit.served))
+            if visit.served is not None
+            else None
+            for visit in visits
+        ]
 
         def losses(number: int, row: Tensor) -> Tensor | ClientError:
             return visits[number].timed(partial(self._losses, visits[number].client, row))
 
         plans = [
-            _stopped(scores) if isinstance(scores, ClientError) else visit.requests(self.recipe.seed)
+            _stopped(scores)
+            if isinstance(scores, ClientError)
+            else visit.requests(self.recipe.seed)
             for visit, scores in zip(visits, before, strict=True)
         ]
         with spent("train"):
@@ -168,54 +220,101 @@ class LocalEngine:
             else:
                 yield self._reply(visit, scores, work)
 
-    def _reply(self, visit: _Visit, before: dict[str, float] | None, work: Work) -> Reply | ClientError:
+    def _reply(
+        self, visit: _Visit, before: dict[str, float] | None, work: Work
+    ) -> Reply | ClientError:
         if not finite(work.deltas):
             cause = "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
             return ClientError(visit.client.name, visit.round, cause)
         finetuned = visit.served is not None and self.recipe.evaluation.finetuned
-        after = visit.timed(partial(self._scores, visit.client, work.trained)) if finetuned else None
+        after = (
+            visit.timed(partial(self._scores, visit.client, work.trained)) if finetuned else None
+        )
         if isinstance(after, ClientError):
             return after
         size, choice, weights = visit.client.size, work.choice, work.weights
-        return Reply(visit.index, work.deltas, size, work.loss, visit.seconds, before, after, choice, weights, visit.round)
+        return Reply(
+            visit.index,
+            work.deltas,
+            size,
+            work.loss,
+            visit.seconds,
+            before,
+            after,
+            choice,
+            weights,
+            visit.round,
+        )
 
-    def _train(self, visits: Sequence[_Visit], fits: Sequence[tuple[int, Fit]]) -> list[Trained | ClientError]:
+    def _train(
+        self, visits: Sequence[_Visit], fits: Sequence[tuple[int, Fit]]
+    ) -> list[Trained | ClientError]:
         """Train what these clients want trained; those with like numbers of examples in one pass."""
         trained: dict[int, Trained | ClientError] = {}
-        waiting = sorted(range(len(fits)), key=lambda number: -len(visits[fits[number][0]].client.train))
+        waiting = sorted(
+            range(len(fits)), key=lambda number: -len(visits[fits[number][0]].client.train)
+        )
         while waiting:
             now = waiting[: self.clients_per_batch]
-            found = self._train_batch([(visits[client], fit) for client, fit in (fits[number] for number in now)])
+            found = self._train_batch(
+                [(visits[client], fit) for client, fit in (fits[number] for number in now)]
+            )
             if found is None:
                 self.clients_per_batch = (len(now) + 1) // 2
-                log.warning("out of memory: from now on %d clients train in one pass of the model, at most", self.clients_per_batch)
+                log.warning(
+                    "out of memory: from now on %d clients train in one pass of the model, at most",
+                    self.clients_per_batch,
+                )
                 continue
             trained |= zip(now, found, strict=True)
             waiting = waiting[len(now) :]
         return [trained[number] for number in range(len(fits))]
 
-    def _train_batch(self, batch: Sequence[tuple[_Visit, Fit]]) -> Sequence[Trained | ClientError] | None:
+    def _train_batch(
+        self, batch: Sequence[tuple[_Visit, Fit]]
+    ) -> Sequence[Trained | ClientError] | None:
         """Train these in one pass, or, where that fails, one at a time, so that the one to blame is found; None: out of memory."""
         training, rest = self.recipe.training, (self.examples, self.cache)
         if len(batch) > 1:
             begin = time.perf_counter()
             jobs = [Job(fit.job, visit.client.train, fit.seed) for visit, fit in batch]
             try:
-                found = train_together(self.backbone, self.task, training, self.accelerator, jobs, *rest)
+                found = train_together(
+                    self.backbone, self.task, training, self.accelerator, jobs, *rest
+                )
             except torch.OutOfMemoryError:
                 return None
             except Exception as error:
-                log.warning("%d clients train one at a time, as they fail together: %s: %s", len(batch), type(error).__name__, error)
+                log.warning(
+                    "%d clients train one at a time, as they fail together: %s: %s",
+                    len(batch),
+                    type(error).__name__,
+                    error,
+                )
             else:
                 for visit, _ in batch:
                     visit.seconds += (time.perf_counter() - begin) / len(batch)
                 return found
         alone = partial(train, self.backbone, self.task, training, self.accelerator)
-        return [visit.timed(partial(alone, fit.job, self.examples, visit.client.train, fit.seed, self.cache)) for visit, fit in batch]
+        return [
+            visit.timed(
+                partial(alone, fit.job, self.examples, visit.client.train, fit.seed, self.cache)
+            )
+            for visit, fit in batch
+        ]
 
     def _losses(self, client: Client, row: Tensor) -> Tensor:
         size = self.recipe.evaluation.batch_size
-        return example_losses(self.backbone, self.task, self.accelerator, row, self.examples, client.train, size, self.cache)
+        return example_losses(
+            self.backbone,
+            self.task,
+            self.accelerator,
+            row,
+            self.examples,
+            client.train,
+            size,
+            self.cache,
+        )
 
     def _make_cache(self) -> PrefixCache | None:
         gigabytes = self.recipe.training.prefix_cache
@@ -226,7 +325,15 @@ class LocalEngine:
     @cached_property
     def _held(self) -> Indices:
         """The rows of the table that clients hold."""
-        return np.unique(np.concatenate([part for client in self.clients for part in (client.train, client.validation, client.test)]))
+        return np.unique(
+            np.concatenate(
+                [
+                    part
+                    for client in self.clients
+                    for part in (client.train, client.validation, client.test)
+                ]
+            )
+        )
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
         with spent("evaluate"):
@@ -239,7 +346,16 @@ class LocalEngine:
         batch_size = self.recipe.evaluation.batch_size
         for part, indices in (("validation", client.validation), ("test", client.test)):
             if len(indices):
-                found = evaluate(self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size, self.cache)
+                found = evaluate(
+                    self.backbone,
+                    self.task,
+                    self.accelerator,
+                    served,
+                    self.examples,
+                    indices,
+                    batch_size,
+                    self.cache,
+                )
                 scores |= {f"{part}_{name}": value for name, value in found.items()}
         return scores
 
@@ -266,7 +382,9 @@ class _Visit:
     def requests(self, seed: int) -> Requests:
         """What the client's plan asks for."""
         try:
-            return (yield from requests(self.plan, derive(seed, "train", self.round, self.client.name)))
+            return (
+                yield from requests(self.plan, derive(seed, "train", self.round, self.client.name))
+            )
         except ClientError:
             raise
         except Exception as error:

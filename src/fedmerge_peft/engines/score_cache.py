@@ -20,7 +20,9 @@ class KnownScores:
     def __init__(self) -> None:
         self._last: dict[str, tuple[bytes, dict[str, float]]] = {}
 
-    def of(self, client: str, served: Served, score: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def of(
+        self, client: str, served: Served, score: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
         """What ``score`` gives, which is called only where this client's last scores are of something else, bit for bit."""
         digest = _digest(served)
         known = self._last.get(client)
@@ -30,7 +32,9 @@ class KnownScores:
 
 
 def _digest(served: Served) -> bytes:
-    parts: tuple[Tensor, ...] = (served.rows, served.weights) if isinstance(served, Mixture) else (served,)
+    parts: tuple[Tensor, ...] = (
+        (served.rows, served.weights) if isinstance(served, Mixture) else (served,)
+    )
     found = blake2b(digest_size=16)
     for part in parts:
         found.update(repr((part.dtype, tuple(part.shape))).encode())

@@ -50,7 +50,9 @@ class Federation:
         self.recipe = recipe
         self.engine: Engine = engine or load_engine(recipe)
         self.engine.check_serves(recipe)
-        self.strategy: Strategy = make_strategy(recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator()))
+        self.strategy: Strategy = make_strategy(
+            recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator())
+        )
         self.completed = 0
         """Rounds done so far."""
         self._asked = Counter[int]()
@@ -58,12 +60,18 @@ class Federation:
         self._counted = 0
         self.epsilon(1)  # an accountant that is not there should not wait for the first round
         if recipe.clients.min_clients > (asked := len(self.cohort(1))):
-            raise RecipeError([f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"])
+            raise RecipeError(
+                [
+                    f"clients.min_clients: {recipe.clients.min_clients} is more than the {asked} clients that a round asks"
+                ]
+            )
 
     def _aggregator(self) -> Aggregator:
         recipe = self.recipe
         if recipe.privacy.mode == "central":
-            return PrivateAggregator(recipe.privacy, len(self.cohort(1)), derive(recipe.seed, "privacy"))
+            return PrivateAggregator(
+                recipe.privacy, len(self.cohort(1)), derive(recipe.seed, "privacy")
+            )
         return Aggregator(recipe.defence)
 
     def epsilon(self, rounds: int) -> float | None:
@@ -84,7 +92,11 @@ class Federation:
     def _plan(self, client: int) -> Plan:
         """What the client is asked to do, and to do to its update before it sends it."""
         plan = self.strategy.plan(client)
-        return replace(plan, release=release(self.recipe.privacy)) if isinstance(plan, Train) and self.strategy.federated else plan
+        return (
+            replace(plan, release=release(self.recipe.privacy))
+            if isinstance(plan, Train) and self.strategy.federated
+            else plan
+        )
 
     def _served(self, client: int, plan: Plan) -> Served:
         """What the client predicts with before it trains; where that is what it is to train, the same tensor."""
@@ -95,10 +107,14 @@ class Federation:
     def go_on(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Count these rounds, of a strategy that was brought to where they left it, as done; as objects of ``metrics.jsonl``."""
         self.completed = len(records)
-        self.strategy.aggregator.norms = [norm for record in records if (norm := record.get("update_norm")) is not None]
+        self.strategy.aggregator.norms = [
+            norm for record in records if (norm := record.get("update_norm")) is not None
+        ]
 
     def rounds(
-        self, on_client: Callable[[Reply], None] | None = None, on_measured: Callable[[int, Scores], None] | None = None
+        self,
+        on_client: Callable[[Reply], None] | None = None,
+        on_measured: Callable[[int, Scores], None] | None = None,
     ) -> Iterator[RoundRecord]:
         """Run the rounds that are left; yields after each.
 
@@ -145,7 +161,10 @@ class Federation:
         return sorted(int(client) for client in generator.choice(clients, size, replace=False))
 
     def _round(
-        self, number: int, on_client: Callable[[Reply], None] | None, on_measured: Callable[[int, Scores], None] | None
+        self,
+        number: int,
+        on_client: Callable[[Reply], None] | None,
+        on_measured: Callable[[int, Scores], None] | None,
     ) -> RoundRecord:
         begin = time.perf_counter()
         every = self.recipe.evaluation.every
@@ -153,9 +172,17 @@ class Federation:
         cohort = self.cohort(number)
         self.engine.backbone.set_base(self.strategy.base)
         replies, trained, failures = self._sound(number, cohort, measure, on_client)
-        served = self._scores((reply.client, reply.served) for reply in replies if reply.served is not None)
-        finetuned = self._scores((reply.client, reply.finetuned) for reply in replies if reply.finetuned is not None)
-        if served is not None and len(replies) == len(self.engine.clients) and on_measured is not None:
+        served = self._scores(
+            (reply.client, reply.served) for reply in replies if reply.served is not None
+        )
+        finetuned = self._scores(
+            (reply.client, reply.finetuned) for reply in replies if reply.finetuned is not None
+        )
+        if (
+            served is not None
+            and len(replies) == len(self.engine.clients)
+            and on_measured is not None
+        ):
             on_measured(self.completed, served)
         down = sum(self.strategy.traffic(client)[0] for client in cohort)
         up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
@@ -176,7 +203,9 @@ class Federation:
             weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
             adapter_mass=merging_weights.mass(self.strategy.weights) if learns else None,
             gap=gap,
-            update_norm=self.strategy.aggregator.norms[-1] if self.strategy.aggregator.norms else None,
+            update_norm=self.strategy.aggregator.norms[-1]
+            if self.strategy.aggregator.norms
+            else None,
             bytes_down=4 * down,
             bytes_up=4 * up,
             epsilon=self.epsilon(number),
@@ -186,7 +215,11 @@ class Federation:
         )
 
     def _sound(
-        self, number: int, cohort: Sequence[int], measure: bool, on_client: Callable[[Reply], None] | None
+        self,
+        number: int,
+        cohort: Sequence[int],
+        measure: bool,
+        on_client: Callable[[Reply], None] | None,
     ) -> tuple[list[Reply], dict[int, Tensor], dict[str, str]]:
         """Ask these clients. The replies that count; what those clients made of the adapters that are shared; and why the other clients'
         replies do not count, by name.
@@ -200,7 +233,9 @@ class Federation:
         trained: dict[int, Tensor] = {}
         failures: dict[str, str] = {}
         waiting = set(cohort)
-        plans = WeakValueDictionary[int, Plan]()  # as long as the engine holds them; it may be done with them before it replies
+        plans = WeakValueDictionary[
+            int, Plan
+        ]()  # as long as the engine holds them; it may be done with them before it replies
         deltas, rows = Spill(expected=len(cohort)), Spill(expected=len(cohort))
 
         def fail(client: str, cause: str, error: ClientError | None = None) -> None:
@@ -221,12 +256,17 @@ class Federation:
                 continue
             if answer.client not in waiting:
                 if answer.client in cohort:
-                    fail(asked[answer.client].name, "it answered more than once")  # which of the answers is its own nobody can tell
+                    fail(
+                        asked[answer.client].name, "it answered more than once"
+                    )  # which of the answers is its own nobody can tell
                 else:
                     fail(str(answer.client), "it was not asked")
                 continue
             waiting.remove(answer.client)
-            name, plan = asked[answer.client].name, plans.get(answer.client) or self._plan(answer.client)
+            name, plan = (
+                asked[answer.client].name,
+                plans.get(answer.client) or self._plan(answer.client),
+            )
             if cause := fault(answer, plan, number, asked[answer.client].size, clients.timeout):
                 fail(name, cause)
                 continue
@@ -247,4 +287,7 @@ class Federation:
         return sound, trained, failures
 
     def _scores(self, found: Iterable[tuple[int, dict[str, float]]]) -> Scores | None:
-        return Scores.of(self.engine.task.metrics[0], {self.engine.clients[client].name: scores for client, scores in found})
+        return Scores.of(
+            self.engine.task.metrics[0],
+            {self.engine.clients[client].name: scores for client, scores in found},
+        )

@@ -17,7 +17,9 @@ from fedmerge_peft.util.stateful import described
 from fedmerge_peft.util.vectors import finite
 
 
-def fault(reply: Reply, plan: Plan, round: int, size: int, timeout: float | None = None) -> str | None:
+def fault(
+    reply: Reply, plan: Plan, round: int, size: int, timeout: float | None = None
+) -> str | None:
     """Why a reply cannot count, in words; None where it can.
 
     Args:
@@ -38,7 +40,9 @@ def fault(reply: Reply, plan: Plan, round: int, size: int, timeout: float | None
         return f"its update is {wrong}"
     if not math.isfinite(reply.train_loss):
         return f"its training loss is {reply.train_loss}"
-    if isinstance(plan, Choose) and not (type(reply.choice) is int and 0 <= reply.choice < len(plan.rows)):
+    if isinstance(plan, Choose) and not (
+        type(reply.choice) is int and 0 <= reply.choice < len(plan.rows)
+    ):
         return f"it chose adapter {reply.choice} of {len(plan.rows)}"
     if isinstance(plan, Mixture):
         if reply.weights is None or (wrong := _form(reply.weights, tuple(plan.weights.shape))):

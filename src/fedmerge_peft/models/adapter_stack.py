@@ -45,8 +45,12 @@ class AdapterStack:
     def keep(self, count: int) -> None:
         """Go on with the first ``count`` adapters; the rest leave the stack as they are."""
         self.rows, self.gradient = self.rows[:count], self.gradient[:count]
-        for parameter, entry in zip(self._backbone.trainable, self._backbone.layout.entries, strict=True):
-            self._leaves[id(parameter)] = self.rows[:, entry.columns].view(count, *entry.shape).detach().requires_grad_()
+        for parameter, entry in zip(
+            self._backbone.trainable, self._backbone.layout.entries, strict=True
+        ):
+            self._leaves[id(parameter)] = (
+                self.rows[:, entry.columns].view(count, *entry.shape).detach().requires_grad_()
+            )
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss, the sum of the parts' losses, to ``gradient``."""
@@ -60,7 +64,9 @@ class AdapterStack:
     def applied(self) -> Iterator[None]:
         """Within, forward passes go through the stack instead of the backbone's slot. Backward passes belong inside too."""
         modules = list(_sites(self._backbone.model))
-        own = [vars(module).get("forward") for module in modules]  # some have one that is not their class's, such as accelerate's
+        own = [
+            vars(module).get("forward") for module in modules
+        ]  # some have one that is not their class's, such as accelerate's
         for module in modules:
             module.forward = self._forward(module)
         try:
@@ -76,7 +82,9 @@ class AdapterStack:
 
         if isinstance(module, LoraLayer):
             return self._lora(module)
-        return self._layer_norm(module) if isinstance(module, nn.LayerNorm) else self._linear(module)
+        return (
+            self._layer_norm(module) if isinstance(module, nn.LayerNorm) else self._linear(module)
+        )
 
     def _lora(self, layer: Any) -> Forward:
         """W x + scaling · B_k A_k x, as PEFT's layer without variants."""
@@ -112,7 +120,10 @@ class AdapterStack:
     def _layer_norm(self, layer: nn.LayerNorm) -> Forward:
         def forward(x: Tensor) -> Tensor:
             normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-            scaled = normal.reshape(len(self), -1, *layer.normalized_shape) * self._of(layer.weight)[:, None]
+            scaled = (
+                normal.reshape(len(self), -1, *layer.normalized_shape)
+                * self._of(layer.weight)[:, None]
+            )
             if layer.bias is not None:
                 scaled = scaled + self._of(layer.bias)[:, None]
             return scaled.view_as(normal).to(normal.dtype)
@@ -136,7 +147,11 @@ def unstackable(backbone: Backbone) -> str | None:
     model = backbone.model
     if backbone.config.use_dora:
         return "DoRA's magnitudes are not low-rank updates (lora.use_dora)"
-    if experts := [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(model.config, name, None)]:
+    if experts := [
+        name
+        for name in ("num_experts", "num_local_experts", "n_routed_experts")
+        if getattr(model.config, name, None)
+    ]:
         return f"the model routes tokens to experts ({experts[0]} in its configuration)"
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not _is_plain_lora(module):

@@ -33,7 +33,13 @@ class Backbone:
     stepping its optimizer are single operations on ``(P,)`` numbers.
     """
 
-    def __init__(self, model: Any, layout: AdapterLayout, trainable: Sequence[nn.Parameter], shared: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layout: AdapterLayout,
+        trainable: Sequence[nn.Parameter],
+        shared: Mapping[str, Tensor],
+    ) -> None:
         self.model = model
         """The PEFT model; its frozen part is never written to."""
         self.layout = layout
@@ -63,7 +69,11 @@ class Backbone:
         """What the update B A of each adapted layer is multiplied by, by module name."""
         from peft.tuners.lora.layer import LoraLayer
 
-        return {name: float(module.scaling["default"]) for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        return {
+            name: float(module.scaling["default"])
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +105,9 @@ class Backbone:
         from peft import set_peft_model_state_dict
 
         if shared:
-            whole = self.layout.state_dict(self.flat.detach().clone())  # PEFT takes no part of an adapter
+            whole = self.layout.state_dict(
+                self.flat.detach().clone()
+            )  # PEFT takes no part of an adapter
             set_peft_model_state_dict(self.model, {**whole, **shared})
         self.shared = shared
 
@@ -112,12 +124,20 @@ class Backbone:
                 adapted = self.model.get_submodule(name)
                 frozen = adapted.base_layer.weight
                 if not frozen.is_floating_point():
-                    raise BackboneError(f"backbone.quantization: nothing can be added to the quantized weights of {name}; remove it")
+                    raise BackboneError(
+                        f"backbone.quantization: nothing can be added to the quantized weights of {name}; remove it"
+                    )
                 places = self.model.named_parameters(remove_duplicate=False)
                 if name not in self._pretrained and sum(each is frozen for _, each in places) > 1:
-                    raise BackboneError(f"lora.target_modules: {name} is tied to another layer, which would change with it; leave it out")
-                weight, pretrained = self._pretrained.setdefault(name, (frozen, frozen.detach().clone()))
-                weight.copy_(pretrained + (update.T if adapted.fan_in_fan_out else update).to(pretrained))
+                    raise BackboneError(
+                        f"lora.target_modules: {name} is tied to another layer, which would change with it; leave it out"
+                    )
+                weight, pretrained = self._pretrained.setdefault(
+                    name, (frozen, frozen.detach().clone())
+                )
+                weight.copy_(
+                    pretrained + (update.T if adapted.fan_in_fan_out else update).to(pretrained)
+                )
 
     def train(self) -> None:
         """Put the model into training mode: dropout is on, except before the first layer that trains (``Prefix.freeze``).
@@ -144,7 +164,14 @@ class Backbone:
                 parameter.grad = gradient[entry.columns].view(entry.shape)
 
 
-def load_backbone(backbone: BackboneRecipe, lora: LoraRecipe, task: Task, folder: str, device: torch.device, seed: int) -> Backbone:
+def load_backbone(
+    backbone: BackboneRecipe,
+    lora: LoraRecipe,
+    task: Task,
+    folder: str,
+    device: torch.device,
+    seed: int,
+) -> Backbone:
     """Load the model, freeze it, and give it one adapter slot.
 
     Args:
@@ -178,7 +205,11 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: s
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     adaptable = _adaptable(model)
-    if lora.target_modules is None and lora.target_parameters is None and model.config.model_type not in DEFAULTS:
+    if (
+        lora.target_modules is None
+        and lora.target_parameters is None
+        and model.config.model_type not in DEFAULTS
+    ):
         raise BackboneError(
             f"lora.target_modules: PEFT has no default for {model.config.model_type}; name some of {', '.join(adaptable)}, or all-linear"
         )
@@ -187,9 +218,13 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: s
         wanted = getattr(lora, field)
         for target in wanted if isinstance(wanted, list) else []:
             if not any(module == target or module.endswith("." + target) for module in modules):
-                raise BackboneError(f"lora.{field}: {name} has no module {target!r}; it has {', '.join(adaptable)}")
+                raise BackboneError(
+                    f"lora.{field}: {name} has no module {target!r}; it has {', '.join(adaptable)}"
+                )
     if lora.bias != "none" and model.dtype != torch.float32:
-        raise BackboneError("lora.bias: trained biases are float32 and sit inside the backbone's layers; use backbone.dtype=float32")
+        raise BackboneError(
+            "lora.bias: trained biases are float32 and sit inside the backbone's layers; use backbone.dtype=float32"
+        )
     fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
     heads = _heads(model, task, lora.modules_to_save or [], missing)
     config = LoraConfig(
@@ -201,10 +236,22 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: s
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its older name
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for each layer
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # PEFT asks transformers for a property by its older name
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out"
+            )  # PEFT sets it right for each layer
             return get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, re.error) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        re.error,
+    ) as error:
         raise BackboneError(
             f"lora: {name} cannot carry this adapter: {str(error).strip().splitlines()[0]} (modules that can: {', '.join(adaptable)})"
         ) from error
@@ -213,7 +260,13 @@ def _add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: s
 def _adaptable(model: nn.Module) -> list[str]:
     """Last names of the layers that LoRA can sit on, in order of appearance."""
     kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
-    return list(dict.fromkeys(name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in kinds))
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if type(module).__name__ in kinds
+        )
+    )
 
 
 def _heads(model: nn.Module, task: Task, asked: list[str], missing: set[str]) -> list[str]:
@@ -223,12 +276,21 @@ def _heads(model: nn.Module, task: Task, asked: list[str], missing: set[str]) ->
     """
     heads = list(asked)
     if task.labels:
-        heads += [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Module) and name not in heads]
+        heads += [
+            name
+            for name in _HEADS
+            if isinstance(getattr(model, name, None), nn.Module) and name not in heads
+        ]
     for owner in sorted({key.rpartition(".")[0] for key in missing}):
-        if any(owner == head or owner.startswith(head + ".") or owner.endswith("." + head) for head in heads):
+        if any(
+            owner == head or owner.startswith(head + ".") or owner.endswith("." + head)
+            for head in heads
+        ):
             continue
         if not task.labels or list(model.get_submodule(owner).children()):
-            raise BackboneError(f"backbone.model: the weights of {owner} are not in the model; take a model that has them")
+            raise BackboneError(
+                f"backbone.model: the weights of {owner} are not in the model; take a model that has them"
+            )
         heads.append(owner)
     return heads
 
@@ -239,17 +301,24 @@ def _prepare_heads(model: Any, missing: set[str]) -> None:
 
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            module.fedmerge_fresh = any(key.startswith(name.removeprefix("base_model.model.") + ".") for key in missing)
+            module.fedmerge_fresh = any(
+                key.startswith(name.removeprefix("base_model.model.") + ".") for key in missing
+            )
             head = module.modules_to_save["default"]
             head.float()
             head.register_forward_pre_hook(_as_float32)
-            if name.removeprefix("base_model.model.") not in _HEADS:  # what follows inside the backbone expects its number format
+            if (
+                name.removeprefix("base_model.model.") not in _HEADS
+            ):  # what follows inside the backbone expects its number format
                 head.register_forward_hook(lambda module, inputs, output: output.to(model.dtype))
 
 
 def _as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """A half-precision backbone hands half-precision features to its float32 head; autocast decides from there."""
-    return tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs)
+    return tuple(
+        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs
+    )
 
 
 def _draw(model: Any) -> None:
@@ -261,7 +330,11 @@ def _draw(model: Any) -> None:
     base = model.get_base_model()
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            frozen = [(p, p.clone()) for name, p in module.named_parameters() if "lora_" in name and not p.requires_grad]
+            frozen = [
+                (p, p.clone())
+                for name, p in module.named_parameters()
+                if "lora_" in name and not p.requires_grad
+            ]
             module.reset_lora_parameters("default", init)
             for parameter, value in frozen:  # a shared A stays what it is
                 parameter.copy_(value)
@@ -283,12 +356,29 @@ def _with_layout(model: Any) -> Backbone:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils import ModulesToSaveWrapper
 
-    saved = {value.data_ptr(): key for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-    experts = {id(p) for module in model.modules() if isinstance(module, ParamWrapper) for p in module.parameters()}
-    heads = {id(p) for module in model.modules() if isinstance(module, ModulesToSaveWrapper) for p in module.parameters()}
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    saved = {
+        value.data_ptr(): key
+        for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    experts = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, ParamWrapper)
+        for p in module.parameters()
+    }
+    heads = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for p in module.parameters()
+    }
+    trainable = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     if lost := [name for name, parameter in trainable if parameter.data_ptr() not in saved]:
-        raise BackboneError(f"lora: PEFT would train but not save {lost[0]}, so it could not be merged; remove the option that trains it")
+        raise BackboneError(
+            f"lora: PEFT would train but not save {lost[0]}, so it could not be merged; remove the option that trains it"
+        )
     shared = {
         saved[parameter.data_ptr()]: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in model.named_parameters()

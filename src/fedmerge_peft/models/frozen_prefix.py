@@ -43,7 +43,10 @@ class Prefix:
         def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._entries = len(output) if isinstance(output, tuple) else None
 
-        handles = [self.first.register_forward_pre_hook(record, with_kwargs=True), self.layers[-1].register_forward_hook(remember)]
+        handles = [
+            self.first.register_forward_pre_hook(record, with_kwargs=True),
+            self.layers[-1].register_forward_hook(remember),
+        ]
         try:
             yield
         finally:
@@ -54,15 +57,23 @@ class Prefix:
     def replayed(self, states: Tensor) -> Iterator[None]:
         """Within, forward passes leave out the prefix's layers, and layer l gets these states. Record before the first replay."""
 
-        def replay(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+        def replay(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return (
+                ((states, *args[1:]), kwargs)
+                if args
+                else (args, kwargs | {"hidden_states": states})
+            )
 
         def pass_on(*args: Any, **kwargs: Any) -> Any:
             same = _states(args, kwargs)
             return same if self._entries is None else (same, *[None] * (self._entries - 1))
 
         handle = self.first.register_forward_pre_hook(replay, with_kwargs=True)
-        own = [vars(layer).get("forward") for layer in self.layers]  # some have one that is not their class's, such as accelerate's
+        own = [
+            vars(layer).get("forward") for layer in self.layers
+        ]  # some have one that is not their class's, such as accelerate's
         for layer in self.layers:
             layer.forward = pass_on
         try:
@@ -83,15 +94,27 @@ def find_prefix(model: nn.Module) -> Prefix | None:
     """
     from peft.utils import ModulesToSaveWrapper
 
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and _trains(module)}
+    stacks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and _trains(module)
+    }
     outer = [name for name in stacks if not any(name.startswith(other + ".") for other in stacks)]
     if len(outer) != 1:  # an encoder and a decoder, say
         return None
     stack = outer[0]
     layers = list(stacks[stack])
     first = next(index for index, layer in enumerate(layers) if _trains(layer))
-    heads = tuple(name + "." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
-    outside = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(stack + ".")]
+    heads = tuple(
+        name + "."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
+    outside = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith(stack + ".")
+    ]
     entrance = f"{stack}.{first}"
     before = dict(_before(model, entrance))
     early = tuple(name + "." for name in before)

@@ -32,12 +32,18 @@ def model_folder(model: str, scratch: Path) -> str:
             except ValueError as error:
                 raise BackboneError(f"backbone.model: {error}") from error
         return str(scratch)
-    if (package := _CARRIED.get(model)) and (spec := find_spec(package)) and spec.submodule_search_locations:
+    if (
+        (package := _CARRIED.get(model))
+        and (spec := find_spec(package))
+        and spec.submodule_search_locations
+    ):
         return str(Path(spec.submodule_search_locations[0]) / "model")
     if model.startswith((".", "/", "~")) or Path(model).exists():
         folder = Path(model).expanduser()
         if not (folder / "config.json").is_file():
-            raise BackboneError(f"backbone.model: {model} is no model folder (no config.json in {folder.absolute()})")
+            raise BackboneError(
+                f"backbone.model: {model} is no model folder (no config.json in {folder.absolute()})"
+            )
         return str(folder)
     return model
 
@@ -54,20 +60,28 @@ class Loads(Protocol):
         """Names of the labels, in the order of their ids; empty where there are none."""
 
 
-def load_model(backbone: BackboneRecipe, task: Loads, folder: str, device: torch.device) -> tuple[Any, set[str]]:
+def load_model(
+    backbone: BackboneRecipe, task: Loads, folder: str, device: torch.device
+) -> tuple[Any, set[str]]:
     """The pretrained model, with a head for the task's labels, and the names of its tensors that are not pretrained.
 
     Raises ``BackboneError`` where it cannot be loaded.
     """
     import transformers
 
-    options: dict[str, Any] = {"dtype": getattr(torch, backbone.dtype), "trust_remote_code": backbone.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, backbone.dtype),
+        "trust_remote_code": backbone.trust_remote_code,
+    }
     if backbone.revision is not None and folder == backbone.model:
         options["revision"] = backbone.revision
     if backbone.attention is not None:
         options["attn_implementation"] = backbone.attention
     if backbone.quantization is not None:
-        options |= {"quantization_config": _quantization(backbone, device), "device_map": {"": device}}
+        options |= {
+            "quantization_config": _quantization(backbone, device),
+            "device_map": {"": device},
+        }
     if task.labels:
         options |= {
             "num_labels": len(task.labels),
@@ -78,13 +92,17 @@ def load_model(backbone: BackboneRecipe, task: Loads, folder: str, device: torch
     auto_model = getattr(transformers, task.auto_model)
     try:
         with quiet():
-            model, report = auto_model.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+            model, report = auto_model.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **options
+            )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()
         raise BackboneError(
             f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: {reason[0] if reason else type(error).__name__}"
         ) from error
-    pad = getattr(task, "pad_token_id", None)  # decoders that classify look for the last token before the padding
+    pad = getattr(
+        task, "pad_token_id", None
+    )  # decoders that classify look for the last token before the padding
     if pad is not None:
         model.config.pad_token_id = pad
     missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
@@ -111,9 +129,15 @@ def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise BackboneError("backbone.quantization needs bitsandbytes: pip install 'fedmerge-peft[quantization]'")
+        raise BackboneError(
+            "backbone.quantization needs bitsandbytes: pip install 'fedmerge-peft[quantization]'"
+        )
     if device.type != "cuda":
-        raise BackboneError(f"backbone.quantization needs a CUDA GPU, and this run is on {device.type}; remove it or use a GPU")
+        raise BackboneError(
+            f"backbone.quantization needs a CUDA GPU, and this run is on {device.type}; remove it or use a GPU"
+        )
     if backbone.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )

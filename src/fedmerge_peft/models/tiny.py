@@ -17,7 +17,12 @@ KINDS = ("bert", "llama", "gpt2", "vit")
 """Architectures that ``write`` knows."""
 
 _SEED = 20250409
-_WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_WIDTH = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 # About 1 / sqrt(width). The usual 0.02 belongs to widths near 1000; at 32 a [CLS] token would hardly see the text.
 _SPREAD = {"initializer_range": 0.2}
 _POSITIONS = 128
@@ -70,7 +75,9 @@ def write(kind: str, folder: str | PathLike[str]) -> Path:
         # torch.manual_seed would seed the GPUs' generators too, which fork_rng leaves alone here.
         torch.default_generator.manual_seed(_SEED)
         model = _model(kind, processor)
-    model.should_save_on_this_rank = lambda _: True  # of several ranks, transformers lets the first write alone; here each has a folder
+    model.should_save_on_this_rank = lambda _: (
+        True
+    )  # of several ranks, transformers lets the first write alone; here each has a folder
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -81,14 +88,26 @@ def _model(kind: str, processor: Any) -> Any:
     import transformers as hf
 
     if kind == "vit":
-        return hf.ViTModel(hf.ViTConfig(**_WIDTH, **_SPREAD, image_size=32, patch_size=8), add_pooling_layer=False)
-    special = {name: getattr(processor, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return hf.ViTModel(
+            hf.ViTConfig(**_WIDTH, **_SPREAD, image_size=32, patch_size=8), add_pooling_layer=False
+        )
+    special = {
+        name: getattr(processor, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     sizes = {"vocab_size": len(processor), "max_position_embeddings": _POSITIONS, **_SPREAD}
     if kind == "bert":
         return hf.BertModel(hf.BertConfig(**_WIDTH, **sizes, pad_token_id=special["pad_token_id"]))
     if kind == "llama":
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**_WIDTH, **sizes, **special, num_key_value_heads=2, tie_word_embeddings=False))
-    width = {"n_embd": _WIDTH["hidden_size"], "n_layer": _WIDTH["num_hidden_layers"], "n_head": _WIDTH["num_attention_heads"]}
+        return hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                **_WIDTH, **sizes, **special, num_key_value_heads=2, tie_word_embeddings=False
+            )
+        )
+    width = {
+        "n_embd": _WIDTH["hidden_size"],
+        "n_layer": _WIDTH["num_hidden_layers"],
+        "n_head": _WIDTH["num_attention_heads"],
+    }
     return hf.GPT2LMHeadModel(hf.GPT2Config(**width, **sizes, **special))
 
 
@@ -98,9 +117,24 @@ def _tokenizer(kind: str) -> Any:
     import transformers as hf
 
     special: dict[str, dict[str, str]] = {
-        "bert": {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"},
-        "llama": {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-        "gpt2": {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+        "bert": {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        },
+        "llama": {
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        },
+        "gpt2": {
+            "unk_token": "<|endoftext|>",
+            "bos_token": "<|endoftext|>",
+            "eos_token": "<|endoftext|>",
+        },
     }
     names = special[kind]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -120,12 +154,18 @@ def _tokenizer(kind: str) -> Any:
     if kind in layout:
         single, pair, added = layout[kind]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=single, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in added]
+            single=single,
+            pair=pair,
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in added],
         )
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=_POSITIONS,
-        model_input_names=["input_ids", *(["token_type_ids"] if kind == "bert" else []), "attention_mask"],
+        model_input_names=[
+            "input_ids",
+            *(["token_type_ids"] if kind == "bert" else []),
+            "attention_mask",
+        ],
         padding_side="right",
         clean_up_tokenization_spaces=False,
         **({"chat_template": _CHAT_TEMPLATE} if kind == "llama" else {}),
@@ -138,5 +178,8 @@ def _image_processor() -> Any:
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     return ViTImageProcessorPil(
-        size={"height": 32, "width": 32}, do_convert_rgb=True, image_mean=[0.5, 0.45, 0.4], image_std=[0.25, 0.25, 0.2]
+        size={"height": 32, "width": 32},
+        do_convert_rgb=True,
+        image_mean=[0.5, 0.45, 0.4],
+        image_std=[0.25, 0.25, 0.2],
     )

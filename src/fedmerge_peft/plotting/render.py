@@ -11,10 +11,17 @@ import numpy as np
 
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Lines, Strip
-from fedmerge_peft.recipe.yaml_document import printable
+from fedmerge_peft.util.text import printable
 
 SUFFIXES = (".png", ".svg")
-_COLORS = ("#0072b2", "#d55e00", "#007a5a", "#a8457f", "#6b5800", "#444444")  # the page's, told apart by colour-blind readers
+_COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#007a5a",
+    "#a8457f",
+    "#6b5800",
+    "#444444",
+)  # the page's, told apart by colour-blind readers
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 2)), "-")
 _SHADES = "Blues"
 _ROW = 0.19
@@ -35,12 +42,16 @@ def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
     from matplotlib import rc_context
 
     paths = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):  # text stays text, and the same figure the same file
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": path.name}
+    ):  # text stays text, and the same figure the same file
         drawn = draw(drawing, title)
         for each in paths:
             try:
                 each.parent.mkdir(parents=True, exist_ok=True)
-                drawn.savefig(each, dpi=150, metadata={"Date": None} if each.suffix == ".svg" else None)
+                drawn.savefig(
+                    each, dpi=150, metadata={"Date": None} if each.suffix == ".svg" else None
+                )
             except OSError as error:
                 raise RunError(f"{each} cannot be written: {error.strerror or error}") from error
     return paths
@@ -89,13 +100,25 @@ def _lines(axes: Any, drawing: Lines) -> None:
         x, y = np.asarray(line.x, float), np.asarray(line.y, float)
         there = np.isfinite(y)
         axes.plot(
-            x[there], y[there], color=color, linestyle=_DASHES[line.style % len(_DASHES)], marker="o", markersize=3.5, label=line.name
+            x[there],
+            y[there],
+            color=color,
+            linestyle=_DASHES[line.style % len(_DASHES)],
+            marker="o",
+            markersize=3.5,
+            label=line.name,
         )
         if line.low is not None and line.high is not None:
             low, high = np.asarray(line.low, float), np.asarray(line.high, float)
-            axes.fill_between(x, low, high, where=np.isfinite(low + high), color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                x, low, high, where=np.isfinite(low + high), color=color, alpha=0.15, linewidth=0
+            )
     if drawing.floor is not None:
-        axes.set_ylim(bottom=min(drawing.floor, axes.get_ylim()[0]) if drawing.ceiling is None else drawing.floor)
+        axes.set_ylim(
+            bottom=min(drawing.floor, axes.get_ylim()[0])
+            if drawing.ceiling is None
+            else drawing.floor
+        )
     if drawing.ceiling is not None:
         axes.set_ylim(top=min(1.02 * drawing.ceiling, 1.05 * axes.get_ylim()[1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -108,7 +131,9 @@ def _lines(axes: Any, drawing: Lines) -> None:
 
 def _heat(figure: Any, axes: Any, drawing: Heat) -> None:
     shown = np.ma.masked_less_equal(np.nan_to_num(drawing.values), 0)
-    image = axes.imshow(shown, cmap=_SHADES, vmin=0, vmax=drawing.top or 1, aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        shown, cmap=_SHADES, vmin=0, vmax=drawing.top or 1, aspect="auto", interpolation="nearest"
+    )
     _names(axes.yaxis, drawing.rows)
     _names(axes.xaxis, drawing.columns, turned=max(map(len, drawing.columns), default=0) > 3)
     axes.set_xlabel(drawing.x)
@@ -121,7 +146,14 @@ def _strip(drawing: Strip, title: str) -> Any:
     figure, panels = _blank(min(1.2 + (3.4 if square else 1.5) * count, 10.0), 3.9, title, count)
     image = None
     for panel, (name, values) in zip(np.ravel(panels), drawing.pictures, strict=True):
-        image = panel.imshow(values, cmap=_SHADES, vmin=0, vmax=1, aspect="equal" if square else "auto", interpolation="nearest")
+        image = panel.imshow(
+            values,
+            cmap=_SHADES,
+            vmin=0,
+            vmax=1,
+            aspect="equal" if square else "auto",
+            interpolation="nearest",
+        )
         panel.set_title(name, fontsize="small")
         panel.set_xticks([])
         panel.set_yticks([])
@@ -136,7 +168,9 @@ def _bars(axes: Any, drawing: Bars) -> None:
     places = np.arange(len(drawing.names))
     values = [value if math.isfinite(value) else 0.0 for value in drawing.values]
     drawn = axes.barh(places, values, color=_COLORS[0])
-    axes.bar_label(drawn, labels=[f"{value:.3g} {drawing.unit}" for value in drawing.values], padding=3)
+    axes.bar_label(
+        drawn, labels=[f"{value:.3g} {drawing.unit}" for value in drawing.values], padding=3
+    )
     axes.set_yticks(places, labels=[printable(name) for name in drawing.names], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(right=1.2 * max([*values, 0.0]) or 1.0)
@@ -148,7 +182,13 @@ def _names(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
     """Every n-th name, so that none covers another."""
     step = -(-max(len(names), 1) // _MOST_NAMES)
     labels = [_short(name) for name in names[::step]]
-    axis.set_ticks(range(0, len(names), step), labels=labels, fontsize="small", parse_math=False, rotation=90 if turned else 0)
+    axis.set_ticks(
+        range(0, len(names), step),
+        labels=labels,
+        fontsize="small",
+        parse_math=False,
+        rotation=90 if turned else 0,
+    )
 
 
 def _short(name: str) -> str:

@@ -38,16 +38,36 @@ def draw(drawing: Drawing) -> Markup:
     """The drawing as an ``svg`` element; empty where there is nothing to draw."""
     match drawing:
         case Lines():
-            return lines(drawing.series, x=drawing.x, y=drawing.y, floor=drawing.floor, ceiling=drawing.ceiling)
+            return lines(
+                drawing.series,
+                x=drawing.x,
+                y=drawing.y,
+                floor=drawing.floor,
+                ceiling=drawing.ceiling,
+            )
         case Heat():
-            return heat(drawing.values, rows=drawing.rows, columns=drawing.columns, x=drawing.x, label=drawing.label, top=drawing.top)
+            return heat(
+                drawing.values,
+                rows=drawing.rows,
+                columns=drawing.columns,
+                x=drawing.x,
+                label=drawing.label,
+                top=drawing.top,
+            )
         case Strip():
             return strip(drawing.pictures, label=f"{drawing.label}: {drawing.y} by {drawing.x}")
         case Bars():
             return bars(drawing.names, drawing.values, unit=drawing.unit, label=drawing.label)
 
 
-def lines(series: Sequence[Line], *, x: str, y: str, floor: float | None = None, ceiling: float | None = None) -> Markup:
+def lines(
+    series: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    floor: float | None = None,
+    ceiling: float | None = None,
+) -> Markup:
     """Lines with their names at their ends.
 
     Args:
@@ -57,7 +77,13 @@ def lines(series: Sequence[Line], *, x: str, y: str, floor: float | None = None,
         floor: Lowest value that the y axis shows in any case.
         ceiling: Highest value that the y axis goes to.
     """
-    every = [value for line in series for part in (line.y, line.low or [], line.high or []) for value in part if math.isfinite(value)]
+    every = [
+        value
+        for line in series
+        for part in (line.y, line.low or [], line.high or [])
+        for value in part
+        if math.isfinite(value)
+    ]
     places = [value for line in series for value in line.x]
     if not every:
         return Markup("")
@@ -71,31 +97,58 @@ def lines(series: Sequence[Line], *, x: str, y: str, floor: float | None = None,
         for tick in ticks
     ]
     for tick in _whole(min(places), max(places)):
-        parts.append(f'<text class="num" x="{across(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick}</text>')
-    parts.append(f'<text class="axis" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>')
+        parts.append(
+            f'<text class="num" x="{across(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick}</text>'
+        )
+    parts.append(
+        f'<text class="axis" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>'
+    )
     ends: list[tuple[float, Line]] = []
     for line in series:
         if line.low is not None and line.high is not None:
-            there = [(a, low, high) for a, low, high in zip(line.x, line.low, line.high, strict=True) if math.isfinite(low + high)]
+            there = [
+                (a, low, high)
+                for a, low, high in zip(line.x, line.low, line.high, strict=True)
+                if math.isfinite(low + high)
+            ]
             edge = [(a, high) for a, _, high in there] + [(a, low) for a, low, _ in reversed(there)]
             points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in edge)
             parts.append(f'<polygon class="band s{line.style}" points="{points}"/>')
-        found = [(across(a), up(b)) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)]
+        found = [
+            (across(a), up(b)) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)
+        ]
         if not found:
             continue
-        parts.append(f'<polyline class="line s{line.style}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in found)}"/>')
-        parts += [f'<circle class="dot s{line.style}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in found[:: max(1, len(found) // 12)]]
+        parts.append(
+            f'<polyline class="line s{line.style}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in found)}"/>'
+        )
+        parts += [
+            f'<circle class="dot s{line.style}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>'
+            for a, b in found[:: max(1, len(found) // 12)]
+        ]
         ends.append((found[-1][1], line))
     for place, line in _apart(ends):
         parts.append(
             f'<line class="line s{line.style}" x1="{right + 6}" x2="{right + 22}" y1="{place:.1f}" y2="{place:.1f}"/>'
             f'<text x="{right + 26}" y="{place + 4:.1f}">{escape(_short(line.name, 13))}</text>'
         )
-    return _svg(parts, _HEIGHT, f"{y} by {x}: " + "; ".join(f"{line.name} ends at {_number(line.y[-1])}" for line in series if len(line.y)))
+    return _svg(
+        parts,
+        _HEIGHT,
+        f"{y} by {x}: "
+        + "; ".join(f"{line.name} ends at {_number(line.y[-1])}" for line in series if len(line.y)),
+    )
 
 
 def heat(
-    values: NDArray[Any], *, rows: Sequence[str], columns: Sequence[str], x: str, label: str, top: float = 1.0, most: int = MOST_ROWS
+    values: NDArray[Any],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    x: str,
+    label: str,
+    top: float = 1.0,
+    most: int = MOST_ROWS,
 ) -> Markup:
     """A heat map ``(rows, columns)`` of values from 0 to ``top``, stronger in colour for more, with a scale.
 
@@ -116,12 +169,16 @@ def heat(
     left = 16 + 6.6 * max((len(_short(name, _SHORT)) for name in rows), default=0)
     cell = min((WIDTH - left - 8) / max(wide, 1), 46.0)
     floor = _TOP + tall * height
-    parts = [f'<rect class="field" x="{left:.1f}" y="{_TOP}" width="{wide * cell:.1f}" height="{tall * height:.1f}"/>']
+    parts = [
+        f'<rect class="field" x="{left:.1f}" y="{_TOP}" width="{wide * cell:.1f}" height="{tall * height:.1f}"/>'
+    ]
     parts.append(_cells(values / top if top else values, left, _TOP, cell, height))
     step = math.ceil(10 / height)
     for number in range(0, tall, step):
         y = _TOP + (number + 0.5) * height + 3.5
-        parts.append(f'<text class="num" x="{left - 5:.1f}" y="{y:.1f}" text-anchor="end">{escape(_short(rows[number], _SHORT))}</text>')
+        parts.append(
+            f'<text class="num" x="{left - 5:.1f}" y="{y:.1f}" text-anchor="end">{escape(_short(rows[number], _SHORT))}</text>'
+        )
     longest = max((len(name) for name in columns), default=0)
     turned = longest * 6.2 > cell
     room = 6.4 * min(longest, _SHORT) + 8 if turned else 16
@@ -138,7 +195,9 @@ def heat(
         for level in range(1, _LEVELS + 1)
     )
     parts.append(f'<rect class="field" x="4" y="{axis + 10:.1f}" width="94.5" height="9"/>{scale}')
-    parts.append(f'<text class="num" x="106" y="{axis + 18:.1f}">0 to {_number(top)}: {escape(label)}</text>')
+    parts.append(
+        f'<text class="num" x="106" y="{axis + 18:.1f}">0 to {_number(top)}: {escape(label)}</text>'
+    )
     return _svg(parts, axis + 26, f"{label}, {tall} rows by {wide} columns")
 
 
@@ -152,9 +211,13 @@ def strip(pictures: Sequence[tuple[str, NDArray[Any]]], *, label: str) -> Markup
         values, _ = binned(values, [""] * len(values), MOST_ROWS)
         values = binned(values.T, [""] * values.shape[1], MOST_COLUMNS)[0].T
         left = 4 + number * (wide + gap)
-        parts.append(f'<rect class="field" x="{left:.1f}" y="{_TOP}" width="{wide:.1f}" height="{tall:.1f}"/>')
+        parts.append(
+            f'<rect class="field" x="{left:.1f}" y="{_TOP}" width="{wide:.1f}" height="{tall:.1f}"/>'
+        )
         parts.append(_cells(values, left, _TOP, wide / values.shape[1], tall / len(values)))
-        parts.append(f'<text class="num" x="{left + wide / 2:.1f}" y="{_TOP + tall + 15:.1f}" text-anchor="middle">{escape(title)}</text>')
+        parts.append(
+            f'<text class="num" x="{left + wide / 2:.1f}" y="{_TOP + tall + 15:.1f}" text-anchor="middle">{escape(title)}</text>'
+        )
     return _svg(parts, _TOP + tall + 24, label)
 
 
@@ -167,9 +230,15 @@ def bars(names: Sequence[str], values: Sequence[float], *, unit: str, label: str
     for number, (name, value) in enumerate(zip(names, values, strict=True)):
         y = _TOP + 24 * number
         wide = room * value / top if math.isfinite(value) else 0.0
-        parts.append(f'<text x="{left - 6:.1f}" y="{y + 13}" text-anchor="end">{escape(_short(name, _SHORT))}</text>')
-        parts.append(f'<rect class="bar" x="{left:.1f}" y="{y}" width="{max(wide, 1):.1f}" height="17" rx="2"/>')
-        parts.append(f'<text class="num" x="{left + wide + 6:.1f}" y="{y + 13}">{_number(value)} {escape(unit)}</text>')
+        parts.append(
+            f'<text x="{left - 6:.1f}" y="{y + 13}" text-anchor="end">{escape(_short(name, _SHORT))}</text>'
+        )
+        parts.append(
+            f'<rect class="bar" x="{left:.1f}" y="{y}" width="{max(wide, 1):.1f}" height="17" rx="2"/>'
+        )
+        parts.append(
+            f'<text class="num" x="{left + wide + 6:.1f}" y="{y + 13}">{_number(value)} {escape(unit)}</text>'
+        )
     return _svg(parts, _TOP + 24 * len(names) + 4, label)
 
 
@@ -184,13 +253,16 @@ def binned(values: NDArray[Any], names: Sequence[str], most: int) -> tuple[NDArr
 
 def _cells(values: NDArray[Any], left: float, top: float, wide: float, tall: float) -> str:
     """Cells as one path for each shade: a tenth of the bytes that a rectangle each would take."""
-    shades = np.nan_to_num(np.clip(np.ceil(np.nan_to_num(values) * _LEVELS - 1e-9), 0, _LEVELS)).astype(int)
+    shades = np.nan_to_num(
+        np.clip(np.ceil(np.nan_to_num(values) * _LEVELS - 1e-9), 0, _LEVELS)
+    ).astype(int)
     parts = []
     for shade in range(1, _LEVELS + 1):
         found = np.argwhere(shades == shade)
         if len(found):
             path = "".join(
-                f"M{left + column * wide:.1f} {top + row * tall:.1f}h{wide:.1f}v{tall:.1f}h-{wide:.1f}z" for row, column in found
+                f"M{left + column * wide:.1f} {top + row * tall:.1f}h{wide:.1f}v{tall:.1f}h-{wide:.1f}z"
+                for row, column in found
             )
             parts.append(f'<path class="ink" fill-opacity="{shade / _LEVELS:.2f}" d="{path}"/>')
     return "".join(parts)
@@ -198,7 +270,9 @@ def _cells(values: NDArray[Any], left: float, top: float, wide: float, tall: flo
 
 def _svg(parts: Sequence[str], height: float, label: str) -> Markup:
     inner = "".join(parts)
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{inner}</svg>')  # noqa: S704 (escaped)
+    return Markup(  # noqa: S704 (escaped)
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{inner}</svg>'
+    )
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Any:
@@ -218,7 +292,14 @@ def _ticks(low: float, high: float, ceiling: float | None = None) -> list[float]
 
 def _whole(low: float, high: float) -> list[int]:
     """Up to seven whole numbers within a range."""
-    step = max(1, next(size for size in (10**power * factor for power in range(9) for factor in (1, 2, 5)) if size >= (high - low) / 6))
+    step = max(
+        1,
+        next(
+            size
+            for size in (10**power * factor for power in range(9) for factor in (1, 2, 5))
+            if size >= (high - low) / 6
+        ),
+    )
     return list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
 
 

@@ -47,7 +47,9 @@ class Clusters(Section):
     @model_validator(mode="after")
     def _enough_clients(self) -> Clusters:
         if self.clients < self.groups:
-            raise ValueError(f"clients: {self.clients} clients cannot fill {self.groups} groups; raise clients or lower groups")
+            raise ValueError(
+                f"clients: {self.clients} clients cannot fill {self.groups} groups; raise clients or lower groups"
+            )
         return self
 
 
@@ -75,7 +77,9 @@ class Shards(Section):
     """Column to sort by. Default: the label."""
 
 
-PartitionRecipe = Annotated[Iid | Dirichlet | Clusters | Natural | Shards, Field(discriminator="scheme")]
+PartitionRecipe = Annotated[
+    Iid | Dirichlet | Clusters | Natural | Shards, Field(discriminator="scheme")
+]
 
 
 class DataRecipe(Section):

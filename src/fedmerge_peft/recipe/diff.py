@@ -18,7 +18,11 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     The server's step size and momentum are what they come to, given or not.
     """
     values = recipe.model_dump()
-    for strategy, section in zip([recipe.strategy, *recipe.baselines], [values["strategy"], *values["baselines"]], strict=True):
+    for strategy, section in zip(
+        [recipe.strategy, *recipe.baselines],
+        [values["strategy"], *values["baselines"]],
+        strict=True,
+    ):
         if isinstance(strategy, Server):
             section |= {"server_lr": strategy.lr, "server_momentum": strategy.momentum}
     return _flat(values, "")
@@ -27,16 +31,30 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in section.items():
-        values |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        values |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{key}": value}
+        )
     return values
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys at which flat recipes are not all equal, or which not all of them have; in their order."""
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
-    return [key for key in keys if any(recipe.get(key, _ABSENT) != recipes[0].get(key, _ABSENT) for recipe in recipes[1:])]
+    return [
+        key
+        for key in keys
+        if any(recipe.get(key, _ABSENT) != recipes[0].get(key, _ABSENT) for recipe in recipes[1:])
+    ]
 
 
 def written(value: object) -> str:
     """A value in a label: text as it is, anything else without spaces."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str).replace('"', "")
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=str).replace(
+            '"', ""
+        )
+    )

@@ -12,7 +12,6 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.recipe.section import Section
 from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Where, dotted
 
@@ -34,7 +33,9 @@ def variants(annotation: Any) -> tuple[type[Section], ...]:
     """The kinds of section that may stand here: several where a tag (``name``, ``scheme``) tells them apart."""
     annotation = required(annotation)
     options = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
-    sections = tuple(option for option in options if isinstance(option, type) and issubclass(option, Section))
+    sections = tuple(
+        option for option in options if isinstance(option, type) and issubclass(option, Section)
+    )
     return sections if len(sections) == len(options) else ()
 
 
@@ -60,14 +61,14 @@ def field_annotation(info: FieldInfo) -> Any:
     return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
 
 
-def _written(loc: tuple[int | str, ...]) -> tuple[Where, Any, type[Section]]:
+def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, Any, type[Section]]:
     """Where pydantic's location is in what the user wrote, what is expected there, and the section around it.
 
     Pydantic puts tags and names of types among the keys: ``("data", "partition", "iid", "clients")``.
     """
     where: Where = ()
-    annotation: Any = Recipe
-    section: type[Section] = Recipe
+    annotation: Any = root
+    section = root
     for step in loc:
         whole, annotation = annotation, required(annotation)
         if kinds := kinds_of(annotation):
@@ -82,7 +83,7 @@ def _written(loc: tuple[int | str, ...]) -> tuple[Where, Any, type[Section]]:
     return where, annotation, section
 
 
-def _keys(annotation: Any = Recipe, where: Where = ()) -> Iterator[tuple[Where, type[Section], str]]:
+def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Section], str]]:
     """Every key of a recipe: the place of its section, the section, and the key."""
     for section in variants(annotation):
         for key, info in section.model_fields.items():
@@ -122,7 +123,11 @@ def expected(annotation: Any, many: bool = False) -> str:
 
 
 def _bounds(constraints: Iterable[Any]) -> str:
-    parts = [part for entry in constraints for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    parts = [
+        part
+        for entry in constraints
+        for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
+    ]
     bounds = []
     for part in parts:
         match part:
@@ -171,17 +176,17 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Faults
 # --------------------------------------------------------------------------------------------------
-def explain(error: ValidationError, document: Document) -> list[Fault]:
+def explain(error: ValidationError, document: Document, root: type[Section]) -> list[Fault]:
     """One fault for each value that is wrong, however many ways there are for it to be right."""
     faults: dict[Where, Fault] = {}
     for detail in error.errors(include_url=False):
         if len(faults) > MOST:
             break
-        where, annotation, section = _written(detail["loc"])
+        where, annotation, section = _written(detail["loc"], root)
         if detail["type"] == "value_error":
             where, text = _own_words(where, annotation, str(detail["ctx"]["error"]))
         elif detail["type"] == "extra_forbidden":
-            text = _unknown(where, section)
+            text = _unknown(where, section, root)
         elif detail["type"] == "missing":
             text = f"missing, expected {expected(annotation)}: {section.model_fields[str(where[-1])].description}"
         else:
@@ -193,7 +198,11 @@ def explain(error: ValidationError, document: Document) -> list[Fault]:
 def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
     """A message of the schema's validators, which may begin with the key that it is about."""
     key, colon, rest = text.partition(": ")
-    return ((*where, key), rest) if colon and any(key in kind.model_fields for kind in variants(section)) else (where, text)
+    return (
+        ((*where, key), rest)
+        if colon and any(key in kind.model_fields for kind in variants(section))
+        else (where, text)
+    )
 
 
 def _unfit(where: Where, annotation: Any, problem: str, value: Any) -> tuple[Where, str]:
@@ -214,20 +223,22 @@ def _closest(value: Any, words: Iterable[str]) -> str:
     return did_you_mean(value, words) if isinstance(value, str) else ""
 
 
-def _unknown(where: Where, section: type[Section]) -> str:
+def _unknown(where: Where, section: type[Section], root: type[Section]) -> str:
     key, here = str(where[-1]), where[:-1]
     if here[:1] == ("baselines",):
         here = ("strategy",)
-    places = {(place, kind): name for place, kind, name in _keys() if name == key}
+    places = {(place, kind): name for place, kind, name in _keys(root) if name == key}
     siblings = [_kind(kind) for place, kind in places if place == here]
     if siblings:
         return f"unknown key for {_kind(section)}; it belongs to {' or '.join(siblings)}"
     if places:
-        homes = dict.fromkeys(f"under {dotted(place)}" if place else "at the top level" for place, _ in places)
+        homes = dict.fromkeys(
+            f"under {dotted(place)}" if place else "at the top level" for place, _ in places
+        )
         return f"unknown key; it belongs {' or '.join(homes)}"
     if guess := did_you_mean(key, section.model_fields):
         return f"unknown key{guess}"
-    elsewhere = {name: dotted((*place, name)) for place, _, name in _keys()}
+    elsewhere = {name: dotted((*place, name)) for place, _, name in _keys(root)}
     if closest := get_close_matches(key.lower(), elsewhere, n=1):
         return f"unknown key; did you mean '{elsewhere[closest[0]]}'?"
     return f"unknown key; the keys here are {', '.join(section.model_fields)}"

@@ -12,9 +12,8 @@ from math import prod
 import yaml
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe.loading import load
 from fedmerge_peft.recipe.schema import Recipe
-from fedmerge_peft.recipe.yaml_document import printable
+from fedmerge_peft.util.text import printable
 
 MOST = 1_000
 """Combinations of one grid."""
@@ -52,24 +51,35 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
     for values in product(*choices):
         settings = dict(zip(keys, values, strict=True))
         try:
-            recipe = load(source, [f"{key}={value}" for key, value in settings.items()])
+            recipe = Recipe.load(source, [f"{key}={value}" for key, value in settings.items()])
         except RecipeError as error:
             faults |= dict.fromkeys(error.faults)
             continue
         alone = recipe.model_copy(update={"baselines": []})
         own = {key: settings[key] for key in varied}
-        rest = {key: value for key, value in own.items() if key.partition(".")[0] not in ("strategy", "baselines")}
+        rest = {
+            key: value
+            for key, value in own.items()
+            if key.partition(".")[0] not in ("strategy", "baselines")
+        }
         if recipe.baselines and rest == own:
             own = {"strategy": recipe.strategy.name, **own}
         combinations.append((_name(own, recipe), alone))
         for baseline in recipe.baselines:
-            baselines.append((_name({"strategy": baseline.name, **rest}, recipe), alone.model_copy(update={"strategy": baseline})))
+            baselines.append(
+                (
+                    _name({"strategy": baseline.name, **rest}, recipe),
+                    alone.model_copy(update={"strategy": baseline}),
+                )
+            )
     if faults:
         raise RecipeError(list(faults))
     return _distinct(combinations, baselines)
 
 
-def _distinct(combinations: list[tuple[str, Recipe]], baselines: list[tuple[str, Recipe]]) -> dict[str, Recipe]:
+def _distinct(
+    combinations: list[tuple[str, Recipe]], baselines: list[tuple[str, Recipe]]
+) -> dict[str, Recipe]:
     """The recipes by name. Where two names are one as folders (``a/b`` and ``a:b``), the second gets a digest of its recipe.
 
     Raises ``RecipeError`` for two combinations that are the same; a baseline that is there already is left out.
@@ -81,7 +91,13 @@ def _distinct(combinations: list[tuple[str, Recipe]], baselines: list[tuple[str,
         content = recipe.model_dump_json(exclude={"name"})
         if other := known.get(content):
             if number < len(combinations):
-                raise RecipeError([printable(f"command line: {other} and {name} are the same recipe; leave one of them out")])
+                raise RecipeError(
+                    [
+                        printable(
+                            f"command line: {other} and {name} are the same recipe; leave one of them out"
+                        )
+                    ]
+                )
             continue
         name = _with_digest(name, content) if name.casefold() in taken else name
         taken.add(name.casefold())
@@ -97,17 +113,29 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
         key, equals, values = text.partition("=")
         key = key.strip()
         if key in settings:
-            faults.append(f"command line: {key}: given twice; write all of its values once, as {key}=a,b,c")
+            faults.append(
+                f"command line: {key}: given twice; write all of its values once, as {key}=a,b,c"
+            )
             continue
         settings[key] = [value.strip() for value in _split(values)]
         if not equals or not key:
-            faults.append(f"command line: found {text!r}, expected key=value,value,..., such as seed=0,1,2")
+            faults.append(
+                f"command line: found {text!r}, expected key=value,value,..., such as seed=0,1,2"
+            )
         elif not all(settings[key]):
-            faults.append(f"command line: {key}: a value is missing in {text!r}; write key=a,b,c, and null for no value")
-        elif repeated := [value for value in dict.fromkeys(settings[key]) if settings[key].count(value) > 1]:
-            faults.append(f"command line: {key}: {', '.join(repeated)} is given twice; keep one of them")
+            faults.append(
+                f"command line: {key}: a value is missing in {text!r}; write key=a,b,c, and null for no value"
+            )
+        elif repeated := [
+            value for value in dict.fromkeys(settings[key]) if settings[key].count(value) > 1
+        ]:
+            faults.append(
+                f"command line: {key}: {', '.join(repeated)} is given twice; keep one of them"
+            )
     if (combinations := prod(map(len, settings.values()))) > MOST:
-        faults.append(f"command line: {combinations:,} combinations, and {MOST:,} is the most; give fewer values")
+        faults.append(
+            f"command line: {combinations:,} combinations, and {MOST:,} is the most; give fewer values"
+        )
     if faults:
         raise RecipeError([printable(fault) for fault in faults])
     return list(settings), list(settings.values())
@@ -129,7 +157,9 @@ def _split(text: str) -> Iterator[str]:
 
 def _name(settings: dict[str, str], recipe: Recipe) -> str:
     """``key=value,key=value`` as a name for a folder; the recipe's own where nothing varies."""
-    name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(recipe.name)
+    name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(
+        recipe.name
+    )
     return name if name and len(name) <= _LONGEST else _with_digest(name, str(settings))
 
 

@@ -8,21 +8,33 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin
+from typing import Any, NamedTuple, TypeVar, get_origin
 
 from pydantic import ValidationError
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import yaml_document
-from fedmerge_peft.recipe.error_messages import did_you_mean, expected, explain, field_annotation, found, kinds_of, required, variants
-from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.error_messages import (
+    did_you_mean,
+    expected,
+    explain,
+    field_annotation,
+    found,
+    kinds_of,
+    required,
+    variants,
+)
 from fedmerge_peft.recipe.section import Section
-from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dotted, encodable, printable, refuse
+from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dotted, refuse
+from fedmerge_peft.util.text import encodable, printable
 
 LARGEST = 256 * 1024
 """Bytes in a recipe: a longer file is something else."""
 
 COMMAND_LINE = Mark("command line")
+
+R = TypeVar("R", bound=Section)
+"""The recipe's class, which is passed in: the schema offers these functions as its methods."""
 
 
 class Shipped(NamedTuple):
@@ -43,7 +55,10 @@ def shipped() -> list[Shipped]:
     folders = package / "shipped_recipes", package.parents[1] / "recipes"
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     paths = sorted(folder.glob("*.yaml"))
-    return [Shipped(path.stem, path, path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for path in paths]
+    return [
+        Shipped(path.stem, path, path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "))
+        for path in paths
+    ]
 
 
 def find(source: str | os.PathLike[str]) -> Path:
@@ -65,7 +80,13 @@ def find(source: str | os.PathLike[str]) -> Path:
     if name in known:
         return known[name]
     guess = did_you_mean(name, list(known))
-    raise RecipeError([printable(f"{text or repr(text)}: neither a file nor a shipped recipe{guess} (see: fedmerge ls)")])
+    raise RecipeError(
+        [
+            printable(
+                f"{text or repr(text)}: neither a file nor a shipped recipe{guess} (see: fedmerge ls)"
+            )
+        ]
+    )
 
 
 def _read(path: Path) -> str:
@@ -77,55 +98,84 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise RecipeError([printable(f"{path}: cannot be read: {error.strerror}")]) from None
     if len(content) > LARGEST:
-        raise RecipeError([printable(f"{path}: larger than {LARGEST // 1024} KiB, which no recipe is")])
+        raise RecipeError(
+            [printable(f"{path}: larger than {LARGEST // 1024} KiB, which no recipe is")]
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         mark = Mark(str(path), content.count(b"\n", 0, error.start) + 1)
-        raise refuse([Fault(mark, (), f"not UTF-8 text: the byte 0x{content[error.start]:02x}; save the file as UTF-8")]) from None
+        raise refuse(
+            [
+                Fault(
+                    mark,
+                    (),
+                    f"not UTF-8 text: the byte 0x{content[error.start]:02x}; save the file as UTF-8",
+                )
+            ]
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------
 # Recipes
 # --------------------------------------------------------------------------------------------------
-def load(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+def load(model: type[R], source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> R:
     """Read a shipped recipe by name, or a YAML file by path, then apply the overrides in their order.
 
     Raises ``RecipeError`` with every fault at once, each as ``file:line: dotted.path: what was found, what was expected``.
     """
     path = find(source)
-    return loads(_read(path), str(path), overrides)
+    return loads(model, _read(path), str(path), overrides)
 
 
-def loads(text: str, source: str, overrides: Iterable[str] = ()) -> Recipe:
+def loads(model: type[R], text: str, source: str, overrides: Iterable[str] = ()) -> R:
     """Read YAML text, then apply the overrides; ``source`` stands in messages for a file's name. Raises as ``load``."""
     document = yaml_document.parse(text, Mark(source, 1))
     if document.value is None:
-        raise refuse([*document.faults, Fault(Mark(source), (), "empty; a recipe needs at least name, task, backbone and data")])
+        raise refuse(
+            [
+                *document.faults,
+                Fault(
+                    Mark(source), (), "empty; a recipe needs at least name, task, backbone and data"
+                ),
+            ]
+        )
     if not isinstance(document.value, dict):
         mark = document.mark(())
-        raise refuse([*document.faults, Fault(mark, (), f"found {found(document.value)}, expected key: value lines at the top level")])
-    return _validate(document, overrides)
+        raise refuse(
+            [
+                *document.faults,
+                Fault(
+                    mark,
+                    (),
+                    f"found {found(document.value)}, expected key: value lines at the top level",
+                ),
+            ]
+        )
+    return _validate(model, document, overrides)
 
 
-def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+def override(recipe: R, overrides: Iterable[str]) -> R:
     """A copy of the recipe with overrides applied in their order. Raises ``RecipeError`` with every fault at once."""
-    return _validate(Document(recipe.model_dump(), {(): Mark(f"recipe {recipe.name}")}), overrides)
+    written = Mark(f"recipe {getattr(recipe, 'name', '')}".rstrip())
+    return _validate(type(recipe), Document(recipe.model_dump(), {(): written}), overrides)
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Section) -> str:
     """The whole recipe, defaults written out, in the schema's order, as YAML that ``load`` reads back equal."""
     return yaml_document.write(recipe.model_dump())
 
 
-def _validate(document: Document, overrides: Iterable[str]) -> Recipe:
+def _validate(model: type[R], document: Document, overrides: Iterable[str]) -> R:
     for text in overrides:
-        _apply(text, document)
+        _apply(model, text, document)
     try:
-        recipe = Recipe.model_validate(document.value)
+        recipe = model.model_validate(document.value)
     except ValidationError as error:
         known = {fault.where for fault in document.faults}
-        document.faults += [fault for fault in explain(error, document) if fault.where not in known]
+        document.faults += [
+            fault for fault in explain(error, document, model) if fault.where not in known
+        ]
     if document.faults:
         raise refuse(document.faults)
     return recipe
@@ -134,12 +184,18 @@ def _validate(document: Document, overrides: Iterable[str]) -> Recipe:
 # --------------------------------------------------------------------------------------------------
 # Overrides
 # --------------------------------------------------------------------------------------------------
-def _apply(text: str, document: Document) -> None:
+def _apply(model: type[Section], text: str, document: Document) -> None:
     """Set one ``key.sub=value`` in the document; what is wrong with it goes to the document's faults."""
     key, equals, value_text = text.partition("=")
-    where = _place(key.strip())
+    where = _place(model, key.strip())
     if not equals or not all(where) or not encodable(text):
-        document.faults.append(Fault(COMMAND_LINE, (), f"found {text!r}, expected key=value, such as training.learning_rate=1e-4"))
+        document.faults.append(
+            Fault(
+                COMMAND_LINE,
+                (),
+                f"found {text!r}, expected key=value, such as training.learning_rate=1e-4",
+            )
+        )
         return
     try:
         value = yaml_document.parse(value_text, COMMAND_LINE)
@@ -147,49 +203,61 @@ def _apply(text: str, document: Document) -> None:
         said = error.faults[0].removeprefix(f"{COMMAND_LINE}: ")
         document.faults.append(Fault(COMMAND_LINE, where, said))
         return
-    document.faults += [Fault(COMMAND_LINE, where + fault.where, fault.text) for fault in value.faults]
-    section = _section(where[:-1], document)
+    document.faults += [
+        Fault(COMMAND_LINE, where + fault.where, fault.text) for fault in value.faults
+    ]
+    section = _section(model, where[:-1], document)
     if isinstance(section, str):
         document.faults.append(Fault(COMMAND_LINE, where, section))
         return
     section[str(where[-1])] = value.value
-    document.marks = {known: mark for known, mark in document.marks.items() if known[: len(where)] != where}
+    document.marks = {
+        known: mark for known, mark in document.marks.items() if known[: len(where)] != where
+    }
     document.marks[where] = COMMAND_LINE
-    _forget_other_kind(where, section, document)
+    _forget_other_kind(model, where, section, document)
 
 
-def _annotation(where: Where) -> Any:
+def _annotation(model: type[Section], where: Where) -> Any:
     """What the schema expects at a place, looking into every kind of section on the way; None for unknown keys."""
-    annotation: Any = Recipe
+    annotation: Any = model
     for step in where:
         infos = (section.model_fields.get(str(step)) for section in variants(annotation))
         annotation = next((field_annotation(info) for info in infos if info), None)
     return annotation
 
 
-def _place(key: str) -> Where:
+def _place(model: type[Section], key: str) -> Where:
     """The steps of a dotted key; column and module names may hold dots of their own."""
     steps = key.split(".")
     for depth in range(1, len(steps)):
-        if get_origin(required(_annotation(tuple(steps[:depth])))) is dict:
+        if get_origin(required(_annotation(model, tuple(steps[:depth])))) is dict:
             return (*steps[:depth], ".".join(steps[depth:]))
     return tuple(steps)
 
 
-def _section(where: Where, document: Document) -> dict[str, Any] | str:
+def _section(model: type[Section], where: Where, document: Document) -> dict[str, Any] | str:
     """The section at a place, made where it is not there yet; or why there can be none."""
     section: dict[str, Any] = document.value
     for depth, step in enumerate(where, start=1):
         here = where[:depth]
-        annotation = _annotation(here)
-        if annotation is not None and not variants(annotation) and get_origin(required(annotation)) is not dict:
+        annotation = _annotation(model, here)
+        if (
+            annotation is not None
+            and not variants(annotation)
+            and get_origin(required(annotation)) is not dict
+        ):
             return f"{dotted(here)} has no keys; write {dotted(here)}=VALUE, {expected(annotation)}"
         if step not in section:
             document.marks[here] = COMMAND_LINE
         inner, kinds = section.get(str(step)), kinds_of(annotation)
         if inner is None:
-            default = Recipe.model_fields[str(step)].default if kinds and depth == 1 else None
-            inner = {kinds.key: getattr(default, kinds.key)} if kinds and isinstance(default, Section) else {}
+            default = model.model_fields[str(step)].default if kinds and depth == 1 else None
+            inner = (
+                {kinds.key: getattr(default, kinds.key)}
+                if kinds and isinstance(default, Section)
+                else {}
+            )
         elif isinstance(inner, str) and kinds:
             inner = {kinds.key: inner}
         elif not isinstance(inner, dict):
@@ -199,9 +267,11 @@ def _section(where: Where, document: Document) -> dict[str, Any] | str:
     return section
 
 
-def _forget_other_kind(where: Where, section: dict[str, Any], document: Document) -> None:
+def _forget_other_kind(
+    model: type[Section], where: Where, section: dict[str, Any], document: Document
+) -> None:
     """Where a tag changed (``strategy.name=fedavg``), drop the file's keys that the new kind does not know."""
-    kinds, value = kinds_of(_annotation(where[:-1])), section[str(where[-1])]
+    kinds, value = kinds_of(_annotation(model, where[:-1])), section[str(where[-1])]
     if not kinds or where[-1] != kinds.key or value not in kinds.names:
         return
     for key in set(section) - set(kinds.sections[kinds.names.index(value)].model_fields):

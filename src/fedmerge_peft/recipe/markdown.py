@@ -13,7 +13,13 @@ Schema = dict[str, Any]
 
 _SHARED_BY = 4
 """A key that so many variants of a section have in common is told once for all of them."""
-_NAMES = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
+_NAMES = {
+    "string": "text",
+    "integer": "integer",
+    "number": "number",
+    "boolean": "true or false",
+    "null": "null",
+}
 _HEAD = """# Recipes: all keys
 
 Made by `fedmerge schema --markdown` from the schema that checks recipes. Keys may be given on the command line as `section.key=value`,
@@ -29,7 +35,9 @@ def reference() -> str:
     return "\n".join([_HEAD, *_section("", top, schema["$defs"])]).rstrip("\n") + "\n"
 
 
-def _section(path: str, section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()) -> Iterator[str]:
+def _section(
+    path: str, section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()
+) -> Iterator[str]:
     """A section's table, then the sections within it."""
     if path:
         yield _said(section) + "\n"
@@ -44,31 +52,50 @@ def _section(path: str, section: Schema, known: dict[str, Schema], skip: frozens
             yield from _kinds(place, field, [_of(kind, known) for kind in kinds], known)
 
 
-def _kinds(path: str, field: Schema, kinds: list[Schema], known: dict[str, Schema]) -> Iterator[str]:
+def _kinds(
+    path: str, field: Schema, kinds: list[Schema], known: dict[str, Schema]
+) -> Iterator[str]:
     """A section that comes in several kinds, which one of its keys tells apart."""
     level = "##" + "#" * path.count(".")
     yield f"{level} {path}\n"
     yield _said(field) + "\n"
     tag = next(key for key, each in kinds[0]["properties"].items() if "const" in each)
-    counts = Counter(json.dumps([key, each]) for kind in kinds for key, each in kind["properties"].items())
+    counts = Counter(
+        json.dumps([key, each]) for kind in kinds for key, each in kind["properties"].items()
+    )
     common = dict(json.loads(text) for text, count in counts.items() if count >= _SHARED_BY)
     if common:
-        owners = [kind["properties"][tag]["const"] for kind in kinds if common.keys() <= kind["properties"].keys()]
+        owners = [
+            kind["properties"][tag]["const"]
+            for kind in kinds
+            if common.keys() <= kind["properties"].keys()
+        ]
         yield f"Common to {', '.join(f'`{owner}`' for owner in owners)}:\n"
         yield from _table({"properties": common}, known)
     for kind in kinds:
         yield f"{level}# {tag}: {kind['properties'][tag]['const']}\n"
-        yield from _section(path, kind, known, frozenset({tag} | {key for key in common if kind["properties"].get(key) == common[key]}))
+        yield from _section(
+            path,
+            kind,
+            known,
+            frozenset(
+                {tag} | {key for key in common if kind["properties"].get(key) == common[key]}
+            ),
+        )
 
 
-def _table(section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()) -> Iterator[str]:
+def _table(
+    section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()
+) -> Iterator[str]:
     fields = {key: field for key, field in section["properties"].items() if key not in skip}
     if not fields:
         return
     yield "| key | type | default | what it says |\n|---|---|---|---|"
     for key, field in fields.items():
         default = _default(field) if "default" in field else "**required**"
-        said = _said(field if "description" in field else _of(field, known))  # pydantic says once what both would say
+        said = _said(
+            field if "description" in field else _of(field, known)
+        )  # pydantic says once what both would say
         yield f"| `{key}` | {_type(field)} | {default} | {said} |"
     yield ""
 
@@ -79,7 +106,11 @@ def _type(field: Schema) -> str:
         return "a list of such sections" if field.get("type") == "array" else "a section, below"
     if "anyOf" in field:
         parts = [_type(each) for each in field["anyOf"]]
-        return _NAMES["boolean"] if parts[0] == _NAMES["boolean"] and "`yes`" in parts[1] else " / ".join(parts)
+        return (
+            _NAMES["boolean"]
+            if parts[0] == _NAMES["boolean"] and "`yes`" in parts[1]
+            else " / ".join(parts)
+        )
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":

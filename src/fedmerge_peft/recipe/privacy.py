@@ -46,7 +46,5 @@ class PrivacyRecipe(Section):
         }
         for what, asked in moved.items():
             if asked:
-                return (
-                    f"strategy.{what} by each other's updates, which noise on the sums does not cover; use privacy.mode=local, or change it"
-                )
+                return f"strategy.{what} by each other's updates, which noise on the sums does not cover; use privacy.mode=local, or change it"
         return None

@@ -14,7 +14,9 @@ Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
 class DefenceRecipe(Section):
     """How much a client can change of what others get."""
 
-    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"] = "mean"
+    aggregation: Literal[
+        "mean", "median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"
+    ] = "mean"
     """How the clients' updates become one, for each adapter by what they count for it: the weighted mean, the coordinate-wise weighted
     median or trimmed mean (Yin et al. 2018, arXiv 1803.01498), the one update nearest to its neighbours (Krum), the mean of the nearest
     ones (multi_krum; Blanchard et al. 2017, arXiv 1703.02757), or the weighted mean of those that do not point against the others'
@@ -32,4 +34,8 @@ class DefenceRecipe(Section):
     @property
     def defends(self) -> bool:
         """Whether it does anything else than weighted means."""
-        return self.aggregation != "mean" or self.norm_bound is not None or self.norm_multiple is not None
+        return (
+            self.aggregation != "mean"
+            or self.norm_bound is not None
+            or self.norm_multiple is not None
+        )

@@ -95,7 +95,9 @@ class ImageClassification(Section):
 
 
 TaskName = Literal["sequence-classification", "causal-lm", "image-classification"]
-Task = Annotated[SequenceClassification | CausalLM | ImageClassification, Field(discriminator="name")]
+Task = Annotated[
+    SequenceClassification | CausalLM | ImageClassification, Field(discriminator="name")
+]
 TaskRecipe = Annotated[Task, BeforeValidator(named, json_schema_input_type=Task | TaskName)]
 
 
@@ -168,7 +170,9 @@ class LoraRecipe(Section):
                 "changes the pretrained weights (pissa, olora, corda, loftq, eva ... do). Use true or gaussian"
             )
         if self.merge == "shared_a" and self.use_dora:
-            raise ValueError("merge: shared_a promises an exact merge, which use_dora cannot give; choose one of them")
+            raise ValueError(
+                "merge: shared_a promises an exact merge, which use_dora cannot give; choose one of them"
+            )
         return self
 
 
@@ -244,7 +248,9 @@ class EvaluationRecipe(Section):
     """Measure clients' locally trained adapters too: the gain of finetuning, which FedMerge wants small."""
 
 
-Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+Tracker = Literal[
+    "tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+]
 
 
 class Recipe(Section):
@@ -286,7 +292,9 @@ class Recipe(Section):
     def _distinct_baselines(self) -> Recipe:
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"baselines: each strategy may appear once, and {', '.join(repeated)} appears again")
+            raise ValueError(
+                f"baselines: each strategy may appear once, and {', '.join(repeated)} appears again"
+            )
         return self
 
     @model_validator(mode="after")
@@ -295,7 +303,9 @@ class Recipe(Section):
             if said := self.privacy.refusal(strategy):
                 raise ValueError(said)
         if self.privacy.mode == "central" and self.defence.defends:
-            raise ValueError("privacy.mode: central noise is for means of updates clipped to privacy.clip; leave defence out, or use local")
+            raise ValueError(
+                "privacy.mode: central noise is for means of updates clipped to privacy.clip; leave defence out, or use local"
+            )
         return self
 
     @model_validator(mode="after")
@@ -316,7 +326,7 @@ class Recipe(Section):
         """
         from fedmerge_peft.recipe.loading import load
 
-        return load(source, overrides)
+        return load(cls, source, overrides)
 
     def replace(self, overrides: Iterable[str]) -> Recipe:
         """A copy with ``key.sub=value`` overrides applied. Raises ``RecipeError``."""

@@ -18,7 +18,10 @@ def named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-Boolean = Annotated[bool, BeforeValidator(_yaml_boolean, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
+Boolean = Annotated[
+    bool,
+    BeforeValidator(_yaml_boolean, json_schema_input_type=bool | Literal["yes", "no", "on", "off"]),
+]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Scalar = str | int | float | bool
 

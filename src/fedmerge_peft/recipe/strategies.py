@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from fedmerge_peft.recipe.section import Fraction, Section, named
 
@@ -26,12 +34,20 @@ class Server(Section):
     @property
     def lr(self) -> float:
         """``server_lr``, or its default."""
-        return self.server_lr if self.server_lr is not None else {"sgd": 1.0, "adam": 0.01}[self.server_optimizer]
+        return (
+            self.server_lr
+            if self.server_lr is not None
+            else {"sgd": 1.0, "adam": 0.01}[self.server_optimizer]
+        )
 
     @property
     def momentum(self) -> float:
         """``server_momentum``, or its default."""
-        return self.server_momentum if self.server_momentum is not None else {"sgd": 0.0, "adam": 0.9}[self.server_optimizer]
+        return (
+            self.server_momentum
+            if self.server_momentum is not None
+            else {"sgd": 0.0, "adam": 0.9}[self.server_optimizer]
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,7 +90,9 @@ class FedMerge(Server):
     @model_validator(mode="after")
     def _a_group_has_an_adapter(self) -> FedMerge:
         if self.groups is not None and self.groups > self.adapters:
-            raise ValueError(f"groups: {self.groups} groups need as many adapters, and there are {self.adapters}; raise adapters")
+            raise ValueError(
+                f"groups: {self.groups} groups need as many adapters, and there are {self.adapters}; raise adapters"
+            )
         return self
 
 
@@ -236,4 +254,6 @@ Strategy = Annotated[
     | FLora,
     Field(discriminator="name"),
 ]
-StrategyRecipe = Annotated[Strategy, BeforeValidator(named, json_schema_input_type=Strategy | StrategyName)]
+StrategyRecipe = Annotated[
+    Strategy, BeforeValidator(named, json_schema_input_type=Strategy | StrategyName)
+]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import yaml
 
 from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.util.text import encodable, printable
 
 Where = tuple[str | int, ...]
 """Keys from the top of the document to a value: ``("baselines", 0, "adapters")``."""
@@ -30,24 +31,19 @@ _CORE: dict[str, tuple[str, str]] = {  # tag: (pattern, possible first character
     "null": (r"~|null|Null|NULL|", "~nN\0"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
 }
 _SHAPES = {tag: re.compile(rf"(?:{pattern})\Z") for tag, (pattern, _) in _CORE.items()}
 
 
-def printable(text: str) -> str:
-    """The text with every character that could steer a terminal written as an escape; line feeds too."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def encodable(text: str) -> bool:
-    """Whether this is Unicode text, without the halves of surrogate pairs that escapes and file names can bring."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
 def dotted(where: Where) -> str:
     """A place in a document as people write it: ``baselines[0].adapters``."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in where).removeprefix(".")
+    return "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step}" for step in where
+    ).removeprefix(".")
 
 
 @dataclass(frozen=True)
@@ -74,12 +70,16 @@ class Fault:
     text: str
 
     def __str__(self) -> str:
-        return printable(": ".join(part for part in (str(self.mark), dotted(self.where), self.text) if part))
+        return printable(
+            ": ".join(part for part in (str(self.mark), dotted(self.where), self.text) if part)
+        )
 
 
 def refuse(faults: list[Fault]) -> RecipeError:
     """The error that lists these faults by line, those of the command line last."""
-    lines = [str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))]
+    lines = [
+        str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
+    ]
     return RecipeError(lines if len(lines) <= MOST else [*lines[:MOST], "... and more"])
 
 
@@ -110,7 +110,9 @@ class _Loader(_Core, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise yaml.MarkedYAMLError(problem=_NO_ALIASES, problem_mark=event.start_mark)
         if self.depth == DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} levels deep", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {DEEPEST} levels deep", problem_mark=event.start_mark
+            )
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -144,12 +146,21 @@ def parse(text: str, mark: Mark) -> Document:
         if said.startswith(("while scanning an alias", "while scanning an anchor")):
             said = _NO_ALIASES
         hint = "; indent with spaces, not tabs" if "'\\t'" in said else ""
-        raise refuse([Fault(mark.at(place.line + 1 if place else 1), (), f"not valid YAML: {said}{hint}")]) from None
+        raise refuse(
+            [Fault(mark.at(place.line + 1 if place else 1), (), f"not valid YAML: {said}{hint}")]
+        ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise refuse([Fault(mark.at(line), (), f"not valid YAML: the character {chr(error.character)!r}")]) from None
-    except (ValueError, OverflowError):  # PyYAML's own, from an escape such as "\UFFFFFFFF" or a huge version number
-        raise refuse([Fault(mark, (), "not valid YAML: it holds an escape or a number that cannot be")]) from None
+        raise refuse(
+            [Fault(mark.at(line), (), f"not valid YAML: the character {chr(error.character)!r}")]
+        ) from None
+    except (
+        ValueError,
+        OverflowError,
+    ):  # PyYAML's own, from an escape such as "\UFFFFFFFF" or a huge version number
+        raise refuse(
+            [Fault(mark, (), "not valid YAML: it holds an escape or a number that cannot be")]
+        ) from None
     document = Document(None, {(): mark})
     if node is not None:
         document.value = _value(node, (), document, mark)
@@ -164,7 +175,13 @@ def _value(node: Any, where: Where, document: Document, mark: Mark) -> Any:
         return [_value(item, (*where, i), document, mark) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
         return _mapping(node, where, document, mark)
-    document.faults.append(Fault(here, where, f"the tag {node.tag.replace(_TAG, '!!')} means nothing here; write the value without it"))
+    document.faults.append(
+        Fault(
+            here,
+            where,
+            f"the tag {node.tag.replace(_TAG, '!!')} means nothing here; write the value without it",
+        )
+    )
     return None
 
 
@@ -187,22 +204,34 @@ def _scalar(node: yaml.ScalarNode, where: Where, document: Document, here: Mark)
     if tag == "float":
         return float(text.replace(".", "") if text[-1].isalpha() else text)
     if not encodable(text):
-        document.faults.append(Fault(here, where, f"found {printable(text)}, half of a surrogate pair, expected Unicode text"))
+        document.faults.append(
+            Fault(
+                here,
+                where,
+                f"found {printable(text)}, half of a surrogate pair, expected Unicode text",
+            )
+        )
         return "?"
     return text
 
 
-def _mapping(node: yaml.MappingNode, where: Where, document: Document, mark: Mark) -> dict[str, Any]:
+def _mapping(
+    node: yaml.MappingNode, where: Where, document: Document, mark: Mark
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         here = mark.at(key_node.start_mark.line + 1)
         if not isinstance(key_node, yaml.ScalarNode) or not encodable(key_node.value):
-            document.faults.append(Fault(here, where, "found a key that is not text; quote what belongs to it"))
+            document.faults.append(
+                Fault(here, where, "found a key that is not text; quote what belongs to it")
+            )
             continue
         key = str(key_node.value)
         if key in values:
             first = document.marks[*where, key]
-            document.faults.append(Fault(here, (*where, key), f"given twice, first at {first}; keep one of them"))
+            document.faults.append(
+                Fault(here, (*where, key), f"given twice, first at {first}; keep one of them")
+            )
             continue
         document.marks[*where, key] = here
         values[key] = _value(value_node, (*where, key), document, mark)
@@ -226,7 +255,9 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 def _list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.SequenceNode:
-    return dumper.represent_sequence(_TAG + "seq", items, flow_style=not any(isinstance(item, dict | list) for item in items))
+    return dumper.represent_sequence(
+        _TAG + "seq", items, flow_style=not any(isinstance(item, dict | list) for item in items)
+    )
 
 
 _DUMPS: dict[type, Callable[..., Any]] = {str: _text, list: _list}
@@ -236,10 +267,23 @@ for _type, _dump in _DUMPS.items():
 
 def write(value: dict[str, Any]) -> str:
     """YAML that ``parse`` reads back equal, keys in their order, safe to print on a terminal."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**9)
+    text: str = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=10**9,
+    )
     return "".join(c if c == "\n" or c.isprintable() else _escape(c) for c in text)
 
 
 def _escape(c: str) -> str:
     """As YAML escapes it; only double-quoted text holds such characters, see ``_text``."""
-    return f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+    return (
+        f"\\x{ord(c):02x}"
+        if ord(c) < 0x100
+        else f"\\u{ord(c):04x}"
+        if ord(c) < 0x10000
+        else f"\\U{ord(c):08x}"
+    )

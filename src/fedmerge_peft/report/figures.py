@@ -16,7 +16,7 @@ from fedmerge_peft.analysis import local_global_gap
 from fedmerge_peft.plotting import svg
 from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Line, Lines, Strip
 from fedmerge_peft.report.advice import final, percentile
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 
 _MOST_PAIRED = 1500
 """Clients of which pairs are drawn."""
@@ -42,7 +42,7 @@ class Figure:
         return svg.draw(self.drawing)
 
 
-def figures(run: Run) -> list[Figure]:
+def figures(run: RunDirectory) -> list[Figure]:
     """All figures that the run's files allow; those without numbers are left out."""
     order = similar_order(run.weights.to_numpy()) if run.records else np.arange(len(run.clients))
     found = [
@@ -67,7 +67,7 @@ def similar_order(weights: NDArray[Any]) -> NDArray[np.int64]:
     return np.lexsort((-weights.max(axis=1), second, ranked[:, 0])).astype(np.int64)
 
 
-def _scores(run: Run) -> Iterator[Figure]:
+def _scores(run: RunDirectory) -> Iterator[Figure]:
     series = []
     served = _points(run)
     if not served:
@@ -77,24 +77,43 @@ def _scores(run: Run) -> Iterator[Figure]:
     means = [scores["mean"] for _, scores in served]
     bands = [[percentile(scores, percent) for _, scores in served] for percent in (10, 90)]
     series.append(Line("served", x, means, bands[0], bands[1], 0))
-    tuned = [(record["round"] - 1, record["finetuned"]["mean"]) for record in run.records if record["finetuned"]]
+    tuned = [
+        (record["round"] - 1, record["finetuned"]["mean"])
+        for record in run.records
+        if record["finetuned"]
+    ]
     if tuned:
-        series.append(Line("finetuned", [at for at, _ in tuned], [mean for _, mean in tuned], style=1))
+        series.append(
+            Line("finetuned", [at for at, _ in tuned], [mean for _, mean in tuned], style=1)
+        )
     for style, (name, other) in enumerate(run.baselines.items(), start=2):
         if points := _points(other):
-            series.append(Line(name, [at for at, _ in points], [scores["mean"] for _, scores in points], style=min(style, 5)))
+            series.append(
+                Line(
+                    name,
+                    [at for at, _ in points],
+                    [scores["mean"] for _, scores in points],
+                    style=min(style, 5),
+                )
+            )
     bounded = not served[0][1]["metric"].endswith(("perplexity", "loss", "correlation"))
     yield Figure(
         "scores",
         f"{metric[:1].upper()}{metric[1:]}, mean over clients, by round",
-        Lines(series, x="rounds completed", y=metric, floor=0 if bounded else None, ceiling=1 if bounded else None),
+        Lines(
+            series,
+            x="rounds completed",
+            y=metric,
+            floor=0 if bounded else None,
+            ceiling=1 if bounded else None,
+        ),
         "The band holds the middle 80 % of the clients. “finetuned” is what a round of local training makes of what is served: "
         "the closer the two lines, the less a client needs it. "
         + ("The other lines are what the baselines serve." if len(series) > 2 else ""),
     )
 
 
-def _points(run: Run) -> list[tuple[int, dict[str, Any]]]:
+def _points(run: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
     """Rounds completed, and the scores of what was served then."""
     points = [(record["round"] - 1, record["served"]) for record in run.records if record["served"]]
     if (run.path / "summary.json").is_file() and (scores := final(run)):
@@ -102,12 +121,16 @@ def _points(run: Run) -> list[tuple[int, dict[str, Any]]]:
     return points
 
 
-def _weights(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
+def _weights(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     weights = run.weights if run.records else None
     if weights is None or weights.shape[1] < 2:
         return
     names = [str(weights.index[number]) for number in order]
-    crowd = f" With {len(names)} clients, neighbours share a line." if len(names) > svg.MOST_ROWS else ""
+    crowd = (
+        f" With {len(names)} clients, neighbours share a line."
+        if len(names) > svg.MOST_ROWS
+        else ""
+    )
     yield Figure(
         "weights",
         "Merging weights π: who is made of which adapters",
@@ -123,16 +146,24 @@ def _weights(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
     by_round = list(run.weights_by_round())
     chosen = np.unique(np.linspace(0, len(by_round) - 1, _MOST_ROUNDS).round().astype(int))
     if run.recipe.strategy.name == "fedmerge" and len(chosen) > 1:
-        pictures = [(f"round {by_round[number][0]}", by_round[number][1].numpy()[order]) for number in chosen]
+        pictures = [
+            (f"round {by_round[number][0]}", by_round[number][1].numpy()[order])
+            for number in chosen
+        ]
         yield Figure(
             "weights-by-round",
             "Merging weights π as they moved over the rounds",
-            Strip(pictures, x="adapters, by number", y="clients, in the order of their weights", label="merging weight π (share)"),
+            Strip(
+                pictures,
+                x="adapters, by number",
+                y="clients, in the order of their weights",
+                label="merging weight π (share)",
+            ),
             "Clients from top to bottom in the order of the figure above, adapters from left to right, a stronger colour for more weight.",
         )
 
 
-def _labels(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
+def _labels(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     counts = run.label_counts
     if counts is None:
         return
@@ -154,18 +185,24 @@ def _labels(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
     )
 
 
-def _similarity(run: Run, order: NDArray[np.int64]) -> Iterator[Figure]:
+def _similarity(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     counts = run.label_counts
     if counts is None or not run.records or run.weights.shape[1] < 2 or len(order) > _MOST_PAIRED:
         return
     held = counts.to_numpy()[order].astype(float)
-    found = {"by merging weights": run.weights.to_numpy()[order], "by labels": held / held.sum(axis=1, keepdims=True).clip(1)}
+    found = {
+        "by merging weights": run.weights.to_numpy()[order],
+        "by labels": held / held.sum(axis=1, keepdims=True).clip(1),
+    }
     pictures = [(title, _coarse(alike(rows))) for title, rows in found.items()]
     yield Figure(
         "similarity",
         "Similarity of clients: learned, and by their labels",
         Strip(
-            pictures, x="clients, in the order of their merging weights", y="clients, in the same order", label="similarity, 1 − ½ ‖p − q‖₁"
+            pictures,
+            x="clients, in the order of their merging weights",
+            y="clients, in the same order",
+            label="similarity, 1 − ½ ‖p − q‖₁",
         ),
         "Clients against clients, in the order of their merging weights; 1 − ½ ‖p − q‖₁, from none to full colour. The server never saw "
         "the right picture. Where the left has blocks that the right has not, clients are alike in something else than their labels.",
@@ -183,7 +220,7 @@ def _coarse(square: NDArray[Any]) -> NDArray[Any]:
     return svg.binned(across, [""] * len(across), _MOST_CELLS)[0].T
 
 
-def _adapters(run: Run) -> Iterator[Figure]:
+def _adapters(run: RunDirectory) -> Iterator[Figure]:
     learned = [record for record in run.records if record["adapter_mass"]]
     if not learned or len(learned[0]["adapter_mass"]) < 2:
         return
@@ -216,7 +253,7 @@ def _adapters(run: Run) -> Iterator[Figure]:
     )
 
 
-def _gap(run: Run) -> Iterator[Figure]:
+def _gap(run: RunDirectory) -> Iterator[Figure]:
     gap = local_global_gap(run)
     if not len(gap) or gap["distance"].isna().all():
         return
@@ -225,7 +262,13 @@ def _gap(run: Run) -> Iterator[Figure]:
         "gap",
         "Local-global gap: what clients trained against what they get next",
         Lines(
-            [Line("gap", [int(number) for number in gap.index], gap["distance"].astype(float).tolist())],
+            [
+                Line(
+                    "gap",
+                    [int(number) for number in gap.index],
+                    gap["distance"].astype(float).tolist(),
+                )
+            ],
             x="round",
             y="distance ‖trained − sent next‖₂",
             floor=0,
@@ -235,14 +278,19 @@ def _gap(run: Run) -> Iterator[Figure]:
     )
 
 
-def _costs(run: Run) -> Iterator[Figure]:
+def _costs(run: RunDirectory) -> Iterator[Figure]:
     runs = {run.recipe.strategy.name: run, **run.baselines}
     runs = {name: each for name, each in runs.items() if each.records}
     if not runs:
         return
     clients = len(run.clients)
-    for direction, way, key in (("down", "a client is sent", "bytes_down"), ("up", "a client sends back", "bytes_up")):
-        megabytes = [sum(record[key] for record in each.records) / clients / 1e6 for each in runs.values()]
+    for direction, way, key in (
+        ("down", "a client is sent", "bytes_down"),
+        ("up", "a client sends back", "bytes_up"),
+    ):
+        megabytes = [
+            sum(record[key] for record in each.records) / clients / 1e6 for each in runs.values()
+        ]
         yield Figure(
             f"traffic-{direction}",
             f"Traffic: what {way} in the whole run",

@@ -26,7 +26,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -39,8 +39,6 @@ from fedmerge_peft.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedmerge_peft.serving.merged_adapter import MergedAdapter
-    from fedmerge_peft.serving.predictor import Prediction
 
 _WRITTEN = re.compile(
     r"(baselines/[^/]+/)*"
@@ -54,8 +52,8 @@ _MOST_NAMED = 5
 """Files that a message names."""
 
 
-class Run:
-    """A run directory. ``writer.py`` writes it."""
+class RunDirectory:
+    """Reads a run directory; ``RunWriter`` writes it, and ``api.Run`` adds what a person calls."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,14 +73,14 @@ class Run:
         if path.exists() and (not path.is_dir() or any(not _half_written(found.name) for found in path.iterdir())):
             free = next(candidate for n in range(2, 10_000) if not (candidate := path.with_name(f"{path.name}-{n}")).exists())
             what = "a run" if (path / "recipe.yaml").exists() else "other files"
-            resume = f"It has not ended; go on with it: {command}. Or choose" if (command := Run(path).resume_command) else "Choose"
+            resume = f"It has not ended; go on with it: {command}. Or choose" if (command := RunDirectory(path).resume_command) else "Choose"
             message = f"{path} already holds {what}, and nothing is ever overwritten. {resume} another directory: --out {free}"
             raise RunExistsError(message, free)
 
     @property
     def ended(self) -> bool:
         """Whether all rounds are done, those of the baselines too."""
-        return all(Run(path).rounds_ended == recipe.rounds for recipe, path in parts(self.recipe, self.path))
+        return all(RunDirectory(path).rounds_ended == recipe.rounds for recipe, path in parts(self.recipe, self.path))
 
     @property
     def rounds_ended(self) -> int | None:
@@ -94,7 +92,7 @@ class Run:
     def resume_command(self) -> str | None:
         """The command that goes on with the run; None where it has ended, or there is none."""
         try:
-            return None if Run.open(self.path).ended else shlex.join(["fedmerge", "resume", str(self.path)])
+            return None if RunDirectory.open(self.path).ended else shlex.join(["fedmerge", "resume", str(self.path)])
         except (FedMergeError, ValueError, KeyError):  # no recipe, or no summary, that this version wrote
             return None
 
@@ -138,7 +136,7 @@ class Run:
     # ---- reading ---------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path | str) -> Run:
+    def open(cls, path: Path | str) -> Self:
         """A run that was written before, finished or not. Raises ``RunError`` where there is none."""
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
@@ -228,60 +226,6 @@ class Run:
         """The adapters after the last finished round."""
         return AdapterSoup.load(self.path / "soup.safetensors")
 
-    def client(self, name: str, *, best: bool = False) -> MergedAdapter:
-        """What a client is served with, from the last or the best round, ready to use. Raises ``RunError`` where it has none.
-
-        ``run.client("north-clinic").pipeline()("my order has not come")``
-        """
-        from fedmerge_peft.serving.merged_adapter import MergedAdapter
-
-        soup, weights = self.state(best=best)
-        row = self._row_of(name, weights)
-        return MergedAdapter(self, name, soup, row, self.round(best=best), self.scores(best=best).get(name, {}))
-
-    def merge(self, shares: Mapping[str | int, float], *, best: bool = False) -> MergedAdapter:
-        """What if: an adapter of any mixture.
-
-        ``run.merge({0: 1, 2: 1})`` is half of adapter 0 and half of adapter 2; ``run.merge({"Fen Water": 3, "Castle Museum": 1})`` is made
-        as these clients are, three parts to one.
-
-        Args:
-            shares: Parts by adapter number or by client name; they are divided by their sum.
-            best: From the round with the lowest validation loss, instead of the last.
-
-        Raises:
-            RunError: No such adapter or client, a negative or infinite part, or parts that are all 0.
-        """
-        from fedmerge_peft.serving.merged_adapter import MergedAdapter
-
-        soup, known = self.state(best=best)
-        adapters = len(soup)
-        parts = torch.tensor([float(share) for share in shares.values()])
-        if not (bool(torch.isfinite(parts).all()) and bool((parts >= 0).all()) and float(parts.sum()) > 0):
-            raise RunError(f"{dict(shares)} is no mixture: give parts of at least 0, not all of them 0")
-        if wrong := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
-            raise RunError(f"{self.path} has no adapter {wrong[0]}; it has 0 to {adapters - 1}")
-        rows = [torch.eye(adapters)[key] if isinstance(key, int) else self._row_of(key, known) for key in shares]
-        name = " + ".join(f"{float(part):.2g} {key}" for key, part in zip(shares, parts / parts.sum(), strict=True))
-        return MergedAdapter(self, name, soup, (parts / parts.sum()) @ torch.stack(rows), self.round(best=best))
-
-    def predict(self, inputs: Mapping[str, Sequence[Any]], *, best: bool = False, device: str = "auto") -> dict[str, list[Prediction]]:
-        """What each client's own adapter says of its inputs, several clients in one pass: ``run.predict({"north-clinic": ["..."]})``.
-
-        Loads the model anew; ``Predictor`` keeps it, and says what inputs and predictions are, and what it raises.
-        """
-        from fedmerge_peft.serving.predictor import Predictor
-
-        return Predictor(self, best=best, device=device)(inputs)
-
-    def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
-        """A client's merged adapter in PEFT's saved form, from the last or the best round. Raises ``RunError`` where it has none."""
-        return self.client(client, best=best).saved()[0]
-
-    def save_adapter(self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False) -> Path:
-        """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads: ``run.client(client).save(folder)``."""
-        return self.client(client, best=best).save(folder, exact=exact)
-
     def state(self, *, best: bool = False) -> tuple[AdapterSoup, Tensor]:
         """The soup and π ``(clients, adapters)``, after the last or the best round. Raises ``RunError`` where there is none."""
         folder = self.path / "best" if best else self.path
@@ -289,7 +233,8 @@ class Run:
             raise RunError(f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last")
         return AdapterSoup.load(folder / "soup.safetensors"), read_tensors(folder / "weights.safetensors")["weights"]
 
-    def _row_of(self, client: str, weights: Tensor) -> Tensor:
+    def row_of(self, client: str, weights: Tensor) -> Tensor:
+        """A client's row of π. Raises ``RunError`` for a client that the run does not have."""
         names = self.client_names
         if client not in names:
             raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
@@ -321,10 +266,10 @@ class Run:
         return dict(json.loads((self.path / "adapter_config.json").read_text(encoding="utf-8")))
 
     @property
-    def baselines(self) -> dict[str, Run]:
+    def baselines(self) -> dict[str, Self]:
         """The runs of the recipe's baselines, by strategy."""
         paths = {baseline.name: self.baseline_path(baseline.name) for baseline in self.recipe.baselines}
-        return {name: Run.open(path) for name, path in paths.items() if (path / "recipe.yaml").is_file()}
+        return {name: self.open(path) for name, path in paths.items() if (path / "recipe.yaml").is_file()}
 
     def baseline_path(self, strategy: str) -> Path:
         """Where a baseline's run directory is."""
@@ -332,11 +277,6 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.recipe.strategy.name}, {len(self.records)} of {self.recipe.rounds} rounds)"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<p>{escape(repr(self))}</p>{self.metrics.tail(5).to_html()}{self.clients.head(50).to_html()}"
 
     @cached_property
     def _clients(self) -> list[dict[str, Any]]:
@@ -357,35 +297,9 @@ def parts(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
     """What a run consists of, with the directories: the recipe itself, and each of its baselines as a recipe of its own."""
     others = [baseline for baseline in recipe.baselines if baseline.name != recipe.strategy.name]
     alone = [recipe.model_copy(update={"strategy": baseline, "baselines": []}) for baseline in others]
-    return [(recipe, path), *((each, Run(path).baseline_path(each.strategy.name)) for each in alone)]
+    return [(recipe, path), *((each, RunDirectory(path).baseline_path(each.strategy.name)) for each in alone)]
 
 
 def _half_written(name: str) -> bool:
     """Whether a path in a run directory is that of a file that was being written when the run was interrupted."""
     return bool(_TEMPORARY.search(name)) and bool(_WRITTEN.fullmatch(_TEMPORARY.sub(r"\1", name)))
-
-
-def load_run(path: Path | str) -> Run:
-    """Open a run directory. Raises ``RunError`` where there is none."""
-    return Run.open(path)
-
-
-def write_adapter(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **documents: Any) -> Path:
-    """Write an adapter as a folder that ``PeftModel.from_pretrained`` loads, and each document as ``<name>.json`` beside it.
-
-    Args:
-        folder: Where to; made where it is missing.
-        state: Tensors in PEFT's saved form.
-        config: PEFT's configuration.
-        documents: Anything that is JSON.
-
-    Raises:
-        RunError: The folder cannot be written.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()})
-    write_json(folder / "adapter_config.json", config)
-    for name, document in documents.items():
-        write_json(folder / f"{name}.json", document)
-    return folder

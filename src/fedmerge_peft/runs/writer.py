@@ -15,14 +15,14 @@ from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.util.files import atomically, link, write_json, write_tensors, write_text, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.record import RoundRecord, Scores
-from fedmerge_peft.runs.directory import Run, round_of
+from fedmerge_peft.runs.directory import RunDirectory, round_of
 from fedmerge_peft.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine
 
 
-class RunWriter(Run):
+class RunWriter(RunDirectory):
     """A run to which rounds are being added, by one process (``files.held``)."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:

@@ -9,19 +9,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.exact_merge import concat, with_base
+from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.pretrained import load_model, model_folder, quiet
-from fedmerge_peft.runs.directory import Run, write_adapter
-from fedmerge_peft.tasks.tokenization import choose_length, load_part, load_tokenizer, pad_token_of, token_limit
+from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.tasks.tokenization import (
+    choose_length,
+    load_part,
+    load_tokenizer,
+    pad_token_of,
+    token_limit,
+)
 from fedmerge_peft.training.accelerator import choose_device
 
 if TYPE_CHECKING:
-    import torch
-
     from fedmerge_peft.models.backbone import Backbone
 
 
@@ -56,7 +62,7 @@ class MergedAdapter:
     Raises ``RunError`` for runs of ``fedem``, whose clients have none.
     """
 
-    run: Run
+    run: RunDirectory
     name: str
     """The client's, or what it is mixed from."""
     soup: AdapterSoup
@@ -86,7 +92,11 @@ class MergedAdapter:
         adapters in use. Raises ``ValueError`` where ``concat`` knows no exact merge.
         """
         config = self.run.adapter_config
-        state, config = concat(self.soup, self.weights, config) if exact else (self.soup.state_dict(self.row), config)
+        state, config = (
+            concat(self.soup, self.weights, config)
+            if exact
+            else (self.soup.state_dict(self.row), config)
+        )
         return with_base(state, config, self.soup.base) if self.soup.base else (state, config)
 
     def save(self, folder: Path | str, *, exact: bool = False) -> Path:
@@ -125,8 +135,16 @@ class MergedAdapter:
             model = self._model(folder, choose_device(device))
             if task.name == "image-classification":
                 backbone = self.run.recipe.backbone
-                source, revision = (backbone.tokenizer, None) if backbone.tokenizer else (folder, backbone.revision)
-                parts = {"image_processor": load_part(transformers.AutoImageProcessor, source, backbone, revision, backend="pil")}
+                source, revision = (
+                    (backbone.tokenizer, None)
+                    if backbone.tokenizer
+                    else (folder, backbone.revision)
+                )
+                parts = {
+                    "image_processor": load_part(
+                        transformers.AutoImageProcessor, source, backbone, revision, backend="pil"
+                    )
+                }
             else:
                 tokenizer, config = load_tokenizer(self.run.recipe.backbone, folder)
                 limit = choose_length(task.max_length, token_limit(tokenizer, config))
@@ -140,7 +158,12 @@ class MergedAdapter:
                 else:
                     options = {"truncation": True, **options}
             with quiet():
-                return transformers.pipeline(KINDS[task.name].pipeline, model=model, device=model.device, **{**parts, **options})
+                return transformers.pipeline(
+                    KINDS[task.name].pipeline,
+                    model=model,
+                    device=model.device,
+                    **{**parts, **options},
+                )
 
     @contextmanager
     def _folder(self) -> Iterator[str]:
@@ -153,23 +176,67 @@ class MergedAdapter:
 
         recipe = self.run.recipe
         labels = tuple(self.run.task["labels"])
-        pad = pad_token_of(load_tokenizer(recipe.backbone, folder)[0]) if recipe.task.name == "sequence-classification" else None
-        base, _ = load_model(recipe.backbone, _Head(KINDS[recipe.task.name].auto_model, labels, pad), folder, device)
+        pad = (
+            pad_token_of(load_tokenizer(recipe.backbone, folder)[0])
+            if recipe.task.name == "sequence-classification"
+            else None
+        )
+        base, _ = load_model(
+            recipe.backbone, _Head(KINDS[recipe.task.name].auto_model, labels, pad), folder, device
+        )
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
-            return PeftModel.from_pretrained(base, self.save(adapter), torch_device=str(device)).eval()
+            return PeftModel.from_pretrained(
+                base, self.save(adapter), torch_device=str(device)
+            ).eval()
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:.2f}" for weight in self.weights.tolist())
         return f"MergedAdapter({self.name!r}, weights=[{weights}], after round {self.round})"
 
 
-def fit(backbone: Backbone, soup: AdapterSoup, run: Run) -> None:
+def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> MergedAdapter:
+    """What a client is served with, from the last or the best round. Raises ``RunError`` where it has none."""
+    soup, weights = run.state(best=best)
+    row = run.row_of(name, weights)
+    return MergedAdapter(
+        run, name, soup, row, run.round(best=best), run.scores(best=best).get(name, {})
+    )
+
+
+def mixed_adapter(
+    run: RunDirectory, shares: Mapping[str | int, float], *, best: bool = False
+) -> MergedAdapter:
+    """An adapter of any mixture of adapters, by number, and clients, by name; as ``api.Run.merge``."""
+    soup, known = run.state(best=best)
+    adapters = len(soup)
+    parts = torch.tensor([float(share) for share in shares.values()])
+    if not (
+        bool(torch.isfinite(parts).all()) and bool((parts >= 0).all()) and float(parts.sum()) > 0
+    ):
+        raise RunError(f"{dict(shares)} is no mixture: give parts of at least 0, not all of them 0")
+    if wrong := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
+        raise RunError(f"{run.path} has no adapter {wrong[0]}; it has 0 to {adapters - 1}")
+    rows = [
+        torch.eye(adapters)[key] if isinstance(key, int) else run.row_of(key, known)
+        for key in shares
+    ]
+    name = " + ".join(
+        f"{float(part):.2g} {key}" for key, part in zip(shares, parts / parts.sum(), strict=True)
+    )
+    return MergedAdapter(
+        run, name, soup, (parts / parts.sum()) @ torch.stack(rows), run.round(best=best)
+    )
+
+
+def fit(backbone: Backbone, soup: AdapterSoup, run: RunDirectory) -> None:
     """Give a model, as the run's recipe loads it, what the run's adapters rely on: frozen tensors that they share, and what it has gained.
 
     Raises:
         RunError: The adapters are not for this model.
     """
-    shapes = [{key: tuple(value.shape) for key, value in each.shared.items()} for each in (backbone, soup)]
+    shapes = [
+        {key: tuple(value.shape) for key, value in each.shared.items()} for each in (backbone, soup)
+    ]
     if backbone.layout != soup.layout or shapes[0] != shapes[1]:
         raise RunError(
             f"{run.path}: its adapters do not fit {run.recipe.backbone.model} as it loads here; the model or PEFT has changed since the "

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmerge_peft.recipe.yaml_document import printable
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import KINDS, MergedAdapter
+from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -146,11 +146,22 @@ def client_card(merged: MergedAdapter, base: str, hub_base: str | None, place: s
     )  # fmt: skip
 
 
-def soup_card(run: Run, base: str, hub_base: str | None, folder: str, repo: str | None, *, adapters: int, best: bool) -> ModelCard:
+def soup_card(
+    run: RunDirectory,
+    base: str,
+    hub_base: str | None,
+    folder: str,
+    repo: str | None,
+    *,
+    adapters: int,
+    best: bool,
+) -> ModelCard:
     """The card of a whole soup, which is in this folder, or in this repository of the hub; other arguments as for ``client_card``."""
     scores = run.scores(best=best)
     names = dict.fromkeys(metric for each in scores.values() for metric in each)
-    means = {metric: [each[metric] for each in scores.values() if metric in each] for metric in names}
+    means = {
+        metric: [each[metric] for each in scores.values() if metric in each] for metric in names
+    }
     mean = {metric: math.fsum(values) / len(values) for metric, values in means.items()}
     place = repr(folder) if repo is None else f"snapshot_download({repo!r})"
     load = _SOUP_LOAD.format(place=place, client=repr(run.client_names[0]))
@@ -168,10 +179,13 @@ def soup_card(run: Run, base: str, hub_base: str | None, folder: str, repo: str 
 
 def plain(text: str) -> str:
     """A name from somebody's data, as Markdown that shows it as it is."""
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#+-!|" else character for character in printable(text))
+    return "".join(
+        f"\\{character}" if character in "\\`*_{}[]<>()#+-!|" else character
+        for character in printable(text)
+    )
 
 
-def _card(template: str, data: Any, run: Run, base: str, **said: Any) -> ModelCard:
+def _card(template: str, data: Any, run: RunDirectory, base: str, **said: Any) -> ModelCard:
     from huggingface_hub import ModelCard
 
     card: ModelCard = ModelCard.from_template(
@@ -187,12 +201,18 @@ def _card(template: str, data: Any, run: Run, base: str, **said: Any) -> ModelCa
     return card
 
 
-def _data(run: Run, hub_base: str | None, name: str, scores: Mapping[str, float]) -> Any:
+def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[str, float]) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     kind = KINDS[run.recipe.task.name].pipeline
     results = [
-        EvalResult(kind, dataset_type="private", dataset_name=name, metric_type=metric.removeprefix("test_"), metric_value=value)
+        EvalResult(
+            kind,
+            dataset_type="private",
+            dataset_name=name,
+            metric_type=metric.removeprefix("test_"),
+            metric_value=value,
+        )
         for metric, value in scores.items()
         if metric.startswith("test_") and math.isfinite(value)
     ]
@@ -210,9 +230,11 @@ def _scores(scores: Mapping[str, float]) -> dict[str, str]:
     return {metric.replace("_", " "): f"{value:.4g}" for metric, value in scores.items()}
 
 
-def _example(run: Run, base: str, load: str, imports: str) -> str:
+def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
     recipe, labels = run.recipe, run.task["labels"]
-    revision = "" if recipe.backbone.revision is None else f", revision={recipe.backbone.revision!r}"
+    revision = (
+        "" if recipe.backbone.revision is None else f", revision={recipe.backbone.revision!r}"
+    )
     tokenizer = recipe.backbone.tokenizer or base
     for_others = base != recipe.backbone.model  # who then cannot have a folder of this machine
     trust = ", trust_remote_code=True" if recipe.backbone.trust_remote_code else ""
@@ -233,13 +255,20 @@ def _example(run: Run, base: str, load: str, imports: str) -> str:
 def _wrapped(labels: Sequence[str]) -> str:
     """A list in Python's syntax, a line for each where it is long."""
     short = repr(list(labels))
-    return short if len(short) < 100 else "[\n" + "".join(f"    {label!r},\n" for label in labels) + "]"
+    return (
+        short
+        if len(short) < 100
+        else "[\n" + "".join(f"    {label!r},\n" for label in labels) + "]"
+    )
 
 
-def _recipe(run: Run, base: str) -> str:
+def _recipe(run: RunDirectory, base: str) -> str:
     """The run's recipe without what it says of this machine: of local paths, the last part alone."""
     recipe = run.recipe
-    backbone = {"model": base, "tokenizer": recipe.backbone.tokenizer and _portable(recipe.backbone.tokenizer)}
+    backbone = {
+        "model": base,
+        "tokenizer": recipe.backbone.tokenizer and _portable(recipe.backbone.tokenizer),
+    }
     changed = {
         "backbone": recipe.backbone.model_copy(update=backbone),
         "data": recipe.data.model_copy(update={"path": _portable(recipe.data.path)}),
@@ -249,4 +278,8 @@ def _recipe(run: Run, base: str) -> str:
 
 def _portable(source: str) -> str:
     path = Path(source)
-    return path.name if path.is_absolute() or path.exists() or source.startswith(("~", ".")) else source
+    return (
+        path.name
+        if path.is_absolute() or path.exists() or source.startswith(("~", "."))
+        else source
+    )

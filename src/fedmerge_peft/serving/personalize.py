@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.data import Client, FederatedData, Indices, load_splits
 from fedmerge_peft.data.partition import set_aside
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.directory import Run, write_adapter
+from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import fit
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.tasks.classification import relabel
@@ -113,7 +114,7 @@ class Personalized:
         Raises ``RunExistsError`` where the folder has anything in it, ``RunError`` where it cannot be written.
         """
         folder = Path(folder)
-        Run.check_free(folder)
+        RunDirectory.check_free(folder)
         document = {
             "name": self.name,
             "examples": dict(self.examples),
@@ -126,7 +127,7 @@ class Personalized:
 
 
 def personalize(
-    run: Run | Path | str,
+    run: RunDirectory | Path | str,
     data: Path | str | Dataset,
     *,
     name: str | None = None,
@@ -155,7 +156,7 @@ def personalize(
         DataError: The data cannot be read, are not what the task says, or hold a label that the run does not know.
         FedMergeError: Model or device are absent.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
     soup, known = run.state(best=best)
     _check_merges(run, soup)
     seed = run.recipe.seed if seed is None else seed
@@ -169,10 +170,14 @@ def personalize(
         compared.train_alone(seed)
     nearest = clients[int((known - torch.softmax(logits, dim=0)).abs().sum(dim=1).argmin())]
     sizes = {"train": newcomer.size, "test": len(newcomer.test)}
-    return Personalized(newcomer.name, soup, logits, tuple(compared.methods), nearest, sizes, run.adapter_config)
+    return Personalized(
+        newcomer.name, soup, logits, tuple(compared.methods), nearest, sizes, run.adapter_config
+    )
 
 
-def learn_logits(rows: Tensor, start: Tensor, objective: Objective, *, steps: int = 25, lr: float = 0.5) -> tuple[Tensor, float]:
+def learn_logits(
+    rows: Tensor, start: Tensor, objective: Objective, *, steps: int = 25, lr: float = 0.5
+) -> tuple[Tensor, float]:
     """min_w ℓ(softmax(w) Θ) from the weights given, on all examples at once, by Rprop (Riedmiller & Braun 1993).
 
     With no noise in the gradient, its signs and a step size for each logit need fewer evaluations than Adam, at any scale of the loss.
@@ -225,7 +230,9 @@ class _Comparison:
         self.newcomer = engine.clients[0]
         self.rows = soup.rows
         self.methods: list[Method] = []
-        batches = (engine.task.collate(engine.examples, chunk)["labels"] for chunk in self._chunks())
+        batches = (
+            engine.task.collate(engine.examples, chunk)["labels"] for chunk in self._chunks()
+        )
         self._count = sum(engine.task.count(labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
@@ -235,30 +242,48 @@ class _Comparison:
         chosen = distinct(known, torch.cat([singles, uniform]))
         tried = [
             self._try("mean adapter", uniform, [""]),
-            self._try("best single adapter", singles, [f"adapter {number}" for number in range(adapters)]),
+            self._try(
+                "best single adapter", singles, [f"adapter {number}" for number in range(adapters)]
+            ),
         ]
         if chosen:
-            tried.append(self._try("a client's weights", known[chosen], [clients[number] for number in chosen]))
+            tried.append(
+                self._try(
+                    "a client's weights", known[chosen], [clients[number] for number in chosen]
+                )
+            )
         start, lowest = min(tried, key=lambda each: each[1])
         begin = time.perf_counter() - sum(method.seconds for method in self.methods)
         logits, loss = learn_logits(self.rows, start, self._objective)
         if lowest < loss:  # the start is all but one-hot, and a softmax never gets there
             logits, loss = start.double().clamp_min(_TINY).log(), lowest
         logits = (logits - logits.mean()).float()
-        self._add("learned weights", "", loss, torch.softmax(logits, dim=0).to(self.rows) @ self.rows, begin)
+        self._add(
+            "learned weights",
+            "",
+            loss,
+            torch.softmax(logits, dim=0).to(self.rows) @ self.rows,
+            begin,
+        )
         return logits
 
     def train_alone(self, seed: int) -> None:
         """Train a fresh adapter as a client does that shares nothing, over the recipe's rounds."""
         begin = time.perf_counter()
         engine, training = self.engine, self.engine.recipe.training
-        rounds = min(engine.recipe.rounds, max(1, _LOCAL_STEPS // count_steps(self.newcomer.size, training)))
+        rounds = min(
+            engine.recipe.rounds, max(1, _LOCAL_STEPS // count_steps(self.newcomer.size, training))
+        )
         row = engine.start().fresh_row(0)
         for number in range(1, rounds + 1):
             job, purpose = Train(row), derive(seed, "train", number, self.newcomer.name)
             parts = (engine.backbone, engine.task, training, engine.accelerator)
-            row = train(*parts, job, engine.examples, self.newcomer.train, purpose, engine.cache).row
-        self._add("local training", f"{rounds} round{'s' * (rounds > 1)}", self._loss(row), row, begin)
+            row = train(
+                *parts, job, engine.examples, self.newcomer.train, purpose, engine.cache
+            ).row
+        self._add(
+            "local training", f"{rounds} round{'s' * (rounds > 1)}", self._loss(row), row, begin
+        )
 
     def _try(self, name: str, weights: Tensor, details: list[str]) -> tuple[Tensor, float]:
         """Remember the best of several weights ``(k, d)`` as one method; returns it and its loss."""
@@ -271,12 +296,20 @@ class _Comparison:
     def _add(self, name: str, detail: str, loss: float, row: Tensor, begin: float) -> None:
         seconds = time.perf_counter() - begin
         test, size = self.newcomer.test, self.engine.recipe.evaluation.batch_size
-        scores = evaluate(*self._model, row, self.engine.examples, test, size, self.engine.cache) if len(test) else {}
+        scores = (
+            evaluate(*self._model, row, self.engine.examples, test, size, self.engine.cache)
+            if len(test)
+            else {}
+        )
         self.methods.append(Method(name, detail, loss, scores, seconds))
 
     def _loss(self, row: Tensor) -> float:
-        size = self.engine.recipe.training.batch_size  # the batches of _objective, so that the losses compare exactly
-        losses = example_losses(*self._model, row, self.engine.examples, self.newcomer.train, size, self.engine.cache)
+        size = (
+            self.engine.recipe.training.batch_size
+        )  # the batches of _objective, so that the losses compare exactly
+        losses = example_losses(
+            *self._model, row, self.engine.examples, self.newcomer.train, size, self.engine.cache
+        )
         return float(losses.double().sum()) / self._count
 
     def _objective(self, row: Tensor) -> tuple[float, Tensor]:
@@ -286,7 +319,9 @@ class _Comparison:
         gradient.zero_()
         backbone.load_row(row)
         backbone.eval()
-        loss = accumulate(*self._model, self.engine.examples, self._chunks(), cache=self.engine.cache)
+        loss = accumulate(
+            *self._model, self.engine.examples, self._chunks(), cache=self.engine.cache
+        )
         return float(loss), gradient.cpu()
 
     @property
@@ -299,7 +334,7 @@ class _Comparison:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _check_merges(run: Run, soup: AdapterSoup) -> None:
+def _check_merges(run: RunDirectory, soup: AdapterSoup) -> None:
     strategy, takes = run.recipe.strategy.name, " or ".join(MERGING)
     if len(soup) == 1:
         raise RunError(
@@ -307,17 +342,26 @@ def _check_merges(run: Run, soup: AdapterSoup) -> None:
             f"as it is. To have a choice for new clients, run {takes} with strategy.adapters=5, say"
         )
     if strategy not in MERGING:
-        raise RunError(f"{run.path} is a run of {strategy}, whose adapters are not for another client to merge; take a run of {takes}")
+        raise RunError(
+            f"{run.path} is a run of {strategy}, whose adapters are not for another client to merge; take a run of {takes}"
+        )
 
 
 def _read(
-    run: Run, data: Path | str | Dataset, name: str | None, test_fraction: float, max_train: int | None, seed: int
+    run: RunDirectory,
+    data: Path | str | Dataset,
+    name: str | None,
+    test_fraction: float,
+    max_train: int | None,
+    seed: int,
 ) -> tuple[Dataset, Client]:
     """The newcomer's table, labels numbered as the run's are, and the newcomer itself."""
     from datasets import Dataset, concatenate_datasets
 
     if not 0 <= test_fraction < 1:
-        raise DataError(f"test_fraction: {test_fraction:g} leaves nothing to learn from; give a number from 0 to below 1")
+        raise DataError(
+            f"test_fraction: {test_fraction:g} leaves nothing to learn from; give a number from 0 to below 1"
+        )
     if isinstance(data, Dataset):
         splits, name = {"train": data}, name or "newcomer"
     else:
@@ -327,7 +371,9 @@ def _read(
         table = relabel(table, run.recipe.task.label, run.task["labels"])
     held = _held(run.recipe, splits, table)
     rng = np.random.default_rng(derive(seed, "newcomer", name))
-    train, _, test = set_aside(held["train"], 0, 0 if "test" in held else test_fraction, max_train, rng)
+    train, _, test = set_aside(
+        held["train"], 0, 0 if "test" in held else test_fraction, max_train, rng
+    )
     if not len(train):
         raise DataError(f"{name}: there are no examples to learn from")
     return table, Client(name, train, np.empty(0, np.int64), held.get("test", test))
@@ -336,9 +382,20 @@ def _read(
 def _splits(recipe: Recipe, path: Path) -> dict[str, Dataset]:
     """What the file or folder holds, unfiltered, by the splits' usual names."""
     if not path.exists():
-        raise DataError(f"{path.absolute()} does not exist; give the new client's examples as a csv, json, jsonl or parquet file")
-    usual = {"train_split": "train", "validation_split": None, "test_split": None, "split_column": None}
-    return load_splits(recipe.data.model_copy(update={**usual, "path": str(path), "config": None, "revision": None, "filter": {}}))
+        raise DataError(
+            f"{path.absolute()} does not exist; give the new client's examples as a csv, json, jsonl or parquet file"
+        )
+    usual = {
+        "train_split": "train",
+        "validation_split": None,
+        "test_split": None,
+        "split_column": None,
+    }
+    return load_splits(
+        recipe.data.model_copy(
+            update={**usual, "path": str(path), "config": None, "revision": None, "filter": {}}
+        )
+    )
 
 
 def _held(recipe: Recipe, splits: Mapping[str, Dataset], table: Dataset) -> dict[str, Indices]:
@@ -350,13 +407,16 @@ def _held(recipe: Recipe, splits: Mapping[str, Dataset], table: Dataset) -> dict
     elif column is not None and column in table.column_names:
         names = np.array([str(value) for value in table[column]])
         data = recipe.data
-        wanted = {"train": (data.train_split, data.validation_split or "validation"), "test": (data.test_split or "test",)}
+        wanted = {
+            "train": (data.train_split, data.validation_split or "validation"),
+            "test": (data.test_split or "test",),
+        }
     else:
         return {"train": np.arange(len(table))}
     return {part: np.flatnonzero(np.isin(names, these)) for part, these in wanted.items()}
 
 
-def _recipe(run: Run) -> Recipe:
+def _recipe(run: RunDirectory) -> Recipe:
     """The run's recipe, with what its data told about the task; without fp16, whose gradients would need a scaler."""
     recipe, training = run.recipe, run.recipe.training
     if choose_precision(training.mixed_precision, choose_device(training.device)) == "fp16":

@@ -20,7 +20,7 @@ from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.models.pretrained import model_folder
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import fit
 from fedmerge_peft.tasks import Examples, make_task
 from fedmerge_peft.training.accelerator import make_accelerator
@@ -64,13 +64,17 @@ class Predictor:
         DeviceError: There is no such device.
     """
 
-    def __init__(self, run: Run, *, best: bool = False, device: str = "auto") -> None:
+    def __init__(self, run: RunDirectory, *, best: bool = False, device: str = "auto") -> None:
         if run.recipe.strategy.name == "fedem":
-            raise RunError(f"{run.path}: fedem mixes what its adapters predict, so a client has no single adapter to predict with")
+            raise RunError(
+                f"{run.path}: fedem mixes what its adapters predict, so a client has no single adapter to predict with"
+            )
         soup, weights = run.state(best=best)
         self._adapters = dict(zip(run.client_names, soup.merge(weights), strict=True))
         self._labels: list[str] = run.task["labels"]
-        recipe = run.recipe.model_copy(update={"training": run.recipe.training.model_copy(update={"device": device})})
+        recipe = run.recipe.model_copy(
+            update={"training": run.recipe.training.model_copy(update={"device": device})}
+        )
         if recipe.task.name == "causal-lm":
             generating = {"format": "prompt-completion", "metrics": ["exact_match"]}
             recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update=generating)})
@@ -79,10 +83,19 @@ class Predictor:
         with TemporaryDirectory(prefix="fedmerge-") as scratch:
             folder = model_folder(recipe.backbone.model, Path(scratch))
             self._task = make_task(recipe, _table(recipe.task, self._labels, None), folder)
-            self._backbone = load_backbone(recipe.backbone, recipe.lora, self._task, folder, self._accelerator.device, recipe.seed)
+            self._backbone = load_backbone(
+                recipe.backbone,
+                recipe.lora,
+                self._task,
+                folder,
+                self._accelerator.device,
+                recipe.seed,
+            )
         fit(self._backbone, soup, run)
 
-    def __call__(self, inputs: Mapping[str, Sequence[Any]], *, batch_size: int | None = None) -> dict[str, list[Prediction]]:
+    def __call__(
+        self, inputs: Mapping[str, Sequence[Any]], *, batch_size: int | None = None
+    ) -> dict[str, list[Prediction]]:
         """Predictions of each client's own adapter, in the order of its inputs.
 
         Args:
@@ -99,7 +112,9 @@ class Predictor:
             DataError: An input is not what the task takes.
         """
         if unknown := [client for client in inputs if client not in self._adapters]:
-            raise RunError(f"the run has no client {unknown[0]!r}; it has {listing(self._adapters)}")
+            raise RunError(
+                f"the run has no client {unknown[0]!r}; it has {listing(self._adapters)}"
+            )
         flat = [each for client in inputs for each in inputs[client]]
         if not flat:
             return {client: [] for client in inputs}
@@ -108,9 +123,14 @@ class Predictor:
         for client, given in inputs.items():
             owned[client] = np.arange(start, start := start + len(given))
         answers: dict[int, Prediction] = {}
-        for parts in self._passes(owned, examples, batch_size or self._recipe.evaluation.batch_size):
+        for parts in self._passes(
+            owned, examples, batch_size or self._recipe.evaluation.batch_size
+        ):
             answers |= self._answer(examples, parts)
-        return {client: [answers[index] for index in indices.tolist()] for client, indices in owned.items()}
+        return {
+            client: [answers[index] for index in indices.tolist()]
+            for client, indices in owned.items()
+        }
 
     @cached_property
     def reason(self) -> str | None:
@@ -128,7 +148,9 @@ class Predictor:
             return cast("CausalLMTask", self._task).encode_prompts(inputs)
         return self._task.encode(_table(self._recipe.task, self._labels, inputs))
 
-    def _passes(self, owned: Mapping[str, Indices], examples: Examples, batch_size: int) -> Iterator[list[_Part]]:
+    def _passes(
+        self, owned: Mapping[str, Indices], examples: Examples, batch_size: int
+    ) -> Iterator[list[_Part]]:
         """Parts that share a pass: alike in number and length, so that little is filled up. The longest come first."""
         present = [client for client, indices in owned.items() if len(indices)]
         together = min(len(present), _MOST, batch_size)
@@ -137,8 +159,13 @@ class Predictor:
         parts = []
         for client in present:
             indices = owned[client][np.argsort(-examples.lengths[owned[client]], kind="stable")]
-            parts += [_Part(self._adapters[client], indices[at : at + size]) for at in range(0, len(indices), size)]
-        parts.sort(key=lambda part: (-len(part.indices), -int(examples.lengths[part.indices].max())))
+            parts += [
+                _Part(self._adapters[client], indices[at : at + size])
+                for at in range(0, len(indices), size)
+            ]
+        parts.sort(
+            key=lambda part: (-len(part.indices), -int(examples.lengths[part.indices].max()))
+        )
         for at in range(0, len(parts), together):
             yield parts[at : at + together]
 
@@ -153,11 +180,17 @@ class Predictor:
         with self._holding(torch.stack([part.row for part in parts])), self._accelerator.autocast():
             if self._recipe.task.name == "causal-lm":
                 said: list[Prediction] = [
-                    *cast("CausalLMTask", self._task).complete(self._backbone.model, examples, chunk, self._backbone.device)
+                    *cast("CausalLMTask", self._task).complete(
+                        self._backbone.model, examples, chunk, self._backbone.device
+                    )
                 ]
             else:
                 said = [*self._named(self._logits(examples, chunk))]
-        return {int(index): said[number * width + place] for number, part in enumerate(parts) for place, index in enumerate(part.indices)}
+        return {
+            int(index): said[number * width + place]
+            for number, part in enumerate(parts)
+            for place, index in enumerate(part.indices)
+        }
 
     def _holding(self, rows: Tensor) -> Any:
         """Within, the first of K parts of a batch passes through the first of these adapters ``(K, P)``, and so on."""
@@ -170,8 +203,16 @@ class Predictor:
         """``(batch, classes)``; of a language model those of the next token, ``(batch, vocabulary)``."""
         decoder = self._recipe.task.name == "causal-lm"
         task = self._task
-        batch = cast("CausalLMTask", task).collate_prompts(examples, chunk) if decoder else task.collate(examples, chunk)
-        inputs = {name: tensor.to(self._backbone.device) for name, tensor in batch.items() if name != "labels"}
+        batch = (
+            cast("CausalLMTask", task).collate_prompts(examples, chunk)
+            if decoder
+            else task.collate(examples, chunk)
+        )
+        inputs = {
+            name: tensor.to(self._backbone.device)
+            for name, tensor in batch.items()
+            if name != "labels"
+        }
         logits: Tensor = self._backbone.model(**inputs).logits.float()
         return logits[:, -1] if decoder else logits
 
@@ -197,8 +238,13 @@ class Predictor:
         for number, row in enumerate(rows):
             with self._holding(row[None]), self._accelerator.autocast():
                 alone = self._logits(examples, chunk)[number]
-            exact = self._accelerator.mixed_precision == "no" and self._backbone.model.dtype == torch.float32
-            if not bool((together[number] - alone).norm() <= (1e-3 if exact else 0.05) * alone.norm()):
+            exact = (
+                self._accelerator.mixed_precision == "no"
+                and self._backbone.model.dtype == torch.float32
+            )
+            if not bool(
+                (together[number] - alone).norm() <= (1e-3 if exact else 0.05) * alone.norm()
+            ):
                 return "the model's layers mix the examples of a batch, or use an adapter in a way of their own"
         return None
 
@@ -223,15 +269,28 @@ def _table(task: TaskRecipe, labels: list[str], inputs: list[Any] | None) -> Dat
     if task.name == "image-classification":
         from PIL.Image import Image as Picture
 
-        _refuse([each for each in inputs if not isinstance(each, Picture | str | Path)], "a PIL image, or the path of a file")
+        _refuse(
+            [each for each in inputs if not isinstance(each, Picture | str | Path)],
+            "a PIL image, or the path of a file",
+        )
         columns: dict[str, Any] = {task.image: Image()}
         rows = [[each if isinstance(each, Picture) else str(each)] for each in inputs]
     else:
-        columns = {name: Value("string") for name in (task.text, task.text_pair) if name is not None}
+        columns = {
+            name: Value("string") for name in (task.text, task.text_pair) if name is not None
+        }
         pairs = len(columns) == 2
-        rows = [list(each) if pairs and isinstance(each, tuple | list) else [each] for each in inputs]
-        unfit = [row for row in rows if len(row) != len(columns) or not all(isinstance(text, str) for text in row)]
-        _refuse([row if pairs else row[0] for row in unfit], "a pair of texts" if pairs else "a text")
+        rows = [
+            list(each) if pairs and isinstance(each, tuple | list) else [each] for each in inputs
+        ]
+        unfit = [
+            row
+            for row in rows
+            if len(row) != len(columns) or not all(isinstance(text, str) for text in row)
+        ]
+        _refuse(
+            [row if pairs else row[0] for row in unfit], "a pair of texts" if pairs else "a text"
+        )
     features = Features({**columns, task.label: ClassLabel(names=labels)})
     listed = [{**dict(zip(columns, row, strict=True)), task.label: 0} for row in rows]
     return Dataset.from_list(listed, features=features)

@@ -14,13 +14,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.diff import differing, flat, written
 from fedmerge_peft.recipe.section import Boolean, Fraction, Scalar, Section
-from fedmerge_peft.recipe.yaml_document import Mark, dotted, printable
+from fedmerge_peft.recipe.yaml_document import Mark, dotted
+from fedmerge_peft.util.text import printable
 
 FEDERATION = "federation.json"
 SITE = "site.yaml"
@@ -29,9 +37,27 @@ RUN = "run"
 """The run directory's name in the server's kit."""
 OPERATOR = "operator@federation.local"
 """Who submits jobs; the name in the operator's certificate."""
+ADDRESS = "FEDMERGE_TRAINER"
+"""Environment variable with the socket's path; without it a job trains in its own process."""
+KIT = "FEDMERGE_KIT"
+"""Environment variable with the path of the site's kit."""
+SETTINGS = "FEDMERGE_SITE_SETTINGS"
+"""Environment variable with a site's settings as JSON."""
+REFUSED = 2
+"""Exit code of a child that has said what is wrong, and would say it again."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _TAKEN = ("server", "operator", "authority", "sites")
-_SERVERS = ("name", "rounds", "evaluation.every", "tracking", "strategy", "baselines", "clients", "defence", "data")
+_SERVERS = (
+    "name",
+    "rounds",
+    "evaluation.every",
+    "tracking",
+    "strategy",
+    "baselines",
+    "clients",
+    "defence",
+    "data",
+)
 """Parts of the recipe that change nothing of what a site does."""
 
 
@@ -90,7 +116,9 @@ def check_names(sites: Mapping[str, list[str]]) -> None:
             )
     clients = [client for held in sites.values() for client in held]
     if repeated := sorted({name for name in clients if clients.count(name) > 1}):
-        raise FederateError(f"{', '.join(map(repr, repeated))}: named more than once; each client is at one site")
+        raise FederateError(
+            f"{', '.join(map(repr, repeated))}: named more than once; each client is at one site"
+        )
 
 
 # ---- what a site decides -------------------------------------------------------------------------
@@ -183,7 +211,11 @@ class SiteSettings(Section):
             for each in error.errors():
                 where = tuple(each["loc"])
                 unknown = each["type"] == "extra_forbidden"
-                said = f"not a site's to say; its file may have {known}, and the federation is the recipe's" if unknown else each["msg"]
+                said = (
+                    f"not a site's to say; its file may have {known}, and the federation is the recipe's"
+                    if unknown
+                    else each["msg"]
+                )
                 faults.append(f"{document.mark(where)}: {dotted(where)}: {said}")
         if faults:
             raise FederateError(printable_lines(faults))
@@ -193,7 +225,11 @@ class SiteSettings(Section):
         """With the path that the command line gave."""
         if path is None:
             return self
-        data = SiteData(path=str(path)) if self.data is None else self.data.model_copy(update={"path": str(path)})
+        data = (
+            SiteData(path=str(path))
+            if self.data is None
+            else self.data.model_copy(update={"path": str(path)})
+        )
         return self.model_copy(update={"data": data})
 
     def applied(self, recipe: Recipe) -> Recipe:
@@ -207,7 +243,12 @@ class SiteSettings(Section):
                 raise FederateError(
                     f"batch_size: {self.batch_size} does not divide the {step} examples of a step; the recipe has one update for them all"
                 )
-            training = training.model_copy(update={"batch_size": self.batch_size, "gradient_accumulation": step // self.batch_size})
+            training = training.model_copy(
+                update={
+                    "batch_size": self.batch_size,
+                    "gradient_accumulation": step // self.batch_size,
+                }
+            )
         return recipe.model_copy(update={"training": training})
 
 
@@ -220,9 +261,16 @@ def refusal(asked: Recipe, agreed: Recipe, limits: SiteLimits) -> str | None:
         limits: The most that the site allows.
     """
     theirs, ours = flat(asked), flat(agreed)
-    keys = [key for key in differing([ours, theirs]) if not any(key == part or key.startswith(f"{part}.") for part in _SERVERS)]
+    keys = [
+        key
+        for key in differing([ours, theirs])
+        if not any(key == part or key.startswith(f"{part}.") for part in _SERVERS)
+    ]
     if keys:
-        said = "; ".join(f"{key} is {written(theirs.get(key))}, and {written(ours.get(key))} in the kit" for key in keys)
+        said = "; ".join(
+            f"{key} is {written(theirs.get(key))}, and {written(ours.get(key))} in the kit"
+            for key in keys
+        )
         return f"the server's recipe is not the one in the kit: {said}"
     if asked.backbone.trust_remote_code and not limits.remote_code:
         return "backbone.trust_remote_code: code that comes with a model does not run here (allow.remote_code in site.yaml)"
@@ -244,7 +292,14 @@ def refused_modules(keys: list[str], limits: SiteLimits) -> str | None:
 def _module(key: str) -> str:
     """``query`` of ``base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight``, ``classifier`` of a head's tensor."""
     steps = key.split(".")
-    adapter = next((at for at, step in enumerate(steps) if step.startswith("lora_") or step == "modules_to_save"), len(steps) - 1)
+    adapter = next(
+        (
+            at
+            for at, step in enumerate(steps)
+            if step.startswith("lora_") or step == "modules_to_save"
+        ),
+        len(steps) - 1,
+    )
     return steps[adapter - 1]
 
 

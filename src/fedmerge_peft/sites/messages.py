@@ -43,13 +43,17 @@ class Message:
 
     def to_bytes(self) -> bytes:
         """The message as it travels."""
-        said = json.dumps({"protocol": PROTOCOL, "kind": self.kind, "facts": self.facts}, ensure_ascii=False)
+        said = json.dumps(
+            {"protocol": PROTOCOL, "kind": self.kind, "facts": self.facts}, ensure_ascii=False
+        )
         whole: dict[str, Tensor] = {}
         held: set[int] = set()
         for name, tensor in self.tensors.items():
             value = tensor.detach().to("cpu").contiguous()
             memory = value.untyped_storage().data_ptr()
-            whole[name] = value.clone() if memory in held else value  # safetensors takes no two views of one memory
+            whole[name] = (
+                value.clone() if memory in held else value
+            )  # safetensors takes no two views of one memory
             held.add(memory)
         return save(whole, metadata={"fedmerge": said})
 
@@ -58,20 +62,30 @@ class Message:
         """Read a message. Raises ``WireError`` for bytes that are none, and for another version's."""
         try:
             length = int.from_bytes(data[:_HEADER], "little")
-            said = json.loads(json.loads(data[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])
+            said = json.loads(
+                json.loads(data[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"]
+            )
             tensors = load(data)
             protocol, kind, facts = said["protocol"], said["kind"], said["facts"]
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise WireError(f"{len(data)} bytes that are no message ({type(error).__name__})") from error
+            raise WireError(
+                f"{len(data)} bytes that are no message ({type(error).__name__})"
+            ) from error
         if protocol != PROTOCOL or not isinstance(kind, str) or not isinstance(facts, dict):
-            raise WireError(f"a message of protocol {protocol!r}, and this end speaks {PROTOCOL}; install the same version everywhere")
+            raise WireError(
+                f"a message of protocol {protocol!r}, and this end speaks {PROTOCOL}; install the same version everywhere"
+            )
         return cls(kind, facts, tensors)
 
 
 def kind_of(content: bytes) -> str:
     """The kind of a message that was just written, without its tensors."""
     length = int.from_bytes(content[:_HEADER], "little")
-    return str(json.loads(json.loads(content[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])["kind"])
+    return str(
+        json.loads(json.loads(content[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])[
+            "kind"
+        ]
+    )
 
 
 def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
@@ -101,7 +115,11 @@ class _Luggage:
 
     def _put(self, tensor: Tensor) -> str:
         for name, known in self.tensors.items():
-            if known is tensor or (known.dtype == tensor.dtype and known.shape == tensor.shape and torch.equal(known, tensor)):
+            if known is tensor or (
+                known.dtype == tensor.dtype
+                and known.shape == tensor.shape
+                and torch.equal(known, tensor)
+            ):
                 return name
         name = f"t{len(self.tensors)}"
         self.tensors[name] = tensor
@@ -109,7 +127,13 @@ class _Luggage:
 
 
 def work_message(
-    round: int, client: str, plan: Plan | None, served: Served | None, base: Mapping[str, Tensor], layout: str, dtype: WireDtype
+    round: int,
+    client: str,
+    plan: Plan | None,
+    served: Served | None,
+    base: Mapping[str, Tensor],
+    layout: str,
+    dtype: WireDtype,
 ) -> Message:
     """What a client is to do: ``train`` with a plan, ``score`` without one.
 
@@ -153,7 +177,9 @@ def _train(job: Train, luggage: _Luggage) -> dict[str, Any]:
         "phases": [None if columns is None else luggage.mask(columns) for columns in job.phases],
         "proximal": job.proximal,
         "anchor": None if job.anchor is None else luggage.numbers(job.anchor),
-        "release": None if job.release is None else {"clip": job.release.clip, "noise": job.release.noise},
+        "release": None
+        if job.release is None
+        else {"clip": job.release.clip, "noise": job.release.noise},
     }
 
 
@@ -162,7 +188,11 @@ def _mixture(mixture: Mixture, luggage: _Luggage) -> dict[str, Any]:
 
 
 def _served(served: Served, luggage: _Luggage) -> dict[str, Any]:
-    return _mixture(served, luggage) if isinstance(served, Mixture) else {"row": luggage.numbers(served)}
+    return (
+        _mixture(served, luggage)
+        if isinstance(served, Mixture)
+        else {"row": luggage.numbers(served)}
+    )
 
 
 def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> Message:
@@ -222,7 +252,9 @@ def read_work(message: Message, layout: str, columns: int, dtype: WireDtype) -> 
     raise AssertionError  # the block returns or raises
 
 
-def read_reply(message: Message, index: int, client: str, layout: str, columns: int, dtype: WireDtype) -> Reply:
+def read_reply(
+    message: Message, index: int, client: str, layout: str, columns: int, dtype: WireDtype
+) -> Reply:
     """Read a client's reply; what it says about numbers of examples, shapes and rounds is judged by the round loop.
 
     Args:
@@ -272,7 +304,9 @@ class _Reader:
     def __enter__(self) -> _Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         if isinstance(error, (KeyError, ValueError, TypeError, AttributeError, OverflowError)):
             said = f"a {self.message.kind} message that is not as such messages are ({type(error).__name__}: {error})"
             raise WireError(said) from error
@@ -298,12 +332,20 @@ class _Reader:
     def mask(self, name: str) -> Tensor:
         return self._take(name, torch.bool, 1, self.columns)
 
-    def _take(self, name: str, dtype: torch.dtype, dimensions: int | None, columns: int | None) -> Tensor:
+    def _take(
+        self, name: str, dtype: torch.dtype, dimensions: int | None, columns: int | None
+    ) -> Tensor:
         tensor = self.message.tensors[name]
-        fits = tensor.dtype == dtype and dimensions in (None, tensor.dim()) and (columns is None or tensor.shape[-1] == columns)
+        fits = (
+            tensor.dtype == dtype
+            and dimensions in (None, tensor.dim())
+            and (columns is None or tensor.shape[-1] == columns)
+        )
         if not fits:
             wanted = f"{str(dtype).removeprefix('torch.')}{'' if columns is None else f' with {columns} columns'}"
-            raise WireError(f"{name} is {described(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}")
+            raise WireError(
+                f"{name} is {described(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
+            )
         return tensor
 
     def plan(self, said: Mapping[str, Any]) -> Plan:
@@ -333,9 +375,13 @@ class _Reader:
             tuple(None if name is None else self.mask(name) for name in phases),
             None if said["proximal"] is None else float(said["proximal"]),
             None if said["anchor"] is None else self.numbers(said["anchor"], 1),
-            release=None if release is None else Release(float(release["clip"]), float(release["noise"])),
+            release=None
+            if release is None
+            else Release(float(release["clip"]), float(release["noise"])),
         )
 
 
 def _unknown(name: object) -> NoReturn:
-    raise WireError(f"a plan {name!r}, which this version does not know; install the same version everywhere")
+    raise WireError(
+        f"a plan {name!r}, which this version does not know; install the same version everywhere"
+    )

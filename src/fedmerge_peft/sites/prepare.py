@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.directory import Run
+from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.sites.config import RECIPE, SITE, Federation, check_names
 from fedmerge_peft.util.files import write_text, writing
 
@@ -34,7 +34,7 @@ def prepare(recipe: Recipe, federation: Federation, out: Path) -> None:
         RunExistsError: The folder has something in it.
     """
     check_names(federation.sites)
-    Run.check_free(out)
+    RunDirectory.check_free(out)
     check_installed()
     from fedmerge_peft.sites.flare.provision import provision
 
@@ -63,7 +63,11 @@ def page(federation: Federation, site: str, recipe: Recipe) -> str:
     """What a site's people read: what is asked of them, what they run, and what leaves."""
     clients = ", ".join(federation.sites[site])
     task, lora = recipe.task, recipe.lora
-    columns = ", ".join(str(getattr(task, name)) for name in ("text", "text_pair", "image", "label") if getattr(task, name, None))
+    columns = ", ".join(
+        str(getattr(task, name))
+        for name in ("text", "text_pair", "image", "label")
+        if getattr(task, name, None)
+    )
     data = shlex.quote("your-data.csv")
     return f"""# {site}, in the federation {federation.project}
 

@@ -63,16 +63,25 @@ def running(out: Path, federation: Federation) -> Iterator[dict[str, Child]]:
 
 def start_server(out: Path) -> Child:
     """``fedmerge federate server``, with what it says in ``server.out``."""
-    return Child("server", [*_PROGRAM, "server", str(out / "server")], out / "server.out", environment())
+    return Child(
+        "server", [*_PROGRAM, "server", str(out / "server")], out / "server.out", environment()
+    )
 
 
 def start_site(out: Path, site: str) -> Child:
     """``fedmerge federate site``, with what it says in ``<site>.out``."""
-    return Child(site, [*_PROGRAM, "site", str(out / "sites" / site)], out / f"{site}.out", environment())
+    return Child(
+        site, [*_PROGRAM, "site", str(out / "sites" / site)], out / f"{site}.out", environment()
+    )
 
 
 def rehearse(
-    out: Path, federation: Federation, tell: Callable[[str], None], *, wait: float = 120.0, least: int | None = None
+    out: Path,
+    federation: Federation,
+    tell: Callable[[str], None],
+    *,
+    wait: float = 120.0,
+    least: int | None = None,
 ) -> dict[str, Any]:
     """Run a prepared rehearsal to its end; the last job's outcome. Raises ``FederateError``."""
     from fedmerge_peft.sites.flare.operator import run
@@ -82,9 +91,18 @@ def rehearse(
         def watch() -> None:
             for name, child in children.items():
                 if child.process.poll() is not None:
-                    raise FederateError(f"{name} ended with code {child.process.returncode}: {last_words(out, name)}")
+                    raise FederateError(
+                        f"{name} ended with code {child.process.returncode}: {last_words(out, name)}"
+                    )
 
-        return run(out / "operator", tell, wait=wait, least=least or len(federation.sites), patience=30.0, watch=watch)
+        return run(
+            out / "operator",
+            tell,
+            wait=wait,
+            least=least or len(federation.sites),
+            patience=30.0,
+            watch=watch,
+        )
 
 
 def await_server(federation: Federation, server: Child) -> None:
@@ -92,13 +110,17 @@ def await_server(federation: Federation, server: Child) -> None:
     begin = time.monotonic()
     while time.monotonic() - begin < _START:
         if server.process.poll() is not None:
-            raise FederateError(f"the server ended with code {server.process.returncode}; {server.log} has more")
+            raise FederateError(
+                f"the server ended with code {server.process.returncode}; {server.log} has more"
+            )
         try:
             with socket.create_connection((federation.host, federation.port), timeout=1):
                 return
         except OSError:
             time.sleep(0.2)
-    raise FederateError(f"the server does not listen on {federation.host}:{federation.port} after {_START:.0f} s; {server.log} has more")
+    raise FederateError(
+        f"the server does not listen on {federation.host}:{federation.port} after {_START:.0f} s; {server.log} has more"
+    )
 
 
 def last_words(out: Path, name: str) -> str:

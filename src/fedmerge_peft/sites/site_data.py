@@ -40,7 +40,9 @@ class Told:
     columns: tuple[str, ...]
 
 
-def read_data(data: SiteData, recipe: Recipe, clients: Sequence[str], folder: Path) -> FederatedData:
+def read_data(
+    data: SiteData, recipe: Recipe, clients: Sequence[str], folder: Path
+) -> FederatedData:
     """Read a site's examples and find its clients.
 
     Args:
@@ -55,17 +57,37 @@ def read_data(data: SiteData, recipe: Recipe, clients: Sequence[str], folder: Pa
     """
     path = Path(data.path).expanduser()
     inside = folder / path
-    usual = {"train_split": "train", "validation_split": None, "test_split": None, "config": None, "revision": None}
-    own = {"path": str(inside) if inside.exists() else data.path, "split_column": data.split_column, "filter": data.filter}
-    own |= {key: value for key in ("validation_fraction", "test_fraction") if (value := getattr(data, key)) is not None}
+    usual = {
+        "train_split": "train",
+        "validation_split": None,
+        "test_split": None,
+        "config": None,
+        "revision": None,
+    }
+    own = {
+        "path": str(inside) if inside.exists() else data.path,
+        "split_column": data.split_column,
+        "filter": data.filter,
+    }
+    own |= {
+        key: value
+        for key in ("validation_fraction", "test_fraction")
+        if (value := getattr(data, key)) is not None
+    }
     by = data.client_column
-    scheme = Iid(scheme="iid", clients=1) if by is None else Natural(scheme="natural", by=by, group=data.group_column)
+    scheme = (
+        Iid(scheme="iid", clients=1)
+        if by is None
+        else Natural(scheme="natural", by=by, group=data.group_column)
+    )
     if by is None and len(clients) > 1:
         raise FederateError(
             f"{SITE}: the federation knows {len(clients)} clients of this site; say which column names them: data.client_column"
         )
     label = getattr(recipe.task, "label", None)
-    found = federate_data(recipe.data.model_copy(update={**usual, **own, "partition": scheme}), label, recipe.seed)
+    found = federate_data(
+        recipe.data.model_copy(update={**usual, **own, "partition": scheme}), label, recipe.seed
+    )
     if by is None:
         (client,) = found.clients
         return FederatedData(found.table, [replace(client, name=clients[0], group="")])
@@ -84,7 +106,10 @@ def check_data(data: FederatedData, checks: SiteChecks) -> None:
             raise RefusedError(
                 f"client {client.name} has {client.size} training examples, and checks.min_examples in {SITE} is {checks.min_examples}"
             )
-        if checks.max_repeated < 1 and (repeated := _repeated(data.table, client)) > checks.max_repeated:
+        if (
+            checks.max_repeated < 1
+            and (repeated := _repeated(data.table, client)) > checks.max_repeated
+        ):
             raise RefusedError(
                 f"client {client.name}: {repeated:.0%} of its rows repeat another, and "
                 f"checks.max_repeated in {SITE} is {checks.max_repeated:g}"
@@ -101,7 +126,13 @@ def _repeated(table: Dataset, client: Client) -> float:
 def tell(data: FederatedData, recipe: Recipe) -> Told:
     """What is told of the data. Raises ``DataError`` where they are not what the task says."""
     clients = tuple(
-        {"name": each.name, "group": each.group, "train": each.size, "validation": len(each.validation), "test": len(each.test)}
+        {
+            "name": each.name,
+            "group": each.group,
+            "train": each.size,
+            "validation": len(each.validation),
+            "test": len(each.test),
+        }
         for each in data.clients
     )
     columns = tuple(data.table.column_names)
@@ -121,7 +152,9 @@ def agree_on_labels(told: Sequence[Sequence[str]], num_labels: int | None) -> li
     if num_labels is None:
         return labels
     if len(labels) > num_labels:
-        raise FederateError(f"task.num_labels: {num_labels}, and the sites have {len(labels)} labels: {listing(labels)}")
+        raise FederateError(
+            f"task.num_labels: {num_labels}, and the sites have {len(labels)} labels: {listing(labels)}"
+        )
     return [*labels, *(f"LABEL_{label}" for label in range(len(labels), num_labels))]
 
 
@@ -140,7 +173,9 @@ def stand_in(recipe: Recipe, labels: Sequence[str], columns: Sequence[str]) -> D
     if not labels:
         return Dataset.from_dict({name: [""] for name in names})
     label = getattr(recipe.task, "label", "label")
-    features = Features({**{name: Value("string") for name in names}, label: ClassLabel(names=list(labels))})
+    features = Features(
+        {**{name: Value("string") for name in names}, label: ClassLabel(names=list(labels))}
+    )
     values: dict[str, list[Any]] = {name: [""] * len(labels) for name in names}
     return Dataset.from_dict({**values, label: list(range(len(labels)))}, features=features)
 
@@ -152,16 +187,27 @@ def deal(data: FederatedData, sites: int) -> dict[str, list[str]]:
     """The clients of each of so many sites, as even as it goes, in the order of the clients. Raises ``DataError`` for too few."""
     names = [client.name for client in data.clients]
     if len(names) < sites:
-        raise DataError(f"--sites {sites}: the recipe has {len(names)} clients, and each site needs one; ask for fewer sites")
-    return {f"site-{number}": list(part) for number, part in enumerate(np.array_split(np.array(names, dtype=object), sites), start=1)}
+        raise DataError(
+            f"--sites {sites}: the recipe has {len(names)} clients, and each site needs one; ask for fewer sites"
+        )
+    return {
+        f"site-{number}": list(part)
+        for number, part in enumerate(np.array_split(np.array(names, dtype=object), sites), start=1)
+    }
 
 
-def write_site(data: FederatedData, clients: Sequence[str], kit: Path, more: Mapping[str, Any]) -> None:
+def write_site(
+    data: FederatedData, clients: Sequence[str], kit: Path, more: Mapping[str, Any]
+) -> None:
     """Write these clients' examples as ``data.parquet`` into a site's kit, and a ``site.yaml`` that reads them just as they were dealt."""
     held = [client for client in data.clients if client.name in clients]
     rows, columns = [], {CLIENT: [], SPLIT: [], GROUP: []}  # type: ignore[var-annotated]
     for client in held:
-        for split, part in (("train", client.train), ("validation", client.validation), ("test", client.test)):
+        for split, part in (
+            ("train", client.train),
+            ("validation", client.validation),
+            ("test", client.test),
+        ):
             rows.append(part)
             for column, value in ((CLIENT, client.name), (SPLIT, split), (GROUP, client.group)):
                 columns[column] += [value] * len(part)

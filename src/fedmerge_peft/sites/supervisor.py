@@ -18,18 +18,17 @@ from pathlib import Path
 from types import FrameType
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import SiteSettings
-from fedmerge_peft.sites.site.connection import ADDRESS, KIT
+from fedmerge_peft.sites.config import ADDRESS, KIT, REFUSED, SETTINGS, SiteSettings
 
-SETTINGS = "FEDMERGE_SITE_SETTINGS"
-"""Environment variable with a site's settings as JSON."""
 SHUTDOWN = "shutdown.fl"
 """FLARE leaves this file in a kit that the operator has shut down."""
 _MB = 2**20
 _FLARE = {
     "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",  # seconds until a site that has gone is given up
     "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "60",  # seconds that a job which has ended at the server waits for it to end at sites
-    "NVFLARE_STREAMING_WINDOW_SIZE": str(8 * _MB),  # on its way and not acknowledged; more queues up before a slow line, unseen
+    "NVFLARE_STREAMING_WINDOW_SIZE": str(
+        8 * _MB
+    ),  # on its way and not acknowledged; more queues up before a slow line, unseen
     "NVFLARE_STREAMING_ACK_INTERVAL": str(2 * _MB),
     "NVFLARE_STREAMING_RETRY_WAIT": "60",  # seconds until a piece is sent again; its own 5 fill a slow line with copies
     "NVFLARE_STREAMING_RETRY_TIMEOUT": "600",
@@ -40,7 +39,11 @@ _FLARE = {
     "NVFLARE_MAX_RUNNER_SYNC_TIMEOUT": "600",  # seconds in all that a site tries to get into a job
 }
 """Settings of FLARE's, as environment variables. With its own, what takes a slow line longer than 5 s is asked for, and sent, again."""
-_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(4096 * _MB), "MALLOC_TRIM_THRESHOLD_": str(8192 * _MB)}
+_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4096 * _MB),
+    "MALLOC_TRIM_THRESHOLD_": str(8192 * _MB),
+}
 """Settings of glibc's: a message's memory is kept for the next one, as it takes longer to have it anew from the system than to send it."""
 _POLL = 0.2
 """Seconds between two looks at children."""
@@ -50,8 +53,6 @@ _PAUSE = 2.0
 """Seconds before a child that died is started again."""
 _FAILURES = 5
 """So many deaths within a minute, and starting again is given up."""
-REFUSED = 2
-"""Exit code of a child that has said what is wrong, and would say it again."""
 
 
 class Stopped(Exception):  # noqa: N818 (somebody's wish)
@@ -64,17 +65,25 @@ class Stopped(Exception):  # noqa: N818 (somebody's wish)
 class Child:
     """A process of ours, with its output in a file."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path | None, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path | None, environment: Mapping[str, str]
+    ) -> None:
         self.name, self.command, self.log, self.environment = name, command, log, environment
         self.died: list[float] = []
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self.log is None:
-            return subprocess.Popen(self.command, env=dict(self.environment), stdin=subprocess.DEVNULL)  # noqa: S603
+            return subprocess.Popen(  # noqa: S603
+                self.command, env=dict(self.environment), stdin=subprocess.DEVNULL
+            )
         with self.log.open("ab") as file:
             return subprocess.Popen(  # noqa: S603
-                self.command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+                self.command,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
 
     def again(self) -> None:
@@ -84,7 +93,11 @@ class Child:
         where = f"; {self.log} has more" if self.log is not None else ""
         if len(self.died) >= _FAILURES:
             raise FederateError(f"the {self.name} died {_FAILURES} times within a minute{where}")
-        print(f"the {self.name} ended with code {self.process.returncode}; it is started again", file=sys.stderr, flush=True)
+        print(
+            f"the {self.name} ended with code {self.process.returncode}; it is started again",
+            file=sys.stderr,
+            flush=True,
+        )
         time.sleep(_PAUSE)
         self.process = self._start()
 
@@ -102,7 +115,14 @@ class Child:
 def serve_server(kit: Path) -> None:
     """Run the server's side of FLARE until it is stopped. Raises ``FederateError``, ``Stopped``."""
     (kit / SHUTDOWN).unlink(missing_ok=True)
-    command = [sys.executable, "-u", "-m", "fedmerge_peft.sites.flare.child", "server", str(kit.resolve())]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "fedmerge_peft.sites.flare.child",
+        "server",
+        str(kit.resolve()),
+    ]
     with _children() as children:
         children.append(Child("server", command, kit / "server.log", environment()))
         _watch(kit, children)
@@ -112,15 +132,31 @@ def serve_site(kit: Path, site: str, settings: SiteSettings) -> None:
     """Run a site, its trainer and its side of FLARE, until it is stopped. Raises ``FederateError``, ``Stopped``."""
     (kit / SHUTDOWN).unlink(missing_ok=True)
     kit = kit.resolve()
-    folder = Path(tempfile.mkdtemp(prefix="fedmerge-"))  # a socket's path may have a hundred characters
+    folder = Path(
+        tempfile.mkdtemp(prefix="fedmerge-")
+    )  # a socket's path may have a hundred characters
     own = {**environment(), KIT: str(kit), SETTINGS: settings.model_dump_json()}
     try:
         with _children() as children:
             if settings.process == "attached":
                 own[ADDRESS] = str(folder / "trainer")
-                trainer = [sys.executable, "-u", "-m", "fedmerge_peft.sites.site.trainer_process", site]
+                trainer = [
+                    sys.executable,
+                    "-u",
+                    "-m",
+                    "fedmerge_peft.sites.site.trainer_process",
+                    site,
+                ]
                 children.append(Child("trainer", trainer, None, own))
-            client = [sys.executable, "-u", "-m", "fedmerge_peft.sites.flare.child", "client", str(kit), site]
+            client = [
+                sys.executable,
+                "-u",
+                "-m",
+                "fedmerge_peft.sites.flare.child",
+                "client",
+                str(kit),
+                site,
+            ]
             children.append(Child("connection", client, kit / "site.log", own))
             _watch(kit, children)
     finally:
@@ -141,7 +177,10 @@ def _watch(kit: Path, children: Sequence[Child]) -> None:
             if (kit / SHUTDOWN).exists():
                 return
             if child.process.returncode == REFUSED:
-                raise FederateError(f"the {child.name} has said what is wrong" + (f" in {child.log}" if child.log else ", above"))
+                raise FederateError(
+                    f"the {child.name} has said what is wrong"
+                    + (f" in {child.log}" if child.log else ", above")
+                )
             child.again()
         time.sleep(_POLL)
 

@@ -21,7 +21,16 @@ from fedmerge_peft.strategies.local import Local
 from fedmerge_peft.strategies.partly_shared import FedRep, FedSALora, FFALora
 from fedmerge_peft.strategies.server_step import fedmerge_step
 
-__all__ = ["FedAvg", "FedMerge", "Local", "Reply", "Start", "Strategy", "fedmerge_step", "make_strategy"]
+__all__ = [
+    "FedAvg",
+    "FedMerge",
+    "Local",
+    "Reply",
+    "Start",
+    "Strategy",
+    "fedmerge_step",
+    "make_strategy",
+]
 
 _METHODS: dict[type[recipes.Strategy], Callable[[Any, Start], Strategy]] = {
     recipes.FedMerge: FedMerge,
@@ -48,5 +57,9 @@ def make_strategy(recipe: recipes.Strategy, start: Start) -> Strategy:
     strategy = _METHODS[type(recipe)](recipe, start)
     strategy.aggregator = start.aggregator
     if start.aggregator.recipe.defends and strategy.federated and not strategy.averages:
-        raise RecipeError([f"defence: {recipe.name} stacks the clients' factors and has no mean to defend; use another strategy"])
+        raise RecipeError(
+            [
+                f"defence: {recipe.name} stacks the clients' factors and has no mean to defend; use another strategy"
+            ]
+        )
     return strategy

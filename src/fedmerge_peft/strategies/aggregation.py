@@ -64,10 +64,14 @@ class Aggregator:
     def bound(self) -> float:
         """C in this round, L2; infinite where nothing is clipped."""
         running = median(self.norms[-_REMEMBERED:]) if self.norms else 0.0
-        multiple = math.inf if self.recipe.norm_multiple is None else self.recipe.norm_multiple * running
+        multiple = (
+            math.inf if self.recipe.norm_multiple is None else self.recipe.norm_multiple * running
+        )
         return min(multiple, math.inf if self.recipe.norm_bound is None else self.recipe.norm_bound)
 
-    def combine(self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True) -> Tensor:
+    def combine(
+        self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True
+    ) -> Tensor:
         """Δ ``(d, P)``, zero for an adapter that nobody uses.
 
         Args:
@@ -88,11 +92,22 @@ class Aggregator:
             case "trimmed_mean":
                 found = trimmed_means(deltas, counted, self.recipe.trim)
             case "krum" | "multi_krum":
-                kept = [krum(deltas, column, self.recipe.malicious, self.recipe.aggregation == "multi_krum") for column in counted.T]
+                kept = [
+                    krum(
+                        deltas,
+                        column,
+                        self.recipe.malicious,
+                        self.recipe.aggregation == "multi_krum",
+                    )
+                    for column in counted.T
+                ]
                 found = torch.stack(kept).to(deltas) @ deltas
             case "cosine_filter":
                 between = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
-                found = torch.stack([agreeing(between, column) for column in counted.T]).to(deltas) @ deltas
+                found = (
+                    torch.stack([agreeing(between, column) for column in counted.T]).to(deltas)
+                    @ deltas
+                )
         return totals[:, None].to(deltas) * found
 
 
@@ -113,7 +128,10 @@ def trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
         weights: ``(k, d)`` float64; columns sum to 1, or are zero, which gives zeros.
         trim: β, from 0 to 0.5.
     """
-    return torch.cat([_trimmed_means(part, weights, trim) for part in torch.split(deltas, _COLUMNS, dim=1)], dim=1)
+    return torch.cat(
+        [_trimmed_means(part, weights, trim) for part in torch.split(deltas, _COLUMNS, dim=1)],
+        dim=1,
+    )
 
 
 def _trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
@@ -125,8 +143,13 @@ def _trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
         if trim == 0.5:
             # weights that meet the half exactly, but for rounding, have the middle of two
             slack = 8 * len(own) * torch.finfo(torch.float64).eps
-            low, high = ((above < 0.5 + shift).sum(dim=0, keepdim=True).clamp_max(len(own) - 1) for shift in (-slack, slack))
-            found.append(((values.gather(0, low) + values.gather(0, high)) / 2)[0] * float(column.any()))
+            low, high = (
+                (above < 0.5 + shift).sum(dim=0, keepdim=True).clamp_max(len(own) - 1)
+                for shift in (-slack, slack)
+            )
+            found.append(
+                ((values.gather(0, low) + values.gather(0, high)) / 2)[0] * float(column.any())
+            )
         else:
             kept = above.clamp(trim, 1 - trim) - (above - own).clamp(trim, 1 - trim)
             found.append(((kept * values).sum(dim=0) / (1 - 2 * trim)).to(deltas))
@@ -147,7 +170,9 @@ def krum(deltas: Tensor, weights: Tensor, malicious: float, several: bool) -> Te
         hostile = math.floor(malicious * count)
         theirs = deltas[users].double()
         squares = torch.cdist(theirs, theirs, compute_mode="donot_use_mm_for_euclid_dist").square()
-        nearest = squares.sort(dim=1).values[:, 1 : 1 + max(1, count - hostile - 2)]  # without itself
+        nearest = squares.sort(dim=1).values[
+            :, 1 : 1 + max(1, count - hostile - 2)
+        ]  # without itself
         users = users[nearest.sum(dim=1).argsort(stable=True)[: count - hostile if several else 1]]
     kept = torch.zeros_like(weights)
     kept[users] = weights[users]

@@ -20,7 +20,9 @@ class Assigned(Strategy):
 
     @property
     def weights(self) -> Tensor:
-        return torch.zeros(len(self.assigned), len(self.soup)).scatter_(1, self.assigned[:, None], 1.0)
+        return torch.zeros(len(self.assigned), len(self.soup)).scatter_(
+            1, self.assigned[:, None], 1.0
+        )
 
     def adapter(self, client: int) -> Tensor:
         return self.soup.rows[self.assigned[client]].clone()

@@ -24,7 +24,9 @@ def balancing_shifts(logits: Tensor) -> Tensor:
     clients, adapters = logits.shape
     shifts = torch.zeros(adapters, dtype=torch.float64)
     for _ in range(_MOST_SWEEPS):
-        log_mass = torch.logsumexp(torch.log_softmax(logs + shifts, dim=1), dim=0) + math.log(adapters / clients)
+        log_mass = torch.logsumexp(torch.log_softmax(logs + shifts, dim=1), dim=0) + math.log(
+            adapters / clients
+        )
         shifts -= log_mass
         if float(log_mass.abs().max()) < _CLOSE:
             break

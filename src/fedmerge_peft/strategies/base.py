@@ -128,7 +128,9 @@ class Strategy(Stateful, ABC):
 
     def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:
         """What a client made of the adapters that are shared, ``(k, P)``."""
-        return plan.sent[_shared(plan, reply)] - (reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas)
+        return plan.sent[_shared(plan, reply)] - (
+            reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas
+        )
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
         """The paper's local-global gap in parameters: ‖θ_i(trained) − θ_i(sent next)‖₂ of the adapter that is shared.

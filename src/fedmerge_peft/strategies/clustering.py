@@ -47,7 +47,9 @@ class ServerClustering(Clustering):
 
     def missing(self) -> int:
         """How many more clients must reply before they can be clustered."""
-        known = len(self.unclustered.clients) if self.unclustered is not None else len(self.clusters)
+        known = (
+            len(self.unclustered.clients) if self.unclustered is not None else len(self.clusters)
+        )
         return max(0, min(len(self.soup), len(self.clusters)) - known)
 
     def place(self, clients: Tensor, deltas: Tensor) -> Tensor:
@@ -63,7 +65,9 @@ def members(clusters: Tensor, count: int) -> Tensor:
     return clusters[:, None] == torch.arange(count)
 
 
-def means(vectors: Tensor, clusters: Tensor, sizes: Tensor, count: int, aggregator: Aggregator) -> Tensor:
+def means(
+    vectors: Tensor, clusters: Tensor, sizes: Tensor, count: int, aggregator: Aggregator
+) -> Tensor:
     """Each cluster's mean Σ_i n_i v_i / Σ_i n_i over its members i, or what a defence has in its place, ``(count, P)``; zero for none.
 
     Args:

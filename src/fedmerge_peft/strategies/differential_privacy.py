@@ -13,7 +13,17 @@ from fedmerge_peft.strategies.aggregation import Aggregator, clipped
 from fedmerge_peft.training.plan import Release
 from fedmerge_peft.util.seeds import derive
 
-_ORDERS = [1.01, 1.05, *(1 + order / 10 for order in range(1, 100)), *range(12, 64), 80, 128, 256, 512, 1024]
+_ORDERS = [
+    1.01,
+    1.05,
+    *(1 + order / 10 for order in range(1, 100)),
+    *range(12, 64),
+    80,
+    128,
+    256,
+    512,
+    1024,
+]
 """Orders α at which Rényi differential privacy is looked at: opacus's own, and more on either side for little and for much noise."""
 
 
@@ -48,13 +58,17 @@ class PrivateAggregator(Aggregator):
         """S, L2, for a soup of so many adapters."""
         return (1 if adapters == 1 else 2 * adapters) * self.privacy.clip / self.asked
 
-    def combine(self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True) -> Tensor:
+    def combine(
+        self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True
+    ) -> Tensor:
         weights = weights.double()
         adapters = weights.shape[1]
         shares = weights / weights.sum(dim=0).clamp_min(self.asked / adapters)
         exact = shares.T.to(deltas) @ clipped(deltas, self.bound)
         generator = torch.Generator().manual_seed(derive(self.seed, "noise", len(self.norms)))
-        return exact + self.privacy.noise * self.sensitivity(adapters) * torch.randn(exact.shape, generator=generator)
+        return exact + self.privacy.noise * self.sensitivity(adapters) * torch.randn(
+            exact.shape, generator=generator
+        )
 
 
 def spent(recipe: PrivacyRecipe, rounds: int) -> float:
@@ -71,9 +85,15 @@ def spent(recipe: PrivacyRecipe, rounds: int) -> float:
     try:
         from opacus.accountants import RDPAccountant
     except ImportError as error:
-        raise RecipeError(["privacy.mode: needs opacus to count what is spent: pip install 'fedmerge-peft[privacy]'"]) from error
+        raise RecipeError(
+            [
+                "privacy.mode: needs opacus to count what is spent: pip install 'fedmerge-peft[privacy]'"
+            ]
+        ) from error
     accountant = RDPAccountant()
     accountant.history = [(recipe.noise, 1.0, rounds)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of orders that a finer list would beat: what is found is a bound with any list
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # of orders that a finer list would beat: what is found is a bound with any list
         return float(accountant.get_epsilon(recipe.delta, alphas=_ORDERS))

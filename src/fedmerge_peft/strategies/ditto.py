@@ -28,17 +28,26 @@ class Ditto(Assigned):
 
     def __init__(self, recipe: recipes.Ditto, start: Start) -> None:
         self.regularization = recipe.regularization
-        self.soup = AdapterSoup(start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared)
+        self.soup = AdapterSoup(
+            start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared
+        )
         self.server = ServerOptimizer(recipe, self.soup.rows[:1])
         self.assigned = torch.zeros(start.clients, dtype=torch.int64)
 
     def plan(self, client: int) -> Plan:
         shared = self.soup.rows[0].clone()
-        return InTurn((Train(shared), Train(self.adapter(client), anchor=shared, proximal=self.regularization / 2)))
+        return InTurn(
+            (
+                Train(shared),
+                Train(self.adapter(client), anchor=shared, proximal=self.regularization / 2),
+            )
+        )
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
         for reply in replies:
             self.soup.rows[1 + reply.client] = self.adapter(reply.client) - reply.deltas[1]
             self.assigned[reply.client] = 1 + reply.client
-        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies, self.aggregator)[None])
+        self.soup.rows[:1] = self.server.step(
+            self.soup.rows[:1], mean_delta(replies, self.aggregator)[None]
+        )

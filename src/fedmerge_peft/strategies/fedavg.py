@@ -51,10 +51,14 @@ class FedProx(FedAvg):
         return Train(self.adapter(client), proximal=self.mu / 2)
 
 
-def mean_delta(replies: Iterable[Reply], aggregator: Aggregator, columns: Tensor | slice = slice(None)) -> Tensor:
+def mean_delta(
+    replies: Iterable[Reply], aggregator: Aggregator, columns: Tensor | slice = slice(None)
+) -> Tensor:
     """Σ_i ρ_i δ_i of the clients' first deltas, or what a defence has in its place, ``(P,)``, of the columns that are shared.
 
     ρ_i is a client's share of the examples behind these replies.
     """
     _, deltas, sizes = stack(replies)
-    return aggregator.combine(aggregator.clip(deltas[:, columns]), torch.ones(len(sizes), 1), sizes)[0]
+    return aggregator.combine(
+        aggregator.clip(deltas[:, columns]), torch.ones(len(sizes), 1), sizes
+    )[0]

@@ -25,7 +25,9 @@ class FedAvgFinetuned(Assigned):
     trains_what_it_serves = False
 
     def __init__(self, recipe: recipes.FedAvgFinetuned, start: Start) -> None:
-        self.soup = AdapterSoup(start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared)
+        self.soup = AdapterSoup(
+            start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared
+        )
         self.server = ServerOptimizer(recipe, self.soup.rows[:1])
         self.assigned = torch.zeros(start.clients, dtype=torch.int64)
 
@@ -37,4 +39,6 @@ class FedAvgFinetuned(Assigned):
         for reply in replies:
             self.soup.rows[1 + reply.client] = self.soup.rows[0] - reply.delta
             self.assigned[reply.client] = 1 + reply.client
-        self.soup.rows[:1] = self.server.step(self.soup.rows[:1], mean_delta(replies, self.aggregator)[None])
+        self.soup.rows[:1] = self.server.step(
+            self.soup.rows[:1], mean_delta(replies, self.aggregator)[None]
+        )

@@ -38,28 +38,46 @@ class FedDPA(Assigned):
 
     def __init__(self, recipe: recipes.FedDPA, start: Start) -> None:
         try:
-            odd = [f"{each.module} has rank {each.rank}" for each in factors(start.layout) if each.rank % 2]
-            halves = [rank_columns(start.layout, half) for half in (lambda rank: slice(rank // 2), lambda rank: slice(rank // 2, None))]
+            odd = [
+                f"{each.module} has rank {each.rank}"
+                for each in factors(start.layout)
+                if each.rank % 2
+            ]
+            halves = [
+                rank_columns(start.layout, half)
+                for half in (lambda rank: slice(rank // 2), lambda rank: slice(rank // 2, None))
+            ]
         except ValueError as error:
             raise RecipeError(
-                [f"strategy.name: feddpa cannot halve this adapter: {error}; use plain LoRA, with lora.merge: factor"]
+                [
+                    f"strategy.name: feddpa cannot halve this adapter: {error}; use plain LoRA, with lora.merge: factor"
+                ]
             ) from error
         if odd:
-            raise RecipeError([f"lora.r: feddpa gives half of the ranks to each client, and {odd[0]}; use an even rank"])
+            raise RecipeError(
+                [
+                    f"lora.r: feddpa gives half of the ranks to each client, and {odd[0]}; use an even rank"
+                ]
+            )
         self.head = torch.zeros(start.layout.size, dtype=torch.bool)
         self.head[start.layout.columns("head")] = True
         self.travels = ~halves[1]
         self.private = halves[1] | self.head
         rows = start.fresh_row(0).repeat(1 + start.clients, 1)
         for each in factors(start.layout):
-            each.of(rows[0])[1][:, each.rank // 2 :] = 0  # B_i, which on embeddings does not start at zero
+            each.of(rows[0])[1][:, each.rank // 2 :] = (
+                0  # B_i, which on embeddings does not start at zero
+            )
         self.soup = AdapterSoup(rows, start.layout, start.shared)
         self.server = ServerOptimizer(recipe, rows[:1])
         self.assigned = 1 + torch.arange(start.clients)
         self.newcomers = torch.ones(start.clients, dtype=torch.bool)
 
     def plan(self, client: int) -> Plan:
-        shared, own = Train(self.soup.rows[0].clone(), (self.travels,)), Train(self.adapter(client), (self.private,))
+        shared, own = (
+            Train(self.soup.rows[0].clone(), (self.travels,)),
+            Train(self.adapter(client), (self.private,)),
+        )
         return InTurn((shared, own))
 
     def update(self, replies: Iterable[Reply]) -> None:

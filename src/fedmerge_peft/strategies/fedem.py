@@ -60,7 +60,9 @@ class FedEM(Strategy):
         deltas = torch.stack([reply.deltas for reply in ordered])  # (clients, components, P)
         deltas = self.aggregator.clip(deltas.flatten(1)).view_as(deltas)
         alike = torch.ones(len(ordered), 1)
-        self.soup.rows = self.soup.rows - torch.cat([self.aggregator.combine(component, alike, sizes) for component in deltas.unbind(1)])
+        self.soup.rows = self.soup.rows - torch.cat(
+            [self.aggregator.combine(component, alike, sizes) for component in deltas.unbind(1)]
+        )
         weights = self._weights.clone()
         for reply in ordered:
             if reply.weights is not None:

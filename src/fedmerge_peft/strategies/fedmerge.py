@@ -48,7 +48,11 @@ class FedMerge(Strategy):
         """What balance adds to the adapters' logits."""
         self.steps = _WeightsSteps(recipe, start)
         self._warming = MeanUpdates(start) if recipe.start == "warm" else None
-        self._reseeding = _Reseeding(recipe.reseed_after, recipe.adapters, start.seed) if recipe.reseed_after else None
+        self._reseeding = (
+            _Reseeding(recipe.reseed_after, recipe.adapters, start.seed)
+            if recipe.reseed_after
+            else None
+        )
         self.rounds = 0
 
     @property
@@ -59,7 +63,9 @@ class FedMerge(Strategy):
         return self.soup.merge(self._softmax(self.merging.logits[client]))
 
     def _softmax(self, logits: Tensor) -> Tensor:
-        return torch.softmax((logits / self.recipe.temperature).double() + self.shifts, dim=-1).float()
+        return torch.softmax(
+            (logits / self.recipe.temperature).double() + self.shifts, dim=-1
+        ).float()
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack(replies)
@@ -67,11 +73,15 @@ class FedMerge(Strategy):
         shares = sizes / sizes.sum()
         before = self.weights[clients].double()
         if self._warming is None:
-            gradient = weights_gradient(self.soup.rows, before, deltas, self.steps.columns, self.aggregator.lengths)
+            gradient = weights_gradient(
+                self.soup.rows, before, deltas, self.steps.columns, self.aggregator.lengths
+            )
             gradient /= self.recipe.temperature
             self.merging.logits[clients] -= self.steps.move(clients, gradient, shares).float()
             if self._reseeding is not None:
-                self._reseeding.look(self.soup.rows, self.merging.logits, self.weights, clients, deltas)
+                self._reseeding.look(
+                    self.soup.rows, self.merging.logits, self.weights, clients, deltas
+                )
         else:
             self._warming.add(clients, deltas)
             if self.rounds + 1 == self.recipe.warm_rounds:
@@ -79,24 +89,40 @@ class FedMerge(Strategy):
                 self._warming = None
         self.rounds += 1
         left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
-        self.shifts = left * balancing_shifts(self.merging.logits / self.recipe.temperature) if left > 0 else torch.zeros_like(self.shifts)
+        self.shifts = (
+            left * balancing_shifts(self.merging.logits / self.recipe.temperature)
+            if left > 0
+            else torch.zeros_like(self.shifts)
+        )
         chain = self.recipe.rule == "gradient"
-        gradient = self.aggregator.combine(deltas, before if chain else self.weights[clients], sizes, normalize=not chain)
+        gradient = self.aggregator.combine(
+            deltas, before if chain else self.weights[clients], sizes, normalize=not chain
+        )
         self.soup.rows = self.server.step(self.soup.rows, gradient)
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
         means = updates.means()
         ones = torch.ones(len(means), 1)
-        centre = self.aggregator.combine(means, ones, ones[:, 0]) if self.aggregator.recipe.defends else None
-        groups = group_by_direction(means, self.recipe.adapters, self.seed, self.recipe.groups, centre)
+        centre = (
+            self.aggregator.combine(means, ones, ones[:, 0])
+            if self.aggregator.recipe.defends
+            else None
+        )
+        groups = group_by_direction(
+            means, self.recipe.adapters, self.seed, self.recipe.groups, centre
+        )
         own, others = self.recipe.warm_weight, self.recipe.adapters - 1
         if others:  # the logit beside zeros that softmax(W / T) turns into this weight
-            self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(own * others / (1 - own))
+            self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(
+                own * others / (1 - own)
+            )
 
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":
-            return ["all adapters started the same, so they stay the same and every client gets FedAvg's; use strategy.start=warm"]
+            return [
+                "all adapters started the same, so they stay the same and every client gets FedAvg's; use strategy.start=warm"
+            ]
         if self._warming is not None:
             done = f"clients are grouped after round {self.recipe.warm_rounds}, and this was round {self.rounds}"
             return [f"{done}: so far this is FedAvg"]
@@ -123,8 +149,14 @@ class _WeightsSteps(Stateful):
         self.recipe = recipe
         head = start.layout.columns("head")
         if recipe.weights_columns == "head" and len(head) == 0:
-            raise RecipeError(["strategy.weights_columns: this adapter has no head; use all, or name the head in lora.modules_to_save"])
-        by_head = recipe.weights_columns == "head" or (recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0)
+            raise RecipeError(
+                [
+                    "strategy.weights_columns: this adapter has no head; use all, or name the head in lora.modules_to_save"
+                ]
+            )
+        by_head = recipe.weights_columns == "head" or (
+            recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0
+        )
         self.columns = head if by_head else None
         """Which of the P columns the inner product in G runs over; None for all."""
         default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
@@ -141,9 +173,15 @@ class _WeightsSteps(Stateful):
         unbiased = self.average[clients] / (1 - memory ** self.rounds[clients, None].double())
         if self.recipe.rule != "adam":
             return weights_move(self.recipe.rule, unbiased, shares, self.lr)
-        self.squares[clients] = _ADAM_MEMORY * self.squares[clients] + (1 - _ADAM_MEMORY) * gradient.square()
-        root = (self.squares[clients] / (1 - _ADAM_MEMORY ** self.rounds[clients, None].double())).sqrt()
-        return self.lr * torch.where(root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        self.squares[clients] = (
+            _ADAM_MEMORY * self.squares[clients] + (1 - _ADAM_MEMORY) * gradient.square()
+        )
+        root = (
+            self.squares[clients] / (1 - _ADAM_MEMORY ** self.rounds[clients, None].double())
+        ).sqrt()
+        return self.lr * torch.where(
+            root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0
+        )
 
 
 class _Reseeding(Stateful):
@@ -161,7 +199,9 @@ class _Reseeding(Stateful):
         self.idle = torch.zeros(adapters, dtype=torch.int64)
         """For how many rounds each adapter has stood unused."""
 
-    def look(self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor) -> None:
+    def look(
+        self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor
+    ) -> None:
         """Reseed at most one adapter, in place, before the round's soup step."""
         mass = weights.mean(dim=0)
         unused = mass < UNUSED / len(mass)

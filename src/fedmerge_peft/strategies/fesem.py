@@ -45,12 +45,20 @@ class FeSEM(ServerClustering):
             clients, deltas = clients[counts], deltas[counts]
             trained = self.soup.rows[self.clusters[clients]] - deltas
             # directly: by inner products, small distances between long rows drown in rounding
-            nearest = torch.cdist(trained, self.soup.rows, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
+            nearest = torch.cdist(
+                trained, self.soup.rows, compute_mode="donot_use_mm_for_euclid_dist"
+            ).argmin(dim=1)
         self.clusters[clients] = nearest
         found = members(nearest, count).any(dim=0)[:, None]
-        self.soup.rows = torch.where(found, means(trained, nearest, torch.ones(len(clients)), count, self.aggregator), self.soup.rows)
+        self.soup.rows = torch.where(
+            found,
+            means(trained, nearest, torch.ones(len(clients)), count, self.aggregator),
+            self.soup.rows,
+        )
 
     def warnings(self) -> list[str]:
         if missing := self.missing():
-            return [f"clients are clustered when {missing} more have taken part: until then all train the same start"]
+            return [
+                f"clients are clustered when {missing} more have taken part: until then all train the same start"
+            ]
         return super().warnings()

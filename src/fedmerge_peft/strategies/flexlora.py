@@ -30,8 +30,16 @@ class FlexLora(Ranked):
         for layer in self.factors:
             each = [layer.of(one) for one in trained]
             held = [min(self.ranks[int(client)], layer.rank) for client in clients]
-            stacked_b = torch.cat([share * b[:, :rank].double() for share, (_, b), rank in zip(shares, each, held, strict=True)], dim=1)
-            u, s, vh = svd_of_product(stacked_b, torch.cat([a[:rank] for (a, _), rank in zip(each, held, strict=True)]))
+            stacked_b = torch.cat(
+                [
+                    share * b[:, :rank].double()
+                    for share, (_, b), rank in zip(shares, each, held, strict=True)
+                ],
+                dim=1,
+            )
+            u, s, vh = svd_of_product(
+                stacked_b, torch.cat([a[:rank] for (a, _), rank in zip(each, held, strict=True)])
+            )
             a, b = layer.of(row)
             found = min(layer.rank, len(s))
             a[:found] = vh[:found].to(a)

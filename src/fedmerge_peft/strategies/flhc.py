@@ -41,20 +41,28 @@ class FLHC(ServerClustering):
         if self.unclustered is not None:
             self.unclustered.put(clients, deltas)
             if self.rounds < self.recipe.warm_rounds or self.missing():
-                self.soup.rows = rows - means(deltas, torch.zeros_like(clients), sizes, 1, self.aggregator)
+                self.soup.rows = rows - means(
+                    deltas, torch.zeros_like(clients), sizes, 1, self.aggregator
+                )
                 return
-            found = hierarchy(self.unclustered.means(), count, self.recipe.metric, self.recipe.linkage)
+            found = hierarchy(
+                self.unclustered.means(), count, self.recipe.metric, self.recipe.linkage
+            )
             self.clusters[self.unclustered.clients] = found
             self.unclustered = None
         counts = self.place(clients, deltas)
-        self.soup.rows = rows - means(deltas[counts], self.clusters[clients[counts]], sizes[counts], count, self.aggregator)
+        self.soup.rows = rows - means(
+            deltas[counts], self.clusters[clients[counts]], sizes[counts], count, self.aggregator
+        )
 
     def warnings(self) -> list[str]:
         if self.rounds < self.recipe.warm_rounds:
             done = f"clients are clustered after round {self.recipe.warm_rounds}, and this was round {self.rounds}"
             return [f"{done}: so far this is FedAvg"]
         if missing := self.missing():
-            return [f"clients are clustered when {missing} more have taken part: so far this is FedAvg"]
+            return [
+                f"clients are clustered when {missing} more have taken part: so far this is FedAvg"
+            ]
         return super().warnings()
 
 

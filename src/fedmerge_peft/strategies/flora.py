@@ -34,7 +34,11 @@ class FLora(Ranked):
     def __init__(self, recipe: recipes.FLora, start: Start) -> None:
         super().__init__(recipe, start)
         if embeddings := [layer.module for layer in self.factors if layer.embedding]:
-            raise RecipeError([f"lora.target_modules: flora adds to linear layers, and {embeddings[0]} is an embedding; leave it out"])
+            raise RecipeError(
+                [
+                    f"lora.target_modules: flora adds to linear layers, and {embeddings[0]} is an embedding; leave it out"
+                ]
+            )
         shapes = {layer.module: (layer.b.shape[0], layer.a.shape[1]) for layer in self.factors}
         self.soup.base = {module: torch.zeros(shape) for module, shape in shapes.items()}
         self._round = 0
@@ -52,9 +56,13 @@ class FLora(Ranked):
             b = torch.cat([share * b for share, (_, b) in zip(shares, each, strict=True)], dim=1)
             a = torch.cat([a for a, _ in each])
             self._added[layer.module] = (a.float(), b.float()), inner_of_products((a, b), (a, b))
-            base[layer.module] = base[layer.module] + (self.start.scaling[layer.module] * b @ a).float()
+            base[layer.module] = (
+                base[layer.module] + (self.start.scaling[layer.module] * b @ a).float()
+            )
         self._round += 1
-        row = torch.where(self.plain, shares.to(trained) @ trained, self.start.fresh_row(self._round))
+        row = torch.where(
+            self.plain, shares.to(trained) @ trained, self.start.fresh_row(self._round)
+        )
         self.soup = self._soup(row)
         self.soup.base = base
         self._owed[clients] = 0

@@ -31,18 +31,26 @@ class Ranked(Assigned):
             self.factors = factors(start.layout)
         except ValueError as error:
             raise RecipeError(
-                [f"strategy.name: {recipe.name} cannot work on this adapter: {error}; use plain LoRA, with lora.merge: factor"]
+                [
+                    f"strategy.name: {recipe.name} cannot work on this adapter: {error}; use plain LoRA, with lora.merge: factor"
+                ]
             ) from error
         most = max((layer.rank for layer in self.factors), default=0)
         ranks = recipe.ranks or [most]
         if max(ranks) > most:
-            raise RecipeError([f"strategy.ranks: {max(ranks)} is more than the adapter's rank of {most}; lower it, or raise lora.r"])
+            raise RecipeError(
+                [
+                    f"strategy.ranks: {max(ranks)} is more than the adapter's rank of {most}; lower it, or raise lora.r"
+                ]
+            )
         kinds = sorted(set(ranks[: start.clients]))
         self.ranks = [ranks[client % len(ranks)] for client in range(start.clients)]
         self.assigned = torch.tensor([kinds.index(rank) for rank in self.ranks])
         self.plain = ~rank_columns(start.layout, slice)
         """What does not belong to the factors, such as heads: a mask ``(P,)``."""
-        self.masks = torch.stack([self.plain | rank_columns(start.layout, _first(rank)) for rank in kinds])
+        self.masks = torch.stack(
+            [self.plain | rank_columns(start.layout, _first(rank)) for rank in kinds]
+        )
         """What clients of each rank have, ``(d, P)``."""
         self.start = start
         self.soup = self._soup(start.fresh_row(0))
@@ -68,7 +76,11 @@ class Ranked(Assigned):
         square = float((row - self.adapter(reply.client))[self.plain].double().square().sum())
         for layer in self.factors:
             trained_to, (sent_next, length) = layer.of(row), self.next_update(layer, reply.client)
-            distance = inner_of_products(trained_to, trained_to) - 2 * inner_of_products(trained_to, sent_next) + length
+            distance = (
+                inner_of_products(trained_to, trained_to)
+                - 2 * inner_of_products(trained_to, sent_next)
+                + length
+            )
             square += self.start.scaling[layer.module] ** 2 * max(distance, 0.0)
         return math.sqrt(square)
 

@@ -26,7 +26,9 @@ class IFCA(Clustering):
     """
 
     def __init__(self, recipe: recipes.IFCA, start: Start) -> None:
-        super().__init__(torch.stack([start.fresh_row(number) for number in range(recipe.adapters)]), start)
+        super().__init__(
+            torch.stack([start.fresh_row(number) for number in range(recipe.adapters)]), start
+        )
 
     def plan(self, client: int) -> Plan:
         return Choose(self.soup.rows)
@@ -40,5 +42,9 @@ class IFCA(Clustering):
         for reply in replies:
             self.clusters[reply.client] = reply.choice
         self.soup.rows = self.soup.rows - means(
-            self.aggregator.clip(deltas), self.clusters[clients], sizes, len(self.soup), self.aggregator
+            self.aggregator.clip(deltas),
+            self.clusters[clients],
+            sizes,
+            len(self.soup),
+            self.aggregator,
         )

@@ -18,7 +18,9 @@ class Local(Strategy):
     federated = False
 
     def __init__(self, recipe: recipes.Local, start: Start) -> None:
-        self.soup = AdapterSoup(start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared)
+        self.soup = AdapterSoup(
+            start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared
+        )
 
     @property
     def weights(self) -> Tensor:

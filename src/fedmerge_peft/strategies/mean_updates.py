@@ -46,18 +46,28 @@ class MeanUpdates(Stateful):
     def means(self) -> Tensor:
         """δ̄ of those who have replied, ``(k, P)``."""
         kept, counts = Spill(expected=len(self._sums)), self._counts[self.clients]
-        return side_by_side([kept.keep(row / count) for row, count in zip(self._ascending(), counts, strict=True)])
+        return side_by_side(
+            [kept.keep(row / count) for row, count in zip(self._ascending(), counts, strict=True)]
+        )
 
     def state(self) -> State:
         return {"sums": self._rows(), "counts": self._counts}
 
     def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
         if state.keys() != {"sums", "counts"}:
-            raise ValueError(f"{', '.join(sorted(state.keys() ^ {'sums', 'counts'}))}: on one side only")
+            raise ValueError(
+                f"{', '.join(sorted(state.keys() ^ {'sums', 'counts'}))}: on one side only"
+            )
         sums, counts = state["sums"], fitting("counts", self._counts, state["counts"])
         clients = torch.nonzero(counts).flatten() if isinstance(counts, Tensor) else torch.empty(0)
-        if not isinstance(sums, Tensor) or sums.shape != (len(clients), self._size) or sums.dtype != torch.float32:
-            raise ValueError(f"sums: {described(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected")
+        if (
+            not isinstance(sums, Tensor)
+            or sums.shape != (len(clients), self._size)
+            or sums.dtype != torch.float32
+        ):
+            raise ValueError(
+                f"sums: {described(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected"
+            )
         self._sums, self._spill = {}, Spill(expected=len(self._counts))
         self.add(clients, sums)
         self._counts = counts if isinstance(counts, Tensor) else self._counts

@@ -29,13 +29,17 @@ class PartlyShared(Assigned):
     def __init__(self, recipe: recipes.Server, start: Start, shared: Tensor) -> None:
         """``shared`` is a mask ``(P,)``."""
         self.shared = shared
-        self.soup = AdapterSoup(start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared)
+        self.soup = AdapterSoup(
+            start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared
+        )
         self.server = ServerOptimizer(recipe, self.soup.rows[:1, shared])
         self.assigned = torch.arange(start.clients)
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
-        common = self.server.step(self.soup.rows[:1, self.shared], mean_delta(replies, self.aggregator, self.shared)[None])
+        common = self.server.step(
+            self.soup.rows[:1, self.shared], mean_delta(replies, self.aggregator, self.shared)[None]
+        )
         for reply in replies:
             self.soup.rows[reply.client] -= reply.delta
         self.soup.rows[:, self.shared] = common
@@ -57,7 +61,11 @@ class FedRep(PartlyShared):
         self.head = torch.zeros(start.layout.size, dtype=torch.bool)
         self.head[start.layout.columns("head")] = True
         if not self.head.any():
-            raise RecipeError(["strategy.name: fedrep keeps the head private and this adapter has none; name one in lora.modules_to_save"])
+            raise RecipeError(
+                [
+                    "strategy.name: fedrep keeps the head private and this adapter has none; name one in lora.modules_to_save"
+                ]
+            )
         super().__init__(recipe, start, ~self.head)
 
     def plan(self, client: int) -> Plan:
@@ -73,7 +81,11 @@ class FedSALora(PartlyShared):
     def __init__(self, recipe: recipes.FedSALora, start: Start) -> None:
         shared = columns_named(start.layout, INPUT_SIDE)
         if not shared.any():
-            raise RecipeError(["strategy.name: fedsa_lora averages A, which does not train in this adapter; set lora.merge to factor"])
+            raise RecipeError(
+                [
+                    "strategy.name: fedsa_lora averages A, which does not train in this adapter; set lora.merge to factor"
+                ]
+            )
         super().__init__(recipe, start, shared)
 
 

@@ -25,7 +25,9 @@ class ServerOptimizer(Stateful):
         self._rows = nn.Parameter(rows.clone())
         self.optimizer: torch.optim.Optimizer
         if recipe.server_optimizer == "adam":
-            self.optimizer = torch.optim.Adam([self._rows], lr=recipe.lr, betas=(recipe.momentum, _SECOND_MOMENT), eps=_ADAPTIVITY)
+            self.optimizer = torch.optim.Adam(
+                [self._rows], lr=recipe.lr, betas=(recipe.momentum, _SECOND_MOMENT), eps=_ADAPTIVITY
+            )
         else:
             self.optimizer = torch.optim.SGD([self._rows], lr=recipe.lr, momentum=recipe.momentum)
 
@@ -42,5 +44,6 @@ class ServerOptimizer(Stateful):
     def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
         counter = torch.zeros(())
         self.optimizer.state[self._rows] = {
-            name: fitting(name, counter if name == "step" else self._rows.detach(), value) for name, value in state.items()
+            name: fitting(name, counter if name == "step" else self._rows.detach(), value)
+            for name, value in state.items()
         }

@@ -71,8 +71,14 @@ def fedmerge_step(
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(WEIGHTS_LR)}")
     lr = WEIGHTS_LR[rule] if weights_lr is None else weights_lr
     weights = torch.softmax(logits.double(), dim=1)
-    new_logits = logits.double() - weights_move(rule, weights_gradient(soup, weights, deltas, columns), shares, lr)
-    mixing = weights * shares[:, None] if rule == "gradient" else soup_shares(torch.softmax(new_logits, dim=1), shares)
+    new_logits = logits.double() - weights_move(
+        rule, weights_gradient(soup, weights, deltas, columns), shares, lr
+    )
+    mixing = (
+        weights * shares[:, None]
+        if rule == "gradient"
+        else soup_shares(torch.softmax(new_logits, dim=1), shares)
+    )
     return soup - soup_lr * (mixing.T.to(deltas) @ deltas).to(soup), new_logits.to(logits)
 
 
@@ -123,7 +129,9 @@ def weights_gradient(
 def _rows_scaled(gradient: Tensor) -> Tensor:
     """Each row divided by its largest entry; rows of zeros stay."""
     largest = gradient.abs().amax(dim=1, keepdim=True)
-    return torch.where(largest > 0, gradient / largest.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    return torch.where(
+        largest > 0, gradient / largest.clamp_min(torch.finfo(torch.float64).tiny), 0.0
+    )
 
 
 def _paper_move(gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
@@ -137,7 +145,9 @@ def _paper_move(gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
     return count * step
 
 
-def _shares(soup: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor | Sequence[float]) -> Tensor:
+def _shares(
+    soup: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor | Sequence[float]
+) -> Tensor:
     """ρ, ``(m,)`` float64, once all shapes fit."""
     n = torch.as_tensor(sizes, dtype=torch.float64, device=deltas.device)
     if soup.ndim != 2 or logits.ndim != 2 or deltas.ndim != 2 or n.ndim != 1:
@@ -149,7 +159,9 @@ def _shares(soup: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor | Sequen
             f"{tuple(logits.shape)}, {tuple(deltas.shape)}, {tuple(n.shape)}"
         )
     if not bool((n > 0).all()) or not bool(torch.isfinite(n).all()):
-        raise ValueError("sizes must be positive and finite: a client without examples cannot take part")
+        raise ValueError(
+            "sizes must be positive and finite: a client without examples cannot take part"
+        )
     if not finite(deltas):
         raise ValueError(
             f"the deltas of clients {[int(i) for i in torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten()]} are not finite"

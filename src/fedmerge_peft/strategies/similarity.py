@@ -9,7 +9,9 @@ from torch import Tensor
 from fedmerge_peft.util import row_buffer
 
 
-def group_by_direction(deltas: Tensor, most: int, seed: int, count: int | None = None, centre: Tensor | None = None) -> Tensor:
+def group_by_direction(
+    deltas: Tensor, most: int, seed: int, count: int | None = None, centre: Tensor | None = None
+) -> Tensor:
     """k-means of the clients' updates, centred and normalised; all must have started from the same adapter.
 
     With one common adapter, what clients share cancels in the mean, and what is left of an update says what its client
@@ -53,7 +55,13 @@ def agreement(cosines: Tensor, groups: Tensor) -> float:
     count = others.sum(dim=1)
     along = (others * cosines).sum(dim=1)
     length = torch.einsum("ij,jk,ik->i", others, cosines, others).clamp_min(0).sqrt()
-    return float(torch.where((count > 0) & (length > 0), along / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0).mean())
+    return float(
+        torch.where(
+            (count > 0) & (length > 0),
+            along / length.clamp_min(torch.finfo(torch.float64).tiny),
+            0.0,
+        ).mean()
+    )
 
 
 def cosines(deltas: Tensor, centre: Tensor | None = None) -> Tensor:

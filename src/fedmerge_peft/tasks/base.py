@@ -31,7 +31,9 @@ class Examples:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """How many numbers each example's first column has, ``(n,)``: its tokens, or its pixels."""
-        return np.array([tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64)
+        return np.array(
+            [tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64
+        )
 
 
 @dataclass
@@ -92,6 +94,8 @@ class Task(ABC):
         """Predicted and expected class (or token) ids, both flat, where there is a label."""
 
     @torch.no_grad()
-    def generate(self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device) -> tuple[list[str], list[str]]:
+    def generate(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> tuple[list[str], list[str]]:
         """Generated and wanted texts for these examples. Only tasks with ``generates`` have it."""
         raise TypeError(f"{type(self).__name__} does not generate text")

@@ -15,7 +15,15 @@ from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.tasks.metrics import GENERATED
 from fedmerge_peft.tasks.text_formats import lay_out, parse_template, tell_format
-from fedmerge_peft.tasks.tokenization import choose_length, chunks, load_tokenizer, pad, pad_token_of, ragged, token_limit
+from fedmerge_peft.tasks.tokenization import (
+    choose_length,
+    chunks,
+    load_tokenizer,
+    pad,
+    pad_token_of,
+    ragged,
+    token_limit,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +57,9 @@ class CausalLMTask(Task):
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     labels = ()
 
-    def __init__(self, recipe: CausalLM, backbone: BackboneRecipe, table: Dataset, model_folder: str) -> None:
+    def __init__(
+        self, recipe: CausalLM, backbone: BackboneRecipe, table: Dataset, model_folder: str
+    ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
         self.format = tell_format(recipe, table)
@@ -68,7 +78,9 @@ class CausalLMTask(Task):
         self.max_length = choose_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
         self.max_prompt = min(self.max_length, (limit or 2**31) - recipe.max_new_tokens)
         if self.generates and self.max_prompt < 1:
-            raise DataError(f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a prompt; the model takes {limit}")
+            raise DataError(
+                f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a prompt; the model takes {limit}"
+            )
         eos = self.processor.eos_token_id
         self._adds_eos = eos is not None and self.processor("a")["input_ids"][-1:] == [eos]
 
@@ -88,12 +100,19 @@ class CausalLMTask(Task):
         texts = lay_out(self.recipe, self.format, table, self.processor, answers=self.generates)
         rows: list[tuple[list[int], list[int]]]
         if texts.prompts is None:
-            rows = [([], ids) for ids in self._tokenise(texts.learned, special=self.format == "text", end=self.format == "text")]
+            rows = [
+                ([], ids)
+                for ids in self._tokenise(
+                    texts.learned, special=self.format == "text", end=self.format == "text"
+                )
+            ]
         else:
             rows = self._tokenise_pairs(texts.prompts, texts.learned)
         length = self.max_length
         if cut := sum(len(prompt) + len(learned) > length for prompt, learned in rows):
-            logger.warning("%d of %d examples are longer than %d tokens and were cut", cut, len(rows), length)
+            logger.warning(
+                "%d of %d examples are longer than %d tokens and were cut", cut, len(rows), length
+            )
         inputs, labels = [], []
         for row, (prompt, learned) in enumerate(rows):
             # A completion that fills the whole length still needs one token before it, to be predicted from.
@@ -101,14 +120,21 @@ class CausalLMTask(Task):
             learned = learned[: length - len(kept)]
             inputs.append(kept + learned)
             labels.append([IGNORED] * len(kept) + learned)
-            labels[row][:1] = [IGNORED]  # nothing precedes the first token; now the labels count the terms of the loss
+            labels[row][:1] = [
+                IGNORED
+            ]  # nothing precedes the first token; now the labels count the terms of the loss
             if all(label == IGNORED for label in labels[row]):
-                raise DataError(f"row {row} in use: {len(inputs[row])} token(s) leave nothing to predict: {texts.learned[row][:80]!r}")
+                raise DataError(
+                    f"row {row} in use: {len(inputs[row])} token(s) leave nothing to predict: {texts.learned[row][:80]!r}"
+                )
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         if self.generates:
             starts, wanted = [prompt for prompt, _ in rows], texts.learned
             if texts.answers is not None:
-                starts, wanted = self._tokenise([prompt for prompt, _ in texts.answers], special=False), [text for _, text in texts.answers]
+                starts, wanted = (
+                    self._tokenise([prompt for prompt, _ in texts.answers], special=False),
+                    [text for _, text in texts.answers],
+                )
             columns["prompt"] = ragged([self._cut_left(ids, self.max_prompt) for ids in starts])
             columns["wanted"] = ragged([text.encode() for text in wanted])
         return Examples(columns)
@@ -122,12 +148,16 @@ class CausalLMTask(Task):
             "labels": pad([examples.columns["labels"][index] for index in indices], IGNORED),
         }
 
-    def _tokenise(self, texts: Sequence[str], *, special: bool = True, end: bool = False) -> list[list[int]]:
+    def _tokenise(
+        self, texts: Sequence[str], *, special: bool = True, end: bool = False
+    ) -> list[list[int]]:
         """Token ids of each text: with what the tokenizer puts in front where ``special``, with an EOS after it where ``end``."""
         eos = self.processor.eos_token_id
         rows: list[list[int]] = []
         for (chunk,) in chunks(texts):
-            for ids in self.processor(list(chunk), add_special_tokens=special, verbose=False)["input_ids"]:
+            for ids in self.processor(list(chunk), add_special_tokens=special, verbose=False)[
+                "input_ids"
+            ]:
                 bare = ids[:-1] if special and self._adds_eos else ids
                 rows.append([*bare, eos] if end and eos is not None else list(bare))
         return rows
@@ -138,24 +168,44 @@ class CausalLMTask(Task):
         rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenise(prompts)]
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
-            raise DataError(f"row {empty} in use: the prompt is empty, and the tokenizer has no begin-of-sequence token to stand for it")
+            raise DataError(
+                f"row {empty} in use: the prompt is empty, and the tokenizer has no begin-of-sequence token to stand for it"
+            )
         return rows
 
-    def _tokenise_pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def _tokenise_pairs(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
         """Token ids of each prompt and of the completion that follows it, with EOS."""
         starts = self._tokenise_prompts(prompts)
-        wholes = self._tokenise([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], end=True)
+        wholes = self._tokenise(
+            [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
+            end=True,
+        )
         # An empty prompt has a stand-in that the whole lacks where the tokenizer adds no begin-of-sequence token itself.
-        clash = [row for row, start in enumerate(starts) if prompts[row] and wholes[row][: len(start)] != start]
+        clash = [
+            row
+            for row, start in enumerate(starts)
+            if prompts[row] and wholes[row][: len(start)] != start
+        ]
         apart = sorted({*clash, *(row for row, prompt in enumerate(prompts) if not prompt)})
-        alone = dict(zip(apart, self._tokenise([completions[row] for row in apart], special=False, end=True), strict=True))
+        alone = dict(
+            zip(
+                apart,
+                self._tokenise([completions[row] for row in apart], special=False, end=True),
+                strict=True,
+            )
+        )
         if clash:
             logger.warning(
                 "in %d of %d rows the tokens of prompt + completion do not begin with the prompt's (first: row %d); both were tokenised "
                 "apart. Often the prompt ends in a space that belongs to the completion",
                 len(clash), len(starts), clash[0],
             )  # fmt: skip
-        return [(start, alone[row] if row in alone else wholes[row][len(start) :]) for row, start in enumerate(starts)]
+        return [
+            (start, alone[row] if row in alone else wholes[row][len(start) :])
+            for row, start in enumerate(starts)
+        ]
 
     def _cut_left(self, prompt: list[int], length: int) -> list[int]:
         """The last ``length`` tokens, of which the first stays the begin-of-sequence token where the prompt has it."""
@@ -177,7 +227,10 @@ class CausalLMTask(Task):
         """
         targets = labels[:, 1:]
         losses = functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+            logits[:, :-1].float().flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
         ).view_as(targets)
         return losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
 
@@ -190,7 +243,16 @@ class CausalLMTask(Task):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Examples:
         """Prompts without completions, as ``complete`` takes them; long ones are cut on the left. Raises ``DataError`` for an empty one."""
-        return Examples({"prompt": ragged([self._cut_left(ids, self.max_prompt) for ids in self._tokenise_prompts(prompts)])})
+        return Examples(
+            {
+                "prompt": ragged(
+                    [
+                        self._cut_left(ids, self.max_prompt)
+                        for ids in self._tokenise_prompts(prompts)
+                    ]
+                )
+            }
+        )
 
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """``input_ids`` and ``attention_mask``, both ``(batch, longest)``, padded on the left."""
@@ -201,24 +263,35 @@ class CausalLMTask(Task):
         }
 
     @torch.no_grad()
-    def complete(self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device) -> list[str]:
+    def complete(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> list[str]:
         """Greedy completions of the prompts, up to the end of sequence or ``max_new_tokens``, stripped.
 
         The model should be in evaluation mode.
         """
         from transformers import GenerationConfig
 
-        batch = {name: tensor.to(device) for name, tensor in self.collate_prompts(examples, indices).items()}
+        batch = {
+            name: tensor.to(device)
+            for name, tensor in self.collate_prompts(examples, indices).items()
+        }
         # Every field that the model's own generation_config.json may set for sampling is set here, so that decoding is plainly greedy.
         settings = GenerationConfig(
             do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, use_cache=True,
             max_new_tokens=self.recipe.max_new_tokens, pad_token_id=self.pad_token_id, eos_token_id=self._ends(model) or None,
         )  # fmt: skip
-        tokens = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokens = model.generate(**batch, generation_config=settings)[
+            :, batch["input_ids"].shape[1] :
+        ]
+        texts = self.processor.batch_decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return [text.strip() for text in texts]
 
-    def generate(self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device) -> tuple[list[str], list[str]]:
+    def generate(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> tuple[list[str], list[str]]:
         """What ``complete`` gives, and the wanted completions, stripped too."""
         wanted = [bytes(examples.columns["wanted"][index].tolist()).decode() for index in indices]
         return self.complete(model, examples, indices, device), [text.strip() for text in wanted]
@@ -226,4 +299,6 @@ class CausalLMTask(Task):
     def _ends(self, model: Any) -> list[int]:
         """Token ids that end a completion: the tokenizer's, and those that the model names, such as the end of a turn."""
         named = model.generation_config.eos_token_id
-        return sorted({*(named if isinstance(named, list) else [named]), self.processor.eos_token_id} - {None})
+        return sorted(
+            {*(named if isinstance(named, list) else [named]), self.processor.eos_token_id} - {None}
+        )

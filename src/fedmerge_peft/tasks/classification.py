@@ -42,7 +42,9 @@ def refuse_nulls(values: Any, column: str, first: int = 0) -> None:
     """Raise ``DataError`` with the row number of the first null of an Arrow array, whose first entry is row ``first``."""
     if values.null_count:
         row = first + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"row {row} in use: column {column!r} is empty (null); fill such rows in or leave them out")
+        raise DataError(
+            f"row {row} in use: column {column!r} is empty (null); fill such rows in or leave them out"
+        )
 
 
 def tell_labels(table: Dataset, column: str, num_labels: int | None) -> list[str]:
@@ -65,7 +67,9 @@ def tell_labels(table: Dataset, column: str, num_labels: int | None) -> list[str
     if is_text(values.type):
         names = sorted(values.unique().to_pylist())
         if num_labels is not None and len(names) > num_labels:
-            raise DataError(f"column {column!r} has {len(names)} labels where num_labels says {num_labels}: {listing(names)}")
+            raise DataError(
+                f"column {column!r} has {len(names)} labels where num_labels says {num_labels}: {listing(names)}"
+            )
     else:
         ids = _integers(values, column)
         if num_labels is not None:
@@ -91,7 +95,9 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
     names = values.to_pylist()
     for row, name in enumerate(names):
         if name not in known:
-            raise DataError(f"row {row} in use: {name!r} in column {column!r} is not a known label; the labels are {listing(labels)}")
+            raise DataError(
+                f"row {row} in use: {name!r} in column {column!r} is not a known label; the labels are {listing(labels)}"
+            )
     return torch.tensor([known[name] for name in names], dtype=torch.int64)
 
 
@@ -120,16 +126,24 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
         found = values.to_pylist()
     else:
         ids = _integers(values, column).tolist()
-        ordered = all(not name.isdecimal() or name == str(label) for label, name in enumerate(labels))
+        ordered = all(
+            not name.isdecimal() or name == str(label) for label, name in enumerate(labels)
+        )
         names = getattr(table.features[column], "names", None) or (labels if ordered else ())
         found = [names[label] if label < len(names) else str(label) for label in ids]
     known = {name: label for label, name in enumerate(labels)}
     for row, name in enumerate(found):
         if name not in known:
             hint = did_you_mean(name, labels)
-            raise DataError(f"row {row}: {name!r} in column {column!r} is not a known label{hint}; the labels are {listing(labels)}")
+            raise DataError(
+                f"row {row}: {name!r} in column {column!r} is not a known label{hint}; the labels are {listing(labels)}"
+            )
     rows = table.with_format("arrow")[:]
-    rows = rows.set_column(rows.column_names.index(column), column, pa.array([known[name] for name in found], pa.int64()))
+    rows = rows.set_column(
+        rows.column_names.index(column),
+        column,
+        pa.array([known[name] for name in found], pa.int64()),
+    )
     features = table.features.copy()
     features[column] = ClassLabel(names=list(labels))
     return Dataset(rows, info=DatasetInfo(features=features))
@@ -150,7 +164,9 @@ def _integers(values: Any, column: str) -> NDArray[np.int64]:
     """Label ids that are integers from 0 (or truth values); anything else is a ``DataError`` with its row."""
     if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
         first = f", such as {values[0].as_py()!r} in row 0" if len(values) else ""
-        raise DataError(f"column {column!r} holds {values.type}{first}; a label is an integer from 0, or a name: cast the column")
+        raise DataError(
+            f"column {column!r} holds {values.type}{first}; a label is an integer from 0, or a name: cast the column"
+        )
     ids: NDArray[np.int64] = values.to_numpy().astype(np.int64)
     if (ids < 0).any():
         row = int((ids < 0).argmax())

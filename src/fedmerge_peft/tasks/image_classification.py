@@ -12,7 +12,12 @@ from torch import Tensor
 from fedmerge_peft.data.columns import listing
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
-from fedmerge_peft.tasks.classification import Classification, encode_labels, refuse_nulls, tell_labels
+from fedmerge_peft.tasks.classification import (
+    Classification,
+    encode_labels,
+    refuse_nulls,
+    tell_labels,
+)
 from fedmerge_peft.tasks.tokenization import load_part
 
 if TYPE_CHECKING:
@@ -45,18 +50,30 @@ class ImageClassificationTask(Classification):
     # PEFT's task types belong to text models; without one, its wrapper hands pixel_values through.
     peft_task_type: ClassVar[str | None] = None
 
-    def __init__(self, recipe: ImageClassification, backbone: BackboneRecipe, table: Dataset, model_folder: str) -> None:
+    def __init__(
+        self,
+        recipe: ImageClassification,
+        backbone: BackboneRecipe,
+        table: Dataset,
+        model_folder: str,
+    ) -> None:
         from transformers import AutoImageProcessor
 
         self.recipe = recipe
         self.metrics = recipe.metrics
         if recipe.image not in table.column_names:
-            raise DataError(f"task.image: there is no column {recipe.image!r}; the data have {listing(table.column_names)}")
+            raise DataError(
+                f"task.image: there is no column {recipe.image!r}; the data have {listing(table.column_names)}"
+            )
         self.labels = tell_labels(table, recipe.label, recipe.num_labels)
         elsewhere = backbone.tokenizer is not None
         # The Pillow backend, also where torchvision is installed: the same pixels on every machine.
         self.processor = load_part(
-            AutoImageProcessor, backbone.tokenizer or model_folder, backbone, None if elsewhere else backbone.revision, backend="pil"
+            AutoImageProcessor,
+            backbone.tokenizer or model_folder,
+            backbone,
+            None if elsewhere else backbone.revision,
+            backend="pil",
         )
 
     def encode(self, table: Dataset) -> Examples:
@@ -80,7 +97,9 @@ class ImageClassificationTask(Classification):
                 raise DataError(
                     f"task.image: column {self.recipe.image!r} holds {rows.type}; images are encoded bytes, file paths, or a datasets Image"
                 ) from error
-            images = [self._decode(Image(), value, start + row) for row, value in enumerate(encoded)]
+            images = [
+                self._decode(Image(), value, start + row) for row, value in enumerate(encoded)
+            ]
             pixels.extend(self._resize(images))
         return Examples({"pixel_values": pixels, "labels": list(labels.unbind())})
 
@@ -91,23 +110,34 @@ class ImageClassificationTask(Classification):
             pixels *= self.processor.rescale_factor
         if self.processor.do_normalize:
             mean, deviation = (
-                torch.as_tensor(value).float().view(-1, 1, 1) for value in (self.processor.image_mean, self.processor.image_std)
+                torch.as_tensor(value).float().view(-1, 1, 1)
+                for value in (self.processor.image_mean, self.processor.image_std)
             )
             pixels = pixels.sub_(mean).div_(deviation)
-        return {"pixel_values": pixels, "labels": torch.stack([examples.columns["labels"][index] for index in indices])}
+        return {
+            "pixel_values": pixels,
+            "labels": torch.stack([examples.columns["labels"][index] for index in indices]),
+        }
 
     def _decode(self, feature: Any, value: dict[str, Any], row: int) -> Image:
         try:
             return as_rgb(feature.decode_example(value))
-        except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
+        except (
+            Exception
+        ) as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
             where = value["path"] or f"{len(value['bytes'] or b'')} bytes"
-            raise DataError(f"row {row} in use: the image in column {self.recipe.image!r} cannot be decoded ({where}): {error}") from error
+            raise DataError(
+                f"row {row} in use: the image in column {self.recipe.image!r} cannot be decoded ({where}): {error}"
+            ) from error
 
     def _resize(self, images: list[Image]) -> list[Tensor]:
         """What the image processor does before it rescales and normalises."""
         processed = self.processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
         arrays = [np.asarray(image) for image in processed]
-        if any(array.dtype != np.uint8 or array.shape != arrays[0].shape or array.ndim != 3 for array in arrays):
+        if any(
+            array.dtype != np.uint8 or array.shape != arrays[0].shape or array.ndim != 3
+            for array in arrays
+        ):
             kinds = sorted({f"{array.dtype} {array.shape}" for array in arrays})
             raise BackboneError(
                 f"{type(self.processor).__name__} does not bring images to one size before it normalises them (it gives "

@@ -37,10 +37,18 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         if name == "perplexity":
             scores[name] = _exp(loss)
             continue
-        said, expected = (predictions.generated, predictions.wanted) if name in GENERATED else (predictions.predicted, predictions.expected)
+        said, expected = (
+            (predictions.generated, predictions.wanted)
+            if name in GENERATED
+            else (predictions.predicted, predictions.expected)
+        )
         # Not metric(name).compute: it writes the ids to an Arrow table first, about 3 ms a call, which exceeds the arithmetic
         # many times and would be paid for every client, split and round.
-        scores[name] = metric(name)._compute(predictions=said, references=expected)[name] if len(expected) else math.nan
+        scores[name] = (
+            metric(name)._compute(predictions=said, references=expected)[name]
+            if len(expected)
+            else math.nan
+        )
     return scores
 
 
@@ -69,7 +77,9 @@ def metric(name: str) -> Any:
             features = Features({"predictions": Value(dtype), "references": Value(dtype)})
             return evaluate.MetricInfo(description=name, citation="", features=features)
 
-        def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        def _compute(
+            self, predictions: Sequence[Any], references: Sequence[Any]
+        ) -> dict[str, float]:
             return {name: arithmetic(predictions, references)}
 
     return Offline(keep_in_memory=True)
@@ -92,7 +102,9 @@ def _f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
     """Mean over the classes that are expected or predicted, each with the same weight (macro average)."""
     from sklearn.metrics import f1_score
 
-    return float(f1_score(np.asarray(expected), np.asarray(predicted), average="macro", zero_division=0))
+    return float(
+        f1_score(np.asarray(expected), np.asarray(predicted), average="macro", zero_division=0)
+    )
 
 
 def _matthews_correlation(predicted: Sequence[int], expected: Sequence[int]) -> float:
@@ -110,7 +122,14 @@ def _exact_match(generated: Sequence[str], wanted: Sequence[str]) -> float:
 def _rouge_l(generated: Sequence[str], wanted: Sequence[str]) -> float:
     """Mean over examples of the F-measure of the longest common subsequence of words (Lin 2004), without stemming."""
     scorer = _rouge_scorer()
-    return float(np.mean([scorer.score(other, one)["rougeL"].fmeasure for one, other in zip(generated, wanted, strict=True)]))
+    return float(
+        np.mean(
+            [
+                scorer.score(other, one)["rougeL"].fmeasure
+                for one, other in zip(generated, wanted, strict=True)
+            ]
+        )
+    )
 
 
 @cache

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.classification import Classification, encode_labels, tell_labels
-from fedmerge_peft.tasks.tokenization import choose_length, chunks, load_tokenizer, pad, pad_token_of, ragged, read_texts, token_limit
+from fedmerge_peft.tasks.tokenization import (
+    choose_length,
+    chunks,
+    load_tokenizer,
+    pad,
+    pad_token_of,
+    ragged,
+    read_texts,
+    token_limit,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +47,13 @@ class SequenceClassificationTask(Classification):
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
 
-    def __init__(self, recipe: SequenceClassification, backbone: BackboneRecipe, table: Dataset, model_folder: str) -> None:
+    def __init__(
+        self,
+        recipe: SequenceClassification,
+        backbone: BackboneRecipe,
+        table: Dataset,
+        model_folder: str,
+    ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
         self.labels = tell_labels(table, recipe.label, recipe.num_labels)
@@ -46,7 +61,9 @@ class SequenceClassificationTask(Classification):
         self.pad_token_id = pad_token_of(self.processor)
         self.max_length = choose_length(recipe.max_length, token_limit(self.processor, config))
         # Some tokenizers give token types to models that have none, and GPT-2 would add them up as if they were words.
-        typed = (getattr(config, "type_vocab_size", None) or 0) > 1 and "token_type_ids" in self.processor.model_input_names
+        typed = (
+            getattr(config, "type_vocab_size", None) or 0
+        ) > 1 and "token_type_ids" in self.processor.model_input_names
         self._columns = ["input_ids", *(["token_type_ids"] if typed else [])]
 
     def encode(self, table: Dataset) -> Examples:
@@ -66,20 +83,38 @@ class SequenceClassificationTask(Classification):
             for row, ids in enumerate(encoded["input_ids"]):
                 short = {name: encoded[name][row] for name in self._columns}
                 if self.max_length is not None and len(ids) > self.max_length:
-                    short = self.processor(*(column[row] for column in chunk), truncation=True, max_length=self.max_length)
+                    short = self.processor(
+                        *(column[row] for column in chunk),
+                        truncation=True,
+                        max_length=self.max_length,
+                    )
                     cut += 1
                 for name in self._columns:
                     tokens[name].append(short[name])
         empty = next((row for row, ids in enumerate(tokens["input_ids"]) if not ids), None)
         if empty is not None:
-            raise DataError(f"row {empty} in use: the text in column {self.recipe.text!r} gives no token: {texts[0][empty]!r}")
+            raise DataError(
+                f"row {empty} in use: the text in column {self.recipe.text!r} gives no token: {texts[0][empty]!r}"
+            )
         if cut:
-            logger.warning("%d of %d texts are longer than %d tokens and were cut", cut, len(table), self.max_length)
-        return Examples({**{name: ragged(rows) for name, rows in tokens.items()}, "labels": list(labels.unbind())})
+            logger.warning(
+                "%d of %d texts are longer than %d tokens and were cut",
+                cut,
+                len(table),
+                self.max_length,
+            )
+        return Examples(
+            {
+                **{name: ragged(rows) for name, rows in tokens.items()},
+                "labels": list(labels.unbind()),
+            }
+        )
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``, all ``(batch, longest)``; ``labels``."""
-        rows = {name: [column[index] for index in indices] for name, column in examples.columns.items()}
+        rows = {
+            name: [column[index] for index in indices] for name, column in examples.columns.items()
+        }
         batch = {
             "input_ids": pad(rows["input_ids"], self.pad_token_id),
             "attention_mask": pad([torch.ones_like(ids) for ids in rows["input_ids"]], 0),

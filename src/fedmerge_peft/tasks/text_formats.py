@@ -52,16 +52,22 @@ def tell_format(recipe: CausalLM, table: Dataset) -> str:
         wanted = [recipe.output] if recipe.format == "instruction" else needs[recipe.format]
         missing = [column for column in wanted if column not in table.column_names]
         if missing:
-            raise DataError(f"task.format: {recipe.format} needs the column {missing[0]!r}; the data have {listing(table.column_names)}")
+            raise DataError(
+                f"task.format: {recipe.format} needs the column {missing[0]!r}; the data have {listing(table.column_names)}"
+            )
         return recipe.format
     for name, columns in needs.items():
         if set(columns) <= set(table.column_names):
             return name
     choices = "; ".join(f"{name}: {' and '.join(columns)}" for name, columns in needs.items())
-    raise DataError(f"task.format: the data have {listing(table.column_names)}, which fits no format ({choices}); name the columns")
+    raise DataError(
+        f"task.format: the data have {listing(table.column_names)}, which fits no format ({choices}); name the columns"
+    )
 
 
-def lay_out(recipe: CausalLM, format: str, table: Dataset, tokenizer: Any, *, answers: bool) -> Conversation:
+def lay_out(
+    recipe: CausalLM, format: str, table: Dataset, tokenizer: Any, *, answers: bool
+) -> Conversation:
     """Read the columns of the format.
 
     Args:
@@ -79,16 +85,26 @@ def lay_out(recipe: CausalLM, format: str, table: Dataset, tokenizer: Any, *, an
     if format == "text":
         return Conversation(read_texts(table, recipe.text, "task.text"))
     if format == "prompt-completion":
-        return Conversation(read_texts(table, recipe.completion, "task.completion"), read_texts(table, recipe.prompt, "task.prompt"))
-    return Conversation(read_texts(table, recipe.output, "task.output"), _instructions(recipe, table))
+        return Conversation(
+            read_texts(table, recipe.completion, "task.completion"),
+            read_texts(table, recipe.prompt, "task.prompt"),
+        )
+    return Conversation(
+        read_texts(table, recipe.output, "task.output"), _instructions(recipe, table)
+    )
 
 
 def parse_template(template: str) -> list[Paragraph]:
     """Paragraphs (what blank lines separate) of a prompt template. Raises ``DataError`` for braces that do not match."""
     try:
-        return [[(literal, name) for literal, name, _, _ in Formatter().parse(text)] for text in template.split("\n\n")]
+        return [
+            [(literal, name) for literal, name, _, _ in Formatter().parse(text)]
+            for text in template.split("\n\n")
+        ]
     except ValueError as error:
-        raise DataError(f"task.template: {error}; write {{{{ and }}}} for braces that are meant as such") from error
+        raise DataError(
+            f"task.template: {error}; write {{{{ and }}}} for braces that are meant as such"
+        ) from error
 
 
 def fill(template: list[Paragraph], values: Mapping[str, str]) -> str:
@@ -98,7 +114,9 @@ def fill(template: list[Paragraph], values: Mapping[str, str]) -> str:
         fields = {name for _, name in paragraph if name is not None}
         if len(fields) == 1 and not values[fields.pop()].strip():
             continue
-        paragraphs.append("".join(literal + ("" if name is None else values[name]) for literal, name in paragraph))
+        paragraphs.append(
+            "".join(literal + ("" if name is None else values[name]) for literal, name in paragraph)
+        )
     return "\n\n".join(paragraphs)
 
 
@@ -106,7 +124,9 @@ def _instructions(recipe: CausalLM, table: Dataset) -> list[str]:
     """A prompt a row, from the template."""
     template = parse_template(recipe.template)
     columns: dict[str, list[str]] = {}
-    for field in dict.fromkeys(name for paragraph in template for _, name in paragraph if name is not None):
+    for field in dict.fromkeys(
+        name for paragraph in template for _, name in paragraph if name is not None
+    ):
         column = {"instruction": recipe.instruction, "input": recipe.input}.get(field, field)
         if field == "instruction":
             columns[field] = read_texts(table, column, "task.instruction")
@@ -115,8 +135,13 @@ def _instructions(recipe: CausalLM, table: Dataset) -> list[str]:
         elif field == "input":
             columns[field] = [""] * len(table)
         else:
-            raise DataError(f"task.template: {{{field}}} is no column; the data have {listing(table.column_names)}")
-    return [fill(template, {field: values[row] for field, values in columns.items()}) for row in range(len(table))]
+            raise DataError(
+                f"task.template: {{{field}}} is no column; the data have {listing(table.column_names)}"
+            )
+    return [
+        fill(template, {field: values[row] for field, values in columns.items()})
+        for row in range(len(table))
+    ]
 
 
 def _rows(table: Dataset, column: str) -> list[Any]:
@@ -142,24 +167,41 @@ def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, answers: bool) -
                 raise DataError(
                     f"row {row} in use: the last message in {column!r} is the {chat[-1]['role']}'s; to generate, it must be assistant's"
                 )
-            asked.append((_render(tokenizer, chat[:-1], row, column, add_generation_prompt=True), chat[-1]["content"]))
+            asked.append(
+                (
+                    _render(tokenizer, chat[:-1], row, column, add_generation_prompt=True),
+                    chat[-1]["content"],
+                )
+            )
     return Conversation(learned, answers=asked if answers else None)
 
 
 def _messages(messages: Any, row: int, column: str) -> list[dict[str, Any]]:
     """One chat, without the keys that other chats have and this one lacks."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"row {row} in use: {column!r} must be a list of {{role, content}} with one message at least, not {messages!r}")
+        raise DataError(
+            f"row {row} in use: {column!r} must be a list of {{role, content}} with one message at least, not {messages!r}"
+        )
     for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"row {row} in use: a message in {column!r} needs a role and a content, both text, not {message!r}")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise DataError(
+                f"row {row} in use: a message in {column!r} needs a role and a content, both text, not {message!r}"
+            )
+    return [
+        {key: value for key, value in message.items() if value is not None} for message in messages
+    ]
 
 
-def _render(tokenizer: Any, chat: list[dict[str, Any]], row: int, column: str, **options: bool) -> str:
+def _render(
+    tokenizer: Any, chat: list[dict[str, Any]], row: int, column: str, **options: bool
+) -> str:
     from jinja2 import TemplateError
 
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except TemplateError as error:
-        raise DataError(f"row {row} in use: the chat template refuses the messages in {column!r}: {error}") from error
+        raise DataError(
+            f"row {row} in use: the chat template refuses the messages in {column!r}: {error}"
+        ) from error

@@ -42,14 +42,23 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
     from transformers import AutoConfig, AutoTokenizer
 
     elsewhere = backbone.tokenizer is not None
-    tokenizer = load_part(AutoTokenizer, backbone.tokenizer or model_folder, backbone, None if elsewhere else backbone.revision)
+    tokenizer = load_part(
+        AutoTokenizer,
+        backbone.tokenizer or model_folder,
+        backbone,
+        None if elsewhere else backbone.revision,
+    )
     return tokenizer, load_part(AutoConfig, model_folder, backbone, backbone.revision)
 
 
-def load_part(auto: Any, source: str, backbone: BackboneRecipe, revision: str | None, **options: Any) -> Any:
+def load_part(
+    auto: Any, source: str, backbone: BackboneRecipe, revision: str | None, **options: Any
+) -> Any:
     """``auto.from_pretrained(source)``, with the recipe's trust. Raises ``BackboneError`` from what transformers raised."""
     try:
-        return auto.from_pretrained(source, revision=revision, trust_remote_code=backbone.trust_remote_code, **options)
+        return auto.from_pretrained(
+            source, revision=revision, trust_remote_code=backbone.trust_remote_code, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         what, reason = auto.__name__.removeprefix("Auto"), str(error).strip().partition("\n")[0]
         raise BackboneError(
@@ -66,19 +75,25 @@ def pad_token_of(tokenizer: Any) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise BackboneError("the tokenizer has neither a pad nor an end-of-sequence token; name another one in backbone.tokenizer")
+    raise BackboneError(
+        "the tokenizer has neither a pad nor an end-of-sequence token; name another one in backbone.tokenizer"
+    )
 
 
 def token_limit(tokenizer: Any, config: Any) -> int | None:
     """The most tokens the model takes, special tokens included: the smaller of what tokenizer and model say, None for no limit."""
-    limits = [limit for limit in (tokenizer.model_max_length,) if limit is not None and limit < _NO_LIMIT]
+    limits = [
+        limit for limit in (tokenizer.model_max_length,) if limit is not None and limit < _NO_LIMIT
+    ]
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         limits.append(positions - 2 if config.model_type in _OFFSET_POSITIONS else positions)
     return min(limits, default=None)
 
 
-def choose_length(max_length: int | None, limit: int | None, default: int | None = None) -> int | None:
+def choose_length(
+    max_length: int | None, limit: int | None, default: int | None = None
+) -> int | None:
     """The longest example in tokens: what the recipe says, else the model's limit, at most ``default``.
 
     Raises:
@@ -86,7 +101,9 @@ def choose_length(max_length: int | None, limit: int | None, default: int | None
     """
     if max_length is not None:
         if limit is not None and max_length > limit:
-            raise DataError(f"task.max_length: {max_length} tokens are more than this model takes, which is {limit}")
+            raise DataError(
+                f"task.max_length: {max_length} tokens are more than this model takes, which is {limit}"
+            )
         return max_length
     return min((length for length in (limit, default) if length is not None), default=None)
 
@@ -95,7 +112,9 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
     """A column of text; ``key`` is the recipe's key that names it. Raises ``DataError`` where it is absent, no text, or has a null."""
     values = read_column(table, column, key)
     if not is_text(values.type) and len(values):
-        raise DataError(f"{key}: column {column!r} holds {values.type}, not text, such as {values[0].as_py()!r} in row 0")
+        raise DataError(
+            f"{key}: column {column!r} holds {values.type}, not text, such as {values[0].as_py()!r} in row 0"
+        )
     refuse_nulls(values, column)
     texts: list[str] = values.to_pylist()
     return texts

@@ -32,16 +32,24 @@ def choose_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise DeviceError(f"training.device: {wanted!r} is no device; use auto, cpu, mps, cuda or cuda:1") from error
+        raise DeviceError(
+            f"training.device: {wanted!r} is no device; use auto, cpu, mps, cuda or cuda:1"
+        ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise DeviceError(f"training.device: {wanted} was asked for, and this machine has no CUDA GPU; {_HINT}")
+            raise DeviceError(
+                f"training.device: {wanted} was asked for, and this machine has no CUDA GPU; {_HINT}"
+            )
         if (device.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(f"training.device: {wanted} was asked for, and this machine has {torch.cuda.device_count()} GPU(s)")
+            raise DeviceError(
+                f"training.device: {wanted} was asked for, and this machine has {torch.cuda.device_count()} GPU(s)"
+            )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f"training.device: mps was asked for, and this machine has none; {_HINT}")
     elif device.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"training.device: {wanted} is not supported; use auto, cpu, mps, cuda or cuda:1")
+        raise DeviceError(
+            f"training.device: {wanted} is not supported; use auto, cpu, mps, cuda or cuda:1"
+        )
     return device
 
 
@@ -65,7 +73,9 @@ def _of_this_rank(wanted: str) -> torch.device:
 def choose_precision(wanted: str, device: torch.device) -> str:
     """``no``, ``bf16`` or ``fp16``. Raises ``DeviceError`` for fp16 away from a GPU, where it would silently be float32."""
     if wanted == "fp16" and device.type != "cuda":
-        raise DeviceError(f"training.mixed_precision: fp16 needs a CUDA GPU, and this run is on {device.type}; use bf16, no or auto")
+        raise DeviceError(
+            f"training.mixed_precision: fp16 needs a CUDA GPU, and this run is on {device.type}; use bf16, no or auto"
+        )
     if wanted != "auto":
         return wanted
     if device.type != "cuda":
@@ -90,4 +100,8 @@ def make_accelerator(training: TrainingRecipe) -> Accelerator:
         current = AcceleratorState()
         if current.mixed_precision != precision or current.device.type != device.type:
             AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
@@ -19,7 +20,6 @@ from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache, through
 from fedmerge_peft.training.reference import (
-    Indices,
     Trained,
     accumulate,
     count_steps,
@@ -106,7 +106,9 @@ def train_together(
         proximal = training.proximal if plan.proximal is None else plan.proximal
         anchor = (row if plan.anchor is None else plan.anchor.to(device)) if proximal else None
         weights = spread(plan.example_weights, job.indices, len(examples))
-        pupils.append(_Pupil(job, count_steps(len(job.indices), training), row, anchor, proximal, weights))
+        pupils.append(
+            _Pupil(job, count_steps(len(job.indices), training), row, anchor, proximal, weights)
+        )
     backbone.train()
     first, *others = (job.seed for job in jobs)
     with seeded(derive(first, "dropout", *others), device):
@@ -115,7 +117,14 @@ def train_together(
             present.sort(key=lambda pupil: -pupil.total)
             _train_phase(backbone, task, training, accelerator, present, phase, examples, cache)
     backbone.eval()
-    return [Trained(pupil.row.to("cpu", copy=True), float(torch.stack(pupil.losses).mean()), len(pupil.losses)) for pupil in pupils]
+    return [
+        Trained(
+            pupil.row.to("cpu", copy=True),
+            float(torch.stack(pupil.losses).mean()),
+            len(pupil.losses),
+        )
+        for pupil in pupils
+    ]
 
 
 def _train_phase(
@@ -142,7 +151,15 @@ def _train_phase(
                 stack.keep(leaving.rows.start)
             here = pupils[: len(stack)]
             batches = [next(order) for order in orders[: len(stack)]]
-            losses = accumulate_together(stack, task, accelerator, examples, batches, [each.example_weights for each in here], cache)
+            losses = accumulate_together(
+                stack,
+                task,
+                accelerator,
+                examples,
+                batches,
+                [each.example_weights for each in here],
+                cache,
+            )
             for pupil, loss in zip(here, losses, strict=True):
                 pupil.losses.append(loss)
             rules.bend(stack)
@@ -167,7 +184,9 @@ class _Block:
     schedule: Any
 
 
-def _blocks(stack: AdapterStack, training: TrainingRecipe, pupils: Sequence[_Pupil]) -> Iterator[_Block]:
+def _blocks(
+    stack: AdapterStack, training: TrainingRecipe, pupils: Sequence[_Pupil]
+) -> Iterator[_Block]:
     start = 0
     for total, group in groupby(pupils, key=lambda pupil: pupil.total):
         rows = slice(start, start + len(list(group)))
@@ -181,14 +200,20 @@ def _blocks(stack: AdapterStack, training: TrainingRecipe, pupils: Sequence[_Pup
 class _Rules:
     """What bends gradients: proximal terms, columns that stay, the bound on each row's norm."""
 
-    def __init__(self, pupils: Sequence[_Pupil], phase: int, max_norm: float | None, device: torch.device) -> None:
+    def __init__(
+        self, pupils: Sequence[_Pupil], phase: int, max_norm: float | None, device: torch.device
+    ) -> None:
         masks = [pupil.job.train.phases[phase] for pupil in pupils]
         self.columns: Tensor | None = None
         """What trains, a mask ``(K, P)``; None for everything."""
         if any(mask is not None for mask in masks):
             whole = torch.ones_like(pupils[0].row, dtype=torch.bool)
-            self.columns = torch.stack([whole if mask is None else mask.to(device) for mask in masks])
-        self._pulls = [(number, pupil.proximal, pupil.anchor) for number, pupil in enumerate(pupils)]
+            self.columns = torch.stack(
+                [whole if mask is None else mask.to(device) for mask in masks]
+            )
+        self._pulls = [
+            (number, pupil.proximal, pupil.anchor) for number, pupil in enumerate(pupils)
+        ]
         self._max_norm = max_norm
 
     def bend(self, stack: AdapterStack) -> None:
@@ -200,7 +225,9 @@ class _Rules:
             stack.gradient.mul_(self.columns[: len(stack)])
         if self._max_norm is not None:
             norms = torch.linalg.vector_norm(stack.gradient, dim=1, keepdim=True)
-            stack.gradient.mul_((self._max_norm / (norms + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
+            stack.gradient.mul_(
+                (self._max_norm / (norms + 1e-6)).clamp(max=1.0)
+            )  # as torch's clip_grad_norm_
 
     def restore(self, stack: AdapterStack, before: Tensor) -> None:
         """Take back what weight decay did to columns that stay."""
@@ -234,7 +261,12 @@ def accumulate_together(
     for number in range(max(len(batch) for batch in batches)):
         parts = [batch[number] if number < len(batch) else batch[0][:0] for batch in batches]
         width = max(len(part) for part in parts)
-        chunk = np.concatenate([np.resize(part if len(part) else batch[0][:1], width) for part, batch in zip(parts, batches, strict=True)])
+        chunk = np.concatenate(
+            [
+                np.resize(part if len(part) else batch[0][:1], width)
+                for part, batch in zip(parts, batches, strict=True)
+            ]
+        )
         batch = task.collate(examples, chunk)
         weights = torch.zeros(len(stack), width)
         for k, (part, each) in enumerate(zip(parts, example_weights, strict=True)):
@@ -255,7 +287,12 @@ def accumulate_together(
 
 
 def clients_per_batch(
-    backbone: Backbone, task: Task, training: TrainingRecipe, accelerator: Accelerator, examples: Examples, rows: Indices
+    backbone: Backbone,
+    task: Task,
+    training: TrainingRecipe,
+    accelerator: Accelerator,
+    examples: Examples,
+    rows: Indices,
 ) -> int:
     """How many adapters to train in one pass: what the recipe says, or 1 where that would not be exact, with the reason in the log.
 
@@ -270,7 +307,11 @@ def clients_per_batch(
         rows: The rows of it that clients hold.
     """
     wanted = training.clients_per_batch
-    count = min(_MOST, _EXAMPLES.get(backbone.device.type, 8) // training.batch_size) if wanted == "auto" else wanted
+    count = (
+        min(_MOST, _EXAMPLES.get(backbone.device.type, 8) // training.batch_size)
+        if wanted == "auto"
+        else wanted
+    )
     if count < (_FEWEST if wanted == "auto" else 2):
         return 1
     if accelerator.scaler is not None:
@@ -283,7 +324,9 @@ def clients_per_batch(
     return count
 
 
-def _disagreement(backbone: Backbone, task: Task, accelerator: Accelerator, examples: Examples, rows: Indices) -> str | None:
+def _disagreement(
+    backbone: Backbone, task: Task, accelerator: Accelerator, examples: Examples, rows: Indices
+) -> str | None:
     """Compare gradients of two adapters on the shortest and the longest example, in one pass and in one each."""
     sizes = examples.lengths[rows]
     short, long = rows[[int(sizes.argmin())]], rows[[int(sizes.argmax())]]

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.tasks.base import Examples, Predictions, Task
 from fedmerge_peft.tasks.metrics import score
 from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.training.prefix_cache import PrefixCache, through
-from fedmerge_peft.training.reference import Indices, split
+from fedmerge_peft.training.reference import split
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,9 @@ def evaluate(
     """Loss (nats) and metrics on these rows: ``{"loss": ..., "accuracy": ...}``. Raises ``RecipeError`` for text from a mixture."""
     predictions = Predictions()
     rows = indices[_by_length(examples, indices)]
-    for chunk, logits, labels in _forward(backbone, task, accelerator, served, examples, rows, batch_size, cache):
+    for chunk, logits, labels in _forward(
+        backbone, task, accelerator, served, examples, rows, batch_size, cache
+    ):
         sums, counts = task.losses(logits, labels)
         predicted, expected = task.predict(logits, labels)
         predictions.loss_sum += float(sums.double().sum())
@@ -44,7 +47,11 @@ def evaluate(
         predictions.expected += expected.tolist()
         if task.generates:
             if isinstance(served, Mixture):
-                raise RecipeError(["task.metrics: a mixture of models does not generate text; use perplexity or accuracy with it"])
+                raise RecipeError(
+                    [
+                        "task.metrics: a mixture of models does not generate text; use perplexity or accuracy with it"
+                    ]
+                )
             with accelerator.autocast():
                 generated, wanted = task.generate(backbone.model, examples, chunk, backbone.device)
             predictions.generated += generated
@@ -65,7 +72,9 @@ def example_losses(
 ) -> Tensor:
     """Each example's summed loss (nats) with this adapter, ``(n,)`` float32 on the CPU, in the order of the indices."""
     order = _by_length(examples, indices)
-    batches = _forward(backbone, task, accelerator, row, examples, indices[order], batch_size, cache)
+    batches = _forward(
+        backbone, task, accelerator, row, examples, indices[order], batch_size, cache
+    )
     losses = torch.cat([task.losses(logits, labels)[0].cpu() for _, logits, labels in batches])
     return losses[torch.from_numpy(np.argsort(order))]
 
@@ -94,12 +103,22 @@ def _forward(
         logits = []
         for row in rows:
             backbone.load_row(row)
-            with accelerator.autocast(), through(cache, chunk):  # anew for each row: autocast remembers weights
+            with (
+                accelerator.autocast(),
+                through(cache, chunk),
+            ):  # anew for each row: autocast remembers weights
                 logits.append(backbone.model(**inputs).logits)
-        yield chunk, _mixed(logits, served.weights) if isinstance(served, Mixture) else logits[0], labels
+        yield (
+            chunk,
+            _mixed(logits, served.weights) if isinstance(served, Mixture) else logits[0],
+            labels,
+        )
 
 
 def _mixed(logits: list[Tensor], weights: Tensor) -> Tensor:
     """The mixture's log-probabilities, log Σ_k π_k softmax(logits_k)."""
-    parts = [torch.log_softmax(each.float(), dim=-1) + weight.log().to(each.device) for each, weight in zip(logits, weights, strict=True)]
+    parts = [
+        torch.log_softmax(each.float(), dim=-1) + weight.log().to(each.device)
+        for each, weight in zip(logits, weights, strict=True)
+    ]
     return torch.logsumexp(torch.stack(parts), dim=0)

@@ -110,7 +110,9 @@ def carry_out_together(
         trained = iter(train(fits) if fits else ())
         answers = {client: [] for client, _ in asked}
         for client, wish in asked:
-            answers[client].append(next(trained) if isinstance(wish, Fit) else losses(client, wish.row))
+            answers[client].append(
+                next(trained) if isinstance(wish, Fit) else losses(client, wish.row)
+            )
     return [work[client] for client in range(len(clients))]
 
 
@@ -139,7 +141,9 @@ def _(plan: Train, seed: int) -> Requests:
 
 def released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], seed: int) -> Tensor:
     """An update as it leaves its client, ``(P,)``: clipped, and with noise in the columns that train in some phase."""
-    delta = delta * min(1.0, release.clip / max(float(delta.double().norm()), torch.finfo(torch.float64).tiny))
+    delta = delta * min(
+        1.0, release.clip / max(float(delta.double().norm()), torch.finfo(torch.float64).tiny)
+    )
     noise = release.noise * torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed))
     for columns in phases:
         if columns is None:
@@ -150,8 +154,13 @@ def released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], s
 
 @requests.register
 def _(plan: InTurn, seed: int) -> Requests:
-    done = yield [Fit(job, derive(seed, "job", number) if number else seed) for number, job in enumerate(plan.jobs)]
-    deltas = torch.stack([job.row - trained.row for job, trained in zip(plan.jobs, done, strict=True)])
+    done = yield [
+        Fit(job, derive(seed, "job", number) if number else seed)
+        for number, job in enumerate(plan.jobs)
+    ]
+    deltas = torch.stack(
+        [job.row - trained.row for job, trained in zip(plan.jobs, done, strict=True)]
+    )
     return Work(deltas, done[0].loss, done[-1].row)
 
 
@@ -189,4 +198,9 @@ def _(plan: Mixture, seed: int) -> Requests:
         for number, (row, each) in enumerate(zip(plan.rows, posterior, strict=True))
     ]
     rows = torch.stack([trained.row for trained in done])
-    return Work(plan.rows - rows, sum(trained.loss for trained in done), Mixture(rows, weights), weights=weights)
+    return Work(
+        plan.rows - rows,
+        sum(trained.loss for trained in done),
+        Mixture(rows, weights),
+        weights=weights,
+    )

@@ -17,7 +17,7 @@ from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.util.seeds import seeded
 
 if TYPE_CHECKING:
-    from fedmerge_peft.training.reference import Indices
+    from fedmerge_peft.data.clients import Indices
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ class PrefixCache:
         gigabytes: The most memory to take, on the model's device.
     """
 
-    def __init__(self, backbone: Backbone, task: Task, examples: Examples, rows: Indices, gigabytes: float) -> None:
+    def __init__(
+        self, backbone: Backbone, task: Task, examples: Examples, rows: Indices, gigabytes: float
+    ) -> None:
         self._backbone = backbone
         self._task = task
         self._examples = examples
@@ -78,7 +80,10 @@ class PrefixCache:
         """Try the cache on two examples, and make room for all. Returns the reason why the cache cannot be used, if there is one."""
         sizes = self._examples.lengths[self._rows]
         chunk = self._rows[[int(sizes.argmin()), int(sizes.argmax())]]
-        inputs = {name: tensor.to(self._backbone.device) for name, tensor in self._task.collate(self._examples, chunk).items()}
+        inputs = {
+            name: tensor.to(self._backbone.device)
+            for name, tensor in self._task.collate(self._examples, chunk).items()
+        }
         labels = inputs.pop("labels")
         with self._trial():
             losses, entering = self._run(prefix, inputs, labels)
@@ -97,7 +102,11 @@ class PrefixCache:
             positions = 1 + int(self._lengths[self._rows].sum())
             needed = positions * states.shape[2] * states.element_size() / 1e9
             if needed > self._limit:
-                log.warning("the frozen layers' states would take %.2g GB; training.prefix_cache allows %.2g", needed, self._limit)
+                log.warning(
+                    "the frozen layers' states would take %.2g GB; training.prefix_cache allows %.2g",
+                    needed,
+                    self._limit,
+                )
                 return "training.prefix_cache is too small"
             self._store = states.new_zeros(positions, states.shape[2])
             with self._keeping(prefix, self._store, chunk):
@@ -108,7 +117,9 @@ class PrefixCache:
             except Exception as error:  # whatever a model that needs its first layers stumbles over
                 return f"the model does not run without its first layers ({type(error).__name__}: {error})"
             if not torch.allclose(again, losses, rtol=1e-3, atol=1e-3):
-                return "the model's later layers need more of its first layers than what they return"
+                return (
+                    "the model's later layers need more of its first layers than what they return"
+                )
         log.info("the frozen layers' states take up to %.2g GB", needed)
         return None
 
@@ -142,9 +153,13 @@ class PrefixCache:
             self._lengths[self._rows] = states.shape[1]
         else:
             self._lengths[self._rows] = self._examples.lengths[self._rows]
-        self._starts[self._rows] = 1 + np.cumsum(self._lengths[self._rows]) - self._lengths[self._rows]
+        self._starts[self._rows] = (
+            1 + np.cumsum(self._lengths[self._rows]) - self._lengths[self._rows]
+        )
         inside = self._places(chunk) > 0
-        return states.shape[:2] == inside.shape and (mask is None or torch.equal(mask.bool(), inside))
+        return states.shape[:2] == inside.shape and (
+            mask is None or torch.equal(mask.bool(), inside)
+        )
 
     def _places(self, chunk: Indices) -> Tensor:
         """The row in the store of each position of a batch, int64 ``(batch, length)``; 0 where the batch is padded."""
@@ -158,14 +173,18 @@ class PrefixCache:
         places = self._places(chunk)
         return store.index_select(0, places.flatten()).view(*places.shape, -1)
 
-    def _keeping(self, prefix: Prefix, store: Tensor, chunk: Indices) -> AbstractContextManager[None]:
+    def _keeping(
+        self, prefix: Prefix, store: Tensor, chunk: Indices
+    ) -> AbstractContextManager[None]:
         """Within, the model runs all layers, and the states are kept."""
 
         def keep(states: Tensor) -> None:
             places = self._places(chunk)
             again = np.ones(len(chunk), dtype=bool)
             again[np.unique(chunk, return_index=True)[1]] = False
-            places[torch.from_numpy(again)] = 0  # of an example that is there twice, the first counts
+            places[torch.from_numpy(again)] = (
+                0  # of an example that is there twice, the first counts
+            )
             inside = places > 0
             store[places[inside]] = states.detach()[inside]
             self._known[chunk] = True

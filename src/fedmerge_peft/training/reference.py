@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.tasks.base import Batch, Examples, Task
@@ -21,8 +21,6 @@ from fedmerge_peft.util.seeds import derive, seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,12 @@ def train(
     total = count_steps(len(indices), training)
     losses: list[Tensor] = []
 
-    def take(step: list[Indices], optimizer: torch.optim.Optimizer, scaler: Any, columns: Tensor | None) -> None:
-        losses.append(accumulate(backbone, task, accelerator, examples, step, example_weights, cache))
+    def take(
+        step: list[Indices], optimizer: torch.optim.Optimizer, scaler: Any, columns: Tensor | None
+    ) -> None:
+        losses.append(
+            accumulate(backbone, task, accelerator, examples, step, example_weights, cache)
+        )
         if scaler is not None:
             scaler.unscale_(optimizer)
         if proximal:
@@ -88,7 +90,9 @@ def train(
             scaler.update()
         else:
             optimizer.step()
-        if columns is not None and before is not None:  # weight decay would move what does not train
+        if (
+            columns is not None and before is not None
+        ):  # weight decay would move what does not train
             backbone.flat.data.copy_(torch.where(columns, backbone.flat.data, before))
         gradient.zero_()
 
@@ -156,9 +160,13 @@ def count_steps(examples: int, training: TrainingRecipe) -> int:
     return training.steps if training.steps is not None else training.epochs * per_epoch
 
 
-def steps(indices: Indices, training: TrainingRecipe, seed: int, phase: int = 0) -> Iterator[list[Indices]]:
+def steps(
+    indices: Indices, training: TrainingRecipe, seed: int, phase: int = 0
+) -> Iterator[list[Indices]]:
     """The micro-batches of each optimizer step; examples in a new order each epoch, the last batch as short as it is."""
-    generator = np.random.default_rng(derive(seed, "order", phase) if phase else derive(seed, "order"))
+    generator = np.random.default_rng(
+        derive(seed, "order", phase) if phase else derive(seed, "order")
+    )
     size, accumulation = training.batch_size, training.gradient_accumulation
     total = count_steps(len(indices), training)
     done = 0
@@ -172,12 +180,20 @@ def steps(indices: Indices, training: TrainingRecipe, seed: int, phase: int = 0)
             done += 1
 
 
-def make_optimizer(parameter: torch.nn.Parameter, training: TrainingRecipe) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameter: torch.nn.Parameter, training: TrainingRecipe
+) -> torch.optim.Optimizer:
     """A new optimizer on the flat adapter: its steps are elementwise, so they equal those on the separate tensors."""
     if training.optimizer == "adamw":
-        return torch.optim.AdamW([parameter], lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            [parameter], lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+        )
     return torch.optim.SGD(
-        [parameter], lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+        [parameter],
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        fused=True,
     )
 
 
@@ -186,7 +202,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, st
     from transformers import get_scheduler
 
     name = "constant_with_warmup" if training.schedule == "constant" else training.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=math.ceil(training.warmup * steps), num_training_steps=steps)
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=math.ceil(training.warmup * steps),
+        num_training_steps=steps,
+    )
 
 
 def _fresh_scaler(accelerator: Accelerator) -> Any:

@@ -33,7 +33,9 @@ def writing(path: Path) -> Iterator[Path]:
         yield path
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{path} cannot be written ({reason}); finished rounds are intact. Make room, or choose another --out") from error
+        raise RunError(
+            f"{path} cannot be written ({reason}); finished rounds are intact. Make room, or choose another --out"
+        ) from error
 
 
 @contextmanager
@@ -57,7 +59,9 @@ def held(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunBusyError(f"{path} is being written by another process; wait until that has ended, or choose another --out") from None
+            raise RunBusyError(
+                f"{path} is being written by another process; wait until that has ended, or choose another --out"
+            ) from None
         except OSError:  # a file system without locks
             pass
         token = _HELD.set(_HELD.get() | {whole})
@@ -83,7 +87,9 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.replace(path)
         finally:
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)  # there after a failure, and where both were names of one file already
+                temporary.unlink(
+                    missing_ok=True
+                )  # there after a failure, and where both were names of one file already
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _sync(path.parent)
 

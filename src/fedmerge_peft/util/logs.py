@@ -6,7 +6,7 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
-from fedmerge_peft.distributed import leads
+from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,20 +16,22 @@ class _Harmless(logging.Formatter):
     """Messages as a terminal can show them: names of clients and columns may hold characters that steer one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from fedmerge_peft.recipe.yaml_document import printable
-
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def log_to(console: Console) -> None:
+def log_to(console: Console, *, engines_only: bool = False) -> None:
     """Print this package's warnings as one line each; silence progress bars and deprecations of the libraries we stand on."""
     from rich.logging import RichHandler
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     handler.setFormatter(_Harmless())
-    if not leads():
-        handler.addFilter(logging.Filter("fedmerge_peft.engines"))  # the rest says the same on all ranks
+    if engines_only:
+        handler.addFilter(
+            logging.Filter("fedmerge_peft.engines")
+        )  # the rest says the same on all ranks
     package = logging.getLogger("fedmerge_peft")
     package.handlers = [handler]
     package.propagate = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets|torch)\b")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets|torch)\b"
+    )

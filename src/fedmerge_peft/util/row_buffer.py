@@ -53,7 +53,11 @@ def side_by_side(rows: Sequence[Tensor]) -> Tensor:
     starts = [row.storage_offset() for row in rows]
     step = starts[1] - starts[0] if others else first.numel()
     block = first.untyped_storage().data_ptr()
-    regular = step >= first.numel() and starts == list(range(starts[0], starts[0] + len(rows) * step, step))
-    if regular and all(row.untyped_storage().data_ptr() == block and row.is_contiguous() for row in rows):
+    regular = step >= first.numel() and starts == list(
+        range(starts[0], starts[0] + len(rows) * step, step)
+    )
+    if regular and all(
+        row.untyped_storage().data_ptr() == block and row.is_contiguous() for row in rows
+    ):
         return first.as_strided((len(rows), first.numel()), (step, 1))
     return torch.stack(list(rows))

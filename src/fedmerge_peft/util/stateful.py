@@ -26,7 +26,11 @@ class Stateful:
         found: State = {}
         for attribute in self.remembers:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
-            found |= {f"{name}.{key}": part for key, part in value.state().items()} if isinstance(value, Stateful) else {name: value}
+            found |= (
+                {f"{name}.{key}": part for key, part in value.state().items()}
+                if isinstance(value, Stateful)
+                else {name: value}
+            )
         return found
 
     def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
@@ -34,7 +38,13 @@ class Stateful:
         for attribute in self.remembers:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
             if isinstance(value, Stateful) and name not in state:
-                value.load_state({key.removeprefix(f"{name}."): part for key, part in state.items() if key.startswith(f"{name}.")})
+                value.load_state(
+                    {
+                        key.removeprefix(f"{name}."): part
+                        for key, part in state.items()
+                        if key.startswith(f"{name}.")
+                    }
+                )
             else:
                 setattr(self, attribute, fitting(name, value, state.get(name)))
         if other := sorted(self.state().keys() ^ state.keys()):
@@ -43,11 +53,19 @@ class Stateful:
 
 def fitting(name: str, ours: object, theirs: Tensor | int | None) -> Tensor | int | None:
     """A copy of what is to be loaded. Raises ``ValueError`` unless it is of our kind, and a tensor of our shape and dtype."""
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype):
+    if (
+        isinstance(ours, Tensor)
+        and isinstance(theirs, Tensor)
+        and (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    ):
         return theirs.clone(memory_format=torch.contiguous_format)
-    if (theirs is None and (ours is None or isinstance(ours, Stateful))) or (type(ours) is int and type(theirs) is int):
+    if (theirs is None and (ours is None or isinstance(ours, Stateful))) or (
+        type(ours) is int and type(theirs) is int
+    ):
         return theirs
-    raise ValueError(f"{name}: {described(theirs)} does not fit where {described(ours)} was expected")
+    raise ValueError(
+        f"{name}: {described(theirs)} does not fit where {described(ours)} was expected"
+    )
 
 
 def described(value: object) -> str:

@@ -21,7 +21,9 @@ def lengths(rows: Tensor) -> Tensor:
     by one in float64.
     """
     whole = rows.shape[1] // _BLOCK * _BLOCK
-    blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK), dim=2).double()
+    blocks = torch.linalg.vector_norm(
+        rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK), dim=2
+    ).double()
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1).double()
     found: Tensor = (blocks.square().sum(dim=1) + rest.square()).sqrt()
     unsure = ~torch.isfinite(found) | (found < 1e-12)

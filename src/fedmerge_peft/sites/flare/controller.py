@@ -42,7 +42,9 @@ class FlareTransport:
     waited for no longer than that takes to tell, and takes part again in the first round whose work it fetches.
     """
 
-    def __init__(self, controller: Controller, fl_ctx: FLContext, abort: Signal, sites: Sequence[str]) -> None:
+    def __init__(
+        self, controller: Controller, fl_ctx: FLContext, abort: Signal, sites: Sequence[str]
+    ) -> None:
         self.sites = sites
         self._controller = controller
         self._fl_ctx = fl_ctx
@@ -50,7 +52,9 @@ class FlareTransport:
         self._patience: dict[str, float] = {}
         """Seconds that a site has to fetch its work; before its first answer, as long as it has to answer."""
 
-    def ask(self, letters: Mapping[str, Sequence[Letter]], deadline: float) -> Iterator[tuple[str, int, bytes | str]]:
+    def ask(
+        self, letters: Mapping[str, Sequence[Letter]], deadline: float
+    ) -> Iterator[tuple[str, int, bytes | str]]:
         """As ``remote.Transport``."""
         answers: Queue[tuple[Task, bytes | str]] = Queue()
         waiting = {site: deque(queue) for site, queue in letters.items() if queue}
@@ -59,7 +63,11 @@ class FlareTransport:
 
         def send(site: str) -> None:
             number, letter = waiting[site].popleft()
-            standing[site] = number, self._send(site, letter(), end - time.monotonic(), answers), time.monotonic()
+            standing[site] = (
+                number,
+                self._send(site, letter(), end - time.monotonic(), answers),
+                time.monotonic(),
+            )
 
         for site in waiting:
             send(site)
@@ -81,7 +89,9 @@ class FlareTransport:
                     for left in (number, *(number for number, _ in waiting[site])):
                         yield site, left, why
 
-    def _given_up(self, site: str, task: Task, sent: float, end: float, deadline: float) -> str | None:
+    def _given_up(
+        self, site: str, task: Task, sent: float, end: float, deadline: float
+    ) -> str | None:
         """Why a site is not waited for any longer, in words; None where it is."""
         if self._abort.triggered:
             return "the job was stopped"
@@ -94,7 +104,9 @@ class FlareTransport:
             return f"it did not fetch its work within {patience:g} s"
         return None
 
-    def _send(self, site: str, content: bytes, seconds: float, answers: Queue[tuple[Task, bytes | str]]) -> Task:
+    def _send(
+        self, site: str, content: bytes, seconds: float, answers: Queue[tuple[Task, bytes | str]]
+    ) -> Task:
         data = Shareable()
         data.update({CONTENT: content, DEADLINE: seconds})
         task = Task(name=_kind(content), data=data, timeout=max(1, int(seconds)) + _GRACE)
@@ -105,14 +117,20 @@ class FlareTransport:
         return task
 
 
-def _received(answers: Queue[tuple[Task, bytes | str]], client_task: ClientTask, fl_ctx: FLContext) -> None:
+def _received(
+    answers: Queue[tuple[Task, bytes | str]], client_task: ClientTask, fl_ctx: FLContext
+) -> None:
     result = client_task.result
-    if isinstance(result, Shareable) and isinstance(content := result.get(CONTENT), bytes | bytearray | memoryview):
+    if isinstance(result, Shareable) and isinstance(
+        content := result.get(CONTENT), bytes | bytearray | memoryview
+    ):
         answers.put((client_task.task, bytes(content)))
     elif isinstance(result, Shareable) and isinstance(error := result.get(ERROR), str):
         answers.put((client_task.task, error))
     else:
-        code = result.get_return_code() if isinstance(result, Shareable) else ReturnCode.EMPTY_RESULT
+        code = (
+            result.get_return_code() if isinstance(result, Shareable) else ReturnCode.EMPTY_RESULT
+        )
         answers.put((client_task.task, f"its job answered {code}; the site's log has more"))
 
 
@@ -161,7 +179,10 @@ class FederationController(Controller):  # type: ignore[misc]
         said = {**vars(outcome), "told": self._told}
         temporary.write_text(json.dumps(said, ensure_ascii=False, indent=2), encoding="utf-8")
         temporary.replace(folder / OUTCOME)
-        self.log_info(fl_ctx, f"{outcome.state}: {outcome.rounds} of {outcome.total} rounds. {outcome.error or ''}")
+        self.log_info(
+            fl_ctx,
+            f"{outcome.state}: {outcome.rounds} of {outcome.total} rounds. {outcome.error or ''}",
+        )
 
     def _kit(self, fl_ctx: FLContext) -> Path:
         """The server's kit: FLARE runs in it."""
@@ -179,13 +200,22 @@ class FederationController(Controller):  # type: ignore[misc]
                 self._wanted = "stopped"
             case "pause":
                 self._wanted = self._wanted or "segment"
-        return {"sites": self._sites, "told": self._told[int(asked.get("from", 0)) :], "wanted": self._wanted}
+        return {
+            "sites": self._sites,
+            "told": self._told[int(asked.get("from", 0)) :],
+            "wanted": self._wanted,
+        }
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing is left to do: rounds are on the disk as they end."""
 
     def process_result_of_unknown_task(
-        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+        self,
+        client: Client,
+        task_name: str,
+        client_task_id: str,
+        result: Shareable,
+        fl_ctx: FLContext,
     ) -> None:
         """An answer that came after its deadline is left out."""
         self.log_warning(fl_ctx, f"{client.name} answered {task_name} after its deadline; left out")

@@ -13,10 +13,11 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmerge_peft.errors import FedMergeError
+from fedmerge_peft.sites.config import ADDRESS
 from fedmerge_peft.sites.exit_with_parent import end_with_parent
 from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR
 from fedmerge_peft.sites.flare.workarounds import say_messages_short
-from fedmerge_peft.sites.site.connection import ADDRESS, Link
+from fedmerge_peft.sites.site.connection import Link
 
 if TYPE_CHECKING:
     from fedmerge_peft.sites.site.trainer import Trainer
@@ -33,7 +34,9 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         self._link = Link(address) if address else None
         self._trainer: Trainer | None = None
 
-    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+    def execute(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
         """The answer to a message, or why there is none."""
         end = time.monotonic() + float(shareable.get(DEADLINE, 0))
         answer: dict[str, Any]
@@ -56,12 +59,13 @@ class SiteExecutor(Executor):  # type: ignore[misc]
 
     def _own(self, fl_ctx: FLContext) -> Trainer:
         if self._trainer is None:
-            from fedmerge_peft.sites.config import SITE, SiteSettings
+            from fedmerge_peft.sites.config import SETTINGS, SITE, SiteSettings
             from fedmerge_peft.sites.site.trainer import Trainer
-            from fedmerge_peft.sites.supervisor import SETTINGS
 
             kit = self._kit(fl_ctx)
             said = os.environ.get(SETTINGS)
-            settings = SiteSettings.model_validate_json(said) if said else SiteSettings.read(kit / SITE)
+            settings = (
+                SiteSettings.model_validate_json(said) if said else SiteSettings.read(kit / SITE)
+            )
             self._trainer = Trainer(kit, fl_ctx.get_identity_name(), settings)
         return self._trainer

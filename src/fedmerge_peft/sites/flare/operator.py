@@ -13,7 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, JobNotRunning, NoConnection, NoReply, SessionClosed
+from nvflare.fuel.flare_api.api_spec import (
+    InternalError,
+    JobNotFound,
+    JobNotRunning,
+    NoConnection,
+    NoReply,
+    SessionClosed,
+)
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
@@ -46,7 +53,9 @@ def session(kit: Path, patience: float = 10.0) -> Iterator[Session]:
     federation = Federation.read(kit)
     with _quiet():
         try:
-            opened = new_secure_session(OPERATOR, str(kit.resolve()), timeout=patience, auto_login_max_tries=2)
+            opened = new_secure_session(
+                OPERATOR, str(kit.resolve()), timeout=patience, auto_login_max_tries=2
+            )
         except Exception as error:
             raise Lost(
                 f"{federation.host}:{federation.port}: no server of this federation answers ({_said(error)}); "
@@ -60,7 +69,13 @@ def session(kit: Path, patience: float = 10.0) -> Iterator[Session]:
 
 
 def run(
-    kit: Path, tell: Callable[[str], None], *, wait: float, least: int, patience: float, watch: Callable[[], None] = lambda: None
+    kit: Path,
+    tell: Callable[[str], None],
+    *,
+    wait: float,
+    least: int,
+    patience: float,
+    watch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Submit segment after segment until the run has ended, was stopped, or failed.
 
@@ -128,7 +143,14 @@ def stop(kit: Path, *, now: bool, everything: bool) -> str:
     return "; ".join(done) or "no job runs"
 
 
-def _segment(opened: Session, kit: Path, tell: Callable[[str], None], wait: float, least: int, watch: Callable[[], None]) -> dict[str, Any]:
+def _segment(
+    opened: Session,
+    kit: Path,
+    tell: Callable[[str], None],
+    wait: float,
+    least: int,
+    watch: Callable[[], None],
+) -> dict[str, Any]:
     """Wait for sites, submit a job, follow it, fetch what it left."""
     federation, begun = Federation.read(kit), _begun(opened)
     for job in _running(opened):
@@ -145,7 +167,12 @@ def _segment(opened: Session, kit: Path, tell: Callable[[str], None], wait: floa
 
 
 def _await_sites(
-    opened: Session, federation: Federation, tell: Callable[[str], None], wait: float, least: int, watch: Callable[[], None]
+    opened: Session,
+    federation: Federation,
+    tell: Callable[[str], None],
+    wait: float,
+    least: int,
+    watch: Callable[[], None],
 ) -> None:
     begin, said = time.monotonic(), False
     while True:
@@ -160,7 +187,14 @@ def _await_sites(
         time.sleep(_POLL)
 
 
-def _follow(opened: Session, job: str, begun: float, federation: Federation, tell: Callable[[str], None], watch: Callable[[], None]) -> int:
+def _follow(
+    opened: Session,
+    job: str,
+    begun: float,
+    federation: Federation,
+    tell: Callable[[str], None],
+    watch: Callable[[], None],
+) -> int:
     """Pass on what a job tells until it has ended; how many lines. A site that comes in has it end after its round, for the next.
 
     Raises ``NoConnection`` where the server has been started anew since it had ``begun``: it calls jobs running that ran before.
@@ -179,7 +213,12 @@ def _follow(opened: Session, job: str, begun: float, federation: Federation, tel
             for line in said.get("told", []):
                 tell(line)
                 told += 1
-            if said and told and said["wanted"] is None and time.monotonic() - looked > _LOOK_FOR_SITES:
+            if (
+                said
+                and told
+                and said["wanted"] is None
+                and time.monotonic() - looked > _LOOK_FOR_SITES
+            ):
                 looked = time.monotonic()
                 late = [site for site in _idle(opened) if site in federation.sites]
                 if late:
@@ -206,7 +245,9 @@ def _outcome(opened: Session, job: str) -> dict[str, Any]:
             folder = opened.download_job_result(job, scratch)
         found = next(Path(folder).rglob(OUTCOME), None) if folder else None
         if found is None:
-            raise _NoOutcomeError(f"job {job} ended as {status} and left no {OUTCOME}; the server's log.txt has more")
+            raise _NoOutcomeError(
+                f"job {job} ended as {status} and left no {OUTCOME}; the server's log.txt has more"
+            )
         outcome: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
     shutil.rmtree(Path(folder), ignore_errors=True)
     return outcome
@@ -220,7 +261,11 @@ def _connected(opened: Session) -> list[str]:
 def _idle(opened: Session) -> list[str]:
     """Sites that are connected and in no job: they came after it began, or were started again since."""
     with _quiet():
-        return [str(each["client_name"]) for each in opened.get_client_job_status() or [] if each.get("status") == "no_jobs"]
+        return [
+            str(each["client_name"])
+            for each in opened.get_client_job_status() or []
+            if each.get("status") == "no_jobs"
+        ]
 
 
 def _begun(opened: Session) -> float:
@@ -252,7 +297,12 @@ def write_job(folder: Path) -> Path:
         "task_result_filters": [],
         "components": [],
     }
-    meta = {"name": "fedmerge", "resource_spec": {}, "min_clients": 1, "deploy_map": {"app": ["@ALL"]}}
+    meta = {
+        "name": "fedmerge",
+        "resource_spec": {},
+        "min_clients": 1,
+        "deploy_map": {"app": ["@ALL"]},
+    }
     config = folder / "app" / "config"
     config.mkdir(parents=True)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")

@@ -48,7 +48,9 @@ class Transport(Protocol):
     def sites(self) -> Sequence[str]:
         """Who is there in this job."""
 
-    def ask(self, letters: Mapping[str, Sequence[Letter]], deadline: float) -> Iterator[tuple[str, int, bytes | str]]:
+    def ask(
+        self, letters: Mapping[str, Sequence[Letter]], deadline: float
+    ) -> Iterator[tuple[str, int, bytes | str]]:
         """Send each site its letters, one after another, and hand over the answers as they come: site, number, and the answer's bytes.
 
         In place of an answer comes, in words, why there is none. Every letter is answered so, at the latest ``deadline`` seconds from now.
@@ -86,7 +88,9 @@ class RemoteEngine:
         self.transport = transport
         self.task = task
         self.layout = layout_digest(backbone.layout, backbone.shared)
-        self.accelerator: Accelerator = make_accelerator(recipe.training.model_copy(update={"device": "cpu"}))
+        self.accelerator: Accelerator = make_accelerator(
+            recipe.training.model_copy(update={"device": "cpu"})
+        )
         self.backbone = Model(backbone.config, backbone.device, {})
         self.absent = absent
         """Sites that take no part in this job, and why."""
@@ -95,7 +99,9 @@ class RemoteEngine:
         self.clients = _clients(federation, roster)
 
     @classmethod
-    def enrol(cls, recipe: Recipe, federation: Federation, roster: Roster, transport: Transport) -> RemoteEngine:
+    def enrol(
+        cls, recipe: Recipe, federation: Federation, roster: Roster, transport: Transport
+    ) -> RemoteEngine:
         """Have the sites tell of their data, agree on labels, load the model, and have the sites load it.
 
         The roster gains those who come for the first time.
@@ -104,7 +110,9 @@ class RemoteEngine:
             FederateError: No site takes part; has every site's own reason.
             FedMergeError: The model cannot be loaded here.
         """
-        absent = {site: "it is not connected" for site in federation.sites if site not in transport.sites}
+        absent = {
+            site: "it is not connected" for site in federation.sites if site not in transport.sites
+        }
         everyone = [site for site in federation.sites if site in transport.sites]
         told: dict[str, dict[str, Any]] = {}
         asking = Message("enrol", {"recipe": recipe.to_yaml(), "dtype": federation.wire_dtype})
@@ -118,12 +126,19 @@ class RemoteEngine:
         task, backbone = _load(recipe, roster)
         opening = Message(
             "open",
-            {"labels": roster.labels, "format": roster.format, "layout": layout_digest(backbone.layout, backbone.shared)},
+            {
+                "labels": roster.labels,
+                "format": roster.format,
+                "layout": layout_digest(backbone.layout, backbone.shared),
+            },
             backbone.shared,
         )
         for site, message in _each(transport, present, opening, federation.start_deadline, absent):
             with _blaming(site, absent):
-                roster.enter(told[site]["clients"], counts_of(message.facts, told[site]["clients"], roster.labels))
+                roster.enter(
+                    told[site]["clients"],
+                    counts_of(message.facts, told[site]["clients"], roster.labels),
+                )
         _check_some([site for site in present if site not in absent], absent)
         for site, why in absent.items():
             log.warning("site %s takes no part in this job: %s", site, why)
@@ -131,7 +146,12 @@ class RemoteEngine:
 
     def check_serves(self, recipe: Recipe) -> None:
         """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
-        check_same(self.recipe, recipe, "the sites have opened the job for a recipe that says otherwise", also=("privacy",))
+        check_same(
+            self.recipe,
+            recipe,
+            "the sites have opened the job for a recipe that says otherwise",
+            also=("privacy",),
+        )
 
     def start(self) -> Start:
         """What a strategy starts from."""
@@ -144,7 +164,9 @@ class RemoteEngine:
         nothing = {"counts": [0] * len(self.task.labels)}
         return [self._roster.clients.get(each.name, nothing)["counts"] for each in self.clients]
 
-    def exchange(self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]) -> Iterator[Reply | ClientError]:
+    def exchange(
+        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
+    ) -> Iterator[Reply | ClientError]:
         """Have each client's site carry out its plan; what does not come within the federation's deadline is a ``ClientError``."""
         asked = Visits.of(visits)
 
@@ -161,7 +183,9 @@ class RemoteEngine:
             except FederateError as error:
                 yield ClientError(name, round, str(error))
 
-    def measure(self, served: Iterable[tuple[int, Served]], completed: int = 0) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
+    def measure(
+        self, served: Iterable[tuple[int, Served]], completed: int = 0
+    ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, at its site."""
         asked = Visits.of(served)
 
@@ -176,10 +200,14 @@ class RemoteEngine:
                     raise WireError("its scores are missing")
                 found[index] = {str(name): float(value) for name, value in scores.items()}
             except (FederateError, TypeError, ValueError) as error:
-                found[index] = ClientError(self.clients[index].name, completed, f"scored after the round: {error}")
+                found[index] = ClientError(
+                    self.clients[index].name, completed, f"scored after the round: {error}"
+                )
         yield from sorted(found.items(), key=lambda each: each[0])
 
-    def hand_over(self, client: str, tensors: Mapping[str, Tensor], documents: Mapping[str, str]) -> str | None:
+    def hand_over(
+        self, client: str, tensors: Mapping[str, Tensor], documents: Mapping[str, str]
+    ) -> str | None:
         """Give a client its adapter, in PEFT's saved form; why it did not arrive, in words, or None."""
         message = Message("adapter", {"client": client, **documents}, tensors)
         index = self.federation.clients.index(client)
@@ -192,7 +220,9 @@ class RemoteEngine:
 
     def _letter(self, round: int, client: str, plan: Plan | None, served: Served | None) -> bytes:
         dtype = self.federation.wire_dtype
-        return work_message(round, client, plan, served, self.backbone.base, self.layout, dtype).to_bytes()
+        return work_message(
+            round, client, plan, served, self.backbone.base, self.layout, dtype
+        ).to_bytes()
 
     def _ask(self, work: Mapping[int, Callable[[], bytes]]) -> Iterator[tuple[int, bytes | str]]:
         letters: dict[str, list[Letter]] = {}
@@ -209,11 +239,17 @@ class RemoteEngine:
 def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
     """The task and the model, on the CPU, as far as a server without data can have them."""
     if recipe.task.name == "causal-lm":
-        recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"format": roster.format})})
+        recipe = recipe.model_copy(
+            update={"task": recipe.task.model_copy(update={"format": roster.format})}
+        )
     with ExitStack() as stack:
-        folder = model_folder(recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-"))))
+        folder = model_folder(
+            recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
+        )
         task = make_task(recipe, stand_in(recipe, roster.labels or (), roster.columns), folder)
-        return task, load_backbone(recipe.backbone, recipe.lora, task, folder, torch.device("cpu"), recipe.seed)
+        return task, load_backbone(
+            recipe.backbone, recipe.lora, task, folder, torch.device("cpu"), recipe.seed
+        )
 
 
 def _clients(federation: Federation, roster: Roster) -> list[Client]:
@@ -222,19 +258,27 @@ def _clients(federation: Federation, roster: Roster) -> list[Client]:
     clients = []
     for name in federation.clients:
         known = roster.clients.get(name, nothing)
-        train, validation, test = (np.arange(known[part], dtype=np.int64) for part in ("train", "validation", "test"))
+        train, validation, test = (
+            np.arange(known[part], dtype=np.int64) for part in ("train", "validation", "test")
+        )
         clients.append(Client(name, train, validation, test, known["group"]))
     return clients
 
 
 def _each(
-    transport: Transport, sites: Sequence[str], message: Message, deadline: float, absent: dict[str, str]
+    transport: Transport,
+    sites: Sequence[str],
+    message: Message,
+    deadline: float,
+    absent: dict[str, str],
 ) -> list[tuple[str, Message]]:
     """Send all sites one message. The answers of those who give one; the others are entered as absent."""
     content = message.to_bytes()
     expected = {"enrol": "enrolled", "open": "opened"}[message.kind]
     found: list[tuple[str, Message]] = []
-    for site, _, answer in transport.ask({site: [(0, lambda: content)] for site in sites}, deadline):
+    for site, _, answer in transport.ask(
+        {site: [(0, lambda: content)] for site in sites}, deadline
+    ):
         with _blaming(site, absent):
             found.append((site, _opened(answer, expected)))
     return found
@@ -248,7 +292,9 @@ def _opened(answer: bytes | str, kind: str) -> Message:
     if message.kind == "error":
         raise FederateError(str(message.facts.get("error")))
     if message.kind != kind:
-        raise WireError(f"it answered with a message of kind {message.kind!r}, and {kind!r} was expected")
+        raise WireError(
+            f"it answered with a message of kind {message.kind!r}, and {kind!r} was expected"
+        )
     return message
 
 

@@ -12,9 +12,10 @@ from typing import Literal
 from safetensors.torch import load_file
 
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.federation.federate import federate, resume
+from fedmerge_peft.federation.callbacks import Callback
+from fedmerge_peft.federation.federate import resume_run, run_recipe
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.directory import Run, parts
+from fedmerge_peft.runs.directory import RunDirectory, parts
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.serving.export import export_client
 from fedmerge_peft.sites.config import RECIPE, RUN, Federation
@@ -48,7 +49,9 @@ class _Pause(Exception):  # noqa: N818 (no error: the job ends here, and the run
         self.state = state
 
 
-def conduct(kit: Path, transport: Transport, stop: Callable[[], State | None], tell: Callable[[str], None]) -> Outcome:
+def conduct(
+    kit: Path, transport: Transport, stop: Callable[[], State | None], tell: Callable[[str], None]
+) -> Outcome:
     """Do a job: enrol the sites, go on from the last checkpoint, and end after a segment of rounds or with the run.
 
     Args:
@@ -69,12 +72,17 @@ def conduct(kit: Path, transport: Transport, stop: Callable[[], State | None], t
         roster.write(kit)
         reconcile(run, federation, roster)
         here = [site for site in federation.sites if site not in absent]
-        tell(f"sites: {', '.join(here)}" + "".join(f"; without {site} ({why})" for site, why in absent.items()))
+        tell(
+            f"sites: {', '.join(here)}"
+            + "".join(f"; without {site} ({why})" for site, why in absent.items())
+        )
         try:
             _go_on(recipe, run, engine, federation.segment, stop, tell)
         except _Pause as pause:
             return _outcome(kit, pause.state, absent=absent)
-        return _outcome(kit, "ended", absent=absent, adapters=_hand_over(Run.open(run), engine, tell))
+        return _outcome(
+            kit, "ended", absent=absent, adapters=_hand_over(RunDirectory.open(run), engine, tell)
+        )
     except FedMergeError as error:
         return _outcome(kit, "failed", error=str(error), absent=absent)
     except Exception as error:
@@ -83,54 +91,79 @@ def conduct(kit: Path, transport: Transport, stop: Callable[[], State | None], t
 
 
 def _go_on(
-    recipe: Recipe, run: Path, engine: RemoteEngine, segment: int, stop: Callable[[], State | None], tell: Callable[[str], None]
+    recipe: Recipe,
+    run: Path,
+    engine: RemoteEngine,
+    segment: int,
+    stop: Callable[[], State | None],
+    tell: Callable[[str], None],
 ) -> None:
     done = 0
 
     def on_round(record: RoundRecord) -> None:
         nonlocal done
         done += 1
-        tell(str(record) + "".join(f"\n  {client}: {why}" for client, why in record.failures.items()))
+        tell(
+            str(record) + "".join(f"\n  {client}: {why}" for client, why in record.failures.items())
+        )
         if state := stop():
             raise _Pause(state)
         if done >= segment and record.round < record.rounds:
             raise _Pause("segment")
 
+    callbacks = [Callback(on_round=on_round)]
     if not (run / RECIPE).exists():
-        federate(recipe, run, engine=engine, on_round=on_round)
+        run_recipe(recipe, run, engine=engine, callbacks=callbacks)
         return
-    found = Run.open(run)
+    found = RunDirectory.open(run)
     if found.ended and found.recipe.rounds >= recipe.rounds:
         return
     overrides = [f"rounds={recipe.rounds}"] if recipe.rounds > found.recipe.rounds else []
-    resume(run, overrides, engine=engine, on_round=on_round)
+    resume_run(run, overrides, engine=engine, callbacks=callbacks)
 
 
-def _hand_over(run: Run, engine: RemoteEngine, tell: Callable[[str], None]) -> dict[str, str | None]:
+def _hand_over(
+    run: RunDirectory, engine: RemoteEngine, tell: Callable[[str], None]
+) -> dict[str, str | None]:
     """Give each client its adapter; why one did not arrive, by client. Methods whose clients have no adapter of the layout give none."""
     if run.recipe.strategy.name in ("fedem", "flora"):
-        tell(f"{run.recipe.strategy.name}: clients have no single adapter of the run's rank; fedmerge export has what there is")
+        tell(
+            f"{run.recipe.strategy.name}: clients have no single adapter of the run's rank; fedmerge export has what there is"
+        )
         return {}
     sent: dict[str, str | None] = {}
     for client in run.client_names:
         with TemporaryDirectory(prefix="fedmerge-") as scratch:
             folder = export_client(run, client, Path(scratch) / "adapter")
-            documents = {name: (folder / name).read_text(encoding="utf-8") for name in ("README.md", "weights.json")}
-            sent[client] = engine.hand_over(client, load_file(folder / "adapter_model.safetensors"), documents)
+            documents = {
+                name: (folder / name).read_text(encoding="utf-8")
+                for name in ("README.md", "weights.json")
+            }
+            sent[client] = engine.hand_over(
+                client, load_file(folder / "adapter_model.safetensors"), documents
+            )
     missing = {client: why for client, why in sent.items() if why is not None}
-    tell(f"adapters sent to {len(sent) - len(missing)} of {len(sent)} clients" + "".join(f"\n  {c}: {why}" for c, why in missing.items()))
+    tell(
+        f"adapters sent to {len(sent) - len(missing)} of {len(sent)} clients"
+        + "".join(f"\n  {c}: {why}" for c, why in missing.items())
+    )
     return sent
 
 
 def progress(kit: Path) -> tuple[int, int]:
     """Rounds on the disk of a server's kit, and rounds that are asked for, those of baselines included."""
     recipe, run = Recipe.load(kit / RECIPE), kit / RUN
-    pairs = [(len(Run(path).records), one.rounds) for one, path in parts(recipe, run)]
+    pairs = [(len(RunDirectory(path).records), one.rounds) for one, path in parts(recipe, run)]
     return sum(done for done, _ in pairs), sum(total for _, total in pairs)
 
 
 def _outcome(
-    kit: Path, state: State, *, error: str | None = None, absent: dict[str, str], adapters: dict[str, str | None] | None = None
+    kit: Path,
+    state: State,
+    *,
+    error: str | None = None,
+    absent: dict[str, str],
+    adapters: dict[str, str | None] | None = None,
 ) -> Outcome:
     try:
         done, total = progress(kit)

@@ -54,22 +54,33 @@ class Roster:
             first = next(iter(told.values()))
             self.columns, self.format = list(first["columns"]), first["format"]
             if not texts:
-                self.labels = agree_on_labels([each["labels"] for each in told.values()], getattr(recipe.task, "num_labels", None))
+                self.labels = agree_on_labels(
+                    [each["labels"] for each in told.values()],
+                    getattr(recipe.task, "num_labels", None),
+                )
         for site, each in told.items():
             if texts and each["format"] != self.format:
-                wrong[site] = f"its texts are in the format {each['format']}, and the federation's in {self.format}"
+                wrong[site] = (
+                    f"its texts are in the format {each['format']}, and the federation's in {self.format}"
+                )
             elif not texts and (unknown := sorted(set(each["labels"]) - set(self.labels or ()))):
-                wrong[site] = f"its data have labels that the federation does not know: {', '.join(unknown)}"
+                wrong[site] = (
+                    f"its data have labels that the federation does not know: {', '.join(unknown)}"
+                )
         return wrong
 
-    def enter(self, clients: Sequence[Mapping[str, Any]], counts: Sequence[Sequence[int]] | None) -> None:
+    def enter(
+        self, clients: Sequence[Mapping[str, Any]], counts: Sequence[Sequence[int]] | None
+    ) -> None:
         """Enter a site's clients. Raises ``WireError`` for those that came with other numbers before."""
         for position, each in enumerate(clients):
             entry = {key: each[key] for key in ("group", "train", "validation", "test")}
             entry["counts"] = None if counts is None else list(counts[position])
             known = self.clients.setdefault(str(each["name"]), entry)
             if known != entry:
-                was, now = (", ".join(f"{said[part]} {part}" for part in _PARTS) for said in (known, entry))
+                was, now = (
+                    ", ".join(f"{said[part]} {part}" for part in _PARTS) for said in (known, entry)
+                )
                 raise WireError(
                     f"client {each['name']} was entered with {was} examples, and now has {now}, or others of a label; "
                     "data may not change within a federation"
@@ -80,28 +91,45 @@ def told_by(facts: Mapping[str, Any], clients: Sequence[str], site: str) -> dict
     """What a site told when it enrolled, checked. Raises ``WireError``."""
     try:
         told: list[dict[str, Any]] = [
-            {"name": str(each["name"]), "group": str(each["group"]), **{key: _count(each[key]) for key in _PARTS}}
+            {
+                "name": str(each["name"]),
+                "group": str(each["group"]),
+                **{key: _count(each[key]) for key in _PARTS},
+            }
             for each in facts["clients"]
         ]
         labels, layout = facts["labels"], facts["format"]
         columns = [str(name) for name in facts["columns"]]
         labels = None if labels is None else [str(label) for label in labels]
     except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"it told of its data in no form that this version knows ({type(error).__name__})") from error
+        raise WireError(
+            f"it told of its data in no form that this version knows ({type(error).__name__})"
+        ) from error
     if [each["name"] for each in told] != list(clients) or any(each["train"] < 1 for each in told):
         raise WireError(f"it told of other clients than the federation knows of {site}")
-    return {"clients": told, "labels": labels, "format": None if layout is None else str(layout), "columns": columns}
+    return {
+        "clients": told,
+        "labels": labels,
+        "format": None if layout is None else str(layout),
+        "columns": columns,
+    }
 
 
-def counts_of(facts: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[list[int]] | None:
+def counts_of(
+    facts: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
+) -> list[list[int]] | None:
     """How many training examples of each label a site's clients have, checked. Raises ``WireError``."""
     if not labels:
         return None
     try:
         counts = [[_count(number) for number in row] for row in facts["counts"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"it counted its labels in no form that this version knows ({type(error).__name__})") from error
-    if [sum(row) for row in counts] != [each["train"] for each in clients] or any(len(row) != len(labels) for row in counts):
+        raise WireError(
+            f"it counted its labels in no form that this version knows ({type(error).__name__})"
+        ) from error
+    if [sum(row) for row in counts] != [each["train"] for each in clients] or any(
+        len(row) != len(labels) for row in counts
+    ):
         raise WireError("its counts of labels do not add up to its examples")
     return counts
 

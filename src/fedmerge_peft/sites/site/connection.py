@@ -16,10 +16,6 @@ from fedmerge_peft.errors import FederateError
 
 log = logging.getLogger(__name__)
 
-ADDRESS = "FEDMERGE_TRAINER"
-"""Environment variable with the socket's path; without it a job trains in its own process."""
-KIT = "FEDMERGE_KIT"
-"""Environment variable with the path of the site's kit."""
 _DONE, _CLOSED = b"=", b"?"
 """The answer follows; or: the trainer has not been opened for this job."""
 _WAIT = 0.1
@@ -88,7 +84,9 @@ class Link:
                         raise FederateError("the job waits no longer")
                 return connection.recv_bytes() if connection.recv_bytes() == _DONE else None
             except (EOFError, OSError) as error:
-                raise FederateError("the site's trainer died while it worked; it is being started again") from error
+                raise FederateError(
+                    "the site's trainer died while it worked; it is being started again"
+                ) from error
 
     def _connect(self, given_up: Callable[[], bool]) -> Connection:
         while True:

@@ -12,14 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.engines.score_cache import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError, RefusedError, WireError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import loads
-from fedmerge_peft.runs.directory import write_adapter
 from fedmerge_peft.serving.export import folder_name
-from fedmerge_peft.sites.config import RECIPE, SITE, Federation, SitePrivacy, SiteSettings, refusal, refused_modules
+from fedmerge_peft.sites.config import (
+    RECIPE,
+    SITE,
+    Federation,
+    SitePrivacy,
+    SiteSettings,
+    refusal,
+    refused_modules,
+)
 from fedmerge_peft.sites.messages import Message, Work, layout_digest, read_work, reply_message
 from fedmerge_peft.sites.site.audit import Departure, record
 from fedmerge_peft.sites.site_data import check_data, numbered, read_data, tell
@@ -54,7 +62,9 @@ class Trainer:
         self.agreed = agreed
         self.recipe = settings.applied(agreed)
         if settings.data is None:
-            raise RefusedError(f"{kit / SITE} names no data; give --data FILE, or write data: {{path: FILE}}")
+            raise RefusedError(
+                f"{kit / SITE} names no data; give --data FILE, or write data: {{path: FILE}}"
+            )
         self.data = read_data(settings.data, self.recipe, self.federation.sites[site], kit)
         check_data(self.data, settings.checks)
         self.told = tell(self.data, self.recipe)
@@ -68,11 +78,19 @@ class Trainer:
         except FedMergeError as error:
             cause = error.cause if isinstance(error, ClientError) else str(error)
             log.warning("%s", error)
-            answer = Message("error", {"error": cause, "refused": isinstance(error, RefusedError | WireError)})
+            answer = Message(
+                "error", {"error": cause, "refused": isinstance(error, RefusedError | WireError)}
+            )
             departure = Departure("error", refused=cause)
         except Exception as error:
             log.exception("a message could not be answered")
-            answer = Message("error", {"error": f"{type(error).__name__} at the site; its log has more", "refused": False})
+            answer = Message(
+                "error",
+                {
+                    "error": f"{type(error).__name__} at the site; its log has more",
+                    "refused": False,
+                },
+            )
             departure = Departure("error", refused=type(error).__name__)
         sent = answer.to_bytes()
         record(self.kit, departure, sent)
@@ -89,16 +107,20 @@ class Trainer:
             case "adapter":
                 return self._keep(message), Departure("adapter", str(message.facts.get("client")))
             case other:
-                raise WireError(f"a message of kind {other!r}, which this version does not know; install the same version everywhere")
+                raise WireError(
+                    f"a message of kind {other!r}, which this version does not know; install the same version everywhere"
+                )
 
     # ---- the beginning of a job --------------------------------------------------------------------
 
     def _enrol(self, message: Message) -> Message:
-        asked = loads(str(message.facts.get("recipe")), "the server's recipe")
+        asked = loads(Recipe, str(message.facts.get("recipe")), "the server's recipe")
         if why := refusal(asked, self.agreed, self.settings.allow):
             raise RefusedError(why)
         if (dtype := message.facts.get("dtype")) != self.federation.wire_dtype:
-            raise WireError(f"the server wants numbers as {dtype}, and the kit says {self.federation.wire_dtype}")
+            raise WireError(
+                f"the server wants numbers as {dtype}, and the kit says {self.federation.wire_dtype}"
+            )
         return Message("enrolled", asdict(self.told))
 
     def _open(self, message: Message) -> Message:
@@ -110,7 +132,9 @@ class Trainer:
             data = numbered(self.data, self.recipe, labels or ())
             recipe = self.recipe
             if recipe.task.name == "causal-lm":
-                recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"format": facts.get("format")})})
+                recipe = recipe.model_copy(
+                    update={"task": recipe.task.model_copy(update={"format": facts.get("format")})}
+                )
             self._opened = (opened, LocalEngine.from_data(recipe, data))
         engine = self._engine
         keys = [entry.key for entry in engine.backbone.layout.entries]
@@ -118,19 +142,30 @@ class Trainer:
             raise RefusedError(why)
         most = self.settings.allow.max_parameters
         if most is not None and engine.backbone.layout.size > most:
-            raise RefusedError(f"lora: an update has {engine.backbone.layout.size} numbers, and allow.max_parameters in {SITE} is {most}")
+            raise RefusedError(
+                f"lora: an update has {engine.backbone.layout.size} numbers, and allow.max_parameters in {SITE} is {most}"
+            )
         ours = layout_digest(engine.backbone.layout, engine.backbone.shared)
         if layout != ours:
             raise WireError(
                 f"the server's adapters have layout {str(layout)[:12]}, and the model here gives {ours[:12]}: "
                 "the model, PEFT or this package differ; install the same versions, and take the same model, everywhere"
             )
-        shared = {name: message.tensors[name].float() for name in engine.backbone.shared if name in message.tensors}
-        if {name: value.shape for name, value in shared.items()} != {name: value.shape for name, value in engine.backbone.shared.items()}:
+        shared = {
+            name: message.tensors[name].float()
+            for name in engine.backbone.shared
+            if name in message.tensors
+        }
+        if {name: value.shape for name, value in shared.items()} != {
+            name: value.shape for name, value in engine.backbone.shared.items()
+        }:
             raise WireError("the tensors that all adapters share are not those of this layout")
         engine.backbone.load_shared(shared)
         engine.known = KnownScores()  # what is known was scored with what was shared before
-        return Message("opened", {"layout": ours, "size": engine.backbone.layout.size, "counts": engine.label_counts()})
+        return Message(
+            "opened",
+            {"layout": ours, "size": engine.backbone.layout.size, "counts": engine.label_counts()},
+        )
 
     @property
     def opened(self) -> bool:
@@ -150,7 +185,10 @@ class Trainer:
         layout = layout_digest(engine.backbone.layout, engine.backbone.shared)
         dtype = self.federation.wire_dtype
         work = read_work(message, layout, engine.backbone.layout.size, dtype)
-        index = next((number for number, client in enumerate(engine.clients) if client.name == work.client), None)
+        index = next(
+            (number for number, client in enumerate(engine.clients) if client.name == work.client),
+            None,
+        )
         if index is None:
             raise WireError(f"work for client {work.client!r}, who is not at this site")
         engine.backbone.set_base(work.base)
@@ -166,7 +204,9 @@ class Trainer:
         if release is not None:
             reply = replace(reply, deltas=filtered(trained, plan, release))
             norm = float(lengths(reply.deltas.reshape(1, -1)))
-        return reply_message(reply, work.client, layout, dtype), Departure("train", work.client, work.round, norm, norm_trained)
+        return reply_message(reply, work.client, layout, dtype), Departure(
+            "train", work.client, work.round, norm, norm_trained
+        )
 
     def _score(self, engine: LocalEngine, index: int, work: Work) -> Message:
         if work.served is None:
@@ -207,9 +247,17 @@ class Trainer:
 
     @cached_property
     def _config(self) -> Mapping[str, object]:
-        config = {key: sorted(value) if isinstance(value, set) else value for key, value in self._engine.backbone.config.to_dict().items()}
+        config = {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in self._engine.backbone.config.to_dict().items()
+        }
         backbone = self.recipe.backbone
-        return {**config, "base_model_name_or_path": backbone.model, "revision": backbone.revision, "inference_mode": True}
+        return {
+            **config,
+            "base_model_name_or_path": backbone.model,
+            "revision": backbone.revision,
+            "inference_mode": True,
+        }
 
 
 def stricter(own: SitePrivacy, *others: Release | None) -> Release | None:
@@ -226,4 +274,9 @@ def filtered(deltas: Tensor, plan: Plan, release: Release) -> Tensor:
         phases = [job.phases for job in plan.jobs]
     else:
         phases = [plan.phases if isinstance(plan, Train) else (None,)] * len(deltas)
-    return torch.stack([released(row, release, columns, secrets.randbits(63)) for row, columns in zip(deltas, phases, strict=True)])
+    return torch.stack(
+        [
+            released(row, release, columns, secrets.randbits(63))
+            for row, columns in zip(deltas, phases, strict=True)
+        ]
+    )

@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.sites.config import SiteSettings, printable_lines
+from fedmerge_peft.sites.config import (
+    ADDRESS,
+    KIT,
+    REFUSED,
+    SETTINGS,
+    SiteSettings,
+    printable_lines,
+)
 from fedmerge_peft.sites.exit_with_parent import end_with_parent
-from fedmerge_peft.sites.site.connection import ADDRESS, KIT, serve
-from fedmerge_peft.sites.supervisor import REFUSED, SETTINGS
+from fedmerge_peft.sites.site.connection import serve
 
 
 def main() -> None:
@@ -24,11 +30,15 @@ def main() -> None:
 
     log_to(Console(stderr=True, highlight=False))
     try:
-        trainer = Trainer(Path(os.environ[KIT]), site, SiteSettings.model_validate_json(os.environ[SETTINGS]))
+        trainer = Trainer(
+            Path(os.environ[KIT]), site, SiteSettings.model_validate_json(os.environ[SETTINGS])
+        )
     except FedMergeError as error:
         print(printable_lines(str(error).split("\n")), file=sys.stderr, flush=True)
         sys.exit(REFUSED)
-    sizes = ", ".join(f"{client.name}: {client.size} to train on" for client in trainer.data.clients)
+    sizes = ", ".join(
+        f"{client.name}: {client.size} to train on" for client in trainer.data.clients
+    )
     print(f"site {site} is ready ({sizes})", file=sys.stderr, flush=True)
     Path(os.environ[ADDRESS]).unlink(missing_ok=True)  # of a trainer that died
     serve(trainer, os.environ[ADDRESS])

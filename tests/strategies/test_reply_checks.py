@@ -20,7 +20,11 @@ def changed(**fields):
     """A fault: this client's reply, with other fields; what is called makes them of the reply's."""
 
     def change(reply):
-        return [dataclasses.replace(reply, **{name: make(getattr(reply, name)) for name, make in fields.items()})]
+        return [
+            dataclasses.replace(
+                reply, **{name: make(getattr(reply, name)) for name, make in fields.items()}
+            )
+        ]
 
     return change
 
@@ -32,9 +36,15 @@ def error(reply):
 FAULTS = {
     "raises": (error, "ZeroDivisionError: no luck"),
     "NaN": (changed(deltas=lambda d: d * torch.nan), "its update is not finite"),
-    "one infinite number": (changed(deltas=lambda d: d.index_fill(1, torch.tensor([3]), torch.inf)), "its update is not finite"),
+    "one infinite number": (
+        changed(deltas=lambda d: d.index_fill(1, torch.tensor([3]), torch.inf)),
+        "its update is not finite",
+    ),
     "shape": (changed(deltas=lambda d: d[:, :-1]), "its update is a float32 tensor"),
-    "too many rows": (changed(deltas=lambda d: torch.cat([d, d])), "its update is a float32 tensor"),
+    "too many rows": (
+        changed(deltas=lambda d: torch.cat([d, d])),
+        "its update is a float32 tensor",
+    ),
     "scalar": (changed(deltas=lambda _: torch.tensor(0.0)), r"its update is a float32 tensor \(\)"),
     "dtype": (changed(deltas=lambda d: d.half()), "its update is a float16 tensor"),
     "layout": (changed(deltas=lambda d: d.to_sparse()), "its update is sparse_coo on cpu"),
@@ -43,10 +53,16 @@ FAULTS = {
     "too slow": (changed(seconds=lambda _: 61.0), r"it took 61\.0 s, and clients\.timeout is 60 s"),
     "endless": (changed(seconds=lambda _: torch.nan), "it took nan s"),
     "loss": (changed(train_loss=lambda _: float("inf")), "its training loss is inf"),
-    "more examples than it has": (changed(size=lambda n: 1000 * n), "it speaks for 10000 examples, and has 10"),
+    "more examples than it has": (
+        changed(size=lambda n: 1000 * n),
+        "it speaks for 10000 examples, and has 10",
+    ),
     "stale": (changed(round=lambda _: 0), "it answers for round 0"),
     "twice": (lambda reply: [reply, reply], "it answered more than once"),
-    "once well and once not": (lambda reply: [reply, *FAULTS["NaN"][0](reply)], "it answered more than once"),
+    "once well and once not": (
+        lambda reply: [reply, *FAULTS["NaN"][0](reply)],
+        "it answered more than once",
+    ),
     "silent": (lambda _: [], "it did not answer"),
 }
 
@@ -83,17 +99,27 @@ def test_without_skip_the_first_failure_ends_the_run(formulas, kind):
 
 
 @pytest.mark.parametrize("name", get_args(StrategyName))
-def test_a_failing_client_leaves_everything_as_if_it_had_not_been_asked(formulas, name, monkeypatch):
+def test_a_failing_client_leaves_everything_as_if_it_had_not_been_asked(
+    formulas, name, monkeypatch
+):
     case = formulas(6)
     faulty = federation(case, name, 2, FAULTS["NaN"][0], SKIP, "rounds=4")
     without = case.federation(f"strategy.name={name}", "rounds=4")
     monkeypatch.setattr(without, "cohort", lambda _: [0, 1, 3, 4, 5])
     for record, other in zip(faulty.rounds(), without.rounds(), strict=True):
-        assert (record.clients, record.train_loss, record.bytes_up) == (other.clients, other.train_loss, other.bytes_up)
+        assert (record.clients, record.train_loss, record.bytes_up) == (
+            other.clients,
+            other.train_loss,
+            other.bytes_up,
+        )
         assert torch.equal(faulty.strategy.soup.rows, without.strategy.soup.rows)
         assert torch.equal(faulty.strategy.weights, without.strategy.weights)
         ours, theirs = faulty.strategy.state(), without.strategy.state()
-        assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key])) for key in ours if ours[key] is not None)
+        assert all(
+            torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key]))
+            for key in ours
+            if ours[key] is not None
+        )
 
 
 def test_a_stranger_does_not_count(formulas):
@@ -101,7 +127,10 @@ def test_a_stranger_does_not_count(formulas):
     found = case.federation(SKIP, "clients.fraction=0.5")
     (stranger,) = {0, 1, 2, 3} - {*found.cohort(1), min({0, 1, 2, 3} - {*found.cohort(1)})}
     exchange = found.engine.exchange
-    found.engine.exchange = lambda number, visits: [*exchange(number, visits), case.reply(stranger, Train(case.fresh_row(0)))]
+    found.engine.exchange = lambda number, visits: [
+        *exchange(number, visits),
+        case.reply(stranger, Train(case.fresh_row(0))),
+    ]
     record = next(found.rounds())
     assert record.failures == {str(stranger): "it was not asked"}
     assert record.clients == [str(client) for client in found.cohort(1)]
@@ -110,7 +139,10 @@ def test_a_stranger_does_not_count(formulas):
 def test_too_few_clients_end_the_run_and_change_nothing(formulas):
     found = federation(formulas(4), "fedmerge", 2, error, SKIP, "clients.min_clients=4")
     before = found.strategy.soup.rows.clone()
-    with pytest.raises(TooFewClientsError, match=r"round 1: 3 of 4 clients replied well, .* Failed: 2: ZeroDivisionError: no luck"):
+    with pytest.raises(
+        TooFewClientsError,
+        match=r"round 1: 3 of 4 clients replied well, .* Failed: 2: ZeroDivisionError: no luck",
+    ):
         next(found.rounds())
     assert torch.equal(found.strategy.soup.rows, before)
     assert found.completed == 0
@@ -124,7 +156,9 @@ def test_a_round_in_which_all_fail_is_too_few(formulas):
 
 
 def test_more_clients_than_a_round_asks_are_refused(formulas):
-    with pytest.raises(RecipeError, match=r"clients\.min_clients: 4 is more than the 2 clients that a round asks"):
+    with pytest.raises(
+        RecipeError, match=r"clients\.min_clients: 4 is more than the 2 clients that a round asks"
+    ):
         formulas(4).federation("clients.min_clients=4", "clients.fraction=0.5")
 
 
@@ -135,10 +169,20 @@ def test_a_choice_and_a_mixture_must_be_among_what_was_sent(formulas):
     for plan in (choose, mixture):
         assert fault(case.reply(0, plan), plan, 1, 10) is None
     for choice in (-1, 2, True, None):
-        assert "it chose adapter" in fault(dataclasses.replace(case.reply(0, choose), choice=choice), choose, 1, 10)
-    wrong = (None, torch.tensor([1.0]), torch.tensor([0.2, 0.2]), torch.tensor([2.0, -1.0]), torch.tensor([torch.nan, 0.5]))
+        assert "it chose adapter" in fault(
+            dataclasses.replace(case.reply(0, choose), choice=choice), choose, 1, 10
+        )
+    wrong = (
+        None,
+        torch.tensor([1.0]),
+        torch.tensor([0.2, 0.2]),
+        torch.tensor([2.0, -1.0]),
+        torch.tensor([torch.nan, 0.5]),
+    )
     for weights in wrong:
-        assert "its weights are" in fault(dataclasses.replace(case.reply(0, mixture), weights=weights), mixture, 1, 10)
+        assert "its weights are" in fault(
+            dataclasses.replace(case.reply(0, mixture), weights=weights), mixture, 1, 10
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -148,7 +192,11 @@ def test_a_reply_that_passes_can_be_learned_from(data):
     shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
     numbers = data.draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool]))
     value = data.draw(st.floats(width=32))
-    deltas = torch.full(shape, value).to(numbers) if numbers.is_floating_point or value == value else torch.zeros(shape, dtype=numbers)
+    deltas = (
+        torch.full(shape, value).to(numbers)
+        if numbers.is_floating_point or value == value
+        else torch.zeros(shape, dtype=numbers)
+    )
     reply = dataclasses.replace(_good(), deltas=deltas)
     if fault(reply, Train(torch.zeros(3)), 1, 10) is None:
         assert deltas.shape == (1, 3)

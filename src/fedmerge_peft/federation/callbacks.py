@@ -1,0 +1,65 @@
+"""Hooks into a run, for callers and plugins: its start, each reply, each round, its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from fedmerge_peft.runs.record import RoundRecord
+
+if TYPE_CHECKING:
+    from fedmerge_peft.federation.loop import Federation
+    from fedmerge_peft.runs.directory import RunDirectory
+    from fedmerge_peft.strategies.base import Reply
+
+
+class Callback:
+    """Hooks of a run: override those that you need, or pass functions: ``Callback(on_round=print)``.
+
+    The recipe's own strategy and each of its baselines is a run of its own, with its own start and
+    end. On several ranks every rank calls the hooks. An exception from a hook ends the run, which
+    can be resumed.
+    """
+
+    def __init__(self, **hooks: Callable[..., object]) -> None:
+        """Take functions in place of methods. Raises ``TypeError`` for an unknown hook."""
+        for name, hook in hooks.items():
+            if not name.startswith("on_") or not hasattr(Callback, name):
+                raise TypeError(f"a callback has no hook {name!r}")
+            setattr(self, name, hook)
+
+    def on_start(self, federation: Federation, run: RunDirectory) -> None:
+        """Called before the first round that is left."""
+
+    def on_client(self, reply: Reply) -> None:
+        """Called for each client's reply that passed the checks."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Called after each round, once it is on disk."""
+
+    def on_end(self, run: RunDirectory) -> None:
+        """Called once the final scores are on disk."""
+
+
+class Callbacks(Callback):
+    """Several callbacks as one, called in their order."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        super().__init__()
+        self._callbacks = list(callbacks)
+
+    def on_start(self, federation: Federation, run: RunDirectory) -> None:
+        for callback in self._callbacks:
+            callback.on_start(federation, run)
+
+    def on_client(self, reply: Reply) -> None:
+        for callback in self._callbacks:
+            callback.on_client(reply)
+
+    def on_round(self, record: RoundRecord) -> None:
+        for callback in self._callbacks:
+            callback.on_round(record)
+
+    def on_end(self, run: RunDirectory) -> None:
+        for callback in self._callbacks:
+            callback.on_end(run)

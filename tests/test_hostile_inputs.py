@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fedmerge_peft
 from fedmerge_peft import AdapterSoup, BackboneError, Recipe, RecipeError, Run, RunError, federate
 from fedmerge_peft.cli import main
-from fedmerge_peft.recipe.strategies import FedMerge
+from fedmerge_peft.recipe.strategies import FedMergeRecipe
 from fedmerge_peft.strategies import Reply, make_strategy
 
 SOURCE = Path(fedmerge_peft.__file__).parent
@@ -206,16 +206,18 @@ def test_weights_are_shares_and_those_of_clients_that_were_not_asked_stay(
     rule, begin, cohorts, scale, seed
 ):
     from fedmerge_peft import AdapterLayout
-    from fedmerge_peft.strategies import Start
+    from fedmerge_peft.strategies import StrategyContext
 
     layout = AdapterLayout.of(
         [("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")]
     )
     generator = torch.Generator().manual_seed(seed)
-    start = Start(
+    start = StrategyContext(
         5, layout, lambda number: torch.randn(12, generator=torch.Generator().manual_seed(number))
     )
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, rule=rule, start=begin), start)
+    strategy = make_strategy(
+        FedMergeRecipe(name="fedmerge", adapters=3, rule=rule, start=begin), start
+    )
     for cohort in cohorts:
         before = strategy.merging.logits.clone()
         strategy.update(

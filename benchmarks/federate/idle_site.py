@@ -28,6 +28,6 @@ def idle(engine, round, visits):
 
 if __name__ == "__main__":
     end_with_parent()
-    LocalEngine.exchange = idle
+    LocalEngine.train_clients = idle
     kit = Path(os.environ[KIT])
     serve(Trainer(kit, sys.argv[1], SiteSettings.read(kit / SITE)), os.environ[ADDRESS])

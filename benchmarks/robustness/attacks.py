@@ -113,15 +113,15 @@ def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: 
         for client, victim in victims.items()
     }
 
-    def exchange(number: int, visits: Any) -> Iterator[Any]:
-        for answer in LocalEngine.exchange(changed, number, visits):
+    def train_clients(number: int, visits: Any) -> Iterator[Any]:
+        for answer in LocalEngine.train_clients(changed, number, visits):
             yield from (
                 attack(answer, known[answer.client])
                 if isinstance(answer, Reply) and answer.client in known
                 else [answer]
             )
 
-    changed.exchange = exchange  # type: ignore[method-assign]
+    changed.train_clients = train_clients  # type: ignore[method-assign]
     return changed
 
 

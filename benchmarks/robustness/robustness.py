@@ -26,21 +26,21 @@ from provenance import RESULTS, stamp
 
 DEFENCES = {
     "none": [],
-    "norm bound": ["defence.norm_multiple=1"],
-    "median": ["defence.aggregation=median"],
-    "trimmed mean": ["defence.aggregation=trimmed_mean", "defence.trim=0.2"],
-    "Krum": ["defence.aggregation=krum", "defence.malicious=0.35"],
-    "multi-Krum": ["defence.aggregation=multi_krum", "defence.malicious=0.35"],
-    "cosine filter": ["defence.aggregation=cosine_filter"],
+    "norm bound": ["robustness.norm_multiple=1"],
+    "median": ["robustness.aggregation=median"],
+    "trimmed mean": ["robustness.aggregation=trimmed_mean", "robustness.trim=0.2"],
+    "Krum": ["robustness.aggregation=krum", "robustness.malicious=0.35"],
+    "multi-Krum": ["robustness.aggregation=multi_krum", "robustness.malicious=0.35"],
+    "cosine filter": ["robustness.aggregation=cosine_filter"],
     "norm bound and cosine filter": [
-        "defence.norm_multiple=1",
-        "defence.aggregation=cosine_filter",
+        "robustness.norm_multiple=1",
+        "robustness.aggregation=cosine_filter",
     ],
-    "norm bound and median": ["defence.norm_multiple=1", "defence.aggregation=median"],
+    "norm bound and median": ["robustness.norm_multiple=1", "robustness.aggregation=median"],
     "norm bound and trimmed mean": [
-        "defence.norm_multiple=1",
-        "defence.aggregation=trimmed_mean",
-        "defence.trim=0.2",
+        "robustness.norm_multiple=1",
+        "robustness.aggregation=trimmed_mean",
+        "robustness.trim=0.2",
     ],
 }
 

@@ -33,7 +33,7 @@ def together() -> Iterator[Row]:
         sequential = rounds(ours).rounds()
         sides = {"one at a time": partial(next, sequential)}
         for count in (4, 8, 16):
-            several = ours.lend(ours.recipe.replace([f"training.clients_per_batch={count}"]))
+            several = ours.with_recipe(ours.recipe.replace([f"training.clients_per_batch={count}"]))
             assert several is not None
             assert several.clients_per_batch == count
             sides[f"{count} together"] = partial(next, rounds(several).rounds())

@@ -119,15 +119,15 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
     import torch
 
     from fedmerge_peft.adapters.layout import AdapterLayout
-    from fedmerge_peft.recipe.strategies import FedMerge
-    from fedmerge_peft.strategies import Reply, Start, make_strategy
+    from fedmerge_peft.recipe.strategies import FedMergeRecipe
+    from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
     from fedmerge_peft.util.row_buffer import Spill
 
     layout = AdapterLayout.of([("layer.lora_A.weight", (100, size // 100), "lora")])
     generator = torch.Generator().manual_seed(0)
     strategy = make_strategy(
-        FedMerge(name="fedmerge", adapters=adapters, start="independent"),
-        Start(ASKED, layout, lambda _: torch.randn(size, generator=generator)),
+        FedMergeRecipe(name="fedmerge", adapters=adapters, start="independent"),
+        StrategyContext(ASKED, layout, lambda _: torch.randn(size, generator=generator)),
     )
     times = []
     for _ in range(ROUNDS):

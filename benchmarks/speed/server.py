@@ -9,8 +9,8 @@ from timing import Row, faster, race
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
-from fedmerge_peft.recipe.strategies import FedMerge
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.strategies import FedMergeRecipe
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 
 CLIENTS, ADAPTERS, TENSORS, WIDTH = 1000, 8, 100, 10_000
 SOME = 25
@@ -25,8 +25,8 @@ def rows() -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(ADAPTERS, layout.size, generator=generator)
     strategy = make_strategy(
-        FedMerge(name="fedmerge", adapters=ADAPTERS, start="independent"),
-        Start(CLIENTS, layout, drawn.__getitem__),
+        FedMergeRecipe(name="fedmerge", adapters=ADAPTERS, start="independent"),
+        StrategyContext(CLIENTS, layout, drawn.__getitem__),
     )
     block = 0.01 * torch.randn(50, layout.size, generator=generator)
     deltas = torch.cat([block] * (CLIENTS // 50))

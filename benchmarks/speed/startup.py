@@ -67,7 +67,7 @@ def _ours() -> None:
     from fedmerge_peft.training.plan import Train
 
     loaded = engine(1, EXAMPLES, f"training.batch_size={EXAMPLES}", "training.steps=1")
-    next(loaded.exchange(1, [(0, Train(loaded.start().fresh_row(0)), None)]))
+    next(loaded.train_clients(1, [(0, Train(loaded.strategy_context().fresh_row(0)), None)]))
 
 
 def _plain() -> None:

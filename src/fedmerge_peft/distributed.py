@@ -25,24 +25,24 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def number() -> int:
+def rank() -> int:
     """Which of them this process is, from 0."""
     return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
 
 
-def leads() -> bool:
+def is_main() -> bool:
     """Whether this is the one that writes and prints."""
-    return number() == 0
+    return rank() == 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many ranks work together; 1 until ``training.device.make_accelerator`` has brought them together."""
     from accelerate.state import PartialState, is_initialized
 
     return int(PartialState().num_processes) if is_initialized() else 1
 
 
-def gathered(work: Callable[[], T]) -> list[T]:
+def all_gather(work: Callable[[], T]) -> list[T]:
     """What each rank's work gives, by rank; small, as it is pickled.
 
     Raises:
@@ -50,7 +50,7 @@ def gathered(work: Callable[[], T]) -> list[T]:
             ``FedMergeError.rank`` is the lowest that failed.
         RankError: Another rank has ended.
     """
-    if count() == 1:
+    if world_size() == 1:
         return [work()]
     found: list[T] = []
     failure: BaseException | None = None
@@ -73,18 +73,18 @@ def gathered(work: Callable[[], T]) -> list[T]:
     raise raised
 
 
-def everyone(work: Callable[[], T]) -> T:
+def on_all_ranks(work: Callable[[], T]) -> T:
     """What this rank's own work gives, once that of all ranks is done. Raises as ``gathered``."""
     kept: list[T] = []
-    gathered(lambda: kept.append(work()))
+    all_gather(lambda: kept.append(work()))
     return kept[0]
 
 
-def first(work: Callable[[], T]) -> T:
+def on_rank_zero(work: Callable[[], T]) -> T:
     """What the work gives on the first rank, which alone does it, on all ranks; it is pickled. Raises as ``gathered``."""
-    if count() == 1:
+    if world_size() == 1:
         return work()
-    done = [everyone(work) if leads() else everyone(lambda: None)]
+    done = [on_all_ranks(work) if is_main() else on_all_ranks(lambda: None)]
     from accelerate.utils import broadcast_object_list
 
     with _speaking():
@@ -92,9 +92,9 @@ def first(work: Callable[[], T]) -> T:
     return found
 
 
-def handed_round(tensor: Tensor, owner: int) -> Tensor:
+def broadcast(tensor: Tensor, owner: int) -> Tensor:
     """The owner's tensor on all ranks, on the CPU; the others give one of the same shape and dtype, which may be written to."""
-    if count() == 1:
+    if world_size() == 1:
         return tensor
     from accelerate.state import PartialState
     from accelerate.utils import broadcast
@@ -104,7 +104,7 @@ def handed_round(tensor: Tensor, owner: int) -> Tensor:
     return found.cpu()
 
 
-def refuse(what: str) -> None:
+def refuse_ranks(what: str) -> None:
     """Raise ``DeviceError`` where a launcher has started several ranks, for what only works in a process of its own."""
     if launched() > 1:
         raise DeviceError(
@@ -114,13 +114,13 @@ def refuse(what: str) -> None:
 
 def leave() -> None:
     """Part from the others, at the end of the program: a process group that is left to the interpreter's end complains."""
-    if count() > 1:
+    if world_size() > 1:
         from accelerate.state import PartialState
 
         PartialState().destroy_process_group()
 
 
-def let_speak(seconds: float = 5.0) -> None:
+def wait_for_launcher(seconds: float = 5.0) -> None:
     """Wait, before this rank ends for a fault that another says: a launcher ends all ranks as soon as the first has ended."""
     time.sleep(seconds)  # SIGTERM, the launcher's way, ends it
 
@@ -132,7 +132,7 @@ def _speaking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            f"rank {number()} has lost the others: one of them has ended, and says why, or was killed"
+            f"rank {rank()} has lost the others: one of them has ended, and says why, or was killed"
         ) from error
 
 
@@ -140,4 +140,4 @@ def _portable(error: BaseException) -> BaseException:
     """An error as the other ranks raise it."""
     if isinstance(error, FedMergeError | KeyboardInterrupt):
         return error
-    return RankError(f"rank {number()} failed, and says where: {type(error).__name__}: {error}")
+    return RankError(f"rank {rank()} failed, and says where: {type(error).__name__}: {error}")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout
-from fedmerge_peft.recipe.strategies import FedMerge
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.strategies import FedMergeRecipe
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 
@@ -26,8 +26,8 @@ def test_the_loop_over_tensors_does_what_the_server_step_does(benchmark):
     rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     deltas = 0.1 * torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
     strategy = make_strategy(
-        FedMerge(name="fedmerge", adapters=3, start="independent"),
-        Start(5, layout, rows.__getitem__),
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent"),
+        StrategyContext(5, layout, rows.__getitem__),
     )
     soup, uniform = [layout.state_dict(row) for row in rows], torch.full((5, 3), 1 / 3)
     found = benchmark("server").by_tensor(

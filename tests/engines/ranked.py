@@ -70,7 +70,7 @@ def run(folder, name, on_round=None, broken=False):
     engine = load_engine(recipe)
     if name == "failing":
         one_client_fails(engine)
-    if broken and distributed.number() == distributed.count() - 1:
+    if broken and distributed.rank() == distributed.world_size() - 1:
         engine._done = lambda *_: 1 / 0
     return federate(
         recipe,

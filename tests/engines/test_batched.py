@@ -61,14 +61,14 @@ def test_a_federation_in_batches_of_four_is_that_of_one_at_a_time(smoke, name):
 
 def test_visits_are_taken_up_as_they_are_needed(smoke):
     engine = engine_of(smoke("training.clients_per_batch=2"))
-    row, asked = engine.start().fresh_row(0), []
+    row, asked = engine.strategy_context().fresh_row(0), []
 
     def visits():
         for client in range(6):
             asked.append(client)
             yield client, Train(row), None
 
-    replies = engine.exchange(1, visits())
+    replies = engine.train_clients(1, visits())
     assert next(replies).client == 0
     assert asked == [0, 1]
     assert [reply.client for reply in replies] == [1, 2, 3, 4, 5]
@@ -76,7 +76,11 @@ def test_visits_are_taken_up_as_they_are_needed(smoke):
 
 def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
     engine = engine_of(smoke("training.clients_per_batch=4"))
-    row, culprit, collate = engine.start().fresh_row(0), engine.clients[2], engine.task.collate
+    row, culprit, collate = (
+        engine.strategy_context().fresh_row(0),
+        engine.clients[2],
+        engine.task.collate,
+    )
     assert engine.clients_per_batch == 4
 
     def fail(examples, indices):
@@ -85,7 +89,7 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
         return collate(examples, indices)
 
     monkeypatch.setattr(engine.task, "collate", fail)
-    answers = list(engine.exchange(3, [(client, Train(row), None) for client in range(4)]))
+    answers = list(engine.train_clients(3, [(client, Train(row), None) for client in range(4)]))
     assert [answer.client for answer in answers] == [0, 1, culprit.name, 3]
     assert str(answers[2]) == f"client {culprit.name}, round 3: ZeroDivisionError: no luck"
     assert isinstance(answers[2].__cause__, ZeroDivisionError)
@@ -97,9 +101,9 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
 
 def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours_alone(smoke):
     engine = engine_of(smoke("training.clients_per_batch=4"))
-    row = engine.start().fresh_row(0)
+    row = engine.strategy_context().fresh_row(0)
     answers = list(
-        engine.exchange(
+        engine.train_clients(
             1,
             [(client, Train(row * torch.nan if client == 2 else row), None) for client in range(4)],
         )
@@ -113,7 +117,7 @@ def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours
 
 def test_where_memory_runs_out_fewer_train_at_a_time(smoke, monkeypatch, caplog):
     engine = engine_of(smoke("training.clients_per_batch=6"))
-    row, sizes = engine.start().fresh_row(0), []
+    row, sizes = engine.strategy_context().fresh_row(0), []
 
     def small(*args):
         sizes.append(len(args[4]))
@@ -122,7 +126,7 @@ def test_where_memory_runs_out_fewer_train_at_a_time(smoke, monkeypatch, caplog)
         return train_together(*args)
 
     monkeypatch.setattr(local, "train_together", small)
-    replies = list(engine.exchange(1, [(client, Train(row), None) for client in range(6)]))
+    replies = list(engine.train_clients(1, [(client, Train(row), None) for client in range(6)]))
     assert [reply.client for reply in replies] == list(range(6))
     assert sizes == [6, 3, 2, 2, 2]
     assert engine.clients_per_batch == 2

@@ -25,7 +25,7 @@ from fedmerge_peft import (
 )
 from fedmerge_peft.cli import main
 from fedmerge_peft.cli.stopping import Stopped
-from fedmerge_peft.engines.assignments import Visits
+from fedmerge_peft.engines.assignments import Assignments
 from fedmerge_peft.engines.distributed import RankedEngine, dealt
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.training.accelerator import choose_device
@@ -52,11 +52,11 @@ def test_visits_are_made_when_they_are_taken():
         made.append(client)
         return client, "plan"
 
-    visits = Visits([4, 7], make)
+    visits = Assignments([4, 7], make)
     assert next(iter(visits)) == (4, "plan")
     assert made == [4]
-    assert Visits.of(visits) is visits
-    held = Visits.of((client, "other") for client in (3, 1))
+    assert Assignments.of(visits) is visits
+    held = Assignments.of((client, "other") for client in (3, 1))
     assert (held.clients, held.make(1)) == ([3, 1], (1, "other"))
 
 

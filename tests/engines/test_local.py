@@ -80,35 +80,35 @@ def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
     engine = LocalEngine.from_recipe(recipe)
     federation = Federation(recipe, engine)
     records = list(federation.rounds())
-    last = federation.measure()
+    last = federation.evaluate()
     assert len(asked) == scored
     for now, then in zip(records, [record.served for record in records[1:]] + [last], strict=True):
         same = [then.clients[name] == scores for name, scores in now.finetuned.clients.items()]
         assert all(same) == (strategy == "local")
     fresh = LocalEngine.from_recipe(recipe)
     assert dict(
-        fresh.measure((index, federation.strategy.served(index)) for index in range(6))
+        fresh.evaluate_clients((index, federation.strategy.served(index)) for index in range(6))
     ) == {index: last.clients[client.name] for index, client in enumerate(engine.clients)}
 
 
 def test_another_clients_scores_are_not_taken(smoke_engine):
     row = smoke_engine.start().fresh_row(1)
-    scores = dict(smoke_engine.measure((index, row) for index in range(6)))
+    scores = dict(smoke_engine.evaluate_clients((index, row) for index in range(6)))
     assert len({each["test_loss"] for each in scores.values()}) == 6
-    assert dict(smoke_engine.measure((index, row + 0.1) for index in range(6))) != scores
+    assert dict(smoke_engine.evaluate_clients((index, row + 0.1) for index in range(6))) != scores
 
 
 def test_scores_on_other_frozen_weights_are_not_taken(smoke_engine):
     row, backbone = smoke_engine.start().fresh_row(1), smoke_engine.backbone
-    (before,) = dict(smoke_engine.measure([(0, row)])).values()
+    (before,) = dict(smoke_engine.evaluate_clients([(0, row)])).values()
     try:
         name = next(iter(backbone.scaling))
         backbone.set_base(
             {name: torch.full_like(backbone.model.get_submodule(name).base_layer.weight, 0.1)}
         )
-        (other,) = dict(smoke_engine.measure([(0, row)])).values()
+        (other,) = dict(smoke_engine.evaluate_clients([(0, row)])).values()
     finally:
         backbone.set_base({})
-    (after,) = dict(smoke_engine.measure([(0, row)])).values()
+    (after,) = dict(smoke_engine.evaluate_clients([(0, row)])).values()
     assert before == after
     assert before["test_loss"] != other["test_loss"]

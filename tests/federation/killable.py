@@ -65,7 +65,7 @@ def tear(number):
 def go(path, strategy, engine):
     """Begin the run, or go on with it; nothing where it has ended."""
     recipe = Recipe.load("smoke", [*SMALL, *strategy])
-    lent = engine.lend(recipe)
+    lent = engine.with_recipe(recipe)
     if not (path / "recipe.yaml").exists():
         federate(recipe, path, engine=lent)
     elif not Run.open(path).ended:

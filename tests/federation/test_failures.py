@@ -18,7 +18,7 @@ def unreliable(smoke_engine, monkeypatch):
 
     def make(rate):
         happened = {}
-        exchange = smoke_engine.exchange
+        exchange = smoke_engine.train_clients
 
         def fail(number, visits):
             for answer in exchange(number, visits):
@@ -31,7 +31,7 @@ def unreliable(smoke_engine, monkeypatch):
                 if answer is not None:
                     yield answer
 
-        monkeypatch.setattr(smoke_engine, "exchange", fail)
+        monkeypatch.setattr(smoke_engine, "train_clients", fail)
         return happened
 
     return make
@@ -84,11 +84,11 @@ def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(
 ):
     recipe = smoke(*SKIP, "clients.min_clients=3")
     federate(recipe, tmp_path / "whole", engine=smoke_engine)
-    exchange = smoke_engine.exchange
+    exchange = smoke_engine.train_clients
     with monkeypatch.context() as patch:
         patch.setattr(
             smoke_engine,
-            "exchange",
+            "train_clients",
             lambda number, visits: list(exchange(number, visits))[: 6 if number < 3 else 2],
         )
         with pytest.raises(TooFewClientsError, match="round 3: 2 of 6 clients replied well"):

@@ -78,9 +78,9 @@ def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
 
 
 def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
-    row = engine.start().fresh_row(0)
-    alone = next(engine.exchange(1, [(2, Train(row), None)]))
-    among = list(engine.exchange(1, [(client, Train(row), row) for client in (0, 1, 2)]))[2]
+    row = engine.strategy_context().fresh_row(0)
+    alone = next(engine.train_clients(1, [(2, Train(row), None)]))
+    among = list(engine.train_clients(1, [(client, Train(row), row) for client in (0, 1, 2)]))[2]
     assert torch.equal(alone.delta, among.delta)
 
 
@@ -110,7 +110,9 @@ def test_identical_starts_stay_fedavg_through_real_training(engine):
 def test_merged_scores_are_of_what_was_sent_and_finetuned_of_what_was_trained(engine):
     federation = Federation(recipe(), engine)
     sent = dict(
-        engine.measure((client, federation.strategy.adapter(client)) for client in range(6))
+        engine.evaluate_clients(
+            (client, federation.strategy.adapter(client)) for client in range(6)
+        )
     )
     record = next(federation.rounds())
     assert record.served.clients == {
@@ -171,7 +173,7 @@ def test_a_client_that_cannot_be_measured_is_named_with_the_rounds_completed(eng
         ClientError,
         match=r"client Harbour Clinic, round 2: scored after the round: ZeroDivisionError: no luck",
     ) as caught:
-        federation.measure()
+        federation.evaluate()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert caught.value.round == 2
 
@@ -432,7 +434,7 @@ def test_the_best_round_is_chosen_among_scores_of_all_clients(tmp_path, engine):
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
     federation = Federation(recipe(), engine)
     run = RunWriter.create(tmp_path / "run", recipe(), engine)
-    scores = federation.measure()
+    scores = federation.evaluate()
     run.offer_best(
         0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy
     )

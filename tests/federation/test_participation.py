@@ -36,7 +36,7 @@ class Half:
         federation = Federation(recipe, engine)
         self.strategy = federation.strategy
         self.layout = engine.backbone.layout
-        self.start = engine.start().fresh_row(0)
+        self.start = engine.strategy_context().fresh_row(0)
         rounds, replies = federation.rounds(lambda reply: replies.append(reply)), []
         first = next(rounds)
         self.before, self.weights = self.strategy.soup.rows.clone(), self.strategy.weights.clone()

@@ -176,10 +176,10 @@ def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, s
     ],
 )
 def test_the_server_remembers_its_moments_and_refuses_others(settings, names):
-    from fedmerge_peft.recipe.strategies import FedAvg
+    from fedmerge_peft.recipe.strategies import FedAvgRecipe
 
     def make(columns):
-        return ServerOptimizer(FedAvg(name="fedavg", **settings), torch.zeros(2, columns))
+        return ServerOptimizer(FedAvgRecipe(name="fedavg", **settings), torch.zeros(2, columns))
 
     first, second = make(3), make(3)
     rows = first.step(torch.zeros(2, 3), torch.ones(2, 3))
@@ -195,7 +195,7 @@ def test_the_server_remembers_its_moments_and_refuses_others(settings, names):
 
 
 class Part(Stateful):
-    remembers = ("numbers", "_count", "inner")
+    state_fields = ("numbers", "_count", "inner")
 
     def __init__(self, inner):
         self.numbers, self._count, self.inner = torch.zeros(2), 0, inner

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from fedmerge_peft.errors import WireError
-from fedmerge_peft.sites.messages import Message, read_reply, read_work, reply_message, work_message
+from fedmerge_peft.sites.messages import (
+    Message,
+    assignment_message,
+    read_assignment,
+    read_reply,
+    reply_message,
+)
 from fedmerge_peft.strategies.base import Reply
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Release, Train
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train, UpdatePrivacy
 
 P = 5
 LAYOUT = "a" * 64
@@ -24,7 +30,7 @@ TRAIN = Train(
     0.5,
     row(1),
     None,
-    Release(1.5, 0.1),
+    UpdatePrivacy(1.5, 0.1),
 )
 MIXTURE = Mixture(row(3, 2, P), torch.tensor([0.3, 0.7]))
 PLANS = {
@@ -51,14 +57,14 @@ def parts(value):
 
 def sent(plan, served, dtype="float32", base=None):
     return Message.from_bytes(
-        work_message(3, "clinic ü", plan, served, base or {}, LAYOUT, dtype).to_bytes()
+        assignment_message(3, "clinic ü", plan, served, base or {}, LAYOUT, dtype).to_bytes()
     )
 
 
 @pytest.mark.parametrize("served", [None, row(7), MIXTURE], ids=["none", "row", "mixture"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_every_plan_and_everything_served_arrives_bit_by_bit(plan, served):
-    work = read_work(sent(plan, served, base={"layer.0": row(8, 2, 3)}), LAYOUT, P, "float32")
+    work = read_assignment(sent(plan, served, base={"layer.0": row(8, 2, 3)}), LAYOUT, P, "float32")
     assert (work.round, work.client) == (3, "clinic ü")
     assert parts(work.plan) == parts(plan)
     assert parts(work.served) == parts(served)
@@ -68,7 +74,7 @@ def test_every_plan_and_everything_served_arrives_bit_by_bit(plan, served):
 def test_no_server_singles_an_example_out():
     """Weights of examples are a client's own business (FedEM's); in a message they are not read."""
     plan = Train(row(), example_weights=torch.tensor([1.0, 0.0]))
-    assert read_work(sent(plan, None), LAYOUT, P, "float32").plan.example_weights is None
+    assert read_assignment(sent(plan, None), LAYOUT, P, "float32").plan.example_weights is None
 
 
 def test_what_is_trained_and_scored_alike_travels_once():
@@ -79,14 +85,14 @@ def test_what_is_trained_and_scored_alike_travels_once():
 def test_bfloat16_halves_the_bytes_and_rounds_to_its_numbers():
     big = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     sizes = [
-        len(work_message(1, "a", Train(big), None, {}, LAYOUT, dtype).to_bytes())
+        len(assignment_message(1, "a", Train(big), None, {}, LAYOUT, dtype).to_bytes())
         for dtype in ("float32", "bfloat16")
     ]
     assert sizes[1] < 0.52 * sizes[0]
     message = Message.from_bytes(
-        work_message(1, "a", Train(big), None, {}, LAYOUT, "bfloat16").to_bytes()
+        assignment_message(1, "a", Train(big), None, {}, LAYOUT, "bfloat16").to_bytes()
     )
-    read = read_work(message, LAYOUT, 10_000, "bfloat16").plan.row
+    read = read_assignment(message, LAYOUT, 10_000, "bfloat16").plan.row
     assert read.dtype == torch.float32
     assert torch.equal(read, big.bfloat16().float())
 
@@ -101,7 +107,7 @@ def test_bfloat16_halves_the_bytes_and_rounds_to_its_numbers():
 )
 def test_another_layout_size_or_number_format_is_refused(layout, columns, dtype, said):
     with pytest.raises(WireError, match=said):
-        read_work(sent(TRAIN, None), layout, columns, dtype)
+        read_assignment(sent(TRAIN, None), layout, columns, dtype)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_bytes_that_are_no_message_are_refused(content):
 def test_a_message_of_another_form_is_refused(facts):
     message = sent(TRAIN, None)
     with pytest.raises(WireError):
-        read_work(
+        read_assignment(
             Message("train", {**message.facts, **facts}, message.tensors), LAYOUT, P, "float32"
         )
 

@@ -83,7 +83,7 @@ def test_a_rehearsal_of_three_sites_equals_one_machine(tmp_path):
     assert run.recipe.rounds == local.rounds == len(run.records)
     for site in (1, 2, 3):
         kit = tmp_path / "out" / "sites" / f"site-{site}"
-        sent = [json.loads(line) for line in (kit / "left.jsonl").read_text().splitlines()]
+        sent = [json.loads(line) for line in (kit / "audit.jsonl").read_text().splitlines()]
         assert {each["kind"] for each in sent} == {"enrol", "open", "train", "score", "adapter"}
         assert all(each["norm"] > 0 for each in sent if each["kind"] == "train")
     adapters = sorted(
@@ -304,7 +304,7 @@ def test_a_certificate_of_another_authority_is_not_let_in(field):
     ours.run("--wait", 3)
     assert ours.operator.wait(300) == 0
     assert "sites: site-1; without site-2 (it is not connected)" in "".join(ours.lines)
-    assert not (theirs.out / "sites" / "site-2" / "left.jsonl").exists()
+    assert not (theirs.out / "sites" / "site-2" / "audit.jsonl").exists()
     assert "CERTIFICATE_VERIFY_FAILED" in log.read_text()
 
 

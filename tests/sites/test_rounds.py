@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmerge_peft import Run, federate
-from fedmerge_peft.sites.server.job import conduct
+from fedmerge_peft.sites.server.job import run_job
 
 LOCAL = "training.clients_per_batch=1"
 """Sites train one client at a time, so that dropout masks are each client's own."""
@@ -14,7 +14,7 @@ LOCAL = "training.clients_per_batch=1"
 
 def go(kit, transport, stop=lambda: None):
     told = []
-    outcome = conduct(kit, transport, stop, told.append)
+    outcome = run_job(kit, transport, stop, told.append)
     return outcome, told
 
 

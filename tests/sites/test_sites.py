@@ -10,19 +10,19 @@ from fedmerge_peft.errors import FederateError, RefusedError
 from fedmerge_peft.sites.config import SITE, SiteLimits, SiteSettings, check_names, refusal
 from fedmerge_peft.sites.flare.provision import OURS
 from fedmerge_peft.sites.messages import Message
-from fedmerge_peft.sites.server.job import conduct
+from fedmerge_peft.sites.server.job import run_job
 from fedmerge_peft.sites.site.trainer import Trainer, stricter
 from fedmerge_peft.sites.site_data import agree_on_labels
-from fedmerge_peft.training.plan import Choose, Release, Train
+from fedmerge_peft.training.plan import Choose, Train, UpdatePrivacy
 
 
 def go(kit, transport, stop=lambda: None):
     told = []
-    return conduct(kit, transport, stop, told.append), told
+    return run_job(kit, transport, stop, told.append), told
 
 
 def left(trainer, kind="train"):
-    lines = (trainer.kit / "left.jsonl").read_text().splitlines()
+    lines = (trainer.kit / "audit.jsonl").read_text().splitlines()
     return [said for line in lines if (said := json.loads(line))["kind"] == kind]
 
 
@@ -66,8 +66,8 @@ def test_a_sites_own_noise_cannot_be_told_from_the_seed(smoke, federation_of, lo
 
 def test_the_stricter_of_two_filters_counts():
     own = SiteSettings.model_validate({"privacy": {"clip": 2.0, "noise": 0.5}}).privacy
-    assert stricter(own, Release(1.0, 0.1)) == Release(1.0, 0.5)
-    assert stricter(own, Release(3.0, 0.9)) == Release(2.0, 0.9)
+    assert stricter(own, UpdatePrivacy(1.0, 0.1)) == UpdatePrivacy(1.0, 0.5)
+    assert stricter(own, UpdatePrivacy(3.0, 0.9)) == UpdatePrivacy(2.0, 0.9)
     assert stricter(SiteSettings().privacy, None) is None
 
 
@@ -299,13 +299,19 @@ def test_a_server_cannot_have_less_privacy_than_the_recipe_in_the_kit_says(smoke
         settings={"site-1": {"privacy": {"noise": 0.5}}},
     )
     row = torch.zeros(3)
-    for weaker in (Release(1e9, 0.0), Release(0.1, 0.1)):
-        assert trainers["site-1"]._release(Train(row, release=weaker)) == Release(0.1, 0.5)
-        assert trainers["site-2"]._release(Train(row, release=weaker)) == Release(0.1, 0.2)
-    assert trainers["site-2"]._release(Train(row, release=Release(0.05, 3.0))) == Release(0.05, 3.0)
+    for weaker in (UpdatePrivacy(1e9, 0.0), UpdatePrivacy(0.1, 0.1)):
+        assert trainers["site-1"]._update_privacy(Train(row, privacy=weaker)) == UpdatePrivacy(
+            0.1, 0.5
+        )
+        assert trainers["site-2"]._update_privacy(Train(row, privacy=weaker)) == UpdatePrivacy(
+            0.1, 0.2
+        )
+    assert trainers["site-2"]._update_privacy(
+        Train(row, privacy=UpdatePrivacy(0.05, 3.0))
+    ) == UpdatePrivacy(0.05, 3.0)
     for plan in (Train(row), Choose(row[None])):
         with pytest.raises(RefusedError, match="the server asks for updates without it"):
-            trainers["site-2"]._release(plan)
+            trainers["site-2"]._update_privacy(plan)
 
 
 def test_a_trainer_wants_data(smoke, federation_of):

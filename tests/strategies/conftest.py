@@ -9,7 +9,7 @@ import torch
 
 from fedmerge_peft import AdapterLayout, Federation, Recipe
 from fedmerge_peft.recipe.schema import StrategyRecipe
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.reference import Trained
 
@@ -50,13 +50,13 @@ class Formulas:
         recipe = TypeAdapter(StrategyRecipe).validate_python({"name": name, **settings})
         return make_strategy(recipe, self.start())
 
-    def start(self) -> Start:
+    def strategy_context(self) -> StrategyContext:
         scaling = {
             entry.key.removesuffix(".lora_A.weight"): 0.5
             for entry in self.layout.entries
             if "lora_A" in entry.key
         }
-        return Start(len(self.sizes), self.layout, self.fresh_row, scaling=scaling)
+        return StrategyContext(len(self.sizes), self.layout, self.fresh_row, scaling=scaling)
 
     def train(self, client: int, job) -> Trained:
         """argmin_θ ½ ‖θ − c‖² + μ ‖θ − anchor‖² = (c + 2 μ anchor) / (1 + 2 μ), phase after phase."""

@@ -337,12 +337,12 @@ def test_floras_backbone_computes_what_the_adapter_did(make_backbone):
 
 
 def flora_of(backbone, clients=1):
-    from fedmerge_peft.recipe.strategies import FLora
-    from fedmerge_peft.strategies import Start, make_strategy
+    from fedmerge_peft.recipe.strategies import FLoraRecipe
+    from fedmerge_peft.strategies import StrategyContext, make_strategy
 
     return make_strategy(
-        FLora(name="flora"),
-        Start(clients, backbone.layout, backbone.fresh_row, scaling=backbone.scaling),
+        FLoraRecipe(name="flora"),
+        StrategyContext(clients, backbone.layout, backbone.fresh_row, scaling=backbone.scaling),
     )
 
 
@@ -473,6 +473,6 @@ def test_a_saved_adapter_of_flora_loads_in_plain_peft_and_gives_the_same_logits(
 
 
 def test_the_next_federation_on_an_engine_finds_the_backbone_as_it_was(smoke, smoke_engine):
-    fresh = Federation(smoke("strategy=fedavg"), smoke_engine).measure()
+    fresh = Federation(smoke("strategy=fedavg"), smoke_engine).evaluate()
     list(Federation(smoke("strategy=flora", "training.learning_rate=1e-3"), smoke_engine).rounds())
-    assert Federation(smoke("strategy=fedavg"), smoke_engine).measure() == fresh
+    assert Federation(smoke("strategy=fedavg"), smoke_engine).evaluate() == fresh

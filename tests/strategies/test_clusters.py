@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, federate, load_run
-from fedmerge_peft.recipe.strategies import FLHC, IFCA, FedEM, FeSEM
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.strategies import FedEMRecipe, FeSEMRecipe, FLHCRecipe, IFCARecipe
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.flhc import hierarchy
 from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.plan import Choose
@@ -22,10 +22,10 @@ TRUTH = torch.arange(9) % 3
 SIZES = torch.tensor([10, 40, 20, 30, 10, 20, 50, 30, 10])
 TARGETS = CENTRES[TRUTH] + 0.5 * torch.randn(9, SIZE, generator=torch.Generator().manual_seed(43))
 RECIPES = {
-    "ifca": IFCA(name="ifca", adapters=3),
-    "fesem": FeSEM(name="fesem", adapters=3),
-    "flhc": FLHC(name="flhc", adapters=3, warm_rounds=2),
-    "fedem": FedEM(name="fedem", adapters=3),
+    "ifca": IFCARecipe(name="ifca", adapters=3),
+    "fesem": FeSEMRecipe(name="fesem", adapters=3),
+    "flhc": FLHCRecipe(name="flhc", adapters=3, warm_rounds=2),
+    "fedem": FedEMRecipe(name="fedem", adapters=3),
 }
 
 
@@ -41,7 +41,7 @@ def near(number):
 def make(recipe, fresh_row=near, clients=9):
     return make_strategy(
         recipe if not isinstance(recipe, str) else RECIPES[recipe],
-        Start(clients, LAYOUT, fresh_row, seed=1),
+        StrategyContext(clients, LAYOUT, fresh_row, seed=1),
     )
 
 
@@ -289,7 +289,7 @@ def test_fesem_waits_for_as_many_clients_as_clusters_and_clusters_all_that_it_ha
 def test_fesem_tells_rows_apart_that_are_long_and_close():
     """Squared, these rows are 1e8 times what tells them apart: in single precision, inner products would see nothing."""
     far = 1e4 * torch.ones(SIZE)
-    strategy = make(FeSEM(name="fesem", adapters=2), lambda _: far, clients=30)
+    strategy = make(FeSEMRecipe(name="fesem", adapters=2), lambda _: far, clients=30)
     close = [Quadratic(far + (1.0 if client % 2 else -1.0)) for client in range(30)]
     for _ in range(3):
         strategy.update(replies(strategy, close, range(30)))
@@ -323,7 +323,7 @@ def test_flhc_is_fedavg_before_the_clustering_and_each_clusters_own_from_that_ro
 @pytest.mark.parametrize("linkage", ["average", "complete", "single"])
 def test_flhc_clusters_by_any_metric_and_linkage(metric, linkage):
     strategy = federated(
-        make(FLHC(name="flhc", adapters=3, metric=metric, linkage=linkage)), QUADRATICS, 2
+        make(FLHCRecipe(name="flhc", adapters=3, metric=metric, linkage=linkage)), QUADRATICS, 2
     )
     groups = strategy.weights.argmax(1)
     assert all(
@@ -332,7 +332,7 @@ def test_flhc_clusters_by_any_metric_and_linkage(metric, linkage):
 
 
 def test_flhc_clusters_by_the_last_update_of_everyone_seen_in_a_warm_round():
-    strategy = make(FLHC(name="flhc", adapters=2, warm_rounds=2), noise)
+    strategy = make(FLHCRecipe(name="flhc", adapters=2, warm_rounds=2), noise)
     one, other = torch.eye(SIZE)[0], torch.eye(SIZE)[1]
 
     def answer(*deltas):
@@ -351,7 +351,7 @@ def test_flhc_clusters_by_the_last_update_of_everyone_seen_in_a_warm_round():
 
 
 def test_flhc_waits_for_as_many_clients_as_clusters():
-    strategy = make(FLHC(name="flhc", adapters=3, warm_rounds=1), noise)
+    strategy = make(FLHCRecipe(name="flhc", adapters=3, warm_rounds=1), noise)
     strategy.update(replies(strategy, QUADRATICS, [0, 1]))
     assert strategy.warnings() == [
         "clients are clustered when 1 more have taken part: so far this is FedAvg"
@@ -367,7 +367,7 @@ def test_flhc_waits_for_as_many_clients_as_clusters():
 
 
 def test_flhc_with_one_cluster_is_fedavg_for_newcomers_too():
-    strategy = make(FLHC(name="flhc", adapters=1, warm_rounds=1), noise)
+    strategy = make(FLHCRecipe(name="flhc", adapters=1, warm_rounds=1), noise)
     expected = noise(0)
     for who in ([0, 1], [2, 3], [8]):
         strategy.update(replies(strategy, QUADRATICS, who))

@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from fedmerge_peft import Callback, Federation, Recipe, RecipeError, federate, resume
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import clipped
-from fedmerge_peft.strategies.differential_privacy import PrivateAggregator, release, spent
+from fedmerge_peft.strategies.differential_privacy import (
+    PrivateAggregator,
+    epsilon_spent,
+    update_privacy,
+)
 from fedmerge_peft.training.execute import Hands, carry_out
-from fedmerge_peft.training.plan import Release, Train
+from fedmerge_peft.training.plan import Train, UpdatePrivacy
 from fedmerge_peft.training.reference import Trained
 
 LOCAL, CENTRAL = "privacy.mode=local", "privacy.mode=central"
@@ -56,7 +60,7 @@ def exact(noise, rounds, delta):
     [(1.0, 1, 1e-5), (2.0, 10, 1e-5), (5.0, 100, 1e-6), (0.8, 3, 1e-3), (60.0, 20, 1e-5)],
 )
 def test_what_is_spent_is_what_the_formulas_say(noise, rounds, delta):
-    found = spent(PrivacyRecipe(mode="local", noise=noise, delta=delta), rounds)
+    found = epsilon_spent(PrivacyRecipe(mode="local", noise=noise, delta=delta), rounds)
     assert found == pytest.approx(renyi(noise, rounds, delta), rel=0.01)
     assert exact(noise, rounds, delta) <= found <= 1.25 * exact(noise, rounds, delta)
 
@@ -67,11 +71,11 @@ def test_what_is_spent_is_the_accountants_own_figure():
     orders = [1 + x / 10.0 for x in range(1, 100)] + list(range(12, 64))
     curve = rdp.compute_rdp(q=1.0, noise_multiplier=1.5, steps=7, orders=orders)
     epsilon, _ = rdp.get_privacy_spent(orders=orders, rdp=curve, delta=1e-5)
-    assert spent(PrivacyRecipe(mode="local", noise=1.5), 7) == epsilon
+    assert epsilon_spent(PrivacyRecipe(mode="local", noise=1.5), 7) == epsilon
 
 
 def test_who_was_never_asked_has_spent_nothing():
-    assert spent(PrivacyRecipe(mode="local"), 0) == 0.0
+    assert epsilon_spent(PrivacyRecipe(mode="local"), 0) == 0.0
 
 
 def test_without_the_accountant_a_run_says_what_to_install_before_it_starts(formulas, monkeypatch):
@@ -89,7 +93,7 @@ def test_each_client_pays_for_the_rounds_in_which_it_was_asked(formulas, mode):
     for record in found.rounds():
         for client in found.cohort(record.round):
             asked[client] += 1
-        assert record.epsilon == spent(found.recipe.privacy, max(asked))
+        assert record.epsilon == epsilon_spent(found.recipe.privacy, max(asked))
         assert f"ε {record.epsilon:.2f}" in str(record)
     assert max(asked) < 8
 
@@ -118,11 +122,11 @@ def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_ea
 # ---- what leaves a client ------------------------------------------------------------------------
 
 
-def sent(delta, release, phases=(None,), seed=5):
+def sent(delta, privacy, phases=(None,), seed=5):
     """What a client whose training moves it by δ returns, and what it keeps."""
     row = torch.zeros_like(delta)
     work = carry_out(
-        Train(row, phases, release=release),
+        Train(row, phases, privacy=privacy),
         Hands(lambda job, _: Trained(job.row - delta, 1.0, 1), None),
         seed,
     )
@@ -131,33 +135,37 @@ def sent(delta, release, phases=(None,), seed=5):
 
 def test_a_released_update_is_clipped_and_what_the_client_keeps_is_not_touched():
     delta = torch.tensor([3.0, 4.0])
-    returned, kept = sent(delta, Release(1.0, 0.0))
+    returned, kept = sent(delta, UpdatePrivacy(1.0, 0.0))
     torch.testing.assert_close(returned, delta / 5)
     assert torch.equal(kept, -delta)
-    assert torch.equal(sent(delta, Release(6.0, 0.0))[0], delta)
+    assert torch.equal(sent(delta, UpdatePrivacy(6.0, 0.0))[0], delta)
 
 
 def test_the_noise_of_a_released_update_is_gaussian_of_its_size_and_another_for_each_seed():
     delta = torch.zeros(100_000)
-    noise = sent(delta, Release(1.0, 0.3))[0]
+    noise = sent(delta, UpdatePrivacy(1.0, 0.3))[0]
     assert float(noise.std()) == pytest.approx(0.3, rel=0.02)
     assert float(noise.mean()) == pytest.approx(0.0, abs=0.005)
     assert float((noise.abs() < 0.3).float().mean()) == pytest.approx(0.6827, abs=0.01)
-    assert torch.equal(noise, sent(delta, Release(1.0, 0.3))[0])
-    other = sent(delta, Release(1.0, 0.3), seed=6)[0]
+    assert torch.equal(noise, sent(delta, UpdatePrivacy(1.0, 0.3))[0])
+    other = sent(delta, UpdatePrivacy(1.0, 0.3), seed=6)[0]
     assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.02
 
 
 def test_columns_that_do_not_train_get_no_noise():
     mask = torch.tensor([True, False, False])
-    returned, _ = sent(torch.zeros(3), Release(1.0, 1.0), (mask, mask.roll(1)))
+    returned, _ = sent(torch.zeros(3), UpdatePrivacy(1.0, 1.0), (mask, mask.roll(1)))
     assert (returned != 0).tolist() == [True, True, False]
 
 
 def test_local_noise_is_in_units_of_how_far_two_clipped_updates_can_be_apart():
-    assert release(PrivacyRecipe(mode="local", clip=0.5, noise=3.0)) == Release(0.5, 3.0)
-    assert release(PrivacyRecipe(mode="central", clip=0.5, noise=3.0)) == Release(0.5, 0.0)
-    assert release(PrivacyRecipe()) is None
+    assert update_privacy(PrivacyRecipe(mode="local", clip=0.5, noise=3.0)) == UpdatePrivacy(
+        0.5, 3.0
+    )
+    assert update_privacy(PrivacyRecipe(mode="central", clip=0.5, noise=3.0)) == UpdatePrivacy(
+        0.5, 0.0
+    )
+    assert update_privacy(PrivacyRecipe()) is None
 
 
 # ---- noise on the sums ---------------------------------------------------------------------------
@@ -232,9 +240,9 @@ def test_weights_that_depend_on_other_clients_are_refused_where_the_noise_is_on_
 
 
 def test_central_noise_and_a_defence_exclude_each_other():
-    with pytest.raises(RecipeError, match="leave defence out"):
-        Recipe.load("smoke", [CENTRAL, "defence.norm_multiple=1"])
-    Recipe.load("smoke", [LOCAL, "defence.aggregation=median"])
+    with pytest.raises(RecipeError, match="leave robustness out"):
+        Recipe.load("smoke", [CENTRAL, "robustness.norm_multiple=1"])
+    Recipe.load("smoke", [LOCAL, "robustness.aggregation=median"])
 
 
 def test_local_training_shares_nothing_and_gets_no_noise(smoke, smoke_engine):

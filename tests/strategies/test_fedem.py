@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, RunError, federate
-from fedmerge_peft.recipe.strategies import FedEM
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.strategies import FedEMRecipe
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.plan import Mixture
 from fedmerge_peft.training.reference import Trained
@@ -55,7 +55,8 @@ def noise(number):
 
 def make(adapters, fresh_row=noise, clients=9):
     return make_strategy(
-        FedEM(name="fedem", adapters=adapters), Start(clients, LAYOUT, fresh_row, seed=1)
+        FedEMRecipe(name="fedem", adapters=adapters),
+        StrategyContext(clients, LAYOUT, fresh_row, seed=1),
     )
 
 
@@ -122,10 +123,10 @@ def test_fedems_gap_is_the_mean_over_its_components(formulas):
 
 def test_training_a_mixture_lowers_its_loss(smoke, smoke_engine):
     federation = Federation(smoke("strategy=fedem", "rounds=4"), smoke_engine)
-    before = federation.measure()
+    before = federation.evaluate()
     records = list(federation.rounds())
     assert records[-1].train_loss < records[0].train_loss
-    assert federation.measure().validation_loss != before.validation_loss
+    assert federation.evaluate().validation_loss != before.validation_loss
 
 
 def test_a_mixture_has_no_single_adapter(smoke, smoke_engine, tmp_path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout
-from fedmerge_peft.recipe.strategies import FedAvg, FedMerge
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.strategies import FedAvgRecipe, FedMergeRecipe
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.balancing import balancing_shifts
 
 SIZE = 6
@@ -13,7 +13,7 @@ LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora")])
 
 
 def start(clients=4):
-    return Start(
+    return StrategyContext(
         clients,
         LAYOUT,
         lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)),
@@ -23,7 +23,7 @@ def start(clients=4):
 
 def fedmerge(clients=4, **fields):
     return make_strategy(
-        FedMerge(name="fedmerge", **{"adapters": 3, "start": "independent", **fields}),
+        FedMergeRecipe(name="fedmerge", **{"adapters": 3, "start": "independent", **fields}),
         start(clients),
     )
 
@@ -140,7 +140,7 @@ def test_an_unused_adapter_goes_to_half_of_the_busiest_ones_clients():
 @pytest.mark.parametrize("fields", [{"server_momentum": 0.5}, {"server_optimizer": "adam"}])
 def test_one_adapter_with_a_server_optimizer_is_fedavg_with_it(fields):
     alone = fedmerge(adapters=1, **fields)
-    fedavg = make_strategy(FedAvg(name="fedavg", **fields), start())
+    fedavg = make_strategy(FedAvgRecipe(name="fedavg", **fields), start())
     for turn in range(3):
         alone.update(replies(range(4), turn))
         fedavg.update(replies(range(4), turn))
@@ -148,7 +148,9 @@ def test_one_adapter_with_a_server_optimizer_is_fedavg_with_it(fields):
 
 
 def test_momentum_is_the_running_sum_of_the_mean_updates():
-    strategy = make_strategy(FedAvg(name="fedavg", server_momentum=0.5, server_lr=0.1), start(1))
+    strategy = make_strategy(
+        FedAvgRecipe(name="fedavg", server_momentum=0.5, server_lr=0.1), start(1)
+    )
     before = strategy.adapter(0)
     first, second = replies([0], 1), replies([0], 2)
     strategy.update(first)

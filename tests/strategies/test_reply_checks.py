@@ -70,13 +70,13 @@ FAULTS = {
 def federation(case, name, culprit, fault, *overrides):
     """The round loop on formulas, in which one client's answers are what a fault makes of them."""
     found = case.federation(f"strategy.name={name}", "clients.timeout=60", *overrides)
-    exchange = found.engine.exchange
+    exchange = found.engine.train_clients
 
     def faulty(number, visits):
         for reply in exchange(number, visits):
             yield from fault(reply) if reply.client == culprit else [reply]
 
-    found.engine.exchange = faulty
+    found.engine.train_clients = faulty
     return found
 
 
@@ -126,8 +126,8 @@ def test_a_stranger_does_not_count(formulas):
     case = formulas(4)
     found = case.federation(SKIP, "clients.fraction=0.5")
     (stranger,) = {0, 1, 2, 3} - {*found.cohort(1), min({0, 1, 2, 3} - {*found.cohort(1)})}
-    exchange = found.engine.exchange
-    found.engine.exchange = lambda number, visits: [
+    exchange = found.engine.train_clients
+    found.engine.train_clients = lambda number, visits: [
         *exchange(number, visits),
         case.reply(stranger, Train(case.fresh_row(0))),
     ]
@@ -150,7 +150,7 @@ def test_too_few_clients_end_the_run_and_change_nothing(formulas):
 
 def test_a_round_in_which_all_fail_is_too_few(formulas):
     found = formulas(3).federation(SKIP)
-    found.engine.exchange = lambda *_: []
+    found.engine.train_clients = lambda *_: []
     with pytest.raises(TooFewClientsError, match="0 of 3 clients"):
         next(found.rounds())
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge_peft import AdapterLayout, Callback, RecipeError, federate, resume
-from fedmerge_peft.recipe.robustness import DefenceRecipe
-from fedmerge_peft.recipe.strategies import FedAvg, FedMerge
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.robustness import RobustnessRecipe
+from fedmerge_peft.recipe.strategies import FedAvgRecipe, FedMergeRecipe
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator, agreeing, clipped, krum, trimmed_means
 
 RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"]
@@ -36,7 +36,7 @@ def random(*shape, seed=0):
 
 
 def start(clients=4):
-    return Start(clients, LAYOUT, lambda k: random(SIZE, seed=k), seed=1)
+    return StrategyContext(clients, LAYOUT, lambda k: random(SIZE, seed=k), seed=1)
 
 
 def replies(clients):
@@ -48,7 +48,7 @@ def even(count):
 
 
 def aggregator(**settings):
-    return Aggregator(DefenceRecipe(**settings))
+    return Aggregator(RobustnessRecipe(**settings))
 
 
 # ---- the rules -----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_a_bound_on_norms_bounds_what_one_client_moves(formulas, name):
     case = formulas(5)
     rows = []
     for scale in (1.0, 1e6, -1e6):
-        found = case.federation(f"strategy.name={name}", "defence.norm_bound=0.5")
+        found = case.federation(f"strategy.name={name}", "robustness.norm_bound=0.5")
         update = found.strategy.update
         changes = {"0": scale}
         found.strategy.update = lambda replies, update=update, changes=changes: update(
@@ -239,7 +239,7 @@ def test_private_rows_are_not_clipped(formulas):
     case = formulas(3)
     free, bound = (
         case.federation("strategy.name=ditto"),
-        case.federation("strategy.name=ditto", "defence.norm_bound=1e-3"),
+        case.federation("strategy.name=ditto", "robustness.norm_bound=1e-3"),
     )
     next(free.rounds())
     next(bound.rounds())
@@ -257,7 +257,7 @@ def test_no_reply_moves_anothers_logits(rule, scale, seed):
     logits = []
     for factor in (1.0, scale):
         strategy = make_strategy(
-            FedMerge(name="fedmerge", adapters=3, start="independent", rule=rule), start()
+            FedMergeRecipe(name="fedmerge", adapters=3, start="independent", rule=rule), start()
         )
         deltas = random(4, 1, SIZE, seed=seed)
         deltas[0] *= factor
@@ -271,7 +271,7 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
     moved = []
     for factor in (1.0, 1e4):
         strategy = make_strategy(
-            FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper"), start()
+            FedMergeRecipe(name="fedmerge", adapters=3, start="independent", rule="paper"), start()
         )
         first, *others = replies(range(4))
         strategy.update([dataclasses.replace(first, deltas=factor * first.deltas), *others])
@@ -288,7 +288,7 @@ def attacked(case, name, attack, hostile, *overrides, rounds=6):
     found = case.federation(
         f"strategy.name={name}", f"rounds={rounds}", "clients.failures=skip", *overrides
     )
-    exchange = found.engine.exchange
+    exchange = found.engine.train_clients
     honest = [client for client in range(len(case.sizes)) if client not in hostile]
     known = {client: attacks.Adversary(0, honest[0], case.sizes[honest[0]]) for client in hostile}
 
@@ -300,7 +300,7 @@ def attacked(case, name, attack, hostile, *overrides, rounds=6):
                 else [reply]
             )
 
-    found.engine.exchange = hostile_exchange
+    found.engine.train_clients = hostile_exchange
     list(found.rounds())
     return max(float((found.strategy.adapter(client) - case.mean()).norm()) for client in honest)
 
@@ -320,8 +320,8 @@ def test_under_a_median_of_clipped_updates_attackers_hardly_move_the_honest(
         attack,
         range(count),
         *settings,
-        "defence.aggregation=median",
-        "defence.norm_multiple=1",
+        "robustness.aggregation=median",
+        "robustness.norm_multiple=1",
     )
     far = float((case.fresh_row(0) - case.mean()).norm())
     assert defended < 0.3 * far
@@ -332,7 +332,12 @@ def test_without_a_defence_three_of_ten_attackers_take_over(formulas, attack):
     case = formulas(10)
     case.centres = 5.0 + 0.1 * case.centres
     defended = attacked(
-        case, "fedavg", attack, range(3), "defence.aggregation=median", "defence.norm_multiple=1"
+        case,
+        "fedavg",
+        attack,
+        range(3),
+        "robustness.aggregation=median",
+        "robustness.norm_multiple=1",
     )
     assert attacked(case, "fedavg", attack, range(3)) > 3 * defended
 
@@ -359,8 +364,8 @@ def test_without_a_defence_three_of_ten_attackers_take_over(formulas, attack):
 def test_every_method_that_averages_takes_every_rule(formulas, name, rule):
     found = formulas(6).federation(
         f"strategy.name={name}",
-        f"defence.aggregation={rule}",
-        "defence.norm_multiple=2",
+        f"robustness.aggregation={rule}",
+        "robustness.norm_multiple=2",
         "rounds=3",
     )
     assert [record.update_norm >= 0 for record in found.rounds()] == [True] * 3
@@ -369,8 +374,8 @@ def test_every_method_that_averages_takes_every_rule(formulas, name, rule):
 
 @pytest.mark.parametrize("name", ["flora", "flexlora"])
 def test_a_method_without_a_mean_refuses_a_defence(formulas, name):
-    with pytest.raises(RecipeError, match=rf"defence: {name} stacks the clients' factors"):
-        formulas(3).federation(f"strategy.name={name}", "defence.aggregation=median")
+    with pytest.raises(RecipeError, match=rf"robustness: {name} stacks the clients' factors"):
+        formulas(3).federation(f"strategy.name={name}", "robustness.aggregation=median")
 
 
 def test_the_running_median_goes_on_after_an_interruption(
@@ -378,8 +383,8 @@ def test_the_running_median_goes_on_after_an_interruption(
 ):
     recipe = smoke(
         "rounds=4",
-        "defence.norm_multiple=0.8",
-        "defence.aggregation=trimmed_mean",
+        "robustness.norm_multiple=0.8",
+        "robustness.aggregation=trimmed_mean",
         "clients.fraction=0.5",
     )
 
@@ -416,7 +421,7 @@ def test_attackers_are_drawn_by_the_seed():
 
 
 def test_fedavg_is_untouched_by_a_defence_that_is_off():
-    strategy = make_strategy(FedAvg(name="fedavg"), start())
+    strategy = make_strategy(FedAvgRecipe(name="fedavg"), start())
     assert not strategy.aggregator.recipe.defends
     strategy.update(replies(range(4)))
     assert strategy.aggregator.bound == math.inf

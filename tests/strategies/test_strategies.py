@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, RecipeError
-from fedmerge_peft.recipe.strategies import FedAvg, FedMerge, Local, StrategyRecipe
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.strategies import (
+    FedAvgRecipe,
+    FedMergeRecipe,
+    LocalRecipe,
+    StrategyRecipe,
+)
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.similarity import agreement, group_by_direction
 from fedmerge_peft.training.plan import Train
 
@@ -16,7 +21,7 @@ LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", 
 
 
 def start(clients=4):
-    return Start(
+    return StrategyContext(
         clients,
         LAYOUT,
         lambda k: torch.randn(SIZE, generator=torch.Generator().manual_seed(k)),
@@ -36,9 +41,9 @@ def replies(clients, seed=0, sizes=None):
 
 def test_every_client_is_served_with_its_weights_times_the_soup():
     for recipe in (
-        FedMerge(name="fedmerge", adapters=3, start="independent"),
-        FedAvg(name="fedavg"),
-        Local(name="local"),
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent"),
+        FedAvgRecipe(name="fedavg"),
+        LocalRecipe(name="local"),
     ):
         strategy = make_strategy(recipe, start())
         strategy.update(replies(range(4)))
@@ -74,7 +79,7 @@ def test_a_single_plan_trains_what_the_client_is_served_with(formulas, name):
 
 
 def test_fedavg_is_the_mean_of_trained_adapters_weighted_by_examples():
-    strategy = make_strategy(FedAvg(name="fedavg"), start())
+    strategy = make_strategy(FedAvgRecipe(name="fedavg"), start())
     sent = strategy.adapter(0)
     answers = replies(range(4), sizes={0: 30})
     strategy.update(answers)
@@ -85,7 +90,7 @@ def test_fedavg_is_the_mean_of_trained_adapters_weighted_by_examples():
 
 
 def test_local_keeps_each_clients_own_adapter():
-    strategy = make_strategy(Local(name="local"), start())
+    strategy = make_strategy(LocalRecipe(name="local"), start())
     before = [strategy.adapter(client) for client in range(4)]
     answers = replies([1, 3])
     strategy.update(answers)
@@ -97,8 +102,8 @@ def test_local_keeps_each_clients_own_adapter():
 
 def test_one_adapter_equals_fedavg():
     alone, fedavg = (
-        make_strategy(FedMerge(name="fedmerge", adapters=1), start()),
-        make_strategy(FedAvg(name="fedavg"), start()),
+        make_strategy(FedMergeRecipe(name="fedmerge", adapters=1), start()),
+        make_strategy(FedAvgRecipe(name="fedavg"), start()),
     )
     for turn in range(3):
         alone.update(replies(range(4), turn))
@@ -109,9 +114,9 @@ def test_one_adapter_equals_fedavg():
 @pytest.mark.parametrize("rule", ["normalized", "paper"])
 def test_identical_starts_equal_fedavg_for_ever(rule):
     same = make_strategy(
-        FedMerge(name="fedmerge", adapters=3, start="identical", rule=rule), start()
+        FedMergeRecipe(name="fedmerge", adapters=3, start="identical", rule=rule), start()
     )
-    fedavg = make_strategy(FedAvg(name="fedavg"), start())
+    fedavg = make_strategy(FedAvgRecipe(name="fedavg"), start())
     for turn in range(4):
         same.update(replies(range(4), turn))
         fedavg.update(replies(range(4), turn))
@@ -121,13 +126,15 @@ def test_identical_starts_equal_fedavg_for_ever(rule):
 
 def test_independent_starts_differ():
     soup = make_strategy(
-        FedMerge(name="fedmerge", adapters=3, start="independent"), start()
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent"), start()
     ).soup.rows
     assert not torch.allclose(soup[0], soup[1])
 
 
 def test_clients_that_did_not_reply_keep_their_weights():
-    strategy = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start())
+    strategy = make_strategy(
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent"), start()
+    )
     strategy.update(replies([0, 2]))
     moved = (strategy.weights - 1 / 3).abs().amax(1) > 1e-6
     assert moved.tolist() == [True, False, True, False]
@@ -135,7 +142,7 @@ def test_clients_that_did_not_reply_keep_their_weights():
 
 def test_replies_count_the_same_in_any_order():
     forwards, backwards = (
-        make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start())
+        make_strategy(FedMergeRecipe(name="fedmerge", adapters=3, start="independent"), start())
         for _ in range(2)
     )
     answers = replies(range(4))
@@ -146,9 +153,10 @@ def test_replies_count_the_same_in_any_order():
 
 
 def test_the_heads_columns_alone_may_decide_the_weights():
-    whole = make_strategy(FedMerge(name="fedmerge", adapters=3, start="independent"), start())
+    whole = make_strategy(FedMergeRecipe(name="fedmerge", adapters=3, start="independent"), start())
     head = make_strategy(
-        FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start()
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent", weights_columns="head"),
+        start(),
     )
     answers = replies(range(4))
     changed = [
@@ -156,7 +164,8 @@ def test_the_heads_columns_alone_may_decide_the_weights():
         for r in answers
     ]
     again = make_strategy(
-        FedMerge(name="fedmerge", adapters=3, start="independent", weights_columns="head"), start()
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent", weights_columns="head"),
+        start(),
     )
     whole.update(answers)
     head.update(answers)
@@ -167,16 +176,16 @@ def test_the_heads_columns_alone_may_decide_the_weights():
 
 def test_the_paper_rule_looks_at_the_head_where_there_is_one():
     paper = make_strategy(
-        FedMerge(name="fedmerge", adapters=3, start="independent", rule="paper"), start()
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent", rule="paper"), start()
     )
     explicit = make_strategy(
-        FedMerge(
+        FedMergeRecipe(
             name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="head"
         ),
         start(),
     )
     everything = make_strategy(
-        FedMerge(
+        FedMergeRecipe(
             name="fedmerge", adapters=3, start="independent", rule="paper", weights_columns="all"
         ),
         start(),
@@ -188,9 +197,11 @@ def test_the_paper_rule_looks_at_the_head_where_there_is_one():
 
 
 def test_the_heads_columns_need_a_head():
-    headless = Start(4, AdapterLayout.of([("a", (SIZE,), "lora")]), lambda _: torch.zeros(SIZE))
+    headless = StrategyContext(
+        4, AdapterLayout.of([("a", (SIZE,), "lora")]), lambda _: torch.zeros(SIZE)
+    )
     with pytest.raises(RecipeError, match="no head"):
-        make_strategy(FedMerge(name="fedmerge", weights_columns="head"), headless)
+        make_strategy(FedMergeRecipe(name="fedmerge", weights_columns="head"), headless)
 
 
 def opposed(clients, scale=1.0):
@@ -203,9 +214,9 @@ def opposed(clients, scale=1.0):
 
 def test_a_warm_start_is_fedavg_until_the_grouping():
     warm = make_strategy(
-        FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=3), start()
+        FedMergeRecipe(name="fedmerge", adapters=2, start="warm", warm_rounds=3), start()
     )
-    fedavg = make_strategy(FedAvg(name="fedavg"), start())
+    fedavg = make_strategy(FedAvgRecipe(name="fedavg"), start())
     for turn in range(2):
         warm.update(replies(range(4), turn))
         fedavg.update(replies(range(4), turn))
@@ -215,7 +226,7 @@ def test_a_warm_start_is_fedavg_until_the_grouping():
 
 def test_a_warm_start_gives_opposed_clients_adapters_of_their_own():
     strategy = make_strategy(
-        FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=2), start()
+        FedMergeRecipe(name="fedmerge", adapters=2, start="warm", warm_rounds=2), start()
     )
     before = strategy.adapter(0)
     for _ in range(2):
@@ -228,7 +239,7 @@ def test_a_warm_start_gives_opposed_clients_adapters_of_their_own():
 
 def test_a_warm_start_leaves_clients_it_never_asked_uniform():
     strategy = make_strategy(
-        FedMerge(name="fedmerge", adapters=2, start="warm", warm_rounds=1), start()
+        FedMergeRecipe(name="fedmerge", adapters=2, start="warm", warm_rounds=1), start()
     )
     strategy.update(opposed([0, 1, 2]))
     torch.testing.assert_close(strategy.weights[3], torch.tensor([0.5, 0.5]))
@@ -237,7 +248,7 @@ def test_a_warm_start_leaves_clients_it_never_asked_uniform():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_the_own_groups_weight_is_warm_weight_whatever_the_temperature(temperature):
-    recipe = FedMerge(
+    recipe = FedMergeRecipe(
         name="fedmerge",
         adapters=6,
         start="warm",
@@ -256,7 +267,7 @@ def test_the_own_groups_weight_is_warm_weight_whatever_the_temperature(temperatu
 
 def test_more_groups_than_adapters_are_refused():
     with pytest.raises(ValueError, match="4 groups need as many adapters"):
-        FedMerge(name="fedmerge", adapters=3, groups=4)
+        FedMergeRecipe(name="fedmerge", adapters=3, groups=4)
 
 
 def in_groups(truth, spread, seed=0):

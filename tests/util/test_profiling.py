@@ -6,13 +6,13 @@ import pytest
 
 from fedmerge_peft import federate
 from fedmerge_peft.cli import main
-from fedmerge_peft.util.profiling import spent, timing
+from fedmerge_peft.util.profiling import timed, timing
 
 
 def test_each_moment_counts_once_for_the_innermost_part(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
-    with timing() as clock, spent("other"), spent("train"), spent("save"):
+    with timing() as clock, timed("other"), timed("train"), timed("save"):
         pass
     assert clock.seconds == {
         "train": 2.0,
@@ -26,9 +26,9 @@ def test_each_moment_counts_once_for_the_innermost_part(monkeypatch):
 
 def test_time_is_counted_where_something_fails_too():
     with timing() as clock:
-        with pytest.raises(KeyError), spent("other"), spent("train"):
+        with pytest.raises(KeyError), timed("other"), timed("train"):
             raise KeyError
-        with spent("save"):
+        with timed("save"):
             time.sleep(0.02)
     assert clock.seconds["save"] >= 0.02
     assert clock.seconds["train"] < 0.02
@@ -37,7 +37,7 @@ def test_time_is_counted_where_something_fails_too():
 def test_what_nobody_times_is_not_counted():
     with timing() as clock:
         pass
-    with spent("train"):
+    with timed("train"):
         pass
     assert sum(clock.seconds.values()) == clock.overhead == 0.0
 

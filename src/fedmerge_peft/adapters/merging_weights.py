@@ -19,7 +19,7 @@ UNUSED = 0.25
 class MergingWeights(Stateful):
     """W: one row of logits a client; π = softmax(W) over adapters (arXiv 2504.06768)."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("logits",)
+    state_fields: ClassVar[tuple[str, ...]] = ("logits",)
 
     logits: Tensor
     """``(clients, adapters)``, float32; zeros are the uniform start."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from fedmerge_peft.distributed import let_speak, number
+from fedmerge_peft.distributed import rank, wait_for_launcher
 from fedmerge_peft.errors import FedMergeError
 
 
@@ -44,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FedMergeError as error:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":
             raise
-        if error.rank == number():
+        if error.rank == rank():
             print(
                 _harmless("\n".join([str(error), *getattr(error, "__notes__", [])])),
                 file=sys.stderr,
                 flush=True,
             )
         else:
-            let_speak()
+            wait_for_launcher()
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -172,7 +172,9 @@ def site(
 
     name = site_name(kit)
     settle(kit, server=False)
-    print(printable(f"site {name}; what leaves: {kit}/left.jsonl; log: {kit}/site.log"), flush=True)
+    print(
+        printable(f"site {name}; what leaves: {kit}/audit.jsonl; log: {kit}/site.log"), flush=True
+    )
     _until_stopped(lambda: serve_site(kit, name, settings))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmerge_peft.cli.app import Overrides, RecipeSource, app
-from fedmerge_peft.distributed import leads, leave
+from fedmerge_peft.distributed import is_main, leave
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,12 +64,12 @@ def run(
             ["fedmerge", "run", recipe, *(overrides or []), "--out", str(error.free)]
         )
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
-    console = Console(highlight=False, quiet=not leads())
-    log_to(Console(stderr=True, highlight=False), engines_only=not leads())
+    console = Console(highlight=False, quiet=not is_main())
+    log_to(Console(stderr=True, highlight=False), engines_only=not is_main())
     with timing() as clock:
         finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
     leave()
-    if not quiet and leads():
+    if not quiet and is_main():
         _show(finished, recipe, overrides or [], console)
     if profile:
         _show_profile(clock, console)
@@ -99,11 +99,11 @@ def resume(
     from fedmerge_peft.api import resume
     from fedmerge_peft.util.logs import log_to
 
-    console = Console(highlight=False, quiet=not leads())
-    log_to(Console(stderr=True, highlight=False), engines_only=not leads())
+    console = Console(highlight=False, quiet=not is_main())
+    log_to(Console(stderr=True, highlight=False), engines_only=not is_main())
     finished = _watched(partial(resume, run, overrides or []), run, console, quiet)
     leave()
-    if not quiet and leads():
+    if not quiet and is_main():
         _show(finished, str(run / "recipe.yaml"), [], console)
 
 
@@ -125,7 +125,7 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
         try:
             return _shown(start, stop, console, quiet)
         except KeyboardInterrupt as interrupt:
-            if leads() and (command := Run(directory).resume_command):
+            if is_main() and (command := Run(directory).resume_command):
                 print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
         except (ClientError, RankError, RunError, TooFewClientsError) as error:

@@ -8,15 +8,15 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from fedmerge_peft.distributed import leads
+from fedmerge_peft.distributed import is_main
 
 
 class Stopped(KeyboardInterrupt):
     """Somebody asked to stop. ``code`` is the exit code, 128 and the signal's number: 130 or 143."""
 
-    def __init__(self, number: int) -> None:
-        self.code = 128 + number
-        super().__init__(number)
+    def __init__(self, rank: int) -> None:
+        self.code = 128 + rank
+        super().__init__(rank)
 
 
 class Stop:
@@ -38,15 +38,14 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for rank, handler in self._before.items():
+            signal.signal(rank, handler)
 
     def arm(self) -> None:
         """Begin to catch the signals."""
         if not self._before:
             self._before = {
-                number: signal.signal(number, self._hear)
-                for number in (signal.SIGINT, signal.SIGTERM)
+                rank: signal.signal(rank, self._hear) for rank in (signal.SIGINT, signal.SIGTERM)
             }
 
     def check(self) -> None:
@@ -54,10 +53,10 @@ class Stop:
         if self.asked is not None:
             raise Stopped(self.asked)
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _hear(self, rank: int, _: FrameType | None) -> None:
         if self.asked is not None:
-            raise Stopped(number)
-        self.asked = number
-        if leads():
+            raise Stopped(rank)
+        self.asked = rank
+        if is_main():
             with suppress(OSError):  # by no print, as this may have interrupted one
                 os.write(2, b"\nstopping after this round; once more to stop at once\n")

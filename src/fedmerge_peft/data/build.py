@@ -14,7 +14,14 @@ from fedmerge_peft.data.columns import class_numbers, listing
 from fedmerge_peft.data.loading import load_splits
 from fedmerge_peft.data.partition import Holding, Stream, generator
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.data import Clusters, DataRecipe, Dirichlet, Iid, Natural, Shards
+from fedmerge_peft.recipe.data import (
+    ClustersRecipe,
+    DataRecipe,
+    DirichletRecipe,
+    IidRecipe,
+    NaturalRecipe,
+    ShardsRecipe,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,14 +80,14 @@ def _deal(
     """Each client's rows of each split, as row numbers of the joined splits."""
     scheme = recipe.partition
     examples = len(splits["train"])
-    if not isinstance(scheme, Natural) and scheme.clients > examples:
+    if not isinstance(scheme, NaturalRecipe) and scheme.clients > examples:
         raise DataError(
             f"data.partition.clients: {scheme.clients:,} clients, and {examples:,} training examples; "
             "lower data.partition.clients, or let data.filter keep more"
         )
     dealt = (
         _deal_evenly(scheme, splits, seed)
-        if isinstance(scheme, Iid)
+        if isinstance(scheme, IidRecipe)
         else _deal_by_column(scheme, splits, label, seed)
     )
     held: dict[str, list[Holding]] = {}
@@ -91,7 +98,9 @@ def _deal(
     return held
 
 
-def _deal_evenly(scheme: Iid, splits: Mapping[str, Dataset], seed: int) -> dict[str, list[Holding]]:
+def _deal_evenly(
+    scheme: IidRecipe, splits: Mapping[str, Dataset], seed: int
+) -> dict[str, list[Holding]]:
     return {
         split: partition.iid(len(dataset), scheme.clients, generator(seed, _stream(split)))
         for split, dataset in splits.items()
@@ -99,7 +108,7 @@ def _deal_evenly(scheme: Iid, splits: Mapping[str, Dataset], seed: int) -> dict[
 
 
 def _deal_by_column(
-    scheme: Dirichlet | Clusters | Natural | Shards,
+    scheme: DirichletRecipe | ClustersRecipe | NaturalRecipe | ShardsRecipe,
     splits: Mapping[str, Dataset],
     label: str | None,
     seed: int,
@@ -113,7 +122,7 @@ def _deal_by_column(
     key = "task.label" if scheme.by is None else "data.partition.by"
     numbers, names = class_numbers(splits, by, key)
     train, rng = numbers["train"], generator(seed, "train")
-    if isinstance(scheme, Natural):
+    if isinstance(scheme, NaturalRecipe):
         groups = None if scheme.group is None else _groups(scheme, splits, train, names)
         return {
             split: partition.natural(
@@ -121,11 +130,11 @@ def _deal_by_column(
             )
             for split, classes in numbers.items()
         }
-    if isinstance(scheme, Dirichlet):
+    if isinstance(scheme, DirichletRecipe):
         holdings = partition.dirichlet(
             train, scheme.clients, scheme.alpha, scheme.min_examples, rng
         )
-    elif isinstance(scheme, Clusters):
+    elif isinstance(scheme, ClustersRecipe):
         holdings = partition.clusters(
             train, scheme.clients, scheme.groups, scheme.classes_per_group, rng
         )
@@ -147,7 +156,7 @@ def _stream(split: str) -> Stream:
 
 
 def _groups(
-    scheme: Natural, splits: Mapping[str, Dataset], classes: Indices, names: Sequence[str]
+    scheme: NaturalRecipe, splits: Mapping[str, Dataset], classes: Indices, names: Sequence[str]
 ) -> list[str]:
     """The group of each value, from training rows."""
     assert scheme.group is not None  # noqa: S101

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 V = TypeVar("V", bound=tuple[int, *tuple[Any, ...]])
 
 
-class Visits(Generic[V]):
+class Assignments(Generic[V]):
     """For each of several clients, its index and what it is sent: adapters, which no memory should hold for thousands of clients.
 
     Iterating makes them one by one. Who needs some of them only knows whose they are beforehand.
@@ -20,9 +20,9 @@ class Visits(Generic[V]):
         self.make = make
 
     @classmethod
-    def of(cls, visits: Iterable[V]) -> Visits[V]:
+    def of(cls, visits: Iterable[V]) -> Assignments[V]:
         """Visits that come in any other way; held, all of them."""
-        if isinstance(visits, Visits):
+        if isinstance(visits, Assignments):
             return visits
         held = {visit[0]: visit for visit in visits}
         return cls(list(held), held.__getitem__)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.util.seeds import derive
 
@@ -74,18 +74,18 @@ class Engine(Protocol):
     def check_serves(self, recipe: Recipe) -> None:
         """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
 
-    def start(self) -> Start:
+    def strategy_context(self) -> StrategyContext:
         """What a strategy starts from."""
 
     def label_counts(self) -> list[list[int]] | None:
         """Training examples of each label, clients × labels; None where examples have no labels."""
 
-    def exchange(
+    def train_clients(
         self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
     ) -> Iterator[Reply | ClientError]:
         """Send each client its plan, let it train, and hand over the replies as they come; a ``ClientError`` for those that fail."""
 
-    def measure(
+    def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, without training."""
@@ -103,12 +103,12 @@ def check_same(loaded: Recipe, recipe: Recipe, why: str, also: Sequence[str] = (
         raise RecipeError([f"{', '.join(other)}: {why}"])
 
 
-def start_of(model: Backbone, clients: int, seed: int) -> Start:
+def make_strategy_context(model: Backbone, clients: int, seed: int) -> StrategyContext:
     """What a strategy starts from: the model's layout, and new adapters that its first weights and the recipe's seed give."""
 
     def fresh_row(number: int) -> Tensor:
         return model.fresh_row(derive(seed, "adapter", number))
 
-    return Start(
+    return StrategyContext(
         clients, model.layout, fresh_row, model.shared, derive(seed, "strategy"), model.scaling
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedmerge_peft import distributed
-from fedmerge_peft.engines.assignments import Visits
+from fedmerge_peft.engines.assignments import Assignments
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import ClientError
 from fedmerge_peft.recipe import Recipe
@@ -38,31 +38,33 @@ class RankedEngine(LocalEngine):
     makes those of its own clients.
     """
 
-    def exchange(
+    def train_clients(
         self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
     ) -> Iterator[Reply | ClientError]:
-        asked = Visits.of(visits)
-        together = min(distributed.gathered(lambda: self.clients_per_batch))
+        asked = Assignments.of(visits)
+        together = min(distributed.all_gather(lambda: self.clients_per_batch))
         passes = [
             asked.clients[start : start + together]
             for start in range(0, len(asked.clients), together)
         ]
-        owners = dealt([sum(map(self._work, clients)) for clients in passes], distributed.count())
-        if len(passes) < distributed.count():
+        owners = dealt(
+            [sum(map(self._work, clients)) for clients in passes], distributed.world_size()
+        )
+        if len(passes) < distributed.world_size():
             log.info(
                 "%d passes of %d clients leave %d ranks idle",
                 len(passes),
                 together,
-                distributed.count() - len(passes),
+                distributed.world_size() - len(passes),
             )
         mine = [
             clients
             for clients, owner in zip(passes, owners, strict=True)
-            if owner == distributed.number()
+            if owner == distributed.rank()
         ]
-        done = distributed.everyone(partial(self._done, round, asked, mine))
+        done = distributed.on_all_ranks(partial(self._done, round, asked, mine))
         told = ChainMap(
-            *distributed.gathered(
+            *distributed.all_gather(
                 lambda: {client: _without_numbers(answer) for client, answer in done.items()}
             )
         )
@@ -72,33 +74,34 @@ class RankedEngine(LocalEngine):
                 if isinstance(answer, Reply):
                     here = (
                         answer.deltas
-                        if owner == distributed.number()
+                        if owner == distributed.rank()
                         else torch.empty(answer.deltas.shape)
                     )
-                    answer = replace(answer, deltas=distributed.handed_round(here, owner))
+                    answer = replace(answer, deltas=distributed.broadcast(here, owner))
                 yield answer
 
-    def measure(
+    def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        asked = Visits.of(served)
+        asked = Assignments.of(served)
         owners = dealt(
-            [self._tokens(client, scored=True) for client in asked.clients], distributed.count()
+            [self._tokens(client, scored=True) for client in asked.clients],
+            distributed.world_size(),
         )
         mine = [
             client
             for client, owner in zip(asked.clients, owners, strict=True)
-            if owner == distributed.number()
+            if owner == distributed.rank()
         ]
-        measured = super().measure(Visits(mine, asked.make), completed)
-        found = ChainMap(*distributed.gathered(lambda: dict(measured)))
+        measured = super().evaluate_clients(Assignments(mine, asked.make), completed)
+        found = ChainMap(*distributed.all_gather(lambda: dict(measured)))
         for client in asked.clients:
             yield client, found[client]
 
     def _done(
         self,
         round: int,
-        asked: Visits[tuple[int, Plan, Served | None]],
+        asked: Assignments[tuple[int, Plan, Served | None]],
         passes: Sequence[Sequence[int]],
     ) -> dict[int, Reply | ClientError]:
         """What the clients of these passes answer, with the updates put aside."""
@@ -139,7 +142,7 @@ def load_engine(recipe: Recipe) -> LocalEngine:
     if distributed.launched() == 1:
         return LocalEngine.from_recipe(recipe)
     make_accelerator(recipe.training)  # brings the ranks together
-    return distributed.everyone(partial(RankedEngine.from_recipe, recipe))
+    return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe))
 
 
 def dealt(work: Sequence[float], hands: int) -> list[int]:

@@ -20,23 +20,29 @@ from torch import Tensor
 
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.clients import Indices
-from fedmerge_peft.engines.base import check_same, start_of
+from fedmerge_peft.engines.base import check_same, make_strategy_context
 from fedmerge_peft.engines.score_cache import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batched import Job, clients_per_batch, train_together
 from fedmerge_peft.training.evaluation import evaluate, example_losses
-from fedmerge_peft.training.execute import Fit, Requests, Work, carry_out_together, requests
+from fedmerge_peft.training.execute import (
+    ClientResult,
+    Requests,
+    TrainRequest,
+    carry_out_together,
+    requests,
+)
 from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import Trained, train
-from fedmerge_peft.util.profiling import spent
+from fedmerge_peft.util.profiling import timed
 from fedmerge_peft.util.seeds import derive
 from fedmerge_peft.util.vectors import finite
 
@@ -105,7 +111,7 @@ class LocalEngine:
             "the engine was loaded for a recipe that says otherwise; load one from this recipe",
         )
 
-    def lend(self, recipe: Recipe) -> LocalEngine | None:
+    def with_recipe(self, recipe: Recipe) -> LocalEngine | None:
         """An engine for a recipe that trains otherwise, with this data and model, which stay loaded; None where those differ.
 
         Two such engines share one model: use them in turn.
@@ -126,9 +132,9 @@ class LocalEngine:
         vars(lent).pop("clients_per_batch", None)  # the batch size may be another
         return lent
 
-    def start(self) -> Start:
+    def strategy_context(self) -> StrategyContext:
         """What a strategy starts from."""
-        return start_of(self.backbone, len(self.clients), self.recipe.seed)
+        return make_strategy_context(self.backbone, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
         """Training examples of each label, clients × labels; None where examples have no labels."""
@@ -140,7 +146,7 @@ class LocalEngine:
             for each in self.clients
         ]
 
-    def exchange(
+    def train_clients(
         self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
     ) -> Iterator[Reply | ClientError]:
         """Send each client its plan, let it train, and hand over the replies as they come.
@@ -156,7 +162,7 @@ class LocalEngine:
         while chunk := list(islice(waiting, self.clients_per_batch)):
             yield from self._answers(chunk)
 
-    def measure(
+    def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with on its validation and test examples, without training; a ``ClientError`` where that failed.
@@ -210,7 +216,7 @@ class LocalEngine:
             else visit.requests(self.recipe.seed)
             for visit, scores in zip(visits, before, strict=True)
         ]
-        with spent("train"):
+        with timed("train"):
             done = carry_out_together(plans, partial(self._train, visits), losses)
         for visit, scores, work in zip(visits, before, done, strict=True):
             if isinstance(scores, ClientError):
@@ -221,7 +227,7 @@ class LocalEngine:
                 yield self._reply(visit, scores, work)
 
     def _reply(
-        self, visit: _Visit, before: dict[str, float] | None, work: Work
+        self, visit: _Visit, before: dict[str, float] | None, work: ClientResult
     ) -> Reply | ClientError:
         if not finite(work.deltas):
             cause = "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
@@ -247,7 +253,7 @@ class LocalEngine:
         )
 
     def _train(
-        self, visits: Sequence[_Visit], fits: Sequence[tuple[int, Fit]]
+        self, visits: Sequence[_Visit], fits: Sequence[tuple[int, TrainRequest]]
     ) -> list[Trained | ClientError]:
         """Train what these clients want trained; those with like numbers of examples in one pass."""
         trained: dict[int, Trained | ClientError] = {}
@@ -271,7 +277,7 @@ class LocalEngine:
         return [trained[number] for number in range(len(fits))]
 
     def _train_batch(
-        self, batch: Sequence[tuple[_Visit, Fit]]
+        self, batch: Sequence[tuple[_Visit, TrainRequest]]
     ) -> Sequence[Trained | ClientError] | None:
         """Train these in one pass, or, where that fails, one at a time, so that the one to blame is found; None: out of memory."""
         training, rest = self.recipe.training, (self.examples, self.cache)
@@ -336,7 +342,7 @@ class LocalEngine:
         )
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
-        with spent("evaluate"):
+        with timed("evaluate"):
             if not self.backbone.as_pretrained:  # scores would be of these weights too
                 return self._evaluate(client, served)
             return self.known.of(client.name, served, partial(self._evaluate, client, served))

@@ -39,8 +39,8 @@ def run_recipe(
     RunDirectory.check_free(directory)
     engine = engine or load_engine(recipe)
     with ExitStack() as stack:
-        distributed.first(partial(_hold, stack, directory))
-        distributed.first(partial(RunDirectory.check_free, directory))
+        distributed.on_rank_zero(partial(_hold, stack, directory))
+        distributed.on_rank_zero(partial(RunDirectory.check_free, directory))
         _federate(recipe, directory, engine, Callbacks(callbacks))
     return directory
 
@@ -61,10 +61,10 @@ def resume_run(
             recipe
         )  # the ranks come together first, so that all have seen the directory before it changes
     with ExitStack() as stack:
-        distributed.first(partial(_hold, stack, run.path))
-        distributed.first(partial(_check_unfinished, run, recipe.rounds))
+        distributed.on_rank_zero(partial(_hold, stack, run.path))
+        distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
         engine = engine or load_engine(recipe)
-        distributed.first(run.tidy)
+        distributed.on_rank_zero(run.tidy)
         _federate(recipe, run.path, engine, Callbacks(callbacks))
     return run.path
 
@@ -104,16 +104,16 @@ def _federate(
 ) -> None:
     """Do what is left of a recipe and its baselines, all of it or the rest."""
     for one, path in parts(recipe, directory):
-        if distributed.first(partial(_has_ended, path, recipe.rounds)):
+        if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
         federation = Federation(one, engine)
-        run = distributed.everyone(partial(_open, path, one, federation))
+        run = distributed.on_all_ranks(partial(_open, path, one, federation))
         _catch_up(run, federation)
         with ExitStack() as stack:
-            tracked = distributed.everyone(partial(_track, stack, one, path, engine))
-            distributed.everyone(partial(callbacks.on_start, federation, run))
+            tracked = distributed.on_all_ranks(partial(_track, stack, one, path, engine))
+            distributed.on_all_ranks(partial(callbacks.on_start, federation, run))
             _finish(federation, run, tracked, callbacks)
-            distributed.everyone(partial(callbacks.on_end, run))
+            distributed.on_all_ranks(partial(callbacks.on_end, run))
 
 
 def _has_ended(path: Path, rounds: int) -> bool:
@@ -122,7 +122,7 @@ def _has_ended(path: Path, rounds: int) -> bool:
 
 def _open(path: Path, recipe: Recipe, federation: Federation) -> RunWriter:
     """What writes the run; on other ranks than the first, nothing asks it to."""
-    if not distributed.leads():
+    if not distributed.is_main():
         return RunWriter(path, recipe)
     if (path / "recipe.yaml").is_file():
         return RunWriter.reopen(path, recipe, federation.engine, federation.strategy)
@@ -132,25 +132,25 @@ def _open(path: Path, recipe: Recipe, federation: Federation) -> RunWriter:
 def _catch_up(run: RunWriter, federation: Federation) -> None:
     """Go on where the run stopped; the first rank has read it."""
     strategy = federation.strategy
-    records: list[dict[str, Any]] = distributed.first(lambda: run.records)
-    if records and distributed.count() > 1:
-        rows, base, state = distributed.first(
+    records: list[dict[str, Any]] = distributed.on_rank_zero(lambda: run.records)
+    if records and distributed.world_size() > 1:
+        rows, base, state = distributed.on_rank_zero(
             lambda: (strategy.soup.rows, dict(strategy.soup.base), strategy.state())
         )
-        if not distributed.leads():
+        if not distributed.is_main():
             strategy.soup = replace(
                 strategy.soup,
                 rows=rows.clone(),
                 base={module: tensor.clone() for module, tensor in base.items()},
             )
             strategy.load_state(state)
-    federation.go_on(records)
+    federation.restore_progress(records)
 
 
 def _track(stack: ExitStack, recipe: Recipe, path: Path, engine: Engine) -> Tracking:
     return (
         stack.enter_context(tracking(recipe, path, engine.accelerator))
-        if distributed.leads()
+        if distributed.is_main()
         else Tracking()
     )
 
@@ -164,8 +164,10 @@ def _finish(
     """The rounds that are left, then the final scores."""
 
     def keep_best(completed: int, scores: Scores) -> None:
-        with profiling.spent("save"):
-            distributed.first(partial(run.offer_best, completed, scores, federation.strategy))
+        with profiling.timed("save"):
+            distributed.on_rank_zero(
+                partial(run.offer_best, completed, scores, federation.strategy)
+            )
 
     def save(record: RoundRecord) -> None:
         run.append(record, federation.strategy)
@@ -181,13 +183,13 @@ def _finish(
         run.finish(final)
         tracked.final(final, federation.completed)
 
-    with profiling.spent("other"):
+    with profiling.timed("other"):
         for record in federation.rounds(callbacks.on_client, keep_best):
-            with profiling.spent("save"):
-                distributed.first(partial(save, record))
-            distributed.everyone(partial(callbacks.on_round, record))
-        final = federation.measure()
+            with profiling.timed("save"):
+                distributed.on_rank_zero(partial(save, record))
+            distributed.on_all_ranks(partial(callbacks.on_round, record))
+        final = federation.evaluate()
         if final is not None and len(final.clients) == len(federation.engine.clients):
             keep_best(federation.completed, final)
-        with profiling.spent("save"):
-            distributed.first(partial(end, final))
+        with profiling.timed("save"):
+            distributed.on_rank_zero(partial(end, final))

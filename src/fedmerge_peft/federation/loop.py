@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmerge_peft.adapters import merging_weights
-from fedmerge_peft.engines.assignments import Visits
+from fedmerge_peft.engines.assignments import Assignments
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import ClientError, RecipeError, TooFewClientsError
@@ -25,7 +25,11 @@ from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator
-from fedmerge_peft.strategies.differential_privacy import PrivateAggregator, release, spent
+from fedmerge_peft.strategies.differential_privacy import (
+    PrivateAggregator,
+    epsilon_spent,
+    update_privacy,
+)
 from fedmerge_peft.training.plan import Plan, Served, Train
 from fedmerge_peft.util import profiling
 from fedmerge_peft.util.row_buffer import Spill
@@ -51,7 +55,7 @@ class Federation:
         self.engine: Engine = engine or load_engine(recipe)
         self.engine.check_serves(recipe)
         self.strategy: Strategy = make_strategy(
-            recipe.strategy, replace(self.engine.start(), aggregator=self._aggregator())
+            recipe.strategy, replace(self.engine.strategy_context(), aggregator=self._aggregator())
         )
         self.completed = 0
         """Rounds done so far."""
@@ -72,7 +76,7 @@ class Federation:
             return PrivateAggregator(
                 recipe.privacy, len(self.cohort(1)), derive(recipe.seed, "privacy")
             )
-        return Aggregator(recipe.defence)
+        return Aggregator(recipe.robustness)
 
     def epsilon(self, rounds: int) -> float | None:
         """ε that the client who was asked most often has spent after so many rounds; None without differential privacy.
@@ -87,13 +91,13 @@ class Federation:
         while self._counted < rounds:
             self._counted += 1
             self._asked.update(self.cohort(self._counted))
-        return spent(self.recipe.privacy, max(self._asked.values(), default=0))
+        return epsilon_spent(self.recipe.privacy, max(self._asked.values(), default=0))
 
     def _plan(self, client: int) -> Plan:
         """What the client is asked to do, and to do to its update before it sends it."""
         plan = self.strategy.plan(client)
         return (
-            replace(plan, release=release(self.recipe.privacy))
+            replace(plan, privacy=update_privacy(self.recipe.privacy))
             if isinstance(plan, Train) and self.strategy.federated
             else plan
         )
@@ -104,7 +108,7 @@ class Federation:
             return plan.row
         return self.strategy.served(client)
 
-    def go_on(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def restore_progress(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Count these rounds, of a strategy that was brought to where they left it, as done; as objects of ``metrics.jsonl``."""
         self.completed = len(records)
         self.strategy.aggregator.norms = [
@@ -132,7 +136,7 @@ class Federation:
         while self.completed < self.recipe.rounds:
             yield self._round(self.completed + 1, on_client, on_measured)
 
-    def measure(self) -> Scores | None:
+    def evaluate(self) -> Scores | None:
         """Score what every client is served with as it stands now, without training; with ``clients.failures: skip``, those that can be.
 
         Raises:
@@ -141,8 +145,8 @@ class Federation:
         everyone = range(len(self.engine.clients))
         self.engine.backbone.set_base(self.strategy.base)
         found: dict[int, dict[str, float]] = {}
-        served = Visits(everyone, lambda client: (client, self.strategy.served(client)))
-        for client, scores in self.engine.measure(served, self.completed):
+        served = Assignments(everyone, lambda client: (client, self.strategy.served(client)))
+        for client, scores in self.engine.evaluate_clients(served, self.completed):
             if not isinstance(scores, ClientError):
                 found[client] = scores
             elif self.recipe.clients.failures == "raise":
@@ -171,7 +175,7 @@ class Federation:
         measure = number % every == 0 or number in (1, self.recipe.rounds)
         cohort = self.cohort(number)
         self.engine.backbone.set_base(self.strategy.base)
-        replies, trained, failures = self._sound(number, cohort, measure, on_client)
+        replies, trained, failures = self.collect_replies(number, cohort, measure, on_client)
         served = self._scores(
             (reply.client, reply.served) for reply in replies if reply.served is not None
         )
@@ -187,7 +191,7 @@ class Federation:
         down = sum(self.strategy.traffic(client)[0] for client in cohort)
         up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
 
-        with profiling.spent("server"):
+        with profiling.timed("server"):
             self.strategy.update(replies)
             gap = fmean(self.strategy.gap(reply, trained[reply.client]) for reply in replies)
         self.completed = number
@@ -214,7 +218,7 @@ class Federation:
             warnings=self.strategy.warnings(),
         )
 
-    def _sound(
+    def collect_replies(
         self,
         number: int,
         cohort: Sequence[int],
@@ -246,11 +250,11 @@ class Federation:
             failures[client] = cause
 
         def visit(client: int) -> tuple[int, Plan, Served | None]:
-            with profiling.spent("server"):
+            with profiling.timed("server"):
                 plans[client] = plan = self._plan(client)
                 return client, plan, self._served(client, plan) if measure else None
 
-        for answer in self.engine.exchange(number, Visits(cohort, visit)):
+        for answer in self.engine.train_clients(number, Assignments(cohort, visit)):
             if isinstance(answer, ClientError):
                 fail(answer.client, answer.cause, answer)
                 continue
@@ -270,7 +274,7 @@ class Federation:
             if cause := fault(answer, plan, number, asked[answer.client].size, clients.timeout):
                 fail(name, cause)
                 continue
-            with profiling.spent("server"):
+            with profiling.timed("server"):
                 trained[answer.client] = rows.keep(self.strategy.trained_rows(plan, answer))
                 replies[answer.client] = replace(answer, deltas=deltas.keep(answer.deltas))
             if on_client is not None:

@@ -41,7 +41,7 @@ def run_sweep(
     on_round: Callable[[str, RoundRecord], None] | None = None,
 ) -> dict[str, Path]:
     """Run each recipe into ``out/<name>``; returns the run directories. Documented at ``api.sweep``."""
-    distributed.refuse("a sweep")
+    distributed.refuse_ranks("a sweep")
     paths = {name: _path(Path(out), name) for name in recipes}
     with writing(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def run_sweep(
         engine: LocalEngine | None = None
         left = len(waiting)
         for name, recipe in list(waiting.items()):
-            lent = engine.lend(recipe) if engine is not None else None
+            lent = engine.with_recipe(recipe) if engine is not None else None
             if engine is None or lent is not None:
                 try:
                     engine = attempt(name, lent)

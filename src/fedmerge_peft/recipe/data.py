@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from fedmerge_peft.recipe.section import Fraction, Scalar, Section
 
 
-class Iid(Section):
+class IidRecipe(Section):
     """Examples dealt out at random, in equal parts."""
 
     scheme: Literal["iid"]
@@ -17,7 +17,7 @@ class Iid(Section):
     """How many clients."""
 
 
-class Dirichlet(Section):
+class DirichletRecipe(Section):
     """Label shares of each class drawn from a Dirichlet distribution over clients (Hsu 2019)."""
 
     scheme: Literal["dirichlet"]
@@ -31,7 +31,7 @@ class Dirichlet(Section):
     """Column whose values are spread. Default: the label."""
 
 
-class Clusters(Section):
+class ClustersRecipe(Section):
     """Groups of clients; each group sees its own random subset of the classes (FedMerge's cluster setting)."""
 
     scheme: Literal["clusters"]
@@ -45,7 +45,7 @@ class Clusters(Section):
     """Column whose values are the classes. Default: the label."""
 
     @model_validator(mode="after")
-    def _enough_clients(self) -> Clusters:
+    def _enough_clients(self) -> ClustersRecipe:
         if self.clients < self.groups:
             raise ValueError(
                 f"clients: {self.clients} clients cannot fill {self.groups} groups; raise clients or lower groups"
@@ -53,7 +53,7 @@ class Clusters(Section):
         return self
 
 
-class Natural(Section):
+class NaturalRecipe(Section):
     """One client, or a few, for each value of a column: a hospital, an author, a domain, a task."""
 
     scheme: Literal["natural"]
@@ -65,7 +65,7 @@ class Natural(Section):
     """Column that names the group a client belongs to; shown in reports, never used in training. Default: `by`."""
 
 
-class Shards(Section):
+class ShardsRecipe(Section):
     """Examples sorted by label, cut into shards, a few shards a client (McMahan 2017)."""
 
     scheme: Literal["shards"]
@@ -78,7 +78,8 @@ class Shards(Section):
 
 
 PartitionRecipe = Annotated[
-    Iid | Dirichlet | Clusters | Natural | Shards, Field(discriminator="scheme")
+    IidRecipe | DirichletRecipe | ClustersRecipe | NaturalRecipe | ShardsRecipe,
+    Field(discriminator="scheme"),
 ]
 
 

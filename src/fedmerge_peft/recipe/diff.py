@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge_peft.recipe.schema import Recipe
-from fedmerge_peft.recipe.strategies import Server
+from fedmerge_peft.recipe.strategies import ServerRecipe
 
 _ABSENT = object()
 
@@ -23,7 +23,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
         [values["strategy"], *values["baselines"]],
         strict=True,
     ):
-        if isinstance(strategy, Server):
+        if isinstance(strategy, ServerRecipe):
             section |= {"server_lr": strategy.lr, "server_momentum": strategy.momentum}
     return _flat(values, "")
 

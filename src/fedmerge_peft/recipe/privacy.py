@@ -29,14 +29,14 @@ class PrivacyRecipe(Section):
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
     """δ of the (ε, δ) that is reported; well below one part in the number of clients."""
 
-    def refusal(self, strategy: strategies.Strategy) -> str | None:
+    def refusal(self, strategy: strategies.StrategySection) -> str | None:
         """Why a strategy cannot have this privacy, in words; None where it can, or shares nothing."""
         if self.mode == "none" or strategy.name == "local":
             return None
         known = _LOCAL if self.mode == "local" else _CENTRAL
         if strategy.name not in known:
             return f"privacy.mode: {self.mode} covers {', '.join(known)}, not all that {strategy.name} shares; use one of these"
-        if self.mode == "local" or not isinstance(strategy, strategies.FedMerge):
+        if self.mode == "local" or not isinstance(strategy, strategies.FedMergeRecipe):
             return None
         moved = {
             "start: warm groups clients": strategy.start == "warm",

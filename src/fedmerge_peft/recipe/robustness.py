@@ -11,7 +11,7 @@ from fedmerge_peft.recipe.section import Section
 Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
 
 
-class DefenceRecipe(Section):
+class RobustnessRecipe(Section):
     """How much a client can change of what others get."""
 
     aggregation: Literal[

@@ -21,9 +21,9 @@ from pydantic import (
 
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
-from fedmerge_peft.recipe.robustness import DefenceRecipe
+from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
-from fedmerge_peft.recipe.strategies import FedMerge, StrategyRecipe
+from fedmerge_peft.recipe.strategies import FedMergeRecipe, StrategyRecipe
 
 # --------------------------------------------------------------------------------------------------
 # Task
@@ -32,7 +32,7 @@ ClassificationMetric = Literal["accuracy", "f1", "matthews_correlation"]
 LanguageMetric = Literal["perplexity", "accuracy", "exact_match", "rougeL"]
 
 
-class SequenceClassification(Section):
+class SequenceClassificationRecipe(Section):
     """Text, or a pair of texts, to one of several labels."""
 
     name: Literal["sequence-classification"]
@@ -50,7 +50,7 @@ class SequenceClassification(Section):
     """Metrics to report; the first one is the one that tables and log lines show."""
 
 
-class CausalLM(Section):
+class CausalLMRecipe(Section):
     """Next-token prediction: plain text, chats, prompt and completion, or instructions."""
 
     name: Literal["causal-lm"]
@@ -80,7 +80,7 @@ class CausalLM(Section):
     """Metrics to report, the shown one first. exact_match and rougeL generate text, which takes longer."""
 
 
-class ImageClassification(Section):
+class ImageClassificationRecipe(Section):
     """An image to one of several labels."""
 
     name: Literal["image-classification"]
@@ -95,10 +95,13 @@ class ImageClassification(Section):
 
 
 TaskName = Literal["sequence-classification", "causal-lm", "image-classification"]
-Task = Annotated[
-    SequenceClassification | CausalLM | ImageClassification, Field(discriminator="name")
+TaskSection = Annotated[
+    SequenceClassificationRecipe | CausalLMRecipe | ImageClassificationRecipe,
+    Field(discriminator="name"),
 ]
-TaskRecipe = Annotated[Task, BeforeValidator(named, json_schema_input_type=Task | TaskName)]
+TaskRecipe = Annotated[
+    TaskSection, BeforeValidator(named, json_schema_input_type=TaskSection | TaskName)
+]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,13 +273,13 @@ class Recipe(Section):
     """The adapter that trains and travels."""
     data: DataRecipe
     """Examples and clients."""
-    strategy: StrategyRecipe = FedMerge(name="fedmerge")
+    strategy: StrategyRecipe = FedMergeRecipe(name="fedmerge")
     """What each client is sent, and what the replies change."""
     baselines: list[StrategyRecipe] = []
     """Strategies to run beside it on the same clients and seed, each in a run directory below this one's. The run's own is skipped."""
     clients: ClientsRecipe = ClientsRecipe()
     """Who takes part in a round."""
-    defence: DefenceRecipe = DefenceRecipe()
+    robustness: RobustnessRecipe = RobustnessRecipe()
     """What the server does about hostile clients."""
     privacy: PrivacyRecipe = PrivacyRecipe()
     """How much the adapters may tell about a client."""
@@ -302,9 +305,9 @@ class Recipe(Section):
         for strategy in (self.strategy, *self.baselines):
             if said := self.privacy.refusal(strategy):
                 raise ValueError(said)
-        if self.privacy.mode == "central" and self.defence.defends:
+        if self.privacy.mode == "central" and self.robustness.defends:
             raise ValueError(
-                "privacy.mode: central noise is for means of updates clipped to privacy.clip; leave defence out, or use local"
+                "privacy.mode: central noise is for means of updates clipped to privacy.clip; leave robustness out, or use local"
             )
         return self
 

@@ -19,7 +19,7 @@ from fedmerge_peft.recipe.section import Fraction, Section, named
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
-class Server(Section):
+class ServerRecipe(Section):
     """How the server steps with the mean of what the clients return (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
 
     name: str
@@ -53,7 +53,7 @@ class Server(Section):
 # --------------------------------------------------------------------------------------------------
 # Soups
 # --------------------------------------------------------------------------------------------------
-class FedMerge(Server):
+class FedMergeRecipe(ServerRecipe):
     """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
 
     name: Literal["fedmerge"]
@@ -88,7 +88,7 @@ class FedMerge(Server):
     """Give an adapter that stood unused for so many rounds to the clients whose update its group serves worst. Default: never."""
 
     @model_validator(mode="after")
-    def _a_group_has_an_adapter(self) -> FedMerge:
+    def _a_group_has_an_adapter(self) -> FedMergeRecipe:
         if self.groups is not None and self.groups > self.adapters:
             raise ValueError(
                 f"groups: {self.groups} groups need as many adapters, and there are {self.adapters}; raise adapters"
@@ -99,19 +99,19 @@ class FedMerge(Server):
 # --------------------------------------------------------------------------------------------------
 # One model for all, or one for each
 # --------------------------------------------------------------------------------------------------
-class FedAvg(Server):
+class FedAvgRecipe(ServerRecipe):
     """One global adapter for everyone (McMahan 2017; on LoRA, FedIT)."""
 
     name: Literal["fedavg"]
 
 
-class FedAvgFinetuned(Server):
+class FedAvgFinetunedRecipe(ServerRecipe):
     """FedAvg, and each client is served with what its last local training made of the global adapter."""
 
     name: Literal["fedavg_ft"]
 
 
-class FedProx(Server):
+class FedProxRecipe(ServerRecipe):
     """FedAvg with a proximal term in local training (Li et al. 2020, arXiv 1812.06127)."""
 
     name: Literal["fedprox"]
@@ -119,13 +119,13 @@ class FedProx(Server):
     """The term is mu / 2 · ‖θ − θ_sent‖²; it takes the place of training.proximal."""
 
 
-class Local(Section):
+class LocalRecipe(Section):
     """Every client trains alone from the same start; nothing is shared."""
 
     name: Literal["local"]
 
 
-class Ditto(Server):
+class DittoRecipe(ServerRecipe):
     """A private adapter for each client, held near FedAvg's global one (Li et al. 2021, arXiv 2012.04221)."""
 
     name: Literal["ditto"]
@@ -133,13 +133,13 @@ class Ditto(Server):
     """lambda of the term lambda / 2 · ‖private − global‖²."""
 
 
-class FedRep(Server):
+class FedRepRecipe(ServerRecipe):
     """A shared body and a private head, trained one after the other (Collins et al. 2021, arXiv 2102.07078)."""
 
     name: Literal["fedrep"]
 
 
-class FedDPA(Server):
+class FedDPARecipe(ServerRecipe):
     """Half of the rank is global, half private, both active at once (dual-personalising adapters, Yang et al. 2024, arXiv 2403.19211)."""
 
     name: Literal["feddpa"]
@@ -148,7 +148,7 @@ class FedDPA(Server):
 # --------------------------------------------------------------------------------------------------
 # Clusters and mixtures
 # --------------------------------------------------------------------------------------------------
-class IFCA(Section):
+class IFCARecipe(Section):
     """Clusters: each client trains the adapter with the lowest loss on its data (Ghosh et al. 2020, arXiv 2006.04088)."""
 
     name: Literal["ifca"]
@@ -156,7 +156,7 @@ class IFCA(Section):
     """Number of clusters. All of their adapters are sent to every client."""
 
 
-class FeSEM(Section):
+class FeSEMRecipe(Section):
     """Clusters: each client belongs to the centre nearest to its trained adapter (Long et al. 2023, arXiv 2108.08647)."""
 
     name: Literal["fesem"]
@@ -164,7 +164,7 @@ class FeSEM(Section):
     """Number of clusters."""
 
 
-class FLHC(Section):
+class FLHCRecipe(Section):
     """Rounds of FedAvg, then hierarchical clusters of the updates, each with a FedAvg of its own (Briggs et al. 2020, arXiv 2004.11791)."""
 
     name: Literal["flhc"]
@@ -178,7 +178,7 @@ class FLHC(Section):
     """Distance between clusters."""
 
 
-class FedEM(Section):
+class FedEMRecipe(Section):
     """A mixture of adapters for each client, trained by expectation-maximisation (Marfoq et al. 2021, arXiv 2108.10252)."""
 
     name: Literal["fedem"]
@@ -189,19 +189,19 @@ class FedEM(Section):
 # --------------------------------------------------------------------------------------------------
 # Other ways to aggregate LoRA
 # --------------------------------------------------------------------------------------------------
-class FFALora(Server):
+class FFALoraRecipe(ServerRecipe):
     """A random and frozen, only B trains and travels (Sun et al. 2024, arXiv 2403.12313)."""
 
     name: Literal["ffa_lora"]
 
 
-class FedSALora(Server):
+class FedSALoraRecipe(ServerRecipe):
     """A is shared, B and the head stay private (Guo et al. 2025, arXiv 2410.01463)."""
 
     name: Literal["fedsa_lora"]
 
 
-class FlexLora(Section):
+class FlexLoraRecipe(Section):
     """The mean of the updates B A, brought back to each client's rank by SVD (Bai et al. 2024, arXiv 2402.11505)."""
 
     name: Literal["flexlora"]
@@ -209,7 +209,7 @@ class FlexLora(Section):
     """Ranks of the clients, in their order and from the beginning again; at most lora.r. Default: lora.r for all."""
 
 
-class FLora(Section):
+class FLoraRecipe(Section):
     """Stacked factors, added to the backbone; each round starts from fresh ones (Wang et al. 2024, arXiv 2409.05976)."""
 
     name: Literal["flora"]
@@ -235,25 +235,25 @@ StrategyName = Literal[
     "flexlora",
     "flora",
 ]
-Strategy = Annotated[
-    FedMerge
-    | FedAvg
-    | FedAvgFinetuned
-    | FedProx
-    | Local
-    | Ditto
-    | FedRep
-    | FedDPA
-    | IFCA
-    | FeSEM
-    | FLHC
-    | FedEM
-    | FFALora
-    | FedSALora
-    | FlexLora
-    | FLora,
+StrategySection = Annotated[
+    FedMergeRecipe
+    | FedAvgRecipe
+    | FedAvgFinetunedRecipe
+    | FedProxRecipe
+    | LocalRecipe
+    | DittoRecipe
+    | FedRepRecipe
+    | FedDPARecipe
+    | IFCARecipe
+    | FeSEMRecipe
+    | FLHCRecipe
+    | FedEMRecipe
+    | FFALoraRecipe
+    | FedSALoraRecipe
+    | FlexLoraRecipe
+    | FLoraRecipe,
     Field(discriminator="name"),
 ]
 StrategyRecipe = Annotated[
-    Strategy, BeforeValidator(named, json_schema_input_type=Strategy | StrategyName)
+    StrategySection, BeforeValidator(named, json_schema_input_type=StrategySection | StrategyName)
 ]

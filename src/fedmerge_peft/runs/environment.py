@@ -33,7 +33,7 @@ def environment_of(engine: Engine) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "mixed_precision": engine.accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
-        "ranks": distributed.count(),
+        "ranks": distributed.world_size(),
         "packages": {package: version(package) for package in _PACKAGES},
         **source(Path(__file__).parents[1]),
     }

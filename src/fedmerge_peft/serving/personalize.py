@@ -274,7 +274,7 @@ class _Comparison:
         rounds = min(
             engine.recipe.rounds, max(1, _LOCAL_STEPS // count_steps(self.newcomer.size, training))
         )
-        row = engine.start().fresh_row(0)
+        row = engine.strategy_context().fresh_row(0)
         for number in range(1, rounds + 1):
             job, purpose = Train(row), derive(seed, "train", number, self.newcomer.name)
             parts = (engine.backbone, engine.task, training, engine.accelerator)

@@ -29,7 +29,7 @@ from fedmerge_peft.util.seeds import seeded
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import Task as TaskRecipe
+    from fedmerge_peft.recipe.schema import TaskSection
     from fedmerge_peft.tasks.causal_lm import CausalLMTask
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class Predictor:
         return None
 
 
-def _specimens(task: TaskRecipe) -> list[Any]:
+def _specimens(task: TaskSection) -> list[Any]:
     """Two inputs that any model of the task takes."""
     if task.name == "image-classification":
         from PIL.Image import new
@@ -259,7 +259,7 @@ def _specimens(task: TaskRecipe) -> list[Any]:
     return [(text, text) for text in texts] if getattr(task, "text_pair", None) else texts
 
 
-def _table(task: TaskRecipe, labels: list[str], inputs: list[Any] | None) -> Dataset:
+def _table(task: TaskSection, labels: list[str], inputs: list[Any] | None) -> Dataset:
     """Inputs as rows with the task's columns, under some label, as the task wants one; with ``None`` for two specimens."""
     from datasets import ClassLabel, Dataset, Features, Image, Value
 

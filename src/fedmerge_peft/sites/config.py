@@ -55,7 +55,7 @@ _SERVERS = (
     "strategy",
     "baselines",
     "clients",
-    "defence",
+    "robustness",
     "data",
 )
 """Parts of the recipe that change nothing of what a site does."""

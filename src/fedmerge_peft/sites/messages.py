@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import WireError
 from fedmerge_peft.strategies.base import Reply
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Release, Served, Train
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train, UpdatePrivacy
 from fedmerge_peft.util.stateful import described
 
 PROTOCOL = 1
@@ -97,7 +97,7 @@ def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-class _Luggage:
+class TensorTable:
     """Tensors that travel, each once: equal ones, such as what is trained and what is scored, share a place."""
 
     def __init__(self, dtype: WireDtype) -> None:
@@ -126,7 +126,7 @@ class _Luggage:
         return name
 
 
-def work_message(
+def assignment_message(
     round: int,
     client: str,
     plan: Plan | None,
@@ -146,7 +146,7 @@ def work_message(
         layout: ``layout_digest``.
         dtype: Number format of the adapters on their way.
     """
-    luggage = _Luggage(dtype)
+    luggage = TensorTable(dtype)
     facts = {
         "round": round,
         "client": client,
@@ -159,7 +159,7 @@ def work_message(
     return Message("score" if plan is None else "train", facts, luggage.tensors)
 
 
-def _plan(plan: Plan, luggage: _Luggage) -> dict[str, Any]:
+def _plan(plan: Plan, luggage: TensorTable) -> dict[str, Any]:
     match plan:
         case Train():
             return {"name": "train", **_train(plan, luggage)}
@@ -171,23 +171,23 @@ def _plan(plan: Plan, luggage: _Luggage) -> dict[str, Any]:
             return {"name": "mixture", **_mixture(plan, luggage)}
 
 
-def _train(job: Train, luggage: _Luggage) -> dict[str, Any]:
+def _train(job: Train, luggage: TensorTable) -> dict[str, Any]:
     return {
         "row": luggage.numbers(job.row),
         "phases": [None if columns is None else luggage.mask(columns) for columns in job.phases],
         "proximal": job.proximal,
         "anchor": None if job.anchor is None else luggage.numbers(job.anchor),
-        "release": None
-        if job.release is None
-        else {"clip": job.release.clip, "noise": job.release.noise},
+        "privacy": None
+        if job.privacy is None
+        else {"clip": job.privacy.clip, "noise": job.privacy.noise},
     }
 
 
-def _mixture(mixture: Mixture, luggage: _Luggage) -> dict[str, Any]:
+def _mixture(mixture: Mixture, luggage: TensorTable) -> dict[str, Any]:
     return {"rows": luggage.numbers(mixture.rows), "weights": luggage.exact(mixture.weights)}
 
 
-def _served(served: Served, luggage: _Luggage) -> dict[str, Any]:
+def _served(served: Served, luggage: TensorTable) -> dict[str, Any]:
     return (
         _mixture(served, luggage)
         if isinstance(served, Mixture)
@@ -219,7 +219,7 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
 
 
 @dataclass(frozen=True)
-class Work:
+class Assignment:
     """What a site reads from a ``train`` or ``score`` message."""
 
     round: int
@@ -229,7 +229,7 @@ class Work:
     base: Mapping[str, Tensor]
 
 
-def read_work(message: Message, layout: str, columns: int, dtype: WireDtype) -> Work:
+def read_assignment(message: Message, layout: str, columns: int, dtype: WireDtype) -> Assignment:
     """Read what a client is to do.
 
     Args:
@@ -248,7 +248,7 @@ def read_work(message: Message, layout: str, columns: int, dtype: WireDtype) -> 
         base = {str(module): reader.exact(name, None) for module, name in facts["base"].items()}
         plan = None if facts["plan"] is None else reader.plan(facts["plan"])
         served = None if facts["served"] is None else reader.served(facts["served"])
-        return Work(int(facts["round"]), str(facts["client"]), plan, served, base)
+        return Assignment(int(facts["round"]), str(facts["client"]), plan, served, base)
     raise AssertionError  # the block returns or raises
 
 
@@ -368,16 +368,16 @@ class _Reader:
         return Mixture(self.numbers(said["rows"], 2), self.exact(said["weights"], 1))
 
     def _train(self, said: Mapping[str, Any]) -> Train:
-        release = said["release"]
+        privacy = said["privacy"]
         phases: Sequence[str | None] = said["phases"]
         return Train(
             self.numbers(said["row"], 1),
             tuple(None if name is None else self.mask(name) for name in phases),
             None if said["proximal"] is None else float(said["proximal"]),
             None if said["anchor"] is None else self.numbers(said["anchor"], 1),
-            release=None
-            if release is None
-            else Release(float(release["clip"]), float(release["noise"])),
+            privacy=None
+            if privacy is None
+            else UpdatePrivacy(float(privacy["clip"]), float(privacy["noise"])),
         )
 
 

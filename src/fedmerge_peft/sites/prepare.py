@@ -94,7 +94,7 @@ more: device, batch size, clip and noise on what leaves, checks of your data, th
 ## What leaves
 
 In each round, an update of your clients' adapters, their numbers of examples, training loss and scores. Before that, once: the clients'
-names, how many examples they have of which label, and the labels' names. Never an example. `left.jsonl` has a line for each message that
+names, how many examples they have of which label, and the labels' names. Never an example. `audit.jsonl` has a line for each message that
 left: when, how many bytes, of which norm, with its SHA-256 sum.
 
 ## What you get

@@ -14,7 +14,7 @@ from fedmerge_peft.data.columns import listing
 from fedmerge_peft.data.loading import no_progress_bars
 from fedmerge_peft.errors import DataError, FederateError, RefusedError
 from fedmerge_peft.recipe import Recipe, yaml_document
-from fedmerge_peft.recipe.data import Iid, Natural
+from fedmerge_peft.recipe.data import IidRecipe, NaturalRecipe
 from fedmerge_peft.sites.config import SITE, SiteChecks, SiteData
 from fedmerge_peft.tasks.classification import relabel, tell_labels
 from fedmerge_peft.tasks.text_formats import tell_format
@@ -28,7 +28,7 @@ CLIENT, SPLIT, GROUP = "fedmerge_client", "fedmerge_split", "fedmerge_group"
 
 
 @dataclass(frozen=True)
-class Told:
+class SiteSummary:
     """What a site tells of its data, before anything is trained: names and numbers, no example."""
 
     clients: tuple[dict[str, Any], ...]
@@ -76,9 +76,9 @@ def read_data(
     }
     by = data.client_column
     scheme = (
-        Iid(scheme="iid", clients=1)
+        IidRecipe(scheme="iid", clients=1)
         if by is None
-        else Natural(scheme="natural", by=by, group=data.group_column)
+        else NaturalRecipe(scheme="natural", by=by, group=data.group_column)
     )
     if by is None and len(clients) > 1:
         raise FederateError(
@@ -123,7 +123,7 @@ def _repeated(table: Dataset, client: Client) -> float:
     return 1 - len(distinct) / len(rows)
 
 
-def tell(data: FederatedData, recipe: Recipe) -> Told:
+def tell(data: FederatedData, recipe: Recipe) -> SiteSummary:
     """What is told of the data. Raises ``DataError`` where they are not what the task says."""
     clients = tuple(
         {
@@ -137,8 +137,10 @@ def tell(data: FederatedData, recipe: Recipe) -> Told:
     )
     columns = tuple(data.table.column_names)
     if recipe.task.name == "causal-lm":
-        return Told(clients, None, tell_format(recipe.task, data.table), columns)
-    return Told(clients, tuple(tell_labels(data.table, recipe.task.label, None)), None, columns)
+        return SiteSummary(clients, None, tell_format(recipe.task, data.table), columns)
+    return SiteSummary(
+        clients, tuple(tell_labels(data.table, recipe.task.label, None)), None, columns
+    )
 
 
 def agree_on_labels(told: Sequence[Sequence[str]], num_labels: int | None) -> list[str]:

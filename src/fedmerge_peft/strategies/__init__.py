@@ -5,7 +5,7 @@ from typing import Any
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, Strategy
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 from fedmerge_peft.strategies.ditto import Ditto
 from fedmerge_peft.strategies.fedavg import FedAvg, FedProx
 from fedmerge_peft.strategies.fedavg_finetuned import FedAvgFinetuned
@@ -32,34 +32,34 @@ __all__ = [
     "make_strategy",
 ]
 
-_METHODS: dict[type[recipes.Strategy], Callable[[Any, Start], Strategy]] = {
-    recipes.FedMerge: FedMerge,
-    recipes.FedAvg: FedAvg,
-    recipes.FedAvgFinetuned: FedAvgFinetuned,
-    recipes.FedProx: FedProx,
-    recipes.Local: Local,
-    recipes.Ditto: Ditto,
-    recipes.FedRep: FedRep,
-    recipes.FedDPA: FedDPA,
-    recipes.IFCA: IFCA,
-    recipes.FeSEM: FeSEM,
-    recipes.FLHC: FLHC,
-    recipes.FedEM: FedEM,
-    recipes.FFALora: FFALora,
-    recipes.FedSALora: FedSALora,
-    recipes.FlexLora: FlexLora,
-    recipes.FLora: FLora,
+_METHODS: dict[type[recipes.StrategySection], Callable[[Any, StrategyContext], Strategy]] = {
+    recipes.FedMergeRecipe: FedMerge,
+    recipes.FedAvgRecipe: FedAvg,
+    recipes.FedAvgFinetunedRecipe: FedAvgFinetuned,
+    recipes.FedProxRecipe: FedProx,
+    recipes.LocalRecipe: Local,
+    recipes.DittoRecipe: Ditto,
+    recipes.FedRepRecipe: FedRep,
+    recipes.FedDPARecipe: FedDPA,
+    recipes.IFCARecipe: IFCA,
+    recipes.FeSEMRecipe: FeSEM,
+    recipes.FLHCRecipe: FLHC,
+    recipes.FedEMRecipe: FedEM,
+    recipes.FFALoraRecipe: FFALora,
+    recipes.FedSALoraRecipe: FedSALora,
+    recipes.FlexLoraRecipe: FlexLora,
+    recipes.FLoraRecipe: FLora,
 }
 
 
-def make_strategy(recipe: recipes.Strategy, start: Start) -> Strategy:
+def make_strategy(recipe: recipes.StrategySection, context: StrategyContext) -> Strategy:
     """The strategy that a recipe names, at its start. Raises ``RecipeError`` where it does not fit the adapter, or the defence."""
-    strategy = _METHODS[type(recipe)](recipe, start)
-    strategy.aggregator = start.aggregator
-    if start.aggregator.recipe.defends and strategy.federated and not strategy.averages:
+    strategy = _METHODS[type(recipe)](recipe, context)
+    strategy.aggregator = context.aggregator
+    if context.aggregator.recipe.defends and strategy.federated and not strategy.averages:
         raise RecipeError(
             [
-                f"defence: {recipe.name} stacks the clients' factors and has no mean to defend; use another strategy"
+                f"robustness: {recipe.name} stacks the clients' factors and has no mean to defend; use another strategy"
             ]
         )
     return strategy

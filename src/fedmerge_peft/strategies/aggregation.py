@@ -30,7 +30,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fedmerge_peft.recipe.robustness import DefenceRecipe
+from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.strategies.server_step import soup_shares
 from fedmerge_peft.strategies.similarity import cosines
 from fedmerge_peft.util.vectors import lengths
@@ -46,8 +46,8 @@ _COLUMNS = 1 << 16
 class Aggregator:
     """One federation's rule. A strategy clips a round's updates once, then combines them as often as it has adapters."""
 
-    def __init__(self, recipe: DefenceRecipe | None = None) -> None:
-        self.recipe = recipe or DefenceRecipe()
+    def __init__(self, recipe: RobustnessRecipe | None = None) -> None:
+        self.recipe = recipe or RobustnessRecipe()
         self.norms: list[float] = []
         """Median ‖δ_i‖₂ of each round so far; the running median follows from them, so a run goes on with those of its records."""
         self.lengths = torch.empty(0)

@@ -13,7 +13,7 @@ from fedmerge_peft.strategies.base import Strategy
 class Assigned(Strategy):
     """Client i is served with row ``assigned[i]`` of the soup: merging weights of zeros and one 1."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("assigned",)
+    state_fields: ClassVar[tuple[str, ...]] = ("assigned",)
 
     assigned: Tensor
     """``(clients,)`` int64."""

@@ -20,7 +20,7 @@ from fedmerge_peft.util.stateful import Stateful
 
 
 @dataclass(frozen=True)
-class Start:
+class StrategyContext:
     """What a strategy starts from: who the clients are, and where new adapters come from."""
 
     clients: int

@@ -10,19 +10,19 @@ from torch.nn.functional import normalize
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.strategies.aggregation import Aggregator
-from fedmerge_peft.strategies.base import Start, Strategy
+from fedmerge_peft.strategies.base import Strategy, StrategyContext
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
 
 
 class Clustering(Strategy):
     """π_i is one-hot at the client's cluster; a client that has none yet is served with the mean of all adapters."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("clusters",)
+    state_fields: ClassVar[tuple[str, ...]] = ("clusters",)
     learns_weights = True
 
-    def __init__(self, rows: Tensor, start: Start) -> None:
-        self.soup = AdapterSoup(rows, start.layout, start.shared)
-        self.clusters = torch.full((start.clients,), -1 if len(rows) > 1 else 0)
+    def __init__(self, rows: Tensor, context: StrategyContext) -> None:
+        self.soup = AdapterSoup(rows, context.layout, context.shared)
+        self.clusters = torch.full((context.clients,), -1 if len(rows) > 1 else 0)
         """Each client's cluster, ``(m,)`` int64; -1 for those that have none yet."""
 
     @property
@@ -38,11 +38,11 @@ class ServerClustering(Clustering):
     no cluster's own: its first reply δ_i places it where its training leads, argmax_j cos(−δ_i, Θ_j − Θ̄), and moves no adapter.
     """
 
-    remembers: ClassVar[tuple[str, ...]] = (*Clustering.remembers, "unclustered")
+    state_fields: ClassVar[tuple[str, ...]] = (*Clustering.state_fields, "unclustered")
 
-    def __init__(self, adapters: int, start: Start) -> None:
-        super().__init__(start.fresh_row(0).repeat(adapters, 1), start)
-        self.unclustered: MeanUpdates | None = MeanUpdates(start)
+    def __init__(self, adapters: int, context: StrategyContext) -> None:
+        super().__init__(context.fresh_row(0).repeat(adapters, 1), context)
+        self.unclustered: MeanUpdates | None = MeanUpdates(context)
         """Until clusters are found: what to find them in."""
 
     def missing(self) -> int:

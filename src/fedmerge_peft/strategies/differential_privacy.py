@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator, clipped
-from fedmerge_peft.training.plan import Release
+from fedmerge_peft.training.plan import UpdatePrivacy
 from fedmerge_peft.util.seeds import derive
 
 _ORDERS = [
@@ -27,11 +27,13 @@ _ORDERS = [
 """Orders α at which Rényi differential privacy is looked at: opacus's own, and more on either side for little and for much noise."""
 
 
-def release(recipe: PrivacyRecipe) -> Release | None:
+def update_privacy(recipe: PrivacyRecipe) -> UpdatePrivacy | None:
     """What clients do to an update before they send it; with ``mode: local``, σ = z · 2 C, as clipped updates are at most 2 C apart."""
     if recipe.mode == "none":
         return None
-    return Release(recipe.clip, 2 * recipe.noise * recipe.clip if recipe.mode == "local" else 0.0)
+    return UpdatePrivacy(
+        recipe.clip, 2 * recipe.noise * recipe.clip if recipe.mode == "local" else 0.0
+    )
 
 
 class PrivateAggregator(Aggregator):
@@ -71,7 +73,7 @@ class PrivateAggregator(Aggregator):
         )
 
 
-def spent(recipe: PrivacyRecipe, rounds: int) -> float:
+def epsilon_spent(recipe: PrivacyRecipe, rounds: int) -> float:
     """ε at the recipe's δ for a client that took part in so many rounds, by opacus's accountant of Rényi differential privacy.
 
     Each of its rounds is one Gaussian mechanism of noise multiplier z. That cohorts are drawn at random is not counted in the

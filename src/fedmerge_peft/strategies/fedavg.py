@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.aggregation import Aggregator
-from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
@@ -18,14 +18,14 @@ from fedmerge_peft.training.plan import Plan, Train
 class FedAvg(Strategy):
     """θ ← θ − η Σ_i ρ_i δ_i with ρ_i = n_i / n over the clients that replied (algorithm 1)."""
 
-    remembers = ("server",)
+    state_fields = ("server",)
 
-    def __init__(self, recipe: recipes.Server, start: Start) -> None:
-        self.soup = AdapterSoup(start.fresh_row(0)[None], start.layout, start.shared)
+    def __init__(self, recipe: recipes.ServerRecipe, context: StrategyContext) -> None:
+        self.soup = AdapterSoup(context.fresh_row(0)[None], context.layout, context.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
         self.columns: Tensor | slice = slice(None)
         """Which columns train and travel: a mask ``(P,)``, or all of them."""
-        self._weights = torch.ones(start.clients, 1)
+        self._weights = torch.ones(context.clients, 1)
 
     @property
     def weights(self) -> Tensor:
@@ -43,8 +43,8 @@ class FedAvg(Strategy):
 class FedProx(FedAvg):
     """FedAvg whose clients minimise ℓ_i(θ) + μ/2 ‖θ − θ_sent‖² (Li et al. 2020, arXiv 1812.06127, equation 2)."""
 
-    def __init__(self, recipe: recipes.FedProx, start: Start) -> None:
-        super().__init__(recipe, start)
+    def __init__(self, recipe: recipes.FedProxRecipe, context: StrategyContext) -> None:
+        super().__init__(recipe, context)
         self.mu = recipe.mu
 
     def plan(self, client: int) -> Plan:

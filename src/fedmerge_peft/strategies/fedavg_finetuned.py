@@ -9,7 +9,7 @@ import torch
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.assigned import Assigned
-from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import mean_delta
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
@@ -21,15 +21,15 @@ class FedAvgFinetuned(Assigned):
     Rows of the soup: θ, then θ_1 to θ_m. Before its first round a client is served with θ.
     """
 
-    remembers = (*Assigned.remembers, "server")
+    state_fields = (*Assigned.state_fields, "server")
     trains_what_it_serves = False
 
-    def __init__(self, recipe: recipes.FedAvgFinetuned, start: Start) -> None:
+    def __init__(self, recipe: recipes.FedAvgFinetunedRecipe, context: StrategyContext) -> None:
         self.soup = AdapterSoup(
-            start.fresh_row(0).repeat(1 + start.clients, 1), start.layout, start.shared
+            context.fresh_row(0).repeat(1 + context.clients, 1), context.layout, context.shared
         )
         self.server = ServerOptimizer(recipe, self.soup.rows[:1])
-        self.assigned = torch.zeros(start.clients, dtype=torch.int64)
+        self.assigned = torch.zeros(context.clients, dtype=torch.int64)
 
     def plan(self, client: int) -> Plan:
         return Train(self.soup.rows[0].clone())

@@ -11,7 +11,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.assigned import Assigned
-from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import mean_delta
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import InTurn, Plan, Train
@@ -34,17 +34,17 @@ class FedDPA(Assigned):
     factor nor head, such as trained biases, goes with the global half.
     """
 
-    remembers = (*Assigned.remembers, "server", "newcomers")
+    state_fields = (*Assigned.state_fields, "server", "newcomers")
 
-    def __init__(self, recipe: recipes.FedDPA, start: Start) -> None:
+    def __init__(self, recipe: recipes.FedDPARecipe, context: StrategyContext) -> None:
         try:
             odd = [
                 f"{each.module} has rank {each.rank}"
-                for each in factors(start.layout)
+                for each in factors(context.layout)
                 if each.rank % 2
             ]
             halves = [
-                rank_columns(start.layout, half)
+                rank_columns(context.layout, half)
                 for half in (lambda rank: slice(rank // 2), lambda rank: slice(rank // 2, None))
             ]
         except ValueError as error:
@@ -59,19 +59,19 @@ class FedDPA(Assigned):
                     f"lora.r: feddpa gives half of the ranks to each client, and {odd[0]}; use an even rank"
                 ]
             )
-        self.head = torch.zeros(start.layout.size, dtype=torch.bool)
-        self.head[start.layout.columns("head")] = True
+        self.head = torch.zeros(context.layout.size, dtype=torch.bool)
+        self.head[context.layout.columns("head")] = True
         self.travels = ~halves[1]
         self.private = halves[1] | self.head
-        rows = start.fresh_row(0).repeat(1 + start.clients, 1)
-        for each in factors(start.layout):
+        rows = context.fresh_row(0).repeat(1 + context.clients, 1)
+        for each in factors(context.layout):
             each.of(rows[0])[1][:, each.rank // 2 :] = (
                 0  # B_i, which on embeddings does not start at zero
             )
-        self.soup = AdapterSoup(rows, start.layout, start.shared)
+        self.soup = AdapterSoup(rows, context.layout, context.shared)
         self.server = ServerOptimizer(recipe, rows[:1])
-        self.assigned = 1 + torch.arange(start.clients)
-        self.newcomers = torch.ones(start.clients, dtype=torch.bool)
+        self.assigned = 1 + torch.arange(context.clients)
+        self.newcomers = torch.ones(context.clients, dtype=torch.bool)
 
     def plan(self, client: int) -> Plan:
         shared, own = (

@@ -11,7 +11,7 @@ from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack
 from fedmerge_peft.training.plan import Mixture
 
 
@@ -28,18 +28,18 @@ class FedEM(Strategy):
     a component is that of the whole completion, and predictions are mixed token by token with π.
     """
 
-    remembers = ("_weights",)
+    state_fields = ("_weights",)
     learns_weights = True
 
-    def __init__(self, recipe: recipes.FedEM, start: Start) -> None:
-        rows = torch.stack([start.fresh_row(number) for number in range(recipe.adapters)])
+    def __init__(self, recipe: recipes.FedEMRecipe, context: StrategyContext) -> None:
+        rows = torch.stack([context.fresh_row(number) for number in range(recipe.adapters)])
         if recipe.adapters > 1 and bool((rows == rows[0]).all()):
             raise RecipeError(
                 ["strategy: fedem's components would start equal and so stay equal: with lora.merge=shared_a and no head, an adapter is B "
                  "alone, which starts at zero; use lora.merge=factor"]
             )  # fmt: skip
-        self.soup = AdapterSoup(rows, start.layout, start.shared)
-        self._weights = torch.full((start.clients, recipe.adapters), 1 / recipe.adapters)
+        self.soup = AdapterSoup(rows, context.layout, context.shared)
+        self._weights = torch.full((context.clients, recipe.adapters), 1 / recipe.adapters)
 
     @property
     def weights(self) -> Tensor:

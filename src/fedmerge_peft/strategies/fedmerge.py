@@ -13,7 +13,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balancing import balancing_shifts
-from fedmerge_peft.strategies.base import Reply, Start, Strategy, stack
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.server_step import WEIGHTS_LR, weights_gradient, weights_move
@@ -35,21 +35,21 @@ class FedMerge(Strategy):
     clients' updates set W, and the same round's soup step, with the new π, gives each group of clients its own adapter.
     """
 
-    remembers = ("server", "merging", "shifts", "steps", "_warming", "_reseeding", "rounds")
+    state_fields = ("server", "merging", "shifts", "steps", "_warming", "_reseeding", "rounds")
     learns_weights = True
 
-    def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
+    def __init__(self, recipe: recipes.FedMergeRecipe, context: StrategyContext) -> None:
         self.recipe = recipe
-        self.seed = start.seed
-        self.soup = AdapterSoup(_first_rows(recipe, start), start.layout, start.shared)
+        self.seed = context.seed
+        self.soup = AdapterSoup(_first_rows(recipe, context), context.layout, context.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
-        self.merging = MergingWeights.uniform(start.clients, recipe.adapters)
+        self.merging = MergingWeights.uniform(context.clients, recipe.adapters)
         self.shifts = torch.zeros(recipe.adapters, dtype=torch.float64)
         """What balance adds to the adapters' logits."""
-        self.steps = _WeightsSteps(recipe, start)
-        self._warming = MeanUpdates(start) if recipe.start == "warm" else None
+        self.steps = _WeightsSteps(recipe, context)
+        self._warming = MeanUpdates(context) if recipe.start == "warm" else None
         self._reseeding = (
-            _Reseeding(recipe.reseed_after, recipe.adapters, start.seed)
+            _Reseeding(recipe.reseed_after, recipe.adapters, context.seed)
             if recipe.reseed_after
             else None
         )
@@ -129,13 +129,13 @@ class FedMerge(Strategy):
         return super().warnings()
 
 
-def _first_rows(recipe: recipes.FedMerge, start: Start) -> Tensor:
+def _first_rows(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Tensor:
     """Θ before the first round, ``(d, P)``."""
     if recipe.start == "independent":
-        return torch.stack([start.fresh_row(number) for number in range(recipe.adapters)])
-    rows = start.fresh_row(0).repeat(recipe.adapters, 1)
+        return torch.stack([context.fresh_row(number) for number in range(recipe.adapters)])
+    rows = context.fresh_row(0).repeat(recipe.adapters, 1)
     if recipe.start == "noise":
-        generator = torch.Generator().manual_seed(start.seed)
+        generator = torch.Generator().manual_seed(context.seed)
         rows += recipe.start_noise * torch.randn(rows.shape, generator=generator)
     return rows
 
@@ -143,11 +143,11 @@ def _first_rows(recipe: recipes.FedMerge, start: Start) -> Tensor:
 class _WeightsSteps(Stateful):
     """How the logits step from G, and what the steps remember of earlier rounds, ``(clients, d)``."""
 
-    remembers = ("average", "squares", "rounds")
+    state_fields = ("average", "squares", "rounds")
 
-    def __init__(self, recipe: recipes.FedMerge, start: Start) -> None:
+    def __init__(self, recipe: recipes.FedMergeRecipe, context: StrategyContext) -> None:
         self.recipe = recipe
-        head = start.layout.columns("head")
+        head = context.layout.columns("head")
         if recipe.weights_columns == "head" and len(head) == 0:
             raise RecipeError(
                 [
@@ -161,9 +161,9 @@ class _WeightsSteps(Stateful):
         """Which of the P columns the inner product in G runs over; None for all."""
         default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
         self.lr = default if recipe.weights_lr is None else recipe.weights_lr
-        self.average = torch.zeros(start.clients, recipe.adapters, dtype=torch.float64)
+        self.average = torch.zeros(context.clients, recipe.adapters, dtype=torch.float64)
         self.squares = torch.zeros_like(self.average)
-        self.rounds = torch.zeros(start.clients, dtype=torch.int64)
+        self.rounds = torch.zeros(context.clients, dtype=torch.int64)
 
     def move(self, clients: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
         """What to take from these clients' logits, ``(k, d)``; G enters as an exponential average over the rounds a client replied in."""
@@ -191,7 +191,7 @@ class _Reseeding(Stateful):
     et al. 2020, arXiv 1910.01991); the idle adapter becomes a copy of theirs, and the smaller part moves to it.
     """
 
-    remembers = ("idle",)
+    state_fields = ("idle",)
 
     def __init__(self, patience: int, adapters: int, seed: int) -> None:
         self.patience = patience

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, stack
+from fedmerge_peft.strategies.base import Reply, StrategyContext, stack
 from fedmerge_peft.strategies.clustering import ServerClustering, means, members
 from fedmerge_peft.strategies.similarity import inner_products, k_means
 
@@ -23,9 +23,9 @@ class FeSEM(ServerClustering):
     less than centres are apart before long, so clusters seldom change after the first rounds.
     """
 
-    def __init__(self, recipe: recipes.FeSEM, start: Start) -> None:
-        super().__init__(recipe.adapters, start)
-        self.seed = start.seed
+    def __init__(self, recipe: recipes.FeSEMRecipe, context: StrategyContext) -> None:
+        super().__init__(recipe.adapters, context)
+        self.seed = context.seed
 
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, _ = stack(replies)

@@ -10,7 +10,7 @@ from sklearn.metrics import pairwise_distances
 from torch import Tensor
 
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, stack
+from fedmerge_peft.strategies.base import Reply, StrategyContext, stack
 from fedmerge_peft.strategies.clustering import ServerClustering, means
 
 
@@ -26,10 +26,10 @@ class FLHC(ServerClustering):
     here the number of clusters is given, so that methods compare.
     """
 
-    remembers = (*ServerClustering.remembers, "rounds")
+    state_fields = (*ServerClustering.state_fields, "rounds")
 
-    def __init__(self, recipe: recipes.FLHC, start: Start) -> None:
-        super().__init__(recipe.adapters, start)
+    def __init__(self, recipe: recipes.FLHCRecipe, context: StrategyContext) -> None:
+        super().__init__(recipe.adapters, context)
         self.recipe = recipe
         self.rounds = 0
 

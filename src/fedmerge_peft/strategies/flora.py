@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.lora_factors import Factors, inner_of_products
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, stack
+from fedmerge_peft.strategies.base import Reply, StrategyContext, stack
 from fedmerge_peft.strategies.heterogeneous_ranks import Ranked
 
 
@@ -29,10 +29,10 @@ class FLora(Ranked):
     W + ΔW is rounded to the backbone's number format; ΔW itself, and the adapter that a run saves, are float32.
     """
 
-    remembers = (*Ranked.remembers, "_round", "_owed")
+    state_fields = (*Ranked.state_fields, "_round", "_owed")
 
-    def __init__(self, recipe: recipes.FLora, start: Start) -> None:
-        super().__init__(recipe, start)
+    def __init__(self, recipe: recipes.FLoraRecipe, context: StrategyContext) -> None:
+        super().__init__(recipe, context)
         if embeddings := [layer.module for layer in self.factors if layer.embedding]:
             raise RecipeError(
                 [
@@ -42,7 +42,7 @@ class FLora(Ranked):
         shapes = {layer.module: (layer.b.shape[0], layer.a.shape[1]) for layer in self.factors}
         self.soup.base = {module: torch.zeros(shape) for module, shape in shapes.items()}
         self._round = 0
-        self._owed = torch.zeros(start.clients, dtype=torch.int64)
+        self._owed = torch.zeros(context.clients, dtype=torch.int64)
         self._added: dict[str, tuple[tuple[Tensor, Tensor], float]] = {}
         """The last round's stacked factors A and B, and ‖B A‖_F², by module name."""
 
@@ -57,11 +57,11 @@ class FLora(Ranked):
             a = torch.cat([a for a, _ in each])
             self._added[layer.module] = (a.float(), b.float()), inner_of_products((a, b), (a, b))
             base[layer.module] = (
-                base[layer.module] + (self.start.scaling[layer.module] * b @ a).float()
+                base[layer.module] + (self.context.scaling[layer.module] * b @ a).float()
             )
         self._round += 1
         row = torch.where(
-            self.plain, shares.to(trained) @ trained, self.start.fresh_row(self._round)
+            self.plain, shares.to(trained) @ trained, self.context.fresh_row(self._round)
         )
         self.soup = self._soup(row)
         self.soup.base = base

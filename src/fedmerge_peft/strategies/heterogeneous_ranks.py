@@ -14,7 +14,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.assigned import Assigned
-from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.training.plan import Plan, Train
 
 
@@ -26,9 +26,11 @@ class Ranked(Assigned):
 
     averages = False
 
-    def __init__(self, recipe: recipes.FlexLora | recipes.FLora, start: Start) -> None:
+    def __init__(
+        self, recipe: recipes.FlexLoraRecipe | recipes.FLoraRecipe, context: StrategyContext
+    ) -> None:
         try:
-            self.factors = factors(start.layout)
+            self.factors = factors(context.layout)
         except ValueError as error:
             raise RecipeError(
                 [
@@ -43,17 +45,17 @@ class Ranked(Assigned):
                     f"strategy.ranks: {max(ranks)} is more than the adapter's rank of {most}; lower it, or raise lora.r"
                 ]
             )
-        kinds = sorted(set(ranks[: start.clients]))
-        self.ranks = [ranks[client % len(ranks)] for client in range(start.clients)]
+        kinds = sorted(set(ranks[: context.clients]))
+        self.ranks = [ranks[client % len(ranks)] for client in range(context.clients)]
         self.assigned = torch.tensor([kinds.index(rank) for rank in self.ranks])
-        self.plain = ~rank_columns(start.layout, slice)
+        self.plain = ~rank_columns(context.layout, slice)
         """What does not belong to the factors, such as heads: a mask ``(P,)``."""
         self.masks = torch.stack(
-            [self.plain | rank_columns(start.layout, _first(rank)) for rank in kinds]
+            [self.plain | rank_columns(context.layout, _first(rank)) for rank in kinds]
         )
         """What clients of each rank have, ``(d, P)``."""
-        self.start = start
-        self.soup = self._soup(start.fresh_row(0))
+        self.context = context
+        self.soup = self._soup(context.fresh_row(0))
 
     def plan(self, client: int) -> Plan:
         mask = self.masks[self.assigned[client]]
@@ -81,12 +83,14 @@ class Ranked(Assigned):
                 - 2 * inner_of_products(trained_to, sent_next)
                 + length
             )
-            square += self.start.scaling[layer.module] ** 2 * max(distance, 0.0)
+            square += self.context.scaling[layer.module] ** 2 * max(distance, 0.0)
         return math.sqrt(square)
 
     def _soup(self, row: Tensor) -> AdapterSoup:
         """The soup in which a client of each rank has its part of this row ``(P,)``."""
-        return AdapterSoup(torch.where(self.masks, row, 0.0), self.start.layout, self.start.shared)
+        return AdapterSoup(
+            torch.where(self.masks, row, 0.0), self.context.layout, self.context.shared
+        )
 
 
 def _first(rank: int) -> Callable[[int], slice]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, stack
+from fedmerge_peft.strategies.base import Reply, StrategyContext, stack
 from fedmerge_peft.strategies.clustering import Clustering, means
 from fedmerge_peft.training.plan import Choose, Plan
 
@@ -25,9 +25,9 @@ class IFCA(Clustering):
     random. An adapter that is ahead early may win all clients: the warnings tell which stand unused; another seed may help.
     """
 
-    def __init__(self, recipe: recipes.IFCA, start: Start) -> None:
+    def __init__(self, recipe: recipes.IFCARecipe, context: StrategyContext) -> None:
         super().__init__(
-            torch.stack([start.fresh_row(number) for number in range(recipe.adapters)]), start
+            torch.stack([context.fresh_row(number) for number in range(recipe.adapters)]), context
         )
 
     def plan(self, client: int) -> Plan:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Start, Strategy
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 
 
 class Local(Strategy):
@@ -17,9 +17,9 @@ class Local(Strategy):
 
     federated = False
 
-    def __init__(self, recipe: recipes.Local, start: Start) -> None:
+    def __init__(self, recipe: recipes.LocalRecipe, context: StrategyContext) -> None:
         self.soup = AdapterSoup(
-            start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared
+            context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared
         )
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmerge_peft.strategies.base import Start
+from fedmerge_peft.strategies.base import StrategyContext
 from fedmerge_peft.util.row_buffer import Spill, side_by_side
 from fedmerge_peft.util.stateful import State, Stateful, described, fitting
 
@@ -15,11 +15,11 @@ from fedmerge_peft.util.stateful import State, Stateful, described, fitting
 class MeanUpdates(Stateful):
     """δ̄_i: each client's mean update over the rounds in which it replied, whoever else did. Takes a row for each that has replied."""
 
-    def __init__(self, start: Start) -> None:
-        self._size = start.layout.size
-        self._counts = torch.zeros(start.clients)
+    def __init__(self, context: StrategyContext) -> None:
+        self._size = context.layout.size
+        self._counts = torch.zeros(context.clients)
         self._sums: dict[int, Tensor] = {}
-        self._spill = Spill(expected=start.clients)
+        self._spill = Spill(expected=context.clients)
 
     def add(self, clients: Tensor, deltas: Tensor) -> None:
         """Remember one round's updates ``(k, P)`` of these clients ``(k,)``."""

@@ -12,7 +12,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.assigned import Assigned
-from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import FedAvg, mean_delta
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
@@ -24,16 +24,18 @@ class PartlyShared(Assigned):
     The soup has a row for each client, all alike in the shared columns; these alone travel.
     """
 
-    remembers = (*Assigned.remembers, "server")
+    state_fields = (*Assigned.state_fields, "server")
 
-    def __init__(self, recipe: recipes.Server, start: Start, shared: Tensor) -> None:
+    def __init__(
+        self, recipe: recipes.ServerRecipe, context: StrategyContext, shared: Tensor
+    ) -> None:
         """``shared`` is a mask ``(P,)``."""
         self.shared = shared
         self.soup = AdapterSoup(
-            start.fresh_row(0).repeat(start.clients, 1), start.layout, start.shared
+            context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared
         )
         self.server = ServerOptimizer(recipe, self.soup.rows[:1, shared])
-        self.assigned = torch.arange(start.clients)
+        self.assigned = torch.arange(context.clients)
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
@@ -57,16 +59,16 @@ class FedRep(PartlyShared):
     for as long each as ``training`` says, and sends φ back. The head is what the recipe trains whole; the body is all the rest.
     """
 
-    def __init__(self, recipe: recipes.FedRep, start: Start) -> None:
-        self.head = torch.zeros(start.layout.size, dtype=torch.bool)
-        self.head[start.layout.columns("head")] = True
+    def __init__(self, recipe: recipes.FedRepRecipe, context: StrategyContext) -> None:
+        self.head = torch.zeros(context.layout.size, dtype=torch.bool)
+        self.head[context.layout.columns("head")] = True
         if not self.head.any():
             raise RecipeError(
                 [
                     "strategy.name: fedrep keeps the head private and this adapter has none; name one in lora.modules_to_save"
                 ]
             )
-        super().__init__(recipe, start, ~self.head)
+        super().__init__(recipe, context, ~self.head)
 
     def plan(self, client: int) -> Plan:
         return Train(self.adapter(client), phases=(self.head, ~self.head))
@@ -78,15 +80,15 @@ class FedSALora(PartlyShared):
     All of the adapter trains. What is neither factor nor head (trained biases, DoRA's magnitudes) stays private too.
     """
 
-    def __init__(self, recipe: recipes.FedSALora, start: Start) -> None:
-        shared = columns_named(start.layout, INPUT_SIDE)
+    def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:
+        shared = columns_named(context.layout, INPUT_SIDE)
         if not shared.any():
             raise RecipeError(
                 [
                     "strategy.name: fedsa_lora averages A, which does not train in this adapter; set lora.merge to factor"
                 ]
             )
-        super().__init__(recipe, start, shared)
+        super().__init__(recipe, context, shared)
 
 
 class FFALora(FedAvg):
@@ -97,9 +99,9 @@ class FFALora(FedAvg):
     A comes from the seed and never travels. On embeddings it is PEFT's factor B that starts random, and so is frozen.
     """
 
-    def __init__(self, recipe: recipes.FFALora, start: Start) -> None:
-        super().__init__(recipe, start)
-        self.columns = self.trained = ~columns_named(start.layout, RANDOM)
+    def __init__(self, recipe: recipes.FFALoraRecipe, context: StrategyContext) -> None:
+        super().__init__(recipe, context)
+        self.columns = self.trained = ~columns_named(context.layout, RANDOM)
 
     def plan(self, client: int) -> Plan:
         return Train(self.adapter(client), phases=(self.trained,))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedmerge_peft.recipe.strategies import Server
+from fedmerge_peft.recipe.strategies import ServerRecipe
 from fedmerge_peft.util.stateful import State, Stateful, fitting
 
 _SECOND_MOMENT = 0.99
@@ -21,7 +21,7 @@ _ADAPTIVITY = 1e-3
 class ServerOptimizer(Stateful):
     """Treats the mean of the clients' δ as a gradient of the server's rows ``(d, P)``. It remembers its moments, ``(d, P)`` each."""
 
-    def __init__(self, recipe: Server, rows: Tensor) -> None:
+    def __init__(self, recipe: ServerRecipe, rows: Tensor) -> None:
         self._rows = nn.Parameter(rows.clone())
         self.optimizer: torch.optim.Optimizer
         if recipe.server_optimizer == "adam":

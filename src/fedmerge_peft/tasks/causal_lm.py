@@ -28,7 +28,7 @@ from fedmerge_peft.tasks.tokenization import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe, CausalLM
+    from fedmerge_peft.recipe.schema import BackboneRecipe, CausalLMRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class CausalLMTask(Task):
     labels = ()
 
     def __init__(
-        self, recipe: CausalLM, backbone: BackboneRecipe, table: Dataset, model_folder: str
+        self, recipe: CausalLMRecipe, backbone: BackboneRecipe, table: Dataset, model_folder: str
     ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics

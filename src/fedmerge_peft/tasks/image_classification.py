@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe, ImageClassification
+    from fedmerge_peft.recipe.schema import BackboneRecipe, ImageClassificationRecipe
 
 _ROWS_AT_ONCE = 256
 
@@ -52,7 +52,7 @@ class ImageClassificationTask(Classification):
 
     def __init__(
         self,
-        recipe: ImageClassification,
+        recipe: ImageClassificationRecipe,
         backbone: BackboneRecipe,
         table: Dataset,
         model_folder: str,

@@ -25,7 +25,7 @@ from fedmerge_peft.tasks.tokenization import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe, SequenceClassification
+    from fedmerge_peft.recipe.schema import BackboneRecipe, SequenceClassificationRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class SequenceClassificationTask(Classification):
 
     def __init__(
         self,
-        recipe: SequenceClassification,
+        recipe: SequenceClassificationRecipe,
         backbone: BackboneRecipe,
         table: Dataset,
         model_folder: str,

@@ -17,7 +17,7 @@ from fedmerge_peft.tasks.tokenization import read_texts
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import CausalLM
+    from fedmerge_peft.recipe.schema import CausalLMRecipe
 
 Paragraph = list[tuple[str, str | None]]
 """Literal text and the field after it, if there is one, in turn."""
@@ -35,7 +35,7 @@ class Conversation:
     """Of chats, where generation needs them: what leads up to the last message, and its content."""
 
 
-def tell_format(recipe: CausalLM, table: Dataset) -> str:
+def tell_format(recipe: CausalLMRecipe, table: Dataset) -> str:
     """The format that the recipe names or, without a name, the first one whose columns are there.
 
     Raises:
@@ -66,7 +66,7 @@ def tell_format(recipe: CausalLM, table: Dataset) -> str:
 
 
 def lay_out(
-    recipe: CausalLM, format: str, table: Dataset, tokenizer: Any, *, answers: bool
+    recipe: CausalLMRecipe, format: str, table: Dataset, tokenizer: Any, *, answers: bool
 ) -> Conversation:
     """Read the columns of the format.
 
@@ -120,7 +120,7 @@ def fill(template: list[Paragraph], values: Mapping[str, str]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _instructions(recipe: CausalLM, table: Dataset) -> list[str]:
+def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
     """A prompt a row, from the template."""
     template = parse_template(recipe.template)
     columns: dict[str, list[str]] = {}

@@ -63,9 +63,9 @@ def _of_this_rank(wanted: str) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= (found := torch.cuda.device_count()):
         error = DeviceError(
-            f"training.device: rank {distributed.number()} finds no GPU of its own: this machine has {found}; start as many ranks"
+            f"training.device: rank {distributed.rank()} finds no GPU of its own: this machine has {found}; start as many ranks"
         )
-        error.rank = distributed.number()
+        error.rank = distributed.rank()
         raise error
     return torch.device("cuda", index)
 

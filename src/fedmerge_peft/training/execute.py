@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.errors import ClientError
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Release, Served, Train
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train, UpdatePrivacy
 from fedmerge_peft.training.reference import Trained
 from fedmerge_peft.util.seeds import derive
 
 
 @dataclass(frozen=True)
-class Work:
+class ClientResult:
     """What a client has when its plan is done."""
 
     deltas: Tensor
@@ -33,7 +33,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrainRequest:
     """A client's wish to train; ``Trained`` answers it."""
 
     job: Train
@@ -49,9 +49,9 @@ class Losses:
     """``(P,)``."""
 
 
-Request = Fit | Losses
+Request = TrainRequest | Losses
 
-Requests = Generator[Sequence[Request], list[Any], Work]
+Requests = Generator[Sequence[Request], list[Any], ClientResult]
 """What a plan asks for: wishes that do not depend on each other at a time, which are answered by a list; its work in the end."""
 
 
@@ -65,10 +65,10 @@ class Hands:
     """``losses(row)``: each training example's summed loss (nats), ``(n,)``, without training."""
 
 
-def carry_out(plan: Plan, hands: Hands, seed: int) -> Work:
+def carry_out(plan: Plan, hands: Hands, seed: int) -> ClientResult:
     """Do what a plan says. ``seed`` decides all random draws; a plan's further jobs derive theirs from it."""
 
-    def train(fits: Sequence[tuple[int, Fit]]) -> list[Trained]:
+    def train(fits: Sequence[tuple[int, TrainRequest]]) -> list[Trained]:
         return [hands.train(fit.job, fit.seed) for _, fit in fits]
 
     (work,) = carry_out_together([requests(plan, seed)], train, lambda _, row: hands.losses(row))
@@ -79,9 +79,9 @@ def carry_out(plan: Plan, hands: Hands, seed: int) -> Work:
 
 def carry_out_together(
     clients: Sequence[Requests],
-    train: Callable[[Sequence[tuple[int, Fit]]], Sequence[Trained | ClientError]],
+    train: Callable[[Sequence[tuple[int, TrainRequest]]], Sequence[Trained | ClientError]],
     losses: Callable[[int, Tensor], Tensor | ClientError],
-) -> list[Work | ClientError]:
+) -> list[ClientResult | ClientError]:
     """Do what several clients' plans say, step by step: all that they want trained at one time is trained by one call.
 
     Args:
@@ -92,7 +92,7 @@ def carry_out_together(
     Returns:
         Each client's work. A ``ClientError`` for an answer ends the plan of its client, and stands in the place of its work.
     """
-    work: dict[int, Work | ClientError] = {}
+    work: dict[int, ClientResult | ClientError] = {}
     answers: dict[int, list[Any]] = {}
     while len(work) < len(clients):
         asked: list[tuple[int, Request]] = []
@@ -106,12 +106,12 @@ def carry_out_together(
                     work[client] = error
                 else:
                     asked += [(client, wish) for wish in wishes]
-        fits = [(client, wish) for client, wish in asked if isinstance(wish, Fit)]
+        fits = [(client, wish) for client, wish in asked if isinstance(wish, TrainRequest)]
         trained = iter(train(fits) if fits else ())
         answers = {client: [] for client, _ in asked}
         for client, wish in asked:
             answers[client].append(
-                next(trained) if isinstance(wish, Fit) else losses(client, wish.row)
+                next(trained) if isinstance(wish, TrainRequest) else losses(client, wish.row)
             )
     return [work[client] for client in range(len(clients))]
 
@@ -132,19 +132,21 @@ def requests(plan: Plan, seed: int) -> Requests:
 
 @requests.register
 def _(plan: Train, seed: int) -> Requests:
-    (trained,) = yield [Fit(plan, seed)]
+    (trained,) = yield [TrainRequest(plan, seed)]
     delta = plan.row - trained.row
-    if plan.release is not None:
-        delta = released(delta, plan.release, plan.phases, derive(seed, "release"))
-    return Work(delta[None], trained.loss, trained.row)
+    if plan.privacy is not None:
+        delta = apply_update_privacy(delta, plan.privacy, plan.phases, derive(seed, "release"))
+    return ClientResult(delta[None], trained.loss, trained.row)
 
 
-def released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], seed: int) -> Tensor:
+def apply_update_privacy(
+    delta: Tensor, privacy: UpdatePrivacy, phases: Sequence[Tensor | None], seed: int
+) -> Tensor:
     """An update as it leaves its client, ``(P,)``: clipped, and with noise in the columns that train in some phase."""
     delta = delta * min(
-        1.0, release.clip / max(float(delta.double().norm()), torch.finfo(torch.float64).tiny)
+        1.0, privacy.clip / max(float(delta.double().norm()), torch.finfo(torch.float64).tiny)
     )
-    noise = release.noise * torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed))
+    noise = privacy.noise * torch.randn(delta.shape, generator=torch.Generator().manual_seed(seed))
     for columns in phases:
         if columns is None:
             return delta + noise
@@ -155,13 +157,13 @@ def released(delta: Tensor, release: Release, phases: Sequence[Tensor | None], s
 @requests.register
 def _(plan: InTurn, seed: int) -> Requests:
     done = yield [
-        Fit(job, derive(seed, "job", number) if number else seed)
+        TrainRequest(job, derive(seed, "job", number) if number else seed)
         for number, job in enumerate(plan.jobs)
     ]
     deltas = torch.stack(
         [job.row - trained.row for job, trained in zip(plan.jobs, done, strict=True)]
     )
-    return Work(deltas, done[0].loss, done[-1].row)
+    return ClientResult(deltas, done[0].loss, done[-1].row)
 
 
 @requests.register
@@ -176,8 +178,8 @@ def _(plan: Choose, seed: int) -> Requests:
     lowest = torch.nonzero(losses == losses.min()).flatten()
     choice = int(lowest[derive(seed, "choice") % len(lowest)])
     row = plan.rows[choice]
-    (trained,) = yield [Fit(Train(row), seed)]
-    return Work((row - trained.row)[None], trained.loss, trained.row, choice)
+    (trained,) = yield [TrainRequest(Train(row), seed)]
+    return ClientResult((row - trained.row)[None], trained.loss, trained.row, choice)
 
 
 @requests.register
@@ -194,11 +196,11 @@ def _(plan: Mixture, seed: int) -> Requests:
     posterior = torch.softmax(plan.weights.double().log()[:, None] - losses, dim=0)
     weights = posterior.mean(dim=1).to(plan.weights)
     done = yield [
-        Fit(Train(row, example_weights=each.float()), derive(seed, "component", number))
+        TrainRequest(Train(row, example_weights=each.float()), derive(seed, "component", number))
         for number, (row, each) in enumerate(zip(plan.rows, posterior, strict=True))
     ]
     rows = torch.stack([trained.row for trained in done])
-    return Work(
+    return ClientResult(
         plan.rows - rows,
         sum(trained.loss for trained in done),
         Mixture(rows, weights),

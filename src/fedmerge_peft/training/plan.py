@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Release:
+class UpdatePrivacy:
     """What a client does to an update before it sends it: δ · min(1, clip / ‖δ‖₂), plus Gaussian noise, in the columns that trained."""
 
     clip: float
@@ -36,7 +36,7 @@ class Train:
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
     """What each of the client's training examples counts, ``(n,)``; None for 1."""
-    release: Release | None = None
+    privacy: UpdatePrivacy | None = None
     """What is done to the update before it leaves the client; None to send it as it is. What the client keeps is not touched."""
 
     @property

@@ -58,7 +58,7 @@ def timing() -> Iterator[Clock]:
 
 
 @contextmanager
-def spent(part: Part) -> Iterator[None]:
+def timed(part: Part) -> Iterator[None]:
     """Mark time as spent on this part; does nothing where nobody is timing."""
     clock = _CLOCK.get()
     if clock is None:

@@ -19,12 +19,12 @@ class Stateful:
     follows from the recipe and the seed. An object that was just made is brought to where another one was by its ``state()``.
     """
 
-    remembers: ClassVar[tuple[str, ...]] = ()
+    state_fields: ClassVar[tuple[str, ...]] = ()
 
     def state(self) -> State:
         """All that is remembered, as it is now; not copied."""
         found: State = {}
-        for attribute in self.remembers:
+        for attribute in self.state_fields:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
             found |= (
                 {f"{name}.{key}": part for key, part in value.state().items()}
@@ -35,7 +35,7 @@ class Stateful:
 
     def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
         """Take over what ``state`` gave; tensors are copied. Raises ``ValueError`` where it is none of an object made alike."""
-        for attribute in self.remembers:
+        for attribute in self.state_fields:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
             if isinstance(value, Stateful) and name not in state:
                 value.load_state(

@@ -24,8 +24,8 @@ from fedmerge_peft.sites.config import Federation
 from fedmerge_peft.sites.exit_with_parent import end_with_parent
 from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR, OUTCOME, TOPIC
 from fedmerge_peft.sites.flare.workarounds import Distinct, say_messages_short
-from fedmerge_peft.sites.server.engine import Letter
-from fedmerge_peft.sites.server.job import State, conduct
+from fedmerge_peft.sites.server.engine import Request
+from fedmerge_peft.sites.server.job import State, run_job
 
 _LOOK = 0.05
 """Seconds between two looks at a queue."""
@@ -53,11 +53,11 @@ class FlareTransport:
         """Seconds that a site has to fetch its work; before its first answer, as long as it has to answer."""
 
     def ask(
-        self, letters: Mapping[str, Sequence[Letter]], deadline: float
+        self, requests: Mapping[str, Sequence[Request]], deadline: float
     ) -> Iterator[tuple[str, int, bytes | str]]:
         """As ``remote.Transport``."""
         answers: Queue[tuple[Task, bytes | str]] = Queue()
-        waiting = {site: deque(queue) for site, queue in letters.items() if queue}
+        waiting = {site: deque(queue) for site, queue in requests.items() if queue}
         standing: dict[str, tuple[int, Task, float]] = {}
         end = time.monotonic() + deadline
 
@@ -173,7 +173,7 @@ class FederationController(Controller):  # type: ignore[misc]
         def stop() -> State | None:
             return "stopped" if abort_signal.triggered else self._wanted
 
-        outcome = conduct(kit, transport, stop, self._tell)
+        outcome = run_job(kit, transport, stop, self._tell)
         folder = Path(workspace.get_run_dir(fl_ctx.get_job_id()))
         temporary = folder / f".{OUTCOME}.{os.getpid()}"
         said = {**vars(outcome), "told": self._told}

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Client
-from fedmerge_peft.engines.assignments import Visits
-from fedmerge_peft.engines.base import check_same, start_of
+from fedmerge_peft.engines.assignments import Assignments
+from fedmerge_peft.engines.base import check_same, make_strategy_context
 from fedmerge_peft.errors import ClientError, FederateError, WireError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.sites.config import Federation
-from fedmerge_peft.sites.messages import Message, layout_digest, read_reply, work_message
+from fedmerge_peft.sites.messages import Message, assignment_message, layout_digest, read_reply
 from fedmerge_peft.sites.server.roster import Roster, counts_of, told_by
 from fedmerge_peft.sites.site_data import stand_in
-from fedmerge_peft.strategies.base import Reply, Start
+from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.training.accelerator import make_accelerator
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Letter = tuple[int, Callable[[], bytes]]
+Request = tuple[int, Callable[[], bytes]]
 """A number to know its answer by, and what makes the message when it is its turn."""
 
 
@@ -49,7 +49,7 @@ class Transport(Protocol):
         """Who is there in this job."""
 
     def ask(
-        self, letters: Mapping[str, Sequence[Letter]], deadline: float
+        self, requests: Mapping[str, Sequence[Request]], deadline: float
     ) -> Iterator[tuple[str, int, bytes | str]]:
         """Send each site its letters, one after another, and hand over the answers as they come: site, number, and the answer's bytes.
 
@@ -153,9 +153,9 @@ class RemoteEngine:
             also=("privacy",),
         )
 
-    def start(self) -> Start:
+    def strategy_context(self) -> StrategyContext:
         """What a strategy starts from."""
-        return start_of(self._model, len(self.clients), self.recipe.seed)
+        return make_strategy_context(self._model, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
         """Training examples of each label, clients × labels; zeros for those who have not told yet."""
@@ -164,11 +164,11 @@ class RemoteEngine:
         nothing = {"counts": [0] * len(self.task.labels)}
         return [self._roster.clients.get(each.name, nothing)["counts"] for each in self.clients]
 
-    def exchange(
+    def train_clients(
         self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
     ) -> Iterator[Reply | ClientError]:
         """Have each client's site carry out its plan; what does not come within the federation's deadline is a ``ClientError``."""
-        asked = Visits.of(visits)
+        asked = Assignments.of(visits)
 
         def letter(index: int) -> bytes:
             _, plan, served = asked.make(index)
@@ -183,11 +183,11 @@ class RemoteEngine:
             except FederateError as error:
                 yield ClientError(name, round, str(error))
 
-    def measure(
+    def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, at its site."""
-        asked = Visits.of(served)
+        asked = Assignments.of(served)
 
         def letter(index: int) -> bytes:
             return self._letter(completed, self.clients[index].name, None, asked.make(index)[1])
@@ -220,19 +220,19 @@ class RemoteEngine:
 
     def _letter(self, round: int, client: str, plan: Plan | None, served: Served | None) -> bytes:
         dtype = self.federation.wire_dtype
-        return work_message(
+        return assignment_message(
             round, client, plan, served, self.backbone.base, self.layout, dtype
         ).to_bytes()
 
     def _ask(self, work: Mapping[int, Callable[[], bytes]]) -> Iterator[tuple[int, bytes | str]]:
-        letters: dict[str, list[Letter]] = {}
+        requests: dict[str, list[Request]] = {}
         for index, letter in work.items():
             site = self.federation.site_of(self.clients[index].name)
             if site in self.absent:
                 yield index, f"its site {site} takes no part in this job: {self.absent[site]}"
             else:
-                letters.setdefault(site, []).append((index, letter))
-        for _, index, answer in self.transport.ask(letters, self.federation.deadline):
+                requests.setdefault(site, []).append((index, letter))
+        for _, index, answer in self.transport.ask(requests, self.federation.deadline):
             yield index, answer
 
 

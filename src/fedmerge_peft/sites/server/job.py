@@ -49,7 +49,7 @@ class _Pause(Exception):  # noqa: N818 (no error: the job ends here, and the run
         self.state = state
 
 
-def conduct(
+def run_job(
     kit: Path, transport: Transport, stop: Callable[[], State | None], tell: Callable[[str], None]
 ) -> Outcome:
     """Do a job: enrol the sites, go on from the last checkpoint, and end after a segment of rounds or with the run.
@@ -77,7 +77,7 @@ def conduct(
             + "".join(f"; without {site} ({why})" for site, why in absent.items())
         )
         try:
-            _go_on(recipe, run, engine, federation.segment, stop, tell)
+            _continue_run(recipe, run, engine, federation.segment, stop, tell)
         except _Pause as pause:
             return _outcome(kit, pause.state, absent=absent)
         return _outcome(
@@ -90,7 +90,7 @@ def conduct(
         return _outcome(kit, "failed", error=f"{type(error).__name__}: {error}", absent=absent)
 
 
-def _go_on(
+def _continue_run(
     recipe: Recipe,
     run: Path,
     engine: RemoteEngine,

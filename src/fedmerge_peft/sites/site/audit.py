@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-LOG = "left.jsonl"
+LOG = "audit.jsonl"
 
 
 @dataclass(frozen=True)
-class Departure:
+class AuditEntry:
     """One message that a site sent."""
 
     kind: str
@@ -28,14 +28,14 @@ class Departure:
     """Why nothing but this was sent."""
 
 
-def record(kit: Path, departure: Departure, content: bytes) -> None:
+def record(kit: Path, entry: AuditEntry, content: bytes) -> None:
     """Add a line: time (UTC), bytes and SHA-256 of what leaves, and what it is. On the disk before this returns, and so before it leaves.
 
     Raises ``OSError``: what cannot be written down does not leave.
     """
     said = {
         "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
-        **{key: value for key, value in asdict(departure).items() if value is not None},
+        **{key: value for key, value in asdict(entry).items() if value is not None},
         "bytes": len(content),
         "sha256": sha256(content).hexdigest(),
     }

@@ -28,12 +28,18 @@ from fedmerge_peft.sites.config import (
     refusal,
     refused_modules,
 )
-from fedmerge_peft.sites.messages import Message, Work, layout_digest, read_work, reply_message
-from fedmerge_peft.sites.site.audit import Departure, record
+from fedmerge_peft.sites.messages import (
+    Assignment,
+    Message,
+    layout_digest,
+    read_assignment,
+    reply_message,
+)
+from fedmerge_peft.sites.site.audit import AuditEntry, record
 from fedmerge_peft.sites.site_data import check_data, numbered, read_data, tell
-from fedmerge_peft.strategies.differential_privacy import release as agreed_release
-from fedmerge_peft.training.execute import released
-from fedmerge_peft.training.plan import InTurn, Plan, Release, Train
+from fedmerge_peft.strategies.differential_privacy import update_privacy as agreed_privacy
+from fedmerge_peft.training.execute import apply_update_privacy
+from fedmerge_peft.training.plan import InTurn, Plan, Train, UpdatePrivacy
 from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.vectors import lengths
 
@@ -74,14 +80,14 @@ class Trainer:
         """Do what a message asks. What fails or is refused is answered in words, without a traceback or an example."""
         try:
             message = Message.from_bytes(content)
-            answer, departure = self._answer(message)
+            answer, entry = self._answer(message)
         except FedMergeError as error:
             cause = error.cause if isinstance(error, ClientError) else str(error)
             log.warning("%s", error)
             answer = Message(
                 "error", {"error": cause, "refused": isinstance(error, RefusedError | WireError)}
             )
-            departure = Departure("error", refused=cause)
+            entry = AuditEntry("error", refused=cause)
         except Exception as error:
             log.exception("a message could not be answered")
             answer = Message(
@@ -91,21 +97,21 @@ class Trainer:
                     "refused": False,
                 },
             )
-            departure = Departure("error", refused=type(error).__name__)
+            entry = AuditEntry("error", refused=type(error).__name__)
         sent = answer.to_bytes()
-        record(self.kit, departure, sent)
+        record(self.kit, entry, sent)
         return sent
 
-    def _answer(self, message: Message) -> tuple[Message, Departure]:
+    def _answer(self, message: Message) -> tuple[Message, AuditEntry]:
         match message.kind:
             case "enrol":
-                return self._enrol(message), Departure("enrol")
+                return self._enrol(message), AuditEntry("enrol")
             case "open":
-                return self._open(message), Departure("open")
+                return self._open(message), AuditEntry("open")
             case "train" | "score":
                 return self._work(message)
             case "adapter":
-                return self._keep(message), Departure("adapter", str(message.facts.get("client")))
+                return self._keep(message), AuditEntry("adapter", str(message.facts.get("client")))
             case other:
                 raise WireError(
                     f"a message of kind {other!r}, which this version does not know; install the same version everywhere"
@@ -180,11 +186,11 @@ class Trainer:
 
     # ---- rounds ------------------------------------------------------------------------------------
 
-    def _work(self, message: Message) -> tuple[Message, Departure]:
+    def _work(self, message: Message) -> tuple[Message, AuditEntry]:
         engine = self._engine
         layout = layout_digest(engine.backbone.layout, engine.backbone.shared)
         dtype = self.federation.wire_dtype
-        work = read_work(message, layout, engine.backbone.layout.size, dtype)
+        work = read_assignment(message, layout, engine.backbone.layout.size, dtype)
         index = next(
             (number for number, client in enumerate(engine.clients) if client.name == work.client),
             None,
@@ -193,37 +199,37 @@ class Trainer:
             raise WireError(f"work for client {work.client!r}, who is not at this site")
         engine.backbone.set_base(work.base)
         if work.plan is None:
-            return self._score(engine, index, work), Departure("score", work.client, work.round)
-        release = self._release(work.plan)
-        plan = replace(work.plan, release=None) if isinstance(work.plan, Train) else work.plan
-        (reply,) = engine.exchange(work.round, [(index, plan, work.served)])
+            return self._score(engine, index, work), AuditEntry("score", work.client, work.round)
+        privacy = self._update_privacy(work.plan)
+        plan = replace(work.plan, privacy=None) if isinstance(work.plan, Train) else work.plan
+        (reply,) = engine.train_clients(work.round, [(index, plan, work.served)])
         if isinstance(reply, ClientError):
             raise reply
         trained = reply.deltas
         norm = norm_trained = float(lengths(trained.reshape(1, -1)))
-        if release is not None:
-            reply = replace(reply, deltas=filtered(trained, plan, release))
+        if privacy is not None:
+            reply = replace(reply, deltas=filtered(trained, plan, privacy))
             norm = float(lengths(reply.deltas.reshape(1, -1)))
-        return reply_message(reply, work.client, layout, dtype), Departure(
+        return reply_message(reply, work.client, layout, dtype), AuditEntry(
             "train", work.client, work.round, norm, norm_trained
         )
 
-    def _score(self, engine: LocalEngine, index: int, work: Work) -> Message:
+    def _score(self, engine: LocalEngine, index: int, work: Assignment) -> Message:
         if work.served is None:
             raise WireError("a client is to be scored, and with nothing")
-        ((_, scores),) = engine.measure([(index, work.served)], work.round)
+        ((_, scores),) = engine.evaluate_clients([(index, work.served)], work.round)
         if isinstance(scores, ClientError):
             raise scores
         return Message("scored", {"client": work.client, "scores": scores})
 
-    def _release(self, plan: Plan) -> Release | None:
+    def _update_privacy(self, plan: Plan) -> UpdatePrivacy | None:
         """What is done to an update before it leaves: the strictest of what the plan, the recipe in the kit and the site say."""
-        asked = plan.release if isinstance(plan, Train) else None
+        asked = plan.privacy if isinstance(plan, Train) else None
         if asked is None and self.agreed.privacy.mode != "none":
             raise RefusedError(
                 f"privacy.mode: the recipe in the kit says {self.agreed.privacy.mode}, and the server asks for updates without it"
             )
-        return stricter(self.settings.privacy, asked, agreed_release(self.agreed.privacy))
+        return stricter(self.settings.privacy, asked, agreed_privacy(self.agreed.privacy))
 
     # ---- the end -----------------------------------------------------------------------------------
 
@@ -260,15 +266,15 @@ class Trainer:
         }
 
 
-def stricter(own: SitePrivacy, *others: Release | None) -> Release | None:
+def stricter(own: SitePrivacy, *others: UpdatePrivacy | None) -> UpdatePrivacy | None:
     """The shortest clip and the largest noise of what a site and others want; None where nobody wants anything."""
     wanted = [each for each in others if each is not None]
     clips = [clip for clip in (own.clip, *(each.clip for each in wanted)) if clip is not None]
     noise = max([own.noise, *(each.noise for each in wanted)])
-    return Release(min(clips, default=float("inf")), noise) if clips or noise else None
+    return UpdatePrivacy(min(clips, default=float("inf")), noise) if clips or noise else None
 
 
-def filtered(deltas: Tensor, plan: Plan, release: Release) -> Tensor:
+def filtered(deltas: Tensor, plan: Plan, privacy: UpdatePrivacy) -> Tensor:
     """Updates ``(k, P)`` as they leave, each row clipped and with noise in the columns that trained, from a seed that stays unknown."""
     if isinstance(plan, InTurn):
         phases = [job.phases for job in plan.jobs]
@@ -276,7 +282,7 @@ def filtered(deltas: Tensor, plan: Plan, release: Release) -> Tensor:
         phases = [plan.phases if isinstance(plan, Train) else (None,)] * len(deltas)
     return torch.stack(
         [
-            released(row, release, columns, secrets.randbits(63))
+            apply_update_privacy(row, privacy, columns, secrets.randbits(63))
             for row, columns in zip(deltas, phases, strict=True)
         ]
     )

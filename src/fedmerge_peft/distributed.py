@@ -10,13 +10,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from fedmerge_peft.errors import DeviceError, FedMergeError, RankError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -90,6 +92,19 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     with _speaking():
         found: T = broadcast_object_list(done, from_process=0)[0]
     return found
+
+
+def rank_zero(method: Callable[P, T]) -> Callable[P, T]:
+    """Turn a function into one that runs on rank 0 alone: a decorator over ``on_rank_zero``.
+
+    All ranks call it, return its result, which is pickled, and raise its errors.
+    """
+
+    @wraps(method)
+    def collective(*args: P.args, **kwargs: P.kwargs) -> T:
+        return on_rank_zero(partial(method, *args, **kwargs))
+
+    return collective
 
 
 def broadcast(tensor: Tensor, owner: int) -> Tensor:

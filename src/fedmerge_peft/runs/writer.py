@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.runs import checkpoint as checkpoints
 from fedmerge_peft.runs.environment import environment_of
+from fedmerge_peft.distributed import rank_zero
 from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.util.files import atomically, link, write_json, write_tensors, write_text, writing
 from fedmerge_peft.recipe import Recipe
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class RunWriter(RunDirectory):
-    """A run to which rounds are being added, by one process (``files.held``)."""
+    """A run to which rounds are being added, by one process (``files.held``).
+
+    On several ranks all of them call its methods. Rank 0 alone writes, and its errors are raised on
+    all.
+    """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         super().__init__(path)
@@ -31,31 +36,29 @@ class RunWriter(RunDirectory):
         self.completed = 0
         """Rounds on the disk."""
 
-    @classmethod
-    def create(cls, path: Path, recipe: Recipe, engine: Engine) -> RunWriter:
-        """Make the directory and write down what is known before the first round. Raises ``RunExistsError``, ``RunError``."""
-        cls.check_free(path)
-        run = cls(path, recipe)
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        run._describe(recipe, engine)
-        return run
+    @rank_zero
+    def begin(self, engine: Engine, strategy: Strategy) -> None:
+        """Make the directory of a new run, or continue an interrupted one.
 
-    @classmethod
-    def reopen(cls, path: Path, recipe: Recipe, engine: Engine, strategy: Strategy) -> RunWriter:
-        """Go back to the newest whole checkpoint, and undo on the disk what a run wrote after it.
-
-        Args:
-            path: Of a run that was interrupted, or is to have more rounds.
-            recipe: The run's, possibly with other values of ``checkpoint.FREE``.
-            engine: Loaded for it.
-            strategy: Just made; brought to where it was.
+        A new directory gets the documents that are known before the first round. An interrupted
+        run goes back to its newest intact checkpoint: ``strategy``, just made, is brought to its
+        state, and files written after it are removed.
 
         Raises:
-            ResumeError: The run cannot go on; nothing was touched.
-            RunError: The directory cannot be written. The run can still go on.
+            RunExistsError: The directory holds something else. Nothing was touched.
+            ResumeError: The run cannot be continued. Nothing was touched.
+            RunError: The directory cannot be written. The run can still be continued.
         """
-        run = cls(path, recipe)
+        if (self.path / "recipe.yaml").is_file():
+            self._reopen(engine, strategy)
+        else:
+            self.check_free(self.path)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._describe(self.recipe, engine)
+
+    def _reopen(self, engine: Engine, strategy: Strategy) -> None:
+        path, recipe = self.path, self.recipe
         documents = _documents(recipe, engine)
         for name in ("clients.json", "task.json"):
             if (path / name).is_file() and _read(path / name) != json.loads(json.dumps(documents[name], default=str)):
@@ -67,12 +70,12 @@ class RunWriter(RunDirectory):
                 found.put_into(strategy)
             except ValueError as error:
                 raise ResumeError(f"{path} cannot go on: its checkpoint is of another adapter, or another version ({error})") from error
-        run._go_back(found)
-        run._describe(recipe, engine)
+        self._go_back(found)
+        self._describe(recipe, engine)
         if found is not None:
             write_tensors(path / "weights.safetensors", {"weights": strategy.weights})
-        return run
 
+    @rank_zero
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
         """Write down a finished round. Raises ``RunError``.
 
@@ -91,6 +94,7 @@ class RunWriter(RunDirectory):
         checkpoints.commit(self.path / "checkpoint", record.round, strategy, self.recipe, position)
         self.completed = record.round
 
+    @rank_zero
     def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
         """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
         loss = scores.validation_loss
@@ -106,6 +110,7 @@ class RunWriter(RunDirectory):
         self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
         write_json(folder / "scores.json", self._best)
 
+    @rank_zero
     def finish(self, final: Scores | None) -> None:
         """Write ``summary.json``."""
         records = self.records

@@ -190,8 +190,3 @@ class PrefixCache:
             self._known[chunk] = True
 
         return prefix.recorded(keep)
-
-
-def through(cache: PrefixCache | None, chunk: Indices) -> AbstractContextManager[None]:
-    """Run the model on the batch of these rows within, past the layers that the cache knows; through all where there is no cache."""
-    return nullcontext() if cache is None else cache.through(chunk)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedmerge_peft.util.stateful import described
+
 _BLOCK = 1 << 10
 """Numbers whose squares are summed in float32 at a time."""
 
@@ -30,3 +32,15 @@ def lengths(rows: Tensor) -> Tensor:
     for number in unsure.nonzero().flatten().tolist():
         found[number] = rows[number].double().norm()
     return found
+
+
+def tensor_mismatch(value: object, shape: tuple[int, ...]) -> str | None:
+    """Return how a value differs from a finite, dense float32 CPU tensor of this shape, or None."""
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}, expected a tensor"
+    if value.layout is not torch.strided or value.device.type != "cpu":
+        layout = str(value.layout).removeprefix("torch.")
+        return f"{layout} on {value.device}, expected strided on the CPU"
+    if value.dtype != torch.float32 or tuple(value.shape) != shape:
+        return f"{described(value)}, expected float32 {shape}"
+    return None if finite(value) else "not finite"

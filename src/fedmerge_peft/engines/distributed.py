@@ -19,7 +19,7 @@ from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.plan import Plan, Served
-from fedmerge_peft.util.row_buffer import Spill
+from fedmerge_peft.util.row_buffer import RowBuffer
 
 log = logging.getLogger(__name__)
 
@@ -105,12 +105,15 @@ class RankedEngine(LocalEngine):
         passes: Sequence[Sequence[int]],
     ) -> dict[int, Reply | ClientError]:
         """What the clients of these passes answer, with the updates put aside."""
-        kept, answers = Spill(expected=sum(map(len, passes))), dict[int, Reply | ClientError]()
+        kept, answers = (
+            RowBuffer(expected_calls=sum(map(len, passes))),
+            dict[int, Reply | ClientError](),
+        )
         for clients in passes:
             visits = [self._visit(round, *asked.make(client)) for client in clients]
             for client, answer in zip(clients, self._answers(visits), strict=True):
                 answers[client] = (
-                    replace(answer, deltas=kept.keep(answer.deltas))
+                    replace(answer, deltas=kept.append(answer.deltas))
                     if isinstance(answer, Reply)
                     else answer
                 )

@@ -32,7 +32,7 @@ from fedmerge_peft.strategies.differential_privacy import (
 )
 from fedmerge_peft.training.plan import Plan, Served, Train
 from fedmerge_peft.util import profiling
-from fedmerge_peft.util.row_buffer import Spill
+from fedmerge_peft.util.row_buffer import RowBuffer
 from fedmerge_peft.util.seeds import derive
 
 log = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ class Federation:
         plans = WeakValueDictionary[
             int, Plan
         ]()  # as long as the engine holds them; it may be done with them before it replies
-        deltas, rows = Spill(expected=len(cohort)), Spill(expected=len(cohort))
+        deltas, rows = RowBuffer(expected_calls=len(cohort)), RowBuffer(expected_calls=len(cohort))
 
         def fail(client: str, cause: str, error: ClientError | None = None) -> None:
             error = error or ClientError(client, number, cause)
@@ -275,8 +275,8 @@ class Federation:
                 fail(name, cause)
                 continue
             with profiling.timed("server"):
-                trained[answer.client] = rows.keep(self.strategy.trained_rows(plan, answer))
-                replies[answer.client] = replace(answer, deltas=deltas.keep(answer.deltas))
+                trained[answer.client] = rows.append(self.strategy.trained_rows(plan, answer))
+                replies[answer.client] = replace(answer, deltas=deltas.append(answer.deltas))
             if on_client is not None:
                 on_client(answer)
         for client in cohort:

@@ -9,27 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 2**27
+CHUNK_BYTES = 2**27
 """Bytes of rows that are worked on at a time; a single row may be larger."""
-IN_MEMORY = 2**28
-"""Bytes of rows that a ``Spill`` holds in memory before it goes on in a file."""
+MEMORY_BYTES = 2**28
+"""Bytes of rows that a ``RowBuffer`` holds in memory before it goes on in a file."""
 
 
-class Spill:
-    """Keeps rows side by side, so that several of them are one matrix without a copy (``side_by_side``).
+class RowBuffer:
+    """Keeps rows side by side, so that several of them are one matrix without a copy (``as_matrix``).
 
-    Beyond ``most`` bytes (by default ``IN_MEMORY``) they lie in a temporary file, in the folder that ``TMPDIR`` names, that is mapped
+    Beyond ``max_bytes`` bytes (by default ``MEMORY_BYTES``) they lie in a temporary file, in the folder that ``TMPDIR`` names, that is mapped
     into memory: the system takes their pages back when it needs them. The file goes when nothing refers to its rows.
     """
 
-    def __init__(self, most: int | None = None, expected: int = 1) -> None:
-        """``expected`` tells how often ``keep`` will be called: with as many rows each time, all of them then lie in one block."""
-        self._expected = expected
-        self._left = IN_MEMORY if most is None else most
+    def __init__(self, max_bytes: int | None = None, expected_calls: int = 1) -> None:
+        """``expected_calls`` tells how often ``append`` will be called: with as many rows each time, all of them then lie in one block."""
+        self._expected_calls = expected_calls
+        self._left = MEMORY_BYTES if max_bytes is None else max_bytes
         self._block = torch.empty(0)
         self._used = 0
 
-    def keep(self, rows: Tensor) -> Tensor:
+    def append(self, rows: Tensor) -> Tensor:
         """A copy of float32 rows ``(k, P)`` that lasts as long as it is referred to."""
         if self._used + rows.numel() > len(self._block):
             self._block, self._used = self._next(rows.numel()), 0
@@ -39,7 +39,7 @@ class Spill:
 
     def _next(self, least: int) -> Tensor:
         """Room for at least so many numbers, and for as many such rows as make a chunk."""
-        numbers = least * max(self._expected, CHUNK // (4 * least))
+        numbers = least * max(self._expected_calls, CHUNK_BYTES // (4 * least))
         self._left -= 4 * numbers
         if self._left >= 0:
             return torch.empty(numbers)  # what is not used takes no memory
@@ -47,7 +47,7 @@ class Spill:
             return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(numbers,)))
 
 
-def side_by_side(rows: Sequence[Tensor]) -> Tensor:
+def as_matrix(rows: Sequence[Tensor]) -> Tensor:
     """Rows ``(P,)`` as one matrix ``(k, P)``; a view, where they lie in one block at equal distances."""
     first, *others = rows
     starts = [row.storage_offset() for row in rows]

@@ -63,7 +63,7 @@ def test_warm_means_take_a_row_for_each_client_that_has_replied_and_no_more(form
     strategy = federation.strategy("fedmerge", adapters=2, start="warm", warm_rounds=5)
     federation.round(strategy, [3, 40])
     federation.round(strategy, [7, 40])
-    assert strategy.state()["warming.sums"].shape == (3, federation.layout.size)
+    assert strategy.state_dict()["warming.sums"].shape == (3, federation.layout.size)
 
 
 _TIGHT = """

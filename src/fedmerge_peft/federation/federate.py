@@ -135,7 +135,7 @@ def _catch_up(run: RunWriter, federation: Federation) -> None:
     records: list[dict[str, Any]] = distributed.on_rank_zero(lambda: run.records)
     if records and distributed.world_size() > 1:
         rows, base, state = distributed.on_rank_zero(
-            lambda: (strategy.soup.rows, dict(strategy.soup.base), strategy.state())
+            lambda: (strategy.soup.rows, dict(strategy.soup.base), strategy.state_dict())
         )
         if not distributed.is_main():
             strategy.soup = replace(
@@ -143,7 +143,7 @@ def _catch_up(run: RunWriter, federation: Federation) -> None:
                 rows=rows.clone(),
                 base={module: tensor.clone() for module, tensor in base.items()},
             )
-            strategy.load_state(state)
+            strategy.load_state_dict(state)
     federation.restore_progress(records)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, Mixture, Plan
-from fedmerge_peft.util.stateful import described
+from fedmerge_peft.util.stateful import describe
 from fedmerge_peft.util.vectors import finite
 
 

@@ -29,7 +29,7 @@ from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.util.files import atomically, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
-from fedmerge_peft.util.stateful import described
+from fedmerge_peft.util.stateful import describe
 from fedmerge_peft.strategies.base import Strategy
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Checkpoint:
         # copied, as kernels may round otherwise where memory is not aligned as torch does it
         base = {module: tensor.clone() for module, tensor in theirs.base.items()}
         strategy.soup = replace(ours, rows=theirs.rows.clone(), base=base)
-        strategy.load_state({**self.tensors, **self.manifest.counters})
+        strategy.load_state_dict({**self.tensors, **self.manifest.counters})
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
         recipe: The run's.
         metrics: Bytes of ``metrics.jsonl`` with that round's line.
     """
-    state = strategy.state()
+    state = strategy.state_dict()
     tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     with writing(folder):

@@ -22,7 +22,7 @@ from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import WireError
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train, UpdatePrivacy
-from fedmerge_peft.util.stateful import described
+from fedmerge_peft.util.stateful import describe
 
 PROTOCOL = 1
 """Both ends must speak the same."""

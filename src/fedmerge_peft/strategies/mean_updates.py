@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedmerge_peft.strategies.base import StrategyContext
 from fedmerge_peft.util.row_buffer import RowBuffer, as_matrix
-from fedmerge_peft.util.stateful import State, Stateful, described, fitting
+from fedmerge_peft.util.stateful import State, Stateful, checked_copy, describe
 
 
 class MeanUpdates(Stateful):
@@ -50,15 +50,15 @@ class MeanUpdates(Stateful):
             [kept.append(row / count) for row, count in zip(self._ascending(), counts, strict=True)]
         )
 
-    def state(self) -> State:
+    def state_dict(self) -> State:
         return {"sums": self._rows(), "counts": self._counts}
 
-    def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         if state.keys() != {"sums", "counts"}:
             raise ValueError(
                 f"{', '.join(sorted(state.keys() ^ {'sums', 'counts'}))}: on one side only"
             )
-        sums, counts = state["sums"], fitting("counts", self._counts, state["counts"])
+        sums, counts = state["sums"], checked_copy("counts", self._counts, state["counts"])
         clients = torch.nonzero(counts).flatten() if isinstance(counts, Tensor) else torch.empty(0)
         if (
             not isinstance(sums, Tensor)

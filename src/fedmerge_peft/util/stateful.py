@@ -16,29 +16,29 @@ class Stateful:
     """Something that lives for several rounds: ``remembers`` names the attributes that change with them.
 
     They are tensors, which keep shape and dtype, counters, or other ``Stateful``, which may be set to None for good. All else
-    follows from the recipe and the seed. An object that was just made is brought to where another one was by its ``state()``.
+    follows from the recipe and the seed. An object that was just made is brought to where another one was by its ``state_dict()``.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ()
 
-    def state(self) -> State:
+    def state_dict(self) -> State:
         """All that is remembered, as it is now; not copied."""
         found: State = {}
         for attribute in self.state_fields:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
             found |= (
-                {f"{name}.{key}": part for key, part in value.state().items()}
+                {f"{name}.{key}": part for key, part in value.state_dict().items()}
                 if isinstance(value, Stateful)
                 else {name: value}
             )
         return found
 
-    def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
-        """Take over what ``state`` gave; tensors are copied. Raises ``ValueError`` where it is none of an object made alike."""
+    def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
+        """Take over what ``state_dict`` gave; tensors are copied. Raises ``ValueError`` where it is none of an object made alike."""
         for attribute in self.state_fields:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
             if isinstance(value, Stateful) and name not in state:
-                value.load_state(
+                value.load_state_dict(
                     {
                         key.removeprefix(f"{name}."): part
                         for key, part in state.items()
@@ -46,12 +46,12 @@ class Stateful:
                     }
                 )
             else:
-                setattr(self, attribute, fitting(name, value, state.get(name)))
-        if other := sorted(self.state().keys() ^ state.keys()):
+                setattr(self, attribute, checked_copy(name, value, state.get(name)))
+        if other := sorted(self.state_dict().keys() ^ state.keys()):
             raise ValueError(f"{', '.join(other)}: on one side only")
 
 
-def fitting(name: str, ours: object, theirs: Tensor | int | None) -> Tensor | int | None:
+def checked_copy(name: str, ours: object, theirs: Tensor | int | None) -> Tensor | int | None:
     """A copy of what is to be loaded. Raises ``ValueError`` unless it is of our kind, and a tensor of our shape and dtype."""
     if (
         isinstance(ours, Tensor)
@@ -68,7 +68,7 @@ def fitting(name: str, ours: object, theirs: Tensor | int | None) -> Tensor | in
     )
 
 
-def described(value: object) -> str:
+def describe(value: object) -> str:
     """A value in a message: a tensor by dtype and shape, a counter by its kind."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"

@@ -44,7 +44,7 @@ from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.reference import Trained, train
 from fedmerge_peft.util.profiling import timed
 from fedmerge_peft.util.seeds import derive
-from fedmerge_peft.util.vectors import finite
+from fedmerge_peft.util.vectors import all_finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -229,7 +229,7 @@ class LocalEngine:
     def _reply(
         self, visit: _Visit, before: dict[str, float] | None, work: ClientResult
     ) -> Reply | ClientError:
-        if not finite(work.deltas):
+        if not all_finite(work.deltas):
             cause = "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
             return ClientError(visit.client.name, visit.round, cause)
         finetuned = visit.served is not None and self.recipe.evaluation.finetuned

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, Mixture, Plan
 from fedmerge_peft.util.stateful import describe
-from fedmerge_peft.util.vectors import finite
+from fedmerge_peft.util.vectors import all_finite
 
 
 def fault(
@@ -60,6 +60,6 @@ def _form(value: object, shape: tuple[int, ...]) -> str | None:
         return f"{str(value.layout).removeprefix('torch.')} on {value.device}, expected strided on the CPU"
     if value.dtype != torch.float32 or tuple(value.shape) != shape:
         return f"{described(value)}, expected float32 {shape}"
-    if not finite(value):
+    if not all_finite(value):
         return "not finite"
     return None

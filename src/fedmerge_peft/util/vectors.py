@@ -9,12 +9,12 @@ _BLOCK = 1 << 10
 """Numbers whose squares are summed in float32 at a time."""
 
 
-def finite(values: Tensor) -> bool:
+def all_finite(values: Tensor) -> bool:
     """Whether all of them are. One that is not makes their sum not finite either; only where the sum itself overflows is each looked at."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def lengths(rows: Tensor) -> Tensor:
+def row_norms(rows: Tensor) -> Tensor:
     """‖row‖₂ of each of ``(k, P)`` float32 rows, ``(k,)`` float64, to about 10⁻⁶.
 
     Blocks are summed in float32, their sums in float64. Rows whose squares a block cannot hold, too large or too small, are taken one

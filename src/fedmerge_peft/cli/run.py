@@ -53,7 +53,7 @@ def run(
 
     from fedmerge_peft.api import Run, federate
     from fedmerge_peft.errors import RunExistsError
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
     from fedmerge_peft.util.profiling import collect_timings
 
     directory = out if out is not None else Run.default_path(loaded)
@@ -65,7 +65,7 @@ def run(
         )
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
     console = Console(highlight=False, quiet=not is_main())
-    log_to(Console(stderr=True, highlight=False), engines_only=not is_main())
+    configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     with collect_timings() as timer:
         finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
     leave()
@@ -97,10 +97,10 @@ def resume(
     from rich.console import Console
 
     from fedmerge_peft.api import resume
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
 
     console = Console(highlight=False, quiet=not is_main())
-    log_to(Console(stderr=True, highlight=False), engines_only=not is_main())
+    configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     finished = _watched(partial(resume, run, overrides or []), run, console, quiet)
     leave()
     if not quiet and is_main():

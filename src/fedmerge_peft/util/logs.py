@@ -19,7 +19,7 @@ class _Harmless(logging.Formatter):
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def log_to(console: Console, *, engines_only: bool = False) -> None:
+def configure_logging(console: Console, *, engines_only: bool = False) -> None:
     """Print this package's warnings as one line each; silence progress bars and deprecations of the libraries we stand on."""
     from rich.logging import RichHandler
 

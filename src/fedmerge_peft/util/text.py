@@ -10,6 +10,6 @@ def printable(text: str) -> str:
     )
 
 
-def encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
     """Whether this is Unicode text, without the halves of surrogate pairs that escapes and file names can bring."""
     return not any("\ud800" <= c <= "\udfff" for c in text)

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def launched() -> int:
+def launched_processes() -> int:
     """How many processes a launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """Which of them this process is, from 0."""
-    return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if launched_processes() > 1 else 0
 
 
 def is_main() -> bool:
@@ -60,8 +60,8 @@ def all_gather(work: Callable[[], T]) -> list[T]:
         failure = error
     from accelerate.utils import gather_object
 
-    with _speaking():
-        told = gather_object([(found, None if failure is None else _portable(failure))])
+    with _translated_errors():
+        told = gather_object([(found, None if failure is None else _picklable_error(failure))])
     lowest, theirs = next(
         ((rank, error) for rank, (_, error) in enumerate(told) if error is not None), (0, None)
     )
@@ -87,7 +87,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     done = [on_all_ranks(work) if is_main() else on_all_ranks(lambda: None)]
     from accelerate.utils import broadcast_object_list
 
-    with _speaking():
+    with _translated_errors():
         found: T = broadcast_object_list(done, from_process=0)[0]
     return found
 
@@ -99,20 +99,20 @@ def broadcast(tensor: Tensor, owner: int) -> Tensor:
     from accelerate.state import PartialState
     from accelerate.utils import broadcast
 
-    with _speaking():
+    with _translated_errors():
         found: Tensor = broadcast(tensor.to(PartialState().device), from_process=owner)
     return found.cpu()
 
 
-def refuse_ranks(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raise ``DeviceError`` where a launcher has started several ranks, for what only works in a process of its own."""
-    if launched() > 1:
+    if launched_processes() > 1:
         raise DeviceError(
             f"{what} does not run on several ranks: start it without the launcher, once for each device"
         )
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Part from the others, at the end of the program: a process group that is left to the interpreter's end complains."""
     if world_size() > 1:
         from accelerate.state import PartialState
@@ -126,7 +126,7 @@ def wait_for_launcher(seconds: float = 5.0) -> None:
 
 
 @contextmanager
-def _speaking() -> Iterator[None]:
+def _translated_errors() -> Iterator[None]:
     """Turn what a broken connection raises, whatever the backend, into one error."""
     try:
         yield
@@ -136,7 +136,7 @@ def _speaking() -> Iterator[None]:
         ) from error
 
 
-def _portable(error: BaseException) -> BaseException:
+def _picklable_error(error: BaseException) -> BaseException:
     """An error as the other ranks raise it."""
     if isinstance(error, FedMergeError | KeyboardInterrupt):
         return error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmerge_peft.cli.app import Overrides, RecipeSource, app
-from fedmerge_peft.distributed import is_main, leave
+from fedmerge_peft.distributed import destroy_process_group, is_main
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ def run(
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     with collect_timings() as timer:
         finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
-    leave()
+    destroy_process_group()
     if not quiet and is_main():
         _show(finished, recipe, overrides or [], console)
     if profile:
@@ -102,7 +102,7 @@ def resume(
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     finished = _watched(partial(resume, run, overrides or []), run, console, quiet)
-    leave()
+    destroy_process_group()
     if not quiet and is_main():
         _show(finished, str(run / "recipe.yaml"), [], console)
 

@@ -142,7 +142,7 @@ class RankedEngine(LocalEngine):
 
 def load_engine(recipe: Recipe) -> LocalEngine:
     """Data and model for this process, or for its rank where a launcher has started several. Raises as ``LocalEngine.from_recipe``."""
-    if distributed.launched() == 1:
+    if distributed.launched_processes() == 1:
         return LocalEngine.from_recipe(recipe)
     make_accelerator(recipe.training)  # brings the ranks together
     return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe))

@@ -56,7 +56,7 @@ def resume_run(
     run = RunDirectory.open(path)
     recipe = _continued(run, overrides)
     check_trackers(recipe)
-    if distributed.launched() > 1:
+    if distributed.launched_processes() > 1:
         engine = engine or load_engine(
             recipe
         )  # the ranks come together first, so that all have seen the directory before it changes

@@ -41,7 +41,7 @@ def run_sweep(
     on_round: Callable[[str, RoundRecord], None] | None = None,
 ) -> dict[str, Path]:
     """Run each recipe into ``out/<name>``; returns the run directories. Documented at ``api.sweep``."""
-    distributed.refuse_ranks("a sweep")
+    distributed.require_single_process("a sweep")
     paths = {name: _path(Path(out), name) for name in recipes}
     with writing(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)

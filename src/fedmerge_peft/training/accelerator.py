@@ -25,7 +25,7 @@ def choose_device(wanted: str) -> torch.device:
 
     Raises ``DeviceError`` where it is absent.
     """
-    if distributed.launched() > 1:
+    if distributed.launched_processes() > 1:
         return _of_this_rank(wanted)
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

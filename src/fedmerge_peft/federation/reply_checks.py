@@ -59,7 +59,7 @@ def _form(value: object, shape: tuple[int, ...]) -> str | None:
     if value.layout is not torch.strided or value.device.type != "cpu":
         return f"{str(value.layout).removeprefix('torch.')} on {value.device}, expected strided on the CPU"
     if value.dtype != torch.float32 or tuple(value.shape) != shape:
-        return f"{described(value)}, expected float32 {shape}"
+        return f"{describe(value)}, expected float32 {shape}"
     if not all_finite(value):
         return "not finite"
     return None

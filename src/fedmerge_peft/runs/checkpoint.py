@@ -71,7 +71,7 @@ class Checkpoint:
         """Bring a strategy that was just made to this state. Raises ``ValueError`` where it is another one's."""
         ours, theirs = strategy.soup, self.soup
         if (theirs.layout, theirs.rows.shape, theirs.base.keys()) != (ours.layout, ours.rows.shape, ours.base.keys()):
-            raise ValueError(f"its soup is {described(theirs.rows)}, or has other parts, where {described(ours.rows)} was expected")
+            raise ValueError(f"its soup is {describe(theirs.rows)}, or has other parts, where {describe(ours.rows)} was expected")
         # copied, as kernels may round otherwise where memory is not aligned as torch does it
         base = {module: tensor.clone() for module, tensor in theirs.base.items()}
         strategy.soup = replace(ours, rows=theirs.rows.clone(), base=base)

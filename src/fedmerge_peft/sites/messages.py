@@ -344,7 +344,7 @@ class _Reader:
         if not fits:
             wanted = f"{str(dtype).removeprefix('torch.')}{'' if columns is None else f' with {columns} columns'}"
             raise WireError(
-                f"{name} is {described(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
+                f"{name} is {describe(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
             )
         return tensor
 

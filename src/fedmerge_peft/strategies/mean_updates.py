@@ -66,7 +66,7 @@ class MeanUpdates(Stateful):
             or sums.dtype != torch.float32
         ):
             raise ValueError(
-                f"sums: {described(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected"
+                f"sums: {describe(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected"
             )
         self._sums, self._buffer = {}, RowBuffer(expected_calls=len(self._counts))
         self.add(clients, sums)

@@ -64,7 +64,7 @@ def checked_copy(name: str, ours: object, theirs: Tensor | int | None) -> Tensor
     ):
         return theirs
     raise ValueError(
-        f"{name}: {described(theirs)} does not fit where {described(ours)} was expected"
+        f"{name}: {describe(theirs)} does not fit where {describe(ours)} was expected"
     )
 
 

@@ -208,7 +208,7 @@ def test_weights_are_shares_and_those_of_clients_that_were_not_asked_stay(
     from fedmerge_peft import AdapterLayout
     from fedmerge_peft.strategies import StrategyContext
 
-    layout = AdapterLayout.of(
+    layout = AdapterLayout.from_tensors(
         [("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")]
     )
     generator = torch.Generator().manual_seed(seed)

@@ -123,7 +123,7 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
     from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
     from fedmerge_peft.util.row_buffer import RowBuffer
 
-    layout = AdapterLayout.of([("layer.lora_A.weight", (100, size // 100), "lora")])
+    layout = AdapterLayout.from_tensors([("layer.lora_A.weight", (100, size // 100), "lora")])
     generator = torch.Generator().manual_seed(0)
     strategy = make_strategy(
         FedMergeRecipe(name="fedmerge", adapters=adapters, start="independent"),

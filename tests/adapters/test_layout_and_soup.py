@@ -12,7 +12,7 @@ SHAPES = st.lists(
 
 
 def layout_of(shapes):
-    return AdapterLayout.of(
+    return AdapterLayout.from_tensors(
         (f"layer.{n}.weight", shape, "head" if n == 0 else "lora") for n, shape in enumerate(shapes)
     )
 

@@ -76,7 +76,7 @@ from fedmerge_peft.strategies import Reply, Start, make_strategy
 
 row_buffer.CHUNK_BYTES = row_buffer.MEMORY_BYTES = 2**22
 SIZE, CLIENTS = 2**18, 200
-layout = AdapterLayout.of([("head.weight", (SIZE,), "head")])
+layout = AdapterLayout.from_tensors([("head.weight", (SIZE,), "head")])
 start = Start(CLIENTS, layout, lambda number: torch.randn(SIZE, generator=torch.Generator().manual_seed(number)))
 
 

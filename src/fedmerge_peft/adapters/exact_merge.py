@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.lora_factors import check_products, pairs
+from fedmerge_peft.adapters.lora_factors import check_plain_lora, factor_pairs
 from fedmerge_peft.adapters.soup import AdapterSoup
 
 
 def _check_exact(soup: AdapterSoup) -> None:
     try:
-        check_products(soup.layout)
+        check_plain_lora(soup.layout)
     except ValueError as error:
         raise ValueError(f"these adapters have no exact merge: {error}") from error
 
@@ -48,7 +48,7 @@ def concat(
     merged = soup.state_dict(
         soup.merge(weights)
     )  # heads and biases are linear: their average is exact
-    for _, a_key, b_key in pairs(states[0]):
+    for _, a_key, b_key in factor_pairs(states[0]):
         merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
         merged[b_key] = torch.cat(
             [
@@ -96,7 +96,7 @@ def with_base(
     power = 0.5 if config.get("use_rslora") else 1.0
     alphas = config.get("alpha_pattern") or {}
     whole, ranks, scaled, left = dict(state), {}, {}, set(base)
-    for module, a_key, b_key in pairs(state):
+    for module, a_key, b_key in factor_pairs(state):
         name = module.removeprefix("base_model.model.")
         a, b = state[a_key], state[b_key]
         scaling = (
@@ -132,7 +132,7 @@ def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
     states = [soup.state_dict(row) for row in soup.rows]
     merged = soup.state_dict(soup.merge(weights))
     off = exact = 0.0
-    for _, a_key, b_key in pairs(merged):
+    for _, a_key, b_key in factor_pairs(merged):
         terms = (
             weight * (state[b_key].double() @ state[a_key].double())
             for weight, state in zip(weights.double(), states, strict=True)

@@ -44,7 +44,7 @@ class AdapterLayout:
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...], Role]]) -> AdapterLayout:
+    def from_tensors(cls, tensors: Iterable[tuple[str, tuple[int, ...], Role]]) -> AdapterLayout:
         """Lay tensors out one after another, in the order given."""
         entries: list[Entry] = []
         offset = 0
@@ -106,7 +106,7 @@ class AdapterLayout:
     @classmethod
     def from_json(cls, text: str) -> AdapterLayout:
         """Read back what ``to_json`` wrote. Raises ``ValueError`` where the offsets do not add up."""
-        layout = cls.of(
+        layout = cls.from_tensors(
             (entry["key"], tuple(entry["shape"]), entry["role"]) for entry in json.loads(text)
         )
         if [entry.offset for entry in layout.entries] != [

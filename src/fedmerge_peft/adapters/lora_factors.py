@@ -14,14 +14,14 @@ _FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embed
 """How the saved names of the factors A ``(r, in)`` and B ``(out, r)`` end: of layers, and of embeddings."""
 _NAMES = tuple(name for pair in _FACTORS for name in pair)
 
-INPUT_SIDE = tuple(a for a, _ in _FACTORS)
+A_SUFFIXES = tuple(a for a, _ in _FACTORS)
 """How the saved names of A end."""
 
-RANDOM = ("lora_A.weight", "lora_embedding_B")
+RANDOM_INIT_SUFFIXES = ("lora_A.weight", "lora_embedding_B")
 """How the saved names of the factors end that PEFT starts at random numbers; their partners start at zero."""
 
 
-def pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+def factor_pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     """For each factor A among the saved names: the layer's name in the PEFT model, and the saved names of A and B."""
     for name in names:
         for a, b in _FACTORS:
@@ -30,7 +30,7 @@ def pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
                 yield module, name, f"{module}.{b}"
 
 
-def check_products(layout: AdapterLayout) -> None:
+def check_plain_lora(layout: AdapterLayout) -> None:
     """Raise ``ValueError`` unless each layer's update is scaling · B A of two matrices: not with DoRA, on experts, or on convolutions."""
     for entry in layout.entries:
         if entry.role == "expert":
@@ -44,7 +44,7 @@ def check_products(layout: AdapterLayout) -> None:
 
 
 @dataclass(frozen=True)
-class Factors:
+class LayerFactors:
     """The two factors of one adapted layer, whose update is scaling · B A."""
 
     module: str
@@ -62,21 +62,23 @@ class Factors:
     def embedding(self) -> bool:
         return self.a.key.endswith(_FACTORS[1][0])
 
-    def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Views of A ``(r, in)`` and B ``(out, r)`` in a row ``(P,)``."""
         return row[self.a.columns].view(self.a.shape), row[self.b.columns].view(self.b.shape)
 
 
-def factors(layout: AdapterLayout) -> list[Factors]:
+def layer_factors(layout: AdapterLayout) -> list[LayerFactors]:
     """The pairs A, B of all adapted layers.
 
     Raises:
-        ValueError: As ``check_products``, and for factors whose partner is not in the row but frozen and common.
+        ValueError: As ``check_plain_lora``, and for factors whose partner is not in the row but frozen and common.
     """
-    check_products(layout)
+    check_plain_lora(layout)
     entries = {entry.key: entry for entry in layout.entries}
     found = [
-        Factors(module, entries[a], entries[b]) for module, a, b in pairs(entries) if b in entries
+        LayerFactors(module, entries[a], entries[b])
+        for module, a, b in factor_pairs(entries)
+        if b in entries
     ]
     paired = {entry.key for layer in found for entry in (layer.a, layer.b)}
     for key in entries:
@@ -87,20 +89,20 @@ def factors(layout: AdapterLayout) -> list[Factors]:
     return found
 
 
-def rank_columns(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:
+def rank_mask(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:
     """The columns of some of each layer's ranks, as a mask ``(P,)``: rows of A, columns of B.
 
-    ``ranks`` is told the rank of a layer and says which of it are meant. Raises ``ValueError`` as ``factors`` does.
+    ``ranks`` is told the rank of a layer and says which of it are meant. Raises ``ValueError`` as ``layer_factors`` does.
     """
     mask = torch.zeros(layout.size, dtype=torch.bool)
-    for layer in factors(layout):
-        a, b = layer.of(mask)
+    for layer in layer_factors(layout):
+        a, b = layer.split(mask)
         a[ranks(layer.rank)] = True
         b[:, ranks(layer.rank)] = True
     return mask
 
 
-def columns_named(layout: AdapterLayout, endings: tuple[str, ...]) -> Tensor:
+def suffix_mask(layout: AdapterLayout, endings: tuple[str, ...]) -> Tensor:
     """The columns of tensors whose saved name ends so, as a mask ``(P,)``."""
     mask = torch.zeros(layout.size, dtype=torch.bool)
     for entry in layout.entries:
@@ -109,13 +111,13 @@ def columns_named(layout: AdapterLayout, endings: tuple[str, ...]) -> Tensor:
     return mask
 
 
-def inner_of_products(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+def update_inner_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     """⟨B A, B' A'⟩_F of two pairs (A, B) and (A', B') of any ranks, in float64, without either product: ⟨Bᵀ B', A A'ᵀ⟩."""
     (a, b), (other_a, other_b) = one, other
     return float(((b.double().T @ other_b.double()) * (a.double() @ other_a.double().T)).sum())
 
 
-def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U ``(out, k)``, S ``(k,)`` and Vᵀ ``(k, in)`` of B A in float64, largest first, for B ``(out, r)`` and A ``(r, in)``.
 
     With B = Q_B R_B and Aᵀ = Q_A R_A it is the singular value decomposition of the small R_B R_Aᵀ, and k is at most r.

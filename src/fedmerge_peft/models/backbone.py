@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge_peft.adapters.layout import AdapterLayout, Role
-from fedmerge_peft.adapters.lora_factors import RANDOM
+from fedmerge_peft.adapters.lora_factors import RANDOM_INIT_SUFFIXES
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.frozen_prefix import find_prefix
 from fedmerge_peft.models.pretrained import load_model
@@ -347,7 +347,7 @@ def _draw(model: Any) -> None:
 
 def _starts_random(name: str) -> bool:
     """Whether a parameter is a factor that starts random while its partner starts at zero: one that ``merge: shared_a`` freezes."""
-    return name.replace(".default", "").endswith(RANDOM)  # as PEFT saves it
+    return name.replace(".default", "").endswith(RANDOM_INIT_SUFFIXES)  # as PEFT saves it
 
 
 def _with_layout(model: Any) -> Backbone:
@@ -390,5 +390,7 @@ def _with_layout(model: Any) -> Backbone:
             return "head"
         return "expert" if id(parameter) in experts else "lora"
 
-    layout = AdapterLayout.of((saved[p.data_ptr()], tuple(p.shape), role(p)) for _, p in trainable)
+    layout = AdapterLayout.from_tensors(
+        (saved[p.data_ptr()], tuple(p.shape), role(p)) for _, p in trainable
+    )
     return Backbone(model, layout, [parameter for _, parameter in trainable], shared)

@@ -63,9 +63,7 @@ def checked_copy(name: str, ours: object, theirs: Tensor | int | None) -> Tensor
         type(ours) is int and type(theirs) is int
     ):
         return theirs
-    raise ValueError(
-        f"{name}: {describe(theirs)} does not fit where {describe(ours)} was expected"
-    )
+    raise ValueError(f"{name}: {describe(theirs)} does not fit where {describe(ours)} was expected")
 
 
 def describe(value: object) -> str:

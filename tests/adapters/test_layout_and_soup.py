@@ -97,7 +97,7 @@ def test_rows_of_another_layout_are_refused():
 def test_uniform_weights_have_full_entropy_and_even_mass():
     weights = MergingWeights.uniform(5, 4).softmax()
     assert merging_weights.entropy(weights) == pytest.approx(1.0)
-    assert merging_weights.mass(weights) == pytest.approx([0.25] * 4)
+    assert merging_weights.adapter_shares(weights) == pytest.approx([0.25] * 4)
 
 
 def test_one_hot_weights_have_no_entropy():
@@ -106,13 +106,13 @@ def test_one_hot_weights_have_no_entropy():
 
 
 def test_weights_that_have_not_moved_are_warned_about():
-    assert "not moved" in merging_weights.warnings(torch.full((6, 3), 1 / 3))[0]
+    assert "not moved" in merging_weights.weight_warnings(torch.full((6, 3), 1 / 3))[0]
 
 
 def test_unused_adapters_are_warned_about_by_number():
     weights = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]])
-    assert merging_weights.warnings(weights) == [
+    assert merging_weights.weight_warnings(weights) == [
         "adapter 2 of 3 stands unused (less than a quarter of an even share of the clients' weight)"
     ]
-    assert merging_weights.warnings(torch.eye(3)) == []
-    assert merging_weights.warnings(torch.ones(3, 1)) == []
+    assert merging_weights.weight_warnings(torch.eye(3)) == []
+    assert merging_weights.weight_warnings(torch.ones(3, 1)) == []

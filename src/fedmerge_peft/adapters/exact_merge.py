@@ -73,7 +73,7 @@ def concat(
     }
 
 
-def with_base(
+def add_base_update(
     state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One adapter that carries what the backbone has gained too: scaling · [B, U S / scaling] [A; Vᵀ] = scaling · B A + ΔW.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge_peft.util.stateful import Stateful
 
-UNUSED = 0.25
+UNUSED_SHARE = 0.25
 """An adapter counts as unused below this part of an even share of the clients' weight."""
 
 
@@ -45,12 +45,12 @@ def entropy(weights: Tensor) -> float:
     return float(nats.mean()) / math.log(weights.shape[1])
 
 
-def mass(weights: Tensor) -> list[float]:
+def adapter_shares(weights: Tensor) -> list[float]:
     """Each adapter's share of all clients' weight, ``(d,)``; sums to 1, and 1/d each is the uniform start."""
     return [float(share) for share in weights.double().mean(dim=0)]
 
 
-def warnings(weights: Tensor) -> list[str]:
+def weight_warnings(weights: Tensor) -> list[str]:
     """What a person should know about π: weights that have not moved, adapters that nobody uses."""
     adapters = weights.shape[1]
     if adapters < 2:
@@ -60,14 +60,16 @@ def warnings(weights: Tensor) -> list[str]:
             "the merging weights have not moved from uniform: all clients get the same adapter. "
             "Raise strategy.weights_lr, or use strategy.rule=normalized"
         ]
-    return unused(weights)
+    return unused_warning(weights)
 
 
-def unused(weights: Tensor) -> list[str]:
+def unused_warning(weights: Tensor) -> list[str]:
     """Which adapters nobody uses, as one warning; empty where all are in use."""
     adapters = weights.shape[1]
     idle = [
-        str(adapter) for adapter, share in enumerate(mass(weights)) if share < UNUSED / adapters
+        str(adapter)
+        for adapter, share in enumerate(adapter_shares(weights))
+        if share < UNUSED_SHARE / adapters
     ]
     if not idle:
         return []

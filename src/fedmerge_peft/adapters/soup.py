@@ -32,7 +32,7 @@ class AdapterSoup:
     """Frozen tensors that every adapter has in common (LoRA's A with ``merge: shared_a``), by PEFT's saved name."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """What the backbone's own weights have gained beside the adapters: ΔW ``(out, in)`` by module name. ``merge`` and ``state_dict`` leave
-    it out; ``Backbone.set_base`` or ``merging.with_base`` take it in."""
+    it out; ``Backbone.set_base`` or ``exact_merge.add_base_update`` take it in."""
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:

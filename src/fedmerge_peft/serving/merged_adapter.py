@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.exact_merge import concat, with_base
+from fedmerge_peft.adapters.exact_merge import add_base_update, concat
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
@@ -97,7 +97,7 @@ class MergedAdapter:
             if exact
             else (self.soup.state_dict(self.row), config)
         )
-        return with_base(state, config, self.soup.base) if self.soup.base else (state, config)
+        return add_base_update(state, config, self.soup.base) if self.soup.base else (state, config)
 
     def save(self, folder: Path | str, *, exact: bool = False) -> Path:
         """Write a folder that ``PeftModel.from_pretrained`` loads, made where it is missing.

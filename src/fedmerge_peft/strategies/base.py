@@ -142,7 +142,7 @@ class Strategy(Stateful, ABC):
 
     def warnings(self) -> list[str]:
         """What a person should know about the weights as they are now."""
-        return merging_weights.warnings(self.weights) if self.learns_weights else []
+        return merging_weights.weight_warnings(self.weights) if self.learns_weights else []
 
     def adapter(self, client: int) -> Tensor:
         """The client's merged adapter, ``(P,)``: π_i Θ."""

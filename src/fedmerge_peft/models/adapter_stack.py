@@ -23,7 +23,7 @@ class AdapterStack:
     sum of the parts' losses holds each adapter's own.
 
     Args:
-        backbone: A model to which ``unstackable`` has no objection.
+        backbone: A model to which ``stacking_obstacle`` has no objection.
         rows: The adapters, ``(K, P)``, on the model's device.
     """
 
@@ -36,13 +36,13 @@ class AdapterStack:
         self._backbone = backbone
         self._leaves: dict[int, Tensor] = {}
         """``(K, *shape)`` for each trainable tensor, by its identity: views of the rows."""
-        self.keep(len(rows))
+        self.truncate(len(rows))
 
     def __len__(self) -> int:
         """K."""
         return len(self.rows)
 
-    def keep(self, count: int) -> None:
+    def truncate(self, count: int) -> None:
         """Go on with the first ``count`` adapters; the rest leave the stack as they are."""
         self.rows, self.gradient = self.rows[:count], self.gradient[:count]
         for parameter, entry in zip(
@@ -63,7 +63,7 @@ class AdapterStack:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, forward passes go through the stack instead of the backbone's slot. Backward passes belong inside too."""
-        modules = list(_sites(self._backbone.model))
+        modules = list(_adapted_modules(self._backbone.model))
         own = [
             vars(module).get("forward") for module in modules
         ]  # some have one that is not their class's, such as accelerate's
@@ -95,10 +95,14 @@ class AdapterStack:
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result: Tensor = layer.base_layer(x, *args, **kwargs)
-            low = torch.bmm(self._parts(dropout(x.to(a.dtype))), self._of(a).transpose(1, 2))
-            up = self._of(b).transpose(1, 2)
+            low = torch.bmm(
+                self._by_adapter(dropout(x.to(a.dtype))), self._stacked(a).transpose(1, 2)
+            )
+            up = self._stacked(b).transpose(1, 2)
             if low.dtype == result.dtype:  # one pass over the memory instead of three
-                return torch.baddbmm(self._parts(result), low, up, alpha=scaling).view_as(result)
+                return torch.baddbmm(self._by_adapter(result), low, up, alpha=scaling).view_as(
+                    result
+                )
             return (result + torch.bmm(low, up).view_as(result) * scaling).to(result.dtype)
 
         return forward
@@ -107,12 +111,14 @@ class AdapterStack:
         """W_k x + b_k; ``Conv1D`` holds W_kᵀ."""
 
         def forward(x: Tensor) -> Tensor:
-            weight = self._of(layer.weight)
+            weight = self._stacked(layer.weight)
             weight = weight.transpose(1, 2) if isinstance(layer, nn.Linear) else weight
             if layer.bias is None:
-                product = torch.bmm(self._parts(x), weight)
+                product = torch.bmm(self._by_adapter(x), weight)
             else:
-                product = torch.baddbmm(self._of(layer.bias)[:, None], self._parts(x), weight)
+                product = torch.baddbmm(
+                    self._stacked(layer.bias)[:, None], self._by_adapter(x), weight
+                )
             return product.view(*x.shape[:-1], -1)
 
         return forward
@@ -122,25 +128,25 @@ class AdapterStack:
             normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
             scaled = (
                 normal.reshape(len(self), -1, *layer.normalized_shape)
-                * self._of(layer.weight)[:, None]
+                * self._stacked(layer.weight)[:, None]
             )
             if layer.bias is not None:
-                scaled = scaled + self._of(layer.bias)[:, None]
+                scaled = scaled + self._stacked(layer.bias)[:, None]
             return scaled.view_as(normal).to(normal.dtype)
 
         return forward
 
-    def _of(self, parameter: Tensor) -> Tensor:
+    def _stacked(self, parameter: Tensor) -> Tensor:
         """Each adapter's version of a tensor, ``(K, *shape)``; of a frozen one, the same for all."""
         leaf = self._leaves.get(id(parameter))
         return parameter.expand(len(self), *parameter.shape) if leaf is None else leaf
 
-    def _parts(self, x: Tensor) -> Tensor:
+    def _by_adapter(self, x: Tensor) -> Tensor:
         """The batch by adapters, ``(K, positions, width)``."""
         return x.reshape(len(self), -1, x.shape[-1])
 
 
-def unstackable(backbone: Backbone) -> str | None:
+def stacking_obstacle(backbone: Backbone) -> str | None:
     """Why several adapters cannot share this model's batches, as far as its modules tell; None where nothing speaks against it."""
     from peft.tuners.lora.layer import LoraLayer
 
@@ -155,17 +161,19 @@ def unstackable(backbone: Backbone) -> str | None:
         return f"the model routes tokens to experts ({experts[0]} in its configuration)"
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not _is_plain_lora(module):
-            return f"{_short(name)} is not a plain linear layer ({type(module.get_base_layer()).__name__}, {type(module).__name__})"
+            return f"{_short_name(name)} is not a plain linear layer ({type(module.get_base_layer()).__name__}, {type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
-            return f"{_short(name)} mixes the examples of a batch ({type(module).__name__})"
-    stacked = {id(tensor) for module in _sites(model) for tensor in _tensors(module)}
+            return f"{_short_name(name)} mixes the examples of a batch ({type(module).__name__})"
+    stacked = {
+        id(tensor) for module in _adapted_modules(model) for tensor in _stacked_tensors(module)
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in stacked:
-            return f"{_short(name)} trains, and is neither LoRA's nor that of a linear layer or a LayerNorm"
+            return f"{_short_name(name)} trains, and is neither LoRA's nor that of a linear layer or a LayerNorm"
     return None
 
 
-def _sites(model: nn.Module) -> Iterator[nn.Module]:
+def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules whose forward pass differs between adapters."""
     from peft.tuners.lora.layer import LoraLayer
     from transformers.pytorch_utils import Conv1D
@@ -182,7 +190,7 @@ def _sites(model: nn.Module) -> Iterator[nn.Module]:
                 yield module
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def _stacked_tensors(module: nn.Module) -> list[Tensor]:
     """What a site has an adapter's own version of."""
     from peft.tuners.lora.layer import LoraLayer
 
@@ -200,5 +208,5 @@ def _is_plain_lora(layer: Any) -> bool:
     return plain and list(layer.lora_A) == ["default"] and not layer.lora_variant
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     return name.removeprefix("base_model.model.")

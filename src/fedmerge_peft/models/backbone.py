@@ -96,7 +96,7 @@ class Backbone:
         row = self._initial.clone()
         self._bind(row, None)
         with seeded(seed), torch.no_grad():
-            _draw(self.model)
+            _initialize(self.model)
         self._bind(self.flat.data, self.flat.grad)
         return row
 
@@ -194,7 +194,7 @@ def load_backbone(
     _prepare_heads(peft_model, missing)
     if lora.merge == "shared_a":
         for name, parameter in peft_model.named_parameters():
-            if _starts_random(name):
+            if _is_random_init(name):
                 parameter.requires_grad_(False)
     peft_model.eval()
     return _with_layout(peft_model)
@@ -321,7 +321,7 @@ def _as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _draw(model: Any) -> None:
+def _initialize(model: Any) -> None:
     """Draw the slot's LoRA factors and fresh heads anew from torch's generator."""
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -345,7 +345,7 @@ def _draw(model: Any) -> None:
                 base._init_weights(part)
 
 
-def _starts_random(name: str) -> bool:
+def _is_random_init(name: str) -> bool:
     """Whether a parameter is a factor that starts random while its partner starts at zero: one that ``merge: shared_a`` freezes."""
     return name.replace(".default", "").endswith(RANDOM_INIT_SUFFIXES)  # as PEFT saves it
 
@@ -382,7 +382,7 @@ def _with_layout(model: Any) -> Backbone:
     shared = {
         saved[parameter.data_ptr()]: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and _starts_random(name) and parameter.data_ptr() in saved
+        if not parameter.requires_grad and _is_random_init(name) and parameter.data_ptr() in saved
     }
 
     def role(parameter: nn.Parameter) -> Role:

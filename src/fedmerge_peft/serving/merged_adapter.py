@@ -16,7 +16,7 @@ from fedmerge_peft.adapters.exact_merge import add_base_update, concat
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.models.pretrained import load_model, model_folder, quiet
+from fedmerge_peft.models.pretrained import load_model, model_folder, quiet_transformers
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.tokenization import (
     choose_length,
@@ -157,7 +157,7 @@ class MergedAdapter:
                     options = {"max_new_tokens": task.max_new_tokens, **options}
                 else:
                     options = {"truncation": True, **options}
-            with quiet():
+            with quiet_transformers():
                 return transformers.pipeline(
                     KINDS[task.name].pipeline,
                     model=model,

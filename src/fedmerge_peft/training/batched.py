@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data.clients import Indices
-from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
+from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.tasks.base import Examples, Task
@@ -88,7 +88,7 @@ def train_together(
     numbers, but with other company a job has other masks.
 
     Args:
-        backbone: A model to which ``stack.unstackable`` has no objection. Its slot is left alone.
+        backbone: A model to which ``stack.stacking_obstacle`` has no objection. Its slot is left alone.
         task: Gives batches and losses.
         training: Optimizer, schedule, batch size and the rest; a batch of the model has so many examples of each job.
         accelerator: Autocast; without a gradient scaler.
@@ -148,7 +148,7 @@ def _train_phase(
                 leaving = blocks.pop()
                 for pupil, row in zip(pupils[leaving.rows], stack.rows[leaving.rows], strict=True):
                     pupil.row = row.clone()
-                stack.keep(leaving.rows.start)
+                stack.truncate(leaving.rows.start)
             here = pupils[: len(stack)]
             batches = [next(order) for order in orders[: len(stack)]]
             losses = accumulate_together(
@@ -317,7 +317,9 @@ def clients_per_batch(
     if accelerator.scaler is not None:
         reason: str | None = "fp16's loss scale would be common to all (training.mixed_precision)"
     else:
-        reason = unstackable(backbone) or _disagreement(backbone, task, accelerator, examples, rows)
+        reason = stacking_obstacle(backbone) or _disagreement(
+            backbone, task, accelerator, examples, rows
+        )
     if reason is not None:
         log.info("clients train one at a time: %s", reason)
         return 1

@@ -7,7 +7,7 @@
 from fedmerge_peft.data.build import federate_data
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
 from fedmerge_peft.data.loading import load_splits
-from fedmerge_peft.data.summary import client_table, picture, plot
+from fedmerge_peft.data.summary import client_table, plot, terminal_chart
 
 __all__ = [
     "Client",
@@ -16,6 +16,6 @@ __all__ = [
     "client_table",
     "federate_data",
     "load_splits",
-    "picture",
+    "terminal_chart",
     "plot",
 ]

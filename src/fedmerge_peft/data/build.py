@@ -10,9 +10,9 @@ import numpy as np
 
 from fedmerge_peft.data import partition
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
-from fedmerge_peft.data.columns import class_numbers, listing
+from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.loading import load_splits
-from fedmerge_peft.data.partition import Holding, Stream, generator
+from fedmerge_peft.data.partition import ClientRows, Stream, generator
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.recipe.data import (
     ClustersRecipe,
@@ -32,7 +32,7 @@ def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> Federated
 
     Validation and test splits follow the training rows: a client gets of each class the part it has of it in training; with
     the natural scheme, the rows with its value; with iid, equal parts. Where such a split is absent, a part of each client's own
-    training rows is set aside (``partition.set_aside``).
+    training rows is set aside (``partition.split_off``).
 
     Args:
         recipe: Source and partition.
@@ -48,10 +48,10 @@ def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> Federated
             examples than clients; a client is left without training rows; the set-aside fractions leave nothing to train on.
     """
     splits = load_splits(recipe)
-    _refuse_different_columns(splits)
+    _check_columns(splits)
     if label is not None:
-        class_numbers(splits, label, "task.label")
-    held = _deal(recipe, splits, label, seed)
+        encode_classes(splits, label, "task.label")
+    held = _partition(recipe, splits, label, seed)
     validation = 0.0 if "validation" in held else recipe.validation_fraction
     test = 0.0 if "test" in held else recipe.test_fraction
     if validation + test >= 1:
@@ -60,7 +60,7 @@ def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> Federated
         )
     clients = []
     for number, (name, rows, group) in enumerate(held["train"]):
-        kept, validated, tested = partition.set_aside(
+        kept, validated, tested = partition.split_off(
             rows, validation, test, recipe.max_train, generator(seed, "set aside", number)
         )
         validated = held["validation"][number].rows if "validation" in held else validated
@@ -70,13 +70,13 @@ def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> Federated
                 generator(seed, "max_test", number).choice(tested, recipe.max_test, replace=False)
             )
         clients.append(Client(name, kept, validated, tested, group))
-    _refuse_empty_clients(clients)
+    _check_no_empty_client(clients)
     return _drop_unused_rows(FederatedData(_join(splits), clients))
 
 
-def _deal(
+def _partition(
     recipe: DataRecipe, splits: Mapping[str, Dataset], label: str | None, seed: int
-) -> dict[str, list[Holding]]:
+) -> dict[str, list[ClientRows]]:
     """Each client's rows of each split, as row numbers of the joined splits."""
     scheme = recipe.partition
     examples = len(splits["train"])
@@ -86,11 +86,11 @@ def _deal(
             "lower data.partition.clients, or let data.filter keep more"
         )
     dealt = (
-        _deal_evenly(scheme, splits, seed)
+        _partition_iid(scheme, splits, seed)
         if isinstance(scheme, IidRecipe)
-        else _deal_by_column(scheme, splits, label, seed)
+        else _partition_by_column(scheme, splits, label, seed)
     )
-    held: dict[str, list[Holding]] = {}
+    held: dict[str, list[ClientRows]] = {}
     start = 0
     for split, dataset in splits.items():
         held[split] = [holding._replace(rows=holding.rows + start) for holding in dealt[split]]
@@ -98,29 +98,29 @@ def _deal(
     return held
 
 
-def _deal_evenly(
+def _partition_iid(
     scheme: IidRecipe, splits: Mapping[str, Dataset], seed: int
-) -> dict[str, list[Holding]]:
+) -> dict[str, list[ClientRows]]:
     return {
         split: partition.iid(len(dataset), scheme.clients, generator(seed, _stream(split)))
         for split, dataset in splits.items()
     }
 
 
-def _deal_by_column(
+def _partition_by_column(
     scheme: DirichletRecipe | ClustersRecipe | NaturalRecipe | ShardsRecipe,
     splits: Mapping[str, Dataset],
     label: str | None,
     seed: int,
-) -> dict[str, list[Holding]]:
+) -> dict[str, list[ClientRows]]:
     by = scheme.by if scheme.by is not None else label
     if by is None:
         raise DataError(
             f"data.partition.by: the task has no label column to deal by; write data.partition.by=COLUMN "
-            f"(the data have {listing(splits['train'].column_names)}) or data.partition.scheme=iid"
+            f"(the data have {join_values(splits['train'].column_names)}) or data.partition.scheme=iid"
         )
     key = "task.label" if scheme.by is None else "data.partition.by"
-    numbers, names = class_numbers(splits, by, key)
+    numbers, names = encode_classes(splits, by, key)
     train, rng = numbers["train"], generator(seed, "train")
     if isinstance(scheme, NaturalRecipe):
         groups = None if scheme.group is None else _groups(scheme, splits, train, names)
@@ -144,7 +144,7 @@ def _deal_by_column(
     dealt = {"train": holdings}
     for split, classes in numbers.items():
         if split != "train":
-            rows = partition.deal(classes, shares, generator(seed, _stream(split)))
+            rows = partition.assign_by_class(classes, shares, generator(seed, _stream(split)))
             dealt[split] = [
                 holding._replace(rows=mine) for holding, mine in zip(holdings, rows, strict=True)
             ]
@@ -160,7 +160,7 @@ def _groups(
 ) -> list[str]:
     """The group of each value, from training rows."""
     assert scheme.group is not None  # noqa: S101
-    numbers, group_names = class_numbers(
+    numbers, group_names = encode_classes(
         {"train": splits["train"]}, scheme.group, "data.partition.group"
     )
     pairs = np.unique(
@@ -169,7 +169,7 @@ def _groups(
     values, counts = np.unique(pairs[:, 0], return_counts=True)
     if counts.max() > 1:
         value = values[counts.argmax()]
-        several = listing(group_names[group] for group in pairs[pairs[:, 0] == value, 1])
+        several = join_values(group_names[group] for group in pairs[pairs[:, 0] == value, 1])
         raise DataError(
             f"data.partition.group: {scheme.by} {names[value]} has rows of several {scheme.group} ({several}), and a client is in one "
             "group; name a column that is the same for all its rows, or leave data.partition.group out"
@@ -177,7 +177,7 @@ def _groups(
     return [group_names[group] for group in pairs[:, 1]]
 
 
-def _refuse_different_columns(splits: Mapping[str, Dataset]) -> None:
+def _check_columns(splits: Mapping[str, Dataset]) -> None:
     train = splits["train"].features
     for split, dataset in splits.items():
         names = [*train, *(name for name in dataset.features if name not in train)]
@@ -188,7 +188,7 @@ def _refuse_different_columns(splits: Mapping[str, Dataset]) -> None:
                 for name in differ
             )
             raise DataError(
-                f"data: the splits have different columns: {listing(texts, 5)}; give them the same columns and types"
+                f"data: the splits have different columns: {join_values(texts, 5)}; give them the same columns and types"
             )
 
 
@@ -196,17 +196,17 @@ def _type(feature: object) -> str:
     if feature is None:
         return "absent"
     return (
-        f"ClassLabel({listing(feature.names, 5)})"
+        f"ClassLabel({join_values(feature.names, 5)})"
         if hasattr(feature, "names")
         else str(getattr(feature, "dtype", feature))
     )
 
 
-def _refuse_empty_clients(clients: Sequence[Client]) -> None:
+def _check_no_empty_client(clients: Sequence[Client]) -> None:
     empty = [client.name for client in clients if not client.size]
     if empty:
         raise DataError(
-            f"data.partition: {len(empty)} of {len(clients)} clients have no training examples ({listing(empty, 5)}); lower the number "
+            f"data.partition: {len(empty)} of {len(clients)} clients have no training examples ({join_values(empty, 5)}); lower the number "
             "of clients (clients, clients_per_value), or let data.filter keep more examples"
         )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SHOWN_VALUES = 20
 
 
-def listing(values: Iterable[object], most: int = SHOWN_VALUES) -> str:
+def join_values(values: Iterable[object], most: int = SHOWN_VALUES) -> str:
     """The values with commas between them; from ``most`` on, only how many more there are."""
     names = [str(value) for value in values]
     more = f", … and {len(names) - most:,} more" if len(names) > most else ""
@@ -47,7 +47,7 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
     """
     if name not in dataset.column_names:
         raise DataError(
-            f"{key}: there is no column {name!r}{did_you_mean(name, dataset.column_names)}; the data have {listing(dataset.column_names)}"
+            f"{key}: there is no column {name!r}{did_you_mean(name, dataset.column_names)}; the data have {join_values(dataset.column_names)}"
         )
     column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
     if pa.types.is_nested(column.type):
@@ -72,7 +72,7 @@ def value_names(dataset: Dataset, column: str, key: str) -> list[str]:
     ]
 
 
-def class_numbers(
+def encode_classes(
     splits: Mapping[str, Dataset], column: str, key: str
 ) -> tuple[dict[str, Indices], list[str]]:
     """Number the values that a column has in training, in sorted order.

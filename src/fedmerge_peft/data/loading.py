@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmerge_peft.data.columns import (
-    class_numbers,
     did_you_mean,
-    listing,
+    encode_classes,
+    join_values,
     matching_rows,
     value_names,
 )
@@ -62,7 +62,7 @@ def load_splits(recipe: DataRecipe) -> dict[str, Dataset]:
         splits = _read(recipe)
     if recipe.split_column is not None:
         splits = _split_by_column(recipe.split_column, splits)
-    chosen = _choose(recipe, splits)
+    chosen = _select_splits(recipe, splits)
     chosen = _filter(recipe, chosen) if recipe.filter else chosen
     if not len(chosen["train"]):
         raise DataError(
@@ -78,11 +78,11 @@ def _read(recipe: DataRecipe) -> dict[str, Dataset]:
     path = Path(recipe.path).expanduser()
     if path.is_file() and path.suffix.lower() not in _READERS:
         raise DataError(
-            f"data.path: {path} is not a file this can read; write it as {listing(_READERS)}, or name a folder or a hub id"
+            f"data.path: {path} is not a file this can read; write it as {join_values(_READERS)}, or name a folder or a hub id"
         )
     if not path.exists() and _looks_local(recipe.path):
         raise DataError(
-            f"data.path: {path.absolute()} does not exist; write data.path=FILE ({listing(_READERS)}), data.path=FOLDER, "
+            f"data.path: {path.absolute()} does not exist; write data.path=FILE ({join_values(_READERS)}), data.path=FOLDER, "
             f"a hub id such as data.path=owner/name, or data.path=embedded:{next(iter(EMBEDDED))}"
         )
     try:
@@ -91,7 +91,7 @@ def _read(recipe: DataRecipe) -> dict[str, Dataset]:
         Exception
     ) as error:  # whatever a reader raises on a broken file, or the network: it is the data's fault
         where = path if path.exists() else f"the hub's data set {recipe.path}"
-        raise DataError(f"data.path: {where} cannot be loaded: {_cause(error)}") from error
+        raise DataError(f"data.path: {where} cannot be loaded: {_describe_error(error)}") from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     return {name: dataset.with_format(None) for name, dataset in splits.items()}
 
@@ -102,7 +102,7 @@ def _read_embedded(name: str) -> Dataset:
 
     if name not in EMBEDDED:
         raise DataError(
-            f"data.path: there is no embedded:{name}{did_you_mean(name, EMBEDDED)}; the package comes with {listing(EMBEDDED)}"
+            f"data.path: there is no embedded:{name}{did_you_mean(name, EMBEDDED)}; the package comes with {join_values(EMBEDDED)}"
         )
     with (resources.files("fedmerge_peft.data") / "embedded" / EMBEDDED[name]).open(
         encoding="utf-8"
@@ -138,7 +138,7 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _cause(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """One line: what went wrong, without the general words that ``datasets`` wraps around it."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
@@ -149,17 +149,17 @@ def _cause(error: BaseException) -> str:
 def _split_by_column(column: str, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     if len(splits) > 1:
         raise DataError(
-            f"data.split_column: the data come in splits already ({listing(splits)}); leave data.split_column out"
+            f"data.split_column: the data come in splits already ({join_values(splits)}); leave data.split_column out"
         )
     (table,) = splits.values()
-    numbers, names = class_numbers({"train": table}, column, "data.split_column")
+    numbers, names = encode_classes({"train": table}, column, "data.split_column")
     return {
         name: table.select(np.flatnonzero(numbers["train"] == number))
         for number, name in enumerate(names)
     }
 
 
-def _choose(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+def _select_splits(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Splits under the names of what they are for."""
     asked = {
         "train": recipe.train_split,
@@ -170,7 +170,7 @@ def _choose(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
     for role, name in asked.items():
         if name is not None and name not in splits:
             raise DataError(
-                f"data.{role}_split: {where} has no split {name!r}{did_you_mean(name, splits)}; it has {listing(splits)}"
+                f"data.{role}_split: {where} has no split {name!r}{did_you_mean(name, splits)}; it has {join_values(splits)}"
             )
         if name == recipe.train_split and role != "train":
             raise DataError(
@@ -200,7 +200,7 @@ def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
                 if absent
                 else "the list is empty, so no row is kept"
             )
-            raise DataError(f"{key}: {fault}; the column {column} holds {listing(present)}")
+            raise DataError(f"{key}: {fault}; the column {column} holds {join_values(present)}")
     filtered = {
         split: splits[split].select(reduce(np.intersect1d, rows)) for split, rows in kept.items()
     }
@@ -212,7 +212,7 @@ def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Data
     for split, dataset in filtered.items():
         if asked[split] is not None and not len(dataset):
             held = "; ".join(
-                f"{column}: {listing(value_names(splits[split], column, 'data.filter'))}"
+                f"{column}: {join_values(value_names(splits[split], column, 'data.filter'))}"
                 for column in recipe.filter
             )
             raise DataError(

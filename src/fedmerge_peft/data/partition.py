@@ -1,7 +1,7 @@
 """Which client holds which example: row numbers dealt out by chance, from numpy's generators alone.
 
 ``classes`` is one class number a row everywhere, from 0; rows with -1 are dealt to nobody. Each scheme returns the clients'
-holdings of training rows, sorted row numbers that no two clients share. ``deal`` and ``set_aside`` then find the rows that the
+holdings of training rows, sorted row numbers that no two clients share. ``assign_by_class`` and ``split_off`` then find the rows that the
 same clients are evaluated on.
 """
 
@@ -21,7 +21,7 @@ _STREAMS = ("train", "validation", "test", "set aside", "max_test")
 Stream = Literal["train", "validation", "test", "set aside", "max_test"]
 
 
-class Holding(NamedTuple):
+class ClientRows(NamedTuple):
     """What one client holds of a split."""
 
     name: str
@@ -36,15 +36,15 @@ def generator(seed: int, stream: Stream, client: int = 0) -> np.random.Generator
     )
 
 
-def iid(examples: int, clients: int, rng: np.random.Generator) -> list[Holding]:
+def iid(examples: int, clients: int, rng: np.random.Generator) -> list[ClientRows]:
     """Deal rows ``0 … examples - 1`` at random in parts that differ by one at most."""
     parts = np.array_split(rng.permutation(examples), clients)
-    return _hold(client_names(clients), parts)
+    return _client_rows(client_names(clients), parts)
 
 
 def dirichlet(
     classes: Indices, clients: int, alpha: float, min_examples: int, rng: np.random.Generator
-) -> list[Holding]:
+) -> list[ClientRows]:
     """Spread every class over the clients by proportions p_k ~ Dirichlet(α · 1), drawn again until each client has enough.
 
     Class k's rows are shuffled and cut at ⌊n_k · cumsum(p_k) + u_k⌋, u_k uniform in [0, 1): without it, rounding would take from
@@ -68,8 +68,10 @@ def dirichlet(
         counts = np.diff(cuts, axis=1, prepend=0, append=sizes[:, None])
         smallest = int(counts.sum(axis=0).min())
         if smallest >= min_examples:
-            parts = zip(_rows_of_classes(classes, len(sizes), rng), cuts, strict=True)
-            return _hold(client_names(clients), _join([np.split(rows, cut) for rows, cut in parts]))
+            parts = zip(_shuffled_by_class(classes, len(sizes), rng), cuts, strict=True)
+            return _client_rows(
+                client_names(clients), _merge_parts([np.split(rows, cut) for rows, cut in parts])
+            )
         best = max(best, smallest)
     raise DataError(
         f"data.partition: in {MAX_DRAWS:,} draws of Dirichlet({alpha:g}) over {clients} clients and {len(sizes)} classes, the smallest "
@@ -80,7 +82,7 @@ def dirichlet(
 
 def clusters(
     classes: Indices, clients: int, groups: int, classes_per_group: int, rng: np.random.Generator
-) -> list[Holding]:
+) -> list[ClientRows]:
     """Give each group of clients a random subset of the classes; all clients that see a class share its rows evenly.
 
     FedMerge's cluster setting (arXiv 2504.06768, experiments). Classes are drawn without replacement within a group, and each
@@ -105,7 +107,7 @@ def clusters(
         ] = 1
         names += client_names(size, f"{group}-client")
         labels += [group] * size
-    return _hold(names, deal(classes, shares, rng), labels)
+    return _client_rows(names, assign_by_class(classes, shares, rng), labels)
 
 
 def natural(
@@ -114,7 +116,7 @@ def natural(
     clients_per_value: int,
     rng: np.random.Generator,
     groups: Sequence[str] | None = None,
-) -> list[Holding]:
+) -> list[ClientRows]:
     """One client for each class, named after it, or a few that share its rows evenly (``trec6-0``, ``trec6-1`` …).
 
     Args:
@@ -127,7 +129,7 @@ def natural(
     values = [name or "(empty)" for name in names]
     parts = [
         part
-        for rows in _rows_of_classes(classes, len(values), rng)
+        for rows in _shuffled_by_class(classes, len(values), rng)
         for part in np.array_split(rows, clients_per_value)
     ]
     clients = [
@@ -135,7 +137,7 @@ def natural(
         for value in values
         for name in (_numbered(value, clients_per_value, 1) if clients_per_value > 1 else [value])
     ]
-    return _hold(
+    return _client_rows(
         clients,
         parts,
         np.repeat(values if groups is None else list(groups), clients_per_value).tolist(),
@@ -144,14 +146,14 @@ def natural(
 
 def shards(
     classes: Indices, clients: int, shards_per_client: int, rng: np.random.Generator
-) -> list[Holding]:
+) -> list[ClientRows]:
     """Sort rows by class, cut them into equal shards, deal each client the same number of shards (McMahan et al. 2017, section 3).
 
     Raises:
         DataError: There are fewer rows than shards.
     """
     count = clients * shards_per_client
-    ordered = np.concatenate(_rows_of_classes(classes, int(classes.max()) + 1, rng))
+    ordered = np.concatenate(_shuffled_by_class(classes, int(classes.max()) + 1, rng))
     if len(ordered) < count:
         raise DataError(
             f"data.partition: {clients} clients × {shards_per_client} shards need {count:,} training examples, and there are "
@@ -159,12 +161,14 @@ def shards(
         )
     cut = np.array_split(ordered, count)
     dealt = rng.permutation(count).reshape(clients, shards_per_client)
-    return _hold(
+    return _client_rows(
         client_names(clients), [np.concatenate([cut[shard] for shard in mine]) for mine in dealt]
     )
 
 
-def deal(classes: Indices, shares: NDArray[np.int64], rng: np.random.Generator) -> list[Indices]:
+def assign_by_class(
+    classes: Indices, shares: NDArray[np.int64], rng: np.random.Generator
+) -> list[Indices]:
     """Deal the rows of each class to the clients in proportion to their shares, by largest remainder (Hamilton's method).
 
     Of class k's n_k rows client i gets ⌊n_k s_ik / Σ_i s_ik⌋; the rows left over go one each to the largest remainders, ties to
@@ -180,7 +184,9 @@ def deal(classes: Indices, shares: NDArray[np.int64], rng: np.random.Generator) 
     """
     held = np.zeros(len(shares), dtype=np.int64)
     parts = []
-    for share, rows in zip(shares.T, _rows_of_classes(classes, shares.shape[1], rng), strict=True):
+    for share, rows in zip(
+        shares.T, _shuffled_by_class(classes, shares.shape[1], rng), strict=True
+    ):
         if not share.any():
             continue
         counts, remainders = np.divmod(len(rows) * share, share.sum())
@@ -188,7 +194,7 @@ def deal(classes: Indices, shares: NDArray[np.int64], rng: np.random.Generator) 
         counts[by_remainder[: len(rows) - counts.sum()]] += 1
         held += counts
         parts.append(np.split(rows, counts.cumsum()[:-1]))
-    return _join(parts) if parts else [np.empty(0, dtype=np.int64) for _ in shares]
+    return _merge_parts(parts) if parts else [np.empty(0, dtype=np.int64) for _ in shares]
 
 
 def class_counts(holdings: Sequence[Indices], classes: Indices, count: int) -> NDArray[np.int64]:
@@ -196,7 +202,7 @@ def class_counts(holdings: Sequence[Indices], classes: Indices, count: int) -> N
     return np.stack([np.bincount(classes[rows], minlength=count) for rows in holdings])
 
 
-def set_aside(
+def split_off(
     rows: Indices, validation: float, test: float, max_train: int | None, rng: np.random.Generator
 ) -> tuple[Indices, Indices, Indices]:
     """Cut one client's rows at random into training, validation and test rows.
@@ -244,23 +250,23 @@ def _numbered(stem: str, count: int, width: int) -> list[str]:
     return [f"{stem}-{number:0{width}}" for number in range(count)]
 
 
-def _rows_of_classes(classes: Indices, count: int, rng: np.random.Generator) -> list[Indices]:
+def _shuffled_by_class(classes: Indices, count: int, rng: np.random.Generator) -> list[Indices]:
     """Each class's rows, shuffled."""
     shuffled = rng.permutation(len(classes))
     ordered = shuffled[np.argsort(classes[shuffled], kind="stable")]
     return np.split(ordered, np.searchsorted(classes[ordered], np.arange(count + 1)))[1:-1]
 
 
-def _join(parts: Sequence[Sequence[Indices]]) -> list[Indices]:
+def _merge_parts(parts: Sequence[Sequence[Indices]]) -> list[Indices]:
     """Parts by class and client to sorted rows by client."""
     return [np.sort(np.concatenate(mine)) for mine in zip(*parts, strict=True)]
 
 
-def _hold(
+def _client_rows(
     names: Sequence[str], parts: Sequence[Indices], groups: Sequence[str] | None = None
-) -> list[Holding]:
+) -> list[ClientRows]:
     groups = [""] * len(names) if groups is None else groups
     return [
-        Holding(name, np.sort(rows).astype(np.int64), group)
+        ClientRows(name, np.sort(rows).astype(np.int64), group)
         for name, rows, group in zip(names, parts, groups, strict=True)
     ]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmerge_peft.data.clients import FederatedData
-from fedmerge_peft.data.columns import class_numbers, listing
+from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.partition import class_counts
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.util.text import printable
@@ -56,7 +56,9 @@ def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
     )
 
 
-def picture(data: FederatedData, column: str | None, width: int = 80, height: int = 40) -> Group:
+def terminal_chart(
+    data: FederatedData, column: str | None, width: int = 80, height: int = 40
+) -> Group:
     """A picture of clients × labels for the terminal: a line a client, a block a label, as high as the count of training examples.
 
     Args:
@@ -80,7 +82,7 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
     room = max(
         8,
         width
-        - max(len(_short(client.name)) for client in shown)
+        - max(len(_short_name(client.name)) for client in shown)
         - sum(len(split) + 1 for split in SPLITS)
         - 2,
     )
@@ -90,7 +92,7 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
     for client, row in zip(shown, counts, strict=False):
         sizes = (f"{len(rows):,}" for rows in (client.train, client.validation, client.test))
         table.add_row(
-            Text(_short(client.name)),
+            Text(_short_name(client.name)),
             *sizes,
             *([Text(_bars(row[:room], top))] if column is not None else []),
         )
@@ -103,7 +105,7 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
         )
         lines += [
             f"the higher the block, the more training examples: {_BARS[-1]} is {top:,}, blank is none",
-            f"labels from the left: {listing(names, 10)}",
+            f"labels from the left: {join_values(names, 10)}",
         ]
     total = _sizes(data).sum(axis=0)
     lines += [
@@ -150,7 +152,7 @@ def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> 
         _draw_counts(figure, axes[0], counts, names, str(column))
     _draw_sizes(axes[-1], _sizes(data))
     axes[0].set_ylabel("client")
-    _ticks(axes[0].yaxis, clients)
+    _set_ticks(axes[0].yaxis, clients)
     axes[0].set_ylim(len(clients) - 0.5, -0.5)
     try:
         figure.savefig(path, format=suffix, dpi=150)
@@ -168,7 +170,7 @@ def _draw_counts(
         shown, cmap="cividis_r", aspect="auto", interpolation="nearest", vmin=1, vmax=top
     )
     axis.set_xlabel(column)
-    _ticks(axis.xaxis, names)
+    _set_ticks(axis.xaxis, names)
     axis.tick_params(axis="x", labelrotation=90)
     ticks = MaxNLocator(nbins=6, integer=True)
     figure.colorbar(
@@ -192,18 +194,18 @@ def _draw_sizes(axis: Any, sizes: NDArray[np.int64]) -> None:
     )
 
 
-def _ticks(axis: Any, names: list[str]) -> None:
+def _set_ticks(axis: Any, names: list[str]) -> None:
     """Name every n-th position, so that names never overlap."""
     step = -(-len(names) // _MOST_TICKS)
     axis.set_ticks(
         range(0, len(names), step),
-        labels=[_short(name) for name in names[::step]],
+        labels=[_short_name(name) for name in names[::step]],
         fontsize="x-small",
         parse_math=False,
     )
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     """At most 24 characters, the last ones kept: they tell the clients of one group apart."""
     name = printable(name)
     return name if len(name) <= 24 else f"{name[:18]}…{name[-5:]}"
@@ -221,7 +223,7 @@ def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.i
         return np.zeros((len(data.clients), 0), dtype=np.int64), []
     # Numbered over the rows that somebody trains on, so that labels of other rows make no empty columns.
     trained = np.concatenate([client.train for client in data.clients])
-    numbers, names = class_numbers({"train": data.table.select(trained)}, column, "column")
+    numbers, names = encode_classes({"train": data.table.select(trained)}, column, "column")
     ends = np.cumsum([client.size for client in data.clients])[:-1]
     positions = np.split(np.arange(len(trained)), ends)
     return class_counts(positions, numbers["train"], len(names)), names

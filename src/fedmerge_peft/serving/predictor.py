@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Indices
-from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
@@ -113,7 +113,7 @@ class Predictor:
         """
         if unknown := [client for client in inputs if client not in self._adapters]:
             raise RunError(
-                f"the run has no client {unknown[0]!r}; it has {listing(self._adapters)}"
+                f"the run has no client {unknown[0]!r}; it has {join_values(self._adapters)}"
             )
         flat = [each for client in inputs for each in inputs[client]]
         if not flat:

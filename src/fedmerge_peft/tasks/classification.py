@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.data.columns import did_you_mean, listing, read_column
+from fedmerge_peft.data.columns import did_you_mean, join_values, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Task
 
@@ -68,7 +68,7 @@ def tell_labels(table: Dataset, column: str, num_labels: int | None) -> list[str
         names = sorted(values.unique().to_pylist())
         if num_labels is not None and len(names) > num_labels:
             raise DataError(
-                f"column {column!r} has {len(names)} labels where num_labels says {num_labels}: {listing(names)}"
+                f"column {column!r} has {len(names)} labels where num_labels says {num_labels}: {join_values(names)}"
             )
     else:
         ids = _integers(values, column)
@@ -96,7 +96,7 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
     for row, name in enumerate(names):
         if name not in known:
             raise DataError(
-                f"row {row} in use: {name!r} in column {column!r} is not a known label; the labels are {listing(labels)}"
+                f"row {row} in use: {name!r} in column {column!r} is not a known label; the labels are {join_values(labels)}"
             )
     return torch.tensor([known[name] for name in names], dtype=torch.int64)
 
@@ -136,7 +136,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
         if name not in known:
             hint = did_you_mean(name, labels)
             raise DataError(
-                f"row {row}: {name!r} in column {column!r} is not a known label{hint}; the labels are {listing(labels)}"
+                f"row {row}: {name!r} in column {column!r} is not a known label{hint}; the labels are {join_values(labels)}"
             )
     rows = table.with_format("arrow")[:]
     rows = rows.set_column(

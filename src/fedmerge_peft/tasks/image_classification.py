@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.classification import (
@@ -63,7 +63,7 @@ class ImageClassificationTask(Classification):
         self.metrics = recipe.metrics
         if recipe.image not in table.column_names:
             raise DataError(
-                f"task.image: there is no column {recipe.image!r}; the data have {listing(table.column_names)}"
+                f"task.image: there is no column {recipe.image!r}; the data have {join_values(table.column_names)}"
             )
         self.labels = tell_labels(table, recipe.label, recipe.num_labels)
         elsewhere = backbone.tokenizer is not None
@@ -141,7 +141,7 @@ class ImageClassificationTask(Classification):
             kinds = sorted({f"{array.dtype} {array.shape}" for array in arrays})
             raise BackboneError(
                 f"{type(self.processor).__name__} does not bring images to one size before it normalises them (it gives "
-                f"{listing(kinds, 3)}); models that take any size are not supported"
+                f"{join_values(kinds, 3)}); models that take any size are not supported"
             )
         return list(torch.from_numpy(np.stack(arrays)).unbind())
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.tokenization import read_texts
 
@@ -53,7 +53,7 @@ def tell_format(recipe: CausalLMRecipe, table: Dataset) -> str:
         missing = [column for column in wanted if column not in table.column_names]
         if missing:
             raise DataError(
-                f"task.format: {recipe.format} needs the column {missing[0]!r}; the data have {listing(table.column_names)}"
+                f"task.format: {recipe.format} needs the column {missing[0]!r}; the data have {join_values(table.column_names)}"
             )
         return recipe.format
     for name, columns in needs.items():
@@ -61,7 +61,7 @@ def tell_format(recipe: CausalLMRecipe, table: Dataset) -> str:
             return name
     choices = "; ".join(f"{name}: {' and '.join(columns)}" for name, columns in needs.items())
     raise DataError(
-        f"task.format: the data have {listing(table.column_names)}, which fits no format ({choices}); name the columns"
+        f"task.format: the data have {join_values(table.column_names)}, which fits no format ({choices}); name the columns"
     )
 
 
@@ -136,7 +136,7 @@ def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
             columns[field] = [""] * len(table)
         else:
             raise DataError(
-                f"task.template: {{{field}}} is no column; the data have {listing(table.column_names)}"
+                f"task.template: {{{field}}} is no column; the data have {join_values(table.column_names)}"
             )
     return [
         fill(template, {field: values[row] for field, values in columns.items()})

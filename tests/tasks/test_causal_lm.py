@@ -9,7 +9,7 @@ import transformers as hf
 from datasets import Dataset
 
 from fedmerge_peft.errors import DataError, RecipeError
-from fedmerge_peft.tasks.text_formats import fill, parse_template
+from fedmerge_peft.tasks.text_formats import fill_template, parse_template
 
 NAME = "causal-lm"
 PAIRS = Dataset.from_dict(
@@ -183,7 +183,7 @@ def test_unfit_templates_are_refused(task_of, template, message):
 
 def test_only_paragraphs_with_one_empty_field_are_left_out():
     template = parse_template("A {x}\n\nB {y}\n\nC {x} {y}\n\nD")
-    assert fill(template, {"x": "1", "y": " "}) == "A 1\n\nC 1  \n\nD"
+    assert fill_template(template, {"x": "1", "y": " "}) == "A 1\n\nC 1  \n\nD"
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind, ta
     losses, counts = task.losses(output.logits, batch["labels"])
     assert losses.shape == counts.shape == (2,)
     torch.testing.assert_close(losses.sum() / counts.sum(), output.loss)
-    assert float(counts.sum()) == task.count(batch["labels"])
+    assert float(counts.sum()) == task.count_terms(batch["labels"])
     predicted, expected = task.predict(output.logits, batch["labels"])
     assert expected.tolist() == batch["labels"][:, 1:][batch["labels"][:, 1:] != -100].tolist()
     assert predicted.shape == expected.shape

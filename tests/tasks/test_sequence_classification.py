@@ -220,7 +220,7 @@ def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind):
     assert losses.shape == counts.shape == (3,)
     assert torch.equal(counts, torch.ones(3))
     torch.testing.assert_close(losses.sum() / counts.sum(), output.loss)
-    assert float(counts.sum()) == task.count(batch["labels"])
+    assert float(counts.sum()) == task.count_terms(batch["labels"])
     predicted, expected = task.predict(output.logits, batch["labels"])
     assert predicted.tolist() == output.logits.argmax(-1).tolist()
     assert expected.tolist() == [0, 2, 1]

@@ -233,7 +233,7 @@ class _Comparison:
         batches = (
             engine.task.collate(engine.examples, chunk)["labels"] for chunk in self._chunks()
         )
-        self._count = sum(engine.task.count(labels) for labels in batches)
+        self._count = sum(engine.task.count_terms(labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
         """Try what needs no learning, then learn the logits from the best of it; returns them, ``(d,)``."""

@@ -16,8 +16,8 @@ from fedmerge_peft.errors import DataError, FederateError, RefusedError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.data import IidRecipe, NaturalRecipe
 from fedmerge_peft.sites.config import SITE, SiteChecks, SiteData
-from fedmerge_peft.tasks.classification import relabel, tell_labels
-from fedmerge_peft.tasks.text_formats import tell_format
+from fedmerge_peft.tasks.classification import infer_labels, relabel
+from fedmerge_peft.tasks.text_formats import infer_format
 from fedmerge_peft.util.files import write_text
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ def tell(data: FederatedData, recipe: Recipe) -> SiteSummary:
     )
     columns = tuple(data.table.column_names)
     if recipe.task.name == "causal-lm":
-        return SiteSummary(clients, None, tell_format(recipe.task, data.table), columns)
+        return SiteSummary(clients, None, infer_format(recipe.task, data.table), columns)
     return SiteSummary(
-        clients, tuple(tell_labels(data.table, recipe.task.label, None)), None, columns
+        clients, tuple(infer_labels(data.table, recipe.task.label, None)), None, columns
     )
 
 

@@ -46,7 +46,7 @@ class Predictions:
     predicted: list[int] = field(default_factory=list)
     expected: list[int] = field(default_factory=list)
     generated: list[str] = field(default_factory=list)
-    wanted: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
 
 
 class Task(ABC):
@@ -85,7 +85,7 @@ class Task(ABC):
             Two float32 tensors ``(batch,)``: the sum of the losses (nats), and how many terms it has.
         """
 
-    def count(self, labels: Tensor) -> int:
+    def count_terms(self, labels: Tensor) -> int:
         """How many terms the loss of a batch with these labels has, before any forward pass."""
         return int((labels != -100).sum())
 

@@ -14,14 +14,14 @@ from torch.nn import functional
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.tasks.metrics import GENERATED
-from fedmerge_peft.tasks.text_formats import lay_out, parse_template, tell_format
+from fedmerge_peft.tasks.text_formats import infer_format, parse_template, read_row_texts
 from fedmerge_peft.tasks.tokenization import (
-    choose_length,
     chunks,
+    get_pad_token_id,
     load_tokenizer,
     pad,
-    pad_token_of,
     ragged,
+    resolve_max_length,
     token_limit,
 )
 
@@ -62,7 +62,7 @@ class CausalLMTask(Task):
     ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
-        self.format = tell_format(recipe, table)
+        self.format = infer_format(recipe, table)
         compared = [name for name in recipe.metrics if name in GENERATED]
         self.generates = bool(compared)
         if compared and self.format == "text":
@@ -73,9 +73,11 @@ class CausalLMTask(Task):
         if self.format == "instruction":
             parse_template(recipe.template)
         self.processor, config = load_tokenizer(backbone, model_folder)
-        self.pad_token_id = pad_token_of(self.processor)
+        self.pad_token_id = get_pad_token_id(self.processor)
         limit = token_limit(self.processor, config)
-        self.max_length = choose_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
+        self.max_length = (
+            resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
+        )
         self.max_prompt = min(self.max_length, (limit or 2**31) - recipe.max_new_tokens)
         if self.generates and self.max_prompt < 1:
             raise DataError(
@@ -97,17 +99,19 @@ class CausalLMTask(Task):
         Raises:
             DataError: For absent or unfit columns, nulls, and rows that leave no token to predict.
         """
-        texts = lay_out(self.recipe, self.format, table, self.processor, answers=self.generates)
+        texts = read_row_texts(
+            self.recipe, self.format, table, self.processor, answers=self.generates
+        )
         rows: list[tuple[list[int], list[int]]]
         if texts.prompts is None:
             rows = [
                 ([], ids)
-                for ids in self._tokenise(
+                for ids in self._tokenize(
                     texts.learned, special=self.format == "text", end=self.format == "text"
                 )
             ]
         else:
-            rows = self._tokenise_pairs(texts.prompts, texts.learned)
+            rows = self._tokenize_pairs(texts.prompts, texts.learned)
         length = self.max_length
         if cut := sum(len(prompt) + len(learned) > length for prompt, learned in rows):
             logger.warning(
@@ -132,11 +136,11 @@ class CausalLMTask(Task):
             starts, wanted = [prompt for prompt, _ in rows], texts.learned
             if texts.answers is not None:
                 starts, wanted = (
-                    self._tokenise([prompt for prompt, _ in texts.answers], special=False),
+                    self._tokenize([prompt for prompt, _ in texts.answers], special=False),
                     [text for _, text in texts.answers],
                 )
             columns["prompt"] = ragged([self._cut_left(ids, self.max_prompt) for ids in starts])
-            columns["wanted"] = ragged([text.encode() for text in wanted])
+            columns["reference"] = ragged([text.encode() for text in wanted])
         return Examples(columns)
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
@@ -148,7 +152,7 @@ class CausalLMTask(Task):
             "labels": pad([examples.columns["labels"][index] for index in indices], IGNORED),
         }
 
-    def _tokenise(
+    def _tokenize(
         self, texts: Sequence[str], *, special: bool = True, end: bool = False
     ) -> list[list[int]]:
         """Token ids of each text: with what the tokenizer puts in front where ``special``, with an EOS after it where ``end``."""
@@ -162,10 +166,10 @@ class CausalLMTask(Task):
                 rows.append([*bare, eos] if end and eos is not None else list(bare))
         return rows
 
-    def _tokenise_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt; an empty one is the begin-of-sequence token, so that a completion has something to follow."""
         bos = self.processor.bos_token_id
-        rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenise(prompts)]
+        rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenize(prompts)]
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
             raise DataError(
@@ -173,12 +177,12 @@ class CausalLMTask(Task):
             )
         return rows
 
-    def _tokenise_pairs(
+    def _tokenize_pairs(
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
         """Token ids of each prompt and of the completion that follows it, with EOS."""
-        starts = self._tokenise_prompts(prompts)
-        wholes = self._tokenise(
+        starts = self._tokenize_prompts(prompts)
+        wholes = self._tokenize(
             [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
             end=True,
         )
@@ -192,7 +196,7 @@ class CausalLMTask(Task):
         alone = dict(
             zip(
                 apart,
-                self._tokenise([completions[row] for row in apart], special=False, end=True),
+                self._tokenize([completions[row] for row in apart], special=False, end=True),
                 strict=True,
             )
         )
@@ -248,7 +252,7 @@ class CausalLMTask(Task):
                 "prompt": ragged(
                     [
                         self._cut_left(ids, self.max_prompt)
-                        for ids in self._tokenise_prompts(prompts)
+                        for ids in self._tokenize_prompts(prompts)
                     ]
                 )
             }
@@ -279,7 +283,7 @@ class CausalLMTask(Task):
         # Every field that the model's own generation_config.json may set for sampling is set here, so that decoding is plainly greedy.
         settings = GenerationConfig(
             do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, use_cache=True,
-            max_new_tokens=self.recipe.max_new_tokens, pad_token_id=self.pad_token_id, eos_token_id=self._ends(model) or None,
+            max_new_tokens=self.recipe.max_new_tokens, pad_token_id=self.pad_token_id, eos_token_id=self._end_token_ids(model) or None,
         )  # fmt: skip
         tokens = model.generate(**batch, generation_config=settings)[
             :, batch["input_ids"].shape[1] :
@@ -293,10 +297,12 @@ class CausalLMTask(Task):
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> tuple[list[str], list[str]]:
         """What ``complete`` gives, and the wanted completions, stripped too."""
-        wanted = [bytes(examples.columns["wanted"][index].tolist()).decode() for index in indices]
+        wanted = [
+            bytes(examples.columns["reference"][index].tolist()).decode() for index in indices
+        ]
         return self.complete(model, examples, indices, device), [text.strip() for text in wanted]
 
-    def _ends(self, model: Any) -> list[int]:
+    def _end_token_ids(self, model: Any) -> list[int]:
         """Token ids that end a completion: the tokenizer's, and those that the model names, such as the end of a turn."""
         named = model.generation_config.eos_token_id
         return sorted(

@@ -38,7 +38,7 @@ class Classification(Task):
         return logits.argmax(dim=-1), labels
 
 
-def refuse_nulls(values: Any, column: str, first: int = 0) -> None:
+def reject_nulls(values: Any, column: str, first: int = 0) -> None:
     """Raise ``DataError`` with the row number of the first null of an Arrow array, whose first entry is row ``first``."""
     if values.null_count:
         row = first + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
@@ -47,7 +47,7 @@ def refuse_nulls(values: Any, column: str, first: int = 0) -> None:
         )
 
 
-def tell_labels(table: Dataset, column: str, num_labels: int | None) -> list[str]:
+def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[str]:
     """Names of the labels, in the order of their ids.
 
     A ``ClassLabel`` column brings its names; other texts are sorted; integers are their own names, from 0 to the largest.
@@ -71,10 +71,12 @@ def tell_labels(table: Dataset, column: str, num_labels: int | None) -> list[str
                 f"column {column!r} has {len(names)} labels where num_labels says {num_labels}: {join_values(names)}"
             )
     else:
-        ids = _integers(values, column)
+        ids = _integer_labels(values, column)
         if num_labels is not None:
-            _refuse_out_of_range(ids, column, num_labels)
-        names = getattr(table.features[column], "names", None) or _numbers(ids, column, num_labels)
+            _reject_out_of_range(ids, column, num_labels)
+        names = getattr(table.features[column], "names", None) or _numeric_names(
+            ids, column, num_labels
+        )
     if num_labels is None:
         return list(names)
     return [*names[:num_labels], *(f"LABEL_{label}" for label in range(len(names), num_labels))]
@@ -88,8 +90,8 @@ def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
     """
     values = _label_column(table, column)
     if not is_text(values.type):
-        ids = _integers(values, column)
-        _refuse_out_of_range(ids, column, len(labels))
+        ids = _integer_labels(values, column)
+        _reject_out_of_range(ids, column, len(labels))
         return torch.from_numpy(ids)
     known = {name: label for label, name in enumerate(labels)}
     names = values.to_pylist()
@@ -125,7 +127,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
     if is_text(values.type):
         found = values.to_pylist()
     else:
-        ids = _integers(values, column).tolist()
+        ids = _integer_labels(values, column).tolist()
         ordered = all(
             not name.isdecimal() or name == str(label) for label, name in enumerate(labels)
         )
@@ -151,7 +153,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
 
 def _label_column(table: Dataset, column: str) -> Any:
     values = read_column(table, column, "task.label")
-    refuse_nulls(values, column)
+    reject_nulls(values, column)
     return values
 
 
@@ -160,7 +162,7 @@ def is_text(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _integers(values: Any, column: str) -> NDArray[np.int64]:
+def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
     """Label ids that are integers from 0 (or truth values); anything else is a ``DataError`` with its row."""
     if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
         first = f", such as {values[0].as_py()!r} in row 0" if len(values) else ""
@@ -176,7 +178,7 @@ def _integers(values: Any, column: str) -> NDArray[np.int64]:
     return ids
 
 
-def _numbers(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
+def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
     """Integers as names of labels, one for each id from 0 to the largest."""
     row = int(ids.argmax())
     if num_labels is None and ids[row] >= max(1000, len(ids)):
@@ -186,7 +188,7 @@ def _numbers(ids: NDArray[np.int64], column: str, num_labels: int | None) -> lis
     return [str(label) for label in range(int(ids[row]) + 1)]
 
 
-def _refuse_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -> None:
+def _reject_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -> None:
     if (ids >= num_labels).any():
         row = int((ids >= num_labels).argmax())
         raise DataError(

@@ -15,10 +15,10 @@ from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.classification import (
     Classification,
     encode_labels,
-    refuse_nulls,
-    tell_labels,
+    infer_labels,
+    reject_nulls,
 )
-from fedmerge_peft.tasks.tokenization import load_part
+from fedmerge_peft.tasks.tokenization import load_pretrained
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,10 +65,10 @@ class ImageClassificationTask(Classification):
             raise DataError(
                 f"task.image: there is no column {recipe.image!r}; the data have {join_values(table.column_names)}"
             )
-        self.labels = tell_labels(table, recipe.label, recipe.num_labels)
+        self.labels = infer_labels(table, recipe.label, recipe.num_labels)
         elsewhere = backbone.tokenizer is not None
         # The Pillow backend, also where torchvision is installed: the same pixels on every machine.
-        self.processor = load_part(
+        self.processor = load_pretrained(
             AutoImageProcessor,
             backbone.tokenizer or model_folder,
             backbone,
@@ -90,7 +90,7 @@ class ImageClassificationTask(Classification):
         pixels: list[Tensor] = []
         for start in range(0, len(table), _ROWS_AT_ONCE):
             rows = column[start : start + _ROWS_AT_ONCE].column(self.recipe.image).combine_chunks()
-            refuse_nulls(rows, self.recipe.image, start)
+            reject_nulls(rows, self.recipe.image, start)
             try:
                 encoded = Image().cast_storage(rows).to_pylist()
             except (TypeError, ValueError, NotImplementedError) as error:

@@ -38,7 +38,7 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
             scores[name] = _exp(loss)
             continue
         said, expected = (
-            (predictions.generated, predictions.wanted)
+            (predictions.generated, predictions.references)
             if name in GENERATED
             else (predictions.predicted, predictions.expected)
         )

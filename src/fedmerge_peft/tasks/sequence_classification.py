@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Batch, Examples
-from fedmerge_peft.tasks.classification import Classification, encode_labels, tell_labels
+from fedmerge_peft.tasks.classification import Classification, encode_labels, infer_labels
 from fedmerge_peft.tasks.tokenization import (
-    choose_length,
     chunks,
+    get_pad_token_id,
     load_tokenizer,
     pad,
-    pad_token_of,
     ragged,
     read_texts,
+    resolve_max_length,
     token_limit,
 )
 
@@ -56,10 +56,10 @@ class SequenceClassificationTask(Classification):
     ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
-        self.labels = tell_labels(table, recipe.label, recipe.num_labels)
+        self.labels = infer_labels(table, recipe.label, recipe.num_labels)
         self.processor, config = load_tokenizer(backbone, model_folder)
-        self.pad_token_id = pad_token_of(self.processor)
-        self.max_length = choose_length(recipe.max_length, token_limit(self.processor, config))
+        self.pad_token_id = get_pad_token_id(self.processor)
+        self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
         # Some tokenizers give token types to models that have none, and GPT-2 would add them up as if they were words.
         typed = (
             getattr(config, "type_vocab_size", None) or 0

@@ -24,7 +24,7 @@ Paragraph = list[tuple[str, str | None]]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class RowTexts:
     """Texts of all rows, before tokens."""
 
     learned: Sequence[str]
@@ -35,7 +35,7 @@ class Conversation:
     """Of chats, where generation needs them: what leads up to the last message, and its content."""
 
 
-def tell_format(recipe: CausalLMRecipe, table: Dataset) -> str:
+def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
     """The format that the recipe names or, without a name, the first one whose columns are there.
 
     Raises:
@@ -65,9 +65,9 @@ def tell_format(recipe: CausalLMRecipe, table: Dataset) -> str:
     )
 
 
-def lay_out(
+def read_row_texts(
     recipe: CausalLMRecipe, format: str, table: Dataset, tokenizer: Any, *, answers: bool
-) -> Conversation:
+) -> RowTexts:
     """Read the columns of the format.
 
     Args:
@@ -83,15 +83,13 @@ def lay_out(
     if format == "messages":
         return _chats(_rows(table, recipe.messages), recipe.messages, tokenizer, answers=answers)
     if format == "text":
-        return Conversation(read_texts(table, recipe.text, "task.text"))
+        return RowTexts(read_texts(table, recipe.text, "task.text"))
     if format == "prompt-completion":
-        return Conversation(
+        return RowTexts(
             read_texts(table, recipe.completion, "task.completion"),
             read_texts(table, recipe.prompt, "task.prompt"),
         )
-    return Conversation(
-        read_texts(table, recipe.output, "task.output"), _instructions(recipe, table)
-    )
+    return RowTexts(read_texts(table, recipe.output, "task.output"), _instructions(recipe, table))
 
 
 def parse_template(template: str) -> list[Paragraph]:
@@ -107,7 +105,7 @@ def parse_template(template: str) -> list[Paragraph]:
         ) from error
 
 
-def fill(template: list[Paragraph], values: Mapping[str, str]) -> str:
+def fill_template(template: list[Paragraph], values: Mapping[str, str]) -> str:
     """The prompt: fields replaced by their values, without the paragraphs whose only field is empty."""
     paragraphs = []
     for paragraph in template:
@@ -139,7 +137,7 @@ def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
                 f"task.template: {{{field}}} is no column; the data have {join_values(table.column_names)}"
             )
     return [
-        fill(template, {field: values[row] for field, values in columns.items()})
+        fill_template(template, {field: values[row] for field, values in columns.items()})
         for row in range(len(table))
     ]
 
@@ -150,7 +148,7 @@ def _rows(table: Dataset, column: str) -> list[Any]:
     return rows
 
 
-def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, answers: bool) -> Conversation:
+def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, answers: bool) -> RowTexts:
     """Chats as the chat template lays them out; the last message is the one to generate."""
     if not tokenizer.chat_template:
         raise DataError(
@@ -173,7 +171,7 @@ def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, answers: bool) -
                     chat[-1]["content"],
                 )
             )
-    return Conversation(learned, answers=asked if answers else None)
+    return RowTexts(learned, answers=asked if answers else None)
 
 
 def _messages(messages: Any, row: int, column: str) -> list[dict[str, Any]]:

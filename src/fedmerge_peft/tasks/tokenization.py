@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.tasks.classification import is_text, refuse_nulls
+from fedmerge_peft.tasks.classification import is_text, reject_nulls
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,16 +42,16 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
     from transformers import AutoConfig, AutoTokenizer
 
     elsewhere = backbone.tokenizer is not None
-    tokenizer = load_part(
+    tokenizer = load_pretrained(
         AutoTokenizer,
         backbone.tokenizer or model_folder,
         backbone,
         None if elsewhere else backbone.revision,
     )
-    return tokenizer, load_part(AutoConfig, model_folder, backbone, backbone.revision)
+    return tokenizer, load_pretrained(AutoConfig, model_folder, backbone, backbone.revision)
 
 
-def load_part(
+def load_pretrained(
     auto: Any, source: str, backbone: BackboneRecipe, revision: str | None, **options: Any
 ) -> Any:
     """``auto.from_pretrained(source)``, with the recipe's trust. Raises ``BackboneError`` from what transformers raised."""
@@ -66,7 +66,7 @@ def load_part(
         ) from error
 
 
-def pad_token_of(tokenizer: Any) -> int:
+def get_pad_token_id(tokenizer: Any) -> int:
     """The id to pad with: the pad token, or the end-of-sequence token of decoders that have none.
 
     Raises:
@@ -91,7 +91,7 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def choose_length(
+def resolve_max_length(
     max_length: int | None, limit: int | None, default: int | None = None
 ) -> int | None:
     """The longest example in tokens: what the recipe says, else the model's limit, at most ``default``.
@@ -115,7 +115,7 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
         raise DataError(
             f"{key}: column {column!r} holds {values.type}, not text, such as {values[0].as_py()!r} in row 0"
         )
-    refuse_nulls(values, column)
+    reject_nulls(values, column)
     texts: list[str] = values.to_pylist()
     return texts
 

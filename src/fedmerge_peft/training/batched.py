@@ -270,7 +270,7 @@ def accumulate_together(
         batch = task.collate(examples, chunk)
         weights = torch.zeros(len(stack), width)
         for k, (part, each) in enumerate(zip(parts, example_weights, strict=True)):
-            counts[k] += task.count(batch["labels"][k * width : k * width + len(part)])
+            counts[k] += task.count_terms(batch["labels"][k * width : k * width + len(part)])
             weights[k, : len(part)] = 1.0 if each is None else each[torch.from_numpy(part)]
         passes.append((chunk, batch, weights))
     sums = torch.zeros(len(stack), device=device)

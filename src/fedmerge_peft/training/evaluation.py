@@ -55,7 +55,7 @@ def evaluate(
             with accelerator.autocast():
                 generated, wanted = task.generate(backbone.model, examples, chunk, backbone.device)
             predictions.generated += generated
-            predictions.wanted += wanted
+            predictions.references += wanted
     return score(task.metrics, predictions)
 
 

@@ -134,7 +134,7 @@ def accumulate(
     device = backbone.device
     batches = [task.collate(examples, chunk) for chunk in step]
     sums = torch.zeros((), device=device)
-    count = sum(float(task.count(batch["labels"])) for batch in batches)
+    count = sum(float(task.count_terms(batch["labels"])) for batch in batches)
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = split(batch, device)
         with accelerator.autocast(), through(cache, chunk):

@@ -72,7 +72,7 @@ def read_row_texts(
 
     Args:
         recipe: Names of the columns, and the template.
-        format: One of the names that ``tell_format`` gives.
+        format: One of the names that ``infer_format`` returns.
         table: The rows.
         tokenizer: Its chat template lays out messages.
         answers: Whether the last message of each chat will be generated.

@@ -42,7 +42,7 @@ def test_columns_of_a_role_are_those_of_its_tensors():
     ("change", "message"),
     [
         (lambda state: state.pop("layer.1.weight"), r"lacks 1 of 2 tensors, first layer.1.weight"),
-        (lambda state: state.update(other=torch.zeros(1)), "does not know, first other"),
+        (lambda state: state.update(other=torch.zeros(1)), "not in the layout, first other"),
         (
             lambda state: state.update({"layer.0.weight": torch.zeros(9)}),
             r"shape \(9,\), expected \(2, 2\)",
@@ -106,13 +106,13 @@ def test_one_hot_weights_have_no_entropy():
 
 
 def test_weights_that_have_not_moved_are_warned_about():
-    assert "not moved" in merging_weights.weight_warnings(torch.full((6, 3), 1 / 3))[0]
+    assert "still uniform" in merging_weights.weight_warnings(torch.full((6, 3), 1 / 3))[0]
 
 
 def test_unused_adapters_are_warned_about_by_number():
     weights = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]])
     assert merging_weights.weight_warnings(weights) == [
-        "adapter 2 of 3 stands unused (less than a quarter of an even share of the clients' weight)"
+        "adapter 2 of 3 is unused (less than a quarter of the uniform share of the clients' weight)"
     ]
     assert merging_weights.weight_warnings(torch.eye(3)) == []
     assert merging_weights.weight_warnings(torch.ones(3, 1)) == []

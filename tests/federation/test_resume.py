@@ -188,9 +188,7 @@ def test_the_server_remembers_its_moments_and_refuses_others(settings, names):
     gradient = torch.arange(6.0).view(2, 3)
     assert torch.equal(first.step(rows, gradient), second.step(rows, gradient))
     if names:
-        with pytest.raises(
-            ValueError, match=r"does not fit where a float32 tensor \(2, 4\) was expected"
-        ):
+        with pytest.raises(ValueError, match=r"expected a float32 tensor \(2, 4\), got"):
             make(4).load_state_dict(first.state_dict())
 
 

@@ -103,8 +103,8 @@ def test_products_of_two_matrices_are_told_from_other_updates_in_one_way():
         "is the factor of a convolution": layout(
             ("lora_A.weight", (2, 3, 3, 3)), ("lora_B.weight", (3, 2, 1, 1))
         ),
-        "holds several experts": layout(*plain, role="expert"),
-        "the magnitudes of DoRA": layout(*plain, ("lora_magnitude_vector", (3,))),
+        "stacks several experts": layout(*plain, role="expert"),
+        "DoRA's magnitudes": layout(*plain, ("lora_magnitude_vector", (3,))),
     }
     for reason, other in others.items():
         with pytest.raises(ValueError, match=reason):
@@ -112,7 +112,9 @@ def test_products_of_two_matrices_are_told_from_other_updates_in_one_way():
         with pytest.raises(ValueError, match=rf"no exact merge: .*{reason}"):
             merge_error(AdapterSoup(torch.zeros(2, other.size), other), torch.tensor([0.5, 0.5]))
     for alone in (plain[0], plain[1], ("lora_embedding_A", (2, 5)), ("lora_embedding_B", (4, 2))):
-        with pytest.raises(ValueError, match=rf"the partner of a.{alone[0]} is frozen and common"):
+        with pytest.raises(
+            ValueError, match=rf"the other factor of a.{alone[0]} is frozen and shared"
+        ):
             layer_factors(layout(alone))
 
 

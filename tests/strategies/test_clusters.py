@@ -236,7 +236,7 @@ def test_ifca_may_leave_adapters_over_and_says_so():
     )
     assert strategy.weights.argmax(1).tolist() == [0] * 9
     assert strategy.warnings() == [
-        "adapters 1, 2 of 3 stand unused (less than a quarter of an even share of the clients' weight)"
+        "adapters 1, 2 of 3 are unused (less than a quarter of the uniform share of the clients' weight)"
     ]
 
 

@@ -1,4 +1,4 @@
-"""An adapter as a folder that PEFT loads."""
+"""Folders in the format of PEFT's ``save_pretrained``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from fedmerge_peft.util.files import write_json, write_tensors, writing
 def write_adapter(
     folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **documents: Any
 ) -> Path:
-    """Write an adapter as a folder that ``PeftModel.from_pretrained`` loads, and each document as ``<name>.json`` beside it.
+    """Write a folder that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        folder: Where to; made where it is missing.
-        state: Tensors in PEFT's saved form.
-        config: PEFT's configuration.
-        documents: Anything that is JSON.
+        folder: Destination. Created if it does not exist.
+        state: State dict in PEFT's saved form.
+        config: PEFT configuration.
+        documents: JSON values, each written to ``<name>.json`` in the folder.
+
+    Returns:
+        The folder.
 
     Raises:
         RunError: The folder cannot be written.

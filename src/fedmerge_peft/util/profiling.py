@@ -1,4 +1,4 @@
-"""Where the time of a run goes: what is marked as ``spent`` on something, while somebody is ``timing``."""
+"""Wall time of a run by phase: ``timed`` marks a phase, ``collect_timings`` sums them up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Phase = Literal["train", "evaluate", "server", "save", "other"]
 
 @dataclass
 class PhaseTimer:
-    """Seconds of wall time by phase; each moment counts for the innermost phase that it is spent on."""
+    """Seconds of wall time by phase. Nested time counts for the innermost phase only."""
 
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(get_args(Phase), 0.0))
     _active: list[Phase] = field(default_factory=list)
@@ -22,17 +22,17 @@ class PhaseTimer:
 
     @property
     def overhead(self) -> float:
-        """The share of the time that is neither training nor evaluation, 0 to 1."""
+        """Fraction of the time in phases other than training and evaluation, 0 to 1."""
         total = sum(self.seconds.values())
         return 1 - (self.seconds["train"] + self.seconds["evaluate"]) / total if total else 0.0
 
     def start(self, phase: Phase) -> None:
-        """From now on time is spent on this phase."""
+        """Count time for ``phase`` until the matching ``stop``."""
         self._charge()
         self._active.append(phase)
 
     def stop(self) -> None:
-        """From now on time is spent on what it was before ``start``."""
+        """End the innermost phase and resume the enclosing one."""
         self._charge()
         self._active.pop()
 
@@ -48,7 +48,7 @@ _TIMER: ContextVar[PhaseTimer | None] = ContextVar("timer", default=None)
 
 @contextmanager
 def collect_timings() -> Iterator[PhaseTimer]:
-    """Within, what is marked is counted, in this thread."""
+    """Collect the times of all ``timed`` blocks that run in this thread inside the context."""
     timer = PhaseTimer()
     token = _TIMER.set(timer)
     try:
@@ -59,7 +59,7 @@ def collect_timings() -> Iterator[PhaseTimer]:
 
 @contextmanager
 def timed(phase: Phase) -> Iterator[None]:
-    """Mark time as spent on this phase; does nothing where nobody is timing."""
+    """Count the block's time for ``phase``. No effect outside ``collect_timings``."""
     timer = _TIMER.get()
     if timer is None:
         yield

@@ -1,4 +1,4 @@
-"""Checks and lengths of long vectors, at the speed of memory and without what long float32 sums lose."""
+"""Finiteness and norms of long vectors, at memory bandwidth and without float32 rounding error."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 10
-"""Numbers whose squares are summed in float32 at a time."""
+"""Number of squares that are summed in float32 before the sum continues in float64."""
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether all of them are. One that is not makes their sum not finite either; only where the sum itself overflows is each looked at."""
+    """Return True if no value is NaN or infinite.
+
+    A non-finite value makes the sum non-finite. The single values are checked only if the sum is
+    not finite, since finite values can overflow it.
+    """
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """‖row‖₂ of each of ``(k, P)`` float32 rows, ``(k,)`` float64, to about 10⁻⁶.
+    """Compute ‖row‖₂ of float32 rows ``(k, P)`` as float64 ``(k,)``, with relative error 10⁻⁶.
 
-    Blocks are summed in float32, their sums in float64. Rows whose squares a block cannot hold, too large or too small, are taken one
-    by one in float64.
+    Squares are summed within blocks in float32 and across blocks in float64. A row whose squares
+    overflow or underflow float32 is summed in float64.
     """
-    whole = rows.shape[1] // _BLOCK * _BLOCK
+    blocked = rows.shape[1] // _BLOCK * _BLOCK
     blocks = torch.linalg.vector_norm(
-        rows[:, :whole].reshape(len(rows), whole // _BLOCK, _BLOCK), dim=2
+        rows[:, :blocked].reshape(len(rows), blocked // _BLOCK, _BLOCK), dim=2
     ).double()
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1).double()
-    found: Tensor = (blocks.square().sum(dim=1) + rest.square()).sqrt()
-    unsure = ~torch.isfinite(found) | (found < 1e-12)
-    for number in unsure.nonzero().flatten().tolist():
-        found[number] = rows[number].double().norm()
-    return found
+    rest = torch.linalg.vector_norm(rows[:, blocked:], dim=1).double()
+    norms: Tensor = (blocks.square().sum(dim=1) + rest.square()).sqrt()
+    unreliable = ~torch.isfinite(norms) | (norms < 1e-12)
+    for number in unreliable.nonzero().flatten().tolist():
+        norms[number] = rows[number].double().norm()
+    return norms

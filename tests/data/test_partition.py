@@ -242,7 +242,7 @@ def test_one_client_a_value_is_named_after_it_alone():
 def test_dirichlet_says_at_once_that_there_are_too_few_examples():
     with pytest.raises(
         DataError,
-        match=r"5 clients × min_examples 10 need 50 training examples, and there are 20; lower",
+        match=r"5 clients × min_examples 10 need 50 training examples, but there are 20; lower",
     ):
         dirichlet(np.zeros(20, dtype=np.int64), 5, 0.1, 10, generator(0, "train"))
 
@@ -250,20 +250,21 @@ def test_dirichlet_says_at_once_that_there_are_too_few_examples():
 def test_dirichlet_gives_up_after_many_draws_and_says_what_to_change():
     with pytest.raises(
         DataError,
-        match=r"never had 9 training examples \(at best \d+\); raise data\.partition\.alpha, or lower",
+        match=r"never had 9 training examples \(at most \d+\); raise data\.partition\.alpha, or lower",
     ):
         dirichlet(np.zeros(100, dtype=np.int64), 10, 0.01, 9, generator(0, "train"))
 
 
 def test_clusters_of_more_classes_than_there_are_are_refused():
     with pytest.raises(
-        DataError, match=r"30 classes a group, and the training examples have 2; write .*=2 or less"
+        DataError,
+        match=r"30 classes per group, but the training examples have 2; write .*=2 or less",
     ):
         clusters(np.array([0, 1, 0, 1]), 2, 1, 30, generator(0, "train"))
 
 
 def test_more_shards_than_examples_are_refused():
     with pytest.raises(
-        DataError, match=r"3 clients × 2 shards need 6 training examples, and there are 5"
+        DataError, match=r"3 clients × 2 shards need 6 training examples, but there are 5"
     ):
         shards(np.zeros(5, dtype=np.int64), 3, 2, generator(0, "train"))

@@ -351,7 +351,7 @@ def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
         ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves nothing to learn from"),
         ("here.csv", {}, r"there is no column 'queue'"),
         ("empty.csv", {}, "cannot be loaded"),
-        ("here.txt", {}, "is not a file this can read"),
+        ("here.txt", {}, "has an unsupported format"),
     ],
 )
 def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, options, message):

@@ -1,7 +1,8 @@
-"""Where examples come from, and which client holds which.
+"""Examples and their partition among clients.
 
-``federate_data`` is the whole way from a recipe to clients: ``sources`` reads the splits, ``partition`` deals their row numbers
-(numpy alone), ``federate`` joins both into one table and its clients, ``summary`` shows who holds what.
+``federate_data`` turns a recipe into clients. ``loading`` reads the splits. ``partition`` assigns
+row numbers to clients with numpy alone. ``build`` combines both into one table with its clients.
+``summary`` shows the rows of each client.
 """
 
 from fedmerge_peft.data.build import federate_data

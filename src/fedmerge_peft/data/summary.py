@@ -1,4 +1,4 @@
-"""Who holds what: a table, a picture for the terminal, a figure."""
+"""Summaries of a partition: a table, a chart for the terminal, a figure."""
 
 from __future__ import annotations
 
@@ -23,27 +23,24 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 _BARS = " ▁▂▃▄▅▆▇█"
-_COLORS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-)  # Okabe & Ito's palette, told apart without red and green
-_MOST_TICKS = 40
+_COLORS = ("#0072b2", "#e69f00", "#009e73")  # Okabe & Ito, distinguishable without red and green
+_MAX_TICKS = 40
 
 
 def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
-    """How many examples each client has, by split and by label.
+    """Count the examples of each client by split and by label.
 
     Args:
-        data: The clients and their table.
-        column: The column whose values are counted over training rows; None for the sizes alone.
+        data: Clients and their table.
+        column: Column whose values are counted over training rows, or None to count splits only.
 
     Returns:
-        One row a client, indexed by name. ``table["examples"]`` has the columns train, validation and test, and
-        ``table["labels"]`` one column for each value of ``column``, all in numbers of examples.
+        Table with one row per client, indexed by name. ``table["examples"]`` has the columns train,
+        validation and test. ``table["labels"]`` has one column per value of ``column``. All entries
+        are numbers of examples.
 
     Raises:
-        DataError: There is no such column, it is nested, or it has nulls.
+        DataError: The column does not exist, is nested, or has nulls.
     """
     import pandas
 
@@ -59,19 +56,22 @@ def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
 def terminal_chart(
     data: FederatedData, column: str | None, width: int = 80, height: int = 40
 ) -> Group:
-    """A picture of clients × labels for the terminal: a line a client, a block a label, as high as the count of training examples.
+    """Draw a chart of clients × labels for the terminal.
+
+    Each client has one line with one block per label. The height of a block shows the number of
+    training examples.
 
     Args:
-        data: The clients and their table.
-        column: The column that has the labels; None for the sizes alone.
-        width: Characters a line; labels beyond it are left out, and a line says how many.
-        height: Most clients to show; a line says how many more there are.
+        data: Clients and their table.
+        column: Label column, or None to show the sizes of the splits only.
+        width: Characters per line. Labels beyond the width are counted, not shown.
+        height: Maximum number of clients. Further clients are counted, not shown.
 
     Returns:
-        Something for ``rich`` to print: at most ``height`` clients and a few lines about them.
+        Renderable for ``rich``.
 
     Raises:
-        DataError: As ``client_table``.
+        DataError: The column does not exist, is nested, or has nulls.
     """
     counts, names = _label_counts(data, column)
     shown = data.clients[:height]
@@ -104,26 +104,28 @@ def terminal_chart(
             [f"… and {len(names) - room:,} more labels to the right"] if len(names) > room else []
         )
         lines += [
-            f"the higher the block, the more training examples: {_BARS[-1]} is {top:,}, blank is none",
+            f"block height: number of training examples, {_BARS[-1]} is {top:,}, blank is none",
             f"labels from the left: {join_values(names, 10)}",
         ]
     total = _sizes(data).sum(axis=0)
     lines += [
-        f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation and {total[2]:,} test examples"
+        f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation "
+        f"and {total[2]:,} test examples"
     ]
     return Group(table, *(Text(printable(line), style="dim") for line in lines))
 
 
 def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> None:
-    """Draw clients × labels as a heat map, beside bars of each client's train, validation and test examples.
+    """Save a figure: a heat map of clients × labels, and bars of the clients' split sizes.
 
     Args:
-        data: The clients and their table.
-        column: The column that has the labels; None for the bars alone.
-        path: Where to write; the suffix tells the format, such as ``.png`` or ``.svg``.
+        data: Clients and their table.
+        column: Label column, or None to draw the bars only.
+        path: Destination. The suffix determines the format, such as ``.png`` or ``.svg``.
 
     Raises:
-        DataError: As ``client_table``, or the suffix is not a picture's.
+        DataError: The column does not exist, is nested, or has nulls; the suffix is not an image
+            format; the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -140,9 +142,7 @@ def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> 
     canvas = FigureCanvasAgg(figure)
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix not in canvas.get_supported_filetypes():
-        raise DataError(
-            f"{path}: pictures are written as .png, .svg or .pdf; give the file one of these suffixes"
-        )
+        raise DataError(f"{path}: unsupported image format; use the suffix .png, .svg or .pdf")
     axes = (
         figure.subplots(1, 2, sharey=True, width_ratios=[3, 1], squeeze=False)[0]
         if names
@@ -195,8 +195,8 @@ def _draw_sizes(axis: Any, sizes: NDArray[np.int64]) -> None:
 
 
 def _set_ticks(axis: Any, names: list[str]) -> None:
-    """Name every n-th position, so that names never overlap."""
-    step = -(-len(names) // _MOST_TICKS)
+    """Label every n-th position, so that labels do not overlap."""
+    step = -(-len(names) // _MAX_TICKS)
     axis.set_ticks(
         range(0, len(names), step),
         labels=[_short_name(name) for name in names[::step]],
@@ -206,22 +206,22 @@ def _set_ticks(axis: Any, names: list[str]) -> None:
 
 
 def _short_name(name: str) -> str:
-    """At most 24 characters, the last ones kept: they tell the clients of one group apart."""
+    """Shorten to 24 characters, keeping the end, which distinguishes the clients of a group."""
     name = printable(name)
     return name if len(name) <= 24 else f"{name[:18]}…{name[-5:]}"
 
 
 def _bars(counts: NDArray[np.int64], top: int) -> str:
-    """One block a count: blank for none, the lowest for one, full for ``top``."""
+    """Draw one block per count: blank for 0, the lowest block for 1, the full block for ``top``."""
     heights = np.where(counts > 0, np.ceil(counts / top * (len(_BARS) - 1)), 0).astype(int)
     return "".join(_BARS[height] for height in heights)
 
 
 def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
-    """Training rows by client and label, ``(clients, labels)``, and the labels' names."""
+    """Count training rows by client and label, ``(clients, labels)``, and name the labels."""
     if column is None:
         return np.zeros((len(data.clients), 0), dtype=np.int64), []
-    # Numbered over the rows that somebody trains on, so that labels of other rows make no empty columns.
+    # Labels that occur in evaluation rows only would make empty columns.
     trained = np.concatenate([client.train for client in data.clients])
     numbers, names = encode_classes({"train": data.table.select(trained)}, column, "column")
     ends = np.cumsum([client.size for client in data.clients])[:-1]
@@ -230,7 +230,7 @@ def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.i
 
 
 def _sizes(data: FederatedData) -> NDArray[np.int64]:
-    """Examples by client and split, ``(clients, 3)``."""
+    """Count examples by client and split, ``(clients, 3)``."""
     return np.array(
         [[len(client.train), len(client.validation), len(client.test)] for client in data.clients],
         dtype=np.int64,

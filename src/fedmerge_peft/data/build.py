@@ -176,8 +176,8 @@ def _groups(
         several = join_values(group_names[group] for group in pairs[pairs[:, 0] == value, 1])
         raise DataError(
             f"data.partition.group: {scheme.by} {names[value]} has rows of several "
-            f"{scheme.group} ({several}), but a client belongs to one group; name a column that is the same for "
-            "all of its rows, or remove data.partition.group"
+            f"{scheme.group} ({several}), but a client belongs to one group; name "
+            "a column that is the same for all of its rows, or remove data.partition.group"
         )
     return [group_names[group] for group in pairs[:, 1]]
 

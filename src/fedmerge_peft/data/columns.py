@@ -97,7 +97,8 @@ def encode_classes(
         if missing:
             raise DataError(
                 f"{key}: the column {column} is empty in {missing:,} of the {len(entries):,} "
-                f"{split} rows; fill in the values, or remove the rows (data.filter selects by value)"
+                f"{split} rows; fill in the values, or remove the rows "
+                "(data.filter selects rows by value)"
             )
     values = _distinct(columns["train"])
     numbers = {

@@ -289,10 +289,10 @@ def test_where_files_cannot_be_linked_they_are_copied(
 
 def test_a_second_name_for_the_same_file_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "one").write_text("1")
-    files.link(tmp_path / "one", tmp_path / "two")
-    files.link(tmp_path / "one", tmp_path / "two")
+    files.hardlink(tmp_path / "one", tmp_path / "two")
+    files.hardlink(tmp_path / "one", tmp_path / "two")
     (tmp_path / "three").write_text("3")
-    files.link(tmp_path / "three", tmp_path / "two")
+    files.hardlink(tmp_path / "three", tmp_path / "two")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "one": "1",
         "two": "3",

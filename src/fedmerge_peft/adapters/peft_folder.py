@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmerge_peft.util.files import write_json, write_tensors, writing
+from fedmerge_peft.util.files import translated_write_errors, write_json, write_tensors
 
 
 def write_adapter(
@@ -28,7 +28,7 @@ def write_adapter(
     Raises:
         RunError: The folder cannot be written.
     """
-    with writing(folder):
+    with translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_tensors(
         folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()}

@@ -93,8 +93,10 @@ def _read(recipe: DataRecipe) -> dict[str, Dataset]:
     try:
         loaded = _read_local(path) if path.exists() else _read_hub(recipe)
     except Exception as error:  # readers raise arbitrary errors for broken files and networks
-        where = path if path.exists() else f"the hub's data set {recipe.path}"
-        raise DataError(f"data.path: {where} cannot be loaded: {_describe_error(error)}") from error
+        source = path if path.exists() else f"the hub's data set {recipe.path}"
+        raise DataError(
+            f"data.path: {source} cannot be loaded: {_describe_error(error)}"
+        ) from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     return {name: dataset.with_format(None) for name, dataset in splits.items()}
 

@@ -27,7 +27,7 @@ from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.runs.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.runs.writer import RunWriter
 from fedmerge_peft.util import profiling
-from fedmerge_peft.util.files import held
+from fedmerge_peft.util.files import locked_directory
 
 
 def run_recipe(
@@ -70,7 +70,7 @@ def resume_run(
 
 
 def _hold(stack: ExitStack, directory: Path) -> None:
-    stack.enter_context(held(directory))
+    stack.enter_context(locked_directory(directory))
 
 
 def _check_unfinished(run: RunDirectory, rounds: int) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import atomically, writing
+from fedmerge_peft.util.files import write_atomically, translated_write_errors
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
 from fedmerge_peft.util.stateful import describe
@@ -83,10 +83,10 @@ class Checkpoint:
 
 def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
     """The first half of a checkpoint; the path of its file. Raises ``RunError``."""
-    with writing(folder):
+    with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
-    atomically(path, soup.save)
+    write_atomically(path, soup.save)
     return path
 
 
@@ -103,11 +103,11 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
     state = strategy.state_dict()
     tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    with writing(folder):
+    with translated_write_errors(folder):
         manifest = Manifest(round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe))
         text = json.dumps(asdict(manifest), default=str)
         sums = {"checkpoint": text, "sha256": _digest(tensors, text), "format": "pt"}
-        atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
+        write_atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
     remove_all_but(folder, round)
 
 
@@ -116,7 +116,7 @@ def remove_all_but(folder: Path, round: int) -> None:
     for number in rounds_in(folder):
         if not round - KEPT < number <= round:
             for path in (_path(folder, number), _soup_path(folder, number)):
-                with writing(path):
+                with translated_write_errors(path):
                     path.unlink(missing_ok=True)
 
 

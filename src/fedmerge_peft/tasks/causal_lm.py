@@ -98,8 +98,8 @@ class CausalLMTask(Task):
 
         An end-of-sequence token is appended to texts and completions. The end of a chat follows its
         template. Long texts and chats are truncated on the right. Long prompts are truncated on the
-        left, after the begin-of-sequence token, which keeps the completion. If the tokens of a
-        prompt are not a prefix of the tokens of prompt + completion, both are tokenized separately.
+        left, after their begin-of-sequence token, so completions are kept. If the tokens of a prompt
+        are not a prefix of the tokens of prompt + completion, both are tokenized separately.
         Warnings count truncated and separately tokenized rows.
 
         Raises:
@@ -130,10 +130,10 @@ class CausalLMTask(Task):
         inputs, labels = [], []
         for row, (prompt, target) in enumerate(rows):
             # Prediction of the first token of a completion needs one token before it.
-            kept = self._truncate_left(prompt, max(length - len(target), min(1, len(prompt))))
-            target = target[: length - len(kept)]
-            inputs.append(kept + target)
-            labels.append([IGNORED] * len(kept) + target)
+            context = self._truncate_left(prompt, max(length - len(target), min(1, len(prompt))))
+            target = target[: length - len(context)]
+            inputs.append(context + target)
+            labels.append([IGNORED] * len(context) + target)
             # The first token is not predicted. Without its label, labels count the loss terms.
             labels[row][:1] = [IGNORED]
             if all(label == IGNORED for label in labels[row]):

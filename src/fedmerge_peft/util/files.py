@@ -22,12 +22,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+_LOCKED: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 """The directories that this thread holds."""
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def translated_write_errors(path: Path) -> Iterator[Path]:
     """Turn what a disk can refuse into one ``RunError`` that names the path."""
     try:
         yield path
@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def locked_directory(path: Path) -> Iterator[None]:
     """Make a directory and hold it, so that no other process takes what is written there for something interrupted.
 
     Whoever holds it may hold it again. Without a lock where the system or the file system has none.
@@ -48,10 +48,10 @@ def held(path: Path) -> Iterator[None]:
         RunBusyError: Another process, or another thread, holds it.
         RunError: It cannot be made.
     """
-    with writing(path):
+    with translated_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         whole = path.resolve()
-        descriptor = None if fcntl is None or whole in _HELD.get() else os.open(path, os.O_RDONLY)
+        descriptor = None if fcntl is None or whole in _LOCKED.get() else os.open(path, os.O_RDONLY)
     if descriptor is None:
         yield
         return
@@ -64,22 +64,22 @@ def held(path: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
-        token = _HELD.set(_HELD.get() | {whole})
+        token = _LOCKED.set(_LOCKED.get() | {whole})
         try:
             yield
         finally:
-            _HELD.reset(token)
+            _LOCKED.reset(token)
     finally:
         os.close(descriptor)
 
 
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole.
 
     That holds over a power cut too: the file is on the disk before it takes its name, and its name when this returns.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
+    with translated_write_errors(path):
         try:
             temporary.unlink(missing_ok=True)
             write(temporary)
@@ -94,7 +94,7 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
             _sync(path.parent)
 
 
-def link(source: Path, path: Path) -> None:
+def hardlink(source: Path, path: Path) -> None:
     """Give a file a second name, in place of what has it; a copy where the file system has no links. Raises ``RunError``.
 
     As files are always replaced as a whole, what is written to one name later does not show under the other.
@@ -106,7 +106,7 @@ def link(source: Path, path: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
 
-    atomically(path, write)
+    write_atomically(path, write)
 
 
 def _sync(path: Path) -> None:
@@ -124,7 +124,7 @@ def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    atomically(path, write)
+    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -135,7 +135,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors. Raises ``RunError``."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomically(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -134,8 +134,8 @@ class Backbone:
                 frozen = adapted.base_layer.weight
                 if not frozen.is_floating_point():
                     raise BackboneError(
-                        f"backbone.quantization: the quantized weights of {name} cannot be updated; "
-                        "remove it"
+                        f"backbone.quantization: quantized weights cannot be updated ({name}); "
+                        "remove backbone.quantization"
                     )
                 parameters = self.model.named_parameters(remove_duplicate=False)
                 tied = sum(parameter is frozen for _, parameter in parameters) > 1

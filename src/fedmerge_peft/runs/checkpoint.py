@@ -26,11 +26,11 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import write_atomically, translated_write_errors
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
-from fedmerge_peft.util.stateful import describe
 from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.util.files import translated_write_errors, write_atomically
+from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,13 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
-from fedmerge_peft.util.files import read_tensors, write_json, write_tensors, translated_write_errors
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.util.files import (
+    read_tensors,
+    translated_write_errors,
+    write_json,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,14 +9,21 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmerge_peft.runs import checkpoint as checkpoints
-from fedmerge_peft.runs.environment import environment_of
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import write_atomically, hardlink, write_json, write_tensors, write_text, translated_write_errors
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.record import RoundRecord, Scores
+from fedmerge_peft.runs import checkpoint as checkpoints
 from fedmerge_peft.runs.directory import RunDirectory, round_of
+from fedmerge_peft.runs.environment import environment_of
+from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.util.files import (
+    hardlink,
+    translated_write_errors,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine

@@ -98,8 +98,8 @@ class CausalLMTask(Task):
 
         An end-of-sequence token is appended to texts and completions. The end of a chat follows its
         template. Long texts and chats are truncated on the right. Long prompts are truncated on the
-        left, after their begin-of-sequence token, so completions are kept. If the tokens of a prompt
-        are not a prefix of the tokens of prompt + completion, both are tokenized separately.
+        left, after their begin-of-sequence token, so completions are kept. If a prompt's tokens are
+        not a prefix of the tokens of prompt + completion, both are tokenized separately.
         Warnings count truncated and separately tokenized rows.
 
         Raises:

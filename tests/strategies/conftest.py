@@ -29,7 +29,7 @@ class Formulas:
     def __init__(
         self, clients: int, layout: AdapterLayout | None = None, sizes: list[int] | None = None
     ) -> None:
-        self.layout = layout or AdapterLayout.of(SHAPES)
+        self.layout = layout or AdapterLayout.from_tensors(SHAPES)
         self.sizes = sizes or [10] * clients
         self.centres = torch.randn(
             clients, self.layout.size, generator=torch.Generator().manual_seed(7)

@@ -26,7 +26,7 @@ def data(
     """
     from rich.console import Console
 
-    from fedmerge_peft.data import federate_data, picture, plot
+    from fedmerge_peft.data import federate_data, plot, terminal_chart
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.util.text import printable
 
@@ -34,7 +34,7 @@ def data(
     label = getattr(loaded.task, "label", None)
     held = federate_data(loaded.data, label, loaded.seed)
     console = Console(highlight=False)
-    console.print(picture(held, by or label, width=console.width))
+    console.print(terminal_chart(held, by or label, width=console.width))
     if figure is not None:
         plot(held, by or label, figure)
         console.print(printable(f"figure: {figure}"), markup=False)

@@ -20,7 +20,7 @@ from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.plan import Plan, Served
-from fedmerge_peft.util.row_buffer import Spill
+from fedmerge_peft.util.row_buffer import RowBuffer
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class RankedEngine(LocalEngine):
         self, round: int, assignments: Assignments[Assignment], passes: Sequence[Sequence[int]]
     ) -> dict[int, Reply | ClientError]:
         """Run the clients of this rank's passes; the updates go to a row buffer."""
-        buffer = Spill(expected=sum(map(len, passes)))
+        buffer = RowBuffer(expected_calls=sum(map(len, passes)))
         replies: dict[int, Reply | ClientError] = {}
         for clients in passes:
             turns = [
@@ -96,7 +96,7 @@ class RankedEngine(LocalEngine):
             ]
             for client, (_, reply) in zip(clients, self._run(turns), strict=True):
                 if isinstance(reply, Reply):
-                    reply = replace(reply, deltas=buffer.keep(reply.deltas))
+                    reply = replace(reply, deltas=buffer.append(reply.deltas))
                 replies[client] = reply
         return replies
 
@@ -123,7 +123,7 @@ class RankedEngine(LocalEngine):
 
 def load_engine(recipe: Recipe) -> LocalEngine:
     """Data and model for this process, or for its rank where a launcher has started several. Raises as ``LocalEngine.from_recipe``."""
-    if distributed.launched() == 1:
+    if distributed.launched_processes() == 1:
         return LocalEngine.from_recipe(recipe)
     make_accelerator(recipe.training)  # brings the ranks together
     return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe))

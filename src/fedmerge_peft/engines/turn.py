@@ -13,7 +13,7 @@ from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.errors import ClientError, FedMergeError
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import ClientResult
-from fedmerge_peft.util.vectors import finite
+from fedmerge_peft.util.vectors import all_finite
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class ClientTurn:
         """Take the outcome of the client's plan."""
         if isinstance(outcome, Exception):
             self.error = client_error(self.client, self.round, outcome)
-        elif not finite(outcome.deltas):
+        elif not all_finite(outcome.deltas):
             self.error = ClientError(self.client.name, self.round, _NOT_FINITE)
         else:
             self.result = outcome

@@ -26,7 +26,7 @@ from fedmerge_peft.runs.directory import RunDirectory, parts
 from fedmerge_peft.runs.record import Scores
 from fedmerge_peft.runs.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.runs.writer import RunWriter
-from fedmerge_peft.util.files import held
+from fedmerge_peft.util.files import locked_directory
 from fedmerge_peft.util.profiling import timed
 
 
@@ -56,7 +56,7 @@ def resume_run(
     run = RunDirectory.open(path)
     recipe = _continued(run, overrides)
     check_trackers(recipe)
-    if distributed.launched() > 1:
+    if distributed.launched_processes() > 1:
         engine = engine or load_engine(
             recipe
         )  # the ranks come together first, so that all have seen the directory before it changes
@@ -70,7 +70,7 @@ def resume_run(
 
 
 def _hold(stack: ExitStack, directory: Path) -> None:
-    stack.enter_context(held(directory))
+    stack.enter_context(locked_directory(directory))
 
 
 def _check_unfinished(run: RunDirectory, rounds: int) -> None:
@@ -123,12 +123,12 @@ def _restore(federation: Federation, run: RunWriter) -> None:
     records: list[dict[str, Any]] = distributed.on_rank_zero(lambda: run.records)
     if records and distributed.world_size() > 1:
         rows, base, state = distributed.on_rank_zero(
-            lambda: (strategy.soup.rows, dict(strategy.soup.base), strategy.state())
+            lambda: (strategy.soup.rows, dict(strategy.soup.base), strategy.state_dict())
         )
         if not distributed.is_main():
             base = {module: tensor.clone() for module, tensor in base.items()}
             strategy.soup = replace(strategy.soup, rows=rows.clone(), base=base)
-            strategy.load_state(state)
+            strategy.load_state_dict(state)
     federation.restore_progress(records)
 
 

@@ -120,7 +120,7 @@ class Federation:
             served=served,
             finetuned=finetuned if self.strategy.trains_what_it_serves else None,
             weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
-            adapter_mass=merging_weights.mass(self.strategy.weights) if learns else None,
+            adapter_mass=merging_weights.adapter_shares(self.strategy.weights) if learns else None,
             gap=gap,
             update_norm=norms[-1] if norms else None,
             bytes_down=4 * down,

@@ -14,7 +14,7 @@ from fedmerge_peft.federation.reply_checks import validate_reply
 from fedmerge_peft.recipe.schema import ClientsRecipe
 from fedmerge_peft.strategies.base import Reply, Strategy
 from fedmerge_peft.training.plan import Plan
-from fedmerge_peft.util.row_buffer import Spill
+from fedmerge_peft.util.row_buffer import RowBuffer
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class ReplyCollector:
         self._replies: dict[int, Reply] = {}
         self._trained: dict[int, Tensor] = {}
         self._failures: dict[str, str] = {}
-        self._deltas = Spill(expected=len(cohort))
-        self._rows = Spill(expected=len(cohort))
+        self._deltas = RowBuffer(expected_calls=len(cohort))
+        self._rows = RowBuffer(expected_calls=len(cohort))
 
     def add(self, plan: Plan, answer: Reply | ClientError) -> bool:
         """Take one answer; return whether it counts.
@@ -83,8 +83,8 @@ class ReplyCollector:
         if cause is not None:
             self._fail(name, cause)
             return False
-        self._trained[client] = self._rows.keep(self._strategy.trained_rows(plan, answer))
-        self._replies[client] = replace(answer, deltas=self._deltas.keep(answer.deltas))
+        self._trained[client] = self._rows.append(self._strategy.trained_rows(plan, answer))
+        self._replies[client] = replace(answer, deltas=self._deltas.append(answer.deltas))
         return True
 
     def close(self) -> RoundReplies:

@@ -37,7 +37,7 @@ class AdapterSlot:
         """Do nothing: forward passes always run through the slot."""
         yield
 
-    def keep(self, count: int) -> None:
+    def truncate(self, count: int) -> None:
         """Raise ``ValueError`` for any count but 1."""
         if count != 1:
             raise ValueError(f"a slot holds one adapter, and {count} were to be kept")

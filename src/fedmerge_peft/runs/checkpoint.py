@@ -26,11 +26,11 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import atomically, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
-from fedmerge_peft.util.stateful import described
 from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.util.files import translated_write_errors, write_atomically
+from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,11 @@ class Checkpoint:
         """Bring a strategy that was just made to this state. Raises ``ValueError`` where it is another one's."""
         ours, theirs = strategy.soup, self.soup
         if (theirs.layout, theirs.rows.shape, theirs.base.keys()) != (ours.layout, ours.rows.shape, ours.base.keys()):
-            raise ValueError(f"its soup is {described(theirs.rows)}, or has other parts, where {described(ours.rows)} was expected")
+            raise ValueError(f"its soup is {describe(theirs.rows)}, or has other parts, where {describe(ours.rows)} was expected")
         # copied, as kernels may round otherwise where memory is not aligned as torch does it
         base = {module: tensor.clone() for module, tensor in theirs.base.items()}
         strategy.soup = replace(ours, rows=theirs.rows.clone(), base=base)
-        strategy.load_state({**self.tensors, **self.manifest.counters})
+        strategy.load_state_dict({**self.tensors, **self.manifest.counters})
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -83,10 +83,10 @@ class Checkpoint:
 
 def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
     """The first half of a checkpoint; the path of its file. Raises ``RunError``."""
-    with writing(folder):
+    with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
-    atomically(path, soup.save)
+    write_atomically(path, soup.save)
     return path
 
 
@@ -100,14 +100,14 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
         recipe: The run's.
         metrics: Bytes of ``metrics.jsonl`` with that round's line.
     """
-    state = strategy.state()
+    state = strategy.state_dict()
     tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    with writing(folder):
+    with translated_write_errors(folder):
         manifest = Manifest(round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe))
         text = json.dumps(asdict(manifest), default=str)
         sums = {"checkpoint": text, "sha256": _digest(tensors, text), "format": "pt"}
-        atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
+        write_atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
     remove_all_but(folder, round)
 
 
@@ -116,7 +116,7 @@ def remove_all_but(folder: Path, round: int) -> None:
     for number in rounds_in(folder):
         if not round - KEPT < number <= round:
             for path in (_path(folder, number), _soup_path(folder, number)):
-                with writing(path):
+                with translated_write_errors(path):
                     path.unlink(missing_ok=True)
 
 

@@ -33,8 +33,13 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
-from fedmerge_peft.util.files import read_tensors, write_json, write_tensors, writing
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.util.files import (
+    read_tensors,
+    translated_write_errors,
+    write_json,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +119,7 @@ class RunDirectory:
             RunError: There are other files too (``check_ours``), and nothing was removed; or something cannot be removed.
         """
         self.check_ours()
-        with writing(self.path):
+        with translated_write_errors(self.path):
             for file in sorted(self.files(), key=lambda path: path == self.path / "recipe.yaml"):
                 file.unlink()
             for folder, _, _ in os.walk(self.path, topdown=False):
@@ -123,7 +128,7 @@ class RunDirectory:
 
     def tidy(self) -> None:
         """Remove files that were being written when the run was interrupted. Raises ``RunError``."""
-        with writing(self.path):
+        with translated_write_errors(self.path):
             for path in self.files():
                 if _half_written(path.relative_to(self.path).as_posix()):
                     path.unlink()

@@ -13,11 +13,20 @@ from fedmerge_peft.runs import checkpoint as checkpoints
 from fedmerge_peft.runs.environment import environment_of
 from fedmerge_peft.distributed import rank_zero
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import atomically, link, write_json, write_tensors, write_text, writing
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.record import RoundRecord, Scores
+from fedmerge_peft.runs import checkpoint as checkpoints
 from fedmerge_peft.runs.directory import RunDirectory, round_of
+from fedmerge_peft.runs.environment import environment_of
+from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.util.files import (
+    hardlink,
+    translated_write_errors,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine
@@ -53,7 +62,7 @@ class RunWriter(RunDirectory):
             self._reopen(engine, strategy)
         else:
             self.check_free(self.path)
-            with writing(self.path):
+            with translated_write_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             self._describe(self.recipe, engine)
 
@@ -81,12 +90,12 @@ class RunWriter(RunDirectory):
 
         Soup and weights come first, so that no line of metrics speaks of what is not there; the checkpoint comes last.
         """
-        with writing(self.path / "weights") as folder:
+        with translated_write_errors(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
         write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", {"weights": strategy.weights})
-        link(checkpoints.write_soup(self.path / "checkpoint", record.round, strategy.soup), self.path / "soup.safetensors")
+        hardlink(checkpoints.write_soup(self.path / "checkpoint", record.round, strategy.soup), self.path / "soup.safetensors")
         write_tensors(self.path / "weights.safetensors", {"weights": strategy.weights})
-        with writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
+        with translated_write_errors(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -100,12 +109,12 @@ class RunWriter(RunDirectory):
         loss = scores.validation_loss
         if loss is None or not math.isfinite(loss) or (self._best is not None and loss >= self._best["served"]["validation_loss"]):
             return
-        with writing(self.path / "best") as folder:
+        with translated_write_errors(self.path / "best") as folder:
             folder.mkdir(exist_ok=True)
         if 0 < completed == self.completed:
-            link(self.path / "soup.safetensors", folder / "soup.safetensors")
+            hardlink(self.path / "soup.safetensors", folder / "soup.safetensors")
         else:
-            atomically(folder / "soup.safetensors", strategy.soup.save)
+            write_atomically(folder / "soup.safetensors", strategy.soup.save)
         write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
         self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
         write_json(folder / "scores.json", self._best)
@@ -148,17 +157,17 @@ class RunWriter(RunDirectory):
         gone = [path for path in (self.path / "weights").glob("round-*.safetensors") if round_of(path) > self.completed]
         if found is None:
             gone += [self.path / "soup.safetensors", self.path / "weights.safetensors"]
-        with writing(self.path):
+        with translated_write_errors(self.path):
             for path in [self.path / "summary.json", *gone]:
                 path.unlink(missing_ok=True)
         metrics, folder = self.path / "metrics.jsonl", self.path / "checkpoint"
         if metrics.exists():
-            with writing(metrics), metrics.open("r+b") as file:
+            with translated_write_errors(metrics), metrics.open("r+b") as file:
                 file.truncate(found.manifest.metrics if found is not None else 0)
                 os.fsync(file.fileno())
         checkpoints.remove_all_but(folder, self.completed)
         if found is not None:
-            link(found.path, self.path / "soup.safetensors")
+            hardlink(found.path, self.path / "soup.safetensors")
 
 
 def _documents(recipe: Recipe, engine: Engine) -> dict[str, Any]:

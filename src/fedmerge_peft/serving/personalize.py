@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.data import Client, FederatedData, Indices, load_splits
-from fedmerge_peft.data.partition import set_aside
+from fedmerge_peft.data.partition import split_off
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
@@ -231,7 +231,7 @@ class _Comparison:
         self.rows = soup.rows
         self.methods: list[Method] = []
         batches = (engine.runtime.collate(chunk)["labels"] for chunk in self._chunks())
-        self._count = sum(engine.task.count(labels) for labels in batches)
+        self._count = sum(engine.task.count_terms(labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
         """Try what needs no learning, then learn the logits from the best of it; returns them, ``(d,)``."""
@@ -351,7 +351,7 @@ def _read(
         table = relabel(table, run.recipe.task.label, run.task["labels"])
     held = _held(run.recipe, splits, table)
     rng = np.random.default_rng(derive(seed, "newcomer", name))
-    train, _, test = set_aside(
+    train, _, test = split_off(
         held["train"], 0, 0 if "test" in held else test_fraction, max_train, rng
     )
     if not len(train):

@@ -23,7 +23,7 @@ from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
-from fedmerge_peft.util.stateful import described
+from fedmerge_peft.util.stateful import describe
 
 PROTOCOL = 1
 """Both ends must speak the same."""
@@ -352,7 +352,7 @@ class _Reader:
         if not fits:
             wanted = f"{str(dtype).removeprefix('torch.')}{'' if columns is None else f' with {columns} columns'}"
             raise WireError(
-                f"{name} is {described(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
+                f"{name} is {describe(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
             )
         return tensor
 

@@ -15,7 +15,7 @@ from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.training.plan import Plan, Served, Train
-from fedmerge_peft.util.row_buffer import side_by_side
+from fedmerge_peft.util.row_buffer import as_matrix
 from fedmerge_peft.util.stateful import Stateful
 
 
@@ -141,7 +141,7 @@ class Strategy(Stateful, ABC):
 
     def warnings(self) -> list[str]:
         """What a person should know about the weights as they are now."""
-        return merging_weights.warnings(self.weights) if self.learns_weights else []
+        return merging_weights.weight_warnings(self.weights) if self.learns_weights else []
 
     def adapter(self, client: int) -> Tensor:
         """The client's merged adapter, ``(P,)``: π_i Θ."""
@@ -156,6 +156,6 @@ def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
     ordered = sorted(replies, key=lambda reply: reply.client)
     return (
         torch.tensor([reply.client for reply in ordered]),
-        side_by_side([reply.delta for reply in ordered]),
+        as_matrix([reply.delta for reply in ordered]),
         torch.tensor([reply.size for reply in ordered], dtype=torch.float64),
     )

@@ -9,7 +9,7 @@ import torch
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.adapter_slot import AdapterSlot
-from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
+from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.training.gradients import accumulate
 from fedmerge_peft.training.runtime import Runtime
@@ -45,7 +45,7 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
     if runtime.accelerator.scaler is not None:
         reason: str | None = "fp16's loss scale would be common to all (training.mixed_precision)"
     else:
-        reason = unstackable(runtime.backbone) or _disagreement(runtime, rows)
+        reason = stacking_obstacle(runtime.backbone) or _disagreement(runtime, rows)
     if reason is not None:
         log.info("clients train one at a time: %s", reason)
         return 1

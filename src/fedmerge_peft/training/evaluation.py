@@ -53,7 +53,7 @@ def evaluate(
                     runtime.backbone.model, runtime.examples, chunk, runtime.device
                 )
             predictions.generated += generated
-            predictions.wanted += wanted
+            predictions.references += wanted
     return score(task.metrics, predictions)
 
 

@@ -46,7 +46,7 @@ def _accumulate_one(
     runtime: Runtime, slot: AdapterSlot, step: Sequence[Indices], weights: Tensor | None
 ) -> Tensor:
     batches = [runtime.collate(chunk) for chunk in step]
-    count = sum(float(runtime.task.count(batch["labels"])) for batch in batches)
+    count = sum(float(runtime.task.count_terms(batch["labels"])) for batch in batches)
     total = torch.zeros((), device=runtime.device)
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = runtime.to_device(batch)
@@ -82,7 +82,9 @@ def _accumulate_stack(
         batch = runtime.collate(rows)
         weights = torch.zeros(len(stack), width)
         for k, (chunk, own) in enumerate(zip(chunks, example_weights, strict=True)):
-            counts[k] += runtime.task.count(batch["labels"][k * width : k * width + len(chunk)])
+            counts[k] += runtime.task.count_terms(
+                batch["labels"][k * width : k * width + len(chunk)]
+            )
             weights[k, : len(chunk)] = 1.0 if own is None else own[torch.from_numpy(chunk)]
         passes.append((rows, batch, weights))
     means = torch.zeros(len(stack), device=stack.rows.device)

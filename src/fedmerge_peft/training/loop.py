@@ -154,7 +154,7 @@ def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerG
     rows = adapters.rows[group.rows]
     for state, row in zip(states[group.rows], rows, strict=True):
         state.row = row.clone()
-    adapters.keep(group.rows.start)
+    adapters.truncate(group.rows.start)
 
 
 @dataclass(frozen=True)

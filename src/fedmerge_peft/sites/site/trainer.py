@@ -42,7 +42,7 @@ from fedmerge_peft.strategies.differential_privacy import update_privacy as agre
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
 from fedmerge_peft.util.files import write_text
-from fedmerge_peft.util.vectors import lengths
+from fedmerge_peft.util.vectors import row_norms
 
 log = logging.getLogger(__name__)
 
@@ -208,10 +208,10 @@ class Trainer:
         if isinstance(reply, ClientError):
             raise reply
         trained = reply.deltas
-        norm = norm_trained = float(lengths(trained.reshape(1, -1)))
+        norm = norm_trained = float(row_norms(trained.reshape(1, -1)))
         if privacy is not None:
             reply = replace(reply, deltas=filtered(trained, plan, privacy))
-            norm = float(lengths(reply.deltas.reshape(1, -1)))
+            norm = float(row_norms(reply.deltas.reshape(1, -1)))
         return reply_message(reply, work.client, layout, dtype), AuditEntry(
             "train", work.client, work.round, norm, norm_trained
         )

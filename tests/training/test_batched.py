@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from equality import assert_near, tolerance
 from torch import nn
 
+from equality import assert_near, tolerance
 from fedmerge_peft import Recipe
 from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
 from fedmerge_peft.models.backbone import load_backbone

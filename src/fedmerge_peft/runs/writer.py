@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedmerge_peft.runs import checkpoint as checkpoints
 from fedmerge_peft.runs.environment import environment_of
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import atomically, link, write_json, write_tensors, write_text, writing
+from fedmerge_peft.util.files import link, write_json, write_tensors, write_text, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.runs.directory import RunDirectory, round_of
@@ -101,7 +101,7 @@ class RunWriter(RunDirectory):
         if 0 < completed == self.completed:
             link(self.path / "soup.safetensors", folder / "soup.safetensors")
         else:
-            atomically(folder / "soup.safetensors", strategy.soup.save)
+            strategy.soup.save(folder / "soup.safetensors")
         write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
         self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
         write_json(folder / "scores.json", self._best)

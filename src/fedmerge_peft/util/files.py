@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmerge_peft.errors import RunBusyError, RunError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 """The directories that this thread holds."""
@@ -51,19 +47,17 @@ def held(path: Path) -> Iterator[None]:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         whole = path.resolve()
-        descriptor = None if fcntl is None or whole in _HELD.get() else os.open(path, os.O_RDONLY)
+        posix = os.name == "posix"  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY) if posix and whole not in _HELD.get() else None
     if descriptor is None:
         yield
         return
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusyError(
-                f"{path} is being written by another process; wait until that has ended, or choose another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        with suppress(OSError):  # a file system without locks
+            if not lock_descriptor(descriptor, blocking=False):
+                raise RunBusyError(
+                    f"{path} is being written by another process; wait until that has ended, or choose another --out"
+                )
         token = _HELD.set(_HELD.get() | {whole})
         try:
             yield
@@ -132,10 +126,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors. Raises ``RunError``."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomically(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")
+) -> None:
+    """Write tensors as safetensors; the same content gives the same bytes.
+
+    Args:
+        path: Its file.
+        tensors: By name.
+        metadata: One key and its text. safetensors writes several keys in any order.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; safetensors makes files for the owner alone
+        save_file(whole, temporary, metadata=dict([metadata]))
+        temporary.chmod(mode)
+
+    atomically(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

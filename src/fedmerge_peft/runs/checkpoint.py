@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
@@ -29,7 +28,7 @@ from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
 from fedmerge_peft.strategies.base import Strategy
-from fedmerge_peft.util.files import translated_write_errors, write_atomically
+from fedmerge_peft.util.files import translated_write_errors, write_tensors
 from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
     with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
-    write_atomically(path, soup.save)
+    soup.save(path)
     return path
 
 
@@ -106,8 +105,8 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
     with translated_write_errors(folder):
         manifest = Manifest(round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe))
         text = json.dumps(asdict(manifest), default=str)
-        sums = {"checkpoint": text, "sha256": _digest(tensors, text), "format": "pt"}
-        write_atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
+        document = {"sha256": _digest(tensors, text), "manifest": json.loads(text)}
+        write_tensors(_path(folder, round), tensors, ("checkpoint", json.dumps(document)))
     remove_all_but(folder, round)
 
 
@@ -136,9 +135,10 @@ def read(folder: Path, round: int) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        if _digest(tensors, metadata["checkpoint"]) != metadata["sha256"]:
+        document = json.loads(metadata["checkpoint"])
+        if _digest(tensors, json.dumps(document["manifest"])) != document["sha256"]:
             raise RunError(f"{path} is damaged: its SHA-256 sum is not the one that was written")
-        manifest = Manifest(**json.loads(metadata["checkpoint"]))
+        manifest = Manifest(**document["manifest"])
         if manifest.soup != _file_digest(soup):
             raise RunError(f"{soup} is damaged: its SHA-256 sum is not the one that was written")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:

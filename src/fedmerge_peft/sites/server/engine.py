@@ -189,12 +189,12 @@ class RemoteEngine:
             return self._assignment(round, self.clients[index].name, plan, served)
 
         columns, dtype = self._model.layout.size, self.federation.wire_dtype
-        for index, answer in self._send_and_receive(
+        for index, reply in self._send_and_receive(
             {index: partial(payload, index) for index in assignments.clients}
         ):
             name = self.clients[index].name
             try:
-                message = _parse_answer(answer, "trained")
+                message = _parse_reply(reply, "trained")
                 yield read_reply(message, index, name, self.layout, columns, dtype)
             except FederateError as error:
                 yield ClientError(name, round, str(error))
@@ -210,11 +210,11 @@ class RemoteEngine:
             return self._assignment(completed, name, None, assignments.make(index)[1])
 
         results: dict[int, dict[str, float] | ClientError] = {}
-        for index, answer in self._send_and_receive(
+        for index, reply in self._send_and_receive(
             {index: partial(payload, index) for index in assignments.clients}
         ):
             try:
-                scores = _parse_answer(answer, "evaluated").fields.get("scores")
+                scores = _parse_reply(reply, "evaluated").fields.get("scores")
                 if not isinstance(scores, dict):
                     raise WireError("its scores are missing")
                 results[index] = {str(name): float(value) for name, value in scores.items()}
@@ -236,9 +236,9 @@ class RemoteEngine:
         """
         message = Message("adapter", {"client": client, **documents}, tensors)
         index = self.federation.clients.index(client)
-        for _, answer in self._send_and_receive({index: message.to_bytes}):
+        for _, reply in self._send_and_receive({index: message.to_bytes}):
             try:
-                _parse_answer(answer, "adapter_stored")
+                _parse_reply(reply, "adapter_stored")
             except FederateError as error:
                 return str(error)
         return None
@@ -262,8 +262,8 @@ class RemoteEngine:
                 yield index, f"its site {site} takes no part in this job: {self.absent[site]}"
             else:
                 requests.setdefault(site, []).append((index, payload))
-        for _, index, answer in self.transport.send_and_receive(requests, self.federation.deadline):
-            yield index, answer
+        for _, index, reply in self.transport.send_and_receive(requests, self.federation.deadline):
+            yield index, reply
 
 
 def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
@@ -308,28 +308,28 @@ def _broadcast(
     payload = message.to_bytes()
     expected = {"enroll": "enrolled", "open": "opened"}[message.kind]
     replies: list[tuple[str, Message]] = []
-    for site, _, answer in transport.send_and_receive(
+    for site, _, reply in transport.send_and_receive(
         {site: [(0, lambda: payload)] for site in sites}, deadline
     ):
         with _failures_to(absent, site):
-            replies.append((site, _parse_answer(answer, expected)))
+            replies.append((site, _parse_reply(reply, expected)))
     return replies
 
 
-def _parse_answer(answer: bytes | str, kind: str) -> Message:
+def _parse_reply(reply: bytes | str, kind: str) -> Message:
     """Parse a reply of the transport.
 
     Args:
-        answer: The bytes of a message, or the reason for which there is none.
+        reply: The bytes of a message, or the reason for which there is none.
         kind: The expected kind.
 
     Raises:
         FederateError: There is no reply, or the site reports an error.
         WireError: The bytes are not a message of this kind.
     """
-    if isinstance(answer, str):
-        raise FederateError(answer)
-    message = Message.from_bytes(answer)
+    if isinstance(reply, str):
+        raise FederateError(reply)
+    message = Message.from_bytes(reply)
     if message.kind == "error":
         raise FederateError(str(message.fields.get("error")))
     if message.kind != kind:

@@ -12,18 +12,21 @@ from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.strategies.base import Reply
 
 
-def reply_without_training(engine, round, visits):
-    """Yield a small update for each visit; replaces ``LocalEngine.train_clients``."""
-    for index, plan, served in visits:
-        scores = None if served is None else {"test_accuracy": 0.5, "test_loss": 1.0}
-        yield Reply(
-            index,
-            1e-3 * plan.sent,
-            engine.clients[index].size,
-            1.0,
-            0.0,
-            served=scores,
-            round=round,
+def reply_without_training(engine, round, assignments):
+    """Yield a small update for each assignment; replaces ``LocalEngine.train_clients``."""
+    for index, assignment in assignments:
+        scores = {"test_accuracy": 0.5, "test_loss": 1.0}
+        yield (
+            assignment.plan,
+            Reply(
+                index,
+                1e-3 * assignment.plan.sent,
+                engine.clients[index].size,
+                1.0,
+                0.0,
+                served=None if assignment.served is None else scores,
+                round=round,
+            ),
         )
 
 

@@ -113,13 +113,12 @@ def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: 
         for client, victim in victims.items()
     }
 
-    def train_clients(number: int, visits: Any) -> Iterator[Any]:
-        for answer in LocalEngine.train_clients(changed, number, visits):
-            yield from (
-                attack(answer, known[answer.client])
-                if isinstance(answer, Reply) and answer.client in known
-                else [answer]
-            )
+    def train_clients(number: int, assignments: Any) -> Iterator[Any]:
+        for plan, answer in LocalEngine.train_clients(changed, number, assignments):
+            answers = [answer]
+            if isinstance(answer, Reply) and answer.client in known:
+                answers = list(attack(answer, known[answer.client]))
+            yield from ((plan, each) for each in answers)
 
     changed.train_clients = train_clients  # type: ignore[method-assign]
     return changed
@@ -127,10 +126,11 @@ def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: 
 
 def flipped(engine: LocalEngine, hostile: Iterable[int]) -> LocalEngine:
     """The engine with the labels of these clients' training examples in reverse order, y ← L − 1 − y."""
-    labels = list(engine.examples.columns["labels"])
+    columns = engine.runtime.examples.columns
+    labels = list(columns["labels"])
     for client in hostile:
         for row in engine.clients[client].train:
             labels[row] = len(engine.task.labels) - 1 - labels[row]
     changed = copy(engine)
-    changed.examples = Examples({**engine.examples.columns, "labels": labels})
+    changed.runtime = replace(engine.runtime, examples=Examples({**columns, "labels": labels}))
     return changed

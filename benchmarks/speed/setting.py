@@ -88,7 +88,7 @@ class Plain:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.batch_size = engine.recipe.training.batch_size
-        self.columns = engine.examples.columns
+        self.columns = engine.runtime.examples.columns
         self.accelerator = Accelerator(cpu=True)
         with TemporaryDirectory() as folder:
             loaded = AutoModelForSequenceClassification.from_pretrained(

@@ -64,10 +64,12 @@ def first_step() -> Iterator[Row]:
 def _ours() -> None:
     from setting import engine
 
+    from fedmerge_peft.engines.assignments import Assignment
     from fedmerge_peft.training.plan import Train
 
     loaded = engine(1, EXAMPLES, f"training.batch_size={EXAMPLES}", "training.steps=1")
-    next(loaded.train_clients(1, [(0, Train(loaded.strategy_context().fresh_row(0)), None)]))
+    assignment = Assignment(Train(loaded.strategy_context().fresh_row(0)))
+    next(loaded.train_clients(1, [(0, assignment)]))
 
 
 def _plain() -> None:

@@ -10,8 +10,9 @@ from torch import nn
 from equality import assert_near, tolerance
 from fedmerge_peft import ClientError, Federation
 from fedmerge_peft.engines import local
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.training.batched import train_together
+from fedmerge_peft.training.loop import train
 from fedmerge_peft.training.plan import Train
 
 
@@ -60,19 +61,24 @@ def test_a_federation_in_batches_of_four_is_that_of_one_at_a_time(smoke, name):
             assert other.finetuned.clients[client]["test_loss"] == near(scores["test_loss"])
 
 
-def test_visits_are_taken_up_as_they_are_needed(smoke):
+def replies_of(engine, round, assignments):
+    return [reply for _, reply in engine.train_clients(round, assignments)]
+
+
+def test_assignments_are_made_as_they_are_needed(smoke):
     engine = engine_of(smoke("training.clients_per_batch=2"))
     row, asked = engine.strategy_context().fresh_row(0), []
 
-    def visits():
+    def assignments():
         for client in range(6):
             asked.append(client)
-            yield client, Train(row), None
+            yield client, Assignment(Train(row))
 
-    replies = engine.train_clients(1, visits())
-    assert next(replies).client == 0
+    replies = engine.train_clients(1, assignments())
+    plan, reply = next(replies)
+    assert (reply.client, plan.row is row) == (0, True)
     assert asked == [0, 1]
-    assert [reply.client for reply in replies] == [1, 2, 3, 4, 5]
+    assert [reply.client for _, reply in replies] == [1, 2, 3, 4, 5]
 
 
 def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
@@ -90,7 +96,7 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
         return collate(examples, indices)
 
     monkeypatch.setattr(engine.task, "collate", fail)
-    answers = list(engine.train_clients(3, [(client, Train(row), None) for client in range(4)]))
+    answers = replies_of(engine, 3, [(client, Assignment(Train(row))) for client in range(4)])
     assert [answer.client for answer in answers] == [0, 1, culprit.name, 3]
     assert str(answers[2]) == f"client {culprit.name}, round 3: ZeroDivisionError: no luck"
     assert isinstance(answers[2].__cause__, ZeroDivisionError)
@@ -103,12 +109,9 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
 def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours_alone(smoke):
     engine = engine_of(smoke("training.clients_per_batch=4"))
     row = engine.strategy_context().fresh_row(0)
-    answers = list(
-        engine.train_clients(
-            1,
-            [(client, Train(row * torch.nan if client == 2 else row), None) for client in range(4)],
-        )
-    )
+    rows = [row * torch.nan if client == 2 else row for client in range(4)]
+    plans = [(client, Assignment(Train(start))) for client, start in enumerate(rows)]
+    answers = replies_of(engine, 1, plans)
     assert all(answers[client].delta.isfinite().all() for client in (0, 1, 3))
     assert isinstance(answers[2], ClientError)
     assert str(answers[2]).startswith(
@@ -120,14 +123,14 @@ def test_where_memory_runs_out_fewer_train_at_a_time(smoke, monkeypatch, caplog)
     engine = engine_of(smoke("training.clients_per_batch=6"))
     row, sizes = engine.strategy_context().fresh_row(0), []
 
-    def small(*args):
-        sizes.append(len(args[4]))
+    def small(runtime, training, jobs):
+        sizes.append(len(jobs))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError
-        return train_together(*args)
+        return train(runtime, training, jobs)
 
-    monkeypatch.setattr(local, "train_together", small)
-    replies = list(engine.train_clients(1, [(client, Train(row), None) for client in range(6)]))
+    monkeypatch.setattr(local, "train", small)
+    replies = replies_of(engine, 1, [(client, Assignment(Train(row))) for client in range(6)])
     assert [reply.client for reply in replies] == list(range(6))
     assert sizes == [6, 3, 2, 2, 2]
     assert engine.clients_per_batch == 2

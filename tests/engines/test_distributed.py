@@ -26,7 +26,7 @@ from fedmerge_peft import (
 from fedmerge_peft.cli import main
 from fedmerge_peft.cli.stopping import Stopped
 from fedmerge_peft.engines.assignments import Assignments
-from fedmerge_peft.engines.distributed import RankedEngine, dealt
+from fedmerge_peft.engines.distributed import RankedEngine, balanced
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.training.accelerator import choose_device
 
@@ -39,25 +39,25 @@ SCENARIOS = RANKED["SCENARIOS"]
 
 
 def test_the_longest_work_is_dealt_first_to_whoever_has_the_least():
-    assert dealt([1, 5, 3, 3, 2], 2) == [1, 0, 1, 1, 0]
-    assert dealt([1, 1, 1], 2) == [0, 1, 0]
-    assert dealt([4], 3) == [0]
-    assert dealt([], 2) == []
+    assert balanced([1, 5, 3, 3, 2], 2) == [1, 0, 1, 1, 0]
+    assert balanced([1, 1, 1], 2) == [0, 1, 0]
+    assert balanced([4], 3) == [0]
+    assert balanced([], 2) == []
 
 
-def test_visits_are_made_when_they_are_taken():
+def test_assignments_are_made_when_they_are_taken():
     made = []
 
     def make(client):
         made.append(client)
-        return client, "plan"
+        return "plan"
 
-    visits = Assignments([4, 7], make)
-    assert next(iter(visits)) == (4, "plan")
+    assignments = Assignments([4, 7], make)
+    assert next(iter(assignments)) == (4, "plan")
     assert made == [4]
-    assert Assignments.of(visits) is visits
+    assert Assignments.of(assignments) is assignments
     held = Assignments.of((client, "other") for client in (3, 1))
-    assert (held.clients, held.make(1)) == ([3, 1], (1, "other"))
+    assert (held.clients, held.make(1)) == ([3, 1], "other")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_clients_work_is_its_tokens_times_its_passes(smoke, training, passes):
     held = engine.clients[0]
     assert held.size == 6
     train, scored = (
-        int(engine.examples.lengths[rows].sum())
+        int(engine.runtime.examples.lengths[rows].sum())
         for rows in (held.train, [*held.validation, *held.test])
     )
     assert engine._work(0) == 3 * passes * train + scored

@@ -12,27 +12,16 @@ from fedmerge_peft.training.evaluation import evaluate, example_losses
 
 
 def losses_on(engine, row, indices):
-    return example_losses(
-        engine.backbone, engine.task, engine.accelerator, row, engine.examples, indices, 4
-    )
+    return example_losses(engine.runtime, row, indices, 4)
 
 
 @pytest.mark.equality
 def test_a_clients_losses_are_those_of_its_training_examples(smoke_engine):
     row = smoke_engine.strategy_context().fresh_row(3)
     for client in smoke_engine.clients:
-        found = smoke_engine._losses(client, row)
-        torch.testing.assert_close(found, losses_on(smoke_engine, row, client.train))
-        scores = evaluate(
-            smoke_engine.backbone,
-            smoke_engine.task,
-            smoke_engine.accelerator,
-            row,
-            smoke_engine.examples,
-            client.train,
-            4,
-        )
-        assert float(found.mean()) == pytest.approx(scores["loss"], rel=tolerance(torch.float32))
+        losses = losses_on(smoke_engine, row, client.train)
+        scores = evaluate(smoke_engine.runtime, row, client.train, 4)
+        assert float(losses.mean()) == pytest.approx(scores["loss"], rel=tolerance(torch.float32))
         assert not set(client.train) & {*client.test, *client.validation}
 
 

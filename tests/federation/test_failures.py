@@ -18,10 +18,10 @@ def unreliable(smoke_engine, monkeypatch):
 
     def make(rate):
         happened = {}
-        exchange = smoke_engine.train_clients
+        train_clients = smoke_engine.train_clients
 
         def fail(number, visits):
-            for answer in exchange(number, visits):
+            for plan, answer in train_clients(number, visits):
                 name = smoke_engine.clients[answer.client].name
                 dice = random.Random(derive(7, "fault", number, name))
                 if dice.random() < rate:
@@ -29,7 +29,7 @@ def unreliable(smoke_engine, monkeypatch):
                         [ClientError(name, number, "lost"), None, NAN(answer)]
                     )
                 if answer is not None:
-                    yield answer
+                    yield plan, answer
 
         monkeypatch.setattr(smoke_engine, "train_clients", fail)
         return happened
@@ -84,12 +84,12 @@ def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(
 ):
     recipe = smoke(*SKIP, "clients.min_clients=3")
     federate(recipe, tmp_path / "whole", engine=smoke_engine)
-    exchange = smoke_engine.train_clients
+    train_clients = smoke_engine.train_clients
     with monkeypatch.context() as patch:
         patch.setattr(
             smoke_engine,
             "train_clients",
-            lambda number, visits: list(exchange(number, visits))[: 6 if number < 3 else 2],
+            lambda number, visits: list(train_clients(number, visits))[: 6 if number < 3 else 2],
         )
         with pytest.raises(TooFewClientsError, match="round 3: 2 of 6 clients replied well"):
             federate(recipe, tmp_path / "parts", engine=smoke_engine)
@@ -103,10 +103,10 @@ def test_a_client_that_cannot_be_scored_is_left_out_of_the_final_scores_alone(
 ):
     evaluate, culprit = local.evaluate, smoke_engine.clients[1]
 
-    def fail(*args):
-        if args[5] is culprit.test:
+    def fail(runtime, served, rows, batch_size):
+        if rows is culprit.test:
             raise ZeroDivisionError("no luck")
-        return evaluate(*args)
+        return evaluate(runtime, served, rows, batch_size)
 
     monkeypatch.setattr(local, "evaluate", fail)
     run = federate(smoke("clients.failures=skip"), tmp_path / "run", engine=smoke_engine)

@@ -21,6 +21,7 @@ from fedmerge_peft import (
     federate,
     load_run,
 )
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.runs.environment import source
 from fedmerge_peft.runs.writer import RunWriter
@@ -82,8 +83,9 @@ def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
 @pytest.mark.equality
 def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
     row = engine.strategy_context().fresh_row(0)
-    alone = next(engine.train_clients(1, [(2, Train(row), None)]))
-    among = list(engine.train_clients(1, [(client, Train(row), row) for client in (0, 1, 2)]))[2]
+    _, alone = next(engine.train_clients(1, [(2, Assignment(Train(row)))]))
+    plans = [(client, Assignment(Train(row), row)) for client in (0, 1, 2)]
+    _, among = list(engine.train_clients(1, plans))[2]
     assert torch.equal(alone.delta, among.delta)
 
 
@@ -435,7 +437,8 @@ def test_the_best_round_is_chosen_among_scores_of_all_clients(tmp_path, engine):
 
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
     federation = Federation(recipe(), engine)
-    run = RunWriter.create(tmp_path / "run", recipe(), engine)
+    run = RunWriter(tmp_path / "run", recipe())
+    run.begin(engine, federation.strategy)
     scores = federation.evaluate()
     run.offer_best(
         0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy

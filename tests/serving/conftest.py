@@ -73,7 +73,7 @@ def finished(tiny_models, tmp_path_factory):
             )
             recipe = Recipe.load(folder / "mine.yaml")
             engine = LocalEngine.from_recipe(recipe)
-            batch = engine.task.collate(engine.examples, np.arange(4))
+            batch = engine.runtime.collate(np.arange(4))
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             made[task] = Finished(federate(recipe, folder / "run", engine=engine), engine, inputs)
         return made[task]

@@ -28,8 +28,8 @@ from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.serving.personalize import _Comparison, distinct, learn_logits
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.tasks.classification import relabel
+from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
-from fedmerge_peft.training.reference import train
 
 QUEUES = ["amber", "blue", "coral", "denim", "emerald", "fuchsia"]
 SMALL = [
@@ -157,8 +157,8 @@ def test_distinct_rows_are_far_from_each_other_and_from_what_is_covered():
 def test_the_adapter_made_for_the_newcomer_gets_the_weight(copy, tickets):
     engine, rows = newcomer(copy, tickets), copy.soup.rows.clone()
     training = copy.recipe.training.model_copy(update={"learning_rate": 1e-2, "epochs": 12})
-    parts = (engine.backbone, engine.task, training, engine.accelerator)
-    rows[1] = train(*parts, Train(rows[1]), engine.examples, engine.clients[0].train, 0).row
+    job = Job(Train(rows[1]), engine.clients[0].train, 0)
+    rows[1] = train(engine.runtime, training, [job])[0].row
     AdapterSoup(rows, copy.soup.layout).save(copy.path / "soup.safetensors")
     result = personalize(copy, tickets, test_fraction=0, local=False)
     assert result.weights[1] > 0.9

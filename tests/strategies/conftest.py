@@ -10,8 +10,8 @@ import torch
 from fedmerge_peft import AdapterLayout, Federation, Recipe
 from fedmerge_peft.recipe.schema import StrategyRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
-from fedmerge_peft.training.execute import Hands, carry_out
-from fedmerge_peft.training.reference import Trained
+from fedmerge_peft.training.execute import run_plan
+from fedmerge_peft.training.plan import Trained
 
 RANK = 4
 SHAPES = [
@@ -73,7 +73,7 @@ class Formulas:
         def losses(row):
             return 0.5 * (row - self.centres[client]).square().sum()[None]
 
-        work = carry_out(plan, Hands(lambda job, _: self.train(client, job), losses), 0)
+        work = run_plan(plan, 0, lambda job, _: self.train(client, job), losses)
         return Reply(
             client,
             work.deltas,
@@ -99,9 +99,10 @@ class Formulas:
             task=SimpleNamespace(metrics=["accuracy"]),
             backbone=SimpleNamespace(set_base=lambda _: None),
             check_serves=lambda _: None,
-            start=self.start,
-            exchange=lambda _round, visits: (
-                self.reply(client, plan) for client, plan, _ in visits
+            strategy_context=self.strategy_context,
+            train_clients=lambda _round, assignments: (
+                (assignment.plan, self.reply(client, assignment.plan))
+                for client, assignment in assignments
             ),
         )
         return Federation(Recipe.load("smoke", ["baselines=[]", *overrides]), engine)

@@ -10,9 +10,8 @@ from fedmerge_peft import AdapterLayout, federate, load_run
 from fedmerge_peft.recipe.strategies import FedEMRecipe, FeSEMRecipe, FLHCRecipe, IFCARecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.flhc import hierarchy
-from fedmerge_peft.training.execute import Hands, carry_out
-from fedmerge_peft.training.plan import Choose
-from fedmerge_peft.training.reference import Trained
+from fedmerge_peft.training.execute import run_plan
+from fedmerge_peft.training.plan import Choose, Trained
 from fedmerge_peft.util.seeds import derive
 
 SIZE = 20
@@ -62,7 +61,7 @@ class Quadratic:
                 job.row - 0.5 * weight * (job.row - self.target), float(losses(job.row).mean()), 1
             )
 
-        return Hands(train, losses)
+        return train, losses
 
 
 QUADRATICS = [Quadratic(target, int(size)) for target, size in zip(TARGETS, SIZES, strict=True)]
@@ -70,7 +69,7 @@ QUADRATICS = [Quadratic(target, int(size)) for target, size in zip(TARGETS, SIZE
 
 def replies(strategy, clients, who):
     for index in who:
-        work = carry_out(strategy.plan(index), clients[index].hands(), derive(0, index))
+        work = run_plan(strategy.plan(index), derive(0, index), *clients[index].hands())
         yield Reply(
             index,
             work.deltas,

@@ -17,9 +17,9 @@ from fedmerge_peft.strategies.differential_privacy import (
     epsilon_spent,
     update_privacy,
 )
-from fedmerge_peft.training.execute import Hands, carry_out
-from fedmerge_peft.training.plan import Train, UpdatePrivacy
-from fedmerge_peft.training.reference import Trained
+from fedmerge_peft.training.execute import run_plan
+from fedmerge_peft.training.plan import Train, Trained
+from fedmerge_peft.training.update_privacy import UpdatePrivacy
 
 LOCAL, CENTRAL = "privacy.mode=local", "privacy.mode=central"
 
@@ -125,11 +125,8 @@ def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_ea
 def sent(delta, privacy, phases=(None,), seed=5):
     """What a client whose training moves it by δ returns, and what it keeps."""
     row = torch.zeros_like(delta)
-    work = carry_out(
-        Train(row, phases, privacy=privacy),
-        Hands(lambda job, _: Trained(job.row - delta, 1.0, 1), None),
-        seed,
-    )
+    plan = Train(row, phases, privacy=privacy)
+    work = run_plan(plan, seed, lambda job, _: Trained(job.row - delta, 1.0, 1), None)
     return work.deltas[0], work.trained
 
 

@@ -6,9 +6,8 @@ import torch
 from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, RunError, federate
 from fedmerge_peft.recipe.strategies import FedEMRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
-from fedmerge_peft.training.execute import Hands, carry_out
-from fedmerge_peft.training.plan import Mixture
-from fedmerge_peft.training.reference import Trained
+from fedmerge_peft.training.execute import run_plan
+from fedmerge_peft.training.plan import Mixture, Trained
 from fedmerge_peft.util.seeds import derive
 
 SIZE = 20
@@ -46,7 +45,7 @@ class Regression:
                 )
             return Trained(row, float((weights * losses(row)).mean()), 10)
 
-        return Hands(train, losses)
+        return train, losses
 
 
 def noise(number):
@@ -62,7 +61,7 @@ def make(adapters, fresh_row=noise, clients=9):
 
 def replies(strategy, clients):
     for index, client in enumerate(clients):
-        work = carry_out(strategy.plan(index), client.hands(), derive(0, index))
+        work = run_plan(strategy.plan(index), derive(0, index), *client.hands())
         yield Reply(index, work.deltas, client.size, work.loss, 0.0, weights=work.weights)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge_peft import ClientError, Recipe, RecipeError, TooFewClientsError
-from fedmerge_peft.federation.reply_checks import fault
+from fedmerge_peft.federation.reply_checks import validate_reply
 from fedmerge_peft.recipe.strategies import StrategyName
 from fedmerge_peft.training.plan import Choose, Mixture, Train
 
@@ -55,7 +55,7 @@ FAULTS = {
     "loss": (changed(train_loss=lambda _: float("inf")), "its training loss is inf"),
     "more examples than it has": (
         changed(size=lambda n: 1000 * n),
-        "it speaks for 10000 examples, and has 10",
+        "it reports 10000 examples, and has 10",
     ),
     "stale": (changed(round=lambda _: 0), "it answers for round 0"),
     "twice": (lambda reply: [reply, reply], "it answered more than once"),
@@ -70,11 +70,12 @@ FAULTS = {
 def federation(case, name, culprit, fault, *overrides):
     """The round loop on formulas, in which one client's answers are what a fault makes of them."""
     found = case.federation(f"strategy.name={name}", "clients.timeout=60", *overrides)
-    exchange = found.engine.train_clients
+    train_clients = found.engine.train_clients
 
     def faulty(number, visits):
-        for reply in exchange(number, visits):
-            yield from fault(reply) if reply.client == culprit else [reply]
+        for plan, reply in train_clients(number, visits):
+            answers = fault(reply) if reply.client == culprit else [reply]
+            yield from ((plan, answer) for answer in answers)
 
     found.engine.train_clients = faulty
     return found
@@ -126,10 +127,11 @@ def test_a_stranger_does_not_count(formulas):
     case = formulas(4)
     found = case.federation(SKIP, "clients.fraction=0.5")
     (stranger,) = {0, 1, 2, 3} - {*found.cohort(1), min({0, 1, 2, 3} - {*found.cohort(1)})}
-    exchange = found.engine.train_clients
+    train_clients = found.engine.train_clients
+    plan = Train(case.fresh_row(0))
     found.engine.train_clients = lambda number, visits: [
-        *exchange(number, visits),
-        case.reply(stranger, Train(case.fresh_row(0))),
+        *train_clients(number, visits),
+        (plan, case.reply(stranger, plan)),
     ]
     record = next(found.rounds())
     assert record.failures == {str(stranger): "it was not asked"}
@@ -167,9 +169,9 @@ def test_a_choice_and_a_mixture_must_be_among_what_was_sent(formulas):
     rows = torch.stack([case.fresh_row(0), case.fresh_row(1)])
     choose, mixture = Choose(rows), Mixture(rows, torch.full((2,), 0.5))
     for plan in (choose, mixture):
-        assert fault(case.reply(0, plan), plan, 1, 10) is None
+        assert validate_reply(case.reply(0, plan), plan, 1, 10) is None
     for choice in (-1, 2, True, None):
-        assert "it chose adapter" in fault(
+        assert "it chose adapter" in validate_reply(
             dataclasses.replace(case.reply(0, choose), choice=choice), choose, 1, 10
         )
     wrong = (
@@ -180,7 +182,7 @@ def test_a_choice_and_a_mixture_must_be_among_what_was_sent(formulas):
         torch.tensor([torch.nan, 0.5]),
     )
     for weights in wrong:
-        assert "its weights are" in fault(
+        assert "its weights are" in validate_reply(
             dataclasses.replace(case.reply(0, mixture), weights=weights), mixture, 1, 10
         )
 
@@ -198,7 +200,7 @@ def test_a_reply_that_passes_can_be_learned_from(data):
         else torch.zeros(shape, dtype=numbers)
     )
     reply = dataclasses.replace(_good(), deltas=deltas)
-    if fault(reply, Train(torch.zeros(3)), 1, 10) is None:
+    if validate_reply(reply, Train(torch.zeros(3)), 1, 10) is None:
         assert deltas.shape == (1, 3)
         assert deltas.dtype == torch.float32
         assert deltas.isfinite().all()

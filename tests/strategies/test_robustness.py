@@ -286,19 +286,18 @@ def attacked(case, name, attack, hostile, *overrides, rounds=6):
     found = case.federation(
         f"strategy.name={name}", f"rounds={rounds}", "clients.failures=skip", *overrides
     )
-    exchange = found.engine.train_clients
+    train_clients = found.engine.train_clients
     honest = [client for client in range(len(case.sizes)) if client not in hostile]
     known = {client: attacks.Adversary(0, honest[0], case.sizes[honest[0]]) for client in hostile}
 
-    def hostile_exchange(number, visits):
-        for reply in exchange(number, visits):
-            yield from (
-                attacks.ATTACKS[attack](reply, known[reply.client])
-                if reply.client in known
-                else [reply]
-            )
+    def with_attacks(number, assignments):
+        for plan, reply in train_clients(number, assignments):
+            answers = [reply]
+            if reply.client in known:
+                answers = attacks.ATTACKS[attack](reply, known[reply.client])
+            yield from ((plan, answer) for answer in answers)
 
-    found.engine.train_clients = hostile_exchange
+    found.engine.train_clients = with_attacks
     list(found.rounds())
     return max(float((found.strategy.adapter(client) - case.mean()).norm()) for client in honest)
 
@@ -405,7 +404,8 @@ def test_the_running_median_goes_on_after_an_interruption(
 def test_flipped_labels_are_those_of_the_hostile_clients_training_examples(smoke_engine):
     changed = load_attacks().flipped(smoke_engine, [1])
     before, after = (
-        list(map(int, engine.examples.columns["labels"])) for engine in (smoke_engine, changed)
+        list(map(int, engine.runtime.examples.columns["labels"]))
+        for engine in (smoke_engine, changed)
     )
     held = set(map(int, smoke_engine.clients[1].train))
     last = len(smoke_engine.task.labels) - 1

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from fedmerge_peft.training.execute import Hands, carry_out, carry_out_together, requests
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train
-from fedmerge_peft.training.reference import Trained
+from fedmerge_peft.training.execute import run_plan, run_plans
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train, Trained
 from fedmerge_peft.util.seeds import derive
 
 POINTS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 3.0], [5.0, 5.0]])
@@ -17,7 +16,9 @@ class Client:
     def __init__(self, points=POINTS):
         self.points = points
         self.jobs = []
-        self.hands = Hands(self.train, self.losses)
+
+    def run(self, plan, seed):
+        return run_plan(plan, seed, self.train, self.losses)
 
     def losses(self, row):
         return 0.5 * (self.points - row).square().sum(1)
@@ -33,7 +34,7 @@ class Client:
 
 def test_training_one_adapter():
     client, sent = Client(), torch.tensor([1.0, 1.0])
-    work = carry_out(Train(sent), client.hands, 5)
+    work = client.run(Train(sent), 5)
     torch.testing.assert_close(work.deltas, (sent - POINTS.mean(0))[None])
     torch.testing.assert_close(work.trained, POINTS.mean(0))
     assert client.jobs[0][1] == 5
@@ -43,7 +44,7 @@ def test_training_one_adapter():
 def test_training_in_turn_gives_a_delta_each_and_the_loss_of_the_first():
     client, rows = Client(), torch.tensor([[1.0, 1.0], [4.0, 0.0]])
     jobs = (Train(rows[0]), Train(rows[1], example_weights=torch.tensor([0.0, 0.0, 0.0, 1.0])))
-    work = carry_out(InTurn(jobs), client.hands, 5)
+    work = client.run(InTurn(jobs), 5)
     torch.testing.assert_close(work.deltas, rows - torch.stack([POINTS.mean(0), POINTS[3]]))
     torch.testing.assert_close(work.trained, POINTS[3])
     assert work.loss == pytest.approx(float(client.losses(POINTS.mean(0)).mean()))
@@ -52,7 +53,7 @@ def test_training_in_turn_gives_a_delta_each_and_the_loss_of_the_first():
 
 def test_choosing_takes_the_adapter_with_the_lowest_loss_and_trains_it_alone():
     client, rows = Client(), torch.tensor([[9.0, 9.0], [2.0, 2.1], [-4.0, 0.0]])
-    work = carry_out(Choose(rows), client.hands, 5)
+    work = client.run(Choose(rows), 5)
     assert work.choice == 1
     torch.testing.assert_close(work.deltas, (rows[1] - POINTS.mean(0))[None])
     ((job, seed),) = client.jobs
@@ -62,16 +63,13 @@ def test_choosing_takes_the_adapter_with_the_lowest_loss_and_trains_it_alone():
 
 def test_equal_losses_are_chosen_from_at_random():
     rows = torch.zeros(3, 2)
-    choices = [carry_out(Choose(rows), Client().hands, seed).choice for seed in range(60)]
+    choices = [Client().run(Choose(rows), seed).choice for seed in range(60)]
     assert {choices.count(choice) > 8 for choice in range(3)} == {True}
-    assert choices == [carry_out(Choose(rows), Client().hands, seed).choice for seed in range(60)]
+    assert choices == [Client().run(Choose(rows), seed).choice for seed in range(60)]
 
 
 def test_an_adapter_whose_loss_is_no_number_is_not_chosen():
-    assert (
-        carry_out(Choose(torch.tensor([[torch.nan, 0.0], [50.0, 50.0]])), Client().hands, 5).choice
-        == 1
-    )
+    assert Client().run(Choose(torch.tensor([[torch.nan, 0.0], [50.0, 50.0]])), 5).choice == 1
 
 
 def test_a_mixtures_posterior_is_bayes_rule():
@@ -81,7 +79,7 @@ def test_a_mixtures_posterior_is_bayes_rule():
         torch.tensor([[0.0, 1.0], [3.0, 3.0]]),
         torch.tensor([0.3, 0.7]),
     )
-    work = carry_out(Mixture(rows, weights), client.hands, 5)
+    work = client.run(Mixture(rows, weights), 5)
     joint = [
         [float(weights[k] * torch.exp(-0.5 * (rows[k] - point).square().sum())) for point in POINTS]
         for k in range(2)
@@ -103,14 +101,14 @@ def test_a_mixtures_posterior_is_bayes_rule():
 
 def test_losses_of_thousands_of_nats_and_weights_of_zero_leave_a_posterior_that_is_finite():
     far = torch.tensor([[100.0, 0.0], [101.0, 0.0], [0.0, 0.0]])
-    work = carry_out(Mixture(far, torch.tensor([0.5, 0.5, 0.0])), Client(POINTS - 50).hands, 5)
+    work = Client(POINTS - 50).run(Mixture(far, torch.tensor([0.5, 0.5, 0.0])), 5)
     torch.testing.assert_close(work.weights, torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_a_mixture_of_equals_has_the_loss_of_one_of_them():
     row = torch.tensor([1.0, 1.0])
-    alone = carry_out(Train(row), Client().hands, 5)
-    mixed = carry_out(Mixture(row.repeat(3, 1), torch.full((3,), 1 / 3)), Client().hands, 5)
+    alone = Client().run(Train(row), 5)
+    mixed = Client().run(Mixture(row.repeat(3, 1), torch.full((3,), 1 / 3)), 5)
     assert mixed.loss == pytest.approx(alone.loss)
     torch.testing.assert_close(mixed.weights, torch.full((3,), 1 / 3))
 
@@ -123,7 +121,7 @@ def test_a_mixture_of_equals_has_the_loss_of_one_of_them():
 def test_every_job_of_a_plan_has_a_seed_of_its_own_that_follows_from_the_plans(plan):
     def seeds(seed):
         client = Client()
-        carry_out(plan, client.hands, seed)
+        client.run(plan, seed)
         return [each for _, each in client.jobs]
 
     assert seeds(5) == seeds(5)
@@ -132,13 +130,8 @@ def test_every_job_of_a_plan_has_a_seed_of_its_own_that_follows_from_the_plans(p
 
 def test_the_first_job_in_turn_draws_as_if_it_were_alone():
     client = Client()
-    carry_out(InTurn((Train(POINTS[0]), Train(POINTS[1]))), client.hands, 5)
+    client.run(InTurn((Train(POINTS[0]), Train(POINTS[1]))), 5)
     assert [seed for _, seed in client.jobs] == [5, derive(5, "job", 1)]
-
-
-def test_what_is_no_plan_is_refused():
-    with pytest.raises(TypeError, match="no plan: Tensor"):
-        carry_out(POINTS[0], Client().hands, 5)
 
 
 def test_what_several_clients_want_trained_at_one_time_is_one_call():
@@ -157,10 +150,10 @@ def test_what_several_clients_want_trained_at_one_time_is_one_call():
         calls.append([number for number, _ in fits])
         return [clients[number].train(fit.job, fit.seed) for number, fit in fits]
 
-    asked = [requests(plan, seed) for seed, plan in enumerate(plans)]
-    together = carry_out_together(asked, train, lambda number, row: clients[number].losses(row))
-    assert calls == [[0, 2, 2], [1, 3, 3, 4]]
+    numbered = [(plan, seed) for seed, plan in enumerate(plans)]
+    together = run_plans(numbered, train, lambda number, row: clients[number].losses(row))
+    assert calls == [[0, 1, 2, 2, 3, 3, 4]]
     for seed, (plan, work) in enumerate(zip(plans, together, strict=True)):
-        alone = carry_out(plan, Client(POINTS + seed).hands, seed)
+        alone = Client(POINTS + seed).run(plan, seed)
         assert torch.equal(work.deltas, alone.deltas)
         assert (work.loss, work.choice) == (alone.loss, alone.choice)

@@ -18,9 +18,10 @@ from fedmerge_peft.models.frozen_prefix import find_prefix
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Mixture, Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.reference import train
+from fedmerge_peft.training.runtime import Runtime
 
 COUNT = 12
 ROWS = np.arange(COUNT)
@@ -89,30 +90,20 @@ class Bench:
             if cached
             else None
         )
-        self.model = (self.backbone, self.task)
+
+    @property
+    def runtime(self):
+        return Runtime(self.backbone, self.task, self.accelerator, self.examples, self.cache)
 
     def train(self, seed=3):
-        job = Train(self.row)
-        return train(
-            *self.model,
-            self.recipe.training,
-            self.accelerator,
-            job,
-            self.examples,
-            ROWS,
-            seed,
-            self.cache,
-        ).row
+        job = Job(Train(self.row), ROWS, seed)
+        return train(self.runtime, self.recipe.training, [job])[0].row
 
     def evaluate(self, served, indices=ROWS, batch_size=5):
-        return evaluate(
-            *self.model, self.accelerator, served, self.examples, indices, batch_size, self.cache
-        )
+        return evaluate(self.runtime, served, indices, batch_size)
 
     def losses(self, row, indices=ROWS):
-        return example_losses(
-            *self.model, self.accelerator, row, self.examples, indices, 5, self.cache
-        )
+        return example_losses(self.runtime, row, indices, 5)
 
     def count(self, layer, work):
         """How often the layer runs in there, and what comes out."""

@@ -8,23 +8,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from oracle import train_plainly
 from torch import nn
 
 from equality import assert_near, tolerance
 from fedmerge_peft import Recipe
+from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.batched import (
-    Job,
-    accumulate_together,
-    clients_per_batch,
-    train_together,
-)
+from fedmerge_peft.training.batching import clients_per_batch
+from fedmerge_peft.training.gradients import accumulate
+from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.reference import accumulate, train
+from fedmerge_peft.training.runtime import Runtime
 
 COUNT = 16
 ROWS = np.arange(COUNT)
@@ -96,29 +95,22 @@ class Bench:
             for number, (plan, rows) in enumerate(zip(plans, indices, strict=True))
         ]
 
+    @property
+    def runtime(self):
+        return Runtime(self.backbone, self.task, self.accelerator, self.examples, self.cache)
+
+    def plainly(self, jobs):
+        return [train_plainly(self.runtime, self.recipe.training, job) for job in jobs]
+
     def alone(self, jobs):
-        rest = (self.backbone, self.task, self.recipe.training, self.accelerator)
-        return [
-            train(*rest, job.train, self.examples, job.indices, job.seed, self.cache)
-            for job in jobs
-        ]
+        return [train(self.runtime, self.recipe.training, [job])[0] for job in jobs]
 
     def together(self, jobs):
-        return train_together(
-            self.backbone,
-            self.task,
-            self.recipe.training,
-            self.accelerator,
-            jobs,
-            self.examples,
-            self.cache,
-        )
+        return train(self.runtime, self.recipe.training, jobs)
 
     def count(self, **changes):
         training = self.recipe.training.model_copy(update=changes)
-        return clients_per_batch(
-            self.backbone, self.task, training, self.accelerator, self.examples, ROWS
-        )
+        return clients_per_batch(self.runtime, training, ROWS)
 
 
 @pytest.fixture
@@ -163,15 +155,17 @@ CASES = {
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("case", CASES)
-def test_trained_together_they_are_as_trained_alone(make_bench, case):
+def test_alone_and_together_they_are_as_trained_by_plain_peft(make_bench, case):
     bench = make_bench(**CASES[case])
     assert stacking_obstacle(bench.backbone) is None
     jobs = bench.jobs()
-    for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
-        assert together.row.dtype == torch.float64
-        assert_near(together.row, alone.row, job.train.row)
-        assert together.loss == pytest.approx(alone.loss, rel=tolerance(torch.float32))
-        assert together.steps == alone.steps
+    plainly = bench.plainly(jobs)
+    for trained in (bench.alone(jobs), bench.together(jobs)):
+        for job, plain, ours in zip(jobs, plainly, trained, strict=True):
+            assert ours.row.dtype == torch.float64
+            assert_near(ours.row, plain.row, job.train.row)
+            assert ours.loss == pytest.approx(plain.loss, rel=tolerance(torch.float32))
+            assert ours.steps == plain.steps
 
 
 @pytest.mark.parametrize(
@@ -203,19 +197,14 @@ def test_gradients_are_each_adapters_own(make_bench, kind, checkpointing):
     stack = AdapterStack(bench.backbone, torch.stack([bench.row(seed) for seed in range(3)]))
     bench.backbone.train()
     with stack.applied():
-        means = accumulate_together(
-            stack, bench.task, bench.accelerator, bench.examples, batches, weights
-        )
+        means = accumulate(bench.runtime, stack, batches, weights)
     for row, found, mean, batch, each in zip(
         stack.rows, stack.gradient, means, batches, weights, strict=True
     ):
-        bench.backbone.load_row(row)
-        bench.backbone.flat.grad.zero_()
-        alone = accumulate(
-            bench.backbone, bench.task, bench.accelerator, bench.examples, batch, each
-        )
+        slot = AdapterSlot(bench.backbone, row)
+        (alone,) = accumulate(bench.runtime, slot, [batch], [each])
         assert found.dtype == torch.float64
-        assert_near(found, bench.backbone.flat.grad)
+        assert_near(found, slot.gradient[0])
         assert float(mean) == pytest.approx(float(alone), rel=tolerance(torch.float32))
 
 
@@ -234,11 +223,11 @@ def test_the_comparison_tells_one_adapter_from_another(make_bench):
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_one_job_draws_the_dropout_masks_of_the_reference(make_bench):
+def test_one_job_draws_the_dropout_masks_of_plain_peft(make_bench):
     bench = make_bench(dropout=True, lora={"dropout": 0.2}, **SGD)
     jobs = bench.jobs()[:1]
-    (alone,), (together,) = bench.alone(jobs), bench.together(jobs)
-    assert_near(together.row, alone.row, jobs[0].train.row)
+    (plain,), (alone,) = bench.plainly(jobs), bench.alone(jobs)
+    assert_near(alone.row, plain.row, jobs[0].train.row)
 
 
 def test_dropout_masks_follow_from_the_seeds_of_all_who_share_a_pass(make_bench):
@@ -302,7 +291,7 @@ def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(
     bench = make_bench(kind, lora=lora)
     with caplog.at_level(logging.INFO):
         assert bench.count(clients_per_batch=4) == 1
-    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("batched")]
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("batching")]
     assert line.startswith("clients train one at a time: ")
     assert re.search(reason, line)
 

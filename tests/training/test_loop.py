@@ -12,8 +12,10 @@ from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.training.accelerator import choose_device, choose_precision, make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.loop import Job, train
+from fedmerge_peft.training.optimization import count_steps
 from fedmerge_peft.training.plan import Mixture, Train
-from fedmerge_peft.training.reference import count_steps, train
+from fedmerge_peft.training.runtime import Runtime
 
 WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
 
@@ -73,27 +75,17 @@ class Bench:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         self.examples = self.task.encode(self.table)
+        self.runtime = Runtime(self.backbone, self.task, self.accelerator, self.examples)
         self.row = self.backbone.fresh_row(1)
 
     def train(self, indices=None, seed=3, **job):
         indices = np.arange(len(self.table)) if indices is None else indices
-        job = Train(self.row, **job)
-        return train(
-            self.backbone,
-            self.task,
-            self.recipe.training,
-            self.accelerator,
-            job,
-            self.examples,
-            indices,
-            seed,
-        )
+        job = Job(Train(self.row, **job), indices, seed)
+        return train(self.runtime, self.recipe.training, [job])[0]
 
     def evaluate(self, served, batch_size=4):
         indices = np.arange(len(self.table))
-        return evaluate(
-            self.backbone, self.task, self.accelerator, served, self.examples, indices, batch_size
-        )
+        return evaluate(self.runtime, served, indices, batch_size)
 
     def probabilities(self, row):
         """Of each label for each example, ``(10, 3)``."""
@@ -232,16 +224,8 @@ def test_a_phase_of_all_columns_is_plain_training_and_each_phase_has_its_own_ord
     everything = torch.ones(len(bench.row), dtype=torch.bool)
     assert torch.equal(bench.train(phases=(everything,)).row, bench.train().row)
     twice = bench.train(phases=(None, None)).row
-    again = train(
-        bench.backbone,
-        bench.task,
-        bench.recipe.training,
-        bench.accelerator,
-        Train(bench.train().row),
-        bench.examples,
-        np.arange(10),
-        3,
-    )
+    job = Job(Train(bench.train().row), np.arange(10), 3)
+    (again,) = train(bench.runtime, bench.recipe.training, [job])
     assert not torch.equal(twice, again.row)
 
 
@@ -331,9 +315,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(tiny_models):
 def test_the_losses_of_examples_add_up_to_the_evaluations(tiny_models):
     bench = Bench(tiny_models)
     found = [
-        example_losses(
-            bench.backbone, bench.task, bench.accelerator, bench.row, bench.examples, order, 3
-        )
+        example_losses(bench.runtime, bench.row, order, 3)
         for order in (np.arange(10), np.arange(10)[::-1])
     ]
     assert float(found[0].mean()) == pytest.approx(
@@ -419,7 +401,7 @@ def test_steps_follow_from_epochs_batches_and_accumulation(options, steps):
 
 
 def test_warmup_and_decay_follow_the_schedule(tiny_models):
-    from fedmerge_peft.training.reference import make_optimizer, make_schedule
+    from fedmerge_peft.training.optimization import make_optimizer, make_schedule
 
     training = TrainingRecipe(schedule="linear", warmup=0.2, learning_rate=1.0)
     optimizer = make_optimizer(torch.nn.Parameter(torch.zeros(1)), training)

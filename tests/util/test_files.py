@@ -12,7 +12,7 @@ from fedmerge_peft import AdapterLayout, AdapterSoup, Recipe
 from fedmerge_peft.runs import checkpoint
 from fedmerge_peft.strategies import make_strategy
 from fedmerge_peft.strategies.base import StrategyContext
-from fedmerge_peft.util.files import held, write_tensors, write_text
+from fedmerge_peft.util.files import locked_directory, write_tensors, write_text
 
 
 def write_all(folder):
@@ -27,7 +27,7 @@ def write_all(folder):
     )
     checkpoint.write_soup(folder / "checkpoint", 1, strategy.soup)
     checkpoint.commit(folder / "checkpoint", 1, strategy, Recipe.load("smoke"), 100)
-    write_tensors(folder / "tensors.safetensors", {"a": rows, "b": rows[0]})
+    write_tensors(folder / "tensors.safetensors", {"a": rows, "b": rows[0] + 1})
 
 
 def test_the_same_content_has_the_same_bytes(tmp_path):
@@ -62,7 +62,7 @@ def test_files_get_the_umasks_mode(tmp_path, umask, mode):
     assert modes == {"tensors": mode, "text": mode}
 
 
-def test_a_held_directory_stays_empty(tmp_path):
-    with held(tmp_path / "run"), held(tmp_path / "run"):
+def test_a_locked_directory_stays_empty(tmp_path):
+    with locked_directory(tmp_path / "run"), locked_directory(tmp_path / "run"):
         assert list((tmp_path / "run").iterdir()) == []
     assert list((tmp_path / "run").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Count the docstrings of a tree that open with a question word; fail if there are more than 2 %."""
+"""Count the docstrings that open with a question word; fail if they are more than 2 %."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ import torch
 def tolerance(dtype):
     """Half of the format's digits, √ε: 1.5e-8 in float64, 3.5e-4 in float32, 0.09 in bfloat16.
 
-    Another processor adds the same numbers in another order. The other half of the digits is room for that.
+    Another processor adds the same numbers in another order. The other half of the digits is room
+    for that.
     """
     return torch.finfo(dtype).eps ** 0.5
 

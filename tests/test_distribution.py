@@ -91,7 +91,7 @@ def test_the_sdist_has_what_makes_tests_and_site(built):
     assert not [
         path
         for path in tree.rglob("*")
-        if path.suffix in (".safetensors", ".parquet") or path.name in ("runs", ".git")
+        if path.suffix in (".safetensors", ".parquet") or path.name in ("recipe.yaml", ".git")
     ]
 
 

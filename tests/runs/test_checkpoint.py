@@ -130,16 +130,14 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
     found = checkpoint.read(run / "checkpoint", 3)
     tensors = {"clusters": torch.zeros(7, dtype=torch.int64)}
     text = json.dumps({**vars(found.manifest)})
-    sums = {"checkpoint": text, "sha256": checkpoint._digest(tensors, text)}
-    (run / "checkpoint" / THIRD).write_bytes(save(tensors, sums))
-    with pytest.raises(
-        ResumeError, match=r"clusters: expected a int64 tensor \(6,\), got a int64 tensor \(7,\)"
-    ):
+    document = {"manifest": vars(found.manifest), "sha256": checkpoint._digest(tensors, text)}
+    (run / "checkpoint" / THIRD).write_bytes(save(tensors, {"checkpoint": json.dumps(document)}))
+    with pytest.raises(ResumeError, match=r"clusters: expected a int64 tensor \(6,\), got a int64 tensor \(7,\)"):
         resume(run, engine=engine)
 
 
 # ---- arbitrary bytes -----------------------------------------------------------------------------
-HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": "{}", "sha256": ""})
+HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": '{"manifest": {}, "sha256": ""}'})
 
 
 @settings(

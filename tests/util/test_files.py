@@ -30,7 +30,7 @@ def write_all(folder):
     )
     checkpoint.write_soup(folder / "checkpoint", 1, strategy.soup)
     checkpoint.commit(folder / "checkpoint", 1, strategy, Recipe.load("smoke"), 100)
-    write_tensors(folder / "tensors.safetensors", {"a": rows, "b": rows[0]})
+    write_tensors(folder / "tensors.safetensors", {"a": rows, "b": rows[0] + 1})
 
 
 def test_the_same_content_has_the_same_bytes(tmp_path):
@@ -65,7 +65,7 @@ def test_files_get_the_umasks_mode(tmp_path, umask, mode):
     assert modes == {"tensors": mode, "text": mode}
 
 
-def test_a_held_directory_stays_empty(tmp_path):
+def test_a_locked_directory_stays_empty(tmp_path):
     with locked_directory(tmp_path / "run"), locked_directory(tmp_path / "run"):
         assert list((tmp_path / "run").iterdir()) == []
     assert list((tmp_path / "run").iterdir()) == []

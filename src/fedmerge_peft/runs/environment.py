@@ -66,14 +66,14 @@ def source(folder: Path) -> dict[str, Any]:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints; None where it, or what it was asked for, is not there."""
     try:
-        done = subprocess.run(
-            ["git", *arguments],
+        done = subprocess.run(  # noqa: S603
+            ["git", *arguments],  # noqa: S607
             cwd=folder,
             capture_output=True,
             text=True,
             check=False,
             timeout=_PATIENCE,
-        )  # noqa: S603, S607
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -12,12 +12,15 @@ from fedmerge_peft import AdapterLayout, AdapterSoup, Recipe
 from fedmerge_peft.runs import checkpoint
 from fedmerge_peft.strategies import make_strategy
 from fedmerge_peft.strategies.base import StrategyContext
-from fedmerge_peft.util.files import held, write_tensors, write_text
+from fedmerge_peft.util.files import locked_directory, write_tensors, write_text
 
 
 def write_all(folder):
     """A soup, a checkpoint and plain tensors."""
-    folder, layout = Path(folder), AdapterLayout.of([("a", (2, 3), "lora"), ("b", (4,), "head")])
+    folder, layout = (
+        Path(folder),
+        AdapterLayout.from_tensors([("a", (2, 3), "lora"), ("b", (4,), "head")]),
+    )
     strategy = make_strategy(
         Recipe.load("smoke").strategy, StrategyContext(2, layout, lambda number: torch.ones(10))
     )
@@ -63,6 +66,6 @@ def test_files_get_the_umasks_mode(tmp_path, umask, mode):
 
 
 def test_a_held_directory_stays_empty(tmp_path):
-    with held(tmp_path / "run"), held(tmp_path / "run"):
+    with locked_directory(tmp_path / "run"), locked_directory(tmp_path / "run"):
         assert list((tmp_path / "run").iterdir()) == []
     assert list((tmp_path / "run").iterdir()) == []

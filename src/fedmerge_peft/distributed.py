@@ -109,9 +109,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 
 
 def rank_zero(method: Callable[P, T]) -> Callable[P, T]:
-    """Turn a function into one that runs on rank 0 alone: a decorator over ``on_rank_zero``.
+    """Decorate a function to run on rank 0 only (``on_rank_zero``).
 
-    All ranks call it, return its result, which is pickled, and raise its errors.
+    All ranks must call it. They return its result, which is pickled, and raise its errors.
     """
 
     @wraps(method)

@@ -182,7 +182,7 @@ def test_missing_labels_are_counted(tmp_path):
 def test_labels_must_be_plain_values(tmp_path):
     (tmp_path / "rows.json").write_text('[{"text": "a", "label": [0, 1]}]', encoding="utf-8")
     fault = faults(DataRecipe(path=str(tmp_path / "rows.json"), partition=IID))
-    assert fault.startswith("task.label: the column label holds list<")
+    assert fault.startswith("task.label: the column label has the type list<")
 
 
 def test_more_clients_than_examples_are_refused(recipe):

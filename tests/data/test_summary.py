@@ -95,7 +95,7 @@ def test_plots_are_written_as_png_and_svg(tmp_path, large, column):
 
 
 def test_plots_of_unknown_formats_are_refused(tmp_path, data):
-    with pytest.raises(DataError, match=r"written as \.png, \.svg or \.pdf"):
+    with pytest.raises(DataError, match=r"use the suffix \.png, \.svg or \.pdf"):
         plot(data, "label", tmp_path / "clients.doc")
 
 

@@ -303,7 +303,7 @@ def test_gradient_checkpointing_does_not_change_gradients(make_backbone):
         (
             "bert",
             {"target_modules": ["q_proj"]},
-            r"no module 'q_proj'; it has query, key, value, dense",
+            r"no module 'q_proj'; choose from query, key, value, dense",
         ),
         ("bert", {"target_modules": ["query", "quarry"]}, r"no module 'quarry'"),
         (

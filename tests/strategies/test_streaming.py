@@ -74,20 +74,20 @@ import resource
 import torch
 from fedmerge_peft import AdapterLayout
 from fedmerge_peft.util import row_buffer
-from fedmerge_peft.recipe.strategies import FedMerge
-from fedmerge_peft.strategies import Reply, Start, make_strategy
+from fedmerge_peft.recipe.strategies import FedMergeRecipe
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 
 row_buffer.CHUNK_BYTES = row_buffer.MEMORY_BYTES = 2**22
 SIZE, CLIENTS = 2**18, 200
 layout = AdapterLayout.from_tensors([("head.weight", (SIZE,), "head")])
-start = Start(CLIENTS, layout, lambda number: torch.randn(SIZE, generator=torch.Generator().manual_seed(number)))
+start = StrategyContext(CLIENTS, layout, lambda number: torch.randn(SIZE, generator=torch.Generator().manual_seed(number)))
 
 
 def learn(count):
     kept = row_buffer.RowBuffer(expected_calls=count)
-    replies = [Reply(client, kept.keep(torch.randn(1, SIZE)), 10, 1.0, 0.0) for client in range(count)]
+    replies = [Reply(client, kept.append(torch.randn(1, SIZE)), 10, 1.0, 0.0) for client in range(count)]
     for more in ({}, {"start": "warm"}):
-        make_strategy(FedMerge(name="fedmerge", adapters=2, warm_rounds=1, **more), start).update(replies)
+        make_strategy(FedMergeRecipe(name="fedmerge", adapters=2, warm_rounds=1, **more), start).update(replies)
     return replies
 
 

@@ -178,7 +178,7 @@ def test_a_template_may_name_any_column(task_of):
         ),
         ("{instruction.upper}", r"task.template: there is no column for \{instruction.upper\}"),
         ("{}", r"task.template: there is no column for \{\}"),
-        ("{instruction", r"task.template: .*write \{\{ and \}\} for braces"),
+        ("{instruction", r"task.template: .*write \{\{ and \}\} for literal braces"),
     ],
 )
 def test_unfit_templates_are_refused(task_of, template, message):
@@ -292,7 +292,7 @@ def test_a_row_that_leaves_nothing_to_predict_is_refused(task_of, kind, columns,
 
 
 def test_lengths_stay_within_the_model(task_of):
-    with pytest.raises(DataError, match=r"task.max_length: 200 .* is 128"):
+    with pytest.raises(DataError, match=r"task.max_length: 200 .* limit of 128"):
         task_of("gpt2", PAIRS, name=NAME, max_length=200)
     with pytest.raises(
         DataError,

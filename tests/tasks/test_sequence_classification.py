@@ -143,7 +143,7 @@ def test_long_texts_are_cut_and_counted(task_of, caplog):
 
 
 def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
-    with pytest.raises(DataError, match=r"task.max_length: 129 .* is 128"):
+    with pytest.raises(DataError, match=r"task.max_length: 129 .* limit of 128"):
         task_of("bert", table_of([0, 1]), name=NAME, max_length=129)
     assert task_of("bert", table_of([0, 1]), name=NAME, max_length=16).max_length == 16
 
@@ -163,7 +163,7 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
             {},
             r"task.text: column 'text' has the type int64, not text, such as 1 in row 0",
         ),
-        ("bert", {"text": [["a"], ["b"]]}, {}, r"task.text: the column text holds list"),
+        ("bert", {"text": [["a"], ["b"]]}, {}, r"task.text: the column text has the type list"),
         ("bert", {"body": ["a", "b"]}, {}, r"task.text: there is no column 'text'.*body"),
         (
             "bert",

@@ -33,10 +33,12 @@ class Entry:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def columns(self) -> slice:
+        """Columns of the tensor in a row."""
         return slice(self.offset, self.offset + self.size)
 
 

@@ -60,10 +60,12 @@ class LayerFactors:
 
     @property
     def rank(self) -> int:
+        """Rank r."""
         return self.a.shape[0]
 
     @property
     def embedding(self) -> bool:
+        """True if the layer is an embedding."""
         return self.a.key.endswith(_FACTORS[1][0])
 
     def split(self, row: Tensor) -> tuple[Tensor, Tensor]:

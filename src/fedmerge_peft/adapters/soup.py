@@ -57,7 +57,11 @@ class AdapterSoup:
         return {**self.layout.state_dict(row), **self.shared}
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file with the layout in its metadata. Raise ``RunError``."""
+        """Write a safetensors file with the layout in its metadata.
+
+        Raises:
+            RunError: The file cannot be written.
+        """
         tensors = {
             "rows": self.rows,
             **{_SHARED + key: value for key, value in self.shared.items()},

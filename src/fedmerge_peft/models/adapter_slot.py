@@ -11,33 +11,34 @@ from fedmerge_peft.models.backbone import Backbone
 
 
 class AdapterSlot:
-    """The adapter that plain PEFT computes with.
+    """Adapter in the slot of the backbone, computed by plain PEFT.
 
     Args:
-        backbone: The model; its slot holds the adapter from now on.
-        row: The adapter, ``(P,)``.
+        backbone: Model into whose slot the adapter is loaded.
+        row: Adapter, ``(P,)``.
     """
 
     def __init__(self, backbone: Backbone, row: Tensor) -> None:
         gradient = backbone.flat.grad
         assert gradient is not None  # noqa: S101 (allocated once by the backbone)
         backbone.load_row(row.to(backbone.device))
-        gradient.zero_()  # an interrupted client may have left something
+        gradient.zero_()  # an interrupted client may have left a gradient
         self.model = backbone.model
         self.rows = backbone.flat.data[None]
         """``(1, P)``, a view of the slot."""
         self.gradient = gradient[None]
-        """``(1, P)``: backward passes add the adapter's gradient here."""
+        """``(1, P)``. Backward passes accumulate gradients here."""
 
     def __len__(self) -> int:
+        """Return 1."""
         return 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Do nothing: forward passes always run through the slot."""
+        """Do nothing, because forward passes always use the slot."""
         yield
 
     def truncate(self, count: int) -> None:
-        """Raise ``ValueError`` for any count but 1."""
+        """Raise ``ValueError`` unless ``count`` is 1."""
         if count != 1:
-            raise ValueError(f"a slot holds one adapter, and {count} were to be kept")
+            raise ValueError(f"a slot has one adapter, cannot keep {count}")

@@ -80,6 +80,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
+        """Device of the model."""
         return self.flat.device
 
     def load_row(self, row: Tensor) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class RunWriter(RunDirectory):
-    """A run to which rounds are being added, by one process (``files.held``).
+    """A run to which rounds are being added, by one process (``files.locked_directory``).
 
     On several ranks all of them call its methods. Rank 0 alone writes, and its errors are raised on
     all.

@@ -69,8 +69,8 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     same jobs give the same numbers, but in other company a job has other masks.
 
     Args:
-        runtime: Model, task and examples. Several jobs need a model for which ``unstackable``
-            returns None, and no gradient scaler.
+        runtime: Model, task and examples. Several jobs need a model for which
+            ``stacking_obstacle`` returns None, and no gradient scaler.
         training: Optimizer, schedule, batch size and the rest.
         jobs: At least one.
     """

@@ -49,7 +49,7 @@ def locked_directory(path: Path) -> Iterator[None]:
     with translated_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         resolved = path.resolve()
-        posix = os.name == "posix"  # elsewhere a folder cannot be opened
+        posix = os.name == "posix"  # other systems cannot open a folder
         locked = resolved in _LOCKED.get()
         descriptor = os.open(path, os.O_RDONLY) if posix and not locked else None
     if descriptor is None:
@@ -144,12 +144,12 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")
 ) -> None:
-    """Write a safetensors file atomically. The same content gives the same bytes.
+    """Write a safetensors file atomically. The same content results in the same bytes.
 
     Args:
-        path: The file.
+        path: File.
         tensors: Tensors by name.
-        metadata: One key and its text. safetensors writes several keys in any order.
+        metadata: Single key with its value. Safetensors does not fix the order of several keys.
 
     Raises:
         RunError: The file cannot be written.
@@ -158,7 +158,7 @@ def write_tensors(
 
     def write(temporary: Path) -> None:
         temporary.touch()
-        mode = temporary.stat().st_mode  # the umask's; safetensors creates files for the owner only
+        mode = temporary.stat().st_mode  # from the umask; safetensors would use 0600
         save_file(stored, temporary, metadata=dict([metadata]))
         temporary.chmod(mode)
 

@@ -10,11 +10,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedmerge_peft import federate, resume, ResumeError, Callback, Run, RunError
-from fedmerge_peft.runs import checkpoint
+from fedmerge_peft import Callback, ResumeError, Run, RunError, federate, resume
 from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.runs import checkpoint
 
-TINY = ["data.max_train=4", "data.max_test=2", "evaluation.finetuned=false", "rounds=4", "clients.fraction=0.5", "strategy=fesem"]
+TINY = [
+    "data.max_train=4",
+    "data.max_test=2",
+    "evaluation.finetuned=false",
+    "rounds=4",
+    "clients.fraction=0.5",
+    "strategy=fesem",
+]
 SECOND, SECOND_SOUP = "round-00002.safetensors", "round-00002.soup.safetensors"
 THIRD, THIRD_SOUP = "round-00003.safetensors", "round-00003.soup.safetensors"
 
@@ -31,7 +38,9 @@ def engine(tiny):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, engine, tmp_path_factory, left_behind):
-    return left_behind(federate(tiny, tmp_path_factory.mktemp("runs") / "whole", engine=engine).path)
+    return left_behind(
+        federate(tiny, tmp_path_factory.mktemp("runs") / "whole", engine=engine).path
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +73,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("name", "damage"), [(name, how) for name in (THIRD, THIRD_SOUP) for how in DAMAGE] + [(THIRD_SOUP, None)])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, how) for name in (THIRD, THIRD_SOUP) for how in DAMAGE] + [(THIRD_SOUP, None)],
+)
 def test_a_damaged_checkpoint_is_named(run, tiny, caplog, name, damage):
     file = run / "checkpoint" / name
     content = file.read_bytes()
@@ -79,7 +91,12 @@ def test_a_damaged_checkpoint_is_named(run, tiny, caplog, name, damage):
 
 def test_a_round_that_was_not_finished_is_no_damage(run, tiny, caplog):
     (run / "checkpoint" / THIRD).unlink()
-    assert checkpoint.newest(run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes()).manifest.round == 2
+    assert (
+        checkpoint.newest(
+            run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes()
+        ).manifest.round
+        == 2
+    )
     assert caplog.text == ""
 
 
@@ -93,7 +110,10 @@ def test_where_all_are_damaged_nothing_is_thrown_away(run, engine):
     for name in (SECOND_SOUP, THIRD):
         (run / "checkpoint" / name).write_bytes(b"torn")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    with pytest.raises(ResumeError, match=r"cannot go on: .*round-00003.*round-00002.*Its finished rounds can be read still"):
+    with pytest.raises(
+        ResumeError,
+        match=r"cannot go on: .*round-00003.*round-00002.*Its finished rounds can be read still",
+    ):
         resume(run, engine=engine)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
@@ -112,7 +132,10 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
     text = json.dumps({**vars(found.manifest)})
     sums = {"checkpoint": text, "sha256": checkpoint._digest(tensors, text)}
     (run / "checkpoint" / THIRD).write_bytes(save(tensors, sums))
-    with pytest.raises(ResumeError, match=r"clusters: a int64 tensor \(7,\) does not fit where a int64 tensor \(6,\) was expected"):
+    with pytest.raises(
+        ResumeError,
+        match=r"clusters: a int64 tensor \(7,\) does not fit where a int64 tensor \(6,\) was expected",
+    ):
         resume(run, engine=engine)
 
 
@@ -120,8 +143,13 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
 HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": "{}", "sha256": ""})
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=400) | st.integers(0, 10**6).map(lambda at: altered(HEADER, at % len(HEADER))))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.binary(max_size=400)
+    | st.integers(0, 10**6).map(lambda at: altered(HEADER, at % len(HEADER)))
+)
 @example(HEADER)
 @example(b"\x02\0\0\0\0\0\0\0{}")
 @example(save({"clusters": torch.zeros(6)}))
@@ -134,7 +162,9 @@ def test_whatever_a_file_holds_reading_it_is_a_checkpoint_or_one_error(run, cont
         (run / "checkpoint" / name).write_bytes(kept)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 10**6), st.integers(1, 255), st.sampled_from([THIRD, THIRD_SOUP]))
 def test_no_byte_can_be_altered_unnoticed(run, at, by, name):
     file = run / "checkpoint" / name
@@ -147,17 +177,24 @@ def test_no_byte_can_be_altered_unnoticed(run, at, by, name):
         return
     finally:
         file.write_bytes(kept)
-    whole = checkpoint.read(run / "checkpoint", 3)  # spaces at the header's end, and metadata that nobody reads
+    whole = checkpoint.read(
+        run / "checkpoint", 3
+    )  # spaces at the header's end, and metadata that nobody reads
     assert found.manifest == whole.manifest
     assert all(torch.equal(found.tensors[key], value) for key, value in whole.tensors.items())
 
 
 # ---- the disk ------------------------------------------------------------------------------------
-REFUSALS = [OSError(28, "No space left on device"), OSError(13, "Permission denied"), OSError(27, "File too large")]
+REFUSALS = [
+    OSError(28, "No space left on device"),
+    OSError(13, "Permission denied"),
+    OSError(27, "File too large"),
+]
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(3, REFUSALS[0]), (20, REFUSALS[1]), (29, REFUSALS[2]), (36, REFUSALS[0]), (44, REFUSALS[1])]
+    ("number", "error"),
+    [(3, REFUSALS[0]), (20, REFUSALS[1]), (29, REFUSALS[2]), (36, REFUSALS[0]), (44, REFUSALS[1])],
 )
 def test_what_a_disk_refuses_is_one_error_and_the_run_goes_on_later(
     tiny, engine, tmp_path, monkeypatch, left_behind, uninterrupted, number, error
@@ -173,7 +210,9 @@ def test_what_a_disk_refuses_is_one_error_and_the_run_goes_on_later(
 
     monkeypatch.setattr(os, "fsync", fsync)
     path = tmp_path / "run"
-    with pytest.raises(RunError, match=rf"cannot be written \({error.strerror}\); finished rounds are intact"):
+    with pytest.raises(
+        RunError, match=rf"cannot be written \({error.strerror}\); finished rounds are intact"
+    ):
         federate(tiny, path, engine=engine)
     with pytest.raises(RunError, match=rf"cannot be written \({error.strerror}\)"):
         resume(path, engine=engine)

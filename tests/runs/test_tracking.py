@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from fedmerge_peft import RecipeError, RunError, federate, load_run, resume
-from fedmerge_peft.runs import tracking as module
 from fedmerge_peft.recipe.schema import Tracker
+from fedmerge_peft.runs import tracking as module
 
 ROUNDS = ["rounds=2", "strategy.adapters=3"]
 
@@ -53,7 +53,11 @@ def tracked(monkeypatch, smoke, smoke_engine, tmp_path):
     monkeypatch.setattr(module, "find_spec", lambda _: object())
 
     def run(*overrides):
-        return federate(smoke(*ROUNDS, "tracking=[tensorboard]", *overrides), tmp_path / "run", engine=smoke_engine)
+        return federate(
+            smoke(*ROUNDS, "tracking=[tensorboard]", *overrides),
+            tmp_path / "run",
+            engine=smoke_engine,
+        )
 
     run.told, run.tracker = told, Listing
     return run
@@ -76,7 +80,10 @@ def test_a_tracker_is_told_every_rounds_numbers_at_its_step(tracked):
 
 def test_each_baseline_is_a_run_of_its_own(tracked):
     tracked("baselines=[fedavg]")
-    assert [told[1]["strategy.name"] for told in tracked.told if told[0] == "configuration"] == ["fedmerge", "fedavg"]
+    assert [told[1]["strategy.name"] for told in tracked.told if told[0] == "configuration"] == [
+        "fedmerge",
+        "fedavg",
+    ]
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tracked, caplog):
@@ -85,7 +92,10 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tracked, caplog):
         run = tracked()
     assert run.ended
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning == "tracking: tensorboard failed and is left out from now on: ConnectionError: no route"
+    assert (
+        warning
+        == "tracking: tensorboard failed and is left out from now on: ConnectionError: no route"
+    )
 
 
 def test_a_tracker_that_does_not_start_is_one_message(tracked, monkeypatch):
@@ -104,9 +114,13 @@ def test_a_run_that_goes_on_may_be_tracked_from_there(tracked, smoke, smoke_engi
     assert load_run(tmp_path / "run").recipe.tracking == ["tensorboard"]
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_loads(smoke, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_anything_loads(
+    smoke, tmp_path, monkeypatch
+):
     monkeypatch.setattr(module, "find_spec", lambda _: None)
-    with pytest.raises(RecipeError, match="tracking: comet_ml, aim cannot be imported: pip install comet-ml aim"):
+    with pytest.raises(
+        RecipeError, match="tracking: comet_ml, aim cannot be imported: pip install comet-ml aim"
+    ):
         federate(smoke("tracking=[comet_ml, aim]"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -120,8 +134,14 @@ def test_tensorboard_itself_reads_what_was_written(smoke, smoke_engine, tmp_path
     events = EventAccumulator(str(run.path / "tracking" / "smoke"))
     events.Reload()
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2]
-    assert events.Scalars("final/test_accuracy_mean")[0].value == pytest.approx(run.summary["final"]["served"]["mean"])
-    images = events.Images("merging_weights/0") if "merging_weights/0" in events.Tags()["images"] else events.Images("merging_weights")
+    assert events.Scalars("final/test_accuracy_mean")[0].value == pytest.approx(
+        run.summary["final"]["served"]["mean"]
+    )
+    images = (
+        events.Images("merging_weights/0")
+        if "merging_weights/0" in events.Tags()["images"]
+        else events.Images("merging_weights")
+    )
     assert [image.step for image in images] == [1, 2]
     assert len({image.encoded_image_string for image in images}) == 2
     shown = Image.open(BytesIO(images[-1].encoded_image_string))
@@ -136,7 +156,11 @@ def test_mlflow_itself_reads_what_was_written(smoke, smoke_engine, tmp_path, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     from mlflow import MlflowClient
 
-    run = federate(smoke(*ROUNDS, "tracking=[mlflow]", "baselines=[fedavg]"), tmp_path / "run", engine=smoke_engine)
+    run = federate(
+        smoke(*ROUNDS, "tracking=[mlflow]", "baselines=[fedavg]"),
+        tmp_path / "run",
+        engine=smoke_engine,
+    )
     client = MlflowClient((tmp_path / "mlruns").as_uri())
     (experiment,) = client.search_experiments(filter_string="name = 'smoke'")
     tracked = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
@@ -145,11 +169,15 @@ def test_mlflow_itself_reads_what_was_written(smoke, smoke_engine, tmp_path, mon
     assert ours.info.status == "FINISHED"
     assert ours.data.params["strategy.adapters"] == "3"
     losses = client.get_metric_history(ours.info.run_id, "train_loss")
-    assert [(each.step, each.value) for each in losses] == [(record["round"], record["train_loss"]) for record in run.records]
+    assert [(each.step, each.value) for each in losses] == [
+        (record["round"], record["train_loss"]) for record in run.records
+    ]
     assert ours.data.metrics["final/test_accuracy_mean"] == run.summary["final"]["served"]["mean"]
     pictures = [each.path for each in client.list_artifacts(ours.info.run_id, "merging_weights")]
     assert pictures == ["merging_weights/round-00001.png", "merging_weights/round-00002.png"]
-    assert client.list_artifacts(tracked["fedavg-seed0"].info.run_id) == []  # which learns no weights
+    assert (
+        client.list_artifacts(tracked["fedavg-seed0"].info.run_id) == []
+    )  # which learns no weights
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab", "aim", "clearml"])
@@ -184,13 +212,19 @@ def test_trackers_that_accelerate_gives_numbers_alone_are_asked_themselves(monke
         def log_image(self, *given, **named):
             shown.append((self.name, *given, named))
 
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: SimpleNamespace(pixels=pixels)))
-    module.Tracking(map(Own, ("trackio", "comet_ml", "dvclive"))).weights(torch.eye(3), ["a", "b", "c"], 4)
+    monkeypatch.setitem(
+        sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: SimpleNamespace(pixels=pixels))
+    )
+    module.Tracking(map(Own, ("trackio", "comet_ml", "dvclive"))).weights(
+        torch.eye(3), ["a", "b", "c"], 4
+    )
     (trackio, comet, live) = shown
     assert (trackio[0], trackio[2]) == ("trackio", 4)
     assert (comet[0], comet[2]) == ("comet_ml", {"name": "merging_weights", "step": 4})
     assert live[:2] == ("dvclive", "merging_weights/round-00004.png")
-    assert [(image.ndim, image.shape[2], image.dtype) for image in (trackio[1], comet[1], live[2])] == [(3, 3, "uint8")] * 3
+    assert [
+        (image.ndim, image.shape[2], image.dtype) for image in (trackio[1], comet[1], live[2])
+    ] == [(3, 3, "uint8")] * 3
 
 
 def test_the_recipe_knows_just_the_trackers_that_there_are():

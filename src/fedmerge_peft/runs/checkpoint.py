@@ -26,11 +26,11 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import atomically, writing
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
-from fedmerge_peft.util.stateful import described
 from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.util.files import atomically, writing
+from fedmerge_peft.util.stateful import described
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,14 @@ class Checkpoint:
     def put_into(self, strategy: Strategy) -> None:
         """Bring a strategy that was just made to this state. Raises ``ValueError`` where it is another one's."""
         ours, theirs = strategy.soup, self.soup
-        if (theirs.layout, theirs.rows.shape, theirs.base.keys()) != (ours.layout, ours.rows.shape, ours.base.keys()):
-            raise ValueError(f"its soup is {described(theirs.rows)}, or has other parts, where {described(ours.rows)} was expected")
+        if (theirs.layout, theirs.rows.shape, theirs.base.keys()) != (
+            ours.layout,
+            ours.rows.shape,
+            ours.base.keys(),
+        ):
+            raise ValueError(
+                f"its soup is {described(theirs.rows)}, or has other parts, where {described(ours.rows)} was expected"
+            )
         # copied, as kernels may round otherwise where memory is not aligned as torch does it
         base = {module: tensor.clone() for module, tensor in theirs.base.items()}
         strategy.soup = replace(ours, rows=theirs.rows.clone(), base=base)
@@ -101,13 +107,19 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
         metrics: Bytes of ``metrics.jsonl`` with that round's line.
     """
     state = strategy.state()
-    tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)
+    }
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     with writing(folder):
-        manifest = Manifest(round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe))
+        manifest = Manifest(
+            round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe)
+        )
         text = json.dumps(asdict(manifest), default=str)
         sums = {"checkpoint": text, "sha256": _digest(tensors, text), "format": "pt"}
-        atomically(_path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums))
+        atomically(
+            _path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=sums)
+        )
     remove_all_but(folder, round)
 
 
@@ -165,8 +177,13 @@ def newest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
             continue  # interrupted before this round was done
         try:
             found = read(folder, number)
-            if metrics[: found.manifest.metrics].count(b"\n") != number or len(metrics) < found.manifest.metrics:
-                raise RunError(f"{_path(folder, number)} cannot be used: metrics.jsonl does not hold the {number} rounds it speaks of")
+            if (
+                metrics[: found.manifest.metrics].count(b"\n") != number
+                or len(metrics) < found.manifest.metrics
+            ):
+                raise RunError(
+                    f"{_path(folder, number)} cannot be used: metrics.jsonl does not hold the {number} rounds it speaks of"
+                )
         except RunError as error:
             lost.append(str(error))
             continue
@@ -174,12 +191,18 @@ def newest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
             log.warning("%s. Going on from the checkpoint before it, after round %d", fault, number)
         then, now = found.manifest.recipe, json.loads(json.dumps(_fixed(recipe), default=str))
         if keys := [key for key in then if key in now and then[key] != now[key]]:
-            said = "; ".join(f"{key} was {written(then[key])} and is {written(now[key])}" for key in keys)
-            raise ResumeError(f"{folder.parent}: the recipe has changed since round {number}: {said}. Change it back to go on")
+            said = "; ".join(
+                f"{key} was {written(then[key])} and is {written(now[key])}" for key in keys
+            )
+            raise ResumeError(
+                f"{folder.parent}: the recipe has changed since round {number}: {said}. Change it back to go on"
+            )
         return found
     if metrics.count(b"\n") > 1:
         why = "; ".join(lost) if lost else "it kept no checkpoint"
-        raise ResumeError(f"{folder.parent} cannot go on: {why}. Its finished rounds can be read still; fedmerge run begins anew")
+        raise ResumeError(
+            f"{folder.parent} cannot go on: {why}. Its finished rounds can be read still; fedmerge run begins anew"
+        )
     for fault in lost:
         log.warning("%s. Going on from the start", fault)
     return None
@@ -194,7 +217,11 @@ def _soup_path(folder: Path, round: int) -> Path:
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in flat(recipe).items() if key not in FREE and key.partition(".")[0] != "baselines"}
+    return {
+        key: value
+        for key, value in flat(recipe).items()
+        if key not in FREE and key.partition(".")[0] != "baselines"
+    }
 
 
 def _file_digest(path: Path) -> str:

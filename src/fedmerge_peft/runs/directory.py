@@ -23,18 +23,17 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
-from fedmerge_peft.util.files import read_tensors, write_json, write_tensors, writing
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.util.files import read_tensors, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,44 +62,79 @@ class RunDirectory:
     @staticmethod
     def default_path(recipe: Recipe) -> Path:
         """``runs/<name>``. Raises ``RecipeError`` for a name that would lead elsewhere."""
-        if Path(recipe.name).name != recipe.name or recipe.name in ("", "..") or "\0" in recipe.name:
-            raise RecipeError([f"name: {recipe.name!r} is no name for a folder; give another, or a run directory with --out"])
+        if (
+            Path(recipe.name).name != recipe.name
+            or recipe.name in ("", "..")
+            or "\0" in recipe.name
+        ):
+            raise RecipeError(
+                [
+                    f"name: {recipe.name!r} is no name for a folder; give another, or a run directory with --out"
+                ]
+            )
         return Path("runs") / recipe.name
 
     @staticmethod
     def check_free(path: Path) -> None:
         """Raise ``RunExistsError`` where the directory has anything in it."""
-        if path.exists() and (not path.is_dir() or any(not _half_written(found.name) for found in path.iterdir())):
-            free = next(candidate for n in range(2, 10_000) if not (candidate := path.with_name(f"{path.name}-{n}")).exists())
+        if path.exists() and (
+            not path.is_dir() or any(not _half_written(found.name) for found in path.iterdir())
+        ):
+            free = next(
+                candidate
+                for n in range(2, 10_000)
+                if not (candidate := path.with_name(f"{path.name}-{n}")).exists()
+            )
             what = "a run" if (path / "recipe.yaml").exists() else "other files"
-            resume = f"It has not ended; go on with it: {command}. Or choose" if (command := RunDirectory(path).resume_command) else "Choose"
+            resume = (
+                f"It has not ended; go on with it: {command}. Or choose"
+                if (command := RunDirectory(path).resume_command)
+                else "Choose"
+            )
             message = f"{path} already holds {what}, and nothing is ever overwritten. {resume} another directory: --out {free}"
             raise RunExistsError(message, free)
 
     @property
     def ended(self) -> bool:
         """Whether all rounds are done, those of the baselines too."""
-        return all(RunDirectory(path).rounds_ended == recipe.rounds for recipe, path in parts(self.recipe, self.path))
+        return all(
+            RunDirectory(path).rounds_ended == recipe.rounds
+            for recipe, path in parts(self.recipe, self.path)
+        )
 
     @property
     def rounds_ended(self) -> int | None:
         """After how many rounds the run ended; None where it has not. Says nothing of the baselines."""
         path = self.path / "summary.json"
-        return int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.is_file() else None
+        return (
+            int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.is_file() else None
+        )
 
     @property
     def resume_command(self) -> str | None:
         """The command that goes on with the run; None where it has ended, or there is none."""
         try:
-            return None if RunDirectory.open(self.path).ended else shlex.join(["fedmerge", "resume", str(self.path)])
-        except (FedMergeError, ValueError, KeyError):  # no recipe, or no summary, that this version wrote
+            return (
+                None
+                if RunDirectory.open(self.path).ended
+                else shlex.join(["fedmerge", "resume", str(self.path)])
+            )
+        except (
+            FedMergeError,
+            ValueError,
+            KeyError,
+        ):  # no recipe, or no summary, that this version wrote
             return None
 
     def check_ours(self) -> None:
         """Raise ``RunError`` where the directory has files, at any depth, that no run writes."""
         names = (path.relative_to(self.path).as_posix() for path in self.files())
-        if others := sorted(name for name in names if not _WRITTEN.fullmatch(_TEMPORARY.sub(r"\1", name))):
-            named = ", ".join([*others[:_MOST_NAMED], *(["..."] if len(others) > _MOST_NAMED else [])])
+        if others := sorted(
+            name for name in names if not _WRITTEN.fullmatch(_TEMPORARY.sub(r"\1", name))
+        ):
+            named = ", ".join(
+                [*others[:_MOST_NAMED], *(["..."] if len(others) > _MOST_NAMED else [])]
+            )
             raise RunError(
                 f"{self.path} holds an unfinished run, and files that no run writes: {named}. Move them, or choose another --out"
             )
@@ -131,7 +165,12 @@ class RunDirectory:
     def files(self) -> list[Path]:
         """Everything in the directory, at any depth, that is no folder; links are not followed."""
         found = ((Path(folder), [*below, *names]) for folder, below, names in os.walk(self.path))
-        return [path for folder, names in found for name in names if (path := folder / name).is_symlink() or not path.is_dir()]
+        return [
+            path
+            for folder, names in found
+            for name in names
+            if (path := folder / name).is_symlink() or not path.is_dir()
+        ]
 
     # ---- reading ---------------------------------------------------------------------------------
 
@@ -140,7 +179,9 @@ class RunDirectory:
         """A run that was written before, finished or not. Raises ``RunError`` where there is none."""
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
-            raise RunError(f"{path} holds no run (no recipe.yaml); fedmerge run RECIPE --out {path} would make one")
+            raise RunError(
+                f"{path} holds no run (no recipe.yaml); fedmerge run RECIPE --out {path} would make one"
+            )
         return cls(path)
 
     @cached_property
@@ -153,7 +194,9 @@ class RunDirectory:
         """The objects of ``metrics.jsonl``, one a finished round."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last line feed was cut off while it was written
+        return [
+            json.loads(line) for line in lines[:-1]
+        ]  # what follows the last line feed was cut off while it was written
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -166,7 +209,9 @@ class RunDirectory:
         """Final and best scores. Raises ``RunError`` while the run has not ended."""
         path = self.path / "summary.json"
         if not path.exists():
-            raise RunError(f"{self.path} has not ended: {len(self.records)} of {self.recipe.rounds} rounds are done")
+            raise RunError(
+                f"{self.path} has not ended: {len(self.records)} of {self.recipe.rounds} rounds are done"
+            )
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
     @property
@@ -176,7 +221,18 @@ class RunDirectory:
 
         rows = []
         for record in self.records:
-            row = {key: record[key] for key in ("round", "seconds", "train_loss", "weights_entropy", "gap", "bytes_down", "bytes_up")}
+            row = {
+                key: record[key]
+                for key in (
+                    "round",
+                    "seconds",
+                    "train_loss",
+                    "weights_entropy",
+                    "gap",
+                    "bytes_down",
+                    "bytes_up",
+                )
+            }
             for kind in ("served", "finetuned"):
                 for value in ("mean", "worst", "validation_loss"):
                     row[f"{kind}_{value}"] = record[kind][value] if record[kind] else None
@@ -214,7 +270,10 @@ class RunDirectory:
         """π after the last finished round: clients × adapters."""
         import pandas as pd
 
-        return pd.DataFrame(read_tensors(self.path / "weights.safetensors")["weights"].numpy(), index=self.client_names)
+        return pd.DataFrame(
+            read_tensors(self.path / "weights.safetensors")["weights"].numpy(),
+            index=self.client_names,
+        )
 
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
         """π ``(clients, adapters)`` after each finished round."""
@@ -230,8 +289,12 @@ class RunDirectory:
         """The soup and π ``(clients, adapters)``, after the last or the best round. Raises ``RunError`` where there is none."""
         folder = self.path / "best" if best else self.path
         if best and not folder.is_dir():
-            raise RunError(f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last")
-        return AdapterSoup.load(folder / "soup.safetensors"), read_tensors(folder / "weights.safetensors")["weights"]
+            raise RunError(
+                f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last"
+            )
+        return AdapterSoup.load(folder / "soup.safetensors"), read_tensors(
+            folder / "weights.safetensors"
+        )["weights"]
 
     def row_of(self, client: str, weights: Tensor) -> Tensor:
         """A client's row of π. Raises ``RunError`` for a client that the run does not have."""
@@ -249,7 +312,9 @@ class RunDirectory:
         if best:
             found = self._best["served"] if self._best else None
         else:
-            found = self.summary["final"]["served"] if (self.path / "summary.json").is_file() else None
+            found = (
+                self.summary["final"]["served"] if (self.path / "summary.json").is_file() else None
+            )
         return dict(found["clients"]) if found else {}
 
     @property
@@ -257,7 +322,9 @@ class RunDirectory:
         """What the run's data told about the task: ``labels``, names in the order of their ids, and the ``format`` of texts or None."""
         path = self.path / "task.json"
         if not path.is_file():
-            raise RunError(f"{path} is missing, so what the labels mean cannot be told; only a new fedmerge run writes it")
+            raise RunError(
+                f"{path} is missing, so what the labels mean cannot be told; only a new fedmerge run writes it"
+            )
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
     @property
@@ -268,8 +335,14 @@ class RunDirectory:
     @property
     def baselines(self) -> dict[str, Self]:
         """The runs of the recipe's baselines, by strategy."""
-        paths = {baseline.name: self.baseline_path(baseline.name) for baseline in self.recipe.baselines}
-        return {name: self.open(path) for name, path in paths.items() if (path / "recipe.yaml").is_file()}
+        paths = {
+            baseline.name: self.baseline_path(baseline.name) for baseline in self.recipe.baselines
+        }
+        return {
+            name: self.open(path)
+            for name, path in paths.items()
+            if (path / "recipe.yaml").is_file()
+        }
 
     def baseline_path(self, strategy: str) -> Path:
         """Where a baseline's run directory is."""
@@ -296,8 +369,13 @@ def round_of(path: Path) -> int:
 def parts(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
     """What a run consists of, with the directories: the recipe itself, and each of its baselines as a recipe of its own."""
     others = [baseline for baseline in recipe.baselines if baseline.name != recipe.strategy.name]
-    alone = [recipe.model_copy(update={"strategy": baseline, "baselines": []}) for baseline in others]
-    return [(recipe, path), *((each, RunDirectory(path).baseline_path(each.strategy.name)) for each in alone)]
+    alone = [
+        recipe.model_copy(update={"strategy": baseline, "baselines": []}) for baseline in others
+    ]
+    return [
+        (recipe, path),
+        *((each, RunDirectory(path).baseline_path(each.strategy.name)) for each in alone),
+    ]
 
 
 def _half_written(name: str) -> bool:

@@ -17,7 +17,17 @@ from fedmerge_peft import distributed
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine
 
-_PACKAGES = ("fedmerge-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
+_PACKAGES = (
+    "fedmerge-peft",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "safetensors",
+    "numpy",
+)
 _PATIENCE = 10
 """Seconds that git may take."""
 
@@ -45,7 +55,9 @@ def source(folder: Path) -> dict[str, Any]:
 
     Asked once a process, as the code that runs is the code that was loaded.
     """
-    if _git(folder, "ls-files", "--error-unmatch", ".") is None:  # such as an installed package below somebody's repository
+    if (
+        _git(folder, "ls-files", "--error-unmatch", ".") is None
+    ):  # such as an installed package below somebody's repository
         return {}
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", ".")
     return {} if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
@@ -54,7 +66,14 @@ def source(folder: Path) -> dict[str, Any]:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints; None where it, or what it was asked for, is not there."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=_PATIENCE)  # noqa: S603, S607
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PATIENCE,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -66,4 +85,7 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

@@ -29,13 +29,19 @@ class Scores:
     @classmethod
     def of(cls, metric: str, clients: Mapping[str, Mapping[str, float]]) -> Scores | None:
         """Sum up; ``metric`` is a task's metric without its part. None where nothing was measured."""
-        part = "test" if any(f"test_{metric}" in scores for scores in clients.values()) else "validation"
+        part = (
+            "test"
+            if any(f"test_{metric}" in scores for scores in clients.values())
+            else "validation"
+        )
         key = f"{part}_{metric}"
         values = {name: scores[key] for name, scores in clients.items() if key in scores}
         if not values:
             return None
         worst = (min if greater_is_better(metric) else max)(values, key=values.__getitem__)
-        losses = [scores["validation_loss"] for scores in clients.values() if "validation_loss" in scores]
+        losses = [
+            scores["validation_loss"] for scores in clients.values() if "validation_loss" in scores
+        ]
         return cls(
             metric=key,
             mean=fmean(values.values()),

@@ -43,7 +43,11 @@ def check_trackers(recipe: Recipe) -> None:
     """Raise ``RecipeError`` for trackers that are not installed."""
     if missing := [name for name in recipe.tracking if find_spec(TRACKERS[name]) is None]:
         packages = " ".join(name.replace("comet_ml", "comet-ml") for name in missing)
-        raise RecipeError([f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, or leave it out"])
+        raise RecipeError(
+            [
+                f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, or leave it out"
+            ]
+        )
 
 
 class Tracking:
@@ -63,7 +67,10 @@ class Tracking:
             "bytes_up": record.bytes_up,
             **_scores("served", record.served),
             **_scores("finetuned", record.finetuned),
-            **{f"mass/adapter_{number}": share for number, share in enumerate(record.adapter_mass or [])},
+            **{
+                f"mass/adapter_{number}": share
+                for number, share in enumerate(record.adapter_mass or [])
+            },
         }
         self._log(values, record.round)
 
@@ -75,7 +82,13 @@ class Tracking:
         from fedmerge_peft.plotting.specs import Heat
 
         columns = [str(number) for number in range(weights.shape[1])]
-        heat = Heat(weights.numpy(), clients, columns, x="adapter (number)", label="weight π (share of the client)")
+        heat = Heat(
+            weights.numpy(),
+            clients,
+            columns,
+            x="adapter (number)",
+            label="weight π (share of the client)",
+        )
         figure = render.draw(heat, f"Merging weights after round {round}")
         self._each(lambda tracker: _show(tracker, "merging_weights", figure, round))
 
@@ -84,7 +97,11 @@ class Tracking:
         self._log(_scores("final", scores), rounds)
 
     def _log(self, values: dict[str, float | None], step: int) -> None:
-        if known := {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}:
+        if known := {
+            name: float(value)
+            for name, value in values.items()
+            if value is not None and math.isfinite(value)
+        }:
             self._each(lambda tracker: tracker.log(known, step=step))
 
     def finish(self) -> None:
@@ -96,7 +113,12 @@ class Tracking:
             try:
                 do(tracker)
             except Exception as error:
-                log.warning("tracking: %s failed and is left out from now on: %s: %s", tracker.name, type(error).__name__, error)
+                log.warning(
+                    "tracking: %s failed and is left out from now on: %s: %s",
+                    tracker.name,
+                    type(error).__name__,
+                    error,
+                )
                 self._trackers.remove(tracker)
 
 
@@ -119,8 +141,15 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
 
     folder = path / FOLDER
     name = f"{recipe.strategy.name}-seed{recipe.seed}"
-    values = {key: value if isinstance(value, bool | int | float) else written(value) for key, value in flat(recipe).items()}
-    own: dict[str, Any] = {"mlflow": {"run_name": name}, "wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
+    values = {
+        key: value if isinstance(value, bool | int | float) else written(value)
+        for key, value in flat(recipe).items()
+    }
+    own: dict[str, Any] = {
+        "mlflow": {"run_name": name},
+        "wandb": {"name": name, "dir": str(folder)},
+        "trackio": {"name": name},
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trackers = Accelerator(
@@ -132,7 +161,9 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
         trackers.init_trackers(recipe.name, config=values, init_kwargs=own)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"tracking: {', '.join(recipe.tracking)} does not start: {reason}") from error
+        raise RunError(
+            f"tracking: {', '.join(recipe.tracking)} does not start: {reason}"
+        ) from error
     tracked = Tracking(trackers.trackers)
     try:
         yield tracked
@@ -144,7 +175,11 @@ def _scores(kind: str, scores: Scores | None) -> dict[str, float | None]:
     if scores is None:
         return {}
     name = scores.metric
-    values = {f"{name}_mean": scores.mean, f"{name}_worst": scores.worst, "validation_loss": scores.validation_loss}
+    values = {
+        f"{name}_mean": scores.mean,
+        f"{name}_worst": scores.worst,
+        "validation_loss": scores.validation_loss,
+    }
     return {f"{kind}/{key}": value for key, value in values.items()}
 
 

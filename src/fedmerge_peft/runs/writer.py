@@ -9,14 +9,21 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmerge_peft.runs import checkpoint as checkpoints
-from fedmerge_peft.runs.environment import environment_of
 from fedmerge_peft.errors import ResumeError, RunError
-from fedmerge_peft.util.files import atomically, link, write_json, write_tensors, write_text, writing
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.record import RoundRecord, Scores
+from fedmerge_peft.runs import checkpoint as checkpoints
 from fedmerge_peft.runs.directory import RunDirectory, round_of
+from fedmerge_peft.runs.environment import environment_of
+from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.util.files import (
+    atomically,
+    link,
+    write_json,
+    write_tensors,
+    write_text,
+    writing,
+)
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine
@@ -58,15 +65,23 @@ class RunWriter(RunDirectory):
         run = cls(path, recipe)
         documents = _documents(recipe, engine)
         for name in ("clients.json", "task.json"):
-            if (path / name).is_file() and _read(path / name) != json.loads(json.dumps(documents[name], default=str)):
-                raise ResumeError(f"{path} cannot go on: the data have changed, and {name} is not what they say now")
+            if (path / name).is_file() and _read(path / name) != json.loads(
+                json.dumps(documents[name], default=str)
+            ):
+                raise ResumeError(
+                    f"{path} cannot go on: the data have changed, and {name} is not what they say now"
+                )
         metrics = path / "metrics.jsonl"
-        found = checkpoints.newest(path / "checkpoint", recipe, metrics.read_bytes() if metrics.exists() else b"")
+        found = checkpoints.newest(
+            path / "checkpoint", recipe, metrics.read_bytes() if metrics.exists() else b""
+        )
         if found is not None:
             try:
                 found.put_into(strategy)
             except ValueError as error:
-                raise ResumeError(f"{path} cannot go on: its checkpoint is of another adapter, or another version ({error})") from error
+                raise ResumeError(
+                    f"{path} cannot go on: its checkpoint is of another adapter, or another version ({error})"
+                ) from error
         run._go_back(found)
         run._describe(recipe, engine)
         if found is not None:
@@ -80,8 +95,14 @@ class RunWriter(RunDirectory):
         """
         with writing(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
-        write_tensors(self.path / "weights" / f"round-{record.round:05}.safetensors", {"weights": strategy.weights})
-        link(checkpoints.write_soup(self.path / "checkpoint", record.round, strategy.soup), self.path / "soup.safetensors")
+        write_tensors(
+            self.path / "weights" / f"round-{record.round:05}.safetensors",
+            {"weights": strategy.weights},
+        )
+        link(
+            checkpoints.write_soup(self.path / "checkpoint", record.round, strategy.soup),
+            self.path / "soup.safetensors",
+        )
         write_tensors(self.path / "weights.safetensors", {"weights": strategy.weights})
         with writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
@@ -94,7 +115,11 @@ class RunWriter(RunDirectory):
     def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
         """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
         loss = scores.validation_loss
-        if loss is None or not math.isfinite(loss) or (self._best is not None and loss >= self._best["served"]["validation_loss"]):
+        if (
+            loss is None
+            or not math.isfinite(loss)
+            or (self._best is not None and loss >= self._best["served"]["validation_loss"])
+        ):
             return
         with writing(self.path / "best") as folder:
             folder.mkdir(exist_ok=True)
@@ -116,9 +141,16 @@ class RunWriter(RunDirectory):
                 "seconds": sum(record["seconds"] for record in records),
                 "bytes_down": sum(record["bytes_down"] for record in records),
                 "bytes_up": sum(record["bytes_up"] for record in records),
-                "privacy": {"epsilon": records[-1]["epsilon"], "delta": self.recipe.privacy.delta} if records[-1].get("epsilon") else None,
-                "failures": dict(Counter(name for record in records for name in record.get("failures", ()))),
-                "final": {"after_round": self.completed, "served": vars(final) if final is not None else None},
+                "privacy": {"epsilon": records[-1]["epsilon"], "delta": self.recipe.privacy.delta}
+                if records[-1].get("epsilon")
+                else None,
+                "failures": dict(
+                    Counter(name for record in records for name in record.get("failures", ()))
+                ),
+                "final": {
+                    "after_round": self.completed,
+                    "served": vars(final) if final is not None else None,
+                },
                 "best": self._best,
                 "warnings": records[-1]["warnings"],
             },
@@ -140,7 +172,11 @@ class RunWriter(RunDirectory):
     def _go_back(self, found: checkpoints.Checkpoint | None) -> None:
         """Undo on the disk what was written after this checkpoint. Where this stops half-way, it can be done again."""
         self.completed = found.manifest.round if found is not None else 0
-        gone = [path for path in (self.path / "weights").glob("round-*.safetensors") if round_of(path) > self.completed]
+        gone = [
+            path
+            for path in (self.path / "weights").glob("round-*.safetensors")
+            if round_of(path) > self.completed
+        ]
         if found is None:
             gone += [self.path / "soup.safetensors", self.path / "weights.safetensors"]
         with writing(self.path):
@@ -158,15 +194,31 @@ class RunWriter(RunDirectory):
 
 def _documents(recipe: Recipe, engine: Engine) -> dict[str, Any]:
     """What a run says of its clients, its task and its adapter, by file."""
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in engine.backbone.config.to_dict().items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in engine.backbone.config.to_dict().items()
+    }
     clients = [
-        {"name": each.name, "group": each.group, "train": len(each.train), "validation": len(each.validation), "test": len(each.test)}
+        {
+            "name": each.name,
+            "group": each.group,
+            "train": len(each.train),
+            "validation": len(each.validation),
+            "test": len(each.test),
+        }
         for each in engine.clients
     ]
     documents: dict[str, Any] = {
         "clients.json": clients,
-        "task.json": {"labels": list(engine.task.labels), "format": getattr(engine.task, "format", None)},
-        "adapter_config.json": {**config, "base_model_name_or_path": recipe.backbone.model, "inference_mode": True},
+        "task.json": {
+            "labels": list(engine.task.labels),
+            "format": getattr(engine.task, "format", None),
+        },
+        "adapter_config.json": {
+            **config,
+            "base_model_name_or_path": recipe.backbone.model,
+            "inference_mode": True,
+        },
     }
     if (counts := engine.label_counts()) is not None:
         documents["labels.json"] = {"labels": list(engine.task.labels), "counts": counts}

@@ -68,7 +68,7 @@ class Run(RunDirectory):
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
         """Return a client's merged adapter by PEFT's saved names. Raises ``RunError``."""
-        return self.client(client, best=best).saved()[0]
+        return self.client(client, best=best).peft_state()[0]
 
     def save_adapter(
         self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False

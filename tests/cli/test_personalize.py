@@ -70,7 +70,7 @@ def test_one_table_the_weights_and_a_folder_for_peft(run, file, personalize):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     code, out, err = personalize(run.path, "--data", file)
     assert (code, out) == (2, "")
-    assert f"{folder} already holds other files, and nothing is ever overwritten" in err
+    assert f"{folder} already holds other files; existing files are never overwritten" in err
     assert f"--out {folder}-2" in err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

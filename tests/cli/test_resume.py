@@ -152,6 +152,6 @@ def test_a_run_that_has_not_ended_is_not_begun_anew(fedmerge, signals, monkeypat
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert (
-        "go on with it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke "
+        "resume it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke "
         in err
     )

@@ -435,11 +435,11 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
     federation = Federation(recipe(), engine)
     run = RunWriter.create(tmp_path / "run", recipe(), engine)
     scores = federation.evaluate()
-    run.offer_best(
+    run.save_if_best(
         0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy
     )
-    run.offer_best(1, dataclasses.replace(scores, validation_loss=1.0), federation.strategy)
-    run.offer_best(
+    run.save_if_best(1, dataclasses.replace(scores, validation_loss=1.0), federation.strategy)
+    run.save_if_best(
         2, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy
     )
     assert json.loads((tmp_path / "run" / "best" / "scores.json").read_text())["after_round"] == 1

@@ -73,7 +73,7 @@ def export(
         export_soup,
         folder_name,
         push_to_hub,
-        vllm_says,
+        vllm_support,
     )
     from fedmerge_peft.util.text import printable
 
@@ -101,7 +101,7 @@ def export(
     )
     written = write(opened, folder=folder, best=best, base_model_id=base_model_id, repo=push)
     print(printable(f"wrote {written}, after round {opened.round(best=best)}"))
-    print(printable(vllm_says(opened)))
+    print(printable(vllm_support(opened)))
     if hub is None:
         print(
             printable(

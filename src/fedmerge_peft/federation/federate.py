@@ -21,8 +21,9 @@ from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.loop import Federation
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat
-from fedmerge_peft.runs.checkpoint import FREE
-from fedmerge_peft.runs.directory import RunDirectory, parts
+from fedmerge_peft.runs.checkpoint import RESUME_OVERRIDES
+from fedmerge_peft.runs.cleanup import remove_temporary_files
+from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.runs.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.runs.writer import RunWriter
@@ -64,7 +65,7 @@ def resume_run(
         distributed.on_rank_zero(partial(_hold, stack, run.path))
         distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
         engine = engine or load_engine(recipe)
-        distributed.on_rank_zero(run.tidy)
+        distributed.on_rank_zero(partial(remove_temporary_files, run.path))
         _federate(recipe, run.path, engine, Callbacks(callbacks))
     return run.path
 
@@ -83,12 +84,14 @@ def _check_unfinished(run: RunDirectory, rounds: int) -> None:
 def _continued(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
     """The run's recipe with these overrides. Raises ``RecipeError`` for those that a run cannot go on with."""
     recipe = run.recipe.replace(overrides)
-    if other := [key for key in differing([flat(run.recipe), flat(recipe)]) if key not in FREE]:
+    if other := [
+        key for key in differing([flat(run.recipe), flat(recipe)]) if key not in RESUME_OVERRIDES
+    ]:
         raise RecipeError(
             [f"{', '.join(other)}: clients would do something else than before, so this would be another run; start it with fedmerge run. "
-             f"A run that goes on may change {', '.join(FREE)}"]
+             f"A run that goes on may change {', '.join(RESUME_OVERRIDES)}"]
         )  # fmt: skip
-    for _, path in parts(run.recipe, run.path):
+    for _, path in with_baselines(run.recipe, run.path):
         if (done := len(RunDirectory(path).records)) > recipe.rounds:
             raise RecipeError(
                 [f"rounds: {recipe.rounds} is fewer than the {done} that {path} has done"]
@@ -103,7 +106,7 @@ def _federate(
     callbacks: Callback,
 ) -> None:
     """Do what is left of a recipe and its baselines, all of it or the rest."""
-    for one, path in parts(recipe, directory):
+    for one, path in with_baselines(recipe, directory):
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
         federation = Federation(one, engine)
@@ -117,7 +120,7 @@ def _federate(
 
 
 def _has_ended(path: Path, rounds: int) -> bool:
-    return RunDirectory(path).rounds_ended == rounds
+    return RunDirectory(path).final_round == rounds
 
 
 def _open(path: Path, recipe: Recipe, federation: Federation) -> RunWriter:
@@ -166,7 +169,7 @@ def _finish(
     def keep_best(completed: int, scores: Scores) -> None:
         with profiling.timed("save"):
             distributed.on_rank_zero(
-                partial(run.offer_best, completed, scores, federation.strategy)
+                partial(run.save_if_best, completed, scores, federation.strategy)
             )
 
     def save(record: RoundRecord) -> None:

@@ -15,7 +15,7 @@ from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.federation.federate import resume_run, run_recipe
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.directory import RunDirectory, parts
+from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.serving.export import export_client
 from fedmerge_peft.sites.config import RECIPE, RUN, Federation
@@ -153,7 +153,9 @@ def _hand_over(
 def progress(kit: Path) -> tuple[int, int]:
     """Rounds on the disk of a server's kit, and rounds that are asked for, those of baselines included."""
     recipe, run = Recipe.load(kit / RECIPE), kit / RUN
-    pairs = [(len(RunDirectory(path).records), one.rounds) for one, path in parts(recipe, run)]
+    pairs = [
+        (len(RunDirectory(path).records), one.rounds) for one, path in with_baselines(recipe, run)
+    ]
     return sum(done for done, _ in pairs), sum(total for _, total in pairs)
 
 

@@ -454,7 +454,7 @@ def test_a_torn_last_line_of_metrics_is_left_out(tmp_path, engine):
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "..", "''"])
 def test_a_name_that_leads_elsewhere_is_refused(engine, name):
-    with pytest.raises(RecipeError, match="no name for a folder"):
+    with pytest.raises(RecipeError, match="not a valid folder name"):
         federate(recipe(f"name={name}"), engine=engine)
 
 

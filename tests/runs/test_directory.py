@@ -32,7 +32,7 @@ def test_an_unreadable_environment_is_refused(write_run):
 
 
 def test_a_start_that_was_interrupted_before_the_environment_was_written_is_accepted(write_run):
-    path = write_run("a", [], [[0.1]], finished=False)
+    path = write_run("a", [], [[0.1], [0.2]], finished=False)
     (path / "environment.json").unlink()
     assert load_run(path).environment == {}
 

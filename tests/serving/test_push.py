@@ -105,7 +105,7 @@ def test_the_verb_names_the_folder_itself_and_warns_of_a_local_base(run, fedmerg
     code, _, err = fedmerge(run.path, "--soup")
     assert code == 0
     assert (run.path / "exported" / "soup" / "adapter-2").is_dir()
-    assert "is not on the hub; name it for others with --base-model-id" in err
+    assert "is not on the hub; give its public name with --base-model-id" in err
     code, _, err = fedmerge(run.path, "--soup")
     assert code == 2
     assert "existing files are never overwritten" in err
@@ -133,12 +133,12 @@ def test_the_verb_pushes_where_the_card_says_it_is(run, hub, fedmerge, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of --client NAME, --all and --soup"),
-        (["--all", "--soup"], "give one of"),
+        ([], "give exactly one of --client NAME, --all and --soup"),
+        (["--all", "--soup"], "give exactly one of"),
         (["--client", "nobody"], "has no client 'nobody'"),
         (
             ["--client", "client 1", "--push", "me/mine"],
-            "is not on the hub, so nobody could load what is pushed",
+            "is not on the hub, so a pushed adapter could not be loaded",
         ),
         (
             ["--client", "client 1", "--push", "a b", "--base-model-id", "acme/base"],

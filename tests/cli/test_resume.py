@@ -148,7 +148,7 @@ def test_what_cannot_go_on_is_refused_with_code_2(fedmerge, write_run, arguments
 def test_a_run_that_has_not_ended_is_not_begun_anew(fedmerge, signals, monkeypatch):
     signals(4, signal.SIGINT)
     fedmerge("run", "smoke", *TINY)
-    monkeypatch.setattr(running, "federate", None)
+    monkeypatch.setattr(running, "run_recipe", None)
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert (

@@ -32,7 +32,7 @@ class Run(RunDirectory):
 
         Args:
             name: The client's name.
-            best: Take the round with the lowest validation loss instead of the last.
+            best: Use the round with the lowest validation loss instead of the last.
 
         Raises:
             RunError: The run has no such client or no such round.

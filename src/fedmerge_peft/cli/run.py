@@ -162,6 +162,8 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
         clients = progress.add_task("clients", total=None)
 
         class ShowProgress(Callback):
+            """Update the progress bars and print one line per round."""
+
             def on_start(self, federation: Federation, run: RunDirectory) -> None:
                 stop.check()
                 stop.arm()

@@ -45,7 +45,7 @@ _NAME = re.compile(r"round-(\d{5,})(\.soup)?\.safetensors")
 
 @dataclass(frozen=True)
 class Manifest:
-    """Metadata of a checkpoint, stored beside its tensors."""
+    """Metadata of a checkpoint, stored with its tensors."""
 
     round: int
     """Rounds done."""

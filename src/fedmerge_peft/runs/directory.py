@@ -331,7 +331,7 @@ def round_of(path: Path) -> int:
 
 
 def with_baselines(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
-    """Return a recipe and each of its baselines, as a recipe of its own, with run directories."""
+    """Return a recipe and its baselines, as separate recipes, each with its run directory."""
     run = RunDirectory(path)
     return [
         (recipe, path),

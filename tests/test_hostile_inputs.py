@@ -177,12 +177,12 @@ def test_names_from_the_data_do_not_reach_the_terminal_as_they_are(nasty, capsys
 def test_log_lines_are_what_a_terminal_can_show(capsys):
     from rich.console import Console
 
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
 
     package = logging.getLogger("fedmerge_peft")
     handlers, propagate = package.handlers, package.propagate
     try:
-        log_to(Console(stderr=True, highlight=False))
+        configure_logging(Console(stderr=True, highlight=False))
         package.warning("client %s, round 3: no luck; left out", "\x1b]0;owned\x07")
     finally:
         package.handlers, package.propagate = handlers, propagate
@@ -208,7 +208,7 @@ def test_weights_are_shares_and_those_of_clients_that_were_not_asked_stay(
     from fedmerge_peft import AdapterLayout
     from fedmerge_peft.strategies import StrategyContext
 
-    layout = AdapterLayout.of(
+    layout = AdapterLayout.from_tensors(
         [("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")]
     )
     generator = torch.Generator().manual_seed(seed)

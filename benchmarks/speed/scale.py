@@ -121,9 +121,9 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
     from fedmerge_peft.adapters.layout import AdapterLayout
     from fedmerge_peft.recipe.strategies import FedMergeRecipe
     from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
-    from fedmerge_peft.util.row_buffer import Spill
+    from fedmerge_peft.util.row_buffer import RowBuffer
 
-    layout = AdapterLayout.of([("layer.lora_A.weight", (100, size // 100), "lora")])
+    layout = AdapterLayout.from_tensors([("layer.lora_A.weight", (100, size // 100), "lora")])
     generator = torch.Generator().manual_seed(0)
     strategy = make_strategy(
         FedMergeRecipe(name="fedmerge", adapters=adapters, start="independent"),
@@ -132,9 +132,9 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
     times = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
-        kept = Spill(expected=ASKED)
+        kept = RowBuffer(expected_calls=ASKED)
         replies = [
-            Reply(client, kept.keep(0.01 * strategy.plan(client).sent), 10, 1.0, 0.0)
+            Reply(client, kept.append(0.01 * strategy.plan(client).sent), 10, 1.0, 0.0)
             for client in range(ASKED)
         ]
         strategy.update(replies)

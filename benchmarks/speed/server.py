@@ -19,7 +19,7 @@ SOME = 25
 
 def rows() -> Iterator[Row]:
     """d. The server step: 1000 clients, 8 adapters of 1 000 000 numbers in 100 tensors, normalised rule."""
-    layout = AdapterLayout.of(
+    layout = AdapterLayout.from_tensors(
         [(f"layer{number}.lora_A.weight", (8, WIDTH // 8), "lora") for number in range(TENSORS)]
     )
     generator = torch.Generator().manual_seed(0)

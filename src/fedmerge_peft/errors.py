@@ -1,23 +1,23 @@
-"""Every error this package raises on purpose.
+"""Errors that this package raises on purpose.
 
     FedMergeError
-    ├── RecipeError        the recipe asks for something that does not exist or cannot be
-    ├── DataError          the data are absent, or are not what the recipe says
-    ├── BackboneError      the model is absent, or cannot carry the adapter that was asked for
-    ├── DeviceError        the device or the precision asked for is not there
-    ├── RunError           a run directory is missing, unreadable or not ours
-    │   ├── RunExistsError the run directory already holds a run
+    ├── RecipeError        the recipe has invalid or contradictory settings
+    ├── DataError          the data are missing, or do not match the recipe
+    ├── BackboneError      the model is missing, or does not support the adapter
+    ├── DeviceError        the device or the precision is not available
+    ├── RunError           a run directory is missing, unreadable or foreign
+    │   ├── RunExistsError the run directory already contains a run
     │   ├── RunBusyError   another process is writing the run directory
-    │   ├── ResumeError    the run cannot go on from where it stopped
-    │   └── SweepError     some recipes of a sweep failed, the others ran
-    ├── FederateError      a federation across sites cannot begin or go on
-    │   ├── RefusedError   a site does not do what the federation asks of it
-    │   └── WireError      a message between server and site is not what was agreed
-    ├── ClientError        a client failed; raised from the original, names client and round
-    ├── TooFewClientsError too few clients of a round replied well
-    └── RankError          another of the ranks that train together failed, or is gone
+    │   ├── ResumeError    the run cannot be resumed
+    │   └── SweepError     some recipes of a sweep failed
+    ├── FederateError      a federation across sites cannot start or continue
+    │   ├── RefusedError   a site's own settings forbid the request
+    │   └── WireError      a message between server and site is malformed
+    ├── ClientError        a client failed; names client and round
+    ├── TooFewClientsError too few clients of a round sent valid replies
+    └── RankError          another rank of a distributed run failed or exited
 
-The command line prints them as one message on standard error and exits with code 2.
+The command line prints an error as one message on standard error and exits with code 2.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from typing import Any
 
 
 class FedMergeError(Exception):
-    """Base of all errors raised on purpose; its text says what, where and what next."""
+    """Base class. The message names the problem, its location and a remedy."""
 
     rank: int = 0
-    """Of the ranks that raise it, the one that says so."""
+    """Rank that reports the error if several ranks raise it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self.args, self.__dict__)
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _again(kind: type[FedMergeError], args: tuple[Any, ...], held: dict[str, Any]) -> FedMergeError:
-    """An error in another process; its initialiser takes other arguments than the text."""
+def _rebuild(
+    kind: type[FedMergeError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> FedMergeError:
+    """Unpickle an error without its initializer, whose parameters differ from ``args``."""
     error = kind.__new__(kind, *args)
-    error.__dict__.update(held)
+    error.__dict__.update(attributes)
     return error
 
 
 class RecipeError(FedMergeError):
-    """One or more faults in a recipe, one a line, each as ``file:line: dotted.path: fault``."""
+    """Recipe with one or more faults, one per line, each as ``file:line: dotted.path: fault``."""
 
     def __init__(self, faults: list[str]) -> None:
         self.faults = faults
@@ -52,23 +54,26 @@ class RecipeError(FedMergeError):
 
 
 class DataError(FedMergeError):
-    """Data that are absent, unreadable, or do not fit what the recipe says about them."""
+    """Data that are missing, unreadable, or do not match the recipe."""
 
 
 class BackboneError(FedMergeError):
-    """A model that cannot be loaded, or cannot carry the adapter that the recipe asks for."""
+    """Model that cannot be loaded, or does not support the adapter of the recipe."""
 
 
 class DeviceError(FedMergeError):
-    """A device or numeric precision that this machine does not have."""
+    """Device or numeric precision that this machine does not have."""
 
 
 class RunError(FedMergeError):
-    """A run directory that is missing, unreadable, or was not written by this package."""
+    """Run directory that is missing, unreadable, or was not written by this package."""
 
 
 class RunExistsError(RunError):
-    """The run directory already holds a run, or other files; nothing in it was touched. ``free`` is a directory to use instead."""
+    """Run directory that already contains a run or other files. The directory is unchanged.
+
+    ``free`` is an unused directory.
+    """
 
     def __init__(self, message: str, free: Path) -> None:
         self.free = free
@@ -76,15 +81,21 @@ class RunExistsError(RunError):
 
 
 class RunBusyError(RunError):
-    """Another process is writing the run directory; it was not touched."""
+    """Run directory that another process is writing. The directory is unchanged."""
 
 
 class ResumeError(RunError):
-    """A run that cannot go on: it has ended, its checkpoints are damaged, or data or recipe are not what they were."""
+    """Run that cannot be resumed.
+
+    The run is complete, its checkpoints are damaged, or its data or recipe have changed.
+    """
 
 
 class SweepError(RunError):
-    """Some recipes of a sweep failed, after all of them were tried. ``failures`` has the reasons by name."""
+    """Sweep of which some recipes failed. All recipes were tried.
+
+    ``failures`` maps names of recipes to reasons.
+    """
 
     def __init__(self, failures: dict[str, str]) -> None:
         self.failures = failures
@@ -97,19 +108,22 @@ class SweepError(RunError):
 
 
 class FederateError(FedMergeError):
-    """A federation across sites that cannot begin or go on: a kit, a connection, a site's settings, or all of its sites are at fault."""
+    """Federation across sites that cannot start or continue.
+
+    The cause is a kit, a connection, a site's settings, or the failure of all sites.
+    """
 
 
 class RefusedError(FederateError):
-    """A site does not do what it is asked, as its own settings do not allow it; nothing left the site."""
+    """Request that a site refuses because of its own settings. The site sent no data."""
 
 
 class WireError(FederateError):
-    """A message between server and site that is not what was agreed: its form, its layout, its number format."""
+    """Malformed message between server and site: its form, layout or number format is invalid."""
 
 
 class ClientError(FedMergeError):
-    """A client's work failed. Raised from the original error; names the client and the round."""
+    """Failure of a client, raised from the original error. Names the client and the round."""
 
     def __init__(self, client: str, round: int, cause: str) -> None:
         self.client, self.round, self.cause = client, round, cause
@@ -117,8 +131,11 @@ class ClientError(FedMergeError):
 
 
 class TooFewClientsError(FedMergeError):
-    """Fewer clients of a round replied well than ``clients.min_clients``. The round changed nothing; the rounds before it stand."""
+    """Round with fewer valid replies than ``clients.min_clients``.
+
+    The round has no effect. The results of earlier rounds are kept.
+    """
 
 
 class RankError(FedMergeError):
-    """Another of the processes that train together (``distributed.py``) failed in a way nobody meant, or has ended."""
+    """Unexpected failure or exit of another rank (see ``distributed.py``)."""

@@ -12,7 +12,7 @@ SHAPES = st.lists(
 
 
 def layout_of(shapes):
-    return AdapterLayout.of(
+    return AdapterLayout.from_tensors(
         (f"layer.{n}.weight", shape, "head" if n == 0 else "lora") for n, shape in enumerate(shapes)
     )
 
@@ -42,7 +42,7 @@ def test_columns_of_a_role_are_those_of_its_tensors():
     ("change", "message"),
     [
         (lambda state: state.pop("layer.1.weight"), r"lacks 1 of 2 tensors, first layer.1.weight"),
-        (lambda state: state.update(other=torch.zeros(1)), "does not know, first other"),
+        (lambda state: state.update(other=torch.zeros(1)), "not in the layout, first other"),
         (
             lambda state: state.update({"layer.0.weight": torch.zeros(9)}),
             r"shape \(9,\), expected \(2, 2\)",
@@ -58,7 +58,7 @@ def test_tensors_that_do_not_fit_a_layout_are_refused(change, message):
 
 
 def test_a_row_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="row of 7 numbers"):
+    with pytest.raises(ValueError, match=r"has shape \(7,\), got"):
         layout_of([(2, 2), (3,)]).state_dict(torch.zeros(8))
 
 
@@ -97,7 +97,7 @@ def test_rows_of_another_layout_are_refused():
 def test_uniform_weights_have_full_entropy_and_even_mass():
     weights = MergingWeights.uniform(5, 4).softmax()
     assert merging_weights.entropy(weights) == pytest.approx(1.0)
-    assert merging_weights.mass(weights) == pytest.approx([0.25] * 4)
+    assert merging_weights.adapter_shares(weights) == pytest.approx([0.25] * 4)
 
 
 def test_one_hot_weights_have_no_entropy():
@@ -106,13 +106,13 @@ def test_one_hot_weights_have_no_entropy():
 
 
 def test_weights_that_have_not_moved_are_warned_about():
-    assert "not moved" in merging_weights.warnings(torch.full((6, 3), 1 / 3))[0]
+    assert "still uniform" in merging_weights.weight_warnings(torch.full((6, 3), 1 / 3))[0]
 
 
 def test_unused_adapters_are_warned_about_by_number():
     weights = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]])
-    assert merging_weights.warnings(weights) == [
-        "adapter 2 of 3 stands unused (less than a quarter of an even share of the clients' weight)"
+    assert merging_weights.weight_warnings(weights) == [
+        "adapter 2 of 3 is unused (less than a quarter of the uniform share of the clients' weight)"
     ]
-    assert merging_weights.warnings(torch.eye(3)) == []
-    assert merging_weights.warnings(torch.ones(3, 1)) == []
+    assert merging_weights.weight_warnings(torch.eye(3)) == []
+    assert merging_weights.weight_warnings(torch.ones(3, 1)) == []

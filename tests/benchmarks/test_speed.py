@@ -20,7 +20,7 @@ def benchmark(monkeypatch):
 
 
 def test_the_loop_over_tensors_does_what_the_server_step_does(benchmark):
-    layout = AdapterLayout.of(
+    layout = AdapterLayout.from_tensors(
         [("one.lora_A.weight", (2, 3), "lora"), ("head.weight", (4,), "head")]
     )
     rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))

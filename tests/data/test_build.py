@@ -148,7 +148,7 @@ def faults(recipe, label="label"):
 def test_tasks_without_labels_need_a_column_to_deal_by(recipe):
     dirichlet = SCHEMES["dirichlet"]
     assert faults(recipe(partition=dirichlet), None) == (
-        "data.partition.by: the task has no label column to deal by; write data.partition.by=COLUMN "
+        "data.partition.by: the task has no label column to partition by; write data.partition.by=COLUMN "
         "(the data have text, label, task, domain, split) or data.partition.scheme=iid"
     )
     assert len(federate_data(recipe(partition=dirichlet | {"by": "task"}), None, 0).clients) == 3
@@ -188,7 +188,7 @@ def test_labels_must_be_plain_values(tmp_path):
 def test_more_clients_than_examples_are_refused(recipe):
     fault = faults(recipe(partition={"scheme": "iid", "clients": 61}))
     assert fault.startswith(
-        "data.partition.clients: 61 clients, and 60 training examples; lower data.partition.clients"
+        "data.partition.clients: 61 clients, but 60 training examples; lower data.partition.clients"
     )
 
 
@@ -221,7 +221,7 @@ def test_splits_with_different_columns_are_refused(tmp_path, table):
 def test_a_client_in_two_groups_is_refused(recipe):
     fault = faults(recipe(partition={"scheme": "natural", "by": "domain", "group": "task"}))
     assert fault.startswith(
-        "data.partition.group: domain speech has rows of several task (snips, trec6), and a client is in one group"
+        "data.partition.group: domain speech has rows of several task (snips, trec6), but a client belongs to one group"
     )
 
 

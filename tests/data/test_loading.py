@@ -158,7 +158,7 @@ def test_a_default_split_that_the_filter_empties_is_left_out(tmp_path, table):
     assert set(load(tmp_path / "rows", filter={"task": "subj"})) == {"train"}
     with pytest.raises(
         DataError,
-        match=r"leaves no rows in the split test \(test\), whose columns hold task: snips$",
+        match=r"no row of the split test \(test\) passes the filter; its columns have task: snips$",
     ):
         load(tmp_path / "rows", filter={"task": "subj"}, test_split="test")
 
@@ -207,7 +207,9 @@ def test_hub_ids_are_asked_for_with_configuration_and_revision(monkeypatch, tabl
 
 def test_pickles_and_other_files_are_refused(tmp_path):
     (tmp_path / "rows.pkl").write_bytes(b"")
-    assert "rows.pkl is not a file this can read; write it as .csv" in faults(tmp_path / "rows.pkl")
+    assert "rows.pkl has an unsupported format; convert it to one of .csv" in faults(
+        tmp_path / "rows.pkl"
+    )
 
 
 def test_broken_files_and_empty_folders_say_why(tmp_path):
@@ -222,7 +224,7 @@ def test_broken_files_and_empty_folders_say_why(tmp_path):
 
 def test_unknown_embedded_data_are_named():
     assert faults("embedded:support-ticket") == (
-        "data.path: there is no embedded:support-ticket (did you mean support-tickets?); the package comes with support-tickets"
+        "data.path: there is no embedded:support-ticket (did you mean support-tickets?); the embedded data sets are support-tickets"
     )
 
 
@@ -244,28 +246,28 @@ def test_split_columns_must_exist_and_be_needed(tmp_path, parquet, table):
         "data.split_column: there is no column 'splits' (did you mean split?); the data have text, label, task, domain, split"
     )
     datasets.DatasetDict(train=table, test=table).save_to_disk(str(tmp_path / "two"))
-    assert "the data come in splits already (train, test)" in faults(
+    assert "the data already have splits (train, test)" in faults(
         tmp_path / "two", split_column="split"
     )
 
 
 def test_filters_that_match_nothing_list_the_column_s_values(parquet):
     assert faults(parquet, filter={"task": "trec"}) == (
-        "data.filter.task: no row has 'trec' (did you mean trec6?); the column task holds snips, subj, trec6"
+        "data.filter.task: no row has 'trec' (did you mean trec6?); the column task has snips, subj, trec6"
     )
     assert (
         faults(parquet, filter={"label": [0, 9]})
-        == "data.filter.label: no row has 9; the column label holds 0, 1, 2, 3"
+        == "data.filter.label: no row has 9; the column label has 0, 1, 2, 3"
     )
     assert (
         faults(parquet, filter={"label": "zero"})
-        == "data.filter.label: no row has 'zero'; the column label holds 0, 1, 2, 3"
+        == "data.filter.label: no row has 'zero'; the column label has 0, 1, 2, 3"
     )
     assert "there is no column 'taks' (did you mean task?)" in faults(
         parquet, filter={"taks": "trec6"}
     )
     assert "the list is empty" in faults(parquet, filter={"task": []})
-    assert "no row has 'x'; the column text holds text 0, text 1, " in faults(
+    assert "no row has 'x'; the column text has text 0, text 1, " in faults(
         parquet, filter={"text": "x"}
     )
     assert faults(parquet, filter={"text": "x"}).endswith("… and 40 more")
@@ -274,5 +276,5 @@ def test_filters_that_match_nothing_list_the_column_s_values(parquet):
 def test_filters_that_match_nothing_together_say_so(parquet):
     fault = faults(parquet, filter={"task": "subj", "domain": "speech"})
     assert fault == (
-        "data.filter: it leaves no rows in the split train (train), whose columns hold task: snips, subj, trec6; domain: logic, speech"
+        "data.filter: no row of the split train (train) passes the filter; its columns have task: snips, subj, trec6; domain: logic, speech"
     )

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedmerge_peft.data.partition import (
+    assign_by_class,
     class_counts,
     client_names,
     clusters,
-    deal,
     dirichlet,
     generator,
     iid,
     natural,
-    set_aside,
     shards,
+    split_off,
 )
 from fedmerge_peft.errors import DataError
 
@@ -106,7 +106,7 @@ def test_dealing_is_an_exact_cover_of_the_classes_that_somebody_has_a_share_of(
     shares = data.draw(
         arrays(np.int64, (clients, int(classes.max()) + 1), elements=st.integers(0, 5))
     )
-    dealt = deal(classes, shares, generator(seed, "test"))
+    dealt = assign_by_class(classes, shares, generator(seed, "test"))
     wanted = np.flatnonzero(shares.sum(axis=0)[classes] > 0)
     np.testing.assert_array_equal(np.sort(np.concatenate(dealt)), wanted)
     counts = class_counts(dealt, classes, shares.shape[1])
@@ -121,7 +121,7 @@ def test_set_aside_rows_are_disjoint_and_leave_some_to_train_on(
     count, validation, test, max_train, seed
 ):
     rows = np.arange(100, 100 + count)
-    parts = set_aside(rows, validation, test, max_train, generator(seed, "set aside"))
+    parts = split_off(rows, validation, test, max_train, generator(seed, "set aside"))
     together = np.concatenate(parts)
     assert len(np.unique(together)) == len(together)
     assert np.isin(together, rows).all()
@@ -136,27 +136,29 @@ def test_set_aside_rows_are_disjoint_and_leave_some_to_train_on(
 
 
 def test_set_aside_fractions_are_parts_of_all_the_rows():
-    train, validation, test = set_aside(np.arange(100), 0.2, 0.2, None, generator(0, "set aside"))
+    train, validation, test = split_off(np.arange(100), 0.2, 0.2, None, generator(0, "set aside"))
     assert (len(train), len(validation), len(test)) == (60, 20, 20)
-    train, validation, test = set_aside(np.arange(100), 0.2, 0.2, 40, generator(0, "set aside"))
+    train, validation, test = split_off(np.arange(100), 0.2, 0.2, 40, generator(0, "set aside"))
     assert (len(train), len(validation), len(test)) == (30, 10, 20)
 
 
 def test_largest_remainders_get_the_rows_left_over():
     classes = np.zeros(10, dtype=np.int64)
-    dealt = deal(classes, np.array([[1], [3], [2]]), generator(0, "test"))  # quotas 1.67, 5, 3.33
+    dealt = assign_by_class(
+        classes, np.array([[1], [3], [2]]), generator(0, "test")
+    )  # quotas 1.67, 5, 3.33
     assert [len(rows) for rows in dealt] == [2, 5, 3]
 
 
 def test_ties_go_to_the_client_with_the_fewest_rows():
     classes = np.repeat(np.arange(4), 1)
-    dealt = deal(classes, np.ones((4, 4), dtype=np.int64), generator(0, "test"))
+    dealt = assign_by_class(classes, np.ones((4, 4), dtype=np.int64), generator(0, "test"))
     assert [len(rows) for rows in dealt] == [1, 1, 1, 1]
 
 
 def test_rows_of_no_class_are_dealt_to_nobody():
     classes = np.array([0, -1, 1, -1])
-    dealt = deal(classes, np.array([[1, 1]]), generator(0, "test"))
+    dealt = assign_by_class(classes, np.array([[1, 1]]), generator(0, "test"))
     np.testing.assert_array_equal(dealt[0], [0, 2])
 
 
@@ -240,7 +242,7 @@ def test_one_client_a_value_is_named_after_it_alone():
 def test_dirichlet_says_at_once_that_there_are_too_few_examples():
     with pytest.raises(
         DataError,
-        match=r"5 clients × min_examples 10 need 50 training examples, and there are 20; lower",
+        match=r"5 clients × min_examples 10 need 50 training examples, but there are 20; lower",
     ):
         dirichlet(np.zeros(20, dtype=np.int64), 5, 0.1, 10, generator(0, "train"))
 
@@ -248,20 +250,21 @@ def test_dirichlet_says_at_once_that_there_are_too_few_examples():
 def test_dirichlet_gives_up_after_many_draws_and_says_what_to_change():
     with pytest.raises(
         DataError,
-        match=r"never had 9 training examples \(at best \d+\); raise data\.partition\.alpha, or lower",
+        match=r"never had 9 training examples \(at most \d+\); raise data\.partition\.alpha, or lower",
     ):
         dirichlet(np.zeros(100, dtype=np.int64), 10, 0.01, 9, generator(0, "train"))
 
 
 def test_clusters_of_more_classes_than_there_are_are_refused():
     with pytest.raises(
-        DataError, match=r"30 classes a group, and the training examples have 2; write .*=2 or less"
+        DataError,
+        match=r"30 classes per group, but the training examples have 2; write .*=2 or less",
     ):
         clusters(np.array([0, 1, 0, 1]), 2, 1, 30, generator(0, "train"))
 
 
 def test_more_shards_than_examples_are_refused():
     with pytest.raises(
-        DataError, match=r"3 clients × 2 shards need 6 training examples, and there are 5"
+        DataError, match=r"3 clients × 2 shards need 6 training examples, but there are 5"
     ):
         shards(np.zeros(5, dtype=np.int64), 3, 2, generator(0, "train"))

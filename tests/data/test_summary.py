@@ -6,7 +6,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fedmerge_peft.data import Client, FederatedData, client_table, federate_data, picture, plot
+from fedmerge_peft.data import (
+    Client,
+    FederatedData,
+    client_table,
+    federate_data,
+    plot,
+    terminal_chart,
+)
 from fedmerge_peft.errors import DataError
 
 
@@ -52,7 +59,7 @@ def test_without_a_column_the_table_has_the_sizes_alone(data):
     assert client_table(data, None).columns.tolist() == [
         ("examples", split) for split in ("train", "validation", "test")
     ]
-    assert any("trec6" in line for line in printed(picture(data, None)))
+    assert any("trec6" in line for line in printed(terminal_chart(data, None)))
 
 
 def test_summaries_of_absent_columns_name_those_present(data):
@@ -61,7 +68,7 @@ def test_summaries_of_absent_columns_name_those_present(data):
 
 
 def test_the_picture_shows_a_line_a_client_and_a_block_a_label(data):
-    lines = printed(picture(data, "domain"))
+    lines = printed(terminal_chart(data, "domain"))
     subj = next(line for line in lines if line.startswith("subj"))
     assert subj.rstrip().endswith("█")
     assert lines[-1].startswith("3 clients, ")
@@ -69,7 +76,7 @@ def test_the_picture_shows_a_line_a_client_and_a_block_a_label(data):
 
 
 def test_the_picture_of_many_clients_and_labels_is_clipped_and_says_so(large):
-    lines = printed(picture(large, "label", width=80, height=30))
+    lines = printed(terminal_chart(large, "label", width=80, height=30))
     assert len(lines) <= 30 + 8
     assert max(map(len, lines)) <= 80
     assert any("… and 170 more clients" in line for line in lines)

@@ -85,7 +85,7 @@ def main(folder, *names):
     broken = names[0] == "break"
     for name in names[1:] if on_round or broken else names:
         assert run(Path(folder), name, on_round, broken).ended
-    distributed.leave()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

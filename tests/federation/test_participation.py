@@ -7,11 +7,11 @@ import torch
 
 from fedmerge_peft import Federation
 from fedmerge_peft.adapters.lora_factors import (
-    INPUT_SIDE,
-    RANDOM,
-    columns_named,
-    factors,
-    rank_columns,
+    A_SUFFIXES,
+    RANDOM_INIT_SUFFIXES,
+    layer_factors,
+    rank_mask,
+    suffix_mask,
 )
 from fedmerge_peft.recipe.strategies import StrategyName
 from fedmerge_peft.training.plan import Mixture
@@ -59,7 +59,7 @@ class Half:
         if name in ("fedmerge", "ifca", "fesem", "flhc"):
             return self.rows.mean(0)
         if name in ("fedrep", "fedsa_lora"):  # the private part of the start
-            shared = ~self.head if name == "fedrep" else columns_named(self.layout, INPUT_SIDE)
+            shared = ~self.head if name == "fedrep" else suffix_mask(self.layout, A_SUFFIXES)
             return torch.where(shared, self.rows[self.asked[0]], self.start)
         return self.rows[0]
 
@@ -72,13 +72,13 @@ class Half:
         elif name in ("fedavg_ft", "ditto"):
             allowed[0] = allowed[1 + own] = True
         elif name == "feddpa":
-            private = rank_columns(self.layout, lambda rank: slice(rank // 2, None))
+            private = rank_mask(self.layout, lambda rank: slice(rank // 2, None))
             allowed[:] = ~private & ~self.head  # the global half
             allowed[0] |= self.head
             allowed[1 + torch.tensor(self.never)] |= self.head
             allowed[1 + own] = True
         elif name in ("fedrep", "fedsa_lora"):
-            allowed[:] = ~self.head if name == "fedrep" else columns_named(self.layout, INPUT_SIDE)
+            allowed[:] = ~self.head if name == "fedrep" else suffix_mask(self.layout, A_SUFFIXES)
             allowed[own] = True
         elif name == "ifca":
             allowed[[reply.choice for reply in self.replies]] = True
@@ -91,7 +91,7 @@ class Half:
                 ]
             ] = True
         elif name == "ffa_lora":
-            allowed[:] = ~columns_named(self.layout, RANDOM)
+            allowed[:] = ~suffix_mask(self.layout, RANDOM_INIT_SUFFIXES)
         else:
             allowed[:] = True
         return allowed
@@ -101,7 +101,9 @@ class Half:
         size, head = self.layout.size, int(self.head.sum())
         a, b = (
             sum(part.size for part in side)
-            for side in zip(*[(layer.a, layer.b) for layer in factors(self.layout)], strict=True)
+            for side in zip(
+                *[(layer.a, layer.b) for layer in layer_factors(self.layout)], strict=True
+            )
         )
         assert a + b + head == size
         if name == "flora":  # three clients' stacks of the first round go to everyone

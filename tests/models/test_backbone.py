@@ -307,15 +307,15 @@ def test_gradient_checkpointing_does_not_change_gradients(make_backbone):
         (
             "bert",
             {"target_modules": "nothing.*like.this"},
-            r"cannot carry this adapter: .*modules that can: query",
+            r"does not support this adapter: .*can adapt: query",
         ),
         ("vit", {}, r"no default for vit; name some of q_proj"),
-        ("bert", {"target_modules": ["LayerNorm"]}, r"cannot carry this adapter"),
-        ("bert", {"target_modules": "qu(ery"}, r"cannot carry this adapter"),
+        ("bert", {"target_modules": ["LayerNorm"]}, r"does not support this adapter"),
+        ("bert", {"target_modules": "qu(ery"}, r"does not support this adapter"),
         (
             "bert",
             {"target_modules": ["query"], "trainable_token_indices": [99999]},
-            r"cannot carry this adapter",
+            r"does not support this adapter",
         ),
         (
             "bert",
@@ -345,7 +345,7 @@ def test_a_model_of_another_kind_is_one_clear_error(make_backbone):
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path):
     from fedmerge_peft.models.pretrained import model_folder
 
-    with pytest.raises(BackboneError, match=r"no model folder \(no config.json in"):
+    with pytest.raises(BackboneError, match=r"not a model folder \(no config.json in"):
         model_folder(str(tmp_path), tmp_path)
 
 

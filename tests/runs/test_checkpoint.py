@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
     (run / "checkpoint" / THIRD).write_bytes(save(tensors, sums))
     with pytest.raises(
         ResumeError,
-        match=r"clusters: a int64 tensor \(7,\) does not fit where a int64 tensor \(6,\) was expected",
+        match=r"clusters: expected a int64 tensor \(6,\), got a int64 tensor \(7,\)",
     ):
         resume(run, engine=engine)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from fedmerge_peft.training.reference import train
 from peft import PeftModel
 from PIL.Image import fromarray
 from transformers import AutoModelForSequenceClassification
@@ -28,7 +29,6 @@ from fedmerge_peft.serving.personalize import _Comparison, distinct, learn_logit
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.tasks.classification import relabel
 from fedmerge_peft.training.plan import Train
-from fedmerge_peft.training.reference import train
 
 QUEUES = ["amber", "blue", "coral", "denim", "emerald", "fuchsia"]
 SMALL = [
@@ -296,9 +296,13 @@ def test_labels_are_numbered_as_the_runs_are(values, feature, labels, expected):
         (["amber", "bleu"], QUEUES, r"row 1: 'bleu' .* not a known label \(did you mean blue\?\)"),
         ([0, 6], QUEUES, "row 1: '6' .* not a known label"),
         ([0], ["1", "2"], "row 0: '0' .* not a known label"),
-        ([-1], QUEUES, "row 0 in use: label -1 in column 'label' is negative"),
+        ([-1], QUEUES, r"row 0 \(of the rows in use\): label -1 in column 'label' is negative"),
         ([0.5], QUEUES, "a label is an integer from 0, or a name"),
-        (["amber", None], QUEUES, r"row 1 in use: column 'label' is empty \(null\)"),
+        (
+            ["amber", None],
+            QUEUES,
+            r"row 1 \(of the rows in use\): column 'label' is empty \(null\)",
+        ),
     ],
 )
 def test_unknown_labels_are_refused(values, labels, message):
@@ -351,7 +355,7 @@ def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
         ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves no training examples"),
         ("here.csv", {}, r"there is no column 'queue'"),
         ("empty.csv", {}, "cannot be loaded"),
-        ("here.txt", {}, "is not a file this can read"),
+        ("here.txt", {}, "has an unsupported format"),
     ],
 )
 def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, options, message):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from fedmerge_peft import DataError, Predictor, RunError, federate, load_run
-from fedmerge_peft.serving.predictor import unstackable
+from fedmerge_peft.serving.predictor import stacking_obstacle
 
 from .conftest import TASKS
 
@@ -117,7 +117,9 @@ def test_clients_differ(predictor):
 
 def test_what_the_model_says_of_stacking_is_heeded(finished, passes, monkeypatch, caplog):
     predict = Predictor(finished("sequence-classification").run, device="cpu")
-    monkeypatch.setattr("fedmerge_peft.serving.predictor.unstackable", lambda _: "it routes tokens")
+    monkeypatch.setattr(
+        "fedmerge_peft.serving.predictor.stacking_obstacle", lambda _: "it routes tokens"
+    )
     with caplog.at_level(logging.INFO, "fedmerge_peft"):
         together = predict(TEXTS)
     assert set(passes) == {1}
@@ -127,7 +129,7 @@ def test_what_the_model_says_of_stacking_is_heeded(finished, passes, monkeypatch
 
 def test_a_model_that_mixes_a_batch_is_found_out(finished, monkeypatch):
     predict = Predictor(finished("sequence-classification").run, device="cpu")
-    assert unstackable(predict._backbone) is None
+    assert stacking_obstacle(predict._backbone) is None
 
     def mixing(module, args, output):
         return output + 0.3 * output.flip(0)

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fedmerge_peft.training.reference import Trained
 
 from fedmerge_peft import AdapterLayout, Federation, Recipe
 from fedmerge_peft.recipe.schema import StrategyRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.training.execute import Hands, carry_out
-from fedmerge_peft.training.reference import Trained
 
 RANK = 4
 SHAPES = [
@@ -29,7 +29,7 @@ class Formulas:
     def __init__(
         self, clients: int, layout: AdapterLayout | None = None, sizes: list[int] | None = None
     ) -> None:
-        self.layout = layout or AdapterLayout.of(SHAPES)
+        self.layout = layout or AdapterLayout.from_tensors(SHAPES)
         self.sizes = sizes or [10] * clients
         self.centres = torch.randn(
             clients, self.layout.size, generator=torch.Generator().manual_seed(7)

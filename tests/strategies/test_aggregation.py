@@ -13,11 +13,11 @@ from fedmerge_peft import (
     merge_error,
 )
 from fedmerge_peft.adapters.lora_factors import (
-    RANDOM,
-    columns_named,
-    factors,
-    rank_columns,
-    svd_of_product,
+    RANDOM_INIT_SUFFIXES,
+    layer_factors,
+    product_svd,
+    rank_mask,
+    suffix_mask,
 )
 from fedmerge_peft.strategies import Reply
 
@@ -82,11 +82,11 @@ def test_ranks_are_rows_of_a_and_columns_of_b_in_embeddings_too(make_backbone):
     row = backbone.fresh_row(0) + 1.0
     whole, part = (
         row.clone(),
-        torch.where(rank_columns(backbone.layout, lambda _: slice(1, 3)), row, 0.0),
+        torch.where(rank_mask(backbone.layout, lambda _: slice(1, 3)), row, 0.0),
     )
-    assert {layer.embedding for layer in factors(backbone.layout)} == {True, False}
-    for layer in factors(backbone.layout):
-        (a, b), (a_part, b_part) = layer.of(whole), layer.of(part)
+    assert {layer.embedding for layer in layer_factors(backbone.layout)} == {True, False}
+    for layer in layer_factors(backbone.layout):
+        (a, b), (a_part, b_part) = layer.split(whole), layer.split(part)
         assert a.shape[0] == b.shape[1] == 3
         torch.testing.assert_close(b_part @ a_part, b[:, 1:] @ a[1:])
         assert not a_part[0].any()
@@ -95,31 +95,37 @@ def test_ranks_are_rows_of_a_and_columns_of_b_in_embeddings_too(make_backbone):
 
 def test_products_of_two_matrices_are_told_from_other_updates_in_one_way():
     def layout(*shapes, role="lora"):
-        return AdapterLayout.of([(f"a.{name}", shape, role) for name, shape in shapes])
+        return AdapterLayout.from_tensors([(f"a.{name}", shape, role) for name, shape in shapes])
 
     plain = [("lora_A.weight", (2, 3)), ("lora_B.weight", (3, 2)), ("lora_B.bias", (3,))]
-    assert [layer.module for layer in factors(layout(*plain))] == ["a"]
+    assert [layer.module for layer in layer_factors(layout(*plain))] == ["a"]
     others = {
         "is the factor of a convolution": layout(
             ("lora_A.weight", (2, 3, 3, 3)), ("lora_B.weight", (3, 2, 1, 1))
         ),
-        "holds several experts": layout(*plain, role="expert"),
-        "the magnitudes of DoRA": layout(*plain, ("lora_magnitude_vector", (3,))),
+        "stacks several experts": layout(*plain, role="expert"),
+        "DoRA's magnitudes": layout(*plain, ("lora_magnitude_vector", (3,))),
     }
     for reason, other in others.items():
         with pytest.raises(ValueError, match=reason):
-            factors(other)
+            layer_factors(other)
         with pytest.raises(ValueError, match=rf"no exact merge: .*{reason}"):
             merge_error(AdapterSoup(torch.zeros(2, other.size), other), torch.tensor([0.5, 0.5]))
     for alone in (plain[0], plain[1], ("lora_embedding_A", (2, 5)), ("lora_embedding_B", (4, 2))):
-        with pytest.raises(ValueError, match=rf"the partner of a.{alone[0]} is frozen and common"):
-            factors(layout(alone))
+        with pytest.raises(
+            ValueError, match=rf"the other factor of a.{alone[0]} is frozen and shared"
+        ):
+            layer_factors(layout(alone))
 
 
 def test_what_is_shared_with_a_frozen_a_is_what_starts_random(make_backbone):
     lora = {"r": 3, "target_modules": ["query", "word_embeddings"]}
     layout = make_backbone("bert", lora).layout
-    random = {entry.key for entry in layout.entries if columns_named(layout, RANDOM)[entry.offset]}
+    random = {
+        entry.key
+        for entry in layout.entries
+        if suffix_mask(layout, RANDOM_INIT_SUFFIXES)[entry.offset]
+    }
     assert len({key.rpartition(".lora_")[2] for key in random}) == 2
     assert make_backbone("bert", {**lora, "merge": "shared_a"}).shared.keys() == random
 
@@ -128,7 +134,7 @@ def test_the_decomposition_through_small_factors_is_the_dense_one():
     generator = torch.Generator().manual_seed(0)
     for rank in (2, 5, 40):
         b, a = torch.randn(7, rank, generator=generator), torch.randn(rank, 6, generator=generator)
-        u, s, vh = svd_of_product(b, a)
+        u, s, vh = product_svd(b, a)
         torch.testing.assert_close(u * s @ vh, b.double() @ a.double())
         torch.testing.assert_close(s, torch.linalg.svdvals(b.double() @ a.double())[: len(s)])
         torch.testing.assert_close(u.T @ u, torch.eye(len(s), dtype=torch.float64))
@@ -165,9 +171,9 @@ def test_ffa_loras_a_stays_bit_identical_through_training(smoke, settings):
     start = federation.strategy.served(0)
     list(federation.rounds())
     layout, now = federation.engine.backbone.layout, federation.strategy.served(0)
-    for layer in factors(layout):
-        assert torch.equal(layer.of(now)[0], layer.of(start)[0])
-        assert not torch.equal(layer.of(now)[1], layer.of(start)[1])
+    for layer in layer_factors(layout):
+        assert torch.equal(layer.split(now)[0], layer.split(start)[0])
+        assert not torch.equal(layer.split(now)[1], layer.split(start)[1])
 
 
 def test_fedsa_lora_averages_a_alone(formulas):
@@ -370,7 +376,7 @@ def test_flora_refuses_embeddings(make_backbone):
 
 
 def test_a_soup_keeps_what_the_backbone_gained(tmp_path):
-    layout = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora")])
+    layout = AdapterLayout.from_tensors([("a.lora_A.weight", (2, 3), "lora")])
     soup = AdapterSoup(
         torch.ones(1, 6), layout, {"s": torch.ones(2)}, {"a": torch.arange(6.0).view(2, 3)}
     )
@@ -409,8 +415,8 @@ def test_clients_of_different_ranks_on_a_tiny_model(smoke, smoke_engine, name):
     head, each = len(smoke_engine.backbone.layout.columns("head")), 4 * 64
     assert first.bytes_up == 4 * (6 * head + 3 * each + 3 * 2 * each)
     assert federation.strategy.soup.rows.isfinite().all()
-    for layer in factors(smoke_engine.backbone.layout):
-        assert not layer.of(federation.strategy.served(0))[0][1:].any()
+    for layer in layer_factors(smoke_engine.backbone.layout):
+        assert not layer.split(federation.strategy.served(0))[0][1:].any()
 
 
 @pytest.mark.parametrize("ranks", [[4], [1, 4]])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from fedmerge_peft.training.reference import Trained
 
 from fedmerge_peft import AdapterLayout, federate, load_run
 from fedmerge_peft.recipe.strategies import FedEMRecipe, FeSEMRecipe, FLHCRecipe, IFCARecipe
@@ -12,11 +13,10 @@ from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.flhc import hierarchy
 from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.plan import Choose
-from fedmerge_peft.training.reference import Trained
 from fedmerge_peft.util.seeds import derive
 
 SIZE = 20
-LAYOUT = AdapterLayout.of([("a.lora_A.weight", (4, 5), "lora")])
+LAYOUT = AdapterLayout.from_tensors([("a.lora_A.weight", (4, 5), "lora")])
 CENTRES = 10 * torch.randn(3, SIZE, generator=torch.Generator().manual_seed(42))
 TRUTH = torch.arange(9) % 3
 SIZES = torch.tensor([10, 40, 20, 30, 10, 20, 50, 30, 10])
@@ -236,7 +236,7 @@ def test_ifca_may_leave_adapters_over_and_says_so():
     )
     assert strategy.weights.argmax(1).tolist() == [0] * 9
     assert strategy.warnings() == [
-        "adapters 1, 2 of 3 stand unused (less than a quarter of an even share of the clients' weight)"
+        "adapters 1, 2 of 3 are unused (less than a quarter of the uniform share of the clients' weight)"
     ]
 
 

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from fedmerge_peft.training.reference import Trained
 
 from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, RunError, federate
 from fedmerge_peft.recipe.strategies import FedEMRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.training.execute import Hands, carry_out
 from fedmerge_peft.training.plan import Mixture
-from fedmerge_peft.training.reference import Trained
 from fedmerge_peft.util.seeds import derive
 
 SIZE = 20
-LAYOUT = AdapterLayout.of([("a.lora_A.weight", (4, 5), "lora")])
+LAYOUT = AdapterLayout.from_tensors([("a.lora_A.weight", (4, 5), "lora")])
 COEFFICIENTS = torch.tensor([[2.0, -1.0, 0.5], [-1.0, 1.5, 2.0]])
 PI = torch.tensor([1.0, 0.8, 0.5, 0.3, 0.0])
 

@@ -9,7 +9,7 @@ from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.balancing import balancing_shifts
 
 SIZE = 6
-LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora")])
+LAYOUT = AdapterLayout.from_tensors([("a.lora_A.weight", (2, 3), "lora")])
 
 
 def start(clients=4):

@@ -112,7 +112,7 @@ def test_fedrep_trains_the_head_first_and_then_the_body(formulas):
 def test_fedrep_needs_a_head(formulas):
     case = formulas(
         2,
-        AdapterLayout.of(
+        AdapterLayout.from_tensors(
             [("a.lora_A.weight", (2, 3), "lora"), ("a.lora_B.weight", (3, 2), "lora")]
         ),
     )
@@ -191,7 +191,7 @@ def test_feddpas_first_job_does_not_see_the_private_half_and_its_second_does_not
 def test_feddpa_needs_an_even_rank(formulas):
     case = formulas(
         2,
-        AdapterLayout.of(
+        AdapterLayout.from_tensors(
             [("a.lora_A.weight", (3, 3), "lora"), ("a.lora_B.weight", (3, 3), "lora")]
         ),
     )

@@ -114,7 +114,7 @@ def test_a_failing_client_leaves_everything_as_if_it_had_not_been_asked(
         )
         assert torch.equal(faulty.strategy.soup.rows, without.strategy.soup.rows)
         assert torch.equal(faulty.strategy.weights, without.strategy.weights)
-        ours, theirs = faulty.strategy.state(), without.strategy.state()
+        ours, theirs = faulty.strategy.state_dict(), without.strategy.state_dict()
         assert all(
             torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key]))
             for key in ours

@@ -20,7 +20,9 @@ from fedmerge_peft.strategies.aggregation import Aggregator, agreeing, clipped, 
 
 RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"]
 SIZE = 12
-LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")])
+LAYOUT = AdapterLayout.from_tensors(
+    [("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")]
+)
 
 
 def load_attacks():

@@ -17,7 +17,9 @@ from fedmerge_peft.strategies.similarity import agreement, group_by_direction
 from fedmerge_peft.training.plan import Train
 
 SIZE = 12
-LAYOUT = AdapterLayout.of([("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")])
+LAYOUT = AdapterLayout.from_tensors(
+    [("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")]
+)
 
 
 def start(clients=4):
@@ -198,7 +200,7 @@ def test_the_paper_rule_looks_at_the_head_where_there_is_one():
 
 def test_the_heads_columns_need_a_head():
     headless = StrategyContext(
-        4, AdapterLayout.of([("a", (SIZE,), "lora")]), lambda _: torch.zeros(SIZE)
+        4, AdapterLayout.from_tensors([("a", (SIZE,), "lora")]), lambda _: torch.zeros(SIZE)
     )
     with pytest.raises(RecipeError, match="no head"):
         make_strategy(FedMergeRecipe(name="fedmerge", weights_columns="head"), headless)

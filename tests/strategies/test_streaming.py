@@ -39,7 +39,7 @@ def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(
     monkeypatch, formulas, name, settings, rows
 ):
     whole = after_four_rounds(formulas, name, settings)
-    monkeypatch.setattr(row_buffer, "CHUNK", 4 * rows * whole.soup.layout.size)
+    monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 4 * rows * whole.soup.layout.size)
     parts = after_four_rounds(formulas, name, settings)
     torch.testing.assert_close(parts.soup.rows, whole.soup.rows, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts.weights, whole.weights, rtol=1e-5, atol=1e-6)
@@ -48,7 +48,7 @@ def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
 def test_who_replied_first_does_not_matter_to_the_last_bit(monkeypatch, formulas, name, settings):
     federation = formulas(len(SIZES), sizes=SIZES)
-    monkeypatch.setattr(row_buffer, "CHUNK", 12 * federation.layout.size)
+    monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 12 * federation.layout.size)
     one, other = (federation.strategy(name, **settings) for _ in range(2))
     for _ in range(3):
         replies = list(federation.replies(one))
@@ -63,7 +63,7 @@ def test_warm_means_take_a_row_for_each_client_that_has_replied_and_no_more(form
     strategy = federation.strategy("fedmerge", adapters=2, start="warm", warm_rounds=5)
     federation.round(strategy, [3, 40])
     federation.round(strategy, [7, 40])
-    assert strategy.state()["warming.sums"].shape == (3, federation.layout.size)
+    assert strategy.state_dict()["warming.sums"].shape == (3, federation.layout.size)
 
 
 _TIGHT = """
@@ -74,14 +74,14 @@ from fedmerge_peft.util import row_buffer
 from fedmerge_peft.recipe.strategies import FedMerge
 from fedmerge_peft.strategies import Reply, Start, make_strategy
 
-row_buffer.CHUNK = row_buffer.IN_MEMORY = 2**22
+row_buffer.CHUNK_BYTES = row_buffer.MEMORY_BYTES = 2**22
 SIZE, CLIENTS = 2**18, 200
-layout = AdapterLayout.of([("head.weight", (SIZE,), "head")])
+layout = AdapterLayout.from_tensors([("head.weight", (SIZE,), "head")])
 start = Start(CLIENTS, layout, lambda number: torch.randn(SIZE, generator=torch.Generator().manual_seed(number)))
 
 
 def learn(count):
-    kept = row_buffer.Spill(expected=count)
+    kept = row_buffer.RowBuffer(expected_calls=count)
     replies = [Reply(client, kept.keep(torch.randn(1, SIZE)), 10, 1.0, 0.0) for client in range(count)]
     for more in ({}, {"start": "warm"}):
         make_strategy(FedMerge(name="fedmerge", adapters=2, warm_rounds=1, **more), start).update(replies)

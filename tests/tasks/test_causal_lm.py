@@ -9,7 +9,7 @@ import transformers as hf
 from datasets import Dataset
 
 from fedmerge_peft.errors import DataError, RecipeError
-from fedmerge_peft.tasks.text_formats import fill, parse_template
+from fedmerge_peft.tasks.text_formats import fill_template, parse_template
 
 NAME = "causal-lm"
 PAIRS = Dataset.from_dict(
@@ -53,7 +53,7 @@ def test_the_format_is_told_from_the_columns(task_of, columns, format):
 def test_columns_that_fit_no_format_are_listed(task_of):
     with pytest.raises(
         DataError,
-        match=r"the data have body, title, which fits no format \(messages: messages; prompt-completion",
+        match=r"the data have body, title, which match no format \(messages: messages; prompt-completion",
     ):
         task_of("llama", Dataset.from_dict({"body": ["a"], "title": ["b"]}), name=NAME)
 
@@ -112,15 +112,21 @@ def test_messages_without_a_chat_template_say_the_fix(task_of):
     [
         (
             [[], [{"role": "user", "content": "a"}]],
-            r"row 0 in use: 'messages' must be a list of \{role, content\}",
+            r"row 0 \(of the rows in use\): 'messages' must be a list of at least one \{role, content\}",
         ),
         (
             [[{"role": "user", "content": None}]],
-            r"row 0 in use: a message in 'messages' needs a role and a content",
+            r"row 0 \(of the rows in use\): a message in 'messages' needs a role and a content",
         ),
-        ([[{"role": "user"}]], r"row 0 in use: a message in 'messages' needs a role and a content"),
-        (["hello"], r"row 0 in use: 'messages' must be a list"),
-        ([None, [{"role": "user", "content": "a"}]], r"row 0 in use: 'messages' must be a list"),
+        (
+            [[{"role": "user"}]],
+            r"row 0 \(of the rows in use\): a message in 'messages' needs a role and a content",
+        ),
+        (["hello"], r"row 0 \(of the rows in use\): 'messages' must be a list"),
+        (
+            [None, [{"role": "user", "content": "a"}]],
+            r"row 0 \(of the rows in use\): 'messages' must be a list",
+        ),
     ],
 )
 def test_unfit_messages_are_refused(task_of, messages, message):
@@ -134,7 +140,7 @@ def test_what_the_chat_template_refuses_is_refused_with_its_row(task_of):
     task.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
         DataError,
-        match=r"row 0 in use: the chat template refuses the messages in 'messages': roles must alternate",
+        match=r"row 0 \(of the rows in use\): the chat template rejects the messages in 'messages': roles must alternate",
     ):
         task.encode(CHATS)
 
@@ -168,10 +174,10 @@ def test_a_template_may_name_any_column(task_of):
     [
         (
             "{instruction} {topic}",
-            r"task.template: \{topic\} is no column; the data have instruction, output",
+            r"task.template: there is no column for \{topic\}; the data have instruction, output",
         ),
-        ("{instruction.upper}", r"task.template: \{instruction.upper\} is no column"),
-        ("{}", r"task.template: \{\} is no column"),
+        ("{instruction.upper}", r"task.template: there is no column for \{instruction.upper\}"),
+        ("{}", r"task.template: there is no column for \{\}"),
         ("{instruction", r"task.template: .*write \{\{ and \}\} for braces"),
     ],
 )
@@ -183,7 +189,7 @@ def test_unfit_templates_are_refused(task_of, template, message):
 
 def test_only_paragraphs_with_one_empty_field_are_left_out():
     template = parse_template("A {x}\n\nB {y}\n\nC {x} {y}\n\nD")
-    assert fill(template, {"x": "1", "y": " "}) == "A 1\n\nC 1  \n\nD"
+    assert fill_template(template, {"x": "1", "y": " "}) == "A 1\n\nC 1  \n\nD"
 
 
 @pytest.mark.parametrize(
@@ -191,16 +197,16 @@ def test_only_paragraphs_with_one_empty_field_are_left_out():
     [
         (
             {"prompt": ["a", None], "completion": ["b", "c"]},
-            r"row 1 in use: column 'prompt' is empty \(null\)",
+            r"row 1 \(of the rows in use\): column 'prompt' is empty \(null\)",
         ),
         (
             {"prompt": ["a", "b"], "completion": [1, 2]},
-            r"task.completion: column 'completion' holds int64, not text",
+            r"task.completion: column 'completion' has the type int64, not text",
         ),
-        ({"text": ["a", None]}, r"row 1 in use: column 'text' is empty \(null\)"),
+        ({"text": ["a", None]}, r"row 1 \(of the rows in use\): column 'text' is empty \(null\)"),
         (
             {"instruction": [None, "a"], "output": ["b", "c"]},
-            r"row 0 in use: column 'instruction' is empty \(null\)",
+            r"row 0 \(of the rows in use\): column 'instruction' is empty \(null\)",
         ),
     ],
 )
@@ -219,7 +225,7 @@ def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
     assert (
-        "in 1 of 2 rows the tokens of prompt + completion do not begin with the prompt's (first: row 0)"
+        "in 1 of 2 rows the prompt's tokens are not a prefix of the tokens of prompt + completion (first: row 0)"
         in caplog.text
     )
     assert decoded(task, examples, 0) == ("<s>the</s>", "e</s>")
@@ -249,7 +255,7 @@ def test_a_long_prompt_is_cut_on_the_left_so_that_the_completion_survives(task_o
     assert learned == " done</s>"
     assert whole.startswith("<s>")
     assert whole.endswith("x end done</s>")
-    assert "1 of 2 examples are longer than 20 tokens and were cut" in caplog.text
+    assert "1 of 2 examples are longer than 20 tokens and were truncated" in caplog.text
 
 
 def test_a_completion_that_fills_the_length_keeps_one_token_before_it(task_of):
@@ -279,7 +285,9 @@ def test_a_long_text_is_cut_on_the_right(task_of):
 )
 def test_a_row_that_leaves_nothing_to_predict_is_refused(task_of, kind, columns, options):
     table = Dataset.from_dict(columns)
-    with pytest.raises(DataError, match=r"row \d in use: 1 token\(s\) leave nothing to predict: '"):
+    with pytest.raises(
+        DataError, match=r"row \d \(of the rows in use\): 1 token\(s\) leave nothing to predict: '"
+    ):
         task_of(kind, table, name=NAME, **options).encode(table)
 
 
@@ -288,7 +296,7 @@ def test_lengths_stay_within_the_model(task_of):
         task_of("gpt2", PAIRS, name=NAME, max_length=200)
     with pytest.raises(
         DataError,
-        match=r"task.max_new_tokens: 128 new tokens leave no room for a prompt; the model takes 128",
+        match=r"task.max_new_tokens: 128 new tokens leave no room for a prompt; the model's limit is 128",
     ):
         task_of("gpt2", PAIRS, name=NAME, max_new_tokens=128, metrics=["rougeL"])
 
@@ -308,7 +316,7 @@ def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind, ta
     losses, counts = task.losses(output.logits, batch["labels"])
     assert losses.shape == counts.shape == (2,)
     torch.testing.assert_close(losses.sum() / counts.sum(), output.loss)
-    assert float(counts.sum()) == task.count(batch["labels"])
+    assert float(counts.sum()) == task.count_terms(batch["labels"])
     predicted, expected = task.predict(output.logits, batch["labels"])
     assert expected.tolist() == batch["labels"][:, 1:][batch["labels"][:, 1:] != -100].tolist()
     assert predicted.shape == expected.shape
@@ -396,7 +404,8 @@ def test_a_chat_that_ends_with_the_user_cannot_be_generated(task_of):
     table = Dataset.from_dict({"messages": [[{"role": "user", "content": "Hello"}]]})
     task = task_of("llama", table, name=NAME, metrics=["rougeL"])
     with pytest.raises(
-        DataError, match=r"row 0 in use: the last message in 'messages' is the user's"
+        DataError,
+        match=r"row 0 \(of the rows in use\): the last message in 'messages' has the role user",
     ):
         task.encode(table)
 
@@ -411,7 +420,7 @@ def test_prompts_leave_room_to_generate(task_of):
 
 def test_plain_text_has_nothing_to_generate(task_of):
     with pytest.raises(
-        RecipeError, match=r"task.metrics: exact_match compares a generated completion"
+        RecipeError, match=r"task.metrics: exact_match compares generated completions"
     ):
         task_of(
             "llama",

@@ -123,17 +123,17 @@ def test_a_camera_that_was_turned_is_turned_back(task_of):
     [
         (
             {"bytes": b"no image"},
-            r"row 1 in use: the image in column 'image' cannot be decoded \(8 bytes\)",
+            r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded \(8 bytes\)",
         ),
         (
             {"bytes": png(picture())[:200]},
-            r"row 1 in use: the image in column 'image' cannot be decoded \(200 bytes\)",
+            r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded \(200 bytes\)",
         ),
         (
             {"path": "nowhere/one.png"},
-            r"row 1 in use: the image .* cannot be decoded \(nowhere/one.png\)",
+            r"row 1 \(of the rows in use\): the image .* cannot be decoded \(nowhere/one.png\)",
         ),
-        (None, r"row 1 in use: column 'image' is empty \(null\)"),
+        (None, r"row 1 \(of the rows in use\): column 'image' is empty \(null\)"),
     ],
 )
 def test_undecodable_images_are_refused_with_their_row(task_of, value, message):
@@ -145,7 +145,7 @@ def test_undecodable_images_are_refused_with_their_row(task_of, value, message):
 def test_a_column_that_holds_no_images_is_refused(task_of):
     table = Dataset.from_dict({"image": [1, 2], "label": [0, 1]})
     with pytest.raises(
-        DataError, match=r"task.image: column 'image' holds int64; images are encoded bytes"
+        DataError, match=r"task.image: column 'image' has the type int64; images are encoded bytes"
     ):
         task_of("vit", table, name=NAME).encode(table)
     with pytest.raises(

@@ -63,7 +63,9 @@ def test_clients_with_one_class_have_defined_scores_without_warnings(
 
 
 def test_texts_are_compared_whole_and_by_words():
-    predictions = Predictions(1.0, 1.0, generated=["the cat sat", "yes"], wanted=["the cat", "yes"])
+    predictions = Predictions(
+        1.0, 1.0, generated=["the cat sat", "yes"], references=["the cat", "yes"]
+    )
     assert score(TEXTS, predictions) == pytest.approx(
         {"loss": 1.0, "exact_match": 0.5, "rougeL": (0.8 + 1.0) / 2}
     )

@@ -70,21 +70,25 @@ def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([0, -1], {}, r"row 1 in use: label -1 in column 'label' is negative"),
+        ([0, -1], {}, r"row 1 \(of the rows in use\): label -1 in column 'label' is negative"),
         (
             [0, 7, 9],
             {"num_labels": 4},
-            r"row 1 in use: label 7 in column 'label' is too large for 4 labels, 0 to 3",
+            r"row 1 \(of the rows in use\): label 7 in column 'label' is too large for 4 labels, 0 to 3",
         ),
-        ([0, None], {}, r"row 1 in use: column 'label' is empty \(null\)"),
-        (["a", None], {}, r"row 1 in use: column 'label' is empty \(null\)"),
+        ([0, None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
+        (["a", None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
         (
             [0.5, 1.0],
             {},
-            r"column 'label' holds double, such as 0.5 in row 0; a label is an integer from 0, or a name",
+            r"column 'label' has the type double, such as 0.5 in row 0; a label is an integer from 0, or a name",
         ),
-        (["a", "b", "c"], {"num_labels": 2}, r"3 labels where num_labels says 2: a, b, c"),
-        ([0, 123456], {}, r"row 1 in use: label 123456 .* does not look like a count from 0"),
+        (["a", "b", "c"], {"num_labels": 2}, r"3 labels, but task.num_labels is 2: a, b, c"),
+        (
+            [0, 123456],
+            {},
+            r"row 1 \(of the rows in use\): label 123456 .* is too large for a label id",
+        ),
         ([0], {"label": "intent"}, r"task.label: there is no column 'intent'.*text, label"),
         ([], {}, r"no rows"),
     ],
@@ -98,7 +102,7 @@ def test_a_label_that_came_later_is_refused_with_its_row(task_of):
     task = task_of("bert", table_of(["a", "b"]), name=NAME)
     with pytest.raises(
         DataError,
-        match=r"row 1 in use: 'c' in column 'label' is not a known label; the labels are a, b",
+        match=r"row 1 \(of the rows in use\): 'c' in column 'label' is not a known label; the labels are a, b",
     ):
         task.encode(table_of(["a", "c"]))
 
@@ -135,7 +139,7 @@ def test_long_texts_are_cut_and_counted(task_of, caplog):
         examples = task.encode(table)
     assert [len(ids) for ids in examples.columns["input_ids"]] == [128, 3, 128, 3]
     assert examples.columns["input_ids"][0][-1] == task.processor.sep_token_id
-    assert "2 of 4 texts are longer than 128 tokens and were cut" in caplog.text
+    assert "2 of 4 texts are longer than 128 tokens and were truncated" in caplog.text
 
 
 def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
@@ -147,12 +151,17 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
 @pytest.mark.parametrize(
     ("kind", "columns", "options", "message"),
     [
-        ("bert", {"text": ["a", None]}, {}, r"row 1 in use: column 'text' is empty \(null\)"),
+        (
+            "bert",
+            {"text": ["a", None]},
+            {},
+            r"row 1 \(of the rows in use\): column 'text' is empty \(null\)",
+        ),
         (
             "bert",
             {"text": [1, 2]},
             {},
-            r"task.text: column 'text' holds int64, not text, such as 1 in row 0",
+            r"task.text: column 'text' has the type int64, not text, such as 1 in row 0",
         ),
         ("bert", {"text": [["a"], ["b"]]}, {}, r"task.text: the column text holds list"),
         ("bert", {"body": ["a", "b"]}, {}, r"task.text: there is no column 'text'.*body"),
@@ -160,13 +169,13 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
             "bert",
             {"text": ["a", "b"], "pair": ["a", None]},
             {"text_pair": "pair"},
-            r"row 1 in use: column 'pair' is empty",
+            r"row 1 \(of the rows in use\): column 'pair' is empty",
         ),
         (
             "gpt2",
             {"text": ["a", ""]},
             {},
-            r"row 1 in use: the text in column 'text' gives no token: ''",
+            r"row 1 \(of the rows in use\): the text in column 'text' has no tokens: ''",
         ),
     ],
 )
@@ -220,7 +229,7 @@ def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind):
     assert losses.shape == counts.shape == (3,)
     assert torch.equal(counts, torch.ones(3))
     torch.testing.assert_close(losses.sum() / counts.sum(), output.loss)
-    assert float(counts.sum()) == task.count(batch["labels"])
+    assert float(counts.sum()) == task.count_terms(batch["labels"])
     predicted, expected = task.predict(output.logits, batch["labels"])
     assert predicted.tolist() == output.logits.argmax(-1).tolist()
     assert expected.tolist() == [0, 2, 1]

@@ -8,23 +8,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
-
-from fedmerge_peft import Recipe
-from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
-from fedmerge_peft.models.backbone import load_backbone
-from fedmerge_peft.tasks import make_task
-from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batched import (
     Job,
     accumulate_together,
     clients_per_batch,
     train_together,
 )
+from fedmerge_peft.training.reference import accumulate, train
+from torch import nn
+from torch.nn import functional
+
+from fedmerge_peft import Recipe
+from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
+from fedmerge_peft.models.backbone import load_backbone
+from fedmerge_peft.tasks import make_task
+from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.reference import accumulate, train
 
 COUNT = 16
 ROWS = np.arange(COUNT)
@@ -168,7 +168,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_trained_together_they_are_as_trained_alone(make_bench, case):
     bench = make_bench(**CASES[case])
-    assert unstackable(bench.backbone) is None
+    assert stacking_obstacle(bench.backbone) is None
     jobs = bench.jobs()
     for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
         assert distance(together.row, alone.row, job.train.row) < (
@@ -311,14 +311,14 @@ def test_a_forward_of_a_layers_own_comes_back(make_bench):
     ("kind", "lora", "reason"),
     [
         ("bert", {"use_dora": True}, r"DoRA's magnitudes are not low-rank updates \(lora\.use_dora\)"),
-        ("bert", {"bias": "lora_only"}, r"query\.base_layer\.bias trains, and is neither"),
-        ("bert", {"bias": "all"}, r"bias trains, and is neither"),
-        ("bert", {"trainable_token_indices": [5, 6]}, r"trains, and is neither"),
-        ("bert", {"modules_to_save": ["word_embeddings"]}, r"word_embeddings.*weight trains, and is neither"),
+        ("bert", {"bias": "lora_only"}, r"query\.base_layer\.bias is trainable, but"),
+        ("bert", {"bias": "all"}, r"bias is trainable, but"),
+        ("bert", {"trainable_token_indices": [5, 6]}, r"is trainable, but"),
+        ("bert", {"modules_to_save": ["word_embeddings"]}, r"word_embeddings.*weight is trainable, but"),
         ("bert", {"target_modules": ["query", "word_embeddings"]}, r"word_embeddings is not a plain linear layer \(Embedding, Embedding\)"),
         ("vit", {"target_modules": ["projection"]}, r"projection is not a plain linear layer \(Conv2d, Conv2d\)"),
         ("llama", {"target_parameters": ["mlp.up_proj.weight"]}, r"is not a plain linear layer \(Linear, ParamWrapper\)"),
-        ("llama", {"modules_to_save": ["norm"]}, r"norm\..*weight trains, and is neither"),
+        ("llama", {"modules_to_save": ["norm"]}, r"norm\..*weight is trainable, but"),
     ],
     ids=str,
 )  # fmt: skip
@@ -343,17 +343,17 @@ def test_a_common_loss_scale_is_refused(make_bench, caplog):
 
 def test_experts_and_layers_that_mix_examples_are_known_by_name(make_backbone):
     backbone = make_backbone("bert")
-    assert unstackable(backbone) is None
+    assert stacking_obstacle(backbone) is None
     backbone.model.get_base_model().extra = nn.BatchNorm1d(4).requires_grad_(False)
-    assert unstackable(backbone) is None  # its running statistics are the pretrained ones
+    assert stacking_obstacle(backbone) is None  # its running statistics are the pretrained ones
     backbone.model.get_base_model().extra = nn.BatchNorm1d(
         4, affine=False, track_running_stats=False
     )
-    assert unstackable(backbone) == "extra mixes the examples of a batch (BatchNorm1d)"
+    assert stacking_obstacle(backbone) == "extra mixes the examples of a batch (BatchNorm1d)"
     del backbone.model.get_base_model().extra
     backbone.model.config.num_local_experts = 4
     assert (
-        unstackable(backbone)
+        stacking_obstacle(backbone)
         == "the model routes tokens to experts (num_local_experts in its configuration)"
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmerge_peft.util import row_buffer
-from fedmerge_peft.util.row_buffer import Spill, side_by_side
+from fedmerge_peft.util.row_buffer import RowBuffer, as_matrix
 
 
 def drawn(count, size=10):
@@ -15,9 +15,9 @@ def drawn(count, size=10):
 
 @pytest.mark.parametrize("most", [0, 2**20], ids=["in a file", "in memory"])
 def test_what_is_kept_is_what_was_given_and_outlives_its_keeper(monkeypatch, most):
-    monkeypatch.setattr(row_buffer, "CHUNK", 120)  # three rows
-    rows, keeper = drawn(10), Spill(most)
-    kept = [keeper.keep(row) for row in rows]
+    monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 120)  # three rows
+    rows, keeper = drawn(10), RowBuffer(most)
+    kept = [keeper.append(row) for row in rows]
     del keeper
     gc.collect()
     assert torch.equal(torch.cat(kept), torch.cat(rows))
@@ -26,26 +26,26 @@ def test_what_is_kept_is_what_was_given_and_outlives_its_keeper(monkeypatch, mos
 
 
 def test_rows_kept_one_after_another_are_a_matrix_without_a_copy():
-    keeper = Spill()
-    rows = [keeper.keep(row)[0] for row in drawn(5)]
-    assert side_by_side(rows).data_ptr() == rows[0].data_ptr()
-    assert torch.equal(side_by_side(rows), torch.stack(rows))
+    keeper = RowBuffer()
+    rows = [keeper.append(row)[0] for row in drawn(5)]
+    assert as_matrix(rows).data_ptr() == rows[0].data_ptr()
+    assert torch.equal(as_matrix(rows), torch.stack(rows))
 
 
 def test_of_pairs_kept_one_after_another_the_first_are_a_matrix_without_a_copy():
-    keeper = Spill()
-    rows = [keeper.keep(torch.cat([row, -row]))[0] for row in drawn(5)]
-    assert side_by_side(rows).data_ptr() == rows[0].data_ptr()
-    assert torch.equal(side_by_side(rows), torch.stack(rows))
+    keeper = RowBuffer()
+    rows = [keeper.append(torch.cat([row, -row]))[0] for row in drawn(5)]
+    assert as_matrix(rows).data_ptr() == rows[0].data_ptr()
+    assert torch.equal(as_matrix(rows), torch.stack(rows))
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [0, 1, 3], [0, 0, 0], [1], [0, 1, 2, 2]], ids=str)
 def test_rows_in_any_order_are_that_matrix(order):
-    keeper = Spill()
-    rows = [keeper.keep(row)[0] for row in drawn(5)]
+    keeper = RowBuffer()
+    rows = [keeper.append(row)[0] for row in drawn(5)]
     chosen = [rows[number] for number in order]
-    assert torch.equal(side_by_side(chosen), torch.stack(chosen))
+    assert torch.equal(as_matrix(chosen), torch.stack(chosen))
     apart = [row[0].clone() for row in drawn(3)]
-    assert torch.equal(side_by_side(apart), torch.stack(apart))
+    assert torch.equal(as_matrix(apart), torch.stack(apart))
     columns = list(torch.stack(apart).T)
-    assert torch.equal(side_by_side(columns), torch.stack(apart).T)
+    assert torch.equal(as_matrix(columns), torch.stack(apart).T)

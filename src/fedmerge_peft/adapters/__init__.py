@@ -1,4 +1,4 @@
-"""Adapters as rows of numbers: their layout, the soup, the merging weights."""
+"""Adapters as rows of floats: layout, soup, merging weights."""
 
 from fedmerge_peft.adapters.exact_merge import concat, merge_error
 from fedmerge_peft.adapters.layout import AdapterLayout

@@ -1,8 +1,9 @@
-"""Averaging LoRA in the space of functions, beside the paper's average of parameters.
+"""Exact averages of LoRA updates, as opposed to the paper's average of parameters.
 
-The paper averages parameters: A = Σ_j π_j A_j and B = Σ_j π_j B_j, so the merged update is
-(Σ_j π_j B_j)(Σ_j π_j A_j). That has cross terms B_j A_k; the average of the updates themselves,
-Σ_j π_j B_j A_j, has none. The second needs rank d·r; these functions give it, and the distance.
+The paper (arXiv 2504.06768) averages parameters: A = Σ_j π_j A_j and B = Σ_j π_j B_j. The merged
+update (Σ_j π_j B_j)(Σ_j π_j A_j) contains cross terms B_j A_k. The average of the updates,
+Σ_j π_j B_j A_j, has no cross terms and has rank up to d·r. This module computes that average, and
+its distance to the parameter average.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.lora_factors import check_products, pairs
+from fedmerge_peft.adapters.lora_factors import check_plain_lora, factor_pairs
 from fedmerge_peft.adapters.soup import AdapterSoup
 
 
 def _check_exact(soup: AdapterSoup) -> None:
     try:
-        check_products(soup.layout)
+        check_plain_lora(soup.layout)
     except ValueError as error:
         raise ValueError(f"these adapters have no exact merge: {error}") from error
 
@@ -28,27 +29,26 @@ def _check_exact(soup: AdapterSoup) -> None:
 def concat(
     soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One adapter that computes Σ_j π_j B_j A_j exactly, by concatenating the factors along the rank.
+    """Compute Σ_j π_j B_j A_j exactly, as one adapter with the factors concatenated along the rank.
 
     Args:
         soup: d adapters of rank r.
         weights: One row of π, ``(d,)``.
-        config: PEFT's adapter configuration of the soup (``adapter_config.json`` as a mapping).
+        config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
 
     Returns:
-        PEFT's saved form of an adapter of rank r times the number of weights that are not 0, and its configuration with the scaling
-        unchanged.
+        State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times
+        the number of nonzero weights. The scaling is unchanged.
 
     Raises:
-        ValueError: The adapters are DoRA, or on convolutions.
+        ValueError: The adapters use DoRA, or adapt convolutions or experts.
     """
     _check_exact(soup)
     used = weights != 0
     states = [soup.state_dict(row) for row in soup.rows[used]]
-    merged = soup.state_dict(
-        soup.merge(weights)
-    )  # heads and biases are linear: their average is exact
-    for _, a_key, b_key in pairs(states[0]):
+    # Heads and biases enter linearly, so their parameter average is exact.
+    merged = soup.state_dict(soup.merge(weights))
+    for _, a_key, b_key in factor_pairs(states[0]):
         merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
         merged[b_key] = torch.cat(
             [
@@ -58,7 +58,8 @@ def concat(
             dim=1,
         )
     adapters = len(states)
-    # The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; the rank grows so many times, so alpha must follow.
+    # The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA. Alpha grows with the rank so that
+    # the scaling stays constant.
     growth = math.sqrt(adapters) if config.get("use_rslora") else adapters
     return merged, {
         **config,
@@ -73,37 +74,39 @@ def concat(
     }
 
 
-def with_base(
+def add_base_update(
     state: Mapping[str, Tensor], config: Mapping[str, Any], base: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One adapter that carries what the backbone has gained too: scaling · [B, U S / scaling] [A; Vᵀ] = scaling · B A + ΔW.
+    """Add updates ΔW of the backbone to an adapter, so that it runs on the pretrained backbone.
 
-    U S Vᵀ is ΔW, without what is below the rounding error of its float32 numbers.
+    scaling · [B, U S / scaling] [A; Vᵀ] = scaling · B A + ΔW, where U S Vᵀ is the singular value
+    decomposition of ΔW without singular values below the rounding error of float32.
 
     Args:
-        state: PEFT's saved form of an adapter on linear layers.
-        config: PEFT's configuration of it.
+        state: State dict of an adapter on linear layers, in PEFT's saved form.
+        config: PEFT configuration of the adapter.
         base: ΔW ``(out, in)`` by module name (``AdapterSoup.base``).
 
     Returns:
-        The same of an adapter that runs on the pretrained backbone; each layer's rank has grown by the rank of its ΔW.
+        State dict and configuration of the new adapter. The rank of each layer grows by the rank of
+        its ΔW.
 
     Raises:
-        ValueError: A ΔW belongs to a layer that the adapter is not on.
+        ValueError: The adapter does not adapt a layer that has a ΔW.
     """
     from peft.utils.other import get_pattern_key
 
     power = 0.5 if config.get("use_rslora") else 1.0
     alphas = config.get("alpha_pattern") or {}
-    whole, ranks, scaled, left = dict(state), {}, {}, set(base)
-    for module, a_key, b_key in pairs(state):
+    extended, rank_pattern, alpha_pattern, unmatched = dict(state), {}, {}, set(base)
+    for module, a_key, b_key in factor_pairs(state):
         name = module.removeprefix("base_model.model.")
         a, b = state[a_key], state[b_key]
         scaling = (
             alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]) / len(a) ** power
         )
         if module in base:
-            left.remove(module)
+            unmatched.remove(module)
             u, s, vh = torch.linalg.svd(base[module].double(), full_matrices=False)
             rank = int(
                 (
@@ -112,27 +115,35 @@ def with_base(
             )
             b = torch.cat([b, (u[:, :rank] * s[:rank] / scaling).to(b)], dim=1)
             a = torch.cat([a, vh[:rank].to(a)])
-        whole[a_key], whole[b_key] = a, b
-        ranks[f"^{name}"], scaled[f"^{name}"] = len(a), scaling * len(a) ** power
-    if left:
+        extended[a_key], extended[b_key] = a, b
+        rank_pattern[f"^{name}"], alpha_pattern[f"^{name}"] = len(a), scaling * len(a) ** power
+    if unmatched:
         raise ValueError(
-            f"the adapter is not on {sorted(left)[0]}, to which the backbone's change belongs"
+            f"the backbone's update of {sorted(unmatched)[0]} cannot be added to an adapter that "
+            "does not adapt this layer"
         )
-    return whole, {**config, "rank_pattern": ranks, "alpha_pattern": scaled}
+    return extended, {**config, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
 def merge_error(soup: AdapterSoup, weights: Tensor) -> float:
-    """How far the parameter average is from the average of updates, relative to the latter.
+    """Compute the relative distance of the parameter average from the average of updates.
 
-    ‖(Σ π_j B_j)(Σ π_j A_j) − Σ π_j B_j A_j‖_F / ‖Σ π_j B_j A_j‖_F over all adapted modules, for one row of
-    π ``(d,)``. Zero with ``merge: shared_a``, with one adapter, and with one-hot weights. Raises ``ValueError`` as
-    ``concat`` does; 0 where there are no factors or all updates are zero.
+    ‖(Σ π_j B_j)(Σ π_j A_j) − Σ π_j B_j A_j‖_F / ‖Σ π_j B_j A_j‖_F over all adapted modules. The
+    error is 0 with ``merge: shared_a``, with one adapter, and with one-hot weights. It is also 0 if
+    the adapter has no factors or all updates are zero.
+
+    Args:
+        soup: d adapters.
+        weights: One row of π, ``(d,)``.
+
+    Raises:
+        ValueError: The adapters use DoRA, or adapt convolutions or experts.
     """
     _check_exact(soup)
     states = [soup.state_dict(row) for row in soup.rows]
     merged = soup.state_dict(soup.merge(weights))
     off = exact = 0.0
-    for _, a_key, b_key in pairs(merged):
+    for _, a_key, b_key in factor_pairs(merged):
         terms = (
             weight * (state[b_key].double() @ state[a_key].double())
             for weight, state in zip(weights.double(), states, strict=True)

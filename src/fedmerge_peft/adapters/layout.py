@@ -1,4 +1,4 @@
-"""How one adapter, a row of P float32 numbers, maps to the tensors of PEFT's file format."""
+"""Mapping between a row of P float32 numbers and the tensors of PEFT's file format."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ Role = Literal["lora", "expert", "head"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One trainable tensor and its place in a row."""
+    """Trainable tensor and its columns in a row."""
 
     key: str
-    """PEFT's saved name, without the adapter's name: ``base_model.model.<module>.lora_A.weight``."""
+    """Name in PEFT's saved form: ``base_model.model.<module>.lora_A.weight``."""
     shape: tuple[int, ...]
     offset: int
     """First column of the tensor in a row."""
     role: Role
-    """``lora`` for low-rank factors and what belongs to them, ``expert`` for those on parameters that hold several experts, ``head`` for
-    modules that train whole."""
+    """Kind of the tensor.
+
+    ``lora``: low-rank factors, magnitudes and biases. ``expert``: factors of parameters that stack
+    several experts. ``head``: fully trained modules.
+    """
 
     @property
     def size(self) -> int:
@@ -39,13 +42,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """The order, names and shapes of an adapter's tensors; P is ``size``."""
+    """Order, names and shapes of an adapter's tensors. P is ``size``."""
 
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...], Role]]) -> AdapterLayout:
-        """Lay tensors out one after another, in the order given."""
+    def from_tensors(cls, tensors: Iterable[tuple[str, tuple[int, ...], Role]]) -> AdapterLayout:
+        """Concatenate tensors of these names, shapes and roles, in the given order."""
         entries: list[Entry] = []
         offset = 0
         for key, shape, role in tensors:
@@ -55,19 +58,23 @@ class AdapterLayout:
 
     @cached_property
     def size(self) -> int:
-        """P, the number of trainable numbers."""
+        """P, the number of trainable parameters."""
         return sum(entry.size for entry in self.entries)
 
     def state_dict(self, row: Tensor) -> dict[str, Tensor]:
-        """Named views of a row ``(P,)``, in PEFT's saved form."""
+        """Return views of a row ``(P,)`` by name, in PEFT's saved form.
+
+        Raises:
+            ValueError: The row has another shape.
+        """
         self._check(row)
         return {entry.key: row[entry.columns].view(entry.shape) for entry in self.entries}
 
     def row(self, state: Mapping[str, Tensor]) -> Tensor:
-        """One float32 row ``(P,)`` from tensors in PEFT's saved form.
+        """Concatenate tensors in PEFT's saved form into a float32 row ``(P,)``, on the CPU.
 
         Raises:
-            ValueError: A tensor is missing, left over, or of another shape.
+            ValueError: A tensor is missing, unknown, or of another shape.
         """
         keys = {entry.key for entry in self.entries}
         if missing := sorted(keys - state.keys()):
@@ -76,7 +83,7 @@ class AdapterLayout:
             )
         if extra := sorted(state.keys() - keys):
             raise ValueError(
-                f"the adapter has {len(extra)} tensors that the layout does not know, first {extra[0]}"
+                f"the adapter has {len(extra)} tensors that are not in the layout, first {extra[0]}"
             )
         for entry in self.entries:
             if tuple(state[entry.key].shape) != entry.shape:
@@ -91,7 +98,7 @@ class AdapterLayout:
         )
 
     def columns(self, role: Role) -> Tensor:
-        """Column numbers, int64, of all tensors with this role."""
+        """Return the columns of all tensors with this role, as int64 indices."""
         parts = [
             torch.arange(entry.offset, entry.offset + entry.size)
             for entry in self.entries
@@ -100,23 +107,27 @@ class AdapterLayout:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def to_json(self) -> str:
-        """The layout as JSON text, for a file's metadata."""
+        """Serialize the layout as JSON, for the metadata of a file."""
         return json.dumps([asdict(entry) for entry in self.entries])
 
     @classmethod
     def from_json(cls, text: str) -> AdapterLayout:
-        """Read back what ``to_json`` wrote. Raises ``ValueError`` where the offsets do not add up."""
-        layout = cls.of(
+        """Deserialize the output of ``to_json``.
+
+        Raises:
+            ValueError: The offsets do not match the shapes.
+        """
+        layout = cls.from_tensors(
             (entry["key"], tuple(entry["shape"]), entry["role"]) for entry in json.loads(text)
         )
         if [entry.offset for entry in layout.entries] != [
             entry["offset"] for entry in json.loads(text)
         ]:
-            raise ValueError("the layout's offsets do not follow from its shapes")
+            raise ValueError("the layout's offsets do not match its shapes")
         return layout
 
     def _check(self, row: Tensor) -> None:
         if row.shape != (self.size,):
             raise ValueError(
-                f"an adapter of this layout is a row of {self.size} numbers, got shape {tuple(row.shape)}"
+                f"an adapter of this layout has shape ({self.size},), got {tuple(row.shape)}"
             )

@@ -1,4 +1,4 @@
-"""LoRA's factors: what they are called, which columns of a row their ranks are, and products B A brought to a lower rank."""
+"""LoRA factors: saved names, columns of their ranks in a row, and products B A."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from fedmerge_peft.adapters.layout import AdapterLayout, Entry
 
 _FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
-"""How the saved names of the factors A ``(r, in)`` and B ``(out, r)`` end: of layers, and of embeddings."""
-_NAMES = tuple(name for pair in _FACTORS for name in pair)
+"""Suffixes of the saved names of A ``(r, in)`` and B ``(out, r)``, for layers and embeddings."""
+_SUFFIXES = tuple(name for pair in _FACTORS for name in pair)
 
-INPUT_SIDE = tuple(a for a, _ in _FACTORS)
-"""How the saved names of A end."""
+A_SUFFIXES = tuple(a for a, _ in _FACTORS)
+"""Suffixes of the saved names of A."""
 
-RANDOM = ("lora_A.weight", "lora_embedding_B")
-"""How the saved names of the factors end that PEFT starts at random numbers; their partners start at zero."""
+RANDOM_INIT_SUFFIXES = ("lora_A.weight", "lora_embedding_B")
+"""Suffixes of the factors that PEFT initializes at random. The other factor starts at zero."""
 
 
-def pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """For each factor A among the saved names: the layer's name in the PEFT model, and the saved names of A and B."""
+def factor_pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (layer name in the PEFT model, saved name of A, saved name of B) for each A."""
     for name in names:
         for a, b in _FACTORS:
             if name.endswith("." + a):
@@ -30,25 +30,29 @@ def pairs(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
                 yield module, name, f"{module}.{b}"
 
 
-def check_products(layout: AdapterLayout) -> None:
-    """Raise ``ValueError`` unless each layer's update is scaling · B A of two matrices: not with DoRA, on experts, or on convolutions."""
+def check_plain_lora(layout: AdapterLayout) -> None:
+    """Check that each layer's update is scaling · B A with two matrices.
+
+    Raises:
+        ValueError: The adapter uses DoRA, or adapts experts or convolutions.
+    """
     for entry in layout.entries:
         if entry.role == "expert":
             raise ValueError(
-                f"{entry.key} holds several experts in one tensor (lora.target_parameters)"
+                f"{entry.key} stacks several experts in one tensor (lora.target_parameters)"
             )
         if "lora_magnitude_vector" in entry.key:
-            raise ValueError("the magnitudes of DoRA do not enter linearly (lora.use_dora)")
-        if entry.key.endswith(_NAMES) and len(entry.shape) != 2:
+            raise ValueError("DoRA's magnitudes are not linear in the update (lora.use_dora)")
+        if entry.key.endswith(_SUFFIXES) and len(entry.shape) != 2:
             raise ValueError(f"{entry.key} is the factor of a convolution")
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The two factors of one adapted layer, whose update is scaling · B A."""
+class LayerFactors:
+    """Factors of an adapted layer, whose update is scaling · B A."""
 
     module: str
-    """Name of the layer in the PEFT model: the saved names without ``.lora_A.weight``."""
+    """Name of the layer in the PEFT model: the saved name without ``.lora_A.weight``."""
     a: Entry
     """A, ``(r, in)``."""
     b: Entry
@@ -62,63 +66,82 @@ class Factors:
     def embedding(self) -> bool:
         return self.a.key.endswith(_FACTORS[1][0])
 
-    def of(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of A ``(r, in)`` and B ``(out, r)`` in a row ``(P,)``."""
+    def split(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of A ``(r, in)`` and B ``(out, r)`` in a row ``(P,)``."""
         return row[self.a.columns].view(self.a.shape), row[self.b.columns].view(self.b.shape)
 
 
-def factors(layout: AdapterLayout) -> list[Factors]:
-    """The pairs A, B of all adapted layers.
+def layer_factors(layout: AdapterLayout) -> list[LayerFactors]:
+    """Return the factors of all adapted layers.
 
     Raises:
-        ValueError: As ``check_products``, and for factors whose partner is not in the row but frozen and common.
+        ValueError: The adapter is not plain LoRA (``check_plain_lora``), or one factor of a pair is
+            frozen and shared, and therefore not in the row.
     """
-    check_products(layout)
+    check_plain_lora(layout)
     entries = {entry.key: entry for entry in layout.entries}
-    found = [
-        Factors(module, entries[a], entries[b]) for module, a, b in pairs(entries) if b in entries
+    pairs = [
+        LayerFactors(module, entries[a], entries[b])
+        for module, a, b in factor_pairs(entries)
+        if b in entries
     ]
-    paired = {entry.key for layer in found for entry in (layer.a, layer.b)}
+    paired = {entry.key for layer in pairs for entry in (layer.a, layer.b)}
     for key in entries:
-        if key.endswith(_NAMES) and key not in paired:
+        if key.endswith(_SUFFIXES) and key not in paired:
             raise ValueError(
-                f"the partner of {key} is frozen and common to all adapters (lora.merge: shared_a)"
+                f"the other factor of {key} is frozen and shared by all adapters "
+                "(lora.merge: shared_a)"
             )
-    return found
+    return pairs
 
 
-def rank_columns(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:
-    """The columns of some of each layer's ranks, as a mask ``(P,)``: rows of A, columns of B.
+def rank_mask(layout: AdapterLayout, ranks: Callable[[int], slice]) -> Tensor:
+    """Select some ranks of each layer (rows of A, columns of B), as a bool mask ``(P,)``.
 
-    ``ranks`` is told the rank of a layer and says which of it are meant. Raises ``ValueError`` as ``factors`` does.
+    Args:
+        layout: Layout of the row.
+        ranks: Function from a layer's rank to the slice of ranks to select.
+
+    Raises:
+        ValueError: See ``layer_factors``.
     """
     mask = torch.zeros(layout.size, dtype=torch.bool)
-    for layer in factors(layout):
-        a, b = layer.of(mask)
+    for layer in layer_factors(layout):
+        a, b = layer.split(mask)
         a[ranks(layer.rank)] = True
         b[:, ranks(layer.rank)] = True
     return mask
 
 
-def columns_named(layout: AdapterLayout, endings: tuple[str, ...]) -> Tensor:
-    """The columns of tensors whose saved name ends so, as a mask ``(P,)``."""
+def suffix_mask(layout: AdapterLayout, suffixes: tuple[str, ...]) -> Tensor:
+    """Select tensors by the suffix of their saved name, as a bool mask ``(P,)``."""
     mask = torch.zeros(layout.size, dtype=torch.bool)
     for entry in layout.entries:
-        if entry.key.endswith(endings):
+        if entry.key.endswith(suffixes):
             mask[entry.columns] = True
     return mask
 
 
-def inner_of_products(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """⟨B A, B' A'⟩_F of two pairs (A, B) and (A', B') of any ranks, in float64, without either product: ⟨Bᵀ B', A A'ᵀ⟩."""
+def update_inner_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """Compute ⟨B A, B' A'⟩_F of pairs (A, B) and (A', B') in float64; the ranks may differ.
+
+    Neither product is formed: ⟨B A, B' A'⟩_F = ⟨Bᵀ B', A A'ᵀ⟩_F.
+    """
     (a, b), (other_a, other_b) = one, other
     return float(((b.double().T @ other_b.double()) * (a.double() @ other_a.double().T)).sum())
 
 
-def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U ``(out, k)``, S ``(k,)`` and Vᵀ ``(k, in)`` of B A in float64, largest first, for B ``(out, r)`` and A ``(r, in)``.
+def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the singular value decomposition of B A in float64.
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A it is the singular value decomposition of the small R_B R_Aᵀ, and k is at most r.
+    With B = Q_B R_B and Aᵀ = Q_A R_A, the decomposition of the small matrix R_B R_Aᵀ suffices.
+
+    Args:
+        b: ``(out, r)``.
+        a: ``(r, in)``.
+
+    Returns:
+        U ``(out, k)``, S ``(k,)`` in descending order, and Vᵀ ``(k, in)``, with k ≤ r.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)

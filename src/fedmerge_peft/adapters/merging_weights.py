@@ -1,4 +1,4 @@
-"""The merging weights: which client is made of which adapters."""
+"""Merging weights: the convex combination of adapters for each client."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor
 
 from fedmerge_peft.util.stateful import Stateful
 
-UNUSED = 0.25
-"""An adapter counts as unused below this part of an even share of the clients' weight."""
+UNUSED_SHARE = 0.25
+"""Fraction of the uniform share 1/d below which an adapter counts as unused."""
 
 
 @dataclass
 class MergingWeights(Stateful):
-    """W: one row of logits a client; π = softmax(W) over adapters (arXiv 2504.06768)."""
+    """Logits W of the merging weights π = softmax(W) over adapters (arXiv 2504.06768)."""
 
     state_fields: ClassVar[tuple[str, ...]] = ("logits",)
 
     logits: Tensor
-    """``(clients, adapters)``, float32; zeros are the uniform start."""
+    """``(clients, adapters)``, float32. Zeros are the uniform initialization."""
 
     @classmethod
     def uniform(cls, clients: int, adapters: int) -> MergingWeights:
-        """Every client made of all adapters alike."""
+        """Create uniform weights: π_ij = 1 / adapters."""
         return cls(torch.zeros(clients, adapters))
 
     def softmax(self) -> Tensor:
-        """π, ``(clients, adapters)``; rows sum to 1."""
+        """Return π, ``(clients, adapters)``, whose rows sum to 1."""
         return torch.softmax(self.logits, dim=1)
 
 
 def entropy(weights: Tensor) -> float:
-    """Mean entropy of the rows of π ``(clients, d)``, in units of log d: 1 is uniform, 0 is one adapter a client.
+    """Compute the mean entropy of the rows of π ``(clients, d)``, in units of log d.
 
-    With d = 1 there is nothing to choose, and the value is 0.
+    1 is uniform. 0 is one adapter per client, and also the value for d = 1.
     """
     if weights.shape[1] < 2:
         return 0.0
@@ -45,33 +45,36 @@ def entropy(weights: Tensor) -> float:
     return float(nats.mean()) / math.log(weights.shape[1])
 
 
-def mass(weights: Tensor) -> list[float]:
-    """Each adapter's share of all clients' weight, ``(d,)``; sums to 1, and 1/d each is the uniform start."""
+def adapter_shares(weights: Tensor) -> list[float]:
+    """Compute each adapter's share of the total weight of π ``(clients, d)``: d numbers, sum 1."""
     return [float(share) for share in weights.double().mean(dim=0)]
 
 
-def warnings(weights: Tensor) -> list[str]:
-    """What a person should know about π: weights that have not moved, adapters that nobody uses."""
+def weight_warnings(weights: Tensor) -> list[str]:
+    """Warn if π ``(clients, d)`` has stayed uniform, or if some adapters are unused."""
     adapters = weights.shape[1]
     if adapters < 2:
         return []
     if float((weights - 1 / adapters).abs().max()) < 0.01:
         return [
-            "the merging weights have not moved from uniform: all clients get the same adapter. "
+            "the merging weights are still uniform: all clients get the same adapter. "
             "Raise strategy.weights_lr, or use strategy.rule=normalized"
         ]
-    return unused(weights)
+    return unused_warning(weights)
 
 
-def unused(weights: Tensor) -> list[str]:
-    """Which adapters nobody uses, as one warning; empty where all are in use."""
+def unused_warning(weights: Tensor) -> list[str]:
+    """Warn if some adapters are unused: a list of one warning, or an empty list."""
     adapters = weights.shape[1]
     idle = [
-        str(adapter) for adapter, share in enumerate(mass(weights)) if share < UNUSED / adapters
+        str(adapter)
+        for adapter, share in enumerate(adapter_shares(weights))
+        if share < UNUSED_SHARE / adapters
     ]
     if not idle:
         return []
-    who = "adapters {} of {} stand" if len(idle) > 1 else "adapter {} of {} stands"
+    subject = "adapters {} of {} are" if len(idle) > 1 else "adapter {} of {} is"
     return [
-        f"{who.format(', '.join(idle), adapters)} unused (less than a quarter of an even share of the clients' weight)"
+        f"{subject.format(', '.join(idle), adapters)} unused "
+        "(less than a quarter of the uniform share of the clients' weight)"
     ]

@@ -1,4 +1,4 @@
-"""An adapter as a folder that PEFT loads."""
+"""Folders in the format of PEFT's ``save_pretrained``."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmerge_peft.util.files import write_json, write_tensors, writing
+from fedmerge_peft.util.files import translated_write_errors, write_json, write_tensors
 
 
 def write_adapter(
     folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **documents: Any
 ) -> Path:
-    """Write an adapter as a folder that ``PeftModel.from_pretrained`` loads, and each document as ``<name>.json`` beside it.
+    """Write a folder that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        folder: Where to; made where it is missing.
-        state: Tensors in PEFT's saved form.
-        config: PEFT's configuration.
-        documents: Anything that is JSON.
+        folder: Destination. Created if it does not exist.
+        state: State dict in PEFT's saved form.
+        config: PEFT configuration.
+        documents: JSON values, each written to ``<name>.json`` in the folder.
+
+    Returns:
+        The folder.
 
     Raises:
         RunError: The folder cannot be written.
     """
-    with writing(folder):
+    with translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_tensors(
         folder / "adapter_model.safetensors", {key: value.clone() for key, value in state.items()}

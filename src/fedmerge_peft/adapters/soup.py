@@ -1,4 +1,4 @@
-"""The model soup: d adapters on one backbone, as a matrix."""
+"""Model soup: a matrix of d adapters on one backbone."""
 
 from __future__ import annotations
 
@@ -19,40 +19,45 @@ _BASE = "base."
 
 @dataclass
 class AdapterSoup:
-    """Θ: d adapters, one a row.
+    """Θ: d adapters, one per row.
 
-    Merging is ``π @ Θ``: the paper's θ_i = Σ_j π_ij Θ_j (arXiv 2504.06768), which averages LoRA's A and B
-    each. ``fedmerge_peft.merge_error`` tells how far that is from averaging the products B A.
+    Merging is ``π @ Θ``, the paper's θ_i = Σ_j π_ij Θ_j (arXiv 2504.06768). It averages LoRA's A
+    and B separately. ``fedmerge_peft.merge_error`` measures the distance to the average of the
+    products B A.
     """
 
     rows: Tensor
     """``(d, P)``, float32."""
     layout: AdapterLayout
     shared: Mapping[str, Tensor] = field(default_factory=dict)
-    """Frozen tensors that every adapter has in common (LoRA's A with ``merge: shared_a``), by PEFT's saved name."""
+    """Frozen tensors that all adapters share, by PEFT's saved name: A with ``merge: shared_a``."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the backbone's own weights have gained beside the adapters: ΔW ``(out, in)`` by module name. ``merge`` and ``state_dict`` leave
-    it out; ``Backbone.set_base`` or ``merging.with_base`` take it in."""
+    """Updates ΔW ``(out, in)`` of the backbone's own weights, by module name.
+
+    ``merge`` and ``state_dict`` ignore them. ``Backbone.set_base`` and
+    ``exact_merge.add_base_update`` apply them.
+    """
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
             raise ValueError(
-                f"a soup of this layout has shape (d, {self.layout.size}), got {tuple(self.rows.shape)}"
+                f"a soup of this layout has shape (d, {self.layout.size}), "
+                f"got {tuple(self.rows.shape)}"
             )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def merge(self, weights: Tensor) -> Tensor:
-        """Merged adapters: ``(d,)`` weights give a row ``(P,)``, ``(k, d)`` weights give ``(k, P)``."""
+        """Merge adapters with weights ``(d,)`` or ``(k, d)`` into rows ``(P,)`` or ``(k, P)``."""
         return weights.to(self.rows) @ self.rows
 
     def state_dict(self, row: Tensor) -> dict[str, Tensor]:
-        """One adapter in PEFT's saved form, with the tensors it shares with the others."""
+        """Return the adapter ``(P,)`` in PEFT's saved form, including the shared tensors."""
         return {**self.layout.state_dict(row), **self.shared}
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; the layout goes into its metadata."""
+        """Write a safetensors file with the layout in its metadata."""
         tensors = {
             "rows": self.rows,
             **{_SHARED + key: value for key, value in self.shared.items()},
@@ -66,11 +71,16 @@ class AdapterSoup:
 
     @classmethod
     def load(cls, path: Path) -> AdapterSoup:
-        """Read what ``save`` wrote. Raises ``RunError`` where the file is missing or is not a soup."""
+        """Read the output of ``save``.
+
+        Raises:
+            RunError: The file is missing, unreadable, or not a soup.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 layout = AdapterLayout.from_json((file.metadata() or {})["layout"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+                # safe_open is not a mapping.
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             shared, base = (
                 {
                     key.removeprefix(prefix): value

@@ -59,13 +59,13 @@ def compare(
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.analysis.figures import check_suffix, plot
     from fedmerge_peft.analysis.reports import markdown as as_markdown
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
     from fedmerge_peft.util.text import printable
 
     if figure is not None:
         check_suffix(figure)
     console = wide_console()
-    log_to(Console(stderr=True, highlight=False))
+    configure_logging(Console(stderr=True, highlight=False))
     comparison = Comparison.of(runs, metric=metric, target=target)
     print_tables(comparison, console)
     if csv is not None:

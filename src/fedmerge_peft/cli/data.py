@@ -28,7 +28,7 @@ def data(
     """
     from rich.console import Console
 
-    from fedmerge_peft.data import federate_data, picture, plot
+    from fedmerge_peft.data import federate_data, plot, terminal_chart
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.util.text import printable
 
@@ -36,7 +36,7 @@ def data(
     label = getattr(loaded.task, "label", None)
     federated = federate_data(loaded.data, label, loaded.seed)
     console = Console(highlight=False)
-    console.print(picture(federated, by or label, width=console.width))
+    console.print(terminal_chart(federated, by or label, width=console.width))
     if figure is not None:
         plot(federated, by or label, figure)
         console.print(printable(f"figure: {figure}"), markup=False)

@@ -75,7 +75,7 @@ def personalize(
     from fedmerge_peft.api import Run
     from fedmerge_peft.errors import RunError
     from fedmerge_peft.serving.personalize import personalize
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
     from fedmerge_peft.util.text import printable
 
     opened = Run.open(run)
@@ -87,7 +87,7 @@ def personalize(
     folder = out if out is not None else run / "personalized" / client
     Run.check_free(folder)
     console = Console(highlight=False)
-    log_to(Console(stderr=True, highlight=False))
+    configure_logging(Console(stderr=True, highlight=False))
     result = personalize(
         opened,
         data,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmerge_peft.cli.app import Overrides, RecipeSource, app
-from fedmerge_peft.distributed import is_main, leave
+from fedmerge_peft.distributed import destroy_process_group, is_main
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.runs.directory import RunDirectory
     from fedmerge_peft.runs.record import RoundRecord
     from fedmerge_peft.strategies import Reply
-    from fedmerge_peft.util.profiling import Clock
+    from fedmerge_peft.util.profiling import PhaseTimer
 
 
 @app.command()
@@ -53,8 +53,8 @@ def run(
 
     from fedmerge_peft.api import Run, federate
     from fedmerge_peft.errors import RunExistsError
-    from fedmerge_peft.util.logs import log_to
-    from fedmerge_peft.util.profiling import timing
+    from fedmerge_peft.util.logs import configure_logging
+    from fedmerge_peft.util.profiling import collect_timings
 
     directory = out if out is not None else Run.default_path(loaded)
     try:
@@ -65,14 +65,14 @@ def run(
         )
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
     console = Console(highlight=False, quiet=not is_main())
-    log_to(Console(stderr=True, highlight=False), engines_only=not is_main())
-    with timing() as clock:
+    configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
+    with collect_timings() as timer:
         finished = _run_stoppable(partial(federate, loaded, directory), directory, console, quiet)
-    leave()
+    destroy_process_group()
     if not quiet and is_main():
         _print_results(finished, recipe, overrides or [], console)
     if profile:
-        _print_profile(clock, console)
+        _print_profile(timer, console)
 
 
 @app.command()
@@ -97,12 +97,12 @@ def resume(
     from rich.console import Console
 
     from fedmerge_peft.api import resume
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
 
     console = Console(highlight=False, quiet=not is_main())
-    log_to(Console(stderr=True, highlight=False), engines_only=not is_main())
+    configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     finished = _run_stoppable(partial(resume, run, overrides or []), run, console, quiet)
-    leave()
+    destroy_process_group()
     if not quiet and is_main():
         _print_results(finished, str(run / "recipe.yaml"), [], console)
 
@@ -211,18 +211,18 @@ def _print_results(run: Run, recipe: str, overrides: list[str], console: Console
         console.print(f"  {printable(command)}   # {purpose}", soft_wrap=True, markup=False)
 
 
-def _print_profile(clock: Clock, console: Console) -> None:
+def _print_profile(timer: PhaseTimer, console: Console) -> None:
     from rich.table import Table
 
-    total = sum(clock.seconds.values())
+    total = sum(timer.seconds.values())
     table = Table(
-        title=f"time by part: {100 * clock.overhead:.1f} % neither training nor evaluation",
+        title=f"time by part: {100 * timer.overhead:.1f} % neither training nor evaluation",
         title_justify="left",
     )
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
-    for part, seconds in clock.seconds.items():
+    for part, seconds in timer.seconds.items():
         table.add_row(part, f"{seconds:.2f}", f"{100 * seconds / total:.1f} %")
     console.print(table)
 

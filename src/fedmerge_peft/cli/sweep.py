@@ -53,7 +53,7 @@ def sweep(
     from fedmerge_peft.cli.compare import print_tables, wide_console
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import RunError, SweepError
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
     from fedmerge_peft.util.text import printable
 
     directory = (
@@ -62,7 +62,7 @@ def sweep(
         else Path("sweeps", Run.default_path(next(iter(recipes.values()))).name)
     )
     console = wide_console()
-    log_to(Console(stderr=True, highlight=False))
+    configure_logging(Console(stderr=True, highlight=False))
     failed = None
     try:
         with Stop() as stop:

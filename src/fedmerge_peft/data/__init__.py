@@ -1,13 +1,14 @@
-"""Where examples come from, and which client holds which.
+"""Examples and their partition among clients.
 
-``federate_data`` is the whole way from a recipe to clients: ``sources`` reads the splits, ``partition`` deals their row numbers
-(numpy alone), ``federate`` joins both into one table and its clients, ``summary`` shows who holds what.
+``federate_data`` turns a recipe into clients. ``loading`` reads the splits. ``partition`` assigns
+row numbers to clients with numpy alone. ``build`` combines both into one table with its clients.
+``summary`` shows the rows of each client.
 """
 
 from fedmerge_peft.data.build import federate_data
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
 from fedmerge_peft.data.loading import load_splits
-from fedmerge_peft.data.summary import client_table, picture, plot
+from fedmerge_peft.data.summary import client_table, plot, terminal_chart
 
 __all__ = [
     "Client",
@@ -16,6 +17,6 @@ __all__ = [
     "client_table",
     "federate_data",
     "load_splits",
-    "picture",
+    "terminal_chart",
     "plot",
 ]

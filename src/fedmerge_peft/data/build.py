@@ -1,4 +1,4 @@
-"""From a data recipe to clients: the splits are read, dealt, and joined into one table that holds only rows in use."""
+"""Construction of clients from a data recipe: load, partition and join the splits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from fedmerge_peft.data import partition
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
-from fedmerge_peft.data.columns import class_numbers, listing
+from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.loading import load_splits
-from fedmerge_peft.data.partition import Holding, Stream, generator
+from fedmerge_peft.data.partition import ClientRows, Stream, generator
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.recipe.data import (
     ClustersRecipe,
@@ -28,99 +28,105 @@ if TYPE_CHECKING:
 
 
 def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> FederatedData:
-    """Read the data that a recipe names and deal them to its clients.
+    """Load the data of a recipe and partition them among clients.
 
-    Validation and test splits follow the training rows: a client gets of each class the part it has of it in training; with
-    the natural scheme, the rows with its value; with iid, equal parts. Where such a split is absent, a part of each client's own
-    training rows is set aside (``partition.set_aside``).
+    Validation and test splits are partitioned like the training split. A client gets the same
+    fraction of each class as in training. With the natural scheme, it gets the rows with its value;
+    with iid, an equal part. If a split is missing, a fraction of each client's training rows takes
+    its place (``partition.split_off``).
 
     Args:
         recipe: Source and partition.
-        label: The task's label column; None where examples have no label.
-        seed: The recipe's seed. The same seed gives the same clients, whatever training draws from it.
+        label: Label column of the task, or None if examples have no label.
+        seed: Seed of the recipe. The clients depend on the seed only, not on random numbers drawn
+            in training.
 
     Returns:
-        One table, training rows first, in which every row is held by some client; and the clients, groups together. A
-        client's validation or test rows may be none, where the split has nothing for it.
+        Table with training rows first, in which every row belongs to a client, and the clients in
+        the order of their groups. A client may have no validation or test rows.
 
     Raises:
-        DataError: The data cannot be loaded; a column is absent or has nulls; the splits' columns differ; there are fewer
-            examples than clients; a client is left without training rows; the set-aside fractions leave nothing to train on.
+        DataError: The data cannot be loaded; a column does not exist or has nulls; the columns of
+            the splits differ; there are fewer examples than clients; a client has no training rows;
+            the validation and test fractions leave no training rows.
     """
     splits = load_splits(recipe)
-    _refuse_different_columns(splits)
+    _check_columns(splits)
     if label is not None:
-        class_numbers(splits, label, "task.label")
-    held = _deal(recipe, splits, label, seed)
-    validation = 0.0 if "validation" in held else recipe.validation_fraction
-    test = 0.0 if "test" in held else recipe.test_fraction
+        encode_classes(splits, label, "task.label")
+    partitioned = _partition(recipe, splits, label, seed)
+    validation = 0.0 if "validation" in partitioned else recipe.validation_fraction
+    test = 0.0 if "test" in partitioned else recipe.test_fraction
     if validation + test >= 1:
         raise DataError(
-            f"data: validation_fraction {validation:g} and test_fraction {test:g} leave nothing to train on; lower one, or name a split"
+            f"data: validation_fraction {validation:g} and test_fraction {test:g} leave nothing to "
+            "train on; lower one of them, or name a split"
         )
     clients = []
-    for number, (name, rows, group) in enumerate(held["train"]):
-        kept, validated, tested = partition.set_aside(
+    for number, (name, rows, group) in enumerate(partitioned["train"]):
+        train_rows, validation_rows, test_rows = partition.split_off(
             rows, validation, test, recipe.max_train, generator(seed, "set aside", number)
         )
-        validated = held["validation"][number].rows if "validation" in held else validated
-        tested = held["test"][number].rows if "test" in held else tested
-        if recipe.max_test is not None and len(tested) > recipe.max_test:
-            tested = np.sort(
-                generator(seed, "max_test", number).choice(tested, recipe.max_test, replace=False)
-            )
-        clients.append(Client(name, kept, validated, tested, group))
-    _refuse_empty_clients(clients)
+        if "validation" in partitioned:
+            validation_rows = partitioned["validation"][number].rows
+        if "test" in partitioned:
+            test_rows = partitioned["test"][number].rows
+        if recipe.max_test is not None and len(test_rows) > recipe.max_test:
+            rng = generator(seed, "max_test", number)
+            test_rows = np.sort(rng.choice(test_rows, recipe.max_test, replace=False))
+        clients.append(Client(name, train_rows, validation_rows, test_rows, group))
+    _check_no_empty_client(clients)
     return _drop_unused_rows(FederatedData(_join(splits), clients))
 
 
-def _deal(
+def _partition(
     recipe: DataRecipe, splits: Mapping[str, Dataset], label: str | None, seed: int
-) -> dict[str, list[Holding]]:
-    """Each client's rows of each split, as row numbers of the joined splits."""
+) -> dict[str, list[ClientRows]]:
+    """Assign the rows of each split to clients, as row numbers of the joined splits."""
     scheme = recipe.partition
     examples = len(splits["train"])
     if not isinstance(scheme, NaturalRecipe) and scheme.clients > examples:
         raise DataError(
-            f"data.partition.clients: {scheme.clients:,} clients, and {examples:,} training examples; "
-            "lower data.partition.clients, or let data.filter keep more"
+            f"data.partition.clients: {scheme.clients:,} clients, but {examples:,} training "
+            "examples; lower data.partition.clients, or relax data.filter"
         )
-    dealt = (
-        _deal_evenly(scheme, splits, seed)
+    per_split = (
+        _partition_iid(scheme, splits, seed)
         if isinstance(scheme, IidRecipe)
-        else _deal_by_column(scheme, splits, label, seed)
+        else _partition_by_column(scheme, splits, label, seed)
     )
-    held: dict[str, list[Holding]] = {}
+    shifted: dict[str, list[ClientRows]] = {}
     start = 0
     for split, dataset in splits.items():
-        held[split] = [holding._replace(rows=holding.rows + start) for holding in dealt[split]]
+        shifted[split] = [client._replace(rows=client.rows + start) for client in per_split[split]]
         start += len(dataset)
-    return held
+    return shifted
 
 
-def _deal_evenly(
+def _partition_iid(
     scheme: IidRecipe, splits: Mapping[str, Dataset], seed: int
-) -> dict[str, list[Holding]]:
+) -> dict[str, list[ClientRows]]:
     return {
         split: partition.iid(len(dataset), scheme.clients, generator(seed, _stream(split)))
         for split, dataset in splits.items()
     }
 
 
-def _deal_by_column(
+def _partition_by_column(
     scheme: DirichletRecipe | ClustersRecipe | NaturalRecipe | ShardsRecipe,
     splits: Mapping[str, Dataset],
     label: str | None,
     seed: int,
-) -> dict[str, list[Holding]]:
+) -> dict[str, list[ClientRows]]:
     by = scheme.by if scheme.by is not None else label
     if by is None:
         raise DataError(
-            f"data.partition.by: the task has no label column to deal by; write data.partition.by=COLUMN "
-            f"(the data have {listing(splits['train'].column_names)}) or data.partition.scheme=iid"
+            "data.partition.by: the task has no label column to partition by; write "
+            f"data.partition.by=COLUMN (the data have "
+            f"{join_values(splits['train'].column_names)}) or data.partition.scheme=iid"
         )
     key = "task.label" if scheme.by is None else "data.partition.by"
-    numbers, names = class_numbers(splits, by, key)
+    numbers, names = encode_classes(splits, by, key)
     train, rng = numbers["train"], generator(seed, "train")
     if isinstance(scheme, NaturalRecipe):
         groups = None if scheme.group is None else _groups(scheme, splits, train, names)
@@ -131,24 +137,22 @@ def _deal_by_column(
             for split, classes in numbers.items()
         }
     if isinstance(scheme, DirichletRecipe):
-        holdings = partition.dirichlet(
-            train, scheme.clients, scheme.alpha, scheme.min_examples, rng
-        )
+        clients = partition.dirichlet(train, scheme.clients, scheme.alpha, scheme.min_examples, rng)
     elif isinstance(scheme, ClustersRecipe):
-        holdings = partition.clusters(
+        clients = partition.clusters(
             train, scheme.clients, scheme.groups, scheme.classes_per_group, rng
         )
     else:
-        holdings = partition.shards(train, scheme.clients, scheme.shards_per_client, rng)
-    shares = partition.class_counts([holding.rows for holding in holdings], train, len(names))
-    dealt = {"train": holdings}
+        clients = partition.shards(train, scheme.clients, scheme.shards_per_client, rng)
+    shares = partition.class_counts([client.rows for client in clients], train, len(names))
+    per_split = {"train": clients}
     for split, classes in numbers.items():
         if split != "train":
-            rows = partition.deal(classes, shares, generator(seed, _stream(split)))
-            dealt[split] = [
-                holding._replace(rows=mine) for holding, mine in zip(holdings, rows, strict=True)
+            rows = partition.assign_by_class(classes, shares, generator(seed, _stream(split)))
+            per_split[split] = [
+                client._replace(rows=own) for client, own in zip(clients, rows, strict=True)
             ]
-    return dealt
+    return per_split
 
 
 def _stream(split: str) -> Stream:
@@ -158,9 +162,9 @@ def _stream(split: str) -> Stream:
 def _groups(
     scheme: NaturalRecipe, splits: Mapping[str, Dataset], classes: Indices, names: Sequence[str]
 ) -> list[str]:
-    """The group of each value, from training rows."""
+    """Return the group of each value of the partition column, from the training rows."""
     assert scheme.group is not None  # noqa: S101
-    numbers, group_names = class_numbers(
+    numbers, group_names = encode_classes(
         {"train": splits["train"]}, scheme.group, "data.partition.group"
     )
     pairs = np.unique(
@@ -169,26 +173,29 @@ def _groups(
     values, counts = np.unique(pairs[:, 0], return_counts=True)
     if counts.max() > 1:
         value = values[counts.argmax()]
-        several = listing(group_names[group] for group in pairs[pairs[:, 0] == value, 1])
+        several = join_values(group_names[group] for group in pairs[pairs[:, 0] == value, 1])
         raise DataError(
-            f"data.partition.group: {scheme.by} {names[value]} has rows of several {scheme.group} ({several}), and a client is in one "
-            "group; name a column that is the same for all its rows, or leave data.partition.group out"
+            f"data.partition.group: {scheme.by} {names[value]} has rows of several "
+            f"{scheme.group} ({several}), but a client belongs to one group; name "
+            "a column that is the same for all of its rows, or remove data.partition.group"
         )
     return [group_names[group] for group in pairs[:, 1]]
 
 
-def _refuse_different_columns(splits: Mapping[str, Dataset]) -> None:
+def _check_columns(splits: Mapping[str, Dataset]) -> None:
     train = splits["train"].features
     for split, dataset in splits.items():
         names = [*train, *(name for name in dataset.features if name not in train)]
         differ = [name for name in names if train.get(name) != dataset.features.get(name)]
         if differ:
             texts = (
-                f"{name} is {_type(train.get(name))} in train, {_type(dataset.features.get(name))} in {split}"
+                f"{name} is {_type(train.get(name))} in train, "
+                f"{_type(dataset.features.get(name))} in {split}"
                 for name in differ
             )
             raise DataError(
-                f"data: the splits have different columns: {listing(texts, 5)}; give them the same columns and types"
+                f"data: the splits have different columns: {join_values(texts, 5)}; "
+                "give them the same columns and types"
             )
 
 
@@ -196,18 +203,19 @@ def _type(feature: object) -> str:
     if feature is None:
         return "absent"
     return (
-        f"ClassLabel({listing(feature.names, 5)})"
+        f"ClassLabel({join_values(feature.names, 5)})"
         if hasattr(feature, "names")
         else str(getattr(feature, "dtype", feature))
     )
 
 
-def _refuse_empty_clients(clients: Sequence[Client]) -> None:
+def _check_no_empty_client(clients: Sequence[Client]) -> None:
     empty = [client.name for client in clients if not client.size]
     if empty:
         raise DataError(
-            f"data.partition: {len(empty)} of {len(clients)} clients have no training examples ({listing(empty, 5)}); lower the number "
-            "of clients (clients, clients_per_value), or let data.filter keep more examples"
+            f"data.partition: {len(empty)} of {len(clients)} clients have no training examples "
+            f"({join_values(empty, 5)}); lower the number of clients (clients, clients_per_value), "
+            "or relax data.filter"
         )
 
 
@@ -218,7 +226,7 @@ def _join(splits: Mapping[str, Dataset]) -> Dataset:
 
 
 def _drop_unused_rows(data: FederatedData) -> FederatedData:
-    """The same clients on a table without the rows that nobody holds."""
+    """Remove rows without a client from the table, and renumber the clients' rows."""
     used = np.unique(
         np.concatenate(
             [

@@ -1,4 +1,4 @@
-"""Clients, and the table whose rows they hold."""
+"""Clients and the table of their rows."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Indices = NDArray[np.int64]
+"""Row numbers or class numbers, int64."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """Who trains: a name and the rows it holds, as indices into the federation's table."""
+    """Client with its rows, as indices into the federation's table."""
 
     name: str
     train: Indices
     validation: Indices
     test: Indices
     group: str = ""
-    """What the client has in common with others (a domain, a cluster); for reports, never for training."""
+    """Property shared with other clients, such as a domain. Used in reports, never in training."""
 
     @property
     def size(self) -> int:
-        """Number of training examples: n_i in the paper's ρ_i = n_i / n."""
+        """Number of training examples: n_i in the paper's ρ_i = n_i / n (arXiv 2504.06768)."""
         return len(self.train)
 
 
 @dataclass(frozen=True)
 class FederatedData:
-    """One table of rows, and the clients that hold them."""
+    """Table of examples and the clients that hold its rows."""
 
     table: Dataset
     clients: Sequence[Client]

@@ -1,4 +1,4 @@
-"""Columns of a data set: read as Arrow arrays, matched against values, numbered as classes."""
+"""Columns of a data set: reading, matching values, encoding classes."""
 
 from __future__ import annotations
 
@@ -21,75 +21,84 @@ if TYPE_CHECKING:
 SHOWN_VALUES = 20
 
 
-def listing(values: Iterable[object], most: int = SHOWN_VALUES) -> str:
-    """The values with commas between them; from ``most`` on, only how many more there are."""
+def join_values(values: Iterable[object], limit: int = SHOWN_VALUES) -> str:
+    """Join values with commas. Values beyond ``limit`` are counted, not shown."""
     names = [str(value) for value in values]
-    more = f", … and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f", … and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def did_you_mean(wrong: object, names: Iterable[object]) -> str:
-    """`` (did you mean x?)`` where some name is close, else nothing."""
+    """Return `` (did you mean x?)`` with the closest name, or an empty string."""
     close = get_close_matches(str(wrong), [str(name) for name in names], n=1, cutoff=0.7)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def read_column(dataset: Dataset, name: str, key: str) -> Any:
-    """One column as a ``pyarrow.ChunkedArray``, one entry a row of the data set.
+    """Read a column as a ``pyarrow.ChunkedArray`` with one entry per row.
 
     Args:
-        dataset: Any data set; selections are honoured.
-        name: The column.
-        key: The recipe's key that asks for it, for the error text.
+        dataset: Data set. Selections of rows are respected.
+        name: Column.
+        key: Recipe key that names the column, for error messages.
 
     Raises:
-        DataError: There is no such column, or its entries are lists or records.
+        DataError: The column does not exist, or its entries are lists or records.
     """
     if name not in dataset.column_names:
         raise DataError(
-            f"{key}: there is no column {name!r}{did_you_mean(name, dataset.column_names)}; the data have {listing(dataset.column_names)}"
+            f"{key}: there is no column {name!r}{did_you_mean(name, dataset.column_names)}; "
+            f"the data have {join_values(dataset.column_names)}"
         )
     column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
     if pa.types.is_nested(column.type):
         raise DataError(
-            f"{key}: the column {name} holds {column.type}; a column of plain values (text, numbers) is needed here"
+            f"{key}: the column {name} has the type {column.type}; "
+            "choose a column of plain values (text, numbers)"
         )
     return column
 
 
 def value_name(dataset: Dataset, column: str, value: object) -> str:
-    """How a value is shown: a ClassLabel's name, else the value itself."""
+    """Return the display name of a value: the name of a ClassLabel, or the value as text."""
     names = getattr(dataset.features[column], "names", None)
     known = names is not None and isinstance(value, int) and 0 <= value < len(names)
     return str(names[value]) if names is not None and known else str(value)
 
 
 def value_names(dataset: Dataset, column: str, key: str) -> list[str]:
-    """The distinct values of a column as they are shown, in order, nulls left out."""
+    """Return the display names of the sorted distinct values of a column, without nulls."""
     return [
         value_name(dataset, column, value)
         for value in _distinct(read_column(dataset, column, key)).to_pylist()
     ]
 
 
-def class_numbers(
+def encode_classes(
     splits: Mapping[str, Dataset], column: str, key: str
 ) -> tuple[dict[str, Indices], list[str]]:
-    """Number the values that a column has in training, in sorted order.
+    """Number the distinct values of a column in the training split, in sorted order.
+
+    Args:
+        splits: Data sets by split, including ``train``.
+        column: Column.
+        key: Recipe key that names the column, for error messages.
 
     Returns:
-        For each split, one class number a row (-1 where the value is not in training), and the C names of the classes.
+        Class numbers ``(rows,)`` of each split, and the names of the C classes. A value that does
+        not occur in the training split has the number -1.
 
     Raises:
-        DataError: The column is absent, nested, or has missing values (nulls) in some split.
+        DataError: The column does not exist, is nested, or has nulls.
     """
     columns = {split: read_column(dataset, column, key) for split, dataset in splits.items()}
     for split, entries in columns.items():
         missing = pc.sum(pc.is_null(entries, nan_is_null=True)).as_py() or 0
         if missing:
             raise DataError(
-                f"{key}: the column {column} is empty in {missing:,} of the {len(entries):,} {split} rows; "
-                "fill them in or leave those rows out (data.filter keeps rows by value)"
+                f"{key}: the column {column} is empty in {missing:,} of the {len(entries):,} "
+                f"{split} rows; fill in the values, or remove the rows "
+                "(data.filter selects rows by value)"
             )
     values = _distinct(columns["train"])
     numbers = {
@@ -100,26 +109,39 @@ def class_numbers(
 
 
 def matching_rows(
-    dataset: Dataset, column: str, wanted: Sequence[Scalar], key: str
+    dataset: Dataset, column: str, values: Sequence[Scalar], key: str
 ) -> tuple[Indices, set[Scalar]]:
-    """Rows whose column has one of the wanted values, and those of the wanted values that do occur.
+    """Find the rows whose column has one of ``values``.
 
-    A value is read as the column's type: ``3`` matches the text "3", and a name matches the ClassLabel's number.
+    Values are converted to the column's type: ``3`` matches the text "3", and the name of a
+    ClassLabel matches its number.
+
+    Args:
+        dataset: Data set.
+        column: Column.
+        values: Values to match.
+        key: Recipe key of the filter, for error messages.
+
+    Returns:
+        Row numbers, and the subset of ``values`` that occurs.
+
+    Raises:
+        DataError: The column does not exist or is nested.
     """
     entries = read_column(dataset, column, key)
-    typed = {value: _as_type(value, entries.type, dataset.features[column]) for value in wanted}
+    typed = {value: _as_type(value, entries.type, dataset.features[column]) for value in values}
     mask = pc.is_in(
         entries,
         value_set=pa.array([value for value in typed.values() if value is not None], entries.type),
     )
-    found = set(pc.unique(entries.filter(mask)).to_pylist())
+    occurring = set(pc.unique(entries.filter(mask)).to_pylist())
     return np.flatnonzero(mask.to_numpy()).astype(np.int64), {
-        value for value, same in typed.items() if same in found
+        value for value, converted in typed.items() if converted in occurring
     }
 
 
 def _as_type(value: Scalar, type: Any, feature: Any) -> Any:
-    """The value as the column would hold it; None where it cannot."""
+    """Convert a value to the column's type. Return None if that is impossible."""
     if isinstance(value, str) and hasattr(feature, "names"):
         return feature.names.index(value) if value in feature.names else None
     if pa.types.is_string(type) or pa.types.is_large_string(type):
@@ -131,7 +153,7 @@ def _as_type(value: Scalar, type: Any, feature: Any) -> Any:
 
 
 def _distinct(entries: Any) -> Any:
-    """A ``pyarrow.Array`` of the sorted distinct values."""
+    """Return the sorted distinct values as a ``pyarrow.Array``, without nulls."""
     values = pc.drop_null(pc.unique(entries))
     return values.take(pc.sort_indices(values))
 

@@ -1,6 +1,6 @@
-"""Where examples come from: the hub, local files and folders, or the data set that comes with the package.
+"""Loading of examples from the hub, local files and folders, or the embedded data set.
 
-Nothing here runs code that comes with data, and nothing unpickles.
+Loading never runs code from a data set and never unpickles.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmerge_peft.data.columns import (
-    class_numbers,
     did_you_mean,
-    listing,
+    encode_classes,
+    join_values,
     matching_rows,
     value_names,
 )
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"support-tickets": "support_tickets.csv"}
 
-# Text such as "None" or "NA" stays text; only an empty cell is missing.
+# Only an empty cell is a missing value. "None" and "NA" are text.
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", _CSV),
@@ -42,56 +42,61 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 _OTHER_FILES = {".arrow", ".gz", ".ndjson", ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
-"""Suffixes that no hub id ends in: with one, the path is meant to be a file."""
+"""Suffixes of unsupported files. A path with one of them is a file, not a hub id."""
 
 
 def load_splits(recipe: DataRecipe) -> dict[str, Dataset]:
-    """Read the data that a recipe names, find its splits, and keep the rows that its filter keeps.
+    """Load the data of a recipe, select its splits, and apply its filter.
 
-    A default split (``validation``, ``test``) is left out where the other evaluation split already is that split, or where the
-    filter leaves none of its rows: then a part of the training examples takes its place.
+    A default split (``validation``, ``test``) is omitted if it already serves as the other
+    evaluation split, or if the filter removes all of its rows. A fraction of the training examples
+    then takes its place.
 
     Returns:
-        Data sets under ``train`` (always, never empty), ``validation`` and ``test`` (where there are such splits).
+        Data sets by split: ``train``, which is never empty, and ``validation`` and ``test`` if they
+        exist.
 
     Raises:
-        DataError: The data cannot be found or read; a split or column that the recipe names is absent; the filter leaves no
-            training rows, or names a value that no row has.
+        DataError: The data do not exist or cannot be read; a split or column of the recipe does not
+            exist; the filter removes all training rows, or names a value that does not occur.
     """
     with no_progress_bars():
         splits = _read(recipe)
     if recipe.split_column is not None:
         splits = _split_by_column(recipe.split_column, splits)
-    chosen = _choose(recipe, splits)
+    chosen = _select_splits(recipe, splits)
     chosen = _filter(recipe, chosen) if recipe.filter else chosen
     if not len(chosen["train"]):
         raise DataError(
-            f"data.path: the split {recipe.train_split} of {recipe.path} has no rows; name another with data.train_split=..."
+            f"data.path: the split {recipe.train_split} of {recipe.path} has no rows; "
+            "name another split with data.train_split=..."
         )
     return chosen
 
 
 def _read(recipe: DataRecipe) -> dict[str, Dataset]:
-    """All splits there are, by their own names. A single table is called ``train``, as ``datasets`` does."""
+    """Load all splits by name. A single table is named ``train``, as in ``datasets``."""
     if recipe.path.startswith("embedded:"):
         return {"train": _read_embedded(recipe.path.removeprefix("embedded:"))}
     path = Path(recipe.path).expanduser()
     if path.is_file() and path.suffix.lower() not in _READERS:
         raise DataError(
-            f"data.path: {path} is not a file this can read; write it as {listing(_READERS)}, or name a folder or a hub id"
+            f"data.path: {path} has an unsupported format; convert it to one of "
+            f"{join_values(_READERS)}, or name a folder or a hub id"
         )
     if not path.exists() and _looks_local(recipe.path):
         raise DataError(
-            f"data.path: {path.absolute()} does not exist; write data.path=FILE ({listing(_READERS)}), data.path=FOLDER, "
-            f"a hub id such as data.path=owner/name, or data.path=embedded:{next(iter(EMBEDDED))}"
+            f"data.path: {path.absolute()} does not exist; write data.path=FILE "
+            f"({join_values(_READERS)}), data.path=FOLDER, a hub id such as data.path=owner/name, "
+            f"or data.path=embedded:{next(iter(EMBEDDED))}"
         )
     try:
         loaded = _read_local(path) if path.exists() else _read_hub(recipe)
-    except (
-        Exception
-    ) as error:  # whatever a reader raises on a broken file, or the network: it is the data's fault
-        where = path if path.exists() else f"the hub's data set {recipe.path}"
-        raise DataError(f"data.path: {where} cannot be loaded: {_cause(error)}") from error
+    except Exception as error:  # readers raise arbitrary errors for broken files and networks
+        source = path if path.exists() else f"the hub's data set {recipe.path}"
+        raise DataError(
+            f"data.path: {source} cannot be loaded: {_describe_error(error)}"
+        ) from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     return {name: dataset.with_format(None) for name, dataset in splits.items()}
 
@@ -102,7 +107,8 @@ def _read_embedded(name: str) -> Dataset:
 
     if name not in EMBEDDED:
         raise DataError(
-            f"data.path: there is no embedded:{name}{did_you_mean(name, EMBEDDED)}; the package comes with {listing(EMBEDDED)}"
+            f"data.path: there is no embedded:{name}{did_you_mean(name, EMBEDDED)}; "
+            f"the embedded data sets are {join_values(EMBEDDED)}"
         )
     with (resources.files("fedmerge_peft.data") / "embedded" / EMBEDDED[name]).open(
         encoding="utf-8"
@@ -138,8 +144,8 @@ def _looks_local(path: str) -> bool:
     )
 
 
-def _cause(error: BaseException) -> str:
-    """One line: what went wrong, without the general words that ``datasets`` wraps around it."""
+def _describe_error(error: BaseException) -> str:
+    """Return the underlying error as one line, without ``DatasetGenerationError``."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
@@ -149,81 +155,85 @@ def _cause(error: BaseException) -> str:
 def _split_by_column(column: str, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     if len(splits) > 1:
         raise DataError(
-            f"data.split_column: the data come in splits already ({listing(splits)}); leave data.split_column out"
+            f"data.split_column: the data already have splits ({join_values(splits)}); "
+            "remove data.split_column"
         )
     (table,) = splits.values()
-    numbers, names = class_numbers({"train": table}, column, "data.split_column")
+    numbers, names = encode_classes({"train": table}, column, "data.split_column")
     return {
         name: table.select(np.flatnonzero(numbers["train"] == number))
         for number, name in enumerate(names)
     }
 
 
-def _choose(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """Splits under the names of what they are for."""
-    asked = {
+def _select_splits(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """Map roles (train, validation, test) to splits."""
+    requested = {
         "train": recipe.train_split,
         "validation": recipe.validation_split,
         "test": recipe.test_split,
     }
-    where = recipe.path if recipe.split_column is None else f"the column {recipe.split_column}"
-    for role, name in asked.items():
+    source = recipe.path if recipe.split_column is None else f"the column {recipe.split_column}"
+    for role, name in requested.items():
         if name is not None and name not in splits:
             raise DataError(
-                f"data.{role}_split: {where} has no split {name!r}{did_you_mean(name, splits)}; it has {listing(splits)}"
+                f"data.{role}_split: {source} has no split {name!r}{did_you_mean(name, splits)}; "
+                f"it has {join_values(splits)}"
             )
         if name == recipe.train_split and role != "train":
             raise DataError(
-                f"data.{role}_split: {name} is the training split; name another, or leave it out to set a part of it aside"
+                f"data.{role}_split: {name} is the training split; name another split, or remove "
+                f"data.{role}_split to hold out a fraction of the training examples"
             )
     for role in ("validation", "test"):
-        if asked[role] is None and role in splits and role not in asked.values():
-            asked[role] = role
-    return {role: splits[name] for role, name in asked.items() if name is not None}
+        if requested[role] is None and role in splits and role not in requested.values():
+            requested[role] = role
+    return {role: splits[name] for role, name in requested.items() if name is not None}
 
 
 def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     kept: dict[str, list[Any]] = {split: [] for split in splits}
-    for column, wanted in recipe.filter.items():
+    for column, setting in recipe.filter.items():
         key = f"data.filter.{column}"
-        values = wanted if isinstance(wanted, list) else [wanted]
-        found = set()
+        values = setting if isinstance(setting, list) else [setting]
+        occurring = set()
         for split, dataset in splits.items():
-            rows, occurring = matching_rows(dataset, column, values, key)
+            rows, matched = matching_rows(dataset, column, values, key)
             kept[split].append(rows)
-            found |= occurring
-        absent = [value for value in values if value not in found]
+            occurring |= matched
+        absent = [value for value in values if value not in occurring]
         if absent or not values:
             present = value_names(splits["train"], column, key)
             fault = (
                 f"no row has {absent[0]!r}{did_you_mean(absent[0], present)}"
                 if absent
-                else "the list is empty, so no row is kept"
+                else "the list is empty, so the filter removes all rows"
             )
-            raise DataError(f"{key}: {fault}; the column {column} holds {listing(present)}")
+            raise DataError(f"{key}: {fault}; the column {column} has {join_values(present)}")
     filtered = {
         split: splits[split].select(reduce(np.intersect1d, rows)) for split, rows in kept.items()
     }
-    asked = {
+    requested = {
         "train": recipe.train_split,
         "validation": recipe.validation_split,
         "test": recipe.test_split,
     }
     for split, dataset in filtered.items():
-        if asked[split] is not None and not len(dataset):
-            held = "; ".join(
-                f"{column}: {listing(value_names(splits[split], column, 'data.filter'))}"
+        if requested[split] is not None and not len(dataset):
+            contents = "; ".join(
+                f"{column}: {join_values(value_names(splits[split], column, 'data.filter'))}"
                 for column in recipe.filter
             )
             raise DataError(
-                f"data.filter: it leaves no rows in the split {asked[split]} ({split}), whose columns hold {held}"
+                f"data.filter: no row of the split {requested[split]} ({split}) passes the filter; "
+                f"its columns have {contents}"
             )
     return {split: dataset for split, dataset in filtered.items() if len(dataset)}
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Within, ``datasets`` shows none."""
+    """Disable the progress bars of ``datasets`` inside the context."""
     import datasets
 
     disabled = datasets.are_progress_bars_disabled()

@@ -1,4 +1,4 @@
-"""Who holds what: a table, a picture for the terminal, a figure."""
+"""Summaries of a partition: a table, a chart for the terminal, a figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmerge_peft.data.clients import FederatedData
-from fedmerge_peft.data.columns import class_numbers, listing
+from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.partition import class_counts
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.util.text import printable
@@ -23,27 +23,24 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 _BARS = " ▁▂▃▄▅▆▇█"
-_COLORS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-)  # Okabe & Ito's palette, told apart without red and green
-_MOST_TICKS = 40
+_COLORS = ("#0072b2", "#e69f00", "#009e73")  # Okabe & Ito, distinguishable without red and green
+_MAX_TICKS = 40
 
 
 def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
-    """How many examples each client has, by split and by label.
+    """Count the examples of each client by split and by label.
 
     Args:
-        data: The clients and their table.
-        column: The column whose values are counted over training rows; None for the sizes alone.
+        data: Clients and their table.
+        column: Column whose values are counted over training rows, or None to count splits only.
 
     Returns:
-        One row a client, indexed by name. ``table["examples"]`` has the columns train, validation and test, and
-        ``table["labels"]`` one column for each value of ``column``, all in numbers of examples.
+        Table with one row per client, indexed by name. ``table["examples"]`` has the columns train,
+        validation and test. ``table["labels"]`` has one column per value of ``column``. All entries
+        are numbers of examples.
 
     Raises:
-        DataError: There is no such column, it is nested, or it has nulls.
+        DataError: The column does not exist, is nested, or has nulls.
     """
     import pandas
 
@@ -56,20 +53,25 @@ def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
     )
 
 
-def picture(data: FederatedData, column: str | None, width: int = 80, height: int = 40) -> Group:
-    """A picture of clients × labels for the terminal: a line a client, a block a label, as high as the count of training examples.
+def terminal_chart(
+    data: FederatedData, column: str | None, width: int = 80, height: int = 40
+) -> Group:
+    """Draw a chart of clients × labels for the terminal.
+
+    Each client has one line with one block per label. The height of a block shows the number of
+    training examples.
 
     Args:
-        data: The clients and their table.
-        column: The column that has the labels; None for the sizes alone.
-        width: Characters a line; labels beyond it are left out, and a line says how many.
-        height: Most clients to show; a line says how many more there are.
+        data: Clients and their table.
+        column: Label column, or None to show the sizes of the splits only.
+        width: Characters per line. Labels beyond the width are counted, not shown.
+        height: Maximum number of clients. Further clients are counted, not shown.
 
     Returns:
-        Something for ``rich`` to print: at most ``height`` clients and a few lines about them.
+        Renderable for ``rich``.
 
     Raises:
-        DataError: As ``client_table``.
+        DataError: The column does not exist, is nested, or has nulls.
     """
     counts, names = _label_counts(data, column)
     shown = data.clients[:height]
@@ -80,7 +82,7 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
     room = max(
         8,
         width
-        - max(len(_short(client.name)) for client in shown)
+        - max(len(_short_name(client.name)) for client in shown)
         - sum(len(split) + 1 for split in SPLITS)
         - 2,
     )
@@ -90,7 +92,7 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
     for client, row in zip(shown, counts, strict=False):
         sizes = (f"{len(rows):,}" for rows in (client.train, client.validation, client.test))
         table.add_row(
-            Text(_short(client.name)),
+            Text(_short_name(client.name)),
             *sizes,
             *([Text(_bars(row[:room], top))] if column is not None else []),
         )
@@ -102,26 +104,28 @@ def picture(data: FederatedData, column: str | None, width: int = 80, height: in
             [f"… and {len(names) - room:,} more labels to the right"] if len(names) > room else []
         )
         lines += [
-            f"the higher the block, the more training examples: {_BARS[-1]} is {top:,}, blank is none",
-            f"labels from the left: {listing(names, 10)}",
+            f"block height: number of training examples, {_BARS[-1]} is {top:,}, blank is none",
+            f"labels from the left: {join_values(names, 10)}",
         ]
     total = _sizes(data).sum(axis=0)
     lines += [
-        f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation and {total[2]:,} test examples"
+        f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation "
+        f"and {total[2]:,} test examples"
     ]
     return Group(table, *(Text(printable(line), style="dim") for line in lines))
 
 
 def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> None:
-    """Draw clients × labels as a heat map, beside bars of each client's train, validation and test examples.
+    """Save a figure: a heat map of clients × labels, and bars of the clients' split sizes.
 
     Args:
-        data: The clients and their table.
-        column: The column that has the labels; None for the bars alone.
-        path: Where to write; the suffix tells the format, such as ``.png`` or ``.svg``.
+        data: Clients and their table.
+        column: Label column, or None to draw the bars only.
+        path: Destination. The suffix determines the format, such as ``.png`` or ``.svg``.
 
     Raises:
-        DataError: As ``client_table``, or the suffix is not a picture's.
+        DataError: The column does not exist, is nested, or has nulls; the suffix is not an image
+            format; the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -138,9 +142,7 @@ def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> 
     canvas = FigureCanvasAgg(figure)
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix not in canvas.get_supported_filetypes():
-        raise DataError(
-            f"{path}: pictures are written as .png, .svg or .pdf; give the file one of these suffixes"
-        )
+        raise DataError(f"{path}: unsupported image format; use the suffix .png, .svg or .pdf")
     axes = (
         figure.subplots(1, 2, sharey=True, width_ratios=[3, 1], squeeze=False)[0]
         if names
@@ -150,7 +152,7 @@ def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> 
         _draw_counts(figure, axes[0], counts, names, str(column))
     _draw_sizes(axes[-1], _sizes(data))
     axes[0].set_ylabel("client")
-    _ticks(axes[0].yaxis, clients)
+    _set_ticks(axes[0].yaxis, clients)
     axes[0].set_ylim(len(clients) - 0.5, -0.5)
     try:
         figure.savefig(path, format=suffix, dpi=150)
@@ -168,7 +170,7 @@ def _draw_counts(
         shown, cmap="cividis_r", aspect="auto", interpolation="nearest", vmin=1, vmax=top
     )
     axis.set_xlabel(column)
-    _ticks(axis.xaxis, names)
+    _set_ticks(axis.xaxis, names)
     axis.tick_params(axis="x", labelrotation=90)
     ticks = MaxNLocator(nbins=6, integer=True)
     figure.colorbar(
@@ -192,43 +194,43 @@ def _draw_sizes(axis: Any, sizes: NDArray[np.int64]) -> None:
     )
 
 
-def _ticks(axis: Any, names: list[str]) -> None:
-    """Name every n-th position, so that names never overlap."""
-    step = -(-len(names) // _MOST_TICKS)
+def _set_ticks(axis: Any, names: list[str]) -> None:
+    """Label every n-th position, so that labels do not overlap."""
+    step = -(-len(names) // _MAX_TICKS)
     axis.set_ticks(
         range(0, len(names), step),
-        labels=[_short(name) for name in names[::step]],
+        labels=[_short_name(name) for name in names[::step]],
         fontsize="x-small",
         parse_math=False,
     )
 
 
-def _short(name: str) -> str:
-    """At most 24 characters, the last ones kept: they tell the clients of one group apart."""
+def _short_name(name: str) -> str:
+    """Shorten to 24 characters, keeping the end, which distinguishes the clients of a group."""
     name = printable(name)
     return name if len(name) <= 24 else f"{name[:18]}…{name[-5:]}"
 
 
 def _bars(counts: NDArray[np.int64], top: int) -> str:
-    """One block a count: blank for none, the lowest for one, full for ``top``."""
+    """Draw one block per count: blank for 0, the lowest block for 1, the full block for ``top``."""
     heights = np.where(counts > 0, np.ceil(counts / top * (len(_BARS) - 1)), 0).astype(int)
     return "".join(_BARS[height] for height in heights)
 
 
 def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
-    """Training rows by client and label, ``(clients, labels)``, and the labels' names."""
+    """Count training rows by client and label, ``(clients, labels)``, and name the labels."""
     if column is None:
         return np.zeros((len(data.clients), 0), dtype=np.int64), []
-    # Numbered over the rows that somebody trains on, so that labels of other rows make no empty columns.
+    # Labels that occur in evaluation rows only would make empty columns.
     trained = np.concatenate([client.train for client in data.clients])
-    numbers, names = class_numbers({"train": data.table.select(trained)}, column, "column")
+    numbers, names = encode_classes({"train": data.table.select(trained)}, column, "column")
     ends = np.cumsum([client.size for client in data.clients])[:-1]
     positions = np.split(np.arange(len(trained)), ends)
     return class_counts(positions, numbers["train"], len(names)), names
 
 
 def _sizes(data: FederatedData) -> NDArray[np.int64]:
-    """Examples by client and split, ``(clients, 3)``."""
+    """Count examples by client and split, ``(clients, 3)``."""
     return np.array(
         [[len(client.train), len(client.validation), len(client.test)] for client in data.clients],
         dtype=np.int64,

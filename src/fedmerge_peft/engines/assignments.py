@@ -1,31 +1,44 @@
-"""What clients are sent, made when it is taken."""
+"""What a round sends to its clients, made lazily."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-V = TypeVar("V", bound=tuple[int, *tuple[Any, ...]])
+from fedmerge_peft.training.plan import Plan, Served
+
+T = TypeVar("T")
 
 
-class Assignments(Generic[V]):
-    """For each of several clients, its index and what it is sent: adapters, which no memory should hold for thousands of clients.
+@dataclass(frozen=True)
+class Assignment:
+    """One client's part in a round."""
 
-    Iterating makes them one by one. Who needs some of them only knows whose they are beforehand.
+    plan: Plan
+    served: Served | None = None
+    """What the client predicts with, to be scored before any training; None to score nothing."""
+
+
+class Assignments(Generic[T]):
+    """Pairs (client, what it is sent), made while they are iterated over.
+
+    They hold adapters, of which memory should not hold thousands at a time. An engine that needs
+    only some of them makes only these.
     """
 
-    def __init__(self, clients: Sequence[int], make: Callable[[int], V]) -> None:
-        """``make(client)`` may be called more than once, with the same result."""
+    def __init__(self, clients: Sequence[int], make: Callable[[int], T]) -> None:
+        """Take the clients' indices and ``make(client)``, which returns the same at each call."""
         self.clients = clients
         self.make = make
 
     @classmethod
-    def of(cls, visits: Iterable[V]) -> Assignments[V]:
-        """Visits that come in any other way; held, all of them."""
-        if isinstance(visits, Assignments):
-            return visits
-        held = {visit[0]: visit for visit in visits}
+    def of(cls, pairs: Iterable[tuple[int, T]]) -> Assignments[T]:
+        """Wrap pairs that come in any other way; holds all of them."""
+        if isinstance(pairs, Assignments):
+            return pairs
+        held = dict(pairs)
         return cls(list(held), held.__getitem__)
 
-    def __iter__(self) -> Iterator[V]:
-        return map(self.make, self.clients)
+    def __iter__(self) -> Iterator[tuple[int, T]]:
+        return ((client, self.make(client)) for client in self.clients)

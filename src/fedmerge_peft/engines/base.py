@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.training.plan import Plan, Served
@@ -81,9 +82,12 @@ class Engine(Protocol):
         """Training examples of each label, clients × labels; None where examples have no labels."""
 
     def train_clients(
-        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
-    ) -> Iterator[Reply | ClientError]:
-        """Send each client its plan, let it train, and hand over the replies as they come; a ``ClientError`` for those that fail."""
+        self, round: int, assignments: Iterable[tuple[int, Assignment]]
+    ) -> Iterator[tuple[Plan, Reply | ClientError]]:
+        """Run each client's plan; yield plans and replies as they come.
+
+        A client that fails yields a ``ClientError`` in place of its reply.
+        """
 
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0

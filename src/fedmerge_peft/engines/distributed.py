@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from fedmerge_peft import distributed
-from fedmerge_peft.engines.assignments import Assignments
+from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.engines.turn import ClientTurn
 from fedmerge_peft.errors import ClientError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.plan import Plan, Served
-from fedmerge_peft.util.row_buffer import Spill
+from fedmerge_peft.util.row_buffer import RowBuffer
 
 log = logging.getLogger(__name__)
 
@@ -39,82 +40,65 @@ class RankedEngine(LocalEngine):
     """
 
     def train_clients(
-        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
-    ) -> Iterator[Reply | ClientError]:
-        asked = Assignments.of(visits)
-        together = min(distributed.all_gather(lambda: self.clients_per_batch))
-        passes = [
-            asked.clients[start : start + together]
-            for start in range(0, len(asked.clients), together)
-        ]
-        owners = dealt(
-            [sum(map(self._work, clients)) for clients in passes], distributed.world_size()
-        )
-        if len(passes) < distributed.world_size():
-            log.info(
-                "%d passes of %d clients leave %d ranks idle",
-                len(passes),
-                together,
-                distributed.world_size() - len(passes),
-            )
-        mine = [
-            clients
-            for clients, owner in zip(passes, owners, strict=True)
+        self, round: int, assignments: Iterable[tuple[int, Assignment]]
+    ) -> Iterator[tuple[Plan, Reply | ClientError]]:
+        lazily = Assignments.of(assignments)
+        clients = lazily.clients
+        size = min(distributed.all_gather(lambda: self.clients_per_batch))
+        passes = [clients[start : start + size] for start in range(0, len(clients), size)]
+        ranks = distributed.world_size()
+        owners = balanced([sum(map(self._work, members)) for members in passes], ranks)
+        if len(passes) < ranks:
+            idle = ranks - len(passes)
+            log.info("%d passes of %d clients leave %d ranks idle", len(passes), size, idle)
+        own = [
+            members
+            for members, owner in zip(passes, owners, strict=True)
             if owner == distributed.rank()
         ]
-        done = distributed.on_all_ranks(partial(self._done, round, asked, mine))
-        told = ChainMap(
-            *distributed.all_gather(
-                lambda: {client: _without_numbers(answer) for client, answer in done.items()}
-            )
-        )
-        for clients, owner in zip(passes, owners, strict=True):
-            for client in clients:
-                answer = done.pop(client, None) or told[client]
-                if isinstance(answer, Reply):
-                    here = (
-                        answer.deltas
-                        if owner == distributed.rank()
-                        else torch.empty(answer.deltas.shape)
-                    )
-                    answer = replace(answer, deltas=distributed.broadcast(here, owner))
-                yield answer
+        replies = distributed.on_all_ranks(partial(self._own_replies, round, lazily, own))
+        shapes = ChainMap(*distributed.all_gather(lambda: _without_numbers(replies)))
+        for members, owner in zip(passes, owners, strict=True):
+            for client in members:
+                reply = replies.pop(client, None) or shapes[client]
+                if isinstance(reply, Reply):
+                    here = owner == distributed.rank()
+                    deltas = reply.deltas if here else torch.empty(reply.deltas.shape)
+                    reply = replace(reply, deltas=distributed.broadcast(deltas, owner))
+                yield lazily.make(client).plan, reply
 
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        asked = Assignments.of(served)
-        owners = dealt(
-            [self._tokens(client, scored=True) for client in asked.clients],
-            distributed.world_size(),
-        )
-        mine = [
+        lazily = Assignments.of(served)
+        work = [self._tokens(client, scored=True) for client in lazily.clients]
+        owners = balanced(work, distributed.world_size())
+        own = [
             client
-            for client, owner in zip(asked.clients, owners, strict=True)
+            for client, owner in zip(lazily.clients, owners, strict=True)
             if owner == distributed.rank()
         ]
-        measured = super().evaluate_clients(Assignments(mine, asked.make), completed)
-        found = ChainMap(*distributed.all_gather(lambda: dict(measured)))
-        for client in asked.clients:
-            yield client, found[client]
+        own_scores = super().evaluate_clients(Assignments(own, lazily.make), completed)
+        scores = ChainMap(*distributed.all_gather(lambda: dict(own_scores)))
+        for client in lazily.clients:
+            yield client, scores[client]
 
-    def _done(
-        self,
-        round: int,
-        asked: Assignments[tuple[int, Plan, Served | None]],
-        passes: Sequence[Sequence[int]],
+    def _own_replies(
+        self, round: int, assignments: Assignments[Assignment], passes: Sequence[Sequence[int]]
     ) -> dict[int, Reply | ClientError]:
-        """What the clients of these passes answer, with the updates put aside."""
-        kept, answers = Spill(expected=sum(map(len, passes))), dict[int, Reply | ClientError]()
+        """Run the clients of this rank's passes; the updates go to a row buffer."""
+        buffer = RowBuffer(expected_calls=sum(map(len, passes)))
+        replies: dict[int, Reply | ClientError] = {}
         for clients in passes:
-            visits = [self._visit(round, *asked.make(client)) for client in clients]
-            for client, answer in zip(clients, self._answers(visits), strict=True):
-                answers[client] = (
-                    replace(answer, deltas=kept.keep(answer.deltas))
-                    if isinstance(answer, Reply)
-                    else answer
-                )
-        return answers
+            turns = [
+                ClientTurn(round, client, self.clients[client], assignments.make(client))
+                for client in clients
+            ]
+            for client, (_, reply) in zip(clients, self._run(turns), strict=True):
+                if isinstance(reply, Reply):
+                    reply = replace(reply, deltas=buffer.append(reply.deltas))
+                replies[client] = reply
+        return replies
 
     def _work(self, client: int) -> float:
         """How long a client takes in a round, in tokens that pass forward."""
@@ -131,7 +115,7 @@ class RankedEngine(LocalEngine):
         """Of the client's training examples, or of those it is scored on."""
         held = self.clients[client]
         return float(
-            self.examples.lengths[
+            self.runtime.examples.lengths[
                 np.concatenate([held.validation, held.test]) if scored else held.train
             ].sum()
         )
@@ -139,21 +123,31 @@ class RankedEngine(LocalEngine):
 
 def load_engine(recipe: Recipe) -> LocalEngine:
     """Data and model for this process, or for its rank where a launcher has started several. Raises as ``LocalEngine.from_recipe``."""
-    if distributed.launched() == 1:
+    if distributed.launched_processes() == 1:
         return LocalEngine.from_recipe(recipe)
     make_accelerator(recipe.training)  # brings the ranks together
     return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe))
 
 
-def dealt(work: Sequence[float], hands: int) -> list[int]:
-    """Who does each piece of work, so that all are done early: the longest first, to whoever has the least (Graham 1969)."""
-    loads, owners = [0.0] * hands, [0] * len(work)
+def balanced(work: Sequence[float], ranks: int) -> list[int]:
+    """Return the rank of each piece of work, so that all ranks finish early.
+
+    The longest piece goes first, to the rank with the least work so far (Graham 1969).
+    """
+    loads, owners = [0.0] * ranks, [0] * len(work)
     for piece in sorted(range(len(work)), key=lambda number: -work[number]):
-        owners[piece] = min(range(hands), key=loads.__getitem__)
+        owners[piece] = min(range(ranks), key=loads.__getitem__)
         loads[owners[piece]] += work[piece]
     return owners
 
 
-def _without_numbers(answer: Reply | ClientError) -> Reply | ClientError:
-    """What the others are told of an answer first: all but the update, of which only the shape."""
-    return replace(answer, deltas=answer.deltas.to("meta")) if isinstance(answer, Reply) else answer
+def _without_numbers(
+    replies: Mapping[int, Reply | ClientError],
+) -> dict[int, Reply | ClientError]:
+    """Replace the updates by tensors without memory, which carry only the shape."""
+    return {
+        client: replace(reply, deltas=reply.deltas.to("meta"))
+        if isinstance(reply, Reply)
+        else reply
+        for client, reply in replies.items()
+    }

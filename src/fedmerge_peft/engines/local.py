@@ -1,18 +1,17 @@
-"""Clients trained in this process, several in one pass of the model where that is exact."""
+"""Clients trained in this process, several in one pass of the model if that is exact."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,91 +19,95 @@ from torch import Tensor
 
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same, make_strategy_context
 from fedmerge_peft.engines.score_cache import KnownScores
-from fedmerge_peft.errors import ClientError, FedMergeError
+from fedmerge_peft.engines.turn import ClientTurn, client_error
+from fedmerge_peft.errors import ClientError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
-from fedmerge_peft.tasks.base import Examples, Task
+from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.batched import Job, clients_per_batch, train_together
+from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.evaluation import evaluate, example_losses
-from fedmerge_peft.training.execute import (
-    ClientResult,
-    Requests,
-    TrainRequest,
-    carry_out_together,
-    requests,
-)
-from fedmerge_peft.training.plan import Plan, Served
+from fedmerge_peft.training.execute import run_plans
+from fedmerge_peft.training.loop import Job, train
+from fedmerge_peft.training.plan import Plan, Served, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.reference import Trained, train
+from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.profiling import timed
 from fedmerge_peft.util.seeds import derive
-from fedmerge_peft.util.vectors import finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class LocalEngine:
-    """The clients, their encoded examples, and the one backbone that all of them train on.
+    """The clients, and the runtime that all of them train on.
 
-    What a client does depends on the recipe, the round, its name and the plan it is sent; not on the strategy, nor on
-    who else takes part, save for rounding and for the dropout masks of those who share a pass of the model
-    (``training.clients_per_batch``). One engine therefore serves several strategies.
+    A client's work depends on the recipe, the round, its name and its plan. It does not depend on
+    the strategy or on who else takes part, except for rounding and the dropout masks of clients
+    that share a pass (``training.clients_per_batch``). One engine can therefore serve several
+    strategies.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        clients: Sequence[Client],
-        task: Task,
-        examples: Examples,
-        backbone: Backbone,
-        accelerator: Accelerator,
-    ) -> None:
+    def __init__(self, recipe: Recipe, clients: Sequence[Client], runtime: Runtime) -> None:
         self.recipe = recipe
         self.clients = clients
-        self.task = task
-        self.examples = examples
-        self.backbone = backbone
-        self.accelerator = accelerator
-        self.cache = self._make_cache()
+        self.runtime = runtime
         self.known = KnownScores()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LocalEngine:
-        """Load data and model. Raises ``DataError``, ``BackboneError``, ``DeviceError`` or ``RecipeError``."""
-        make_accelerator(recipe.training)  # a device that is not there should not wait for the data
-        return cls.from_data(
-            recipe, federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
-        )
+        """Load data and model.
+
+        Raises:
+            FedMergeError: Data, model or device are absent, or not what the recipe says.
+        """
+        make_accelerator(recipe.training)  # a missing device should not wait for the data
+        data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
+        return cls.from_data(recipe, data)
 
     @classmethod
     def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:
-        """Load the model for these clients, wherever their examples come from. Raises as ``from_recipe``."""
+        """Load the model for these clients, whatever their examples come from."""
         accelerator = make_accelerator(recipe.training)
         with ExitStack() as stack:
-            folder = model_folder(
-                recipe.backbone.model,
-                Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-"))),
-            )
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
+            folder = model_folder(recipe.backbone.model, scratch)
             task = make_task(recipe, data.table, folder)
             backbone = load_backbone(
                 recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed
             )
-        return cls(recipe, data.clients, task, task.encode(data.table), backbone, accelerator)
+        runtime = Runtime(backbone, task, accelerator, task.encode(data.table))
+        gigabytes = recipe.training.prefix_cache
+        if backbone.prefix is not None and gigabytes > 0:
+            rows = _rows_held(data.clients)
+            runtime.cache = PrefixCache(backbone, task, runtime.examples, rows, gigabytes)
+        return cls(recipe, data.clients, runtime)
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return self.runtime.task
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model with its adapter slot."""
+        return self.runtime.backbone
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Device and precision."""
+        return self.runtime.accelerator
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
+        """Raise ``RecipeError`` if clients would do something else under this recipe."""
         check_same(
             self.recipe,
             recipe,
@@ -112,308 +115,179 @@ class LocalEngine:
         )
 
     def with_recipe(self, recipe: Recipe) -> LocalEngine | None:
-        """An engine for a recipe that trains otherwise, with this data and model, which stay loaded; None where those differ.
+        """Reuse the loaded data and model for a recipe; return None if it needs others.
 
-        Two such engines share one model: use them in turn.
+        Engines that share a model must be used one at a time.
         """
         ours, theirs = self.recipe, recipe
-        loaded = all(
-            getattr(ours, part) == getattr(theirs, part)
-            for part in ("seed", "task", "backbone", "lora", "data")
-        )
-        parts = ("device", "mixed_precision", "prefix_cache")
-        if not loaded or any(
-            getattr(ours.training, part) != getattr(theirs.training, part) for part in parts
-        ):
+        sections = ("seed", "task", "backbone", "lora", "data")
+        if any(getattr(ours, section) != getattr(theirs, section) for section in sections):
             return None
-        lent = copy(self)
-        lent.recipe = recipe
-        lent.known = KnownScores()
-        vars(lent).pop("clients_per_batch", None)  # the batch size may be another
-        return lent
+        keys = ("device", "mixed_precision", "prefix_cache")
+        if any(getattr(ours.training, key) != getattr(theirs.training, key) for key in keys):
+            return None
+        engine = copy(self)
+        engine.recipe = recipe
+        engine.known = KnownScores()
+        vars(engine).pop("clients_per_batch", None)  # the batch size may differ
+        return engine
 
     def strategy_context(self) -> StrategyContext:
-        """What a strategy starts from."""
+        """Return what strategies are built from."""
         return make_strategy_context(self.backbone, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Training examples of each label, clients × labels; None where examples have no labels."""
+        """Count training examples by label, clients × labels; None if there are no labels."""
         if not self.task.labels:
             return None
-        ids = torch.stack(list(self.examples.columns["labels"])).numpy()
+        ids = torch.stack(list(self.runtime.examples.columns["labels"])).numpy()
+        labels = len(self.task.labels)
         return [
-            np.bincount(ids[each.train], minlength=len(self.task.labels)).tolist()
-            for each in self.clients
+            np.bincount(ids[client.train], minlength=labels).tolist() for client in self.clients
         ]
 
     def train_clients(
-        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
-    ) -> Iterator[Reply | ClientError]:
-        """Send each client its plan, let it train, and hand over the replies as they come.
-
-        In place of a client's reply comes a ``ClientError`` where its work failed, with the original error as its cause.
+        self, round: int, assignments: Iterable[tuple[int, Assignment]]
+    ) -> Iterator[tuple[Plan, Reply | ClientError]]:
+        """Run each client's plan; yield the plan and the reply, or the error that ended its work.
 
         Args:
-            round: Number of the round, from 1; with the client's name it decides all of the client's random draws.
-            visits: Client indices, what each is asked to do, and what each is served with, to be scored before any training;
-                None to score nothing. After training the recipe decides what is scored.
+            round: Number of the round, from 1. With the client's name it decides all of the
+                client's random draws.
+            assignments: Client indices and what each is sent.
         """
-        waiting = (self._visit(round, *visit) for visit in visits)
-        while chunk := list(islice(waiting, self.clients_per_batch)):
-            yield from self._answers(chunk)
+        turns = (
+            ClientTurn(round, index, self.clients[index], assignment)
+            for index, assignment in assignments
+        )
+        while chunk := list(islice(turns, self.clients_per_batch)):
+            yield from self._run(chunk)
 
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        """Score what each client is served with on its validation and test examples, without training; a ``ClientError`` where that failed.
+        """Score what each client is served with on its validation and test examples.
 
         Args:
             served: Client indices, and what each is served with.
-            completed: Number of rounds that are behind it, for errors.
+            completed: Number of completed rounds, for errors.
         """
-        for index, each in served:
+        for index, adapter in served:
             client = self.clients[index]
-            yield (
-                index,
-                _blaming(
-                    client,
-                    completed,
-                    partial(self._scores, client, each),
-                    "scored after the round: ",
-                ),
-            )
+            try:
+                yield index, self._scores(client, adapter)
+            except Exception as error:
+                yield index, client_error(client, completed, error, "scored after the round: ")
 
     @cached_property
     def clients_per_batch(self) -> int:
-        """How many clients train in one pass of the model; fewer once the GPU has run out of memory."""
-        return clients_per_batch(
-            self.backbone,
-            self.task,
-            self.recipe.training,
-            self.accelerator,
-            self.examples,
-            self._held,
-        )
+        """How many clients train in one pass of the model; fewer once the GPU ran out of memory."""
+        return clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
 
-    def _visit(self, round: int, client: int, plan: Plan, served: Served | None) -> _Visit:
-        return _Visit(round, client, self.clients[client], plan, served)
+    # ---- one chunk of clients ------------------------------------------------------------------
 
-    def _answers(self, visits: Sequence[_Visit]) -> Iterator[Reply | ClientError]:
-        """What these clients, who may share passes of the model, make of their plans; in the same order."""
-        before = [
-            visit.timed(partial(self._scores, visit.client, visit.served))
-            if visit.served is not None
-            else None
-            for visit in visits
-        ]
-
-        def losses(number: int, row: Tensor) -> Tensor | ClientError:
-            return visits[number].timed(partial(self._losses, visits[number].client, row))
-
+    def _run(self, turns: Sequence[ClientTurn]) -> Iterator[tuple[Plan, Reply | ClientError]]:
+        """Run the plans of clients that may share passes of the model."""
+        for turn in turns:
+            if (served := turn.assignment.served) is not None:
+                turn.before = turn.attempt(partial(self._scores, turn.client, served))
+        ready = [turn for turn in turns if turn.error is None]
         plans = [
-            _stopped(scores)
-            if isinstance(scores, ClientError)
-            else visit.requests(self.recipe.seed)
-            for visit, scores in zip(visits, before, strict=True)
+            (turn.assignment.plan, derive(self.recipe.seed, "train", turn.round, turn.client.name))
+            for turn in ready
         ]
-        with timed("train"):
-            done = carry_out_together(plans, partial(self._train, visits), losses)
-        for visit, scores, work in zip(visits, before, done, strict=True):
-            if isinstance(scores, ClientError):
-                yield scores
-            elif isinstance(work, ClientError):
-                yield work
-            else:
-                yield self._reply(visit, scores, work)
 
-    def _reply(
-        self, visit: _Visit, before: dict[str, float] | None, work: ClientResult
-    ) -> Reply | ClientError:
-        if not finite(work.deltas):
-            cause = "its adapter is not finite after training; lower training.learning_rate or set training.max_grad_norm"
-            return ClientError(visit.client.name, visit.round, cause)
-        finetuned = visit.served is not None and self.recipe.evaluation.finetuned
-        after = (
-            visit.timed(partial(self._scores, visit.client, work.trained)) if finetuned else None
-        )
-        if isinstance(after, ClientError):
-            return after
-        size, choice, weights = visit.client.size, work.choice, work.weights
-        return Reply(
-            visit.index,
-            work.deltas,
-            size,
-            work.loss,
-            visit.seconds,
-            before,
-            after,
-            choice,
-            weights,
-            visit.round,
-        )
+        def losses(position: int, row: Tensor) -> Tensor:
+            turn = ready[position]
+            with turn.clock():
+                size = self.recipe.evaluation.batch_size
+                return example_losses(self.runtime, row, turn.client.train, size)
+
+        with timed("train"):
+            results = run_plans(plans, partial(self._train, ready), losses)
+        for turn, result in zip(ready, results, strict=True):
+            turn.finish(result)
+            finetuned = turn.before is not None and self.recipe.evaluation.finetuned
+            if turn.result is not None and finetuned:
+                turn.after = turn.attempt(partial(self._scores, turn.client, turn.result.trained))
+        for turn in turns:
+            yield turn.assignment.plan, turn.reply()
 
     def _train(
-        self, visits: Sequence[_Visit], fits: Sequence[tuple[int, TrainRequest]]
-    ) -> list[Trained | ClientError]:
-        """Train what these clients want trained; those with like numbers of examples in one pass."""
-        trained: dict[int, Trained | ClientError] = {}
+        self, turns: Sequence[ClientTurn], queue: Sequence[tuple[int, TrainRequest]]
+    ) -> list[Trained | Exception]:
+        """Train the requests; those with similar numbers of examples share a pass."""
+        trained: dict[int, Trained | Exception] = {}
         waiting = sorted(
-            range(len(fits)), key=lambda number: -len(visits[fits[number][0]].client.train)
+            range(len(queue)), key=lambda number: -len(turns[queue[number][0]].client.train)
         )
         while waiting:
-            now = waiting[: self.clients_per_batch]
-            found = self._train_batch(
-                [(visits[client], fit) for client, fit in (fits[number] for number in now)]
-            )
-            if found is None:
-                self.clients_per_batch = (len(now) + 1) // 2
+            batch = waiting[: self.clients_per_batch]
+            members = [(turns[queue[number][0]], queue[number][1]) for number in batch]
+            outcomes = self._train_batch(members)
+            if outcomes is None:
+                self.clients_per_batch = (len(batch) + 1) // 2
                 log.warning(
                     "out of memory: from now on %d clients train in one pass of the model, at most",
                     self.clients_per_batch,
                 )
                 continue
-            trained |= zip(now, found, strict=True)
-            waiting = waiting[len(now) :]
-        return [trained[number] for number in range(len(fits))]
+            trained |= zip(batch, outcomes, strict=True)
+            waiting = waiting[len(batch) :]
+        return [trained[number] for number in range(len(queue))]
 
     def _train_batch(
-        self, batch: Sequence[tuple[_Visit, TrainRequest]]
-    ) -> Sequence[Trained | ClientError] | None:
-        """Train these in one pass, or, where that fails, one at a time, so that the one to blame is found; None: out of memory."""
-        training, rest = self.recipe.training, (self.examples, self.cache)
-        if len(batch) > 1:
+        self, members: Sequence[tuple[ClientTurn, TrainRequest]]
+    ) -> Sequence[Trained | Exception] | None:
+        """Train in one pass; if that fails, one at a time, so that the failing client is found.
+
+        Returns None if the pass ran out of memory.
+        """
+        training = self.recipe.training
+        jobs = [Job(request.job, turn.client.train, request.seed) for turn, request in members]
+        if len(members) > 1:
             begin = time.perf_counter()
-            jobs = [Job(fit.job, visit.client.train, fit.seed) for visit, fit in batch]
             try:
-                found = train_together(
-                    self.backbone, self.task, training, self.accelerator, jobs, *rest
-                )
+                trained = train(self.runtime, training, jobs)
             except torch.OutOfMemoryError:
                 return None
             except Exception as error:
                 log.warning(
                     "%d clients train one at a time, as they fail together: %s: %s",
-                    len(batch),
+                    len(members),
                     type(error).__name__,
                     error,
                 )
             else:
-                for visit, _ in batch:
-                    visit.seconds += (time.perf_counter() - begin) / len(batch)
-                return found
-        alone = partial(train, self.backbone, self.task, training, self.accelerator)
-        return [
-            visit.timed(
-                partial(alone, fit.job, self.examples, visit.client.train, fit.seed, self.cache)
-            )
-            for visit, fit in batch
-        ]
-
-    def _losses(self, client: Client, row: Tensor) -> Tensor:
-        size = self.recipe.evaluation.batch_size
-        return example_losses(
-            self.backbone,
-            self.task,
-            self.accelerator,
-            row,
-            self.examples,
-            client.train,
-            size,
-            self.cache,
-        )
-
-    def _make_cache(self) -> PrefixCache | None:
-        gigabytes = self.recipe.training.prefix_cache
-        if self.backbone.prefix is None or gigabytes == 0:
-            return None
-        return PrefixCache(self.backbone, self.task, self.examples, self._held, gigabytes)
-
-    @cached_property
-    def _held(self) -> Indices:
-        """The rows of the table that clients hold."""
-        return np.unique(
-            np.concatenate(
-                [
-                    part
-                    for client in self.clients
-                    for part in (client.train, client.validation, client.test)
-                ]
-            )
-        )
+                for turn, _ in members:
+                    turn.seconds += (time.perf_counter() - begin) / len(members)
+                return trained
+        outcomes: list[Trained | Exception] = []
+        for (turn, _), job in zip(members, jobs, strict=True):
+            try:
+                with turn.clock():
+                    outcomes += train(self.runtime, training, [job])
+            except Exception as error:
+                outcomes.append(error)
+        return outcomes
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
         with timed("evaluate"):
-            if not self.backbone.as_pretrained:  # scores would be of these weights too
+            if not self.backbone.as_pretrained:  # the scores depend on the changed weights too
                 return self._evaluate(client, served)
             return self.known.of(client.name, served, partial(self._evaluate, client, served))
 
     def _evaluate(self, client: Client, served: Served) -> dict[str, float]:
         scores: dict[str, float] = {}
         batch_size = self.recipe.evaluation.batch_size
-        for part, indices in (("validation", client.validation), ("test", client.test)):
-            if len(indices):
-                found = evaluate(
-                    self.backbone,
-                    self.task,
-                    self.accelerator,
-                    served,
-                    self.examples,
-                    indices,
-                    batch_size,
-                    self.cache,
-                )
-                scores |= {f"{part}_{name}": value for name, value in found.items()}
+        for part, rows in (("validation", client.validation), ("test", client.test)):
+            if len(rows):
+                values = evaluate(self.runtime, served, rows, batch_size)
+                scores |= {f"{part}_{name}": value for name, value in values.items()}
         return scores
 
 
-@dataclass
-class _Visit:
-    """One client's part in one round."""
-
-    round: int
-    index: int
-    client: Client
-    plan: Plan
-    served: Served | None
-    seconds: float = 0.0
-    """Time spent on this client; of a pass that several share, its part."""
-
-    def timed(self, work: Callable[[], T]) -> T | ClientError:
-        """What some work gives: the time is this client's, and the errors are."""
-        begin = time.perf_counter()
-        found = _blaming(self.client, self.round, work)
-        self.seconds += time.perf_counter() - begin
-        return found
-
-    def requests(self, seed: int) -> Requests:
-        """What the client's plan asks for."""
-        try:
-            return (
-                yield from requests(self.plan, derive(seed, "train", self.round, self.client.name))
-            )
-        except ClientError:
-            raise
-        except Exception as error:
-            raise _blame(self.client, self.round, error) from error
-
-
-def _stopped(error: ClientError) -> Requests:
-    """Asks for nothing, as the client has failed already."""
-    yield from ()
-    raise error
-
-
-def _blaming(client: Client, round: int, work: Callable[[], T], when: str = "") -> T | ClientError:
-    """What some work gives, or one ``ClientError`` that names the client, for whatever fails."""
-    try:
-        return work()
-    except Exception as error:
-        return _blame(client, round, error, when)
-
-
-def _blame(client: Client, round: int, error: Exception, when: str = "") -> ClientError:
-    """One ``ClientError`` for whatever failed, which is its cause; our own errors say enough."""
-    said = str(error) if isinstance(error, FedMergeError) else f"{type(error).__name__}: {error}"
-    blamed = ClientError(client.name, round, f"{when}{said}")
-    blamed.__cause__ = error
-    return blamed
+def _rows_held(clients: Sequence[Client]) -> Indices:
+    """Return the rows of the table that clients hold, ascending."""
+    parts = [rows for client in clients for rows in (client.train, client.validation, client.test)]
+    return np.unique(np.concatenate(parts))

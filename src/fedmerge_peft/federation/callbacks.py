@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from fedmerge_peft import distributed
 from fedmerge_peft.runs.record import RoundRecord
 
 if TYPE_CHECKING:
@@ -42,24 +44,26 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Several callbacks as one, called in their order."""
+    """Several callbacks as one, called in their order, on all ranks."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         super().__init__()
         self._callbacks = list(callbacks)
 
     def on_start(self, federation: Federation, run: RunDirectory) -> None:
-        for callback in self._callbacks:
-            callback.on_start(federation, run)
+        self._each(lambda callback: callback.on_start(federation, run))
 
     def on_client(self, reply: Reply) -> None:
         for callback in self._callbacks:
             callback.on_client(reply)
 
     def on_round(self, record: RoundRecord) -> None:
-        for callback in self._callbacks:
-            callback.on_round(record)
+        self._each(lambda callback: callback.on_round(record))
 
     def on_end(self, run: RunDirectory) -> None:
+        self._each(lambda callback: callback.on_end(run))
+
+    def _each(self, hook: Callable[[Callback], None]) -> None:
+        """Call a hook of each callback; an exception on one rank is raised on all."""
         for callback in self._callbacks:
-            callback.on_end(run)
+            distributed.on_all_ranks(partial(hook, callback))

@@ -24,11 +24,11 @@ from fedmerge_peft.recipe.diff import differing, flat
 from fedmerge_peft.runs.checkpoint import RESUME_OVERRIDES
 from fedmerge_peft.runs.cleanup import remove_temporary_files
 from fedmerge_peft.runs.directory import RunDirectory, with_baselines
-from fedmerge_peft.runs.record import RoundRecord, Scores
+from fedmerge_peft.runs.record import Scores
 from fedmerge_peft.runs.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.runs.writer import RunWriter
-from fedmerge_peft.util import profiling
-from fedmerge_peft.util.files import held
+from fedmerge_peft.util.files import locked_directory
+from fedmerge_peft.util.profiling import timed
 
 
 def run_recipe(
@@ -57,7 +57,7 @@ def resume_run(
     run = RunDirectory.open(path)
     recipe = _continued(run, overrides)
     check_trackers(recipe)
-    if distributed.launched() > 1:
+    if distributed.launched_processes() > 1:
         engine = engine or load_engine(
             recipe
         )  # the ranks come together first, so that all have seen the directory before it changes
@@ -71,7 +71,7 @@ def resume_run(
 
 
 def _hold(stack: ExitStack, directory: Path) -> None:
-    stack.enter_context(held(directory))
+    stack.enter_context(locked_directory(directory))
 
 
 def _check_unfinished(run: RunDirectory, rounds: int) -> None:
@@ -99,100 +99,64 @@ def _continued(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
     return recipe
 
 
-def _federate(
-    recipe: Recipe,
-    directory: Path,
-    engine: Engine,
-    callbacks: Callback,
-) -> None:
-    """Do what is left of a recipe and its baselines, all of it or the rest."""
+def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callback) -> None:
+    """Run what is left of a recipe and its baselines."""
     for one, path in with_baselines(recipe, directory):
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
         federation = Federation(one, engine)
-        run = distributed.on_all_ranks(partial(_open, path, one, federation))
-        _catch_up(run, federation)
+        run = RunWriter(path, one)
+        run.begin(engine, federation.strategy)
+        _restore(federation, run)
         with ExitStack() as stack:
-            tracked = distributed.on_all_ranks(partial(_track, stack, one, path, engine))
-            distributed.on_all_ranks(partial(callbacks.on_start, federation, run))
-            _finish(federation, run, tracked, callbacks)
-            distributed.on_all_ranks(partial(callbacks.on_end, run))
+            trackers = tracking(one, path, engine.accelerator)
+            tracked = distributed.on_all_ranks(partial(stack.enter_context, trackers))
+            callbacks.on_start(federation, run)
+            _run_rounds(federation, run, tracked, callbacks)
+            callbacks.on_end(run)
 
 
 def _has_ended(path: Path, rounds: int) -> bool:
     return RunDirectory(path).final_round == rounds
 
 
-def _open(path: Path, recipe: Recipe, federation: Federation) -> RunWriter:
-    """What writes the run; on other ranks than the first, nothing asks it to."""
-    if not distributed.is_main():
-        return RunWriter(path, recipe)
-    if (path / "recipe.yaml").is_file():
-        return RunWriter.reopen(path, recipe, federation.engine, federation.strategy)
-    return RunWriter.create(path, recipe, federation.engine)
-
-
-def _catch_up(run: RunWriter, federation: Federation) -> None:
-    """Go on where the run stopped; the first rank has read it."""
+def _restore(federation: Federation, run: RunWriter) -> None:
+    """Bring all ranks to the state that rank 0 has read from the run directory."""
     strategy = federation.strategy
     records: list[dict[str, Any]] = distributed.on_rank_zero(lambda: run.records)
     if records and distributed.world_size() > 1:
         rows, base, state = distributed.on_rank_zero(
-            lambda: (strategy.soup.rows, dict(strategy.soup.base), strategy.state())
+            lambda: (strategy.soup.rows, dict(strategy.soup.base), strategy.state_dict())
         )
         if not distributed.is_main():
-            strategy.soup = replace(
-                strategy.soup,
-                rows=rows.clone(),
-                base={module: tensor.clone() for module, tensor in base.items()},
-            )
-            strategy.load_state(state)
+            base = {module: tensor.clone() for module, tensor in base.items()}
+            strategy.soup = replace(strategy.soup, rows=rows.clone(), base=base)
+            strategy.load_state_dict(state)
     federation.restore_progress(records)
 
 
-def _track(stack: ExitStack, recipe: Recipe, path: Path, engine: Engine) -> Tracking:
-    return (
-        stack.enter_context(tracking(recipe, path, engine.accelerator))
-        if distributed.is_main()
-        else Tracking()
-    )
-
-
-def _finish(
-    federation: Federation,
-    run: RunWriter,
-    tracked: Tracking,
-    callbacks: Callback,
+def _run_rounds(
+    federation: Federation, run: RunWriter, tracked: Tracking, callbacks: Callback
 ) -> None:
-    """The rounds that are left, then the final scores."""
+    """Run the rounds that are left, then take the final scores."""
+    strategy = federation.strategy
+    names = [client.name for client in federation.engine.clients]
 
-    def keep_best(completed: int, scores: Scores) -> None:
-        with profiling.timed("save"):
-            distributed.on_rank_zero(
-                partial(run.save_if_best, completed, scores, federation.strategy)
-            )
+    def save_if_best(completed: int, scores: Scores) -> None:
+        with timed("save"):
+            run.save_if_best(completed, scores, strategy)
 
-    def save(record: RoundRecord) -> None:
-        run.append(record, federation.strategy)
-        tracked.record(record)
-        if federation.strategy.learns_weights:
-            tracked.weights(
-                federation.strategy.weights,
-                [client.name for client in federation.engine.clients],
-                record.round,
-            )
-
-    def end(final: Scores | None) -> None:
-        run.finish(final)
-        tracked.final(final, federation.completed)
-
-    with profiling.timed("other"):
-        for record in federation.rounds(callbacks.on_client, keep_best):
-            with profiling.timed("save"):
-                distributed.on_rank_zero(partial(save, record))
-            distributed.on_all_ranks(partial(callbacks.on_round, record))
+    with timed("other"):
+        for record in federation.rounds(callbacks.on_client, save_if_best):
+            with timed("save"):
+                run.append(record, strategy)
+                tracked.record(record)
+                if strategy.learns_weights:
+                    tracked.weights(strategy.weights, names, record.round)
+            callbacks.on_round(record)
         final = federation.evaluate()
-        if final is not None and len(final.clients) == len(federation.engine.clients):
-            keep_best(federation.completed, final)
-        with profiling.timed("save"):
-            distributed.on_rank_zero(partial(end, final))
+        if final is not None and len(final.clients) == len(names):
+            save_if_best(federation.completed, final)
+        with timed("save"):
+            run.finish(final)
+            tracked.final(final, federation.completed)

@@ -25,7 +25,7 @@ from fedmerge_peft.recipe.diff import differing, flat, written
 from fedmerge_peft.runs.cleanup import check_only_run_files, files_in, remove_run
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.record import RoundRecord
-from fedmerge_peft.util.files import held, writing
+from fedmerge_peft.util.files import locked_directory, translated_write_errors
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ def run_sweep(
     on_round: Callable[[str, RoundRecord], None] | None = None,
 ) -> dict[str, Path]:
     """Run each recipe into ``out/<name>``; returns the run directories. Documented at ``api.sweep``."""
-    distributed.refuse_ranks("a sweep")
+    distributed.require_single_process("a sweep")
     paths = {name: _path(Path(out), name) for name in recipes}
-    with writing(Path(out)):
+    with translated_write_errors(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)
     finished: dict[str, Path] = {}
     failures: dict[str, str] = {}
@@ -57,7 +57,7 @@ def run_sweep(
     def attempt(name: str, engine: LocalEngine | None) -> LocalEngine | None:
         """Run one recipe, on this engine or a new one; the engine to go on with. Raises ``RunBusyError``."""
         try:
-            with held(paths[name]):
+            with locked_directory(paths[name]):
                 if _finished(
                     paths[name], recipes[name]
                 ):  # by another process, since this one looked

@@ -1,1 +1,1 @@
-"""The frozen pretrained model, its adapter slot, and several adapters in one pass."""
+"""Frozen pretrained model with an adapter slot, and stacks of adapters in one forward pass."""

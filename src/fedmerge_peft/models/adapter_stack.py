@@ -1,4 +1,4 @@
-"""Several adapters in the one model at once, each on its own part of the batch."""
+"""Stack of adapters on one model, each applied to its own part of the batch."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ Forward = Callable[..., Tensor]
 
 
 class AdapterStack:
-    """K adapters on one frozen model: the first K-th of a batch's examples passes through the first adapter, and so on.
+    """K adapters on one frozen model, applied to K consecutive parts of equal size of a batch.
 
-    The frozen weights see the whole batch at once. Where an adapter acts, each has its own product, by one ``bmm`` for all: LoRA's
-    B A beside a frozen layer, and the layers of a head. No example of one part touches another part's adapter, so the gradient of the
-    sum of the parts' losses holds each adapter's own.
+    Frozen weights process the whole batch at once. Adapted layers, that is LoRA layers and the
+    layers of a head, apply K matrices in one ``bmm``. An example passes through the adapter of its
+    own part only. Therefore the gradient of the sum of the parts' losses with respect to one
+    adapter equals the gradient of its own part's loss.
 
     Args:
-        backbone: A model to which ``unstackable`` has no objection.
-        rows: The adapters, ``(K, P)``, on the model's device.
+        backbone: Model for which ``stacking_obstacle`` returns None.
+        rows: K adapters, ``(K, P)``, on the model's device. The stack copies them.
     """
 
     def __init__(self, backbone: Backbone, rows: Tensor) -> None:
         self.rows = rows.clone(memory_format=torch.contiguous_format)
-        """``(K, P)``; what changes them changes what the model computes."""
+        """``(K, P)``. In-place changes take effect in the next forward pass."""
         self.gradient = torch.zeros_like(self.rows)
-        """``(K, P)``: where ``backward`` adds each adapter's gradient."""
+        """``(K, P)``. ``backward`` accumulates gradients here."""
         self.model = backbone.model
         self._backbone = backbone
         self._leaves: dict[int, Tensor] = {}
-        """``(K, *shape)`` for each trainable tensor, by its identity: views of the rows."""
-        self.keep(len(rows))
+        """Views of the rows, ``(K, *shape)``, by the ``id`` of the trainable tensor."""
+        self.truncate(len(rows))
 
     def __len__(self) -> int:
-        """K."""
+        """Return K."""
         return len(self.rows)
 
-    def keep(self, count: int) -> None:
-        """Go on with the first ``count`` adapters; the rest leave the stack as they are."""
+    def truncate(self, count: int) -> None:
+        """Reduce the stack to its first ``count`` adapters."""
         self.rows, self.gradient = self.rows[:count], self.gradient[:count]
         for parameter, entry in zip(
             self._backbone.trainable, self._backbone.layout.entries, strict=True
@@ -53,26 +54,28 @@ class AdapterStack:
             )
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss, the sum of the parts' losses, to ``gradient``."""
-        # Not by the leaves' own .grad: torch warns where gradients are not contiguous, as views of a matrix cannot be.
-        found = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
-        for entry, each in zip(self._backbone.layout.entries, found, strict=True):
-            if each is not None:
-                self.gradient[:, entry.columns].view(len(self), *entry.shape).add_(each)
+        """Add the gradient of ``loss``, the sum of the parts' losses, to ``gradient``."""
+        # Torch warns about leaves whose .grad is not contiguous, such as views of matrix columns.
+        gradients = torch.autograd.grad(loss, list(self._leaves.values()), allow_unused=True)
+        for entry, gradient in zip(self._backbone.layout.entries, gradients, strict=True):
+            if gradient is not None:
+                self.gradient[:, entry.columns].view(len(self), *entry.shape).add_(gradient)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, forward passes go through the stack instead of the backbone's slot. Backward passes belong inside too."""
-        modules = list(_sites(self._backbone.model))
-        own = [
-            vars(module).get("forward") for module in modules
-        ]  # some have one that is not their class's, such as accelerate's
+        """Apply the stack instead of the backbone's slot inside the context.
+
+        Backward passes must run inside the context too.
+        """
+        modules = list(_adapted_modules(self._backbone.model))
+        # Instance attributes that replace the method of the class, such as accelerate's.
+        originals = [vars(module).get("forward") for module in modules]
         for module in modules:
             module.forward = self._forward(module)
         try:
             yield
         finally:
-            for module, forward in zip(modules, own, strict=True):
+            for module, forward in zip(modules, originals, strict=True):
                 del module.forward
                 if forward is not None:
                     module.forward = forward
@@ -87,7 +90,7 @@ class AdapterStack:
         )
 
     def _lora(self, layer: Any) -> Forward:
-        """W x + scaling · B_k A_k x, as PEFT's layer without variants."""
+        """Compute W x + scaling · B_k A_k x, as PEFT's plain LoRA layer."""
         a: Tensor = layer.lora_A["default"].weight
         b: Tensor = layer.lora_B["default"].weight
         scaling: float = layer.scaling["default"]
@@ -95,24 +98,30 @@ class AdapterStack:
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result: Tensor = layer.base_layer(x, *args, **kwargs)
-            low = torch.bmm(self._parts(dropout(x.to(a.dtype))), self._of(a).transpose(1, 2))
-            up = self._of(b).transpose(1, 2)
-            if low.dtype == result.dtype:  # one pass over the memory instead of three
-                return torch.baddbmm(self._parts(result), low, up, alpha=scaling).view_as(result)
+            low = torch.bmm(
+                self._by_adapter(dropout(x.to(a.dtype))), self._stacked(a).transpose(1, 2)
+            )
+            up = self._stacked(b).transpose(1, 2)
+            if low.dtype == result.dtype:  # one pass over memory instead of three
+                return torch.baddbmm(self._by_adapter(result), low, up, alpha=scaling).view_as(
+                    result
+                )
             return (result + torch.bmm(low, up).view_as(result) * scaling).to(result.dtype)
 
         return forward
 
     def _linear(self, layer: Any) -> Forward:
-        """W_k x + b_k; ``Conv1D`` holds W_kᵀ."""
+        """Compute W_k x + b_k. ``Conv1D`` stores W_kᵀ."""
 
         def forward(x: Tensor) -> Tensor:
-            weight = self._of(layer.weight)
+            weight = self._stacked(layer.weight)
             weight = weight.transpose(1, 2) if isinstance(layer, nn.Linear) else weight
             if layer.bias is None:
-                product = torch.bmm(self._parts(x), weight)
+                product = torch.bmm(self._by_adapter(x), weight)
             else:
-                product = torch.baddbmm(self._of(layer.bias)[:, None], self._parts(x), weight)
+                product = torch.baddbmm(
+                    self._stacked(layer.bias)[:, None], self._by_adapter(x), weight
+                )
             return product.view(*x.shape[:-1], -1)
 
         return forward
@@ -122,26 +131,30 @@ class AdapterStack:
             normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
             scaled = (
                 normal.reshape(len(self), -1, *layer.normalized_shape)
-                * self._of(layer.weight)[:, None]
+                * self._stacked(layer.weight)[:, None]
             )
             if layer.bias is not None:
-                scaled = scaled + self._of(layer.bias)[:, None]
+                scaled = scaled + self._stacked(layer.bias)[:, None]
             return scaled.view_as(normal).to(normal.dtype)
 
         return forward
 
-    def _of(self, parameter: Tensor) -> Tensor:
-        """Each adapter's version of a tensor, ``(K, *shape)``; of a frozen one, the same for all."""
+    def _stacked(self, parameter: Tensor) -> Tensor:
+        """Return the K versions ``(K, *shape)`` of a tensor. A frozen tensor is expanded."""
         leaf = self._leaves.get(id(parameter))
         return parameter.expand(len(self), *parameter.shape) if leaf is None else leaf
 
-    def _parts(self, x: Tensor) -> Tensor:
-        """The batch by adapters, ``(K, positions, width)``."""
+    def _by_adapter(self, x: Tensor) -> Tensor:
+        """Reshape the batch to ``(K, positions, width)``."""
         return x.reshape(len(self), -1, x.shape[-1])
 
 
-def unstackable(backbone: Backbone) -> str | None:
-    """Why several adapters cannot share this model's batches, as far as its modules tell; None where nothing speaks against it."""
+def stacking_obstacle(backbone: Backbone) -> str | None:
+    """Find a reason against stacking adapters on this model, from its modules and configuration.
+
+    Returns:
+        The reason as text, or None if there is no known obstacle.
+    """
     from peft.tuners.lora.layer import LoraLayer
 
     model = backbone.model
@@ -155,18 +168,24 @@ def unstackable(backbone: Backbone) -> str | None:
         return f"the model routes tokens to experts ({experts[0]} in its configuration)"
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not _is_plain_lora(module):
-            return f"{_short(name)} is not a plain linear layer ({type(module.get_base_layer()).__name__}, {type(module).__name__})"
+            kinds = f"{type(module.get_base_layer()).__name__}, {type(module).__name__}"
+            return f"{_short_name(name)} is not a plain linear layer ({kinds})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats:
-            return f"{_short(name)} mixes the examples of a batch ({type(module).__name__})"
-    stacked = {id(tensor) for module in _sites(model) for tensor in _tensors(module)}
+            return f"{_short_name(name)} mixes the examples of a batch ({type(module).__name__})"
+    stacked = {
+        id(tensor) for module in _adapted_modules(model) for tensor in _stacked_tensors(module)
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in stacked:
-            return f"{_short(name)} trains, and is neither LoRA's nor that of a linear layer or a LayerNorm"
+            return (
+                f"{_short_name(name)} is trainable, but belongs to neither LoRA, "
+                "a linear layer nor a LayerNorm"
+            )
     return None
 
 
-def _sites(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose forward pass differs between adapters."""
+def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose forward pass depends on the adapter."""
     from peft.tuners.lora.layer import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
@@ -182,8 +201,8 @@ def _sites(model: nn.Module) -> Iterator[nn.Module]:
                 yield module
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """What a site has an adapter's own version of."""
+def _stacked_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the tensors of an adapted module that differ between adapters."""
     from peft.tuners.lora.layer import LoraLayer
 
     if isinstance(module, LoraLayer):
@@ -192,7 +211,10 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """Whether the layer computes W x + scaling · B A x and no more: not DoRA's, not quantized, not a convolution or an embedding."""
+    """Return True if the layer computes W x + scaling · B A x.
+
+    DoRA, quantized layers, convolutions and embeddings are not plain LoRA.
+    """
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D
 
@@ -200,5 +222,5 @@ def _is_plain_lora(layer: Any) -> bool:
     return plain and list(layer.lora_A) == ["default"] and not layer.lora_variant
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     return name.removeprefix("base_model.model.")

@@ -1,4 +1,4 @@
-"""The frozen layers in front of the first layer that trains: what enters that layer is the same for good."""
+"""Frozen prefix: layers before the first trainable one, whose outputs never change."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class Prefix:
-    """The layers of a model's stack that precede the first layer with a trainable tensor, layer l.
+    """Layers of a model before layer l, the first layer with a trainable tensor.
 
     Args:
-        layers: The layers 0 to l - 1; at least one.
-        first: Layer l, the first that trains.
-        frozen: All modules that run before layer l, those of ``layers`` included.
+        layers: Layers 0 to l - 1, at least one.
+        first: Layer l.
+        frozen: All modules that run before layer l, including ``layers``.
     """
 
     def __init__(self, layers: list[nn.Module], first: nn.Module, frozen: list[nn.Module]) -> None:
@@ -23,29 +23,33 @@ class Prefix:
         self.first = first
         self.frozen = frozen
         self._entries: int | None = None
-        """How long the tuple is that such a layer returns, states first; None for the states alone."""
+        """Length of the tuple that a prefix layer returns, or None if it returns a tensor."""
 
     def freeze(self) -> None:
-        """Put the prefix into evaluation mode, whatever mode the rest of the model is in.
+        """Put the prefix into evaluation mode, independently of the rest of the model.
 
-        Nothing in it learns, so its dropout would regularise nothing; and without it the states do not change between steps.
+        The prefix has no trainable parameters for dropout to regularize. Without dropout, its
+        outputs are the same in every step.
         """
         for module in self.frozen:
             module.training = False
 
     @contextmanager
-    def recorded(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
-        """Within, each forward pass hands the states that enter layer l to ``keep``: ``(batch, length, width)`` as a rule."""
+    def record(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
+        """Pass the input of layer l to ``keep`` in each forward pass inside the context.
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        The shape is usually ``(batch, length, width)``.
+        """
+
+        def record_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             keep(_states(args, kwargs))
 
-        def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def record_output_length(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._entries = len(output) if isinstance(output, tuple) else None
 
         handles = [
-            self.first.register_forward_pre_hook(record, with_kwargs=True),
-            self.layers[-1].register_forward_hook(remember),
+            self.first.register_forward_pre_hook(record_input, with_kwargs=True),
+            self.layers[-1].register_forward_hook(record_output_length),
         ]
         try:
             yield
@@ -54,10 +58,13 @@ class Prefix:
                 handle.remove()
 
     @contextmanager
-    def replayed(self, states: Tensor) -> Iterator[None]:
-        """Within, forward passes leave out the prefix's layers, and layer l gets these states. Record before the first replay."""
+    def replay(self, states: Tensor) -> Iterator[None]:
+        """Skip the prefix and pass ``states`` to layer l in forward passes inside the context.
 
-        def replay(
+        Call ``record`` before the first ``replay``.
+        """
+
+        def replace_input(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (
@@ -66,45 +73,48 @@ class Prefix:
                 else (args, kwargs | {"hidden_states": states})
             )
 
-        def pass_on(*args: Any, **kwargs: Any) -> Any:
-            same = _states(args, kwargs)
-            return same if self._entries is None else (same, *[None] * (self._entries - 1))
+        def identity(*args: Any, **kwargs: Any) -> Any:
+            hidden = _states(args, kwargs)
+            return hidden if self._entries is None else (hidden, *[None] * (self._entries - 1))
 
-        handle = self.first.register_forward_pre_hook(replay, with_kwargs=True)
-        own = [
-            vars(layer).get("forward") for layer in self.layers
-        ]  # some have one that is not their class's, such as accelerate's
+        handle = self.first.register_forward_pre_hook(replace_input, with_kwargs=True)
+        # Instance attributes that replace the method of the class, such as accelerate's.
+        originals = [vars(layer).get("forward") for layer in self.layers]
         for layer in self.layers:
-            layer.forward = pass_on
+            layer.forward = identity
         try:
             yield
         finally:
             handle.remove()
-            for layer, forward in zip(self.layers, own, strict=True):
+            for layer, forward in zip(self.layers, originals, strict=True):
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
 
 
 def find_prefix(model: nn.Module) -> Prefix | None:
-    """The model's frozen prefix, by what its parameters and the order of its modules say; None where there is none.
+    """Find the frozen prefix from the model's parameters and the order of its modules.
 
-    That is where one ``ModuleList`` holds layers with trainable tensors, the first of its layers has none, and what else trains is a head
-    that comes after. Models that fit this and still do something else are found out by running them (``PrefixCache``).
+    A model has a prefix if exactly one ``ModuleList`` has layers with trainable tensors, its first
+    layer has none, and all other trainable tensors belong to heads after it. These conditions are
+    necessary only; ``PrefixCache`` verifies the prefix by running the model.
+
+    Returns:
+        The prefix, or None.
     """
     from peft.utils import ModulesToSaveWrapper
 
     stacks = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _trains(module)
+        if isinstance(module, nn.ModuleList) and _has_trainable(module)
     }
     outer = [name for name in stacks if not any(name.startswith(other + ".") for other in stacks)]
-    if len(outer) != 1:  # an encoder and a decoder, say
+    if len(outer) != 1:  # for example, an encoder and a decoder
         return None
     stack = outer[0]
     layers = list(stacks[stack])
-    first = next(index for index, layer in enumerate(layers) if _trains(layer))
+    first = next(index for index, layer in enumerate(layers) if _has_trainable(layer))
     heads = tuple(
         name + "."
         for name, module in model.named_modules()
@@ -115,28 +125,28 @@ def find_prefix(model: nn.Module) -> Prefix | None:
         for name, p in model.named_parameters()
         if p.requires_grad and not name.startswith(stack + ".")
     ]
-    entrance = f"{stack}.{first}"
-    before = dict(_before(model, entrance))
+    first_name = f"{stack}.{first}"
+    before = dict(_modules_before(model, first_name))
     early = tuple(name + "." for name in before)
     if first == 0 or any(not name.startswith(heads) or name.startswith(early) for name in outside):
         return None
     return Prefix(layers[:first], layers[first], list(before.values()))
 
 
-def _before(model: nn.Module, entrance: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are registered before this one and do not contain it."""
+def _modules_before(model: nn.Module, layer: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules that are registered before ``layer`` and do not contain it."""
     for name, module in model.named_modules():
-        if name == entrance:
+        if name == layer:
             return
-        if name and not entrance.startswith(name + "."):
+        if name and not layer.startswith(name + "."):
             yield name, module
 
 
-def _trains(module: nn.Module) -> bool:
+def _has_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a layer's arguments."""
+    """Return the hidden states among a layer's arguments."""
     states: Tensor = args[0] if args else kwargs["hidden_states"]
     return states

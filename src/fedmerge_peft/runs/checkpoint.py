@@ -31,8 +31,8 @@ from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
 from fedmerge_peft.strategies.base import Strategy
-from fedmerge_peft.util.files import atomically, writing
-from fedmerge_peft.util.stateful import described
+from fedmerge_peft.util.files import translated_write_errors, write_atomically
+from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +78,13 @@ class Checkpoint:
             expected.base.keys(),
         ):
             raise ValueError(
-                f"its soup is {described(saved.rows)}, or has other parts, but "
-                f"{described(expected.rows)} was expected"
+                f"its soup is {describe(saved.rows)}, or has other parts, but "
+                f"{describe(expected.rows)} was expected"
             )
         # Cloned: kernels may round differently on memory that torch did not align.
         base = {module: tensor.clone() for module, tensor in saved.base.items()}
         strategy.soup = replace(expected, rows=saved.rows.clone(), base=base)
-        strategy.load_state({**self.tensors, **self.manifest.counters})
+        strategy.load_state_dict({**self.tensors, **self.manifest.counters})
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -92,10 +92,10 @@ class Checkpoint:
 
 def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
     """Write the first file of a checkpoint and return its path. Raises ``RunError``."""
-    with writing(folder):
+    with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
-    atomically(path, soup.save)
+    write_atomically(path, soup.save)
     return path
 
 
@@ -114,12 +114,12 @@ def commit(
     Raises:
         RunError: A file cannot be written.
     """
-    state = strategy.state()
+    state = strategy.state_dict()
     tensors = {
         name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)
     }
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    with writing(folder):
+    with translated_write_errors(folder):
         manifest = Manifest(
             round,
             metrics_bytes,
@@ -129,7 +129,7 @@ def commit(
         )
         text = json.dumps(asdict(manifest), default=str)
         metadata = {"manifest": text, "sha256": _digest(tensors, text), "format": "pt"}
-        atomically(
+        write_atomically(
             _path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=metadata)
         )
     prune(folder, round)
@@ -144,7 +144,7 @@ def prune(folder: Path, round: int) -> None:
     for number in rounds_in(folder):
         if not round - KEEP_LAST < number <= round:
             for path in (_path(folder, number), _soup_path(folder, number)):
-                with writing(path):
+                with translated_write_errors(path):
                     path.unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.util.files import writing
+from fedmerge_peft.util.files import translated_write_errors
 
 _RUN_FILE = re.compile(
     r"(baselines/[^/]+/)*"
@@ -60,7 +60,7 @@ def remove_run(directory: Path) -> None:
     """
     check_only_run_files(directory)
     recipe = directory / "recipe.yaml"
-    with writing(directory):
+    with translated_write_errors(directory):
         for file in sorted(files_in(directory), key=lambda path: path == recipe):
             file.unlink()
         for folder, _, _ in os.walk(directory, topdown=False):
@@ -70,7 +70,7 @@ def remove_run(directory: Path) -> None:
 
 def remove_temporary_files(directory: Path) -> None:
     """Remove files that were being written when the run was interrupted. Raises ``RunError``."""
-    with writing(directory):
+    with translated_write_errors(directory):
         for path in files_in(directory):
             if is_temporary(path.relative_to(directory).as_posix()):
                 path.unlink()

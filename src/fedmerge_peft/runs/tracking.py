@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedmerge_peft.distributed import is_main
 from fedmerge_peft.errors import RecipeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
@@ -138,7 +139,7 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
     Raises:
         RunError: A tracker cannot be started.
     """
-    if not recipe.tracking:
+    if not recipe.tracking or not is_main():
         yield Tracking()
         return
     from accelerate import Accelerator

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmerge_peft.distributed import rank_zero
 from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs import checkpoint as checkpoints
@@ -17,12 +18,12 @@ from fedmerge_peft.runs.environment import environment_of
 from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies.base import Strategy
 from fedmerge_peft.util.files import (
-    atomically,
-    link,
+    hardlink,
+    translated_write_errors,
+    write_atomically,
     write_json,
     write_tensors,
     write_text,
-    writing,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 
 class RunWriter(RunDirectory):
-    """Write one run, from one process that holds the directory (``util.files.held``)."""
+    """Write one run, from one process that holds the directory (``util.files.locked_directory``).
+
+    On several ranks, every rank calls these methods. Only rank 0 writes, and its errors are raised
+    on all ranks.
+    """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         super().__init__(path)
@@ -38,36 +43,32 @@ class RunWriter(RunDirectory):
         self.completed = 0
         """Rounds on disk."""
 
-    @classmethod
-    def create(cls, path: Path, recipe: Recipe, engine: Engine) -> RunWriter:
-        """Create the directory and write the metadata.
+    @rank_zero
+    def begin(self, engine: Engine, strategy: Strategy) -> None:
+        """Create the directory of a new run, or roll an interrupted run back.
 
-        Raises:
-            RunExistsError: The directory is not empty.
-            RunError: It cannot be written.
-        """
-        cls.check_free(path)
-        run = cls(path, recipe)
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        run._write_metadata(recipe, engine)
-        return run
-
-    @classmethod
-    def reopen(cls, path: Path, recipe: Recipe, engine: Engine, strategy: Strategy) -> RunWriter:
-        """Roll back to the latest valid checkpoint and remove what was written after it.
+        A new directory gets the metadata. An interrupted run goes back to its latest valid
+        checkpoint, and files written after it are removed.
 
         Args:
-            path: An interrupted run, or an ended one that gets more rounds.
-            recipe: The run's recipe; ``checkpoint.RESUME_OVERRIDES`` may have other values.
             engine: The engine loaded for the recipe.
             strategy: A new strategy, restored in place.
 
         Raises:
+            RunExistsError: The directory holds other files; nothing was changed.
             ResumeError: The run cannot be resumed; nothing was changed.
             RunError: The directory cannot be written. The run can still be resumed later.
         """
-        run = cls(path, recipe)
+        if (self.path / "recipe.yaml").is_file():
+            self._reopen(engine, strategy)
+        else:
+            self.check_free(self.path)
+            with translated_write_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._write_metadata(self.recipe, engine)
+
+    def _reopen(self, engine: Engine, strategy: Strategy) -> None:
+        path, recipe = self.path, self.recipe
         documents = _metadata(recipe, engine)
         for name in ("clients.json", "task.json"):
             if (path / name).is_file() and _read(path / name) != json.loads(
@@ -88,30 +89,33 @@ class RunWriter(RunDirectory):
                     f"{path} cannot be resumed: its checkpoint belongs to another adapter or "
                     f"another version ({error})"
                 ) from error
-        run._roll_back(checkpoint)
-        run._write_metadata(recipe, engine)
+        self._roll_back(checkpoint)
+        self._write_metadata(recipe, engine)
         if checkpoint is not None:
             write_tensors(path / "weights.safetensors", {"weights": strategy.weights})
-        return run
 
+    @rank_zero
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
         """Write a finished round. Raises ``RunError``.
 
         Soup and weights are written first, so that every line of metrics has its files. The
         checkpoint is written last.
         """
-        with writing(self.path / "weights") as folder:
+        with translated_write_errors(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
         write_tensors(
             self.path / "weights" / f"round-{record.round:05}.safetensors",
             {"weights": strategy.weights},
         )
-        link(
+        hardlink(
             checkpoints.write_soup(self.path / "checkpoint", record.round, strategy.soup),
             self.path / "soup.safetensors",
         )
         write_tensors(self.path / "weights.safetensors", {"weights": strategy.weights})
-        with writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
+        with (
+            translated_write_errors(self.path / "metrics.jsonl") as path,
+            path.open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -119,6 +123,7 @@ class RunWriter(RunDirectory):
         checkpoints.commit(self.path / "checkpoint", record.round, strategy, self.recipe, size)
         self.completed = record.round
 
+    @rank_zero
     def save_if_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
         """Save soup and weights to ``best/`` if their mean validation loss is the lowest so far.
 
@@ -134,16 +139,17 @@ class RunWriter(RunDirectory):
             or (self._best is not None and loss >= self._best["served"]["validation_loss"])
         ):
             return
-        with writing(self.path / "best") as folder:
+        with translated_write_errors(self.path / "best") as folder:
             folder.mkdir(exist_ok=True)
         if 0 < completed == self.completed:
-            link(self.path / "soup.safetensors", folder / "soup.safetensors")
+            hardlink(self.path / "soup.safetensors", folder / "soup.safetensors")
         else:
-            atomically(folder / "soup.safetensors", strategy.soup.save)
+            write_atomically(folder / "soup.safetensors", strategy.soup.save)
         write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
         self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
         write_json(folder / "scores.json", self._best)
 
+    @rank_zero
     def finish(self, final: Scores | None) -> None:
         """Write ``summary.json``."""
         records = self.records
@@ -194,17 +200,17 @@ class RunWriter(RunDirectory):
         ]
         if checkpoint is None:
             stale += [self.path / "soup.safetensors", self.path / "weights.safetensors"]
-        with writing(self.path):
+        with translated_write_errors(self.path):
             for path in [self.path / "summary.json", *stale]:
                 path.unlink(missing_ok=True)
         metrics, folder = self.path / "metrics.jsonl", self.path / "checkpoint"
         if metrics.exists():
-            with writing(metrics), metrics.open("r+b") as file:
+            with translated_write_errors(metrics), metrics.open("r+b") as file:
                 file.truncate(checkpoint.manifest.metrics_bytes if checkpoint is not None else 0)
                 os.fsync(file.fileno())
         checkpoints.prune(folder, self.completed)
         if checkpoint is not None:
-            link(checkpoint.path, self.path / "soup.safetensors")
+            hardlink(checkpoint.path, self.path / "soup.safetensors")
 
 
 def _metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedmerge_peft.adapters.exact_merge import with_base
+from fedmerge_peft.adapters.exact_merge import add_base_update
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
@@ -109,7 +109,7 @@ def export_soup(
         state = soup.state_dict(row)
         write_adapter(
             folder / f"adapter-{number}",
-            *(with_base(state, config, soup.base) if soup.base else (state, config)),
+            *(add_base_update(state, config, soup.base) if soup.base else (state, config)),
         )
     rows = {client: row.tolist() for client, row in zip(run.client_names, weights, strict=True)}
     write_json(folder / "weights.json", {"round": run.round(best=best), "clients": rows})

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.exact_merge import concat, with_base
+from fedmerge_peft.adapters.exact_merge import add_base_update, concat
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.models.pretrained import load_model, model_folder, quiet
+from fedmerge_peft.models.pretrained import load_model, model_folder, quiet_transformers
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.tokenization import (
-    choose_length,
-    load_part,
+    get_pad_token_id,
+    load_pretrained,
     load_tokenizer,
-    pad_token_of,
+    resolve_max_length,
     token_limit,
 )
 from fedmerge_peft.training.accelerator import choose_device
@@ -108,7 +108,7 @@ class MergedAdapter:
             if exact
             else (self.soup.state_dict(self.row), config)
         )
-        return with_base(state, config, self.soup.base) if self.soup.base else (state, config)
+        return add_base_update(state, config, self.soup.base) if self.soup.base else (state, config)
 
     def save(self, folder: Path | str, *, exact: bool = False) -> Path:
         """Write a folder that ``PeftModel.from_pretrained`` loads; create it if needed.
@@ -163,23 +163,23 @@ class MergedAdapter:
                     else (folder, backbone.revision)
                 )
                 parts = {
-                    "image_processor": load_part(
+                    "image_processor": load_pretrained(
                         transformers.AutoImageProcessor, source, backbone, revision, backend="pil"
                     )
                 }
             else:
                 tokenizer, config = load_tokenizer(self.run.recipe.backbone, folder)
-                limit = choose_length(task.max_length, token_limit(tokenizer, config))
+                limit = resolve_max_length(task.max_length, token_limit(tokenizer, config))
                 if limit is not None:
                     tokenizer.model_max_length = limit
-                tokenizer.pad_token_id = pad_token_of(tokenizer)
+                tokenizer.pad_token_id = get_pad_token_id(tokenizer)
                 parts = {"tokenizer": tokenizer}
                 if task.name == "causal-lm":
                     tokenizer.padding_side = "left"
                     options = {"max_new_tokens": task.max_new_tokens, **options}
                 else:
                     options = {"truncation": True, **options}
-            with quiet():
+            with quiet_transformers():
                 return transformers.pipeline(
                     TRANSFORMERS_NAMES[task.name].pipeline,
                     model=model,
@@ -199,7 +199,7 @@ class MergedAdapter:
         recipe = self.run.recipe
         labels = tuple(self.run.task["labels"])
         pad = (
-            pad_token_of(load_tokenizer(recipe.backbone, folder)[0])
+            get_pad_token_id(load_tokenizer(recipe.backbone, folder)[0])
             if recipe.task.name == "sequence-classification"
             else None
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmerge_peft.data import Client, Indices, load_splits
-from fedmerge_peft.data.partition import set_aside
+from fedmerge_peft.data.partition import split_off
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
@@ -48,7 +48,7 @@ def read_newcomer(
         table = relabel(table, run.recipe.task.label, run.task["labels"])
     indices = _indices_by_split(run.recipe, splits, table)
     rng = np.random.default_rng(derive(seed, "newcomer", name))
-    train, _, test = set_aside(
+    train, _, test = split_off(
         indices["train"], 0, 0 if "test" in indices else test_fraction, max_train, rng
     )
     if not len(train):

@@ -24,6 +24,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.data import FederatedData, Indices
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import RunError
+from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
@@ -31,16 +32,15 @@ from fedmerge_peft.serving.newcomer_data import read_newcomer
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.training.accelerator import choose_device, choose_precision
 from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.gradients import accumulate
+from fedmerge_peft.training.loop import Job, train
+from fedmerge_peft.training.optimization import count_steps
 from fedmerge_peft.training.plan import Train
-from fedmerge_peft.training.reference import accumulate, count_steps, train
 from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from datasets import Dataset
 
-    from fedmerge_peft.models.backbone import Backbone
-    from fedmerge_peft.tasks import Task
 
 MERGING = ("fedmerge", "ifca", "fesem", "flhc")
 """Strategies whose adapters are shared by all clients, so that a newcomer can merge them."""
@@ -247,10 +247,8 @@ class _Comparison:
         self.newcomer = engine.clients[0]
         self.rows = soup.rows
         self.methods: list[Method] = []
-        batches = (
-            engine.task.collate(engine.examples, chunk)["labels"] for chunk in self._chunks()
-        )
-        self._count = sum(engine.task.count(labels) for labels in batches)
+        batches = (engine.runtime.collate(chunk)["labels"] for chunk in self._chunks())
+        self._count = sum(engine.task.count_terms(labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
         """Evaluate the choices that need no learning, then learn logits ``(d,)`` from the best."""
@@ -289,11 +287,9 @@ class _Comparison:
         )
         row = engine.strategy_context().fresh_row(0)
         for number in range(1, rounds + 1):
-            job, purpose = Train(row), derive(seed, "train", number, self.newcomer.name)
-            parts = (engine.backbone, engine.task, training, engine.accelerator)
-            row = train(
-                *parts, job, engine.examples, self.newcomer.train, purpose, engine.cache
-            ).row
+            purpose = derive(seed, "train", number, self.newcomer.name)
+            job = Job(Train(row), self.newcomer.train, purpose)
+            row = train(engine.runtime, training, [job])[0].row
         self._add(
             "local training", f"{rounds} round{'s' * (rounds > 1)}", self._loss(row), row, begin
         )
@@ -309,36 +305,20 @@ class _Comparison:
     def _add(self, name: str, detail: str, loss: float, row: Tensor, begin: float) -> None:
         seconds = time.perf_counter() - begin
         test, size = self.newcomer.test, self.engine.recipe.evaluation.batch_size
-        scores = (
-            evaluate(*self._model, row, self.engine.examples, test, size, self.engine.cache)
-            if len(test)
-            else {}
-        )
+        scores = evaluate(self.engine.runtime, row, test, size) if len(test) else {}
         self.methods.append(Method(name, detail, loss, scores, seconds))
 
     def _loss(self, row: Tensor) -> float:
         # The batches of _objective, so that the losses are exactly comparable.
         size = self.engine.recipe.training.batch_size
-        losses = example_losses(
-            *self._model, row, self.engine.examples, self.newcomer.train, size, self.engine.cache
-        )
+        losses = example_losses(self.engine.runtime, row, self.newcomer.train, size)
         return float(losses.double().sum()) / self._count
 
     def _objective(self, row: Tensor) -> tuple[float, Tensor]:
-        backbone = self.engine.backbone
-        gradient = backbone.flat.grad
-        assert gradient is not None  # noqa: S101 (for the type checker: the backbone keeps it)
-        gradient.zero_()
-        backbone.load_row(row)
-        backbone.eval()
-        loss = accumulate(
-            *self._model, self.engine.examples, self._chunks(), cache=self.engine.cache
-        )
-        return float(loss), gradient.cpu()
-
-    @property
-    def _model(self) -> tuple[Backbone, Task, Accelerator]:
-        return self.engine.backbone, self.engine.task, self.engine.accelerator
+        slot = AdapterSlot(self.engine.backbone, row)
+        self.engine.backbone.eval()
+        loss = accumulate(self.engine.runtime, slot, [self._chunks()])
+        return float(loss), slot.gradient[0].cpu()
 
     def _chunks(self) -> list[Indices]:
         """Return the training examples in batches of local training's size."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Indices
-from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError, RunError
-from fedmerge_peft.models.adapter_stack import AdapterStack, unstackable
+from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.runs.directory import RunDirectory
@@ -115,7 +115,7 @@ class Predictor:
         """
         if unknown := [client for client in inputs if client not in self._adapters]:
             raise RunError(
-                f"the run has no client {unknown[0]!r}; it has {listing(self._adapters)}"
+                f"the run has no client {unknown[0]!r}; it has {join_values(self._adapters)}"
             )
         all_inputs = [item for items in inputs.values() for item in items]
         if not all_inputs:
@@ -140,7 +140,7 @@ class Predictor:
 
         Shared passes give the same predictions up to rounding.
         """
-        reason = unstackable(self._backbone) or self._stacking_error()
+        reason = stacking_obstacle(self._backbone) or self._stacking_error()
         if reason is not None:
             log.info("clients are predicted one at a time: %s", reason)
         return reason

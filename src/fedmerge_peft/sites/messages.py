@@ -19,10 +19,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
-from fedmerge_peft.errors import WireError
+from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.strategies.base import Reply
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train, UpdatePrivacy
-from fedmerge_peft.util.stateful import described
+from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
+from fedmerge_peft.training.update_privacy import UpdatePrivacy
+from fedmerge_peft.util.stateful import describe
 
 PROTOCOL = 1
 """Both ends must speak the same."""
@@ -169,6 +170,11 @@ def _plan(plan: Plan, luggage: TensorTable) -> dict[str, Any]:
             return {"name": "choose", "rows": luggage.numbers(plan.rows)}
         case Mixture():
             return {"name": "mixture", **_mixture(plan, luggage)}
+        case _:
+            raise FederateError(
+                f"strategy: the plan {type(plan).__name__} cannot travel to sites; "
+                "only train, in turn, choose and mixture can"
+            )
 
 
 def _train(job: Train, luggage: TensorTable) -> dict[str, Any]:
@@ -219,7 +225,7 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
 
 
 @dataclass(frozen=True)
-class Assignment:
+class RemoteAssignment:
     """What a site reads from a ``train`` or ``score`` message."""
 
     round: int
@@ -229,7 +235,9 @@ class Assignment:
     base: Mapping[str, Tensor]
 
 
-def read_assignment(message: Message, layout: str, columns: int, dtype: WireDtype) -> Assignment:
+def read_assignment(
+    message: Message, layout: str, columns: int, dtype: WireDtype
+) -> RemoteAssignment:
     """Read what a client is to do.
 
     Args:
@@ -248,7 +256,7 @@ def read_assignment(message: Message, layout: str, columns: int, dtype: WireDtyp
         base = {str(module): reader.exact(name, None) for module, name in facts["base"].items()}
         plan = None if facts["plan"] is None else reader.plan(facts["plan"])
         served = None if facts["served"] is None else reader.served(facts["served"])
-        return Assignment(int(facts["round"]), str(facts["client"]), plan, served, base)
+        return RemoteAssignment(int(facts["round"]), str(facts["client"]), plan, served, base)
     raise AssertionError  # the block returns or raises
 
 
@@ -344,7 +352,7 @@ class _Reader:
         if not fits:
             wanted = f"{str(dtype).removeprefix('torch.')}{'' if columns is None else f' with {columns} columns'}"
             raise WireError(
-                f"{name} is {described(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
+                f"{name} is {describe(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
             )
         return tensor
 

@@ -9,7 +9,7 @@ from fedmerge_peft.errors import FederateError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.sites.config import RECIPE, SITE, Federation, check_names
-from fedmerge_peft.util.files import write_text, writing
+from fedmerge_peft.util.files import translated_write_errors, write_text
 
 PAGE = "README.md"
 
@@ -39,7 +39,7 @@ def prepare(recipe: Recipe, federation: Federation, out: Path) -> None:
     from fedmerge_peft.sites.flare.provision import provision
 
     recipe = as_federated(recipe)
-    with writing(out):
+    with translated_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         provision(federation, out)
     kits = [out / "server", out / "operator", *(out / "sites" / site for site in federation.sites)]

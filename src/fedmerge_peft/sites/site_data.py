@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmerge_peft.data import Client, FederatedData, federate_data
-from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.data.loading import no_progress_bars
 from fedmerge_peft.errors import DataError, FederateError, RefusedError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.data import IidRecipe, NaturalRecipe
 from fedmerge_peft.sites.config import SITE, SiteChecks, SiteData
-from fedmerge_peft.tasks.classification import relabel, tell_labels
-from fedmerge_peft.tasks.text_formats import tell_format
+from fedmerge_peft.tasks.classification import infer_labels, relabel
+from fedmerge_peft.tasks.text_formats import infer_format
 from fedmerge_peft.util.files import write_text
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def read_data(
     named = {client.name: client for client in found.clients}
     if named.keys() != set(clients):
         raise FederateError(
-            f"{SITE}: data.client_column: the column {by} holds {listing(named)}, and the federation knows {listing(clients)} of this site"
+            f"{SITE}: data.client_column: the column {by} holds {join_values(named)}, and the federation knows {join_values(clients)} of this site"
         )
     return FederatedData(found.table, [named[name] for name in clients])
 
@@ -137,9 +137,9 @@ def tell(data: FederatedData, recipe: Recipe) -> SiteSummary:
     )
     columns = tuple(data.table.column_names)
     if recipe.task.name == "causal-lm":
-        return SiteSummary(clients, None, tell_format(recipe.task, data.table), columns)
+        return SiteSummary(clients, None, infer_format(recipe.task, data.table), columns)
     return SiteSummary(
-        clients, tuple(tell_labels(data.table, recipe.task.label, None)), None, columns
+        clients, tuple(infer_labels(data.table, recipe.task.label, None)), None, columns
     )
 
 
@@ -155,7 +155,7 @@ def agree_on_labels(told: Sequence[Sequence[str]], num_labels: int | None) -> li
         return labels
     if len(labels) > num_labels:
         raise FederateError(
-            f"task.num_labels: {num_labels}, and the sites have {len(labels)} labels: {listing(labels)}"
+            f"task.num_labels: {num_labels}, and the sites have {len(labels)} labels: {join_values(labels)}"
         )
     return [*labels, *(f"LABEL_{label}" for label in range(len(labels), num_labels))]
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.strategies.server_step import soup_shares
 from fedmerge_peft.strategies.similarity import cosines
-from fedmerge_peft.util.vectors import lengths
+from fedmerge_peft.util.vectors import row_norms
 
 _REMEMBERED = 5
 """Rounds that the running median of the norms is over."""
@@ -55,7 +55,7 @@ class Aggregator:
 
     def clip(self, deltas: Tensor) -> Tensor:
         """A round's updates ``(k, P)``, none longer than C; to be called once a round."""
-        found = lengths(deltas)
+        found = row_norms(deltas)
         self.norms.append(float(found.median()))
         self.lengths = found.clamp_max(self.bound)
         return clipped(deltas, self.bound, found)
@@ -115,7 +115,7 @@ def clipped(deltas: Tensor, bound: float, known: Tensor | None = None) -> Tensor
     """δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``; what is short enough stays, bit for bit. ``known``: ‖δ_i‖₂, where they are."""
     if math.isinf(bound):
         return deltas
-    found = (lengths(deltas) if known is None else known)[:, None]
+    found = (row_norms(deltas) if known is None else known)[:, None]
     shorter = (deltas * (bound / found.clamp_min(torch.finfo(torch.float64).tiny))).to(deltas)
     return torch.where(found > bound, shorter, deltas)
 

@@ -14,8 +14,8 @@ from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.strategies.aggregation import Aggregator
-from fedmerge_peft.training.plan import Choose, InTurn, Plan, Served, Train
-from fedmerge_peft.util.row_buffer import side_by_side
+from fedmerge_peft.training.plan import Plan, Served, Train
+from fedmerge_peft.util.row_buffer import as_matrix
 from fedmerge_peft.util.stateful import Stateful
 
 
@@ -128,9 +128,8 @@ class Strategy(Stateful, ABC):
 
     def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:
         """What a client made of the adapters that are shared, ``(k, P)``."""
-        return plan.sent[_shared(plan, reply)] - (
-            reply.deltas[:1] if isinstance(plan, InTurn) else reply.deltas
-        )
+        sent = plan.sent[plan.shared_rows(reply.choice)]
+        return sent - reply.deltas[: len(sent)]
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
         """The paper's local-global gap in parameters: ‖θ_i(trained) − θ_i(sent next)‖₂ of the adapter that is shared.
@@ -138,22 +137,15 @@ class Strategy(Stateful, ABC):
         The mean over them, where several are. To be asked after ``update``, with what ``trained_rows`` said before it.
         """
         plan = self.plan(reply.client)
-        return float((trained - plan.sent[_shared(plan, reply)]).norm(dim=1).mean())
+        return float((trained - plan.sent[plan.shared_rows(reply.choice)]).norm(dim=1).mean())
 
     def warnings(self) -> list[str]:
         """What a person should know about the weights as they are now."""
-        return merging_weights.warnings(self.weights) if self.learns_weights else []
+        return merging_weights.weight_warnings(self.weights) if self.learns_weights else []
 
     def adapter(self, client: int) -> Tensor:
         """The client's merged adapter, ``(P,)``: π_i Θ."""
         return self.soup.merge(self.weights[client])
-
-
-def _shared(plan: Plan, reply: Reply) -> slice:
-    """Which of a plan's adapters are shared with others, of those that the client trained."""
-    if isinstance(plan, Choose):
-        return slice(reply.choice, reply.choice + 1)
-    return slice(1) if isinstance(plan, InTurn) else slice(None)
 
 
 def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,6 +156,6 @@ def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
     ordered = sorted(replies, key=lambda reply: reply.client)
     return (
         torch.tensor([reply.client for reply in ordered]),
-        side_by_side([reply.delta for reply in ordered]),
+        as_matrix([reply.delta for reply in ordered]),
         torch.tensor([reply.size for reply in ordered], dtype=torch.float64),
     )

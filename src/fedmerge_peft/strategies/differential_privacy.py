@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator, clipped
-from fedmerge_peft.training.plan import UpdatePrivacy
+from fedmerge_peft.training.update_privacy import UpdatePrivacy
 from fedmerge_peft.util.seeds import derive
 
 _ORDERS = [

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fedmerge_peft.adapters.lora_factors import factors, rank_columns
+from fedmerge_peft.adapters.lora_factors import layer_factors, rank_mask
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
@@ -40,11 +40,11 @@ class FedDPA(Assigned):
         try:
             odd = [
                 f"{each.module} has rank {each.rank}"
-                for each in factors(context.layout)
+                for each in layer_factors(context.layout)
                 if each.rank % 2
             ]
             halves = [
-                rank_columns(context.layout, half)
+                rank_mask(context.layout, half)
                 for half in (lambda rank: slice(rank // 2), lambda rank: slice(rank // 2, None))
             ]
         except ValueError as error:
@@ -64,8 +64,8 @@ class FedDPA(Assigned):
         self.travels = ~halves[1]
         self.private = halves[1] | self.head
         rows = context.fresh_row(0).repeat(1 + context.clients, 1)
-        for each in factors(context.layout):
-            each.of(rows[0])[1][:, each.rank // 2 :] = (
+        for each in layer_factors(context.layout):
+            each.split(rows[0])[1][:, each.rank // 2 :] = (
                 0  # B_i, which on embeddings does not start at zero
             )
         self.soup = AdapterSoup(rows, context.layout, context.shared)

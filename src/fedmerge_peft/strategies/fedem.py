@@ -70,4 +70,4 @@ class FedEM(Strategy):
         self._weights = weights
 
     def warnings(self) -> list[str]:
-        return merging_weights.unused(self._weights)
+        return merging_weights.unused_warning(self._weights)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.merging_weights import UNUSED, MergingWeights
+from fedmerge_peft.adapters.merging_weights import UNUSED_SHARE, MergingWeights
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
@@ -204,7 +204,7 @@ class _Reseeding(Stateful):
     ) -> None:
         """Reseed at most one adapter, in place, before the round's soup step."""
         mass = weights.mean(dim=0)
-        unused = mass < UNUSED / len(mass)
+        unused = mass < UNUSED_SHARE / len(mass)
         self.idle = torch.where(unused, self.idle + 1, 0)
         if int(self.idle.max()) < self.patience:
             return

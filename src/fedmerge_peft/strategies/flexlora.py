@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.lora_factors import Factors, inner_of_products, svd_of_product
+from fedmerge_peft.adapters.lora_factors import LayerFactors, product_svd, update_inner_product
 from fedmerge_peft.strategies.base import Reply, stack
 from fedmerge_peft.strategies.heterogeneous_ranks import Ranked
 
@@ -28,7 +28,7 @@ class FlexLora(Ranked):
         trained = self.soup.rows[self.assigned[clients]] - deltas
         row = torch.where(self.plain, shares.to(trained) @ trained, self.soup.rows[-1])
         for layer in self.factors:
-            each = [layer.of(one) for one in trained]
+            each = [layer.split(one) for one in trained]
             held = [min(self.ranks[int(client)], layer.rank) for client in clients]
             stacked_b = torch.cat(
                 [
@@ -37,19 +37,19 @@ class FlexLora(Ranked):
                 ],
                 dim=1,
             )
-            u, s, vh = svd_of_product(
+            u, s, vh = product_svd(
                 stacked_b, torch.cat([a[:rank] for (a, _), rank in zip(each, held, strict=True)])
             )
-            a, b = layer.of(row)
+            a, b = layer.split(row)
             found = min(layer.rank, len(s))
             a[:found] = vh[:found].to(a)
             b.zero_()
             b[:, :found] = (u[:, :found] * s[:found]).to(b)
         self.soup = self._soup(row)
 
-    def next_update(self, layer: Factors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
-        pair = layer.of(self.soup.rows[self.assigned[client]])
-        return pair, inner_of_products(pair, pair)
+    def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
+        pair = layer.split(self.soup.rows[self.assigned[client]])
+        return pair, update_inner_product(pair, pair)
 
     def traffic(self, client: int) -> tuple[int, int]:
         return self.held(client), self.held(client)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.lora_factors import Factors, inner_of_products
+from fedmerge_peft.adapters.lora_factors import LayerFactors, update_inner_product
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, StrategyContext, stack
@@ -52,10 +52,10 @@ class FLora(Ranked):
         trained = self.soup.rows[self.assigned[clients]] - deltas
         base = dict(self.base)
         for layer in self.factors:
-            each = [layer.of(one) for one in trained.double()]
+            each = [layer.split(one) for one in trained.double()]
             b = torch.cat([share * b for share, (_, b) in zip(shares, each, strict=True)], dim=1)
             a = torch.cat([a for a, _ in each])
-            self._added[layer.module] = (a.float(), b.float()), inner_of_products((a, b), (a, b))
+            self._added[layer.module] = (a.float(), b.float()), update_inner_product((a, b), (a, b))
             base[layer.module] = (
                 base[layer.module] + (self.context.scaling[layer.module] * b @ a).float()
             )
@@ -68,7 +68,7 @@ class FLora(Ranked):
         self._owed[clients] = 0
         self._owed += sum(self._held_factors(int(client)) for client in clients)
 
-    def next_update(self, layer: Factors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
+    def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
         return self._added[layer.module]
 
     def traffic(self, client: int) -> tuple[int, int]:

@@ -9,7 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.lora_factors import Factors, factors, inner_of_products, rank_columns
+from fedmerge_peft.adapters.lora_factors import (
+    LayerFactors,
+    layer_factors,
+    rank_mask,
+    update_inner_product,
+)
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
@@ -30,7 +35,7 @@ class Ranked(Assigned):
         self, recipe: recipes.FlexLoraRecipe | recipes.FLoraRecipe, context: StrategyContext
     ) -> None:
         try:
-            self.factors = factors(context.layout)
+            self.factors = layer_factors(context.layout)
         except ValueError as error:
             raise RecipeError(
                 [
@@ -48,10 +53,10 @@ class Ranked(Assigned):
         kinds = sorted(set(ranks[: context.clients]))
         self.ranks = [ranks[client % len(ranks)] for client in range(context.clients)]
         self.assigned = torch.tensor([kinds.index(rank) for rank in self.ranks])
-        self.plain = ~rank_columns(context.layout, slice)
+        self.plain = ~rank_mask(context.layout, slice)
         """What does not belong to the factors, such as heads: a mask ``(P,)``."""
         self.masks = torch.stack(
-            [self.plain | rank_columns(context.layout, _first(rank)) for rank in kinds]
+            [self.plain | rank_mask(context.layout, _first(rank)) for rank in kinds]
         )
         """What clients of each rank have, ``(d, P)``."""
         self.context = context
@@ -66,7 +71,7 @@ class Ranked(Assigned):
         return int(self.masks[self.assigned[client]].sum())
 
     @abstractmethod
-    def next_update(self, layer: Factors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
+    def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
         """What this client gets next in a layer, on the backbone that it trained on: A and B, and ‖B A‖_F²."""
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
@@ -77,10 +82,13 @@ class Ranked(Assigned):
         (row,) = trained
         square = float((row - self.adapter(reply.client))[self.plain].double().square().sum())
         for layer in self.factors:
-            trained_to, (sent_next, length) = layer.of(row), self.next_update(layer, reply.client)
+            trained_to, (sent_next, length) = (
+                layer.split(row),
+                self.next_update(layer, reply.client),
+            )
             distance = (
-                inner_of_products(trained_to, trained_to)
-                - 2 * inner_of_products(trained_to, sent_next)
+                update_inner_product(trained_to, trained_to)
+                - 2 * update_inner_product(trained_to, sent_next)
                 + length
             )
             square += self.context.scaling[layer.module] ** 2 * max(distance, 0.0)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.strategies.base import StrategyContext
-from fedmerge_peft.util.row_buffer import Spill, side_by_side
-from fedmerge_peft.util.stateful import State, Stateful, described, fitting
+from fedmerge_peft.util.row_buffer import RowBuffer, as_matrix
+from fedmerge_peft.util.stateful import State, Stateful, checked_copy, describe
 
 
 class MeanUpdates(Stateful):
@@ -19,7 +19,7 @@ class MeanUpdates(Stateful):
         self._size = context.layout.size
         self._counts = torch.zeros(context.clients)
         self._sums: dict[int, Tensor] = {}
-        self._spill = Spill(expected=context.clients)
+        self._buffer = RowBuffer(expected_calls=context.clients)
 
     def add(self, clients: Tensor, deltas: Tensor) -> None:
         """Remember one round's updates ``(k, P)`` of these clients ``(k,)``."""
@@ -28,7 +28,7 @@ class MeanUpdates(Stateful):
             if client in self._sums:
                 self._sums[client] += delta
             else:
-                self._sums[client] = self._spill.keep(delta)
+                self._sums[client] = self._buffer.append(delta)
 
     def put(self, clients: Tensor, deltas: Tensor) -> None:
         """Remember these updates in place of what these clients sent before."""
@@ -45,20 +45,20 @@ class MeanUpdates(Stateful):
 
     def means(self) -> Tensor:
         """δ̄ of those who have replied, ``(k, P)``."""
-        kept, counts = Spill(expected=len(self._sums)), self._counts[self.clients]
-        return side_by_side(
-            [kept.keep(row / count) for row, count in zip(self._ascending(), counts, strict=True)]
+        kept, counts = RowBuffer(expected_calls=len(self._sums)), self._counts[self.clients]
+        return as_matrix(
+            [kept.append(row / count) for row, count in zip(self._ascending(), counts, strict=True)]
         )
 
-    def state(self) -> State:
+    def state_dict(self) -> State:
         return {"sums": self._rows(), "counts": self._counts}
 
-    def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         if state.keys() != {"sums", "counts"}:
             raise ValueError(
                 f"{', '.join(sorted(state.keys() ^ {'sums', 'counts'}))}: on one side only"
             )
-        sums, counts = state["sums"], fitting("counts", self._counts, state["counts"])
+        sums, counts = state["sums"], checked_copy("counts", self._counts, state["counts"])
         clients = torch.nonzero(counts).flatten() if isinstance(counts, Tensor) else torch.empty(0)
         if (
             not isinstance(sums, Tensor)
@@ -66,9 +66,9 @@ class MeanUpdates(Stateful):
             or sums.dtype != torch.float32
         ):
             raise ValueError(
-                f"sums: {described(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected"
+                f"sums: {describe(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected"
             )
-        self._sums, self._spill = {}, Spill(expected=len(self._counts))
+        self._sums, self._buffer = {}, RowBuffer(expected_calls=len(self._counts))
         self.add(clients, sums)
         self._counts = counts if isinstance(counts, Tensor) else self._counts
 
@@ -76,4 +76,4 @@ class MeanUpdates(Stateful):
         return [self._sums[client] for client in sorted(self._sums)]
 
     def _rows(self) -> Tensor:
-        return side_by_side(self._ascending()) if self._sums else torch.zeros(0, self._size)
+        return as_matrix(self._ascending()) if self._sums else torch.zeros(0, self._size)

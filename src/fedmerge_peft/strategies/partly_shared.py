@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.lora_factors import INPUT_SIDE, RANDOM, columns_named
+from fedmerge_peft.adapters.lora_factors import A_SUFFIXES, RANDOM_INIT_SUFFIXES, suffix_mask
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
@@ -81,7 +81,7 @@ class FedSALora(PartlyShared):
     """
 
     def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:
-        shared = columns_named(context.layout, INPUT_SIDE)
+        shared = suffix_mask(context.layout, A_SUFFIXES)
         if not shared.any():
             raise RecipeError(
                 [
@@ -101,7 +101,7 @@ class FFALora(FedAvg):
 
     def __init__(self, recipe: recipes.FFALoraRecipe, context: StrategyContext) -> None:
         super().__init__(recipe, context)
-        self.columns = self.trained = ~columns_named(context.layout, RANDOM)
+        self.columns = self.trained = ~suffix_mask(context.layout, RANDOM_INIT_SUFFIXES)
 
     def plan(self, client: int) -> Plan:
         return Train(self.adapter(client), phases=(self.trained,))

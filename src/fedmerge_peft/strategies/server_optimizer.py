@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge_peft.recipe.strategies import ServerRecipe
-from fedmerge_peft.util.stateful import State, Stateful, fitting
+from fedmerge_peft.util.stateful import State, Stateful, checked_copy
 
 _SECOND_MOMENT = 0.99
 _ADAPTIVITY = 1e-3
@@ -38,12 +38,12 @@ class ServerOptimizer(Stateful):
         self.optimizer.step()
         return self._rows.detach().clone()
 
-    def state(self) -> State:
+    def state_dict(self) -> State:
         return dict(self.optimizer.state[self._rows])
 
-    def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         counter = torch.zeros(())
         self.optimizer.state[self._rows] = {
-            name: fitting(name, counter if name == "step" else self._rows.detach(), value)
+            name: checked_copy(name, counter if name == "step" else self._rows.detach(), value)
             for name, value in state.items()
         }

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmerge_peft.util.vectors import finite
+from fedmerge_peft.util.vectors import all_finite
 
 Rule = Literal["normalized", "gradient", "paper"]
 
@@ -162,7 +162,7 @@ def _shares(
         raise ValueError(
             "sizes must be positive and finite: a client without examples cannot take part"
         )
-    if not finite(deltas):
+    if not all_finite(deltas):
         raise ValueError(
             f"the deltas of clients {[int(i) for i in torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten()]} are not finite"
         )

@@ -74,7 +74,7 @@ def cosines(deltas: Tensor, centre: Tensor | None = None) -> Tensor:
 def inner_products(vectors: Tensor, centre: Tensor | None = None) -> Tensor:
     """Of vectors ``(m, P)`` less ``centre`` ``(1, P)``, or their mean, ``(m, m)`` float64; some columns at a time, to bound memory."""
     total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    width = max(1, row_buffer.CHUNK // (8 * len(vectors)))
+    width = max(1, row_buffer.CHUNK_BYTES // (8 * len(vectors)))
     for start in range(0, vectors.shape[1], width):
         part = vectors[:, start : start + width].double()
         part -= part.mean(dim=0) if centre is None else centre[:, start : start + width].double()

@@ -1,4 +1,4 @@
-"""What a task gives to training and evaluation, whatever its examples are."""
+"""Base class of tasks: encoding, loss and predictions of examples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Batch = dict[str, Tensor]
+"""Keyword arguments of the model, and ``labels``."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples: one tensor for each example and column, made once, before the first round."""
+    """Encoded examples, created once before the first round: one tensor per example and column."""
 
     columns: Mapping[str, Sequence[Tensor]]
 
@@ -30,7 +31,7 @@ class Examples:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """How many numbers each example's first column has, ``(n,)``: its tokens, or its pixels."""
+        """Number of elements in the first column of each example, ``(n,)``: tokens or pixels."""
         return np.array(
             [tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64
         )
@@ -38,64 +39,77 @@ class Examples:
 
 @dataclass
 class Predictions:
-    """What a model said about some examples, as far as metrics need it."""
+    """Model outputs and references that metrics need."""
 
     loss_sum: float = 0.0
+    """Sum of the losses, in nats."""
     count: float = 0.0
-    """What the loss is a mean over: examples, or labelled tokens."""
+    """Number of terms in ``loss_sum``: examples, or labeled tokens."""
     predicted: list[int] = field(default_factory=list)
+    """Predicted class or token ids."""
     expected: list[int] = field(default_factory=list)
+    """True class or token ids."""
     generated: list[str] = field(default_factory=list)
-    wanted: list[str] = field(default_factory=list)
+    """Generated texts."""
+    references: list[str] = field(default_factory=list)
+    """Reference texts."""
 
 
 class Task(ABC):
-    """How rows become tensors, what the loss of an example is, how predictions are scored."""
+    """Encoding of rows as tensors, loss of an example, and predictions for metrics."""
 
     auto_model: ClassVar[str]
-    """Name of the transformers class that loads the backbone, such as AutoModelForCausalLM."""
+    """Transformers class that loads the backbone, such as AutoModelForCausalLM."""
     peft_task_type: ClassVar[str | None]
-    """PEFT's task type; SEQ_CLS adds the classification head to the adapter."""
+    """PEFT task type. SEQ_CLS adds the classification head to the adapter."""
     metrics: Sequence[str]
-    """Names of the metrics; the first is the one that tables show."""
+    """Names of the metrics. Tables show the first one."""
     labels: Sequence[str]
-    """Names of the labels; empty where there are none."""
+    """Names of the labels. Empty for tasks without labels."""
     processor: Any
-    """The tokenizer or image processor that belongs to the backbone."""
+    """Tokenizer or image processor of the backbone."""
     generates: bool = False
-    """Whether some metric needs generated text."""
+    """True if a metric needs generated text."""
 
     @abstractmethod
     def encode(self, table: Dataset) -> Examples:
-        """Turn rows into tensors. Raises ``DataError`` for rows that are not what the recipe says."""
+        """Convert rows to tensors.
+
+        Raises:
+            DataError: The rows do not match the recipe.
+        """
 
     @abstractmethod
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """Stack and pad these examples into the model's keyword arguments plus ``labels``; all on the CPU."""
+        """Stack and pad examples into the model's keyword arguments and ``labels``, on the CPU."""
 
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Each example's summed loss and what to divide by.
+        """Compute the summed loss and the number of loss terms of each example.
 
         Args:
             logits: ``(batch, classes)`` or ``(batch, length, vocabulary)``.
-            labels: ``(batch,)`` or ``(batch, length)``, -100 where there is none.
+            labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
 
         Returns:
-            Two float32 tensors ``(batch,)``: the sum of the losses (nats), and how many terms it has.
+            Two float32 tensors ``(batch,)``: sum of the losses in nats, and number of terms.
         """
 
-    def count(self, labels: Tensor) -> int:
-        """How many terms the loss of a batch with these labels has, before any forward pass."""
+    def count_terms(self, labels: Tensor) -> int:
+        """Count the loss terms of a batch with these labels, without a forward pass."""
         return int((labels != -100).sum())
 
     @abstractmethod
     def predict(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted and expected class (or token) ids, both flat, where there is a label."""
+        """Return predicted and true class or token ids at labeled positions, both flat."""
 
     @torch.no_grad()
     def generate(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> tuple[list[str], list[str]]:
-        """Generated and wanted texts for these examples. Only tasks with ``generates`` have it."""
+        """Return generated and reference texts of examples. Tasks with ``generates`` override it.
+
+        Raises:
+            TypeError: The task does not generate text.
+        """
         raise TypeError(f"{type(self).__name__} does not generate text")

@@ -1,4 +1,4 @@
-"""Next-token prediction, with the loss on all of a text or on a completion alone."""
+"""Causal language modeling, with loss on complete texts or on completions only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.nn import functional
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.tasks.metrics import GENERATED
-from fedmerge_peft.tasks.text_formats import lay_out, parse_template, tell_format
+from fedmerge_peft.tasks.text_formats import infer_format, parse_template, read_row_texts
 from fedmerge_peft.tasks.tokenization import (
-    choose_length,
     chunks,
+    get_pad_token_id,
     load_tokenizer,
     pad,
-    pad_token_of,
     ragged,
+    resolve_max_length,
     token_limit,
 )
 
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 1024
-"""Longest example in tokens where the recipe names none and the model takes more."""
+"""Maximum length in tokens if the recipe has no ``max_length`` and the model's limit is larger."""
 IGNORED = -100
-"""Label of a position that has no loss."""
+"""Label of a position without loss."""
 
 
 class CausalLMTask(Task):
-    """Text, chats, or prompts with completions, to next-token predictions.
+    """Next-token prediction on texts, chats, or prompts with completions.
 
     Args:
         recipe: Format, columns, lengths and metrics.
-        backbone: Where the tokenizer is.
-        table: All rows of the federation, whose columns tell the format.
+        backbone: Location of the tokenizer.
+        table: All rows of the federation, from whose columns the format is inferred.
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: Where no format fits the columns, or a length the model.
-        RecipeError: For metrics of generated text where there is no completion to compare with.
-        BackboneError: Where the tokenizer or the model's configuration cannot be loaded.
+        DataError: The columns match no format, or a length exceeds the model's limit.
+        RecipeError: A metric of generated text is set, but the data have no completions.
+        BackboneError: The tokenizer or the model's configuration cannot be loaded.
     """
 
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
@@ -62,24 +62,30 @@ class CausalLMTask(Task):
     ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
-        self.format = tell_format(recipe, table)
-        compared = [name for name in recipe.metrics if name in GENERATED]
-        self.generates = bool(compared)
-        if compared and self.format == "text":
+        self.format = infer_format(recipe, table)
+        generative = [name for name in recipe.metrics if name in GENERATED]
+        self.generates = bool(generative)
+        if generative and self.format == "text":
             raise RecipeError(
-                [f"task.metrics: {compared[0]} compares a generated completion with the wanted one, and plain text has no prompt to "
-                 "complete; use perplexity or accuracy, or data with prompts"]
-            )  # fmt: skip
+                [
+                    f"task.metrics: {generative[0]} compares generated completions with "
+                    "references, but plain text has no prompts; use perplexity or accuracy, or "
+                    "data with prompts"
+                ]
+            )
         if self.format == "instruction":
             parse_template(recipe.template)
         self.processor, config = load_tokenizer(backbone, model_folder)
-        self.pad_token_id = pad_token_of(self.processor)
+        self.pad_token_id = get_pad_token_id(self.processor)
         limit = token_limit(self.processor, config)
-        self.max_length = choose_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
+        self.max_length = (
+            resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
+        )
         self.max_prompt = min(self.max_length, (limit or 2**31) - recipe.max_new_tokens)
         if self.generates and self.max_prompt < 1:
             raise DataError(
-                f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a prompt; the model takes {limit}"
+                f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a "
+                f"prompt; the model's limit is {limit} tokens"
             )
         eos = self.processor.eos_token_id
         self._adds_eos = eos is not None and self.processor("a")["input_ids"][-1:] == [eos]
@@ -88,59 +94,72 @@ class CausalLMTask(Task):
     # Rows to tensors
     # ----------------------------------------------------------------------------------------------
     def encode(self, table: Dataset) -> Examples:
-        """Tokenise every row; an end-of-sequence token follows each text and completion (a chat ends as its template says).
+        """Tokenize every row.
 
-        Too long examples are cut: texts and chats on the right; of a prompt with a completion, the prompt on the left (its
-        begin-of-sequence token stays), so that the completion survives. Warnings count them, and the rows where the prompt's
-        tokens do not begin those of prompt + completion; there, both are tokenised apart.
+        An end-of-sequence token is appended to texts and completions. The end of a chat follows its
+        template. Long texts and chats are truncated on the right. Long prompts are truncated on the
+        left, after their begin-of-sequence token, so completions are kept. If a prompt's tokens are
+        not a prefix of the tokens of prompt + completion, both are tokenized separately.
+        Warnings count truncated and separately tokenized rows.
 
         Raises:
-            DataError: For absent or unfit columns, nulls, and rows that leave no token to predict.
+            DataError: A column does not exist, has the wrong type, or has nulls; a row has no token
+                to predict.
         """
-        texts = lay_out(self.recipe, self.format, table, self.processor, answers=self.generates)
+        texts = read_row_texts(
+            self.recipe, self.format, table, self.processor, final_turns=self.generates
+        )
         rows: list[tuple[list[int], list[int]]]
         if texts.prompts is None:
             rows = [
                 ([], ids)
-                for ids in self._tokenise(
-                    texts.learned, special=self.format == "text", end=self.format == "text"
+                for ids in self._tokenize(
+                    texts.targets, special=self.format == "text", end=self.format == "text"
                 )
             ]
         else:
-            rows = self._tokenise_pairs(texts.prompts, texts.learned)
+            rows = self._tokenize_pairs(texts.prompts, texts.targets)
         length = self.max_length
-        if cut := sum(len(prompt) + len(learned) > length for prompt, learned in rows):
+        if truncated := sum(len(prompt) + len(target) > length for prompt, target in rows):
             logger.warning(
-                "%d of %d examples are longer than %d tokens and were cut", cut, len(rows), length
+                "%d of %d examples are longer than %d tokens and were truncated",
+                truncated,
+                len(rows),
+                length,
             )
         inputs, labels = [], []
-        for row, (prompt, learned) in enumerate(rows):
-            # A completion that fills the whole length still needs one token before it, to be predicted from.
-            kept = self._cut_left(prompt, max(length - len(learned), min(1, len(prompt))))
-            learned = learned[: length - len(kept)]
-            inputs.append(kept + learned)
-            labels.append([IGNORED] * len(kept) + learned)
-            labels[row][:1] = [
-                IGNORED
-            ]  # nothing precedes the first token; now the labels count the terms of the loss
+        for row, (prompt, target) in enumerate(rows):
+            # Prediction of the first token of a completion needs one token before it.
+            context = self._truncate_left(prompt, max(length - len(target), min(1, len(prompt))))
+            target = target[: length - len(context)]
+            inputs.append(context + target)
+            labels.append([IGNORED] * len(context) + target)
+            # The first token is not predicted. Without its label, labels count the loss terms.
+            labels[row][:1] = [IGNORED]
             if all(label == IGNORED for label in labels[row]):
                 raise DataError(
-                    f"row {row} in use: {len(inputs[row])} token(s) leave nothing to predict: {texts.learned[row][:80]!r}"
+                    f"row {row} (of the rows in use): {len(inputs[row])} token(s) leave nothing to "
+                    f"predict: {texts.targets[row][:80]!r}"
                 )
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         if self.generates:
-            starts, wanted = [prompt for prompt, _ in rows], texts.learned
-            if texts.answers is not None:
-                starts, wanted = (
-                    self._tokenise([prompt for prompt, _ in texts.answers], special=False),
-                    [text for _, text in texts.answers],
+            prompts, references = [prompt for prompt, _ in rows], texts.targets
+            if texts.final_turns is not None:
+                prompts, references = (
+                    self._tokenize([prompt for prompt, _ in texts.final_turns], special=False),
+                    [text for _, text in texts.final_turns],
                 )
-            columns["prompt"] = ragged([self._cut_left(ids, self.max_prompt) for ids in starts])
-            columns["wanted"] = ragged([text.encode() for text in wanted])
+            columns["prompt"] = ragged(
+                [self._truncate_left(ids, self.max_prompt) for ids in prompts]
+            )
+            columns["reference"] = ragged([text.encode() for text in references])
         return Examples(columns)
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """``input_ids``, ``attention_mask`` and ``labels``, all ``(batch, longest)``, padded on the right."""
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, ``(batch, longest)``.
+
+        Rows are padded on the right.
+        """
         inputs = [examples.columns["input_ids"][index] for index in indices]
         return {
             "input_ids": pad(inputs, self.pad_token_id),
@@ -148,67 +167,81 @@ class CausalLMTask(Task):
             "labels": pad([examples.columns["labels"][index] for index in indices], IGNORED),
         }
 
-    def _tokenise(
+    def _tokenize(
         self, texts: Sequence[str], *, special: bool = True, end: bool = False
     ) -> list[list[int]]:
-        """Token ids of each text: with what the tokenizer puts in front where ``special``, with an EOS after it where ``end``."""
+        """Tokenize texts.
+
+        Args:
+            texts: Texts.
+            special: Add the tokenizer's initial special tokens.
+            end: Append the end-of-sequence token.
+        """
         eos = self.processor.eos_token_id
         rows: list[list[int]] = []
         for (chunk,) in chunks(texts):
             for ids in self.processor(list(chunk), add_special_tokens=special, verbose=False)[
                 "input_ids"
             ]:
-                bare = ids[:-1] if special and self._adds_eos else ids
-                rows.append([*bare, eos] if end and eos is not None else list(bare))
+                tokens = ids[:-1] if special and self._adds_eos else ids
+                rows.append([*tokens, eos] if end and eos is not None else list(tokens))
         return rows
 
-    def _tokenise_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt; an empty one is the begin-of-sequence token, so that a completion has something to follow."""
+    def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokenize prompts. An empty prompt becomes the begin-of-sequence token.
+
+        Prediction of the first token of a completion needs a token before it.
+        """
         bos = self.processor.bos_token_id
-        rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenise(prompts)]
+        rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenize(prompts)]
         empty = next((row for row, ids in enumerate(rows) if not ids), None)
         if empty is not None:
             raise DataError(
-                f"row {empty} in use: the prompt is empty, and the tokenizer has no begin-of-sequence token to stand for it"
+                f"row {empty} (of the rows in use): the prompt is empty, and the tokenizer has no "
+                "begin-of-sequence token to replace it; fill in the prompt, or remove the row"
             )
         return rows
 
-    def _tokenise_pairs(
+    def _tokenize_pairs(
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[tuple[list[int], list[int]]]:
-        """Token ids of each prompt and of the completion that follows it, with EOS."""
-        starts = self._tokenise_prompts(prompts)
-        wholes = self._tokenise(
+        """Tokenize prompts and their completions, which end with the end-of-sequence token."""
+        starts = self._tokenize_prompts(prompts)
+        joined = self._tokenize(
             [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
             end=True,
         )
-        # An empty prompt has a stand-in that the whole lacks where the tokenizer adds no begin-of-sequence token itself.
-        clash = [
+        # An empty prompt was replaced by a begin-of-sequence token, which not all tokenizers add to
+        # prompt + completion.
+        mismatched = [
             row
             for row, start in enumerate(starts)
-            if prompts[row] and wholes[row][: len(start)] != start
+            if prompts[row] and joined[row][: len(start)] != start
         ]
-        apart = sorted({*clash, *(row for row, prompt in enumerate(prompts) if not prompt)})
+        separate = sorted({*mismatched, *(row for row, prompt in enumerate(prompts) if not prompt)})
         alone = dict(
             zip(
-                apart,
-                self._tokenise([completions[row] for row in apart], special=False, end=True),
+                separate,
+                self._tokenize([completions[row] for row in separate], special=False, end=True),
                 strict=True,
             )
         )
-        if clash:
+        if mismatched:
             logger.warning(
-                "in %d of %d rows the tokens of prompt + completion do not begin with the prompt's (first: row %d); both were tokenised "
-                "apart. Often the prompt ends in a space that belongs to the completion",
-                len(clash), len(starts), clash[0],
-            )  # fmt: skip
+                "in %d of %d rows the prompt's tokens are not a prefix of the tokens of prompt + "
+                "completion (first: row %d); both were tokenized separately. Often the prompt ends "
+                "with a space that belongs to the completion",
+                len(mismatched),
+                len(starts),
+                mismatched[0],
+            )
         return [
-            (start, alone[row] if row in alone else wholes[row][len(start) :])
+            (start, alone[row] if row in alone else joined[row][len(start) :])
             for row, start in enumerate(starts)
         ]
 
-    def _cut_left(self, prompt: list[int], length: int) -> list[int]:
-        """The last ``length`` tokens, of which the first stays the begin-of-sequence token where the prompt has it."""
+    def _truncate_left(self, prompt: list[int], length: int) -> list[int]:
+        """Truncate a prompt on the left to ``length`` tokens; keep a begin-of-sequence token."""
         if len(prompt) <= length:
             return prompt
         if length > 0 and prompt[0] == self.processor.bos_token_id:
@@ -219,11 +252,14 @@ class CausalLMTask(Task):
     # Logits to numbers
     # ----------------------------------------------------------------------------------------------
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over an example's labelled tokens t of ``-log softmax(logits[t - 1])[label[t]]``, and how many there are.
+        """Sum ``-log softmax(logits[t - 1])[label[t]]`` over the labeled tokens t of an example.
 
         Args:
             logits: ``(batch, length, vocabulary)``.
-            labels: ``(batch, length)``, -100 where there is no loss; they are shifted here, not by the caller.
+            labels: ``(batch, length)``, not shifted; -100 marks positions without loss.
+
+        Returns:
+            Sum in nats and number of labeled tokens, both float32 ``(batch,)``.
         """
         targets = labels[:, 1:]
         losses = functional.cross_entropy(
@@ -235,27 +271,34 @@ class CausalLMTask(Task):
         return losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
 
     def predict(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest token and the label at each labelled position, both flat; empty where no metric looks at them."""
+        """Return the most likely token and the label at each labeled position, both flat.
+
+        The tensors are empty if no metric needs them.
+        """
         if "accuracy" not in self.metrics:
             return labels.new_empty(0), labels.new_empty(0)
         targets = labels[:, 1:]
         return logits[:, :-1].argmax(dim=-1)[targets != IGNORED], targets[targets != IGNORED]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Examples:
-        """Prompts without completions, as ``complete`` takes them; long ones are cut on the left. Raises ``DataError`` for an empty one."""
+        """Tokenize prompts for ``complete``. Long prompts are truncated on the left.
+
+        Raises:
+            DataError: A prompt is empty, and the tokenizer has no begin-of-sequence token.
+        """
         return Examples(
             {
                 "prompt": ragged(
                     [
-                        self._cut_left(ids, self.max_prompt)
-                        for ids in self._tokenise_prompts(prompts)
+                        self._truncate_left(ids, self.max_prompt)
+                        for ids in self._tokenize_prompts(prompts)
                     ]
                 )
             }
         )
 
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """``input_ids`` and ``attention_mask``, both ``(batch, longest)``, padded on the left."""
+        """Return ``input_ids`` and ``attention_mask``, ``(batch, longest)``, padded on the left."""
         prompts = [examples.columns["prompt"][index] for index in indices]
         return {
             "input_ids": pad(prompts, self.pad_token_id, "left"),
@@ -266,9 +309,16 @@ class CausalLMTask(Task):
     def complete(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> list[str]:
-        """Greedy completions of the prompts, up to the end of sequence or ``max_new_tokens``, stripped.
+        """Complete prompts greedily, up to an end-of-sequence token or ``max_new_tokens``.
 
-        The model should be in evaluation mode.
+        Args:
+            model: Model in evaluation mode.
+            examples: Output of ``encode`` or ``encode_prompts``.
+            indices: Indices of the prompts in ``examples``.
+            device: Device of the model.
+
+        Returns:
+            Completions without surrounding whitespace.
         """
         from transformers import GenerationConfig
 
@@ -276,11 +326,19 @@ class CausalLMTask(Task):
             name: tensor.to(device)
             for name, tensor in self.collate_prompts(examples, indices).items()
         }
-        # Every field that the model's own generation_config.json may set for sampling is set here, so that decoding is plainly greedy.
+        # These override the sampling settings of the model's generation_config.json.
         settings = GenerationConfig(
-            do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, use_cache=True,
-            max_new_tokens=self.recipe.max_new_tokens, pad_token_id=self.pad_token_id, eos_token_id=self._ends(model) or None,
-        )  # fmt: skip
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            use_cache=True,
+            max_new_tokens=self.recipe.max_new_tokens,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self._end_token_ids(model) or None,
+        )
         tokens = model.generate(**batch, generation_config=settings)[
             :, batch["input_ids"].shape[1] :
         ]
@@ -292,13 +350,17 @@ class CausalLMTask(Task):
     def generate(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> tuple[list[str], list[str]]:
-        """What ``complete`` gives, and the wanted completions, stripped too."""
-        wanted = [bytes(examples.columns["wanted"][index].tolist()).decode() for index in indices]
-        return self.complete(model, examples, indices, device), [text.strip() for text in wanted]
+        """Return completions and references, without surrounding whitespace."""
+        references = [
+            bytes(examples.columns["reference"][index].tolist()).decode() for index in indices
+        ]
+        return self.complete(model, examples, indices, device), [
+            text.strip() for text in references
+        ]
 
-    def _ends(self, model: Any) -> list[int]:
-        """Token ids that end a completion: the tokenizer's, and those that the model names, such as the end of a turn."""
-        named = model.generation_config.eos_token_id
+    def _end_token_ids(self, model: Any) -> list[int]:
+        """Return the end tokens of the tokenizer and the model, such as the end of a turn."""
+        ids = model.generation_config.eos_token_id
         return sorted(
-            {*(named if isinstance(named, list) else [named]), self.processor.eos_token_id} - {None}
+            {*(ids if isinstance(ids, list) else [ids]), self.processor.eos_token_id} - {None}
         )

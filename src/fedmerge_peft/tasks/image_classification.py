@@ -1,4 +1,4 @@
-"""An image to one of several labels."""
+"""Image classification."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.classification import (
     Classification,
     encode_labels,
-    refuse_nulls,
-    tell_labels,
+    infer_labels,
+    reject_nulls,
 )
-from fedmerge_peft.tasks.tokenization import load_part
+from fedmerge_peft.tasks.tokenization import load_pretrained
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,24 +30,24 @@ _ROWS_AT_ONCE = 256
 
 
 class ImageClassificationTask(Classification):
-    """Images of any mode and size, as RGB of the model's size.
+    """Classification of images of any mode and size.
 
-    They are decoded and resized once and kept as bytes, 3 · height · width of them an image; each batch is rescaled and
-    normalised as the model's image processor would have done.
+    Images are decoded, converted to RGB and resized once, and stored as 3 · height · width bytes.
+    Each batch is rescaled and normalized with the settings of the model's image processor.
 
     Args:
         recipe: Columns, labels and metrics.
-        backbone: Where the image processor is.
-        table: All rows of the federation, from which the labels are told.
+        backbone: Location of the image processor.
+        table: All rows of the federation, from which the labels are inferred.
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: For a missing column, or labels that are not what the recipe says.
-        BackboneError: Where the image processor cannot be loaded.
+        DataError: A column does not exist, or the labels do not match the recipe.
+        BackboneError: The image processor cannot be loaded.
     """
 
     auto_model: ClassVar[str] = "AutoModelForImageClassification"
-    # PEFT's task types belong to text models; without one, its wrapper hands pixel_values through.
+    # PEFT's task types are for text models. Without one, the PEFT model accepts pixel_values.
     peft_task_type: ClassVar[str | None] = None
 
     def __init__(
@@ -63,25 +63,27 @@ class ImageClassificationTask(Classification):
         self.metrics = recipe.metrics
         if recipe.image not in table.column_names:
             raise DataError(
-                f"task.image: there is no column {recipe.image!r}; the data have {listing(table.column_names)}"
+                f"task.image: there is no column {recipe.image!r}; "
+                f"the data have {join_values(table.column_names)}"
             )
-        self.labels = tell_labels(table, recipe.label, recipe.num_labels)
-        elsewhere = backbone.tokenizer is not None
-        # The Pillow backend, also where torchvision is installed: the same pixels on every machine.
-        self.processor = load_part(
+        self.labels = infer_labels(table, recipe.label, recipe.num_labels)
+        separate = backbone.tokenizer is not None
+        # The Pillow backend gives the same pixels on machines with and without torchvision.
+        self.processor = load_pretrained(
             AutoImageProcessor,
             backbone.tokenizer or model_folder,
             backbone,
-            None if elsewhere else backbone.revision,
+            None if separate else backbone.revision,
             backend="pil",
         )
 
     def encode(self, table: Dataset) -> Examples:
-        """Decode every image and bring it to the model's size: uint8 ``(3, height, width)``.
+        """Decode and resize every image to uint8 ``(3, height, width)``.
 
         Raises:
-            DataError: With its row, for an image that is absent or cannot be decoded.
-            BackboneError: Where the image processor does not give one uint8 image of the same size for each.
+            DataError: An image is missing or cannot be decoded. The message names the row.
+            BackboneError: The image processor does not return one uint8 image of the same size for
+                each input.
         """
         from datasets import Image
 
@@ -90,12 +92,13 @@ class ImageClassificationTask(Classification):
         pixels: list[Tensor] = []
         for start in range(0, len(table), _ROWS_AT_ONCE):
             rows = column[start : start + _ROWS_AT_ONCE].column(self.recipe.image).combine_chunks()
-            refuse_nulls(rows, self.recipe.image, start)
+            reject_nulls(rows, self.recipe.image, start)
             try:
                 encoded = Image().cast_storage(rows).to_pylist()
             except (TypeError, ValueError, NotImplementedError) as error:
                 raise DataError(
-                    f"task.image: column {self.recipe.image!r} holds {rows.type}; images are encoded bytes, file paths, or a datasets Image"
+                    f"task.image: column {self.recipe.image!r} has the type {rows.type}; "
+                    "images are encoded bytes, file paths, or a datasets Image"
                 ) from error
             images = [
                 self._decode(Image(), value, start + row) for row, value in enumerate(encoded)
@@ -104,7 +107,11 @@ class ImageClassificationTask(Classification):
         return Examples({"pixel_values": pixels, "labels": list(labels.unbind())})
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """``pixel_values`` float32 ``(batch, 3, height, width)`` and ``labels`` ``(batch,)``."""
+        """Stack examples.
+
+        Returns:
+            ``pixel_values`` float32 ``(batch, 3, height, width)`` and ``labels`` ``(batch,)``.
+        """
         pixels = torch.stack([examples.columns["pixel_values"][index] for index in indices]).float()
         if self.processor.do_rescale:
             pixels *= self.processor.rescale_factor
@@ -122,16 +129,15 @@ class ImageClassificationTask(Classification):
     def _decode(self, feature: Any, value: dict[str, Any], row: int) -> Image:
         try:
             return as_rgb(feature.decode_example(value))
-        except (
-            Exception
-        ) as error:  # Pillow's decoders raise whatever the damaged bytes lead them to
-            where = value["path"] or f"{len(value['bytes'] or b'')} bytes"
+        except Exception as error:  # Pillow's decoders raise arbitrary errors for damaged bytes
+            source = value["path"] or f"{len(value['bytes'] or b'')} bytes"
             raise DataError(
-                f"row {row} in use: the image in column {self.recipe.image!r} cannot be decoded ({where}): {error}"
+                f"row {row} (of the rows in use): the image in column {self.recipe.image!r} cannot "
+                f"be decoded ({source}): {error}"
             ) from error
 
     def _resize(self, images: list[Image]) -> list[Tensor]:
-        """What the image processor does before it rescales and normalises."""
+        """Apply the image processor except for its rescaling and normalization."""
         processed = self.processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
         arrays = [np.asarray(image) for image in processed]
         if any(
@@ -140,19 +146,23 @@ class ImageClassificationTask(Classification):
         ):
             kinds = sorted({f"{array.dtype} {array.shape}" for array in arrays})
             raise BackboneError(
-                f"{type(self.processor).__name__} does not bring images to one size before it normalises them (it gives "
-                f"{listing(kinds, 3)}); models that take any size are not supported"
+                f"{type(self.processor).__name__} does not resize images to one size before it "
+                f"normalizes them (it returns {join_values(kinds, 3)}); models that accept images "
+                "of any size are not supported"
             )
         return list(torch.from_numpy(np.stack(arrays)).unbind())
 
 
 def as_rgb(image: Image) -> Image:
-    """An image of any Pillow mode as RGB: transparency is dropped, grey repeated, 16 bits scaled to 8."""
+    """Convert an image of any Pillow mode to RGB.
+
+    Transparency is dropped, gray is repeated, and 16 bits are scaled to 8.
+    """
     if image.mode.startswith("I"):
         from PIL.Image import fromarray
 
-        # Pillow's own conversion has clipped at 255 in some releases.
+        # Some releases of Pillow clip at 255 instead of scaling.
         image = fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+        image = image.convert("RGBA")  # Pillow warns about a direct conversion to RGB
     return image.convert("RGB")

@@ -1,7 +1,8 @@
-"""Metrics as ``evaluate.Metric`` objects that need no hub: scikit-learn and rouge_score do the arithmetic.
+"""Metrics as offline ``evaluate.Metric`` objects, computed by scikit-learn and rouge_score.
 
-Conventions where a client's few examples leave a metric undefined: no examples, ``nan``; F1 of a class that is never
-predicted, 0; Matthews correlation where only one class is expected or predicted, 0.
+A client may have too few examples for a metric to be defined. By convention, a metric without
+examples is ``nan``. The F1 of a class that is never predicted is 0. The Matthews correlation is 0
+if only one class is expected or predicted.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ if TYPE_CHECKING:
     from fedmerge_peft.tasks.base import Predictions
 
 GENERATED = frozenset({"exact_match", "rougeL"})
-"""Metrics of generated text; the others compare class or token ids, or come from the loss."""
+"""Metrics of generated text. Other metrics compare ids, or are functions of the loss."""
 
 
 def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
-    """The mean loss, under ``loss``, and each named metric.
+    """Compute the mean loss and the named metrics.
 
     Args:
         names: Any of accuracy, f1, matthews_correlation, exact_match, rougeL, perplexity.
-        predictions: Loss sum in nats and its count; ids for the first three, texts for the next two.
+        predictions: Loss, ids for accuracy, f1 and matthews_correlation, and texts for exact_match
+            and rougeL.
 
     Returns:
-        Fractions from 0 to 1, but for loss (nats), perplexity (``exp`` of it; ``inf`` where that is no float) and
-        Matthews correlation (-1 to 1); ``nan`` where there is nothing to score.
+        ``loss`` (mean in nats) and the metrics by name. Metrics are fractions from 0 to 1, except
+        perplexity (``exp`` of the loss, ``inf`` on overflow) and Matthews correlation (-1 to 1). A
+        value without examples is ``nan``.
     """
     loss = predictions.loss_sum / predictions.count if predictions.count else math.nan
     scores = {"loss": loss}
@@ -37,39 +40,40 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         if name == "perplexity":
             scores[name] = _exp(loss)
             continue
-        said, expected = (
-            (predictions.generated, predictions.wanted)
+        outputs, references = (
+            (predictions.generated, predictions.references)
             if name in GENERATED
             else (predictions.predicted, predictions.expected)
         )
-        # Not metric(name).compute: it writes the ids to an Arrow table first, about 3 ms a call, which exceeds the arithmetic
-        # many times and would be paid for every client, split and round.
+        # metric(name).compute writes the ids to an Arrow table first. That takes about 3 ms, much
+        # longer than the computation, for every client, split and round.
         scores[name] = (
-            metric(name)._compute(predictions=said, references=expected)[name]
-            if len(expected)
+            metric(name)._compute(predictions=outputs, references=references)[name]
+            if len(references)
             else math.nan
         )
     return scores
 
 
 def greater_is_better(name: str) -> bool:
-    """Whether a larger value is the better one: true but for ``loss`` and ``perplexity``."""
+    """Return True for all metrics except ``loss`` and ``perplexity``."""
     return name not in {"loss", "perplexity"}
 
 
 @cache
 def metric(name: str) -> Any:
-    """The ``evaluate.Metric`` of this name, built once a process; importing ``evaluate`` takes seconds.
+    """Create the ``evaluate.Metric`` of this name, once per process.
 
-    ``metric("accuracy").compute(predictions=[0, 1], references=[0, 0])`` gives ``{"accuracy": 0.5}``.
+    ``metric("accuracy").compute(predictions=[0, 1], references=[0, 0])`` returns
+    ``{"accuracy": 0.5}``. The import of ``evaluate`` takes seconds.
 
     Raises:
-        KeyError: For a name that has no arithmetic here.
+        KeyError: The metric is unknown.
     """
     import evaluate
     from datasets import Features, Value
 
-    arithmetic = _ARITHMETIC[name]
+    compute = _FUNCTIONS[name]
     dtype = "string" if name in GENERATED else "int64"
 
     class Offline(evaluate.Metric):  # type: ignore[misc]
@@ -80,7 +84,7 @@ def metric(name: str) -> Any:
         def _compute(
             self, predictions: Sequence[Any], references: Sequence[Any]
         ) -> dict[str, float]:
-            return {name: arithmetic(predictions, references)}
+            return {name: compute(predictions, references)}
 
     return Offline(keep_in_memory=True)
 
@@ -99,7 +103,7 @@ def _accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
 
 
 def _f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
-    """Mean over the classes that are expected or predicted, each with the same weight (macro average)."""
+    """Compute the macro average of F1 over the classes that are expected or predicted."""
     from sklearn.metrics import f1_score
 
     return float(
@@ -111,22 +115,27 @@ def _matthews_correlation(predicted: Sequence[int], expected: Sequence[int]) -> 
     from sklearn.metrics import matthews_corrcoef
 
     if len(set(expected)) < 2 or len(set(predicted)) < 2:
-        return 0.0  # as scikit-learn defines it, without its warning
+        return 0.0  # scikit-learn's value, without its warning
     return float(matthews_corrcoef(np.asarray(expected), np.asarray(predicted)))
 
 
-def _exact_match(generated: Sequence[str], wanted: Sequence[str]) -> float:
-    return float(np.mean([one == other for one, other in zip(generated, wanted, strict=True)]))
+def _exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
+    return float(
+        np.mean([text == reference for text, reference in zip(generated, references, strict=True)])
+    )
 
 
-def _rouge_l(generated: Sequence[str], wanted: Sequence[str]) -> float:
-    """Mean over examples of the F-measure of the longest common subsequence of words (Lin 2004), without stemming."""
+def _rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
+    """Compute the mean ROUGE-L F-measure (Lin 2004), without stemming.
+
+    ROUGE-L compares texts by their longest common subsequence of words.
+    """
     scorer = _rouge_scorer()
     return float(
         np.mean(
             [
-                scorer.score(other, one)["rougeL"].fmeasure
-                for one, other in zip(generated, wanted, strict=True)
+                scorer.score(reference, text)["rougeL"].fmeasure
+                for text, reference in zip(generated, references, strict=True)
             ]
         )
     )
@@ -139,7 +148,7 @@ def _rouge_scorer() -> Any:
     return RougeScorer(["rougeL"])
 
 
-_ARITHMETIC: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+_FUNCTIONS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "matthews_correlation": _matthews_correlation,

@@ -1,4 +1,4 @@
-"""Text, or a pair of texts, to one of several labels."""
+"""Classification of texts and pairs of texts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Batch, Examples
-from fedmerge_peft.tasks.classification import Classification, encode_labels, tell_labels
+from fedmerge_peft.tasks.classification import Classification, encode_labels, infer_labels
 from fedmerge_peft.tasks.tokenization import (
-    choose_length,
     chunks,
+    get_pad_token_id,
     load_tokenizer,
     pad,
-    pad_token_of,
     ragged,
     read_texts,
+    resolve_max_length,
     token_limit,
 )
 
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 class SequenceClassificationTask(Classification):
-    """Texts cut to what the model takes, padded on the right to the longest of the batch.
+    """Classification of texts, truncated to the model's limit and padded on the right.
 
     Args:
         recipe: Columns, labels, length and metrics.
-        backbone: Where the tokenizer is.
-        table: All rows of the federation, from which the labels are told.
+        backbone: Location of the tokenizer.
+        table: All rows of the federation, from which the labels are inferred.
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: For labels that are not what the recipe says, or a ``max_length`` that the model does not take.
-        BackboneError: Where the tokenizer or the model's configuration cannot be loaded.
+        DataError: The labels do not match the recipe, or ``max_length`` exceeds the model's limit.
+        BackboneError: The tokenizer or the model's configuration cannot be loaded.
     """
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -56,50 +56,52 @@ class SequenceClassificationTask(Classification):
     ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
-        self.labels = tell_labels(table, recipe.label, recipe.num_labels)
+        self.labels = infer_labels(table, recipe.label, recipe.num_labels)
         self.processor, config = load_tokenizer(backbone, model_folder)
-        self.pad_token_id = pad_token_of(self.processor)
-        self.max_length = choose_length(recipe.max_length, token_limit(self.processor, config))
-        # Some tokenizers give token types to models that have none, and GPT-2 would add them up as if they were words.
-        typed = (
-            getattr(config, "type_vocab_size", None) or 0
-        ) > 1 and "token_type_ids" in self.processor.model_input_names
-        self._columns = ["input_ids", *(["token_type_ids"] if typed else [])]
+        self.pad_token_id = get_pad_token_id(self.processor)
+        self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
+        # Some tokenizers return token types for models without token types. GPT-2 would add their
+        # word embeddings.
+        has_token_types = (getattr(config, "type_vocab_size", None) or 0) > 1
+        has_token_types &= "token_type_ids" in self.processor.model_input_names
+        self._columns = ["input_ids", *(["token_type_ids"] if has_token_types else [])]
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenise every row; a warning counts the texts that were cut.
+        """Tokenize every row. A warning counts truncated texts.
 
         Raises:
-            DataError: For a missing column, a null, a column that is no text, or a text that gives no token at all.
+            DataError: A column does not exist, has nulls, or is not text; a text has no tokens; a
+                label is unknown.
         """
         labels = encode_labels(table, self.recipe.label, self.labels)
         texts = [read_texts(table, self.recipe.text, "task.text")]
         if self.recipe.text_pair is not None:
             texts.append(read_texts(table, self.recipe.text_pair, "task.text_pair"))
         tokens: dict[str, list[list[int]]] = {name: [] for name in self._columns}
-        cut = 0
+        truncated = 0
         for chunk in chunks(*texts):
             encoded = self.processor(*chunk, verbose=False)
             for row, ids in enumerate(encoded["input_ids"]):
-                short = {name: encoded[name][row] for name in self._columns}
+                columns = {name: encoded[name][row] for name in self._columns}
                 if self.max_length is not None and len(ids) > self.max_length:
-                    short = self.processor(
+                    columns = self.processor(
                         *(column[row] for column in chunk),
                         truncation=True,
                         max_length=self.max_length,
                     )
-                    cut += 1
+                    truncated += 1
                 for name in self._columns:
-                    tokens[name].append(short[name])
+                    tokens[name].append(columns[name])
         empty = next((row for row, ids in enumerate(tokens["input_ids"]) if not ids), None)
         if empty is not None:
             raise DataError(
-                f"row {empty} in use: the text in column {self.recipe.text!r} gives no token: {texts[0][empty]!r}"
+                f"row {empty} (of the rows in use): the text in column {self.recipe.text!r} has no "
+                f"tokens: {texts[0][empty]!r}"
             )
-        if cut:
+        if truncated:
             logger.warning(
-                "%d of %d texts are longer than %d tokens and were cut",
-                cut,
+                "%d of %d texts are longer than %d tokens and were truncated",
+                truncated,
                 len(table),
                 self.max_length,
             )
@@ -111,7 +113,12 @@ class SequenceClassificationTask(Classification):
         )
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``, all ``(batch, longest)``; ``labels``."""
+        """Pad and stack examples.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and, if the model has token types, ``token_type_ids``,
+            all ``(batch, longest)``, and ``labels`` ``(batch,)``.
+        """
         rows = {
             name: [column[index] for index in indices] for name, column in examples.columns.items()
         }

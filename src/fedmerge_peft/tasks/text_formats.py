@@ -1,6 +1,6 @@
-"""How rows become prompts and completions: plain text, chats, prompt and completion, instructions.
+"""Data set formats of causal language modeling: text, chats, prompt-completion, instructions.
 
-The column names and their meaning follow TRL's data set formats.
+Column names and their meaning follow TRL's data set formats.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from fedmerge_peft.data.columns import listing
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.tokenization import read_texts
 
@@ -20,82 +20,89 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.schema import CausalLMRecipe
 
 Paragraph = list[tuple[str, str | None]]
-"""Literal text and the field after it, if there is one, in turn."""
+"""Sequence of (literal text, name of the field after it or None)."""
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Texts of all rows, before tokens."""
+class RowTexts:
+    """Texts of all rows, before tokenization."""
 
-    learned: Sequence[str]
-    """Where the loss is: the whole text or chat, or the completion that follows the prompt."""
+    targets: Sequence[str]
+    """Texts with loss: the complete text or chat, or the completion of a prompt."""
     prompts: Sequence[str] | None = None
-    """What comes before, without loss; None where the loss is on all of the text."""
-    answers: Sequence[tuple[str, str]] | None = None
-    """Of chats, where generation needs them: what leads up to the last message, and its content."""
+    """Texts without loss before the targets. None for texts and chats."""
+    final_turns: Sequence[tuple[str, str]] | None = None
+    """Chats up to the last message, and the content of this message, for generation."""
 
 
-def tell_format(recipe: CausalLMRecipe, table: Dataset) -> str:
-    """The format that the recipe names or, without a name, the first one whose columns are there.
+def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
+    """Return the format of the recipe or, by default, the first format whose columns exist.
 
     Raises:
-        DataError: Where the columns that the format needs are not there.
+        DataError: Columns of the format do not exist.
     """
-    needs = {
+    required = {
         "messages": [recipe.messages],
         "prompt-completion": [recipe.prompt, recipe.completion],
         "instruction": [recipe.instruction, recipe.output],
         "text": [recipe.text],
     }
     if recipe.format is not None:
-        # The template says which columns an instruction has; only the answer's is sure.
-        wanted = [recipe.output] if recipe.format == "instruction" else needs[recipe.format]
-        missing = [column for column in wanted if column not in table.column_names]
+        # The template determines the other columns of an instruction.
+        columns = [recipe.output] if recipe.format == "instruction" else required[recipe.format]
+        missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise DataError(
-                f"task.format: {recipe.format} needs the column {missing[0]!r}; the data have {listing(table.column_names)}"
+                f"task.format: {recipe.format} needs the column {missing[0]!r}; "
+                f"the data have {join_values(table.column_names)}"
             )
         return recipe.format
-    for name, columns in needs.items():
+    for name, columns in required.items():
         if set(columns) <= set(table.column_names):
             return name
-    choices = "; ".join(f"{name}: {' and '.join(columns)}" for name, columns in needs.items())
+    choices = "; ".join(f"{name}: {' and '.join(columns)}" for name, columns in required.items())
     raise DataError(
-        f"task.format: the data have {listing(table.column_names)}, which fits no format ({choices}); name the columns"
+        f"task.format: the data have {join_values(table.column_names)}, which match no format "
+        f"({choices}); name the columns in the recipe"
     )
 
 
-def lay_out(
-    recipe: CausalLMRecipe, format: str, table: Dataset, tokenizer: Any, *, answers: bool
-) -> Conversation:
-    """Read the columns of the format.
+def read_row_texts(
+    recipe: CausalLMRecipe, format: str, table: Dataset, tokenizer: Any, *, final_turns: bool
+) -> RowTexts:
+    """Read the texts of all rows.
 
     Args:
-        recipe: Names of the columns, and the template.
-        format: One of the names that ``tell_format`` gives.
-        table: The rows.
-        tokenizer: Its chat template lays out messages.
-        answers: Whether the last message of each chat will be generated.
+        recipe: Names of the columns, and the prompt template.
+        format: Format from ``infer_format``.
+        table: Rows.
+        tokenizer: Tokenizer, whose chat template renders messages.
+        final_turns: Also return the final turns of chats, for generation.
 
     Raises:
-        DataError: For columns that are absent or of the wrong type, nulls, chats that the chat template refuses.
+        DataError: A column does not exist, has the wrong type, or has nulls; the chat template
+            rejects a chat.
     """
     if format == "messages":
-        return _chats(_rows(table, recipe.messages), recipe.messages, tokenizer, answers=answers)
+        return _chats(
+            _rows(table, recipe.messages), recipe.messages, tokenizer, final_turns=final_turns
+        )
     if format == "text":
-        return Conversation(read_texts(table, recipe.text, "task.text"))
+        return RowTexts(read_texts(table, recipe.text, "task.text"))
     if format == "prompt-completion":
-        return Conversation(
+        return RowTexts(
             read_texts(table, recipe.completion, "task.completion"),
             read_texts(table, recipe.prompt, "task.prompt"),
         )
-    return Conversation(
-        read_texts(table, recipe.output, "task.output"), _instructions(recipe, table)
-    )
+    return RowTexts(read_texts(table, recipe.output, "task.output"), _instructions(recipe, table))
 
 
 def parse_template(template: str) -> list[Paragraph]:
-    """Paragraphs (what blank lines separate) of a prompt template. Raises ``DataError`` for braces that do not match."""
+    """Parse a prompt template into paragraphs, which are separated by blank lines.
+
+    Raises:
+        DataError: The braces do not match.
+    """
     try:
         return [
             [(literal, name) for literal, name, _, _ in Formatter().parse(text)]
@@ -103,12 +110,12 @@ def parse_template(template: str) -> list[Paragraph]:
         ]
     except ValueError as error:
         raise DataError(
-            f"task.template: {error}; write {{{{ and }}}} for braces that are meant as such"
+            f"task.template: {error}; write {{{{ and }}}} for literal braces"
         ) from error
 
 
-def fill(template: list[Paragraph], values: Mapping[str, str]) -> str:
-    """The prompt: fields replaced by their values, without the paragraphs whose only field is empty."""
+def fill_template(template: list[Paragraph], values: Mapping[str, str]) -> str:
+    """Replace the fields by their values, and drop paragraphs whose only field is empty."""
     paragraphs = []
     for paragraph in template:
         fields = {name for _, name in paragraph if name is not None}
@@ -121,7 +128,7 @@ def fill(template: list[Paragraph], values: Mapping[str, str]) -> str:
 
 
 def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
-    """A prompt a row, from the template."""
+    """Create the prompt of each row from the template."""
     template = parse_template(recipe.template)
     columns: dict[str, list[str]] = {}
     for field in dict.fromkeys(
@@ -136,58 +143,63 @@ def _instructions(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
             columns[field] = [""] * len(table)
         else:
             raise DataError(
-                f"task.template: {{{field}}} is no column; the data have {listing(table.column_names)}"
+                f"task.template: there is no column for {{{field}}}; "
+                f"the data have {join_values(table.column_names)}"
             )
     return [
-        fill(template, {field: values[row] for field, values in columns.items()})
+        fill_template(template, {field: values[row] for field, values in columns.items()})
         for row in range(len(table))
     ]
 
 
 def _rows(table: Dataset, column: str) -> list[Any]:
-    """A column as Python objects, nested ones too."""
+    """Read a column, possibly nested, as Python objects."""
     rows: list[Any] = table.select_columns([column]).with_format(None)[:][column]
     return rows
 
 
-def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, answers: bool) -> Conversation:
-    """Chats as the chat template lays them out; the last message is the one to generate."""
+def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, final_turns: bool) -> RowTexts:
+    """Render chats with the chat template. The last message is the one to generate."""
     if not tokenizer.chat_template:
         raise DataError(
-            "task.format: messages needs a tokenizer with a chat template, and this one has none; name one in backbone.tokenizer "
-            "(an instruct or chat model's), or use prompt and completion columns"
+            "task.format: messages needs a tokenizer with a chat template, and this one has none; "
+            "name the tokenizer of an instruct or chat model in backbone.tokenizer, or use prompt "
+            "and completion columns"
         )
-    learned: list[str] = []
-    asked: list[tuple[str, str]] = []
+    targets: list[str] = []
+    turns: list[tuple[str, str]] = []
     for row, messages in enumerate(rows):
         chat = _messages(messages, row, column)
-        learned.append(_render(tokenizer, chat, row, column))
-        if answers:
+        targets.append(_render(tokenizer, chat, row, column))
+        if final_turns:
             if chat[-1]["role"] != "assistant":
                 raise DataError(
-                    f"row {row} in use: the last message in {column!r} is the {chat[-1]['role']}'s; to generate, it must be assistant's"
+                    f"row {row} (of the rows in use): the last message in {column!r} has the role "
+                    f"{chat[-1]['role']}; generation needs the role assistant"
                 )
-            asked.append(
+            turns.append(
                 (
                     _render(tokenizer, chat[:-1], row, column, add_generation_prompt=True),
                     chat[-1]["content"],
                 )
             )
-    return Conversation(learned, answers=asked if answers else None)
+    return RowTexts(targets, final_turns=turns if final_turns else None)
 
 
 def _messages(messages: Any, row: int, column: str) -> list[dict[str, Any]]:
-    """One chat, without the keys that other chats have and this one lacks."""
+    """Validate one chat, and remove keys without a value, which Arrow adds from other chats."""
     if not isinstance(messages, list) or not messages:
         raise DataError(
-            f"row {row} in use: {column!r} must be a list of {{role, content}} with one message at least, not {messages!r}"
+            f"row {row} (of the rows in use): {column!r} must be a list of at least one "
+            f"{{role, content}}, not {messages!r}"
         )
     for message in messages:
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise DataError(
-                f"row {row} in use: a message in {column!r} needs a role and a content, both text, not {message!r}"
+                f"row {row} (of the rows in use): a message in {column!r} needs a role and a "
+                f"content, both text, not {message!r}"
             )
     return [
         {key: value for key, value in message.items() if value is not None} for message in messages
@@ -203,5 +215,6 @@ def _render(
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except TemplateError as error:
         raise DataError(
-            f"row {row} in use: the chat template refuses the messages in {column!r}: {error}"
+            f"row {row} (of the rows in use): the chat template rejects the messages in "
+            f"{column!r}: {error}"
         ) from error

@@ -25,7 +25,7 @@ def choose_device(wanted: str) -> torch.device:
 
     Raises ``DeviceError`` where it is absent.
     """
-    if distributed.launched() > 1:
+    if distributed.launched_processes() > 1:
         return _of_this_rank(wanted)
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +56,7 @@ def choose_device(wanted: str) -> torch.device:
 def _of_this_rank(wanted: str) -> torch.device:
     if wanted not in ("auto", "cpu", "cuda"):
         raise DeviceError(
-            f"training.device: {wanted} is one device, and {distributed.launched()} ranks were started; use auto, cuda or cpu"
+            f"training.device: {wanted} is one device, and {distributed.launched_processes()} ranks were started; use auto, cuda or cpu"
         )
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

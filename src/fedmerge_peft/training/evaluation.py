@@ -1,9 +1,8 @@
-"""Measuring what a client is served with on its own examples."""
+"""Scores of adapters, and of mixtures of them, on a client's own examples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,34 +10,30 @@ from torch import Tensor
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.models.backbone import Backbone
-from fedmerge_peft.tasks.base import Examples, Predictions, Task
+from fedmerge_peft.tasks.base import Examples, Predictions
 from fedmerge_peft.tasks.metrics import score
 from fedmerge_peft.training.plan import Mixture, Served
-from fedmerge_peft.training.prefix_cache import PrefixCache, through
-from fedmerge_peft.training.reference import split
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from fedmerge_peft.training.runtime import Runtime
 
 
 @torch.no_grad()
 def evaluate(
-    backbone: Backbone,
-    task: Task,
-    accelerator: Accelerator,
-    served: Served,
-    examples: Examples,
-    indices: Indices,
-    batch_size: int,
-    cache: PrefixCache | None = None,
+    runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> dict[str, float]:
-    """Loss (nats) and metrics on these rows: ``{"loss": ..., "accuracy": ...}``. Raises ``RecipeError`` for text from a mixture."""
-    predictions = Predictions()
-    rows = indices[_by_length(examples, indices)]
-    for chunk, logits, labels in _forward(
-        backbone, task, accelerator, served, examples, rows, batch_size, cache
-    ):
+    """Return the mean loss (nats) and the task's metrics: ``{"loss": ..., "accuracy": ...}``.
+
+    Args:
+        runtime: Model, task and examples.
+        served: An adapter ``(P,)`` or a mixture.
+        indices: Rows of the table.
+        batch_size: Examples in a pass.
+
+    Raises:
+        RecipeError: A metric needs generated text, and a mixture generates none.
+    """
+    task, predictions = runtime.task, Predictions()
+    rows = indices[_by_length(runtime.examples, indices)]
+    for chunk, logits, labels in _forward(runtime, served, rows, batch_size):
         sums, counts = task.losses(logits, labels)
         predicted, expected = task.predict(logits, labels)
         predictions.loss_sum += float(sums.double().sum())
@@ -49,76 +44,64 @@ def evaluate(
             if isinstance(served, Mixture):
                 raise RecipeError(
                     [
-                        "task.metrics: a mixture of models does not generate text; use perplexity or accuracy with it"
+                        "task.metrics: a mixture of models does not generate text; "
+                        "use perplexity or accuracy with it"
                     ]
                 )
-            with accelerator.autocast():
-                generated, wanted = task.generate(backbone.model, examples, chunk, backbone.device)
+            with runtime.accelerator.autocast():
+                generated, wanted = task.generate(
+                    runtime.backbone.model, runtime.examples, chunk, runtime.device
+                )
             predictions.generated += generated
-            predictions.wanted += wanted
+            predictions.references += wanted
     return score(task.metrics, predictions)
 
 
 @torch.no_grad()
-def example_losses(
-    backbone: Backbone,
-    task: Task,
-    accelerator: Accelerator,
-    row: Tensor,
-    examples: Examples,
-    indices: Indices,
-    batch_size: int,
-    cache: PrefixCache | None = None,
-) -> Tensor:
-    """Each example's summed loss (nats) with this adapter, ``(n,)`` float32 on the CPU, in the order of the indices."""
-    order = _by_length(examples, indices)
-    batches = _forward(
-        backbone, task, accelerator, row, examples, indices[order], batch_size, cache
+def example_losses(runtime: Runtime, row: Tensor, indices: Indices, batch_size: int) -> Tensor:
+    """Return each example's summed loss (nats) with an adapter, in the order of the indices.
+
+    ``(n,)`` float32 on the CPU.
+    """
+    order = _by_length(runtime.examples, indices)
+    batches = _forward(runtime, row, indices[order], batch_size)
+    losses = torch.cat(
+        [runtime.task.losses(logits, labels)[0].cpu() for _, logits, labels in batches]
     )
-    losses = torch.cat([task.losses(logits, labels)[0].cpu() for _, logits, labels in batches])
     return losses[torch.from_numpy(np.argsort(order))]
 
 
 def _by_length(examples: Examples, indices: Indices) -> Indices:
-    """An order in which batches need little padding; the longest come first, so that what does not fit into memory shows at once."""
+    """Return an order in which batches need little padding.
+
+    The longest come first, so that a batch that does not fit into memory fails at once.
+    """
     return np.argsort(-examples.lengths[indices], kind="stable")
 
 
 def _forward(
-    backbone: Backbone,
-    task: Task,
-    accelerator: Accelerator,
-    served: Served,
-    examples: Examples,
-    indices: Indices,
-    batch_size: int,
-    cache: PrefixCache | None,
+    runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> Iterator[tuple[Indices, Tensor, Tensor]]:
-    """Rows, logits and labels, batch after batch. A mixture's logits are its log-probabilities."""
+    """Yield rows, logits and labels of each batch. A mixture's logits are log-probabilities."""
+    backbone = runtime.backbone
     backbone.eval()
     rows = (served.rows if isinstance(served, Mixture) else served[None]).to(backbone.device)
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]
-        labels, inputs = split(task.collate(examples, chunk), backbone.device)
+        labels, inputs = runtime.to_device(runtime.collate(chunk))
         logits = []
         for row in rows:
             backbone.load_row(row)
-            with (
-                accelerator.autocast(),
-                through(cache, chunk),
-            ):  # anew for each row: autocast remembers weights
+            with runtime.forward_pass(chunk):  # entered for each row: autocast caches weights
                 logits.append(backbone.model(**inputs).logits)
-        yield (
-            chunk,
-            _mixed(logits, served.weights) if isinstance(served, Mixture) else logits[0],
-            labels,
-        )
+        mixed = _mixed(logits, served.weights) if isinstance(served, Mixture) else logits[0]
+        yield chunk, mixed, labels
 
 
 def _mixed(logits: list[Tensor], weights: Tensor) -> Tensor:
-    """The mixture's log-probabilities, log Σ_k π_k softmax(logits_k)."""
+    """Return the mixture's log-probabilities, log Σ_k π_k softmax(logits_k)."""
     parts = [
-        torch.log_softmax(each.float(), dim=-1) + weight.log().to(each.device)
-        for each, weight in zip(logits, weights, strict=True)
+        torch.log_softmax(component.float(), dim=-1) + weight.log().to(component.device)
+        for component, weight in zip(logits, weights, strict=True)
     ]
     return torch.logsumexp(torch.stack(parts), dim=0)

@@ -1,52 +1,148 @@
-"""What a client is asked to do with what it was sent.
+"""Plans: what a client is asked to do with the adapters that it was sent.
 
-Most methods ask for one thing, to train one adapter; the others choose one of several first, train two in turn, or train a mixture.
-A plan is data: engines decide how it is carried out.
+Most methods ask for one thing, to train one adapter (``Train``). Others choose one of several first
+(``Choose``), train two in turn (``InTurn``), or train a mixture (``Mixture``). A strategy may bring
+a plan of its own. Every plan runs in the same three phases, so that an engine can run those of
+several clients side by side:
+
+1. the client's examples are scored with ``scored_rows``, without training;
+2. ``train_requests`` says what to train, given these losses, and all of it is trained;
+3. ``result`` turns what was trained into the client's result.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class UpdatePrivacy:
-    """What a client does to an update before it sends it: δ · min(1, clip / ‖δ‖₂), plus Gaussian noise, in the columns that trained."""
-
-    clip: float
-    """L2."""
-    noise: float
-    """Standard deviation of each number's noise; 0 for none."""
+from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
+from fedmerge_peft.util.seeds import derive
+from fedmerge_peft.util.vectors import tensor_mismatch
 
 
 @dataclass(frozen=True)
-class Train:
+class Trained:
+    """The outcome of training one adapter."""
+
+    row: Tensor
+    """The trained adapter, ``(P,)`` float32 on the CPU."""
+    loss: float
+    """Mean loss (nats) over the steps, without the proximal term."""
+    steps: int
+    """Optimizer steps taken."""
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One adapter to train."""
+
+    job: Train
+    seed: int
+    """Decides all random draws of the job."""
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What a client returns when its plan is done."""
+
+    deltas: Tensor
+    """δ, sent minus trained, ``(k, P)``: a row for each adapter that was trained."""
+    loss: float
+    """Mean training loss (nats) of the shared adapter, or of a mixture under its posterior."""
+    trained: Served
+    """What the client would predict with now."""
+    choice: int = 0
+    """Index of the adapter that was trained, if the plan offered a choice."""
+    weights: Tensor | None = None
+    """A mixture's new π, ``(d,)``."""
+
+
+class Plan(ABC):
+    """Data that says what to train; see the module's docstring for the phases."""
+
+    @property
+    @abstractmethod
+    def sent(self) -> Tensor:
+        """The adapters that travel to the client, ``(k, P)``."""
+
+    @property
+    def returned_rows(self) -> int:
+        """How many rows ``ClientResult.deltas`` has."""
+        return len(self.sent)
+
+    @property
+    def scored_rows(self) -> Sequence[Tensor]:
+        """Adapters ``(P,)`` whose per-example losses ``train_requests`` needs; none by default."""
+        return ()
+
+    def shared_rows(self, choice: int) -> slice:
+        """Which rows of ``sent`` the client trained and shares with others."""
+        return slice(None)
+
+    def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
+        """Return how a reply's choice or weights differ from what this plan asks for, or None."""
+        return None
+
+    @abstractmethod
+    def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
+        """Return the jobs of the second phase.
+
+        Args:
+            losses: For each of ``scored_rows``, every training example's summed loss (nats),
+                ``(n,)``.
+            seed: Decides all random draws of the plan; further jobs derive theirs from it.
+        """
+
+    @abstractmethod
+    def result(
+        self, trained: Sequence[Trained], losses: Sequence[Tensor], seed: int
+    ) -> ClientResult:
+        """Return the client's result, given the outcomes of the requests in their order."""
+
+
+@dataclass(frozen=True)
+class Train(Plan):
     """Train one adapter on the client's examples: min_θ ℓ(θ) + μ ‖θ − anchor‖²."""
 
     row: Tensor
     """θ as sent, ``(P,)``."""
     phases: tuple[Tensor | None, ...] = (None,)
-    """One pass of local training for each: the columns that train in it, a mask ``(P,)``; None for all."""
+    """One pass of local training each: a mask ``(P,)`` of the columns that train; None for all."""
     proximal: float | None = None
     """μ; None for the recipe's ``training.proximal``."""
     anchor: Tensor | None = None
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
-    """What each of the client's training examples counts, ``(n,)``; None for 1."""
+    """The weight of each of the client's training examples, ``(n,)``; None for 1."""
     privacy: UpdatePrivacy | None = None
-    """What is done to the update before it leaves the client; None to send it as it is. What the client keeps is not touched."""
+    """Clipping and noise on the update before it leaves the client; None to send it as it is. What
+    the client keeps is not changed."""
 
     @property
     def sent(self) -> Tensor:
         return self.row[None]
 
+    def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
+        return [TrainRequest(self, seed)]
+
+    def result(
+        self, trained: Sequence[Trained], losses: Sequence[Tensor], seed: int
+    ) -> ClientResult:
+        (outcome,) = trained
+        delta = self.row - outcome.row
+        if self.privacy is not None:
+            noise_seed = derive(seed, "release")
+            delta = apply_update_privacy(delta, self.privacy, self.phases, noise_seed)
+        return ClientResult(delta[None], outcome.loss, outcome.row)
+
 
 @dataclass(frozen=True)
-class InTurn:
-    """Train several adapters, one after another, each from its own row. The first is the one that is shared."""
+class InTurn(Plan):
+    """Train several adapters, each from its own row. The first is the one that is shared."""
 
     jobs: tuple[Train, ...]
 
@@ -54,10 +150,31 @@ class InTurn:
     def sent(self) -> Tensor:
         return torch.stack([job.row for job in self.jobs])
 
+    def shared_rows(self, choice: int) -> slice:
+        return slice(1)
+
+    def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
+        return [
+            TrainRequest(job, derive(seed, "job", number) if number else seed)
+            for number, job in enumerate(self.jobs)
+        ]
+
+    def result(
+        self, trained: Sequence[Trained], losses: Sequence[Tensor], seed: int
+    ) -> ClientResult:
+        pairs = zip(self.jobs, trained, strict=True)
+        deltas = torch.stack([job.row - outcome.row for job, outcome in pairs])
+        return ClientResult(deltas, trained[0].loss, trained[-1].row)
+
 
 @dataclass(frozen=True)
-class Choose:
-    """Train the adapter that has the lowest loss on the client's training examples, as it stands."""
+class Choose(Plan):
+    """Train the adapter with the lowest loss on the client's training examples, argmin_j ℓ_i(Θ_j).
+
+    This is IFCA's cluster estimate (Ghosh et al. 2020, arXiv 2006.04088, algorithm 1). Ties are
+    broken at random. They are the rule before the first round of a model without a head: LoRA's
+    B = 0 makes all adapters the same function.
+    """
 
     rows: Tensor
     """``(d, P)``."""
@@ -66,10 +183,52 @@ class Choose:
     def sent(self) -> Tensor:
         return self.rows
 
+    @property
+    def returned_rows(self) -> int:
+        return 1
+
+    @property
+    def scored_rows(self) -> Sequence[Tensor]:
+        return list(self.rows)
+
+    def shared_rows(self, choice: int) -> slice:
+        return slice(choice, choice + 1)
+
+    def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
+        if type(choice) is int and 0 <= choice < len(self.rows):
+            return None
+        return f"it chose adapter {choice} of {len(self.rows)}"
+
+    def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
+        return [TrainRequest(Train(self.rows[self._choice(losses, seed)]), seed)]
+
+    def result(
+        self, trained: Sequence[Trained], losses: Sequence[Tensor], seed: int
+    ) -> ClientResult:
+        (outcome,) = trained
+        choice = self._choice(losses, seed)
+        delta = self.rows[choice] - outcome.row
+        return ClientResult(delta[None], outcome.loss, outcome.row, choice)
+
+    def _choice(self, losses: Sequence[Tensor], seed: int) -> int:
+        sums = torch.stack([row.double().sum() for row in losses])
+        sums = torch.where(sums.isnan(), torch.inf, sums)
+        lowest = torch.nonzero(sums == sums.min()).flatten()
+        return int(lowest[derive(seed, "choice") % len(lowest)])
+
 
 @dataclass(frozen=True)
-class Mixture:
-    """p(y | x) = Σ_k π_k p_k(y | x). As a plan: one step of EM on the client's training examples (FedEM)."""
+class Mixture(Plan):
+    """p(y | x) = Σ_k π_k p_k(y | x). As a plan: one step of EM on the client's training examples.
+
+    FedEM's client step (Marfoq et al. 2021, arXiv 2108.10252, section 3), over examples (x, y):
+
+    E:  q(k | x, y) ∝ π_k · exp(−ℓ(θ_k; x, y))
+    M:  π_k ← mean of q(k | x, y);  θ_k ← local training on q(k | x, y) · ℓ(θ_k; x, y)
+
+    The reported loss is the mean of Σ_k q(k | x, y) ℓ(θ_k; x, y): each component's loss is weighted
+    by q already.
+    """
 
     rows: Tensor
     """The components, ``(d, P)``."""
@@ -80,8 +239,41 @@ class Mixture:
     def sent(self) -> Tensor:
         return self.rows
 
+    @property
+    def scored_rows(self) -> Sequence[Tensor]:
+        return list(self.rows)
 
-Plan = Train | InTurn | Choose | Mixture
+    def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
+        if weights is None:
+            return "its weights are missing"
+        if (problem := tensor_mismatch(weights, tuple(self.weights.shape))) is not None:
+            return f"its weights are {problem}"
+        if bool((weights < 0).any()) or abs(float(weights.sum()) - 1) > 1e-3:
+            return "its weights are negative or do not sum to 1"
+        return None
+
+    def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
+        posterior = self._posterior(losses)
+        return [
+            TrainRequest(
+                Train(row, example_weights=weights.float()), derive(seed, "component", number)
+            )
+            for number, (row, weights) in enumerate(zip(self.rows, posterior, strict=True))
+        ]
+
+    def result(
+        self, trained: Sequence[Trained], losses: Sequence[Tensor], seed: int
+    ) -> ClientResult:
+        rows = torch.stack([outcome.row for outcome in trained])
+        loss = sum(outcome.loss for outcome in trained)
+        weights = self._posterior(losses).mean(dim=1).to(self.weights)
+        return ClientResult(self.rows - rows, loss, Mixture(rows, weights), weights=weights)
+
+    def _posterior(self, losses: Sequence[Tensor]) -> Tensor:
+        """q, ``(d, n)`` float64."""
+        log_likelihoods = -torch.stack([row.double() for row in losses])
+        return torch.softmax(self.weights.double().log()[:, None] + log_likelihoods, dim=0)
+
 
 Served = Tensor | Mixture
 """What a client predicts with: one adapter ``(P,)``, or a mixture of several."""

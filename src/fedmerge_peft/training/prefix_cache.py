@@ -62,7 +62,7 @@ class PrefixCache:
         if prefix is None or self._store is None or not (self._starts[chunk] > 0).all():
             return nullcontext()
         if self._known[chunk].all():
-            return prefix.replayed(self._read(self._store, chunk))
+            return prefix.replay(self._read(self._store, chunk))
         return self._keeping(prefix, self._store, chunk)
 
     def open(self) -> None:
@@ -112,7 +112,7 @@ class PrefixCache:
             with self._keeping(prefix, self._store, chunk):
                 self._backbone.model(**inputs)
             try:
-                with prefix.replayed(self._read(self._store, chunk)):
+                with prefix.replay(self._read(self._store, chunk)):
                     again = self._losses(inputs, labels)
             except Exception as error:  # whatever a model that needs its first layers stumbles over
                 return f"the model does not run without its first layers ({type(error).__name__}: {error})"
@@ -140,7 +140,7 @@ class PrefixCache:
     def _run(self, prefix: Prefix, inputs: Batch, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The losses ``(batch,)`` by all layers, and what entered layer l."""
         entering: list[Tensor] = []
-        with prefix.recorded(entering.append):
+        with prefix.record(entering.append):
             return self._losses(inputs, labels), entering
 
     def _losses(self, inputs: Batch, labels: Tensor) -> Tensor:
@@ -189,9 +189,4 @@ class PrefixCache:
             store[places[inside]] = states.detach()[inside]
             self._known[chunk] = True
 
-        return prefix.recorded(keep)
-
-
-def through(cache: PrefixCache | None, chunk: Indices) -> AbstractContextManager[None]:
-    """Run the model on the batch of these rows within, past the layers that the cache knows; through all where there is no cache."""
-    return nullcontext() if cache is None else cache.through(chunk)
+        return prefix.record(keep)

@@ -1,1 +1,1 @@
-"""Tools below everything else: files, seeds, long vectors, rows on disk, saved state, time."""
+"""Utilities below all other rooms: files, seeds, vectors, row buffers, state, timing, logging."""

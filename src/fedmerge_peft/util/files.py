@@ -1,4 +1,4 @@
-"""Writing files whole, and directories that one process at a time writes to."""
+"""Atomic writes of files, and directories that one process at a time may write."""
 
 from __future__ import annotations
 
@@ -22,36 +22,40 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
-"""The directories that this thread holds."""
+_LOCKED: ContextVar[frozenset[Path]] = ContextVar("locked", default=frozenset())
+"""Directories that this thread has locked."""
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Turn what a disk can refuse into one ``RunError`` that names the path."""
+def translated_write_errors(path: Path) -> Iterator[Path]:
+    """Convert file system errors inside the context to a ``RunError`` that names ``path``."""
     try:
         yield path
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"{path} cannot be written ({reason}); finished rounds are intact. Make room, or choose another --out"
+            f"{path} cannot be written ({reason}); finished rounds are intact. "
+            "Free disk space, or choose another --out"
         ) from error
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Make a directory and hold it, so that no other process takes what is written there for something interrupted.
+def locked_directory(path: Path) -> Iterator[None]:
+    """Create a directory, and lock it against other processes and threads inside the context.
 
-    Whoever holds it may hold it again. Without a lock where the system or the file system has none.
+    The lock is reentrant. Without support by the operating system or the file system, the directory
+    is not locked.
 
     Raises:
-        RunBusyError: Another process, or another thread, holds it.
-        RunError: It cannot be made.
+        RunBusyError: Another process or thread has locked the directory.
+        RunError: The directory cannot be created.
     """
-    with writing(path):
+    with translated_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        whole = path.resolve()
-        descriptor = None if fcntl is None or whole in _HELD.get() else os.open(path, os.O_RDONLY)
+        resolved = path.resolve()
+        descriptor = (
+            None if fcntl is None or resolved in _LOCKED.get() else os.open(path, os.O_RDONLY)
+        )
     if descriptor is None:
         yield
         return
@@ -60,26 +64,36 @@ def held(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunBusyError(
-                f"{path} is being written by another process; wait until that has ended, or choose another --out"
+                f"{path} is being written by another process; wait until it ends, or choose "
+                "another --out"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # the file system does not support locks
             pass
-        token = _HELD.set(_HELD.get() | {whole})
+        token = _LOCKED.set(_LOCKED.get() | {resolved})
         try:
             yield
         finally:
-            _HELD.reset(token)
+            _LOCKED.reset(token)
     finally:
         os.close(descriptor)
 
 
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place: the path holds the old file or the new one, whole.
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that ``path`` always contains the complete old or the complete new file.
 
-    That holds over a power cut too: the file is on the disk before it takes its name, and its name when this returns.
+    ``write`` writes a temporary file in the same folder, which then replaces ``path``. The file is
+    flushed to disk before it is renamed, and the folder after it, so this also holds after a power
+    failure.
+
+    Args:
+        path: File.
+        write: Function that writes the file at the path that it is called with.
+
+    Raises:
+        RunError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
+    with translated_write_errors(path):
         try:
             temporary.unlink(missing_ok=True)
             write(temporary)
@@ -87,17 +101,19 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.replace(path)
         finally:
             with suppress(OSError):
-                temporary.unlink(
-                    missing_ok=True
-                )  # there after a failure, and where both were names of one file already
-        if os.name == "posix":  # elsewhere a folder cannot be opened
+                # The temporary file remains after a failure, or if it and path were the same file.
+                temporary.unlink(missing_ok=True)
+        if os.name == "posix":  # other systems cannot open a folder
             _sync(path.parent)
 
 
-def link(source: Path, path: Path) -> None:
-    """Give a file a second name, in place of what has it; a copy where the file system has no links. Raises ``RunError``.
+def hardlink(source: Path, path: Path) -> None:
+    """Create ``path`` as a hard link to ``source``, or as a copy if links are not supported.
 
-    As files are always replaced as a whole, what is written to one name later does not show under the other.
+    Because writes replace files, a later write to one path does not change the other.
+
+    Raises:
+        RunError: The file cannot be written.
     """
 
     def write(temporary: Path) -> None:
@@ -106,11 +122,11 @@ def link(source: Path, path: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
 
-    atomically(path, write)
+    write_atomically(path, write)
 
 
 def _sync(path: Path) -> None:
-    """Have the system write to the disk what it keeps of a file, or of a folder's names."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -119,28 +135,30 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all. Raises ``RunError``."""
+    """Write UTF-8 text atomically. Raise ``RunError`` on failure."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    atomically(path, write)
+    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, what JSON does not know as text. Raises ``RunError``."""
+    """Write JSON atomically; other types are converted to text. Raise ``RunError`` on failure."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors. Raises ``RunError``."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomically(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+    """Write a safetensors file atomically. Raise ``RunError`` on failure."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(
+        path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"})
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read what ``write_tensors`` wrote. Raises ``RunError``."""
+    """Read a safetensors file. Raise ``RunError`` on failure."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: not readable ({error})") from error
+        raise RunError(f"{path} is not readable ({error})") from error

@@ -1,4 +1,4 @@
-"""What the libraries below say while a command runs: our warnings, and nothing of theirs that is no fault."""
+"""Logging of a command: this package's warnings, without the libraries' harmless messages."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class _Harmless(logging.Formatter):
-    """Messages as a terminal can show them: names of clients and columns may hold characters that steer one."""
+class _PrintableFormatter(logging.Formatter):
+    """Escape control characters, which names of clients and columns may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def log_to(console: Console, *, engines_only: bool = False) -> None:
-    """Print this package's warnings as one line each; silence progress bars and deprecations of the libraries we stand on."""
+def configure_logging(console: Console, *, engines_only: bool = False) -> None:
+    """Print this package's warnings to ``console`` and silence the libraries' deprecations.
+
+    Args:
+        console: Destination of the warnings.
+        engines_only: Print warnings of ``fedmerge_peft.engines`` only. Set on all ranks except 0,
+            because other warnings are identical on all ranks.
+    """
     from rich.logging import RichHandler
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    handler.setFormatter(_Harmless())
+    handler.setFormatter(_PrintableFormatter())
     if engines_only:
-        handler.addFilter(
-            logging.Filter("fedmerge_peft.engines")
-        )  # the rest says the same on all ranks
+        handler.addFilter(logging.Filter("fedmerge_peft.engines"))
     package = logging.getLogger("fedmerge_peft")
     package.handlers = [handler]
     package.propagate = False

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: what is marked as ``spent`` on something, while somebody is ``timing``."""
+"""Wall time of a run by phase: ``timed`` marks a phase, ``collect_timings`` sums them up."""
 
 from __future__ import annotations
 
@@ -9,63 +9,63 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Part = Literal["train", "evaluate", "server", "save", "other"]
+Phase = Literal["train", "evaluate", "server", "save", "other"]
 
 
 @dataclass
-class Clock:
-    """Seconds of wall time by part; each moment counts for the innermost part that it is spent on."""
+class PhaseTimer:
+    """Seconds of wall time by phase. Nested time counts for the innermost phase only."""
 
-    seconds: dict[Part, float] = field(default_factory=lambda: dict.fromkeys(get_args(Part), 0.0))
-    _within: list[Part] = field(default_factory=list)
+    seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(get_args(Phase), 0.0))
+    _active: list[Phase] = field(default_factory=list)
     _since: float = 0.0
 
     @property
     def overhead(self) -> float:
-        """The share of the time that is neither training nor evaluation, 0 to 1."""
+        """Fraction of the time in phases other than training and evaluation, 0 to 1."""
         total = sum(self.seconds.values())
         return 1 - (self.seconds["train"] + self.seconds["evaluate"]) / total if total else 0.0
 
-    def enter(self, part: Part) -> None:
-        """From now on time is spent on this part."""
+    def start(self, phase: Phase) -> None:
+        """Count time for ``phase`` until the matching ``stop``."""
         self._charge()
-        self._within.append(part)
+        self._active.append(phase)
 
-    def leave(self) -> None:
-        """From now on time is spent on what it was before ``enter``."""
+    def stop(self) -> None:
+        """End the innermost phase and resume the enclosing one."""
         self._charge()
-        self._within.pop()
+        self._active.pop()
 
     def _charge(self) -> None:
         now = time.perf_counter()
-        if self._within:
-            self.seconds[self._within[-1]] += now - self._since
+        if self._active:
+            self.seconds[self._active[-1]] += now - self._since
         self._since = now
 
 
-_CLOCK: ContextVar[Clock | None] = ContextVar("clock", default=None)
+_TIMER: ContextVar[PhaseTimer | None] = ContextVar("timer", default=None)
 
 
 @contextmanager
-def timing() -> Iterator[Clock]:
-    """Within, what is marked is counted, in this thread."""
-    clock = Clock()
-    token = _CLOCK.set(clock)
+def collect_timings() -> Iterator[PhaseTimer]:
+    """Collect the times of all ``timed`` blocks that run in this thread inside the context."""
+    timer = PhaseTimer()
+    token = _TIMER.set(timer)
     try:
-        yield clock
+        yield timer
     finally:
-        _CLOCK.reset(token)
+        _TIMER.reset(token)
 
 
 @contextmanager
-def timed(part: Part) -> Iterator[None]:
-    """Mark time as spent on this part; does nothing where nobody is timing."""
-    clock = _CLOCK.get()
-    if clock is None:
+def timed(phase: Phase) -> Iterator[None]:
+    """Count the block's time for ``phase``. No effect outside ``collect_timings``."""
+    timer = _TIMER.get()
+    if timer is None:
         yield
         return
-    clock.enter(part)
+    timer.start(phase)
     try:
         yield
     finally:
-        clock.leave()
+        timer.stop()

@@ -1,4 +1,4 @@
-"""Rows put aside: as many as memory should hold, and the rest in a file."""
+"""Buffer of rows: in memory up to a limit, in a memory-mapped temporary file beyond it."""
 
 from __future__ import annotations
 
@@ -9,55 +9,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 2**27
-"""Bytes of rows that are worked on at a time; a single row may be larger."""
-IN_MEMORY = 2**28
-"""Bytes of rows that a ``Spill`` holds in memory before it goes on in a file."""
+CHUNK_BYTES = 2**27
+"""Bytes of rows that are processed at a time. A single row may be larger."""
+MEMORY_BYTES = 2**28
+"""Default number of bytes that a ``RowBuffer`` holds in memory before it uses a file."""
 
 
-class Spill:
-    """Keeps rows side by side, so that several of them are one matrix without a copy (``side_by_side``).
+class RowBuffer:
+    """Append-only storage of rows in contiguous blocks.
 
-    Beyond ``most`` bytes (by default ``IN_MEMORY``) they lie in a temporary file, in the folder that ``TMPDIR`` names, that is mapped
-    into memory: the system takes their pages back when it needs them. The file goes when nothing refers to its rows.
+    ``as_matrix`` views rows of one block as a matrix without a copy.
+
+    Rows beyond ``max_bytes`` are stored in a memory-mapped temporary file in ``TMPDIR``. The
+    operating system can evict the pages of the file. The file is deleted when nothing refers to its
+    rows.
+
+    Args:
+        max_bytes: Number of bytes to hold in memory. Default: ``MEMORY_BYTES``.
+        expected_calls: Expected number of calls of ``append``. If all calls append equally many
+            rows, all rows are stored in one block.
     """
 
-    def __init__(self, most: int | None = None, expected: int = 1) -> None:
-        """``expected`` tells how often ``keep`` will be called: with as many rows each time, all of them then lie in one block."""
-        self._expected = expected
-        self._left = IN_MEMORY if most is None else most
+    def __init__(self, max_bytes: int | None = None, expected_calls: int = 1) -> None:
+        self._expected_calls = expected_calls
+        self._memory_left = MEMORY_BYTES if max_bytes is None else max_bytes
         self._block = torch.empty(0)
         self._used = 0
 
-    def keep(self, rows: Tensor) -> Tensor:
-        """A copy of float32 rows ``(k, P)`` that lasts as long as it is referred to."""
+    def append(self, rows: Tensor) -> Tensor:
+        """Copy float32 rows ``(k, P)`` into the buffer and return the copy.
+
+        The copy stays valid as long as it is referenced.
+        """
         if self._used + rows.numel() > len(self._block):
-            self._block, self._used = self._next(rows.numel()), 0
-        kept = self._block[self._used : self._used + rows.numel()].view(rows.shape)
+            self._block, self._used = self._allocate(rows.numel()), 0
+        stored = self._block[self._used : self._used + rows.numel()].view(rows.shape)
         self._used += rows.numel()
-        return kept.copy_(rows)
+        return stored.copy_(rows)
 
-    def _next(self, least: int) -> Tensor:
-        """Room for at least so many numbers, and for as many such rows as make a chunk."""
-        numbers = least * max(self._expected, CHUNK // (4 * least))
-        self._left -= 4 * numbers
-        if self._left >= 0:
-            return torch.empty(numbers)  # what is not used takes no memory
-        with TemporaryFile(prefix="fedmerge-") as file:  # the mapping keeps it
-            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(numbers,)))
+    def _allocate(self, size: int) -> Tensor:
+        """Allocate a block for the expected number of appends of ``size`` floats, or a chunk."""
+        numel = size * max(self._expected_calls, CHUNK_BYTES // (4 * size))
+        self._memory_left -= 4 * numel
+        if self._memory_left >= 0:
+            return torch.empty(numel)  # unused pages take no memory
+        with TemporaryFile(prefix="fedmerge-") as file:  # the mapping keeps the file alive
+            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(numel,)))
 
 
-def side_by_side(rows: Sequence[Tensor]) -> Tensor:
-    """Rows ``(P,)`` as one matrix ``(k, P)``; a view, where they lie in one block at equal distances."""
+def as_matrix(rows: Sequence[Tensor]) -> Tensor:
+    """Combine rows ``(P,)`` into a matrix ``(k, P)``.
+
+    The result is a view if the rows are equally spaced in one block, and a copy otherwise.
+    """
     first, *others = rows
-    starts = [row.storage_offset() for row in rows]
-    step = starts[1] - starts[0] if others else first.numel()
-    block = first.untyped_storage().data_ptr()
-    regular = step >= first.numel() and starts == list(
-        range(starts[0], starts[0] + len(rows) * step, step)
+    offsets = [row.storage_offset() for row in rows]
+    stride = offsets[1] - offsets[0] if others else first.numel()
+    storage = first.untyped_storage().data_ptr()
+    regular = stride >= first.numel() and offsets == list(
+        range(offsets[0], offsets[0] + len(rows) * stride, stride)
     )
     if regular and all(
-        row.untyped_storage().data_ptr() == block and row.is_contiguous() for row in rows
+        row.untyped_storage().data_ptr() == storage and row.is_contiguous() for row in rows
     ):
-        return first.as_strided((len(rows), first.numel()), (step, 1))
+        return first.as_strided((len(rows), first.numel()), (stride, 1))
     return torch.stack(list(rows))

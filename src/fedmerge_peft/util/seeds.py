@@ -1,7 +1,8 @@
-"""Random seeds that depend on what they are for, not on when they are asked for.
+"""Random seeds derived from their purpose, independent of the order in which they are requested.
 
-A client's draws come from (seed, round, client), so order, batching, the number of processes and
-interruptions do not change what a client does. (The dropout masks of clients who train in one pass come from the seeds of all.)
+A client's random numbers depend on (seed, round, client) only. Order, batching, the number of
+processes and interruptions do not change a client's result. Dropout masks of clients that train in
+one forward pass are the exception: their seed is derived from the seeds of all of these clients.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, such as ``derive(recipe.seed, "train", round, client.name)``."""
+    """Derive a 63-bit seed, as in ``derive(recipe.seed, "train", round, client.name)``."""
     digest = blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Run a block with torch's generators seeded, and leave the caller's generators as they were."""
+    """Seed torch's generators inside the context, and restore the caller's generators after it."""
     import torch
 
     devices = [device] if device is not None and device.type == "cuda" else []

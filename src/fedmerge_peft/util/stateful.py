@@ -1,4 +1,4 @@
-"""What an object remembers from one round to the next, as plain tensors and JSON values by name."""
+"""State of an object across rounds, as tensors and JSON values by name."""
 
 from __future__ import annotations
 
@@ -9,36 +9,41 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor | int | None]
-"""Tensors and counters by dotted name, such as ``warming.sums``; None stands for a part that has done its work and is gone."""
+"""Tensors and counters by dotted name, such as ``warming.sums``. None marks a discarded part."""
 
 
 class Stateful:
-    """Something that lives for several rounds: ``remembers`` names the attributes that change with them.
+    """Object whose ``state_fields`` change from round to round.
 
-    They are tensors, which keep shape and dtype, counters, or other ``Stateful``, which may be set to None for good. All else
-    follows from the recipe and the seed. An object that was just made is brought to where another one was by its ``state()``.
+    A field is a tensor of fixed shape and dtype, a counter, or another ``Stateful``. A ``Stateful``
+    field may be set to None, which is permanent. All other attributes follow from the recipe and
+    the seed. Loading the ``state_dict()`` of one object into a newly constructed one restores it.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ()
 
-    def state(self) -> State:
-        """All that is remembered, as it is now; not copied."""
-        found: State = {}
+    def state_dict(self) -> State:
+        """Return the current values of all state fields, without copies."""
+        state: State = {}
         for attribute in self.state_fields:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
-            found |= (
-                {f"{name}.{key}": part for key, part in value.state().items()}
+            state |= (
+                {f"{name}.{key}": part for key, part in value.state_dict().items()}
                 if isinstance(value, Stateful)
                 else {name: value}
             )
-        return found
+        return state
 
-    def load_state(self, state: Mapping[str, Tensor | int | None]) -> None:
-        """Take over what ``state`` gave; tensors are copied. Raises ``ValueError`` where it is none of an object made alike."""
+    def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
+        """Copy ``state``, the ``state_dict`` of an object that was constructed alike.
+
+        Raises:
+            ValueError: A name, kind, shape or dtype differs from this object's.
+        """
         for attribute in self.state_fields:
             name, value = attribute.lstrip("_"), getattr(self, attribute)
             if isinstance(value, Stateful) and name not in state:
-                value.load_state(
+                value.load_state_dict(
                     {
                         key.removeprefix(f"{name}."): part
                         for key, part in state.items()
@@ -46,30 +51,32 @@ class Stateful:
                     }
                 )
             else:
-                setattr(self, attribute, fitting(name, value, state.get(name)))
-        if other := sorted(self.state().keys() ^ state.keys()):
-            raise ValueError(f"{', '.join(other)}: on one side only")
+                setattr(self, attribute, checked_copy(name, value, state.get(name)))
+        if unmatched := sorted(self.state_dict().keys() ^ state.keys()):
+            raise ValueError(f"{', '.join(unmatched)}: on one side only")
 
 
-def fitting(name: str, ours: object, theirs: Tensor | int | None) -> Tensor | int | None:
-    """A copy of what is to be loaded. Raises ``ValueError`` unless it is of our kind, and a tensor of our shape and dtype."""
+def checked_copy(name: str, current: object, loaded: Tensor | int | None) -> Tensor | int | None:
+    """Return a copy of ``loaded`` after comparing it with the ``current`` value.
+
+    Raises:
+        ValueError: ``loaded`` differs in kind, or is a tensor of another shape or dtype.
+    """
     if (
-        isinstance(ours, Tensor)
-        and isinstance(theirs, Tensor)
-        and (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        isinstance(current, Tensor)
+        and isinstance(loaded, Tensor)
+        and (current.shape, current.dtype) == (loaded.shape, loaded.dtype)
     ):
-        return theirs.clone(memory_format=torch.contiguous_format)
-    if (theirs is None and (ours is None or isinstance(ours, Stateful))) or (
-        type(ours) is int and type(theirs) is int
+        return loaded.clone(memory_format=torch.contiguous_format)
+    if (loaded is None and (current is None or isinstance(current, Stateful))) or (
+        type(current) is int and type(loaded) is int
     ):
-        return theirs
-    raise ValueError(
-        f"{name}: {described(theirs)} does not fit where {described(ours)} was expected"
-    )
+        return loaded
+    raise ValueError(f"{name}: expected {describe(current)}, got {describe(loaded)}")
 
 
-def described(value: object) -> str:
-    """A value in a message: a tensor by dtype and shape, a counter by its kind."""
+def describe(value: object) -> str:
+    """Describe a value in an error message: a tensor by dtype and shape, a counter by its type."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
     return "nothing" if value is None else f"one {type(value).__name__}"

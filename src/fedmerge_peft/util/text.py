@@ -1,15 +1,15 @@
-"""Text as a terminal can show it."""
+"""Text that a terminal can print safely."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """The text with every character that could steer a terminal written as an escape; line feeds too."""
+    """Escape every non-printable character, including control characters and line feeds."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
 
 
-def encodable(text: str) -> bool:
-    """Whether this is Unicode text, without the halves of surrogate pairs that escapes and file names can bring."""
+def is_encodable(text: str) -> bool:
+    """Return True if the text has no surrogates, which escapes and file names can introduce."""
     return not any("\ud800" <= c <= "\udfff" for c in text)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Client
-from fedmerge_peft.engines.assignments import Assignments
+from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.base import check_same, make_strategy_context
 from fedmerge_peft.errors import ClientError, FederateError, WireError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
@@ -165,45 +165,53 @@ class RemoteEngine:
         return [self._roster.clients.get(each.name, nothing)["counts"] for each in self.clients]
 
     def train_clients(
-        self, round: int, visits: Iterable[tuple[int, Plan, Served | None]]
-    ) -> Iterator[Reply | ClientError]:
-        """Have each client's site carry out its plan; what does not come within the federation's deadline is a ``ClientError``."""
-        asked = Assignments.of(visits)
+        self, round: int, assignments: Iterable[tuple[int, Assignment]]
+    ) -> Iterator[tuple[Plan, Reply | ClientError]]:
+        """Have each client's site carry out its plan.
 
-        def letter(index: int) -> bytes:
-            _, plan, served = asked.make(index)
-            return self._letter(round, self.clients[index].name, plan, served)
+        A reply that misses the federation's deadline is a ``ClientError``.
+        """
+        lazily = Assignments.of(assignments)
+        plans: dict[int, Plan] = {}
+
+        def content(index: int) -> bytes:
+            assignment = lazily.make(index)
+            plans[index] = assignment.plan
+            name = self.clients[index].name
+            return self._content(round, name, assignment.plan, assignment.served)
 
         columns, dtype = self._model.layout.size, self.federation.wire_dtype
-        for index, answer in self._ask({index: partial(letter, index) for index in asked.clients}):
+        requests = {index: partial(content, index) for index in lazily.clients}
+        for index, answer in self._ask(requests):
+            plan = plans.pop(index, None) or lazily.make(index).plan
             name = self.clients[index].name
             try:
                 message = _opened(answer, "reply")
-                yield read_reply(message, index, name, self.layout, columns, dtype)
+                yield plan, read_reply(message, index, name, self.layout, columns, dtype)
             except FederateError as error:
-                yield ClientError(name, round, str(error))
+                yield plan, ClientError(name, round, str(error))
 
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
         """Score what each client is served with, at its site."""
-        asked = Assignments.of(served)
+        lazily = Assignments.of(served)
 
-        def letter(index: int) -> bytes:
-            return self._letter(completed, self.clients[index].name, None, asked.make(index)[1])
+        def content(index: int) -> bytes:
+            return self._content(completed, self.clients[index].name, None, lazily.make(index))
 
-        found: dict[int, dict[str, float] | ClientError] = {}
-        for index, answer in self._ask({index: partial(letter, index) for index in asked.clients}):
+        outcomes: dict[int, dict[str, float] | ClientError] = {}
+        requests = {index: partial(content, index) for index in lazily.clients}
+        for index, answer in self._ask(requests):
             try:
                 scores = _opened(answer, "scored").facts.get("scores")
                 if not isinstance(scores, dict):
                     raise WireError("its scores are missing")
-                found[index] = {str(name): float(value) for name, value in scores.items()}
+                outcomes[index] = {str(name): float(value) for name, value in scores.items()}
             except (FederateError, TypeError, ValueError) as error:
-                found[index] = ClientError(
-                    self.clients[index].name, completed, f"scored after the round: {error}"
-                )
-        yield from sorted(found.items(), key=lambda each: each[0])
+                cause = f"scored after the round: {error}"
+                outcomes[index] = ClientError(self.clients[index].name, completed, cause)
+        yield from sorted(outcomes.items(), key=lambda pair: pair[0])
 
     def hand_over(
         self, client: str, tensors: Mapping[str, Tensor], documents: Mapping[str, str]
@@ -218,7 +226,7 @@ class RemoteEngine:
                 return str(error)
         return None
 
-    def _letter(self, round: int, client: str, plan: Plan | None, served: Served | None) -> bytes:
+    def _content(self, round: int, client: str, plan: Plan | None, served: Served | None) -> bytes:
         dtype = self.federation.wire_dtype
         return assignment_message(
             round, client, plan, served, self.backbone.base, self.layout, dtype

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.peft_folder import write_adapter
+from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.engines.score_cache import KnownScores
 from fedmerge_peft.errors import ClientError, FedMergeError, RefusedError, WireError
@@ -29,8 +30,8 @@ from fedmerge_peft.sites.config import (
     refused_modules,
 )
 from fedmerge_peft.sites.messages import (
-    Assignment,
     Message,
+    RemoteAssignment,
     layout_digest,
     read_assignment,
     reply_message,
@@ -38,10 +39,10 @@ from fedmerge_peft.sites.messages import (
 from fedmerge_peft.sites.site.audit import AuditEntry, record
 from fedmerge_peft.sites.site_data import check_data, numbered, read_data, tell
 from fedmerge_peft.strategies.differential_privacy import update_privacy as agreed_privacy
-from fedmerge_peft.training.execute import apply_update_privacy
-from fedmerge_peft.training.plan import InTurn, Plan, Train, UpdatePrivacy
+from fedmerge_peft.training.plan import InTurn, Plan, Train
+from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
 from fedmerge_peft.util.files import write_text
-from fedmerge_peft.util.vectors import lengths
+from fedmerge_peft.util.vectors import row_norms
 
 log = logging.getLogger(__name__)
 
@@ -202,19 +203,20 @@ class Trainer:
             return self._score(engine, index, work), AuditEntry("score", work.client, work.round)
         privacy = self._update_privacy(work.plan)
         plan = replace(work.plan, privacy=None) if isinstance(work.plan, Train) else work.plan
-        (reply,) = engine.train_clients(work.round, [(index, plan, work.served)])
+        assignment = Assignment(plan, work.served)
+        ((_, reply),) = engine.train_clients(work.round, [(index, assignment)])
         if isinstance(reply, ClientError):
             raise reply
         trained = reply.deltas
-        norm = norm_trained = float(lengths(trained.reshape(1, -1)))
+        norm = norm_trained = float(row_norms(trained.reshape(1, -1)))
         if privacy is not None:
             reply = replace(reply, deltas=filtered(trained, plan, privacy))
-            norm = float(lengths(reply.deltas.reshape(1, -1)))
+            norm = float(row_norms(reply.deltas.reshape(1, -1)))
         return reply_message(reply, work.client, layout, dtype), AuditEntry(
             "train", work.client, work.round, norm, norm_trained
         )
 
-    def _score(self, engine: LocalEngine, index: int, work: Assignment) -> Message:
+    def _score(self, engine: LocalEngine, index: int, work: RemoteAssignment) -> Message:
         if work.served is None:
             raise WireError("a client is to be scored, and with nothing")
         ((_, scores),) = engine.evaluate_clients([(index, work.served)], work.round)

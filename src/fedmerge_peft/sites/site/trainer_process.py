@@ -26,9 +26,9 @@ def main() -> None:
     from rich.console import Console
 
     from fedmerge_peft.sites.site.trainer import Trainer
-    from fedmerge_peft.util.logs import log_to
+    from fedmerge_peft.util.logs import configure_logging
 
-    log_to(Console(stderr=True, highlight=False))
+    configure_logging(Console(stderr=True, highlight=False))
     try:
         trainer = Trainer(
             Path(os.environ[KIT]), site, SiteSettings.model_validate_json(os.environ[SETTINGS])

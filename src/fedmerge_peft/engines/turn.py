@@ -1,0 +1,94 @@
+"""One client's work in one round: its clock, its scores, its result or its failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fedmerge_peft.data import Client
+from fedmerge_peft.engines.assignments import Assignment
+from fedmerge_peft.errors import ClientError, FedMergeError
+from fedmerge_peft.strategies.base import Reply
+from fedmerge_peft.training.plan import ClientResult
+from fedmerge_peft.util.vectors import all_finite
+
+T = TypeVar("T")
+
+_NOT_FINITE = (
+    "its adapter is not finite after training; "
+    "lower training.learning_rate or set training.max_grad_norm"
+)
+
+
+@dataclass
+class ClientTurn:
+    """State of one client's work, from its assignment to its reply."""
+
+    round: int
+    index: int
+    client: Client
+    assignment: Assignment
+    seconds: float = 0.0
+    """Time spent on this client, including its share of passes that several share."""
+    before: dict[str, float] | None = None
+    """Scores of what it was served with."""
+    result: ClientResult | None = None
+    after: dict[str, float] | None = None
+    """Scores after local training."""
+    error: ClientError | None = None
+    """The first failure, which ends the turn."""
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Count the time of a block as this client's."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Do a part of the work on the client's clock; a failure ends the turn."""
+        try:
+            with self.clock():
+                return work()
+        except Exception as error:
+            self.error = client_error(self.client, self.round, error)
+            return None
+
+    def finish(self, outcome: ClientResult | Exception) -> None:
+        """Take the outcome of the client's plan."""
+        if isinstance(outcome, Exception):
+            self.error = client_error(self.client, self.round, outcome)
+        elif not all_finite(outcome.deltas):
+            self.error = ClientError(self.client.name, self.round, _NOT_FINITE)
+        else:
+            self.result = outcome
+
+    def reply(self) -> Reply | ClientError:
+        """Return the client's reply, or the error that ended its turn."""
+        if self.error is not None or self.result is None:
+            return self.error or ClientError(self.client.name, self.round, "it did not finish")
+        return Reply(
+            client=self.index,
+            deltas=self.result.deltas,
+            size=self.client.size,
+            train_loss=self.result.loss,
+            seconds=self.seconds,
+            served=self.before,
+            finetuned=self.after,
+            choice=self.result.choice,
+            weights=self.result.weights,
+            round=self.round,
+        )
+
+
+def client_error(client: Client, round: int, error: Exception, when: str = "") -> ClientError:
+    """Return one ``ClientError`` that names the client, with the original error as its cause."""
+    text = str(error) if isinstance(error, FedMergeError) else f"{type(error).__name__}: {error}"
+    named = ClientError(client.name, round, f"{when}{text}")
+    named.__cause__ = error
+    return named

@@ -1,0 +1,120 @@
+"""Collect one round's replies: check each, keep those that count, name those that do not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from fedmerge_peft.data import Client
+from fedmerge_peft.errors import ClientError, TooFewClientsError
+from fedmerge_peft.federation.reply_checks import validate_reply
+from fedmerge_peft.recipe.schema import ClientsRecipe
+from fedmerge_peft.strategies.base import Reply, Strategy
+from fedmerge_peft.training.plan import Plan
+from fedmerge_peft.util.row_buffer import RowBuffer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundReplies:
+    """The replies of one round that count."""
+
+    replies: list[Reply]
+    trained: dict[int, Tensor]
+    """The shared adapters as each client trained them, ``(k, P)``, by client index."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why the other clients' replies do not count, by name."""
+
+
+class ReplyCollector:
+    """Takes the answers of one round as they come.
+
+    Args:
+        round: Number of the round.
+        cohort: Indices of the clients that were asked.
+        clients: All clients.
+        recipe: ``clients.failures``, ``min_clients`` and ``timeout``.
+        strategy: Says which of the trained adapters are shared.
+    """
+
+    def __init__(
+        self,
+        round: int,
+        cohort: Sequence[int],
+        clients: Sequence[Client],
+        recipe: ClientsRecipe,
+        strategy: Strategy,
+    ) -> None:
+        self._round = round
+        self._cohort = cohort
+        self._clients = clients
+        self._recipe = recipe
+        self._strategy = strategy
+        self._waiting = set(cohort)
+        self._replies: dict[int, Reply] = {}
+        self._trained: dict[int, Tensor] = {}
+        self._failures: dict[str, str] = {}
+        self._deltas = RowBuffer(expected_calls=len(cohort))
+        self._rows = RowBuffer(expected_calls=len(cohort))
+
+    def add(self, plan: Plan, answer: Reply | ClientError) -> bool:
+        """Take one answer; return whether it counts.
+
+        Raises:
+            ClientError: The answer is a failure, and ``clients.failures`` is raise.
+        """
+        if isinstance(answer, ClientError):
+            self._fail(answer.client, answer.cause, answer)
+            return False
+        client = answer.client
+        if client not in self._waiting:
+            if client in self._cohort:  # which of the answers is the client's own is unknown
+                self._fail(self._clients[client].name, "it answered more than once")
+            else:
+                self._fail(str(client), "it was not asked")
+            return False
+        self._waiting.remove(client)
+        name, size = self._clients[client].name, self._clients[client].size
+        cause = validate_reply(answer, plan, self._round, size, self._recipe.timeout)
+        if cause is not None:
+            self._fail(name, cause)
+            return False
+        self._trained[client] = self._rows.append(self._strategy.trained_rows(plan, answer))
+        self._replies[client] = replace(answer, deltas=self._deltas.append(answer.deltas))
+        return True
+
+    def close(self) -> RoundReplies:
+        """Return the replies that count.
+
+        Raises:
+            ClientError: A client did not answer, and ``clients.failures`` is raise.
+            TooFewClientsError: Fewer than ``clients.min_clients`` count.
+        """
+        for client in self._cohort:
+            name = self._clients[client].name
+            if client not in self._replies and name not in self._failures:
+                self._fail(name, "it did not answer")
+        replies = [
+            reply
+            for client, reply in self._replies.items()
+            if self._clients[client].name not in self._failures
+        ]
+        if len(replies) < self._recipe.min_clients:
+            causes = "; ".join(f"{name}: {cause}" for name, cause in self._failures.items())
+            raise TooFewClientsError(
+                f"round {self._round}: {len(replies)} of {len(self._cohort)} clients replied well, "
+                f"and clients.min_clients is {self._recipe.min_clients}. "
+                f"The round changed nothing. Failed: {causes}"
+            )
+        return RoundReplies(replies, self._trained, self._failures)
+
+    def _fail(self, client: str, cause: str, error: ClientError | None = None) -> None:
+        error = error or ClientError(client, self._round, cause)
+        if self._recipe.failures == "raise":
+            raise error
+        log.warning("%s; left out", error)
+        self._failures[client] = cause

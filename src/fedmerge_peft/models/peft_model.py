@@ -1,0 +1,183 @@
+"""PEFT model of a backbone: LoRA layers, fully trained heads, random initialization."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge_peft.adapters.lora_factors import RANDOM_INIT_SUFFIXES
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.recipe.schema import LoraRecipe
+from fedmerge_peft.tasks.base import Task
+
+_HEADS = ("classifier", "score")
+"""Names of classification heads in transformers."""
+
+
+def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: set[str]) -> Any:
+    """Wrap the model in a PEFT model with a LoRA adapter.
+
+    Args:
+        model: Transformers model.
+        lora: Adapter.
+        task: Determines the heads.
+        name: Name of the model, for error messages.
+        missing: Names of tensors that are not pretrained.
+
+    Raises:
+        BackboneError: The model does not support the adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    adaptable = _adaptable(model)
+    if (
+        lora.target_modules is None
+        and lora.target_parameters is None
+        and model.config.model_type not in DEFAULTS
+    ):
+        raise BackboneError(
+            f"lora.target_modules: PEFT has no default for {model.config.model_type}; "
+            f"name some of {', '.join(adaptable)}, or all-linear"
+        )
+    modules = [module for module, _ in model.named_modules()]
+    for field in ("target_modules", "modules_to_save"):
+        targets = getattr(lora, field)
+        for target in targets if isinstance(targets, list) else []:
+            if not any(module == target or module.endswith("." + target) for module in modules):
+                raise BackboneError(
+                    f"lora.{field}: {name} has no module {target!r}; "
+                    f"choose from {', '.join(adaptable)}"
+                )
+    if lora.bias != "none" and model.dtype != torch.float32:
+        raise BackboneError(
+            "lora.bias: trained biases are float32 and belong to the backbone's layers; "
+            "use backbone.dtype=float32"
+        )
+    fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
+    heads = _heads(model, task, lora.modules_to_save or [], missing)
+    config = LoraConfig(
+        **{**fields, "modules_to_save": heads or None},
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        task_type=task.peft_task_type,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+    )
+    try:
+        with warnings.catch_warnings():
+            # PEFT uses a deprecated property of transformers.
+            warnings.simplefilter("ignore", FutureWarning)
+            # PEFT corrects fan_in_fan_out for each layer.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            return get_peft_model(model, config)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        re.error,
+    ) as error:
+        raise BackboneError(
+            f"lora: {name} does not support this adapter: {str(error).strip().splitlines()[0]} "
+            f"(modules that LoRA can adapt: {', '.join(adaptable)})"
+        ) from error
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Return the last names of the layers that LoRA can adapt, in order of appearance."""
+    kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if type(module).__name__ in kinds
+        )
+    )
+
+
+def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]) -> list[str]:
+    """Return the modules to train fully.
+
+    These are the requested ones, classification heads, and all modules without pretrained weights.
+    A module without pretrained weights must be part of the adapter. Otherwise it would have other
+    random values wherever the adapter is used.
+    """
+    heads = list(requested)
+    if task.labels:
+        heads += [
+            name
+            for name in _HEADS
+            if isinstance(getattr(model, name, None), nn.Module) and name not in heads
+        ]
+    for owner in sorted({key.rpartition(".")[0] for key in missing}):
+        if any(
+            owner == head or owner.startswith(head + ".") or owner.endswith("." + head)
+            for head in heads
+        ):
+            continue
+        if not task.labels or list(model.get_submodule(owner).children()):
+            raise BackboneError(
+                f"backbone.model: the model lacks weights of {owner}; choose a model that has them"
+            )
+        heads.append(owner)
+    return heads
+
+
+def prepare_heads(model: Any, missing: set[str]) -> None:
+    """Convert heads to float32, and mark those without pretrained weights (``fedmerge_fresh``)."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.fedmerge_fresh = any(
+                key.startswith(name.removeprefix("base_model.model.") + ".") for key in missing
+            )
+            head = module.modules_to_save["default"]
+            head.float()
+            head.register_forward_pre_hook(_as_float32)
+            if name.removeprefix("base_model.model.") not in _HEADS:
+                # The backbone's next layers expect its number format.
+                head.register_forward_hook(lambda module, inputs, output: output.to(model.dtype))
+
+
+def _as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Convert the features of a half-precision backbone to float32 for a float32 head."""
+    return tuple(
+        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs
+    )
+
+
+def reinitialize(model: Any) -> None:
+    """Reinitialize LoRA factors and heads without pretrained weights from torch's generator."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    init = model.peft_config["default"].init_lora_weights
+    base = model.get_base_model()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            frozen = [
+                (p, p.clone())
+                for name, p in module.named_parameters()
+                if "lora_" in name and not p.requires_grad
+            ]
+            module.reset_lora_parameters("default", init)
+            for parameter, value in frozen:  # a shared A keeps its values
+                parameter.copy_(value)
+        elif isinstance(module, ModulesToSaveWrapper) and module.fedmerge_fresh:
+            for part in module.modules_to_save["default"].modules():
+                for parameter in part.parameters(recurse=False):
+                    parameter._is_hf_initialized = False  # otherwise, transformers skips it
+                base._init_weights(part)
+
+
+def is_random_init(name: str) -> bool:
+    """Return True for a factor that is initialized at random, which ``merge: shared_a`` freezes."""
+    return name.replace(".default", "").endswith(RANDOM_INIT_SUFFIXES)  # saved name

@@ -1,0 +1,100 @@
+"""The gradient of one optimizer step, for one adapter or for several in the same passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.models.adapter_slot import AdapterSlot
+from fedmerge_peft.models.adapter_stack import AdapterStack
+from fedmerge_peft.training.runtime import Runtime
+
+
+def accumulate(
+    runtime: Runtime,
+    adapters: AdapterSlot | AdapterStack,
+    steps: Sequence[Sequence[Indices]],
+    example_weights: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
+
+    The mean runs over all terms (examples, or labelled tokens) of an adapter's step, however the
+    step is split into micro-batches. Call it within ``adapters.applied()``.
+
+    Args:
+        runtime: Model, task and examples.
+        adapters: K adapters.
+        steps: For each adapter the micro-batches of one step, as rows of the table.
+        example_weights: For each adapter the weight of every row of the table, ``(n,)``, or None
+            for 1.
+
+    Returns:
+        The mean losses (nats), ``(K,)``.
+    """
+    weights = example_weights or [None] * len(steps)
+    if isinstance(adapters, AdapterSlot):
+        ((step,), (own,)) = (steps, weights)
+        return _accumulate_one(runtime, adapters, step, own)[None]
+    return _accumulate_stack(runtime, adapters, steps, weights)
+
+
+def _accumulate_one(
+    runtime: Runtime, slot: AdapterSlot, step: Sequence[Indices], weights: Tensor | None
+) -> Tensor:
+    batches = [runtime.collate(chunk) for chunk in step]
+    count = sum(float(runtime.task.count_terms(batch["labels"])) for batch in batches)
+    total = torch.zeros((), device=runtime.device)
+    for chunk, batch in zip(step, batches, strict=True):
+        labels, inputs = runtime.to_device(batch)
+        with runtime.forward_pass(chunk):
+            logits = slot.model(**inputs).logits
+        losses = runtime.task.losses(logits, labels)[0]
+        if weights is not None:
+            losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
+        summed = losses.sum()
+        runtime.accelerator.backward(summed / count)
+        total += summed.detach()
+    return total / count
+
+
+def _accumulate_stack(
+    runtime: Runtime,
+    stack: AdapterStack,
+    steps: Sequence[Sequence[Indices]],
+    example_weights: Sequence[Tensor | None],
+) -> Tensor:
+    """Run the n-th micro-batches of all adapters in one pass.
+
+    Shorter batches are filled up with examples of weight 0.
+    """
+    passes = []
+    counts = np.zeros(len(stack))
+    for number in range(max(len(step) for step in steps)):
+        chunks = [step[number] if number < len(step) else step[0][:0] for step in steps]
+        width = max(len(chunk) for chunk in chunks)
+        pairs = zip(chunks, steps, strict=True)
+        filled = [np.resize(chunk if len(chunk) else step[0][:1], width) for chunk, step in pairs]
+        rows = np.concatenate(filled)
+        batch = runtime.collate(rows)
+        weights = torch.zeros(len(stack), width)
+        for k, (chunk, own) in enumerate(zip(chunks, example_weights, strict=True)):
+            counts[k] += runtime.task.count_terms(
+                batch["labels"][k * width : k * width + len(chunk)]
+            )
+            weights[k, : len(chunk)] = 1.0 if own is None else own[torch.from_numpy(chunk)]
+        passes.append((rows, batch, weights))
+    means = torch.zeros(len(stack), device=stack.rows.device)
+    divisors = torch.from_numpy(counts)[:, None]
+    for rows, batch, weights in passes:
+        labels, inputs = runtime.to_device(batch)
+        with runtime.forward_pass(rows):
+            logits = stack.model(**inputs).logits
+        losses = runtime.task.losses(logits, labels)[0].view(len(stack), -1)
+        parts = (losses * (weights / divisors).to(losses)).sum(dim=1)
+        stack.backward(parts.sum())
+        means += parts.detach()
+    return means

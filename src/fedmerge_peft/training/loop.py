@@ -1,0 +1,228 @@
+"""Local training: one loop for one adapter, and for several in the same forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.models.adapter_slot import AdapterSlot
+from fedmerge_peft.models.adapter_stack import AdapterStack
+from fedmerge_peft.recipe.schema import TrainingRecipe
+from fedmerge_peft.training.gradients import accumulate
+from fedmerge_peft.training.optimization import (
+    count_steps,
+    fresh_scaler,
+    make_optimizer,
+    make_schedule,
+    micro_batches,
+)
+from fedmerge_peft.training.plan import Train, Trained
+from fedmerge_peft.training.runtime import Runtime
+from fedmerge_peft.util.seeds import derive, seeded
+
+Adapters = AdapterSlot | AdapterStack
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to train, on one client's examples."""
+
+    train: Train
+    indices: Indices
+    """The client's rows of the table."""
+    seed: int
+    """Decides the order of examples, and takes part in deciding the dropout masks."""
+
+
+@dataclass
+class _TrainState:
+    """A job in progress."""
+
+    job: Job
+    steps: int
+    """Optimizer steps in each phase."""
+    row: Tensor
+    """θ, ``(P,)`` on the device."""
+    anchor: Tensor | None
+    """``(P,)``; None without a proximal term."""
+    proximal: float
+    example_weights: Tensor | None
+    """By row of the whole table, ``(n,)``."""
+    losses: list[Tensor] = field(default_factory=list)
+
+
+def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> list[Trained]:
+    """Train adapters, each on its own examples: min_θ ℓ(θ) + μ ‖θ − anchor‖².
+
+    One job runs through the backbone's own slot, by plain PEFT. Several share each forward pass
+    (``AdapterStack``) and agree with training them one by one up to rounding: every job has its own
+    examples in its own order, its own mean loss, clipping and learning rate, and leaves the batch
+    when its steps are done.
+
+    Dropout masks are drawn for a pass as a whole. They follow from the seeds of all jobs in it: the
+    same jobs give the same numbers, but in other company a job has other masks.
+
+    Args:
+        runtime: Model, task and examples. Several jobs need a model for which ``unstackable``
+            returns None, and no gradient scaler.
+        training: Optimizer, schedule, batch size and the rest.
+        jobs: At least one.
+    """
+    backbone = runtime.backbone
+    if runtime.cache is not None:
+        with runtime.accelerator.autocast():
+            runtime.cache.open()  # tries the model with one adapter
+    states = [_start(runtime, training, job) for job in jobs]
+    backbone.train()
+    first, *others = (job.seed for job in jobs)
+    with seeded(derive(first, "dropout", *others), backbone.device):
+        for phase in range(max(len(job.train.phases) for job in jobs)):
+            present = [state for state in states if phase < len(state.job.train.phases)]
+            present.sort(key=lambda state: -state.steps)
+            _train_phase(runtime, training, present, phase)
+    backbone.eval()
+    return [
+        Trained(
+            state.row.to("cpu", copy=True),
+            float(torch.stack(state.losses).mean()),
+            len(state.losses),
+        )
+        for state in states
+    ]
+
+
+def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
+    plan, row = job.train, job.train.row.to(runtime.device)
+    proximal = training.proximal if plan.proximal is None else plan.proximal
+    anchor = (row if plan.anchor is None else plan.anchor.to(runtime.device)) if proximal else None
+    weights = None
+    if plan.example_weights is not None:
+        weights = torch.zeros(len(runtime.examples))
+        weights[torch.from_numpy(job.indices)] = plan.example_weights
+    return _TrainState(job, count_steps(len(job.indices), training), row, anchor, proximal, weights)
+
+
+def _train_phase(
+    runtime: Runtime, training: TrainingRecipe, states: list[_TrainState], phase: int
+) -> None:
+    """Run one pass of local training for each job. Jobs with the most steps come first."""
+    adapters = _load(runtime, states)
+    batches = [
+        micro_batches(state.job.indices, training, state.job.seed, phase) for state in states
+    ]
+    groups = list(_optimizer_groups(adapters, training, states))
+    rules = GradientRules(states, phase, training.max_grad_norm, runtime.device)
+    scaler = fresh_scaler(runtime.accelerator)
+    with adapters.applied():
+        for step in range(states[0].steps):
+            while groups[-1].steps == step:
+                _leave(adapters, states, groups.pop())
+            active = states[: len(adapters)]
+            chunks = [next(order) for order in batches[: len(adapters)]]
+            losses = accumulate(
+                runtime, adapters, chunks, [state.example_weights for state in active]
+            )
+            for state, loss in zip(active, losses, strict=True):
+                state.losses.append(loss)
+            if scaler is not None:
+                scaler.unscale_(groups[0].optimizer)
+            rules.apply(adapters)
+            before = adapters.rows.clone() if rules.columns is not None else None
+            for group in groups:
+                group.step(scaler)
+            if before is not None:
+                rules.restore(adapters, before)
+            adapters.gradient.zero_()
+    for state, row in zip(states, adapters.rows, strict=False):
+        state.row = row.clone()
+
+
+def _load(runtime: Runtime, states: Sequence[_TrainState]) -> Adapters:
+    if len(states) == 1:
+        return AdapterSlot(runtime.backbone, states[0].row)
+    return AdapterStack(runtime.backbone, torch.stack([state.row for state in states]))
+
+
+def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerGroup) -> None:
+    """Take the adapters of a group whose steps are done out of the batch."""
+    rows = adapters.rows[group.rows]
+    for state, row in zip(states[group.rows], rows, strict=True):
+        state.row = row.clone()
+    adapters.truncate(group.rows.start)
+
+
+@dataclass(frozen=True)
+class _OptimizerGroup:
+    """Adapters with equally many steps: one optimizer, one learning rate."""
+
+    rows: slice
+    steps: int
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+
+    def step(self, scaler: Any) -> None:
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        self.schedule.step()
+
+
+def _optimizer_groups(
+    adapters: Adapters, training: TrainingRecipe, states: Sequence[_TrainState]
+) -> Iterator[_OptimizerGroup]:
+    start = 0
+    for steps, members in groupby(states, key=lambda state: state.steps):
+        rows = slice(start, start + len(list(members)))
+        parameter = torch.nn.Parameter(adapters.rows[rows])
+        parameter.grad = adapters.gradient[rows]
+        optimizer = make_optimizer(parameter, training)
+        yield _OptimizerGroup(rows, steps, optimizer, make_schedule(optimizer, training, steps))
+        start = rows.stop
+
+
+class GradientRules:
+    """Proximal terms, masks of columns that train, and the bound on each gradient's norm."""
+
+    def __init__(
+        self,
+        states: Sequence[_TrainState],
+        phase: int,
+        max_norm: float | None,
+        device: torch.device,
+    ) -> None:
+        masks = [state.job.train.phases[phase] for state in states]
+        self.columns: Tensor | None = None
+        """Columns that train, a mask ``(K, P)``; None for all."""
+        if any(mask is not None for mask in masks):
+            all_columns = torch.ones_like(states[0].row, dtype=torch.bool)
+            self.columns = torch.stack(
+                [all_columns if mask is None else mask.to(device) for mask in masks]
+            )
+        self._proximal = [(k, state.proximal, state.anchor) for k, state in enumerate(states)]
+        self._max_norm = max_norm
+
+    def apply(self, adapters: Adapters) -> None:
+        """Apply proximal terms, masks and clipping to the gradients, in place."""
+        for k, proximal, anchor in self._proximal[: len(adapters)]:
+            if anchor is not None:
+                adapters.gradient[k].add_(adapters.rows[k] - anchor, alpha=2 * proximal)
+        if self.columns is not None:
+            adapters.gradient.mul_(self.columns[: len(adapters)])
+        if self._max_norm is not None:
+            norms = torch.linalg.vector_norm(adapters.gradient, dim=1, keepdim=True)
+            scale = (self._max_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+            adapters.gradient.mul_(scale)
+
+    def restore(self, adapters: Adapters, before: Tensor) -> None:
+        """Undo weight decay on the columns that do not train."""
+        if self.columns is not None:
+            columns = self.columns[: len(adapters)]
+            adapters.rows.copy_(torch.where(columns, adapters.rows, before))

@@ -1,0 +1,89 @@
+"""Steps, optimizer, learning rate and gradient scaler of one client's local training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.recipe.schema import TrainingRecipe
+from fedmerge_peft.util.seeds import derive
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def count_steps(examples: int, training: TrainingRecipe) -> int:
+    """Return the number of optimizer steps of one client in one round."""
+    per_epoch = math.ceil(examples / (training.batch_size * training.gradient_accumulation))
+    return training.steps if training.steps is not None else training.epochs * per_epoch
+
+
+def micro_batches(
+    indices: Indices, training: TrainingRecipe, seed: int, phase: int = 0
+) -> Iterator[list[Indices]]:
+    """Yield the micro-batches of each optimizer step.
+
+    Examples come in a new order each epoch. The last batch of an epoch may be short.
+    """
+    purpose = ("order", phase) if phase else ("order",)
+    generator = np.random.default_rng(derive(seed, *purpose))
+    size, accumulation = training.batch_size, training.gradient_accumulation
+    total = count_steps(len(indices), training)
+    done = 0
+    while done < total:
+        order = generator.permutation(indices)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        for start in range(0, len(batches), accumulation):
+            if done == total:
+                return
+            yield batches[start : start + accumulation]
+            done += 1
+
+
+def make_optimizer(
+    parameter: torch.nn.Parameter, training: TrainingRecipe
+) -> torch.optim.Optimizer:
+    """Return a new optimizer for flat adapters, ``(K, P)``.
+
+    The optimizers are elementwise: a step on flat rows equals steps on each row's own tensors.
+    """
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(
+            [parameter], lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        [parameter],
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, steps: int) -> Any:
+    """Return the learning-rate schedule within one round."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if training.schedule == "constant" else training.schedule
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=math.ceil(training.warmup * steps),
+        num_training_steps=steps,
+    )
+
+
+def fresh_scaler(accelerator: Accelerator) -> Any:
+    """Reset and return fp16's gradient scaler, so that no client inherits another's loss scale.
+
+    None in other precisions.
+    """
+    if accelerator.scaler is None:
+        return None
+    accelerator.scaler = torch.amp.GradScaler("cuda")
+    return accelerator.scaler

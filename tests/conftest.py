@@ -38,6 +38,26 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def float64(tiny_models, monkeypatch):
+    """Models, adapters and losses are in float64 wherever they would be in float32."""
+    import torch
+
+    from fedmerge_peft.models import backbone
+
+    def load_model(*args):
+        model, missing = single(*args)
+        return model.double(), missing
+
+    single, default = backbone.load_model, torch.get_default_dtype()
+    monkeypatch.setattr(backbone, "load_model", load_model)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.nn.Module, "float", torch.nn.Module.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(default)
+
+
 @pytest.fixture(scope="session")
 def smoke():
     """``smoke("strategy=ditto")``: a small form of the smoke recipe, with six clients."""

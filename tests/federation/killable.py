@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 
 from fedmerge_peft import Recipe, Run, federate, resume
-from fedmerge_peft.adapters import soup
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.runs import checkpoint
 from fedmerge_peft.util import files
 
 SMALL = [
@@ -58,8 +56,7 @@ def tear(number):
             os.truncate(path, Path(path).stat().st_size // 2)
             die()
 
-    for module in (files, checkpoint, soup):
-        module.save_file = half
+    files.save_file = half
 
 
 def go(path, strategy, engine):

@@ -130,8 +130,9 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
     found = checkpoint.read(run / "checkpoint", 3)
     tensors = {"clusters": torch.zeros(7, dtype=torch.int64)}
     text = json.dumps({**vars(found.manifest)})
-    sums = {"manifest": text, "sha256": checkpoint._digest(tensors, text)}
-    (run / "checkpoint" / THIRD).write_bytes(save(tensors, sums))
+    document = {"sha256": checkpoint._digest(tensors, text), "manifest": json.loads(text)}
+    metadata = {"checkpoint": json.dumps(document)}
+    (run / "checkpoint" / THIRD).write_bytes(save(tensors, metadata))
     with pytest.raises(
         ResumeError,
         match=r"clusters: expected a int64 tensor \(6,\), got a int64 tensor \(7,\)",
@@ -140,7 +141,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
 
 
 # ---- arbitrary bytes -----------------------------------------------------------------------------
-HEADER = save({"clusters": torch.zeros(6)}, {"manifest": "{}", "sha256": ""})
+HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": "{}"})
 
 
 @settings(

@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from equality import assert_near
 from fedmerge_peft import RunError, RunExistsError
 from fedmerge_peft.serving.export import (
     VLLM_RANKS,
@@ -38,29 +38,24 @@ def loaded(card):
     return names["model"]
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("task", TASKS)
 def test_the_cards_own_lines_load_what_the_client_was_served(task, finished, tmp_path):
     made = finished(task)
     folder = export_client(made.run, CLIENT, tmp_path / "mine")
     model = loaded(folder / "README.md")
-    torch.testing.assert_close(
-        model(**made.inputs).logits.detach(), made.logits(CLIENT), rtol=1e-5, atol=1e-6
-    )
+    assert_near(model(**made.inputs).logits.detach(), made.logits(CLIENT))
     with model.disable_adapter():
         assert float((model(**made.inputs).logits - made.logits(CLIENT)).abs().max()) > 1e-3
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("task", TASKS)
 def test_the_soups_card_merges_on_load_what_the_client_was_served(task, finished, tmp_path):
     made = finished(task)
     folder = export_soup(made.run, tmp_path / "soup")
     first = made.run.clients.index[0]
-    torch.testing.assert_close(
-        loaded(folder / "README.md")(**made.inputs).logits.detach(),
-        made.logits(first),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    assert_near(loaded(folder / "README.md")(**made.inputs).logits.detach(), made.logits(first))
 
 
 def test_an_export_is_a_plain_peft_folder_of_the_runs_rank(finished, tmp_path):
@@ -79,12 +74,13 @@ def test_an_export_is_a_plain_peft_folder_of_the_runs_rank(finished, tmp_path):
     )
 
 
+@pytest.mark.equality
 def test_all_clients_have_a_folder_each(finished, tmp_path):
     made = finished("sequence-classification")
     folder = export_all(made.run, tmp_path / "all")
     assert sorted(path.name for path in folder.iterdir()) == ["client 0", "client 1", "client 2"]
     for client in ("client 0", "client 2"):
-        torch.testing.assert_close(
+        assert_near(
             loaded(folder / client / "README.md")(**made.inputs).logits.detach(),
             made.logits(client),
         )

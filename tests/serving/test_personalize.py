@@ -12,6 +12,7 @@ from peft import PeftModel
 from PIL.Image import fromarray
 from transformers import AutoModelForSequenceClassification
 
+from equality import assert_near
 from fedmerge_peft import (
     AdapterSoup,
     DataError,
@@ -215,9 +216,7 @@ def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(
     engine.backbone.load_row(result.row)
     tokens = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        torch.testing.assert_close(
-            plain(input_ids=tokens).logits, engine.backbone.model(input_ids=tokens).logits
-        )
+        assert_near(plain(input_ids=tokens).logits, engine.backbone.model(input_ids=tokens).logits)
     document = json.loads((tmp_path / "new" / "weights.json").read_text())
     assert document["weights"] == result.weights.tolist()
     assert torch.softmax(torch.tensor(document["logits"]), 0).tolist() == pytest.approx(
@@ -435,7 +434,7 @@ def test_the_shared_factors_are_the_runs_own(tmp_path, tickets):
     with torch.no_grad():
         ours = loaded.model(input_ids=tokens).logits
         plain = PeftModel.from_pretrained(loaded.model.unload(), tmp_path / "new").eval()
-        torch.testing.assert_close(plain(input_ids=tokens).logits, ours)
+        assert_near(plain(input_ids=tokens).logits, ours)
 
 
 # ---- the other tasks -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from equality import tolerance
 from fedmerge_peft import DataError, Predictor, RunError, federate, load_run
 from fedmerge_peft.serving.predictor import stacking_obstacle
 
@@ -56,6 +57,7 @@ def passes(monkeypatch):
     return counted
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("task", TASKS)
 def test_together_is_as_one_client_at_a_time(task, predictor, passes):
     predict, given = predictor(task), inputs(task)
@@ -77,10 +79,11 @@ def test_together_is_as_one_client_at_a_time(task, predictor, passes):
             each["label"] for each in alone[client]
         ]
         assert [each["score"] for each in together[client]] == pytest.approx(
-            [each["score"] for each in alone[client]], rel=1e-5
+            [each["score"] for each in alone[client]], rel=tolerance(torch.float32)
         )
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("task", ["sequence-classification", "image-classification"])
 def test_together_is_as_each_clients_pipeline(task, finished, predictor):
     given = inputs(task)
@@ -92,10 +95,11 @@ def test_together_is_as_each_clients_pipeline(task, finished, predictor):
         ]
         assert [each["label"] for each in said] == [each["label"] for each in best]
         assert [each["score"] for each in said] == pytest.approx(
-            [each["score"] for each in best], rel=1e-4
+            [each["score"] for each in best], rel=tolerance(torch.float32)
         )
 
 
+@pytest.mark.equality
 def test_a_decoder_completes_as_its_pipeline_does(finished, predictor):
     run = finished("causal-lm").run
     for client, said in predictor("causal-lm")(TEXTS).items():
@@ -154,12 +158,14 @@ def test_dora_predicts_one_at_a_time(smoke, tmp_path):
     )
 
 
+@pytest.mark.equality
 def test_flora_predicts_with_what_the_backbone_has_gained(smoke, smoke_engine, tmp_path):
     run = federate(smoke("strategy=flora", "rounds=2"), tmp_path / "run", engine=smoke_engine)
     name = run.client_names[0]
     found = run.predict({name: ["the badge reader is offline"]}, device="cpu")
     assert found[name][0]["score"] == pytest.approx(
-        run.client(name).pipeline("cpu")("the badge reader is offline")[0]["score"], rel=1e-4
+        run.client(name).pipeline("cpu")("the badge reader is offline")[0]["score"],
+        rel=tolerance(torch.float32),
     )
 
 
@@ -177,6 +183,7 @@ def test_no_inputs_no_predictions(finished):
     assert run.predict({"client 1": [], "client 0": ["a"]}, device="cpu")["client 1"] == []
 
 
+@pytest.mark.equality
 def test_many_inputs_are_cut_into_passes(predictor, passes):
     predict = predictor("sequence-classification")
     given = {client: [f"ticket {number}" for number in range(7)] for client in TEXTS}
@@ -186,7 +193,7 @@ def test_many_inputs_are_cut_into_passes(predictor, passes):
     assert len(passes) >= 6
     for client in given:
         assert [each["score"] for each in cut[client]] == pytest.approx(
-            [each["score"] for each in whole[client]], rel=1e-5
+            [each["score"] for each in whole[client]], rel=tolerance(torch.float32)
         )
 
 

@@ -48,7 +48,7 @@ class Formulas:
         from pydantic import TypeAdapter
 
         recipe = TypeAdapter(StrategyRecipe).validate_python({"name": name, **settings})
-        return make_strategy(recipe, self.start())
+        return make_strategy(recipe, self.strategy_context())
 
     def strategy_context(self) -> StrategyContext:
         scaling = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from equality import assert_near, tolerance
 from fedmerge_peft import (
     AdapterLayout,
     AdapterSoup,
@@ -20,6 +21,8 @@ from fedmerge_peft.adapters.lora_factors import (
     suffix_mask,
 )
 from fedmerge_peft.strategies import Reply
+
+pytestmark = pytest.mark.equality
 
 LAYERS = ("one", "two")
 
@@ -71,7 +74,7 @@ def test_fedadam_steps_by_its_formula(formulas):
         mean = (0.25 * deltas[0] + 0.75 * deltas[1]).double()
         m, v = 0.8 * m + 0.2 * mean, 0.99 * v + 0.01 * mean**2
         expected = expected - 0.02 * (m / (1 - 0.8**turn)) / ((v / (1 - 0.99**turn)).sqrt() + 1e-3)
-        torch.testing.assert_close(strategy.served(0).double(), expected, rtol=1e-5, atol=1e-6)
+        assert_near(strategy.served(0), expected)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -210,9 +213,7 @@ def test_flexlora_is_exact_where_the_mean_has_the_rank(formulas):
     case.round(strategy)
     for layer in LAYERS:
         a, b = pair(case.layout, strategy.served(0), layer)
-        torch.testing.assert_close(
-            b @ a, mean_product(case, case.centres, layer), rtol=1e-5, atol=1e-5
-        )
+        assert_near(b @ a, mean_product(case, case.centres, layer))
 
 
 def test_flexlora_is_the_best_approximation_otherwise(formulas):
@@ -223,11 +224,11 @@ def test_flexlora_is_the_best_approximation_otherwise(formulas):
         a, b = pair(case.layout, strategy.served(0), layer)
         exact = mean_product(case, case.centres, layer)
         u, s, vh = torch.linalg.svd(exact)
-        torch.testing.assert_close(b @ a, u[:, :4] * s[:4] @ vh[:4], rtol=1e-4, atol=1e-5)
+        assert_near(b @ a, u[:, :4] * s[:4] @ vh[:4])
         assert torch.linalg.matrix_norm(exact - b @ a) == pytest.approx(
-            float(s[4:].norm()), rel=1e-4
+            float(s[4:].norm()), rel=tolerance(torch.float32)
         )
-        torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=1e-5, atol=1e-5)
+        assert_near(a @ a.T, torch.eye(4))
     torch.testing.assert_close(strategy.served(0)[-6:], case.mean()[-6:])
 
 
@@ -240,9 +241,7 @@ def test_flexlora_gives_each_client_the_first_directions_of_its_rank(formulas):
         u, s, vh = torch.linalg.svd(mean_product(case, case.centres, layer, ranks))
         for client, rank in enumerate(ranks):
             a, b = pair(case.layout, strategy.served(client), layer)
-            torch.testing.assert_close(
-                b @ a, u[:, :rank] * s[:rank] @ vh[:rank], rtol=1e-4, atol=1e-5
-            )
+            assert_near(b @ a, u[:, :rank] * s[:rank] @ vh[:rank])
             assert not a[rank:].any()
             assert not b[:, rank:].any()
     assert strategy.traffic(0) == (6 + 7 + 5 + 6 + 6,) * 2
@@ -257,7 +256,7 @@ def test_flexlora_leaves_no_direction_that_could_not_be_learned_again(formulas):
     for layer in LAYERS:
         a, b = pair(case.layout, strategy.served(1), layer)
         centre_a, centre_b = pair(case.layout, case.centres[0], layer)
-        torch.testing.assert_close(b @ a, centre_b[:, :1] @ centre_a[:1], rtol=1e-5, atol=1e-5)
+        assert_near(b @ a, centre_b[:, :1] @ centre_a[:1])
         assert (a.norm(dim=1) > 0.1).all()
 
 
@@ -281,18 +280,16 @@ def test_flora_adds_the_mean_of_the_updates_to_the_backbone(formulas, ranks):
     case.round(strategy)
     for layer, old in zip(LAYERS, before, strict=True):
         expected = 0.5 * mean_product(case, case.centres, layer, [1, 4, 1] if ranks else None)
-        torch.testing.assert_close(strategy.base[layer], expected, rtol=1e-5, atol=1e-5)
+        assert_near(strategy.base[layer], expected)
         a, b = pair(case.layout, strategy.served(1), layer)
         assert not b.any()
         assert not torch.equal(a, old)
     torch.testing.assert_close(strategy.served(1)[-6:], case.mean()[-6:])
     case.round(strategy)  # the same answers again, on other fresh factors
     for layer in LAYERS:
-        torch.testing.assert_close(
+        assert_near(
             strategy.base[layer],
             mean_product(case, case.centres, layer, [1, 4, 1] if ranks else None),
-            rtol=1e-5,
-            atol=1e-5,
         )
 
 
@@ -332,7 +329,7 @@ def test_floras_backbone_computes_what_the_adapter_did(make_backbone):
         strategy.update([Reply(0, (strategy.served(0) - trained)[None], 10, 1.0, 0.0)])
         backbone.set_base(strategy.base)
         backbone.load_row(strategy.served(0))
-        torch.testing.assert_close(outputs(backbone, tokens), expected, rtol=1e-4, atol=1e-5)
+        assert_near(outputs(backbone, tokens), expected)
         backbone.set_base({})
         after = backbone.model.state_dict()
         assert all(
@@ -436,7 +433,9 @@ def test_the_gap_is_between_updates(formulas, name, ranks):
             gets = mean if name == "flora" else u[:, :rank] * s[:rank] @ vh[:rank]
             square += (0.5 * (b[:, :rank] @ a[:rank] - gets)).square().sum()
         expected.append(float(square.sqrt()))
-    assert [record.gap for record in records] == pytest.approx([sum(expected) / 3] * 2, rel=1e-4)
+    assert [record.gap for record in records] == pytest.approx(
+        [sum(expected) / 3] * 2, rel=tolerance(torch.float32)
+    )
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -475,7 +474,7 @@ def test_a_saved_adapter_of_flora_loads_in_plain_peft_and_gives_the_same_logits(
     served = outputs(backbone, tokens)
     assert (served - without).abs().max() > 1e-3
     with torch.no_grad():
-        torch.testing.assert_close(plain(input_ids=tokens).logits, served, rtol=1e-4, atol=1e-5)
+        assert_near(plain(input_ids=tokens).logits, served)
 
 
 def test_the_next_federation_on_an_engine_finds_the_backbone_as_it_was(smoke, smoke_engine):

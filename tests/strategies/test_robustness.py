@@ -12,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equality import assert_near
 from fedmerge_peft import AdapterLayout, Callback, RecipeError, federate, resume
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedAvgRecipe, FedMergeRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator, agreeing, clipped, krum, trimmed_means
+
+pytestmark = pytest.mark.equality
 
 RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"]
 SIZE = 12
@@ -67,9 +70,7 @@ def test_with_equal_weights_the_median_is_the_coordinate_wise_median(count):
 def test_with_equal_weights_the_trimmed_mean_is_that_of_yin(count, trim):
     deltas, cut = random(count, 40), round(trim * count)
     expected = deltas.sort(dim=0).values[cut : count - cut].mean(dim=0)
-    torch.testing.assert_close(
-        trimmed_means(deltas, even(count), trim)[0], expected, rtol=1e-5, atol=1e-6
-    )
+    assert_near(trimmed_means(deltas, even(count), trim)[0], expected)
 
 
 @pytest.mark.parametrize("trim", [0.1, 0.25, 0.5])
@@ -77,12 +78,7 @@ def test_a_weight_of_three_is_three_clients(trim):
     deltas, times = random(6, 40), torch.tensor([1, 3, 1, 2, 1, 2])
     weights = (times.double() / times.sum())[:, None]
     repeated = deltas.repeat_interleave(times, dim=0)
-    torch.testing.assert_close(
-        trimmed_means(deltas, weights, trim),
-        trimmed_means(repeated, even(10), trim),
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    assert_near(trimmed_means(deltas, weights, trim), trimmed_means(repeated, even(10), trim))
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -114,7 +110,7 @@ def test_the_cosine_filter_leaves_out_who_points_against_the_others():
     found = aggregator(aggregation="cosine_filter").combine(
         deltas, torch.ones(9, 1), torch.ones(9)
     )[0]
-    torch.testing.assert_close(found, deltas[:7].mean(dim=0), rtol=1e-5, atol=1e-5)
+    assert_near(found, deltas[:7].mean(dim=0))
 
 
 def test_nobody_decides_about_itself_in_the_cosine_filter():
@@ -138,7 +134,7 @@ def test_every_rule_gives_back_what_all_clients_say(rule):
     found = aggregator(aggregation=rule).combine(
         one.expand(7, 30), mixing, torch.full((7,), 2.0), normalize=False
     )
-    torch.testing.assert_close(found, mixing.mean(dim=0)[:, None] * one, rtol=1e-5, atol=1e-5)
+    assert_near(found, mixing.mean(dim=0)[:, None] * one)
 
 
 @pytest.mark.parametrize("rule", ["mean", *RULES])

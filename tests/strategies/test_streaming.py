@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from equality import assert_near
 from fedmerge_peft.util import row_buffer
+
+pytestmark = pytest.mark.equality
 
 SIZES = [10, 30, 20, 5, 15, 25, 10]
 SETTINGS = [
@@ -41,8 +44,8 @@ def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(
     whole = after_four_rounds(formulas, name, settings)
     monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 4 * rows * whole.soup.layout.size)
     parts = after_four_rounds(formulas, name, settings)
-    torch.testing.assert_close(parts.soup.rows, whole.soup.rows, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(parts.weights, whole.weights, rtol=1e-5, atol=1e-6)
+    assert_near(parts.soup.rows, whole.soup.rows)
+    assert_near(parts.weights, whole.weights)
 
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)

@@ -7,8 +7,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from fedmerge_peft.training.reference import train
 from torch import nn
 
+from equality import assert_near, tolerance
 from fedmerge_peft import Federation, Recipe
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.models import tiny
@@ -19,7 +21,6 @@ from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.plan import Mixture, Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.reference import train
 
 COUNT = 12
 ROWS = np.arange(COUNT)
@@ -145,32 +146,42 @@ CASES = {
     "vit": {},
     "one layer": {"lora": {"layers_to_transform": [3]}},
     "a shared A": {"lora": {"merge": "shared_a"}},
-    "bf16": {"mixed_precision": "bf16"},
     "accumulation": {"batch_size": 2, "gradient_accumulation": 3},
     "checkpointing": {"kind": "llama", "backbone": {"gradient_checkpointing": True}},
 }
 
 
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("case", CASES)
 def test_with_and_without_the_cache_the_results_are_the_same(make_bench, case):
     options = {"kind": case if case.partition("-")[0] in TARGETS else "bert", **CASES[case]}
     with_cache, without = make_bench(**options), make_bench(cached=False, **options)
-    near = (
-        {"rtol": 5e-3, "atol": 5e-3} if case == "bf16" else {"rtol": 1e-5, "atol": 1e-5}
-    )  # bf16 rounds by how a batch is padded
     expected = [without.train(), without.train(4)]
     for _ in range(2):  # while the states are recorded, and from the record
         found = [with_cache.train(), with_cache.train(4)]
         assert with_cache.used
-        torch.testing.assert_close(found, expected, **near)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == torch.float64
+            assert_near(one, other, without.row)
     assert not torch.allclose(expected[0], expected[1])
     assert with_cache.evaluate(expected[0]) == pytest.approx(
-        without.evaluate(expected[0]), rel=near["rtol"]
+        without.evaluate(expected[0]), rel=tolerance(torch.float64)
     )
     some = np.array([7, 2, 11, 3, 4, 0])
-    torch.testing.assert_close(
-        with_cache.losses(expected[0], some), without.losses(expected[0], some), **near
-    )
+    assert_near(with_cache.losses(expected[0], some), without.losses(expected[0], some))
+
+
+@pytest.mark.equality
+def test_in_bf16_the_cache_differs_by_its_rounding(make_bench):
+    """Numbers are rounded differently in a batch that is padded to another length."""
+    options = {"mixed_precision": "bf16", "optimizer": "sgd", "learning_rate": 0.1}
+    with_cache, without = make_bench(**options), make_bench(cached=False, **options)
+    expected = without.train()
+    for _ in range(2):
+        error, moved = with_cache.train() - expected, expected - without.row
+        assert with_cache.used
+        assert error.norm() <= tolerance(torch.bfloat16) * moved.norm()
 
 
 def test_known_examples_skip_the_frozen_layers(make_bench):
@@ -183,14 +194,18 @@ def test_known_examples_skip_the_frozen_layers(make_bench):
     assert bench.count(frozen, bench.train)[0] > 0
 
 
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
 def test_a_mixture_is_evaluated_from_the_cache(make_bench):
     bench, plain = make_bench(), make_bench(cached=False)
     served = Mixture(torch.stack([bench.row, bench.train()]), torch.tensor([0.3, 0.7]))
     expected = plain.evaluate(served)
-    assert bench.evaluate(served) == pytest.approx(expected, rel=1e-5)
-    assert bench.evaluate(served) == pytest.approx(expected, rel=1e-5)
+    assert bench.evaluate(served) == pytest.approx(expected, rel=tolerance(torch.float64))
+    assert bench.evaluate(served) == pytest.approx(expected, rel=tolerance(torch.float64))
 
 
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
 def test_generation_runs_all_layers(make_bench):
     bench = make_bench("gpt2", metrics=["exact_match", "rougeL", "perplexity"])
     plain = make_bench("gpt2", metrics=["exact_match", "rougeL", "perplexity"], cached=False)
@@ -198,7 +213,7 @@ def test_generation_runs_all_layers(make_bench):
     runs, found = bench.count("base_model.model.transformer.h.0", lambda: bench.evaluate(bench.row))
     assert runs > 0
     assert bench.used
-    assert found == pytest.approx(plain.evaluate(plain.row), rel=1e-5)
+    assert found == pytest.approx(plain.evaluate(plain.row), rel=tolerance(torch.float64))
 
 
 def test_the_frozen_prefix_has_no_dropout_in_training(make_bench):
@@ -298,6 +313,8 @@ def repeat(bench):
     return "does not get one tensor"
 
 
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("alter", [drop_by_function, reach_back, require, train_in_front, repeat])
 def test_models_that_need_their_first_layers_are_found_out(make_bench, caplog, alter):
     bench, plain = make_bench(), make_bench(cached=False)
@@ -307,27 +324,34 @@ def test_models_that_need_their_first_layers_are_found_out(make_bench, caplog, a
         found = bench.train(), bench.train()
     assert reason in caplog.text
     assert not bench.used
-    torch.testing.assert_close(found, (plain.train(), plain.train()))
+    for row in found:
+        assert_near(row, plain.train(), plain.row)
 
 
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
 def test_the_bound_on_memory_is_kept(make_bench, caplog):
     sizes = make_bench().examples.lengths.sum() + 1
-    needed = sizes * 32 * 4 / 1e9
+    needed = sizes * 32 * 8 / 1e9
     fits, tight = make_bench(gigabytes=needed), make_bench(gigabytes=needed * 0.99)
-    torch.testing.assert_close(fits.train(), tight.train())
+    assert_near(fits.train(), tight.train(), tight.row)
     assert fits.cache._store.nbytes == needed * 1e9
     assert not tight.used
     assert "training.prefix_cache allows" in caplog.text
 
 
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
 def test_rows_that_no_client_holds_run_all_layers(make_bench):
     bench = make_bench()
     bench.cache = PrefixCache(bench.backbone, bench.task, bench.examples, ROWS[:6], 1.0)
     expected = make_bench(cached=False).losses(bench.row)
-    torch.testing.assert_close(bench.losses(bench.row), expected)
-    torch.testing.assert_close(bench.losses(bench.row), expected)
+    assert_near(bench.losses(bench.row), expected)
+    assert_near(bench.losses(bench.row), expected)
 
 
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
 def test_a_client_that_fails_leaves_the_model_whole(make_bench):
     bench = make_bench()
     names = [name for name, _ in bench.backbone.model.named_modules()]
@@ -346,7 +370,7 @@ def test_a_client_that_fails_leaves_the_model_whole(make_bench):
     assert "forward" not in vars(bench.backbone.prefix.layers[0])
     assert torch.equal(bench.train(), expected)
     bench.cache = None
-    torch.testing.assert_close(bench.train(), expected)
+    assert_near(bench.train(), expected, bench.row)
 
 
 def test_a_forward_of_a_layers_own_comes_back(make_bench):
@@ -377,12 +401,15 @@ SMALL = [
 ]
 
 
+@pytest.mark.equality
 def test_one_engine_serves_several_strategies_from_its_cache():
     def recipe(gigabytes, strategy):
         overrides = [
             f"training.prefix_cache={gigabytes}",
             f"strategy={strategy}",
             "lora.layers_to_transform=[1]",
+            "training.optimizer=sgd",
+            "training.learning_rate=0.1",
             "rounds=2",
         ]
         return Recipe.load("smoke", [*SMALL, *overrides])
@@ -397,6 +424,7 @@ def test_one_engine_serves_several_strategies_from_its_cache():
             federation = Federation(recipe(gigabytes, strategy), engine)
             records = list(federation.rounds())
             found[gigabytes] = federation.strategy.soup.rows, records[-1].served.mean
-        torch.testing.assert_close(found[1][0], found[0][0])
+        start = Federation(recipe(0, strategy), engines[0]).strategy.soup.rows
+        assert_near(found[1][0], found[0][0], start)
         assert found[1][1] == pytest.approx(found[0][1])
     assert engines[1].cache._store is not None

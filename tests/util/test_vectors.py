@@ -5,6 +5,8 @@ import torch
 
 from fedmerge_peft.util.vectors import all_finite, row_norms
 
+pytestmark = pytest.mark.equality
+
 LARGE = torch.finfo(torch.float32).max
 
 

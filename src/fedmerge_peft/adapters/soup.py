@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import RunError
+from fedmerge_peft.util.files import write_tensors
 
 _SHARED = "shared."
 _BASE = "base."
@@ -57,17 +57,13 @@ class AdapterSoup:
         return {**self.layout.state_dict(row), **self.shared}
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with the layout in its metadata."""
+        """Write one safetensors file with the layout in its metadata. Raise ``RunError``."""
         tensors = {
             "rows": self.rows,
             **{_SHARED + key: value for key, value in self.shared.items()},
             **{_BASE + key: value for key, value in self.base.items()},
         }
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-            path,
-            metadata={"format": "pt", "layout": self.layout.to_json()},
-        )
+        write_tensors(path, tensors, ("layout", self.layout.to_json()))
 
     @classmethod
     def load(cls, path: Path) -> AdapterSoup:

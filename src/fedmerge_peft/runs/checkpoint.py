@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
@@ -31,7 +30,7 @@ from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
 from fedmerge_peft.strategies.base import Strategy
-from fedmerge_peft.util.files import translated_write_errors, write_atomically
+from fedmerge_peft.util.files import translated_write_errors, write_tensors
 from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
     with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
-    write_atomically(path, soup.save)
+    soup.save(path)
     return path
 
 
@@ -128,10 +127,8 @@ def commit(
             _fixed_values(recipe),
         )
         text = json.dumps(asdict(manifest), default=str)
-        metadata = {"manifest": text, "sha256": _digest(tensors, text), "format": "pt"}
-        write_atomically(
-            _path(folder, round), lambda temporary: save_file(tensors, temporary, metadata=metadata)
-        )
+        document = {"sha256": _digest(tensors, text), "manifest": json.loads(text)}
+        write_tensors(_path(folder, round), tensors, ("checkpoint", json.dumps(document)))
     prune(folder, round)
 
 
@@ -165,9 +162,10 @@ def read(folder: Path, round: int) -> Checkpoint:
             metadata = file.metadata() or {}
             keys = file.keys()
             tensors = {key: file.get_tensor(key) for key in keys}
-        if _digest(tensors, metadata["manifest"]) != metadata["sha256"]:
+        document = json.loads(metadata["checkpoint"])
+        if _digest(tensors, json.dumps(document["manifest"])) != document["sha256"]:
             raise RunError(f"{path} is damaged: its SHA-256 sum differs from the stored one")
-        manifest = Manifest(**json.loads(metadata["manifest"]))
+        manifest = Manifest(**document["manifest"])
         if manifest.soup_sha256 != _file_digest(soup):
             raise RunError(f"{soup} is damaged: its SHA-256 sum differs from the stored one")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:

@@ -20,7 +20,6 @@ from fedmerge_peft.strategies.base import Strategy
 from fedmerge_peft.util.files import (
     hardlink,
     translated_write_errors,
-    write_atomically,
     write_json,
     write_tensors,
     write_text,
@@ -144,7 +143,7 @@ class RunWriter(RunDirectory):
         if 0 < completed == self.completed:
             hardlink(self.path / "soup.safetensors", folder / "soup.safetensors")
         else:
-            write_atomically(folder / "soup.safetensors", strategy.soup.save)
+            strategy.soup.save(folder / "soup.safetensors")
         write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
         self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
         write_json(folder / "scores.json", self._best)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmerge_peft.errors import RunBusyError, RunError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _LOCKED: ContextVar[frozenset[Path]] = ContextVar("locked", default=frozenset())
 """Directories that this thread has locked."""
@@ -53,22 +49,19 @@ def locked_directory(path: Path) -> Iterator[None]:
     with translated_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         resolved = path.resolve()
-        descriptor = (
-            None if fcntl is None or resolved in _LOCKED.get() else os.open(path, os.O_RDONLY)
-        )
+        posix = os.name == "posix"  # elsewhere a folder cannot be opened
+        locked = resolved in _LOCKED.get()
+        descriptor = os.open(path, os.O_RDONLY) if posix and not locked else None
     if descriptor is None:
         yield
         return
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusyError(
-                f"{path} is being written by another process; wait until it ends, or choose "
-                "another --out"
-            ) from None
-        except OSError:  # the file system does not support locks
-            pass
+        with suppress(OSError):  # the file system does not support locks
+            if not lock_descriptor(descriptor, blocking=False):
+                raise RunBusyError(
+                    f"{path} is being written by another process; wait until it ends, or choose "
+                    "another --out"
+                )
         token = _LOCKED.set(_LOCKED.get() | {resolved})
         try:
             yield
@@ -148,12 +141,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file atomically. Raise ``RunError`` on failure."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(
-        path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"})
-    )
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")
+) -> None:
+    """Write a safetensors file atomically. The same content gives the same bytes.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name.
+        metadata: One key and its text. safetensors writes several keys in any order.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; safetensors creates files for the owner only
+        save_file(stored, temporary, metadata=dict([metadata]))
+        temporary.chmod(mode)
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

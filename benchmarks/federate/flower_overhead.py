@@ -1,12 +1,15 @@
-"""The same rounds over Flower's deployment engine: its own FedAvg sends arrays of this size to two SuperNodes that do not train, and back.
+"""Round times of Flower's deployment engine, for comparison with ``overhead.py``.
 
-A round of ``--evaluate`` is what FedAvg does by default: an exchange to train, and one more to evaluate the new arrays where they are sent.
+Flower's FedAvg sends arrays of a given size to two SuperNodes, which return them without training.
+With ``--evaluate`` a round has a second exchange, which evaluates the new arrays; this is FedAvg's
+default. With ``--tls`` the server has a certificate that the SuperNodes check; the SuperNodes have
+none, because Flower identifies them by their keys.
 
-To be run with the Python of an environment that has flwr (its pins do not go together with ours); it needs nothing of ours.
+Run it with the Python of an environment that has flwr, whose pins conflict with those of this
+package. The program imports nothing from this package.
 
-    /path/to/flwr-env/bin/python benchmarks/federate/flower_overhead.py --megabytes 1 100 --rounds 4 [--tls] [--evaluate]
-
-With ``--tls`` the server has a certificate that the others check; the SuperNodes have none, as Flower knows them by their keys.
+    /path/to/flwr-env/bin/python benchmarks/federate/flower_overhead.py --megabytes 1 100 \\
+        --rounds 4 [--tls] [--evaluate]
 """
 
 import argparse
@@ -59,14 +62,16 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     (array,) = message.content["arrays"].to_numpy_ndarrays()
-    content = RecordDict({"arrays": ArrayRecord(numpy_ndarrays=[array * 0.999]), "metrics": MetricRecord({"num-examples": 3})})
+    arrays = ArrayRecord(numpy_ndarrays=[array * 0.999])
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 3})})
     return Message(content=content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     message.content["arrays"].to_numpy_ndarrays()
-    content = RecordDict({"metrics": MetricRecord({"num-examples": 3, "test_accuracy": 0.5, "test_loss": 1.0})})
+    metrics = MetricRecord({"num-examples": 3, "test_accuracy": 0.5, "test_loss": 1.0})
+    content = RecordDict({"metrics": metrics})
     return Message(content=content, reply_to=message)
 """
 SERVER = """import json
@@ -79,12 +84,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 app = ServerApp()
-begun = []
+round_starts = []
 
 
-class Timed(FedAvg):
+class TimedFedAvg(FedAvg):
     def configure_train(self, *arguments):
-        begun.append(time.perf_counter())
+        round_starts.append(time.perf_counter())
         return super().configure_train(*arguments)
 
 
@@ -94,24 +99,27 @@ def main(grid: Grid, context: Context) -> None:
         time.sleep(0.2)
     config = context.run_config
     arrays = ArrayRecord(numpy_ndarrays=[np.ones(int(config["numbers"]), np.float32)])
-    Timed(fraction_evaluate=1.0 if config["evaluate"] else 0.0).start(grid, arrays, num_rounds=int(config["rounds"]))
-    taken = [later - sooner for sooner, later in zip(begun, [*begun[1:], time.perf_counter()])]
-    Path(str(config["result"])).write_text(json.dumps(taken))
+    strategy = TimedFedAvg(fraction_evaluate=1.0 if config["evaluate"] else 0.0)
+    strategy.start(grid, arrays, num_rounds=int(config["rounds"]))
+    ends = [*round_starts[1:], time.perf_counter()]
+    seconds = [end - start for start, end in zip(round_starts, ends)]
+    Path(str(config["result"])).write_text(json.dumps(seconds))
 """
 
 
-def ports(count):
-    found = [socket.socket() for _ in range(count)]
-    for each in found:
-        each.bind(("127.0.0.1", 0))
-    numbers = [each.getsockname()[1] for each in found]
-    for each in found:
-        each.close()
+def free_ports(count):
+    """Return free TCP ports of this machine."""
+    sockets = [socket.socket() for _ in range(count)]
+    for listener in sockets:
+        listener.bind(("127.0.0.1", 0))
+    numbers = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
     return numbers
 
 
-def certify(folder):
-    """A self-signed certificate for this machine, and its key: paths."""
+def write_certificate(folder):
+    """Write a self-signed certificate for this machine and its key; return their paths."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -124,31 +132,31 @@ def certify(folder):
     address = x509.SubjectAlternativeName(
         [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     )
-    made = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
     )
-    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
+    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(
         now + datetime.timedelta(days=1)
     )
-    made = (
-        made.add_extension(address, False)
+    certificate = (
+        builder.add_extension(address, False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
-    (folder / "cert.pem").write_bytes(made.public_bytes(pem))
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
     (folder / "key.pem").write_bytes(
         key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return folder / "cert.pem", folder / "key.pem"
 
 
-def measure(megabytes, rounds, patience, tls, evaluate):
-    """Seconds of each round after the first."""
+def measure(megabytes, rounds, timeout, tls, evaluate):
+    """Return the seconds of each round after the first."""
     folder = Path(tempfile.mkdtemp(prefix="flower-"))
     app = folder / "app"
     (app / "idle").mkdir(parents=True)
@@ -159,10 +167,10 @@ def measure(megabytes, rounds, patience, tls, evaluate):
         "idle/server.py": SERVER,
     }.items():
         (app / name).write_text(text)
-    runtime, *nodes = ports(3)
+    runtime, *nodes = free_ports(3)
     home = folder / "home"
     home.mkdir()
-    certificate, key = certify(folder)
+    certificate, key = write_certificate(folder)
     link = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{runtime}"\n'
     (home / "config.toml").write_text(
         link + (f'root-certificates = "{certificate}"\n' if tls else "insecure = true\n")
@@ -212,19 +220,24 @@ def measure(megabytes, rounds, patience, tls, evaluate):
                 str(port),
             )
         result = folder / "result.json"
-        config = f"numbers={int(megabytes * 250_000)} rounds={rounds} evaluate={str(evaluate).lower()} result='{result}'"
-        asked = subprocess.run(
+        config = (
+            f"numbers={int(megabytes * 250_000)} rounds={rounds} "
+            f"evaluate={str(evaluate).lower()} result='{result}'"
+        )
+        submission = subprocess.run(
             [programs / "flwr", "run", str(app), "here", "--run-config", config],
             env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
-        end = time.monotonic() + patience
+        end = time.monotonic() + timeout
         while not result.exists():
-            if asked.returncode or time.monotonic() > end:
+            if submission.returncode or time.monotonic() > end:
                 logs = "\n".join(path.read_text()[-1500:] for path in folder.glob("*.log"))
-                raise SystemExit(f"Flower did not finish:\n{asked.stdout}\n{asked.stderr}\n{logs}")
+                raise SystemExit(
+                    f"Flower did not finish:\n{submission.stdout}\n{submission.stderr}\n{logs}"
+                )
             time.sleep(0.5)
         time.sleep(0.5)
         return json.loads(result.read_text())[1:]
@@ -240,17 +253,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 100])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--patience", type=float, default=300)
+    parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     print(
-        "| arrays | TLS | exchanges a round | rounds | seconds a round, median | longest |\n|---|---|---:|---:|---:|---:|"
+        "| arrays | TLS | exchanges per round | rounds | seconds per round, median | longest |\n"
+        "|---|---|---:|---:|---:|---:|"
     )
-    for megabytes in asked.megabytes:
-        taken = measure(megabytes, asked.rounds, asked.patience, asked.tls, asked.evaluate)
-        row = f"{megabytes:g} MB | {'the server' if asked.tls else 'none'} | {1 + asked.evaluate} | {len(taken)}"
-        print(f"| {row} | {statistics.median(taken):.2f} | {max(taken):.2f} |", flush=True)
+    for megabytes in options.megabytes:
+        seconds = measure(megabytes, options.rounds, options.timeout, options.tls, options.evaluate)
+        tls = "the server" if options.tls else "none"
+        row = f"{megabytes:g} MB | {tls} | {1 + options.evaluate} | {len(seconds)}"
+        print(f"| {row} | {statistics.median(seconds):.2f} | {max(seconds):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""A site that trains nothing: all of the way of a message, and an update that costs no time. Started by ``overhead.py``."""
+"""Site that returns an update without training, to time the messages; see ``overhead.py``."""
 
 import os
 import sys
 from pathlib import Path
 
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.sites.config import SITE, SiteSettings
-from fedmerge_peft.sites.exit_with_parent import end_with_parent
-from fedmerge_peft.sites.site.connection import ADDRESS, KIT, serve
+from fedmerge_peft.sites.config import ADDRESS_VARIABLE, KIT_VARIABLE, SITE_FILE, SiteSettings
+from fedmerge_peft.sites.exit_with_parent import exit_with_parent
+from fedmerge_peft.sites.site.connection import serve
 from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.strategies.base import Reply
 
 
-def idle(engine, round, visits):
+def reply_without_training(engine, round, visits):
+    """Yield a small update for each visit; replaces ``LocalEngine.train_clients``."""
     for index, plan, served in visits:
         scores = None if served is None else {"test_accuracy": 0.5, "test_loss": 1.0}
         yield Reply(
@@ -27,7 +28,8 @@ def idle(engine, round, visits):
 
 
 if __name__ == "__main__":
-    end_with_parent()
-    LocalEngine.train_clients = idle
-    kit = Path(os.environ[KIT])
-    serve(Trainer(kit, sys.argv[1], SiteSettings.read(kit / SITE)), os.environ[ADDRESS])
+    exit_with_parent()
+    LocalEngine.train_clients = reply_without_training
+    kit = Path(os.environ[KIT_VARIABLE])
+    trainer = Trainer(kit, sys.argv[1], SiteSettings.read(kit / SITE_FILE))
+    serve(trainer, os.environ[ADDRESS_VARIABLE])

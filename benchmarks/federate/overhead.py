@@ -1,7 +1,8 @@
-"""What a round across sites costs beyond training: adapters of about 1 MB and 100 MB, to two sites over loopback with TLS, no training.
+"""Round times across sites without training: adapters of 1 MB and 100 MB, two sites, TLS, loopback.
 
-Server and sites are processes as in earnest; only training and evaluating are left out, so that what remains is merging, messages, TLS,
-checks, logs, the update of the soup and the checkpoint. A site scores what it is sent and trains it in one exchange.
+Server and sites run as separate processes, as in a real federation. Sites evaluate and train in one
+exchange, and both are replaced by constants. The rest of a round remains: merging, messages, TLS,
+checks, logs, the update of the soup, and the checkpoint.
 
     python benchmarks/federate/overhead.py --megabytes 1 100 --rounds 6
 """
@@ -16,18 +17,18 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedmerge_peft import Recipe, Run
+from fedmerge_peft.sites.config import ADDRESS_VARIABLE, KIT_VARIABLE
 from fedmerge_peft.sites.flare.operator import run
-from fedmerge_peft.sites.flare.provision import settle
-from fedmerge_peft.sites.rehearse import await_server, rehearsal, start_server
-from fedmerge_peft.sites.site.connection import ADDRESS, KIT
-from fedmerge_peft.sites.supervisor import Child, environment
+from fedmerge_peft.sites.flare.provision import write_local_policy
+from fedmerge_peft.sites.rehearse import await_server, prepare_rehearsal, start_server
+from fedmerge_peft.sites.supervisor import ChildProcess, child_environment
 
 PER_RANK = 4 * (2 * 2 * 2 * 32)
-"""Bytes that one more rank adds: two layers, two modules, two factors, 32 wide."""
+"""Bytes per unit of rank: two layers, two modules, two factors, width 32."""
 
 
-def recipe_of(megabytes, rounds):
-    """The smoke recipe with adapters of about this size: a tiny model, and a rank to match."""
+def sized_recipe(megabytes, rounds):
+    """Return the smoke recipe with a tiny model and the rank that gives about this size."""
     rank = max(1, round(megabytes * 1e6 / PER_RANK))
     small = [
         "data.max_train=4",
@@ -46,24 +47,28 @@ def recipe_of(megabytes, rounds):
 
 
 def start_idle_site(out, site):
-    """FLARE's client, and a trainer that does nothing; as ``fedmerge federate site`` starts them."""
+    """Start FLARE's client and an idle trainer, as ``fedmerge federate site`` does."""
     kit = (out / "sites" / site).resolve()
-    settle(kit, server=False)
-    own = {**environment(), KIT: str(kit), ADDRESS: str(out / f"{site}.socket")}
+    write_local_policy(kit, server=False)
+    environment = {
+        **child_environment(),
+        KIT_VARIABLE: str(kit),
+        ADDRESS_VARIABLE: str(out / f"{site}.socket"),
+    }
     trainer = [sys.executable, str(Path(__file__).with_name("idle_site.py")), site]
     client = [sys.executable, "-m", "fedmerge_peft.sites.flare.child", "client", str(kit), site]
-    return Child("trainer", trainer, out / f"{site}.out", own), Child(
-        "connection", client, kit / "site.log", own
+    return ChildProcess("trainer", trainer, out / f"{site}.out", environment), ChildProcess(
+        "connection", client, kit / "site.log", environment
     )
 
 
 def measure(megabytes, rounds, wire_dtype):
-    """Seconds of each round after the first, from checkpoint to checkpoint; what a round's own clock says; and an adapter's bytes."""
+    """Return seconds between checkpoints, seconds in the records, and bytes of an adapter."""
     out = Path(tempfile.mkdtemp(prefix="fedmerge-"))
     children = []
     try:
-        federation = rehearsal(
-            recipe_of(megabytes, rounds), 2, out / "f", segment=rounds + 1, wire_dtype=wire_dtype
+        federation = prepare_rehearsal(
+            sized_recipe(megabytes, rounds), 2, out / "f", segment=rounds + 1, wire_dtype=wire_dtype
         )
         children.append(start_server(out / "f"))
         for site in federation.sites:
@@ -73,21 +78,25 @@ def measure(megabytes, rounds, wire_dtype):
             out / "f" / "operator",
             lambda line: print(line, file=sys.stderr),
             wait=300,
-            least=2,
-            patience=10,
+            min_sites=2,
+            reconnect_timeout=10,
         )
         if outcome["state"] != "ended":
             raise SystemExit(outcome["error"])
-        done = Run.open(out / "f" / "server" / "run")
+        finished = Run.open(out / "f" / "server" / "run")
         times = [
             path.stat().st_mtime
-            for path in sorted((done.path / "weights").glob("round-*.safetensors"))
+            for path in sorted((finished.path / "weights").glob("round-*.safetensors"))
         ]
-        whole = [later - sooner for sooner, later in pairwise(times)]
-        return whole, [record["seconds"] for record in done.records[1:]], 4 * done.soup.layout.size
+        total = [later - earlier for earlier, later in pairwise(times)]
+        return (
+            total,
+            [record["seconds"] for record in finished.records[1:]],
+            4 * finished.soup.layout.size,
+        )
     finally:
         for child in reversed(children):
-            child.end()
+            child.stop()
         shutil.rmtree(out)
 
 
@@ -96,15 +105,17 @@ def main():
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 100])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--wire-dtype", default="float32", choices=["float32", "bfloat16"])
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     print(
-        "| adapter | wire | rounds | seconds a round, median | longest | of it messages and update |\n|---|---|---:|---:|---:|---:|"
+        "| adapter | wire | rounds | seconds per round, median | longest | messages and update |\n"
+        "|---|---|---:|---:|---:|---:|"
     )
-    for megabytes in asked.megabytes:
-        whole, inner, size = measure(megabytes, asked.rounds, asked.wire_dtype)
-        row = f"{size / 1e6:.1f} MB | {asked.wire_dtype} | {len(whole)} | {statistics.median(whole):.2f} | {max(whole):.2f}"
-        print(f"| {row} | {statistics.median(inner):.2f} |", flush=True)
+    for megabytes in options.megabytes:
+        total, recorded, size = measure(megabytes, options.rounds, options.wire_dtype)
+        row = f"{size / 1e6:.1f} MB | {options.wire_dtype} | {len(total)}"
+        times = f"{statistics.median(total):.2f} | {max(total):.2f}"
+        print(f"| {row} | {times} | {statistics.median(recorded):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

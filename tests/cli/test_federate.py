@@ -1,4 +1,4 @@
-"""The verbs of ``fedmerge federate``: help, bad input, and how little they import."""
+"""The commands of ``fedmerge federate``: help, bad input, and light imports."""
 
 import subprocess
 import sys
@@ -7,17 +7,20 @@ import pytest
 
 from fedmerge_peft.cli import main
 
-ASKED = "federate prepare smoke --sites north,south --client south=a --client south=b --server 10.1.2.3:8102 --wire-dtype bfloat16"
-VERBS = ("prepare", "server", "site", "run", "status", "stop", "rehearse")
+PREPARE = (
+    "federate prepare smoke --sites north,south --client south=a --client south=b "
+    "--server 10.1.2.3:8102 --wire-dtype bfloat16"
+)
+COMMANDS = ("prepare", "server", "site", "run", "status", "stop", "rehearse")
 
 
 @pytest.fixture
 def fedmerge(capsys):
-    """Runs the program in this process: exit code, standard output, standard error."""
+    """Run the program in this process; return exit code, standard output, standard error."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:
-            main([str(each) for each in arguments])
+            main([str(argument) for argument in arguments])
         return (caught.value.code or 0, *capsys.readouterr())
 
     return run
@@ -25,31 +28,32 @@ def fedmerge(capsys):
 
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory):
-    """What prepare makes for two sites, the second with two clients."""
+    """The kits of two sites, the second with two clients."""
     out = tmp_path_factory.mktemp("federation") / "out"
     with pytest.raises(SystemExit) as caught:
-        main([*ASKED.split(), "--out", str(out)])
+        main([*PREPARE.split(), "--out", str(out)])
     assert not caught.value.code
     return out
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_of_its_own_with_an_example(verb, fedmerge):
-    code, out, _ = fedmerge("federate", verb, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, fedmerge):
+    code, out, _ = fedmerge("federate", command, "--help")
     assert code == 0
-    assert f"Example: fedmerge federate {verb}" in out
+    assert f"Example: fedmerge federate {command}" in out
 
 
-def test_no_verb_is_left_out_here():
+def test_the_list_of_commands_is_complete():
     from fedmerge_peft.cli.federate import federate
 
-    assert {command.callback.__name__ for command in federate.registered_commands} == set(VERBS)
+    assert {command.callback.__name__ for command in federate.registered_commands} == set(COMMANDS)
 
 
 def test_help_imports_neither_torch_nor_nvflare():
     script = (
         "import sys\nfrom fedmerge_peft.cli import main\n"
-        "try:\n    main(['federate', 'prepare', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "try:\n    main(['federate', 'prepare', '--help'])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
     done = subprocess.run(
@@ -59,16 +63,19 @@ def test_help_imports_neither_torch_nor_nvflare():
 
 
 def test_importing_the_package_imports_no_nvflare():
-    script = "import sys, fedmerge_peft, fedmerge_peft.federation.loop, fedmerge_peft.sites.server.job; assert 'nvflare' not in sys.modules"
+    script = (
+        "import sys, fedmerge_peft, fedmerge_peft.federation.loop, fedmerge_peft.sites.server.job; "
+        "assert 'nvflare' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["prepare", "smoke"], "--sites: '', expected different names"),
         (["prepare", "smoke", "--sites", "a,a"], "expected different names"),
-        (["prepare", "smoke", "--sites", "a,../b"], "'../b' is no name for a site"),
+        (["prepare", "smoke", "--sites", "a,../b"], "'../b' is not a valid site name"),
         (["prepare", "smoke", "--sites", "a", "--server", "nohost"], "expected HOST:PORT"),
         (["prepare", "smoke", "--sites", "a", "--server", "x:99999"], "expected HOST:PORT"),
         (["prepare", "smoke", "--sites", "a", "--client", "b=x"], "expected SITE=NAME"),
@@ -77,23 +84,23 @@ def test_importing_the_package_imports_no_nvflare():
         (["prepare", "nosuchrecipe", "--sites", "a"], "nosuchrecipe"),
         (["rehearse", "smoke", "--sites", "99"], "--sites 99: the recipe has 12 clients"),
         (["rehearse", "smoke", "--wire-dtype", "int8"], "--wire-dtype"),
-        (["server", "nowhere"], "no kit of a federation"),
-        (["site", "nowhere"], "no kit of a federation"),
-        (["run", "nowhere"], "no kit of a federation"),
-        (["status", "nowhere"], "no kit of a federation"),
-        (["stop", "nowhere"], "no kit of a federation"),
+        (["server", "nowhere"], "not a federation kit"),
+        (["site", "nowhere"], "not a federation kit"),
+        (["run", "nowhere"], "not a federation kit"),
+        (["status", "nowhere"], "not a federation kit"),
+        (["stop", "nowhere"], "not a federation kit"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_ends_with_code_2_and_a_message(arguments, said, fedmerge, tmp_path, monkeypatch):
+def test_bad_input_exits_with_2_and_a_message(arguments, message, fedmerge, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = fedmerge("federate", *arguments)
     assert code == 2
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 
-def test_a_kit_for_each_and_a_page_for_each_site(kits):
+def test_prepare_writes_a_kit_for_each_and_a_readme_for_each_site(kits):
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.sites.config import Federation
 
@@ -108,13 +115,13 @@ def test_a_kit_for_each_and_a_page_for_each_site(kits):
         recipe = Recipe.load(kits / kit / "recipe.yaml")
         assert (recipe.clients.failures, recipe.training.clients_per_batch) == ("skip", 1)
         assert (kits / kit / "startup" / "rootCA.pem").is_file()
-    page = (kits / "sites" / "south" / "README.md").read_text()
-    assert "fedmerge federate site . --data" in page
-    assert "examples of: a, b" in page
-    assert "10.1.2.3:8102" in page
+    readme = (kits / "sites" / "south" / "README.md").read_text()
+    assert "fedmerge federate site . --data" in readme
+    assert "examples of: a, b" in readme
+    assert "10.1.2.3:8102" in readme
 
 
-def test_only_the_authority_can_sign_and_keys_are_their_owners_alone(kits):
+def test_only_the_authority_can_sign_and_keys_are_private(kits):
     assert [path.parent.name for path in kits.rglob("cert.json")] == ["authority"]
     assert all(path.stat().st_mode & 0o077 == 0 for path in kits.rglob("*.key"))
     assert (kits / "authority").stat().st_mode & 0o077 == 0
@@ -126,28 +133,29 @@ def test_prepare_overwrites_nothing(kits, fedmerge):
     assert "existing files are never overwritten" in err
 
 
-def test_a_recipe_that_says_what_becomes_of_failures_keeps_it():
+def test_a_recipe_that_sets_failures_keeps_its_value():
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.sites.prepare import as_federated
+    from fedmerge_peft.sites.prepare import federated_recipe
 
     assert (
-        as_federated(Recipe.load("smoke", ["clients.failures=raise"])).clients.failures == "raise"
+        federated_recipe(Recipe.load("smoke", ["clients.failures=raise"])).clients.failures
+        == "raise"
     )
-    assert as_federated(Recipe.load("smoke")).clients.failures == "skip"
+    assert federated_recipe(Recipe.load("smoke")).clients.failures == "skip"
 
 
-def test_a_site_says_what_is_wrong_before_it_connects(kits, fedmerge, tmp_path):
+def test_a_site_reports_errors_before_it_connects(kits, fedmerge, tmp_path):
     site = kits / "sites" / "north"
     code, _, err = fedmerge("federate", "site", site)
-    assert (code, "which data?" in err) == (2, True)
+    assert (code, "no data: use" in err) == (2, True)
     own = (site / "site.yaml").read_text()
     (site / "site.yaml").write_text("rounds: 3\n")
     code, _, err = fedmerge("federate", "site", site, "--data", tmp_path / "x.csv")
     (site / "site.yaml").write_text(own)
-    assert (code, "not a site's to say" in err) == (2, True)
+    assert (code, "unknown key" in err) == (2, True)
 
 
-def test_no_server_is_one_message(kits, fedmerge, monkeypatch):
+def test_an_unreachable_server_is_one_message(kits, fedmerge, monkeypatch):
     from fedmerge_peft.sites.flare import operator
 
     def unreachable(*arguments, **options):
@@ -156,30 +164,32 @@ def test_no_server_is_one_message(kits, fedmerge, monkeypatch):
     monkeypatch.setattr(operator, "new_secure_session", unreachable)
     code, _, err = fedmerge("federate", "status", kits)
     assert code == 2
-    assert "no server of this federation answers" in err
+    assert "no server of this federation responds" in err
 
 
-def test_what_a_kit_allows_is_written_where_it_is_used(kits):
+def test_a_kit_gets_its_policy_where_it_is_used(kits):
     import json
 
-    from fedmerge_peft.sites.flare.provision import OURS, settle, site_name
+    from fedmerge_peft.sites.flare.provision import (
+        ALLOWED_CLASSES,
+        site_name,
+        write_local_policy,
+    )
 
     site = kits / "sites" / "north"
-    settle(site, server=False)
+    write_local_policy(site, server=False)
     resources = json.loads((site / "local" / "resources.json").read_text())
     roles = json.loads((site / "local" / "authorization.json").read_text())["permissions"]
-    assert resources["class_allow_list"] == [OURS]
+    assert resources["class_allow_list"] == [ALLOWED_CLASSES]
     assert resources["allow_log_streaming"] is False
     assert all(rights["shell_commands"] == rights["byoc"] == "none" for rights in roles.values())
     assert site_name(site) == "north"
-    settle(kits / "server", server=True)
+    write_local_policy(kits / "server", server=True)
     text = (kits / "server" / "local" / "resources.json").read_text()
     assert "/tmp/nvflare" not in text
 
 
-def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(
-    kits, fedmerge, monkeypatch
-):
+def test_a_federation_that_fails_exits_with_2_and_the_sites_reason(kits, fedmerge, monkeypatch):
     from fedmerge_peft.sites.flare import operator
 
     failed = {
@@ -192,10 +202,10 @@ def test_a_federation_that_fails_ends_with_code_2_and_the_sites_own_reason(
     code, _, err = fedmerge("federate", "run", kits)
     assert code == 2
     assert "north: its data are \\x1b[31mempty" in err
-    assert "3 of 9 rounds are done; to go on from there: fedmerge federate run" in err
+    assert "3 of 9 rounds are done; to continue: fedmerge federate run" in err
 
 
-def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeypatch):
+def test_a_stopped_federation_prints_the_command_that_continues_it(kits, fedmerge, monkeypatch):
     from fedmerge_peft.sites.flare import operator
 
     monkeypatch.setattr(
@@ -204,9 +214,12 @@ def test_a_federation_that_was_stopped_says_how_to_go_on(kits, fedmerge, monkeyp
     code, out, _ = fedmerge("federate", "run", kits)
     assert code == 0
     assert "stopped: 3 of 9 rounds are done" in out
-    assert "to go on: fedmerge federate run" in out
+    assert "to continue: fedmerge federate run" in out
 
 
 def test_the_function_federate_is_not_hidden_by_a_module():
-    script = "import fedmerge_peft.sites.server.job, fedmerge_peft.cli.federate; from fedmerge_peft import federate; assert callable(federate)"
+    script = (
+        "import fedmerge_peft.sites.server.job, fedmerge_peft.cli.federate; "
+        "from fedmerge_peft import federate; assert callable(federate)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)

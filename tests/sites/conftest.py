@@ -1,4 +1,4 @@
-"""Federations across sites without a network: trainers that answer in this process."""
+"""Federations across sites without a network: the trainers run in this process."""
 
 from pathlib import Path
 
@@ -7,58 +7,59 @@ import pytest
 from fedmerge_peft.data import federate_data
 
 
-class Loop:
-    """A transport that carries messages to trainers in this process, and may lose, change or keep some."""
+class InProcessTransport:
+    """Transport to trainers in this process; ``alter(site, payload, reply)`` changes replies."""
 
-    def __init__(self, trainers, bend=None):
+    def __init__(self, trainers, alter=None):
         self.trainers = trainers
-        self.bend = bend or (lambda site, content, answer: answer)
+        self.alter = alter or (lambda site, payload, reply: reply)
         self.sent = []
 
     @property
     def sites(self):
         return list(self.trainers)
 
-    def ask(self, letters, deadline):
-        for site, queue in letters.items():
-            for number, letter in queue:
-                content = letter()
-                self.sent.append((site, content))
-                yield site, number, self.bend(site, content, self.trainers[site].answer(content))
+    def send_and_receive(self, requests, deadline):
+        for site, queue in requests.items():
+            for number, make_payload in queue:
+                payload = make_payload()
+                self.sent.append((site, payload))
+                reply = self.trainers[site].handle(payload)
+                yield site, number, self.alter(site, payload, reply)
 
 
 @pytest.fixture
 def federation_of(tmp_path):
-    """``federation_of(recipe, 3)``: a server's kit, and the trainers of three sites that hold the recipe's clients between them."""
-    from fedmerge_peft.sites.config import RECIPE, SITE, Federation, SiteSettings
+    """``federation_of(recipe, 3)``: a server's kit, and three trainers that share the clients."""
+    from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, Federation, SiteSettings
     from fedmerge_peft.sites.site.trainer import Trainer
-    from fedmerge_peft.sites.site_data import deal, write_site
+    from fedmerge_peft.sites.site_data import split_clients, write_site_data
 
-    def make(recipe, sites, *, settings=None, name="federation", **facts):
+    def make(recipe, sites, *, settings=None, name="federation", **options):
         recipe = recipe.replace(["training.clients_per_batch=1"])
         data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
         federation = Federation(
             project="test",
             host="localhost",
             port=1,
-            sites=deal(data, sites),
-            **{"deadline": 60, **facts},
+            sites=split_clients(data, sites),
+            **{"deadline": 60, **options},
         )
         trainers = {}
         for kit in ("server", *federation.sites):
             folder: Path = tmp_path / name / kit
             folder.mkdir(parents=True)
             federation.write(folder)
-            (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+            (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
             if kit != "server":
-                write_site(data, federation.sites[kit], folder, (settings or {}).get(kit, {}))
-                trainers[kit] = Trainer(folder, kit, SiteSettings.read(folder / SITE))
+                write_site_data(data, federation.sites[kit], folder, (settings or {}).get(kit, {}))
+                trainers[kit] = Trainer(folder, kit, SiteSettings.read(folder / SITE_FILE))
         return tmp_path / name / "server", trainers
 
     return make
 
 
 @pytest.fixture
-def loop():
-    """``loop(trainers)``: a transport to these trainers."""
-    return Loop
+def connect():
+    """``connect(trainers)``: a transport to these trainers."""
+    return InProcessTransport

@@ -1,4 +1,6 @@
-"""Our controller and executor for NVIDIA FLARE's simulator: kits lie where ``FEDMERGE_SIMULATED`` says, as it empties its own folder.
+"""Controller and executor for NVIDIA FLARE's simulator, which empties its own workspace.
+
+The kits are in the folder ``FEDMERGE_SIMULATED``.
 
 simulated.py WORKSPACE JOB site,site
 """

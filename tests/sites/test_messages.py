@@ -1,4 +1,4 @@
-"""Messages hold what was put into them, and nothing else is taken for one."""
+"""Messages survive a round trip bit by bit, and everything malformed is refused."""
 
 import pickle
 
@@ -42,20 +42,20 @@ PLANS = {
 }
 
 
-def parts(value):
-    """A plan as plain values, tensors as lists."""
+def plain(value):
+    """Return a plan as plain values, with tensors as lists."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
     if isinstance(value, tuple):
-        return [parts(each) for each in value]
+        return [plain(item) for item in value]
     return (
-        [type(value).__name__, {key: parts(each) for key, each in vars(value).items()}]
+        [type(value).__name__, {key: plain(item) for key, item in vars(value).items()}]
         if hasattr(value, "__dict__")
         else value
     )
 
 
-def sent(plan, served, dtype="float32", base=None):
+def received(plan, served, dtype="float32", base=None):
     return Message.from_bytes(
         assignment_message(3, "clinic ü", plan, served, base or {}, LAYOUT, dtype).to_bytes()
     )
@@ -63,22 +63,23 @@ def sent(plan, served, dtype="float32", base=None):
 
 @pytest.mark.parametrize("served", [None, row(7), MIXTURE], ids=["none", "row", "mixture"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_every_plan_and_everything_served_arrives_bit_by_bit(plan, served):
-    work = read_assignment(sent(plan, served, base={"layer.0": row(8, 2, 3)}), LAYOUT, P, "float32")
-    assert (work.round, work.client) == (3, "clinic ü")
-    assert parts(work.plan) == parts(plan)
-    assert parts(work.served) == parts(served)
-    assert work.base["layer.0"].tolist() == row(8, 2, 3).tolist()
+def test_every_plan_and_served_adapter_arrives_bit_by_bit(plan, served):
+    message = received(plan, served, base={"layer.0": row(8, 2, 3)})
+    assignment = read_assignment(message, LAYOUT, P, "float32")
+    assert (assignment.round, assignment.client) == (3, "clinic ü")
+    assert plain(assignment.plan) == plain(plan)
+    assert plain(assignment.served) == plain(served)
+    assert assignment.base["layer.0"].tolist() == row(8, 2, 3).tolist()
 
 
-def test_no_server_singles_an_example_out():
-    """Weights of examples are a client's own business (FedEM's); in a message they are not read."""
+def test_example_weights_are_not_read_from_a_message():
+    """Example weights are computed by the client (FedEM), so that no server selects examples."""
     plan = Train(row(), example_weights=torch.tensor([1.0, 0.0]))
-    assert read_assignment(sent(plan, None), LAYOUT, P, "float32").plan.example_weights is None
+    assert read_assignment(received(plan, None), LAYOUT, P, "float32").plan.example_weights is None
 
 
-def test_what_is_trained_and_scored_alike_travels_once():
-    both, one = (len(sent(Train(row()), served).tensors) for served in (row(), None))
+def test_an_adapter_that_is_trained_and_evaluated_is_sent_once():
+    both, one = (len(received(Train(row()), served).tensors) for served in (row(), None))
     assert both == one == 1
 
 
@@ -98,29 +99,29 @@ def test_bfloat16_halves_the_bytes_and_rounds_to_its_numbers():
 
 
 @pytest.mark.parametrize(
-    ("layout", "columns", "dtype", "said"),
+    ("layout", "columns", "dtype", "error"),
     [
         ("b" * 64, P, "float32", "layout"),
         (LAYOUT, P + 1, "float32", "columns"),
-        (LAYOUT, P, "bfloat16", "was agreed"),
+        (LAYOUT, P, "bfloat16", "the federation uses"),
     ],
 )
-def test_another_layout_size_or_number_format_is_refused(layout, columns, dtype, said):
-    with pytest.raises(WireError, match=said):
-        read_assignment(sent(TRAIN, None), layout, columns, dtype)
+def test_another_layout_size_or_number_format_is_refused(layout, columns, dtype, error):
+    with pytest.raises(WireError, match=error):
+        read_assignment(received(TRAIN, None), layout, columns, dtype)
 
 
 @pytest.mark.parametrize(
-    "content",
+    "payload",
     [b"", b"x" * 7, b"\xff" * 40, pickle.dumps({"a": 1}), (2).to_bytes(8, "little") + b"{}"],
 )
-def test_bytes_that_are_no_message_are_refused(content):
-    with pytest.raises(WireError, match="no message"):
-        Message.from_bytes(content)
+def test_bytes_that_are_not_a_message_are_refused(payload):
+    with pytest.raises(WireError, match="not a message"):
+        Message.from_bytes(payload)
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "fields",
     [
         {"plan": {"name": "exec"}},
         {"plan": {"name": "train"}},
@@ -132,11 +133,11 @@ def test_bytes_that_are_no_message_are_refused(content):
     ],
     ids=str,
 )
-def test_a_message_of_another_form_is_refused(facts):
-    message = sent(TRAIN, None)
+def test_a_malformed_message_is_refused(fields):
+    message = received(TRAIN, None)
     with pytest.raises(WireError):
         read_assignment(
-            Message("train", {**message.facts, **facts}, message.tensors), LAYOUT, P, "float32"
+            Message("train", {**message.fields, **fields}, message.tensors), LAYOUT, P, "float32"
         )
 
 
@@ -157,15 +158,15 @@ def reply(**changes):
 
 def test_a_reply_arrives_bit_by_bit():
     message = Message.from_bytes(reply_message(reply(), "a", LAYOUT, "float32").to_bytes())
-    assert parts(read_reply(message, 2, "a", LAYOUT, P, "float32")) == parts(reply())
+    assert plain(read_reply(message, 2, "a", LAYOUT, P, "float32")) == plain(reply())
 
 
 @pytest.mark.parametrize(
-    ("facts", "tensors"),
+    ("fields", "tensors"),
     [
         ({"client": "b"}, {}),
         ({"layout": "b" * 64}, {}),
-        ({"size": None}, {}),
+        ({"num_examples": None}, {}),
         ({"served": [1]}, {}),
         ({"served": {"a": "x"}}, {}),
         ({}, {"deltas": row(1, 2, P + 1)}),
@@ -174,8 +175,8 @@ def test_a_reply_arrives_bit_by_bit():
         ({}, {"weights": torch.ones(2, dtype=torch.int64)}),
     ],
 )
-def test_a_reply_of_another_form_or_client_is_refused(facts, tensors):
+def test_a_malformed_reply_or_a_reply_of_another_client_is_refused(fields, tensors):
     message = reply_message(reply(), "a", LAYOUT, "float32")
-    bent = Message("reply", {**message.facts, **facts}, {**message.tensors, **tensors})
+    altered = Message("trained", {**message.fields, **fields}, {**message.tensors, **tensors})
     with pytest.raises(WireError):
-        read_reply(bent, 2, "a", LAYOUT, P, "float32")
+        read_reply(altered, 2, "a", LAYOUT, P, "float32")

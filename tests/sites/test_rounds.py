@@ -1,4 +1,4 @@
-"""A federation across sites gives what the same recipe gives on one machine, bit by bit."""
+"""A federation across sites equals the same recipe on one machine, bit by bit."""
 
 import json
 
@@ -9,25 +9,18 @@ from fedmerge_peft import Run, federate
 from fedmerge_peft.sites.server.job import run_job
 
 LOCAL = "training.clients_per_batch=1"
-"""Sites train one client at a time, so that dropout masks are each client's own."""
+"""Sites train one client at a time, so that each client has its own dropout masks."""
 
 
-def go(kit, transport, stop=lambda: None):
-    told = []
-    outcome = run_job(kit, transport, stop, told.append)
-    return outcome, told
+def assert_same_state(run, expected):
+    (soup, weights), (expected_soup, expected_weights) = run.state(), expected.state()
+    assert torch.equal(soup.rows, expected_soup.rows)
+    assert soup.base.keys() == expected_soup.base.keys()
+    assert all(torch.equal(soup.base[name], expected_soup.base[name]) for name in soup.base)
+    assert torch.equal(weights, expected_weights)
 
 
-def same(one, two):
-    soup, weights = one.state()
-    others = two.state()
-    assert torch.equal(soup.rows, others[0].rows)
-    assert soup.base.keys() == others[0].base.keys()
-    assert all(torch.equal(soup.base[name], others[0].base[name]) for name in soup.base)
-    assert torch.equal(weights, others[1])
-
-
-def timeless(record):
+def without_seconds(record):
     return {key: value for key, value in record.items() if key != "seconds"}
 
 
@@ -45,17 +38,17 @@ def timeless(record):
     ids=lambda text: text.split("name: ")[-1].split(",")[0].removeprefix("strategy="),
 )
 def test_a_federation_of_three_sites_equals_one_machine(
-    strategy, smoke, federation_of, loop, tmp_path
+    strategy, smoke, federation_of, connect, tmp_path
 ):
     recipe = smoke(strategy, LOCAL, "lora.dropout=0.1")
     kit, trainers = federation_of(recipe, 3)
-    outcome, _ = go(kit, loop(trainers))
+    outcome = run_job(kit, connect(trainers), lambda: None, lambda line: None)
     assert outcome.state == "ended", outcome.error
     local = federate(recipe, tmp_path / "local")
     run = Run.open(kit / "run")
-    same(run, local)
-    assert [timeless(record) for record in run.records] == [
-        timeless(record) for record in local.records
+    assert_same_state(run, local)
+    assert [without_seconds(record) for record in run.records] == [
+        without_seconds(record) for record in local.records
     ]
     assert run.summary["final"] == local.summary["final"]
     for name in ("clients.json", "labels.json", "task.json", "adapter_config.json"):

@@ -1,4 +1,4 @@
-"""The job under NVIDIA FLARE's own simulator: sites that train in the job's process (``process: job``), without certificates."""
+"""A job in NVIDIA FLARE's simulator: sites train in the job's process, without certificates."""
 
 import json
 import os
@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).with_name("simulated.py")
 def test_a_job_in_the_simulator_equals_one_machine(tmp_path):
     from fedmerge_peft.sites.flare.names import CONTROLLER, EXECUTOR
     from fedmerge_peft.sites.flare.operator import write_job
-    from fedmerge_peft.sites.rehearse import rehearsal
+    from fedmerge_peft.sites.rehearse import prepare_rehearsal
 
     small = [
         "data.max_train=4",
@@ -29,15 +29,15 @@ def test_a_job_in_the_simulator_equals_one_machine(tmp_path):
         "rounds=2",
     ]
     recipe = Recipe.load("smoke", [*small, "training.clients_per_batch=1"])
-    federation = rehearsal(recipe, 2, tmp_path / "kits")
+    federation = prepare_rehearsal(recipe, 2, tmp_path / "kits")
     job = write_job(tmp_path / "job")
     for config in (job / "app" / "config").glob("*.json"):
-        said = (
+        text = (
             config.read_text()
             .replace(CONTROLLER, "simulated.Controller")
             .replace(EXECUTOR, "simulated.Executor")
         )
-        config.write_text(said)
+        config.write_text(text)
     local = tmp_path / "workspace" / "local"
     local.mkdir(parents=True)
     (local / "resources.json").write_text(
@@ -61,12 +61,12 @@ def test_a_job_in_the_simulator_equals_one_machine(tmp_path):
     )
     assert outcome.get("state") == "ended", done.stdout + done.stderr
     assert set(outcome["adapters"].values()) == {None}
-    (soup, weights), (other, others) = (
+    (soup, weights), (local_soup, local_weights) = (
         run.state()
         for run in (
             Run.open(tmp_path / "kits" / "server" / "run"),
             federate(recipe, tmp_path / "one"),
         )
     )
-    assert torch.equal(soup.rows, other.rows)
-    assert torch.equal(weights, others)
+    assert torch.equal(soup.rows, local_soup.rows)
+    assert torch.equal(weights, local_weights)

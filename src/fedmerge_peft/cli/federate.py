@@ -1,4 +1,4 @@
-"""``fedmerge federate``: the same recipe across sites, over TLS."""
+"""Commands of ``fedmerge federate``: run a recipe across sites, over TLS."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedmerge_peft.cli.app import Overrides, RecipeSource, app
+from fedmerge_peft.cli.federate_arguments import parse_address, parse_sites, project_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,22 +24,22 @@ app.add_typer(federate)
 
 WireDtype = Annotated[
     Literal["float32", "bfloat16"],
-    typer.Option(help="Numbers of adapters on their way; bfloat16 halves the bytes."),
+    typer.Option(help="Number format of adapters in messages; bfloat16 halves the bytes."),
 ]
 Segment = Annotated[
-    int, typer.Option(min=1, help="Rounds in a job; who was away comes in with the next.")
+    int, typer.Option(min=1, help="Rounds in a job; a site that was away joins at the next job.")
 ]
 Deadline = Annotated[
     int, typer.Option(min=1, help="Seconds that a site has for its part of a round.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say how it ended, and no more.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.")]
 
 
 @federate.callback()
 def across_sites() -> None:
     """Run a recipe across sites that keep their data, over TLS.
 
-    Needs the extra federate: pip install 'fedmerge-peft[federate]'
+    Requires the extra federate: pip install 'fedmerge-peft[federate]'
 
     Example: fedmerge federate rehearse smoke --sites 3
     """
@@ -53,20 +54,21 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="SITE=NAME",
-            help="A client of a site; again for each. Default: one a site, of its name.",
+            help="A client of a site; repeatable. Default: one client per site, of the same name.",
         ),
     ] = None,
     server: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where sites and operator reach the server.")
+        str,
+        typer.Option(metavar="HOST:PORT", help="Address at which sites reach the server."),
     ] = "localhost:8002",
     out: Annotated[Path, typer.Option(help="A new folder for the kits.")] = Path("federation"),
     wire_dtype: WireDtype = "float32",
     segment: Segment = 10,
     deadline: Deadline = 3600,
 ) -> None:
-    """Make certificates, and a kit for the server, the operator and each site.
+    """Create certificates, and a kit for the server, the operator and each site.
 
-    Example: fedmerge federate prepare my.yaml --sites north,south --server fl.example.org:8002 --out federation
+    Example: fedmerge federate prepare my.yaml --sites north,south --server fl.example.org:8002
     """
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.sites.config import Federation
@@ -74,66 +76,63 @@ def prepare(
     from fedmerge_peft.util.text import printable
 
     loaded = Recipe.load(recipe, overrides or [])
-    host, port = _address(server)
+    host, port = parse_address(server)
     federation = Federation(
-        project=_project(loaded.name),
+        project=project_name(loaded.name),
         host=host,
         port=port,
-        sites=_clients(sites, client or []),
+        sites=parse_sites(sites, client or []),
         wire_dtype=wire_dtype,
         segment=segment,
         deadline=deadline,
     )
     prepare(loaded, federation, out)
-    where = shlex.quote(str(out))
+    folder = shlex.quote(str(out))
     print(
         printable(
-            f"wrote {out}: server, operator, sites; authority holds the key that signs certificates: keep it off the network"
+            f"wrote {out}: server, operator, sites; authority holds the signing key and copies of "
+            "all private keys: keep it off the network"
         )
     )
-    print(
-        f"\nnext:\n  fedmerge federate server {where}   # on {printable(host)}, which the sites reach at port {port}"
-    )
-    print(
-        printable(
-            f"  {where}/sites/NAME   # to each site, by a safe way; its README.md says what to run"
-        )
-    )
-    print(f"  fedmerge federate run {where}   # wherever the operator is")
+    print("\nnext:")
+    print(f"  fedmerge federate server {folder}   # on {printable(host)}, reachable at port {port}")
+    print(printable(f"  {folder}/sites/NAME   # copy to each site over a secure channel"))
+    print(f"  fedmerge federate run {folder}   # on the operator's machine")
 
 
 @federate.command()
 def server(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The server's kit, or the folder that prepare made."),
+        typer.Argument(metavar="DIR", help="The server's kit, or the folder of prepare."),
     ],
 ) -> None:
-    """Serve a federation until it is stopped; the run directory is DIR/run.
+    """Run the server of a federation until it is stopped; the run directory is DIR/run.
 
-    Killed and started again, it goes on from the last whole round.
+    After a restart it continues from the last completed round.
 
     Example: fedmerge federate server federation
     """
     from fedmerge_peft.sites.config import Federation
-    from fedmerge_peft.sites.prepare import check_installed, check_kit
-    from fedmerge_peft.sites.supervisor import serve_server
+    from fedmerge_peft.sites.prepare import check_installed, find_kit
+    from fedmerge_peft.sites.supervisor import run_server
     from fedmerge_peft.util.text import printable
 
     check_installed()
-    kit = check_kit(directory, "server")
+    kit = find_kit(directory, "server")
     federation = Federation.read(kit)
 
-    from fedmerge_peft.sites.flare.provision import settle
+    from fedmerge_peft.sites.flare.provision import write_local_policy
 
-    settle(kit, server=True)
+    write_local_policy(kit, server=True)
     print(
         printable(
-            f"serving {federation.project} on port {federation.port}, for {', '.join(federation.sites)}; log: {kit}/server.log"
+            f"serving {federation.project} on port {federation.port}, for "
+            f"{', '.join(federation.sites)}; log: {kit}/server.log"
         ),
         flush=True,
     )
-    _until_stopped(lambda: serve_server(kit))
+    _run_until_stopped(lambda: run_server(kit))
 
 
 @federate.command()
@@ -143,76 +142,82 @@ def site(
         Path | None, typer.Option(help="The examples: csv, tsv, json, jsonl, parquet, or a folder.")
     ] = None,
 ) -> None:
-    """Take part as a site until it is stopped. What else the site decides is in DIR/site.yaml.
+    """Take part as a site until it is stopped. DIR/site.yaml holds the site's settings.
 
     Example: fedmerge federate site north --data tickets.csv
     """
     from fedmerge_peft.errors import FederateError
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.sites.config import RECIPE, SITE, SiteSettings, refusal
-    from fedmerge_peft.sites.prepare import check_installed, check_kit
-    from fedmerge_peft.sites.supervisor import serve_site
+    from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, SiteSettings, recipe_refusal
+    from fedmerge_peft.sites.prepare import check_installed, find_kit
+    from fedmerge_peft.sites.supervisor import run_site
     from fedmerge_peft.util.text import printable
 
     check_installed()
-    kit = check_kit(directory, "")
-    settings = SiteSettings.read(kit / SITE).with_data(
+    kit = find_kit(directory, "")
+    settings = SiteSettings.read(kit / SITE_FILE).with_data(
         data.absolute() if data is not None else None
     )
     if settings.data is None:
         raise FederateError(
-            f"which data? fedmerge federate site {shlex.quote(str(directory))} --data FILE, or data: {{path: FILE}} in {kit / SITE}"
+            f"no data: use fedmerge federate site {shlex.quote(str(directory))} --data FILE, "
+            f"or set data: {{path: FILE}} in {kit / SITE_FILE}"
         )
-    recipe = Recipe.load(kit / RECIPE)
-    settings.applied(recipe)
-    if why := refusal(recipe, recipe, settings.allow):
-        raise FederateError(f"the recipe in the kit asks for more than {kit / SITE} allows: {why}")
+    recipe = Recipe.load(kit / RECIPE_FILE)
+    settings.apply_to(recipe)
+    if reason := recipe_refusal(recipe, recipe, settings.allow):
+        raise FederateError(
+            f"the recipe in the kit exceeds the limits in {kit / SITE_FILE}: {reason}"
+        )
 
-    from fedmerge_peft.sites.flare.provision import settle, site_name
+    from fedmerge_peft.sites.flare.provision import site_name, write_local_policy
 
     name = site_name(kit)
-    settle(kit, server=False)
-    print(
-        printable(f"site {name}; what leaves: {kit}/audit.jsonl; log: {kit}/site.log"), flush=True
-    )
-    _until_stopped(lambda: serve_site(kit, name, settings))
+    write_local_policy(kit, server=False)
+    print(printable(f"site {name}; audit log: {kit}/audit.jsonl; log: {kit}/site.log"), flush=True)
+    _run_until_stopped(lambda: run_site(kit, name, settings))
 
 
 @federate.command()
 def run(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder that prepare made."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
     ],
     wait: Annotated[
         float,
-        typer.Option(
-            min=0, help="Seconds to wait for all sites before it begins with those that are there."
-        ),
+        typer.Option(min=0, help="Seconds to wait for all sites before starting without some."),
     ] = 600,
-    least: Annotated[int, typer.Option(min=1, help="Sites that must be there to begin.")] = 1,
-    patience: Annotated[
-        float, typer.Option(min=0, help="Seconds that a lost server may take to come back.")
+    min_sites: Annotated[
+        int, typer.Option(min=1, help="Smallest number of sites to start with.")
+    ] = 1,
+    reconnect_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a server that does not respond.")
     ] = 300,
     quiet: Quiet = False,
 ) -> None:
-    """Run the federation to its end. The same command goes on after an interruption.
+    """Run the federation to its end. After an interruption, the same command continues it.
 
     Example: fedmerge federate run federation --wait 60
     """
-    from fedmerge_peft.sites.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.prepare import check_installed, find_kit
 
     check_installed()
-    kit = check_kit(directory, "operator")
+    kit = find_kit(directory, "operator")
 
     from fedmerge_peft.sites.flare.operator import run
 
-    outcome = _patiently(
-        lambda: run(kit, _teller(quiet), wait=wait, least=least, patience=patience)
+    _silence_flare()
+    outcome = run(
+        kit,
+        _reporter(quiet),
+        wait=wait,
+        min_sites=min_sites,
+        reconnect_timeout=reconnect_timeout,
     )
-    _conclude(
+    _print_outcome(
         outcome,
-        "the server's kit, below run",
+        "run, in the server's kit",
         f"fedmerge federate run {shlex.quote(str(directory))}",
     )
 
@@ -221,29 +226,29 @@ def run(
 def status(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder that prepare made."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
     ],
 ) -> None:
-    """Show who is connected, and how far the federation is.
+    """Show the connected sites, the running job and its last events.
 
     Example: fedmerge federate status federation
     """
     from fedmerge_peft.sites.config import Federation
-    from fedmerge_peft.sites.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.prepare import check_installed, find_kit
     from fedmerge_peft.util.text import printable
 
     check_installed()
-    kit = check_kit(directory, "operator")
+    kit = find_kit(directory, "operator")
 
-    from fedmerge_peft.sites.flare.operator import look
+    from fedmerge_peft.sites.flare.operator import federation_status
 
-    found, known = look(kit), Federation.read(kit).sites
-    taking = found.get("sites", []) if found["job"] else []
-    for name in known:
-        where = "connected" if name in found["connected"] else "away"
-        print(f"{name:<24}{where}{', in the running job' if name in taking else ''}")
-    print(f"job: {found['job'] or 'none runs'}")
-    for line in found.get("told", [])[-5:]:
+    state = federation_status(kit)
+    in_job = state.get("sites", []) if state["job"] else []
+    for name in Federation.read(kit).sites:
+        connection = "connected" if name in state["connected"] else "away"
+        print(f"{name:<24}{connection}{', in the running job' if name in in_job else ''}")
+    print(f"job: {state['job'] or 'none'}")
+    for line in state.get("events", [])[-5:]:
         print(printable(line))
 
 
@@ -251,23 +256,23 @@ def status(
 def stop(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder that prepare made."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
     ],
     now: Annotated[
-        bool, typer.Option("--now", help="Do not wait for the round's end; the round is lost.")
+        bool, typer.Option("--now", help="Stop at once; the current round is lost.")
     ] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Shut the server and all sites down too.")
+        bool, typer.Option("--all", help="Also shut down the server and all sites.")
     ] = False,
 ) -> None:
-    """Stop the federation after the round that runs; fedmerge federate run goes on from there.
+    """Stop the federation after the current round; fedmerge federate run continues it.
 
     Example: fedmerge federate stop federation
     """
-    from fedmerge_peft.sites.prepare import check_installed, check_kit
+    from fedmerge_peft.sites.prepare import check_installed, find_kit
 
     check_installed()
-    kit = check_kit(directory, "operator")
+    kit = find_kit(directory, "operator")
 
     from fedmerge_peft.sites.flare.operator import stop
 
@@ -279,7 +284,7 @@ def rehearse(
     recipe: RecipeSource,
     overrides: Overrides = None,
     sites: Annotated[
-        int, typer.Option(min=1, help="How many sites share the recipe's clients.")
+        int, typer.Option(min=1, help="Number of sites that share the recipe's clients.")
     ] = 3,
     out: Annotated[
         Path | None, typer.Option(help="A new folder. Default: rehearsals/NAME.")
@@ -289,7 +294,7 @@ def rehearse(
     deadline: Deadline = 3600,
     quiet: Quiet = False,
 ) -> None:
-    """Run a federation on this machine: server and sites as processes, over loopback, with TLS on both sides.
+    """Run a federation on this machine: server and sites as processes, over loopback and TLS.
 
     Example: fedmerge federate rehearse smoke --sites 3
     """
@@ -299,97 +304,60 @@ def rehearse(
 
     check_installed()
     loaded = Recipe.load(recipe, overrides or [])
-    folder = out if out is not None else Path("rehearsals") / _project(loaded.name)
+    folder = out if out is not None else Path("rehearsals") / project_name(loaded.name)
 
-    from fedmerge_peft.sites.rehearse import rehearsal, rehearse
+    from fedmerge_peft.sites.rehearse import prepare_rehearsal, run_rehearsal
 
-    federation = rehearsal(
+    federation = prepare_rehearsal(
         loaded, sites, folder, wire_dtype=wire_dtype, segment=segment, deadline=deadline
     )
-    tell = _teller(quiet)
-    tell(
+    report = _reporter(quiet)
+    report(
         f"prepared {printable(str(folder))}; starting a server and {sites} site{'s' * (sites > 1)}"
     )
-    outcome = _patiently(lambda: rehearse(folder, federation, tell))
-    _conclude(
-        outcome,
+    _silence_flare()
+    _print_outcome(
+        run_rehearsal(folder, federation, report),
         str(folder / "server" / "run"),
         f"fedmerge federate server {shlex.quote(str(folder))}, its sites, and run",
     )
 
 
-def _teller(quiet: bool) -> Callable[[str], None]:
+def _reporter(quiet: bool) -> Callable[[str], None]:
+    """Return a function that prints an event, unless ``quiet``."""
     from fedmerge_peft.util.text import printable
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         if not quiet:
             print("\n".join(map(printable, text.split("\n"))), flush=True)
 
-    return tell
+    return report
 
 
-def _conclude(outcome: dict[str, Any], run: str, again: str) -> None:
-    """Say how it ended; a failure is an error."""
+def _print_outcome(outcome: dict[str, Any], run: str, resume: str) -> None:
+    """Print the final result. Raises ``FederateError`` for a failed run."""
     from fedmerge_peft.errors import FederateError
     from fedmerge_peft.util.text import printable
 
     done = f"{outcome['rounds']} of {outcome['total']} rounds are done"
     if outcome["state"] == "failed":
-        raise FederateError(f"{outcome['error']}\n{done}; to go on from there: {again}")
+        raise FederateError(f"{outcome['error']}\n{done}; to continue: {resume}")
     print(printable(f"{outcome['state']}: {done}. Run directory: {run}"))
     if outcome["state"] == "stopped":
-        print(printable(f"to go on: {again}"))
+        print(printable(f"to continue: {resume}"))
 
 
-def _until_stopped(serve: Callable[[], None]) -> None:
-    from fedmerge_peft.sites.supervisor import Stopped
+def _run_until_stopped(serve: Callable[[], None]) -> None:
+    from fedmerge_peft.sites.supervisor import StoppedBySignal
 
     try:
         serve()
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         raise typer.Exit(stopped.code) from None
 
 
-def _patiently(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do it with our own words alone: the libraries below log to the terminal otherwise."""
+def _silence_flare() -> None:
+    """Keep FLARE's log messages off the terminal."""
     import logging
 
     logging.getLogger("nvflare").setLevel(logging.CRITICAL)
-    return work()
-
-
-def _address(text: str) -> tuple[str, int]:
-    from fedmerge_peft.errors import FederateError
-
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise FederateError(f"--server: {text!r}, expected HOST:PORT, such as fl.example.org:8002")
-    return host, int(port)
-
-
-def _clients(sites: str, clients: list[str]) -> dict[str, list[str]]:
-    """The clients of each site: one of its own name, unless some are given."""
-    from fedmerge_peft.errors import FederateError
-
-    names = [name.strip() for name in sites.split(",") if name.strip()]
-    if not names or len(names) != len(set(names)):
-        raise FederateError(
-            f"--sites: {sites!r}, expected different names, such as north,south,east"
-        )
-    held: dict[str, list[str]] = {name: [] for name in names}
-    for text in clients:
-        name, equals, client = text.partition("=")
-        if not equals or not client or name not in held:
-            raise FederateError(
-                f"--client: {text!r}, expected SITE=NAME with one of the sites {', '.join(names)}"
-            )
-        held[name].append(client)
-    return {name: found or [name] for name, found in held.items()}
-
-
-def _project(name: str) -> str:
-    """A recipe's name as that of a project, which certificates carry."""
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name).strip(
-        "-"
-    )
-    return kept[:40] or "federation"

@@ -1,7 +1,7 @@
-"""Federations across sites: what travels, what a site does and allows, what the server knows, and the commands' work.
+"""Federations across sites: the server, the sites, the messages between them, and their processes.
 
-wire        plans and replies as messages             settings, data, departures   what a site decides, holds, and has sent
-trainer     a site: answers messages                  link, processes, orphan      a site's processes, and between them
-remote      the engine whose clients are elsewhere    roster, server               what the server knows; one job at the server
-flare/      NVIDIA FLARE as the way between them      prepare, rehearse            kits; all of it on one machine
+config        federation.json and site.yaml           messages    the wire format
+site_data     a site's examples, and their summary    supervisor  long-lived processes
+server/       the remote engine, the roster, the job  site/       the trainer and its audit log
+flare/        NVIDIA FLARE as the transport           prepare, rehearse   kits; one-machine runs
 """

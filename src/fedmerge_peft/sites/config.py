@@ -1,9 +1,9 @@
-"""What server and sites are told beside the recipe: the federation's own facts, and what each site decides for itself.
+"""Settings of a federation beside the recipe: the shared facts, and the choices of each site.
 
-federation.json   in every kit: who takes part, where the server is, how adapters travel, how long a round may take
-site.yaml         in a site's kit, written by the site: its data, its device, its batch size; what it lets out, and what it allows
+federation.json   in every kit: the sites, the server's address, the wire format, the deadlines
+site.yaml         in a site's kit, edited by the site: data, device, batch size, privacy, limits
 
-Nothing here imports torch or nvflare.
+This module imports neither torch nor nvflare.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from fedmerge_peft.recipe.section import Boolean, Fraction, Scalar, Section
 from fedmerge_peft.recipe.yaml_document import Mark, dotted
 from fedmerge_peft.util.text import printable
 
-FEDERATION = "federation.json"
-SITE = "site.yaml"
-RECIPE = "recipe.yaml"
-RUN = "run"
-"""The run directory's name in the server's kit."""
+FEDERATION_FILE = "federation.json"
+SITE_FILE = "site.yaml"
+RECIPE_FILE = "recipe.yaml"
+RUN_FOLDER = "run"
+"""Name of the run directory in the server's kit."""
 OPERATOR = "operator@federation.local"
-"""Who submits jobs; the name in the operator's certificate."""
-ADDRESS = "FEDMERGE_TRAINER"
-"""Environment variable with the socket's path; without it a job trains in its own process."""
-KIT = "FEDMERGE_KIT"
+"""Name in the certificate of the operator, who submits jobs."""
+ADDRESS_VARIABLE = "FEDMERGE_TRAINER"
+"""Environment variable with the path of the trainer's socket; if unset, a job trains in its own
+process."""
+KIT_VARIABLE = "FEDMERGE_KIT"
 """Environment variable with the path of the site's kit."""
-SETTINGS = "FEDMERGE_SITE_SETTINGS"
+SETTINGS_VARIABLE = "FEDMERGE_SITE_SETTINGS"
 """Environment variable with a site's settings as JSON."""
-REFUSED = 2
-"""Exit code of a child that has said what is wrong, and would say it again."""
+PERMANENT_FAILURE = 2
+"""Exit code of a child process that has reported an error which a restart cannot fix."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
-_TAKEN = ("server", "operator", "authority", "sites")
-_SERVERS = (
+_RESERVED_NAMES = ("server", "operator", "authority", "sites")
+_SERVER_KEYS = (
     "name",
     "rounds",
     "evaluation.every",
@@ -58,44 +59,46 @@ _SERVERS = (
     "robustness",
     "data",
 )
-"""Parts of the recipe that change nothing of what a site does."""
+"""Parts of the recipe that the server may change: the recipes of sites and server may differ
+here."""
 
 
 class Federation(Section):
-    """``federation.json``: what server, sites and operator have in common."""
+    """``federation.json``: the facts that server, sites and operator share."""
 
     project: str
-    """Name of the federation; in all of its certificates."""
+    """Name of the federation; part of all its certificates."""
     host: str
-    """Where sites and operator reach the server: a name, or an address."""
+    """Host name or address at which sites and operator reach the server."""
     port: Annotated[int, Field(gt=0, lt=65536)]
     """TCP port of the server, the only one."""
     sites: dict[str, list[str]]
-    """The clients of each site, by name; in this order they are the clients of the run."""
+    """Clients of each site, by name; the order is the order of the run's clients."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of adapters and updates on their way."""
+    """Number format of adapters and updates in messages."""
     segment: PositiveInt = 10
-    """Rounds in a job. Who was away comes in with the next one."""
+    """Rounds in a job. A site that was away joins at the next job."""
     deadline: PositiveInt = 3600
     """Seconds that a site has for its part of a round."""
     start_deadline: PositiveInt = 1800
-    """Seconds that sites have, at the start of a job, to read their data and load the model."""
+    """Seconds that a site has, at the start of a job, to read its data and load the model."""
 
     @classmethod
     def read(cls, kit: Path) -> Federation:
-        """Raises ``FederateError`` for a folder that is no kit."""
+        """Read the file of a kit. Raises ``FederateError`` if the folder is not a kit."""
         try:
-            return cls.model_validate_json((kit / FEDERATION).read_text(encoding="utf-8"))
+            return cls.model_validate_json((kit / FEDERATION_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FederateError(
-                f"{kit}: no kit of a federation ({FEDERATION}: {_first_line(error)}); fedmerge federate prepare makes one"
+                f"{kit}: not a federation kit ({FEDERATION_FILE}: {_first_line(error)}); "
+                "create one with: fedmerge federate prepare"
             ) from error
 
     def write(self, kit: Path) -> None:
-        """Raises ``RunError``."""
+        """Write the file into a kit. Raises ``RunError``."""
         from fedmerge_peft.util.files import write_json
 
-        write_json(kit / FEDERATION, self.model_dump())
+        write_json(kit / FEDERATION_FILE, self.model_dump())
 
     @property
     def clients(self) -> list[str]:
@@ -103,126 +106,133 @@ class Federation(Section):
         return [client for clients in self.sites.values() for client in clients]
 
     def site_of(self, client: str) -> str:
-        """The site that holds a client."""
+        """Return the site that holds a client."""
         return next(site for site, clients in self.sites.items() if client in clients)
 
 
 def check_names(sites: Mapping[str, list[str]]) -> None:
-    """Raise ``FederateError`` for names that cannot be those of sites, and for clients that appear twice."""
+    """Raise ``FederateError`` for invalid site names and for clients that appear twice."""
     for site in sites:
-        if not _NAME.fullmatch(site) or site in _TAKEN:
+        if not _NAME.fullmatch(site) or site in _RESERVED_NAMES:
             raise FederateError(
-                f"--sites: {site!r} is no name for a site: letters, digits, - and _, at most 63, and none of {', '.join(_TAKEN)}"
+                f"--sites: {site!r} is not a valid site name; use at most 63 letters, digits, "
+                f"- and _, and none of the names {', '.join(_RESERVED_NAMES)}"
             )
-    clients = [client for held in sites.values() for client in held]
+    clients = [client for site_clients in sites.values() for client in site_clients]
     if repeated := sorted({name for name in clients if clients.count(name) > 1}):
         raise FederateError(
-            f"{', '.join(map(repr, repeated))}: named more than once; each client is at one site"
+            f"{', '.join(map(repr, repeated))}: named more than once; "
+            "each client belongs to one site"
         )
 
 
-# ---- what a site decides -------------------------------------------------------------------------
+# ---- settings of a site --------------------------------------------------------------------------
 
 
 class SiteData(Section):
-    """Where a site's examples are; everything else about them is the recipe's."""
+    """Location of a site's examples; everything else about the data is in the recipe."""
 
     path: str
-    """A csv, tsv, json, jsonl or parquet file, a folder, or a hub id, with the columns that the recipe's task names."""
+    """A csv, tsv, json, jsonl or parquet file, a folder, or a hub id, with the columns of the
+    recipe's task."""
     client_column: str | None = None
-    """Column that names the client of each row, where the site holds several. Default: all rows are one client's."""
+    """Column with the client of each row, for a site with several clients. Default: all rows
+    belong to one client."""
     group_column: str | None = None
-    """Column that names the group of each client, for reports."""
+    """Column with the group of each client, for reports."""
     split_column: str | None = None
-    """Column that says train, validation or test of each row. Default: parts are set aside, as the recipe says."""
+    """Column with the split of each row: train, validation or test. Default: splits are drawn as
+    the recipe specifies."""
     filter: dict[str, Scalar | list[Scalar]] = {}
-    """Keep only rows whose column has this value, or one of these."""
+    """Keep only the rows whose column has this value, or one of these values."""
     validation_fraction: Fraction | None = None
-    """Part set aside for validation. Default: the recipe's."""
+    """Fraction of the examples used for validation. Default: the recipe's."""
     test_fraction: Fraction | None = None
-    """Part set aside for testing. Default: the recipe's."""
+    """Fraction of the examples used for testing. Default: the recipe's."""
 
 
 class SitePrivacy(Section):
-    """What is done to every update before it leaves the site, whatever the federation asks for."""
+    """Clipping and noise that a site applies to every update before sending it."""
 
     clip: PositiveFloat | None = None
-    """Longest update (L2) that leaves. Default: no bound of the site's own."""
+    """Largest L2 norm of an update. Default: no bound beside the recipe's."""
     noise: NonNegativeFloat = 0.0
-    """Standard deviation of Gaussian noise on each number, from a seed that nobody else knows."""
+    """Standard deviation of the Gaussian noise on each number, seeded by the operating system."""
 
 
 class SiteChecks(Section):
-    """What a site's data must be before anything is computed from them."""
+    """Requirements on a site's data, checked before any training."""
 
     min_examples: PositiveInt = 1
-    """Fewest training examples of each client: an update of a few tells much about each of them."""
+    """Smallest number of training examples per client. An update from a few examples reveals
+    much about each of them."""
     max_repeated: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    """Largest part of a client's rows that repeat another of its rows."""
+    """Largest fraction of a client's rows that may repeat another of its rows."""
 
 
 class SiteLimits(Section):
-    """The most that a recipe may ask of the site."""
+    """Limits on the recipes that a site accepts."""
 
     remote_code: Boolean = False
-    """Whether Python code that comes with a model may run here."""
+    """Run Python code that comes with a model."""
     models: list[str] | None = None
-    """Backbones that may be used. Default: the one in the kit's recipe."""
+    """Backbones that a recipe may use. Default: the one in the kit's recipe."""
     modules: list[str] | None = None
-    """Last names of modules that may train, LoRA or whole, such as [q_proj, v_proj]. Default: those that the kit's recipe trains."""
+    """Last names of the modules that may train, with LoRA or whole, such as [q_proj, v_proj].
+    Default: those that the kit's recipe trains."""
     max_parameters: NonNegativeInt | None = None
-    """Most numbers that an update may have. Default: no bound."""
+    """Largest number of values in an update. Default: no bound."""
 
 
 class SiteSettings(Section):
     """``site.yaml``."""
 
     data: SiteData | None = None
-    """Where the examples are; ``--data`` takes the place of its path."""
+    """Location of the examples; ``--data`` replaces its path."""
     device: str | None = None
     """auto, cpu, mps, cuda or cuda:1. Default: the recipe's."""
     batch_size: PositiveInt | None = None
-    """Examples that pass through the model at once. It must divide the recipe's batch_size × gradient_accumulation: a step sees the same
-    examples, in more or fewer parts."""
+    """Examples in one pass through the model. It must divide the recipe's
+    batch_size × gradient_accumulation, so that a step covers the same examples in more or fewer
+    passes."""
     process: Literal["attached", "job"] = "attached"
-    """attached: one long-lived process holds model and data over all jobs, and is started again should it die. job: each job loads them
-    in its own process, which is simpler and slower."""
+    """attached: one long-lived process keeps model and data for all jobs, and is restarted if it
+    dies. job: each job loads them in its own process, which is simpler and slower."""
     privacy: SitePrivacy = SitePrivacy()
-    """The site's own filter on what leaves."""
+    """Clipping and noise on the site's updates."""
     checks: SiteChecks = SiteChecks()
-    """What the data must be."""
+    """Requirements on the data."""
     allow: SiteLimits = SiteLimits()
-    """The most that a recipe may ask for."""
+    """Limits on the recipe."""
 
     @classmethod
     def read(cls, path: Path) -> SiteSettings:
-        """Raises ``FederateError`` with every fault, each with its line."""
+        """Read ``site.yaml``. Raises ``FederateError`` with every error and its line."""
         try:
             document = yaml_document.parse(path.read_text(encoding="utf-8"), Mark(str(path), 1))
         except OSError as error:
             raise FederateError(f"{path}: cannot be read: {error.strerror}") from error
         except (RecipeError, UnicodeDecodeError) as error:
             raise FederateError(str(error)) from error
-        faults = [f"{fault.mark}: {dotted(fault.where)}: {fault.text}" for fault in document.faults]
+        errors = [f"{fault.mark}: {dotted(fault.where)}: {fault.text}" for fault in document.faults]
         try:
             settings = cls.model_validate(document.value or {})
-        except ValidationError as error:
-            known = ", ".join(cls.model_fields)
-            for each in error.errors():
-                where = tuple(each["loc"])
-                unknown = each["type"] == "extra_forbidden"
-                said = (
-                    f"not a site's to say; its file may have {known}, and the federation is the recipe's"
-                    if unknown
-                    else each["msg"]
+        except ValidationError as invalid:
+            for detail in invalid.errors():
+                location = tuple(detail["loc"])
+                text = (
+                    f"unknown key; {SITE_FILE} may set {', '.join(cls.model_fields)}, "
+                    "and the recipe sets everything else"
+                    if detail["type"] == "extra_forbidden"
+                    else detail["msg"]
                 )
-                faults.append(f"{document.mark(where)}: {dotted(where)}: {said}")
-        if faults:
-            raise FederateError(printable_lines(faults))
+                errors.append(f"{document.mark(location)}: {dotted(location)}: {text}")
+        if errors:
+            raise FederateError(printable_lines(errors))
         return settings
 
     def with_data(self, path: Path | None) -> SiteSettings:
-        """With the path that the command line gave."""
+        """Return the settings with the path from the command line, if one was given."""
         if path is None:
             return self
         data = (
@@ -232,8 +242,12 @@ class SiteSettings(Section):
         )
         return self.model_copy(update={"data": data})
 
-    def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe as this site carries it out. Raises ``FederateError`` for a batch size that would change it."""
+    def apply_to(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with this site's device and batch size.
+
+        Raises:
+            FederateError: The batch size does not divide the examples of a step.
+        """
         training = recipe.training
         if self.device is not None:
             training = training.model_copy(update={"device": self.device})
@@ -241,7 +255,8 @@ class SiteSettings(Section):
             step = training.batch_size * training.gradient_accumulation
             if step % self.batch_size:
                 raise FederateError(
-                    f"batch_size: {self.batch_size} does not divide the {step} examples of a step; the recipe has one update for them all"
+                    f"batch_size: {self.batch_size} does not divide the {step} examples of a step; "
+                    "choose a divisor, so that the steps stay those of the recipe"
                 )
             training = training.model_copy(
                 update={
@@ -252,50 +267,68 @@ class SiteSettings(Section):
         return recipe.model_copy(update={"training": training})
 
 
-def refusal(asked: Recipe, agreed: Recipe, limits: SiteLimits) -> str | None:
-    """Why a site does not do what a job's recipe asks, in words; None where it does.
+def recipe_refusal(requested: Recipe, agreed: Recipe, limits: SiteLimits) -> str | None:
+    """Return the reason for which a site refuses a job's recipe; None if it accepts.
 
     Args:
-        asked: The recipe that the server sent.
-        agreed: The recipe in the site's kit, which the site's people have read.
-        limits: The most that the site allows.
+        requested: The recipe that the server sent.
+        agreed: The recipe in the site's kit, which the site could read beforehand.
+        limits: The limits of the site.
     """
-    theirs, ours = flat(asked), flat(agreed)
+    theirs, ours = flat(requested), flat(agreed)
     keys = [
         key
         for key in differing([ours, theirs])
-        if not any(key == part or key.startswith(f"{part}.") for part in _SERVERS)
+        if not any(key == part or key.startswith(f"{part}.") for part in _SERVER_KEYS)
     ]
     if keys:
-        said = "; ".join(
+        differences = "; ".join(
             f"{key} is {written(theirs.get(key))}, and {written(ours.get(key))} in the kit"
             for key in keys
         )
-        return f"the server's recipe is not the one in the kit: {said}"
-    if asked.backbone.trust_remote_code and not limits.remote_code:
-        return "backbone.trust_remote_code: code that comes with a model does not run here (allow.remote_code in site.yaml)"
-    if limits.models is not None and asked.backbone.model not in limits.models:
-        return f"backbone.model: {asked.backbone.model} is none of {', '.join(limits.models)} (allow.models in site.yaml)"
+        return f"the server's recipe differs from the one in the kit: {differences}"
+    if requested.backbone.trust_remote_code and not limits.remote_code:
+        return (
+            "backbone.trust_remote_code: this site does not run code that comes with a model "
+            f"(allow.remote_code in {SITE_FILE})"
+        )
+    if limits.models is not None and requested.backbone.model not in limits.models:
+        return (
+            f"backbone.model: {requested.backbone.model} is not one of {', '.join(limits.models)} "
+            f"(allow.models in {SITE_FILE})"
+        )
     return None
 
 
-def refused_modules(keys: list[str], limits: SiteLimits) -> str | None:
-    """Why a site does not train these tensors (names as PEFT saves them), in words; None where it does."""
+def modules_refusal(keys: list[str], limits: SiteLimits) -> str | None:
+    """Return the reason for which a site refuses to train these tensors; None if it accepts.
+
+    Args:
+        keys: Names of the tensors, as PEFT saves them.
+        limits: The limits of the site.
+    """
     if limits.modules is None:
         return None
     trained = sorted({_module(key) for key in keys})
-    if other := [name for name in trained if name not in limits.modules]:
-        return f"lora: {', '.join(other)} would train, and only {', '.join(limits.modules)} may (allow.modules in site.yaml)"
+    if refused := [name for name in trained if name not in limits.modules]:
+        return (
+            f"lora: the recipe trains {', '.join(refused)}, and this site allows only "
+            f"{', '.join(limits.modules)} (allow.modules in {SITE_FILE})"
+        )
     return None
 
 
 def _module(key: str) -> str:
-    """``query`` of ``base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight``, ``classifier`` of a head's tensor."""
+    """Return the module's last name.
+
+    ``base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight`` gives ``query``;
+    a tensor of a head gives ``classifier``.
+    """
     steps = key.split(".")
     adapter = next(
         (
-            at
-            for at, step in enumerate(steps)
+            position
+            for position, step in enumerate(steps)
             if step.startswith("lora_") or step == "modules_to_save"
         ),
         len(steps) - 1,
@@ -304,7 +337,7 @@ def _module(key: str) -> str:
 
 
 def printable_lines(lines: list[str]) -> str:
-    """Lines of a message that may hold what others wrote."""
+    """Join lines whose text may come from others, with control characters escaped."""
     return "\n".join(printable(line) for line in lines)
 
 
@@ -313,7 +346,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON document; None where there is none. Raises ``FederateError`` where it cannot be read."""
+    """Read a JSON document; None if the file does not exist. Raises ``FederateError``."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

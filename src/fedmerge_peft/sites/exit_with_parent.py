@@ -1,4 +1,4 @@
-"""A process that ends with its parent, so that killing one of ours leaves none of the others behind."""
+"""Child processes that exit when their parent does, so that a killed parent leaves none behind."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import threading
 import time
 
-_EVERY = 0.5
-"""Seconds between two looks."""
+_INTERVAL = 0.5
+"""Seconds between two checks."""
 
 
-def end_with_parent() -> None:
-    """From now on, end this process, without ado, as soon as the one that started it is gone."""
+def exit_with_parent() -> None:
+    """Start a thread that ends this process at once when its parent process is gone."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_EVERY)
+            time.sleep(_INTERVAL)
         os._exit(1)
 
     threading.Thread(target=watch, name="fedmerge-parent", daemon=True).start()

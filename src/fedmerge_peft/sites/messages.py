@@ -1,8 +1,9 @@
-"""What travels between server and sites: tensors by name, and JSON beside them, as the bytes of a safetensors file.
+"""Messages between server and sites: named tensors and JSON fields, as a safetensors file.
 
-Nothing is pickled, and nothing is taken on trust: whoever reads says which layout, number format and client it expects, and refuses
-anything else. Numbers travel as float32 or bfloat16, as was agreed; merging weights, weights of examples, and what was added to the
-backbone itself always as float32, and masks as truth values.
+Nothing is pickled. The reader states the layout, number format and client that it expects, and
+refuses anything else. Adapters and updates are sent as float32 or bfloat16, as the federation
+agreed. Merging weights, example weights and additions to the backbone are always float32, and
+masks are booleans.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,72 +26,74 @@ from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, T
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
 from fedmerge_peft.util.stateful import describe
 
-PROTOCOL = 1
-"""Both ends must speak the same."""
+PROTOCOL = 2
+"""Version of the wire format; server and sites must use the same."""
 
 WireDtype = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEADER = 8
-"""Bytes at the start of a safetensors file that say how long its JSON header is."""
+"""Bytes at the start of a safetensors file that hold the length of its JSON header."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message: what it is for, tensors by name, and whatever else it says, as JSON."""
+    """One message: its kind, its JSON fields, and its tensors by name."""
 
     kind: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        said = json.dumps(
-            {"protocol": PROTOCOL, "kind": self.kind, "facts": self.facts}, ensure_ascii=False
+        """Serialize the message."""
+        header = json.dumps(
+            {"protocol": PROTOCOL, "kind": self.kind, "fields": self.fields}, ensure_ascii=False
         )
-        whole: dict[str, Tensor] = {}
-        held: set[int] = set()
+        tensors: dict[str, Tensor] = {}
+        storages: set[int] = set()
         for name, tensor in self.tensors.items():
             value = tensor.detach().to("cpu").contiguous()
-            memory = value.untyped_storage().data_ptr()
-            whole[name] = (
-                value.clone() if memory in held else value
-            )  # safetensors takes no two views of one memory
-            held.add(memory)
-        return save(whole, metadata={"fedmerge": said})
+            storage = value.untyped_storage().data_ptr()
+            # safetensors refuses two tensors that share memory
+            tensors[name] = value.clone() if storage in storages else value
+            storages.add(storage)
+        return save(tensors, metadata={"fedmerge": header})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Message:
-        """Read a message. Raises ``WireError`` for bytes that are none, and for another version's."""
+        """Parse a message. Raises ``WireError`` for invalid bytes and for another protocol."""
         try:
-            length = int.from_bytes(data[:_HEADER], "little")
-            said = json.loads(
-                json.loads(data[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"]
-            )
+            header = _header(data)
             tensors = load(data)
-            protocol, kind, facts = said["protocol"], said["kind"], said["facts"]
+            protocol, kind, fields = header["protocol"], header["kind"], header["fields"]
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WireError(
-                f"{len(data)} bytes that are no message ({type(error).__name__})"
+                f"{len(data)} bytes are not a message ({type(error).__name__})"
             ) from error
-        if protocol != PROTOCOL or not isinstance(kind, str) or not isinstance(facts, dict):
+        if protocol != PROTOCOL or not isinstance(kind, str) or not isinstance(fields, dict):
             raise WireError(
-                f"a message of protocol {protocol!r}, and this end speaks {PROTOCOL}; install the same version everywhere"
+                f"a message of protocol {protocol!r} arrived, and this version uses {PROTOCOL}; "
+                "install the same version on the server and all sites"
             )
-        return cls(kind, facts, tensors)
+        return cls(kind, fields, tensors)
 
 
-def kind_of(content: bytes) -> str:
-    """The kind of a message that was just written, without its tensors."""
-    length = int.from_bytes(content[:_HEADER], "little")
-    return str(
-        json.loads(json.loads(content[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])[
-            "kind"
-        ]
-    )
+def _header(data: bytes) -> Any:
+    """Parse the JSON header of a message."""
+    length = int.from_bytes(data[:_HEADER], "little")
+    return json.loads(json.loads(data[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])
+
+
+def kind_of(payload: bytes) -> str:
+    """Return the kind of a serialized message without reading its tensors."""
+    return str(_header(payload)["kind"])
 
 
 def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
-    """What both ends must have in common: names, shapes and order of an adapter's tensors, and names and shapes of those all share."""
+    """Return the SHA-256 digest of the adapter layout, which both ends must have in common.
+
+    It covers names, shapes and order of an adapter's tensors, and names and shapes of the tensors
+    that all adapters share.
+    """
     fixed = sorted((name, tuple(tensor.shape)) for name, tensor in shared.items())
     return sha256(f"{layout.to_json()}{fixed}".encode()).hexdigest()
 
@@ -99,22 +102,28 @@ def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
 
 
 class TensorTable:
-    """Tensors that travel, each once: equal ones, such as what is trained and what is scored, share a place."""
+    """Tensors of a message; equal tensors, such as one trained and evaluated, share an entry.
+
+    Each method returns the name of the entry.
+    """
 
     def __init__(self, dtype: WireDtype) -> None:
         self.dtype = _DTYPES[dtype]
         self.tensors: dict[str, Tensor] = {}
 
-    def numbers(self, tensor: Tensor) -> str:
-        return self._put(tensor.to(self.dtype))
+    def add_adapters(self, tensor: Tensor) -> str:
+        """Add rows in the number format of the federation."""
+        return self._add(tensor.to(self.dtype))
 
-    def exact(self, tensor: Tensor) -> str:
-        return self._put(tensor.float())
+    def add_float32(self, tensor: Tensor) -> str:
+        """Add a tensor as float32."""
+        return self._add(tensor.float())
 
-    def mask(self, tensor: Tensor) -> str:
-        return self._put(tensor.bool())
+    def add_mask(self, tensor: Tensor) -> str:
+        """Add a tensor as booleans."""
+        return self._add(tensor.bool())
 
-    def _put(self, tensor: Tensor) -> str:
+    def _add(self, tensor: Tensor) -> str:
         for name, known in self.tensors.items():
             if known is tensor or (
                 known.dtype == tensor.dtype
@@ -136,40 +145,40 @@ def assignment_message(
     layout: str,
     dtype: WireDtype,
 ) -> Message:
-    """What a client is to do: ``train`` with a plan, ``score`` without one.
+    """Write a client's assignment: kind ``train`` with a plan, ``evaluate`` without one.
 
     Args:
-        round: From 1; rounds completed where there is no plan.
-        client: Its name.
-        plan: What it is asked to do.
-        served: What it is served with, to be scored before any training; None to score nothing.
-        base: What the strategy has added to the backbone, ΔW ``(out, in)`` by module name.
-        layout: ``layout_digest``.
-        dtype: Number format of the adapters on their way.
+        round: The round, from 1; without a plan, the number of completed rounds.
+        client: Name of the client.
+        plan: The training plan, if any.
+        served: The adapter to evaluate before any training; None to evaluate nothing.
+        base: Additions of the strategy to the backbone, ΔW ``(out, in)`` by module name.
+        layout: The ``layout_digest``.
+        dtype: Number format of the adapters.
     """
-    luggage = TensorTable(dtype)
-    facts = {
+    table = TensorTable(dtype)
+    fields = {
         "round": round,
         "client": client,
         "layout": layout,
         "dtype": dtype,
-        "plan": None if plan is None else _plan(plan, luggage),
-        "served": None if served is None else _served(served, luggage),
-        "base": {module: luggage.exact(update) for module, update in base.items()},
+        "plan": None if plan is None else _plan(plan, table),
+        "served": None if served is None else _served(served, table),
+        "base": {module: table.add_float32(update) for module, update in base.items()},
     }
-    return Message("score" if plan is None else "train", facts, luggage.tensors)
+    return Message("evaluate" if plan is None else "train", fields, table.tensors)
 
 
-def _plan(plan: Plan, luggage: TensorTable) -> dict[str, Any]:
+def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
     match plan:
         case Train():
-            return {"name": "train", **_train(plan, luggage)}
+            return {"name": "train", **_train(plan, table)}
         case InTurn():
-            return {"name": "in_turn", "jobs": [_train(job, luggage) for job in plan.jobs]}
+            return {"name": "in_turn", "jobs": [_train(job, table) for job in plan.jobs]}
         case Choose():
-            return {"name": "choose", "rows": luggage.numbers(plan.rows)}
+            return {"name": "choose", "rows": table.add_adapters(plan.rows)}
         case Mixture():
-            return {"name": "mixture", **_mixture(plan, luggage)}
+            return {"name": "mixture", **_mixture(plan, table)}
         case _:
             raise FederateError(
                 f"strategy: the plan {type(plan).__name__} cannot travel to sites; "
@@ -177,38 +186,38 @@ def _plan(plan: Plan, luggage: TensorTable) -> dict[str, Any]:
             )
 
 
-def _train(job: Train, luggage: TensorTable) -> dict[str, Any]:
+def _train(job: Train, table: TensorTable) -> dict[str, Any]:
     return {
-        "row": luggage.numbers(job.row),
-        "phases": [None if columns is None else luggage.mask(columns) for columns in job.phases],
+        "row": table.add_adapters(job.row),
+        "phases": [None if columns is None else table.add_mask(columns) for columns in job.phases],
         "proximal": job.proximal,
-        "anchor": None if job.anchor is None else luggage.numbers(job.anchor),
+        "anchor": None if job.anchor is None else table.add_adapters(job.anchor),
         "privacy": None
         if job.privacy is None
         else {"clip": job.privacy.clip, "noise": job.privacy.noise},
     }
 
 
-def _mixture(mixture: Mixture, luggage: TensorTable) -> dict[str, Any]:
-    return {"rows": luggage.numbers(mixture.rows), "weights": luggage.exact(mixture.weights)}
+def _mixture(mixture: Mixture, table: TensorTable) -> dict[str, Any]:
+    return {"rows": table.add_adapters(mixture.rows), "weights": table.add_float32(mixture.weights)}
 
 
-def _served(served: Served, luggage: TensorTable) -> dict[str, Any]:
+def _served(served: Served, table: TensorTable) -> dict[str, Any]:
     return (
-        _mixture(served, luggage)
+        _mixture(served, table)
         if isinstance(served, Mixture)
-        else {"row": luggage.numbers(served)}
+        else {"row": table.add_adapters(served)}
     )
 
 
 def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> Message:
-    """A client's reply, as it travels."""
-    facts = {
+    """Write a client's reply to a training plan: kind ``trained``."""
+    fields = {
         "round": reply.round,
         "client": client,
         "layout": layout,
         "dtype": dtype,
-        "size": reply.size,
+        "num_examples": reply.size,
         "train_loss": reply.train_loss,
         "seconds": reply.seconds,
         "served": reply.served,
@@ -218,7 +227,7 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
     tensors = {"deltas": reply.deltas.to(_DTYPES[dtype])}
     if reply.weights is not None:
         tensors["weights"] = reply.weights.float()
-    return Message("reply", facts, tensors)
+    return Message("trained", fields, tensors)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -226,7 +235,7 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
 
 @dataclass(frozen=True)
 class RemoteAssignment:
-    """What a site reads from a ``train`` or ``score`` message."""
+    """Content of a ``train`` or ``evaluate`` message."""
 
     round: int
     client: str
@@ -238,61 +247,61 @@ class RemoteAssignment:
 def read_assignment(
     message: Message, layout: str, columns: int, dtype: WireDtype
 ) -> RemoteAssignment:
-    """Read what a client is to do.
+    """Parse a client's assignment.
 
     Args:
-        message: Of kind ``train`` or ``score``.
+        message: A message of kind ``train`` or ``evaluate``.
         layout: The ``layout_digest`` of this end.
         columns: P of this end.
-        dtype: What was agreed.
+        dtype: The agreed number format.
 
     Raises:
-        WireError: It is for another layout or number format, or not of the form that such messages have.
+        WireError: The layout, the number format or the form of the message is wrong.
     """
     reader = _Reader(message, columns, dtype)
     reader.check(layout)
     with reader:
-        facts = message.facts
-        base = {str(module): reader.exact(name, None) for module, name in facts["base"].items()}
-        plan = None if facts["plan"] is None else reader.plan(facts["plan"])
-        served = None if facts["served"] is None else reader.served(facts["served"])
-        return RemoteAssignment(int(facts["round"]), str(facts["client"]), plan, served, base)
+        fields = message.fields
+        base = {str(module): reader.float32(name, None) for module, name in fields["base"].items()}
+        plan = None if fields["plan"] is None else reader.plan(fields["plan"])
+        served = None if fields["served"] is None else reader.served(fields["served"])
+        return RemoteAssignment(int(fields["round"]), str(fields["client"]), plan, served, base)
     raise AssertionError  # the block returns or raises
 
 
 def read_reply(
     message: Message, index: int, client: str, layout: str, columns: int, dtype: WireDtype
 ) -> Reply:
-    """Read a client's reply; what it says about numbers of examples, shapes and rounds is judged by the round loop.
+    """Parse a client's reply. The round loop checks the values (``federation.reply_checks``).
 
     Args:
-        message: Of kind ``reply``.
-        index: The client's, in the federation.
-        client: The name of the client that was asked.
+        message: A message of kind ``trained``.
+        index: Index of the client in the federation.
+        client: Name of the client that received the assignment.
         layout: The ``layout_digest`` of this end.
         columns: P of this end.
-        dtype: What was agreed.
+        dtype: The agreed number format.
 
     Raises:
-        WireError: It is another client's, or not of the form that replies have.
+        WireError: The reply belongs to another client, or its form is wrong.
     """
     reader = _Reader(message, columns, dtype)
     reader.check(layout)
     with reader:
-        facts = message.facts
-        if facts["client"] != client:
-            raise WireError(f"a reply of {facts['client']!r}, and {client!r} was asked")
+        fields = message.fields
+        if fields["client"] != client:
+            raise WireError(f"a reply of client {fields['client']!r}, expected {client!r}")
         return Reply(
             index,
-            reader.numbers("deltas", 2),
-            int(facts["size"]),
-            float(facts["train_loss"]),
-            float(facts["seconds"]),
-            _scores(facts["served"]),
-            _scores(facts["finetuned"]),
-            int(facts["choice"]),
-            reader.exact("weights", 1) if "weights" in message.tensors else None,
-            int(facts["round"]),
+            reader.adapters("deltas", 2),
+            int(fields["num_examples"]),
+            float(fields["train_loss"]),
+            float(fields["seconds"]),
+            _scores(fields["served"]),
+            _scores(fields["finetuned"]),
+            int(fields["choice"]),
+            reader.float32("weights", 1) if "weights" in message.tensors else None,
+            int(fields["round"]),
         )
     raise AssertionError  # the block returns or raises
 
@@ -302,7 +311,10 @@ def _scores(scores: Any) -> dict[str, float] | None:
 
 
 class _Reader:
-    """Takes tensors out of a message; within its block whatever else is wrong becomes a ``WireError``."""
+    """Checked access to a message's tensors and fields.
+
+    As a context manager it turns the errors of malformed fields into ``WireError``.
+    """
 
     def __init__(self, message: Message, columns: int, dtype: WireDtype) -> None:
         self.message = message
@@ -316,28 +328,32 @@ class _Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         if isinstance(error, (KeyError, ValueError, TypeError, AttributeError, OverflowError)):
-            said = f"a {self.message.kind} message that is not as such messages are ({type(error).__name__}: {error})"
-            raise WireError(said) from error
+            raise WireError(
+                f"a malformed {self.message.kind} message ({type(error).__name__}: {error})"
+            ) from error
 
     def check(self, layout: str) -> None:
         """Raise ``WireError`` unless both ends have the same layout and number format."""
-        theirs = self.message.facts.get("layout")
+        theirs = self.message.fields.get("layout")
         if theirs != layout:
-            said = theirs[:12] if isinstance(theirs, str) else theirs
+            short = theirs[:12] if isinstance(theirs, str) else theirs
             raise WireError(
-                f"an adapter of layout {said}, and this end has {layout[:12]}; use the same model, lora and package versions everywhere"
+                f"an adapter of layout {short}, expected {layout[:12]}; use the same model, lora "
+                "section and package versions on the server and all sites"
             )
-        if (found := self.message.facts.get("dtype")) != self.dtype:
-            raise WireError(f"numbers as {found}, and {self.dtype} was agreed")
+        if (dtype := self.message.fields.get("dtype")) != self.dtype:
+            raise WireError(f"numbers in {dtype}, and the federation uses {self.dtype}")
 
-    def numbers(self, name: str, dimensions: int) -> Tensor:
-        """Rows ``(P,)`` or ``(k, P)``, float32."""
+    def adapters(self, name: str, dimensions: int) -> Tensor:
+        """Return rows ``(P,)`` or ``(k, P)`` as float32."""
         return self._take(name, _DTYPES[self.dtype], dimensions, self.columns).float()
 
-    def exact(self, name: str, dimensions: int | None) -> Tensor:
+    def float32(self, name: str, dimensions: int | None) -> Tensor:
+        """Return a float32 tensor."""
         return self._take(name, torch.float32, dimensions, None)
 
     def mask(self, name: str) -> Tensor:
+        """Return a mask ``(P,)``."""
         return self._take(name, torch.bool, 1, self.columns)
 
     def _take(
@@ -350,46 +366,41 @@ class _Reader:
             and (columns is None or tensor.shape[-1] == columns)
         )
         if not fits:
-            wanted = f"{str(dtype).removeprefix('torch.')}{'' if columns is None else f' with {columns} columns'}"
+            size = "" if columns is None else f" with {columns} columns"
             raise WireError(
-                f"{name} is {describe(tensor)}, expected {dimensions or 'any'} dimension(s) of {wanted}"
+                f"{name} is {describe(tensor)}, expected {dimensions or 'any'} dimension(s) of "
+                f"{str(dtype).removeprefix('torch.')}{size}"
             )
         return tensor
 
-    def plan(self, said: Mapping[str, Any]) -> Plan:
-        match said["name"]:
+    def plan(self, fields: Mapping[str, Any]) -> Plan:
+        match fields["name"]:
             case "train":
-                return self._train(said)
+                return self._train(fields)
             case "in_turn":
-                return InTurn(tuple(self._train(job) for job in said["jobs"]))
+                return InTurn(tuple(self._train(job) for job in fields["jobs"]))
             case "choose":
-                return Choose(self.numbers(said["rows"], 2))
+                return Choose(self.adapters(fields["rows"], 2))
             case "mixture":
-                return self._mixture(said)
+                return self._mixture(fields)
             case other:
-                return _unknown(other)
+                raise WireError(f"an unknown plan {other!r}; install the same version everywhere")
 
-    def served(self, said: Mapping[str, Any]) -> Served:
-        return self._mixture(said) if "rows" in said else self.numbers(said["row"], 1)
+    def served(self, fields: Mapping[str, Any]) -> Served:
+        return self._mixture(fields) if "rows" in fields else self.adapters(fields["row"], 1)
 
-    def _mixture(self, said: Mapping[str, Any]) -> Mixture:
-        return Mixture(self.numbers(said["rows"], 2), self.exact(said["weights"], 1))
+    def _mixture(self, fields: Mapping[str, Any]) -> Mixture:
+        return Mixture(self.adapters(fields["rows"], 2), self.float32(fields["weights"], 1))
 
-    def _train(self, said: Mapping[str, Any]) -> Train:
-        privacy = said["privacy"]
-        phases: Sequence[str | None] = said["phases"]
+    def _train(self, fields: Mapping[str, Any]) -> Train:
+        privacy = fields["privacy"]
+        phases: Sequence[str | None] = fields["phases"]
         return Train(
-            self.numbers(said["row"], 1),
+            self.adapters(fields["row"], 1),
             tuple(None if name is None else self.mask(name) for name in phases),
-            None if said["proximal"] is None else float(said["proximal"]),
-            None if said["anchor"] is None else self.numbers(said["anchor"], 1),
+            None if fields["proximal"] is None else float(fields["proximal"]),
+            None if fields["anchor"] is None else self.adapters(fields["anchor"], 1),
             privacy=None
             if privacy is None
             else UpdatePrivacy(float(privacy["clip"]), float(privacy["noise"])),
         )
-
-
-def _unknown(name: object) -> NoReturn:
-    raise WireError(
-        f"a plan {name!r}, which this version does not know; install the same version everywhere"
-    )

@@ -1,4 +1,4 @@
-"""From a recipe to a federation's kits: one for the server, one for the operator, one for each site."""
+"""Kits of a federation: one for the server, one for the operator, one for each site."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.sites.config import RECIPE, SITE, Federation, check_names
+from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, Federation, check_names
 from fedmerge_peft.util.files import translated_write_errors, write_text
 
-PAGE = "README.md"
+README = "README.md"
 
 
-def as_federated(recipe: Recipe) -> Recipe:
-    """The recipe as a federation runs it.
+def federated_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with the defaults of a federation across sites.
 
-    A site that fails costs its part of a round, unless the recipe itself says ``clients.failures``; and clients train one at a time, as
-    they are not all in one place, so that a run does not depend on which site holds whom.
+    A failing client is skipped for the round, unless the recipe sets ``clients.failures``. Clients
+    train one at a time, so that the result does not depend on the assignment of clients to sites.
     """
     overrides = ["training.clients_per_batch=1"]
     if "failures" not in recipe.clients.model_fields_set:
@@ -30,37 +30,37 @@ def prepare(recipe: Recipe, federation: Federation, out: Path) -> None:
     """Write the kits into a new folder.
 
     Raises:
-        FederateError: Names, or a host, that cannot be; or nvflare is not installed.
-        RunExistsError: The folder has something in it.
+        FederateError: A name or the host is invalid, or nvflare is not installed.
+        RunExistsError: The folder is not empty.
     """
     check_names(federation.sites)
     RunDirectory.check_free(out)
     check_installed()
     from fedmerge_peft.sites.flare.provision import provision
 
-    recipe = as_federated(recipe)
+    recipe = federated_recipe(recipe)
     with translated_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         provision(federation, out)
     kits = [out / "server", out / "operator", *(out / "sites" / site for site in federation.sites)]
     for kit in kits:
         federation.write(kit)
-        write_text(kit / RECIPE, recipe.to_yaml())
+        write_text(kit / RECIPE_FILE, recipe.to_yaml())
     for site in federation.sites:
-        write_text(out / "sites" / site / SITE, _SITE)
-        write_text(out / "sites" / site / PAGE, page(federation, site, recipe))
+        write_text(out / "sites" / site / SITE_FILE, _SITE_YAML)
+        write_text(out / "sites" / site / README, site_readme(federation, site, recipe))
 
 
 def check_installed() -> None:
-    """Raise ``FederateError`` where nvflare is missing."""
+    """Raise ``FederateError`` if nvflare is not installed."""
     from importlib.util import find_spec
 
     if find_spec("nvflare") is None:
         raise FederateError("nvflare is not installed: pip install 'fedmerge-peft[federate]'")
 
 
-def page(federation: Federation, site: str, recipe: Recipe) -> str:
-    """What a site's people read: what is asked of them, what they run, and what leaves."""
+def site_readme(federation: Federation, site: str, recipe: Recipe) -> str:
+    """Return the kit's README: the task, the commands, and the data that leaves the site."""
     clients = ", ".join(federation.sites[site])
     task, lora = recipe.task, recipe.lora
     columns = ", ".join(
@@ -71,66 +71,75 @@ def page(federation: Federation, site: str, recipe: Recipe) -> str:
     data = shlex.quote("your-data.csv")
     return f"""# {site}, in the federation {federation.project}
 
-This folder is yours alone: `startup/` holds the private key of {site}. Whoever has it can speak as you. Keep it on the machine that
-trains, readable by one user.
+This folder belongs to {site} alone. `startup/` holds its private key; whoever has the key can act
+as {site}. Keep the folder on the machine that trains, readable by one user.
 
-## What is asked of you
+## The task
 
-Train adapters (LoRA, r = {lora.r}) on `{recipe.backbone.model}` for {recipe.rounds} rounds, on the examples of: {clients}.
-`{RECIPE}` is the whole recipe. Read it; your trainer takes no other, and the server cannot change what it says about model, adapter,
-training, evaluation and privacy. Task: {task.name}{f", columns {columns}" if columns else ""}.
+Train adapters (LoRA, r = {lora.r}) on `{recipe.backbone.model}` for {recipe.rounds} rounds, on the
+examples of: {clients}. `{RECIPE_FILE}` is the whole recipe. Read it: the trainer refuses a recipe
+whose model, adapter, training, evaluation or privacy differs from it.
+Task: {task.name}{f", columns {columns}" if columns else ""}.
 
-## What you run
+## The commands
 
 ```bash
 pip install "fedmerge-peft[federate]"
 fedmerge federate site . --data {data}
 ```
 
-It connects to `{federation.host}:{federation.port}` (outgoing TCP, TLS on both sides; nothing needs to reach you), waits for the federation
-to begin, and may be stopped and started again at any time: you are back after the round that runs. `{SITE}` says the same in a file, and
-more: device, batch size, clip and noise on what leaves, checks of your data, the most that a recipe may ask for.
+The command connects to `{federation.host}:{federation.port}` (outgoing TCP, TLS on both sides; no
+port needs to be open at the site) and waits for the federation to begin. It may be stopped and
+started again at any time: the site then takes part again after the current round. `{SITE_FILE}`
+sets the path of the data too, and more: device, batch size, clipping and noise of the updates,
+checks of the data, and limits on the recipe.
 
-## What leaves
+## Data that leaves the site
 
-In each round, an update of your clients' adapters, their numbers of examples, training loss and scores. Before that, once: the clients'
-names, how many examples they have of which label, and the labels' names. Never an example. `audit.jsonl` has a line for each message that
-left: when, how many bytes, of which norm, with its SHA-256 sum.
+Once, at the start: the names of the clients, the columns and the labels, and the number of examples
+of each label. In each round: an update of the adapter of each client, the number of its examples,
+its training loss and its scores. No message of the trainer contains an example. `audit.jsonl` gets one line for
+each message of the trainer: time, size in bytes, SHA-256 digest, and the norm of the update.
 
-## What you get
+## The result
 
-In the end, `adapters/` holds a PEFT folder for each of your clients.
+After the last round, `adapters/` holds a PEFT folder for each client of the site.
 """
 
 
-_SITE = """# What this site decides for itself. The recipe is the federation's, and other keys than these are refused.
+_SITE_YAML = """# Settings of this site. The recipe sets everything else; other keys are refused.
 
-data: null                # {path: FILE}, or --data FILE; client_column, split_column, filter as in a recipe
+data: null                # {path: FILE}, or --data FILE; client_column, split_column, filter
 device: null              # auto, cpu, cuda:0; default: the recipe's
-batch_size: null          # examples at once; must divide the recipe's batch_size x gradient_accumulation
+batch_size: null          # divides the recipe's batch_size x gradient_accumulation
 process: attached         # attached: one trainer for all jobs; job: a new one for each
 
 privacy:
-  clip: null              # longest update (L2) that leaves; null for no bound of your own
+  clip: null              # largest L2 norm of an update; null: no bound beside the recipe's
   noise: 0.0              # standard deviation of the noise on each number
 
 checks:
-  min_examples: 1         # fewest training examples of a client
-  max_repeated: 1.0       # largest part of rows that repeat another
+  min_examples: 1         # smallest number of training examples of a client
+  max_repeated: 1.0       # largest fraction of rows that repeat another
 
 allow:
   remote_code: false      # code that comes with a model
-  models: null            # [names]; null for the recipe's
-  modules: null           # [names of modules that may train]; null for the recipe's
-  max_parameters: null    # numbers in an update
+  models: null            # [names]; null: the recipe's
+  modules: null           # [names of modules that may train]; null: the recipe's
+  max_parameters: null    # largest number of values in an update
 """
 
 
-def check_kit(kit: Path, part: str) -> Path:
-    """A kit, given itself or as the folder that ``prepare`` made. Raises ``FederateError``."""
-    found = kit / part if (kit / part / "startup").is_dir() else kit
-    if not (found / "startup").is_dir():
+def find_kit(path: Path, part: str) -> Path:
+    """Return the kit at ``path``, or its ``part`` if ``path`` is the folder of ``prepare``.
+
+    Raises:
+        FederateError: There is no kit.
+    """
+    kit = path / part if (path / part / "startup").is_dir() else path
+    if not (kit / "startup").is_dir():
         raise FederateError(
-            f"{kit}: no kit of a federation (no startup/); fedmerge federate prepare RECIPE --sites a,b --out DIR makes them"
+            f"{path}: not a federation kit (no startup/); create kits with: "
+            "fedmerge federate prepare RECIPE --sites a,b --out DIR"
         )
-    return found
+    return kit

@@ -1,4 +1,4 @@
-"""A whole federation on one machine: a server and sites as processes of their own, over loopback, with certificates as in earnest."""
+"""A federation on one machine: server and sites as separate processes, over loopback and TLS."""
 
 from __future__ import annotations
 
@@ -14,104 +14,115 @@ from fedmerge_peft.data import federate_data
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.sites.config import Federation
-from fedmerge_peft.sites.prepare import as_federated, prepare
-from fedmerge_peft.sites.site_data import deal, write_site
-from fedmerge_peft.sites.supervisor import Child, environment
+from fedmerge_peft.sites.prepare import federated_recipe, prepare
+from fedmerge_peft.sites.site_data import split_clients, write_site_data
+from fedmerge_peft.sites.supervisor import ChildProcess, child_environment
 
 _PROGRAM = [sys.executable, "-c", "from fedmerge_peft.cli import main; main()", "federate"]
-_START = 60.0
+_START_TIMEOUT = 60.0
 """Seconds that the server may take to listen."""
 
 
-def rehearsal(recipe: Recipe, sites: int, out: Path, **facts: Any) -> Federation:
-    """Prepare a federation on a free port of this machine, and deal the recipe's own data to its sites.
+def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> Federation:
+    """Prepare a federation on a free local port, and split the recipe's data over its sites.
 
     Args:
-        recipe: Whose clients are spread over the sites, in their order.
-        sites: How many.
+        recipe: The recipe whose clients are split over the sites, in order.
+        sites: Number of sites.
         out: A new folder.
-        facts: Fields of ``Federation``, such as ``wire_dtype``.
+        options: Fields of ``Federation``, such as ``wire_dtype``.
 
     Raises:
-        DataError: There are fewer clients than sites, or no data.
-        FederateError: As ``prepare``.
+        DataError: There are fewer clients than sites, or the data cannot be read.
+        FederateError: As for ``prepare``.
     """
-    recipe = as_federated(recipe)
+    recipe = federated_recipe(recipe)
     data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
-    settings = {"project": "rehearsal", "host": "localhost", "port": free_port(), **facts}
-    federation = Federation(sites=deal(data, sites), **settings)
+    settings = {"project": "rehearsal", "host": "localhost", "port": free_port(), **options}
+    federation = Federation(sites=split_clients(data, sites), **settings)
     prepare(recipe, federation, out)
     for site, clients in federation.sites.items():
-        write_site(data, clients, out / "sites" / site, {})
+        write_site_data(data, clients, out / "sites" / site, {})
     return federation
 
 
 @contextmanager
-def running(out: Path, federation: Federation) -> Iterator[dict[str, Child]]:
-    """Server and sites as processes; they end with the block. By name, ``server`` among them."""
-    children: dict[str, Child] = {}
+def running_processes(out: Path, federation: Federation) -> Iterator[dict[str, ChildProcess]]:
+    """Run server and sites as processes within a block; yield them by name, with ``server``."""
+    processes: dict[str, ChildProcess] = {}
     try:
-        children["server"] = start_server(out)
+        processes["server"] = start_server(out)
         for site in federation.sites:
-            children[site] = start_site(out, site)
-        await_server(federation, children["server"])
-        yield children
+            processes[site] = start_site(out, site)
+        await_server(federation, processes["server"])
+        yield processes
     finally:
-        for child in reversed(children.values()):
-            child.end()
+        for process in reversed(processes.values()):
+            process.stop()
 
 
-def start_server(out: Path) -> Child:
-    """``fedmerge federate server``, with what it says in ``server.out``."""
-    return Child(
-        "server", [*_PROGRAM, "server", str(out / "server")], out / "server.out", environment()
+def start_server(out: Path) -> ChildProcess:
+    """Start ``fedmerge federate server``, with its output in ``server.out``."""
+    return ChildProcess(
+        "server",
+        [*_PROGRAM, "server", str(out / "server")],
+        out / "server.out",
+        child_environment(),
     )
 
 
-def start_site(out: Path, site: str) -> Child:
-    """``fedmerge federate site``, with what it says in ``<site>.out``."""
-    return Child(
-        site, [*_PROGRAM, "site", str(out / "sites" / site)], out / f"{site}.out", environment()
+def start_site(out: Path, site: str) -> ChildProcess:
+    """Start ``fedmerge federate site``, with its output in ``<site>.out``."""
+    return ChildProcess(
+        site,
+        [*_PROGRAM, "site", str(out / "sites" / site)],
+        out / f"{site}.out",
+        child_environment(),
     )
 
 
-def rehearse(
+def run_rehearsal(
     out: Path,
     federation: Federation,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     *,
     wait: float = 120.0,
-    least: int | None = None,
+    min_sites: int | None = None,
 ) -> dict[str, Any]:
-    """Run a prepared rehearsal to its end; the last job's outcome. Raises ``FederateError``."""
+    """Run a prepared rehearsal to its end; return the last job's outcome.
+
+    Raises:
+        FederateError: A process exited, or the run failed.
+    """
     from fedmerge_peft.sites.flare.operator import run
 
-    with running(out, federation) as children:
+    with running_processes(out, federation) as processes:
 
-        def watch() -> None:
-            for name, child in children.items():
+        def check_processes() -> None:
+            for name, child in processes.items():
                 if child.process.poll() is not None:
                     raise FederateError(
-                        f"{name} ended with code {child.process.returncode}: {last_words(out, name)}"
+                        f"{name} exited with code {child.process.returncode}: "
+                        f"{last_line(out, name)}"
                     )
 
         return run(
             out / "operator",
-            tell,
+            report,
             wait=wait,
-            least=least or len(federation.sites),
-            patience=30.0,
-            watch=watch,
+            min_sites=min_sites or len(federation.sites),
+            reconnect_timeout=30.0,
+            on_poll=check_processes,
         )
 
 
-def await_server(federation: Federation, server: Child) -> None:
+def await_server(federation: Federation, server: ChildProcess) -> None:
     """Wait until the server listens. Raises ``FederateError``."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < _START:
+    start = time.monotonic()
+    while time.monotonic() - start < _START_TIMEOUT:
         if server.process.poll() is not None:
             raise FederateError(
-                f"the server ended with code {server.process.returncode}; {server.log} has more"
+                f"the server exited with code {server.process.returncode}; see {server.log}"
             )
         try:
             with socket.create_connection((federation.host, federation.port), timeout=1):
@@ -119,18 +130,19 @@ def await_server(federation: Federation, server: Child) -> None:
         except OSError:
             time.sleep(0.2)
     raise FederateError(
-        f"the server does not listen on {federation.host}:{federation.port} after {_START:.0f} s; {server.log} has more"
+        f"the server does not listen on {federation.host}:{federation.port} "
+        f"after {_START_TIMEOUT:.0f} s; see {server.log}"
     )
 
 
-def last_words(out: Path, name: str) -> str:
-    """The last line that a process said."""
+def last_line(out: Path, name: str) -> str:
+    """Return the last line of a process's output."""
     lines = (out / f"{name}.out").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
+    """Return a TCP port of this machine that is not in use."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A site's own examples, and a recipe's examples dealt to sites for a rehearsal."""
+"""A site's examples and their summary; a recipe's examples split over sites for a rehearsal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmerge_peft.data.loading import no_progress_bars
 from fedmerge_peft.errors import DataError, FederateError, RefusedError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.data import IidRecipe, NaturalRecipe
-from fedmerge_peft.sites.config import SITE, SiteChecks, SiteData
+from fedmerge_peft.sites.config import SITE_FILE, SiteChecks, SiteData
 from fedmerge_peft.tasks.classification import infer_labels, relabel
 from fedmerge_peft.tasks.text_formats import infer_format
 from fedmerge_peft.util.files import write_text
@@ -23,117 +23,123 @@ from fedmerge_peft.util.files import write_text
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CLIENT, SPLIT, GROUP = "fedmerge_client", "fedmerge_split", "fedmerge_group"
-"""Columns of a rehearsal's files."""
+CLIENT_COLUMN, SPLIT_COLUMN, GROUP_COLUMN = "fedmerge_client", "fedmerge_split", "fedmerge_group"
+"""Columns of a rehearsal's data files."""
 
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """What a site tells of its data, before anything is trained: names and numbers, no example."""
+    """Summary of a site's data, sent to the server before training: names and counts only."""
 
     clients: tuple[dict[str, Any], ...]
-    """``name``, ``group``, and how many examples: ``train``, ``validation``, ``test``."""
+    """``name`` and ``group`` of each client, and its number of examples: ``train``,
+    ``validation``, ``test``."""
     labels: tuple[str, ...] | None
-    """Names of the labels that occur; None where examples have none."""
+    """Names of the labels that occur; None if the task has no labels."""
     format: str | None
-    """How texts are laid out, where the task has several ways."""
+    """Text format, if the task supports several."""
     columns: tuple[str, ...]
 
 
-def read_data(
+def read_site_data(
     data: SiteData, recipe: Recipe, clients: Sequence[str], folder: Path
 ) -> FederatedData:
-    """Read a site's examples and find its clients.
+    """Read a site's examples and divide them into its clients.
 
     Args:
-        data: Where they are.
-        recipe: The federation's; its task names the columns, its ``data`` says how much is set aside.
-        clients: The names of the site's clients, as the federation knows them.
-        folder: What a relative path starts from.
+        data: Location of the examples.
+        recipe: The federation's; its task names the columns, and its ``data`` the split sizes.
+        clients: Names of the site's clients in the federation.
+        folder: Folder that a relative path starts from.
 
     Raises:
-        DataError: They cannot be read, or are not what the recipe says.
-        FederateError: They are other clients' than the federation knows.
+        DataError: The examples cannot be read, or do not fit the recipe.
+        FederateError: The clients in the data differ from those of the federation.
     """
     path = Path(data.path).expanduser()
-    inside = folder / path
-    usual = {
+    in_folder = folder / path
+    defaults = {
         "train_split": "train",
         "validation_split": None,
         "test_split": None,
         "config": None,
         "revision": None,
     }
-    own = {
-        "path": str(inside) if inside.exists() else data.path,
+    overrides = {
+        "path": str(in_folder) if in_folder.exists() else data.path,
         "split_column": data.split_column,
         "filter": data.filter,
     }
-    own |= {
+    overrides |= {
         key: value
         for key in ("validation_fraction", "test_fraction")
         if (value := getattr(data, key)) is not None
     }
-    by = data.client_column
+    column = data.client_column
     scheme = (
         IidRecipe(scheme="iid", clients=1)
-        if by is None
-        else NaturalRecipe(scheme="natural", by=by, group=data.group_column)
+        if column is None
+        else NaturalRecipe(scheme="natural", by=column, group=data.group_column)
     )
-    if by is None and len(clients) > 1:
+    if column is None and len(clients) > 1:
         raise FederateError(
-            f"{SITE}: the federation knows {len(clients)} clients of this site; say which column names them: data.client_column"
+            f"{SITE_FILE}: the federation has {len(clients)} clients at this site; "
+            "name the column that distinguishes them: data.client_column"
         )
     label = getattr(recipe.task, "label", None)
-    found = federate_data(
-        recipe.data.model_copy(update={**usual, **own, "partition": scheme}), label, recipe.seed
+    site_data = federate_data(
+        recipe.data.model_copy(update={**defaults, **overrides, "partition": scheme}),
+        label,
+        recipe.seed,
     )
-    if by is None:
-        (client,) = found.clients
-        return FederatedData(found.table, [replace(client, name=clients[0], group="")])
-    named = {client.name: client for client in found.clients}
-    if named.keys() != set(clients):
+    if column is None:
+        (client,) = site_data.clients
+        return FederatedData(site_data.table, [replace(client, name=clients[0], group="")])
+    by_name = {client.name: client for client in site_data.clients}
+    if by_name.keys() != set(clients):
         raise FederateError(
-            f"{SITE}: data.client_column: the column {by} holds {join_values(named)}, and the federation knows {join_values(clients)} of this site"
+            f"{SITE_FILE}: data.client_column: column {column} contains {join_values(by_name)}, but "
+            f"the federation has {join_values(clients)} at this site"
         )
-    return FederatedData(found.table, [named[name] for name in clients])
+    return FederatedData(site_data.table, [by_name[name] for name in clients])
 
 
 def check_data(data: FederatedData, checks: SiteChecks) -> None:
-    """Raise ``RefusedError`` where the data are not what the site wants them to be before anything is computed from them."""
+    """Raise ``RefusedError`` if the data do not meet the site's requirements."""
     for client in data.clients:
         if client.size < checks.min_examples:
             raise RefusedError(
-                f"client {client.name} has {client.size} training examples, and checks.min_examples in {SITE} is {checks.min_examples}"
+                f"client {client.name} has {client.size} training examples, "
+                f"and checks.min_examples in {SITE_FILE} is {checks.min_examples}"
             )
         if (
             checks.max_repeated < 1
-            and (repeated := _repeated(data.table, client)) > checks.max_repeated
+            and (repeated := _repeated_fraction(data.table, client)) > checks.max_repeated
         ):
             raise RefusedError(
-                f"client {client.name}: {repeated:.0%} of its rows repeat another, and "
-                f"checks.max_repeated in {SITE} is {checks.max_repeated:g}"
+                f"client {client.name}: {repeated:.0%} of its rows repeat another row, and "
+                f"checks.max_repeated in {SITE_FILE} is {checks.max_repeated:g}"
             )
 
 
-def _repeated(table: Dataset, client: Client) -> float:
-    """Which part of a client's rows are equal to one before them."""
+def _repeated_fraction(table: Dataset, client: Client) -> float:
+    """Return the fraction of a client's rows that equal an earlier row."""
     rows = np.concatenate([client.train, client.validation, client.test])
     distinct = {repr(row) for row in table.select(rows)}
     return 1 - len(distinct) / len(rows)
 
 
-def tell(data: FederatedData, recipe: Recipe) -> SiteSummary:
-    """What is told of the data. Raises ``DataError`` where they are not what the task says."""
+def site_summary(data: FederatedData, recipe: Recipe) -> SiteSummary:
+    """Summarize a site's data. Raises ``DataError`` if they do not fit the task."""
     clients = tuple(
         {
-            "name": each.name,
-            "group": each.group,
-            "train": each.size,
-            "validation": len(each.validation),
-            "test": len(each.test),
+            "name": client.name,
+            "group": client.group,
+            "train": client.size,
+            "validation": len(client.validation),
+            "test": len(client.test),
         }
-        for each in data.clients
+        for client in data.clients
     )
     columns = tuple(data.table.column_names)
     if recipe.task.name == "causal-lm":
@@ -143,32 +149,44 @@ def tell(data: FederatedData, recipe: Recipe) -> SiteSummary:
     )
 
 
-def agree_on_labels(told: Sequence[Sequence[str]], num_labels: int | None) -> list[str]:
-    """The labels of a federation, in the order of their ids, from those that occur at each site.
+def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None) -> list[str]:
+    """Return the labels of a federation, in the order of their ids.
 
-    Where the longest list has all the others' names it stands as it is; else all names are sorted. ``num_labels`` fills up as in a run.
+    If the longest list contains the names of all others, it keeps its order; otherwise all names
+    are sorted. Placeholders ``LABEL_k`` fill the list up to ``num_labels``.
+
+    Args:
+        site_labels: Names of the labels that occur at each site.
+        num_labels: Number of labels in the recipe; None if it sets none.
+
+    Raises:
+        FederateError: There are more labels than ``num_labels``.
     """
-    longest = max((list(labels) for labels in told), key=len)
-    union = {label for labels in told for label in labels}
+    longest = max((list(labels) for labels in site_labels), key=len)
+    union = {label for labels in site_labels for label in labels}
     labels = longest if union == set(longest) else sorted(union)
     if num_labels is None:
         return labels
     if len(labels) > num_labels:
         raise FederateError(
-            f"task.num_labels: {num_labels}, and the sites have {len(labels)} labels: {join_values(labels)}"
+            f"task.num_labels is {num_labels}, and the sites have {len(labels)} labels: "
+            f"{join_values(labels)}"
         )
     return [*labels, *(f"LABEL_{label}" for label in range(len(labels), num_labels))]
 
 
-def numbered(data: FederatedData, recipe: Recipe, labels: Sequence[str]) -> FederatedData:
-    """The data with labels numbered as the federation's. Raises ``DataError`` for labels that it does not know."""
+def with_label_ids(data: FederatedData, recipe: Recipe, labels: Sequence[str]) -> FederatedData:
+    """Return the data with the federation's label ids. Raises ``DataError`` for other labels."""
     if recipe.task.name == "causal-lm":
         return data
     return FederatedData(relabel(data.table, recipe.task.label, labels), data.clients)
 
 
-def stand_in(recipe: Recipe, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
-    """A table without real examples, from which a task can tell labels and columns: the server has nothing else."""
+def placeholder_table(recipe: Recipe, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
+    """Return a table with the labels and columns of the federation and no real examples.
+
+    The server builds its task from this table, because it has no data.
+    """
     from datasets import ClassLabel, Dataset, Features, Value
 
     names = [name for name in columns if not labels or name != getattr(recipe.task, "label", None)]
@@ -185,12 +203,17 @@ def stand_in(recipe: Recipe, labels: Sequence[str], columns: Sequence[str]) -> D
 # ---- rehearsals ----------------------------------------------------------------------------------
 
 
-def deal(data: FederatedData, sites: int) -> dict[str, list[str]]:
-    """The clients of each of so many sites, as even as it goes, in the order of the clients. Raises ``DataError`` for too few."""
+def split_clients(data: FederatedData, sites: int) -> dict[str, list[str]]:
+    """Split the clients over sites as evenly as possible, in order; return names by site.
+
+    Raises:
+        DataError: There are fewer clients than sites.
+    """
     names = [client.name for client in data.clients]
     if len(names) < sites:
         raise DataError(
-            f"--sites {sites}: the recipe has {len(names)} clients, and each site needs one; ask for fewer sites"
+            f"--sites {sites}: the recipe has {len(names)} clients, and each site needs one; "
+            "ask for fewer sites"
         )
     return {
         f"site-{number}": list(part)
@@ -198,36 +221,46 @@ def deal(data: FederatedData, sites: int) -> dict[str, list[str]]:
     }
 
 
-def write_site(
-    data: FederatedData, clients: Sequence[str], kit: Path, more: Mapping[str, Any]
+def write_site_data(
+    data: FederatedData, clients: Sequence[str], kit: Path, settings: Mapping[str, Any]
 ) -> None:
-    """Write these clients' examples as ``data.parquet`` into a site's kit, and a ``site.yaml`` that reads them just as they were dealt."""
-    held = [client for client in data.clients if client.name in clients]
-    rows, columns = [], {CLIENT: [], SPLIT: [], GROUP: []}  # type: ignore[var-annotated]
-    for client in held:
+    """Write the examples of some clients into a site's kit, with a ``site.yaml`` that reads them.
+
+    Args:
+        data: The examples of all clients.
+        clients: Names of the site's clients.
+        kit: The site's kit; its ``data.parquet`` keeps clients, splits and groups as columns.
+        settings: Further keys of ``site.yaml``.
+    """
+    site_clients = [client for client in data.clients if client.name in clients]
+    rows, columns = [], {CLIENT_COLUMN: [], SPLIT_COLUMN: [], GROUP_COLUMN: []}  # type: ignore[var-annotated]
+    for client in site_clients:
         for split, part in (
             ("train", client.train),
             ("validation", client.validation),
             ("test", client.test),
         ):
             rows.append(part)
-            for column, value in ((CLIENT, client.name), (SPLIT, split), (GROUP, client.group)):
+            for column, value in (
+                (CLIENT_COLUMN, client.name),
+                (SPLIT_COLUMN, split),
+                (GROUP_COLUMN, client.group),
+            ):
                 columns[column] += [value] * len(part)
     table = data.table.select(np.concatenate(rows))
     with no_progress_bars():
         for column, values in columns.items():
             table = table.add_column(column, values)
-    with no_progress_bars():
         table.to_parquet(kit / "data.parquet")
-    said = {
+    document = {
         "data": {
             "path": "data.parquet",
-            "client_column": CLIENT,
-            "group_column": GROUP,
-            "split_column": SPLIT,
+            "client_column": CLIENT_COLUMN,
+            "group_column": GROUP_COLUMN,
+            "split_column": SPLIT_COLUMN,
             "validation_fraction": 0.0,
             "test_fraction": 0.0,
         },
-        **more,
+        **settings,
     }
-    write_text(kit / SITE, yaml_document.write(said))
+    write_text(kit / SITE_FILE, yaml_document.write(document))

@@ -1,6 +1,6 @@
-"""The long-lived commands: ``fedmerge federate server`` and ``site``. They start processes, start them again, and end them.
+"""Long-lived processes of ``fedmerge federate server`` and ``site``: start, restart and stop.
 
-Nothing here imports torch or nvflare, so that these commands themselves stay small.
+This module imports neither torch nor nvflare, so that the parent process stays small.
 """
 
 from __future__ import annotations
@@ -18,58 +18,70 @@ from pathlib import Path
 from types import FrameType
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import ADDRESS, KIT, REFUSED, SETTINGS, SiteSettings
+from fedmerge_peft.sites.config import (
+    ADDRESS_VARIABLE,
+    KIT_VARIABLE,
+    PERMANENT_FAILURE,
+    SETTINGS_VARIABLE,
+    SiteSettings,
+)
 
-SHUTDOWN = "shutdown.fl"
-"""FLARE leaves this file in a kit that the operator has shut down."""
+SHUTDOWN_FILE = "shutdown.fl"
+"""File that FLARE leaves in a kit after the operator has shut the federation down."""
 _MB = 2**20
 _FLARE = {
-    "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",  # seconds until a site that has gone is given up
-    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "60",  # seconds that a job which has ended at the server waits for it to end at sites
-    "NVFLARE_STREAMING_WINDOW_SIZE": str(
-        8 * _MB
-    ),  # on its way and not acknowledged; more queues up before a slow line, unseen
+    # seconds until a site that has disconnected is considered dead
+    "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "15",
+    # seconds that a finished job at the server waits for the job to end at the sites
+    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "60",
+    # bytes sent and not yet acknowledged; more of them queue up before a slow line
+    "NVFLARE_STREAMING_WINDOW_SIZE": str(8 * _MB),
     "NVFLARE_STREAMING_ACK_INTERVAL": str(2 * _MB),
-    "NVFLARE_STREAMING_RETRY_WAIT": "60",  # seconds until a piece is sent again; its own 5 fill a slow line with copies
+    # seconds until a chunk is sent again; the default of 5 fills a slow line with copies
+    "NVFLARE_STREAMING_RETRY_WAIT": "60",
     "NVFLARE_STREAMING_RETRY_TIMEOUT": "600",
-    "NVFLARE_GET_TASK_TIMEOUT": "30",  # from here on seconds without progress, or an answer, until a site asks the server again
+    # seconds without progress or reply until a site repeats a request to the server
+    "NVFLARE_GET_TASK_TIMEOUT": "30",
     "NVFLARE_SUBMIT_TASK_RESULT_TIMEOUT": "60",
     "NVFLARE_TASK_CHECK_TIMEOUT": "30",
     "NVFLARE_RUNNER_SYNC_TIMEOUT": "10",
-    "NVFLARE_MAX_RUNNER_SYNC_TIMEOUT": "600",  # seconds in all that a site tries to get into a job
+    # seconds in all that a site tries to join a job
+    "NVFLARE_MAX_RUNNER_SYNC_TIMEOUT": "600",
 }
-"""Settings of FLARE's, as environment variables. With its own, what takes a slow line longer than 5 s is asked for, and sent, again."""
+"""FLARE settings, as environment variables. With FLARE's defaults, a transfer that takes longer
+than 5 s on a slow line is requested and sent again."""
 _MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4096 * _MB),
     "MALLOC_TRIM_THRESHOLD_": str(8192 * _MB),
 }
-"""Settings of glibc's: a message's memory is kept for the next one, as it takes longer to have it anew from the system than to send it."""
-_POLL = 0.2
-"""Seconds between two looks at children."""
-_PATIENCE = 10.0
-"""Seconds that a child has to end by itself."""
-_PAUSE = 2.0
-"""Seconds before a child that died is started again."""
-_FAILURES = 5
-"""So many deaths within a minute, and starting again is given up."""
+"""glibc settings that keep a message's memory for the next message: allocating it anew takes
+longer than sending the message."""
+_POLL_INTERVAL = 0.2
+"""Seconds between two checks of the child processes."""
+_STOP_TIMEOUT = 10.0
+"""Seconds that a child process has to exit after SIGTERM."""
+_RESTART_DELAY = 2.0
+"""Seconds before a child process that died is restarted."""
+_MAX_FAILURES = 5
+"""Deaths within a minute after which a child process is not restarted."""
 
 
-class Stopped(Exception):  # noqa: N818 (somebody's wish)
-    """SIGINT or SIGTERM; ``code`` is the exit code."""
+class StoppedBySignal(Exception):  # noqa: N818 (a normal end, not an error)
+    """Raised on SIGINT and SIGTERM; ``code`` is the exit code."""
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number
 
 
-class Child:
-    """A process of ours, with its output in a file."""
+class ChildProcess:
+    """A child process, with its output in a file or on this process' output."""
 
     def __init__(
         self, name: str, command: Sequence[str], log: Path | None, environment: Mapping[str, str]
     ) -> None:
         self.name, self.command, self.log, self.environment = name, command, log, environment
-        self.died: list[float] = []
+        self.deaths: list[float] = []
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -86,35 +98,40 @@ class Child:
                 stderr=subprocess.STDOUT,
             )
 
-    def again(self) -> None:
-        """Start it once more. Raises ``FederateError`` where it keeps dying."""
+    def restart(self) -> None:
+        """Start the process again. Raises ``FederateError`` if it dies too often."""
         now = time.monotonic()
-        self.died = [then for then in self.died if now - then < 60] + [now]
-        where = f"; {self.log} has more" if self.log is not None else ""
-        if len(self.died) >= _FAILURES:
-            raise FederateError(f"the {self.name} died {_FAILURES} times within a minute{where}")
+        self.deaths = [death for death in self.deaths if now - death < 60] + [now]
+        if len(self.deaths) >= _MAX_FAILURES:
+            log = f"; see {self.log}" if self.log is not None else ""
+            raise FederateError(f"the {self.name} died {_MAX_FAILURES} times within a minute{log}")
         print(
-            f"the {self.name} ended with code {self.process.returncode}; it is started again",
+            f"the {self.name} exited with code {self.process.returncode}; restarting it",
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(_PAUSE)
+        time.sleep(_RESTART_DELAY)
         self.process = self._start()
 
-    def end(self) -> None:
-        """End it, by force where it does not want to."""
+    def stop(self) -> None:
+        """Terminate the process; kill it if it does not exit in time."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(_PATIENCE)
+                self.process.wait(_STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
 
 
-def serve_server(kit: Path) -> None:
-    """Run the server's side of FLARE until it is stopped. Raises ``FederateError``, ``Stopped``."""
-    (kit / SHUTDOWN).unlink(missing_ok=True)
+def run_server(kit: Path) -> None:
+    """Run the server's FLARE process until it is stopped.
+
+    Raises:
+        FederateError: The process cannot run, or dies too often.
+        StoppedBySignal: SIGINT or SIGTERM arrived.
+    """
+    (kit / SHUTDOWN_FILE).unlink(missing_ok=True)
     command = [
         sys.executable,
         "-u",
@@ -123,23 +140,31 @@ def serve_server(kit: Path) -> None:
         "server",
         str(kit.resolve()),
     ]
-    with _children() as children:
-        children.append(Child("server", command, kit / "server.log", environment()))
-        _watch(kit, children)
+    with _child_processes() as children:
+        children.append(ChildProcess("server", command, kit / "server.log", child_environment()))
+        _supervise(kit, children)
 
 
-def serve_site(kit: Path, site: str, settings: SiteSettings) -> None:
-    """Run a site, its trainer and its side of FLARE, until it is stopped. Raises ``FederateError``, ``Stopped``."""
-    (kit / SHUTDOWN).unlink(missing_ok=True)
+def run_site(kit: Path, site: str, settings: SiteSettings) -> None:
+    """Run a site's trainer and FLARE processes until they are stopped.
+
+    Raises:
+        FederateError: A process cannot run, or dies too often.
+        StoppedBySignal: SIGINT or SIGTERM arrived.
+    """
+    (kit / SHUTDOWN_FILE).unlink(missing_ok=True)
     kit = kit.resolve()
-    folder = Path(
-        tempfile.mkdtemp(prefix="fedmerge-")
-    )  # a socket's path may have a hundred characters
-    own = {**environment(), KIT: str(kit), SETTINGS: settings.model_dump_json()}
+    # a short path: the path of a socket is limited to about a hundred characters
+    folder = Path(tempfile.mkdtemp(prefix="fedmerge-"))
+    environment = {
+        **child_environment(),
+        KIT_VARIABLE: str(kit),
+        SETTINGS_VARIABLE: settings.model_dump_json(),
+    }
     try:
-        with _children() as children:
+        with _child_processes() as children:
             if settings.process == "attached":
-                own[ADDRESS] = str(folder / "trainer")
+                environment[ADDRESS_VARIABLE] = str(folder / "trainer")
                 trainer = [
                     sys.executable,
                     "-u",
@@ -147,7 +172,7 @@ def serve_site(kit: Path, site: str, settings: SiteSettings) -> None:
                     "fedmerge_peft.sites.site.trainer_process",
                     site,
                 ]
-                children.append(Child("trainer", trainer, None, own))
+                children.append(ChildProcess("trainer", trainer, None, environment))
             client = [
                 sys.executable,
                 "-u",
@@ -157,49 +182,55 @@ def serve_site(kit: Path, site: str, settings: SiteSettings) -> None:
                 str(kit),
                 site,
             ]
-            children.append(Child("connection", client, kit / "site.log", own))
-            _watch(kit, children)
+            children.append(ChildProcess("connection", client, kit / "site.log", environment))
+            _supervise(kit, children)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def environment() -> dict[str, str]:
-    """For children: what FLARE and the C library are told, and this process' own variables, which win."""
+def child_environment() -> dict[str, str]:
+    """Return the environment of child processes.
+
+    It holds the settings of FLARE and glibc above; this process' own variables override them.
+    """
     return {**_FLARE, **_MEMORY, **os.environ}
 
 
-def _watch(kit: Path, children: Sequence[Child]) -> None:
-    """Start again what dies, until the operator shuts the federation down."""
+def _supervise(kit: Path, children: Sequence[ChildProcess]) -> None:
+    """Restart child processes that die, until the operator shuts the federation down."""
     while True:
         for child in children:
             if child.process.poll() is None:
                 continue
-            if (kit / SHUTDOWN).exists():
+            if (kit / SHUTDOWN_FILE).exists():
                 return
-            if child.process.returncode == REFUSED:
-                raise FederateError(
-                    f"the {child.name} has said what is wrong"
-                    + (f" in {child.log}" if child.log else ", above")
-                )
-            child.again()
-        time.sleep(_POLL)
+            if child.process.returncode == PERMANENT_FAILURE:
+                place = f"in {child.log}" if child.log else "above"
+                raise FederateError(f"the {child.name} failed; the reason is {place}")
+            child.restart()
+        time.sleep(_POLL_INTERVAL)
 
 
 @contextmanager
-def _children() -> Iterator[list[Child]]:
-    """Children that end with the block, whatever ends it; SIGINT and SIGTERM do by ``Stopped``."""
+def _child_processes() -> Iterator[list[ChildProcess]]:
+    """Yield a list whose processes are stopped at the end of the block, however it ends.
 
-    def hear(number: int, _: FrameType | None) -> None:
-        raise Stopped(number)
+    SIGINT and SIGTERM end the block with ``StoppedBySignal``.
+    """
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    children: list[Child] = []
+    def on_signal(number: int, _: FrameType | None) -> None:
+        raise StoppedBySignal(number)
+
+    handlers = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    children: list[ChildProcess] = []
     try:
         yield children
     finally:
-        for number in before:
+        for number in handlers:
             signal.signal(number, signal.SIG_IGN)
         for child in reversed(children):
-            child.end()
-        for number, handler in before.items():
+            child.stop()
+        for number, handler in handlers.items():
             signal.signal(number, handler)

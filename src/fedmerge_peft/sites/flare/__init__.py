@@ -1,1 +1,1 @@
-"""NVIDIA FLARE as the way between server and sites: the only modules that import nvflare."""
+"""NVIDIA FLARE as the transport between server and sites; only these modules import nvflare."""

@@ -1,4 +1,4 @@
-"""NVIDIA FLARE's own processes, as children that end with the command that started them.
+"""Processes of NVIDIA FLARE, which exit with the command that started them.
 
 python -m fedmerge_peft.sites.flare.child server KIT
 python -m fedmerge_peft.sites.flare.child client KIT SITE
@@ -9,12 +9,12 @@ from __future__ import annotations
 import runpy
 import sys
 
-from fedmerge_peft.sites.exit_with_parent import end_with_parent
+from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 
 
 def main() -> None:
-    """Become the process that FLARE's own start script would start."""
-    end_with_parent()
+    """Run the module that FLARE's start script would run."""
+    exit_with_parent()
     kind, kit, *site = sys.argv[1:]
     module = f"nvflare.private.fed.app.{kind}.{kind}_train"
     names = [f"uid={site[0]}"] if site else []

@@ -1,4 +1,4 @@
-"""What runs in a job at a site: it hands messages to the site's trainer, and answers back. It looks into neither."""
+"""A site's part of a job: forwards messages to the site's trainer, and its replies back."""
 
 from __future__ import annotations
 
@@ -13,59 +13,66 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmerge_peft.errors import FedMergeError
-from fedmerge_peft.sites.config import ADDRESS
-from fedmerge_peft.sites.exit_with_parent import end_with_parent
-from fedmerge_peft.sites.flare.names import CONTENT, DEADLINE, ERROR
-from fedmerge_peft.sites.flare.workarounds import say_messages_short
-from fedmerge_peft.sites.site.connection import Link
+from fedmerge_peft.sites.config import ADDRESS_VARIABLE
+from fedmerge_peft.sites.exit_with_parent import exit_with_parent
+from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, PAYLOAD
+from fedmerge_peft.sites.flare.workarounds import disable_payload_repr
+from fedmerge_peft.sites.site.connection import TrainerConnection
 
 if TYPE_CHECKING:
     from fedmerge_peft.sites.site.trainer import Trainer
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
-    """Carries messages to the site's long-lived trainer, or to one of its own where the site wants it so (``process: job``)."""
+    """Forwards messages to the long-lived trainer, or to one in this process (``process: job``)."""
 
     def __init__(self) -> None:
         super().__init__()
-        say_messages_short()
-        end_with_parent()
-        address = os.environ.get(ADDRESS)
-        self._link = Link(address) if address else None
+        disable_payload_repr()
+        exit_with_parent()
+        address = os.environ.get(ADDRESS_VARIABLE)
+        self._connection = TrainerConnection(address) if address else None
         self._trainer: Trainer | None = None
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
-        """The answer to a message, or why there is none."""
+        """Return the reply to a message, or the reason for none."""
         end = time.monotonic() + float(shareable.get(DEADLINE, 0))
-        answer: dict[str, Any]
+
+        def cancelled() -> bool:
+            return bool(abort_signal.triggered) or time.monotonic() > end
+
+        result: dict[str, Any]
         try:
-            if self._link is not None:
-                given_up = lambda: bool(abort_signal.triggered) or time.monotonic() > end  # noqa: E731
-                answer = {CONTENT: self._link.ask(task_name, shareable[CONTENT], given_up)}
+            payload = shareable[PAYLOAD]
+            if self._connection is not None:
+                result = {PAYLOAD: self._connection.request(task_name, payload, cancelled)}
             else:
-                answer = {CONTENT: self._own(fl_ctx).answer(shareable[CONTENT])}
+                result = {PAYLOAD: self._job_trainer(fl_ctx).handle(payload)}
         except FedMergeError as error:
             self.log_warning(fl_ctx, str(error))
-            answer = {ERROR: str(error)}
+            result = {ERROR: str(error)}
         reply = Shareable()
-        reply.update(answer)
+        reply.update(result)
         return reply
 
     def _kit(self, fl_ctx: FLContext) -> Path:
-        """The site's kit: FLARE runs in it."""
+        """Return the site's kit, which is FLARE's workspace."""
         return Path(fl_ctx.get_engine().get_workspace().get_root_dir())
 
-    def _own(self, fl_ctx: FLContext) -> Trainer:
+    def _job_trainer(self, fl_ctx: FLContext) -> Trainer:
+        """Return the trainer of this process; create it for the first message."""
         if self._trainer is None:
-            from fedmerge_peft.sites.config import SETTINGS, SITE, SiteSettings
+            from fedmerge_peft.sites.config import SETTINGS_VARIABLE, SITE_FILE, SiteSettings
             from fedmerge_peft.sites.site.trainer import Trainer
 
             kit = self._kit(fl_ctx)
-            said = os.environ.get(SETTINGS)
+            document = os.environ.get(SETTINGS_VARIABLE)
             settings = (
-                SiteSettings.model_validate_json(said) if said else SiteSettings.read(kit / SITE)
+                SiteSettings.model_validate_json(document)
+                if document
+                else SiteSettings.read(kit / SITE_FILE)
             )
             self._trainer = Trainer(kit, fl_ctx.get_identity_name(), settings)
         return self._trainer

@@ -1,12 +1,12 @@
-"""What operator, server and sites call the same, without loading what it names."""
+"""Names shared by operator, server and sites; the module imports none of the classes it names."""
 
 from __future__ import annotations
 
 CONTROLLER = "fedmerge_peft.sites.flare.controller.FederationController"
 EXECUTOR = "fedmerge_peft.sites.flare.executor.SiteExecutor"
 TOPIC = "fedmerge"
-"""Of the commands that a running job takes: ``{"do": "look"}``, ``{"do": "stop"}``, ``{"do": "pause"}``."""
-OUTCOME = "outcome.json"
-"""What a job leaves behind, among its files at the server."""
-CONTENT, ERROR, DEADLINE = "content", "error", "deadline"
-"""Keys of what travels: a message's bytes, or why there are none, and for how many seconds an answer is waited for."""
+"""Topic of the commands to a running job: ``{"command": "status"}``, ``"stop"`` or ``"pause"``."""
+OUTCOME_FILE = "outcome.json"
+"""Outcome of a job, among its files at the server."""
+PAYLOAD, ERROR, DEADLINE = "payload", "error", "deadline"
+"""Keys of a FLARE task: a message's bytes, the reason for none, the seconds to wait for a reply."""

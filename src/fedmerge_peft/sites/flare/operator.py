@@ -1,4 +1,4 @@
-"""The operator's side: jobs are submitted one after another, each a segment of rounds, until the run has ended."""
+"""The operator: submits jobs one after another, each a segment of rounds, until the run ends."""
 
 from __future__ import annotations
 
@@ -25,67 +25,67 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.sites.config import OPERATOR, Federation
-from fedmerge_peft.sites.flare.names import CONTROLLER, EXECUTOR, OUTCOME, TOPIC
+from fedmerge_peft.sites.flare.names import CONTROLLER, EXECUTOR, OUTCOME_FILE, TOPIC
 
 log = logging.getLogger(__name__)
 
-_POLL = 0.5
-"""Seconds between two looks at a job."""
-_LOOK_FOR_SITES = 5.0
-"""Seconds between two looks for sites that came late."""
-_ATTEMPTS = 3
-"""Jobs in a row that may leave nothing."""
-_FETCH = 0.2
-"""Seconds between two times that a site asks for work."""
+_POLL_INTERVAL = 0.5
+"""Seconds between two checks of a job."""
+_SITE_CHECK_INTERVAL = 5.0
+"""Seconds between two checks for sites that joined late."""
+_MAX_ATTEMPTS = 3
+"""Jobs in a row that may end without an outcome."""
+_FETCH_INTERVAL = 0.2
+"""Seconds between two requests of a site for a task."""
 
 
-class Lost(FederateError):  # noqa: N818 (the server is)
-    """The server does not answer."""
+class ServerUnreachableError(FederateError):
+    """The server does not respond."""
 
 
 class _NoOutcomeError(FederateError):
-    """A job ended and left nothing: its process at the server failed before ours began, or was killed."""
+    """A job ended without an outcome: its process failed to start, or was killed."""
 
 
 @contextmanager
-def session(kit: Path, patience: float = 10.0) -> Iterator[Session]:
-    """A connection as the operator. Raises ``Lost`` where no server of this federation answers."""
+def open_session(kit: Path, timeout: float = 10.0) -> Iterator[Session]:
+    """Connect to the server as the operator. Raises ``ServerUnreachableError``."""
     federation = Federation.read(kit)
-    with _quiet():
+    with _no_output():
         try:
-            opened = new_secure_session(
-                OPERATOR, str(kit.resolve()), timeout=patience, auto_login_max_tries=2
+            session = new_secure_session(
+                OPERATOR, str(kit.resolve()), timeout=timeout, auto_login_max_tries=2
             )
         except Exception as error:
-            raise Lost(
-                f"{federation.host}:{federation.port}: no server of this federation answers ({_said(error)}); "
-                "start it with: fedmerge federate server DIR"
+            raise ServerUnreachableError(
+                f"{federation.host}:{federation.port}: no server of this federation responds "
+                f"({_first_line(error)}); start it with: fedmerge federate server DIR"
             ) from error
     try:
-        yield opened
+        yield session
     finally:
-        with _quiet():
-            opened.close()
+        with _no_output():
+            session.close()
 
 
 def run(
     kit: Path,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     *,
     wait: float,
-    least: int,
-    patience: float,
-    watch: Callable[[], None] = lambda: None,
+    min_sites: int,
+    reconnect_timeout: float,
+    on_poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Submit segment after segment until the run has ended, was stopped, or failed.
 
     Args:
-        kit: The operator's.
-        tell: Is told a line for each event that a person should see.
-        wait: Seconds to wait for all sites, before it begins with those that are there.
-        least: With how many sites it begins, at the least; below, it goes on waiting.
-        patience: Seconds that a server which does not answer may take to come back.
-        watch: Called all the time; what it raises ends the waiting.
+        kit: The operator's kit.
+        report: Called with a line of text for each event that the operator should see.
+        wait: Seconds to wait for all sites before starting with those that are connected.
+        min_sites: Smallest number of sites to start with.
+        reconnect_timeout: Seconds to wait for a server that does not respond.
+        on_poll: Called at every check; an exception ends the wait.
 
     Returns:
         The last job's ``outcome.json``.
@@ -93,198 +93,222 @@ def run(
     Raises:
         FederateError: The server does not come back, or a job left no outcome.
     """
-    seen: float = time.monotonic()
-    failed = 0
+    last_contact: float = time.monotonic()
+    failures = 0
     while True:
         try:
-            with session(kit) as opened:
-                outcome = _segment(opened, kit, tell, wait, least, watch)
-            if outcome["state"] != "segment":
+            with open_session(kit) as session:
+                outcome = _run_segment(session, kit, report, wait, min_sites, on_poll)
+            if outcome["state"] != "paused":
                 return outcome
-            seen, failed = time.monotonic(), 0
+            last_contact, failures = time.monotonic(), 0
         except _NoOutcomeError as error:
-            failed += 1
-            if failed == _ATTEMPTS:
+            failures += 1
+            if failures == _MAX_ATTEMPTS:
                 raise
-            tell(f"{error}. Submitting another")
-        except Lost:
-            if time.monotonic() - seen > patience:
+            report(f"{error}. Submitting another job")
+        except ServerUnreachableError:
+            if time.monotonic() - last_contact > reconnect_timeout:
                 raise
-            time.sleep(_POLL)
+            time.sleep(_POLL_INTERVAL)
         except (NoConnection, SessionClosed) as error:
-            tell(f"the server does not answer ({_said(error)}); waiting for it")
-            seen = time.monotonic()
+            report(f"the server does not respond ({_first_line(error)}); waiting for it")
+            last_contact = time.monotonic()
 
 
-def look(kit: Path) -> dict[str, Any]:
-    """Who is connected, what jobs run, and how far the running one is. Raises ``FederateError``."""
-    with session(kit) as opened, _quiet():
-        jobs = _running(opened)
-        said = _ask(opened, jobs[0], {"do": "look"}) if jobs else {}
-        return {"connected": _connected(opened), "job": jobs[0] if jobs else None, **said}
+def federation_status(kit: Path) -> dict[str, Any]:
+    """Return the connected sites, the running job, and its state. Raises ``FederateError``."""
+    with open_session(kit) as session, _no_output():
+        jobs = _running_jobs(session)
+        state = _send_command(session, jobs[0], {"command": "status"}) if jobs else {}
+        return {
+            "connected": _connected_sites(session),
+            "job": jobs[0] if jobs else None,
+            **state,
+        }
 
 
 def stop(kit: Path, *, now: bool, everything: bool) -> str:
-    """Stop after the round that runs, or at once; with ``everything`` shut server and sites down too. What was done, in words."""
-    done = []
-    with session(kit) as opened, _quiet():
-        for job in _running(opened):
+    """Stop the running job; return a description of the actions.
+
+    Args:
+        kit: The operator's kit.
+        now: Stop at once, without waiting for the end of the round.
+        everything: Shut down the server and all sites too.
+
+    Raises:
+        FederateError: The server does not respond.
+    """
+    actions = []
+    with open_session(kit) as session, _no_output():
+        for job in _running_jobs(session):
             if now:
-                opened.abort_job(job)
+                session.abort_job(job)
             else:
-                opened.do_app_command(job, TOPIC, {"do": "stop"})
-            done.append(f"job {job} stops {'at once' if now else 'after this round'}")
+                session.do_app_command(job, TOPIC, {"command": "stop"})
+            actions.append(f"job {job} stops {'at once' if now else 'after this round'}")
         if everything:
             deadline = time.monotonic() + Federation.read(kit).deadline
-            while _running(opened) and time.monotonic() < deadline:
-                time.sleep(_POLL)
-            opened.shutdown("all", wait=False)
-            done.append("server and sites shut down")
-    return "; ".join(done) or "no job runs"
+            while _running_jobs(session) and time.monotonic() < deadline:
+                time.sleep(_POLL_INTERVAL)
+            session.shutdown("all", wait=False)
+            actions.append("server and sites shut down")
+    return "; ".join(actions) or "no job is running"
 
 
-def _segment(
-    opened: Session,
+def _run_segment(
+    session: Session,
     kit: Path,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     wait: float,
-    least: int,
-    watch: Callable[[], None],
+    min_sites: int,
+    on_poll: Callable[[], None],
 ) -> dict[str, Any]:
-    """Wait for sites, submit a job, follow it, fetch what it left."""
-    federation, begun = Federation.read(kit), _begun(opened)
-    for job in _running(opened):
-        tell(f"waiting for job {job}, which runs already")
-        _follow(opened, job, begun, federation, tell, watch)
-    _await_sites(opened, federation, tell, wait, least, watch)
-    with TemporaryDirectory(prefix="fedmerge-") as scratch, _quiet():
-        job = opened.submit_job(str(write_job(Path(scratch) / federation.project)))
-    told = _follow(opened, job, begun, federation, tell, watch)
-    outcome = _outcome(opened, job)
-    for line in outcome.pop("told")[told:]:
-        tell(line)
+    """Wait for sites, submit a job, follow it, and return its outcome."""
+    federation, server_start = Federation.read(kit), _server_start_time(session)
+    for job in _running_jobs(session):
+        report(f"waiting for job {job}, which is already running")
+        _follow_job(session, job, server_start, federation, report, on_poll)
+    _await_sites(session, federation, report, wait, min_sites, on_poll)
+    with TemporaryDirectory(prefix="fedmerge-") as scratch, _no_output():
+        job = session.submit_job(str(write_job(Path(scratch) / federation.project)))
+    reported = _follow_job(session, job, server_start, federation, report, on_poll)
+    outcome = _fetch_outcome(session, job)
+    for line in outcome.pop("events")[reported:]:
+        report(line)
     return outcome
 
 
 def _await_sites(
-    opened: Session,
+    session: Session,
     federation: Federation,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     wait: float,
-    least: int,
-    watch: Callable[[], None],
+    min_sites: int,
+    on_poll: Callable[[], None],
 ) -> None:
-    begin, said = time.monotonic(), False
+    start, reported = time.monotonic(), False
     while True:
-        watch()
-        missing = [site for site in federation.sites if site not in (here := _connected(opened))]
-        here = [site for site in federation.sites if site in here]
-        if not missing or (len(here) >= least and time.monotonic() - begin > wait):
+        on_poll()
+        connected = _connected_sites(session)
+        missing = [site for site in federation.sites if site not in connected]
+        present = len(federation.sites) - len(missing)
+        if not missing or (present >= min_sites and time.monotonic() - start > wait):
             return
-        if not said and time.monotonic() - begin > 5:
-            tell(f"waiting for {', '.join(missing)}")
-            said = True
-        time.sleep(_POLL)
+        if not reported and time.monotonic() - start > 5:
+            report(f"waiting for {', '.join(missing)}")
+            reported = True
+        time.sleep(_POLL_INTERVAL)
 
 
-def _follow(
-    opened: Session,
+def _follow_job(
+    session: Session,
     job: str,
-    begun: float,
+    server_start: float,
     federation: Federation,
-    tell: Callable[[str], None],
-    watch: Callable[[], None],
+    report: Callable[[str], None],
+    on_poll: Callable[[], None],
 ) -> int:
-    """Pass on what a job tells until it has ended; how many lines. A site that comes in has it end after its round, for the next.
+    """Report a job's events until it ends; return the number of reported lines.
 
-    Raises ``NoConnection`` where the server has been started anew since it had ``begun``: it calls jobs running that ran before.
+    If a site connects while the job runs, pause the job after its round, so that the site can take
+    part in the next job.
+
+    Raises:
+        NoConnection: The server was restarted since ``server_start``. It then lists jobs as
+            running that ran before.
     """
-    told, looked = 0, time.monotonic()
+    reported, last_check = 0, time.monotonic()
     while True:
-        watch()
-        with _quiet():
-            status = str(opened.get_job_meta(job).get("status", ""))
+        on_poll()
+        with _no_output():
+            status = str(session.get_job_meta(job).get("status", ""))
         if status.startswith("FINISHED"):
-            return told
-        if _begun(opened) != begun:
-            raise NoConnection(f"job {job} went down with it")
+            return reported
+        if _server_start_time(session) != server_start:
+            raise NoConnection(f"job {job} ended with the server's process")
         if status == "RUNNING":
-            said = _ask(opened, job, {"do": "look", "from": told})
-            for line in said.get("told", []):
-                tell(line)
-                told += 1
+            state = _send_command(session, job, {"command": "status", "from": reported})
+            for line in state.get("events", []):
+                report(line)
+                reported += 1
             if (
-                said
-                and told
-                and said["wanted"] is None
-                and time.monotonic() - looked > _LOOK_FOR_SITES
+                state
+                and reported
+                and state["requested"] is None
+                and time.monotonic() - last_check > _SITE_CHECK_INTERVAL
             ):
-                looked = time.monotonic()
-                late = [site for site in _idle(opened) if site in federation.sites]
+                last_check = time.monotonic()
+                late = [site for site in _idle_sites(session) if site in federation.sites]
                 if late:
-                    tell(f"{', '.join(late)} came in, and takes part after this round")
-                    _ask(opened, job, {"do": "pause"})
-        time.sleep(_POLL)
+                    report(f"{', '.join(late)} connected, and can take part after this round")
+                    _send_command(session, job, {"command": "pause"})
+        time.sleep(_POLL_INTERVAL)
 
 
-def _ask(opened: Session, job: str, command: dict[str, Any]) -> dict[str, Any]:
-    """What a job answers; nothing where it is not up yet, or has just ended."""
-    with _quiet():
+def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[str, Any]:
+    """Return a job's reply to a command; empty if the job is starting or has just ended."""
+    with _no_output():
         try:
-            return dict(opened.do_app_command(job, TOPIC, command))
+            return dict(session.do_app_command(job, TOPIC, command))
         except (InternalError, JobNotFound, JobNotRunning, NoReply) as error:
-            log.debug("the job does not answer: %s", error)
+            log.debug("the job does not reply: %s", error)
             return {}
 
 
-def _outcome(opened: Session, job: str) -> dict[str, Any]:
-    """What a job left behind. Raises ``FederateError`` where that is nothing."""
+def _fetch_outcome(session: Session, job: str) -> dict[str, Any]:
+    """Download a job's outcome. Raises ``FederateError`` if there is none."""
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
-        with _quiet():
-            status = opened.get_job_meta(job).get("status", "")
-            folder = opened.download_job_result(job, scratch)
-        found = next(Path(folder).rglob(OUTCOME), None) if folder else None
-        if found is None:
+        with _no_output():
+            status = session.get_job_meta(job).get("status", "")
+            folder = session.download_job_result(job, scratch)
+        path = next(Path(folder).rglob(OUTCOME_FILE), None) if folder else None
+        if path is None:
             raise _NoOutcomeError(
-                f"job {job} ended as {status} and left no {OUTCOME}; the server's log.txt has more"
+                f"job {job} ended as {status} without {OUTCOME_FILE}; see the server's log.txt"
             )
-        outcome: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+        outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     shutil.rmtree(Path(folder), ignore_errors=True)
     return outcome
 
 
-def _connected(opened: Session) -> list[str]:
-    with _quiet():
-        return [client.name for client in opened.get_connected_client_list()]
+def _connected_sites(session: Session) -> list[str]:
+    with _no_output():
+        return [client.name for client in session.get_connected_client_list()]
 
 
-def _idle(opened: Session) -> list[str]:
-    """Sites that are connected and in no job: they came after it began, or were started again since."""
-    with _quiet():
+def _idle_sites(session: Session) -> list[str]:
+    """Return connected sites without a job: they joined late, or were restarted."""
+    with _no_output():
         return [
-            str(each["client_name"])
-            for each in opened.get_client_job_status() or []
-            if each.get("status") == "no_jobs"
+            str(status["client_name"])
+            for status in session.get_client_job_status() or []
+            if status.get("status") == "no_jobs"
         ]
 
 
-def _begun(opened: Session) -> float:
-    """When the server was started."""
-    with _quiet():
-        return float(opened.get_system_info().server_info.start_time)
+def _server_start_time(session: Session) -> float:
+    with _no_output():
+        return float(session.get_system_info().server_info.start_time)
 
 
-def _running(opened: Session) -> list[str]:
-    """Jobs that the server runs now. Its list of jobs also calls those running that ran when it was killed."""
-    with _quiet():
-        return [str(job.job_id) for job in opened.get_system_info().job_info]
+def _running_jobs(session: Session) -> list[str]:
+    """Return the jobs that the server runs now.
+
+    The server's job list is no substitute: it includes jobs that ran when the server was killed.
+    """
+    with _no_output():
+        return [str(job.job_id) for job in session.get_system_info().job_info]
 
 
 def write_job(folder: Path) -> Path:
-    """A job in FLARE's form. It names two classes, and carries nothing: recipe and data lie where they are used."""
+    """Write a FLARE job and return its folder.
+
+    It names two classes and contains nothing else; recipe and data are in the kits.
+    """
     server = {
         "format_version": 2,
-        "server": {"heart_beat_timeout": 600, "task_request_interval": _FETCH},
+        "server": {"heart_beat_timeout": 600, "task_request_interval": _FETCH_INTERVAL},
         "task_data_filters": [],
         "task_result_filters": [],
         "components": [],
@@ -312,11 +336,11 @@ def write_job(folder: Path) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """FLARE's client prints as it goes."""
+def _no_output() -> Iterator[None]:
+    """Discard the output of FLARE's client within a block."""
     with redirect_stdout(StringIO()):
         yield
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

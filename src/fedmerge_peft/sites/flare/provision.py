@@ -1,4 +1,4 @@
-"""Certificates and startup kits, by NVIDIA FLARE's provisioning, and what each end allows."""
+"""Certificates and startup kits from NVIDIA FLARE's provisioner, and the policy of each kit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import yaml
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.sites.config import OPERATOR, Federation
 
-OURS = "fedmerge_peft.sites.flare."
-"""What classes a job may name, at the server and at sites: these and no others, so that no other job runs in a kit of ours."""
-PROJECT = "project.yml"
-_ORG = "federation"
+ALLOWED_CLASSES = "fedmerge_peft.sites.flare."
+"""Prefix of the classes that a job's configuration may name, at the server and at the sites."""
+PROJECT_FILE = "project.yml"
+_ORGANIZATION = "federation"
 _BUILDERS = [
     {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
     {
@@ -29,7 +29,7 @@ _BUILDERS = [
     {"path": "nvflare.lighter.impl.cert.CertBuilder"},
     {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
 ]
-_NOTHING = {"shell_commands": "none", "byoc": "none", "server-predeployed-flwr": "none"}
+_FORBIDDEN = {"shell_commands": "none", "byoc": "none", "server-predeployed-flwr": "none"}
 _ROLES = {
     "project_admin": {
         **dict.fromkeys(
@@ -44,63 +44,66 @@ _ROLES = {
             ),
             "any",
         ),
-        **_NOTHING,
+        **_FORBIDDEN,
     },
     "org_admin": {
         "manage_job": "o:submitter",
         "download_job": "o:submitter",
         "view": "any",
         "operate": "o:site",
-        **_NOTHING,
+        **_FORBIDDEN,
     },
     "lead": {
         "submit_job": "any",
         "manage_job": "n:submitter",
         "download_job": "n:submitter",
         "view": "any",
-        **_NOTHING,
+        **_FORBIDDEN,
     },
-    "member": {"view": "any", **_NOTHING},
+    "member": {"view": "any", **_FORBIDDEN},
 }
-"""NVIDIA FLARE's roles, as every kit of ours has them: nobody reads a site's files from afar, and nobody brings code."""
+"""Rights of NVIDIA FLARE's roles in every kit: none includes shell commands or custom code."""
 
 
 def provision(federation: Federation, out: Path) -> None:
-    """Make certificates and kits: ``server``, ``operator``, ``sites/<name>``, and ``authority`` with the key that signs them.
+    """Create certificates and kits below ``out``.
 
-    Raises ``FederateError`` where FLARE refuses a name or a host.
+    The folders are ``server``, ``operator``, ``sites/<name>``, and ``authority``, which holds the
+    signing key and the private keys of all participants.
+
+    Raises:
+        FederateError: FLARE refuses a name or the host.
     """
     from nvflare.lighter.prov_utils import prepare_builders
     from nvflare.lighter.provision import prepare_project
     from nvflare.lighter.provisioner import Provisioner
 
-    asked = _project(federation)
+    project = _project(federation)
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
         try:
-            with redirect_stdout(StringIO()) as said:
-                context = Provisioner(scratch, prepare_builders(asked)).provision(
-                    prepare_project(asked)
+            with redirect_stdout(StringIO()) as output:
+                context = Provisioner(scratch, prepare_builders(project)).provision(
+                    prepare_project(project)
                 )
         except (ValueError, RuntimeError, SystemExit) as error:
             raise FederateError(
-                f"certificates cannot be made: {error or said.getvalue().strip()}"
+                f"certificates cannot be created: {error or output.getvalue().strip()}"
             ) from error
-        made = Path(scratch) / federation.project
-        if context.get("build_error") or not (made / "prod_00").is_dir():
-            raise FederateError(
-                f"certificates cannot be made: {said.getvalue().strip() or 'NVIDIA FLARE does not say why'}"
-            )
+        workspace = Path(scratch) / federation.project
+        if context.get("build_error") or not (workspace / "prod_00").is_dir():
+            reason = output.getvalue().strip() or "NVIDIA FLARE gives no reason"
+            raise FederateError(f"certificates cannot be created: {reason}")
         for name, place in {
             "server": "server",
             OPERATOR: "operator",
             **{site: f"sites/{site}" for site in federation.sites},
         }.items():
             (out / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(made / "prod_00" / name, out / place)
-        shutil.copytree(made / "state", out / "authority")
+            shutil.copytree(workspace / "prod_00" / name, out / place)
+        shutil.copytree(workspace / "state", out / "authority")
     (out / "authority").chmod(0o700)
-    (out / "authority" / PROJECT).write_text(
-        yaml.safe_dump(asked, sort_keys=False), encoding="utf-8"
+    (out / "authority" / PROJECT_FILE).write_text(
+        yaml.safe_dump(project, sort_keys=False), encoding="utf-8"
     )
     for kit in (out / "server", *(out / "sites" / site for site in federation.sites)):
         (kit / "readme.txt").unlink(missing_ok=True)
@@ -111,13 +114,13 @@ def _project(federation: Federation) -> dict[str, Any]:
     server = {
         "name": "server",
         "type": "server",
-        "org": _ORG,
+        "org": _ORGANIZATION,
         "fed_learn_port": federation.port,
         "admin_port": federation.port,
     }
     hosts = {"host_names": [federation.host], "default_host": federation.host}
-    sites = [{"name": site, "type": "client", "org": _ORG} for site in federation.sites]
-    operator = {"name": OPERATOR, "type": "admin", "org": _ORG, "role": "project_admin"}
+    sites = [{"name": site, "type": "client", "org": _ORGANIZATION} for site in federation.sites]
+    operator = {"name": OPERATOR, "type": "admin", "org": _ORGANIZATION, "role": "project_admin"}
     return {
         "api_version": 3,
         "name": federation.project,
@@ -128,7 +131,7 @@ def _project(federation: Federation) -> dict[str, Any]:
 
 
 def site_name(kit: Path) -> str:
-    """The name in a site's kit. Raises ``FederateError`` for a folder that is none."""
+    """Return the site's name in a kit. Raises ``FederateError`` if it is not a site's kit."""
     try:
         return str(
             json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))["client"][
@@ -137,31 +140,41 @@ def site_name(kit: Path) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FederateError(
-            f"{kit}: no site's kit (startup/fed_client.json); prepare makes them, one below sites/ for each"
+            f"{kit}: not a site's kit (startup/fed_client.json); fedmerge federate prepare writes "
+            "them below sites/"
         ) from error
 
 
-def settle(kit: Path, *, server: bool) -> None:
-    """Write what the machine that a kit lies on allows: our classes alone, no shell, no logs to others, files inside the kit."""
+def write_local_policy(kit: Path, *, server: bool) -> None:
+    """Write the policy of a kit's machine into ``local``.
+
+    Jobs may name only ``ALLOWED_CLASSES``, roles have the rights above, sites do not stream their
+    logs, and the server stores jobs inside the kit.
+
+    Raises:
+        FederateError: The kit is incomplete.
+    """
     local = kit / "local"
     try:
         resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FederateError(f"{kit}: no whole kit ({error}); unpack it again") from error
-    resources |= {"class_list_enforcement_mode": "enforce", "class_allow_list": [OURS]}
+        raise FederateError(f"{kit}: incomplete kit ({error}); unpack it again") from error
+    resources |= {"class_list_enforcement_mode": "enforce", "class_allow_list": [ALLOWED_CLASSES]}
     if server:
-        _keep_inside(resources, kit.resolve() / "flare")
+        _store_inside(resources, kit.resolve() / "flare")
     else:
         resources["allow_log_streaming"] = False
         resources["components"] = [
-            each for each in resources["components"] if each["id"] != "site_log_streamer"
+            component
+            for component in resources["components"]
+            if component["id"] != "site_log_streamer"
         ]
     _write(local / "resources.json", resources)
     _write(local / "authorization.json", {"format_version": "1.0", "permissions": _ROLES})
 
 
-def _keep_inside(resources: dict[str, Any], folder: Path) -> None:
-    """Jobs and snapshots below the kit, and not in a temporary folder that all users of the machine share."""
+def _store_inside(resources: dict[str, Any], folder: Path) -> None:
+    """Store jobs and snapshots in a folder of the kit, not in a shared temporary folder."""
     resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(
         folder / "snapshots"
     )

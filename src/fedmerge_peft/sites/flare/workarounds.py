@@ -1,4 +1,4 @@
-"""Faults of NVIDIA FLARE 2.9.0 that are mended from outside."""
+"""Workarounds for two bugs in NVIDIA FLARE 2.9.0."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from typing import Any
 from nvflare.fuel.utils.buffer_list import ConsumableBufferList
 
 
-class Distinct(list[Any]):
-    """Keeps one object once: FLARE enters a task twice that it had to send again, and its monitor dies of it at the task's end."""
+class UniqueList(list[Any]):
+    """List that ignores objects it already contains.
+
+    FLARE adds a task that it sends again a second time, and its monitor then crashes at the end of
+    the task.
+    """
 
     def append(self, item: Any) -> None:
+        """Append an object unless the list contains it."""
         if not any(item is known for known in self):
             super().append(item)
 
 
-def say_messages_short() -> None:
-    """FLARE writes each message that comes in out for its debugging log, whether that is on or not: 400 MB of text for one of 100 MB."""
+def disable_payload_repr() -> None:
+    """Stop FLARE from formatting the bytes of each incoming message for its debug log.
+
+    It formats them even if the log is off: 400 MB of text for a message of 100 MB.
+    """
     ConsumableBufferList.__repr__ = object.__repr__

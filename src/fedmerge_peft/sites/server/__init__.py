@@ -1,1 +1,1 @@
-"""The server side of a federation across sites."""
+"""Server of a federation across sites: remote engine, roster and job."""

@@ -1,4 +1,4 @@
-"""The engine of a federation across sites: what its clients do is done elsewhere, and comes back as messages."""
+"""The engine of a federation across sites: its clients train and evaluate at their sites."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.sites.config import Federation
 from fedmerge_peft.sites.messages import Message, assignment_message, layout_digest, read_reply
-from fedmerge_peft.sites.server.roster import Roster, counts_of, told_by
-from fedmerge_peft.sites.site_data import stand_in
+from fedmerge_peft.sites.server.roster import Roster, parse_label_counts, parse_site_summary
+from fedmerge_peft.sites.site_data import placeholder_table
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task
@@ -38,40 +38,50 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Request = tuple[int, Callable[[], bytes]]
-"""A number to know its answer by, and what makes the message when it is its turn."""
+"""Number of a request, and the function that serializes its message when it is sent."""
 
 
 class Transport(Protocol):
-    """A way to sites, and back."""
+    """Connection between the server and the sites of a job."""
 
     @property
     def sites(self) -> Sequence[str]:
-        """Who is there in this job."""
+        """Names of the connected sites."""
 
-    def ask(
+    def send_and_receive(
         self, requests: Mapping[str, Sequence[Request]], deadline: float
     ) -> Iterator[tuple[str, int, bytes | str]]:
-        """Send each site its letters, one after another, and hand over the answers as they come: site, number, and the answer's bytes.
+        """Send each site its requests, one after another, and yield the replies as they arrive.
 
-        In place of an answer comes, in words, why there is none. Every letter is answered so, at the latest ``deadline`` seconds from now.
+        Args:
+            requests: The requests of each site.
+            deadline: Seconds from now within which every request gets a reply or fails.
+
+        Yields:
+            Site, number of the request, and the reply: its bytes, or the reason for which there
+            is none.
         """
 
 
 @dataclass
 class Model:
-    """What the server needs of the model; ``set_base`` only notes what is to be sent along."""
+    """The part of the model that the round loop uses at the server."""
 
     config: Any
     device: torch.device
     base: Mapping[str, Tensor]
+    """Additions to the backbone, sent to the sites with every assignment."""
 
     def set_base(self, base: Mapping[str, Tensor]) -> None:
-        """As ``engines.base.Model``."""
+        """Store the additions; see ``engines.base.Model``."""
         self.base = base
 
 
 class RemoteEngine:
-    """Clients at sites. One that is not there fails in each round that asks it, and comes in with the first job that its site is in."""
+    """Engine whose clients are at sites.
+
+    A client whose site is absent fails in every round of the job; the site can join the next job.
+    """
 
     def __init__(
         self,
@@ -93,38 +103,39 @@ class RemoteEngine:
         )
         self.backbone = Model(backbone.config, backbone.device, {})
         self.absent = absent
-        """Sites that take no part in this job, and why."""
+        """Sites that take no part in this job, with the reasons."""
         self._model = backbone
         self._roster = roster
         self.clients = _clients(federation, roster)
 
     @classmethod
-    def enrol(
+    def enroll(
         cls, recipe: Recipe, federation: Federation, roster: Roster, transport: Transport
     ) -> RemoteEngine:
-        """Have the sites tell of their data, agree on labels, load the model, and have the sites load it.
+        """Start a job: collect the sites' summaries, agree on labels, and load the model.
 
-        The roster gains those who come for the first time.
+        Sites that enroll for the first time are added to the roster.
 
         Raises:
-            FederateError: No site takes part; has every site's own reason.
-            FedMergeError: The model cannot be loaded here.
+            FederateError: No site takes part; the message has the reason of every site.
+            FedMergeError: The server cannot load the model.
         """
         absent = {
             site: "it is not connected" for site in federation.sites if site not in transport.sites
         }
-        everyone = [site for site in federation.sites if site in transport.sites]
-        told: dict[str, dict[str, Any]] = {}
-        asking = Message("enrol", {"recipe": recipe.to_yaml(), "dtype": federation.wire_dtype})
-        for site, message in _each(transport, everyone, asking, federation.start_deadline, absent):
-            with _blaming(site, absent):
-                told[site] = told_by(message.facts, federation.sites[site], site)
-        told = {site: told[site] for site in everyone if site in told}
-        absent |= roster.settle(told, recipe)
-        present = [site for site in told if site not in absent]
-        _check_some(present, absent)
+        connected = [site for site in federation.sites if site in transport.sites]
+        enroll = Message("enroll", {"recipe": recipe.to_yaml(), "dtype": federation.wire_dtype})
+        timeout = federation.start_deadline
+        parsed: dict[str, dict[str, Any]] = {}
+        for site, message in _broadcast(transport, connected, enroll, timeout, absent):
+            with _failures_to(absent, site):
+                parsed[site] = parse_site_summary(message.fields, federation.sites[site], site)
+        summaries = {site: parsed[site] for site in connected if site in parsed}
+        absent |= roster.agree_on_format(summaries, recipe)
+        present = [site for site in summaries if site not in absent]
+        _require_sites(present, absent)
         task, backbone = _load(recipe, roster)
-        opening = Message(
+        open_job = Message(
             "open",
             {
                 "labels": roster.labels,
@@ -133,60 +144,60 @@ class RemoteEngine:
             },
             backbone.shared,
         )
-        for site, message in _each(transport, present, opening, federation.start_deadline, absent):
-            with _blaming(site, absent):
-                roster.enter(
-                    told[site]["clients"],
-                    counts_of(message.facts, told[site]["clients"], roster.labels),
+        for site, message in _broadcast(transport, present, open_job, timeout, absent):
+            with _failures_to(absent, site):
+                clients = summaries[site]["clients"]
+                roster.add_clients(
+                    clients, parse_label_counts(message.fields, clients, roster.labels)
                 )
-        _check_some([site for site in present if site not in absent], absent)
-        for site, why in absent.items():
-            log.warning("site %s takes no part in this job: %s", site, why)
+        _require_sites([site for site in present if site not in absent], absent)
+        for site, reason in absent.items():
+            log.warning("site %s takes no part in this job: %s", site, reason)
         return cls(recipe, federation, roster, transport, task, backbone, absent)
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
+        """Raise ``RecipeError`` unless this recipe trains clients in the same way."""
         check_same(
             self.recipe,
             recipe,
-            "the sites have opened the job for a recipe that says otherwise",
+            "the sites have opened the job for another recipe",
             also=("privacy",),
         )
 
     def strategy_context(self) -> StrategyContext:
-        """What a strategy starts from."""
+        """Return the context from which a strategy is created."""
         return make_strategy_context(self._model, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Training examples of each label, clients × labels; zeros for those who have not told yet."""
+        """Return the training examples of each label, clients × labels.
+
+        Rows of clients that have not enrolled yet are zero; None for a task without labels.
+        """
         if not self.task.labels:
             return None
-        nothing = {"counts": [0] * len(self.task.labels)}
-        return [self._roster.clients.get(each.name, nothing)["counts"] for each in self.clients]
+        unknown = {"counts": [0] * len(self.task.labels)}
+        return [self._roster.clients.get(client.name, unknown)["counts"] for client in self.clients]
 
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]
     ) -> Iterator[tuple[Plan, Reply | ClientError]]:
-        """Have each client's site carry out its plan.
-
-        A reply that misses the federation's deadline is a ``ClientError``.
-        """
+        """Train each client at its site; a missing or late reply yields a ``ClientError``."""
         lazily = Assignments.of(assignments)
         plans: dict[int, Plan] = {}
 
-        def content(index: int) -> bytes:
+        def payload(index: int) -> bytes:
             assignment = lazily.make(index)
             plans[index] = assignment.plan
             name = self.clients[index].name
-            return self._content(round, name, assignment.plan, assignment.served)
+            return self._assignment(round, name, assignment.plan, assignment.served)
 
         columns, dtype = self._model.layout.size, self.federation.wire_dtype
-        requests = {index: partial(content, index) for index in lazily.clients}
-        for index, answer in self._ask(requests):
+        payloads = {index: partial(payload, index) for index in lazily.clients}
+        for index, reply in self._send_and_receive(payloads):
             plan = plans.pop(index, None) or lazily.make(index).plan
             name = self.clients[index].name
             try:
-                message = _opened(answer, "reply")
+                message = _parse_reply(reply, "trained")
                 yield plan, read_reply(message, index, name, self.layout, columns, dtype)
             except FederateError as error:
                 yield plan, ClientError(name, round, str(error))
@@ -194,58 +205,70 @@ class RemoteEngine:
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        """Score what each client is served with, at its site."""
+        """Evaluate the adapter of each client at its site; yield scores by client index."""
         lazily = Assignments.of(served)
 
-        def content(index: int) -> bytes:
-            return self._content(completed, self.clients[index].name, None, lazily.make(index))
+        def payload(index: int) -> bytes:
+            return self._assignment(completed, self.clients[index].name, None, lazily.make(index))
 
-        outcomes: dict[int, dict[str, float] | ClientError] = {}
-        requests = {index: partial(content, index) for index in lazily.clients}
-        for index, answer in self._ask(requests):
+        results: dict[int, dict[str, float] | ClientError] = {}
+        payloads = {index: partial(payload, index) for index in lazily.clients}
+        for index, reply in self._send_and_receive(payloads):
             try:
-                scores = _opened(answer, "scored").facts.get("scores")
+                scores = _parse_reply(reply, "evaluated").fields.get("scores")
                 if not isinstance(scores, dict):
                     raise WireError("its scores are missing")
-                outcomes[index] = {str(name): float(value) for name, value in scores.items()}
+                results[index] = {str(name): float(value) for name, value in scores.items()}
             except (FederateError, TypeError, ValueError) as error:
-                cause = f"scored after the round: {error}"
-                outcomes[index] = ClientError(self.clients[index].name, completed, cause)
-        yield from sorted(outcomes.items(), key=lambda pair: pair[0])
+                results[index] = ClientError(
+                    self.clients[index].name, completed, f"evaluation after the round: {error}"
+                )
+        yield from sorted(results.items(), key=lambda result: result[0])
 
-    def hand_over(
+    def send_adapter(
         self, client: str, tensors: Mapping[str, Tensor], documents: Mapping[str, str]
     ) -> str | None:
-        """Give a client its adapter, in PEFT's saved form; why it did not arrive, in words, or None."""
+        """Send a client its adapter; return the reason if it was not stored.
+
+        Args:
+            client: Name of the client.
+            tensors: The adapter, in PEFT's saved form.
+            documents: Texts that are stored beside the adapter, by file name.
+        """
         message = Message("adapter", {"client": client, **documents}, tensors)
         index = self.federation.clients.index(client)
-        for _, answer in self._ask({index: message.to_bytes}):
+        for _, reply in self._send_and_receive({index: message.to_bytes}):
             try:
-                _opened(answer, "kept")
+                _parse_reply(reply, "adapter_stored")
             except FederateError as error:
                 return str(error)
         return None
 
-    def _content(self, round: int, client: str, plan: Plan | None, served: Served | None) -> bytes:
+    def _assignment(
+        self, round: int, client: str, plan: Plan | None, served: Served | None
+    ) -> bytes:
         dtype = self.federation.wire_dtype
         return assignment_message(
             round, client, plan, served, self.backbone.base, self.layout, dtype
         ).to_bytes()
 
-    def _ask(self, work: Mapping[int, Callable[[], bytes]]) -> Iterator[tuple[int, bytes | str]]:
+    def _send_and_receive(
+        self, payloads: Mapping[int, Callable[[], bytes]]
+    ) -> Iterator[tuple[int, bytes | str]]:
+        """Send payloads by client index; yield the replies, or the reasons for none."""
         requests: dict[str, list[Request]] = {}
-        for index, letter in work.items():
+        for index, payload in payloads.items():
             site = self.federation.site_of(self.clients[index].name)
             if site in self.absent:
                 yield index, f"its site {site} takes no part in this job: {self.absent[site]}"
             else:
-                requests.setdefault(site, []).append((index, letter))
-        for _, index, answer in self.transport.ask(requests, self.federation.deadline):
-            yield index, answer
+                requests.setdefault(site, []).append((index, payload))
+        for _, index, reply in self.transport.send_and_receive(requests, self.federation.deadline):
+            yield index, reply
 
 
 def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
-    """The task and the model, on the CPU, as far as a server without data can have them."""
+    """Load task and model on the CPU; the task is built from a table without real examples."""
     if recipe.task.name == "causal-lm":
         recipe = recipe.model_copy(
             update={"task": recipe.task.model_copy(update={"format": roster.format})}
@@ -254,18 +277,20 @@ def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
         folder = model_folder(
             recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
         )
-        task = make_task(recipe, stand_in(recipe, roster.labels or (), roster.columns), folder)
+        task = make_task(
+            recipe, placeholder_table(recipe, roster.labels or (), roster.columns), folder
+        )
         return task, load_backbone(
             recipe.backbone, recipe.lora, task, folder, torch.device("cpu"), recipe.seed
         )
 
 
 def _clients(federation: Federation, roster: Roster) -> list[Client]:
-    """All clients, with as many examples as they told; none for those who have not."""
-    nothing = {"group": "", "train": 0, "validation": 0, "test": 0}
+    """Return all clients with their reported sizes; zero for clients that have not enrolled."""
+    unknown = {"group": "", "train": 0, "validation": 0, "test": 0}
     clients = []
     for name in federation.clients:
-        known = roster.clients.get(name, nothing)
+        known = roster.clients.get(name, unknown)
         train, validation, test = (
             np.arange(known[part], dtype=np.int64) for part in ("train", "validation", "test")
         )
@@ -273,49 +298,56 @@ def _clients(federation: Federation, roster: Roster) -> list[Client]:
     return clients
 
 
-def _each(
+def _broadcast(
     transport: Transport,
     sites: Sequence[str],
     message: Message,
     deadline: float,
     absent: dict[str, str],
 ) -> list[tuple[str, Message]]:
-    """Send all sites one message. The answers of those who give one; the others are entered as absent."""
-    content = message.to_bytes()
-    expected = {"enrol": "enrolled", "open": "opened"}[message.kind]
-    found: list[tuple[str, Message]] = []
-    for site, _, answer in transport.ask(
-        {site: [(0, lambda: content)] for site in sites}, deadline
+    """Send all sites one message; return the replies, and enter failing sites in ``absent``."""
+    payload = message.to_bytes()
+    expected = {"enroll": "enrolled", "open": "opened"}[message.kind]
+    replies: list[tuple[str, Message]] = []
+    for site, _, reply in transport.send_and_receive(
+        {site: [(0, lambda: payload)] for site in sites}, deadline
     ):
-        with _blaming(site, absent):
-            found.append((site, _opened(answer, expected)))
-    return found
+        with _failures_to(absent, site):
+            replies.append((site, _parse_reply(reply, expected)))
+    return replies
 
 
-def _opened(answer: bytes | str, kind: str) -> Message:
-    """An answer's message. Raises ``FederateError`` with what the site, or the way to it, says instead."""
-    if isinstance(answer, str):
-        raise FederateError(answer)
-    message = Message.from_bytes(answer)
+def _parse_reply(reply: bytes | str, kind: str) -> Message:
+    """Parse a reply of the transport.
+
+    Args:
+        reply: The bytes of a message, or the reason for which there is none.
+        kind: The expected kind.
+
+    Raises:
+        FederateError: There is no reply, or the site reports an error.
+        WireError: The bytes are not a message of this kind.
+    """
+    if isinstance(reply, str):
+        raise FederateError(reply)
+    message = Message.from_bytes(reply)
     if message.kind == "error":
-        raise FederateError(str(message.facts.get("error")))
+        raise FederateError(str(message.fields.get("error")))
     if message.kind != kind:
-        raise WireError(
-            f"it answered with a message of kind {message.kind!r}, and {kind!r} was expected"
-        )
+        raise WireError(f"it sent a message of kind {message.kind!r}, expected {kind!r}")
     return message
 
 
 @contextmanager
-def _blaming(site: str, absent: dict[str, str]) -> Iterator[None]:
-    """Within, what is a site's fault is entered as the reason for its absence."""
+def _failures_to(absent: dict[str, str], site: str) -> Iterator[None]:
+    """Catch a ``FederateError`` of the block as the reason for the site's absence."""
     try:
         yield
     except FederateError as error:
         absent[site] = str(error)
 
 
-def _check_some(present: Sequence[str], absent: Mapping[str, str]) -> None:
+def _require_sites(present: Sequence[str], absent: Mapping[str, str]) -> None:
     if not present:
-        said = "\n".join(f"  {site}: {why}" for site, why in absent.items())
-        raise FederateError(f"no site takes part:\n{said}")
+        reasons = "\n".join(f"  {site}: {reason}" for site, reason in absent.items())
+        raise FederateError(f"no site takes part:\n{reasons}")

@@ -1,4 +1,4 @@
-"""One job of a federation at the server: from the last checkpoint through a segment of rounds; in the end, everyone's adapter."""
+"""One job at the server: a segment of rounds from the last checkpoint; at the end, the adapters."""
 
 from __future__ import annotations
 
@@ -18,71 +18,75 @@ from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.serving.export import export_client
-from fedmerge_peft.sites.config import RECIPE, RUN, Federation
+from fedmerge_peft.sites.config import RECIPE_FILE, RUN_FOLDER, Federation
 from fedmerge_peft.sites.server.engine import RemoteEngine, Transport
-from fedmerge_peft.sites.server.roster import Roster, reconcile
+from fedmerge_peft.sites.server.roster import Roster, update_run_clients
 
 log = logging.getLogger(__name__)
 
-State = Literal["ended", "segment", "stopped", "failed"]
+State = Literal["ended", "paused", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended."""
+    """Result of a job."""
 
     state: State
-    """ended: all rounds are done; segment: there are more, for the next job; stopped: somebody asked to stop; failed: see ``error``."""
+    """ended: all rounds are done. paused: the next job continues. stopped: on request. failed: see
+    ``error``."""
     rounds: int
-    """Rounds on the disk, those of baselines included."""
+    """Rounds on disk, including those of the baselines."""
     total: int
-    """Rounds that the recipe asks for, those of baselines included."""
+    """Rounds of the recipe, including those of the baselines."""
     error: str | None = None
     absent: dict[str, str] = field(default_factory=dict)
-    """Sites that took no part, and why."""
+    """Sites that took no part, with the reasons."""
     adapters: dict[str, str | None] = field(default_factory=dict)
-    """Clients whose adapters were sent in the end; why not, where one did not arrive."""
+    """Clients whose adapters were sent; the reason if one did not arrive, else None."""
 
 
-class _Pause(Exception):  # noqa: N818 (no error: the job ends here, and the run goes on)
+class _EndOfJob(Exception):  # noqa: N818 (a normal end, not an error)
     def __init__(self, state: State) -> None:
         self.state = state
 
 
 def run_job(
-    kit: Path, transport: Transport, stop: Callable[[], State | None], tell: Callable[[str], None]
+    kit: Path,
+    transport: Transport,
+    requested_state: Callable[[], State | None],
+    report: Callable[[str], None],
 ) -> Outcome:
-    """Do a job: enrol the sites, go on from the last checkpoint, and end after a segment of rounds or with the run.
+    """Enroll the sites, continue from the last checkpoint, and run a segment of rounds.
 
     Args:
-        kit: The server's; its ``run`` is the run directory.
-        transport: The way to the sites.
-        stop: Asked after each round; a state ends the job there.
-        tell: Is told a line for each event that a person should see.
+        kit: The server's kit; its ``run`` is the run directory.
+        transport: The connection to the sites.
+        requested_state: Called after each round; a state other than None ends the job with it.
+        report: Called with a line of text for each event that the operator should see.
 
     Returns:
-        How it ended. What failed stands in it, and is not raised; finished rounds are on the disk in any case.
+        The outcome. Errors are part of it and are not raised; completed rounds are on disk in any
+        case.
     """
     absent: dict[str, str] = {}
     try:
-        federation, recipe = Federation.read(kit), Recipe.load(kit / RECIPE)
-        roster, run = Roster.read(kit), kit / RUN
-        engine = RemoteEngine.enrol(recipe, federation, roster, transport)
+        federation, recipe = Federation.read(kit), Recipe.load(kit / RECIPE_FILE)
+        roster, run = Roster.read(kit), kit / RUN_FOLDER
+        engine = RemoteEngine.enroll(recipe, federation, roster, transport)
         absent |= engine.absent
         roster.write(kit)
-        reconcile(run, federation, roster)
-        here = [site for site in federation.sites if site not in absent]
-        tell(
-            f"sites: {', '.join(here)}"
-            + "".join(f"; without {site} ({why})" for site, why in absent.items())
+        update_run_clients(run, federation, roster)
+        present = [site for site in federation.sites if site not in absent]
+        report(
+            f"sites: {', '.join(present)}"
+            + "".join(f"; without {site} ({reason})" for site, reason in absent.items())
         )
         try:
-            _continue_run(recipe, run, engine, federation.segment, stop, tell)
-        except _Pause as pause:
-            return _outcome(kit, pause.state, absent=absent)
-        return _outcome(
-            kit, "ended", absent=absent, adapters=_hand_over(RunDirectory.open(run), engine, tell)
-        )
+            _continue_run(recipe, run, engine, federation.segment, requested_state, report)
+        except _EndOfJob as end:
+            return _outcome(kit, end.state, absent=absent)
+        adapters = _send_adapters(RunDirectory.open(run), engine, report)
+        return _outcome(kit, "ended", absent=absent, adapters=adapters)
     except FedMergeError as error:
         return _outcome(kit, "failed", error=str(error), absent=absent)
     except Exception as error:
@@ -95,40 +99,44 @@ def _continue_run(
     run: Path,
     engine: RemoteEngine,
     segment: int,
-    stop: Callable[[], State | None],
-    tell: Callable[[str], None],
+    requested_state: Callable[[], State | None],
+    report: Callable[[str], None],
 ) -> None:
+    """Run up to ``segment`` rounds. Raises ``_EndOfJob`` if rounds remain."""
     done = 0
 
     def on_round(record: RoundRecord) -> None:
         nonlocal done
         done += 1
-        tell(
-            str(record) + "".join(f"\n  {client}: {why}" for client, why in record.failures.items())
-        )
-        if state := stop():
-            raise _Pause(state)
+        failures = "".join(f"\n  {client}: {why}" for client, why in record.failures.items())
+        report(f"{record}{failures}")
+        if state := requested_state():
+            raise _EndOfJob(state)
         if done >= segment and record.round < record.rounds:
-            raise _Pause("segment")
+            raise _EndOfJob("paused")
 
     callbacks = [Callback(on_round=on_round)]
-    if not (run / RECIPE).exists():
+    if not (run / RECIPE_FILE).exists():
         run_recipe(recipe, run, engine=engine, callbacks=callbacks)
         return
-    found = RunDirectory.open(run)
-    if found.ended and found.recipe.rounds >= recipe.rounds:
+    directory = RunDirectory.open(run)
+    if directory.ended and directory.recipe.rounds >= recipe.rounds:
         return
-    overrides = [f"rounds={recipe.rounds}"] if recipe.rounds > found.recipe.rounds else []
+    overrides = [f"rounds={recipe.rounds}"] if recipe.rounds > directory.recipe.rounds else []
     resume_run(run, overrides, engine=engine, callbacks=callbacks)
 
 
-def _hand_over(
-    run: RunDirectory, engine: RemoteEngine, tell: Callable[[str], None]
+def _send_adapters(
+    run: RunDirectory, engine: RemoteEngine, report: Callable[[str], None]
 ) -> dict[str, str | None]:
-    """Give each client its adapter; why one did not arrive, by client. Methods whose clients have no adapter of the layout give none."""
+    """Send each client its adapter; return the reason if one did not arrive, by client.
+
+    Strategies whose clients have no single adapter of the run's rank send none.
+    """
     if run.recipe.strategy.name in ("fedem", "flora"):
-        tell(
-            f"{run.recipe.strategy.name}: clients have no single adapter of the run's rank; fedmerge export has what there is"
+        report(
+            f"{run.recipe.strategy.name}: clients have no single adapter of the run's rank; "
+            "use fedmerge export"
         )
         return {}
     sent: dict[str, str | None] = {}
@@ -139,22 +147,22 @@ def _hand_over(
                 name: (folder / name).read_text(encoding="utf-8")
                 for name in ("README.md", "weights.json")
             }
-            sent[client] = engine.hand_over(
+            sent[client] = engine.send_adapter(
                 client, load_file(folder / "adapter_model.safetensors"), documents
             )
-    missing = {client: why for client, why in sent.items() if why is not None}
-    tell(
+    missing = {client: reason for client, reason in sent.items() if reason is not None}
+    report(
         f"adapters sent to {len(sent) - len(missing)} of {len(sent)} clients"
-        + "".join(f"\n  {c}: {why}" for c, why in missing.items())
+        + "".join(f"\n  {client}: {reason}" for client, reason in missing.items())
     )
     return sent
 
 
 def progress(kit: Path) -> tuple[int, int]:
-    """Rounds on the disk of a server's kit, and rounds that are asked for, those of baselines included."""
-    recipe, run = Recipe.load(kit / RECIPE), kit / RUN
+    """Return rounds on disk and rounds of the recipe, including those of the baselines."""
+    recipe, run = Recipe.load(kit / RECIPE_FILE), kit / RUN_FOLDER
     pairs = [
-        (len(RunDirectory(path).records), one.rounds) for one, path in with_baselines(recipe, run)
+        (len(RunDirectory(path).records), part.rounds) for part, path in with_baselines(recipe, run)
     ]
     return sum(done for done, _ in pairs), sum(total for _, total in pairs)
 

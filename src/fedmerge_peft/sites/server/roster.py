@@ -1,4 +1,4 @@
-"""What the server knows of the clients: names from the beginning, numbers of examples and of labels once their site has told them."""
+"""The server's record of the clients: names, and the counts that their sites have reported."""
 
 from __future__ import annotations
 
@@ -13,136 +13,175 @@ from fedmerge_peft.sites.config import Federation, read_json
 from fedmerge_peft.sites.site_data import agree_on_labels
 from fedmerge_peft.util.files import write_json
 
-ROSTER = "roster.json"
-_PARTS = ("train", "validation", "test")
+ROSTER_FILE = "roster.json"
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass
 class Roster:
-    """Kept in the server's kit, so that it is the same after a restart."""
+    """Clients and labels of the federation, stored in the server's kit across restarts."""
 
     labels: list[str] | None = None
-    """The federation's, in the order of their ids; fixed by the sites of the first job."""
+    """Names of the labels in the order of their ids; fixed by the sites of the first job."""
     format: str | None = None
-    """How texts are laid out."""
+    """Text format of the federation."""
     columns: list[str] = field(default_factory=list)
+    """Columns of the data."""
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: ``group``, ``train``, ``validation``, ``test``, and ``counts`` by label."""
+    """``group``, ``train``, ``validation``, ``test`` and ``counts`` by label, by client name."""
 
     @classmethod
     def read(cls, kit: Path) -> Roster:
-        """The roster of a server's kit, empty before the first job. Raises ``FederateError``."""
-        said = read_json(kit / ROSTER)
+        """Read a server kit's roster; empty before the first job. Raises ``FederateError``."""
+        document = read_json(kit / ROSTER_FILE)
         try:
-            return cls() if said is None else cls(**said)
+            return cls() if document is None else cls(**document)
         except TypeError as error:
-            raise FederateError(f"{kit / ROSTER}: not written by this version ({error})") from error
+            raise FederateError(
+                f"{kit / ROSTER_FILE}: written by another version ({error})"
+            ) from error
 
     def write(self, kit: Path) -> None:
-        """Raises ``RunError``."""
-        write_json(kit / ROSTER, asdict(self))
+        """Write the roster into the server's kit. Raises ``RunError``."""
+        write_json(kit / ROSTER_FILE, asdict(self))
 
-    def settle(self, told: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> dict[str, str]:
-        """Agree on labels and format from what sites told, unless that was done before. Why sites are left out, by site.
+    def agree_on_format(
+        self, summaries: Mapping[str, Mapping[str, Any]], recipe: Recipe
+    ) -> dict[str, str]:
+        """Fix labels and text format in the first job; afterwards check the sites against them.
+
+        Args:
+            summaries: The parsed summary of each site.
+            recipe: The federation's.
+
+        Returns:
+            The reason for each site that does not fit.
 
         Raises:
-            FederateError: The sites have more labels than the recipe says.
+            FederateError: The sites have more labels than the recipe.
         """
-        wrong: dict[str, str] = {}
+        refused: dict[str, str] = {}
         texts = recipe.task.name == "causal-lm"
-        if not self.columns and told:
-            first = next(iter(told.values()))
+        if not self.columns and summaries:
+            first = next(iter(summaries.values()))
             self.columns, self.format = list(first["columns"]), first["format"]
             if not texts:
                 self.labels = agree_on_labels(
-                    [each["labels"] for each in told.values()],
+                    [summary["labels"] for summary in summaries.values()],
                     getattr(recipe.task, "num_labels", None),
                 )
-        for site, each in told.items():
-            if texts and each["format"] != self.format:
-                wrong[site] = (
-                    f"its texts are in the format {each['format']}, and the federation's in {self.format}"
+        for site, summary in summaries.items():
+            if texts and summary["format"] != self.format:
+                refused[site] = (
+                    f"its texts have the format {summary['format']}, "
+                    f"and the federation uses {self.format}"
                 )
-            elif not texts and (unknown := sorted(set(each["labels"]) - set(self.labels or ()))):
-                wrong[site] = (
-                    f"its data have labels that the federation does not know: {', '.join(unknown)}"
+            elif not texts and (unknown := sorted(set(summary["labels"]) - set(self.labels or ()))):
+                refused[site] = (
+                    f"its data have labels that the federation does not have: {', '.join(unknown)}"
                 )
-        return wrong
+        return refused
 
-    def enter(
+    def add_clients(
         self, clients: Sequence[Mapping[str, Any]], counts: Sequence[Sequence[int]] | None
     ) -> None:
-        """Enter a site's clients. Raises ``WireError`` for those that came with other numbers before."""
-        for position, each in enumerate(clients):
-            entry = {key: each[key] for key in ("group", "train", "validation", "test")}
+        """Add a site's clients. Raises ``WireError`` if a client has changed its counts."""
+        for position, client in enumerate(clients):
+            entry = {key: client[key] for key in ("group", *_SPLITS)}
             entry["counts"] = None if counts is None else list(counts[position])
-            known = self.clients.setdefault(str(each["name"]), entry)
+            known = self.clients.setdefault(str(client["name"]), entry)
             if known != entry:
-                was, now = (
-                    ", ".join(f"{said[part]} {part}" for part in _PARTS) for said in (known, entry)
+                before, now = (
+                    ", ".join(f"{values[split]} {split}" for split in _SPLITS)
+                    for values in (known, entry)
                 )
                 raise WireError(
-                    f"client {each['name']} was entered with {was} examples, and now has {now}, or others of a label; "
-                    "data may not change within a federation"
+                    f"client {client['name']} enrolled with {before} examples, and now has {now}, "
+                    "or other counts of labels; data may not change within a federation"
                 )
 
 
-def told_by(facts: Mapping[str, Any], clients: Sequence[str], site: str) -> dict[str, Any]:
-    """What a site told when it enrolled, checked. Raises ``WireError``."""
+def parse_site_summary(
+    fields: Mapping[str, Any], clients: Sequence[str], site: str
+) -> dict[str, Any]:
+    """Check and return the ``SiteSummary`` in a message.
+
+    Args:
+        fields: Fields of the ``enrolled`` message.
+        clients: Names of the site's clients in the federation.
+        site: Name of the site.
+
+    Raises:
+        WireError: The summary is malformed, or describes other clients.
+    """
     try:
-        told: list[dict[str, Any]] = [
+        entries: list[dict[str, Any]] = [
             {
-                "name": str(each["name"]),
-                "group": str(each["group"]),
-                **{key: _count(each[key]) for key in _PARTS},
+                "name": str(entry["name"]),
+                "group": str(entry["group"]),
+                **{split: _count(entry[split]) for split in _SPLITS},
             }
-            for each in facts["clients"]
+            for entry in fields["clients"]
         ]
-        labels, layout = facts["labels"], facts["format"]
-        columns = [str(name) for name in facts["columns"]]
+        labels, text_format = fields["labels"], fields["format"]
+        columns = [str(name) for name in fields["columns"]]
         labels = None if labels is None else [str(label) for label in labels]
     except (KeyError, TypeError, ValueError) as error:
-        raise WireError(
-            f"it told of its data in no form that this version knows ({type(error).__name__})"
-        ) from error
-    if [each["name"] for each in told] != list(clients) or any(each["train"] < 1 for each in told):
-        raise WireError(f"it told of other clients than the federation knows of {site}")
+        raise WireError(f"its summary of the data is malformed ({type(error).__name__})") from error
+    if [entry["name"] for entry in entries] != list(clients):
+        raise WireError(f"its summary names other clients than the federation has at {site}")
+    if any(entry["train"] < 1 for entry in entries):
+        raise WireError("its summary has a client without training examples")
     return {
-        "clients": told,
+        "clients": entries,
         "labels": labels,
-        "format": None if layout is None else str(layout),
+        "format": None if text_format is None else str(text_format),
         "columns": columns,
     }
 
 
-def counts_of(
-    facts: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
+def parse_label_counts(
+    fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
 ) -> list[list[int]] | None:
-    """How many training examples of each label a site's clients have, checked. Raises ``WireError``."""
+    """Check and return the training examples of each label, clients × labels.
+
+    Args:
+        fields: Fields of the ``opened`` message.
+        clients: The clients in the site's summary.
+        labels: The federation's labels.
+
+    Returns:
+        The counts; None for a task without labels.
+
+    Raises:
+        WireError: The counts are malformed, or do not sum to the training examples.
+    """
     if not labels:
         return None
     try:
-        counts = [[_count(number) for number in row] for row in facts["counts"]]
+        counts = [[_count(number) for number in row] for row in fields["counts"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise WireError(
-            f"it counted its labels in no form that this version knows ({type(error).__name__})"
-        ) from error
-    if [sum(row) for row in counts] != [each["train"] for each in clients] or any(
+        raise WireError(f"its counts of labels are malformed ({type(error).__name__})") from error
+    if [sum(row) for row in counts] != [client["train"] for client in clients] or any(
         len(row) != len(labels) for row in counts
     ):
         raise WireError("its counts of labels do not add up to its examples")
     return counts
 
 
-def reconcile(run: Path, federation: Federation, roster: Roster) -> None:
-    """Write into a run directory what sites that came late have told of clients that were names only. Raises ``FederateError``."""
+def update_run_clients(run: Path, federation: Federation, roster: Roster) -> None:
+    """Enter the counts of sites that joined late into a run directory.
+
+    Raises:
+        FederateError: A file of the run directory cannot be read.
+    """
     clients, labels = read_json(run / "clients.json"), read_json(run / "labels.json")
     if clients is None:
         return
     for entry in clients:
         known = roster.clients.get(entry["name"])
         if known is not None and entry["train"] == 0:
-            entry |= {key: known[key] for key in ("group", "train", "validation", "test")}
+            entry |= {key: known[key] for key in ("group", *_SPLITS)}
             if labels is not None:
                 labels["counts"][federation.clients.index(entry["name"])] = known["counts"]
     write_json(run / "clients.json", clients)
@@ -152,5 +191,5 @@ def reconcile(run: Path, federation: Federation, roster: Roster) -> None:
 
 def _count(value: object) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value

@@ -1,1 +1,1 @@
-"""The site side of a federation across sites."""
+"""Site of a federation: the trainer, its process and connection, and the audit log."""

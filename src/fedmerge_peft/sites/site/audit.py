@@ -1,4 +1,4 @@
-"""What left the building: a line of JSON for each message that a site sends, in a file that is only ever added to."""
+"""Audit log of a site: one JSON line for each message that its trainer sends; append-only."""
 
 from __future__ import annotations
 
@@ -9,39 +9,46 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-LOG = "audit.jsonl"
+AUDIT_FILE = "audit.jsonl"
 
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """One message that a site sent."""
+    """Description of one message that a site sent."""
 
     kind: str
-    """What it answered: enrol, open, train, score, adapter."""
+    """Kind of the request: enroll, open, train, evaluate or adapter; error for a failure."""
     client: str | None = None
     round: int | None = None
-    norm: float | None = None
-    """‖δ‖₂ of the update as it left, over all of its rows."""
-    norm_trained: float | None = None
-    """The same before the site's filter."""
-    refused: str | None = None
-    """Why nothing but this was sent."""
+    update_norm: float | None = None
+    """‖δ‖₂ of the update as sent, over all of its rows."""
+    update_norm_unfiltered: float | None = None
+    """‖δ‖₂ of the update before clipping and noise."""
+    error: str | None = None
+    """Reason for which the message contains only an error."""
 
 
-def record(kit: Path, entry: AuditEntry, content: bytes) -> None:
-    """Add a line: time (UTC), bytes and SHA-256 of what leaves, and what it is. On the disk before this returns, and so before it leaves.
+def record(kit: Path, entry: AuditEntry, payload: bytes) -> None:
+    """Append a line for a message; it is on disk when the function returns.
 
-    Raises ``OSError``: what cannot be written down does not leave.
+    Args:
+        kit: The site's kit.
+        entry: Description of the message.
+        payload: The serialized message; its size and SHA-256 digest are recorded with the time
+            in UTC.
+
+    Raises:
+        OSError: The line cannot be written; the message must not be sent.
     """
-    said = {
+    line = {
         "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
         **{key: value for key, value in asdict(entry).items() if value is not None},
-        "bytes": len(content),
-        "sha256": sha256(content).hexdigest(),
+        "bytes": len(payload),
+        "sha256": sha256(payload).hexdigest(),
     }
-    descriptor = os.open(kit / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = os.open(kit / AUDIT_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(descriptor, (json.dumps(said, ensure_ascii=False) + "\n").encode())
+        os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,7 +1,8 @@
-"""Between a site's job process and its trainer: bytes over a local socket that only this user can open.
+"""Local socket between a site's job process and its trainer; only the site's user can open it.
 
-A request is its kind, then a message; the answer is one byte, then a message unless the byte says that there is none. A connection carries
-one request, so that a job that gives up closes it and nobody takes an old answer for a new one. Nothing here imports torch or nvflare.
+A request is a message's kind, then the message. The reply is a status byte, then a message if the
+status is ``_REPLY``. Each connection carries one request: a job that gives up closes it, so that
+no later request receives an old reply. This module imports neither torch nor nvflare.
 """
 
 from __future__ import annotations
@@ -16,83 +17,93 @@ from fedmerge_peft.errors import FederateError
 
 log = logging.getLogger(__name__)
 
-_DONE, _CLOSED = b"=", b"?"
-"""The answer follows; or: the trainer has not been opened for this job."""
-_WAIT = 0.1
-"""Seconds between two looks."""
+_REPLY, _NOT_OPEN = b"=", b"?"
+"""Status of a reply: a message follows, or the trainer has not been opened for the job."""
+_POLL_INTERVAL = 0.1
+"""Seconds between two checks."""
 
 
-class Answers(Protocol):
-    """What answers messages: a ``trainer.Trainer``."""
+class MessageHandler(Protocol):
+    """Handler of messages: ``trainer.Trainer``."""
 
     @property
-    def opened(self) -> bool:
-        """Whether it can be asked to work."""
+    def is_open(self) -> bool:
+        """Ready to train and evaluate."""
 
-    def answer(self, content: bytes) -> bytes:
-        """The answer to a message."""
+    def handle(self, payload: bytes) -> bytes:
+        """Return the reply to a message."""
 
 
-def serve(trainer: Answers, address: str) -> None:
-    """Answer requests one after another, for good."""
+def serve(trainer: MessageHandler, address: str) -> None:
+    """Handle requests one after another, forever."""
     with Listener(address, family="AF_UNIX") as listener:
         while True:
             with listener.accept() as connection:
                 try:
-                    kind, content = connection.recv_bytes(), connection.recv_bytes()
-                    if kind not in (b"enrol", b"open") and not trainer.opened:
-                        connection.send_bytes(_CLOSED)
+                    kind, payload = connection.recv_bytes(), connection.recv_bytes()
+                    if kind not in (b"enroll", b"open") and not trainer.is_open:
+                        connection.send_bytes(_NOT_OPEN)
                         continue
-                    answer = trainer.answer(content)
-                    connection.send_bytes(_DONE)
-                    connection.send_bytes(answer)
-                except (EOFError, OSError) as error:  # the job has gone, or waits no longer
-                    log.warning("an answer was not waited for (%s)", type(error).__name__)
+                    reply = trainer.handle(payload)
+                    connection.send_bytes(_REPLY)
+                    connection.send_bytes(reply)
+                except (EOFError, OSError) as error:  # the job has ended or given up
+                    log.warning("a job closed its connection early (%s)", type(error).__name__)
 
 
-class Link:
-    """A job's way to the trainer. It remembers how the job was opened, and opens it again for a trainer that was started anew."""
+class TrainerConnection:
+    """A job's connection to the trainer.
+
+    It stores the job's ``open`` message, and sends it again to a trainer that was restarted.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._opening: bytes | None = None
+        self._open_payload: bytes | None = None
 
-    def ask(self, kind: str, content: bytes, given_up: Callable[[], bool]) -> bytes:
-        """The trainer's answer. Waits for a trainer that is still starting, until ``given_up``.
+    def request(self, kind: str, payload: bytes, cancelled: Callable[[], bool]) -> bytes:
+        """Send a message and return the trainer's reply; wait for a trainer that is starting.
+
+        Args:
+            kind: Kind of the message.
+            payload: The serialized message.
+            cancelled: Called regularly; True ends the wait.
 
         Raises:
-            FederateError: The trainer died over it, or the job gave up.
+            FederateError: The trainer died during the request, or ``cancelled`` returned True.
         """
         if kind == "open":
-            self._opening = content
-        answer = self._once(kind, content, given_up)
-        if answer is None and self._opening is not None:
-            self._once("open", self._opening, given_up)
-            answer = self._once(kind, content, given_up)
-        if answer is None:
+            self._open_payload = payload
+        reply = self._request_once(kind, payload, cancelled)
+        if reply is None and self._open_payload is not None:
+            self._request_once("open", self._open_payload, cancelled)
+            reply = self._request_once(kind, payload, cancelled)
+        if reply is None:
             raise FederateError("the trainer could not be opened for this job")
-        return answer
+        return reply
 
-    def _once(self, kind: str, content: bytes, given_up: Callable[[], bool]) -> bytes | None:
-        """The answer; None of a trainer that has not been opened."""
-        with self._connect(given_up) as connection:
+    def _request_once(
+        self, kind: str, payload: bytes, cancelled: Callable[[], bool]
+    ) -> bytes | None:
+        """Return the reply; None if the trainer has not been opened."""
+        with self._connect(cancelled) as connection:
             try:
                 connection.send_bytes(kind.encode())
-                connection.send_bytes(content)
-                while not connection.poll(_WAIT):
-                    if given_up():
-                        raise FederateError("the job waits no longer")
-                return connection.recv_bytes() if connection.recv_bytes() == _DONE else None
+                connection.send_bytes(payload)
+                while not connection.poll(_POLL_INTERVAL):
+                    if cancelled():
+                        raise FederateError("the job no longer waits for the trainer")
+                return connection.recv_bytes() if connection.recv_bytes() == _REPLY else None
             except (EOFError, OSError) as error:
                 raise FederateError(
-                    "the site's trainer died while it worked; it is being started again"
+                    "the site's trainer died during the request; the site restarts it"
                 ) from error
 
-    def _connect(self, given_up: Callable[[], bool]) -> Connection:
+    def _connect(self, cancelled: Callable[[], bool]) -> Connection:
         while True:
             try:
                 return Client(self.address, family="AF_UNIX")
-            except OSError:  # it is not there yet, or not any more
-                if given_up():
+            except OSError:  # the trainer is starting or restarting
+                if cancelled():
                     raise FederateError("the site's trainer did not start in time") from None
-                time.sleep(_WAIT)
+                time.sleep(_POLL_INTERVAL)

@@ -1,4 +1,4 @@
-"""A site's trainer: it holds the site's data and the model, and answers what the server asks, or says why it does not."""
+"""Trainer of a site: it holds data and model, and trains and evaluates on the server's request."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import loads
 from fedmerge_peft.serving.export import folder_name
 from fedmerge_peft.sites.config import (
-    RECIPE,
-    SITE,
+    RECIPE_FILE,
+    SITE_FILE,
     Federation,
     SitePrivacy,
     SiteSettings,
-    refusal,
-    refused_modules,
+    modules_refusal,
+    recipe_refusal,
 )
 from fedmerge_peft.sites.messages import (
     Message,
@@ -37,7 +37,12 @@ from fedmerge_peft.sites.messages import (
     reply_message,
 )
 from fedmerge_peft.sites.site.audit import AuditEntry, record
-from fedmerge_peft.sites.site_data import check_data, numbered, read_data, tell
+from fedmerge_peft.sites.site_data import (
+    check_data,
+    read_site_data,
+    site_summary,
+    with_label_ids,
+)
 from fedmerge_peft.strategies.differential_privacy import update_privacy as agreed_privacy
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
@@ -46,212 +51,225 @@ from fedmerge_peft.util.vectors import row_norms
 
 log = logging.getLogger(__name__)
 
-_LONGEST = 2**18
-"""Characters of a document that the server sends along with an adapter."""
+_MAX_DOCUMENT = 2**18
+"""Largest number of characters in a document that the server sends with an adapter."""
 
 
 class Trainer:
-    """One site: its clients, their examples, and one engine for all of them, loaded when the first job opens and kept."""
+    """Clients, examples and engine of one site; the engine is loaded for the first job and kept."""
 
     def __init__(self, kit: Path, site: str, settings: SiteSettings) -> None:
-        """Read the site's data and look at them.
+        """Read and check the site's data.
+
+        Args:
+            kit: The site's kit.
+            site: Name of the site.
+            settings: The site's settings.
 
         Raises:
-            DataError: They cannot be read, or are not what the recipe says.
-            FederateError: They are not the clients' that the federation knows, or not what the site wants them to be.
+            DataError: The data cannot be read, or do not fit the recipe.
+            FederateError: The data belong to other clients, or do not meet the site's checks.
         """
         self.kit = kit
         self.settings = settings
         self.federation = Federation.read(kit)
-        agreed = Recipe.load(kit / RECIPE)
-        if why := refusal(agreed, agreed, settings.allow):
-            raise RefusedError(f"the recipe in the kit asks for more than {SITE} allows: {why}")
+        agreed = Recipe.load(kit / RECIPE_FILE)
+        if reason := recipe_refusal(agreed, agreed, settings.allow):
+            raise RefusedError(f"the recipe in the kit exceeds the limits in {SITE_FILE}: {reason}")
         self.agreed = agreed
-        self.recipe = settings.applied(agreed)
+        self.recipe = settings.apply_to(agreed)
         if settings.data is None:
             raise RefusedError(
-                f"{kit / SITE} names no data; give --data FILE, or write data: {{path: FILE}}"
+                f"{kit / SITE_FILE} names no data; use --data FILE, or write data: {{path: FILE}}"
             )
-        self.data = read_data(settings.data, self.recipe, self.federation.sites[site], kit)
+        clients = self.federation.sites[site]
+        self.data = read_site_data(settings.data, self.recipe, clients, kit)
         check_data(self.data, settings.checks)
-        self.told = tell(self.data, self.recipe)
-        self._opened: tuple[object, LocalEngine] | None = None
+        self.summary = site_summary(self.data, self.recipe)
+        self._open: tuple[object, LocalEngine] | None = None
 
-    def answer(self, content: bytes) -> bytes:
-        """Do what a message asks. What fails or is refused is answered in words, without a traceback or an example."""
+    def handle(self, payload: bytes) -> bytes:
+        """Carry out a message and return the reply, which is in the audit log before it is sent.
+
+        The reply to a failed or refused message is an error text without traceback or examples.
+        """
         try:
-            message = Message.from_bytes(content)
-            answer, entry = self._answer(message)
+            reply, entry = self._dispatch(Message.from_bytes(payload))
         except FedMergeError as error:
-            cause = error.cause if isinstance(error, ClientError) else str(error)
+            reason = error.cause if isinstance(error, ClientError) else str(error)
             log.warning("%s", error)
-            answer = Message(
-                "error", {"error": cause, "refused": isinstance(error, RefusedError | WireError)}
-            )
-            entry = AuditEntry("error", refused=cause)
+            refused = isinstance(error, RefusedError | WireError)
+            reply = Message("error", {"error": reason, "refused": refused})
+            entry = AuditEntry("error", error=reason)
         except Exception as error:
-            log.exception("a message could not be answered")
-            answer = Message(
-                "error",
-                {
-                    "error": f"{type(error).__name__} at the site; its log has more",
-                    "refused": False,
-                },
+            log.exception("a message could not be handled")
+            name = type(error).__name__
+            reply = Message(
+                "error", {"error": f"{name} at the site; see the site's log", "refused": False}
             )
-            entry = AuditEntry("error", refused=type(error).__name__)
-        sent = answer.to_bytes()
+            entry = AuditEntry("error", error=name)
+        sent = reply.to_bytes()
         record(self.kit, entry, sent)
         return sent
 
-    def _answer(self, message: Message) -> tuple[Message, AuditEntry]:
+    def _dispatch(self, message: Message) -> tuple[Message, AuditEntry]:
         match message.kind:
-            case "enrol":
-                return self._enrol(message), AuditEntry("enrol")
+            case "enroll":
+                return self._enroll(message), AuditEntry("enroll")
             case "open":
-                return self._open(message), AuditEntry("open")
-            case "train" | "score":
-                return self._work(message)
+                return self._open_job(message), AuditEntry("open")
+            case "train" | "evaluate":
+                return self._train_or_evaluate(message)
             case "adapter":
-                return self._keep(message), AuditEntry("adapter", str(message.facts.get("client")))
+                client = str(message.fields.get("client"))
+                return self._store_adapter(message), AuditEntry("adapter", client)
             case other:
                 raise WireError(
-                    f"a message of kind {other!r}, which this version does not know; install the same version everywhere"
+                    f"a message of unknown kind {other!r}; "
+                    "install the same version on the server and all sites"
                 )
 
-    # ---- the beginning of a job --------------------------------------------------------------------
+    # ---- start of a job --------------------------------------------------------------------------
 
-    def _enrol(self, message: Message) -> Message:
-        asked = loads(Recipe, str(message.facts.get("recipe")), "the server's recipe")
-        if why := refusal(asked, self.agreed, self.settings.allow):
-            raise RefusedError(why)
-        if (dtype := message.facts.get("dtype")) != self.federation.wire_dtype:
+    def _enroll(self, message: Message) -> Message:
+        requested = loads(Recipe, str(message.fields.get("recipe")), "the server's recipe")
+        if reason := recipe_refusal(requested, self.agreed, self.settings.allow):
+            raise RefusedError(reason)
+        if (dtype := message.fields.get("dtype")) != self.federation.wire_dtype:
             raise WireError(
-                f"the server wants numbers as {dtype}, and the kit says {self.federation.wire_dtype}"
+                f"the server uses numbers in {dtype}, and the kit has {self.federation.wire_dtype}"
             )
-        return Message("enrolled", asdict(self.told))
+        return Message("enrolled", asdict(self.summary))
 
-    def _open(self, message: Message) -> Message:
-        facts = message.facts
-        labels, layout = facts.get("labels"), facts.get("layout")
-        opened = (labels, facts.get("format"))
-        if self._opened is None or self._opened[0] != opened:
-            self._opened = None  # room for the next
-            data = numbered(self.data, self.recipe, labels or ())
+    def _open_job(self, message: Message) -> Message:
+        fields = message.fields
+        labels, layout = fields.get("labels"), fields.get("layout")
+        key = (labels, fields.get("format"))
+        if self._open is None or self._open[0] != key:
+            self._open = None  # frees the memory of the previous engine
+            data = with_label_ids(self.data, self.recipe, labels or ())
             recipe = self.recipe
             if recipe.task.name == "causal-lm":
-                recipe = recipe.model_copy(
-                    update={"task": recipe.task.model_copy(update={"format": facts.get("format")})}
-                )
-            self._opened = (opened, LocalEngine.from_data(recipe, data))
+                task = recipe.task.model_copy(update={"format": fields.get("format")})
+                recipe = recipe.model_copy(update={"task": task})
+            self._open = (key, LocalEngine.from_data(recipe, data))
         engine = self._engine
-        keys = [entry.key for entry in engine.backbone.layout.entries]
-        if why := refused_modules(keys, self.settings.allow):
-            raise RefusedError(why)
-        most = self.settings.allow.max_parameters
-        if most is not None and engine.backbone.layout.size > most:
+        backbone = engine.backbone
+        keys = [entry.key for entry in backbone.layout.entries]
+        if reason := modules_refusal(keys, self.settings.allow):
+            raise RefusedError(reason)
+        limit = self.settings.allow.max_parameters
+        if limit is not None and backbone.layout.size > limit:
             raise RefusedError(
-                f"lora: an update has {engine.backbone.layout.size} numbers, and allow.max_parameters in {SITE} is {most}"
+                f"lora: an update has {backbone.layout.size} values, "
+                f"and allow.max_parameters in {SITE_FILE} is {limit}"
             )
-        ours = layout_digest(engine.backbone.layout, engine.backbone.shared)
+        ours = layout_digest(backbone.layout, backbone.shared)
         if layout != ours:
             raise WireError(
-                f"the server's adapters have layout {str(layout)[:12]}, and the model here gives {ours[:12]}: "
-                "the model, PEFT or this package differ; install the same versions, and take the same model, everywhere"
+                f"the server's adapters have layout {str(layout)[:12]}, and this site's have "
+                f"{ours[:12]}: model, PEFT or fedmerge-peft differ; use the same model and the "
+                "same versions on the server and all sites"
             )
         shared = {
             name: message.tensors[name].float()
-            for name in engine.backbone.shared
+            for name in backbone.shared
             if name in message.tensors
         }
         if {name: value.shape for name, value in shared.items()} != {
-            name: value.shape for name, value in engine.backbone.shared.items()
+            name: value.shape for name, value in backbone.shared.items()
         }:
-            raise WireError("the tensors that all adapters share are not those of this layout")
-        engine.backbone.load_shared(shared)
-        engine.known = KnownScores()  # what is known was scored with what was shared before
+            raise WireError("the tensors shared by all adapters do not fit this layout")
+        backbone.load_shared(shared)
+        engine.known = KnownScores()  # cached scores depend on the shared tensors
         return Message(
             "opened",
-            {"layout": ours, "size": engine.backbone.layout.size, "counts": engine.label_counts()},
+            {"layout": ours, "size": backbone.layout.size, "counts": engine.label_counts()},
         )
 
     @property
-    def opened(self) -> bool:
-        """Whether the model is loaded: what ``open`` does."""
-        return self._opened is not None
+    def is_open(self) -> bool:
+        """True once an ``open`` message has loaded the model."""
+        return self._open is not None
 
     @property
     def _engine(self) -> LocalEngine:
-        if self._opened is None:
-            raise WireError("work came before the job was opened")
-        return self._opened[1]
+        if self._open is None:
+            raise WireError("an assignment arrived before the job was opened")
+        return self._open[1]
 
-    # ---- rounds ------------------------------------------------------------------------------------
+    # ---- rounds ----------------------------------------------------------------------------------
 
-    def _work(self, message: Message) -> tuple[Message, AuditEntry]:
+    def _train_or_evaluate(self, message: Message) -> tuple[Message, AuditEntry]:
         engine = self._engine
         layout = layout_digest(engine.backbone.layout, engine.backbone.shared)
         dtype = self.federation.wire_dtype
-        work = read_assignment(message, layout, engine.backbone.layout.size, dtype)
-        index = next(
-            (number for number, client in enumerate(engine.clients) if client.name == work.client),
-            None,
-        )
-        if index is None:
-            raise WireError(f"work for client {work.client!r}, who is not at this site")
-        engine.backbone.set_base(work.base)
-        if work.plan is None:
-            return self._score(engine, index, work), AuditEntry("score", work.client, work.round)
-        privacy = self._update_privacy(work.plan)
-        plan = replace(work.plan, privacy=None) if isinstance(work.plan, Train) else work.plan
-        assignment = Assignment(plan, work.served)
-        ((_, reply),) = engine.train_clients(work.round, [(index, assignment)])
-        if isinstance(reply, ClientError):
-            raise reply
-        trained = reply.deltas
-        norm = norm_trained = float(row_norms(trained.reshape(1, -1)))
+        assignment = read_assignment(message, layout, engine.backbone.layout.size, dtype)
+        client, plan = assignment.client, assignment.plan
+        names = [local.name for local in engine.clients]
+        if client not in names:
+            raise WireError(f"an assignment for client {client!r}, who is not at this site")
+        index = names.index(client)
+        engine.backbone.set_base(assignment.base)
+        if plan is None:
+            reply = self._evaluate(engine, index, assignment)
+            return reply, AuditEntry("evaluate", client, assignment.round)
+        privacy = self._update_privacy(plan)
+        plan_without_privacy = replace(plan, privacy=None) if isinstance(plan, Train) else plan
+        local = Assignment(plan_without_privacy, assignment.served)
+        ((_, trained),) = engine.train_clients(assignment.round, [(index, local)])
+        if isinstance(trained, ClientError):
+            raise trained
+        norm = norm_unfiltered = float(row_norms(trained.deltas.reshape(1, -1)))
         if privacy is not None:
-            reply = replace(reply, deltas=filtered(trained, plan, privacy))
-            norm = float(row_norms(reply.deltas.reshape(1, -1)))
-        return reply_message(reply, work.client, layout, dtype), AuditEntry(
-            "train", work.client, work.round, norm, norm_trained
+            deltas = filter_update(trained.deltas, plan_without_privacy, privacy)
+            trained = replace(trained, deltas=deltas)
+            norm = float(row_norms(deltas.reshape(1, -1)))
+        return reply_message(trained, client, layout, dtype), AuditEntry(
+            "train", client, assignment.round, norm, norm_unfiltered
         )
 
-    def _score(self, engine: LocalEngine, index: int, work: RemoteAssignment) -> Message:
-        if work.served is None:
-            raise WireError("a client is to be scored, and with nothing")
-        ((_, scores),) = engine.evaluate_clients([(index, work.served)], work.round)
+    def _evaluate(self, engine: LocalEngine, index: int, assignment: RemoteAssignment) -> Message:
+        if assignment.served is None:
+            raise WireError("an evaluate message without an adapter")
+        served = [(index, assignment.served)]
+        ((_, scores),) = engine.evaluate_clients(served, assignment.round)
         if isinstance(scores, ClientError):
             raise scores
-        return Message("scored", {"client": work.client, "scores": scores})
+        return Message("evaluated", {"client": assignment.client, "scores": scores})
 
     def _update_privacy(self, plan: Plan) -> UpdatePrivacy | None:
-        """What is done to an update before it leaves: the strictest of what the plan, the recipe in the kit and the site say."""
-        asked = plan.privacy if isinstance(plan, Train) else None
-        if asked is None and self.agreed.privacy.mode != "none":
+        """Return the shortest clip and largest noise of plan, kit's recipe and ``site.yaml``."""
+        requested = plan.privacy if isinstance(plan, Train) else None
+        if requested is None and self.agreed.privacy.mode != "none":
             raise RefusedError(
-                f"privacy.mode: the recipe in the kit says {self.agreed.privacy.mode}, and the server asks for updates without it"
+                f"privacy.mode is {self.agreed.privacy.mode} in the kit's recipe, "
+                "and the server requests updates without it"
             )
-        return stricter(self.settings.privacy, asked, agreed_privacy(self.agreed.privacy))
+        return strictest_privacy(
+            self.settings.privacy, requested, agreed_privacy(self.agreed.privacy)
+        )
 
-    # ---- the end -----------------------------------------------------------------------------------
+    # ---- end of the run --------------------------------------------------------------------------
 
-    def _keep(self, message: Message) -> Message:
-        """Write an adapter that one of this site's clients is given, as a PEFT folder; its configuration is this site's own."""
-        client, layout = message.facts.get("client"), self._engine.backbone.layout
-        if client not in [each.name for each in self.data.clients]:
-            raise WireError(f"an adapter for {client!r}, who is not at this site")
-        expected = {entry.key: entry.shape for entry in layout.entries} | {
-            k: tuple(v.shape) for k, v in self._engine.backbone.shared.items()
+    def _store_adapter(self, message: Message) -> Message:
+        """Write a client's adapter as a PEFT folder, with the configuration of this site."""
+        client, backbone = message.fields.get("client"), self._engine.backbone
+        if client not in [local.name for local in self.data.clients]:
+            raise WireError(f"an adapter for client {client!r}, who is not at this site")
+        expected = {entry.key: entry.shape for entry in backbone.layout.entries} | {
+            name: tuple(tensor.shape) for name, tensor in backbone.shared.items()
         }
         if {name: tuple(tensor.shape) for name, tensor in message.tensors.items()} != expected:
-            raise WireError("an adapter that is not of this layout")
+            raise WireError("an adapter that does not fit this layout")
         folder = self.kit / "adapters" / folder_name(client)
         write_adapter(folder, message.tensors, self._config)
         for name in ("README.md", "weights.json"):
-            if isinstance(text := message.facts.get(name), str) and len(text) <= _LONGEST:
+            text = message.fields.get(name)
+            if isinstance(text, str) and len(text) <= _MAX_DOCUMENT:
                 write_text(folder / name, text)
         log.warning("the adapter of %s is in %s", client, folder)
-        return Message("kept")
+        return Message("adapter_stored")
 
     @cached_property
     def _config(self) -> Mapping[str, object]:
@@ -268,16 +286,25 @@ class Trainer:
         }
 
 
-def stricter(own: SitePrivacy, *others: UpdatePrivacy | None) -> UpdatePrivacy | None:
-    """The shortest clip and the largest noise of what a site and others want; None where nobody wants anything."""
-    wanted = [each for each in others if each is not None]
-    clips = [clip for clip in (own.clip, *(each.clip for each in wanted)) if clip is not None]
-    noise = max([own.noise, *(each.noise for each in wanted)])
+def strictest_privacy(site: SitePrivacy, *others: UpdatePrivacy | None) -> UpdatePrivacy | None:
+    """Return the shortest clip and the largest noise of several; None if all are empty."""
+    given = [privacy for privacy in others if privacy is not None]
+    clips = [clip for clip in (site.clip, *(privacy.clip for privacy in given)) if clip is not None]
+    noise = max([site.noise, *(privacy.noise for privacy in given)])
     return UpdatePrivacy(min(clips, default=float("inf")), noise) if clips or noise else None
 
 
-def filtered(deltas: Tensor, plan: Plan, privacy: UpdatePrivacy) -> Tensor:
-    """Updates ``(k, P)`` as they leave, each row clipped and with noise in the columns that trained, from a seed that stays unknown."""
+def filter_update(deltas: Tensor, plan: Plan, privacy: UpdatePrivacy) -> Tensor:
+    """Clip each row of an update, and add noise to its trained columns.
+
+    Args:
+        deltas: The update, ``(k, P)``.
+        plan: The plan; its phases determine the trained columns.
+        privacy: Clip and noise; the noise is seeded by the operating system.
+
+    Returns:
+        The filtered update, ``(k, P)``.
+    """
     if isinstance(plan, InTurn):
         phases = [job.phases for job in plan.jobs]
     else:

@@ -1,4 +1,4 @@
-"""A site's long-lived trainer: it reads the data, waits for jobs, and keeps the model from one to the next."""
+"""Long-lived trainer process of a site: it reads the data once and keeps the model across jobs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.sites.config import (
-    ADDRESS,
-    KIT,
-    REFUSED,
-    SETTINGS,
+    ADDRESS_VARIABLE,
+    KIT_VARIABLE,
+    PERMANENT_FAILURE,
+    SETTINGS_VARIABLE,
     SiteSettings,
     printable_lines,
 )
-from fedmerge_peft.sites.exit_with_parent import end_with_parent
+from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 from fedmerge_peft.sites.site.connection import serve
 
 
 def main() -> None:
-    """Serve the site that the environment describes; exit code 2 for what would be wrong again."""
-    end_with_parent()
+    """Serve the site that the environment describes; exit with 2 if a restart cannot help."""
+    exit_with_parent()
     site = sys.argv[1]
     from rich.console import Console
 
@@ -30,18 +30,18 @@ def main() -> None:
 
     configure_logging(Console(stderr=True, highlight=False))
     try:
-        trainer = Trainer(
-            Path(os.environ[KIT]), site, SiteSettings.model_validate_json(os.environ[SETTINGS])
-        )
+        settings = SiteSettings.model_validate_json(os.environ[SETTINGS_VARIABLE])
+        trainer = Trainer(Path(os.environ[KIT_VARIABLE]), site, settings)
     except FedMergeError as error:
         print(printable_lines(str(error).split("\n")), file=sys.stderr, flush=True)
-        sys.exit(REFUSED)
+        sys.exit(PERMANENT_FAILURE)
     sizes = ", ".join(
-        f"{client.name}: {client.size} to train on" for client in trainer.data.clients
+        f"{client.name}: {client.size} training examples" for client in trainer.data.clients
     )
     print(f"site {site} is ready ({sizes})", file=sys.stderr, flush=True)
-    Path(os.environ[ADDRESS]).unlink(missing_ok=True)  # of a trainer that died
-    serve(trainer, os.environ[ADDRESS])
+    address = os.environ[ADDRESS_VARIABLE]
+    Path(address).unlink(missing_ok=True)  # left by a trainer that died
+    serve(trainer, address)
 
 
 if __name__ == "__main__":

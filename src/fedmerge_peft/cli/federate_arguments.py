@@ -1,0 +1,47 @@
+"""Arguments of ``fedmerge federate``: the server's address, and the sites with their clients."""
+
+from __future__ import annotations
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Parse ``HOST:PORT``. Raises ``FederateError``."""
+    from fedmerge_peft.errors import FederateError
+
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise FederateError(f"--server: {text!r}, expected HOST:PORT, such as fl.example.org:8002")
+    return host, int(port)
+
+
+def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
+    """Return the clients of each site; a site without any has one client of its own name.
+
+    Args:
+        sites: Names of the sites, separated by commas.
+        clients: Items of the form ``SITE=NAME``.
+
+    Raises:
+        FederateError: The names are missing, repeated or malformed.
+    """
+    from fedmerge_peft.errors import FederateError
+
+    names = [name.strip() for name in sites.split(",") if name.strip()]
+    if not names or len(names) != len(set(names)):
+        raise FederateError(
+            f"--sites: {sites!r}, expected different names, such as north,south,east"
+        )
+    by_site: dict[str, list[str]] = {name: [] for name in names}
+    for text in clients:
+        name, equals, client = text.partition("=")
+        if not equals or not client or name not in by_site:
+            raise FederateError(
+                f"--client: {text!r}, expected SITE=NAME with one of the sites {', '.join(names)}"
+            )
+        by_site[name].append(client)
+    return {name: members or [name] for name, members in by_site.items()}
+
+
+def project_name(name: str) -> str:
+    """Return a recipe's name as the name of a project, which certificates contain."""
+    allowed = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
+    return allowed.strip("-")[:40] or "federation"

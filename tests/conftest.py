@@ -93,6 +93,7 @@ def write_run(tmp_path):
     import json
 
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.runs.directory import FORMAT
 
     def write(
         name, overrides, scores, metric="test_accuracy", finished=True, finetuned=None, gaps=None
@@ -112,6 +113,7 @@ def write_run(tmp_path):
         (folder / "recipe.yaml").write_text(
             Recipe.load("smoke", ["baselines=[]", f"rounds={rounds}", *overrides]).to_yaml()
         )
+        (folder / "environment.json").write_text(json.dumps({"format": FORMAT}))
         records = [
             {
                 "round": done + 1,
@@ -174,8 +176,8 @@ def left_behind():
         said = asdict(checkpoint.read(path.parent, int(path.stem.removeprefix("round-"))).manifest)
         return numbers, {
             **said,
-            "metrics": 0,
-            "soup": "",
+            "metrics_bytes": 0,
+            "soup_sha256": "",
         }  # seconds have more or fewer digits, a header's keys have no order
 
     def read(folder):

@@ -115,7 +115,7 @@ def test_the_program_runs_from_the_wheel(installed, tmp_path):
         installed, "-c", "import fedmerge_peft; print(fedmerge_peft.__file__)", cwd=tmp_path
     )
     assert Path(where.strip()).is_relative_to(installed.parents[1])
-    assert "Begin with: fedmerge ls" in run(program, "--help", cwd=tmp_path)
+    assert "Start with: fedmerge ls" in run(program, "--help", cwd=tmp_path)
     listed = {line.split()[0] for line in run(program, "ls", cwd=tmp_path).splitlines()}
     assert listed == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     for name in listed:

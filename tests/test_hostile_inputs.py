@@ -110,7 +110,7 @@ def test_a_soup_of_arbitrary_bytes_is_one_clear_error(tmp_path_factory, content)
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/abs", ".", "..", "", "a\0b", "x/..", "./x"])
 def test_a_runs_name_is_one_folders_name(name):
-    with pytest.raises(RecipeError, match="no name for a folder"):
+    with pytest.raises(RecipeError, match="not a valid folder name"):
         Run.default_path(Recipe.load("smoke").model_copy(update={"name": name}))
 
 

@@ -1,4 +1,4 @@
-"""Federated fine-tuning of one Hugging Face model, with an adapter of its own for every client.
+"""Federated LoRA fine-tuning of Hugging Face models with a personal adapter for every client.
 
 from fedmerge_peft import Recipe, federate
 run = federate(Recipe.load("quickstart"))

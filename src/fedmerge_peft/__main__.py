@@ -1,4 +1,7 @@
-"""``python -m fedmerge_peft`` is ``fedmerge``: so a launcher can start it on several ranks, as ``torchrun -m fedmerge_peft run RECIPE``."""
+"""``python -m fedmerge_peft`` runs ``fedmerge``, so that a launcher can start it on several ranks.
+
+Example: ``torchrun -m fedmerge_peft run RECIPE``
+"""
 
 from fedmerge_peft.cli import main
 

@@ -1,4 +1,4 @@
-"""What a person calls: run a recipe, resume, sweep, and work with what a run left."""
+"""The Python API: run, resume and sweep recipes, and use finished runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Run(RunDirectory):
-    """A run and everything one does with it: read its scores, predict, merge, save adapters."""
+    """A run directory with methods to predict, merge and save adapters."""
 
     def client(self, name: str, *, best: bool = False) -> MergedAdapter:
         """Return the adapter that a client is served with, ready to use.
@@ -32,25 +32,26 @@ class Run(RunDirectory):
 
         Args:
             name: The client's name.
-            best: Take the round with the lowest validation loss instead of the last.
+            best: Use the round with the lowest validation loss instead of the last.
 
         Raises:
-            RunError: There is no such client, or no such round.
+            RunError: The run has no such client or no such round.
         """
         return client_adapter(self, name, best=best)
 
     def merge(self, shares: Mapping[str | int, float], *, best: bool = False) -> MergedAdapter:
-        """Return an adapter merged in other proportions than any client's.
+        """Return any mixture of adapters and clients' adapters.
 
         ``run.merge({0: 1, 2: 1})`` is half of adapter 0 and half of adapter 2.
-        ``run.merge({"Fen Water": 3, "Castle Museum": 1})`` weighs these clients' adapters 3 to 1.
+        ``run.merge({"Fen Water": 3, "Castle Museum": 1})`` weights these clients' adapters 3 to 1.
 
         Args:
-            shares: Parts by adapter number or by client name; they are divided by their sum.
-            best: Take the round with the lowest validation loss instead of the last.
+            shares: Shares by adapter number or client name; they are divided by their sum.
+            best: Use the round with the lowest validation loss instead of the last.
 
         Raises:
-            RunError: No such adapter or client, a negative or infinite part, or only zeros.
+            RunError: An adapter or client does not exist, a share is negative or infinite, or all
+                shares are 0.
         """
         return mixed_adapter(self, shares, best=best)
 
@@ -59,8 +60,8 @@ class Run(RunDirectory):
     ) -> dict[str, list[Prediction]]:
         """Predict with each client's own adapter: ``run.predict({"north-clinic": ["..."]})``.
 
-        The model is loaded at each call; ``Predictor`` keeps it, and documents inputs, predictions
-        and errors.
+        Each call loads the model; use ``Predictor`` for repeated calls. Inputs, predictions and
+        errors are documented there.
         """
         from fedmerge_peft.serving.predictor import Predictor
 
@@ -68,7 +69,7 @@ class Run(RunDirectory):
 
     def adapter(self, client: str, *, best: bool = False) -> dict[str, Tensor]:
         """Return a client's merged adapter by PEFT's saved names. Raises ``RunError``."""
-        return self.client(client, best=best).saved()[0]
+        return self.client(client, best=best).peft_state()[0]
 
     def save_adapter(
         self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False
@@ -95,24 +96,24 @@ def federate(
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Run a whole recipe, and its baselines, into a run directory.
+    """Run a recipe and its baselines.
 
-    On several ranks all of them call this. What one rank raises, all raise.
+    On several ranks, every rank calls this function. An error on one rank is raised on all.
 
     Args:
         recipe: The recipe.
-        out: The run directory; by default ``runs/<name>``. Baselines go to
+        out: The run directory. Default: ``runs/<name>``. Baselines are written to
             ``<out>/baselines/<strategy>``.
-        engine: Loaded data and model; by default those that the recipe names.
-        callbacks: Hooks into the run, called beside those that the recipe names.
+        engine: Loaded data and model. Default: load those of the recipe.
+        callbacks: Callbacks in addition to those of the recipe.
 
     Returns:
         The run of the recipe's own strategy; ``run.baselines`` has the others.
 
     Raises:
-        RunExistsError: The directory is not empty. Nothing was touched.
-        RunBusyError: Another process is writing it. Nothing was touched.
-        FedMergeError: Any other fault; finished rounds stay on disk and ``resume`` continues.
+        RunExistsError: The directory is not empty. Nothing was changed.
+        RunBusyError: Another process is writing it. Nothing was changed.
+        FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
     """
     return Run(running.run_recipe(recipe, out, engine=engine, callbacks=callbacks))
 
@@ -124,24 +125,23 @@ def resume(
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Continue an interrupted run from its last finished round.
+    """Resume an interrupted run from its last finished round, or extend a finished one.
 
     The result equals that of an uninterrupted run. The number of ranks may differ from before.
 
     Args:
         path: The run directory.
-        overrides: ``rounds=N``, for more rounds than were asked for (also of a run that has ended)
-            or fewer, or ``evaluation.every=N``.
-        engine: Loaded data and model; by default those that the run's recipe names.
-        callbacks: Hooks into the run, called beside those that the recipe names.
+        overrides: New values of ``rounds``, ``evaluation.every`` or ``tracking``.
+        engine: Loaded data and model. Default: load those of the run's recipe.
+        callbacks: Callbacks in addition to those of the recipe.
 
     Returns:
         The finished run.
 
     Raises:
-        RecipeError: Overrides of anything else, or fewer rounds than are done. Nothing was touched.
+        RecipeError: Other overrides, or fewer rounds than are done. Nothing was changed.
         ResumeError: The run has ended, or its data, recipe or checkpoints have changed.
-        RunBusyError: Another process is writing it. Nothing was touched.
+        RunBusyError: Another process is writing it. Nothing was changed.
         FedMergeError: As ``federate``.
     """
     return Run(running.resume_run(path, overrides, engine=engine, callbacks=callbacks))
@@ -155,29 +155,30 @@ def sweep(
     on_failure: Callable[[str, FedMergeError], None] | None = None,
     on_round: Callable[[str, RoundRecord], None] | None = None,
 ) -> dict[str, Run]:
-    """Run each recipe into ``out/<name>``; the same call again only does what is left.
+    """Run each recipe in ``out/<name>``.
 
-    Finished runs are kept and interrupted ones resumed. Recipes that agree on data and model share
-    them: these run one after another, whatever their order in ``recipes``. Several processes may
-    share a sweep: each takes runs that no other is writing, then waits for the others.
+    A repeated call continues the sweep: finished runs are kept and interrupted ones are resumed.
+    Recipes with the same data and model share them and run one after another, regardless of their
+    order in ``recipes``. Several processes may share a sweep: each takes runs that no other process
+    is writing, then waits for the others.
 
     Args:
-        recipes: Recipes by the names of their run directories; ``expand`` makes such a mapping.
-        out: The folder of the run directories; made if it is missing.
-        on_run: Called with the name, the run, and whether it was run by this call; runs that had
-            ended before come first.
-        on_failure: Called with the name and the error of a recipe that failed. The others go on.
+        recipes: Recipes by the names of their run directories; ``expand`` returns such a mapping.
+        out: The folder of the run directories, created if needed.
+        on_run: Called with the name, the run, and True if this call ran it; runs that had ended
+            before come first.
+        on_failure: Called with the name and the error of a recipe that failed. The others continue.
         on_round: Called with the name and the record after each round, baselines included.
 
     Returns:
         The finished runs, in the order of ``recipes``.
 
     Raises:
-        RecipeError: A name that cannot name a folder; nothing was started.
+        RecipeError: A name is not a valid folder name; nothing was started.
         DeviceError: A launcher has started several ranks of this process.
         RunError: A directory holds the run of another recipe, or files that no run writes; nothing
             was started.
-        SweepError: Some recipes failed; raised after all the others have run.
+        SweepError: Some recipes failed; raised after all others have run.
     """
 
     def report(name: str, path: Path, fresh: bool) -> None:

@@ -335,7 +335,7 @@ def test_different_metrics_in_one_setting_are_an_error(write_run, tmp_path):
 # ---- what is shown -------------------------------------------------------------------------------
 def test_markdown_has_a_row_a_method_and_blanks_for_what_is_not_there(three_methods):
     lines = markdown(Comparison.of([three_methods])).splitlines()
-    assert lines[0] == "## smoke: final test accuracy of what clients are served with"
+    assert lines[0] == "## smoke: final test accuracy of the served models"
     assert lines[2] == (
         "| method | runs | mean | worst 10 % | spread | gain over local | gain over fedavg | rounds to fedavg | MB down | MB up | seconds |"
     )
@@ -346,10 +346,13 @@ def test_markdown_has_a_row_a_method_and_blanks_for_what_is_not_there(three_meth
         "| fedavg | 2 | 0.500 ±0.000 | 0.350 ±0.071 | 0.150 | +0.000 ±0.141 |  | 2 | 0.0002 |"
     )
     assert "| never |" in lines[6]
-    assert "first measured to have reached what fedavg ends with on the same seed." in lines[-1]
+    assert (
+        "first evaluation whose mean over all clients reached the final score of fedavg on the same seed."
+        in lines[-1]
+    )
     given = markdown(Comparison.of([three_methods], target=0.45))
     assert "| rounds to 0.450 |" in given
-    assert "first measured to have reached 0.450." in given
+    assert "whose mean over all clients reached 0.450." in given
 
 
 @pytest.mark.parametrize("suffix", [".png", ".SVG"])

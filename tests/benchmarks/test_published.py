@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedmerge_peft import Run
+from fedmerge_peft.runs.directory import FORMAT
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 RUN = ["evaluation.finetuned=false", "data.path=data/tickets.csv", "baselines=[]"]
@@ -30,7 +31,7 @@ def program(monkeypatch):
 
 
 def say(folder, **environment):
-    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "environment.json").write_text(json.dumps({"format": FORMAT, **environment}))
     return Run.open(folder)
 
 

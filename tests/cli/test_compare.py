@@ -42,13 +42,13 @@ def test_the_table_fits_the_terminal_and_says_what_it_shows(runs, fedmerge, widt
     lines = out.splitlines()
     assert all(len(line) <= width for line in lines)
     assert "…" not in out
-    assert lines[0].strip() == "smoke: final test accuracy of what clients are served with"
+    assert lines[0].strip() == "smoke: final test accuracy of the served models"
     row = next(line for line in lines if line.split()[:1] == ["fedmerge"])
     assert "0.550 ±0.050" in row
     assert ("±0.050 +0.150 ±0.050" in row.replace("  ", " ")) == (width >= 80)
     said = " ".join(out.split())
     assert "Mean ± standard deviation over runs with different seeds." in said
-    assert "reached what fedavg ends with on the same seed." in said
+    assert "reached the final score of fedavg on the same seed." in said
     assert ("seconds" in lines[3]) == (width >= 100)
 
 
@@ -119,7 +119,7 @@ def test_a_summary_of_another_version_is_named(runs, fedmerge, tmp_path):
     (tmp_path / "runs" / "local-0" / "summary.json").write_text('{"final": {"merged": null}}')
     code, _, err = fedmerge("runs")
     assert code == 2
-    assert "runs/local-0/summary.json is none that this version wrote (KeyError('served'))" in err
+    assert "runs/local-0/summary.json cannot be read (KeyError('served'))" in err
 
 
 def test_a_recipe_that_cannot_be_read_is_named(runs, fedmerge, tmp_path):

@@ -130,7 +130,7 @@ def test_only_the_authority_can_sign_and_keys_are_private(kits):
 def test_prepare_overwrites_nothing(kits, fedmerge):
     code, _, err = fedmerge("federate", "prepare", "smoke", "--sites", "a", "--out", kits)
     assert code == 2
-    assert "nothing is ever overwritten" in err
+    assert "existing files are never overwritten" in err
 
 
 def test_a_recipe_that_sets_failures_keeps_its_value():

@@ -42,9 +42,9 @@ def test_versions_devices_extras_hub_and_disk_are_looked_at(said):
 
 def test_every_extra_for_users_is_looked_at():
     extras = {
-        each.what.removeprefix("extra ")
-        for each in installation.findings()
-        if each.what.startswith("extra ")
+        check.name.removeprefix("extra ")
+        for check in installation.run_checks()
+        if check.name.startswith("extra ")
     }
     known = set(importlib.metadata.metadata("fedmerge-peft").get_all("Provides-Extra"))
     assert extras == known - {"dev", "docs", "tensorboard"}  # the last is among the trackers
@@ -57,31 +57,31 @@ def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", Silent)
-    finding = installation._hub()
-    assert (finding.state, "does not answer (ConnectionError)" in finding.says) == ("absent", True)
+    check = installation._hub()
+    assert (check.state, "does not answer (ConnectionError)" in check.result) == ("optional", True)
 
 
 def test_a_token_is_never_shown(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
-    finding = installation._hub()
-    assert "a token is there" in finding.says
-    assert "hf_secret" not in f"{finding}"
+    check = installation._hub()
+    assert "token found" in check.result
+    assert "hf_secret" not in f"{check}"
 
 
 @pytest.mark.parametrize(
-    ("needs", "state", "does"),
+    ("needs", "state", "remedy"),
     [
         ("torch>=2", "ok", ""),
-        ("torch>=99", "wrong", "pip install -c constraints.txt 'torch>=99'"),
-        ("no-such-package>=1", "wrong", "pip install 'no-such-package>=1'"),
+        ("torch>=99", "failed", "pip install -c constraints.txt 'torch>=99'"),
+        ("no-such-package>=1", "failed", "pip install 'no-such-package>=1'"),
     ],
 )
 def test_a_version_that_does_not_fit_comes_with_the_command_that_mends_it(
-    needs, state, does, monkeypatch
+    needs, state, remedy, monkeypatch
 ):
     monkeypatch.setattr(installation, "requires", lambda _: [needs, 'pytest>=99; extra == "dev"'])
-    _, finding = installation._packages()
-    assert (finding.state, finding.do) == (state, does)
+    _, check = installation._packages()
+    assert (check.state, check.remedy) == (state, remedy)
 
 
 def test_something_wrong_ends_with_code_1(said, monkeypatch):

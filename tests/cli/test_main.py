@@ -68,7 +68,7 @@ def test_help_lists_the_verbs(option, fedmerge):
 
 def test_help_says_what_the_exit_codes_mean(fedmerge):
     said = " ".join(fedmerge("--help")[1].split())
-    assert "Exit codes: 0 all went well; 1 something is missing" in said
+    assert "Exit codes: 0 success; 1 a failed check" in said
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -51,16 +51,16 @@ def personalize(capsys):
 def test_one_table_the_weights_and_a_folder_for_peft(run, file, personalize):
     code, out, _ = personalize(run.path, "--data", file)
     assert code == 0
-    assert "Fen Water: 8 examples learned from, 4 tested on" in out
+    assert "Fen Water: 8 training examples, 4 test examples" in out
     assert all(text in out for text in ("training loss", "test loss", "test accuracy", "seconds"))
     assert all(
         method in out
         for method in ("mean adapter", "best single adapter", "learned weights", "local training")
     )
-    assert "weights of the adapters   0: " in out
-    assert "most like client   " in out
+    assert "merging weights    0: " in out
+    assert "nearest client     " in out
     folder = run.path / "personalized" / "Fen Water"
-    assert f"adapter   {folder}" in out
+    assert f"adapter folder     {folder}" in out
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -70,7 +70,7 @@ def test_one_table_the_weights_and_a_folder_for_peft(run, file, personalize):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     code, out, err = personalize(run.path, "--data", file)
     assert (code, out) == (2, "")
-    assert f"{folder} already holds other files, and nothing is ever overwritten" in err
+    assert f"{folder} already holds other files; existing files are never overwritten" in err
     assert f"--out {folder}-2" in err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -93,7 +93,7 @@ def test_options(run, file, personalize, tmp_path):
     ]
     code, out, _ = personalize(run.path, "--data", file, *options)
     assert code == 0
-    assert "[red]: 5 examples learned from, 0 tested on" in out
+    assert "[red]: 5 training examples, 0 test examples" in out
     assert "local training" not in out
     assert "accuracy" not in out
     assert (out_folder / "adapter_config.json").is_file()
@@ -106,7 +106,7 @@ def test_options(run, file, personalize, tmp_path):
         (["RUN", "--data", "nowhere.csv"], "nowhere.csv does not exist"),
         (["nowhere", "--data", "FILE"], "nowhere holds no run"),
         (["RUN/baselines/fedavg", "--data", "FILE"], "one adapter for all clients (fedavg)"),
-        (["RUN", "--data", "FILE", "--name", "a/b"], "'a/b' is no name for a folder"),
+        (["RUN", "--data", "FILE", "--name", "a/b"], "'a/b' is not a valid folder name"),
         (["RUN", "--data", "FILE", "--test-fraction", "1"], "--test-fraction"),
         (["RUN", "--data", "FILE", "--max-train", "0"], "--max-train"),
     ],

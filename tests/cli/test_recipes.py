@@ -102,7 +102,7 @@ def test_cp_never_overwrites(refused):
     Path("smoke.yaml").write_text("mine", encoding="utf-8")
     assert (
         refused("cp", "smoke")
-        == "smoke.yaml: exists already, and was left as it is; give another name\n"
+        == "smoke.yaml: already exists and was not changed; give another name\n"
     )
     assert Path("smoke.yaml").read_text(encoding="utf-8") == "mine"
 

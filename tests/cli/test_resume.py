@@ -63,7 +63,7 @@ def test_a_signal_stops_after_the_round_and_the_command_that_is_printed_goes_on(
     assert code == 128 + number
     assert "round 2/3" in out
     assert "round 3/3" not in out
-    command = re.search(r"stopped; go on with: (.*)", err)[1]
+    command = re.search(r"stopped; resume with: (.*)", err)[1]
     assert command == "fedmerge resume 'my run'"
     assert signal.getsignal(number) is not None
     code, out, _ = fedmerge(*shlex.split(command)[1:])
@@ -84,7 +84,7 @@ def test_a_second_signal_stops_at_once(fedmerge, signals, numbers):
     assert code == 128 + numbers[1]
     assert "round 1/3" in out
     assert "round 2/3" not in out
-    assert "go on with: fedmerge resume runs/smoke" in err
+    assert "resume with: fedmerge resume runs/smoke" in err
     assert [signal.getsignal(number) for number in numbers] == before
 
 
@@ -103,7 +103,7 @@ def test_a_stopped_sweep_says_what_does_the_rest(fedmerge, signals):
     arguments = ("sweep", "smoke", "strategy=fedavg,local", *TINY[:-1])
     code, _, err = fedmerge(*arguments)
     assert code == 143
-    assert "stopped; the same command again does what is left" in err
+    assert "stopped; repeat the command to continue the sweep" in err
     code, out, _ = fedmerge(*arguments)
     assert code == 0
     assert "[2/2]" in out
@@ -118,7 +118,7 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert err.endswith(
-        "RuntimeError: power cut\nTo go on from the last finished round: fedmerge resume runs/smoke\n"
+        "RuntimeError: power cut\nTo resume from the last finished round: fedmerge resume runs/smoke\n"
     )
     monkeypatch.setattr(local, "train", train)
     assert fedmerge("resume", "runs/smoke")[0] == 0
@@ -148,10 +148,10 @@ def test_what_cannot_go_on_is_refused_with_code_2(fedmerge, write_run, arguments
 def test_a_run_that_has_not_ended_is_not_begun_anew(fedmerge, signals, monkeypatch):
     signals(4, signal.SIGINT)
     fedmerge("run", "smoke", *TINY)
-    monkeypatch.setattr(running, "federate", None)
+    monkeypatch.setattr(running, "run_recipe", None)
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert (
-        "go on with it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke "
+        "resume it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke "
         in err
     )

@@ -71,7 +71,7 @@ def test_runs_that_cannot_be_compared_have_run_all_the_same(fedmerge):
         (["smoke", "sead=0,1"], "did you mean 'seed'?"),
         (["smoke", "seed="], "seed: a value is missing"),
         (["smoke", "seed=0", "seed=1"], "seed: given twice"),
-        (["smoke", "name=../up", "seed=0,1"], "no name for a folder"),
+        (["smoke", "name=../up", "seed=0,1"], "not a valid folder name"),
         (["smoke", "seed=0,1", "--out", "taken"], "taken cannot be written"),
     ],
 )

@@ -253,7 +253,7 @@ def test_a_signal_lets_all_ranks_end_the_round_and_says_once_how_to_go_on(tmp_pa
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert said.count("stopped; go on with: fedmerge resume") == 1
+    assert said.count("stopped; resume with: fedmerge resume") == 1
     assert said.count("stopping after this round") == 1
     assert not re.search("RankError|lost the connection", said)
     done = len(Run(tmp_path / "run").records)

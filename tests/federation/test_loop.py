@@ -440,11 +440,11 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, engine):
     run = RunWriter(tmp_path / "run", recipe())
     run.begin(engine, federation.strategy)
     scores = federation.evaluate()
-    run.offer_best(
+    run.save_if_best(
         0, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy
     )
-    run.offer_best(1, dataclasses.replace(scores, validation_loss=1.0), federation.strategy)
-    run.offer_best(
+    run.save_if_best(1, dataclasses.replace(scores, validation_loss=1.0), federation.strategy)
+    run.save_if_best(
         2, dataclasses.replace(scores, validation_loss=float("nan")), federation.strategy
     )
     assert json.loads((tmp_path / "run" / "best" / "scores.json").read_text())["after_round"] == 1
@@ -459,7 +459,7 @@ def test_a_torn_last_line_of_metrics_is_left_out(tmp_path, engine):
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "..", "''"])
 def test_a_name_that_leads_elsewhere_is_refused(engine, name):
-    with pytest.raises(RecipeError, match="no name for a folder"):
+    with pytest.raises(RecipeError, match="not a valid folder name"):
         federate(recipe(f"name={name}"), engine=engine)
 
 

@@ -412,7 +412,7 @@ def test_other_clients_are_refused(tiny, engine, tmp_path):
     clients = json.loads((path / "clients.json").read_text())
     (path / "clients.json").write_text(json.dumps(clients[1:]))
     with pytest.raises(
-        ResumeError, match=r"the data have changed, and clients\.json is not what they say now"
+        ResumeError, match=r"the data have changed and no longer match clients\.json"
     ):
         resume(path, engine=engine)
 
@@ -421,6 +421,6 @@ def test_a_run_that_has_not_ended_names_the_command(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "my run", engine)
     with pytest.raises(
         RunExistsError,
-        match=r"already holds a run, .* go on with it: fedmerge resume '.*my run'\. Or choose .* --out",
+        match=r"already holds a run; .* resume it: fedmerge resume '.*my run'\. Or choose .* --out",
     ):
         federate(tiny(), path, engine=engine)

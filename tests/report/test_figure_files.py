@@ -125,7 +125,7 @@ def test_the_verb_writes_them_on_demand(run, tmp_path, capsys):
             ]
         )
     assert not stopped.value.code
-    assert capsys.readouterr().out.splitlines()[1] == f"wrote 22 files into {tmp_path / 'figures'}"
+    assert capsys.readouterr().out.splitlines()[1] == f"wrote 22 files to {tmp_path / 'figures'}"
 
 
 def test_a_folder_that_cannot_be_is_one_message(run, tmp_path):

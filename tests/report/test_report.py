@@ -10,7 +10,7 @@ import pytest
 from fedmerge_peft import RunError, federate, load_run
 from fedmerge_peft.cli import main
 from fedmerge_peft.report.advice import advice
-from fedmerge_peft.report.figures import alike, figures, similar_order
+from fedmerge_peft.report.figures import figures, similar_order, similarity
 from fedmerge_peft.report.page import render, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -79,9 +79,9 @@ def test_a_finished_run_has_all_its_figures(run):
     titles = [figure.title for figure in figures(run)]
     for word in (
         "Test accuracy",
-        "who is made of",
-        "as they moved",
-        "Labels",
+        "Merging weights π of each client",
+        "π over the rounds",
+        "Label distribution",
         "Similarity",
         "Mass",
         "Entropy",
@@ -94,14 +94,14 @@ def test_a_finished_run_has_all_its_figures(run):
 
 def test_a_figure_can_be_heard(run):
     for figure in figures(run):
-        assert re.search(r'role="img" aria-label="[^"]{10,}"', figure.picture)
+        assert re.search(r'role="img" aria-label="[^"]{10,}"', figure.markup)
 
 
 def test_the_worst_client_comes_first_with_its_numbers(run):
     page = Page(render([run]))
     scores = run.summary["final"]["served"]
     worst = min(run.clients["test_accuracy"])
-    after = page.text.split("The clients that are served worst")[1]
+    after = page.text.split("Clients with the worst scores")[1]
     first = min(run.clients.index, key=after.index)
     assert run.clients.loc[first, "test_accuracy"] == worst == scores["worst"]
     assert f"{scores['mean']:.3f}" in page.text
@@ -182,7 +182,7 @@ def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path)
 
 
 def test_clients_are_alike_by_what_they_have_in_common():
-    found = alike(np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
+    found = similarity(np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
     assert found.tolist() == [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]
 
 
@@ -196,8 +196,8 @@ def test_clients_with_like_weights_stand_together():
 def test_what_deserves_attention_comes_with_what_to_do(run):
     found = advice(run)
     assert found
-    assert all(each.found and each.do for each in found)
-    assert any("fewer than 30 test examples" in each.found for each in found)
+    assert all(each.finding and each.action for each in found)
+    assert any("fewer than 30 test examples" in each.finding for each in found)
 
 
 def test_clients_that_lose_by_taking_part_are_named(write_run, tmp_path):
@@ -212,11 +212,10 @@ def test_clients_that_lose_by_taking_part_are_named(write_run, tmp_path):
     (path / "clients.json").write_text(json.dumps(clients))
     from fedmerge_peft.report.advice import _worse_than_baselines
 
-    found = [each.found for each in _worse_than_baselines(load_run(path))]
-    assert found[0].startswith("local serves better on average: 0.633 against 0.500")
+    found = [each.finding for each in _worse_than_baselines(load_run(path))]
+    assert found[0].startswith("local has the better mean score: 0.633 against 0.500")
     assert (
-        found[1]
-        == "2 of 3 clients are served worse than if they had trained alone: client 1, client 2"
+        found[1] == "2 of 3 clients score lower than with local training alone: client 1, client 2"
     )
 
 
@@ -234,7 +233,7 @@ def test_the_verb_writes_the_page(run, tmp_path, capsys):
         (["nowhere"], "page.html", "nowhere holds no run"),
         (["RUN", "nowhere"], "page.html", "nowhere holds no run"),
         (["RUN"], "page.pdf", "page.pdf: a report is an HTML page"),
-        (["RUN"], "no/such/page.html", "there is no folder"),
+        (["RUN"], "no/such/page.html", "does not exist"),
         ([], "page.html", "Missing argument"),
     ],
 )

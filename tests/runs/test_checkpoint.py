@@ -83,16 +83,16 @@ def test_a_damaged_checkpoint_is_named(run, tiny, caplog, name, damage):
     file.unlink()
     if damage is not None:
         file.write_bytes(DAMAGE[damage](content))
-    found = checkpoint.newest(run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes())
+    found = checkpoint.read_latest(run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes())
     assert found.manifest.round == 2
     assert name in caplog.text
-    assert "Going on from the checkpoint before it, after round 2" in caplog.text
+    assert "Resuming from the checkpoint before it, after round 2" in caplog.text
 
 
 def test_a_round_that_was_not_finished_is_no_damage(run, tiny, caplog):
     (run / "checkpoint" / THIRD).unlink()
     assert (
-        checkpoint.newest(
+        checkpoint.read_latest(
             run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes()
         ).manifest.round
         == 2
@@ -112,7 +112,7 @@ def test_where_all_are_damaged_nothing_is_thrown_away(run, engine):
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with pytest.raises(
         ResumeError,
-        match=r"cannot go on: .*round-00003.*round-00002.*Its finished rounds can be read still",
+        match=r"cannot be resumed: .*round-00003.*round-00002.*Its finished rounds are still readable",
     ):
         resume(run, engine=engine)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
@@ -122,7 +122,7 @@ def test_metrics_that_are_gone_are_noticed(run, engine, caplog, left_behind, uni
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     resume(run, engine=engine)
-    assert "metrics.jsonl does not hold the 3 rounds it speaks of" in caplog.text
+    assert "metrics.jsonl does not hold all of its 3 rounds" in caplog.text
     assert left_behind(run) == uninterrupted
 
 
@@ -130,14 +130,18 @@ def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
     found = checkpoint.read(run / "checkpoint", 3)
     tensors = {"clusters": torch.zeros(7, dtype=torch.int64)}
     text = json.dumps({**vars(found.manifest)})
-    document = {"manifest": vars(found.manifest), "sha256": checkpoint._digest(tensors, text)}
-    (run / "checkpoint" / THIRD).write_bytes(save(tensors, {"checkpoint": json.dumps(document)}))
-    with pytest.raises(ResumeError, match=r"clusters: expected a int64 tensor \(6,\), got a int64 tensor \(7,\)"):
+    document = {"sha256": checkpoint._digest(tensors, text), "manifest": json.loads(text)}
+    metadata = {"checkpoint": json.dumps(document)}
+    (run / "checkpoint" / THIRD).write_bytes(save(tensors, metadata))
+    with pytest.raises(
+        ResumeError,
+        match=r"clusters: expected a int64 tensor \(6,\), got a int64 tensor \(7,\)",
+    ):
         resume(run, engine=engine)
 
 
 # ---- arbitrary bytes -----------------------------------------------------------------------------
-HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": '{"manifest": {}, "sha256": ""}'})
+HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": "{}"})
 
 
 @settings(

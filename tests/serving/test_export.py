@@ -15,7 +15,7 @@ from fedmerge_peft.serving.export import (
     export_client,
     export_soup,
     folder_name,
-    vllm_says,
+    vllm_support,
 )
 from fedmerge_peft.serving.model_card import plain
 
@@ -170,7 +170,7 @@ def test_nothing_is_overwritten(finished, tmp_path):
         lambda: export_client(run, CLIENT, tmp_path / "mine"),
         lambda: export_soup(run, tmp_path / "mine"),
     ):
-        with pytest.raises(RunExistsError, match="nothing is ever overwritten"):
+        with pytest.raises(RunExistsError, match="existing files are never overwritten"):
             again()
 
 
@@ -206,27 +206,27 @@ def test_vllm_is_given_the_least_rank_that_it_takes_and_that_is_enough(
     run = finished("causal-lm").run
     monkeypatch.setattr(type(run), "adapter_config", {**run.adapter_config, "r": rank})
     assert flag in VLLM_RANKS
-    assert f"--max-lora-rank {flag} (rank {rank};" in vllm_says(run)
+    assert f"--max-lora-rank {flag} (rank {rank};" in vllm_support(run)
 
 
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
         ({"r": 513}, "its rank 513 is above 512"),
-        ({"use_dora": True}, "it is DoRA"),
+        ({"use_dora": True}, "it uses DoRA"),
         ({"bias": "all"}, "it trains biases"),
-        ({"alpha_pattern": {"c_attn": 4}}, "scalings of their own"),
+        ({"alpha_pattern": {"c_attn": 4}}, "different scalings"),
     ],
 )
 def test_what_vllm_does_not_serve_is_said_with_the_reason(changed, why, finished, monkeypatch):
     run = finished("causal-lm").run
     monkeypatch.setattr(type(run), "adapter_config", {**run.adapter_config, **changed})
-    assert vllm_says(run).startswith("vLLM does not serve this adapter: ")
-    assert why in vllm_says(run)
+    assert vllm_support(run).startswith("vLLM cannot serve this adapter: ")
+    assert why in vllm_support(run)
 
 
 def test_vllm_does_not_serve_classification_heads(finished):
-    assert "modules_to_save" in vllm_says(finished("sequence-classification").run)
+    assert "modules_to_save" in vllm_support(finished("sequence-classification").run)
 
 
 def test_the_names_of_clients_are_shown_as_they_are():

@@ -74,10 +74,10 @@ def test_clients_can_be_mixed_by_name(finished):
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        ({}, "is no mixture"),
-        ({0: 0}, "is no mixture"),
-        ({0: -1, 1: 2}, "is no mixture"),
-        ({0: float("inf")}, "is no mixture"),
+        ({}, "is not a valid mixture"),
+        ({0: 0}, "is not a valid mixture"),
+        ({0: -1, 1: 2}, "is not a valid mixture"),
+        ({0: float("inf")}, "is not a valid mixture"),
         ({3: 1}, "has no adapter 3; it has 0 to 2"),
         ({"nobody": 1}, "has no client 'nobody'"),
     ],

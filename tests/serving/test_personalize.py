@@ -116,17 +116,17 @@ def test_the_best_weights_seen_are_kept():
 
 def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, tickets):
     engine = newcomer(run, tickets)
-    compared = _Comparison(engine, run.soup)
+    comparison = _Comparison(engine, run.soup)
     rows, logits = (
         run.soup.rows + 0.1 * torch.randn_like(run.soup.rows),
         torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64),
     )
 
     def loss(logits):
-        return compared._objective(torch.softmax(logits, 0).float() @ rows)[0]
+        return comparison._objective(torch.softmax(logits, 0).float() @ rows)[0]
 
     weights = torch.softmax(logits, 0)
-    _, gradient = compared._objective(weights.float() @ rows)
+    _, gradient = comparison._objective(weights.float() @ rows)
     found = weights_gradient(rows, weights[None], gradient[None])[0]
     steps = 0.05 * torch.eye(3, dtype=torch.float64)
     expected = torch.tensor(
@@ -202,7 +202,7 @@ def test_the_best_rounds_soup_can_be_taken(run, tickets):
 
 def test_a_run_without_a_best_round_says_so(copy, tickets):
     shutil.rmtree(copy.path / "best")
-    with pytest.raises(RunError, match="kept no best round"):
+    with pytest.raises(RunError, match="has no best round"):
         personalize(copy, tickets, best=True)
 
 
@@ -343,7 +343,7 @@ def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
     frame.drop(columns="part").to_csv(tmp_path / "bare.csv", index=False)
     assert personalize(run, tmp_path / "bare.csv", local=False).examples == {"train": 17, "test": 7}
     frame[frame.part == "final"].to_csv(tmp_path / "final.csv", index=False)
-    with pytest.raises(DataError, match="final: there are no examples to learn from"):
+    with pytest.raises(DataError, match="final: there are no training examples"):
         personalize(run, tmp_path / "final.csv")
 
 
@@ -351,7 +351,7 @@ def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
     ("data", "options", "message"),
     [
         ("nowhere.csv", {}, "nowhere.csv does not exist"),
-        ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves nothing to learn from"),
+        ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves no training examples"),
         ("here.csv", {}, r"there is no column 'queue'"),
         ("empty.csv", {}, "cannot be loaded"),
         ("here.txt", {}, "has an unsupported format"),
@@ -380,10 +380,10 @@ def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, option
             r"one adapter for all clients \(fedavg\), so there are no weights to learn.*fedmerge or ifca.*strategy.adapters=5",
         ),
         ("strategy={name: fedmerge, adapters: 1}", "one adapter for all clients"),
-        ("strategy=local", "a run of local, whose adapters are not for another client to merge"),
+        ("strategy=local", "a run of local, whose adapters a new client cannot merge"),
         (
             "strategy={name: fedem, adapters: 2}",
-            "a run of fedem, whose adapters are not for another client to merge",
+            "a run of fedem, whose adapters a new client cannot merge",
         ),
     ],
 )
@@ -401,7 +401,7 @@ def test_a_newcomer_may_merge_the_adapters_of_clusters(tmp_path, engine, tickets
 def test_adapters_that_do_not_fit_the_model_are_refused(copy, tickets):
     text = (copy.path / "recipe.yaml").read_text()
     (copy.path / "recipe.yaml").write_text(text.replace("  r: 2\n", "  r: 4\n"))
-    with pytest.raises(RunError, match="its adapters do not fit tiny:bert as it loads here"):
+    with pytest.raises(RunError, match="its adapters do not fit tiny:bert as loaded here"):
         personalize(copy.path, tickets)
 
 

@@ -50,9 +50,9 @@ def predictor(finished):
 def passes(monkeypatch):
     """The number of adapters of each pass."""
     counted = []
-    whole = Predictor._holding
+    whole = Predictor._applied
     monkeypatch.setattr(
-        Predictor, "_holding", lambda self, rows: (counted.append(len(rows)), whole(self, rows))[1]
+        Predictor, "_applied", lambda self, rows: (counted.append(len(rows)), whole(self, rows))[1]
     )
     return counted
 
@@ -65,7 +65,7 @@ def test_together_is_as_one_client_at_a_time(task, predictor, passes):
         client: [predict({client: [each]})[client][0] for each in given[client]] for client in given
     }
     assert set(passes) == {1}
-    assert predict.reason is None
+    assert predict.sequential_reason is None
     passes.clear()
     together = predict(given)
     assert max(passes) == 3
@@ -127,7 +127,7 @@ def test_what_the_model_says_of_stacking_is_heeded(finished, passes, monkeypatch
     with caplog.at_level(logging.INFO, "fedmerge_peft"):
         together = predict(TEXTS)
     assert set(passes) == {1}
-    assert "clients predict one at a time: it routes tokens" in caplog.text
+    assert "clients are predicted one at a time: it routes tokens" in caplog.text
     assert [len(each) for each in together.values()] == [3, 1, 5]
 
 
@@ -144,7 +144,7 @@ def test_a_model_that_mixes_a_batch_is_found_out(finished, monkeypatch):
         if name.endswith("classifier")
     )
     layer.register_forward_hook(mixing)
-    assert "mix the examples" in predict.reason
+    assert "mix the examples" in predict.sequential_reason
 
 
 def test_dora_predicts_one_at_a_time(smoke, tmp_path):
@@ -152,7 +152,7 @@ def test_dora_predicts_one_at_a_time(smoke, tmp_path):
     predict = Predictor(run, device="cpu")
     names = run.client_names[:2]
     found = predict({name: ["the badge reader is offline"] for name in names})
-    assert "DoRA" in predict.reason
+    assert "DoRA" in predict.sequential_reason
     assert found[names[1]][0]["score"] == pytest.approx(
         run.client(names[1]).pipeline("cpu")("the badge reader is offline")[0]["score"]
     )
@@ -206,21 +206,26 @@ def test_many_inputs_are_cut_into_passes(predictor, passes):
             RunError,
             "no client 'nobody'; it has client 0",
         ),
-        ("sequence-classification", {"client 0": [3]}, DataError, "an input is a text, not 3"),
+        (
+            "sequence-classification",
+            {"client 0": [3]},
+            DataError,
+            "an input must be a text, found 3",
+        ),
         (
             "sequence-classification",
             {"client 0": [("a", "b")]},
             DataError,
-            "an input is a text, not",
+            "an input must be a text, found",
         ),
         ("sequence-classification", {"client 0": [""]}, None, ""),
         (
             "image-classification",
             {"client 0": [0]},
             DataError,
-            "an input is a PIL image, or the path of a file, not 0",
+            "an input must be a PIL image, or the path of a file, found 0",
         ),
-        ("causal-lm", {"client 0": [0]}, DataError, "an input is a text, not 0"),
+        ("causal-lm", {"client 0": [0]}, DataError, "an input must be a text, found 0"),
     ],
 )
 def test_inputs_that_are_none(task, given, error, message, predictor):

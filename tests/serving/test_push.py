@@ -64,7 +64,7 @@ def test_without_the_hub_the_folder_stays_and_the_way_on_is_said(run, tmp_path):
     """The tests run offline, so this is the real client's own refusal."""
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
     with pytest.raises(
-        RunError, match=r"is written, and was not uploaded: .*Later: hf upload me/mine .*mine"
+        RunError, match=r"was written but not uploaded: .*later: hf upload me/mine .*mine"
     ):
         push_to_hub(folder, "me/mine")
     assert (folder / "README.md").is_file()
@@ -83,7 +83,9 @@ def test_what_the_hub_refuses_is_one_message(run, hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
-    with pytest.raises(RunError, match=r"403 Forbidden: you have no write token\. Later"):
+    with pytest.raises(
+        RunError, match=r"403 Forbidden: you have no write token\. To upload it later"
+    ):
         push_to_hub(folder, "me/mine")
 
 
@@ -93,7 +95,9 @@ def test_the_verb_writes_says_vllms_flag_and_what_comes_next(run, fedmerge, tmp_
     )
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == f"wrote {tmp_path / 'mine'}, after round 2"
-    assert "vLLM, where it has LoRA for this model: --enable-lora --max-lora-rank 8 (rank 2;" in out
+    assert (
+        "vLLM, if it supports LoRA for this model: --enable-lora --max-lora-rank 8 (rank 2;" in out
+    )
     assert f"\n\nnext:\n  cat {tmp_path / 'mine' / 'README.md'} " in out
 
 
@@ -101,10 +105,10 @@ def test_the_verb_names_the_folder_itself_and_warns_of_a_local_base(run, fedmerg
     code, _, err = fedmerge(run.path, "--soup")
     assert code == 0
     assert (run.path / "exported" / "soup" / "adapter-2").is_dir()
-    assert "is not on the hub; name it for others with --base-model-id" in err
+    assert "is not on the hub; give its public name with --base-model-id" in err
     code, _, err = fedmerge(run.path, "--soup")
     assert code == 2
-    assert "nothing is ever overwritten" in err
+    assert "existing files are never overwritten" in err
 
 
 def test_the_verb_pushes_where_the_card_says_it_is(run, hub, fedmerge, tmp_path):
@@ -129,16 +133,16 @@ def test_the_verb_pushes_where_the_card_says_it_is(run, hub, fedmerge, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of --client NAME, --all and --soup"),
-        (["--all", "--soup"], "give one of"),
+        ([], "give exactly one of --client NAME, --all and --soup"),
+        (["--all", "--soup"], "give exactly one of"),
         (["--client", "nobody"], "has no client 'nobody'"),
         (
             ["--client", "client 1", "--push", "me/mine"],
-            "is not on the hub, so nobody could load what is pushed",
+            "is not on the hub, so a pushed adapter could not be loaded",
         ),
         (
             ["--client", "client 1", "--push", "a b", "--base-model-id", "acme/base"],
-            "'a b' is no name of a repository",
+            "'a b' is not a valid repository id",
         ),
         (["--client", "client 1", "--to", "/dev/null"], "/dev/null already holds other files"),
     ],
@@ -164,5 +168,5 @@ def test_a_mixture_of_experts_has_no_single_adapter_but_has_a_soup(
     run = federate(smoke("strategy=fedem", "rounds=1"), tmp_path / "run", engine=smoke_engine)
     code, _, err = fedmerge(run.path, "--client", run.clients.index[0])
     assert code == 2
-    assert "fedem mixes what its adapters predict" in err
+    assert "fedem mixes the predictions of its adapters" in err
     assert fedmerge(run.path, "--soup")[0] == 0

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from oracle import train_plainly
 from torch import nn
 
 from equality import assert_near, tolerance
@@ -24,6 +23,7 @@ from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.runtime import Runtime
+from oracle import train_plainly
 
 COUNT = 16
 ROWS = np.arange(COUNT)

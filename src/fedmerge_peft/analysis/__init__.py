@@ -1,4 +1,4 @@
-"""Tables and figures made from run directories, and from nothing else."""
+"""Tables and figures from run directories."""
 
 from fedmerge_peft.analysis.comparison import Comparison, compare
 from fedmerge_peft.analysis.gap import local_global_gap

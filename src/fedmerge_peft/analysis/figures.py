@@ -1,4 +1,4 @@
-"""A comparison as a picture."""
+"""The figure of a comparison."""
 
 from __future__ import annotations
 
@@ -10,37 +10,33 @@ import numpy as np
 
 from fedmerge_peft.analysis.comparison import Comparison
 from fedmerge_peft.errors import RunError
+from fedmerge_peft.plotting.palette import COLORS
 
 if TYPE_CHECKING:
     import pandas
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_COLORS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-)  # Okabe & Ito's palette
 
 
 def check_suffix(path: PathLike[str] | str) -> None:
-    """Raise ``RunError`` unless ``plot`` can write such a file."""
+    """Raise ``RunError`` unless ``plot`` supports the file's suffix."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise RunError(
-            f"{path}: figures are written as {', '.join(SUFFIXES)}; give the file one of these suffixes"
+            f"{path}: figures are written as {', '.join(SUFFIXES)}; use one of these suffixes"
         )
 
 
 def plot(comparison: Comparison, path: PathLike[str] | str) -> None:
-    """Draw, for each setting, the mean score by round beside the final mean and worst tenth of each method.
+    """Draw each setting: the mean score by round, and the final mean and worst tenth per method.
 
-    Bands and bars are one standard deviation over runs. The suffix tells the format: one of ``SUFFIXES``.
+    Bands and error bars are one standard deviation over runs.
+
+    Args:
+        comparison: The comparison.
+        path: The file; its suffix, one of ``SUFFIXES``, selects the format.
 
     Raises:
-        RunError: Another suffix, or the file cannot be written.
+        RunError: The suffix is not supported, or the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,8 +65,8 @@ def _colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return (
-        list(_COLORS[:count])
-        if count <= len(_COLORS)
+        list(COLORS[:count])
+        if count <= len(COLORS)
         else [colormaps["turbo"](number / (count - 1)) for number in range(count)]
     )
 
@@ -81,9 +77,8 @@ def _draw_curves(axis: Any, curves: pandas.DataFrame, colors: dict[str, Any]) ->
     for method, color in colors.items():
         by_round = curves[curves["method"] == method].groupby("rounds")["mean"].agg(["mean", "std"])
         mean, std = by_round["mean"], by_round["std"].fillna(0)
-        axis.plot(
-            by_round.index, mean, color=color, marker="o" if len(mean) == 1 else None
-        )  # a line of one point is not seen
+        marker = "o" if len(mean) == 1 else None  # a line of one point would be invisible
+        axis.plot(by_round.index, mean, color=color, marker=marker)
         axis.fill_between(
             by_round.index, mean - std, mean + std, color=color, alpha=0.15, linewidth=0
         )
@@ -93,7 +88,10 @@ def _draw_curves(axis: Any, curves: pandas.DataFrame, colors: dict[str, Any]) ->
 
 
 def _draw_finals(axis: Any, methods: pandas.DataFrame, colors: dict[str, Any]) -> None:
-    """A line a method: a full dot for the mean, a hollow one for the worst tenth. The names serve as the curves' legend."""
+    """Draw one row per method: a filled dot for the mean, a hollow one for the worst tenth.
+
+    The names are also the legend of the curves.
+    """
     from matplotlib.lines import Line2D
 
     for name, face in (("mean", None), ("worst_tenth", "white")):

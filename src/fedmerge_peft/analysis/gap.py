@@ -1,4 +1,4 @@
-"""The local-global gap: how far what a client trained is from what it gets next (FedMerge, arXiv 2504.06768)."""
+"""The local-global gap between trained and next served models (FedMerge, arXiv 2504.06768)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 
 def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
-    """The gap after each round, mean over the clients that took part and were measured.
+    """Return the gap after each round, mean over the clients that took part and were evaluated.
 
-    Loss and score compare a client's model after local training in round t with what it is served with at the start of round
-    t + 1 (after the last round: in the end), on its test examples, or on its validation examples where it has no others. For
-    methods that serve a private model the distance is that of the shared adapter, and loss and score are the private model's.
+    Loss and score compare a client's model after local training in round t with the model served at
+    the start of round t + 1 (after the last round: with the final model), on its test examples, or
+    on its validation examples if it has no others. For methods that serve a private model, the
+    distance is that of the shared adapter, and loss and score are those of the private model.
 
     Returns:
-        By round: ``distance`` ‖θ_i(trained) − θ_i(sent next)‖₂, of updates rather than adapters for flora and flexlora; ``loss``,
-        next minus trained, nats; and the run's metric, such as ``test_accuracy``, trained minus next. nan in rounds without a
-        measurement (``evaluation.every``, ``evaluation.finetuned``).
+        By round: ``distance`` ‖θ_i(trained) − θ_i(sent next)‖₂, between updates instead of adapters
+        for flora and flexlora; ``loss``, next minus trained, nats; and the run's metric, such as
+        ``test_accuracy``, trained minus next. Rounds without evaluation are nan
+        (``evaluation.every``, ``evaluation.finetuned``).
     """
     import pandas
 
@@ -42,10 +44,11 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     return pandas.DataFrame(rows).set_index("round") if rows else pandas.DataFrame()
 
 
-def _mean_difference(of: dict[str, Any], other: dict[str, Any], score: str) -> float:
-    both = [name for name in of if name in other and score in of[name] and score in other[name]]
-    return (
-        float(np.mean([of[name][score] - other[name][score] for name in both]))
-        if both
-        else float("nan")
-    )
+def _mean_difference(first: dict[str, Any], second: dict[str, Any], score: str) -> float:
+    """Return the mean of first minus second over the clients that have both scores."""
+    differences = [
+        first[name][score] - second[name][score]
+        for name in first
+        if name in second and score in first[name] and score in second[name]
+    ]
+    return float(np.mean(differences)) if differences else float("nan")

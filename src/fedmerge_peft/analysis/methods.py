@@ -1,4 +1,4 @@
-"""Which runs are the same method, and in the same setting; and short names for both."""
+"""Group runs into settings and methods, with short names for both."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ if TYPE_CHECKING:
 
 _SETTING = {"task": True, "backbone": True, "data": True}
 _SPEED = ("training.device", "training.prefix_cache", "training.clients_per_batch")
-_NO_METHOD = ("name", "seed", "baselines", "task.metrics", "evaluation", "tracking", *_SPEED)
-"""Chance, what is measured and reported, and where or how fast something is computed: none of it changes what is done."""
+_IRRELEVANT = ("name", "seed", "baselines", "task.metrics", "evaluation", "tracking", *_SPEED)
+"""Keys that do not define a method: seed, evaluation and reporting, device and speed."""
 
 
 def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
-    """Sort recipes into settings and methods.
+    """Group recipes into settings and methods.
 
-    Recipes with one task, backbone and data are one setting, whatever metrics they report. In it, those that are equal apart from
-    seed, name, baselines, evaluation, device and what saves time are one method. A method is called by its strategy and by those of its
-    values that other methods have otherwise, such as ``fedmerge adapters=3``; a setting by its recipes' name, or by the values that other
-    settings have otherwise.
+    A setting is one task, backbone and data set, regardless of metrics. Within it, recipes that
+    differ only in seed, name, baselines, evaluation, device and speed options are one method. A
+    method is named by its strategy and the values that distinguish it from other methods, such as
+    ``fedmerge adapters=3``. A setting is named by its recipes' name, or by the values that
+    distinguish it from other settings.
 
     Returns:
-        One row a recipe: the names ``setting``, ``method`` and ``strategy``, the ``seed``, and ``rest``, which is equal for methods
-        that differ in nothing but their strategy.
+        One row per recipe: the names ``setting``, ``method`` and ``strategy``, the ``seed``, and
+        ``rest``, which is equal for methods that differ only in their strategy.
     """
     import pandas
 
@@ -36,27 +37,29 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
         recipe.model_dump_json(include=_SETTING, exclude={"task": {"metrics"}})
         for recipe in recipes
     ]
-    kinds = [_same(_values(recipe)) for recipe in recipes]
-    together: dict[str, dict[str, Recipe]] = {}
-    for setting, kind, recipe in zip(settings, kinds, recipes, strict=True):
-        together.setdefault(setting, {}).setdefault(kind, recipe)
+    method_keys = [_key(_values(recipe)) for recipe in recipes]
+    by_setting: dict[str, dict[str, Recipe]] = {}
+    for setting, key, recipe in zip(settings, method_keys, recipes, strict=True):
+        by_setting.setdefault(setting, {}).setdefault(key, recipe)
     method_names = {
-        kind: name for same in together.values() for kind, name in _method_names(same).items()
+        key: name for group in by_setting.values() for key, name in _method_names(group).items()
     }
     setting_names = _setting_names(
         {
-            setting: [r for r, s in zip(recipes, settings, strict=True) if s == setting]
-            for setting in together
+            setting: [
+                recipe for recipe, other in zip(recipes, settings, strict=True) if other == setting
+            ]
+            for setting in by_setting
         }
     )
     return pandas.DataFrame(
         {
             "setting": [setting_names[setting] for setting in settings],
-            "method": [method_names[kind] for kind in kinds],
+            "method": [method_names[key] for key in method_keys],
             "strategy": [recipe.strategy.name for recipe in recipes],
             "seed": [recipe.seed for recipe in recipes],
             "rest": [
-                _same(
+                _key(
                     {
                         key: value
                         for key, value in _values(recipe).items()
@@ -70,49 +73,48 @@ def methods(recipes: Sequence[Recipe]) -> pandas.DataFrame:
 
 
 def _method_names(recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """A name for each method of one setting, from one recipe of each."""
+    """Name each method of one setting, from one recipe of each."""
     values = {method: _values(recipe) for method, recipe in recipes.items()}
     common = [key for key in differing(list(values.values())) if not key.startswith("strategy.")]
     names = {}
     for method, recipe in recipes.items():
         family = [
             values[other]
-            for other, each in recipes.items()
-            if each.strategy.name == recipe.strategy.name
+            for other, candidate in recipes.items()
+            if candidate.strategy.name == recipe.strategy.name
         ]
         own = [key for key in differing(family) if key.startswith("strategy.")]
-        names[method] = " ".join([recipe.strategy.name, *_said(values[method], own + common)])
+        names[method] = " ".join(
+            [recipe.strategy.name, *_assignments(values[method], own + common)]
+        )
     return names
 
 
 def _setting_names(recipes: Mapping[str, Sequence[Recipe]]) -> dict[str, str]:
-    """A name for each setting, from its recipes."""
-    given = {setting: {recipe.name for recipe in same} for setting, same in recipes.items()}
-    if len(set().union(*given.values())) == sum(map(len, given.values())) == len(given):
-        return {setting: name for setting, (name,) in given.items()}
-    values = {setting: _values(same[0]) for setting, same in recipes.items()}
+    """Name each setting, from its recipes."""
+    names = {setting: {recipe.name for recipe in group} for setting, group in recipes.items()}
+    if len(set().union(*names.values())) == sum(map(len, names.values())) == len(names):
+        return {setting: name for setting, (name,) in names.items()}
+    values = {setting: _values(group[0]) for setting, group in recipes.items()}
     keys = [
         key for key in differing(list(values.values())) if key.partition(".")[0] in _SETTING
     ] or ["data.path"]
-    return {setting: " ".join(_said(each, keys)) for setting, each in values.items()}
+    return {setting: " ".join(_assignments(own, keys)) for setting, own in values.items()}
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:
-    """What makes a method what it is."""
-    return {
-        key: value
-        for key, value in flat(recipe).items()
-        if not f"{key}.".startswith(tuple(f"{each}." for each in _NO_METHOD))
-    }
+    """Return the values that define a method, by dotted key."""
+    prefixes = tuple(f"{key}." for key in _IRRELEVANT)
+    return {key: value for key, value in flat(recipe).items() if not f"{key}.".startswith(prefixes)}
 
 
-def _same(values: Mapping[str, Any]) -> str:
-    """A text that is equal for equal values."""
+def _key(values: Mapping[str, Any]) -> str:
+    """Return a text that is equal for equal values."""
     return json.dumps(values, default=str)
 
 
-def _said(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """``key=value`` for the keys that are there, each as short as it can be told from the others."""
+def _assignments(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Return ``key=value`` for the keys in ``values``, each key as short as is unambiguous."""
     last = [key.rpartition(".")[2] for key in keys]
     short = {
         key: end if last.count(end) == 1 and end != "name" else key

@@ -1,4 +1,4 @@
-"""A comparison as people read it: tables for the terminal and for Markdown."""
+"""Tables of a comparison, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -20,35 +20,43 @@ _LEGEND = {
     "worst 10 %": "Worst 10 %: mean over the worst tenth of the clients.",
     "spread": "Spread: standard deviation over the clients.",
     "gain over": "Gains are paired by seed; positive is better.",
-    "finetuning": "Finetuning: what a round's local training gains, in the last tenth of the rounds.",
-    "rounds": "Rounds: how many were completed when the mean over all clients was first measured to have reached {}.",
-    "gap": "Gap: how far it takes an adapter from what the client is sent next (flora and flexlora: their updates).",
-    "MB": "MB: what a client is sent, and sends, in the whole run.",
+    "finetuning": (
+        "Finetuning: gain of one round of local training, in the last tenth of the rounds."
+    ),
+    "rounds": (
+        "Rounds: rounds completed at the first evaluation whose mean over all clients reached {}."
+    ),
+    "gap": (
+        "Gap: distance between the trained adapter and the one sent next (flora and flexlora: "
+        "between updates)."
+    ),
+    "MB": "MB: data sent to and received from a client in the whole run.",
 }
-_DISPENSABLE = ("gap", "finetuning", "MB\nup", "MB\ndown", "spread", "seconds", "runs")
+_OPTIONAL = ("gap", "finetuning", "MB\nup", "MB\ndown", "spread", "seconds", "runs")
+"""Columns dropped from narrow tables, in this order."""
 
 
 def tables(comparison: Comparison, width: int) -> Iterator[Table | Text]:
-    """A table for each setting, of as many columns as ``width`` characters take, and a legend."""
-    shown: set[str] = set()
+    """Yield a table for each setting, with as many columns as ``width`` allows, and a legend."""
+    columns: set[str] = set()
     for title, cells in _settings(comparison):
         cells = _fitting(cells, width)
-        shown |= set(cells.columns)
+        columns |= set(cells.columns)
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=0)
         for name in cells.columns:
             table.add_column(name, justify="left" if name == "method" else "right")
         for row in cells.itertuples(index=False):
             table.add_row(*map(Text, row))
         yield table
-    yield Text(_legend(shown, comparison), style="dim")
+    yield Text(_legend(columns, comparison), style="dim")
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same in Markdown, with all columns."""
+    """Return the tables in Markdown, with all columns."""
     parts = []
-    shown: set[str] = set()
+    columns: set[str] = set()
     for title, cells in _settings(comparison):
-        shown |= set(cells.columns)
+        columns |= set(cells.columns)
         head = " | ".join(name.replace("\n", " ") for name in cells.columns)
         rows = (
             " | ".join(cell.replace("|", "\\|") for cell in row)
@@ -56,19 +64,22 @@ def markdown(comparison: Comparison) -> str:
         )
         lines = [f"| {head} |", "|---" * len(cells.columns) + "|", *(f"| {row} |" for row in rows)]
         parts.append("\n".join([f"## {title}", "", *lines]))
-    return "\n\n".join([*parts, _legend(shown, comparison)]) + "\n"
+    return "\n\n".join([*parts, _legend(columns, comparison)]) + "\n"
 
 
 def _settings(comparison: Comparison) -> Iterator[tuple[Text, pandas.DataFrame]]:
-    """For each setting a title, and the cells of its table."""
+    """Yield title and cells of each setting's table."""
     target = TARGET if comparison.target is None else f"{comparison.target:.3f}"
     for setting, methods in comparison.methods.groupby("setting", sort=False):
-        title = f"{setting}: final {methods['metric'].iloc[0].replace('_', ' ')} of what clients are served with"
-        yield Text(printable(title)), _cells(methods, target)
+        metric = methods["metric"].iloc[0].replace("_", " ")
+        yield (
+            Text(printable(f"{setting}: final {metric} of the served models")),
+            _cells(methods, target),
+        )
 
 
 def _cells(methods: pandas.DataFrame, target: str) -> pandas.DataFrame:
-    """One setting's methods as texts, without columns that have nothing to say."""
+    """Format one setting's methods as text, without empty columns."""
     import pandas
 
     def text(name: str, form: str) -> list[str]:
@@ -103,8 +114,8 @@ def _cells(methods: pandas.DataFrame, target: str) -> pandas.DataFrame:
 
 
 def _fitting(cells: pandas.DataFrame, width: int) -> pandas.DataFrame:
-    """The columns that stand beside each other in so many characters, the dispensable ones dropped one by one."""
-    for name in ("", *_DISPENSABLE):
+    """Drop optional columns one by one until the table fits the width, in characters."""
+    for name in ("", *_OPTIONAL):
         cells = cells.drop(columns=name, errors="ignore")
         widths = (
             max(len(line) for text in (column, *cells[column]) for line in text.split("\n"))
@@ -117,7 +128,7 @@ def _fitting(cells: pandas.DataFrame, width: int) -> pandas.DataFrame:
 
 def _legend(columns: set[str], comparison: Comparison) -> str:
     goal = (
-        f"what {TARGET} ends with on the same seed"
+        f"the final score of {TARGET} on the same seed"
         if comparison.target is None
         else f"{comparison.target:.3f}"
     )
@@ -130,5 +141,5 @@ def _legend(columns: set[str], comparison: Comparison) -> str:
 
 
 def _short(value: float) -> str:
-    """Two digits or three, and all that stand before the point."""
+    """Format with two or three significant digits, and all digits before the point."""
     return f"{value:.2g}" if value < 0.995 else f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""Which adapter each group of clients has come to use: whether those who are alike share one."""
+"""The adapter that each group of clients uses most."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 
 def sharing(run: RunDirectory) -> pandas.DataFrame:
-    """A client's own adapter is the one with its largest merging weight; a group's is the one that most of its clients have.
+    """Return each group's main adapter, which shows whether similar clients share one.
+
+    A client's main adapter is the one with its largest merging weight; a group's is the main
+    adapter of most of its clients.
 
     Returns:
-        By group (``data.partition.group``, or what the clients were dealt by): ``clients``, ``adapter``, ``share`` (the part of the
-        group's clients whose own adapter it is) and ``others`` (the other groups with the same adapter).
+        By group (``data.partition.group``, or the column of a natural partition): ``clients``,
+        ``adapter``, ``share`` (fraction of the group's clients with this main adapter) and
+        ``others`` (the other groups with the same adapter).
     """
     import pandas
 

@@ -1,4 +1,4 @@
-"""What a run shows in a terminal when it has ended."""
+"""Terminal tables of a finished run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from fedmerge_peft.tasks.metrics import greater_is_better
 from fedmerge_peft.util.text import printable
 
 _SHADES = " ░▒▓█"
-_WIDE = 6
-"""More adapters than this are shown in percent alone."""
-_MOST_ADAPTERS = 15
+_MAX_SHADED = 6
+"""With more adapters, weights are shown in percent without shades."""
+_MAX_ADAPTERS = 15
+"""Limit on columns."""
 
 
 def scores_table(run: RunDirectory, most: int = 40) -> Table:
-    """Each client's final score, without local finetuning, for the run's strategy and its baselines side by side."""
+    """Return each client's final score for the run's strategy and its baselines.
+
+    Args:
+        run: A finished run.
+        most: Limit on rows.
+    """
     runs: Mapping[str, RunDirectory] = {run.recipe.strategy.name: run, **run.baselines}
-    final = {name: each.summary["final"]["served"] for name, each in runs.items()}
+    final = {name: method.summary["final"]["served"] for name, method in runs.items()}
     metric = final[run.recipe.strategy.name]["metric"]
     best_of = max if greater_is_better(run.recipe.task.metrics[0]) else min
     table = Table(
-        title=f"{metric.replace('_', ' ')}, adapters as the server sends them",
+        title=f"{metric.replace('_', ' ')} of the served models",
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
@@ -65,9 +71,14 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
 
 
 def weights_table(run: RunDirectory, most: int = 40) -> Table:
-    """π: which client is made of which adapters; in percent where there are many adapters, so that they fit a terminal."""
+    """Return the merging weights π; with many adapters in percent, to fit a terminal.
+
+    Args:
+        run: A run with at least one finished round.
+        most: Limit on rows.
+    """
     weights = run.weights
-    many = weights.shape[1] > _WIDE
+    many = weights.shape[1] > _MAX_SHADED
     unit = ", percent" if many else ""
     table = Table(
         title=f"learned merging weights: clients × adapters{unit}",
@@ -76,21 +87,19 @@ def weights_table(run: RunDirectory, most: int = 40) -> Table:
     )
     table.padding = (0, 0) if many else (0, 1)
     table.add_column("client", no_wrap=True)
-    for adapter in weights.columns[:_MOST_ADAPTERS]:
+    for adapter in weights.columns[:_MAX_ADAPTERS]:
         table.add_column(str(adapter), justify="right", no_wrap=True, min_width=3 if many else None)
     for name, row in weights.head(most).iterrows():
-        table.add_row(
-            _plain(name), *(_shaded(float(value), many) for value in row[:_MOST_ADAPTERS])
-        )
+        table.add_row(_plain(name), *(_shaded(float(value), many) for value in row[:_MAX_ADAPTERS]))
     if len(weights) > most:
         table.add_row(f"... and {len(weights) - most} more")
-    if weights.shape[1] > _MOST_ADAPTERS:
-        table.caption = f"... and {weights.shape[1] - _MOST_ADAPTERS} more adapters"
+    if weights.shape[1] > _MAX_ADAPTERS:
+        table.caption = f"... and {weights.shape[1] - _MAX_ADAPTERS} more adapters"
     return table
 
 
 def _plain(name: object) -> Text:
-    """A name from somebody's data, as text alone: neither markup nor control characters."""
+    """Return a name from the data as plain text, without markup and control characters."""
     return Text(printable(str(name)))
 
 

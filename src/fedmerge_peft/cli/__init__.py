@@ -1,4 +1,4 @@
-"""The command line: one file a verb family, each adding its verbs to ``app``."""
+"""The command line: one module per group of commands; each adds its commands to ``app``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fedmerge_peft.errors import FedMergeError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``fedmerge`` and exit: 0 when all went well, 2 with one message for errors raised on purpose.
+    """Run ``fedmerge`` and exit.
 
-    130 and 143 say that SIGINT (Ctrl-C) or SIGTERM stopped it.
-
-    With ``FEDMERGE_TRACEBACK=1`` in the environment such errors keep their traceback.
+    Exit codes: 0 success; 1 a failed check or a closed pipe; 2 an error, reported as one message;
+    130 and 143 stopped by SIGINT (Ctrl-C) or SIGTERM. With ``FEDMERGE_TRACEBACK=1`` in the
+    environment, errors keep their traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # it is None where a shell closed it with >&-
+        if isinstance(stream, TextIOWrapper):  # None if a shell closed it with >&-
             stream.reconfigure(errors="backslashreplace")
     try:
-        from fedmerge_peft.cli import (  # noqa: F401 - importing adds their verbs
+        from fedmerge_peft.cli import (  # noqa: F401 (each import adds its commands)
             compare,
             data,
             doctor,
@@ -45,25 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("FEDMERGE_TRACEBACK") == "1":
             raise
         if error.rank == rank():
-            print(
-                _harmless("\n".join([str(error), *getattr(error, "__notes__", [])])),
-                file=sys.stderr,
-                flush=True,
-            )
+            text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+            print(_escape(text), file=sys.stderr, flush=True)
         else:
             wait_for_launcher()
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter would complain at its end
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
+        # Without this the interpreter would report an error when it flushes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def _harmless(text: str) -> str:
-    """The text as a terminal can show it: file and column names may hold characters that steer one."""
+def _escape(text: str) -> str:
+    """Escape control characters, which file and column names may contain, line by line."""
     from fedmerge_peft.util.text import printable
 
     return "\n".join(map(printable, text.split("\n")))

@@ -1,4 +1,4 @@
-"""``fedmerge compare``: finished runs beside each other."""
+"""``fedmerge compare``: tables and a figure of finished runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.analysis import Comparison
 
 _WIDTH = 120
-"""Characters of a table that no terminal limits."""
+"""Width of tables that are not printed to a terminal, characters."""
 
 
 @app.command()
@@ -23,25 +23,25 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN", help="Run directories, or folders that hold some at any depth."
+            metavar="RUN", help="Run directories, or folders that contain some at any depth."
         ),
     ],
     target: Annotated[
         float | None,
-        typer.Option(help="The score to count rounds to; by default fedavg's final one, by seed."),
+        typer.Option(
+            help="Count rounds until this score. Default: fedavg's final score on the same seed."
+        ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(
-            help="The score to compare, such as test_f1; by default the one the runs report."
-        ),
+        typer.Option(help="Score to compare, such as test_f1. Default: the runs' main metric."),
     ] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Write the table to this file too, in full precision; overwritten."),
+        typer.Option(help="Write the table to this CSV file in full precision; overwritten."),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write it as Markdown too; overwritten.")
+        Path | None, typer.Option(help="Write the table to this Markdown file; overwritten.")
     ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file; overwritten.")
@@ -49,7 +49,8 @@ def compare(
 ) -> None:
     """Compare methods over seeds: scores, worst clients, gains, bytes, seconds.
 
-    Runs that differ only in their seed are one method. Runs on different data, tasks or backbones get tables of their own.
+    Runs that differ only in their seed are one method. Runs with different data, tasks or backbones
+    get separate tables.
 
     Example: fedmerge compare runs sweeps/quickstart --figure methods.png
     """
@@ -66,7 +67,7 @@ def compare(
     console = wide_console()
     configure_logging(Console(stderr=True, highlight=False))
     comparison = Comparison.of(runs, metric=metric, target=target)
-    show(comparison, console)
+    print_tables(comparison, console)
     if csv is not None:
         _write(csv, comparison.methods.to_csv(index=False))
     if markdown is not None:
@@ -78,8 +79,8 @@ def compare(
             console.print(printable(f"wrote {path}"), markup=False, soft_wrap=True)
 
 
-def show(comparison: Comparison, console: Console) -> None:
-    """Print the tables, with as many columns as the terminal has room for."""
+def print_tables(comparison: Comparison, console: Console) -> None:
+    """Print the tables with as many columns as fit the console."""
     from fedmerge_peft.analysis.reports import tables
 
     for part in tables(comparison, console.width):
@@ -87,17 +88,15 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def wide_console() -> Console:
-    """Standard output, and not 80 characters wide where it is no terminal."""
+    """Return a console on standard output, 120 columns wide if that is not a terminal."""
     import os
 
     from rich.console import Console
 
     console = Console(highlight=False)
-    return (
-        console
-        if console.is_terminal or "COLUMNS" in os.environ
-        else Console(highlight=False, width=_WIDTH)
-    )
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(highlight=False, width=_WIDTH)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""``fedmerge data``: who holds what, before anything trains."""
+"""``fedmerge data``: the clients and their labels, before any training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from fedmerge_peft.cli.app import Overrides, RecipeSource, app
 def data(
     recipe: RecipeSource,
     overrides: Overrides = None,
-    by: Annotated[str | None, typer.Option(help="Column to count, instead of the label.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Column to count instead of the label column.")
+    ] = None,
     figure: Annotated[
         Path | None,
-        typer.Option(help="Write the picture of clients and labels to this PNG or SVG file too."),
+        typer.Option(help="Draw clients and labels to this PNG or SVG file; overwritten."),
     ] = None,
 ) -> None:
-    """Show the clients: how many examples each holds, and of which labels.
+    """Show each client's number of examples and its labels.
 
     Example: fedmerge data quickstart --figure clients.png
     """
@@ -32,9 +34,9 @@ def data(
 
     loaded = Recipe.load(recipe, overrides or [])
     label = getattr(loaded.task, "label", None)
-    held = federate_data(loaded.data, label, loaded.seed)
+    federated = federate_data(loaded.data, label, loaded.seed)
     console = Console(highlight=False)
-    console.print(terminal_chart(held, by or label, width=console.width))
+    console.print(terminal_chart(federated, by or label, width=console.width))
     if figure is not None:
-        plot(held, by or label, figure)
+        plot(federated, by or label, figure)
         console.print(printable(f"figure: {figure}"), markup=False)

@@ -1,4 +1,4 @@
-"""``fedmerge doctor``: what of the installation works here."""
+"""``fedmerge doctor``: check the installation."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import typer
 
 from fedmerge_peft.cli.app import app
 
-_MARKS = {"ok": "ok", "absent": "--", "wrong": "!!"}
+_MARKS = {"ok": "ok", "optional": "--", "failed": "!!"}
 
 
 @app.command()
 def doctor() -> None:
-    """Look at versions, devices, hub, extras and disk.
+    """Check versions, devices, hub access, extras and disk space.
 
-    Marks: ok; -- one can do without it; !! should be mended, and the exit code is 1.
+    Marks: ok; -- optional and absent; !! a problem, which also sets exit code 1.
 
     Example: fedmerge doctor
     """
-    from fedmerge_peft.cli.installation import findings
+    from fedmerge_peft.cli.installation import run_checks
     from fedmerge_peft.util.text import printable
 
-    wrong = 0
-    for finding in findings():
-        wrong += finding.state == "wrong"
-        remedy = f"   # {finding.do}" if finding.do else ""
+    failed = 0
+    for check in run_checks():
+        failed += check.state == "failed"
+        remedy = f"   # {check.remedy}" if check.remedy else ""
         print(
-            printable(f"{_MARKS[finding.state]}  {finding.what:<24}{finding.says}{remedy}"),
-            flush=True,
+            printable(f"{_MARKS[check.state]}  {check.name:<24}{check.result}{remedy}"), flush=True
         )
-    if wrong:
+    if failed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``fedmerge export``: adapters to take away."""
+"""``fedmerge export``: write adapters as PEFT folders, and push them to the hub."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     client: Annotated[str | None, typer.Option(help="The client whose adapter to export.")] = None,
     all_clients: Annotated[
-        bool, typer.Option("--all", help="Every client's adapter, a folder each.")
+        bool, typer.Option("--all", help="Every client's adapter, one folder per client.")
     ] = False,
     soup: Annotated[
         bool,
         typer.Option(
             "--soup",
-            help="The shared adapters, and every client's weights to merge them by on load.",
+            help="The shared adapters and all clients' weights, to merge on load.",
         ),
     ] = False,
     to: Annotated[
@@ -31,28 +31,26 @@ def export(
     best: Annotated[
         bool,
         typer.Option(
-            "--best", help="Take the round with the lowest validation loss instead of the last."
+            "--best", help="Use the round with the lowest validation loss instead of the last."
         ),
     ] = False,
     base_model_id: Annotated[
         str | None,
-        typer.Option(
-            help="The base model as others know it. Default: the recipe's backbone.model."
-        ),
+        typer.Option(help="Public name of the base model. Default: the recipe's backbone.model."),
     ] = None,
     push: Annotated[
         str | None,
         typer.Option(
-            metavar="REPO", help="Upload to this model repository of the Hugging Face hub too."
+            metavar="REPO", help="Also upload to this model repository on the Hugging Face hub."
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private/--public", help="What a new repository is.")
+        bool, typer.Option("--private/--public", help="Visibility of a new repository.")
     ] = True,
 ) -> None:
     """Write adapters as plain PEFT folders with model cards.
 
-    They load with peft and transformers alone; the card's README.md has the lines to type.
+    They load with peft and transformers alone; each README.md has example code.
 
     Example: fedmerge export runs/first --client "Fen Water" --to fen-water
     """
@@ -63,7 +61,7 @@ def export(
     from fedmerge_peft.errors import RunError
 
     if sum([client is not None, all_clients, soup]) != 1:
-        raise RunError("give one of --client NAME, --all and --soup: what should be exported?")
+        raise RunError("choose what to export: give exactly one of --client NAME, --all and --soup")
 
     from fedmerge_peft.serving.export import (
         base_model,
@@ -73,7 +71,7 @@ def export(
         export_soup,
         folder_name,
         push_to_hub,
-        vllm_says,
+        vllm_support,
     )
     from fedmerge_peft.util.text import printable
 
@@ -83,41 +81,31 @@ def export(
         check_repo(push)
         if hub is None:
             raise RunError(
-                f"{base} is not on the hub, so nobody could load what is pushed; say which model it is with --base-model-id"
+                f"the base model {base} is not on the hub, so a pushed adapter could not be "
+                "loaded; name the model with --base-model-id"
             )
-    folder = (
-        to
-        if to is not None
-        else run
-        / "exported"
-        / (folder_name(client) if client is not None else "all" if all_clients else "soup")
-    )
-    write = (
-        partial(export_client, client=client)
-        if client is not None
-        else export_all
-        if all_clients
-        else export_soup
-    )
+    if client is not None:
+        write, name = partial(export_client, client=client), folder_name(client)
+    elif all_clients:
+        write, name = partial(export_all), "all"
+    else:
+        write, name = partial(export_soup), "soup"
+    folder = to if to is not None else run / "exported" / name
     written = write(opened, folder=folder, best=best, base_model_id=base_model_id, repo=push)
     print(printable(f"wrote {written}, after round {opened.round(best=best)}"))
-    print(printable(vllm_says(opened)))
+    print(printable(vllm_support(opened)))
     if hub is None:
         print(
             printable(
-                f"the base model {base} is not on the hub; name it for others with --base-model-id"
+                f"the base model {base} is not on the hub; give its public name with "
+                "--base-model-id"
             ),
             file=sys.stderr,
         )
     if push is not None:
         print(f"pushed: {push_to_hub(written, push, private=private)}")
     else:
-        card = written / (
-            "README.md" if not all_clients else f"{folder_name(opened.client_names[0])}/README.md"
-        )
+        subfolder = folder_name(opened.client_names[0]) if all_clients else "."
+        card = shlex.quote(str(written / subfolder / "README.md"))
         print("\nnext:")
-        print(
-            printable(
-                f"  cat {shlex.quote(str(card))}   # the lines that load it, with peft and transformers alone"
-            )
-        )
+        print(printable(f"  cat {card}   # code that loads it, with peft and transformers alone"))

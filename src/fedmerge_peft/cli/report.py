@@ -1,4 +1,4 @@
-"""``fedmerge report``: a page to read, and to send to others."""
+"""``fedmerge report``: one HTML page about runs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN", help="Run directories, finished or not.")
     ],
-    out: Annotated[Path, typer.Option(help="The HTML file to write; overwritten.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="HTML file to write; an existing one is overwritten.")
+    ] = Path("report.html"),
     figures: Annotated[
         Path | None,
-        typer.Option(help="A folder for the figures as PNG and SVG files too; overwritten."),
+        typer.Option(
+            help="Folder for the figures as PNG and SVG files; existing ones are overwritten."
+        ),
     ] = None,
 ) -> None:
-    """Write one HTML page about runs: figures, worst clients, what to do.
+    """Write one HTML page about runs: figures, worst clients, advice.
 
-    It needs no network, and fits a phone.
+    The page works offline and on a phone.
 
     Example: fedmerge report runs/first --out first.html
     """
@@ -34,4 +36,4 @@ def report(
 
     print(printable(f"wrote {write_report(runs, out)}"))
     if figures is not None:
-        print(printable(f"wrote {len(write_figures(runs, figures))} files into {figures}"))
+        print(printable(f"wrote {len(write_figures(runs, figures))} files to {figures}"))

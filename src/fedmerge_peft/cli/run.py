@@ -1,4 +1,4 @@
-"""``fedmerge run`` and ``fedmerge resume``: federate what a recipe says, and go on after an interruption."""
+"""``fedmerge run`` and ``fedmerge resume``: run a recipe, and resume an interrupted run."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def run(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run directory; by default runs/NAME. It must be new or empty."),
+        typer.Option(help="New or empty run directory. Default: runs/NAME."),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")
+        bool, typer.Option("--quiet", "-q", help="Print only one line per round.")
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Say in the end where the rounds' time went.")
+        bool, typer.Option("--profile", help="Print a breakdown of the rounds' time at the end.")
     ] = False,
 ) -> None:
-    """Run a federation, and its baselines, from a recipe.
+    """Run a recipe's federation and its baselines.
 
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """
@@ -67,12 +67,12 @@ def run(
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     with collect_timings() as timer:
-        finished = _watched(partial(federate, loaded, directory), directory, console, quiet)
+        finished = _run_stoppable(partial(federate, loaded, directory), directory, console, quiet)
     destroy_process_group()
     if not quiet and is_main():
-        _show(finished, recipe, overrides or [], console)
+        _print_results(finished, recipe, overrides or [], console)
     if profile:
-        _show_profile(timer, console)
+        _print_profile(timer, console)
 
 
 @app.command()
@@ -81,16 +81,16 @@ def resume(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Of rounds, evaluation.every, tracking; no others."
+            metavar="KEY=VALUE", help="Overrides of rounds, evaluation.every or tracking."
         ),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar and no tables; one line a round.")
+        bool, typer.Option("--quiet", "-q", help="Print only one line per round.")
     ] = False,
 ) -> None:
-    """Go on with a run that was interrupted, or give an ended one more rounds.
+    """Resume an interrupted run, or extend a finished one by more rounds.
 
-    It goes on from the last finished round, and gives what it would have given without the interruption.
+    The run continues from the last finished round. The result equals that of an uninterrupted run.
 
     Example: fedmerge resume runs/first rounds=10
     """
@@ -101,14 +101,16 @@ def resume(
 
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
-    finished = _watched(partial(resume, run, overrides or []), run, console, quiet)
+    finished = _run_stoppable(partial(resume, run, overrides or []), run, console, quiet)
     destroy_process_group()
     if not quiet and is_main():
-        _show(finished, str(run / "recipe.yaml"), [], console)
+        _print_results(finished, str(run / "recipe.yaml"), [], console)
 
 
-def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet: bool) -> Run:
-    """Show a run's progress; when it is stopped or fails, say how to go on."""
+def _run_stoppable(
+    start: Callable[..., Run], directory: Path, console: Console, quiet: bool
+) -> Run:
+    """Run with a progress bar; if the run stops or fails, print the command that resumes it."""
     from fedmerge_peft.api import Run
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import (
@@ -123,20 +125,20 @@ def _watched(start: Callable[..., Run], directory: Path, console: Console, quiet
 
     with Stop() as stop:
         try:
-            return _shown(start, stop, console, quiet)
+            return _run_with_progress(start, stop, console, quiet)
         except KeyboardInterrupt as interrupt:
             if is_main() and (command := Run(directory).resume_command):
-                print(printable(f"stopped; go on with: {command}"), file=sys.stderr)
+                print(printable(f"stopped; resume with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
         except (ClientError, RankError, RunError, TooFewClientsError) as error:
             if not isinstance(error, (ResumeError, RunBusyError)) and (
                 command := Run(directory).resume_command
             ):
-                error.add_note(f"To go on from the last finished round: {command}")
+                error.add_note(f"To resume from the last finished round: {command}")
             raise
 
 
-def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool) -> Run:
+def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool) -> Run:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -159,7 +161,9 @@ def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool)
         rounds = progress.add_task("rounds", total=None)
         clients = progress.add_task("clients", total=None)
 
-        class Show(Callback):
+        class ShowProgress(Callback):
+            """Update the progress bars and print one line per round."""
+
             def on_start(self, federation: Federation, run: RunDirectory) -> None:
                 stop.check()
                 stop.arm()
@@ -167,8 +171,9 @@ def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool)
                 megabytes = 4 * strategy.soup.layout.size / 1e6
                 after = f", after round {federation.completed}" if federation.completed else ""
                 progress.print(
-                    f"[bold]{federation.recipe.strategy.name}[/]: {len(federation.engine.clients)} clients, {len(strategy.soup)} "
-                    f"adapter(s) of {megabytes:.2f} MB on {federation.engine.backbone.device}{after}",
+                    f"[bold]{federation.recipe.strategy.name}[/]: "
+                    f"{len(federation.engine.clients)} clients, {len(strategy.soup)} adapter(s) of "
+                    f"{megabytes:.2f} MB on {federation.engine.backbone.device}{after}",
                     soft_wrap=True,
                 )
                 progress.reset(
@@ -188,10 +193,10 @@ def _shown(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool)
                 progress.reset(clients)
                 stop.check()
 
-        return start(callbacks=[Show()])
+        return start(callbacks=[ShowProgress()])
 
 
-def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
+def _print_results(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
     from fedmerge_peft.analysis import scores_table, weights_table
     from fedmerge_peft.util.text import printable
 
@@ -202,16 +207,16 @@ def _show(run: Run, recipe: str, overrides: list[str], console: Console) -> None
     console.print(
         f"run directory: {printable(str(run.path))}\n\nnext:", soft_wrap=True, markup=False
     )
-    for command, why in _next(run, recipe, overrides):
-        console.print(f"  {printable(command)}   # {why}", soft_wrap=True, markup=False)
+    for command, purpose in _next_commands(run, recipe, overrides):
+        console.print(f"  {printable(command)}   # {purpose}", soft_wrap=True, markup=False)
 
 
-def _show_profile(timer: PhaseTimer, console: Console) -> None:
+def _print_profile(timer: PhaseTimer, console: Console) -> None:
     from rich.table import Table
 
     total = sum(timer.seconds.values())
     table = Table(
-        title=f"where the time went: {100 * timer.overhead:.1f} % neither training nor evaluation",
+        title=f"time by part: {100 * timer.overhead:.1f} % neither training nor evaluation",
         title_justify="left",
     )
     table.add_column("part")
@@ -222,35 +227,24 @@ def _show_profile(timer: PhaseTimer, console: Console) -> None:
     console.print(table)
 
 
-def _next(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
-    """Three commands that would go on from here, and what each is for."""
+def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
+    """Return three commands to continue with, each with its purpose."""
     from fedmerge_peft.recipe.loading import shipped
 
-    same = shlex.join([recipe, *overrides])
+    def rerun(override: str, suffix: str) -> str:
+        out = f"{run.path}-{suffix}"
+        return shlex.join(["fedmerge", "run", recipe, *overrides, override, "--out", out])
+
     commands = [
-        (f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, what to do")
+        (f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, advice")
     ]
     if run.recipe.strategy.name == "fedmerge":
-        commands.append(
-            (
-                f"fedmerge run {same} strategy.adapters=3 --out {shlex.quote(f'{run.path}-3')}",
-                "a smaller soup",
-            )
-        )
+        commands.append((rerun("strategy.adapters=3", "3"), "a smaller soup"))
     else:
-        commands.append(
-            (
-                f"fedmerge run {same} strategy=fedmerge --out {shlex.quote(f'{run.path}-fedmerge')}",
-                "merged adapters instead",
-            )
-        )
-    if any(recipe == each.name for each in shipped()):
+        commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))
+    if any(recipe == entry.name for entry in shipped()):
         commands.append((f"fedmerge cp {recipe} mine.yaml", "your own model and data"))
     else:
-        commands.append(
-            (
-                f"fedmerge run {same} seed={run.recipe.seed + 1} --out {shlex.quote(f'{run.path}-seed')}",
-                "how much is chance",
-            )
-        )
+        another_seed = rerun(f"seed={run.recipe.seed + 1}", "seed")
+        commands.append((another_seed, "the variation between seeds"))
     return commands

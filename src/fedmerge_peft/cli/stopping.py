@@ -1,4 +1,4 @@
-"""Stopping a run between two rounds: Ctrl-C and SIGTERM wait for the round's end, the second of them does not."""
+"""Stop a run between two rounds: the first SIGINT or SIGTERM waits, the second does not."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from fedmerge_peft.distributed import is_main
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody asked to stop. ``code`` is the exit code, 128 and the signal's number: 130 or 143."""
+    """A signal stopped the run. ``code`` is the exit code, 128 + signal number: 130 or 143."""
 
-    def __init__(self, rank: int) -> None:
-        self.code = 128 + rank
-        super().__init__(rank)
+    def __init__(self, number: int) -> None:
+        self.code = 128 + number
+        super().__init__(number)
 
 
 class Stop:
-    """While a block runs, from ``arm`` on, the first SIGINT or SIGTERM is remembered until ``check``; the second raises ``Stopped``.
+    """Defer the first SIGINT or SIGTERM after ``arm`` until ``check``; the second is immediate.
 
-    Before ``arm`` there is nothing to wait for, and SIGTERM and SIGINT do what they did before the block.
+    Both raise ``Stopped``. Before ``arm`` there is nothing to wait for, so the previous handlers
+    stay in place.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self._before: dict[int, Any] = {}
+        self.requested: int | None = None
+        """Number of the first signal."""
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         return self
@@ -38,25 +40,26 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for rank, handler in self._before.items():
-            signal.signal(rank, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def arm(self) -> None:
-        """Begin to catch the signals."""
-        if not self._before:
-            self._before = {
-                rank: signal.signal(rank, self._hear) for rank in (signal.SIGINT, signal.SIGTERM)
+        """Install the signal handlers."""
+        if not self._previous:
+            self._previous = {
+                number: signal.signal(number, self._handle)
+                for number in (signal.SIGINT, signal.SIGTERM)
             }
 
     def check(self) -> None:
-        """To be called where it is safe to stop. Raises ``Stopped`` if somebody has asked to."""
-        if self.asked is not None:
-            raise Stopped(self.asked)
+        """Raise ``Stopped`` if a signal has arrived; call this wherever stopping is safe."""
+        if self.requested is not None:
+            raise Stopped(self.requested)
 
-    def _hear(self, rank: int, _: FrameType | None) -> None:
-        if self.asked is not None:
-            raise Stopped(rank)
-        self.asked = rank
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.requested is not None:
+            raise Stopped(number)
+        self.requested = number
         if is_main():
-            with suppress(OSError):  # by no print, as this may have interrupted one
-                os.write(2, b"\nstopping after this round; once more to stop at once\n")
+            with suppress(OSError):  # not print, which this handler may have interrupted
+                os.write(2, b"\nstopping after this round; repeat to stop now\n")

@@ -1,4 +1,4 @@
-"""``fedmerge sweep``: a run for each combination of values."""
+"""``fedmerge sweep``: one run per combination of values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Values = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=A,B,C", help="Such as strategy.adapters=3,6 seed=0,1,2."),
+    typer.Argument(
+        metavar="KEY=A,B,C", help="Values to combine, such as strategy.adapters=3,6 seed=0,1,2."
+    ),
 ]
 
 
@@ -29,13 +31,14 @@ def sweep(
     recipe: RecipeSource,
     values: Values = None,
     out: Annotated[
-        Path | None, typer.Option(help="The folder of the run directories; by default sweeps/NAME.")
+        Path | None, typer.Option(help="Folder of the run directories. Default: sweeps/NAME.")
     ] = None,
 ) -> None:
-    """Run every combination of some values, then compare.
+    """Run every combination of the given values, then compare the runs.
 
-    Commas in brackets, braces and quotes belong to the value. The recipe's baselines are run once for each combination of the other
-    values. The same command again does what is left: finished runs are kept, interrupted ones go on.
+    Commas in brackets, braces and quotes belong to the value. The recipe's baselines run once for
+    each combination of the other values. Repeating the command continues the sweep: finished runs
+    are kept and interrupted ones are resumed.
 
     Example: fedmerge sweep quickstart strategy.adapters=3,5 seed=0,1,2
     """
@@ -47,7 +50,7 @@ def sweep(
 
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.api import Run
-    from fedmerge_peft.cli.compare import show, wide_console
+    from fedmerge_peft.cli.compare import print_tables, wide_console
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import RunError, SweepError
     from fedmerge_peft.util.logs import configure_logging
@@ -65,7 +68,7 @@ def sweep(
         with Stop() as stop:
             finished = [run.path for run in _sweep(recipes, directory, console, stop).values()]
     except KeyboardInterrupt as interrupt:
-        print("stopped; the same command again does what is left", file=sys.stderr)
+        print("stopped; repeat the command to continue the sweep", file=sys.stderr)
         raise typer.Exit(getattr(interrupt, "code", 130)) from None
     except SweepError as error:
         failed, finished = (
@@ -74,10 +77,8 @@ def sweep(
         )
     if finished:
         try:
-            show(Comparison.of(finished), console)
-        except (
-            RunError
-        ) as error:  # such as runs that report different metrics: it takes nothing from the sweep
+            print_tables(Comparison.of(finished), console)
+        except RunError as error:  # such as runs with different metrics; the sweep itself succeeded
             console.print(printable(f"no comparison: {error}"), markup=False, soft_wrap=True)
     if failed is not None:
         raise failed
@@ -88,7 +89,7 @@ def sweep(
 def _sweep(
     recipes: dict[str, Recipe], directory: Path, console: Console, stop: Stop
 ) -> dict[str, Run]:
-    """Run them, with a line for each that ends."""
+    """Run the recipes and print one line per run that ends."""
     from itertools import count
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -105,9 +106,9 @@ def _sweep(
         rounds = progress.add_task("", total=None)
         ended = count(1)
 
-        def say(name: str, how: str) -> None:
+        def print_result(name: str, result: str) -> None:
             progress.console.print(
-                printable(f"[{next(ended)}/{len(recipes)}] {name}  {how}"),
+                printable(f"[{next(ended)}/{len(recipes)}] {name}  {result}"),
                 soft_wrap=True,
                 markup=False,
             )
@@ -118,11 +119,12 @@ def _sweep(
             scores = (
                 f"served {served['mean']:.3f} (worst {served['worst']:.3f})  " if served else ""
             )
-            say(name, scores + (f"{summary['seconds']:.1f} s" if fresh else "finished before"))
+            duration = f"{summary['seconds']:.1f} s" if fresh else "finished before"
+            print_result(name, scores + duration)
             stop.check()
 
         def on_failure(name: str, error: FedMergeError) -> None:
-            say(name, f"failed: {str(error).splitlines()[0]}")
+            print_result(name, f"failed: {str(error).splitlines()[0]}")
 
         def on_round(name: str, record: RoundRecord) -> None:
             progress.update(

@@ -21,8 +21,9 @@ from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.loop import Federation
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat
-from fedmerge_peft.runs.checkpoint import FREE
-from fedmerge_peft.runs.directory import RunDirectory, parts
+from fedmerge_peft.runs.checkpoint import RESUME_OVERRIDES
+from fedmerge_peft.runs.cleanup import remove_temporary_files
+from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import Scores
 from fedmerge_peft.runs.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.runs.writer import RunWriter
@@ -64,7 +65,7 @@ def resume_run(
         distributed.on_rank_zero(partial(_hold, stack, run.path))
         distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
         engine = engine or load_engine(recipe)
-        distributed.on_rank_zero(run.tidy)
+        distributed.on_rank_zero(partial(remove_temporary_files, run.path))
         _federate(recipe, run.path, engine, Callbacks(callbacks))
     return run.path
 
@@ -83,12 +84,14 @@ def _check_unfinished(run: RunDirectory, rounds: int) -> None:
 def _continued(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
     """The run's recipe with these overrides. Raises ``RecipeError`` for those that a run cannot go on with."""
     recipe = run.recipe.replace(overrides)
-    if other := [key for key in differing([flat(run.recipe), flat(recipe)]) if key not in FREE]:
+    if other := [
+        key for key in differing([flat(run.recipe), flat(recipe)]) if key not in RESUME_OVERRIDES
+    ]:
         raise RecipeError(
             [f"{', '.join(other)}: clients would do something else than before, so this would be another run; start it with fedmerge run. "
-             f"A run that goes on may change {', '.join(FREE)}"]
+             f"A run that goes on may change {', '.join(RESUME_OVERRIDES)}"]
         )  # fmt: skip
-    for _, path in parts(run.recipe, run.path):
+    for _, path in with_baselines(run.recipe, run.path):
         if (done := len(RunDirectory(path).records)) > recipe.rounds:
             raise RecipeError(
                 [f"rounds: {recipe.rounds} is fewer than the {done} that {path} has done"]
@@ -98,7 +101,7 @@ def _continued(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
 
 def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callback) -> None:
     """Run what is left of a recipe and its baselines."""
-    for one, path in parts(recipe, directory):
+    for one, path in with_baselines(recipe, directory):
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
         federation = Federation(one, engine)
@@ -114,7 +117,7 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callba
 
 
 def _has_ended(path: Path, rounds: int) -> bool:
-    return RunDirectory(path).rounds_ended == rounds
+    return RunDirectory(path).final_round == rounds
 
 
 def _restore(federation: Federation, run: RunWriter) -> None:
@@ -139,12 +142,12 @@ def _run_rounds(
     strategy = federation.strategy
     names = [client.name for client in federation.engine.clients]
 
-    def offer_best(completed: int, scores: Scores) -> None:
+    def save_if_best(completed: int, scores: Scores) -> None:
         with timed("save"):
-            run.offer_best(completed, scores, strategy)
+            run.save_if_best(completed, scores, strategy)
 
     with timed("other"):
-        for record in federation.rounds(callbacks.on_client, offer_best):
+        for record in federation.rounds(callbacks.on_client, save_if_best):
             with timed("save"):
                 run.append(record, strategy)
                 tracked.record(record)
@@ -153,7 +156,7 @@ def _run_rounds(
             callbacks.on_round(record)
         final = federation.evaluate()
         if final is not None and len(final.clients) == len(names):
-            offer_best(federation.completed, final)
+            save_if_best(federation.completed, final)
         with timed("save"):
             run.finish(final)
             tracked.final(final, federation.completed)

@@ -22,6 +22,7 @@ from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.federation.federate import resume_run, run_recipe
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat, written
+from fedmerge_peft.runs.cleanup import check_only_run_files, files_in, remove_run
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.util.files import locked_directory, translated_write_errors
@@ -109,7 +110,7 @@ def _run(recipe: Recipe, path: Path, engine: LocalEngine, callbacks: Sequence[Ca
             return
     except ResumeError as error:
         log.warning("begun anew: %s", error)
-    RunDirectory(path).clear()
+    remove_run(path)
     run_recipe(recipe, path, engine=engine, callbacks=callbacks)
 
 
@@ -130,7 +131,7 @@ def _finished(path: Path, recipe: Recipe) -> bool:
     """
     if not (path / "recipe.yaml").is_file():
         if path.is_file() or any(
-            not found.name.startswith(".recipe.yaml.") for found in RunDirectory(path).files()
+            not found.name.startswith(".recipe.yaml.") for found in files_in(path)
         ):
             raise RunError(
                 f"{path} holds files that are no run, and nothing is ever overwritten. Move them, or choose another --out"
@@ -151,5 +152,5 @@ def _finished(path: Path, recipe: Recipe) -> bool:
         )
     if run.ended:
         return True
-    run.check_ours()
+    check_only_run_files(run.path)
     return False

@@ -1,1 +1,1 @@
-"""Figures as data, and their rendering as files and in pages."""
+"""Figures as data, drawn by matplotlib or as SVG for a page, with one palette."""

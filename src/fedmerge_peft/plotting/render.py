@@ -1,4 +1,4 @@
-"""Figures by matplotlib: as files for papers and slides, and for trackers; a page has figures of its own (``plotting/svg.py``)."""
+"""Draw figures with matplotlib, for files and trackers; ``svg.py`` draws those of the page."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from typing import Any
 import numpy as np
 
 from fedmerge_peft.errors import RunError
+from fedmerge_peft.plotting.palette import COLORMAP, COLORS, DASHES
 from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Lines, Strip
 from fedmerge_peft.util.text import printable
 
 SUFFIXES = (".png", ".svg")
-_COLORS = (
-    "#0072b2",
-    "#d55e00",
-    "#007a5a",
-    "#a8457f",
-    "#6b5800",
-    "#444444",
-)  # the page's, told apart by colour-blind readers
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 2)), "-")
-_SHADES = "Blues"
-_ROW = 0.19
-"""Inches of a named row of a heat map."""
-_TALLEST = 8.0
-_LINES_TALL = 3.6
-_MOST_NAMES = 40
-_SHORT = 30
-"""Characters of a name beside a heat map."""
+_ROW_HEIGHT = 0.19
+"""Height of a named row of a heat map, inches."""
+_MAX_HEIGHT = 8.0
+"""Height limit of a heat map, inches."""
+_LINES_HEIGHT = 3.6
+"""Height of a line chart, inches."""
+_MAX_NAMES = 40
+"""Limit on tick labels of one axis."""
+_MAX_CHARACTERS = 30
+"""Limit on characters of a tick label."""
 
 
 def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
-    """Write ``path`` with each of ``SUFFIXES``, in place of what is there; its folder is made where it is missing.
+    """Write one file per suffix of ``SUFFIXES``; create the folder and overwrite existing files.
+
+    Args:
+        drawing: The figure.
+        title: Its title.
+        path: Path of the files without suffix.
+
+    Returns:
+        The paths.
 
     Raises:
         RunError: The folder or a file cannot be written.
@@ -42,31 +44,29 @@ def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
     from matplotlib import rc_context
 
     paths = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
-    with rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": path.name}
-    ):  # text stays text, and the same figure the same file
-        drawn = draw(drawing, title)
-        for each in paths:
+    # SVG text stays text, and the same figure gives the same bytes.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        figure = draw(drawing, title)
+        for file in paths:
+            metadata = {"Date": None} if file.suffix == ".svg" else None
             try:
-                each.parent.mkdir(parents=True, exist_ok=True)
-                drawn.savefig(
-                    each, dpi=150, metadata={"Date": None} if each.suffix == ".svg" else None
-                )
+                file.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(file, dpi=150, metadata=metadata)
             except OSError as error:
-                raise RunError(f"{each} cannot be written: {error.strerror or error}") from error
+                raise RunError(f"{file} cannot be written: {error.strerror or error}") from error
     return paths
 
 
 def draw(drawing: Drawing, title: str) -> Any:
-    """A ``matplotlib.figure.Figure``."""
+    """Return a ``matplotlib.figure.Figure``."""
     match drawing:
         case Lines():
-            figure, axes = _blank(6.4, _LINES_TALL, title)
+            figure, axes = _blank(6.4, _LINES_HEIGHT, title)
             _lines(axes, drawing)
         case Heat():
-            tall = min(max(2.2, _ROW * len(drawing.values)), _TALLEST)
-            wide = min(max(4.8, 2.2 + 0.3 * drawing.values.shape[1]), 9.0)
-            figure, axes = _blank(wide, tall + 1.2, title)
+            height = min(max(2.2, _ROW_HEIGHT * len(drawing.values)), _MAX_HEIGHT)
+            width = min(max(4.8, 2.2 + 0.3 * drawing.values.shape[1]), 9.0)
+            figure, axes = _blank(width, height + 1.2, title)
             _heat(figure, axes, drawing)
         case Strip():
             figure = _strip(drawing, title)
@@ -76,34 +76,35 @@ def draw(drawing: Drawing, title: str) -> Any:
     return figure
 
 
-def _blank(wide: float, tall: float, title: str, panels: int = 1) -> tuple[Any, Any]:
+def _blank(width: float, height: float, title: str, panels: int = 1) -> tuple[Any, Any]:
+    """Return an empty figure, sizes in inches, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(wide, tall), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_wrapped(title, wide), fontsize="medium", parse_math=False)
+    figure.suptitle(_wrapped(title, width), fontsize="medium", parse_math=False)
     return figure, figure.subplots(1, panels, squeeze=panels == 1)
 
 
-def _wrapped(title: str, wide: float) -> str:
+def _wrapped(title: str, width: float) -> str:
     import textwrap
 
-    return textwrap.fill(printable(title), width=round(11 * wide))
+    return textwrap.fill(printable(title), width=round(11 * width))
 
 
 def _lines(axes: Any, drawing: Lines) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for line in drawing.series:
-        color = _COLORS[line.style % len(_COLORS)]
+        color, dashes = COLORS[line.style % len(COLORS)], DASHES[line.style % len(DASHES)]
         x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-        there = np.isfinite(y)
+        finite = np.isfinite(y)
         axes.plot(
-            x[there],
-            y[there],
+            x[finite],
+            y[finite],
             color=color,
-            linestyle=_DASHES[line.style % len(_DASHES)],
+            linestyle=(0, dashes) if dashes else "-",
             marker="o",
             markersize=3.5,
             label=line.name,
@@ -123,16 +124,16 @@ def _lines(axes: Any, drawing: Lines) -> None:
         axes.set_ylim(top=min(1.02 * drawing.ceiling, 1.05 * axes.get_ylim()[1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(drawing.x)
-    axes.set_ylabel(_wrapped(drawing.y, _LINES_TALL - 0.6))
+    axes.set_ylabel(_wrapped(drawing.y, _LINES_HEIGHT - 0.6))
     axes.grid(alpha=0.3)
     if len(drawing.series) > 1:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _heat(figure: Any, axes: Any, drawing: Heat) -> None:
-    shown = np.ma.masked_less_equal(np.nan_to_num(drawing.values), 0)
+    values = np.ma.masked_less_equal(np.nan_to_num(drawing.values), 0)
     image = axes.imshow(
-        shown, cmap=_SHADES, vmin=0, vmax=drawing.top or 1, aspect="auto", interpolation="nearest"
+        values, cmap=COLORMAP, vmin=0, vmax=drawing.top or 1, aspect="auto", interpolation="nearest"
     )
     _names(axes.yaxis, drawing.rows)
     _names(axes.xaxis, drawing.columns, turned=max(map(len, drawing.columns), default=0) > 3)
@@ -141,37 +142,38 @@ def _heat(figure: Any, axes: Any, drawing: Heat) -> None:
 
 
 def _strip(drawing: Strip, title: str) -> Any:
-    count = max(len(drawing.pictures), 1)
-    square = all(values.shape[0] == values.shape[1] for _, values in drawing.pictures)
-    figure, panels = _blank(min(1.2 + (3.4 if square else 1.5) * count, 10.0), 3.9, title, count)
+    count = max(len(drawing.panels), 1)
+    square = all(values.shape[0] == values.shape[1] for _, values in drawing.panels)
+    width = min(1.2 + (3.4 if square else 1.5) * count, 10.0)
+    figure, panel_axes = _blank(width, 3.9, title, count)
     image = None
-    for panel, (name, values) in zip(np.ravel(panels), drawing.pictures, strict=True):
-        image = panel.imshow(
+    for axes, (name, values) in zip(np.ravel(panel_axes), drawing.panels, strict=True):
+        image = axes.imshow(
             values,
-            cmap=_SHADES,
+            cmap=COLORMAP,
             vmin=0,
             vmax=1,
             aspect="equal" if square else "auto",
             interpolation="nearest",
         )
-        panel.set_title(name, fontsize="small")
-        panel.set_xticks([])
-        panel.set_yticks([])
+        axes.set_title(name, fontsize="small")
+        axes.set_xticks([])
+        axes.set_yticks([])
     figure.supxlabel(drawing.x, fontsize="medium")
     figure.supylabel(drawing.y, fontsize="medium")
     if image is not None:
-        figure.colorbar(image, ax=np.ravel(panels).tolist(), label=drawing.label)
+        figure.colorbar(image, ax=np.ravel(panel_axes).tolist(), label=drawing.label)
     return figure
 
 
 def _bars(axes: Any, drawing: Bars) -> None:
-    places = np.arange(len(drawing.names))
+    positions = np.arange(len(drawing.names))
     values = [value if math.isfinite(value) else 0.0 for value in drawing.values]
-    drawn = axes.barh(places, values, color=_COLORS[0])
+    rectangles = axes.barh(positions, values, color=COLORS[0])
     axes.bar_label(
-        drawn, labels=[f"{value:.3g} {drawing.unit}" for value in drawing.values], padding=3
+        rectangles, labels=[f"{value:.3g} {drawing.unit}" for value in drawing.values], padding=3
     )
-    axes.set_yticks(places, labels=[printable(name) for name in drawing.names], parse_math=False)
+    axes.set_yticks(positions, labels=[printable(name) for name in drawing.names], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(right=1.2 * max([*values, 0.0]) or 1.0)
     axes.set_xlabel(drawing.label)
@@ -179,8 +181,8 @@ def _bars(axes: Any, drawing: Bars) -> None:
 
 
 def _names(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
-    """Every n-th name, so that none covers another."""
-    step = -(-max(len(names), 1) // _MOST_NAMES)
+    """Label every n-th tick, so that labels do not overlap."""
+    step = -(-max(len(names), 1) // _MAX_NAMES)
     labels = [_short(name) for name in names[::step]]
     axis.set_ticks(
         range(0, len(names), step),
@@ -192,6 +194,6 @@ def _names(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
 
 
 def _short(name: str) -> str:
-    """The last characters are kept: they tell the clients of one group apart."""
+    """Shorten a name in the middle: its last characters distinguish the clients of a group."""
     name = printable(name)
-    return name if len(name) <= _SHORT else f"{name[: _SHORT - 9]}…{name[-8:]}"
+    return name if len(name) <= _MAX_CHARACTERS else f"{name[: _MAX_CHARACTERS - 9]}…{name[-8:]}"

@@ -1,4 +1,4 @@
-"""What a figure shows, whoever draws it: ``svg.py`` for the page, ``render.py`` for files and trackers."""
+"""Figures as data; ``svg.py`` draws them for the page, ``render.py`` for files and trackers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Line:
-    """A line, and a band around it. Points that are not finite are left out."""
+    """A line with an optional band. Points that are not finite are omitted."""
 
     name: str
     x: Sequence[float]
@@ -19,27 +19,27 @@ class Line:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     style: int = 0
-    """Which of the colours and dashes, 0 to 5."""
+    """Index into the palette's colors and dashes, 0 to 5."""
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines with their names."""
+    """A line chart."""
 
     series: Sequence[Line]
     x: str
     """Title of the x axis, with its unit."""
     y: str
-    """What the y axis shows, with its unit."""
+    """Title of the y axis, with its unit."""
     floor: float | None = None
-    """Lowest value that the y axis shows in any case."""
+    """Value that the y axis must include at its lower end."""
     ceiling: float | None = None
-    """Highest value that the y axis goes to."""
+    """Upper limit of the y axis."""
 
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map of values from 0 to ``top``, stronger in colour for more; 0 is blank."""
+    """A heat map of values from 0 to ``top``; 0 is blank."""
 
     values: NDArray[Any]
     """``(rows, columns)``."""
@@ -48,33 +48,34 @@ class Heat:
     x: str
     """Title of the columns."""
     label: str
-    """What the values are, with their unit."""
+    """Meaning of the values, with their unit."""
     top: float = 1.0
-    """The value of the strongest colour."""
+    """Value of the strongest color."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Several heat maps of values from 0 to 1 beside each other, each with a title."""
+    """Several adjacent heat maps of values from 0 to 1."""
 
-    pictures: Sequence[tuple[str, NDArray[Any]]]
+    panels: Sequence[tuple[str, NDArray[Any]]]
+    """Titles and values ``(rows, columns)``."""
     x: str
-    """What the columns of each are."""
+    """Title of the columns of all panels."""
     y: str
-    """What the rows are."""
+    """Title of the rows."""
     label: str
-    """What the values are."""
+    """Meaning of the values."""
 
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar a name, with its value written beside it."""
+    """A bar chart with one named bar per value."""
 
     names: Sequence[str]
     values: Sequence[float]
     unit: str
     label: str
-    """What the values are, with their unit."""
+    """Meaning of the values, with their unit."""
 
 
 Drawing = Lines | Heat | Strip | Bars

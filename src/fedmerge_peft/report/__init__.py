@@ -1,1 +1,1 @@
-"""One HTML page on one or several runs."""
+"""The report: one HTML page about one or several runs."""

@@ -1,4 +1,4 @@
-"""What in a run deserves attention, each with what to do about it."""
+"""Findings about a run that deserve attention, each with advice."""
 
 from __future__ import annotations
 
@@ -13,143 +13,149 @@ import numpy as np
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_is_better
 
-_FEW = 30
-"""Below so many test examples, one of them moves a client's score by more than three points."""
-_GAIN = 0.05
-"""A gain of finetuning that says that what is served is not there yet."""
-_NAMED = 5
+_MIN_TEST_EXAMPLES = 30
+"""With fewer, one example changes a client's score by more than three points."""
+_MIN_GAIN = 0.05
+"""Gain of finetuning above which the served adapters have not converged."""
+_MAX_LISTED = 5
+"""Clients that a finding names."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A finding, and what to do."""
+    """A finding and the recommended action."""
 
-    found: str
-    do: str
+    finding: str
+    action: str
 
 
 def advice(run: RunDirectory) -> list[Advice]:
-    """All findings, the most serious first."""
-    return [each for check in _CHECKS for each in check(run)]
+    """Return all findings, the most serious first."""
+    return [item for check in _CHECKS for item in check(run)]
 
 
 def _unfinished(run: RunDirectory) -> Iterator[Advice]:
     if command := run.resume_command:
         done, rounds = len(run.records), run.recipe.rounds
-        missing = (
+        progress = (
             f"{done} of {rounds} rounds are done"
             if done < rounds
-            else "its own rounds are done, those of its baselines are not"
+            else "its rounds are done, but those of its baselines are not"
         )
-        yield Advice(f"the run has not ended: {missing}", command)
+        yield Advice(f"the run has not ended: {progress}", command)
 
 
-def _warned(run: RunDirectory) -> Iterator[Advice]:
+def _warnings(run: RunDirectory) -> Iterator[Advice]:
     for warning in run.records[-1]["warnings"] if run.records else []:
         finding, _, remedy = warning.partition(". ")
         yield Advice(
             finding,
             remedy
-            or "fewer adapters (strategy.adapters) would do, or more rounds before W settles (strategy.weights_lr)",
+            or "use fewer adapters (strategy.adapters), or more rounds so that W settles "
+            "(strategy.weights_lr)",
         )
 
 
 def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
-    for name, other in run.baselines.items():
-        if not ((ours := final(run)) and (theirs := final(other))):
+    for name, baseline in run.baselines.items():
+        if not ((own := final_scores(run)) and (other := final_scores(baseline))):
             continue
-        sign = 1 if greater_is_better(ours["metric"].partition("_")[2]) else -1
-        if sign * (theirs["mean"] - ours["mean"]) > 0:
+        sign = 1 if greater_is_better(own["metric"].partition("_")[2]) else -1
+        if sign * (other["mean"] - own["mean"]) > 0:
             yield Advice(
-                f"{name} serves better on average: {theirs['mean']:.3f} against {ours['mean']:.3f}",
-                "try more rounds, another strategy.warm_rounds or strategy.weights_lr; or take that method",
+                f"{name} has the better mean score: {other['mean']:.3f} against {own['mean']:.3f}",
+                "try more rounds, or another strategy.warm_rounds or strategy.weights_lr; "
+                f"otherwise use {name}",
             )
-        if other.recipe.strategy.name == "local":
-            lose = [
+        if baseline.recipe.strategy.name == "local":
+            own_values, other_values = _values(own), _values(other)
+            worse = [
                 client
-                for client in _values(ours)
-                if sign * (_values(theirs).get(client, math.nan) - _values(ours)[client]) > 0
+                for client, value in own_values.items()
+                if sign * (other_values.get(client, math.nan) - value) > 0
             ]
-            if lose:
+            if worse:
                 yield Advice(
-                    f"{len(lose)} of {len(_values(ours))} clients are served worse than if they had trained alone: {_listed(lose)}",
-                    "give them what serves them better, or finetune: strategy=ditto and fedrep keep a private part",
+                    f"{len(worse)} of {len(own_values)} clients score lower than with local "
+                    f"training alone: {_listed(worse)}",
+                    "serve these clients their local adapters, or finetune: strategy=ditto and "
+                    "strategy=fedrep keep a private part",
                 )
 
 
-def _finetuning(run: RunDirectory) -> Iterator[Advice]:
+def _finetuning_gain(run: RunDirectory) -> Iterator[Advice]:
     record = next(
-        (each for each in reversed(run.records) if each["served"] and each["finetuned"]), None
+        (record for record in reversed(run.records) if record["served"] and record["finetuned"]),
+        None,
     )
     if record is None or not greater_is_better(record["served"]["metric"].partition("_")[2]):
         return
     gain = record["finetuned"]["mean"] - record["served"]["mean"]
-    if gain > _GAIN:
+    if gain > _MIN_GAIN:
         yield Advice(
-            f"a round of local training still gains {gain:.3f} in round {record['round']}",
-            "more rounds, or more adapters",
+            f"one round of local training still gains {gain:.3f} in round {record['round']}",
+            "use more rounds or more adapters",
         )
 
 
-def _best_is_earlier(run: RunDirectory) -> Iterator[Advice]:
-    if (
-        (run.path / "best" / "scores.json").is_file()
-        and run.records
-        and run.round(best=True) < len(run.records)
-    ):
-        yield Advice(
-            f"the validation loss was lowest after round {run.round(best=True)} of {len(run.records)}",
-            f"fedmerge export {shlex.quote(str(run.path))} --all --best, or fewer rounds",
-        )
+def _best_round_is_earlier(run: RunDirectory) -> Iterator[Advice]:
+    rounds = len(run.records)
+    if (run.path / "best" / "scores.json").is_file() and rounds > 0:
+        best = run.round(best=True)
+        if best < rounds:
+            yield Advice(
+                f"the validation loss was lowest after round {best} of {rounds}",
+                f"fedmerge export {shlex.quote(str(run.path))} --all --best, or use fewer rounds",
+            )
 
 
-def _few_examples(run: RunDirectory) -> Iterator[Advice]:
-    few = run.clients[run.clients["test"] < _FEW]
+def _few_test_examples(run: RunDirectory) -> Iterator[Advice]:
+    few = run.clients[run.clients["test"] < _MIN_TEST_EXAMPLES]
     if len(few):
         least = int(few["test"].min())
-        step = (
-            f"one more right answer moves a score by {1 / least:.2f}"
+        effect = (
+            f"one more correct answer changes a score by up to {1 / least:.2f}"
             if least
-            else "some have none at all"
+            else "some have none"
         )
         yield Advice(
-            f"{len(few)} of {len(run.clients)} clients have fewer than {_FEW} test examples ({least} at least): {step}",
-            "read single clients with care, and compare means over several seeds: fedmerge sweep",
+            f"{len(few)} of {len(run.clients)} clients have fewer than {_MIN_TEST_EXAMPLES} test "
+            f"examples (minimum {least}): {effect}",
+            "do not rely on single clients; compare means over several seeds with fedmerge sweep",
         )
 
 
 _CHECKS: tuple[Callable[[RunDirectory], Iterator[Advice]], ...] = (
     _unfinished,
-    _warned,
+    _warnings,
     _worse_than_baselines,
-    _finetuning,
-    _best_is_earlier,
-    _few_examples,
+    _finetuning_gain,
+    _best_round_is_earlier,
+    _few_test_examples,
 )
 
 
-def final(run: RunDirectory) -> dict[str, Any] | None:
-    """The scores of what all clients are served with in the end; before that, those of the last round that measured; None for none."""
+def final_scores(run: RunDirectory) -> dict[str, Any] | None:
+    """Return the final scores of all clients.
+
+    Before the run ends, these are the scores of the last evaluated round; None without any.
+    """
     if (run.path / "summary.json").is_file():
         return run.summary["final"]["served"]  # type: ignore[no-any-return]
-    return next((each["served"] for each in reversed(run.records) if each["served"]), None)
-
-
-def _values(scores: dict[str, Any]) -> dict[str, float]:
-    return {
-        client: each[scores["metric"]]
-        for client, each in scores["clients"].items()
-        if scores["metric"] in each
-    }
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (
-        f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    )
+    return next((record["served"] for record in reversed(run.records) if record["served"]), None)
 
 
 def percentile(scores: dict[str, Any], percent: float) -> float:
-    """Of the clients' scores; nan for none."""
+    """Return a percentile of the clients' scores; nan if there are none."""
     values = [value for value in _values(scores).values() if math.isfinite(value)]
     return float(np.percentile(values, percent)) if values else math.nan
+
+
+def _values(scores: dict[str, Any]) -> dict[str, float]:
+    metric = scores["metric"]
+    return {name: client[metric] for name, client in scores["clients"].items() if metric in client}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

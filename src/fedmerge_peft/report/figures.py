@@ -1,4 +1,4 @@
-"""The figures of a report, each from one run and its baselines."""
+"""The figures of a report, from one run and its baselines."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from numpy.typing import NDArray
 from fedmerge_peft.analysis import local_global_gap
 from fedmerge_peft.plotting import svg
 from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Line, Lines, Strip
-from fedmerge_peft.report.advice import final, percentile
+from fedmerge_peft.report.advice import final_scores, percentile
 from fedmerge_peft.runs.directory import RunDirectory
 
-_MOST_PAIRED = 1500
-"""Clients of which pairs are drawn."""
-_MOST_CELLS = 60
-"""Lines of a picture of pairs."""
-_MOST_ROUNDS = 6
-"""Rounds of which π is drawn."""
+_MAX_PAIRED = 1500
+"""Limit on clients for the figure of pairwise similarities."""
+_MAX_CELLS = 60
+"""Limit on rows and columns of that figure."""
+_MAX_ROUNDS = 6
+"""Limit on rounds in the figure of π over the rounds."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its title and a sentence on how to read it."""
+    """A figure with title and caption."""
 
     name: str
-    """Of its files."""
+    """Name of its files, without suffix."""
     title: str
     drawing: Drawing
-    reading: str
+    caption: str
 
     @cached_property
-    def picture(self) -> Markup:
-        """An ``svg`` element in the colours of the page; empty where there is nothing to draw."""
+    def markup(self) -> Markup:
+        """An ``svg`` element in the page's colors; empty if there is nothing to draw."""
         return svg.draw(self.drawing)
 
 
 def figures(run: RunDirectory) -> list[Figure]:
-    """All figures that the run's files allow; those without numbers are left out."""
+    """Return all figures for which the run has data."""
     order = similar_order(run.weights.to_numpy()) if run.records else np.arange(len(run.clients))
-    found = [
+    candidates = [
         *_scores(run),
         *_weights(run, order),
         *_labels(run, order),
@@ -54,13 +54,14 @@ def figures(run: RunDirectory) -> list[Figure]:
         *_gap(run),
         *_costs(run),
     ]
-    return [figure for figure in found if figure.picture]
+    return [figure for figure in candidates if figure.markup]
 
 
 def similar_order(weights: NDArray[Any]) -> NDArray[np.int64]:
-    """An order ``(m,)`` of the rows of π ``(m, d)`` in which those who are alike stand together: by their first adapter, then their second.
+    """Return an order ``(m,)`` of the rows of π ``(m, d)`` in which similar rows are adjacent.
 
-    Within that, those who are more of the first come first.
+    Rows are sorted by their largest adapter, then by their second largest, then by decreasing
+    weight of the largest.
     """
     ranked = np.argsort(-weights, axis=1, kind="stable")
     second = ranked[:, min(1, weights.shape[1] - 1)]
@@ -77,21 +78,20 @@ def _scores(run: RunDirectory) -> Iterator[Figure]:
     means = [scores["mean"] for _, scores in served]
     bands = [[percentile(scores, percent) for _, scores in served] for percent in (10, 90)]
     series.append(Line("served", x, means, bands[0], bands[1], 0))
-    tuned = [
+    finetuned = [
         (record["round"] - 1, record["finetuned"]["mean"])
         for record in run.records
         if record["finetuned"]
     ]
-    if tuned:
-        series.append(
-            Line("finetuned", [at for at, _ in tuned], [mean for _, mean in tuned], style=1)
-        )
-    for style, (name, other) in enumerate(run.baselines.items(), start=2):
-        if points := _points(other):
+    if finetuned:
+        rounds, values = zip(*finetuned, strict=True)
+        series.append(Line("finetuned", rounds, values, style=1))
+    for style, (name, baseline) in enumerate(run.baselines.items(), start=2):
+        if points := _points(baseline):
             series.append(
                 Line(
                     name,
-                    [at for at, _ in points],
+                    [completed for completed, _ in points],
                     [scores["mean"] for _, scores in points],
                     style=min(style, 5),
                 )
@@ -107,16 +107,16 @@ def _scores(run: RunDirectory) -> Iterator[Figure]:
             floor=0 if bounded else None,
             ceiling=1 if bounded else None,
         ),
-        "The band holds the middle 80 % of the clients. “finetuned” is what a round of local training makes of what is served: "
-        "the closer the two lines, the less a client needs it. "
-        + ("The other lines are what the baselines serve." if len(series) > 2 else ""),
+        "The band covers the middle 80 % of the clients. “finetuned” is the score after one more "
+        "round of local training. If the two lines are close, clients need no finetuning."
+        + (" The other lines are the baselines." if len(series) > 2 else ""),
     )
 
 
 def _points(run: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
-    """Rounds completed, and the scores of what was served then."""
+    """Return pairs of rounds completed and the scores served at that time."""
     points = [(record["round"] - 1, record["served"]) for record in run.records if record["served"]]
-    if (run.path / "summary.json").is_file() and (scores := final(run)):
+    if (run.path / "summary.json").is_file() and (scores := final_scores(run)):
         points.append((len(run.records), scores))
     return points
 
@@ -126,14 +126,14 @@ def _weights(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     if weights is None or weights.shape[1] < 2:
         return
     names = [str(weights.index[number]) for number in order]
-    crowd = (
-        f" With {len(names)} clients, neighbours share a line."
-        if len(names) > svg.MOST_ROWS
+    averaged = (
+        f" With {len(names)} clients, adjacent rows are averaged."
+        if len(names) > svg.MAX_ROWS
         else ""
     )
     yield Figure(
         "weights",
-        "Merging weights π: who is made of which adapters",
+        "Merging weights π of each client",
         Heat(
             weights.to_numpy()[order],
             rows=names,
@@ -141,25 +141,26 @@ def _weights(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
             x="adapter (number)",
             label="weight π (share of the client)",
         ),
-        f"A line a client; clients with like weights stand together.{crowd}",
+        f"One row per client; clients with similar weights are adjacent.{averaged}",
     )
     by_round = list(run.weights_by_round())
-    chosen = np.unique(np.linspace(0, len(by_round) - 1, _MOST_ROUNDS).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(by_round) - 1, _MAX_ROUNDS).round().astype(int))
     if run.recipe.strategy.name == "fedmerge" and len(chosen) > 1:
-        pictures = [
+        panels = [
             (f"round {by_round[number][0]}", by_round[number][1].numpy()[order])
             for number in chosen
         ]
         yield Figure(
             "weights-by-round",
-            "Merging weights π as they moved over the rounds",
+            "Merging weights π over the rounds",
             Strip(
-                pictures,
+                panels,
                 x="adapters, by number",
                 y="clients, in the order of their weights",
                 label="merging weight π (share)",
             ),
-            "Clients from top to bottom in the order of the figure above, adapters from left to right, a stronger colour for more weight.",
+            "Rows are clients in the order of the figure above; columns are adapters. A darker "
+            "color is a larger weight.",
         )
 
 
@@ -167,11 +168,11 @@ def _labels(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     counts = run.label_counts
     if counts is None:
         return
-    held = counts.to_numpy()[order].astype(float)
-    shares = held / held.sum(axis=1, keepdims=True).clip(1)
+    sorted_counts = counts.to_numpy()[order].astype(float)
+    shares = sorted_counts / sorted_counts.sum(axis=1, keepdims=True).clip(1)
     yield Figure(
         "labels",
-        "Labels: who holds what",
+        "Label distribution of each client",
         Heat(
             shares,
             rows=[str(counts.index[number]) for number in order],
@@ -180,76 +181,87 @@ def _labels(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
             label="share of the client's training examples",
             top=float(min(1.0, math.ceil(10 * shares.max(initial=0.1)) / 10)),
         ),
-        "Clients in the order of their merging weights: where weights follow labels, blocks here are blocks there. "
-        "Clients may also differ in what they mean by a label, which this figure does not show.",
+        "Clients are in the order of their merging weights. If the weights follow the labels, both "
+        "figures show the same blocks. Clients may also use the same label for different things, "
+        "which this figure does not show.",
     )
 
 
 def _similarity(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     counts = run.label_counts
-    if counts is None or not run.records or run.weights.shape[1] < 2 or len(order) > _MOST_PAIRED:
+    if counts is None or not run.records or run.weights.shape[1] < 2 or len(order) > _MAX_PAIRED:
         return
-    held = counts.to_numpy()[order].astype(float)
-    found = {
+    sorted_counts = counts.to_numpy()[order].astype(float)
+    distributions = {
         "by merging weights": run.weights.to_numpy()[order],
-        "by labels": held / held.sum(axis=1, keepdims=True).clip(1),
+        "by labels": sorted_counts / sorted_counts.sum(axis=1, keepdims=True).clip(1),
     }
-    pictures = [(title, _coarse(alike(rows))) for title, rows in found.items()]
+    panels = [(title, _coarse(similarity(rows))) for title, rows in distributions.items()]
     yield Figure(
         "similarity",
-        "Similarity of clients: learned, and by their labels",
+        "Similarity of clients: by learned weights, and by labels",
         Strip(
-            pictures,
+            panels,
             x="clients, in the order of their merging weights",
             y="clients, in the same order",
             label="similarity, 1 − ½ ‖p − q‖₁",
         ),
-        "Clients against clients, in the order of their merging weights; 1 − ½ ‖p − q‖₁, from none to full colour. The server never saw "
-        "the right picture. Where the left has blocks that the right has not, clients are alike in something else than their labels.",
+        "Each cell is a pair of clients; full color is a similarity of 1. The server "
+        "had no access to the labels on the right. Blocks that appear only on the left are clients "
+        "that behave alike although their labels differ.",
     )
 
 
-def alike(rows: NDArray[Any]) -> NDArray[Any]:
-    """1 − ½ ‖p_i − p_j‖₁ of all pairs ``(m, m)`` of rows ``(m, k)`` that sum to 1: 1 for equals, 0 for nothing in common."""
+def similarity(rows: NDArray[Any]) -> NDArray[Any]:
+    """Return 1 − ½ ‖p_i − p_j‖₁ for all pairs of rows.
+
+    Args:
+        rows: Distributions ``(m, k)``; each row sums to 1.
+
+    Returns:
+        Similarities ``(m, m)``: 1 for equal rows, 0 for rows with disjoint support.
+    """
     return np.stack([1 - np.abs(rows - row).sum(axis=1) / 2 for row in rows])
 
 
 def _coarse(square: NDArray[Any]) -> NDArray[Any]:
-    """At most 60 lines and columns, as the page keeps a cell for each."""
-    across = svg.binned(square, [""] * len(square), _MOST_CELLS)[0].T
-    return svg.binned(across, [""] * len(across), _MOST_CELLS)[0].T
+    """Average to at most 60 rows and columns, which limits the size of the page."""
+    across = svg.binned(square, [""] * len(square), _MAX_CELLS)[0].T
+    return svg.binned(across, [""] * len(across), _MAX_CELLS)[0].T
 
 
 def _adapters(run: RunDirectory) -> Iterator[Figure]:
-    learned = [record for record in run.records if record["adapter_mass"]]
-    if not learned or len(learned[0]["adapter_mass"]) < 2:
+    records = [record for record in run.records if record["adapter_mass"]]
+    if not records or len(records[0]["adapter_mass"]) < 2:
         return
-    mass = np.array([record["adapter_mass"] for record in learned]).T
+    mass = np.array([record["adapter_mass"] for record in records]).T
     yield Figure(
         "mass",
-        "Mass: how much of all clients each adapter is",
+        "Mass: share of the clients' weight on each adapter",
         Heat(
             mass,
             rows=[f"adapter {number}" for number in range(len(mass))],
-            columns=[str(record["round"]) for record in learned],
+            columns=[str(record["round"]) for record in records],
             x="round",
             label="share of the clients' weight",
             top=float(mass.max()),
         ),
-        f"An even share would be {1 / len(mass):.2f}. A line that fades is an adapter that nobody uses.",
+        f"A uniform share is {1 / len(mass):.2f}. A row that fades is an adapter that no client "
+        "uses.",
     )
-    rounds = [record["round"] for record in learned]
+    rounds = [record["round"] for record in records]
     yield Figure(
         "entropy",
         "Entropy of the merging weights, by round",
         Lines(
-            [Line("entropy", rounds, [record["weights_entropy"] for record in learned])],
+            [Line("entropy", rounds, [record["weights_entropy"] for record in records])],
             x="round",
             y="entropy of π, in units of log d",
             floor=0,
             ceiling=1,
         ),
-        "1: every client is made of all adapters alike. 0: every client has one adapter of its own. In units of log d, mean over clients.",
+        "1: every client weights all adapters equally. 0: every client uses a single adapter. Mean "
+        "over clients, in units of log d.",
     )
 
 
@@ -260,7 +272,7 @@ def _gap(run: RunDirectory) -> Iterator[Figure]:
     gap = gap[gap["distance"].notna()]
     yield Figure(
         "gap",
-        "Local-global gap: what clients trained against what they get next",
+        "Local-global gap: distance between trained and next served adapters",
         Lines(
             [
                 Line(
@@ -273,34 +285,35 @@ def _gap(run: RunDirectory) -> Iterator[Figure]:
             y="distance ‖trained − sent next‖₂",
             floor=0,
         ),
-        "‖θ trained − θ sent next‖₂ in parameters (flora and flexlora: in updates of the weights), mean over clients. "
-        "The smaller, the less of a client's training is lost in merging.",
+        "‖θ trained − θ sent next‖₂ between adapter parameters (flora and flexlora: between weight "
+        "updates), mean over clients. A smaller gap means that merging preserves more of a "
+        "client's training.",
     )
 
 
 def _costs(run: RunDirectory) -> Iterator[Figure]:
     runs = {run.recipe.strategy.name: run, **run.baselines}
-    runs = {name: each for name, each in runs.items() if each.records}
-    if not runs:
+    records = {name: method.records for name, method in runs.items() if method.records}
+    if not records:
         return
     clients = len(run.clients)
-    for direction, way, key in (
-        ("down", "a client is sent", "bytes_down"),
-        ("up", "a client sends back", "bytes_up"),
+    for direction, text, key in (
+        ("down", "sent to a client", "bytes_down"),
+        ("up", "received from a client", "bytes_up"),
     ):
         megabytes = [
-            sum(record[key] for record in each.records) / clients / 1e6 for each in runs.values()
+            sum(record[key] for record in rounds) / clients / 1e6 for rounds in records.values()
         ]
         yield Figure(
             f"traffic-{direction}",
-            f"Traffic: what {way} in the whole run",
-            Bars(list(runs), megabytes, unit="MB", label=f"what {way} (MB)"),
-            "Adapters as float32, mean over clients.",
+            f"Traffic: data {text} in the whole run",
+            Bars(list(records), megabytes, unit="MB", label=f"data {text} (MB)"),
+            "Adapters in float32, mean over clients.",
         )
-    seconds = [sum(record["seconds"] for record in each.records) for each in runs.values()]
+    seconds = [sum(record["seconds"] for record in rounds) for rounds in records.values()]
     yield Figure(
         "time",
         "Time: wall clock of all rounds",
-        Bars(list(runs), seconds, unit="s", label="wall clock of all rounds (s)"),
-        "Measuring included; clients trained on one machine.",
+        Bars(list(records), seconds, unit="s", label="wall clock of all rounds (s)"),
+        "Evaluation included; all clients trained on one machine.",
     )

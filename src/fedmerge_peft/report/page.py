@@ -1,4 +1,4 @@
-"""One HTML page on one or several runs: no network, no scripts, for a phone as for a desk, light and dark."""
+"""One HTML page about runs, without network access or scripts, for any screen, light or dark."""
 
 from __future__ import annotations
 
@@ -11,88 +11,105 @@ from typing import Any
 import numpy as np
 
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.report.advice import advice, final, percentile
+from fedmerge_peft.plotting.palette import COLORS, DARK_COLORS, DASHES
+from fedmerge_peft.report.advice import advice, final_scores, percentile
 from fedmerge_peft.report.figures import figures
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_is_better
 from fedmerge_peft.util.files import write_text
 
-_WORST = 10
-"""Clients in the first table."""
-_MOST_CLIENTS = 1000
-"""Clients in the whole table."""
+_WORST_CLIENTS = 10
+"""Rows of the table of worst clients."""
+_MAX_CLIENTS = 1000
+"""Limit on rows of the table of all clients."""
+_LINE_WIDTH = 2.2
+"""Width of lines in figures, CSS pixels."""
 
 
 def write_report(runs: Iterable[RunDirectory | Path | str], path: Path | str) -> Path:
-    """Write the page, in place of what is at the path.
+    """Write the page; an existing file is overwritten.
 
     Args:
-        runs: Run directories, finished or not; baselines stand with the run that they belong to.
+        runs: Run directories, finished or not; each run is shown with its baselines.
         path: An ``.html`` file.
 
+    Returns:
+        The path.
+
     Raises:
-        RunError: No run there, or the file cannot be written.
+        RunError: A run does not exist, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
-        raise RunError(f"{path}: a report is an HTML page; give the file the suffix .html")
+        raise RunError(f"{path}: a report is an HTML page; use the suffix .html")
     text = render(runs)
     if not path.parent.is_dir():
-        raise RunError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise RunError(f"{path} cannot be written: the folder {path.parent} does not exist")
     write_text(path, text)
     return path
 
 
 def write_figures(runs: Iterable[RunDirectory | Path | str], folder: Path | str) -> list[Path]:
-    """Write each figure of the page as a PNG and an SVG file, in place of files of the same names.
+    """Write each figure of the page as a PNG and an SVG file; existing files are overwritten.
 
     Args:
         runs: As for ``write_report``.
-        folder: Made where it is missing; with several runs, each has a folder below it, ``1-quickstart`` and so on.
+        folder: Folder of the files, created if needed; with several runs, each has a subfolder,
+            ``1-quickstart`` and so on.
 
     Returns:
         The files.
 
     Raises:
-        RunError: No run there, or a file cannot be written.
+        RunError: A run does not exist, or a file cannot be written.
     """
     from fedmerge_peft.plotting import render
 
-    opened = [each if isinstance(each, RunDirectory) else RunDirectory.open(each) for each in runs]
-    below = [
+    opened = _open(runs)
+    folders = [
         Path(folder) / f"{number}-{run.recipe.name}" if len(opened) > 1 else Path(folder)
         for number, run in enumerate(opened, 1)
     ]
     return [
         path
-        for run, each in zip(opened, below, strict=True)
+        for run, subfolder in zip(opened, folders, strict=True)
         for figure in figures(run)
-        for path in render.save(figure.drawing, figure.title, each / figure.name)
+        for path in render.save(figure.drawing, figure.title, subfolder / figure.name)
     ]
 
 
 def render(runs: Iterable[RunDirectory | Path | str]) -> str:
-    """The page as text. Raises ``RunError``."""
+    """Return the page as text. Raises ``RunError`` if there is no run."""
     from jinja2 import Environment, StrictUndefined
 
-    opened = [each if isinstance(each, RunDirectory) else RunDirectory.open(each) for each in runs]
+    opened = _open(runs)
     if not opened:
-        raise RunError("no run to report on; fedmerge run makes one")
+        raise RunError("no run to report on; create one with fedmerge run")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = _number
+
     template = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     title = opened[0].recipe.name if len(opened) == 1 else f"{len(opened)} runs"
     return environment.from_string(template).render(
-        title=title, runs=[_said(run) for run in opened], most=_MOST_CLIENTS
+        title=title,
+        runs=[_context(run) for run in opened],
+        max_clients=_MAX_CLIENTS,
+        colors=COLORS,
+        dark_colors=DARK_COLORS,
+        line_width=_LINE_WIDTH,
+        dashes=[" ".join(f"{_LINE_WIDTH * part:.1f}" for part in dash) for dash in DASHES],
     )
 
 
-def _said(run: RunDirectory) -> dict[str, Any]:
-    """What the page says of a run."""
-    recipe, scores, environment = run.recipe, final(run), run.environment
-    clients, everyone = run.clients, _table(run)
+def _open(runs: Iterable[RunDirectory | Path | str]) -> list[RunDirectory]:
+    return [run if isinstance(run, RunDirectory) else RunDirectory.open(run) for run in runs]
+
+
+def _context(run: RunDirectory) -> dict[str, Any]:
+    """Return the template's variables for one run."""
+    recipe, scores, environment = run.recipe, final_scores(run), run.environment
+    clients, (columns, rows) = run.clients, _table(run)
     sent = sum(record["bytes_down"] for record in run.records) / max(len(clients), 1) / 1e6
     tiles = [
         ("rounds done", f"{len(run.records)} of {recipe.rounds}"),
@@ -100,17 +117,15 @@ def _said(run: RunDirectory) -> dict[str, Any]:
     ]
     if scores is not None:
         metric = scores["metric"].replace("_", " ")
-        worst = percentile(
-            scores, 10 if greater_is_better(scores["metric"].partition("_")[2]) else 90
-        )
+        percent = 10 if greater_is_better(scores["metric"].partition("_")[2]) else 90
         tiles += [
             (f"mean {metric}", _number(scores["mean"])),
-            ("worst tenth begins at", _number(worst)),
+            (f"{percent}th percentile of clients", _number(percentile(scores, percent))),
             (f"worst client, {scores['worst_client']}", _number(scores["worst"])),
         ]
     seconds = sum(record["seconds"] for record in run.records)
-    tiles += [("MB sent to a client", _number(sent)), ("seconds", _number(seconds))]
-    reached = (
+    tiles += [("MB sent per client", _number(sent)), ("seconds", _number(seconds))]
+    results = (
         [scores["metric"].replace("_", " "), _number(scores["mean"]), _number(scores["worst"])]
         if scores
         else ["", "–", "–"]
@@ -125,39 +140,45 @@ def _said(run: RunDirectory) -> dict[str, Any]:
         "seed": str(recipe.seed),
         "started": str(environment.get("started", "unknown")),
         "device": str(environment.get("device", "unknown")),
-        "commit": commit + (" with changes" if environment.get("dirty") else "") if commit else "",
+        "commit": commit + (" (modified)" if environment.get("dirty") else "") if commit else "",
         "directory": str(run.path),
     }
     return {
         "name": recipe.name,
-        "beside": [*reached, _number(sent), _number(seconds)],
+        "comparison": [*results, _number(sent), _number(seconds)],
         "tiles": tiles,
         "facts": {key: value for key, value in facts.items() if value},
         "advice": advice(run),
         "figures": figures(run),
-        "columns": everyone[0],
-        "worst": everyone[1][:_WORST],
-        "everyone": everyone[1][:_MOST_CLIENTS],
+        "columns": columns,
+        "worst_clients": rows[:_WORST_CLIENTS],
+        "all_clients": rows[:_MAX_CLIENTS],
         "clients": len(clients),
     }
 
 
 def _table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row a client, the worst first: its numbers with the run's method and each baseline."""
-    scores, clients = final(run), run.clients
+    """Return headings and one row per client, the worst first.
+
+    A row has the client's scores under the run's method and under each baseline.
+    """
+    scores, clients = final_scores(run), run.clients
     if scores is None:
         return [], []
     metric = scores["metric"]
     runs = {run.recipe.strategy.name: run, **run.baselines}
     columns = {
-        name: found["clients"] for name, each in runs.items() if (found := final(each)) is not None
+        name: final["clients"]
+        for name, method in runs.items()
+        if (final := final_scores(method)) is not None
     }
-    tuned: dict[Any, dict[str, float]] = next(
-        (each["finetuned"]["clients"] for each in reversed(run.records) if each["finetuned"]), {}
+    finetuned: dict[Any, dict[str, float]] = next(
+        (record["finetuned"]["clients"] for record in reversed(run.records) if record["finetuned"]),
+        {},
     )
     weights = run.weights.to_numpy() if run.records else np.zeros((len(clients), 0))
     sign = 1 if greater_is_better(metric.partition("_")[2]) else -1
-    mixed = weights.shape[1] > 1
+    merged = weights.shape[1] > 1
     headings = [
         "client",
         "group",
@@ -165,15 +186,15 @@ def _table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
         "test",
         *columns,
         "finetuned",
-        *(["adapter", "weight"] if mixed else []),
+        *(["adapter", "weight"] if merged else []),
     ]
     rows = []
     for number, (name, client) in enumerate(clients.iterrows()):
-        reached = [each.get(name, {}).get(metric, math.nan) for each in columns.values()]
-        own = [str(int(weights[number].argmax())), _number(weights[number].max())] if mixed else []
-        numbers = [
-            _number(value) for value in (*reached, tuned.get(name, {}).get(metric, math.nan))
-        ]
+        values = [column.get(name, {}).get(metric, math.nan) for column in columns.values()]
+        after = finetuned.get(name, {}).get(metric, math.nan)
+        numbers = [_number(value) for value in (*values, after)]
+        row = weights[number]
+        largest = [str(int(row.argmax())), _number(row.max())] if merged else []
         group = (
             ""
             if client["group"] is None or client["group"] != client["group"]
@@ -181,8 +202,8 @@ def _table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
         )
         rows.append(
             (
-                sign * reached[0],
-                [str(name), group, str(client["train"]), str(client["test"]), *numbers, *own],
+                sign * values[0],
+                [str(name), group, str(client["train"]), str(client["test"]), *numbers, *largest],
             )
         )
     rows.sort(key=lambda row: (math.isnan(row[0]), row[0]))
@@ -190,7 +211,7 @@ def _table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
 
 
 def _number(value: float) -> str:
-    """Three digits that matter, or a dash where there is no number."""
+    """Format a number with three significant digits; nan as a dash."""
     if not math.isfinite(value):
         return "∞" if value == math.inf else "–"
     return (

@@ -1,11 +1,13 @@
-"""What a run needs to go on after an interruption, written after each round; the newest two are kept.
+"""Checkpoints: the state that a run resumes from, saved after each round; the last two are kept.
 
-checkpoint/round-00007.soup.safetensors   the soup; the run's soup.safetensors is a hard link to the newest
-checkpoint/round-00007.safetensors        what the strategy remembers; counters, the position in metrics.jsonl, the recipe and SHA-256 sums
+checkpoint/round-00007.soup.safetensors   the soup; soup.safetensors is a hard link to the latest
+checkpoint/round-00007.safetensors        the strategy's state and a manifest: counters, the length
+                                          of metrics.jsonl, the recipe, SHA-256 sums
 
-The second file is written last, once everything else of the round is on the disk, metrics included: a round counts as done when it is
-there. Both are verified when they are read, and where one is damaged the checkpoint before it is used. No random generator's state is
-needed: every draw comes from the seed and the round (``seeds.py``). Nothing is pickled.
+The second file is written last, when everything else of the round is on disk, metrics included: a
+round is done if that file exists. Reading verifies both files; if one is damaged, the checkpoint
+before it is used. No random generator state is stored, because every draw derives from the seed and
+the round (``util/seeds.py``). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -33,32 +35,32 @@ from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
 
-FREE = ("name", "rounds", "evaluation.every", "tracking")
-"""The recipe's keys that may change when a run goes on: no client does anything else for them."""
-KEPT = 2
-"""Checkpoints that are kept."""
+RESUME_OVERRIDES = ("name", "rounds", "evaluation.every", "tracking")
+"""Recipe keys that may change on resume: they do not affect what clients compute."""
+KEEP_LAST = 2
+"""Number of checkpoints that are kept."""
 _NAME = re.compile(r"round-(\d{5,})(\.soup)?\.safetensors")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says beside its tensors."""
+    """Metadata of a checkpoint, stored with its tensors."""
 
     round: int
     """Rounds done."""
-    metrics: int
-    """Bytes of ``metrics.jsonl`` that these rounds take."""
-    soup: str
+    metrics_bytes: int
+    """Length of ``metrics.jsonl`` after this round, bytes."""
+    soup_sha256: str
     """SHA-256 of the soup's file."""
     counters: dict[str, int | None]
-    """What of the strategy's state is no tensor."""
+    """Entries of the strategy's state that are not tensors."""
     recipe: dict[str, Any]
-    """By dotted key; without what may change."""
+    """Recipe values by dotted key, without ``RESUME_OVERRIDES`` and baselines."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A strategy's state after a round, and where the run's other files were."""
+    """A strategy's state after a round."""
 
     manifest: Manifest
     path: Path
@@ -66,20 +68,21 @@ class Checkpoint:
     soup: AdapterSoup
     tensors: dict[str, Tensor]
 
-    def put_into(self, strategy: Strategy) -> None:
-        """Bring a strategy that was just made to this state. Raises ``ValueError`` where it is another one's."""
-        ours, theirs = strategy.soup, self.soup
-        if (theirs.layout, theirs.rows.shape, theirs.base.keys()) != (
-            ours.layout,
-            ours.rows.shape,
-            ours.base.keys(),
+    def restore(self, strategy: Strategy) -> None:
+        """Load this state into a new strategy. Raises ``ValueError`` if the shapes differ."""
+        expected, saved = strategy.soup, self.soup
+        if (saved.layout, saved.rows.shape, saved.base.keys()) != (
+            expected.layout,
+            expected.rows.shape,
+            expected.base.keys(),
         ):
             raise ValueError(
-                f"its soup is {describe(theirs.rows)}, or has other parts, where {describe(ours.rows)} was expected"
+                f"its soup is {describe(saved.rows)}, or has other parts, but "
+                f"{describe(expected.rows)} was expected"
             )
-        # copied, as kernels may round otherwise where memory is not aligned as torch does it
-        base = {module: tensor.clone() for module, tensor in theirs.base.items()}
-        strategy.soup = replace(ours, rows=theirs.rows.clone(), base=base)
+        # Cloned: kernels may round differently on memory that torch did not align.
+        base = {module: tensor.clone() for module, tensor in saved.base.items()}
+        strategy.soup = replace(expected, rows=saved.rows.clone(), base=base)
         strategy.load_state_dict({**self.tensors, **self.manifest.counters})
 
 
@@ -87,7 +90,7 @@ class Checkpoint:
 
 
 def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
-    """The first half of a checkpoint; the path of its file. Raises ``RunError``."""
+    """Write the first file of a checkpoint and return its path. Raises ``RunError``."""
     with translated_write_errors(folder):
         folder.mkdir(exist_ok=True)
     path = _soup_path(folder, round)
@@ -95,15 +98,20 @@ def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
     return path
 
 
-def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics: int) -> None:
-    """The second half: with it the round is done. Removes what is older than the newest two. Raises ``RunError``.
+def commit(
+    folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics_bytes: int
+) -> None:
+    """Write the second file of a checkpoint, which completes the round; prune older checkpoints.
 
     Args:
-        folder: Where ``write_soup`` has written the round's soup.
+        folder: The folder in which ``write_soup`` wrote the round's soup.
         round: Rounds done.
-        strategy: After that round.
-        recipe: The run's.
-        metrics: Bytes of ``metrics.jsonl`` with that round's line.
+        strategy: The strategy after that round.
+        recipe: The run's recipe.
+        metrics_bytes: Length of ``metrics.jsonl`` with that round's line, bytes.
+
+    Raises:
+        RunError: A file cannot be written.
     """
     state = strategy.state_dict()
     tensors = {
@@ -112,18 +120,26 @@ def commit(folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     with translated_write_errors(folder):
         manifest = Manifest(
-            round, metrics, _file_digest(_soup_path(folder, round)), counters, _fixed(recipe)
+            round,
+            metrics_bytes,
+            _file_digest(_soup_path(folder, round)),
+            counters,
+            _fixed_values(recipe),
         )
         text = json.dumps(asdict(manifest), default=str)
         document = {"sha256": _digest(tensors, text), "manifest": json.loads(text)}
         write_tensors(_path(folder, round), tensors, ("checkpoint", json.dumps(document)))
-    remove_all_but(folder, round)
+    prune(folder, round)
 
 
-def remove_all_but(folder: Path, round: int) -> None:
-    """Keep the checkpoint of this round and what is kept before it; remove all others, whole or not. Raises ``RunError``."""
+def prune(folder: Path, round: int) -> None:
+    """Remove all checkpoint files except those of the last two rounds up to this one.
+
+    Raises:
+        RunError: A file cannot be removed.
+    """
     for number in rounds_in(folder):
-        if not round - KEPT < number <= round:
+        if not round - KEEP_LAST < number <= round:
             for path in (_path(folder, number), _soup_path(folder, number)):
                 with translated_write_errors(path):
                     path.unlink(missing_ok=True)
@@ -133,77 +149,85 @@ def remove_all_but(folder: Path, round: int) -> None:
 
 
 def rounds_in(folder: Path) -> list[int]:
-    """The rounds that have checkpoint files, whole or not; the newest first."""
+    """Return the rounds that have checkpoint files, complete or not, latest first."""
     names = (_NAME.fullmatch(path.name) for path in folder.glob("round-*"))
     return sorted({int(name[1]) for name in names if name}, reverse=True)
 
 
 def read(folder: Path, round: int) -> Checkpoint:
-    """The checkpoint after a round, verified. Raises ``RunError`` where a file is missing or is not as it was written."""
+    """Read and verify a round's checkpoint. Raises ``RunError`` if a file is missing or damaged."""
     path, soup = _path(folder, round), _soup_path(folder, round)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            keys = file.keys()
+            tensors = {key: file.get_tensor(key) for key in keys}
         document = json.loads(metadata["checkpoint"])
         if _digest(tensors, json.dumps(document["manifest"])) != document["sha256"]:
-            raise RunError(f"{path} is damaged: its SHA-256 sum is not the one that was written")
+            raise RunError(f"{path} is damaged: its SHA-256 sum differs from the stored one")
         manifest = Manifest(**document["manifest"])
-        if manifest.soup != _file_digest(soup):
-            raise RunError(f"{soup} is damaged: its SHA-256 sum is not the one that was written")
+        if manifest.soup_sha256 != _file_digest(soup):
+            raise RunError(f"{soup} is damaged: its SHA-256 sum differs from the stored one")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
+        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     return Checkpoint(manifest, soup, AdapterSoup.load(soup), tensors)
 
 
-def newest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None where the run did not come to one, and so goes on from its start.
-
-    Those that are not whole are named in the log.
+def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | None:
+    """Read the latest valid checkpoint; invalid ones are logged.
 
     Args:
-        folder: The checkpoints'.
-        recipe: What is to go on.
-        metrics: What is in ``metrics.jsonl``.
+        folder: The folder of the checkpoints.
+        recipe: The recipe to resume with.
+        metrics: The content of ``metrics.jsonl``.
+
+    Returns:
+        The checkpoint, or None if the run stopped before its first one and restarts.
 
     Raises:
-        ResumeError: None is whole, and more is lost than one round; or they are another recipe's.
+        ResumeError: No checkpoint is valid and more than one round would be lost, or the
+            checkpoints belong to another recipe.
     """
-    lost = []
+    faults = []
     for number in rounds_in(folder):
         if not _path(folder, number).exists():
             continue  # interrupted before this round was done
         try:
-            found = read(folder, number)
-            if (
-                metrics[: found.manifest.metrics].count(b"\n") != number
-                or len(metrics) < found.manifest.metrics
-            ):
+            checkpoint = read(folder, number)
+            size = checkpoint.manifest.metrics_bytes
+            if metrics[:size].count(b"\n") != number or len(metrics) < size:
                 raise RunError(
-                    f"{_path(folder, number)} cannot be used: metrics.jsonl does not hold the {number} rounds it speaks of"
+                    f"{_path(folder, number)} cannot be used: metrics.jsonl does not hold all of "
+                    f"its {number} rounds"
                 )
         except RunError as error:
-            lost.append(str(error))
+            faults.append(str(error))
             continue
-        for fault in lost:
-            log.warning("%s. Going on from the checkpoint before it, after round %d", fault, number)
-        then, now = found.manifest.recipe, json.loads(json.dumps(_fixed(recipe), default=str))
-        if keys := [key for key in then if key in now and then[key] != now[key]]:
-            said = "; ".join(
-                f"{key} was {written(then[key])} and is {written(now[key])}" for key in keys
-            )
-            raise ResumeError(
-                f"{folder.parent}: the recipe has changed since round {number}: {said}. Change it back to go on"
-            )
-        return found
+        for fault in faults:
+            log.warning("%s. Resuming from the checkpoint before it, after round %d", fault, number)
+        _check_recipe(folder, checkpoint.manifest, recipe)
+        return checkpoint
     if metrics.count(b"\n") > 1:
-        why = "; ".join(lost) if lost else "it kept no checkpoint"
+        reason = "; ".join(faults) if faults else "it has no checkpoint"
         raise ResumeError(
-            f"{folder.parent} cannot go on: {why}. Its finished rounds can be read still; fedmerge run begins anew"
+            f"{folder.parent} cannot be resumed: {reason}. Its finished rounds are still readable; "
+            "start a new run with fedmerge run"
         )
-    for fault in lost:
-        log.warning("%s. Going on from the start", fault)
+    for fault in faults:
+        log.warning("%s. Restarting from the first round", fault)
     return None
+
+
+def _check_recipe(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
+    saved, current = manifest.recipe, json.loads(json.dumps(_fixed_values(recipe), default=str))
+    if keys := [key for key in saved if key in current and saved[key] != current[key]]:
+        changes = "; ".join(
+            f"{key} was {written(saved[key])} and is {written(current[key])}" for key in keys
+        )
+        raise ResumeError(
+            f"{folder.parent}: the recipe has changed since round {manifest.round}: {changes}. "
+            "Change it back to resume"
+        )
 
 
 def _path(folder: Path, round: int) -> Path:
@@ -214,11 +238,12 @@ def _soup_path(folder: Path, round: int) -> Path:
     return folder / f"round-{round:05}.soup.safetensors"
 
 
-def _fixed(recipe: Recipe) -> dict[str, Any]:
+def _fixed_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's values that must not change on resume."""
     return {
         key: value
         for key, value in flat(recipe).items()
-        if key not in FREE and key.partition(".")[0] != "baselines"
+        if key not in RESUME_OVERRIDES and key.partition(".")[0] != "baselines"
     }
 
 
@@ -228,7 +253,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """SHA-256 of a text, and of names, dtypes, shapes and numbers."""
+    """Return the SHA-256 sum of a text and of the tensors' names, dtypes, shapes and values."""
     digest = sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())

@@ -1,27 +1,27 @@
-"""The run directory: everything a run leaves behind, and the one thing that reports and notebooks read.
+"""The run directory: all output of a run, and the only input of reports and notebooks.
 
-recipe.yaml             the recipe, defaults written out
-environment.json        start, versions, git commit, device, precision; the same of each time the run went on after an interruption
+recipe.yaml             the recipe with all defaults
+environment.json        format version, start, versions, git commit, device and precision; one more
+                        entry under "resumed" for each time the run was resumed
 clients.json            name, group and number of examples of each client
-task.json               names of the labels in the order of their ids, and the format of texts, as the data told them
-labels.json             how many training examples of each label each client has, where examples have labels
+task.json               label names in the order of their ids, and the text format
+labels.json             training examples of each client by label, if examples have labels
 adapter_config.json     PEFT's configuration of the adapters
-metrics.jsonl           one object a round
+metrics.jsonl           one object per round
 weights/                π after each round
-soup.safetensors        the adapters after the last finished round, and what the backbone has gained beside them (flora)
+soup.safetensors        the adapters after the last finished round, and the updates that flora has
+                        added to the backbone
 weights.safetensors     π after the last finished round
 best/                   soup and weights at the lowest mean validation loss over all clients
-summary.json            the final and the best scores; there once the run has ended
-tracking/               what experiment trackers wrote (tracking.py)
-checkpoint/             what the run needs to go on after an interruption (checkpoint.py)
-baselines/<strategy>/   the same again for each baseline
+summary.json            final and best scores, written when the run ends
+tracking/               files of experiment trackers (tracking.py)
+checkpoint/             the state to resume from (checkpoint.py)
+baselines/<strategy>/   a run directory for each baseline
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shlex
 from collections.abc import Iterator
 from functools import cached_property
@@ -33,81 +33,71 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.util.files import (
-    read_tensors,
-    translated_write_errors,
-)
+from fedmerge_peft.runs.cleanup import is_temporary
+from fedmerge_peft.util.files import read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-_WRITTEN = re.compile(
-    r"(baselines/[^/]+/)*"
-    r"((recipe\.yaml|(environment|clients|task|labels|adapter_config|summary)\.json|metrics\.jsonl|weights/round-\d+\.safetensors)"
-    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
-)
-"""Every file of a run directory, by its path there."""
-_TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
-"""The name of a file that was being written; the group is that of the file."""
-_MOST_NAMED = 5
-"""Files that a message names."""
+FORMAT = 2
+"""Version of the run directory's format, stored in ``environment.json``."""
 
 
 class RunDirectory:
-    """Reads a run directory; ``RunWriter`` writes it, and ``api.Run`` adds what a person calls."""
+    """Read a run directory. ``RunWriter`` writes one; ``api.Run`` adds predicting and merging."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    # ---- the directory ------------------------------------------------------------------------------
+    # ---- the directory ---------------------------------------------------------------------------
 
     @staticmethod
     def default_path(recipe: Recipe) -> Path:
-        """``runs/<name>``. Raises ``RecipeError`` for a name that would lead elsewhere."""
-        if (
-            Path(recipe.name).name != recipe.name
-            or recipe.name in ("", "..")
-            or "\0" in recipe.name
-        ):
+        """Return ``runs/<name>``. Raises ``RecipeError`` if the name is not a folder name."""
+        name = recipe.name
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise RecipeError(
                 [
-                    f"name: {recipe.name!r} is no name for a folder; give another, or a run directory with --out"
+                    f"name: {name!r} is not a valid folder name; "
+                    "choose another, or give a run directory with --out"
                 ]
             )
-        return Path("runs") / recipe.name
+        return Path("runs") / name
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raise ``RunExistsError`` where the directory has anything in it."""
+        """Raise ``RunExistsError`` unless the path is free: absent, or an empty directory."""
         if path.exists() and (
-            not path.is_dir() or any(not _half_written(found.name) for found in path.iterdir())
+            not path.is_dir() or any(not is_temporary(file.name) for file in path.iterdir())
         ):
             free = next(
                 candidate
-                for n in range(2, 10_000)
-                if not (candidate := path.with_name(f"{path.name}-{n}")).exists()
+                for number in range(2, 10_000)
+                if not (candidate := path.with_name(f"{path.name}-{number}")).exists()
             )
-            what = "a run" if (path / "recipe.yaml").exists() else "other files"
+            content = "a run" if (path / "recipe.yaml").exists() else "other files"
             resume = (
-                f"It has not ended; go on with it: {command}. Or choose"
+                f"The run is unfinished; resume it: {command}. Or choose"
                 if (command := RunDirectory(path).resume_command)
                 else "Choose"
             )
-            message = f"{path} already holds {what}, and nothing is ever overwritten. {resume} another directory: --out {free}"
-            raise RunExistsError(message, free)
+            raise RunExistsError(
+                f"{path} already holds {content}; existing files are never overwritten. "
+                f"{resume} another directory: --out {free}",
+                free,
+            )
 
     @property
     def ended(self) -> bool:
-        """Whether all rounds are done, those of the baselines too."""
+        """True if all rounds of the run and of its baselines are done."""
         return all(
-            RunDirectory(path).rounds_ended == recipe.rounds
-            for recipe, path in parts(self.recipe, self.path)
+            RunDirectory(path).final_round == recipe.rounds
+            for recipe, path in with_baselines(self.recipe, self.path)
         )
 
     @property
-    def rounds_ended(self) -> int | None:
-        """After how many rounds the run ended; None where it has not. Says nothing of the baselines."""
+    def final_round(self) -> int | None:
+        """The number of rounds after which the run ended, baselines aside; None before the end."""
         path = self.path / "summary.json"
         return (
             int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.is_file() else None
@@ -115,127 +105,93 @@ class RunDirectory:
 
     @property
     def resume_command(self) -> str | None:
-        """The command that goes on with the run; None where it has ended, or there is none."""
+        """The command that resumes the run; None if it has ended or there is no readable run."""
         try:
-            return (
-                None
-                if RunDirectory.open(self.path).ended
-                else shlex.join(["fedmerge", "resume", str(self.path)])
-            )
-        except (
-            FedMergeError,
-            ValueError,
-            KeyError,
-        ):  # no recipe, or no summary, that this version wrote
+            ended = RunDirectory.open(self.path).ended
+        except (FedMergeError, ValueError, KeyError):
             return None
-
-    def check_ours(self) -> None:
-        """Raise ``RunError`` where the directory has files, at any depth, that no run writes."""
-        names = (path.relative_to(self.path).as_posix() for path in self.files())
-        if others := sorted(
-            name for name in names if not _WRITTEN.fullmatch(_TEMPORARY.sub(r"\1", name))
-        ):
-            named = ", ".join(
-                [*others[:_MOST_NAMED], *(["..."] if len(others) > _MOST_NAMED else [])]
-            )
-            raise RunError(
-                f"{self.path} holds an unfinished run, and files that no run writes: {named}. Move them, or choose another --out"
-            )
-
-    def clear(self) -> None:
-        """Remove what an interrupted run left, and empty folders; the directory itself stays.
-
-        The recipe goes last, so that what is left by an interruption here is an interrupted run still.
-
-        Raises:
-            RunError: There are other files too (``check_ours``), and nothing was removed; or something cannot be removed.
-        """
-        self.check_ours()
-        with translated_write_errors(self.path):
-            for file in sorted(self.files(), key=lambda path: path == self.path / "recipe.yaml"):
-                file.unlink()
-            for folder, _, _ in os.walk(self.path, topdown=False):
-                if Path(folder) != self.path:
-                    Path(folder).rmdir()
-
-    def tidy(self) -> None:
-        """Remove files that were being written when the run was interrupted. Raises ``RunError``."""
-        with translated_write_errors(self.path):
-            for path in self.files():
-                if _half_written(path.relative_to(self.path).as_posix()):
-                    path.unlink()
-
-    def files(self) -> list[Path]:
-        """Everything in the directory, at any depth, that is no folder; links are not followed."""
-        found = ((Path(folder), [*below, *names]) for folder, below, names in os.walk(self.path))
-        return [
-            path
-            for folder, names in found
-            for name in names
-            if (path := folder / name).is_symlink() or not path.is_dir()
-        ]
+        return None if ended else shlex.join(["fedmerge", "resume", str(self.path)])
 
     # ---- reading ---------------------------------------------------------------------------------
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """A run that was written before, finished or not. Raises ``RunError`` where there is none."""
+        """Open a run, finished or not.
+
+        Raises:
+            RunError: There is no run, or another version of the package wrote it in another format.
+        """
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
             raise RunError(
-                f"{path} holds no run (no recipe.yaml); fedmerge run RECIPE --out {path} would make one"
+                f"{path} holds no run (no recipe.yaml); "
+                f"fedmerge run RECIPE --out {path} creates one"
             )
-        return cls(path)
+        run = cls(path)
+        run._check_format()
+        return run
+
+    def _check_format(self) -> None:
+        """Raise ``RunError`` for another format; no environment.json means an interrupted start."""
+        path = self.path / "environment.json"
+        if path.is_file():
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise RunError(f"{path} cannot be read ({error})") from error
+            version = document.get("format", 1) if isinstance(document, dict) else None
+            if version != FORMAT:
+                raise RunError(
+                    f"{self.path} has run format {version}, and this version reads format "
+                    f"{FORMAT}: run its recipe again, or read it with the version that wrote it"
+                )
 
     @cached_property
     def recipe(self) -> Recipe:
-        """What the run was asked to be."""
+        """The run's recipe."""
         return Recipe.load(self.path / "recipe.yaml")
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The objects of ``metrics.jsonl``, one a finished round."""
+        """The objects of ``metrics.jsonl``, one per finished round."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        return [
-            json.loads(line) for line in lines[:-1]
-        ]  # what follows the last line feed was cut off while it was written
+        return [json.loads(line) for line in lines[:-1]]  # a last line without line feed is partial
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Start, versions, commit, device: what ``environment.json`` says. Older runs lack some of it."""
+        """The content of ``environment.json``: format, start, versions, commit, device."""
         path = self.path / "environment.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Final and best scores. Raises ``RunError`` while the run has not ended."""
+        """Final and best scores. Raises ``RunError`` if the run has not ended."""
         path = self.path / "summary.json"
         if not path.exists():
             raise RunError(
-                f"{self.path} has not ended: {len(self.records)} of {self.recipe.rounds} rounds are done"
+                f"{self.path} has not ended: "
+                f"{len(self.records)} of {self.recipe.rounds} rounds are done"
             )
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """One row a round: losses, means and worst clients, entropy, bytes, seconds."""
+        """One row per round: losses, means and worst clients, entropy, bytes, seconds."""
         import pandas as pd
 
+        columns = (
+            "round",
+            "seconds",
+            "train_loss",
+            "weights_entropy",
+            "gap",
+            "bytes_down",
+            "bytes_up",
+        )
         rows = []
         for record in self.records:
-            row = {
-                key: record[key]
-                for key in (
-                    "round",
-                    "seconds",
-                    "train_loss",
-                    "weights_entropy",
-                    "gap",
-                    "bytes_down",
-                    "bytes_up",
-                )
-            }
+            row = {key: record[key] for key in columns}
             for kind in ("served", "finetuned"):
                 for value in ("mean", "worst", "validation_loss"):
                     row[f"{kind}_{value}"] = record[kind][value] if record[kind] else None
@@ -244,7 +200,7 @@ class RunDirectory:
 
     @property
     def clients(self) -> pd.DataFrame:
-        """One row a client: group, numbers of examples, and the final scores once the run has ended."""
+        """One row per client: group, numbers of examples and, after the end, final scores."""
         import pandas as pd
 
         frame = pd.DataFrame(self._clients).set_index("name")
@@ -259,27 +215,25 @@ class RunDirectory:
 
     @property
     def label_counts(self) -> pd.DataFrame | None:
-        """Training examples, clients × labels; None where examples have no labels, and for older runs."""
+        """Training examples, clients × labels; None if examples have no labels."""
         import pandas as pd
 
         path = self.path / "labels.json"
         if not path.is_file():
             return None
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return pd.DataFrame(said["counts"], index=self.client_names, columns=said["labels"])
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return pd.DataFrame(document["counts"], index=self.client_names, columns=document["labels"])
 
     @property
     def weights(self) -> pd.DataFrame:
         """π after the last finished round: clients × adapters."""
         import pandas as pd
 
-        return pd.DataFrame(
-            read_tensors(self.path / "weights.safetensors")["weights"].numpy(),
-            index=self.client_names,
-        )
+        weights = read_tensors(self.path / "weights.safetensors")["weights"]
+        return pd.DataFrame(weights.numpy(), index=self.client_names)
 
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
-        """π ``(clients, adapters)`` after each finished round."""
+        """Yield each finished round and π ``(clients, adapters)`` after it."""
         for path in sorted((self.path / "weights").glob("round-*.safetensors")):
             yield round_of(path), read_tensors(path)["weights"]
 
@@ -289,44 +243,50 @@ class RunDirectory:
         return AdapterSoup.load(self.path / "soup.safetensors")
 
     def state(self, *, best: bool = False) -> tuple[AdapterSoup, Tensor]:
-        """The soup and π ``(clients, adapters)``, after the last or the best round. Raises ``RunError`` where there is none."""
+        """Return the soup and π ``(clients, adapters)`` after the last or the best round.
+
+        Raises:
+            RunError: There is no such round.
+        """
         folder = self.path / "best" if best else self.path
         if best and not folder.is_dir():
             raise RunError(
-                f"{self.path} kept no best round: its clients hold no validation examples, or none was measured; take the last"
+                f"{self.path} has no best round: its clients have no validation examples, or no "
+                "round was evaluated; use the last round"
             )
-        return AdapterSoup.load(folder / "soup.safetensors"), read_tensors(
-            folder / "weights.safetensors"
-        )["weights"]
+        weights = read_tensors(folder / "weights.safetensors")["weights"]
+        return AdapterSoup.load(folder / "soup.safetensors"), weights
 
-    def row_of(self, client: str, weights: Tensor) -> Tensor:
-        """A client's row of π. Raises ``RunError`` for a client that the run does not have."""
+    def weights_of(self, client: str, weights: Tensor) -> Tensor:
+        """Return a client's row of π. Raises ``RunError`` if the run has no such client."""
         names = self.client_names
         if client not in names:
             raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
         return weights[names.index(client)]
 
     def round(self, *, best: bool = False) -> int:
-        """After how many rounds the last or the best state was kept."""
+        """Return the number of rounds after which the last or the best state was saved."""
         return int(self._best["after_round"]) if best and self._best else len(self.records)
 
     def scores(self, *, best: bool = False) -> dict[str, dict[str, float]]:
-        """Each client's scores of the last or the best state, such as ``test_accuracy``; empty where it was not measured."""
+        """Return each client's scores at the last or the best state, such as ``test_accuracy``.
+
+        The result is empty if that state was not evaluated.
+        """
         if best:
-            found = self._best["served"] if self._best else None
+            served = self._best["served"] if self._best else None
         else:
-            found = (
-                self.summary["final"]["served"] if (self.path / "summary.json").is_file() else None
-            )
-        return dict(found["clients"]) if found else {}
+            ended = (self.path / "summary.json").is_file()
+            served = self.summary["final"]["served"] if ended else None
+        return dict(served["clients"]) if served else {}
 
     @property
     def task(self) -> dict[str, Any]:
-        """What the run's data told about the task: ``labels``, names in the order of their ids, and the ``format`` of texts or None."""
+        """``labels``, names in the order of their ids, and the ``format`` of texts or None."""
         path = self.path / "task.json"
         if not path.is_file():
             raise RunError(
-                f"{path} is missing, so what the labels mean cannot be told; only a new fedmerge run writes it"
+                f"{path} is missing, so label names are unknown; run the recipe again to write it"
             )
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -348,11 +308,12 @@ class RunDirectory:
         }
 
     def baseline_path(self, strategy: str) -> Path:
-        """Where a baseline's run directory is."""
+        """Return the run directory of a baseline."""
         return self.path / "baselines" / strategy
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}, {self.recipe.strategy.name}, {len(self.records)} of {self.recipe.rounds} rounds)"
+        progress = f"{len(self.records)} of {self.recipe.rounds} rounds"
+        return f"Run({str(self.path)!r}, {self.recipe.strategy.name}, {progress})"
 
     @cached_property
     def _clients(self) -> list[dict[str, Any]]:
@@ -365,22 +326,21 @@ class RunDirectory:
 
 
 def round_of(path: Path) -> int:
-    """The round of ``weights/round-00007.safetensors``."""
+    """Return the round of a file such as ``weights/round-00007.safetensors``."""
     return int(path.stem.removeprefix("round-"))
 
 
-def parts(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
-    """What a run consists of, with the directories: the recipe itself, and each of its baselines as a recipe of its own."""
-    others = [baseline for baseline in recipe.baselines if baseline.name != recipe.strategy.name]
-    alone = [
-        recipe.model_copy(update={"strategy": baseline, "baselines": []}) for baseline in others
-    ]
+def with_baselines(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
+    """Return a recipe and its baselines, as separate recipes, each with its run directory."""
+    run = RunDirectory(path)
     return [
         (recipe, path),
-        *((each, RunDirectory(path).baseline_path(each.strategy.name)) for each in alone),
+        *(
+            (
+                recipe.model_copy(update={"strategy": baseline, "baselines": []}),
+                run.baseline_path(baseline.name),
+            )
+            for baseline in recipe.baselines
+            if baseline.name != recipe.strategy.name
+        ),
     ]
-
-
-def _half_written(name: str) -> bool:
-    """Whether a path in a run directory is that of a file that was being written when the run was interrupted."""
-    return bool(_TEMPORARY.search(name)) and bool(_WRITTEN.fullmatch(_TEMPORARY.sub(r"\1", name)))

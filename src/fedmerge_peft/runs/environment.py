@@ -1,4 +1,4 @@
-"""Where, when and by what a run was made: what ``environment.json`` says."""
+"""The environment of a run: format version, start time, versions, device and git commit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedmerge_peft import distributed
+from fedmerge_peft.runs.directory import FORMAT
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine
@@ -28,14 +29,18 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
-_PATIENCE = 10
-"""Seconds that git may take."""
+_GIT_TIMEOUT = 10
+"""Seconds."""
 
 
 def environment_of(engine: Engine) -> dict[str, Any]:
-    """The start in UTC, versions, device, precision and ranks; ``commit`` and ``dirty`` where the package runs from a git checkout."""
+    """Return the content of ``environment.json`` for a run of this engine.
+
+    ``commit`` and ``dirty`` are present only if the package runs from a git checkout.
+    """
     device = engine.backbone.device
     return {
+        "format": FORMAT,
         "started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -51,20 +56,20 @@ def environment_of(engine: Engine) -> dict[str, Any]:
 
 @cache
 def source(folder: Path) -> dict[str, Any]:
-    """``commit``, and whether files in this folder are ``dirty``: not as they are there. Empty where git does not keep the folder.
+    """Return the git ``commit`` of a folder, and ``dirty`` if its files differ from that commit.
 
-    Asked once a process, as the code that runs is the code that was loaded.
+    The result is empty if git does not track the folder. It is cached, because a process runs the
+    code that it loaded.
     """
-    if (
-        _git(folder, "ls-files", "--error-unmatch", ".") is None
-    ):  # such as an installed package below somebody's repository
+    # An installed package may lie below an unrelated repository: its files are not tracked there.
+    if _git(folder, "ls-files", "--error-unmatch", ".") is None:
         return {}
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", ".")
     return {} if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None where it, or what it was asked for, is not there."""
+    """Return git's output; None if git is absent or the command fails."""
     try:
         done = subprocess.run(  # noqa: S603
             ["git", *arguments],  # noqa: S607
@@ -72,7 +77,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=_PATIENCE,
+            timeout=_GIT_TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -80,7 +85,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system tells."""
+    """Return the CPU's name; it may be empty if the system does not report one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

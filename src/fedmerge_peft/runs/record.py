@@ -1,4 +1,4 @@
-"""What is remembered of one round."""
+"""The record of one round, and scores over clients."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from fedmerge_peft.tasks.metrics import greater_is_better
 
 @dataclass(frozen=True)
 class Scores:
-    """One kind of adapter (as served, or finetuned), scored on each client's own examples."""
+    """Scores of one kind of adapter (served or finetuned) on each client's own examples."""
 
     metric: str
-    """The score that ``mean`` and ``worst`` are of, such as ``test_accuracy``."""
+    """The score that ``mean`` and ``worst`` refer to, such as ``test_accuracy``."""
     mean: float
-    """Mean over clients, each counting the same."""
+    """Unweighted mean over clients."""
     worst: float
-    """The worst client's."""
+    """The worst client's score."""
     worst_client: str
     validation_loss: float | None
-    """Mean over clients, nats; what the best round is chosen by. None where clients hold no validation examples."""
+    """Mean over clients, nats; it selects the best round. None without validation examples."""
     clients: dict[str, dict[str, float]]
     """All scores by client: ``validation_loss``, ``test_loss``, ``test_accuracy`` and so on."""
 
     @classmethod
     def of(cls, metric: str, clients: Mapping[str, Mapping[str, float]]) -> Scores | None:
-        """Sum up; ``metric`` is a task's metric without its part. None where nothing was measured."""
-        part = (
-            "test"
-            if any(f"test_{metric}" in scores for scores in clients.values())
-            else "validation"
-        )
-        key = f"{part}_{metric}"
+        """Aggregate the clients' scores; return None if no client has the metric.
+
+        Args:
+            metric: A task's metric, without ``test_`` or ``validation_``. Test scores are used if
+                any client has them, otherwise validation scores.
+            clients: Scores by client.
+        """
+        has_test = any(f"test_{metric}" in scores for scores in clients.values())
+        key = f"{'test' if has_test else 'validation'}_{metric}"
         values = {name: scores[key] for name, scores in clients.items() if key in scores}
         if not values:
             return None
@@ -54,41 +56,47 @@ class Scores:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round: clients were sent adapters, trained them, and the server learned from the replies."""
+    """One round: the server sent adapters, clients trained them, the server aggregated."""
 
     round: int
     """From 1."""
     rounds: int
-    """How many the recipe asks for."""
+    """Rounds that the recipe asks for."""
     seconds: float
-    """Wall time of the round, measuring included."""
+    """Wall time of the round, including evaluation."""
     train_loss: float
-    """Mean loss (nats) of local training, weighted by the clients' number of examples."""
+    """Mean loss of local training, nats, weighted by the clients' number of examples."""
     served: Scores | None
-    """What clients were served with at the start of this round: for most methods the adapters just as they were sent, before any
-    local training. None in rounds that do not measure."""
+    """Scores of the models served at the start of this round; for most methods these are the
+    adapters as sent, before any local training. None in rounds without evaluation."""
     finetuned: Scores | None
-    """The same after this round's local training: the difference is what finetuning would gain. None for methods whose training does not
-    start from what they serve (``fedavg_ft``)."""
+    """Scores after this round's local training; the difference to ``served`` is the gain of
+    finetuning. None for methods whose training does not start from the served model
+    (``fedavg_ft``)."""
     gap: float
-    """The local-global gap: how far a client's trained adapter is from what it would be sent next, ‖·‖₂, mean over the clients. Between
-    updates ΔW rather than adapters for flora and flexlora, whose factors do not compare from round to round."""
+    """Local-global gap: distance ‖·‖₂ between a client's trained adapter and the adapter it would
+    be sent next, mean over clients. For flora and flexlora the distance is between updates ΔW,
+    because their factors are not comparable across rounds."""
     weights_entropy: float | None
-    """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter a client. None where no weights are learned."""
+    """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter per
+    client. None if the strategy learns no weights."""
     adapter_mass: list[float] | None
-    """Each adapter's share of the clients' weight after the round; sums to 1. None where no weights are learned."""
+    """Each adapter's share of the clients' weight after the round; sums to 1. None if the strategy
+    learns no weights."""
     update_norm: float | None
-    """Median over the clients of ‖δ_i‖₂, of what of their updates is shared. None for methods that share no mean."""
+    """Median over clients of ‖δ_i‖₂ of the shared part of their updates. None for methods that
+    share no mean."""
     bytes_down: int
-    """Bytes of adapters that the server sent, all clients together."""
+    """Bytes of adapters sent by the server to all clients."""
     bytes_up: int
-    """Bytes of adapters that came back, from those whose replies counted."""
+    """Bytes of adapters received in accepted replies."""
     epsilon: float | None
-    """ε at ``privacy.delta`` that the client who was asked most often has spent so far. None without differential privacy."""
+    """Largest ε spent by any client so far, at ``privacy.delta``. None without differential
+    privacy."""
     clients: list[str]
-    """Whose replies counted."""
+    """Clients whose replies were accepted."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Who was asked in vain (``clients.failures: skip``), and why, by client."""
+    """Reason of failure by client, for clients skipped under ``clients.failures: skip``."""
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -107,5 +115,5 @@ class RoundRecord:
         return "  ".join([*parts, f"{self.seconds:.1f} s"])
 
     def to_dict(self) -> dict[str, Any]:
-        """As one object of ``metrics.jsonl``."""
+        """Return the record as one object of ``metrics.jsonl``."""
         return asdict(self)

@@ -1,4 +1,7 @@
-"""Experiment trackers, by Accelerate: each round's numbers as scalars, and π as an image, at the step of the round."""
+"""Experiment trackers through Accelerate: scalars of each round and π as an image.
+
+The step is the round.
+"""
 
 from __future__ import annotations
 
@@ -35,30 +38,31 @@ TRACKERS = {
     "dvclive": "dvclive",
     "swanlab": "swanlab",
 }
-"""What a recipe may name, and the module that it needs."""
+"""Trackers that a recipe may name, with the module that each needs."""
 FOLDER = "tracking"
-"""Where in the run directory those trackers write that write files."""
+"""Folder in the run directory for trackers that write files."""
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Raise ``RecipeError`` for trackers that are not installed."""
+    """Raise ``RecipeError`` if a tracker of the recipe is not installed."""
     if missing := [name for name in recipe.tracking if find_spec(TRACKERS[name]) is None]:
         packages = " ".join(name.replace("comet_ml", "comet-ml") for name in missing)
         raise RecipeError(
             [
-                f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, or leave it out"
+                f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, "
+                "or remove it from the recipe"
             ]
         )
 
 
 class Tracking:
-    """Trackers of one run; one that fails later on is left out with a warning, as it must not cost the run."""
+    """The trackers of one run. A failing tracker is dropped with a warning; the run continues."""
 
     def __init__(self, trackers: Iterable[Any] = ()) -> None:
         self._trackers = list(trackers)
 
     def record(self, record: RoundRecord) -> None:
-        """A finished round."""
+        """Log the scalars of a finished round."""
         values: dict[str, float | None] = {
             "train_loss": record.train_loss,
             "weights_entropy": record.weights_entropy,
@@ -76,7 +80,7 @@ class Tracking:
         self._log(values, record.round)
 
     def weights(self, weights: Tensor, clients: Sequence[str], round: int) -> None:
-        """π ``(clients, adapters)`` after a round, as a heat map."""
+        """Log π ``(clients, adapters)`` after a round as a heat map."""
         if not self._trackers:
             return
         from fedmerge_peft.plotting import render
@@ -91,10 +95,10 @@ class Tracking:
             label="weight π (share of the client)",
         )
         figure = render.draw(heat, f"Merging weights after round {round}")
-        self._each(lambda tracker: _show(tracker, "merging_weights", figure, round))
+        self._for_each(lambda tracker: _log_figure(tracker, "merging_weights", figure, round))
 
     def final(self, scores: Scores | None, rounds: int) -> None:
-        """What all clients are served with in the end."""
+        """Log the final scores of all clients."""
         self._log(_scores("final", scores), rounds)
 
     def _log(self, values: dict[str, float | None], step: int) -> None:
@@ -103,19 +107,19 @@ class Tracking:
             for name, value in values.items()
             if value is not None and math.isfinite(value)
         }:
-            self._each(lambda tracker: tracker.log(known, step=step))
+            self._for_each(lambda tracker: tracker.log(known, step=step))
 
     def finish(self) -> None:
-        """Have the trackers write what they still hold."""
-        self._each(lambda tracker: tracker.finish())
+        """Flush and close the trackers."""
+        self._for_each(lambda tracker: tracker.finish())
 
-    def _each(self, do: Callable[[Any], object]) -> None:
+    def _for_each(self, call: Callable[[Any], object]) -> None:
         for tracker in list(self._trackers):
             try:
-                do(tracker)
+                call(tracker)
             except Exception as error:
                 log.warning(
-                    "tracking: %s failed and is left out from now on: %s: %s",
+                    "tracking: %s failed and is disabled for the rest of the run: %s: %s",
                     tracker.name,
                     type(error).__name__,
                     error,
@@ -125,15 +129,15 @@ class Tracking:
 
 @contextmanager
 def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[Tracking]:
-    """The recipe's trackers, while a run goes on.
+    """Start the recipe's trackers, and close them when the block ends.
 
     Args:
-        recipe: Says which (``tracking``); its values become the tracked run's configuration.
-        path: The run directory; files of trackers go to its folder ``tracking``.
-        accelerator: The engine's: trackers share its process, device and precision.
+        recipe: Names the trackers (``tracking``); its values become the tracked configuration.
+        path: The run directory; trackers write files to its folder ``tracking``.
+        accelerator: The engine's accelerator, for process, device and precision.
 
     Raises:
-        RunError: A tracker does not start.
+        RunError: A tracker cannot be started.
     """
     if not recipe.tracking or not is_main():
         yield Tracking()
@@ -146,7 +150,7 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
         key: value if isinstance(value, bool | int | float) else written(value)
         for key, value in flat(recipe).items()
     }
-    own: dict[str, Any] = {
+    init_options: dict[str, Any] = {
         "mlflow": {"run_name": name},
         "wandb": {"name": name, "dir": str(folder)},
         "trackio": {"name": name},
@@ -159,17 +163,17 @@ def tracking(recipe: Recipe, path: Path, accelerator: Accelerator) -> Iterator[T
             log_with=list(recipe.tracking),
             project_dir=folder,
         )
-        trackers.init_trackers(recipe.name, config=values, init_kwargs=own)
+        trackers.init_trackers(recipe.name, config=values, init_kwargs=init_options)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"tracking: {', '.join(recipe.tracking)} does not start: {reason}"
+            f"tracking: {', '.join(recipe.tracking)} cannot be started: {reason}"
         ) from error
-    tracked = Tracking(trackers.trackers)
+    active = Tracking(trackers.trackers)
     try:
-        yield tracked
+        yield active
     finally:
-        tracked.finish()
+        active.finish()
 
 
 def _scores(kind: str, scores: Scores | None) -> dict[str, float | None]:
@@ -184,8 +188,8 @@ def _scores(kind: str, scores: Scores | None) -> dict[str, float | None]:
     return {f"{kind}/{key}": value for key, value in values.items()}
 
 
-def _show(tracker: Any, name: str, figure: Any, step: int) -> None:
-    """Give a figure to a tracker in the form that it takes."""
+def _log_figure(tracker: Any, name: str, figure: Any, step: int) -> None:
+    """Log a figure in the form that the tracker accepts."""
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     match tracker.name:
@@ -195,9 +199,9 @@ def _show(tracker: Any, name: str, figure: Any, step: int) -> None:
             tracker.log_images({name: [pixels]}, step=step)
         case "aim" | "clearml":
             tracker.log_images({name: pixels}, step=step)
-        case "mlflow":  # whose files have no step
+        case "mlflow":  # its files have no step
             tracker.log_figure(figure, f"{name}/round-{step:05}.png")
-        # Accelerate hands only numbers on to these; ``tracker.tracker`` is what they themselves gave it.
+        # Accelerate forwards only scalars to these; ``tracker.tracker`` is the native object.
         case "trackio":
             from trackio import Image
 

@@ -1,4 +1,4 @@
-"""A run directory while it is written: what is known before the first round, every round, the end; and where an interrupted one goes on."""
+"""Write a run directory: metadata, rounds and the summary; roll an interrupted run back."""
 
 from __future__ import annotations
 
@@ -30,30 +30,33 @@ if TYPE_CHECKING:
 
 
 class RunWriter(RunDirectory):
-    """A run to which rounds are being added, by one process (``files.locked_directory``).
+    """Write one run, from one process that holds the directory (``util.files.locked_directory``).
 
-    On several ranks all of them call its methods. Rank 0 alone writes, and its errors are raised on
-    all.
+    On several ranks, every rank calls these methods. Only rank 0 writes, and its errors are raised
+    on all ranks.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         super().__init__(path)
         self.__dict__["recipe"] = recipe
         self.completed = 0
-        """Rounds on the disk."""
+        """Rounds on disk."""
 
     @rank_zero
     def begin(self, engine: Engine, strategy: Strategy) -> None:
-        """Make the directory of a new run, or continue an interrupted one.
+        """Create the directory of a new run, or roll an interrupted run back.
 
-        A new directory gets the documents that are known before the first round. An interrupted
-        run goes back to its newest intact checkpoint: ``strategy``, just made, is brought to its
-        state, and files written after it are removed.
+        A new directory gets the metadata. An interrupted run goes back to its latest valid
+        checkpoint, and files written after it are removed.
+
+        Args:
+            engine: The engine loaded for the recipe.
+            strategy: A new strategy, restored in place.
 
         Raises:
-            RunExistsError: The directory holds something else. Nothing was touched.
-            ResumeError: The run cannot be continued. Nothing was touched.
-            RunError: The directory cannot be written. The run can still be continued.
+            RunExistsError: The directory holds other files; nothing was changed.
+            ResumeError: The run cannot be resumed; nothing was changed.
+            RunError: The directory cannot be written. The run can still be resumed later.
         """
         if (self.path / "recipe.yaml").is_file():
             self._reopen(engine, strategy)
@@ -61,39 +64,41 @@ class RunWriter(RunDirectory):
             self.check_free(self.path)
             with translated_write_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-            self._describe(self.recipe, engine)
+            self._write_metadata(self.recipe, engine)
 
     def _reopen(self, engine: Engine, strategy: Strategy) -> None:
         path, recipe = self.path, self.recipe
-        documents = _documents(recipe, engine)
+        documents = _metadata(recipe, engine)
         for name in ("clients.json", "task.json"):
             if (path / name).is_file() and _read(path / name) != json.loads(
                 json.dumps(documents[name], default=str)
             ):
                 raise ResumeError(
-                    f"{path} cannot go on: the data have changed, and {name} is not what they say now"
+                    f"{path} cannot be resumed: the data have changed and no longer match {name}"
                 )
         metrics = path / "metrics.jsonl"
-        found = checkpoints.newest(
+        checkpoint = checkpoints.read_latest(
             path / "checkpoint", recipe, metrics.read_bytes() if metrics.exists() else b""
         )
-        if found is not None:
+        if checkpoint is not None:
             try:
-                found.put_into(strategy)
+                checkpoint.restore(strategy)
             except ValueError as error:
                 raise ResumeError(
-                    f"{path} cannot go on: its checkpoint is of another adapter, or another version ({error})"
+                    f"{path} cannot be resumed: its checkpoint belongs to another adapter or "
+                    f"another version ({error})"
                 ) from error
-        self._go_back(found)
-        self._describe(recipe, engine)
-        if found is not None:
+        self._roll_back(checkpoint)
+        self._write_metadata(recipe, engine)
+        if checkpoint is not None:
             write_tensors(path / "weights.safetensors", {"weights": strategy.weights})
 
     @rank_zero
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
-        """Write down a finished round. Raises ``RunError``.
+        """Write a finished round. Raises ``RunError``.
 
-        Soup and weights come first, so that no line of metrics speaks of what is not there; the checkpoint comes last.
+        Soup and weights are written first, so that every line of metrics has its files. The
+        checkpoint is written last.
         """
         with translated_write_errors(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
@@ -113,13 +118,19 @@ class RunWriter(RunDirectory):
             file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
             file.flush()
             os.fsync(file.fileno())
-            position = file.tell()
-        checkpoints.commit(self.path / "checkpoint", record.round, strategy, self.recipe, position)
+            size = file.tell()
+        checkpoints.commit(self.path / "checkpoint", record.round, strategy, self.recipe, size)
         self.completed = record.round
 
     @rank_zero
-    def offer_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
-        """Keep soup and weights if their mean validation loss is the lowest so far; ``completed`` counts the rounds behind them."""
+    def save_if_best(self, completed: int, scores: Scores, strategy: Strategy) -> None:
+        """Save soup and weights to ``best/`` if their mean validation loss is the lowest so far.
+
+        Args:
+            completed: Rounds behind this state.
+            scores: Its scores over all clients.
+            strategy: The strategy in this state.
+        """
         loss = scores.validation_loss
         if (
             loss is None
@@ -163,57 +174,59 @@ class RunWriter(RunDirectory):
             },
         )
 
-    def _describe(self, recipe: Recipe, engine: Engine) -> None:
-        """Write what is known before the first round; the recipe first, as it makes the directory a run's.
+    def _write_metadata(self, recipe: Recipe, engine: Engine) -> None:
+        """Write the files known before the first round, the recipe first: it marks a run directory.
 
-        What is there stays, but for the recipe, and for the environment, where each later start has an entry of its own.
+        On resume the recipe is replaced, the environment gets a ``resumed`` entry, and all other
+        files are kept.
         """
         write_text(self.path / "recipe.yaml", recipe.to_yaml())
-        first, now = self.environment, environment_of(engine)
-        resumed = [*first.get("resumed", []), {"after_round": self.completed, **now}]
-        write_json(self.path / "environment.json", {**first, "resumed": resumed} if first else now)
-        for name, document in _documents(recipe, engine).items():
+        first, current = self.environment, environment_of(engine)
+        resumed = [*first.get("resumed", []), {"after_round": self.completed, **current}]
+        environment = {**first, "resumed": resumed} if first else current
+        write_json(self.path / "environment.json", environment)
+        for name, document in _metadata(recipe, engine).items():
             if not (self.path / name).is_file():
                 write_json(self.path / name, document)
 
-    def _go_back(self, found: checkpoints.Checkpoint | None) -> None:
-        """Undo on the disk what was written after this checkpoint. Where this stops half-way, it can be done again."""
-        self.completed = found.manifest.round if found is not None else 0
-        gone = [
+    def _roll_back(self, checkpoint: checkpoints.Checkpoint | None) -> None:
+        """Remove what was written after this checkpoint. An interrupted rollback is repeatable."""
+        self.completed = checkpoint.manifest.round if checkpoint is not None else 0
+        stale = [
             path
             for path in (self.path / "weights").glob("round-*.safetensors")
             if round_of(path) > self.completed
         ]
-        if found is None:
-            gone += [self.path / "soup.safetensors", self.path / "weights.safetensors"]
+        if checkpoint is None:
+            stale += [self.path / "soup.safetensors", self.path / "weights.safetensors"]
         with translated_write_errors(self.path):
-            for path in [self.path / "summary.json", *gone]:
+            for path in [self.path / "summary.json", *stale]:
                 path.unlink(missing_ok=True)
         metrics, folder = self.path / "metrics.jsonl", self.path / "checkpoint"
         if metrics.exists():
             with translated_write_errors(metrics), metrics.open("r+b") as file:
-                file.truncate(found.manifest.metrics if found is not None else 0)
+                file.truncate(checkpoint.manifest.metrics_bytes if checkpoint is not None else 0)
                 os.fsync(file.fileno())
-        checkpoints.remove_all_but(folder, self.completed)
-        if found is not None:
-            hardlink(found.path, self.path / "soup.safetensors")
+        checkpoints.prune(folder, self.completed)
+        if checkpoint is not None:
+            hardlink(checkpoint.path, self.path / "soup.safetensors")
 
 
-def _documents(recipe: Recipe, engine: Engine) -> dict[str, Any]:
-    """What a run says of its clients, its task and its adapter, by file."""
+def _metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
+    """Return the descriptions of clients, task and adapter by file name."""
     config = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in engine.backbone.config.to_dict().items()
     }
     clients = [
         {
-            "name": each.name,
-            "group": each.group,
-            "train": len(each.train),
-            "validation": len(each.validation),
-            "test": len(each.test),
+            "name": client.name,
+            "group": client.group,
+            "train": len(client.train),
+            "validation": len(client.validation),
+            "test": len(client.test),
         }
-        for each in engine.clients
+        for client in engine.clients
     ]
     documents: dict[str, Any] = {
         "clients.json": clients,
@@ -236,4 +249,4 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not readable ({error})") from error
+        raise RunError(f"{path} cannot be read ({error})") from error

@@ -1,1 +1,1 @@
-"""Using what was learned: merged adapters, predictions, exports, new clients."""
+"""Use a finished run: merged adapters, predictions, exports, adapters for new clients."""

@@ -1,8 +1,9 @@
-"""Adapters to take away: plain PEFT folders with model cards, on the disk or on the Hugging Face hub.
+"""Export adapters as plain PEFT folders with model cards, to disk or to the Hugging Face hub.
 
-client   adapter_config.json, adapter_model.safetensors, README.md (the card), weights.json (its row of π)
-all      such a folder a client
-soup     adapter-0, adapter-1, ... and weights.json with every client's row of π, for merging on load
+client   adapter_config.json, adapter_model.safetensors, README.md (the model card) and weights.json
+         (the client's row of π)
+all      one such folder per client
+soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), to merge on load
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedmerge_peft.serving.model_card import client_card, soup_card
 from fedmerge_peft.util.files import write_json, write_text
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's ``--max-lora-rank`` takes (``MaxLoRARanks`` in its vllm/config/lora.py)."""
+"""Valid values of vLLM's ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
 
 
 def export_client(
@@ -36,19 +37,20 @@ def export_client(
     """Write a client's merged adapter, at the rank of the run, with a model card.
 
     Args:
-        run: A run of which at least a round is done.
-        client: Whose.
-        folder: New or empty.
-        best: From the round with the lowest validation loss, instead of the last.
-        base_model_id: The base model as others know it. Default: the recipe's ``backbone.model``.
-        repo: The repository of the hub that the folder will be pushed to; the card's example then loads it from there.
+        run: A run with at least one finished round.
+        client: The client's name.
+        folder: A new or empty folder.
+        best: Use the round with the lowest validation loss instead of the last.
+        base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
+        repo: Hub repository that the folder will be pushed to; the card's example loads from it.
 
     Returns:
         The folder.
 
     Raises:
-        RunExistsError: The folder has something in it.
-        RunError: No such client, no single adapter (``fedem``), no such round, or the folder cannot be written.
+        RunExistsError: The folder is not empty.
+        RunError: The client or the round does not exist, the client has no single adapter
+            (``fedem``), or the folder cannot be written.
     """
     folder = Path(folder)
     merged = client_adapter(run, client, best=best)
@@ -64,23 +66,25 @@ def export_all(
     base_model_id: str | None = None,
     repo: str | None = None,
 ) -> Path:
-    """Write the adapters of all clients, each into a folder of its own (``folder_name``) below this one; as ``export_client``."""
+    """Write the adapters of all clients, each to a subfolder named by ``folder_name``.
+
+    Arguments, result and errors are those of ``export_client``.
+    """
     folder = Path(folder)
     soup, weights = run.state(best=best)
     scores, after = run.scores(best=best), run.round(best=best)
-    each_of = zip(run.client_names, weights, strict=True)
-    merged = [
+    adapters = [
         MergedAdapter(run, client, soup, row, after, scores.get(client, {}))
-        for client, row in each_of
+        for client, row in zip(run.client_names, weights, strict=True)
     ]
     RunDirectory.check_free(folder)
-    for each in merged:
-        below = folder / folder_name(each.name)
+    for merged in adapters:
+        subfolder = folder / folder_name(merged.name)
         _write_client(
-            each,
-            below,
+            merged,
+            subfolder,
             base_model_id,
-            repr(str(below)) if repo is None else f"{repo!r}, subfolder={below.name!r}",
+            repr(str(subfolder)) if repo is None else f"{repo!r}, subfolder={subfolder.name!r}",
         )
     return folder
 
@@ -93,7 +97,10 @@ def export_soup(
     base_model_id: str | None = None,
     repo: str | None = None,
 ) -> Path:
-    """Write the soup: d adapters, and ``weights.json`` to merge them by on load; arguments and errors as for ``export_client``."""
+    """Write the soup: d adapters, and ``weights.json`` to merge them on load.
+
+    Arguments, result and errors are those of ``export_client``.
+    """
     folder = Path(folder)
     soup, weights = run.state(best=best)
     RunDirectory.check_free(folder)
@@ -113,18 +120,21 @@ def export_soup(
 
 
 def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
-    """Upload an exported folder to a model repository on the Hugging Face hub, made where it is missing.
+    """Upload an exported folder to a model repository on the Hugging Face hub.
+
+    The repository is created if it does not exist.
 
     Args:
-        folder: What ``export_client``, ``export_all`` or ``export_soup`` wrote.
-        repo: Such as ``me/north-clinic``.
-        private: Whether a new repository is private; one that is there stays as it is.
+        folder: Output of ``export_client``, ``export_all`` or ``export_soup``.
+        repo: Repository id, such as ``me/north-clinic``.
+        private: Make a new repository private; an existing one keeps its visibility.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
-        RunError: No such repository name, no token, no network, or the hub refuses; the folder stays.
+        RunError: The repository id is invalid, there is no token or no network, or the hub rejects
+            the upload. The folder is kept.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -139,13 +149,14 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
     except (HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"{folder} is written, and was not uploaded: {reason}. Later: hf upload {repo} {folder}"
+            f"{folder} was written but not uploaded: {reason}. "
+            f"To upload it later: hf upload {repo} {folder}"
         ) from error
     return str(commit.commit_url)
 
 
 def check_repo(repo: str) -> None:
-    """Raise ``RunError`` unless this can be the name of a repository on the hub."""
+    """Raise ``RunError`` unless ``repo`` is a valid repository id on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -153,12 +164,15 @@ def check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise RunError(
-            f"{repo!r} is no name of a repository: {str(error).splitlines()[0]}"
+            f"{repo!r} is not a valid repository id: {str(error).splitlines()[0]}"
         ) from error
 
 
 def base_model(run: RunDirectory, base_model_id: str | None = None) -> tuple[str, str | None]:
-    """The base model's name for those who load the adapter, and the same where it may be on the hub, else None: a folder, or made up."""
+    """Return the base model's name, and its hub id or None.
+
+    The hub id is None for a local folder and for a generated model.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -170,47 +184,55 @@ def base_model(run: RunDirectory, base_model_id: str | None = None) -> tuple[str
     return name, None if base_model_id is None and Path(name).exists() else name
 
 
-def vllm_says(run: RunDirectory) -> str:
-    """A line: how vLLM serves the run's adapters, or why it does not (its vllm/lora/peft_helper.py and vllm/config/lora.py)."""
+def vllm_support(run: RunDirectory) -> str:
+    """Return one line: the vLLM options that serve the run's adapters, or why vLLM cannot.
+
+    The rules are those of vllm/lora/peft_helper.py and vllm/config/lora.py.
+    """
     config = run.adapter_config
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
     enough = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)
     reasons = {
-        "it trains whole modules beside LoRA (modules_to_save), such as a classification head": config.get(
+        "it trains whole modules (modules_to_save), such as a classification head": config.get(
             "modules_to_save"
         ),
-        "it is DoRA": config.get("use_dora"),
+        "it uses DoRA": config.get("use_dora"),
         "it trains biases": config.get("bias", "none") != "none",
-        "it trains embeddings of tokens": config.get("trainable_token_indices"),
-        "it adapts parameters of experts": config.get("target_parameters"),
-        "its layers have scalings of their own (rank_pattern, alpha_pattern)": config.get(
-            "rank_pattern"
-        )
-        or config.get("alpha_pattern"),
-        "the method adds to the backbone, so that ranks differ by layer": run.recipe.strategy.name
-        == "flora",
+        "it trains token embeddings (trainable_token_indices)": config.get(
+            "trainable_token_indices"
+        ),
+        "it adapts expert parameters (target_parameters)": config.get("target_parameters"),
+        "its layers have different scalings (rank_pattern, alpha_pattern)": (
+            config.get("rank_pattern") or config.get("alpha_pattern")
+        ),
+        "the method updates the backbone, so ranks differ by layer": (
+            run.recipe.strategy.name == "flora"
+        ),
         f"its rank {max(ranks)} is above {VLLM_RANKS[-1]}": enough is None,
     }
-    if why := [reason for reason, holds in reasons.items() if holds]:
-        return f"vLLM does not serve this adapter: {'; '.join(why)}"
-    return f"vLLM, where it has LoRA for this model: --enable-lora --max-lora-rank {enough} (rank {max(ranks)}; same name of the base model)"
+    if unsupported := [reason for reason, applies in reasons.items() if applies]:
+        return f"vLLM cannot serve this adapter: {'; '.join(unsupported)}"
+    return (
+        f"vLLM, if it supports LoRA for this model: --enable-lora --max-lora-rank {enough} "
+        f"(rank {max(ranks)}; with the same base model name)"
+    )
 
 
 def folder_name(client: str) -> str:
-    """A client's name as that of a folder: characters that some file system refuses are written as %2F and the like."""
-    kept = "".join(
-        c
-        if c.isprintable() and c not in '%/\\:*?"<>|'
-        else quote(c, safe="", errors="surrogatepass")
-        for c in client
+    """Return a client's name as a folder name, percent-encoding unsafe characters."""
+    encoded = "".join(
+        character
+        if character.isprintable() and character not in '%/\\:*?"<>|'
+        else quote(character, safe="", errors="surrogatepass")
+        for character in client
     )
-    return kept if kept.strip(".") else kept.replace(".", "%2E") or "%"
+    return encoded if encoded.strip(".") else encoded.replace(".", "%2E") or "%"
 
 
 def _write_client(
     merged: MergedAdapter, folder: Path, base_model_id: str | None, place: str
 ) -> Path:
-    state, config = merged.saved()
+    state, config = merged.peft_state()
     weights = {"client": merged.name, "round": merged.round, "weights": merged.weights.tolist()}
     write_adapter(folder, state, _config(config, merged.run, base_model_id), weights=weights)
     write_text(
@@ -223,7 +245,7 @@ def _write_client(
 def _config(
     config: Mapping[str, Any], run: RunDirectory, base_model_id: str | None
 ) -> dict[str, Any]:
-    """PEFT's configuration with the base model as others know it."""
+    """Return PEFT's configuration with the public name of the base model."""
     return {
         **config,
         "base_model_name_or_path": base_model_id or run.recipe.backbone.model,

@@ -1,4 +1,4 @@
-"""An adapter merged from a run's soup, ready to use: a client's own, or one to try."""
+"""An adapter merged from a run's soup: a client's own, or any other mixture."""
 
 from __future__ import annotations
 
@@ -31,24 +31,28 @@ if TYPE_CHECKING:
     from fedmerge_peft.models.backbone import Backbone
 
 
-class Kind(NamedTuple):
-    """What transformers calls a task."""
+class TransformersNames(NamedTuple):
+    """A task's names in transformers."""
 
     auto_model: str
     """The class that loads its models."""
     pipeline: str
-    """Its pipeline, which is also the hub's name for it."""
+    """Its pipeline, which is also its task tag on the hub."""
 
 
-KINDS = {
-    "sequence-classification": Kind("AutoModelForSequenceClassification", "text-classification"),
-    "causal-lm": Kind("AutoModelForCausalLM", "text-generation"),
-    "image-classification": Kind("AutoModelForImageClassification", "image-classification"),
+TRANSFORMERS_NAMES = {
+    "sequence-classification": TransformersNames(
+        "AutoModelForSequenceClassification", "text-classification"
+    ),
+    "causal-lm": TransformersNames("AutoModelForCausalLM", "text-generation"),
+    "image-classification": TransformersNames(
+        "AutoModelForImageClassification", "image-classification"
+    ),
 }
 
 
-class _Head(NamedTuple):
-    """As much of a task as loading its model needs."""
+class _ModelHead(NamedTuple):
+    """The part of a task that loading its model needs."""
 
     auto_model: str
     labels: tuple[str, ...]
@@ -57,27 +61,30 @@ class _Head(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """θ = π Θ, one adapter of a run; ``run.client(name)`` and ``run.merge({...})`` make them.
+    """θ = π Θ, one adapter of a run, created by ``run.client(name)`` and ``run.merge({...})``.
 
-    Raises ``RunError`` for runs of ``fedem``, whose clients have none.
+    Raises:
+        RunError: The run is one of ``fedem``, whose clients have no single adapter.
     """
 
     run: RunDirectory
     name: str
-    """The client's, or what it is mixed from."""
+    """The client's name, or a description of the mixture."""
     soup: AdapterSoup
     weights: Tensor
     """π, ``(d,)``; sums to 1."""
     round: int
-    """After how many rounds."""
+    """Rounds behind this adapter."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """What a client was measured at on its own examples, such as ``test_accuracy``; empty for mixtures, and where it was not measured."""
+    """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
+    clients that were not evaluated."""
 
     def __post_init__(self) -> None:
         if self.run.recipe.strategy.name == "fedem":
             raise RunError(
-                f"{self.run.path}: fedem mixes what its adapters predict, so a client has no single adapter. Load each row of run.soup.rows"
-                " as run.soup.state_dict(row), and average their probabilities by run.weights.loc[client]"
+                f"{self.run.path}: fedem mixes the predictions of its adapters, so a client has no "
+                "single adapter. Load each row of run.soup.rows as run.soup.state_dict(row), and "
+                "average their probabilities with the weights run.weights.loc[client]"
             )
 
     @property
@@ -85,11 +92,15 @@ class MergedAdapter:
         """θ, ``(P,)`` float32."""
         return self.soup.merge(self.weights)
 
-    def saved(self, *, exact: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors in PEFT's saved form, and PEFT's configuration; with what the backbone has gained.
+    def peft_state(self, *, exact: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return PEFT's state dict and configuration, including updates of the backbone (flora).
 
-        ``exact`` concatenates the soup's factors instead of averaging them: the exact average of updates, at r times the number of
-        adapters in use. Raises ``ValueError`` where ``concat`` knows no exact merge.
+        Args:
+            exact: Concatenate the soup's factors instead of averaging them. The result is the exact
+                average of the updates ΔW; its rank is r times the number of adapters in use.
+
+        Raises:
+            ValueError: ``exact`` is not possible for this kind of adapter (``concat``).
         """
         config = self.run.adapter_config
         state, config = (
@@ -100,33 +111,44 @@ class MergedAdapter:
         return add_base_update(state, config, self.soup.base) if self.soup.base else (state, config)
 
     def save(self, folder: Path | str, *, exact: bool = False) -> Path:
-        """Write a folder that ``PeftModel.from_pretrained`` loads, made where it is missing.
+        """Write a folder that ``PeftModel.from_pretrained`` loads; create it if needed.
+
+        Args:
+            folder: The folder.
+            exact: As in ``peft_state``.
 
         Raises:
             RunError: The folder cannot be written.
-            ValueError: As ``saved``.
+            ValueError: As ``peft_state``.
         """
-        return write_adapter(Path(folder), *self.saved(exact=exact))
+        return write_adapter(Path(folder), *self.peft_state(exact=exact))
 
     def model(self, device: str = "auto") -> Any:
-        """A ``PeftModel`` with this adapter on the run's backbone, in evaluation mode, by plain PEFT: as from an exported folder.
+        """Load the run's backbone with this adapter as a ``PeftModel`` in evaluation mode.
 
         Args:
-            device: auto (a CUDA GPU where there is one, else the CPU), cpu, mps, cuda, or cuda:1.
+            device: auto (a CUDA GPU if there is one, else the CPU), cpu, mps, cuda, or cuda:1.
 
         Raises:
             BackboneError: The model cannot be loaded.
             DeviceError: There is no such device.
-            RunError: The run does not say what its labels mean (an older one).
+            RunError: The run's label names are missing.
         """
         with self._folder() as folder:
             return self._model(folder, choose_device(device))
 
     def pipeline(self, device: str = "auto", **options: Any) -> Any:
-        """A transformers pipeline with this adapter: text-classification, text-generation or image-classification.
+        """Return a transformers pipeline with this adapter.
 
-        Texts are cut to the run's ``task.max_length``; generation ends after its ``task.max_new_tokens``. Options go to
-        ``transformers.pipeline`` and win over both. Raises as ``model``.
+        It is a text-classification, text-generation or image-classification pipeline. Texts are
+        truncated to the run's ``task.max_length``; generation ends after ``task.max_new_tokens``.
+
+        Args:
+            device: As in ``model``.
+            options: Arguments for ``transformers.pipeline``; they override those above.
+
+        Raises:
+            FedMergeError: As ``model``.
         """
         import transformers
 
@@ -159,7 +181,7 @@ class MergedAdapter:
                     options = {"truncation": True, **options}
             with quiet_transformers():
                 return transformers.pipeline(
-                    KINDS[task.name].pipeline,
+                    TRANSFORMERS_NAMES[task.name].pipeline,
                     model=model,
                     device=model.device,
                     **{**parts, **options},
@@ -167,7 +189,7 @@ class MergedAdapter:
 
     @contextmanager
     def _folder(self) -> Iterator[str]:
-        """Where the backbone is, while the block runs."""
+        """Yield the folder or hub id of the backbone."""
         with TemporaryDirectory(prefix="fedmerge-") as scratch:
             yield model_folder(self.run.recipe.backbone.model, Path(scratch))
 
@@ -181,9 +203,8 @@ class MergedAdapter:
             if recipe.task.name == "sequence-classification"
             else None
         )
-        base, _ = load_model(
-            recipe.backbone, _Head(KINDS[recipe.task.name].auto_model, labels, pad), folder, device
-        )
+        head = _ModelHead(TRANSFORMERS_NAMES[recipe.task.name].auto_model, labels, pad)
+        base, _ = load_model(recipe.backbone, head, folder, device)
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
             return PeftModel.from_pretrained(
                 base, self.save(adapter), torch_device=str(device)
@@ -195,9 +216,13 @@ class MergedAdapter:
 
 
 def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> MergedAdapter:
-    """What a client is served with, from the last or the best round. Raises ``RunError`` where it has none."""
+    """Return the adapter that a client is served with, after the last or the best round.
+
+    Raises:
+        RunError: The run has no such client, no such round, or no single adapter per client.
+    """
     soup, weights = run.state(best=best)
-    row = run.row_of(name, weights)
+    row = run.weights_of(name, weights)
     return MergedAdapter(
         run, name, soup, row, run.round(best=best), run.scores(best=best).get(name, {})
     )
@@ -206,18 +231,20 @@ def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> Merge
 def mixed_adapter(
     run: RunDirectory, shares: Mapping[str | int, float], *, best: bool = False
 ) -> MergedAdapter:
-    """An adapter of any mixture of adapters, by number, and clients, by name; as ``api.Run.merge``."""
+    """Return a mixture of adapters, by number, and clients, by name; see ``api.Run.merge``."""
     soup, known = run.state(best=best)
     adapters = len(soup)
     parts = torch.tensor([float(share) for share in shares.values()])
     if not (
         bool(torch.isfinite(parts).all()) and bool((parts >= 0).all()) and float(parts.sum()) > 0
     ):
-        raise RunError(f"{dict(shares)} is no mixture: give parts of at least 0, not all of them 0")
-    if wrong := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
-        raise RunError(f"{run.path} has no adapter {wrong[0]}; it has 0 to {adapters - 1}")
+        raise RunError(
+            f"{dict(shares)} is not a valid mixture: give shares of at least 0, not all of them 0"
+        )
+    if unknown := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
+        raise RunError(f"{run.path} has no adapter {unknown[0]}; it has 0 to {adapters - 1}")
     rows = [
-        torch.eye(adapters)[key] if isinstance(key, int) else run.row_of(key, known)
+        torch.eye(adapters)[key] if isinstance(key, int) else run.weights_of(key, known)
         for key in shares
     ]
     name = " + ".join(
@@ -228,19 +255,22 @@ def mixed_adapter(
     )
 
 
-def fit(backbone: Backbone, soup: AdapterSoup, run: RunDirectory) -> None:
-    """Give a model, as the run's recipe loads it, what the run's adapters rely on: frozen tensors that they share, and what it has gained.
+def load_shared_state(backbone: Backbone, soup: AdapterSoup, run: RunDirectory) -> None:
+    """Load the tensors that all adapters of a run share into its backbone.
+
+    These are the adapters' frozen shared tensors, and the updates of the backbone (flora).
 
     Raises:
-        RunError: The adapters are not for this model.
+        RunError: The adapters do not fit this model.
     """
-    shapes = [
-        {key: tuple(value.shape) for key, value in each.shared.items()} for each in (backbone, soup)
-    ]
-    if backbone.layout != soup.layout or shapes[0] != shapes[1]:
+    expected, shapes = (
+        {key: tuple(value.shape) for key, value in shared.items()}
+        for shared in (backbone.shared, soup.shared)
+    )
+    if backbone.layout != soup.layout or expected != shapes:
         raise RunError(
-            f"{run.path}: its adapters do not fit {run.recipe.backbone.model} as it loads here; the model or PEFT has changed since the "
-            "run (environment.json has its versions)"
+            f"{run.path}: its adapters do not fit {run.recipe.backbone.model} as loaded here; the "
+            "model or PEFT has changed since the run (environment.json lists its versions)"
         )
     backbone.load_shared(soup.shared)
     backbone.set_base(soup.base)

@@ -1,4 +1,4 @@
-"""Model cards: what an exported folder says of itself on the hub, in its ``README.md``."""
+"""Model cards: the ``README.md`` of exported folders, with metadata for the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.serving.merged_adapter import KINDS, MergedAdapter
+from fedmerge_peft.serving.merged_adapter import TRANSFORMERS_NAMES, MergedAdapter
 from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ _CLIENT = """---
 
 # {{ title }}
 
-A LoRA adapter of `{{ base }}` for **{{ name }}**, one of {{ clients }} parties that fine-tuned the model together
-without pooling their data ([FedMerge]({{ project }})): θ = Σ_j π_j Θ_j, merged from {{ adapters }} shared adapters.
-It is plain PEFT, of rank {{ rank }}.
+A LoRA adapter of `{{ base }}` for **{{ name }}**, one of {{ clients }} clients of a federated
+fine-tuning run ([FedMerge]({{ project }})). No client shared its data. The adapter is merged from
+{{ adapters }} shared adapters: θ = Σ_j π_j Θ_j. It is a plain PEFT adapter of rank {{ rank }}.
 
 ```python
 {{ example }}
@@ -37,7 +37,7 @@ It is plain PEFT, of rank {{ rank }}.
 | round | {{ round }} |
 | merging weights π | {{ weights }} |
 {%- for metric, value in scores.items() %}
-| {{ metric }}, on this party's own examples | {{ value }} |
+| {{ metric }}, on this client's own examples | {{ value }} |
 {%- endfor %}
 
 ## Recipe
@@ -52,9 +52,9 @@ _SOUP = """---
 
 # {{ title }}
 
-{{ adapters }} LoRA adapters of `{{ base }}` and, in `weights.json`, how each of {{ clients }} parties mixes them
-([FedMerge]({{ project }})). A party's adapter is Σ_j π_j Θ_j, tensor by tensor, which is not what PEFT's `add_weighted_adapter`
-computes:
+{{ adapters }} LoRA adapters of `{{ base }}`, and the merging weights of {{ clients }} clients in
+`weights.json` ([FedMerge]({{ project }})). A client's adapter is Σ_j π_j Θ_j, tensor by tensor.
+PEFT's `add_weighted_adapter` computes something else, so merge as follows:
 
 ```python
 {{ example }}
@@ -67,7 +67,7 @@ computes:
 | round | {{ round }} |
 | adapters | {{ adapters }}, of rank {{ rank }} |
 {%- for metric, value in scores.items() %}
-| {{ metric }}, mean over the parties | {{ value }} |
+| {{ metric }}, mean over clients | {{ value }} |
 {%- endfor %}
 
 ## Recipe
@@ -85,7 +85,8 @@ base = AutoModelForSequenceClassification.from_pretrained(
     {base}, num_labels=len(labels), id2label=dict(enumerate(labels)), {options}
 )
 tokenizer = AutoTokenizer.from_pretrained({processor})
-base.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+pad = tokenizer.pad_token_id
+base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
 {load}
 """,
     "causal-lm": """{imports}from peft import PeftModel
@@ -109,9 +110,12 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
 _CLIENT_LOAD = "model = PeftModel.from_pretrained(base, {place}).eval()"
 _SOUP_LOAD = """folder = {place}
 weights = json.loads(Path(folder, "weights.json").read_text(encoding="utf-8"))["clients"][{client}]
-states = [load_file(f"{{folder}}/adapter-{{number}}/adapter_model.safetensors") for number in range(len(weights))]
+paths = [f"{{folder}}/adapter-{{j}}/adapter_model.safetensors" for j in range(len(weights))]
+states = [load_file(path) for path in paths]
 model = PeftModel.from_pretrained(base, f"{{folder}}/adapter-0").eval()
-merged = {{key: sum(weight * state[key] for weight, state in zip(weights, states)) for key in states[0]}}
+merged = {{
+    key: sum(weight * state[key] for weight, state in zip(weights, states)) for key in states[0]
+}}
 set_peft_model_state_dict(model, merged)"""
 _SOUP_IMPORTS = """import json
 from pathlib import Path
@@ -122,22 +126,23 @@ from safetensors.torch import load_file
 
 
 def client_card(merged: MergedAdapter, base: str, hub_base: str | None, place: str) -> ModelCard:
-    """The card of one client's adapter.
+    """Return the card of one client's adapter.
 
     Args:
-        merged: The client's.
-        base: The base model by the name that others load it by.
-        hub_base: The same where it is on the hub; None where it is not.
-        place: Where the example loads the adapter from: arguments in Python's syntax.
+        merged: The client's adapter.
+        base: Public name of the base model.
+        hub_base: Hub id of the base model, or None.
+        place: Arguments, in Python syntax, from which the example loads the adapter.
     """
     run = merged.run
     data = _data(run, hub_base, f"{run.recipe.name}: {merged.name}", merged.scores)
     load = _CLIENT_LOAD.format(place=place)
+    weights = enumerate(merged.weights.tolist())
     return _card(
         _CLIENT, data, run, base,
         name=plain(merged.name),
         title=plain(f"{run.recipe.name}: {merged.name}"),
-        weights=", ".join(f"adapter {number}: {weight:.3f}" for number, weight in enumerate(merged.weights.tolist())),
+        weights=", ".join(f"adapter {number}: {weight:.3f}" for number, weight in weights),
         scores=_scores(merged.scores),
         round=merged.round,
         rank=run.adapter_config["r"],
@@ -156,20 +161,30 @@ def soup_card(
     adapters: int,
     best: bool,
 ) -> ModelCard:
-    """The card of a whole soup, which is in this folder, or in this repository of the hub; other arguments as for ``client_card``."""
-    scores = run.scores(best=best)
-    names = dict.fromkeys(metric for each in scores.values() for metric in each)
-    means = {
-        metric: [each[metric] for each in scores.values() if metric in each] for metric in names
+    """Return the card of a soup.
+
+    Args:
+        run: The run.
+        base: Public name of the base model.
+        hub_base: Hub id of the base model, or None.
+        folder: The folder that the example loads from, unless ``repo`` is given.
+        repo: The hub repository that the example loads from.
+        adapters: Number of adapters.
+        best: Use the scores of the best round instead of the last.
+    """
+    clients = run.scores(best=best).values()
+    names = dict.fromkeys(metric for scores in clients for metric in scores)
+    values = {
+        metric: [scores[metric] for scores in clients if metric in scores] for metric in names
     }
-    mean = {metric: math.fsum(values) / len(values) for metric, values in means.items()}
+    means = {metric: math.fsum(numbers) / len(numbers) for metric, numbers in values.items()}
     place = repr(folder) if repo is None else f"snapshot_download({repo!r})"
     load = _SOUP_LOAD.format(place=place, client=repr(run.client_names[0]))
     fetch = "" if repo is None else "from huggingface_hub import snapshot_download\n"
     return _card(
         _SOUP, _data(run, hub_base, f"{run.recipe.name}: soup", {}), run, base,
         title=plain(f"{run.recipe.name}: soup"),
-        scores=_scores(mean),
+        scores=_scores(means),
         round=run.round(best=best),
         rank=run.adapter_config["r"],
         adapters=adapters,
@@ -178,14 +193,14 @@ def soup_card(
 
 
 def plain(text: str) -> str:
-    """A name from somebody's data, as Markdown that shows it as it is."""
+    """Escape a name from the data, so that Markdown shows it literally."""
     return "".join(
         f"\\{character}" if character in "\\`*_{}[]<>()#+-!|" else character
         for character in printable(text)
     )
 
 
-def _card(template: str, data: Any, run: RunDirectory, base: str, **said: Any) -> ModelCard:
+def _card(template: str, data: Any, run: RunDirectory, base: str, **fields: Any) -> ModelCard:
     from huggingface_hub import ModelCard
 
     card: ModelCard = ModelCard.from_template(
@@ -196,7 +211,7 @@ def _card(template: str, data: Any, run: RunDirectory, base: str, **said: Any) -
         clients=len(run.client_names),
         project=_PROJECT,
         recipe=_recipe(run, base),
-        **said,
+        **fields,
     )
     return card
 
@@ -204,10 +219,10 @@ def _card(template: str, data: Any, run: RunDirectory, base: str, **said: Any) -
 def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[str, float]) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    kind = KINDS[run.recipe.task.name].pipeline
+    pipeline = TRANSFORMERS_NAMES[run.recipe.task.name].pipeline
     results = [
         EvalResult(
-            kind,
+            pipeline,
             dataset_type="private",
             dataset_name=name,
             metric_type=metric.removeprefix("test_"),
@@ -219,7 +234,7 @@ def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[st
     return ModelCardData(
         base_model=hub_base,
         library_name="peft",
-        pipeline_tag=kind,
+        pipeline_tag=pipeline,
         tags=["lora", "federated-learning", "model-merging", "fedmerge-peft"],
         model_name=name if results else None,
         eval_results=results or None,
@@ -236,7 +251,7 @@ def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
         "" if recipe.backbone.revision is None else f", revision={recipe.backbone.revision!r}"
     )
     tokenizer = recipe.backbone.tokenizer or base
-    for_others = base != recipe.backbone.model  # who then cannot have a folder of this machine
+    public = base != recipe.backbone.model  # then no local path may appear
     trust = ", trust_remote_code=True" if recipe.backbone.trust_remote_code else ""
     return (
         _LOAD[recipe.task.name]
@@ -245,7 +260,7 @@ def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
             labels=_wrapped(labels),
             base=repr(base),
             options=f'dtype="{recipe.backbone.dtype}"{revision}{trust}',
-            processor=repr(_portable(tokenizer) if for_others else tokenizer) + trust,
+            processor=repr(_portable(tokenizer) if public else tokenizer) + trust,
             load=load,
         )
         .strip()
@@ -253,7 +268,7 @@ def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
 
 
 def _wrapped(labels: Sequence[str]) -> str:
-    """A list in Python's syntax, a line for each where it is long."""
+    """Return a list in Python syntax; a long one has one line per item."""
     short = repr(list(labels))
     return (
         short
@@ -263,7 +278,7 @@ def _wrapped(labels: Sequence[str]) -> str:
 
 
 def _recipe(run: RunDirectory, base: str) -> str:
-    """The run's recipe without what it says of this machine: of local paths, the last part alone."""
+    """Return the run's recipe as YAML; local paths are reduced to their last part."""
     recipe = run.recipe
     backbone = {
         "model": base,

@@ -1,8 +1,9 @@
-"""An adapter for a client that was never in the federation, from its finished soup.
+"""Merge an adapter for a newcomer, a client outside the federation, from a finished soup.
 
-The soup Θ stays as it is; only the newcomer's d logits w are learned, on its own few examples: min_w ℓ(softmax(w) Θ). With
-θ = Σ_j π_j Θ_j the chain rule gives ∂ℓ/∂w_j = π_j ⟨Θ_j − θ, ∂ℓ/∂θ⟩, the same gradient that FedMerge's server follows
-(arXiv 2504.06768), here exact instead of from a round's update.
+The soup Θ is fixed; only the newcomer's d logits w are learned, on its own examples:
+min_w ℓ(softmax(w) Θ). With θ = Σ_j π_j Θ_j the chain rule gives
+∂ℓ/∂w_j = π_j ⟨Θ_j − θ, ∂ℓ/∂θ⟩. FedMerge's server follows the same gradient (arXiv 2504.06768),
+estimated from a round's update; here it is exact.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.data import Client, FederatedData, Indices, load_splits
-from fedmerge_peft.data.partition import split_off
+from fedmerge_peft.data import FederatedData, Indices
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.errors import DataError, RunError
+from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.serving.merged_adapter import fit
+from fedmerge_peft.serving.merged_adapter import load_shared_state
+from fedmerge_peft.serving.newcomer_data import read_newcomer
 from fedmerge_peft.strategies.server_step import weights_gradient
-from fedmerge_peft.tasks.classification import relabel
 from fedmerge_peft.training.accelerator import choose_device, choose_precision
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.gradients import accumulate
@@ -43,53 +43,53 @@ if TYPE_CHECKING:
 
 
 MERGING = ("fedmerge", "ifca", "fesem", "flhc")
-"""Strategies whose soup is common property: their adapters may be merged for a newcomer."""
+"""Strategies whose adapters are shared by all clients, so that a newcomer can merge them."""
 
 _PATIENCE = 5
-"""Steps without gain after which learning ends."""
-_GAIN = 1e-3
-"""The least fall of the loss (nats) that counts as gain."""
-_SPREAD = 0.1
-"""Part of the start's weight that is spread over all adapters."""
-_ALIKE = 0.1
-"""Below this total variation distance, two rows of π are the same choice."""
-_LOCAL_STEPS = 500
-"""Most optimizer steps of local training, where the recipe's rounds ask for more."""
-_TINY = 1e-6
+"""Steps without improvement after which learning stops."""
+_MIN_IMPROVEMENT = 1e-3
+"""Least decrease of the loss that counts as improvement, nats."""
+_UNIFORM_SHARE = 0.1
+"""Share of the start's weight that is spread over all adapters."""
+_MIN_DISTANCE = 0.1
+"""Total variation distance below which two rows of π count as the same choice."""
+_MAX_LOCAL_STEPS = 500
+"""Limit on the optimizer steps of local training."""
+_MIN_WEIGHT = 1e-6
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]
-"""From an adapter ``(P,)`` to the mean training loss (nats) and its gradient ``(P,)``."""
+"""Map an adapter ``(P,)`` to the mean training loss (nats) and its gradient ``(P,)``."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to an adapter for the newcomer, and how good that is."""
+    """One way to obtain an adapter for the newcomer, with its scores."""
 
     name: str
     detail: str
-    """Which adapter, which client; empty where there is nothing to say."""
+    """The adapter or client chosen; may be empty."""
     train_loss: float
-    """Mean loss (nats) on the examples that were learned from."""
+    """Mean loss on the training examples, nats."""
     test: Mapping[str, float]
-    """Loss (nats) and metrics on the test examples, by name; empty where there are none."""
+    """Loss (nats) and metrics on the test examples, by name; empty without test examples."""
     seconds: float
-    """Wall time to find the adapter, without testing it."""
+    """Wall time to obtain the adapter, without the test."""
 
 
 @dataclass(frozen=True)
 class Personalized:
-    """A newcomer's adapter, and what the other choices would have given."""
+    """A newcomer's adapter, and the scores of the alternatives."""
 
     name: str
     soup: AdapterSoup
     logits: Tensor
     """w, ``(d,)`` float32."""
     methods: tuple[Method, ...]
-    """What a user would weigh, on the same examples; ``learned weights`` is the one that this adapter comes from."""
+    """Alternatives on the same examples; ``learned weights`` is the one of this adapter."""
     nearest: str
-    """The federation's client whose weights are most like these, by ½ ‖π − π'‖₁."""
+    """The federation's client with the most similar weights, by ½ ‖π − π'‖₁."""
     examples: Mapping[str, int]
-    """Number of examples learned from (``train``) and tested on (``test``)."""
+    """Number of examples for training (``train``) and testing (``test``)."""
     config: Mapping[str, Any]
     """PEFT's configuration of the adapter."""
 
@@ -105,13 +105,17 @@ class Personalized:
 
     @property
     def adapter(self) -> dict[str, Tensor]:
-        """The adapter in PEFT's saved form."""
+        """The adapter as PEFT's state dict."""
         return self.soup.state_dict(self.row)
 
     def save(self, folder: Path | str) -> Path:
-        """Write a new folder that ``PeftModel.from_pretrained`` loads, with ``weights.json``: logits, π and the methods' numbers.
+        """Write a new folder that ``PeftModel.from_pretrained`` loads.
 
-        Raises ``RunExistsError`` where the folder has anything in it, ``RunError`` where it cannot be written.
+        Its ``weights.json`` holds the logits, π and the methods' scores.
+
+        Raises:
+            RunExistsError: The folder is not empty.
+            RunError: It cannot be written.
         """
         folder = Path(folder)
         RunDirectory.check_free(folder)
@@ -137,62 +141,71 @@ def personalize(
     local: bool = True,
     seed: int | None = None,
 ) -> Personalized:
-    """Learn a newcomer's merging weights on its own examples, the run's soup as it is, and set the result beside other choices.
+    """Learn a newcomer's merging weights on its own examples, and compare with alternatives.
+
+    The run's soup is not changed.
 
     Args:
-        run: A run whose adapters are common property (``MERGING``), at least two of them.
-        data: The newcomer's examples: a csv, tsv, json, jsonl or parquet file, a folder as in a recipe's ``data.path``, or a
-            ``datasets.Dataset``. The columns are those of the run's task; the recipe's filter is not applied.
-        name: What to call the newcomer; by default the file's name without its suffix.
-        best: Take the soup of the best round instead of the last.
-        test_fraction: Part of the examples set aside for testing, 0 for none; not used where the data have the recipe's split column:
-            there its test split is for testing, and the training and validation splits are learned from.
-        max_train: Most examples to learn from, drawn at random; by default all.
-        local: Train an adapter from scratch as well, for comparison: as long as a client of the federation did.
-        seed: Decides which examples are set aside, and local training; by default the recipe's.
+        run: A run with at least two adapters, of one of the strategies in ``MERGING``.
+        data: The newcomer's examples: a csv, tsv, json, jsonl or parquet file, a folder as in a
+            recipe's ``data.path``, or a ``datasets.Dataset``. The columns are those of the run's
+            task; the recipe's filter is not applied.
+        name: The newcomer's name. Default: the file's name without its suffix.
+        best: Use the soup of the best round instead of the last.
+        test_fraction: Fraction of the examples held out for testing; 0 for none. It is ignored if
+            the data have the recipe's split column or splits of their own: then the test split is
+            for testing, and the training and validation splits are for training.
+        max_train: Limit on training examples, drawn at random. Default: no limit.
+        local: Also train an adapter from scratch, for as long as a client of the federation.
+        seed: Seed of the held-out examples and of local training. Default: the recipe's.
 
     Raises:
-        RunError: The run has nothing that could be merged for a newcomer, or its adapters do not fit the model as it loads today.
-        DataError: The data cannot be read, are not what the task says, or hold a label that the run does not know.
-        FedMergeError: Model or device are absent.
+        RunError: The run has no adapters that a newcomer can merge, or they do not fit the model as
+            it loads now.
+        DataError: The data cannot be read, do not fit the task, or contain an unknown label.
+        FedMergeError: The model or the device is not available.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
     soup, known = run.state(best=best)
-    _check_merges(run, soup)
+    _check_mergeable(run, soup)
     seed = run.recipe.seed if seed is None else seed
-    table, newcomer = _read(run, data, name, test_fraction, max_train, seed)
+    table, newcomer = read_newcomer(run, data, name, test_fraction, max_train, seed)
     engine = LocalEngine.from_data(_recipe(run), FederatedData(table, [newcomer]))
-    fit(engine.backbone, soup, run)
+    load_shared_state(engine.backbone, soup, run)
     clients = run.clients.index.tolist()
-    compared = _Comparison(engine, soup)
-    logits = compared.learn(known, clients)
+    comparison = _Comparison(engine, soup)
+    logits = comparison.learn(known, clients)
     if local:
-        compared.train_alone(seed)
+        comparison.train_locally(seed)
     nearest = clients[int((known - torch.softmax(logits, dim=0)).abs().sum(dim=1).argmin())]
     sizes = {"train": newcomer.size, "test": len(newcomer.test)}
     return Personalized(
-        newcomer.name, soup, logits, tuple(compared.methods), nearest, sizes, run.adapter_config
+        newcomer.name, soup, logits, tuple(comparison.methods), nearest, sizes, run.adapter_config
     )
 
 
 def learn_logits(
     rows: Tensor, start: Tensor, objective: Objective, *, steps: int = 25, lr: float = 0.5
 ) -> tuple[Tensor, float]:
-    """min_w ℓ(softmax(w) Θ) from the weights given, on all examples at once, by Rprop (Riedmiller & Braun 1993).
+    """Minimize ℓ(softmax(w) Θ) over w in full batches by Rprop (Riedmiller & Braun 1993).
 
-    With no noise in the gradient, its signs and a step size for each logit need fewer evaluations than Adam, at any scale of the loss.
+    The gradient has no noise, so signs and one step size per logit need fewer evaluations than
+    Adam, at any scale of the loss.
 
     Args:
         rows: Θ, ``(d, P)``.
-        start: π to start from, ``(d,)``; a little of every other adapter is mixed in, as a softmax has no way back from 0.
+        start: Initial π, ``(d,)``. A small share of every adapter is mixed in, because the gradient
+            of a softmax vanishes at 0.
         objective: ℓ and its gradient at an adapter.
-        steps: Most evaluations of the objective, at least 1; fewer where some of them bring no gain.
-        lr: First step, in logits.
+        steps: Limit on evaluations of the objective, at least 1; learning stops earlier if several
+            of them bring no improvement.
+        lr: Initial step size, in logits.
 
     Returns:
-        The logits ``(d,)`` float64 with the lowest loss seen, the start's included, and that loss.
+        The logits ``(d,)`` float64 with the lowest loss seen, the start included, and that loss.
     """
-    logits = ((1 - _SPREAD) * start.double() + _SPREAD / len(start)).log().requires_grad_()
+    smoothed = (1 - _UNIFORM_SHARE) * start.double() + _UNIFORM_SHARE / len(start)
+    logits = smoothed.log().requires_grad_()
     optimizer = torch.optim.Rprop([logits], lr=lr, step_sizes=(1e-3, 2.0))
     best, lowest = logits.detach().clone(), math.inf
     reference, idle = math.inf, 0
@@ -201,7 +214,8 @@ def learn_logits(
         loss, gradient = objective(weights.to(rows) @ rows)
         if loss < lowest:
             best, lowest = logits.detach().clone(), loss
-        reference, idle = (loss, 0) if loss < reference - _GAIN else (reference, idle + 1)
+        improved = loss < reference - _MIN_IMPROVEMENT
+        reference, idle = (loss, 0) if improved else (reference, idle + 1)
         if idle == _PATIENCE:
             break
         logits.grad = weights_gradient(rows, weights[None], gradient[None])[0].to(logits)
@@ -210,20 +224,23 @@ def learn_logits(
 
 
 def distinct(known: Tensor, covered: Tensor, most: int = 16) -> list[int]:
-    """Numbers of the rows of π ``(m, d)`` that are unlike those ``covered`` ``(k, d)`` and each other, the farthest first.
+    """Select rows of π ``(m, d)`` that differ from ``covered`` ``(k, d)`` and from each other.
 
-    Unlike is a total variation distance ½ ‖π − π'‖₁ of at least 0.1.
+    Rows differ if their total variation distance ½ ‖π − π'‖₁ is at least 0.1.
+
+    Returns:
+        Indices of at most ``most`` rows, the most distant first.
     """
     chosen: list[int] = []
     distance = torch.cdist(known, covered, p=1).amin(dim=1) / 2
-    while len(chosen) < most and float(distance.max()) >= _ALIKE:
+    while len(chosen) < most and float(distance.max()) >= _MIN_DISTANCE:
         chosen.append(int(distance.argmax()))
         distance = distance.minimum((known - known[chosen[-1]]).abs().sum(dim=1) / 2)
     return chosen
 
 
 class _Comparison:
-    """The newcomer's examples, the soup, and the methods tried so far."""
+    """The methods evaluated so far on the newcomer's examples."""
 
     def __init__(self, engine: LocalEngine, soup: AdapterSoup) -> None:
         self.engine = engine
@@ -234,43 +251,39 @@ class _Comparison:
         self._count = sum(engine.task.count_terms(labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
-        """Try what needs no learning, then learn the logits from the best of it; returns them, ``(d,)``."""
+        """Evaluate the choices that need no learning, then learn logits ``(d,)`` from the best."""
         adapters = len(self.rows)
         singles, uniform = torch.eye(adapters), torch.full((1, adapters), 1 / adapters)
         chosen = distinct(known, torch.cat([singles, uniform]))
-        tried = [
-            self._try("mean adapter", uniform, [""]),
-            self._try(
+        candidates = [
+            self._best_of("mean adapter", uniform, [""]),
+            self._best_of(
                 "best single adapter", singles, [f"adapter {number}" for number in range(adapters)]
             ),
         ]
         if chosen:
-            tried.append(
-                self._try(
+            candidates.append(
+                self._best_of(
                     "a client's weights", known[chosen], [clients[number] for number in chosen]
                 )
             )
-        start, lowest = min(tried, key=lambda each: each[1])
+        start, lowest = min(candidates, key=lambda candidate: candidate[1])
         begin = time.perf_counter() - sum(method.seconds for method in self.methods)
         logits, loss = learn_logits(self.rows, start, self._objective)
-        if lowest < loss:  # the start is all but one-hot, and a softmax never gets there
-            logits, loss = start.double().clamp_min(_TINY).log(), lowest
+        if lowest < loss:  # the start is almost one-hot, which a softmax approaches only slowly
+            logits, loss = start.double().clamp_min(_MIN_WEIGHT).log(), lowest
         logits = (logits - logits.mean()).float()
-        self._add(
-            "learned weights",
-            "",
-            loss,
-            torch.softmax(logits, dim=0).to(self.rows) @ self.rows,
-            begin,
-        )
+        row = torch.softmax(logits, dim=0).to(self.rows) @ self.rows
+        self._add("learned weights", "", loss, row, begin)
         return logits
 
-    def train_alone(self, seed: int) -> None:
-        """Train a fresh adapter as a client does that shares nothing, over the recipe's rounds."""
+    def train_locally(self, seed: int) -> None:
+        """Train a new adapter on the newcomer's examples alone, over the recipe's rounds."""
         begin = time.perf_counter()
         engine, training = self.engine, self.engine.recipe.training
         rounds = min(
-            engine.recipe.rounds, max(1, _LOCAL_STEPS // count_steps(self.newcomer.size, training))
+            engine.recipe.rounds,
+            max(1, _MAX_LOCAL_STEPS // count_steps(self.newcomer.size, training)),
         )
         row = engine.strategy_context().fresh_row(0)
         for number in range(1, rounds + 1):
@@ -281,10 +294,10 @@ class _Comparison:
             "local training", f"{rounds} round{'s' * (rounds > 1)}", self._loss(row), row, begin
         )
 
-    def _try(self, name: str, weights: Tensor, details: list[str]) -> tuple[Tensor, float]:
-        """Remember the best of several weights ``(k, d)`` as one method; returns it and its loss."""
+    def _best_of(self, name: str, weights: Tensor, details: list[str]) -> tuple[Tensor, float]:
+        """Add the best of several weights ``(k, d)`` as one method; return it and its loss."""
         begin = time.perf_counter()
-        losses = [self._loss(each.to(self.rows) @ self.rows) for each in weights]
+        losses = [self._loss(row.to(self.rows) @ self.rows) for row in weights]
         best = int(np.argmin(losses))
         self._add(name, details[best], losses[best], weights[best].to(self.rows) @ self.rows, begin)
         return weights[best], losses[best]
@@ -296,9 +309,8 @@ class _Comparison:
         self.methods.append(Method(name, detail, loss, scores, seconds))
 
     def _loss(self, row: Tensor) -> float:
-        size = (
-            self.engine.recipe.training.batch_size
-        )  # the batches of _objective, so that the losses compare exactly
+        # The batches of _objective, so that the losses are exactly comparable.
+        size = self.engine.recipe.training.batch_size
         losses = example_losses(self.engine.runtime, row, self.newcomer.train, size)
         return float(losses.double().sum()) / self._count
 
@@ -309,95 +321,31 @@ class _Comparison:
         return float(loss), slot.gradient[0].cpu()
 
     def _chunks(self) -> list[Indices]:
-        """The examples to learn from, as many at a time as local training takes."""
+        """Return the training examples in batches of local training's size."""
         rows, size = self.newcomer.train, self.engine.recipe.training.batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _check_merges(run: RunDirectory, soup: AdapterSoup) -> None:
-    strategy, takes = run.recipe.strategy.name, " or ".join(MERGING)
+def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
+    strategy, mergeable = run.recipe.strategy.name, " or ".join(MERGING)
     if len(soup) == 1:
         raise RunError(
-            f"{run.path} has one adapter for all clients ({strategy}), so there are no weights to learn: run.save_adapter writes it "
-            f"as it is. To have a choice for new clients, run {takes} with strategy.adapters=5, say"
+            f"{run.path} has one adapter for all clients ({strategy}), so there are no weights to "
+            "learn: run.save_adapter writes it unchanged. To personalize, run "
+            f"{mergeable} with several adapters, such as strategy.adapters=5"
         )
     if strategy not in MERGING:
         raise RunError(
-            f"{run.path} is a run of {strategy}, whose adapters are not for another client to merge; take a run of {takes}"
+            f"{run.path} is a run of {strategy}, whose adapters a new client cannot merge; "
+            f"use a run of {mergeable}"
         )
-
-
-def _read(
-    run: RunDirectory,
-    data: Path | str | Dataset,
-    name: str | None,
-    test_fraction: float,
-    max_train: int | None,
-    seed: int,
-) -> tuple[Dataset, Client]:
-    """The newcomer's table, labels numbered as the run's are, and the newcomer itself."""
-    from datasets import Dataset, concatenate_datasets
-
-    if not 0 <= test_fraction < 1:
-        raise DataError(
-            f"test_fraction: {test_fraction:g} leaves nothing to learn from; give a number from 0 to below 1"
-        )
-    if isinstance(data, Dataset):
-        splits, name = {"train": data}, name or "newcomer"
-    else:
-        splits, name = _splits(run.recipe, Path(data).expanduser()), name or Path(data).stem
-    table = concatenate_datasets(list(splits.values()))
-    if run.recipe.task.name != "causal-lm":
-        table = relabel(table, run.recipe.task.label, run.task["labels"])
-    held = _held(run.recipe, splits, table)
-    rng = np.random.default_rng(derive(seed, "newcomer", name))
-    train, _, test = split_off(
-        held["train"], 0, 0 if "test" in held else test_fraction, max_train, rng
-    )
-    if not len(train):
-        raise DataError(f"{name}: there are no examples to learn from")
-    return table, Client(name, train, np.empty(0, np.int64), held.get("test", test))
-
-
-def _splits(recipe: Recipe, path: Path) -> dict[str, Dataset]:
-    """What the file or folder holds, unfiltered, by the splits' usual names."""
-    if not path.exists():
-        raise DataError(
-            f"{path.absolute()} does not exist; give the new client's examples as a csv, json, jsonl or parquet file"
-        )
-    usual = {
-        "train_split": "train",
-        "validation_split": None,
-        "test_split": None,
-        "split_column": None,
-    }
-    return load_splits(
-        recipe.data.model_copy(
-            update={**usual, "path": str(path), "config": None, "revision": None, "filter": {}}
-        )
-    )
-
-
-def _held(recipe: Recipe, splits: Mapping[str, Dataset], table: Dataset) -> dict[str, Indices]:
-    """Row numbers to learn from (``train``) and, where the data name a split for it, to test on."""
-    column = recipe.data.split_column
-    if len(splits) > 1:
-        names = np.concatenate([np.full(len(part), split) for split, part in splits.items()])
-        wanted = {"train": ("train", "validation"), "test": ("test",)}
-    elif column is not None and column in table.column_names:
-        names = np.array([str(value) for value in table[column]])
-        data = recipe.data
-        wanted = {
-            "train": (data.train_split, data.validation_split or "validation"),
-            "test": (data.test_split or "test",),
-        }
-    else:
-        return {"train": np.arange(len(table))}
-    return {part: np.flatnonzero(np.isin(names, these)) for part, these in wanted.items()}
 
 
 def _recipe(run: RunDirectory) -> Recipe:
-    """The run's recipe, with what its data told about the task; without fp16, whose gradients would need a scaler."""
+    """Return the run's recipe with the text format found in its data.
+
+    fp16 is disabled, because its gradients would need a scaler.
+    """
     recipe, training = run.recipe, run.recipe.training
     if choose_precision(training.mixed_precision, choose_device(training.device)) == "fp16":
         training = training.model_copy(update={"mixed_precision": "no"})

@@ -15,7 +15,7 @@ from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.federation.federate import resume_run, run_recipe
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.directory import RunDirectory, parts
+from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.serving.export import export_client
 from fedmerge_peft.sites.config import RECIPE_FILE, RUN_FOLDER, Federation
@@ -161,7 +161,9 @@ def _send_adapters(
 def progress(kit: Path) -> tuple[int, int]:
     """Return rounds on disk and rounds of the recipe, including those of the baselines."""
     recipe, run = Recipe.load(kit / RECIPE_FILE), kit / RUN_FOLDER
-    pairs = [(len(RunDirectory(path).records), part.rounds) for part, path in parts(recipe, run)]
+    pairs = [
+        (len(RunDirectory(path).records), part.rounds) for part, path in with_baselines(recipe, run)
+    ]
     return sum(done for done, _ in pairs), sum(total for _, total in pairs)
 
 

@@ -1,0 +1,80 @@
+"""Recognize and remove the files of an interrupted run."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fedmerge_peft.errors import RunError
+from fedmerge_peft.util.files import translated_write_errors
+
+_RUN_FILE = re.compile(
+    r"(baselines/[^/]+/)*"
+    r"((recipe\.yaml|metrics\.jsonl|weights/round-\d+\.safetensors"
+    r"|(environment|clients|task|labels|adapter_config|summary)\.json)"
+    r"|(best/)?(soup|weights)\.safetensors|best/scores\.json"
+    r"|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
+)
+"""Every file of a run directory, as a path relative to it."""
+_TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
+"""The temporary name of a file while it is written; the group is its final name."""
+_MAX_LISTED = 5
+"""Files that a message names."""
+
+
+def files_in(directory: Path) -> list[Path]:
+    """Return all files at any depth; links count as files and are not followed."""
+    return [
+        path
+        for folder, folders, names in os.walk(directory)
+        for name in [*folders, *names]
+        if (path := Path(folder, name)).is_symlink() or not path.is_dir()
+    ]
+
+
+def is_temporary(name: str) -> bool:
+    """Return True for the relative path of a partly written file of a run directory."""
+    return bool(_TEMPORARY.search(name)) and bool(_RUN_FILE.fullmatch(_final_name(name)))
+
+
+def check_only_run_files(directory: Path) -> None:
+    """Raise ``RunError`` if the directory has files, at any depth, that no run writes."""
+    names = (path.relative_to(directory).as_posix() for path in files_in(directory))
+    if others := sorted(name for name in names if not _RUN_FILE.fullmatch(_final_name(name))):
+        more = ["..."] if len(others) > _MAX_LISTED else []
+        raise RunError(
+            f"{directory} holds an unfinished run and files that no run writes: "
+            f"{', '.join([*others[:_MAX_LISTED], *more])}. Move them, or choose another --out"
+        )
+
+
+def remove_run(directory: Path) -> None:
+    """Remove all files of an interrupted run and empty folders, but not the directory itself.
+
+    The recipe is removed last, so that an interruption here still leaves an interrupted run.
+
+    Raises:
+        RunError: The directory has other files too, and nothing was removed; or a file cannot be
+            removed.
+    """
+    check_only_run_files(directory)
+    recipe = directory / "recipe.yaml"
+    with translated_write_errors(directory):
+        for file in sorted(files_in(directory), key=lambda path: path == recipe):
+            file.unlink()
+        for folder, _, _ in os.walk(directory, topdown=False):
+            if Path(folder) != directory:
+                Path(folder).rmdir()
+
+
+def remove_temporary_files(directory: Path) -> None:
+    """Remove files that were being written when the run was interrupted. Raises ``RunError``."""
+    with translated_write_errors(directory):
+        for path in files_in(directory):
+            if is_temporary(path.relative_to(directory).as_posix()):
+                path.unlink()
+
+
+def _final_name(name: str) -> str:
+    return _TEMPORARY.sub(r"\1", name)

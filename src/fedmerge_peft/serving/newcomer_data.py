@@ -1,0 +1,96 @@
+"""Read the examples of a new client, with columns and labels as in the run's task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedmerge_peft.data import Client, Indices, load_splits
+from fedmerge_peft.data.partition import split_off
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.tasks.classification import relabel
+from fedmerge_peft.util.seeds import derive
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def read_newcomer(
+    run: RunDirectory,
+    data: Path | str | Dataset,
+    name: str | None,
+    test_fraction: float,
+    max_train: int | None,
+    seed: int,
+) -> tuple[Dataset, Client]:
+    """Return the newcomer's table, its labels numbered as in the run, and the newcomer as a client.
+
+    Arguments and errors are those of ``personalize``.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    if not 0 <= test_fraction < 1:
+        raise DataError(
+            f"test_fraction: {test_fraction:g} leaves no training examples; "
+            "give a number from 0 to below 1"
+        )
+    if isinstance(data, Dataset):
+        splits, name = {"train": data}, name or "newcomer"
+    else:
+        splits, name = _load(run.recipe, Path(data).expanduser()), name or Path(data).stem
+    table = concatenate_datasets(list(splits.values()))
+    if run.recipe.task.name != "causal-lm":
+        table = relabel(table, run.recipe.task.label, run.task["labels"])
+    indices = _indices_by_split(run.recipe, splits, table)
+    rng = np.random.default_rng(derive(seed, "newcomer", name))
+    train, _, test = split_off(
+        indices["train"], 0, 0 if "test" in indices else test_fraction, max_train, rng
+    )
+    if not len(train):
+        raise DataError(f"{name}: there are no training examples")
+    return table, Client(name, train, np.empty(0, np.int64), indices.get("test", test))
+
+
+def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
+    """Return the unfiltered content of a file or folder, by the usual names of splits."""
+    if not path.exists():
+        raise DataError(
+            f"{path.absolute()} does not exist; "
+            "give the new client's examples as a csv, json, jsonl or parquet file"
+        )
+    usual_splits = {
+        "train_split": "train",
+        "validation_split": None,
+        "test_split": None,
+        "split_column": None,
+    }
+    source: dict[str, Any] = {"path": str(path), "config": None, "revision": None, "filter": {}}
+    return load_splits(recipe.data.model_copy(update={**usual_splits, **source}))
+
+
+def _indices_by_split(
+    recipe: Recipe, splits: Mapping[str, Dataset], table: Dataset
+) -> dict[str, Indices]:
+    """Return row numbers for ``train`` and, if the data have such a split, for ``test``.
+
+    Validation splits count as ``train``.
+    """
+    column = recipe.data.split_column
+    if len(splits) > 1:
+        names = np.concatenate([np.full(len(part), split) for split, part in splits.items()])
+        sources = {"train": ("train", "validation"), "test": ("test",)}
+    elif column is not None and column in table.column_names:
+        names = np.array([str(value) for value in table[column]])
+        data = recipe.data
+        sources = {
+            "train": (data.train_split, data.validation_split or "validation"),
+            "test": (data.test_split or "test",),
+        }
+    else:
+        return {"train": np.arange(len(table))}
+    return {part: np.flatnonzero(np.isin(names, split)) for part, split in sources.items()}

@@ -1,0 +1,44 @@
+"""A run directory says in which format it is written, and other formats are refused."""
+
+import json
+import re
+
+import pytest
+
+from fedmerge_peft import RunError, load_run
+from fedmerge_peft.runs.directory import FORMAT
+
+
+@pytest.mark.parametrize(
+    ("document", "version"),
+    [({}, "1"), ({"format": 1}, "1"), ({"format": FORMAT + 1}, str(FORMAT + 1)), ([], "None")],
+)
+def test_another_format_is_refused_in_one_sentence(write_run, document, version):
+    path = write_run("a", [], [[0.1], [0.2]])
+    (path / "environment.json").write_text(json.dumps(document))
+    text = (
+        f"{path} has run format {version}, and this version reads format {FORMAT}: "
+        "run its recipe again, or read it with the version that wrote it"
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(text)}$"):
+        load_run(path)
+
+
+def test_an_unreadable_environment_is_refused(write_run):
+    path = write_run("a", [], [[0.1], [0.2]])
+    (path / "environment.json").write_text("{")
+    with pytest.raises(RunError, match=r"environment\.json cannot be read"):
+        load_run(path)
+
+
+def test_a_start_that_was_interrupted_before_the_environment_was_written_is_accepted(write_run):
+    path = write_run("a", [], [[0.1], [0.2]], finished=False)
+    (path / "environment.json").unlink()
+    assert load_run(path).environment == {}
+
+
+def test_a_run_records_its_format(smoke, smoke_engine, tmp_path):
+    from fedmerge_peft import federate
+
+    run = federate(smoke("rounds=1"), tmp_path / "run", engine=smoke_engine)
+    assert run.environment["format"] == FORMAT

@@ -130,9 +130,9 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
         (["runs/nowhere"], "runs/nowhere holds no run"),
         (
             ["done"],
-            "done has ended: all of its 1 rounds are done. For more of them: fedmerge resume done rounds=N",
+            "done has ended: all of its 1 rounds are done. For more rounds: fedmerge resume done rounds=N",
         ),
-        (["done", "seed=3"], "seed: clients would do something else than before"),
+        (["done", "seed=3"], "seed: this would change the clients' work"),
         (["done", "sead=3"], "did you mean 'seed'"),
         (["done", "rounds=0"], "a whole number above 0"),
     ],

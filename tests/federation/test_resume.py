@@ -357,7 +357,7 @@ def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
     )
     with pytest.raises(
         ResumeError,
-        match=r"has ended: all of its 2 rounds are done\. For more of them: fedmerge resume .*short rounds=N",
+        match=r"has ended: all of its 2 rounds are done\. For more rounds: fedmerge resume .*short rounds=N",
     ):
         resume(short.path, engine=engine)
     run = resume(short.path, ["rounds=4"], engine=engine)

@@ -1,6 +1,6 @@
-"""A whole recipe and its baselines into a run directory, from the start or on after an interruption.
+"""Run a recipe and its baselines into a run directory, or resume an interrupted run.
 
-Where a launcher has started several ranks, all of them do this in step (``distributed.py``); the first alone reads and
+On several ranks all of them call these functions (``distributed.py``). Rank 0 alone reads and
 writes the directory.
 """
 
@@ -34,13 +34,13 @@ from fedmerge_peft.util.profiling import timed
 def run_recipe(
     recipe: Recipe, out: Path | str | None, *, engine: Engine | None, callbacks: Sequence[Callback]
 ) -> Path:
-    """Run a recipe and its baselines; returns the run directory. Documented at ``api.federate``."""
+    """Run a recipe and its baselines; return the run directory. Documented at ``api.federate``."""
     directory = Path(out) if out is not None else RunDirectory.default_path(recipe)
     check_trackers(recipe)
     RunDirectory.check_free(directory)
     engine = engine or load_engine(recipe)
     with ExitStack() as stack:
-        distributed.on_rank_zero(partial(_hold, stack, directory))
+        distributed.on_rank_zero(partial(_lock, stack, directory))
         distributed.on_rank_zero(partial(RunDirectory.check_free, directory))
         _federate(recipe, directory, engine, Callbacks(callbacks))
     return directory
@@ -53,16 +53,15 @@ def resume_run(
     engine: Engine | None,
     callbacks: Sequence[Callback],
 ) -> Path:
-    """Continue an interrupted run; returns its directory. Documented at ``api.resume``."""
+    """Resume an interrupted run; return its directory. Documented at ``api.resume``."""
     run = RunDirectory.open(path)
-    recipe = _continued(run, overrides)
+    recipe = _resumed_recipe(run, overrides)
     check_trackers(recipe)
     if distributed.launched_processes() > 1:
-        engine = engine or load_engine(
-            recipe
-        )  # the ranks come together first, so that all have seen the directory before it changes
+        # Loading brings the ranks together: all have read the directory before it changes.
+        engine = engine or load_engine(recipe)
     with ExitStack() as stack:
-        distributed.on_rank_zero(partial(_hold, stack, run.path))
+        distributed.on_rank_zero(partial(_lock, stack, run.path))
         distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
         engine = engine or load_engine(recipe)
         distributed.on_rank_zero(partial(remove_temporary_files, run.path))
@@ -70,29 +69,37 @@ def resume_run(
     return run.path
 
 
-def _hold(stack: ExitStack, directory: Path) -> None:
+def _lock(stack: ExitStack, directory: Path) -> None:
     stack.enter_context(locked_directory(directory))
 
 
 def _check_unfinished(run: RunDirectory, rounds: int) -> None:
     if RunDirectory.open(run.path).ended and rounds == run.recipe.rounds:
         raise ResumeError(
-            f"{run.path} has ended: all of its {rounds} rounds are done. For more of them: fedmerge resume {run.path} rounds=N"
+            f"{run.path} has ended: all of its {rounds} rounds are done. "
+            f"For more rounds: fedmerge resume {run.path} rounds=N"
         )
 
 
-def _continued(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
-    """The run's recipe with these overrides. Raises ``RecipeError`` for those that a run cannot go on with."""
+def _resumed_recipe(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
+    """Return the run's recipe with the overrides.
+
+    Raises:
+        RecipeError: An override would change the clients' work, or asks for fewer rounds than are
+            done.
+    """
     recipe = run.recipe.replace(overrides)
-    if other := [
-        key for key in differing([flat(run.recipe), flat(recipe)]) if key not in RESUME_OVERRIDES
-    ]:
+    changed = differing([flat(run.recipe), flat(recipe)])
+    if refused := [key for key in changed if key not in RESUME_OVERRIDES]:
         raise RecipeError(
-            [f"{', '.join(other)}: clients would do something else than before, so this would be another run; start it with fedmerge run. "
-             f"A run that goes on may change {', '.join(RESUME_OVERRIDES)}"]
-        )  # fmt: skip
+            [
+                f"{', '.join(refused)}: this would change the clients' work, so it needs a new run: "
+                f"fedmerge run. A resumed run may change {', '.join(RESUME_OVERRIDES)}"
+            ]
+        )
     for _, path in with_baselines(run.recipe, run.path):
-        if (done := len(RunDirectory(path).records)) > recipe.rounds:
+        done = len(RunDirectory(path).records)
+        if done > recipe.rounds:
             raise RecipeError(
                 [f"rounds: {recipe.rounds} is fewer than the {done} that {path} has done"]
             )

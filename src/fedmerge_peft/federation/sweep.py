@@ -1,4 +1,4 @@
-"""Many recipes, one after another, into run directories side by side."""
+"""Run many recipes, one after another, into sibling run directories."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from fedmerge_peft.util.files import locked_directory, translated_write_errors
 log = logging.getLogger(__name__)
 
 _MOST_DIFFERENCES = 8
-_POLL = 5.0
-"""Seconds between two looks at runs that other processes are busy with."""
+"""Keys that an error lists."""
+_POLL_SECONDS = 5.0
+"""Seconds between checks of runs that other processes are writing."""
 
 
 def run_sweep(
@@ -41,32 +42,28 @@ def run_sweep(
     on_failure: Callable[[str, FedMergeError], None] | None = None,
     on_round: Callable[[str, RoundRecord], None] | None = None,
 ) -> dict[str, Path]:
-    """Run each recipe into ``out/<name>``; returns the run directories. Documented at ``api.sweep``."""
+    """Run each recipe into ``out/<name>``; return the directories. Documented at ``api.sweep``."""
     distributed.require_single_process("a sweep")
-    paths = {name: _path(Path(out), name) for name in recipes}
+    paths = {name: _run_path(Path(out), name) for name in recipes}
     with translated_write_errors(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)
-    finished: dict[str, Path] = {}
     failures: dict[str, str] = {}
 
-    def end(name: str, fresh: bool) -> None:
-        finished[name] = paths[name]
+    def report(name: str, fresh: bool) -> None:
         if on_run is not None:
             on_run(name, paths[name], fresh)
 
     def attempt(name: str, engine: LocalEngine | None) -> LocalEngine | None:
-        """Run one recipe, on this engine or a new one; the engine to go on with. Raises ``RunBusyError``."""
+        """Run one recipe; return the engine for the next. Raises ``RunBusyError``."""
         try:
             with locked_directory(paths[name]):
-                if _finished(
-                    paths[name], recipes[name]
-                ):  # by another process, since this one looked
-                    end(name, fresh=False)
+                if _has_finished(paths[name], recipes[name]):  # another process was faster
+                    report(name, fresh=False)
                     return engine
                 engine = engine or LocalEngine.from_recipe(recipes[name])
                 callbacks = [] if on_round is None else [Callback(on_round=partial(on_round, name))]
-                _run(recipes[name], paths[name], engine, callbacks)
-                end(name, fresh=True)
+                _run_or_resume(recipes[name], paths[name], engine, callbacks)
+                report(name, fresh=True)
         except RunBusyError:
             raise
         except FedMergeError as error:
@@ -75,82 +72,89 @@ def run_sweep(
                 on_failure(name, error)
         return engine
 
-    before = {name: _finished(paths[name], recipe) for name, recipe in recipes.items()}
+    finished = {name: _has_finished(paths[name], recipe) for name, recipe in recipes.items()}
     for name in recipes:
-        if before[name]:
-            end(name, fresh=False)
-    waiting = {name: recipe for name, recipe in recipes.items() if not before[name]}
-    said = False
+        if finished[name]:
+            report(name, fresh=False)
+    waiting = {name: recipe for name, recipe in recipes.items() if not finished[name]}
+    warned = False
     while waiting:
         engine: LocalEngine | None = None
-        left = len(waiting)
+        before = len(waiting)
         for name, recipe in list(waiting.items()):
-            lent = engine.with_recipe(recipe) if engine is not None else None
-            if engine is None or lent is not None:
+            reused = engine.with_recipe(recipe) if engine is not None else None
+            if engine is None or reused is not None:
                 try:
-                    engine = attempt(name, lent)
+                    engine = attempt(name, reused)
                 except RunBusyError:
                     continue
                 del waiting[name]
-        if len(waiting) == left:
-            if not said:
-                log.warning("waiting for other processes, which are running %s", ", ".join(waiting))
-            said = True
-            sleep(_POLL)
+        if len(waiting) == before:
+            if not warned:
+                names = ", ".join(waiting)
+                log.warning("waiting for other processes, which are running %s", names)
+            warned = True
+            sleep(_POLL_SECONDS)
     if failures:
         raise SweepError(failures)
-    return {name: finished[name] for name in recipes}
+    return paths
 
 
-def _run(recipe: Recipe, path: Path, engine: LocalEngine, callbacks: Sequence[Callback]) -> None:
-    """Go on from what an interruption has left; from the start, where that is too little."""
+def _run_or_resume(
+    recipe: Recipe, path: Path, engine: LocalEngine, callbacks: Sequence[Callback]
+) -> None:
+    """Resume an interrupted run; start over if too little of it is left."""
     try:
         if RunDirectory(path).records:
             resume_run(path, (), engine=engine, callbacks=callbacks)
             return
     except ResumeError as error:
-        log.warning("begun anew: %s", error)
+        log.warning("starting over: %s", error)
     remove_run(path)
     run_recipe(recipe, path, engine=engine, callbacks=callbacks)
 
 
-def _path(out: Path, name: str) -> Path:
+def _run_path(out: Path, name: str) -> Path:
     if name in ("", "..") or Path(name).name != name:
         raise RecipeError(
             [
-                f"{name!r} is no name for a folder, and a sweep's recipes are run in {out}/NAME; give it another"
+                f"{name!r} cannot name a folder, and the recipes of a sweep run in {out}/NAME; "
+                "give it another name"
             ]
         )
     return out / name
 
 
-def _finished(path: Path, recipe: Recipe) -> bool:
-    """Whether the recipe's run has ended; False where there is none yet, or an unfinished one.
+def _has_finished(path: Path, recipe: Recipe) -> bool:
+    """Return True if the recipe's run has ended; False if it is unfinished or absent.
 
-    Raises ``RunError`` where the directory holds anything else.
+    Raises:
+        RunError: The directory holds the run of another recipe, or other files.
     """
     if not (path / "recipe.yaml").is_file():
-        if path.is_file() or any(
-            not found.name.startswith(".recipe.yaml.") for found in files_in(path)
-        ):
+        names = [file.name for file in files_in(path)] if path.is_dir() else []
+        if path.is_file() or any(not name.startswith(".recipe.yaml.") for name in names):
             raise RunError(
-                f"{path} holds files that are no run, and nothing is ever overwritten. Move them, or choose another --out"
+                f"{path} holds files that are no run, and nothing is ever overwritten. "
+                "Move them, or choose another --out"
             )
         return False
     run = RunDirectory.open(path)
-    there, here = (
-        flat(each.model_copy(update={"name": recipe.name})) for each in (run.recipe, recipe)
+    old, new = (
+        flat(other.model_copy(update={"name": recipe.name})) for other in (run.recipe, recipe)
     )
-    if keys := differing([there, here]):
-        said = [
-            f"{key} is {written(there.get(key))} there and {written(here.get(key))} here"
+    if keys := differing([old, new]):
+        differences = [
+            f"{key} is {written(old.get(key))} there and {written(new.get(key))} here"
             for key in keys[:_MOST_DIFFERENCES]
         ]
-        more = ["..."] if len(keys) > _MOST_DIFFERENCES else []
+        if len(keys) > _MOST_DIFFERENCES:
+            differences.append("...")
         raise RunError(
-            f"{path} holds the run of another recipe: {'; '.join(said + more)}. Choose another --out, or move it away"
+            f"{path} holds the run of another recipe: {'; '.join(differences)}. "
+            "Choose another --out, or move it away"
         )
     if run.ended:
         return True
-    check_only_run_files(run.path)
+    check_only_run_files(path)
     return False

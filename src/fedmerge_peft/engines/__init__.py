@@ -1,1 +1,1 @@
-"""Where clients train."""
+"""Engines: clients trained in this process, or on the ranks of a launcher."""

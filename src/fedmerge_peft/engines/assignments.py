@@ -1,4 +1,4 @@
-"""What a round sends to its clients, made lazily."""
+"""Assignments of one round, made lazily."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Assignment:
 
     plan: Plan
     served: Served | None = None
-    """What the client predicts with, to be scored before any training; None to score nothing."""
+    """Adapter or mixture to be scored before any training; None to score nothing."""
 
 
 class Assignments(Generic[T]):

@@ -181,7 +181,7 @@ class LocalEngine:
 
     @cached_property
     def clients_per_batch(self) -> int:
-        """How many clients train in one pass of the model; fewer once the GPU ran out of memory."""
+        """Number of clients in one pass of the model; lowered once the GPU runs out of memory."""
         return clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
 
     # ---- one chunk of clients ------------------------------------------------------------------

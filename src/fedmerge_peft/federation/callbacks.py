@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks of a run: override those that you need, or pass functions: ``Callback(on_round=print)``.
+    """Hooks of a run: override some, or pass functions: ``Callback(on_round=print)``.
 
     The recipe's own strategy and each of its baselines is a run of its own, with its own start and
     end. On several ranks every rank calls the hooks. An exception from a hook ends the run, which

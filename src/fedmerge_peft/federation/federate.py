@@ -93,8 +93,8 @@ def _resumed_recipe(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
     if refused := [key for key in changed if key not in RESUME_OVERRIDES]:
         raise RecipeError(
             [
-                f"{', '.join(refused)}: this would change the clients' work, so it needs a new run: "
-                f"fedmerge run. A resumed run may change {', '.join(RESUME_OVERRIDES)}"
+                f"{', '.join(refused)}: this would change the clients' work, so it needs a new "
+                f"run: fedmerge run. A resumed run may change {', '.join(RESUME_OVERRIDES)}"
             ]
         )
     for _, path in with_baselines(run.recipe, run.path):

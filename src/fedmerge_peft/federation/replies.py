@@ -27,7 +27,7 @@ class RoundReplies:
     trained: dict[int, Tensor]
     """The shared adapters as each client trained them, ``(k, P)``, by client index."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Why the other clients' replies do not count, by name."""
+    """Cause of each reply that does not count, by client name."""
 
 
 class ReplyCollector:

@@ -1,1 +1,1 @@
-"""What one client does in one round."""
+"""Local training and evaluation: plans, the loop, the prefix cache."""

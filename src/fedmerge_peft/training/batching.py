@@ -1,4 +1,4 @@
-"""How many adapters train in one forward pass, and whether the model allows it."""
+"""Number of adapters that train in one forward pass, and the trial that decides it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedmerge_peft.util.seeds import seeded
 log = logging.getLogger(__name__)
 
 _FEWEST, _MOST = 3, 16
-"""Adapters that ``auto`` puts into one pass; two save too little (3 % on a CPU) for shared masks."""
+"""Adapters that ``auto`` puts into one pass; two save too little (3 % on a CPU)."""
 _EXAMPLES = {"cpu": 8, "cuda": 256}
 """Examples that ``auto`` brings a pass to. On a CPU, padding outweighs what larger passes save."""
 

@@ -47,14 +47,14 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What a client returns when its plan is done."""
+    """Outcome of a client's plan."""
 
     deltas: Tensor
     """δ, sent minus trained, ``(k, P)``: a row for each adapter that was trained."""
     loss: float
     """Mean training loss (nats) of the shared adapter, or of a mixture under its posterior."""
     trained: Served
-    """What the client would predict with now."""
+    """Adapter or mixture that the client would predict with now."""
     choice: int = 0
     """Index of the adapter that was trained, if the plan offered a choice."""
     weights: Tensor | None = None
@@ -71,7 +71,7 @@ class Plan(ABC):
 
     @property
     def returned_rows(self) -> int:
-        """How many rows ``ClientResult.deltas`` has."""
+        """Number of rows of ``ClientResult.deltas``."""
         return len(self.sent)
 
     @property
@@ -80,7 +80,7 @@ class Plan(ABC):
         return ()
 
     def shared_rows(self, choice: int) -> slice:
-        """Which rows of ``sent`` the client trained and shares with others."""
+        """Return the rows of ``sent`` that the client trained and shares with others."""
         return slice(None)
 
     def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
@@ -276,4 +276,4 @@ class Mixture(Plan):
 
 
 Served = Tensor | Mixture
-"""What a client predicts with: one adapter ``(P,)``, or a mixture of several."""
+"""A client predicts with this: one adapter ``(P,)``, or a mixture of several."""

@@ -102,10 +102,7 @@ def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
 
 
 class TensorTable:
-    """Tensors of a message; equal tensors, such as one trained and evaluated, share an entry.
-
-    Each method returns the name of the entry.
-    """
+    """Tensors of a message, equal ones stored once; each method returns the entry's name."""
 
     def __init__(self, dtype: WireDtype) -> None:
         self.dtype = _DTYPES[dtype]
@@ -180,21 +177,18 @@ def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
         case Mixture():
             return {"name": "mixture", **_mixture(plan, table)}
         case _:
-            raise FederateError(
-                f"strategy: the plan {type(plan).__name__} cannot travel to sites; "
-                "only train, in turn, choose and mixture can"
-            )
+            kind = type(plan).__name__
+            raise FederateError(f"strategy: sites cannot run {kind} plans; use another strategy")
 
 
 def _train(job: Train, table: TensorTable) -> dict[str, Any]:
+    privacy = job.privacy
     return {
         "row": table.add_adapters(job.row),
         "phases": [None if columns is None else table.add_mask(columns) for columns in job.phases],
         "proximal": job.proximal,
         "anchor": None if job.anchor is None else table.add_adapters(job.anchor),
-        "privacy": None
-        if job.privacy is None
-        else {"clip": job.privacy.clip, "noise": job.privacy.noise},
+        "privacy": privacy and {"clip": privacy.clip, "noise": privacy.noise},
     }
 
 

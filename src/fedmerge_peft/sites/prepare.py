@@ -98,8 +98,9 @@ checks of the data, and limits on the recipe.
 
 Once, at the start: the names of the clients, the columns and the labels, and the number of examples
 of each label. In each round: an update of the adapter of each client, the number of its examples,
-its training loss and its scores. No message of the trainer contains an example. `audit.jsonl` gets one line for
-each message of the trainer: time, size in bytes, SHA-256 digest, and the norm of the update.
+its training loss and its scores. No message of the trainer contains an example. `audit.jsonl` gets
+one line for each message of the trainer: time, size in bytes, SHA-256 digest, and the norm of the
+update.
 
 ## The result
 

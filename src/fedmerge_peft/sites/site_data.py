@@ -98,8 +98,8 @@ def read_site_data(
     by_name = {client.name: client for client in site_data.clients}
     if by_name.keys() != set(clients):
         raise FederateError(
-            f"{SITE_FILE}: data.client_column: column {column} contains {join_values(by_name)}, but "
-            f"the federation has {join_values(clients)} at this site"
+            f"{SITE_FILE}: data.client_column: column {column} contains {join_values(by_name)}, "
+            f"but the federation has {join_values(clients)} at this site"
         )
     return FederatedData(site_data.table, [by_name[name] for name in clients])
 

@@ -1,9 +1,10 @@
-"""Accuracy against d, the number of adapters, with as many groups of clients as adapters (the paper's question on CIFAR-100).
+"""Measure accuracy against d, the number of adapters, on CIFAR-100, as the paper does.
 
-    python benchmarks/quality/adapters.py --data ../shared/data --write
+    python benchmarks/quality/adapters.py --data DATA --write
 
-The settings are those of cifar100_clusters.yaml and cifar100_dirichlet.yaml; d is 1, 2, 5, 10, 15, and 50, the number of clients.
-With d = 1 FedMerge is FedAvg. Several processes may share the work; the same command again only does what is left.
+The settings are those of cifar100_clusters.yaml and cifar100_dirichlet.yaml, with as many groups of
+clients as adapters. d is 1, 2, 5, 10, 15, and 50, the number of clients; with d = 1 FedMerge is
+FedAvg. Several processes may share the work. The same command again runs only what is left.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def recipes(name: str, data: Path, seeds: list[str]) -> dict[str, Recipe]:
 
 
 def scores(setting: str, runs: dict[str, Run]) -> pd.DataFrame:
-    """One row a run: d, seed, and the final test scores."""
+    """Return one row per run: setting, d, and the final test scores."""
     rows = []
     for run in runs.values():
         final = run.summary["final"]["served"]
@@ -81,7 +82,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes.set_xlabel("d, adapters in the soup")
     axes.set_ylabel("test accuracy (%), mean over clients")
     axes.set_title(
-        "CIFAR-100, 50 clients: where they form groups, as many adapters as\ngroups are best; where they do not, more adapters are better",
+        "CIFAR-100, 50 clients: if they form groups, as many adapters as groups\n"
+        "are best; if not, more adapters are better",
         fontsize=9,
     )
     axes.legend(frameon=False)
@@ -92,10 +94,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--runs", type=Path, default=HERE / "runs" / "adapters")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
+    parser.add_argument(
+        "--runs", type=Path, default=HERE / "runs" / "adapters", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write page and figure to benchmarks/results"
+    )
     options = parser.parse_args()
 
     done = {
@@ -110,13 +116,16 @@ def main() -> None:
     }
     table = pd.concat([scores(name, runs) for name, runs in done.items()])
     lines = [
-        f"| {SETTINGS[setting]} | {d} | {100 * means.mean():.1f} ± {100 * means.std():.1f} | {100 * worst.mean():.1f} |"
+        f"| {SETTINGS[setting]} | {d} | {100 * means.mean():.1f} ± {100 * means.std():.1f} "
+        f"| {100 * worst.mean():.1f} |"
         for (setting, d), rows in table.groupby(["setting", "d"])
         for means, worst in [(rows["mean"], rows["worst"])]
     ]
     page = (
-        "# Accuracy against the number of adapters\n\nFedMerge on CIFAR-100, 50 clients, merged adapters without finetuning, "
-        f"as many groups as adapters; mean ± std over seeds {options.seeds}.\n\n![Accuracy against d](adapters.svg)\n\n"
+        "# Accuracy against the number of adapters\n\n"
+        "FedMerge on CIFAR-100 with 50 clients, without local finetuning. There are as many groups "
+        f"as\nadapters. Values are mean ± std over seeds {options.seeds}.\n\n"
+        "![Accuracy against d](adapters.svg)\n\n"
         "| clients | d | accuracy, % | worst 10 % |\n|---|---|---|---|\n"
         + "\n".join(lines)
         + "\n\n"

@@ -1,9 +1,10 @@
-"""Leave one client of each group out of a federation, then give it an adapter by learning merging weights alone.
+"""Leave one client of each group out of a federation, then learn merging weights for it.
 
-    python benchmarks/quality/newcomers.py text_tasks data.path=../shared/data/textcls.parquet data.partition.clients_per_value=5
+    python benchmarks/quality/newcomers.py text_tasks data.path=DATA/textcls.parquet \\
+        data.partition.clients_per_value=5
 
-Each newcomer learns from at most --examples examples and is scored on its own test examples, beside the clients of its group that took
-part, scored on theirs. With --write the page goes to benchmarks/results/<recipe>_newcomers.md.
+Each newcomer learns from at most --examples examples and is evaluated on its own test examples. The
+page compares its score with the scores of its group's participants on their test examples.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedmerge_peft.engines.local import LocalEngine
 
 
 def without_the_last(data: FederatedData) -> tuple[FederatedData, list[Client]]:
-    """The federation without the last client of each group, and those clients."""
+    """Split off the last client of each group: the data without these clients, and the clients."""
     last = {client.group: client for client in data.clients}
     out = {client.name for client in last.values()}
     return FederatedData(
@@ -33,14 +34,14 @@ def without_the_last(data: FederatedData) -> tuple[FederatedData, list[Client]]:
 
 
 def examples_of(client: Client, table: Dataset, split_column: str, most: int) -> Dataset:
-    """So many of the client's training examples, and all of its test examples, told apart by the split column."""
+    """Return ``most`` training and all test examples of a client, marked in the split column."""
     learned, tested = client.train[:most], client.test
     rows = table.select(np.concatenate([learned, tested])).remove_columns([split_column])
     return rows.add_column(split_column, ["train"] * len(learned) + ["test"] * len(tested))
 
 
 def one_seed(recipe: Recipe, out: Path, most: int) -> tuple[Run, list[dict[str, object]]]:
-    """Run the federation without its newcomers (unless it is there already); a row of results for each newcomer."""
+    """Run the federation without newcomers, or open a finished run; one row per newcomer."""
     data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
     federation, newcomers = without_the_last(data)
     run = (
@@ -68,14 +69,15 @@ def one_seed(recipe: Recipe, out: Path, most: int) -> tuple[Run, list[dict[str, 
             {
                 "seed": recipe.seed,
                 "group": newcomer.group,
-                "took part": took_part[newcomer.group],
+                "participants": took_part[newcomer.group],
                 **scores,
                 "seconds": seconds,
                 "wall": wall,
             }
         )
         print(
-            f"seed {recipe.seed}  {newcomer.name}  {metric} {scores['learned weights']:.3f}, of its kind {took_part[newcomer.group]:.3f}"
+            f"seed {recipe.seed}  {newcomer.name}  {metric} {scores['learned weights']:.3f}, "
+            f"participants of its group {took_part[newcomer.group]:.3f}"
         )
     return run, rows
 
@@ -84,11 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("recipe", help="a shipped recipe or a file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
     parser.add_argument(
-        "--examples", type=int, default=32, help="most examples that a newcomer learns from"
+        "--examples", type=int, default=32, help="training examples of a newcomer, at most"
     )
     parser.add_argument(
         "--out",
@@ -96,7 +98,9 @@ def main() -> None:
         default=Path(__file__).resolve().parent / "runs" / "newcomers",
         help="folder of the runs",
     )
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/results/<recipe>_newcomers.md"
+    )
     options = parser.parse_intermixed_args()
 
     name = Path(options.recipe).stem
@@ -115,17 +119,20 @@ def main() -> None:
         f"| {way} | {100 * by_seed[way].mean():.1f} ± {100 * by_seed[way].std():.1f} |"
         for way in ways
     ]
-    behind = 100 * fmean(by_seed["took part"] - by_seed["learned weights"])
+    behind = 100 * fmean(by_seed["participants"] - by_seed["learned weights"])
     page = (
-        f"# {name}: clients that were not there\n\n"
-        f"One client of each group was left out, {len(table)} in all over seeds {options.seeds}, and learned its merging weights from "
-        f"{options.examples} examples.\n\n"
-        f"| way to an adapter | {runs[0].recipe.task.metrics[0]}, mean ± std over seeds |\n|---|---|\n"
+        f"# {name}: newcomers\n\n"
+        f"One client of each group did not take part, {len(table)} clients in all over seeds "
+        f"{options.seeds}. Each of\n"
+        f"them learned its merging weights from {options.examples} examples.\n\n"
+        f"| adapter | {runs[0].recipe.task.metrics[0]}, mean ± std over seeds |\n|---|---|\n"
         + "\n".join(lines)
         + "\n\n"
-        f"Learned weights are {behind:.1f} points behind the clients of the same group that took part. Learning them took "
-        f"{table['seconds'].median():.1f} s (median; at most {table['seconds'].max():.1f} s), with data and model loaded "
-        f"{table['wall'].median():.1f} s (at most {table['wall'].max():.1f} s).\n\n{stamp(runs)}\n"
+        f"Learned weights are {behind:.1f} points behind the participants of the same group. "
+        f"Learning takes a median\nof {table['seconds'].median():.1f} s "
+        f"(at most {table['seconds'].max():.1f} s), and {table['wall'].median():.1f} s "
+        f"(at most {table['wall'].max():.1f} s) if loading data and model is\n"
+        f"included.\n\n{stamp(runs)}\n"
     )
     print(f"\n{page}")
     if options.write:

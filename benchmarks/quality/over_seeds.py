@@ -1,10 +1,11 @@
-"""Run a recipe and its baselines with several seeds; print the comparison, and where, when and how it was made.
+"""Run a recipe and its baselines with several seeds, and print the comparison.
 
     python benchmarks/quality/over_seeds.py quickstart
-    python benchmarks/quality/over_seeds.py text_tasks data.path=../shared/data/textcls.parquet strategy.adapters=6,8 --seeds 0,1,2 --write
+    python benchmarks/quality/over_seeds.py text_tasks data.path=DATA/textcls.parquet \\
+        strategy.adapters=6,8 --seeds 0,1,2 --write
 
-It is ``fedmerge sweep``, so values may be several, and the same command again does what is left. With --write the page goes to
-benchmarks/results/<recipe>_seeds.md.
+The program is ``fedmerge sweep``: a key may have several values, and the same command again runs
+only what is left. The page states date, commit, versions and machine of the runs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("recipe", help="a shipped recipe or a file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
     parser.add_argument("--out", help="folder of the run directories; default: sweeps/<recipe>")
     parser.add_argument(
         "--write", action="store_true", help="write benchmarks/results/<recipe>_seeds.md"

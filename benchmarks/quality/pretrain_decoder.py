@@ -1,6 +1,6 @@
 """Pretrain a small Llama on English prose (public-domain books), on the CPU.
 
-    python benchmarks/quality/pretrain_decoder.py --data ../shared/data --minutes 15
+    python benchmarks/quality/pretrain_decoder.py --data DATA --minutes 15
 
 Its tokenizer is byte-level BPE, trained on the same text.
 """
@@ -46,7 +46,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrain
 
 
 def windows(texts: list[str], tokenizer: PreTrainedTokenizerFast, context: int) -> Tensor:
-    """All texts one after another, each with its begin and end, cut into ``(windows, context)``."""
+    """Concatenate all texts with their begin and end tokens, and cut: ``(windows, context)``."""
     end = [tokenizer.eos_token_id]
     tokens = torch.cat(
         [torch.tensor(ids + end) for ids in tokenizer(texts, verbose=False)["input_ids"]]
@@ -69,9 +69,11 @@ def perplexity(model: LlamaForCausalLM, tokens: Tensor) -> float:
 
 def main() -> None:
     parser = arguments(__doc__, "decoder")
-    parser.add_argument("--vocabulary", type=int, default=4000, help="tokens")
-    parser.add_argument("--context", type=int, default=256, help="longest text in tokens")
-    parser.add_argument("--hidden", type=int, default=256, help="width")
+    parser.add_argument("--vocabulary", type=int, default=4000, help="size of the vocabulary")
+    parser.add_argument(
+        "--context", type=int, default=256, help="maximum length of a text, in tokens"
+    )
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=4)

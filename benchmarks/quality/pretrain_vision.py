@@ -1,8 +1,8 @@
 """Pretrain a small ViT on images of CIFAR-100 that the federation does not use, on the CPU.
 
-    python benchmarks/quality/pretrain_vision.py --data ../shared/data --minutes 15
+    python benchmarks/quality/pretrain_vision.py --data DATA --minutes 15
 
-The folder that it writes has no head: every federated run starts its own.
+The saved model has no head: every federated run initializes its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZE = 32
 
 
 def read(path: Path, rows: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pixels from 0 to 1, ``(images, 3, 32, 32)``, and labels, for each split."""
+    """Read pixels in [0, 1], ``(images, 3, 32, 32)``, and labels, by split."""
     table = pq.read_table(path, columns=["split", "image_png", "fine_label"])
     table = table.take(np.random.default_rng(0).permutation(len(table))[:rows])
     images = [
@@ -39,7 +39,7 @@ def read(path: Path, rows: int | None) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Each image mirrored or not, up to a quarter larger, and moved by up to an eighth of its width."""
+    """Flip, enlarge (by up to a quarter) and shift (by up to an eighth) each image at random."""
     count = len(images)
     scale = 0.8 + 0.2 * torch.rand(count)
     mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
@@ -63,16 +63,18 @@ def augment(images: Tensor) -> Tensor:
 def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -> float:
     model.eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-        said = torch.cat(
+        predicted = torch.cat(
             [model(pixel_values=part).logits.argmax(dim=1) for part in images.split(250)]
         )
-    return float((said == labels).float().mean())
+    return float((predicted == labels).float().mean())
 
 
 def main() -> None:
     parser = arguments(__doc__, "vision")
-    parser.add_argument("--patch", type=int, default=8, help="pixels a patch, both ways")
-    parser.add_argument("--hidden", type=int, default=192, help="width")
+    parser.add_argument(
+        "--patch", type=int, default=8, help="width and height of a patch, in pixels"
+    )
+    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -105,7 +107,7 @@ def pretrain(options: argparse.Namespace) -> None:
         return iter(torch.randperm(len(train[1])).split(options.batch_size))
 
     def loss_of(rows: Tensor) -> Tensor:
-        """Of images mixed in pairs (mixup, Zhang et al. 2018), their labels likewise."""
+        """Return the loss on images and labels mixed in pairs (mixup, Zhang et al. 2018)."""
         images, labels = augment(train[0][rows]), functional.one_hot(train[1][rows], 100).float()
         part, others = mixing.sample(), torch.randperm(len(rows))
         logits = model(pixel_values=part * images + (1 - part) * images[others]).logits

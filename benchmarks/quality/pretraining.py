@@ -1,4 +1,4 @@
-"""What both pretraining programs share: a training loop that ends when its time is up."""
+"""A training loop with a time limit, shared by both pretraining programs."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-"""Whether the processor computes in bfloat16, which is then about twice as fast."""
+"""True if the processor computes in bfloat16, which is about twice as fast."""
 
 WARMUP = 0.1
-"""Part of the time in which the learning rate rises."""
+"""Fraction of the time over which the learning rate rises."""
 
 
 def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
-    """The options that both programs have."""
+    """Return a parser with the options of both programs."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
     parser.add_argument(
-        "--out", type=Path, default=HERE / "models" / out, help="where the model goes"
+        "--out", type=Path, default=HERE / "models" / out, help="folder for the model"
     )
-    parser.add_argument("--minutes", type=float, default=15.0, help="how long to train")
-    parser.add_argument(
-        "--rows", type=int, help="use so many rows of the data, for a trial; by default all"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=15.0, help="training time")
+    parser.add_argument("--rows", type=int, help="rows of the data, for a trial; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     return parser
 
 
@@ -44,17 +42,17 @@ def fit(
     minutes: float,
     learning_rate: float = 1e-3,
 ) -> None:
-    """Train until the time is up, with a learning rate that rises and falls (a half cosine) with the clock.
+    """Train for a fixed time, with a learning rate that follows the clock (warmup, half cosine).
 
-    Matrices of the layers step by Muon (Jordan et al. 2024), which learns about twice as much here in the time as AdamW; all else
-    (embeddings, norms, biases, heads) by AdamW.
+    Muon (Jordan et al. 2024) trains the matrices of the layers; here it learns about twice as fast
+    as AdamW. AdamW trains all other parameters (embeddings, norms, biases, heads).
 
     Args:
-        model: Its first ModuleList is the stack of layers.
-        draw: Gives the batches of one epoch.
-        loss_of: The loss of a batch; runs under autocast.
-        minutes: How long.
-        learning_rate: AdamW's, at its peak.
+        model: The model; its first ModuleList is the stack of layers.
+        draw: Returns the batches of one epoch.
+        loss_of: Returns the loss of a batch; called under autocast.
+        minutes: Training time.
+        learning_rate: Peak learning rate of AdamW.
     """
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
@@ -68,7 +66,7 @@ def fit(
         torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98)),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    begin, steps, told = time.monotonic(), 0, 0
+    begin, steps, reported = time.monotonic(), 0, 0
     model.train()
     while True:
         for batch in draw():
@@ -89,6 +87,6 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad()
             steps += 1
-            if int(10 * done) > told:
-                told = int(10 * done)
+            if int(10 * done) > reported:
+                reported = int(10 * done)
                 print(f"{done:4.0%}  step {steps}  loss {loss.item():.3f}", flush=True)

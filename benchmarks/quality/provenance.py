@@ -1,4 +1,4 @@
-"""Where, when and by which commits published runs were made."""
+"""Provenance of published runs: date, commits, versions and machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def stamp(runs: Iterable[Run]) -> str:
-    """One line of Markdown: this program's command line, and what the runs say of their date, commits, versions and machines."""
+    """Return one line of Markdown: this program's command line, and the provenance of the runs."""
     runs = list(runs)
     made = [run.environment for run in runs]
 
@@ -23,13 +23,14 @@ def stamp(runs: Iterable[Run]) -> str:
         return ", ".join(sorted({of(environment) for environment in made}))
 
     return (
-        f"`{shlex.join(['python', *sys.argv])}`, newest run of {max(map(_day, runs))}, {each(_commit)}, "
-        f"fedmerge-peft {each(_version('fedmerge-peft'))}, torch {each(_version('torch'))}, {each(_machine)}."
+        f"`{shlex.join(['python', *sys.argv])}`, newest run of {max(map(_day, runs))}, "
+        f"{each(_commit)}, fedmerge-peft {each(_version('fedmerge-peft'))}, "
+        f"torch {each(_version('torch'))}, {each(_machine)}."
     )
 
 
 def _day(run: Run) -> str:
-    """When the run was started, or else written."""
+    """Return the day on which the run started, or on which its recipe was written."""
     written = datetime.fromtimestamp((run.path / "recipe.yaml").stat().st_mtime, UTC)
     return str(run.environment.get("started") or f"{written:%Y-%m-%d}")[:10]
 
@@ -48,4 +49,5 @@ def _machine(environment: dict[str, Any]) -> str:
     device, threads = environment.get("device", "unknown device"), environment.get("threads")
     if device != "cpu":
         return str(device)
-    return f"{environment.get('processor') or 'CPU'} with {threads or '?'} thread{'s' * (threads != 1)}"
+    processor = environment.get("processor") or "CPU"
+    return f"{processor} with {threads or '?'} thread{'s' * (threads != 1)}"

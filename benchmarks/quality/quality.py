@@ -1,13 +1,13 @@
-"""Tune every method with the same budget, then compare them on seeds that the tuning did not see.
+"""Tune every method with the same budget, then compare the methods on other seeds.
 
-    python benchmarks/quality/quality.py text_tasks --data ../shared/data
-    python benchmarks/quality/quality.py text_tasks --data ../shared/data --methods fedmerge,fedavg,local
+    python benchmarks/quality/quality.py text_tasks --data DATA
+    python benchmarks/quality/quality.py text_tasks --data DATA --methods fedmerge,fedavg,local
 
-A setting is a YAML file beside this program: a shipped recipe, what to change in it, and for each method the candidates to choose
-from, as many for each. The candidate with the best mean validation score on the tuning seed is run with the other seeds; what is
-reported are test scores of what clients are served with after the last round. Runs go to benchmarks/quality/runs, so that the same
-command again only does what is left; several processes may share the work. With --write the tables and the figure are put into
-benchmarks/results.
+A setting is a YAML file beside this program: a shipped recipe, overrides, and the same number of
+candidates for each method. The candidate with the best mean validation score on the tuning seed is
+run with the other seeds. The page reports test scores of the served adapters after the last round.
+Runs are kept in benchmarks/quality/runs, so that the same command again runs only what is left.
+Several processes may share the work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Setting:
-    """A recipe, and each method's candidates."""
+    """A recipe and the candidates of each method."""
 
     def __init__(self, name: str, data: Path) -> None:
         self.name = name
@@ -40,7 +40,7 @@ class Setting:
         self.source = text["recipe"]
         self.tuning_seed: int | None = text.get("tuning_seed")
         self.names_strategies = "methods" in text
-        """Else they are variants of the recipe's own strategy, one candidate each."""
+        """False if the candidates are variants of the recipe's own strategy, one per variant."""
         self.candidates: dict[str, list[list[str]]] = text.get("methods") or {
             name: [each] for name, each in text["variants"].items()
         }
@@ -56,7 +56,7 @@ class Setting:
 
 
 def validation(run: Run) -> float:
-    """Mean over the clients of the first metric on their validation examples, greater is better."""
+    """Return the clients' mean validation score by the first metric; greater is better."""
     metric = run.recipe.task.metrics[0]
     clients = run.summary["final"]["served"]["clients"].values()
     return (1 if greater_is_better(metric) else -1) * fmean(
@@ -65,7 +65,7 @@ def validation(run: Run) -> float:
 
 
 def shared(runs: Mapping[str, Run]) -> str:
-    """Whether clients of one group share an adapter, for the runs of fedmerge."""
+    """Return a table of the groups whose clients share an adapter, for the runs of fedmerge."""
     lines = []
     for name, run in runs.items():
         if run.recipe.strategy.name == "fedmerge" and run.clients["group"].nunique() > 1:
@@ -79,20 +79,24 @@ def shared(runs: Mapping[str, Run]) -> str:
             )
             on_it = (found["share"] * found["clients"]).sum() / found["clients"].sum()
             lines.append(f"| {name} | {100 * on_it:.0f} % | {', '.join(both) or 'none'} |")
-    head = "| run | clients whose main adapter is that of most of their group | groups that share one |\n|---|---|---|\n"
+    head = (
+        "| run | clients on the main adapter of their group | groups that share an adapter |\n"
+        "|---|---|---|\n"
+    )
     return head + "\n".join(lines) + "\n\n" if lines else ""
 
 
 def report(name: str, run: Run, fresh: bool) -> None:
     final = run.summary["final"]["served"]
     print(
-        f"{name:28} {final['metric']} {final['mean']:.3f}  worst {final['worst']:.3f}{'' if fresh else '  (there already)'}",
+        f"{name:28} {final['metric']} {final['mean']:.3f}  worst {final['worst']:.3f}"
+        f"{'' if fresh else '  (kept)'}",
         flush=True,
     )
 
 
 def by_variant(comparison: Comparison, runs: Mapping[str, Run]) -> Comparison:
-    """With the variants' own names as methods, which say less than all the keys in which they differ."""
+    """Name methods by their variants instead of by all the keys in which they differ."""
     variant = {str(run.path): name.rpartition("-seed")[0] for name, run in runs.items()}
     names = {row.method: variant[str(row.path)] for row in comparison.runs.itertuples()}
     frames = {
@@ -106,19 +110,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("setting")
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
-    parser.add_argument("--methods", help="some of the setting's methods; by default all")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("setting", help="a YAML file beside this program, without .yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
+    parser.add_argument(
+        "--methods", help="methods, separated by commas; default: all of the setting"
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
+    parser.add_argument("--runs", type=Path, default=HERE / "runs", help="folder of the runs")
+    parser.add_argument(
+        "--write", action="store_true", help="write page, table and figure to benchmarks/results"
+    )
     arguments = parser.parse_args()
 
     setting = Setting(arguments.setting, arguments.data)
     methods = arguments.methods.split(",") if arguments.methods else list(setting.candidates)
     if unknown := [method for method in methods if method not in setting.candidates]:
         raise SystemExit(
-            f"{setting.name}.yaml has no {', '.join(unknown)}; it has {', '.join(setting.candidates)}"
+            f"{setting.name}.yaml has no {', '.join(unknown)}; "
+            f"it has {', '.join(setting.candidates)}"
         )
     page_path = RESULTS / f"{setting.name}.md"
     if arguments.write and page_path.exists():
@@ -129,11 +138,11 @@ def main() -> None:
         ]
         if lost := [method for method in written if method not in methods]:
             raise SystemExit(
-                f"{page_path} has {', '.join(lost)} too, which --write would take away; name all of them in --methods"
+                f"{page_path}: --write would remove {', '.join(lost)}; add them to --methods"
             )
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if setting.tuning_seed in seeds:
-        raise SystemExit(f"seed {setting.tuning_seed} is for tuning")
+        raise SystemExit(f"--seeds: {setting.tuning_seed} is the tuning seed; choose other seeds")
     out = arguments.runs / setting.name
 
     budget = range(len(setting.candidates[methods[0]]))
@@ -166,14 +175,16 @@ def main() -> None:
         for method in methods
     )
     tuning = (
-        f"Each method chose one of {len(budget)} candidates by the mean validation score on seed {setting.tuning_seed}. "
+        f"Each method was tuned over {len(budget)} candidates by the mean validation score on seed "
+        f"{setting.tuning_seed}. "
         if tuned
         else ""
     )
     page = (
         f"# {setting.name}\n\n{markdown(comparison)}\n"
         f"{missing}"
-        f"{tuning}The table is on seeds {arguments.seeds}.\n\n| method | settings |\n|---|---|\n{chosen}\n\n"
+        f"{tuning}The table has seeds {arguments.seeds}.\n\n"
+        f"| method | settings |\n|---|---|\n{chosen}\n\n"
         f"{shared(runs)}"
         f"{stamp([*tuned.values(), *runs.values()])}\n"
     )

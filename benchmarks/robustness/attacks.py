@@ -1,4 +1,4 @@
-"""What hostile clients do. An attack makes a client's honest reply into what it sends instead; some of them need its past, or a victim."""
+"""Attacks of hostile clients: functions from an honest reply to the replies that are sent."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from fedmerge_peft.util.seeds import derive
 
 @dataclass
 class Adversary:
-    """What one hostile client knows."""
+    """Knowledge of one hostile client."""
 
     seed: int
     victim: int
-    """An honest client, whose name it knows."""
+    """An honest client whose identity it can use."""
     victims_size: int
     first: Reply | None = field(default=None)
-    """Its first honest reply."""
+    """The first honest reply of the hostile client."""
 
 
 def sign_flip(reply: Reply, _: Adversary) -> list[Reply]:
-    """−δ: the model is to get worse at what the client knows."""
+    """Send −δ, to make the model worse on the client's data."""
     return [replace(reply, deltas=-reply.deltas)]
 
 
 def times_100(reply: Reply, _: Adversary) -> list[Reply]:
-    """100 δ: the client's wishes are to count for all (model replacement, Bagdasaryan et al. 2020, arXiv 1807.00459)."""
+    """Send 100 δ, to replace the model (Bagdasaryan et al. 2020, arXiv 1807.00459)."""
     return [replace(reply, deltas=100 * reply.deltas)]
 
 
 def noise(reply: Reply, adversary: Adversary) -> list[Reply]:
-    """Gaussian noise of ten times the length of δ."""
+    """Send Gaussian noise with ten times the norm of δ."""
     generator = torch.Generator().manual_seed(
         derive(adversary.seed, "noise", reply.client, reply.round or 0)
     )
@@ -48,18 +48,18 @@ def noise(reply: Reply, adversary: Adversary) -> list[Reply]:
 
 
 def nan(reply: Reply, _: Adversary) -> list[Reply]:
-    """One number that is none."""
+    """Send δ with one NaN."""
     return [replace(reply, deltas=reply.deltas.index_fill(1, torch.tensor([0]), torch.nan))]
 
 
 def stale(reply: Reply, adversary: Adversary) -> list[Reply]:
-    """Its first reply for ever, under the number of this round."""
+    """Send the first reply in every round, with the number of the current round."""
     adversary.first = adversary.first or reply
     return [replace(reply, deltas=adversary.first.deltas)]
 
 
 def duplicate(reply: Reply, adversary: Adversary) -> list[Reply]:
-    """Its own reply, and −10 δ in the name of an honest client."""
+    """Send the own reply, and −10 δ in the name of an honest client."""
     return [
         reply,
         replace(
@@ -69,12 +69,12 @@ def duplicate(reply: Reply, adversary: Adversary) -> list[Reply]:
 
 
 def label_flip(reply: Reply, _: Adversary) -> list[Reply]:
-    """What honest training on labels in reverse order gives (``flipped`` puts the labels into the data)."""
+    """Send the result of training on reversed labels; ``flipped`` reverses them in the data."""
     return [reply]
 
 
 def absent(reply: Reply, _: Adversary) -> list[Reply]:
-    """Nothing: what is lost where hostile clients do no harm but do not help either, which no defence can give back."""
+    """Send nothing: the loss without the hostile clients' help, which no defense recovers."""
     return []
 
 
@@ -92,7 +92,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 def attackers(clients: int, fraction: float, seed: int) -> list[int]:
-    """So many of the clients, drawn by the seed; at least one unless the fraction is 0."""
+    """Draw a fraction of the clients by the seed; at least one unless the fraction is 0."""
     count = max(1, round(fraction * clients)) if fraction else 0
     return sorted(
         int(client)
@@ -103,7 +103,7 @@ def attackers(clients: int, fraction: float, seed: int) -> list[int]:
 
 
 def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: int) -> LocalEngine:
-    """The engine with these clients hostile; shares model and data with the one given."""
+    """Return an engine with these hostile clients; it shares model and data with ``engine``."""
     hostile = list(hostile)
     changed = flipped(engine, hostile) if attack is label_flip else copy(engine)
     honest = [client for client in range(len(engine.clients)) if client not in hostile]
@@ -125,7 +125,7 @@ def attacked(engine: LocalEngine, attack: Attack, hostile: Iterable[int], seed: 
 
 
 def flipped(engine: LocalEngine, hostile: Iterable[int]) -> LocalEngine:
-    """The engine with the labels of these clients' training examples in reverse order, y ← L − 1 − y."""
+    """Return an engine with reversed labels, y ← L − 1 − y, in these clients' training examples."""
     columns = engine.runtime.examples.columns
     labels = list(columns["labels"])
     for client in hostile:

@@ -1,10 +1,11 @@
-"""How well honest clients fare beside hostile ones, with and without a defence; prints the table, and where and how it was made.
+"""Measure honest clients' scores under attacks, with and without defenses.
 
-    python benchmarks/robustness/robustness.py benchmarks/robustness/quickstart.yaml --write quickstart
-    python benchmarks/robustness/robustness.py quickstart training.clients_per_batch=4 --attacks "sign flip" --fractions 0.2
+    python benchmarks/robustness/robustness.py benchmarks/robustness/quickstart.yaml
+    python benchmarks/robustness/robustness.py quickstart --attacks "sign flip" --fractions 0.2
 
-The same clients are hostile under every attack and defence; a cell is the final mean score of the others,
-and in brackets its part of what the same clients have when nobody is hostile and nothing is defended. All cells skip failing clients.
+The same clients are hostile under every attack and defense. A cell is the final mean score of the
+other clients, with its ratio to the score of the same clients without attack and defense in
+brackets. All runs skip failing clients.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedmerge_peft.engines.local import LocalEngine
 sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))
 from provenance import RESULTS, stamp
 
-DEFENCES = {
+DEFENSES = {
     "none": [],
     "norm bound": ["robustness.norm_multiple=1"],
     "median": ["robustness.aggregation=median"],
@@ -46,7 +47,7 @@ DEFENCES = {
 
 
 class Cells:
-    """Final mean scores of honest clients, %, one seed at a time; data and model are loaded once a seed."""
+    """Final mean scores of honest clients in %, for one seed; data and model are loaded once."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
@@ -55,9 +56,9 @@ class Cells:
         self.clean: dict[str, dict[str, float]] = {}
 
     def run(
-        self, defence: str, attack: str | None = None, fraction: float = 0.0
+        self, defense: str, attack: str | None = None, fraction: float = 0.0
     ) -> dict[str, float]:
-        """The final score of every client, by name."""
+        """Run a federation; return the final score of every client by name."""
         hostile = attackers(len(self.engine.clients), fraction, self.recipe.seed)
         used = (
             attacked(self.engine, ATTACKS[attack], hostile, self.recipe.seed)
@@ -66,26 +67,28 @@ class Cells:
         )
         self.runs.append(
             federate(
-                self.recipe.replace(DEFENCES[defence]),
+                self.recipe.replace(DEFENSES[defense]),
                 self.folder / str(len(self.runs)),
                 engine=used,
             )
         )
         served = self.runs[-1].summary["final"]["served"]
         print(
-            f"seed {self.recipe.seed}, {attack or 'nobody'} {fraction:.0%}, {defence}: {served['mean']:.3f}",
+            f"seed {self.recipe.seed}, {attack or 'no attack'} {fraction:.0%}, {defense}: "
+            f"{served['mean']:.3f}",
             flush=True,
         )
         return {name: found[served["metric"]] for name, found in served["clients"].items()}
 
-    def undisturbed(self, defence: str, fraction: float = 0.0) -> float:
-        """Of those who would be honest at this fraction, where nobody is hostile."""
-        if defence not in self.clean:
-            self.clean[defence] = self.run(defence)
-        return self._honest(self.clean[defence], fraction)
+    def undisturbed(self, defense: str, fraction: float = 0.0) -> float:
+        """Return the score without attack, of the clients that are honest at this fraction."""
+        if defense not in self.clean:
+            self.clean[defense] = self.run(defense)
+        return self._honest(self.clean[defense], fraction)
 
-    def disturbed(self, defence: str, attack: str, fraction: float) -> float:
-        return self._honest(self.run(defence, attack, fraction), fraction)
+    def disturbed(self, defense: str, attack: str, fraction: float) -> float:
+        """Return the score under an attack, of the honest clients."""
+        return self._honest(self.run(defense, attack, fraction), fraction)
 
     def _honest(self, found: dict[str, float], fraction: float) -> float:
         hostile = {
@@ -95,25 +98,25 @@ class Cells:
         return 100 * fmean(score for name, score in found.items() if name not in hostile)
 
 
-def said(found: Sequence[float]) -> str:
-    return f"{fmean(found):.1f}" + (f" ± {stdev(found):.1f}" if len(found) > 1 else "")
+def mean_and_std(scores: Sequence[float]) -> str:
+    return f"{fmean(scores):.1f}" + (f" ± {stdev(scores):.1f}" if len(scores) > 1 else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--attacks", default=",".join(ATTACKS))
-    parser.add_argument("--fractions", default="0.1,0.3")
-    parser.add_argument("--defences", default=",".join(DEFENCES))
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("recipe", help="a shipped recipe or a file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe")
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="default: all")
+    parser.add_argument("--fractions", default="0.1,0.3", help="fractions of hostile clients")
+    parser.add_argument("--defenses", default=",".join(DEFENSES), help="default: all")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
     parser.add_argument(
         "--write", metavar="NAME", help="write benchmarks/results/robustness_NAME.md"
     )
     arguments = parser.parse_intermixed_args()
-    defences = arguments.defences.split(",")
+    defenses = arguments.defenses.split(",")
     with TemporaryDirectory() as folder:
         seeds = [
             Cells(
@@ -125,35 +128,42 @@ def main() -> None:
             )
             for seed in arguments.seeds.split(",")
         ]
-        lines = [["hostile", "clients", *defences], ["---"] * (2 + len(defences))]
+        lines = [["attack", "hostile clients", *defenses], ["---"] * (2 + len(defenses))]
         lines.append(
             [
-                "nobody",
+                "none",
                 "0 %",
-                *(said([cells.undisturbed(defence) for cells in seeds]) for defence in defences),
+                *(
+                    mean_and_std([cells.undisturbed(defense) for cells in seeds])
+                    for defense in defenses
+                ),
             ]
         )
         for attack in arguments.attacks.split(","):
             for fraction in map(float, arguments.fractions.split(",")):
                 best = fmean(cells.undisturbed("none", fraction) for cells in seeds)
                 found = [
-                    [cells.disturbed(defence, attack, fraction) for cells in seeds]
-                    for defence in defences
+                    [cells.disturbed(defense, attack, fraction) for cells in seeds]
+                    for defense in defenses
                 ]
                 lines.append(
                     [
                         attack,
                         f"{100 * fraction:.0f} %",
-                        *(f"{said(each)} ({fmean(each) / best:.0%})" for each in found),
+                        *(f"{mean_and_std(each)} ({fmean(each) / best:.0%})" for each in found),
                     ]
                 )
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         first = seeds[0]
-        what = f"{first.recipe.strategy.name}, {len(first.engine.clients)} clients, {first.recipe.rounds} rounds, seeds {arguments.seeds}"
+        what = (
+            f"{first.recipe.strategy.name}, {len(first.engine.clients)} clients, "
+            f"{first.recipe.rounds} rounds, seeds {arguments.seeds}"
+        )
         page = (
             f"# Hostile clients: {first.recipe.name}\n\n"
-            f"{what}. Mean accuracy, %, of the honest clients, mean ± std over seeds; in brackets the part of what the same\n"
-            "clients have when nobody is hostile and nothing is defended.\n\n"
+            f"{what}. Mean accuracy of the honest clients in %, mean ± std over\n"
+            "seeds; in brackets, the ratio to the accuracy of the same clients without attack and "
+            "defense.\n\n"
             f"{table}\n\n{stamp([run for cells in seeds for run in cells.runs])}\n"
         )
     print(f"\n{page}")

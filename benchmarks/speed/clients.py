@@ -1,4 +1,4 @@
-"""Rows a, b and c: what training clients and whole rounds take."""
+"""Rows a, b and c: the time of training clients, and of whole rounds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedmerge_peft.engines.local import LocalEngine
 
 
 def overhead() -> Iterator[Row]:
-    """a. One client at a time, in rounds, against one centralised loop on the same examples."""
+    """a. One client at a time, in rounds, against one centralized loop on the same examples."""
     ours = engine(4, 16, "training.batch_size=8", "training.clients_per_batch=1")
     plain, federation = Plain(ours), rounds(ours).rounds()
     epoch = plain.prepared([int(row) for client in ours.clients for row in client.train])
     taken = race({"rounds": lambda: next(federation), "plain loop": epoch}, 9)
     what = (
-        "a. rounds of 4 clients, one at a time, over a centralised PEFT + Accelerate loop; batch 8"
+        "a. rounds of 4 clients, one at a time, over a centralized PEFT + Accelerate loop; batch 8"
     )
     yield faster(what, taken, "rounds", "plain loop", "≥ 0.95")
 
@@ -52,7 +52,7 @@ def together() -> Iterator[Row]:
 def prefix() -> Iterator[Row]:
     """b. LoRA on the last third of the layers."""
     layers = "lora.layers_to_transform=[4,5]"
-    kept, anew = (
+    cached, recomputed = (
         engine(
             4,
             16,
@@ -63,19 +63,19 @@ def prefix() -> Iterator[Row]:
         )
         for gigabytes in (2, 0)
     )
-    first, second = rounds(kept).rounds(), rounds(anew).rounds()
-    taken = race({"kept": lambda: next(first), "anew": lambda: next(second)}, 7)
+    first, second = rounds(cached).rounds(), rounds(recomputed).rounds()
+    taken = race({"cached": lambda: next(first), "recomputed": lambda: next(second)}, 7)
     yield faster(
-        "b. LoRA on the last third of the layers: what enters them kept, over computed anew; batch 8",
+        "b. LoRA on the last third of the layers: cached prefix over recomputed prefix; batch 8",
         taken,
-        "kept",
-        "anew",
+        "cached",
+        "recomputed",
         "≥ 2",
     )
 
 
 def plain_round(plain: Plain, ours: LocalEngine) -> None:
-    """A round as it is usually written: each client's state into one PEFT model, evaluate, train, and an average tensor by tensor."""
+    """Run a round with plain PEFT: load each client's state, evaluate, train, average by tensor."""
     start = plain.state()
     states = []
     for client in ours.clients:
@@ -87,7 +87,7 @@ def plain_round(plain: Plain, ours: LocalEngine) -> None:
 
 
 def whole_rounds() -> Iterator[Row]:
-    """c. Rounds of 16 clients, each measured and trained, against a loop over state dicts."""
+    """c. Rounds of 16 clients, each evaluated and trained, against a loop over state dicts."""
     for batch, examples in ((1, 4), (8, 8)):
         ours = engine(16, examples, f"training.batch_size={batch}", "evaluation.every=1", tests=4)
         plain, federation = Plain(ours), rounds(ours).rounds()
@@ -96,6 +96,7 @@ def whole_rounds() -> Iterator[Row]:
         )
         many = ours.clients_per_batch
         yield faster(
-            f"c. a round of 16 clients over a loop that loads their state dicts; batch {batch}, {many} client{'s' * (many > 1)} a pass",
+            f"c. a round of 16 clients over a loop that loads their state dicts; batch {batch}, "
+            f"{many} client{'s' * (many > 1)} a pass",
             taken, "round", "loop",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Row c, too: whole rounds against Flower's simulation, where flwr[simulation] is installed."""
+"""Row c: whole rounds against Flower's simulation, if flwr[simulation] is installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDS = 3
 
 
 def rows() -> Iterator[Row]:
-    """c. A round of 16 clients over one of Flower's simulation: the same work, one core each, Flower's workers keeping the model."""
+    """c. A round of 16 clients against Flower's simulation: same work, one core, cached models."""
     if find_spec("flwr") is None or find_spec("ray") is None:
         return
     for batch in (1, BATCH):
@@ -36,13 +36,14 @@ def rows() -> Iterator[Row]:
         }
         many = ours.clients_per_batch
         yield faster(
-            f"c. a round of 16 clients over Flower's simulation; batch {batch}, {many} client{'s' * (many > 1)} a pass",
+            f"c. a round of 16 clients over Flower's simulation; batch {batch}, "
+            f"{many} client{'s' * (many > 1)} a pass",
             taken, "round", "Flower", "≥ 3",
         )  # fmt: skip
 
 
 def simulated(batch: int) -> list[float]:
-    """Seconds of each round but the first, in which workers load the model."""
+    """Return the seconds of each round except the first, in which the workers load the model."""
     from flwr.client import ClientApp, NumPyClient
     from flwr.common import ndarrays_to_parameters
     from flwr.server import ServerApp, ServerAppComponents, ServerConfig
@@ -53,9 +54,9 @@ def simulated(batch: int) -> list[float]:
 
     class Timed(FedAvg):
         def aggregate_fit(self, *arguments):  # type: ignore[no-untyped-def]
-            found = super().aggregate_fit(*arguments)
+            aggregated = super().aggregate_fit(*arguments)
             ended.append(time.perf_counter())
-            return found
+            return aggregated
 
     def server(_):  # type: ignore[no-untyped-def]
         plain = _loaded(batch)[0]
@@ -112,7 +113,7 @@ _KEPT: dict[int, tuple[Plain, list]] = {}
 
 
 def _loaded(batch: int):  # type: ignore[no-untyped-def]
-    """Model and examples, loaded once a process."""
+    """Load model and examples once per process."""
     if batch not in _KEPT:
         ours = engine(CLIENTS, EXAMPLES, f"training.batch_size={batch}", tests=TESTS)
         _KEPT[batch] = Plain(ours), list(ours.clients)

@@ -1,4 +1,4 @@
-"""What a page of results says of its rows, and where they were measured."""
+"""The results page: the provenance of a row, and the sections of an earlier page."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from fedmerge_peft.runs import environment
 
 
 def stamp() -> str:
-    """Date, commit, versions and machine of these rows."""
+    """Return date, commit, versions and machine of the rows."""
     source = environment.source(Path(environment.__file__).parent)
     dirty = " (dirty)" if source.get("dirty") else ""
     where = f"commit {source['commit'][:7]}{dirty}" if source else "unknown commit"
     threads = torch.get_num_threads()
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, "
         f"{environment.processor()} with {threads} thread{'s' * (threads != 1)} beside other work."
     )
 
 
 def sections(page: str) -> dict[str, str]:
-    """What an earlier page says of each row."""
+    """Return the text of each row in an earlier page."""
     return dict(re.findall(r"^## (\w+)\n\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))

@@ -1,4 +1,4 @@
-"""Rows e: the same examples dealt to more clients, of whom 1 % take part in a round; and more and larger adapters."""
+"""Rows e: more clients with the same examples and cohorts of 1 %; more and larger adapters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ CLIENTS = (10, 1000, 10_000)
 EXAMPLES = 20_000
 ROUNDS = 5
 ASKED = 4
-"""Clients whose replies come back where adapters grow."""
+"""Clients per round in the rows on the size of adapters."""
 SIZES = ((8, 10**5), (8, 10**6), (8, 10**7), (1, 10**7), (1, 10**8))
-"""Adapters, and numbers in each; the last two show the largest that fits beside other work."""
+"""Adapters, and numbers in each; the last two are the largest that fit on the machine."""
 ADAPTERS = (1, 2, 4, 8, 16, 32)
 MOST = 6e9
-"""Bytes that a process may take here; what needs more is left out."""
+"""Memory limit of a process in bytes; larger sizes are skipped."""
 STRATEGIES = {"fedmerge": "{name: fedmerge, adapters: 8, start: warm}", "fedavg": "fedavg"}
 
 
 def rows() -> Iterator[Row]:
-    """e. 20 000 examples on a tiny model, five rounds into a run directory; each number of clients in a process of its own."""
+    """e. 20 000 examples on a tiny model, five rounds with a run directory; a process per size."""
     for name, strategy in STRATEGIES.items():
         found = {clients: _measured(strategy, clients, 2) for clients in CLIENTS}
         for clients in CLIENTS[1:]:
@@ -38,12 +38,13 @@ def rows() -> Iterator[Row]:
             ratios = [a / b for a, b in zip(memory, least, strict=True)]
             asked = max(1, clients // 100)
             sides = (
-                f"{median(memory):.0f} MB, 10 clients {median(least):.0f} MB; a round {seconds(median(each))} for {asked} "
+                f"{median(memory):.0f} MB, 10 clients {median(least):.0f} MB; "
+                f"a round {seconds(median(each))} for {asked} "
                 f"client{'s' * (asked > 1)}, 10 clients {seconds(median(fewest))} for 1"
             )
             wanted = "≤ 1.1" if clients == CLIENTS[-1] else ""
             yield Row(
-                f"e. {name}: most memory of {clients} clients over 10",
+                f"e. {name}: peak memory of {clients} clients over 10",
                 median(ratios),
                 min(ratios),
                 max(ratios),
@@ -53,7 +54,7 @@ def rows() -> Iterator[Row]:
 
 
 def sizes() -> Iterator[Row]:
-    """e. What the server does in a round of FedMerge: four adapters merged and sent, as many replies kept, one step."""
+    """e. The server in a round of FedMerge: four adapters merged, four replies stored, one step."""
     found = {
         size: _measured(*size, 2)
         for size in {*SIZES, *((each, 10**6) for each in ADAPTERS)}
@@ -66,7 +67,10 @@ def sizes() -> Iterator[Row]:
         if large in found:
             (_, less), (memory, more) = found[small], found[large]
             ratios = [a / b for a, b in zip(more, less, strict=True)]
-            sides = f"{seconds(median(more))} and {median(memory):.0f} MB, {_named(*small)} {seconds(median(less))}"
+            sides = (
+                f"{seconds(median(more))} and {median(memory):.0f} MB, "
+                f"{_named(*small)} {seconds(median(less))}"
+            )
             yield Row(
                 f"e. {_named(*large)} over {_named(*small)}",
                 median(ratios),
@@ -81,18 +85,24 @@ def _named(adapters: int, size: int) -> str:
 
 
 def _needed(adapters: int, size: int) -> float:
-    """Bytes, roughly: Θ, its gradient, the optimizer's copy and the new one, Θ without its mean; the replies."""
+    """Estimate the bytes: Θ, its gradient, two copies in the optimizer, centered Θ, replies."""
     return 4 * size * (6 * adapters + ASKED + 2)
 
 
 def _measured(first: object, second: object, repeats: int) -> tuple[list[float], list[float]]:
-    """Most resident memory (MB) of each process, and its seconds a round; of a strategy and clients, or of adapters and their size."""
+    """Return peak memory (MB) and seconds per round, for each of ``repeats`` processes.
+
+    Args:
+        first: A strategy, or a number of adapters.
+        second: The number of clients, or of numbers in an adapter.
+        repeats: Number of processes.
+    """
     command = [sys.executable, __file__, str(first), str(second)]
-    said = [
+    outputs = [
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         for _ in range(repeats)
     ]
-    return [float(each[-2]) for each in said], [float(each[-1]) for each in said]
+    return [float(output[-2]) for output in outputs], [float(output[-1]) for output in outputs]
 
 
 def _run(strategy: str, clients: int) -> tuple[float, float]:
@@ -100,8 +110,9 @@ def _run(strategy: str, clients: int) -> tuple[float, float]:
 
     from fedmerge_peft import Callback, federate
 
-    loaded = engine(clients, EXAMPLES // clients, f"strategy={strategy}", "training.steps=1", "training.batch_size=2",
-                    "clients.fraction=0.01", f"rounds={ROUNDS}", model="tiny:bert")  # fmt: skip
+    overrides = [f"strategy={strategy}", f"rounds={ROUNDS}", "clients.fraction=0.01"]
+    steps = ["training.steps=1", "training.batch_size=2"]
+    loaded = engine(clients, EXAMPLES // clients, *overrides, *steps, model="tiny:bert")
     times: list[float] = []
     with TemporaryDirectory() as folder:
         federate(
@@ -144,8 +155,8 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("first", help="a strategy, or a number of adapters")
-    parser.add_argument("second", type=int, help="clients, or numbers in an adapter")
+    parser.add_argument("first", help="a strategy, or the number of adapters")
+    parser.add_argument("second", type=int, help="number of clients, or numbers in an adapter")
     options = parser.parse_args()
     print(
         *(

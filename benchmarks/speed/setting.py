@@ -1,4 +1,4 @@
-"""Clients that all hold as many examples of 32 tokens, on MiniLM; and what one writes without this package."""
+"""The setting of the rows (MiniLM, 32 tokens, equal clients), and a plain PEFT program."""
 
 from __future__ import annotations
 
@@ -42,13 +42,24 @@ _WORDS = [
 def engine(
     clients: int, examples: int, *overrides: str, model: str = MODEL, tests: int = 0
 ) -> LocalEngine:
-    """Clients with so many training examples each, and so many test examples."""
+    """Return an engine; each client has ``examples`` training and ``tests`` test examples."""
     recipe = Recipe.load(
         "smoke",
-        [f"backbone.model={model}", "task.label=label", "task.max_length=32", "training.device=cpu", "baselines=[]", "lora.r=8",
-         f"training.learning_rate={RATE}", "strategy=fedavg", "rounds=100000", "evaluation.every=100000", "evaluation.finetuned=false",
-         *overrides],
-    )  # fmt: skip
+        [
+            f"backbone.model={model}",
+            "task.label=label",
+            "task.max_length=32",
+            "training.device=cpu",
+            f"training.learning_rate={RATE}",
+            "lora.r=8",
+            "strategy=fedavg",
+            "baselines=[]",
+            "rounds=100000",
+            "evaluation.every=100000",
+            "evaluation.finetuned=false",
+            *overrides,
+        ],
+    )
     generator = np.random.default_rng(0)
     each = examples + tests
     texts = [" ".join(generator.choice(_WORDS, 40)) for _ in range(clients * each)]
@@ -67,7 +78,7 @@ def engine(
 
 
 def rounds(engine: LocalEngine, measured: bool = False) -> Federation:
-    """A federation between its first round and its last, so that only ``evaluation.every`` decides what is measured."""
+    """Return a federation past its first round, so that ``evaluation.every`` alone applies."""
     recipe = engine.recipe.model_copy(
         update={"evaluation": engine.recipe.evaluation.model_copy(update={"every": 1})}
     )
@@ -77,7 +88,7 @@ def rounds(engine: LocalEngine, measured: bool = False) -> Federation:
 
 
 class Plain:
-    """PEFT, Accelerate and a DataLoader, as their guides have it, on the examples of an engine."""
+    """PEFT, Accelerate and a DataLoader, used as in their guides, on the examples of an engine."""
 
     def __init__(self, engine: LocalEngine) -> None:
         from accelerate import Accelerator
@@ -119,12 +130,12 @@ class Plain:
         )
 
     def prepared(self, rows: Sequence[int]) -> Callable[[], float]:
-        """A centralised loop on these rows, set up once; each call is an epoch."""
+        """Set up a centralized loop on these rows; each call of the result is an epoch."""
         optimizer, loader = self.accelerator.prepare(self.optimizer(), self.loader(rows))
         return lambda: self._epoch(loader, optimizer)
 
     def train(self, rows: Sequence[int]) -> float:
-        """A client's epoch: a DataLoader and an optimizer of its own."""
+        """Train one client for an epoch, with its own DataLoader and optimizer."""
         return self._epoch(self.loader(rows), self.optimizer())
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -145,7 +156,7 @@ class Plain:
 
     @torch.no_grad()
     def evaluate(self, rows: Sequence[int]) -> float:
-        """Accuracy on these rows."""
+        """Return the accuracy on these rows."""
         self.model.eval()
         right = 0
         for batch in self.loader(rows, 64):
@@ -168,7 +179,7 @@ class Plain:
 
 
 def averaged(states: Sequence[Mapping[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """FedAvg, tensor by tensor."""
+    """Average by FedAvg, tensor by tensor."""
     total = sum(sizes)
     return {
         name: sum(state[name] * (size / total) for state, size in zip(states, sizes, strict=True))

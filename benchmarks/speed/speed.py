@@ -1,10 +1,11 @@
-"""How fast it is, in ratios: each row does the same work in two ways, in turns, in one process.
+"""Measure speed as ratios: each row does the same work in two ways that alternate in one process.
 
     python benchmarks/speed/speed.py                # all rows
     python benchmarks/speed/speed.py overhead startup
-    python benchmarks/speed/speed.py --write        # into benchmarks/results/speed.md
+    python benchmarks/speed/speed.py --write        # update benchmarks/results/speed.md
 
-Rows that are not asked for keep what they were in that file. Row ``flower`` runs where flwr[simulation] is installed.
+Rows that are not named keep their text in that file. Row ``flower`` needs flwr[simulation] and is
+skipped without it.
 """
 
 from __future__ import annotations
@@ -41,22 +42,27 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "startup": startup.rows,
     "first_step": startup.first_step,
 }
-_HEAD = (
-    "# Speed\n\nA ratio says how many times as long the other way takes (for memory, and where adapters grow: how many times as much ours "
-    "needs with more). Both ways take turns in one process; the ratio is the median over the repeats, with the smallest and the largest. "
-    "MiniLM (22 M parameters), 32 tokens an example, LoRA of rank 8 on query and value.\n"
-)
+_HEAD = """# Speed
+
+A ratio is the time of the alternative over the time of this package. In the rows on memory and on
+the size of adapters, it is the cost of the larger case over the cost of the smaller one. Both sides
+alternate in one process. The ratio is the median over the repeats, with the smallest and the
+largest. The model is MiniLM (22 M parameters) with 32 tokens per example and LoRA of rank 8 on query
+and value.
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--write", action="store_true", help=f"into {RESULTS.name}")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"update benchmarks/results/{RESULTS.name}"
+    )
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
-        parser.error(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+        parser.error(f"unknown row: {', '.join(sorted(unknown))}; choose from {', '.join(ROWS)}")
     logging.getLogger("fedmerge_peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -70,12 +76,9 @@ def main() -> None:
 
 
 def write(name: str, lines: list[str]) -> None:
-    """Put a row's lines into the page, in place of what it said; other programs may write other rows meanwhile."""
+    """Replace the lines of one row in the page as it is now on disk."""
     about = (ROWS[name].__doc__ or "").split("\n")[0]
-    table = (
-        "| what | ratio | over the repeats | medians | wanted |\n|---|---|---|---|---|\n"
-        + "\n".join(lines)
-    )
+    table = "| row | ratio | range | medians | target |\n|---|---|---|---|---|\n" + "\n".join(lines)
     found = sections(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     found[name] = f"{about}\n\n{table}\n\n{stamp()}"
     page = _HEAD + "".join(

@@ -1,4 +1,4 @@
-"""Rows f: what a command takes before it does anything, against the interpreter importing torch; and the way to the first step."""
+"""Rows f: the start-up time of commands against an import of torch, and of the first step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rows() -> Iterator[Row]:
 
 
 def first_step() -> Iterator[Row]:
-    """f. From an empty process to the end of the first training step on MiniLM, batch 8."""
+    """f. From the start of a process to the end of the first training step on MiniLM, batch 8."""
 
     def run(side: str) -> Callable[[], object]:
         return lambda: subprocess.run(
@@ -73,7 +73,7 @@ def _ours() -> None:
 
 
 def _plain() -> None:
-    """As their guides have it."""
+    """Run the first step of a program that follows the guides of PEFT and Accelerate."""
     from pathlib import Path
     from tempfile import TemporaryDirectory
 

@@ -1,4 +1,4 @@
-"""Two ways to do the same work, taken in turns: what else the machine does meets both."""
+"""Alternating measurements of two ways to do the same work, so that other load affects both."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class Row:
     high: float
     """The smallest and the largest ratio of a repeat."""
     sides: str
-    """What both sides took."""
+    """The times of both sides."""
     wanted: str = ""
-    """What it should be at least, or at most."""
+    """The target: a lower or an upper bound."""
 
     def __str__(self) -> str:
-        return f"| {self.what} | {self.ratio:.2f} | {self.low:.2f} to {self.high:.2f} | {self.sides} | {self.wanted} |"
+        spread = f"{self.low:.2f} to {self.high:.2f}"
+        return f"| {self.what} | {self.ratio:.2f} | {spread} | {self.sides} | {self.wanted} |"
 
 
 def race(
     sides: Mapping[str, Callable[[], object]], repeats: int, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each side in each repeat; the order turns round from one repeat to the next."""
+    """Return the seconds of each side in each repeat; every other repeat reverses the order."""
     if warm:
         for work in sides.values():
             work()
@@ -46,12 +47,12 @@ def race(
 def faster(
     what: str, taken: Mapping[str, list[float]], ours: str, theirs: str, wanted: str = ""
 ) -> Row:
-    """How many times as long as ours theirs takes."""
+    """Return the row of the ratio theirs / ours."""
     ratios = [b / a for a, b in zip(taken[ours], taken[theirs], strict=True)]
     sides = f"{ours} {seconds(median(taken[ours]))}, {theirs} {seconds(median(taken[theirs]))}"
     return Row(what, median(ratios), min(ratios), max(ratios), sides, wanted)
 
 
 def seconds(value: float) -> str:
-    """A time as people read it."""
+    """Format a time as s or ms."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"

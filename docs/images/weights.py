@@ -1,4 +1,7 @@
-"""Draw the README's picture of a learned weight matrix: python docs/images/weights.py [RUN], of a finished run of quickstart."""
+"""Draw the README's figure of merging weights, from a finished run of quickstart.
+
+python docs/images/weights.py [RUN]
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def picture(run: Run) -> Heat:
-    """π after the last round, clients with their group's name, which training never saw, and in its order."""
+    """Return π after the last round, with the clients ordered and labeled by group."""
     clients = run.clients.sort_values("group", kind="stable")
     weights = run.weights.loc[clients.index]
     rows = [f"{name} · {group}" for name, group in clients["group"].items()]

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.serving.predictor import Predictor
     from fedmerge_peft.strategies import Strategy, fedmerge_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterLayout",

@@ -1,4 +1,4 @@
-"""What the pages of docs/ say to type works, and they make a site that fetches nothing."""
+"""The commands, programs and recipes of docs/ work, and its pages make a site that fetches nothing."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", pages("bash"))
 def test_commands_run_in_the_order_they_are_shown(page, here, capsys):
-    """On a tiny model where something trains, else as they stand; ``make`` and ``pip`` are not for a test to run."""
+    """Training uses a tiny model; ``make`` is only planned and ``pip`` skipped."""
     for line in "".join(blocks(page, "bash")).splitlines():
         command = shlex.split(line, comments=True)
         if command[0] == "torchrun":  # of one rank here; tests/test_ranks.py starts several
@@ -148,5 +148,12 @@ def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path):
             html,
         )
         assert not fetched, page
+        assert "arithmatex" not in html, f"{page}: an equation is still LaTeX"
+        assert html.count("<math ") >= PAGES[page].count("$$") // 2
+    method = (tmp_path / "site" / "method.html").read_text(encoding="utf-8")
+    assert re.search(r'<math [^>]*display="block"', method)
+    style = (tmp_path / "site" / "stylesheets" / "math.css").read_text(encoding="utf-8")
+    (font,) = re.findall(r'url\("(.*?)"\)', style)
+    assert (tmp_path / "site" / "stylesheets" / font).is_file()
     speed = (tmp_path / "site" / "speed.html").read_text(encoding="utf-8")
     assert 'href="results/speed.html"' in speed

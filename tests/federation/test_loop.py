@@ -176,7 +176,7 @@ def test_a_client_that_cannot_be_measured_is_named_with_the_rounds_completed(eng
     monkeypatch.setattr("fedmerge_peft.engines.local.evaluate", fail)
     with pytest.raises(
         ClientError,
-        match=r"client Harbour Clinic, round 2: scored after the round: ZeroDivisionError: no luck",
+        match=r"client Harbour Clinic, round 2: evaluation after the round: ZeroDivisionError: no luck",
     ) as caught:
         federation.evaluate()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

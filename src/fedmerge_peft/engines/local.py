@@ -177,7 +177,7 @@ class LocalEngine:
             try:
                 yield index, self._scores(client, adapter)
             except Exception as error:
-                yield index, client_error(client, completed, error, "scored after the round: ")
+                yield index, client_error(client, completed, error, "evaluation after the round: ")
 
     @cached_property
     def clients_per_batch(self) -> int:

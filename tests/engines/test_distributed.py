@@ -133,9 +133,7 @@ def test_a_rank_alone_does_what_an_engine_does_that_knows_of_no_ranks(
     )
     local = LocalEngine.from_recipe(recipe)
     RANKED["one_client_fails"](local)
-    ranked = RankedEngine(
-        recipe, local.clients, local.task, local.examples, local.backbone, local.accelerator
-    )
+    ranked = RankedEngine(recipe, local.clients, local.runtime)
     runs = [
         federate(recipe, tmp_path / type(engine).__name__, engine=engine)
         for engine in (local, ranked)

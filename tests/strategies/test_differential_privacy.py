@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge_peft import Callback, Federation, Recipe, RecipeError, federate, resume
+from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import clipped
 from fedmerge_peft.strategies.differential_privacy import (
@@ -113,10 +114,12 @@ def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_ea
     assert [found.epsilon(number) for number in (2, 8, 3, 3, 0, 7)] == [
         fresh[number] for number in (2, 8, 3, 3, 0, 7)
     ]
-    cohort, seen = found.cohort, []
-    found.cohort = lambda number: seen.append(number) or cohort(number)
-    assert [found.epsilon(number) for number in (7, 8)] == fresh[7:]
-    assert seen == [8]
+    seen = []
+    ledger = PrivacyLedger(
+        found.recipe.privacy, lambda number: seen.append(number) or found.cohort(number)
+    )
+    assert [ledger.epsilon(number) for number in (7, 8)] == fresh[7:]
+    assert seen == list(range(1, 9))
 
 
 # ---- what leaves a client ------------------------------------------------------------------------

@@ -408,7 +408,7 @@ def test_one_engine_serves_several_strategies_from_its_cache():
     engines = {
         gigabytes: LocalEngine.from_recipe(recipe(gigabytes, "local")) for gigabytes in (0, 1)
     }
-    assert engines[0].cache is None
+    assert engines[0].runtime.cache is None
     for strategy in ("local", "fedavg", "fedmerge", "fedem"):
         found = {}
         for gigabytes, engine in engines.items():
@@ -418,4 +418,4 @@ def test_one_engine_serves_several_strategies_from_its_cache():
         start = Federation(recipe(0, strategy), engines[0]).strategy.soup.rows
         assert_near(found[1][0], found[0][0], start)
         assert found[1][1] == pytest.approx(found[0][1])
-    assert engines[1].cache._store is not None
+    assert engines[1].runtime.cache._store is not None

@@ -85,7 +85,7 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
         for phase in range(max(len(job.train.phases) for job in jobs)):
             present = [state for state in states if phase < len(state.job.train.phases)]
             present.sort(key=lambda state: -state.steps)
-            _train_phase(runtime, training, present, phase)
+            _train_phase(runtime, training, present, phase, shared=len(jobs) > 1)
     backbone.eval()
     return [
         Trained(
@@ -109,10 +109,19 @@ def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
 
 
 def _train_phase(
-    runtime: Runtime, training: TrainingRecipe, states: list[_TrainState], phase: int
+    runtime: Runtime,
+    training: TrainingRecipe,
+    states: list[_TrainState],
+    phase: int,
+    *,
+    shared: bool,
 ) -> None:
     """Run one pass of local training for each job. Jobs with the most steps come first."""
-    adapters = _load(runtime, states)
+    adapters: Adapters
+    if shared:
+        adapters = AdapterStack(runtime.backbone, torch.stack([state.row for state in states]))
+    else:
+        adapters = AdapterSlot(runtime.backbone, states[0].row)
     batches = [
         micro_batches(state.job.indices, training, state.job.seed, phase) for state in states
     ]
@@ -141,12 +150,6 @@ def _train_phase(
             adapters.gradient.zero_()
     for state, row in zip(states, adapters.rows, strict=False):
         state.row = row.clone()
-
-
-def _load(runtime: Runtime, states: Sequence[_TrainState]) -> Adapters:
-    if len(states) == 1:
-        return AdapterSlot(runtime.backbone, states[0].row)
-    return AdapterStack(runtime.backbone, torch.stack([state.row for state in states]))
 
 
 def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerGroup) -> None:

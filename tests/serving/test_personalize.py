@@ -247,7 +247,10 @@ def test_the_run_remembers_the_labels_and_a_newcomer_with_some_of_them_keeps_the
     result = personalize(run, tmp_path / "Fen Water.csv", local=False)
     assert result.name == "Fen Water"
     assert isinstance(result, Personalized)
-    assert {int(label) for label in newcomer(run, some).examples.columns["labels"]} == {3, 5}
+    assert {int(label) for label in newcomer(run, some).runtime.examples.columns["labels"]} == {
+        3,
+        5,
+    }
 
 
 @pytest.mark.parametrize(

@@ -468,7 +468,7 @@ def test_a_run_that_ends_while_warming_says_so(engine):
         Federation(recipe("strategy.start=warm", "strategy.warm_rounds=3"), engine).rounds()
     )
     assert records[-1].warnings == [
-        "clients are grouped after round 3, and this was round 2: so far this is FedAvg"
+        "until clients are grouped after round 3, fedmerge equals FedAvg; completed rounds: 2"
     ]
 
 

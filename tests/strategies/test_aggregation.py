@@ -264,7 +264,7 @@ def test_flexlora_leaves_no_direction_that_could_not_be_learned_again(formulas):
 def test_ranks_are_at_most_the_slots(formulas, name):
     with pytest.raises(
         RecipeError,
-        match=r"strategy.ranks: 8 is more than the adapter's rank of 4; lower it, or raise lora.r",
+        match=r"strategy.ranks: 8 exceeds the adapter's rank of 4; lower it, or raise lora.r",
     ):
         formulas(3).strategy(name, ranks=[2, 8])
 
@@ -367,7 +367,7 @@ def test_nothing_is_added_to_a_layer_that_is_tied_to_another(make_backbone):
 def test_flora_refuses_embeddings(make_backbone):
     with pytest.raises(
         RecipeError,
-        match=r"lora.target_modules: flora adds to linear layers, and .*word_embeddings is an embedding",
+        match=r"lora.target_modules: flora supports linear layers only, but .*word_embeddings is an embedding",
     ):
         flora_of(make_backbone("bert", {"target_modules": ["query", "word_embeddings"]}))
 

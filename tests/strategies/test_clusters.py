@@ -9,7 +9,7 @@ import torch
 from fedmerge_peft import AdapterLayout, federate, load_run
 from fedmerge_peft.recipe.strategies import FedEMRecipe, FeSEMRecipe, FLHCRecipe, IFCARecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
-from fedmerge_peft.strategies.flhc import hierarchy
+from fedmerge_peft.strategies.flhc import hierarchical_clusters
 from fedmerge_peft.training.execute import run_plan
 from fedmerge_peft.training.plan import Choose, Trained
 from fedmerge_peft.util.seeds import derive
@@ -268,7 +268,7 @@ def test_fesem_waits_for_as_many_clients_as_clusters_and_clusters_all_that_it_ha
     start = strategy.soup.rows
     strategy.update(replies(strategy, QUADRATICS, [0, 1]))
     assert strategy.warnings() == [
-        "clients are clustered when 1 more have taken part: until then all train the same start"
+        "until clients are clustered, all train the same adapter; clients still needed: 1"
     ]
     assert torch.equal(strategy.soup.rows, start)
     torch.testing.assert_close(strategy.weights, torch.full((9, 3), 1 / 3))
@@ -303,7 +303,7 @@ def test_fesem_tells_rows_apart_that_are_long_and_close():
 def test_flhc_is_fedavg_before_the_clustering_and_each_clusters_own_from_that_round_on():
     strategy = make("flhc", noise)
     assert strategy.warnings() == [
-        "clients are clustered after round 2, and this was round 0: so far this is FedAvg"
+        "until clients are clustered after round 2, flhc equals FedAvg; completed rounds: 0"
     ]
     federated(strategy, QUADRATICS, 1)
     shares = SIZES / SIZES.sum()
@@ -353,7 +353,7 @@ def test_flhc_waits_for_as_many_clients_as_clusters():
     strategy = make(FLHCRecipe(name="flhc", adapters=3, warm_rounds=1), noise)
     strategy.update(replies(strategy, QUADRATICS, [0, 1]))
     assert strategy.warnings() == [
-        "clients are clustered when 1 more have taken part: so far this is FedAvg"
+        "until clients are clustered, flhc equals FedAvg; clients still needed: 1"
     ]
     shares = SIZES[:2] / SIZES[:2].sum()
     fedavg = 0.5 * noise(0) + 0.5 * shares @ TARGETS[:2]
@@ -376,9 +376,10 @@ def test_flhc_with_one_cluster_is_fedavg_for_newcomers_too():
 
 def test_an_update_of_zero_is_far_from_all_by_cosine():
     deltas = torch.tensor([[1.0, 0.1], [2.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])
-    assert len({*hierarchy(deltas, 3, "cosine", "average").tolist()}) == 3
+    assert len({*hierarchical_clusters(deltas, 3, "cosine", "average").tolist()}) == 3
     assert (
-        hierarchy(deltas, 3, "cosine", "average")[0] == hierarchy(deltas, 3, "cosine", "average")[1]
+        hierarchical_clusters(deltas, 3, "cosine", "average")[0]
+        == hierarchical_clusters(deltas, 3, "cosine", "average")[1]
     )
 
 

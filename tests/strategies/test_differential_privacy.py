@@ -182,7 +182,9 @@ def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(
     weights = torch.softmax(
         sharpness * torch.randn(clients, adapters, generator=generator).double(), dim=1
     )
-    rule = PrivateAggregator(PrivacyRecipe(mode="central", noise=1e-12), asked=clients, seed=0)
+    rule = PrivateAggregator(
+        PrivacyRecipe(mode="central", noise=1e-12), cohort_size=clients, seed=0
+    )
     whole = rule.combine(deltas, weights, torch.ones(clients))
     for missing in range(clients):
         rest = [client for client in range(clients) if client != missing]
@@ -192,7 +194,9 @@ def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(
 
 @pytest.mark.parametrize(("adapters", "sensitivity"), [(1, 0.05), (4, 0.4)])
 def test_sums_get_noise_of_z_times_their_sensitivity(adapters, sensitivity):
-    rule = PrivateAggregator(PrivacyRecipe(mode="central", noise=2.0, clip=0.5), asked=10, seed=0)
+    rule = PrivateAggregator(
+        PrivacyRecipe(mode="central", noise=2.0, clip=0.5), cohort_size=10, seed=0
+    )
     assert rule.sensitivity(adapters) == sensitivity
     found = rule.combine(
         torch.zeros(10, 50_000), torch.full((10, adapters), 1 / adapters), torch.ones(10)
@@ -201,7 +205,7 @@ def test_sums_get_noise_of_z_times_their_sensitivity(adapters, sensitivity):
 
 
 def test_each_round_has_its_own_noise():
-    rule = PrivateAggregator(PrivacyRecipe(mode="central"), asked=3, seed=0)
+    rule = PrivateAggregator(PrivacyRecipe(mode="central"), cohort_size=3, seed=0)
     found = []
     for _ in range(2):
         rule.clip(torch.zeros(3, 4))

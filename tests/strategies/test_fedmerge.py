@@ -60,7 +60,7 @@ def test_memory_averages_what_the_weights_step_by():
     strategy = fedmerge(2, rule="gradient", weights_memory=0.8, weights_lr=1.0)
     everyone, shares = torch.tensor([0, 1]), torch.tensor([0.5, 0.5], dtype=torch.float64)
     for gradient in gradients:
-        move = strategy.steps.move(everyone, gradient, shares)
+        move = strategy.steps.compute(everyone, gradient, shares)
     weights = torch.tensor([0.8**2, 0.8, 1.0], dtype=torch.float64)
     mean = (
         sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
@@ -75,14 +75,16 @@ def test_memory_counts_only_the_rounds_a_client_replied_in():
         torch.tensor([1.0], dtype=torch.float64),
         torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64),
     )
-    strategy.steps.move(torch.tensor([0]), 5 * gradient, shares)
-    torch.testing.assert_close(strategy.steps.move(torch.tensor([1]), gradient, shares), gradient)
+    strategy.steps.compute(torch.tensor([0]), 5 * gradient, shares)
+    torch.testing.assert_close(
+        strategy.steps.compute(torch.tensor([1]), gradient, shares), gradient
+    )
 
 
 def test_adam_steps_each_logit_by_its_own_scale():
     strategy = fedmerge(1, rule="adam", weights_lr=0.3)
     gradient = torch.tensor([[100.0, -0.001, 0.0]], dtype=torch.float64)
-    move = strategy.steps.move(
+    move = strategy.steps.compute(
         torch.tensor([0]), gradient, torch.tensor([1.0], dtype=torch.float64)
     )
     torch.testing.assert_close(move, torch.tensor([[0.3, -0.3, 0.0]], dtype=torch.float64))

@@ -117,7 +117,8 @@ def test_fedrep_needs_a_head(formulas):
         ),
     )
     with pytest.raises(
-        RecipeError, match=r"strategy.name: fedrep keeps the head private and this adapter has none"
+        RecipeError,
+        match=r"strategy.name: fedrep keeps the head private, but this adapter has none",
     ):
         case.strategy("fedrep")
 
@@ -197,7 +198,7 @@ def test_feddpa_needs_an_even_rank(formulas):
     )
     with pytest.raises(
         RecipeError,
-        match=r"lora.r: feddpa gives half of the ranks to each client, and a has rank 3; use an even rank",
+        match=r"lora.r: feddpa splits the ranks in half, but a has rank 3; use an even rank",
     ):
         case.strategy("feddpa")
 

@@ -17,7 +17,13 @@ from fedmerge_peft import AdapterLayout, Callback, RecipeError, federate, resume
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedAvgRecipe, FedMergeRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
-from fedmerge_peft.strategies.aggregation import Aggregator, agreeing, clipped, krum, trimmed_means
+from fedmerge_peft.strategies.aggregation import (
+    Aggregator,
+    clipped,
+    cosine_filter_weights,
+    krum_weights,
+    trimmed_means,
+)
 
 pytestmark = pytest.mark.equality
 
@@ -94,14 +100,14 @@ def test_krum_keeps_the_updates_with_the_nearest_neighbours(count, several):
     best = sorted(range(count), key=scores.__getitem__)[: count - hostile if several else 1]
     expected = torch.zeros(count, dtype=torch.float64)
     expected[best] = 1 / len(best)
-    torch.testing.assert_close(krum(deltas, even(count)[:, 0], 0.3, several), expected)
+    torch.testing.assert_close(krum_weights(deltas, even(count)[:, 0], 0.3, several), expected)
 
 
 def test_krum_asks_those_who_use_an_adapter_alone():
     deltas = torch.cat([random(4, 6), 50 + random(8, 6)])
     weights = torch.cat([torch.full((4,), 0.2), torch.full((8,), 0.025)]).double()
-    assert krum(deltas, weights, 0.2, False).argmax() < 4
-    assert krum(deltas, weights, 0.2, True)[4:].sum() == 0
+    assert krum_weights(deltas, weights, 0.2, False).argmax() < 4
+    assert krum_weights(deltas, weights, 0.2, True)[4:].sum() == 0
 
 
 def test_the_cosine_filter_leaves_out_who_points_against_the_others():
@@ -115,14 +121,14 @@ def test_the_cosine_filter_leaves_out_who_points_against_the_others():
 
 def test_nobody_decides_about_itself_in_the_cosine_filter():
     between = torch.tensor([[1.0, -0.1, -0.1], [-0.1, 1.0, 0.5], [-0.1, 0.5, 1.0]]).double()
-    found = agreeing(between, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64))
+    found = cosine_filter_weights(between, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64))
     assert found.tolist() == [
         0.9,
         0.05,
         0.05,
     ]  # it has nearly all of the weight: the other two are no users, and have no say
     torch.testing.assert_close(
-        agreeing(between, torch.tensor([0.5, 0.25, 0.25]).double()),
+        cosine_filter_weights(between, torch.tensor([0.5, 0.25, 0.25]).double()),
         torch.tensor([0.0, 0.5, 0.5]).double(),
     )
 
@@ -171,7 +177,7 @@ def test_who_is_first_does_not_matter(rule, order):
 def test_sorting_a_part_of_the_columns_at_a_time_changes_nothing(monkeypatch):
     deltas, weights = random(5, 100), even(5)
     whole = trimmed_means(deltas, weights, 0.3)
-    monkeypatch.setattr("fedmerge_peft.strategies.aggregation._COLUMNS", 7)
+    monkeypatch.setattr("fedmerge_peft.strategies.aggregation._SORT_COLUMNS", 7)
     assert torch.equal(trimmed_means(deltas, weights, 0.3), whole)
 
 
@@ -207,8 +213,8 @@ def test_the_lengths_that_are_handed_on_are_those_after_clipping():
         aggregator(norm_bound=1.0),
         torch.tensor([0.5, 1.0, 3.0])[:, None] * torch.eye(4)[:3],
     )
-    torch.testing.assert_close(rule.clip(deltas).norm(dim=1).double(), rule.lengths)
-    assert rule.lengths.tolist() == [0.5, 1.0, 1.0]
+    torch.testing.assert_close(rule.clip(deltas).norm(dim=1).double(), rule.update_norms)
+    assert rule.update_norms.tolist() == [0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["fedmerge", "fedavg"])

@@ -1,25 +1,38 @@
-"""How the updates of several clients become one, when some of them may be hostile.
+"""Robust aggregation: clip the updates of several clients and combine them into one.
 
-Every strategy that averages does so through an ``Aggregator``: δ_i are the updates, q_ij ≥ 0 what client i's counts for adapter j, and
-Δ_j = Q_j · A(δ, q_j / Q_j) with Q_j = Σ_i q_ij, mostly 1. The weights w = q_j / Q_j sum to 1. A is one of:
+All strategies that average use an ``Aggregator``. Let δ_i be the updates and q_ij ≥ 0 the weight of
+client i for adapter j. With Q_j = Σ_i q_ij, which is 1 in most cases, the combined update is
 
-mean           Σ_i w_i δ_i. One client can move it anywhere.
-median         in each coordinate the weighted median: at most half of the weight is on either side of it; the middle of two such.
-trimmed_mean   in each coordinate the weighted mean of what is left when the lowest and the highest part β of the weight is cut off.
-krum           δ_i of the client whose n − f − 2 nearest others are nearest, by the sum of squared distances.
-multi_krum     the weighted mean of the n − f clients for which that sum is smallest.
-cosine_filter  the weighted mean of the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0: all others have a vote of length 1 on where
-               to go, and who goes against it is left out.
+    Δ_j = Q_j · A(δ, w),    w = q_j / Q_j,    Σ_i w_i = 1
 
-Median and trimmed mean: Yin et al. 2018, arXiv 1803.01498, definitions 1 and 2, of which these are the weighted forms (equal weights give
-theirs). Krum: Blanchard et al. 2017, arXiv 1703.02757; it has no weights, so n counts the clients that use an adapter, those with at
-least half of an even share of its weight, and f is a part of these. Below three users nobody can be outvoted, and it is their mean.
-The filter is FLTrust's (Cao et al. 2021, arXiv 2012.13995, algorithm 2), which trusts nobody whose direction is against that of an update
-from data of the server's own; here, where the server has none, the adapter's other users are asked. Who agrees counts in full: clients
-that differ are no worse.
+A is one of these rules:
 
-Before that, updates are clipped: δ_i ← δ_i · min(1, C / ‖δ_i‖₂) (Sun et al. 2019, arXiv 1911.07963), so that client i moves Θ_j by no more
-than η q_ij C with the mean. C is fixed, or a multiple of the running median of the norms, which no minority of clients decides.
+mean           Σ_i w_i δ_i. A single client can move it arbitrarily far.
+median         Weighted median of each coordinate: at most half of the weight lies on either side.
+               If two values satisfy this, their midpoint.
+trimmed_mean   Weighted mean of each coordinate after the lowest and the highest fraction β of the
+               weight have been removed.
+krum           δ_i of the client with the smallest sum of squared distances to its n − f − 2
+               nearest neighbors.
+multi_krum     Weighted mean of the n − f clients with the smallest such sums.
+cosine_filter  Weighted mean of the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0. Every
+               client votes for a direction with a vector of length 1. An update that opposes the
+               vote of the other clients is removed.
+
+Median and trimmed mean are the weighted forms of definitions 1 and 2 of Yin et al. 2018, arXiv
+1803.01498; equal weights give the original definitions. Krum is from Blanchard et al. 2017, arXiv
+1703.02757. It has no weights: n counts the users of an adapter, which are the clients with at least
+half of a uniform share of its weight, and f is a fraction of n. With fewer than three users no
+client can be outvoted, and the result is their mean.
+
+The cosine filter follows FLTrust (Cao et al. 2021, arXiv 2012.13995, algorithm 2). FLTrust removes
+updates whose direction opposes an update from the server's own data. If the server has no data, as
+here, the other users of the adapter provide the reference. Unlike in FLTrust, the remaining updates
+keep their full weight, because updates of honest clients may differ as well.
+
+Updates are clipped first: δ_i ← δ_i · min(1, C / ‖δ_i‖₂) (Sun et al. 2019, arXiv 1911.07963). With
+the mean, client i then moves Θ_j by at most η q_ij C. C is fixed, or a multiple of the running
+median of the norms, which a minority of clients cannot control.
 """
 
 from __future__ import annotations
@@ -35,35 +48,39 @@ from fedmerge_peft.strategies.server_step import soup_shares
 from fedmerge_peft.strategies.similarity import cosines
 from fedmerge_peft.util.vectors import row_norms
 
-_REMEMBERED = 5
-"""Rounds that the running median of the norms is over."""
-_USES = 0.5
-"""Part of an even share of an adapter's weight from which on a client counts as one of its users."""
-_COLUMNS = 1 << 16
-"""Columns that are sorted at a time, to bound memory."""
+_NORM_WINDOW = 5
+"""Number of rounds in the running median of the norms."""
+_MIN_USER_SHARE = 0.5
+"""Smallest fraction of a uniform share of an adapter's weight with which a client is a user."""
+_SORT_COLUMNS = 1 << 16
+"""Number of columns that are sorted at a time, which bounds memory."""
 
 
 class Aggregator:
-    """One federation's rule. A strategy clips a round's updates once, then combines them as often as it has adapters."""
+    """Aggregation rule of one federation.
+
+    In each round a strategy calls ``clip`` once and ``combine`` as often as it needs.
+    """
 
     def __init__(self, recipe: RobustnessRecipe | None = None) -> None:
         self.recipe = recipe or RobustnessRecipe()
         self.norms: list[float] = []
-        """Median ‖δ_i‖₂ of each round so far; the running median follows from them, so a run goes on with those of its records."""
-        self.lengths = torch.empty(0)
-        """‖δ_i‖₂ of the updates that were clipped last, as they are now, ``(k,)``, to a millionth or so: a pass over all replies."""
+        """Median of ‖δ_i‖₂ in each completed round. A resumed run restores it from its records."""
+        self.update_norms = torch.empty(0)
+        """‖δ_i‖₂ of this round's updates after clipping, ``(k,)`` float64, with relative error
+        10⁻⁶."""
 
     def clip(self, deltas: Tensor) -> Tensor:
-        """A round's updates ``(k, P)``, none longer than C; to be called once a round."""
-        found = row_norms(deltas)
-        self.norms.append(float(found.median()))
-        self.lengths = found.clamp_max(self.bound)
-        return clipped(deltas, self.bound, found)
+        """Clip a round's updates ``(k, P)`` to L2 norm C. Call this once per round."""
+        norms = row_norms(deltas)
+        self.norms.append(float(norms.median()))
+        self.update_norms = norms.clamp_max(self.bound)
+        return clipped(deltas, self.bound, norms)
 
     @property
     def bound(self) -> float:
-        """C in this round, L2; infinite where nothing is clipped."""
-        running = median(self.norms[-_REMEMBERED:]) if self.norms else 0.0
+        """C in this round, an L2 norm; infinite without clipping."""
+        running = median(self.norms[-_NORM_WINDOW:]) if self.norms else 0.0
         multiple = (
             math.inf if self.recipe.norm_multiple is None else self.recipe.norm_multiple * running
         )
@@ -72,118 +89,122 @@ class Aggregator:
     def combine(
         self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True
     ) -> Tensor:
-        """Δ ``(d, P)``, zero for an adapter that nobody uses.
+        """Combine updates to Δ ``(d, P)``; zero for an adapter whose weights are all zero.
 
         Args:
             deltas: δ, ``(k, P)``.
-            weights: π ≥ 0, what each client counts for each adapter beside its size, ``(k, d)``.
-            sizes: n, ``(k,)``, any unit.
-            normalize: q_ij = π_ij n_i / Σ_i' π_i'j n_i', so that Q_j = 1; or else q_ij = π_ij n_i / n.
+            weights: π ≥ 0, the weight of each client for each adapter, ``(k, d)``. It is multiplied
+                by the client's size.
+            sizes: n, ``(k,)``, in any unit.
+            normalize: If True, q_ij = π_ij n_i / Σ_i' π_i'j n_i', so that Q_j = 1. Otherwise
+                q_ij = π_ij n_i / n.
         """
         shares = (sizes / sizes.sum()).double()
         mixing = soup_shares(weights, shares) if normalize else weights.double() * shares[:, None]
         if self.recipe.aggregation == "mean":
             return mixing.T.to(deltas) @ deltas
         totals = mixing.sum(dim=0)
-        counted = mixing / totals.clamp_min(torch.finfo(torch.float64).tiny)
+        normalized = mixing / totals.clamp_min(torch.finfo(torch.float64).tiny)
         match self.recipe.aggregation:
             case "median":
-                found = trimmed_means(deltas, counted, 0.5)
+                combined = trimmed_means(deltas, normalized, 0.5)
             case "trimmed_mean":
-                found = trimmed_means(deltas, counted, self.recipe.trim)
+                combined = trimmed_means(deltas, normalized, self.recipe.trim)
             case "krum" | "multi_krum":
-                kept = [
-                    krum(
-                        deltas,
-                        column,
-                        self.recipe.malicious,
-                        self.recipe.aggregation == "multi_krum",
-                    )
-                    for column in counted.T
+                multiple = self.recipe.aggregation == "multi_krum"
+                rows = [
+                    krum_weights(deltas, column, self.recipe.malicious, multiple)
+                    for column in normalized.T
                 ]
-                found = torch.stack(kept).to(deltas) @ deltas
+                combined = torch.stack(rows).to(deltas) @ deltas
             case "cosine_filter":
-                between = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
-                found = (
-                    torch.stack([agreeing(between, column) for column in counted.T]).to(deltas)
-                    @ deltas
-                )
-        return totals[:, None].to(deltas) * found
+                similarities = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
+                rows = [cosine_filter_weights(similarities, column) for column in normalized.T]
+                combined = torch.stack(rows).to(deltas) @ deltas
+        return totals[:, None].to(deltas) * combined
 
 
-def clipped(deltas: Tensor, bound: float, known: Tensor | None = None) -> Tensor:
-    """δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``; what is short enough stays, bit for bit. ``known``: ‖δ_i‖₂, where they are."""
+def clipped(deltas: Tensor, bound: float, norms: Tensor | None = None) -> Tensor:
+    """Return δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``. Rows within the bound are not changed.
+
+    Args:
+        deltas: δ, ``(k, P)``.
+        bound: Largest L2 norm; may be infinite.
+        norms: ‖δ_i‖₂, ``(k,)``, if known.
+    """
     if math.isinf(bound):
         return deltas
-    found = (row_norms(deltas) if known is None else known)[:, None]
-    shorter = (deltas * (bound / found.clamp_min(torch.finfo(torch.float64).tiny))).to(deltas)
-    return torch.where(found > bound, shorter, deltas)
+    norms = (row_norms(deltas) if norms is None else norms)[:, None]
+    scaled = (deltas * (bound / norms.clamp_min(torch.finfo(torch.float64).tiny))).to(deltas)
+    return torch.where(norms > bound, scaled, deltas)
 
 
 def trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
-    """In each coordinate, the weighted mean without the lowest and the highest ``trim`` of the weight, ``(d, P)``; 0.5 is the median.
+    """Compute the weighted trimmed mean of each coordinate for each adapter, ``(d, P)``.
 
     Args:
         deltas: ``(k, P)``.
-        weights: ``(k, d)`` float64; columns sum to 1, or are zero, which gives zeros.
-        trim: β, from 0 to 0.5.
+        weights: ``(k, d)`` float64. Each column sums to 1, or is zero, which gives zeros.
+        trim: β, the fraction of the weight to remove at each end, from 0 to 0.5. 0.5 gives the
+            weighted median.
     """
     return torch.cat(
-        [_trimmed_means(part, weights, trim) for part in torch.split(deltas, _COLUMNS, dim=1)],
+        [_trimmed_means(part, weights, trim) for part in torch.split(deltas, _SORT_COLUMNS, dim=1)],
         dim=1,
     )
 
 
 def _trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
     values, order = deltas.sort(dim=0)
-    found = []
+    rows = []
     for column in weights.T:
-        own = column[order]  # (k, P), in the order of each coordinate
-        above = own.cumsum(dim=0)
+        ordered = column[order]  # (k, P), in the order of each coordinate's values
+        cumulative = ordered.cumsum(dim=0)
         if trim == 0.5:
-            # weights that meet the half exactly, but for rounding, have the middle of two
-            slack = 8 * len(own) * torch.finfo(torch.float64).eps
+            # If the cumulative weight is one half up to rounding, the median is a midpoint.
+            slack = 8 * len(ordered) * torch.finfo(torch.float64).eps
             low, high = (
-                (above < 0.5 + shift).sum(dim=0, keepdim=True).clamp_max(len(own) - 1)
+                (cumulative < 0.5 + shift).sum(dim=0, keepdim=True).clamp_max(len(ordered) - 1)
                 for shift in (-slack, slack)
             )
-            found.append(
+            rows.append(
                 ((values.gather(0, low) + values.gather(0, high)) / 2)[0] * float(column.any())
             )
         else:
-            kept = above.clamp(trim, 1 - trim) - (above - own).clamp(trim, 1 - trim)
-            found.append(((kept * values).sum(dim=0) / (1 - 2 * trim)).to(deltas))
-    return torch.stack(found)
+            kept = cumulative.clamp(trim, 1 - trim) - (cumulative - ordered).clamp(trim, 1 - trim)
+            rows.append(((kept * values).sum(dim=0) / (1 - 2 * trim)).to(deltas))
+    return torch.stack(rows)
 
 
-def krum(deltas: Tensor, weights: Tensor, malicious: float, several: bool) -> Tensor:
-    """What (multi-)Krum keeps of each client's update: weights ``(k,)`` that sum to 1, or to 0 where those given do.
+def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, multiple: bool) -> Tensor:
+    """Compute the weights of (multi-)Krum's mean, ``(k,)``, with the sum of ``weights`` (1 or 0).
 
     Args:
         deltas: ``(k, P)``.
         weights: ``(k,)`` float64; sums to 1, or is zero.
-        malicious: f as a part of the users.
-        several: Keep the n − f best by their weights, instead of the one best.
+        malicious: f as a fraction of the users.
+        multiple: Keep the n − f best clients with their weights, instead of the best one.
     """
     users = _users(weights)
     if (count := len(users)) > 2:
         hostile = math.floor(malicious * count)
-        theirs = deltas[users].double()
-        squares = torch.cdist(theirs, theirs, compute_mode="donot_use_mm_for_euclid_dist").square()
+        rows = deltas[users].double()
+        squares = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
         nearest = squares.sort(dim=1).values[
             :, 1 : 1 + max(1, count - hostile - 2)
-        ]  # without itself
-        users = users[nearest.sum(dim=1).argsort(stable=True)[: count - hostile if several else 1]]
+        ]  # column 0 is the distance to itself
+        best = nearest.sum(dim=1).argsort(stable=True)
+        users = users[best[: count - hostile if multiple else 1]]
     kept = torch.zeros_like(weights)
     kept[users] = weights[users]
     return kept / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def agreeing(between: Tensor, weights: Tensor) -> Tensor:
-    """What the filter keeps of each client's update: weights ``(k,)`` that sum to 1, or to 0 where those given do.
+def cosine_filter_weights(similarities: Tensor, weights: Tensor) -> Tensor:
+    """Compute the weights of the cosine filter's mean, ``(k,)``, with the sum of ``weights``.
 
     Args:
-        between: Cosines of each two updates, ``(k, k)`` float64.
+        similarities: Cosines of all pairs of updates, ``(k, k)`` float64.
         weights: ``(k,)`` float64; sums to 1, or is zero.
     """
     users = _users(weights)
@@ -191,11 +212,11 @@ def agreeing(between: Tensor, weights: Tensor) -> Tensor:
         return weights
     votes = torch.zeros_like(weights)
     votes[users] = weights[users]
-    others = between @ votes - between.diagonal() * votes
+    others = similarities @ votes - similarities.diagonal() * votes
     kept = torch.where(others > 0, weights, 0.0)
     return kept / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _users(weights: Tensor) -> Tensor:
-    """Indices of the clients that use an adapter, by their weights ``(k,)``, which sum to 1 or 0."""
-    return torch.nonzero(weights * len(weights) >= _USES).flatten()
+    """Return the indices of an adapter's users, given its weights ``(k,)`` that sum to 1 or 0."""
+    return torch.nonzero(weights * len(weights) >= _MIN_USER_SHARE).flatten()

@@ -1,4 +1,4 @@
-"""What a server-side method is: what each client gets, and what the replies change."""
+"""Interface of a server-side method: plans for the clients, and updates from their replies."""
 
 from __future__ import annotations
 
@@ -21,88 +21,96 @@ from fedmerge_peft.util.stateful import Stateful
 
 @dataclass(frozen=True)
 class StrategyContext:
-    """What a strategy starts from: who the clients are, and where new adapters come from."""
+    """Inputs from which a strategy is constructed, in addition to its recipe."""
 
     clients: int
     """m, the number of clients in the federation."""
     layout: AdapterLayout
     fresh_row: Callable[[int], Tensor]
-    """``fresh_row(k)``: the k-th random adapter ``(P,)``; the same k gives the same numbers."""
+    """``fresh_row(k)`` returns the k-th random adapter ``(P,)``. Equal k give equal numbers."""
     shared: Mapping[str, Tensor] = field(default_factory=dict)
-    """Frozen tensors that all adapters have in common, by PEFT's saved name."""
+    """Frozen tensors that all adapters share, by the name under which PEFT saves them."""
     seed: int = 0
     scaling: Mapping[str, float] = field(default_factory=dict)
-    """What the update B A of each adapted layer is multiplied by, by module name: alpha / r, or alpha / √r with rsLoRA."""
+    """Factor of the update B A of each adapted layer, by module name: alpha / r, or alpha / √r with
+    rsLoRA."""
     aggregator: Aggregator = field(default_factory=Aggregator)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What comes back from one client after one round."""
+    """One client's reply in one round."""
 
     client: int
     """Index of the client in the federation."""
     deltas: Tensor
-    """As sent minus as trained, ``(k, P)`` float32 on the CPU: a row for each adapter that the plan had it train."""
+    """Sent minus trained, ``(k, P)`` float32 on the CPU: one row for each trained adapter of the
+    plan."""
     size: int
-    """n_i, training examples."""
+    """n_i, the number of training examples."""
     train_loss: float
-    """Mean loss over the round's training steps."""
+    """Mean loss (nats) over the round's training steps."""
     seconds: float
     served: dict[str, float] | None = None
-    """Scores of what the client was served with before the round, such as ``test_accuracy``; None in rounds that do not measure."""
+    """Scores before training, such as ``test_accuracy``, of the adapter that the client was served.
+    None in rounds without evaluation."""
     finetuned: dict[str, float] | None = None
     """Scores after local training."""
     choice: int = 0
-    """Which adapter was trained, where the plan gave a choice."""
+    """Index of the trained adapter, if the plan offered a choice."""
     weights: Tensor | None = None
-    """The mixture's new π ``(d,)``, where the plan was a mixture."""
+    """New π ``(d,)`` of a mixture, if the plan was one."""
     round: int | None = None
-    """The round whose plan it answers, from 1; None where whoever hands it over vouches for it."""
+    """Round of the plan that this reply answers, from 1. If None, the caller guarantees it."""
 
     @property
     def delta(self) -> Tensor:
-        """δ_i = θ_i(sent) − θ_i(trained), ``(P,)``, of the first adapter (mostly the only one)."""
+        """δ_i = θ_i(sent) − θ_i(trained) of the first adapter, ``(P,)``; most plans have one."""
         return self.deltas[0]
 
 
 class Strategy(Stateful, ABC):
-    """A server-side method on one round loop.
+    """Server-side method that runs on the common round loop.
 
-    Whatever the method, a client is served with ``weights[client] @ soup``: one global adapter is a soup of one, a
-    clustering has one-hot weights, and purely local training is a soup with an adapter for each client. (A mixture of
-    experts mixes what the adapters predict, by the same weights.) What stays private to a client in the real world is a row
-    of the soup too, and ``traffic`` leaves it out.
+    Every strategy serves client i with ``weights[i] @ soup``. One global adapter is a soup with one
+    row. A clustering has one-hot weights. Purely local training is a soup with one row for each
+    client. A mixture of experts uses the same weights to mix the predictions of the adapters.
+    Adapters that stay private to a client in a real federation are rows of the soup as well;
+    ``traffic`` does not count them.
 
-    A client that has not been asked yet (``clients.fraction`` below 1) is served with what a new client would get, for which
-    nothing is known about it: the global adapter, where there is one; else the mean of the adapters (of a mixture's components,
-    what they predict). What is private never leaves its client, so a client that has nothing private yet takes the global
-    adapter's part, or, where no such part is global, as in FedRep, the part of the start.
+    A client that has not taken part yet (``clients.fraction`` below 1) is served the same as a new
+    client. That is the global adapter if there is one, and the mean of all adapters otherwise (for
+    a mixture, the mean of the predictions). Private parts never leave their client. Until it has
+    private parts, a client therefore uses those of the global adapter, or the initial ones if no
+    such part is global, as in FedRep.
 
-    What a strategy needs to go on after an interruption is its soup and what it ``remembers``.
+    A strategy resumes after an interruption from its soup and its ``state_fields``.
     """
 
     federated: ClassVar[bool] = True
-    """Whether adapters travel between server and clients; False for local training."""
+    """True if adapters travel between server and clients; False for local training."""
 
     learns_weights: ClassVar[bool] = False
-    """Whether π changes with the replies, so that its entropy and the adapters' mass say something."""
+    """True if π depends on the replies, so that its entropy and the adapter masses are
+    informative."""
     trains_what_it_serves: ClassVar[bool] = True
-    """Whether local training starts from what the client is served with; where not, scores before and after do not compare.
+    """True if local training starts from the adapter that the client is served.
 
-    Where it does, and a plan is ``Train``, the plan's row is what the client is served with.
+    The row of a ``Train`` plan is then the served adapter. If False, scores before and after
+    training are not comparable.
     """
 
     averages: ClassVar[bool] = True
-    """Whether what is shared is made of means of updates, which an ``Aggregator`` can make robust."""
+    """True if the shared parameters are means of updates, which an ``Aggregator`` can make
+    robust."""
 
     soup: AdapterSoup
     aggregator: Aggregator
-    """What makes one update of several; ``make_strategy`` sets it."""
+    """Rule that combines updates; set by ``make_strategy``."""
 
     @property
     def base(self) -> Mapping[str, Tensor]:
-        """What the strategy has added to the backbone's own weights, for all clients: ΔW ``(out, in)`` by module name."""
+        """ΔW ``(out, in)``, by module name, added to the backbone's weights for all clients."""
         return self.soup.base
 
     @property
@@ -112,46 +120,55 @@ class Strategy(Stateful, ABC):
 
     @abstractmethod
     def update(self, replies: Iterable[Reply]) -> None:
-        """Learn from one round's replies."""
+        """Update the soup and the weights from one round's replies, in place."""
 
     def plan(self, client: int) -> Plan:
-        """What this client is asked to do in the next round: by default, to train the adapter that it is served with."""
+        """Return the client's plan for the next round. Default: train the served adapter."""
         return Train(self.adapter(client))
 
     def served(self, client: int) -> Served:
-        """What this client predicts with."""
+        """Return the model with which the client predicts."""
         return self.adapter(client)
 
     def traffic(self, client: int) -> tuple[int, int]:
-        """How many numbers travel to this client in a round, and back."""
+        """Return the number of values sent to the client in a round, and sent back."""
         return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
 
     def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:
-        """What a client made of the adapters that are shared, ``(k, P)``."""
+        """Return the shared adapters after the client's training, ``(k, P)``."""
         sent = plan.sent[plan.shared_rows(reply.choice)]
         return sent - reply.deltas[: len(sent)]
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
-        """The paper's local-global gap in parameters: ‖θ_i(trained) − θ_i(sent next)‖₂ of the adapter that is shared.
+        """Compute the local-global gap ‖θ_i(trained) − θ_i(sent next)‖₂ (arXiv 2504.06768).
 
-        The mean over them, where several are. To be asked after ``update``, with what ``trained_rows`` said before it.
+        The gap covers the shared adapter; with several, it is the mean over them. Call this after
+        ``update``.
+
+        Args:
+            reply: The client's reply.
+            trained: Result of ``trained_rows`` before ``update``, ``(k, P)``.
         """
         plan = self.plan(reply.client)
         return float((trained - plan.sent[plan.shared_rows(reply.choice)]).norm(dim=1).mean())
 
     def warnings(self) -> list[str]:
-        """What a person should know about the weights as they are now."""
+        """Return warnings about the current weights, one sentence each."""
         return merging_weights.weight_warnings(self.weights) if self.learns_weights else []
 
     def adapter(self, client: int) -> Tensor:
-        """The client's merged adapter, ``(P,)``: π_i Θ."""
+        """Return the client's merged adapter π_i Θ, ``(P,)``."""
         return self.soup.merge(self.weights[client])
 
 
-def stack(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
-    """Who replied ``(k,)``, their first deltas ``(k, P)`` and their sizes ``(k,)``, in the order of the clients.
+def stack_replies(replies: Iterable[Reply]) -> tuple[Tensor, Tensor, Tensor]:
+    """Stack replies in ascending order of their clients.
 
-    Sorted, so that floating-point sums do not depend on which client was quicker. The matrix is no copy where the deltas lie side by side.
+    The order makes floating-point sums independent of the order of arrival. The deltas are not
+    copied if they are adjacent in memory.
+
+    Returns:
+        Client indices ``(k,)`` int64, first deltas ``(k, P)`` float32, and sizes ``(k,)`` float64.
     """
     ordered = sorted(replies, key=lambda reply: reply.client)
     return (

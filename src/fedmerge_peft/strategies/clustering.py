@@ -1,4 +1,4 @@
-"""What clusterings have in common: a client belongs to one adapter, and each adapter learns from its own clients."""
+"""Base classes of clusterings: each client belongs to one adapter, which its members train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fedmerge_peft.strategies.mean_updates import MeanUpdates
 
 
 class Clustering(Strategy):
-    """π_i is one-hot at the client's cluster; a client that has none yet is served with the mean of all adapters."""
+    """Strategy with one-hot π_i at the client's cluster.
+
+    A client without a cluster is served the mean of all adapters.
+    """
 
     state_fields: ClassVar[tuple[str, ...]] = ("clusters",)
     learns_weights = True
@@ -23,19 +26,21 @@ class Clustering(Strategy):
     def __init__(self, rows: Tensor, context: StrategyContext) -> None:
         self.soup = AdapterSoup(rows, context.layout, context.shared)
         self.clusters = torch.full((context.clients,), -1 if len(rows) > 1 else 0)
-        """Each client's cluster, ``(m,)`` int64; -1 for those that have none yet."""
+        """Cluster of each client, ``(m,)`` int64; -1 for clients without one."""
 
     @property
     def weights(self) -> Tensor:
-        belongs = members(self.clusters, len(self.soup)).float()
-        return torch.where(self.clusters[:, None] < 0, 1 / len(self.soup), belongs)
+        one_hot = membership(self.clusters, len(self.soup)).float()
+        return torch.where(self.clusters[:, None] < 0, 1 / len(self.soup), one_hot)
 
 
 class ServerClustering(Clustering):
-    """Clusters that the server finds, once and from one common adapter, in the clients' updates (``MeanUpdates``).
+    """Clustering that the server computes once, from the clients' updates of one common adapter.
 
-    That waits until as many clients as clusters have replied. A client that comes later trains the mean of the adapters, Θ̄, which is
-    no cluster's own: its first reply δ_i places it where its training leads, argmax_j cos(−δ_i, Θ_j − Θ̄), and moves no adapter.
+    Clustering starts as soon as the number of clients that have replied (``MeanUpdates``) reaches
+    the number of clusters. A client that joins later first trains the mean of the adapters, Θ̄,
+    which belongs to no cluster. Its first reply δ_i only determines its cluster, by the direction
+    of its training: argmax_j cos(−δ_i, Θ_j − Θ̄).
     """
 
     state_fields: ClassVar[tuple[str, ...]] = (*Clustering.state_fields, "unclustered")
@@ -43,38 +48,49 @@ class ServerClustering(Clustering):
     def __init__(self, adapters: int, context: StrategyContext) -> None:
         super().__init__(context.fresh_row(0).repeat(adapters, 1), context)
         self.unclustered: MeanUpdates | None = MeanUpdates(context)
-        """Until clusters are found: what to find them in."""
+        """Updates to cluster; None after the clustering."""
 
-    def missing(self) -> int:
-        """How many more clients must reply before they can be clustered."""
+    def clients_needed(self) -> int:
+        """Return the number of further clients that must reply before the clustering."""
         known = (
             len(self.unclustered.clients) if self.unclustered is not None else len(self.clusters)
         )
         return max(0, min(len(self.soup), len(self.clusters)) - known)
 
-    def place(self, clients: Tensor, deltas: Tensor) -> Tensor:
-        """Give those who have none a cluster; returns whose replies count, ``(k,)`` bool: those of the others."""
+    def assign_newcomers(self, clients: Tensor, deltas: Tensor) -> Tensor:
+        """Assign a cluster to each client without one.
+
+        Args:
+            clients: Client indices, ``(k,)``.
+            deltas: Their updates, ``(k, P)``.
+
+        Returns:
+            A mask ``(k,)`` of the clients that had a cluster before. Only their replies count.
+        """
         rows, known = self.soup.rows, self.clusters[clients] >= 0
         directions = normalize(rows - rows.mean(dim=0), dim=1)
         self.clusters[clients[~known]] = (-deltas[~known] @ directions.T).argmax(dim=1)
         return known
 
 
-def members(clusters: Tensor, count: int) -> Tensor:
-    """Which client belongs to which cluster, ``(m, count)`` bool; -1 belongs to none."""
+def membership(clusters: Tensor, count: int) -> Tensor:
+    """Return a mask ``(m, count)`` of the members of each cluster; -1 belongs to no cluster."""
     return clusters[:, None] == torch.arange(count)
 
 
-def means(
+def cluster_means(
     vectors: Tensor, clusters: Tensor, sizes: Tensor, count: int, aggregator: Aggregator
 ) -> Tensor:
-    """Each cluster's mean Σ_i n_i v_i / Σ_i n_i over its members i, or what a defence has in its place, ``(count, P)``; zero for none.
+    """Compute Σ_i n_i v_i / Σ_i n_i over each cluster's members, or its robust form.
 
     Args:
         vectors: v, ``(k, P)``.
-        clusters: The cluster of each, ``(k,)``; -1 for none.
+        clusters: Cluster of each vector, ``(k,)``; -1 for none.
         sizes: n, ``(k,)``.
         count: Number of clusters.
-        aggregator: Makes one of several.
+        aggregator: Rule that combines the vectors of a cluster.
+
+    Returns:
+        Means, ``(count, P)``; zero for empty clusters.
     """
-    return aggregator.combine(vectors, members(clusters, count), sizes)
+    return aggregator.combine(vectors, membership(clusters, count), sizes)

@@ -1,4 +1,7 @@
-"""Client-level differential privacy with Gaussian noise (McMahan et al. 2018, arXiv 1710.06963; docs/privacy.md)."""
+"""Client-level differential privacy with Gaussian noise.
+
+Source: McMahan et al. 2018, arXiv 1710.06963. See docs/privacy.md.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,14 @@ _ORDERS = [
     512,
     1024,
 ]
-"""Orders α at which Rényi differential privacy is looked at: opacus's own, and more on either side for little and for much noise."""
+"""Orders α of Rényi differential privacy: opacus's defaults, extended for low and high noise."""
 
 
 def update_privacy(recipe: PrivacyRecipe) -> UpdatePrivacy | None:
-    """What clients do to an update before they send it; with ``mode: local``, σ = z · 2 C, as clipped updates are at most 2 C apart."""
+    """Return the clipping and noise that clients apply to an update before they send it.
+
+    With ``mode: local``, σ = z · 2 C, because clipped updates are at most 2 C apart.
+    """
     if recipe.mode == "none":
         return None
     return UpdatePrivacy(
@@ -37,19 +43,30 @@ def update_privacy(recipe: PrivacyRecipe) -> UpdatePrivacy | None:
 
 
 class PrivateAggregator(Aggregator):
-    """Noise on the sums. With w_ij ∈ [0, 1] what client i counts for adapter j (π_ij; 1 for FedAvg), all clients' sizes alike, and K asked,
+    """Aggregator that adds Gaussian noise to sums of clipped updates.
 
-        Δ_j = Σ_i w_ij clip(δ_i) / max(K/d, Σ_i w_ij) + N(0, (z S)²),    S = 2 C d / K, and C / K where d = 1.
+    Let w_ij ∈ [0, 1] be the weight of client i for adapter j (π_ij; 1 for FedAvg), let all clients
+    have equal size, and let K be the cohort size:
 
-    Without client i this moves by no more than 2 C w_ij d/K (McMahan et al. 2018, lemma 1, for each j), so all of it together by
-    2 C ‖w_i‖₂ d/K ≤ S, as Σ_j w_ij ≤ 1. With d = 1 the denominator is K whoever replies, and half of that is enough.
+        Δ_j = Σ_i w_ij clip(δ_i) / max(K/d, Σ_i w_ij) + N(0, (z S)²)
+        S = 2 C d / K for d > 1,    S = C / K for d = 1
+
+    Removing client i moves Δ_j by at most 2 C w_ij d/K (McMahan et al. 2018, lemma 1, for each j).
+    It moves all Δ_j together by at most 2 C ‖w_i‖₂ d/K ≤ S, because Σ_j w_ij ≤ 1. With d = 1 the
+    denominator is K for any set of replies, and half of this bound suffices.
     """
 
-    def __init__(self, recipe: PrivacyRecipe, asked: int, seed: int) -> None:
-        """``asked`` is K; a round's noise comes from ``seed`` and the number of rounds before it."""
+    def __init__(self, recipe: PrivacyRecipe, cohort_size: int, seed: int) -> None:
+        """Create an aggregator.
+
+        Args:
+            recipe: Clipping norm C and noise multiplier z.
+            cohort_size: K.
+            seed: Seed of the noise. The number of previous rounds also enters each round's noise.
+        """
         super().__init__()
         self.privacy = recipe
-        self.asked = asked
+        self.cohort_size = cohort_size
         self.seed = seed
 
     @property
@@ -57,15 +74,15 @@ class PrivateAggregator(Aggregator):
         return self.privacy.clip
 
     def sensitivity(self, adapters: int) -> float:
-        """S, L2, for a soup of so many adapters."""
-        return (1 if adapters == 1 else 2 * adapters) * self.privacy.clip / self.asked
+        """Return S, an L2 norm, for a soup of d adapters."""
+        return (1 if adapters == 1 else 2 * adapters) * self.privacy.clip / self.cohort_size
 
     def combine(
         self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True
     ) -> Tensor:
         weights = weights.double()
         adapters = weights.shape[1]
-        shares = weights / weights.sum(dim=0).clamp_min(self.asked / adapters)
+        shares = weights / weights.sum(dim=0).clamp_min(self.cohort_size / adapters)
         exact = shares.T.to(deltas) @ clipped(deltas, self.bound)
         generator = torch.Generator().manual_seed(derive(self.seed, "noise", len(self.norms)))
         return exact + self.privacy.noise * self.sensitivity(adapters) * torch.randn(
@@ -74,10 +91,11 @@ class PrivateAggregator(Aggregator):
 
 
 def epsilon_spent(recipe: PrivacyRecipe, rounds: int) -> float:
-    """ε at the recipe's δ for a client that took part in so many rounds, by opacus's accountant of Rényi differential privacy.
+    """Compute ε at the recipe's δ for a client that took part in ``rounds`` rounds.
 
-    Each of its rounds is one Gaussian mechanism of noise multiplier z. That cohorts are drawn at random is not counted in the
-    client's favour, as who knows the seed knows them.
+    Opacus's accountant of Rényi differential privacy counts each round as one Gaussian mechanism of
+    noise multiplier z. Random cohorts bring no amplification, because the cohorts follow from the
+    seed.
 
     Raises:
         RecipeError: The extra ``privacy`` is not installed.
@@ -89,13 +107,13 @@ def epsilon_spent(recipe: PrivacyRecipe, rounds: int) -> float:
     except ImportError as error:
         raise RecipeError(
             [
-                "privacy.mode: needs opacus to count what is spent: pip install 'fedmerge-peft[privacy]'"
+                "privacy.mode: opacus is required to compute epsilon: "
+                "pip install 'fedmerge-peft[privacy]'"
             ]
         ) from error
     accountant = RDPAccountant()
     accountant.history = [(recipe.noise, 1.0, rounds)]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # of orders that a finer list would beat: what is found is a bound with any list
+        # Opacus warns if further orders could give a smaller ε. Any list of orders gives a bound.
+        warnings.simplefilter("ignore", UserWarning)
         return float(accountant.get_epsilon(recipe.delta, alphas=_ORDERS))

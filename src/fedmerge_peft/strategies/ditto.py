@@ -1,4 +1,7 @@
-"""Ditto: a private adapter for each client, held near a global one (Li et al. 2021, arXiv 2012.04221)."""
+"""Ditto: a private adapter for each client, regularized towards a global one.
+
+Source: Li et al. 2021, arXiv 2012.04221.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,24 @@ import torch
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.assigned import Assigned
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import mean_delta
+from fedmerge_peft.strategies.one_hot import OneHotStrategy
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 
-class Ditto(Assigned):
-    """The global w is FedAvg's, and never hears of the private v_i (algorithm 1):
+class Ditto(OneHotStrategy):
+    """Global adapter w by FedAvg, which does not depend on the private v_i (algorithm 1):
 
         w ← w − η Σ_i ρ_i δ_i,    v_i ← local training on ℓ_i(v) + λ/2 ‖v − w‖²
 
-    with w as it was sent. A client's v_i starts from the w that it is sent when it first takes part; until then it is served with w.
-    Rows of the soup: w, then v_1 to v_m; w alone travels.
+    In the second step w is the global adapter as sent. In the first round in which a client takes
+    part, its v_i starts from w. Until then the client is served w. Rows of the soup: w, then v_1 to
+    v_m. Only w travels.
     """
 
-    state_fields = (*Assigned.state_fields, "server")
+    state_fields = (*OneHotStrategy.state_fields, "server")
 
     def __init__(self, recipe: recipes.DittoRecipe, context: StrategyContext) -> None:
         self.regularization = recipe.regularization

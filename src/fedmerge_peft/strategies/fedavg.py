@@ -1,4 +1,7 @@
-"""FedAvg: one global adapter for everyone (McMahan et al. 2017, arXiv 1602.05629; on LoRA it is known as FedIT), and its near kin."""
+"""FedAvg and FedProx: one global adapter for all clients.
+
+Source: McMahan et al. 2017, arXiv 1602.05629. FedAvg with LoRA is also known as FedIT.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.aggregation import Aggregator
-from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
@@ -24,7 +27,7 @@ class FedAvg(Strategy):
         self.soup = AdapterSoup(context.fresh_row(0)[None], context.layout, context.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
         self.columns: Tensor | slice = slice(None)
-        """Which columns train and travel: a mask ``(P,)``, or all of them."""
+        """Columns that train and travel: a mask ``(P,)``, or a slice that selects all."""
         self._weights = torch.ones(context.clients, 1)
 
     @property
@@ -41,7 +44,10 @@ class FedAvg(Strategy):
 
 
 class FedProx(FedAvg):
-    """FedAvg whose clients minimise ℓ_i(θ) + μ/2 ‖θ − θ_sent‖² (Li et al. 2020, arXiv 1812.06127, equation 2)."""
+    """FedAvg whose clients minimize ℓ_i(θ) + μ/2 ‖θ − θ_sent‖².
+
+    Source: Li et al. 2020, arXiv 1812.06127, equation 2.
+    """
 
     def __init__(self, recipe: recipes.FedProxRecipe, context: StrategyContext) -> None:
         super().__init__(recipe, context)
@@ -54,11 +60,19 @@ class FedProx(FedAvg):
 def mean_delta(
     replies: Iterable[Reply], aggregator: Aggregator, columns: Tensor | slice = slice(None)
 ) -> Tensor:
-    """Σ_i ρ_i δ_i of the clients' first deltas, or what a defence has in its place, ``(P,)``, of the columns that are shared.
+    """Compute Σ_i ρ_i δ_i of the clients' first deltas, or its robust form.
 
-    ρ_i is a client's share of the examples behind these replies.
+    ρ_i is client i's fraction of the examples of all these replies.
+
+    Args:
+        replies: At least one reply.
+        aggregator: Rule that clips and combines the deltas.
+        columns: Shared columns: a mask ``(P,)``, or a slice.
+
+    Returns:
+        The combined update, with one value for each shared column.
     """
-    _, deltas, sizes = stack(replies)
+    _, deltas, sizes = stack_replies(replies)
     return aggregator.combine(
         aggregator.clip(deltas[:, columns]), torch.ones(len(sizes), 1), sizes
     )[0]

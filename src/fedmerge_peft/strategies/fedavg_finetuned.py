@@ -1,4 +1,4 @@
-"""FedAvg, and what local training makes of it: the plainest way to personalise."""
+"""FedAvg with local fine-tuning: the simplest form of personalization."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import torch
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.assigned import Assigned
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import mean_delta
+from fedmerge_peft.strategies.one_hot import OneHotStrategy
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
 
-class FedAvgFinetuned(Assigned):
-    """θ ← θ − η Σ_i ρ_i δ_i, as FedAvg; client i is served with θ_i = θ(sent) − δ_i of the last round in which it took part.
+class FedAvgFinetuned(OneHotStrategy):
+    """FedAvg, θ ← θ − η Σ_i ρ_i δ_i, with each client served its own fine-tuned θ.
 
-    Rows of the soup: θ, then θ_1 to θ_m. Before its first round a client is served with θ.
+    Client i is served θ_i = θ(sent) − δ_i of the last round in which it took part. Before its first
+    round it is served θ. Rows of the soup: θ, then θ_1 to θ_m.
     """
 
-    state_fields = (*Assigned.state_fields, "server")
+    state_fields = (*OneHotStrategy.state_fields, "server")
     trains_what_it_serves = False
 
     def __init__(self, recipe: recipes.FedAvgFinetunedRecipe, context: StrategyContext) -> None:

@@ -1,4 +1,7 @@
-"""FedDPA: a global and a private LoRA at once (dual-personalising adapters, Yang et al. 2024, arXiv 2403.19211)."""
+"""FedDPA: a global and a private LoRA, active at the same time.
+
+Source: dual-personalizing adapters, Yang et al. 2024, arXiv 2403.19211.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +13,44 @@ from fedmerge_peft.adapters.lora_factors import layer_factors, rank_mask
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.assigned import Assigned
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import mean_delta
+from fedmerge_peft.strategies.one_hot import OneHotStrategy
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 
 
-class FedDPA(Assigned):
-    """One slot of rank r carries both: B A = B_g A_g + B_i A_i, with the first half of the ranks global and the second private.
+class FedDPA(OneHotStrategy):
+    """One slot of rank r with both adapters, B A = B_g A_g + B_i A_i.
 
-    Each round a client trains (the paper's FedDPA-T)
+    The first half of the ranks is global, the second half is private. In each round a client trains
+    (FedDPA-T in the paper):
 
-        1. (B_g, A_g) and a global head, with B_i = 0: the mean of these over clients is the next global adapter;
-        2. (B_i, A_i) and its private head, with (B_g, A_g) as it was sent: these stay at the client
+        1. (B_g, A_g) and a global head, with B_i = 0. Their mean over the clients is the next
+           global adapter.
+        2. (B_i, A_i) and its private head, with (B_g, A_g) as sent. They stay at the client.
 
-    and is served with B_g A_g + B_i A_i and its private head. Rows of the soup: the global adapter, its private half switched off,
-    then one for each client.
+    The client is served B_g A_g + B_i A_i and its private head. Rows of the soup: the global
+    adapter with B_i = 0, then one row for each client.
 
-    Where this differs from the paper: its language models have no head, so there is none to share or to keep. Here a private head starts
-    from the global one, and a client that has not taken part yet is served with the global one. Both halves count 1; the paper also weighs
-    the private half for each test input, by its likeness to the client's examples, and takes one tuned number otherwise. What is neither
-    factor nor head, such as trained biases, goes with the global half.
+    Differences from the paper:
+
+    - The paper's language models have no head. Here a private head starts from the global head. A
+      client that has not taken part yet is served the global head.
+    - Both halves have weight 1. The paper weights the private half for each test input by its
+      similarity to the client's examples, or by one tuned number.
+    - Parameters that are neither factor nor head, such as trained biases, belong to the global
+      half.
     """
 
-    state_fields = (*Assigned.state_fields, "server", "newcomers")
+    state_fields = (*OneHotStrategy.state_fields, "server", "newcomers")
 
     def __init__(self, recipe: recipes.FedDPARecipe, context: StrategyContext) -> None:
         try:
             odd = [
-                f"{each.module} has rank {each.rank}"
-                for each in layer_factors(context.layout)
-                if each.rank % 2
+                f"{layer.module} has rank {layer.rank}"
+                for layer in layer_factors(context.layout)
+                if layer.rank % 2
             ]
             halves = [
                 rank_mask(context.layout, half)
@@ -50,35 +59,33 @@ class FedDPA(Assigned):
         except ValueError as error:
             raise RecipeError(
                 [
-                    f"strategy.name: feddpa cannot halve this adapter: {error}; use plain LoRA, with lora.merge: factor"
+                    f"strategy.name: feddpa cannot halve this adapter: {error}; "
+                    "use plain LoRA with lora.merge: factor"
                 ]
             ) from error
         if odd:
             raise RecipeError(
-                [
-                    f"lora.r: feddpa gives half of the ranks to each client, and {odd[0]}; use an even rank"
-                ]
+                [f"lora.r: feddpa splits the ranks in half, but {odd[0]}; use an even rank"]
             )
         self.head = torch.zeros(context.layout.size, dtype=torch.bool)
         self.head[context.layout.columns("head")] = True
-        self.travels = ~halves[1]
+        self.shared = ~halves[1]
         self.private = halves[1] | self.head
         rows = context.fresh_row(0).repeat(1 + context.clients, 1)
-        for each in layer_factors(context.layout):
-            each.split(rows[0])[1][:, each.rank // 2 :] = (
-                0  # B_i, which on embeddings does not start at zero
-            )
+        for layer in layer_factors(context.layout):
+            # B_i = 0; on embeddings PEFT initializes B at random
+            layer.split(rows[0])[1][:, layer.rank // 2 :] = 0
         self.soup = AdapterSoup(rows, context.layout, context.shared)
         self.server = ServerOptimizer(recipe, rows[:1])
         self.assigned = 1 + torch.arange(context.clients)
         self.newcomers = torch.ones(context.clients, dtype=torch.bool)
 
     def plan(self, client: int) -> Plan:
-        shared, own = (
-            Train(self.soup.rows[0].clone(), (self.travels,)),
+        shared, private = (
+            Train(self.soup.rows[0].clone(), (self.shared,)),
             Train(self.adapter(client), (self.private,)),
         )
-        return InTurn((shared, own))
+        return InTurn((shared, private))
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
@@ -87,9 +94,9 @@ class FedDPA(Assigned):
         for reply in replies:
             rows[1 + reply.client] -= reply.deltas[1]
             self.newcomers[reply.client] = False
-        given = (~self.private).expand_as(rows[1:]) | (self.head & self.newcomers[:, None])
-        rows[1:] = torch.where(given, rows[0], rows[1:])
+        from_global = (~self.private).expand_as(rows[1:]) | (self.head & self.newcomers[:, None])
+        rows[1:] = torch.where(from_global, rows[0], rows[1:])
 
     def traffic(self, client: int) -> tuple[int, int]:
-        travels = int(self.travels.sum())
-        return travels, travels
+        shared = int(self.shared.sum())
+        return shared, shared

@@ -1,4 +1,7 @@
-"""FedEM: a mixture of adapters for each client, by expectation-maximisation (Marfoq et al. 2021, arXiv 2108.10252)."""
+"""FedEM: a mixture of adapters for each client, trained by expectation-maximization.
+
+Source: Marfoq et al. 2021, arXiv 2108.10252.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,25 @@ from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
 from fedmerge_peft.training.plan import Mixture
 
 
 class FedEM(Strategy):
-    """p_i(y | x) = Σ_k π_ik p(y | x; Θ_k). Components are common, π_i is the client's; each round is a step of EM:
+    """p_i(y | x) = Σ_k π_ik p(y | x; Θ_k) with common components and one π_i for each client.
 
-    client:  E and M of ``training/execute.py`` on its own examples give π_i and θ_ik, trained from Θ_k
+    Each round is one EM step:
+
+    client:  E and M of ``training.plan.Mixture`` on its examples give π_i, and θ_ik from Θ_k
     server:  Θ_k ← Σ_i ρ_i θ_ik,  ρ_i = n_i / n over the clients that replied
 
-    All components travel both ways. They start independent, since equal ones would stay equal; as long as LoRA's B = 0 they differ by
-    their random heads alone, or where there is no head, by what A makes of the first gradient.
+    All components travel in both directions. They start from independent random numbers, because
+    equal components stay equal. While LoRA's B = 0, components differ only in their random heads.
+    Without a head, they differ only in the effect of A on the first gradient.
 
-    A mixture of what adapters predict is no adapter: it costs as many forward passes as it has components. For texts, the posterior of
-    a component is that of the whole completion, and predictions are mixed token by token with π.
+    A mixture of predictions is not an adapter. It costs one forward pass for each component. For
+    texts, the posterior of a component is that of the whole completion, and predictions are mixed
+    token by token with π.
     """
 
     state_fields = ("_weights",)
@@ -35,9 +42,12 @@ class FedEM(Strategy):
         rows = torch.stack([context.fresh_row(number) for number in range(recipe.adapters)])
         if recipe.adapters > 1 and bool((rows == rows[0]).all()):
             raise RecipeError(
-                ["strategy: fedem's components would start equal and so stay equal: with lora.merge=shared_a and no head, an adapter is B "
-                 "alone, which starts at zero; use lora.merge=factor"]
-            )  # fmt: skip
+                [
+                    "strategy: fedem's components would start equal and therefore stay equal: "
+                    "with lora.merge=shared_a and no head, an adapter consists of B, which starts "
+                    "at zero; use lora.merge=factor"
+                ]
+            )
         self.soup = AdapterSoup(rows, context.layout, context.shared)
         self._weights = torch.full((context.clients, recipe.adapters), 1 / recipe.adapters)
 
@@ -56,12 +66,12 @@ class FedEM(Strategy):
 
     def update(self, replies: Iterable[Reply]) -> None:
         ordered = sorted(replies, key=lambda reply: reply.client)
-        _, _, sizes = stack(ordered)
+        _, _, sizes = stack_replies(ordered)
         deltas = torch.stack([reply.deltas for reply in ordered])  # (clients, components, P)
         deltas = self.aggregator.clip(deltas.flatten(1)).view_as(deltas)
-        alike = torch.ones(len(ordered), 1)
+        ones = torch.ones(len(ordered), 1)
         self.soup.rows = self.soup.rows - torch.cat(
-            [self.aggregator.combine(component, alike, sizes) for component in deltas.unbind(1)]
+            [self.aggregator.combine(component, ones, sizes) for component in deltas.unbind(1)]
         )
         weights = self._weights.clone()
         for reply in ordered:

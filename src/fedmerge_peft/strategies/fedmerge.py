@@ -1,4 +1,4 @@
-"""FedMerge: a soup of adapters, and for each client the weights to merge them with (arXiv 2504.06768)."""
+"""FedMerge: a soup of adapters, merged with learned weights for each client (arXiv 2504.06768)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balancing import balancing_shifts
-from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
-from fedmerge_peft.strategies.server_step import WEIGHTS_LR, weights_gradient, weights_move
+from fedmerge_peft.strategies.server_step import WEIGHTS_LR, logits_step, weights_gradient
 from fedmerge_peft.strategies.similarity import group_by_direction, split_by_direction
 from fedmerge_peft.util.stateful import Stateful
 
 _ADAM_LR = 0.3
-_ADAM_MEMORY = 0.9
-"""Of the squared gradients, with ``rule: adam``; short, as a federation has tens of rounds."""
+_ADAM_DECAY = 0.9
+"""Decay of the squared gradients with ``rule: adam``. It is low because a federation has only tens
+of rounds."""
 
 
 class FedMerge(Strategy):
-    """θ_i = Σ_j π_ij Θ_j with π = softmax(W / T). A round's replies change W first, then Θ with the new π:
+    """θ_i = Σ_j π_ij Θ_j with π = softmax(W / T).
 
-    W_i ← W_i − move(G_i),            G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩    (strategies/step.py has the rules)
+    Each round updates W first, then Θ with the new π:
+
+    W_i ← W_i − step(G_i),            G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩
     Θ_j ← Θ_j − η Σ_i q_ij δ_i,       q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i'
 
-    ``start: warm`` keeps all adapters the same for a few rounds, which are FedAvg's then; after these the directions of the
-    clients' updates set W, and the same round's soup step, with the new π, gives each group of clients its own adapter.
+    ``server_step.py`` defines the step for each rule.
+
+    With ``start: warm``, all adapters stay equal for a few rounds, which then equal FedAvg. After
+    these rounds the directions of the clients' updates determine W. The soup step of the same round
+    uses the new π and gives each group of clients its own adapter.
     """
 
     state_fields = ("server", "merging", "shifts", "steps", "_warming", "_reseeding", "rounds")
@@ -41,12 +47,12 @@ class FedMerge(Strategy):
     def __init__(self, recipe: recipes.FedMergeRecipe, context: StrategyContext) -> None:
         self.recipe = recipe
         self.seed = context.seed
-        self.soup = AdapterSoup(_first_rows(recipe, context), context.layout, context.shared)
+        self.soup = AdapterSoup(_initial_rows(recipe, context), context.layout, context.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
         self.merging = MergingWeights.uniform(context.clients, recipe.adapters)
         self.shifts = torch.zeros(recipe.adapters, dtype=torch.float64)
-        """What balance adds to the adapters' logits."""
-        self.steps = _WeightsSteps(recipe, context)
+        """Balancing shifts of the adapters' logits, ``(d,)`` float64."""
+        self.steps = _LogitSteps(recipe, context)
         self._warming = MeanUpdates(context) if recipe.start == "warm" else None
         self._reseeding = (
             _Reseeding(recipe.reseed_after, recipe.adapters, context.seed)
@@ -68,18 +74,18 @@ class FedMerge(Strategy):
         ).float()
 
     def update(self, replies: Iterable[Reply]) -> None:
-        clients, deltas, sizes = stack(replies)
+        clients, deltas, sizes = stack_replies(replies)
         deltas = self.aggregator.clip(deltas)
         shares = sizes / sizes.sum()
         before = self.weights[clients].double()
         if self._warming is None:
             gradient = weights_gradient(
-                self.soup.rows, before, deltas, self.steps.columns, self.aggregator.lengths
+                self.soup.rows, before, deltas, self.steps.columns, self.aggregator.update_norms
             )
             gradient /= self.recipe.temperature
-            self.merging.logits[clients] -= self.steps.move(clients, gradient, shares).float()
+            self.merging.logits[clients] -= self.steps.compute(clients, gradient, shares).float()
             if self._reseeding is not None:
-                self._reseeding.look(
+                self._reseeding.apply(
                     self.soup.rows, self.merging.logits, self.weights, clients, deltas
                 )
         else:
@@ -88,32 +94,37 @@ class FedMerge(Strategy):
                 self._group(self._warming)
                 self._warming = None
         self.rounds += 1
-        left = 1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
+        balance = (
+            1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
+        )
         self.shifts = (
-            left * balancing_shifts(self.merging.logits / self.recipe.temperature)
-            if left > 0
+            balance * balancing_shifts(self.merging.logits / self.recipe.temperature)
+            if balance > 0
             else torch.zeros_like(self.shifts)
         )
-        chain = self.recipe.rule == "gradient"
+        chain_rule = self.recipe.rule == "gradient"
         gradient = self.aggregator.combine(
-            deltas, before if chain else self.weights[clients], sizes, normalize=not chain
+            deltas, before if chain_rule else self.weights[clients], sizes, normalize=not chain_rule
         )
         self.soup.rows = self.server.step(self.soup.rows, gradient)
 
     def _group(self, updates: MeanUpdates) -> None:
-        """Set W by the directions of the clients' mean updates; clients that were never asked stay uniform."""
+        """Set W according to the directions of the clients' mean updates.
+
+        Clients that have not taken part yet keep uniform weights.
+        """
         means = updates.means()
         ones = torch.ones(len(means), 1)
-        centre = (
+        center = (
             self.aggregator.combine(means, ones, ones[:, 0])
             if self.aggregator.recipe.defends
             else None
         )
         groups = group_by_direction(
-            means, self.recipe.adapters, self.seed, self.recipe.groups, centre
+            means, self.recipe.adapters, self.seed, self.recipe.groups, center
         )
         own, others = self.recipe.warm_weight, self.recipe.adapters - 1
-        if others:  # the logit beside zeros that softmax(W / T) turns into this weight
+        if others:  # all other logits are zero, so softmax(W / T) gives this weight
             self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(
                 own * others / (1 - own)
             )
@@ -121,16 +132,19 @@ class FedMerge(Strategy):
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":
             return [
-                "all adapters started the same, so they stay the same and every client gets FedAvg's; use strategy.start=warm"
+                "all adapters start equal and stay equal, so every client is served FedAvg's "
+                "adapter; use strategy.start=warm"
             ]
         if self._warming is not None:
-            done = f"clients are grouped after round {self.recipe.warm_rounds}, and this was round {self.rounds}"
-            return [f"{done}: so far this is FedAvg"]
+            return [
+                f"until clients are grouped after round {self.recipe.warm_rounds}, "
+                f"fedmerge equals FedAvg; completed rounds: {self.rounds}"
+            ]
         return super().warnings()
 
 
-def _first_rows(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Tensor:
-    """Θ before the first round, ``(d, P)``."""
+def _initial_rows(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Tensor:
+    """Return Θ before the first round, ``(d, P)``."""
     if recipe.start == "independent":
         return torch.stack([context.fresh_row(number) for number in range(recipe.adapters)])
     rows = context.fresh_row(0).repeat(recipe.adapters, 1)
@@ -140,8 +154,8 @@ def _first_rows(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Ten
     return rows
 
 
-class _WeightsSteps(Stateful):
-    """How the logits step from G, and what the steps remember of earlier rounds, ``(clients, d)``."""
+class _LogitSteps(Stateful):
+    """Steps of the logits along G, with running moments of G, ``(clients, d)`` each."""
 
     state_fields = ("average", "squares", "rounds")
 
@@ -151,33 +165,42 @@ class _WeightsSteps(Stateful):
         if recipe.weights_columns == "head" and len(head) == 0:
             raise RecipeError(
                 [
-                    "strategy.weights_columns: this adapter has no head; use all, or name the head in lora.modules_to_save"
+                    "strategy.weights_columns: this adapter has no head; "
+                    "use all, or name the head in lora.modules_to_save"
                 ]
             )
         by_head = recipe.weights_columns == "head" or (
             recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0
         )
         self.columns = head if by_head else None
-        """Which of the P columns the inner product in G runs over; None for all."""
+        """Indices of the columns that enter the inner product in G; None for all P columns."""
         default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
         self.lr = default if recipe.weights_lr is None else recipe.weights_lr
         self.average = torch.zeros(context.clients, recipe.adapters, dtype=torch.float64)
         self.squares = torch.zeros_like(self.average)
         self.rounds = torch.zeros(context.clients, dtype=torch.int64)
 
-    def move(self, clients: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
-        """What to take from these clients' logits, ``(k, d)``; G enters as an exponential average over the rounds a client replied in."""
+    def compute(self, clients: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
+        """Compute the steps to subtract from these clients' logits, ``(k, d)`` float64.
+
+        The steps use an exponential average of G over the rounds in which a client replied.
+
+        Args:
+            clients: Client indices, ``(k,)``.
+            gradient: G, ``(k, d)`` float64.
+            shares: ρ, ``(k,)`` float64.
+        """
         memory = self.recipe.weights_memory
         self.rounds[clients] += 1
         self.average[clients] = memory * self.average[clients] + (1 - memory) * gradient
         unbiased = self.average[clients] / (1 - memory ** self.rounds[clients, None].double())
         if self.recipe.rule != "adam":
-            return weights_move(self.recipe.rule, unbiased, shares, self.lr)
+            return logits_step(self.recipe.rule, unbiased, shares, self.lr)
         self.squares[clients] = (
-            _ADAM_MEMORY * self.squares[clients] + (1 - _ADAM_MEMORY) * gradient.square()
+            _ADAM_DECAY * self.squares[clients] + (1 - _ADAM_DECAY) * gradient.square()
         )
         root = (
-            self.squares[clients] / (1 - _ADAM_MEMORY ** self.rounds[clients, None].double())
+            self.squares[clients] / (1 - _ADAM_DECAY ** self.rounds[clients, None].double())
         ).sqrt()
         return self.lr * torch.where(
             root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0
@@ -185,10 +208,11 @@ class _WeightsSteps(Stateful):
 
 
 class _Reseeding(Stateful):
-    """Gives an adapter that nobody uses to part of the clients of the most used one.
+    """Reassignment of an unused adapter to some clients of the most used adapter.
 
-    Those clients are split in two by the directions of their updates (as clustered federated learning splits a cluster, Sattler
-    et al. 2020, arXiv 1910.01991); the idle adapter becomes a copy of theirs, and the smaller part moves to it.
+    These clients are split in two by the directions of their updates, as clustered federated
+    learning splits a cluster (Sattler et al. 2020, arXiv 1910.01991). The unused adapter becomes a
+    copy of the most used one, and the smaller half of the clients moves to it.
     """
 
     state_fields = ("idle",)
@@ -197,12 +221,20 @@ class _Reseeding(Stateful):
         self.patience = patience
         self.seed = seed
         self.idle = torch.zeros(adapters, dtype=torch.int64)
-        """For how many rounds each adapter has stood unused."""
+        """Number of consecutive rounds in which each adapter was unused, ``(d,)`` int64."""
 
-    def look(
+    def apply(
         self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor
     ) -> None:
-        """Reseed at most one adapter, in place, before the round's soup step."""
+        """Reassign at most one adapter, in place, before the round's soup step.
+
+        Args:
+            rows: Θ, ``(d, P)``.
+            logits: W, ``(m, d)``.
+            weights: π, ``(m, d)``.
+            clients: Clients that replied, ``(k,)``.
+            deltas: δ, ``(k, P)``.
+        """
         mass = weights.mean(dim=0)
         unused = mass < UNUSED_SHARE / len(mass)
         self.idle = torch.where(unused, self.idle + 1, 0)

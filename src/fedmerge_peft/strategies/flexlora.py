@@ -1,4 +1,7 @@
-"""FlexLoRA: the mean of the clients' updates, brought back to each client's rank (Bai et al. 2024, arXiv 2402.11505)."""
+"""FlexLoRA: the mean of the clients' updates B A, truncated to each client's rank.
+
+Source: Bai et al. 2024, arXiv 2402.11505.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +11,44 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.lora_factors import LayerFactors, product_svd, update_inner_product
-from fedmerge_peft.strategies.base import Reply, stack
-from fedmerge_peft.strategies.heterogeneous_ranks import Ranked
+from fedmerge_peft.strategies.base import Reply, stack_replies
+from fedmerge_peft.strategies.heterogeneous_ranks import HeterogeneousRanks
 
 
-class FlexLora(Ranked):
+class FlexLora(HeterogeneousRanks):
     """For each adapted layer, with ρ_i = n_i / n over the clients that replied:
 
         Σ_i ρ_i B_i A_i = U S Vᵀ,    B ← U_r S_r,    A ← V_rᵀ
 
-    the best approximation at rank r, and exact where the mean has no higher rank. A client of rank r_i is sent the first r_i directions.
-    The scaling is common to all clients, so it stays out of the sum. S goes to B whole: A keeps orthonormal rows, of about the size at
-    which LoRA starts, and a direction with S = 0 can be learned again. Heads, and what else does not belong to the factors, are averaged.
+    This is the best approximation at rank r, and exact if the rank of the mean is at most r. A
+    client of rank r_i is sent the first r_i directions. The scaling is common to all clients and
+    therefore not part of the sum. B takes all of S. The rows of A stay orthonormal, close in size
+    to LoRA's initial values, so a direction with S = 0 can still be learned. Heads and all other
+    parameters that are not factors are averaged.
     """
 
     def update(self, replies: Iterable[Reply]) -> None:
-        clients, deltas, sizes = stack(replies)
+        clients, deltas, sizes = stack_replies(replies)
         shares = sizes / sizes.sum()
         trained = self.soup.rows[self.assigned[clients]] - deltas
         row = torch.where(self.plain, shares.to(trained) @ trained, self.soup.rows[-1])
         for layer in self.factors:
-            each = [layer.split(one) for one in trained]
-            held = [min(self.ranks[int(client)], layer.rank) for client in clients]
+            factors = [layer.split(client_row) for client_row in trained]
+            ranks = [min(self.ranks[int(client)], layer.rank) for client in clients]
             stacked_b = torch.cat(
                 [
                     share * b[:, :rank].double()
-                    for share, (_, b), rank in zip(shares, each, held, strict=True)
+                    for share, (_, b), rank in zip(shares, factors, ranks, strict=True)
                 ],
                 dim=1,
             )
-            u, s, vh = product_svd(
-                stacked_b, torch.cat([a[:rank] for (a, _), rank in zip(each, held, strict=True)])
-            )
+            stacked_a = torch.cat([a[:rank] for (a, _), rank in zip(factors, ranks, strict=True)])
+            u, s, vh = product_svd(stacked_b, stacked_a)
             a, b = layer.split(row)
-            found = min(layer.rank, len(s))
-            a[:found] = vh[:found].to(a)
+            rank = min(layer.rank, len(s))
+            a[:rank] = vh[:rank].to(a)
             b.zero_()
-            b[:, :found] = (u[:, :found] * s[:found]).to(b)
+            b[:, :rank] = (u[:, :rank] * s[:rank]).to(b)
         self.soup = self._soup(row)
 
     def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
@@ -52,4 +56,4 @@ class FlexLora(Ranked):
         return pair, update_inner_product(pair, pair)
 
     def traffic(self, client: int) -> tuple[int, int]:
-        return self.held(client), self.held(client)
+        return self.adapter_size(client), self.adapter_size(client)

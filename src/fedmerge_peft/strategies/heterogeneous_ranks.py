@@ -1,4 +1,4 @@
-"""Clients of different ranks in one slot."""
+"""Base class of strategies whose clients have different ranks in one slot."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from fedmerge_peft.adapters.lora_factors import (
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.assigned import Assigned
 from fedmerge_peft.strategies.base import Reply, StrategyContext
+from fedmerge_peft.strategies.one_hot import OneHotStrategy
 from fedmerge_peft.training.plan import Plan, Train
 
 
-class Ranked(Assigned):
-    """A client of rank r_i has the first r_i of the slot's r ranks; the others are zero, and do not train.
+class HeterogeneousRanks(OneHotStrategy):
+    """Strategy in which a client of rank r_i uses the first r_i of the slot's r ranks.
 
-    The slot's scaling (alpha / r) holds for all: it does not change with r_i. The soup has a row for each rank that some client has.
+    The client's other ranks are zero and do not train. The slot's scaling (alpha / r) applies to
+    all clients and does not depend on r_i. The soup has one row for each distinct rank.
     """
 
     averages = False
@@ -39,26 +40,28 @@ class Ranked(Assigned):
         except ValueError as error:
             raise RecipeError(
                 [
-                    f"strategy.name: {recipe.name} cannot work on this adapter: {error}; use plain LoRA, with lora.merge: factor"
+                    f"strategy.name: {recipe.name} cannot use this adapter: {error}; "
+                    "use plain LoRA with lora.merge: factor"
                 ]
             ) from error
-        most = max((layer.rank for layer in self.factors), default=0)
-        ranks = recipe.ranks or [most]
-        if max(ranks) > most:
+        max_rank = max((layer.rank for layer in self.factors), default=0)
+        ranks = recipe.ranks or [max_rank]
+        if max(ranks) > max_rank:
             raise RecipeError(
                 [
-                    f"strategy.ranks: {max(ranks)} is more than the adapter's rank of {most}; lower it, or raise lora.r"
+                    f"strategy.ranks: {max(ranks)} exceeds the adapter's rank of {max_rank}; "
+                    "lower it, or raise lora.r"
                 ]
             )
-        kinds = sorted(set(ranks[: context.clients]))
+        distinct = sorted(set(ranks[: context.clients]))
         self.ranks = [ranks[client % len(ranks)] for client in range(context.clients)]
-        self.assigned = torch.tensor([kinds.index(rank) for rank in self.ranks])
+        self.assigned = torch.tensor([distinct.index(rank) for rank in self.ranks])
         self.plain = ~rank_mask(context.layout, slice)
-        """What does not belong to the factors, such as heads: a mask ``(P,)``."""
+        """Parameters that are not factors, such as heads: a mask ``(P,)``."""
         self.masks = torch.stack(
-            [self.plain | rank_mask(context.layout, _first(rank)) for rank in kinds]
+            [self.plain | rank_mask(context.layout, _first_ranks(rank)) for rank in distinct]
         )
-        """What clients of each rank have, ``(d, P)``."""
+        """Parameters of clients of each distinct rank, ``(d, P)`` bool."""
         self.context = context
         self.soup = self._soup(context.fresh_row(0))
 
@@ -66,40 +69,46 @@ class Ranked(Assigned):
         mask = self.masks[self.assigned[client]]
         return Train(self.adapter(client), phases=(None if bool(mask.all()) else mask,))
 
-    def held(self, client: int) -> int:
-        """How many numbers of an adapter this client has."""
+    def adapter_size(self, client: int) -> int:
+        """Return the number of parameters in the client's adapter."""
         return int(self.masks[self.assigned[client]].sum())
 
     @abstractmethod
     def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
-        """What this client gets next in a layer, on the backbone that it trained on: A and B, and ‖B A‖_F²."""
+        """Return the update of a layer that the client is sent next.
+
+        The update is relative to the backbone on which the client trained last.
+
+        Returns:
+            The pair A ``(r, in)`` and B ``(out, r)``, and ‖B A‖_F².
+        """
 
     def gap(self, reply: Reply, trained: Tensor) -> float:
-        """As ``Strategy.gap``, but between updates, as the factors of one and the same update differ from round to round:
+        """Compute the gap of ``Strategy.gap`` between updates instead of factors:
 
-        √(Σ_layers s² ‖B_i A_i (trained) − B A (sent next)‖_F² + ‖·‖² of heads and what else does not belong to the factors)
+        √(Σ_layers s² ‖B_i A_i (trained) − B A (sent next)‖_F² + ‖·‖² of all other parameters)
+
+        The same update can have different factors in each round.
         """
         (row,) = trained
         square = float((row - self.adapter(reply.client))[self.plain].double().square().sum())
         for layer in self.factors:
-            trained_to, (sent_next, length) = (
-                layer.split(row),
-                self.next_update(layer, reply.client),
-            )
+            trained_factors = layer.split(row)
+            next_factors, next_square = self.next_update(layer, reply.client)
             distance = (
-                update_inner_product(trained_to, trained_to)
-                - 2 * update_inner_product(trained_to, sent_next)
-                + length
+                update_inner_product(trained_factors, trained_factors)
+                - 2 * update_inner_product(trained_factors, next_factors)
+                + next_square
             )
             square += self.context.scaling[layer.module] ** 2 * max(distance, 0.0)
         return math.sqrt(square)
 
     def _soup(self, row: Tensor) -> AdapterSoup:
-        """The soup in which a client of each rank has its part of this row ``(P,)``."""
+        """Return the soup that holds, for each distinct rank, its part of the row ``(P,)``."""
         return AdapterSoup(
             torch.where(self.masks, row, 0.0), self.context.layout, self.context.shared
         )
 
 
-def _first(rank: int) -> Callable[[int], slice]:
+def _first_ranks(rank: int) -> Callable[[int], slice]:
     return lambda _: slice(rank)

@@ -1,4 +1,4 @@
-"""Local training: every client alone, from the same start; what the others know never reaches it."""
+"""Local training: each client trains alone, from a common start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 
 
 class Local(Strategy):
-    """θ_i ← θ_i − δ_i. As a soup: an adapter for each client, and the identity for weights."""
+    """θ_i ← θ_i − δ_i. The soup has one row for each client, and the weights are the identity."""
 
     federated = False
 

@@ -1,4 +1,4 @@
-"""What the clients' updates were over the rounds before clients are grouped."""
+"""Mean update of each client over the rounds before the clients are grouped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fedmerge_peft.util.stateful import State, Stateful, checked_copy, describe
 
 
 class MeanUpdates(Stateful):
-    """δ̄_i: each client's mean update over the rounds in which it replied, whoever else did. Takes a row for each that has replied."""
+    """δ̄_i, the mean update of each client over the rounds in which it replied.
+
+    Stores one row for each client that has replied.
+    """
 
     def __init__(self, context: StrategyContext) -> None:
         self._size = context.layout.size
@@ -22,7 +25,7 @@ class MeanUpdates(Stateful):
         self._buffer = RowBuffer(expected_calls=context.clients)
 
     def add(self, clients: Tensor, deltas: Tensor) -> None:
-        """Remember one round's updates ``(k, P)`` of these clients ``(k,)``."""
+        """Add one round's updates ``(k, P)`` of these clients ``(k,)``."""
         self._counts[clients] += 1
         for client, delta in zip(clients.tolist(), deltas, strict=True):
             if client in self._sums:
@@ -30,8 +33,8 @@ class MeanUpdates(Stateful):
             else:
                 self._sums[client] = self._buffer.append(delta)
 
-    def put(self, clients: Tensor, deltas: Tensor) -> None:
-        """Remember these updates in place of what these clients sent before."""
+    def replace(self, clients: Tensor, deltas: Tensor) -> None:
+        """Replace the updates of these clients ``(k,)`` by ``deltas`` ``(k, P)``."""
         for client in clients.tolist():
             if client in self._sums:
                 self._sums[client].zero_()
@@ -40,14 +43,14 @@ class MeanUpdates(Stateful):
 
     @property
     def clients(self) -> Tensor:
-        """Who has replied, ``(k,)`` int64, ascending."""
+        """Clients that have replied, ``(k,)`` int64, in ascending order."""
         return torch.nonzero(self._counts).flatten()
 
     def means(self) -> Tensor:
-        """δ̄ of those who have replied, ``(k, P)``."""
-        kept, counts = RowBuffer(expected_calls=len(self._sums)), self._counts[self.clients]
+        """Compute δ̄ of the clients that have replied, ``(k, P)``."""
+        rows, counts = RowBuffer(expected_calls=len(self._sums)), self._counts[self.clients]
         return as_matrix(
-            [kept.append(row / count) for row, count in zip(self._ascending(), counts, strict=True)]
+            [rows.append(row / count) for row, count in zip(self._ascending(), counts, strict=True)]
         )
 
     def state_dict(self) -> State:
@@ -55,9 +58,8 @@ class MeanUpdates(Stateful):
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         if state.keys() != {"sums", "counts"}:
-            raise ValueError(
-                f"{', '.join(sorted(state.keys() ^ {'sums', 'counts'}))}: on one side only"
-            )
+            unmatched = sorted(state.keys() ^ {"sums", "counts"})
+            raise ValueError(f"{', '.join(unmatched)}: on one side only")
         sums, counts = state["sums"], checked_copy("counts", self._counts, state["counts"])
         clients = torch.nonzero(counts).flatten() if isinstance(counts, Tensor) else torch.empty(0)
         if (
@@ -65,9 +67,8 @@ class MeanUpdates(Stateful):
             or sums.shape != (len(clients), self._size)
             or sums.dtype != torch.float32
         ):
-            raise ValueError(
-                f"sums: {describe(sums)} does not fit where {len(clients)} rows of {self._size} numbers were expected"
-            )
+            expected = f"a float32 tensor ({len(clients)}, {self._size})"
+            raise ValueError(f"sums: expected {expected}, got {describe(sums)}")
         self._sums, self._buffer = {}, RowBuffer(expected_calls=len(self._counts))
         self.add(clients, sums)
         self._counts = counts if isinstance(counts, Tensor) else self._counts

@@ -1,4 +1,7 @@
-"""Adapters of which a part is global and the rest private, or frozen: FedRep, FedSA-LoRA and FFA-LoRA."""
+"""Adapters with shared columns: FedRep, FedSA-LoRA and FFA-LoRA.
+
+The other columns are private to each client (FedRep, FedSA-LoRA), or frozen (FFA-LoRA).
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,29 @@ from fedmerge_peft.adapters.lora_factors import A_SUFFIXES, RANDOM_INIT_SUFFIXES
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.assigned import Assigned
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import FedAvg, mean_delta
+from fedmerge_peft.strategies.one_hot import OneHotStrategy
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
 
-class PartlyShared(Assigned):
-    """On the shared columns FedAvg, θ ← θ − η Σ_i ρ_i δ_i; on the others each client goes its own way, θ_i ← θ_i − δ_i.
+class PartialSharing(OneHotStrategy):
+    """FedAvg on the shared columns and local training on the others:
 
-    The soup has a row for each client, all alike in the shared columns; these alone travel.
+    shared:   θ ← θ − η Σ_i ρ_i δ_i
+    private:  θ_i ← θ_i − δ_i
+
+    The soup has one row for each client. All rows are equal in the shared columns. Only the shared
+    columns travel.
     """
 
-    state_fields = (*Assigned.state_fields, "server")
+    state_fields = (*OneHotStrategy.state_fields, "server")
 
     def __init__(
         self, recipe: recipes.ServerRecipe, context: StrategyContext, shared: Tensor
     ) -> None:
-        """``shared`` is a mask ``(P,)``."""
+        """Create the initial soup; ``shared`` is a mask ``(P,)`` of the shared columns."""
         self.shared = shared
         self.soup = AdapterSoup(
             context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared
@@ -47,16 +54,19 @@ class PartlyShared(Assigned):
         self.soup.rows[:, self.shared] = common
 
     def traffic(self, client: int) -> tuple[int, int]:
-        travels = int(self.shared.sum())
-        return travels, travels
+        shared = int(self.shared.sum())
+        return shared, shared
 
 
-class FedRep(PartlyShared):
-    """A shared body φ and a private head h_i (Collins et al. 2021, arXiv 2102.07078, algorithm 1). Each round a client trains
+class FedRep(PartialSharing):
+    """Shared body φ and private head h_i (Collins et al. 2021, arXiv 2102.07078, algorithm 1).
+
+    In each round a client trains
 
         h_i on ℓ_i(φ, h) with φ as sent,    then φ on ℓ_i(φ, h_i) with the new head
 
-    for as long each as ``training`` says, and sends φ back. The head is what the recipe trains whole; the body is all the rest.
+    for the duration of ``training`` each, and returns φ. The head consists of the modules that the
+    recipe trains in full. The body is the rest of the adapter.
     """
 
     def __init__(self, recipe: recipes.FedRepRecipe, context: StrategyContext) -> None:
@@ -65,7 +75,8 @@ class FedRep(PartlyShared):
         if not self.head.any():
             raise RecipeError(
                 [
-                    "strategy.name: fedrep keeps the head private and this adapter has none; name one in lora.modules_to_save"
+                    "strategy.name: fedrep keeps the head private, but this adapter has none; "
+                    "name one in lora.modules_to_save"
                 ]
             )
         super().__init__(recipe, context, ~self.head)
@@ -74,10 +85,11 @@ class FedRep(PartlyShared):
         return Train(self.adapter(client), phases=(self.head, ~self.head))
 
 
-class FedSALora(PartlyShared):
-    """A ← mean of the clients' A; each client keeps its B_i and head (Guo et al. 2025, arXiv 2410.01463).
+class FedSALora(PartialSharing):
+    """A ← mean of the clients' A, with private B_i and heads (Guo et al. 2025, arXiv 2410.01463).
 
-    All of the adapter trains. What is neither factor nor head (trained biases, DoRA's magnitudes) stays private too.
+    All of the adapter trains. Parameters that are neither factor nor head (trained biases, DoRA's
+    magnitudes) are private as well.
     """
 
     def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:
@@ -85,18 +97,20 @@ class FedSALora(PartlyShared):
         if not shared.any():
             raise RecipeError(
                 [
-                    "strategy.name: fedsa_lora averages A, which does not train in this adapter; set lora.merge to factor"
+                    "strategy.name: fedsa_lora averages A, which does not train in this adapter; "
+                    "set lora.merge to factor"
                 ]
             )
         super().__init__(recipe, context, shared)
 
 
 class FFALora(FedAvg):
-    """FedAvg on B and the head, with A frozen at its random start, the same for all (Sun et al. 2024, arXiv 2403.12313):
+    """FedAvg of B and the head, with A frozen at a common random start:
 
         B ← Σ_i ρ_i B_i,  so that  Σ_i ρ_i B_i A = B A  exactly.
 
-    A comes from the seed and never travels. On embeddings it is PEFT's factor B that starts random, and so is frozen.
+    A follows from the seed and never travels. On embeddings, PEFT initializes B at random, so there
+    B is frozen. Source: Sun et al. 2024, arXiv 2403.12313.
     """
 
     def __init__(self, recipe: recipes.FFALoraRecipe, context: StrategyContext) -> None:
@@ -107,5 +121,5 @@ class FFALora(FedAvg):
         return Train(self.adapter(client), phases=(self.trained,))
 
     def traffic(self, client: int) -> tuple[int, int]:
-        travels = int(self.trained.sum())
-        return travels, travels
+        trained = int(self.trained.sum())
+        return trained, trained

@@ -1,6 +1,6 @@
-"""How the server steps with what came back: plainly, with momentum, or with Adam (FedOpt: Reddi et al. 2021, arXiv 2003.00295).
+"""Server optimizers: SGD, SGD with momentum, or Adam (FedOpt: Reddi et al. 2021, arXiv 2003.00295).
 
-Adam is torch's, which corrects the bias of both moments.
+Adam is PyTorch's, which corrects the bias of both moments.
 """
 
 from __future__ import annotations
@@ -13,26 +13,32 @@ from torch import Tensor, nn
 from fedmerge_peft.recipe.strategies import ServerRecipe
 from fedmerge_peft.util.stateful import State, Stateful, checked_copy
 
-_SECOND_MOMENT = 0.99
+_SECOND_MOMENT_DECAY = 0.99
 _ADAPTIVITY = 1e-3
-"""FedOpt's τ: what Adam adds to the root of the second moment."""
+"""FedOpt's τ, which Adam adds to the square root of the second moment."""
 
 
 class ServerOptimizer(Stateful):
-    """Treats the mean of the clients' δ as a gradient of the server's rows ``(d, P)``. It remembers its moments, ``(d, P)`` each."""
+    """Optimizer of the server's rows ``(d, P)`` with the mean of the clients' δ as the gradient.
+
+    Its state is the moments, ``(d, P)`` each.
+    """
 
     def __init__(self, recipe: ServerRecipe, rows: Tensor) -> None:
         self._rows = nn.Parameter(rows.clone())
         self.optimizer: torch.optim.Optimizer
         if recipe.server_optimizer == "adam":
             self.optimizer = torch.optim.Adam(
-                [self._rows], lr=recipe.lr, betas=(recipe.momentum, _SECOND_MOMENT), eps=_ADAPTIVITY
+                [self._rows],
+                lr=recipe.lr,
+                betas=(recipe.momentum, _SECOND_MOMENT_DECAY),
+                eps=_ADAPTIVITY,
             )
         else:
             self.optimizer = torch.optim.SGD([self._rows], lr=recipe.lr, momentum=recipe.momentum)
 
     def step(self, rows: Tensor, gradient: Tensor) -> Tensor:
-        """The new rows, ``(d, P)``; the old ones stay as they are."""
+        """Return the new rows ``(d, P)``; ``rows`` ``(d, P)`` is not changed."""
         self._rows.data = rows.clone()
         self._rows.grad = gradient.to(rows)
         self.optimizer.step()

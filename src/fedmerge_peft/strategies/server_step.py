@@ -1,8 +1,9 @@
-"""FedMerge's server step: what the clients' replies change in the soup and the merging weights.
+"""FedMerge's server step: update of the soup and the merging weights from the clients' replies.
 
-Symbols (arXiv 2504.06768): Θ soup, W logits, π = softmax(W), θ_i = Σ_j π_ij Θ_j the adapter sent to client i,
-δ_i = θ_i(sent) − θ_i(trained) its reply, n_i its number of training examples, ρ_i = n_i / Σ n.
-The objective is Σ_i ρ_i ℓ_i(θ_i); with δ_i for the gradient of ℓ_i, the chain rule through the merge gives
+Symbols (arXiv 2504.06768): Θ is the soup, W the logits and π = softmax(W). θ_i = Σ_j π_ij Θ_j is
+the adapter sent to client i, δ_i = θ_i(sent) − θ_i(trained) its reply, n_i its number of training
+examples, and ρ_i = n_i / Σ n. The objective is Σ_i ρ_i ℓ_i(θ_i). With δ_i in place of the gradient
+of ℓ_i, the chain rule through the merge gives
 
     ∂/∂Θ_j  = Σ_i ρ_i π_ij δ_i
     ∂/∂W_ij = ρ_i G_ij,    G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩
@@ -23,7 +24,7 @@ Rule = Literal["normalized", "gradient", "paper"]
 
 WEIGHTS_LR: dict[Rule, float] = {"normalized": 1.0, "gradient": 1.0, "paper": 0.01}
 _PAPER_STEP = 0.01
-_PAPER_MOST_STEPS = 10_001
+_PAPER_MAX_STEPS = 10_001
 
 
 @torch.no_grad()
@@ -38,40 +39,44 @@ def fedmerge_step(
     soup_lr: float = 1.0,
     columns: Tensor | Sequence[int] | slice | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One server step of FedMerge for the m clients that replied; the arguments are not changed.
+    """Perform one server step of FedMerge. The arguments are not changed.
 
     Args:
         soup: Θ, ``(d, P)``.
-        logits: W, ``(m, d)``, the rows of the clients that replied.
+        logits: W, ``(m, d)``, the rows of the m clients that replied.
         deltas: δ, ``(m, P)``, sent minus trained.
-        sizes: n, ``(m,)``, training examples of each client; any positive unit.
-        rule: How W steps, and with which π the soup then does.
+        sizes: n, ``(m,)``, training examples of each client, in any positive unit.
+        rule: Update rule of W and Θ.
 
-            - ``normalized``: W_i ← W_i − lr · G_i / max_j |G_ij|, then the soup with the new π. The scale of a client's
-              reply does not matter, so all clients specialise at one pace.
-            - ``paper``: the authors' program. G ← G / Σ|G| over all clients and adapters; W ← W − k · 0.01 ρ_i G_ij, where k
-              is the first count at which some |ΔW| exceeds lr (10 001 if none does); then the soup with the new π.
-            - ``gradient``: the chain rule at one point, W_ij ← W_ij − lr · ρ_i G_ij and Θ_j ← Θ_j − η Σ_i ρ_i π_ij δ_i.
+            - ``normalized``: W_i ← W_i − lr · G_i / max_j |G_ij|, then the soup step with the new
+              π. The step does not depend on the scale of a client's reply, so all clients
+              specialize at the same pace.
+            - ``paper``: the rule of the authors' program. G ← G / Σ|G| over all clients and
+              adapters; W ← W − k · 0.01 ρ_i G_ij, where k is the first count at which some |ΔW|
+              exceeds lr (10 001 if none does); then the soup step with the new π.
+            - ``gradient``: the chain rule at one point, W_ij ← W_ij − lr · ρ_i G_ij and
+              Θ_j ← Θ_j − η Σ_i ρ_i π_ij δ_i.
 
-            With ``normalized`` and ``paper`` the soup's step is Θ_j ← Θ_j − η Σ_i q_ij δ_i with
+            With ``normalized`` and ``paper``, the soup step is Θ_j ← Θ_j − η Σ_i q_ij δ_i with
             q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i', a weighted mean for each adapter.
-        weights_lr: lr above; by default 1, and 0.01 for the paper's rule.
+        weights_lr: lr above. Default: 1, and 0.01 for the paper's rule.
         soup_lr: η.
-        columns: Which of the P columns ⟨·,·⟩ runs over, as an index or a mask; by default all. The authors use the final
-            linear layer's.
+        columns: Columns that enter ⟨·,·⟩, as indices or a mask. Default: all P. The authors use the
+            columns of the last linear layer.
 
     Returns:
-        The new soup ``(d, P)`` and logits ``(m, d)``, in the dtypes they came in.
+        The new soup ``(d, P)`` and logits ``(m, d)``, in the dtypes of the arguments.
 
     Raises:
-        ValueError: Shapes that do not fit, an unknown rule, sizes that are not positive, or deltas that are not finite.
+        ValueError: The shapes do not match, the rule is unknown, a size is not positive, or a delta
+            is not finite.
     """
     shares = _shares(soup, logits, deltas, sizes)
     if rule not in WEIGHTS_LR:
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(WEIGHTS_LR)}")
     lr = WEIGHTS_LR[rule] if weights_lr is None else weights_lr
     weights = torch.softmax(logits.double(), dim=1)
-    new_logits = logits.double() - weights_move(
+    new_logits = logits.double() - logits_step(
         rule, weights_gradient(soup, weights, deltas, columns), shares, lr
     )
     mixing = (
@@ -83,20 +88,34 @@ def fedmerge_step(
 
 
 def soup_shares(weights: Tensor, shares: Tensor) -> Tensor:
-    """q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i', ``(m, d)`` float64: what each client's update counts for each adapter; columns sum to 1."""
+    """Compute the weight of each client's update for each adapter; columns sum to 1.
+
+    q_ij = π_ij ρ_i / Σ_i' π_i'j ρ_i', ``(m, d)`` float64.
+
+    Args:
+        weights: π, ``(m, d)``.
+        shares: ρ, ``(m,)``.
+    """
     mixing = weights.double() * shares[:, None]
     return mixing / mixing.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def weights_move(rule: Rule, gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
-    """How far the logits step against G ``(m, d)``, by the rules of ``fedmerge_step``."""
+def logits_step(rule: Rule, gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
+    """Compute the step to subtract from the logits, ``(m, d)``, by a rule of ``fedmerge_step``.
+
+    Args:
+        rule: Update rule.
+        gradient: G, ``(m, d)`` float64.
+        shares: ρ, ``(m,)`` float64.
+        lr: Step size.
+    """
     match rule:
         case "paper":
-            return _paper_move(gradient, shares, lr)
+            return _paper_step(gradient, shares, lr)
         case "gradient":
             return lr * shares[:, None] * gradient
         case "normalized":
-            return lr * _rows_scaled(gradient)
+            return lr * _scale_rows(gradient)
 
 
 def weights_gradient(
@@ -104,66 +123,77 @@ def weights_gradient(
     weights: Tensor,
     deltas: Tensor,
     columns: Tensor | Sequence[int] | slice | None = None,
-    lengths: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
-    """G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩ over the chosen columns, ``(m, d)`` float64; zero where it is only rounding error.
+    """Compute G_ij = π_ij ⟨Θ_j − θ_i, δ_i⟩, ``(m, d)`` float64.
 
-    As θ_i = Σ_j π_ij Θ_j, with s_ij = ⟨Θ_j, δ_i⟩ this is π_ij (s_ij − Σ_k π_ik s_ik): one product of (m, P) by (P, d). ``lengths``
-    spares a pass over the deltas where ‖δ_i‖₂ ``(m,)``, over all columns, are known.
+    With θ_i = Σ_j π_ij Θ_j and s_ij = ⟨Θ_j, δ_i⟩, this is π_ij (s_ij − Σ_k π_ik s_ik), which takes
+    one product of (m, P) and (P, d). Rows that contain only rounding error are set to zero.
+
+    Args:
+        soup: Θ, ``(d, P)``.
+        weights: π, ``(m, d)``.
+        deltas: δ, ``(m, P)``.
+        columns: Columns that enter ⟨·,·⟩, as indices or a mask. Default: all P.
+        norms: ‖δ_i‖₂ over all columns, ``(m,)``, if known; saves a pass over the deltas.
     """
     if columns is not None:
-        soup, deltas, lengths = soup[:, columns], deltas[:, columns], None
-    if lengths is None:
-        lengths = deltas.norm(dim=1)
-    # G does not change when one vector is taken from every Θ_j; without their mean the products do not cancel.
-    centred = soup - soup.mean(dim=0)
-    scores = (deltas @ centred.T.to(deltas)).double()
+        soup, deltas, norms = soup[:, columns], deltas[:, columns], None
+    if norms is None:
+        norms = deltas.norm(dim=1)
+    # G does not change if the same vector is subtracted from every Θ_j. Subtracting their mean
+    # avoids cancellation in the products.
+    centered = soup - soup.mean(dim=0)
+    scores = (deltas @ centered.T.to(deltas)).double()
     gradient = weights * (scores - (weights * scores).sum(dim=1, keepdim=True))
-    # Where adapters are the same, what is left is rounding: of the products, and of rows that were stored each by itself, whose
-    # errors have no common direction. A rule that normalises would blow it up.
-    longest = centred.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
-    rounding = 4 * torch.finfo(soup.dtype).eps * lengths.double() * longest.double()
+    # If adapters are equal, only rounding error remains: that of the products, and that of the
+    # rows, which were rounded independently. A normalizing rule would amplify it.
+    longest = centered.norm(dim=1).max() + soup.norm(dim=1).max() * soup.shape[1] ** -0.5
+    rounding = 4 * torch.finfo(soup.dtype).eps * norms.double() * longest.double()
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) > rounding[:, None], gradient, 0.0)
 
 
-def _rows_scaled(gradient: Tensor) -> Tensor:
-    """Each row divided by its largest entry; rows of zeros stay."""
+def _scale_rows(gradient: Tensor) -> Tensor:
+    """Divide each row by its largest absolute entry; rows of zeros do not change."""
     largest = gradient.abs().amax(dim=1, keepdim=True)
     return torch.where(
         largest > 0, gradient / largest.clamp_min(torch.finfo(torch.float64).tiny), 0.0
     )
 
 
-def _paper_move(gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
-    """K · 0.01 ρ_i G_ij / Σ|G|, with k the first count at which some entry exceeds lr, at most 10 001."""
+def _paper_step(gradient: Tensor, shares: Tensor, lr: float) -> Tensor:
+    """Compute k · 0.01 ρ_i G_ij / Σ|G|, ``(m, d)``.
+
+    k is the first count at which some entry exceeds lr, and at most 10 001.
+    """
     total = gradient.abs().sum()
     if total == 0:
         return torch.zeros_like(gradient)
     step = _PAPER_STEP * shares[:, None] * gradient / total
-    most = float(step.abs().max())
-    count = math.floor(lr / most) + 1 if lr < most * _PAPER_MOST_STEPS else _PAPER_MOST_STEPS
+    largest = float(step.abs().max())
+    count = math.floor(lr / largest) + 1 if lr < largest * _PAPER_MAX_STEPS else _PAPER_MAX_STEPS
     return count * step
 
 
 def _shares(
     soup: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor | Sequence[float]
 ) -> Tensor:
-    """ρ, ``(m,)`` float64, once all shapes fit."""
+    """Check the arguments of ``fedmerge_step`` and return ρ, ``(m,)`` float64."""
     n = torch.as_tensor(sizes, dtype=torch.float64, device=deltas.device)
     if soup.ndim != 2 or logits.ndim != 2 or deltas.ndim != 2 or n.ndim != 1:
         raise ValueError("expected soup (d, P), logits (m, d), deltas (m, P), sizes (m,)")
     (d, p), m = soup.shape, len(logits)
     if logits.shape != (m, d) or deltas.shape != (m, p) or n.shape != (m,) or m == 0:
         raise ValueError(
-            f"expected soup (d, P), logits (m, d), deltas (m, P), sizes (m,), at least one client; got {tuple(soup.shape)}, "
-            f"{tuple(logits.shape)}, {tuple(deltas.shape)}, {tuple(n.shape)}"
+            "expected soup (d, P), logits (m, d), deltas (m, P), sizes (m,), m > 0; "
+            f"got {tuple(soup.shape)}, {tuple(logits.shape)}, {tuple(deltas.shape)}, "
+            f"{tuple(n.shape)}"
         )
     if not bool((n > 0).all()) or not bool(torch.isfinite(n).all()):
         raise ValueError(
-            "sizes must be positive and finite: a client without examples cannot take part"
+            "sizes must be positive and finite; remove clients without training examples"
         )
     if not all_finite(deltas):
-        raise ValueError(
-            f"the deltas of clients {[int(i) for i in torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten()]} are not finite"
-        )
+        rows = torch.nonzero(~torch.isfinite(deltas).all(dim=1)).flatten().tolist()
+        raise ValueError(f"deltas must be finite; remove or correct rows {rows}")
     return n / n.sum()

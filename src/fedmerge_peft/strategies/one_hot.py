@@ -1,4 +1,4 @@
-"""Strategies whose clients are each served with one row of the soup."""
+"""Base class of strategies that serve each client one row of the soup."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from fedmerge_peft.strategies.base import Strategy
 
 
-class Assigned(Strategy):
-    """Client i is served with row ``assigned[i]`` of the soup: merging weights of zeros and one 1."""
+class OneHotStrategy(Strategy):
+    """Strategy with one-hot merging weights: client i is served row ``assigned[i]`` of the soup."""
 
     state_fields: ClassVar[tuple[str, ...]] = ("assigned",)
 
     assigned: Tensor
-    """``(clients,)`` int64."""
+    """Row of the soup for each client, ``(clients,)`` int64."""
 
     @property
     def weights(self) -> Tensor:

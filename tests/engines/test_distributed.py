@@ -79,7 +79,7 @@ def test_an_error_reaches_another_process_as_it_is(error):
 
 @pytest.mark.parametrize(
     ("wanted", "said"),
-    [("cuda:1", "cuda:1 is one device, and 2 ranks were started"), ("mps", "mps is one device")],
+    [("cuda:1", "cuda:1 is one device, but 2 ranks were started"), ("mps", "mps is one device")],
 )
 def test_each_rank_takes_a_device_of_its_own(monkeypatch, wanted, said):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -97,7 +97,7 @@ def test_ranks_find_their_gpus_and_say_where_there_are_too_few(monkeypatch):
     assert str(choose_device("auto")) == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(
-        DeviceError, match=r"rank 2 finds no GPU of its own: this machine has 2"
+        DeviceError, match=r"rank 2 has no GPU of its own: this machine has 2 GPU"
     ) as caught:
         choose_device("auto")
     assert caught.value.rank == 2  # nobody else may know

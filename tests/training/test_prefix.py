@@ -279,7 +279,7 @@ def reach_back(bench):
     embeddings_of(bench).register_forward_hook(lambda *_: seen.clear())
     early.attention.register_forward_hook(lambda _, __, output: seen.update(states=output[0]))
     late.register_forward_hook(lambda _, __, output: output + seen.get("states", 0))
-    return "need more of its first layers"
+    return "need more than the output of the first layers"
 
 
 def require(bench):
@@ -295,13 +295,13 @@ def train_in_front(bench):
     """A trainable tensor that the order of modules does not show."""
     scale = next(p for p in bench.backbone.model.parameters() if p.requires_grad).flatten()[0]
     embeddings_of(bench).register_forward_hook(lambda _, __, output: output * (1 + scale))
-    return "something that trains comes before"
+    return "trainable parameters precede"
 
 
 def repeat(bench):
     first = bench.backbone.prefix.first
     bench.backbone.prefix.layers[0].register_forward_hook(lambda _, __, output: first(output))
-    return "does not get one tensor"
+    return "input is not one tensor"
 
 
 @pytest.mark.equality

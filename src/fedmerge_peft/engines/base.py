@@ -1,4 +1,4 @@
-"""What the round loop and the run directory ask of an engine, wherever its clients train."""
+"""Interface of an engine: the clients of a federation, and a way to train and score them."""
 
 from __future__ import annotations
 
@@ -23,92 +23,131 @@ if TYPE_CHECKING:
 
 
 class Model(Protocol):
-    """The frozen model, as far as the server's side knows it."""
+    """Frozen model, as the server uses it."""
 
     @property
     def config(self) -> Any:
-        """PEFT's LoraConfig."""
+        """PEFT's ``LoraConfig``."""
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the weights."""
 
     def set_base(self, base: Mapping[str, Tensor]) -> None:
-        """Have clients train and score on pretrained weights plus ΔW ``(out, in)`` by module name, in place of what was added before."""
+        """Set the ΔW that is added to the pretrained weights for training and scoring.
+
+        Args:
+            base: ΔW ``(out, in)``, by module name. It replaces the previous ΔW.
+        """
 
 
-class Scored(Protocol):
-    """The task, as far as the server's side knows it."""
+class TaskInfo(Protocol):
+    """Task, as the server uses it."""
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of the metrics; the first is the one that tables show."""
+        """Names of the metrics; tables show the first."""
 
     @property
     def labels(self) -> Sequence[str]:
-        """Names of the labels; empty where there are none."""
+        """Names of the labels; empty if the task has none."""
 
 
 class Engine(Protocol):
-    """Clients, and a way to have them train and be scored."""
+    """Clients of a federation, which the engine trains and scores."""
 
     @property
     def recipe(self) -> Recipe:
-        """What it was loaded for."""
+        """Recipe for which the engine was loaded."""
 
     @property
     def clients(self) -> Sequence[Client]:
-        """Who there is; a client's index here is its number in the federation."""
+        """All clients of the federation, in the order of their indices."""
 
     @property
-    def task(self) -> Scored:
-        """What an example is, and how it is scored."""
+    def task(self) -> TaskInfo:
+        """Task of the examples, with its metrics."""
 
     @property
     def backbone(self) -> Model:
-        """What adapters sit on."""
+        """Frozen model to which adapters are applied."""
 
     @property
     def accelerator(self) -> Accelerator:
         """Device and precision of this process."""
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` unless clients would do under this recipe just what they do here."""
+        """Check that clients do the same work under this recipe as under the engine's own.
+
+        Raises:
+            RecipeError: A setting that affects the clients' work differs.
+        """
 
     def strategy_context(self) -> StrategyContext:
-        """What a strategy starts from."""
+        """Return the inputs from which a strategy is constructed."""
 
     def label_counts(self) -> list[list[int]] | None:
-        """Training examples of each label, clients × labels; None where examples have no labels."""
+        """Count training examples by label, clients × labels; None if the task has no labels."""
 
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]
     ) -> Iterator[tuple[Plan, Reply | ClientError]]:
-        """Run each client's plan; yield plans and replies as they come.
+        """Run each client's plan; yield plans and replies in order of completion.
 
         A client that fails yields a ``ClientError`` in place of its reply.
+
+        Args:
+            round: Number of the round, from 1.
+            assignments: Client indices and their assignments.
         """
 
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        """Score what each client is served with, without training."""
+        """Score the adapter that each client is served, without training.
+
+        Yields client indices with scores by name, or with the ``ClientError`` of a failed client.
+
+        Args:
+            served: Client indices, and the adapter or mixture of each.
+            completed: Number of completed rounds, for errors.
+        """
 
 
-def check_same(loaded: Recipe, recipe: Recipe, why: str, also: Sequence[str] = ()) -> None:
-    """Raise ``RecipeError`` where clients would do something else under ``recipe`` than under the one an engine was loaded for."""
-    ours = loaded.model_copy(
+def check_same_work(
+    loaded: Recipe, recipe: Recipe, reason: str, sections: Sequence[str] = ()
+) -> None:
+    """Check that clients do the same work under two recipes.
+
+    Args:
+        loaded: Recipe for which an engine was loaded.
+        recipe: Recipe to run with this engine.
+        reason: Text of the error, after the names of the sections that differ.
+        sections: Sections to compare in addition to those that every engine uses.
+
+    Raises:
+        RecipeError: A section differs.
+    """
+    expected = loaded.model_copy(
         update={
             "evaluation": loaded.evaluation.model_copy(update={"every": recipe.evaluation.every})
         }
     )
-    parts = ("seed", "task", "backbone", "lora", "data", "training", "evaluation", *also)
-    if other := [part for part in parts if getattr(ours, part) != getattr(recipe, part)]:
-        raise RecipeError([f"{', '.join(other)}: {why}"])
+    names = ("seed", "task", "backbone", "lora", "data", "training", "evaluation", *sections)
+    if different := [name for name in names if getattr(expected, name) != getattr(recipe, name)]:
+        raise RecipeError([f"{', '.join(different)}: {reason}"])
 
 
 def make_strategy_context(model: Backbone, clients: int, seed: int) -> StrategyContext:
-    """What a strategy starts from: the model's layout, and new adapters that its first weights and the recipe's seed give."""
+    """Return the inputs of a strategy for this model.
+
+    Fresh adapters follow from the model's initial adapter and the seed.
+
+    Args:
+        model: Model with an adapter slot.
+        clients: Number of clients.
+        seed: Seed of the recipe.
+    """
 
     def fresh_row(number: int) -> Tensor:
         return model.fresh_row(derive(seed, "adapter", number))

@@ -1,4 +1,4 @@
-"""Clients trained on several devices: those of ``accelerate launch`` or ``torchrun``."""
+"""Engine for several devices, started by ``accelerate launch`` or ``torchrun``."""
 
 from __future__ import annotations
 
@@ -24,40 +24,44 @@ from fedmerge_peft.util.row_buffer import RowBuffer
 
 log = logging.getLogger(__name__)
 
-_TRAINING = 3
-"""How many times as long as a pass forward alone training takes for a token."""
+_TRAINING_COST = 3
+"""Time to train on a token, relative to a forward pass on it."""
 
 
 class RankedEngine(LocalEngine):
-    """One of several engines that are the same, each on a rank with a device of its own; each trains and scores some of the clients.
+    """Engine of one rank, which trains and scores some of the clients on its own device.
 
-    All ranks run the same federation and learn from the same replies: a round's clients are dealt out by their work, and when all are
-    done each reply goes from its rank to all others, in the order of the clients. So strategies are those of one rank, and so are their
-    results: to the last bit where the devices compute alike. Clients who share a pass of the model stay together.
+    All ranks run the same federation on the same replies. Each round distributes the clients over
+    the ranks by their work. After training, each rank broadcasts its replies to all others, in the
+    order of the clients. Strategies therefore need no changes, and results equal those of one rank,
+    bit for bit if the devices compute alike. Clients that share a pass of the model stay on one
+    rank.
 
-    Between the ranks travel the updates, 4 · P bytes for each adapter that a client trained, to each rank. Plans do not: each rank
+    Each trained adapter takes 4 · P bytes of traffic to each rank. Plans do not travel: each rank
     makes those of its own clients.
     """
 
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]
     ) -> Iterator[tuple[Plan, Reply | ClientError]]:
-        lazily = Assignments.of(assignments)
-        clients = lazily.clients
+        assigned = Assignments.of(assignments)
+        clients = assigned.clients
         size = min(distributed.all_gather(lambda: self.clients_per_batch))
         passes = [clients[start : start + size] for start in range(0, len(clients), size)]
         ranks = distributed.world_size()
         owners = balanced([sum(map(self._work, members)) for members in passes], ranks)
         if len(passes) < ranks:
             idle = ranks - len(passes)
-            log.info("%d passes of %d clients leave %d ranks idle", len(passes), size, idle)
+            log.info(
+                "%d ranks are idle: the round has %d passes of %d clients", idle, len(passes), size
+            )
         own = [
             members
             for members, owner in zip(passes, owners, strict=True)
             if owner == distributed.rank()
         ]
-        replies = distributed.on_all_ranks(partial(self._own_replies, round, lazily, own))
-        shapes = ChainMap(*distributed.all_gather(lambda: _without_numbers(replies)))
+        replies = distributed.on_all_ranks(partial(self._own_replies, round, assigned, own))
+        shapes = ChainMap(*distributed.all_gather(lambda: _as_meta_tensors(replies)))
         for members, owner in zip(passes, owners, strict=True):
             for client in members:
                 reply = replies.pop(client, None) or shapes[client]
@@ -65,22 +69,22 @@ class RankedEngine(LocalEngine):
                     here = owner == distributed.rank()
                     deltas = reply.deltas if here else torch.empty(reply.deltas.shape)
                     reply = replace(reply, deltas=distributed.broadcast(deltas, owner))
-                yield lazily.make(client).plan, reply
+                yield assigned.make(client).plan, reply
 
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        lazily = Assignments.of(served)
-        work = [self._tokens(client, scored=True) for client in lazily.clients]
+        assigned = Assignments.of(served)
+        work = [self._tokens(client, scored=True) for client in assigned.clients]
         owners = balanced(work, distributed.world_size())
         own = [
             client
-            for client, owner in zip(lazily.clients, owners, strict=True)
+            for client, owner in zip(assigned.clients, owners, strict=True)
             if owner == distributed.rank()
         ]
-        own_scores = super().evaluate_clients(Assignments(own, lazily.make), completed)
+        own_scores = super().evaluate_clients(Assignments(own, assigned.make), completed)
         scores = ChainMap(*distributed.all_gather(lambda: dict(own_scores)))
-        for client in lazily.clients:
+        for client in assigned.clients:
             yield client, scores[client]
 
     def _own_replies(
@@ -101,38 +105,40 @@ class RankedEngine(LocalEngine):
         return replies
 
     def _work(self, client: int) -> float:
-        """How long a client takes in a round, in tokens that pass forward."""
-        training, held = self.recipe.training, self.clients[client]
-        drawn = (
+        """Estimate a client's time in a round, in units of a forward pass on one token."""
+        training = self.recipe.training
+        examples = (
             None
             if training.steps is None
             else training.steps * training.batch_size * training.gradient_accumulation
         )
-        epochs = training.epochs if drawn is None else drawn / held.size
-        return _TRAINING * epochs * self._tokens(client) + self._tokens(client, scored=True)
+        epochs = training.epochs if examples is None else examples / self.clients[client].size
+        return _TRAINING_COST * epochs * self._tokens(client) + self._tokens(client, scored=True)
 
     def _tokens(self, client: int, scored: bool = False) -> float:
-        """Of the client's training examples, or of those it is scored on."""
-        held = self.clients[client]
-        return float(
-            self.runtime.examples.lengths[
-                np.concatenate([held.validation, held.test]) if scored else held.train
-            ].sum()
-        )
+        """Count the tokens of the client's training examples, or of its evaluation examples."""
+        parts = self.clients[client]
+        rows = np.concatenate([parts.validation, parts.test]) if scored else parts.train
+        return float(self.runtime.examples.lengths[rows].sum())
 
 
 def load_engine(recipe: Recipe) -> LocalEngine:
-    """Data and model for this process, or for its rank where a launcher has started several. Raises as ``LocalEngine.from_recipe``."""
+    """Load data and model for this process, or for its rank if a launcher started several.
+
+    Raises:
+        FedMergeError: See ``LocalEngine.from_recipe``.
+    """
     if distributed.launched_processes() == 1:
         return LocalEngine.from_recipe(recipe)
-    make_accelerator(recipe.training)  # brings the ranks together
+    make_accelerator(recipe.training)  # initializes the process group
     return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe))
 
 
 def balanced(work: Sequence[float], ranks: int) -> list[int]:
-    """Return the rank of each piece of work, so that all ranks finish early.
+    """Distribute pieces of work over ranks with similar totals; return the rank of each piece.
 
-    The longest piece goes first, to the rank with the least work so far (Graham 1969).
+    Pieces are assigned in descending order, each to the rank with the least work so far (Graham
+    1969).
     """
     loads, owners = [0.0] * ranks, [0] * len(work)
     for piece in sorted(range(len(work)), key=lambda number: -work[number]):
@@ -141,10 +147,10 @@ def balanced(work: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
-def _without_numbers(
+def _as_meta_tensors(
     replies: Mapping[int, Reply | ClientError],
 ) -> dict[int, Reply | ClientError]:
-    """Replace the updates by tensors without memory, which carry only the shape."""
+    """Replace the updates by meta tensors, which have a shape but no data."""
     return {
         client: replace(reply, deltas=reply.deltas.to("meta"))
         if isinstance(reply, Reply)

@@ -20,8 +20,8 @@ from torch import Tensor
 from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.engines.assignments import Assignment
-from fedmerge_peft.engines.base import check_same, make_strategy_context
-from fedmerge_peft.engines.score_cache import KnownScores
+from fedmerge_peft.engines.base import check_same_work, make_strategy_context
+from fedmerge_peft.engines.score_cache import ScoreCache
 from fedmerge_peft.engines.turn import ClientTurn, client_error
 from fedmerge_peft.errors import ClientError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
@@ -60,7 +60,7 @@ class LocalEngine:
         self.recipe = recipe
         self.clients = clients
         self.runtime = runtime
-        self.known = KnownScores()
+        self.score_cache = ScoreCache()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LocalEngine:
@@ -108,7 +108,7 @@ class LocalEngine:
 
     def check_serves(self, recipe: Recipe) -> None:
         """Raise ``RecipeError`` if clients would do something else under this recipe."""
-        check_same(
+        check_same_work(
             self.recipe,
             recipe,
             "the engine was loaded for a recipe that says otherwise; load one from this recipe",
@@ -128,7 +128,7 @@ class LocalEngine:
             return None
         engine = copy(self)
         engine.recipe = recipe
-        engine.known = KnownScores()
+        engine.score_cache = ScoreCache()
         vars(engine).pop("clients_per_batch", None)  # the batch size may differ
         return engine
 
@@ -275,7 +275,9 @@ class LocalEngine:
         with timed("evaluate"):
             if not self.backbone.as_pretrained:  # the scores depend on the changed weights too
                 return self._evaluate(client, served)
-            return self.known.of(client.name, served, partial(self._evaluate, client, served))
+            return self.score_cache.get_or_compute(
+                client.name, served, partial(self._evaluate, client, served)
+            )
 
     def _evaluate(self, client: Client, served: Served) -> dict[str, float]:
         scores: dict[str, float] = {}

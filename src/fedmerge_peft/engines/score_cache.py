@@ -1,6 +1,7 @@
-"""Scores that need not be taken again, because a client is served with the very adapter that was scored last.
+"""Cache of the scores of clients whose served adapter has not changed.
 
-Training alone serves in a round what the round before ended with; after the last round that is what was scored before the end.
+With local training, for example, the adapter that a round serves is the one that the previous round
+has scored after training.
 """
 
 from __future__ import annotations
@@ -14,29 +15,38 @@ from torch import Tensor
 from fedmerge_peft.training.plan import Mixture, Served
 
 
-class KnownScores:
-    """The last scores of each client, with a digest of what they are of: some hundred bytes a client, not an adapter."""
+class ScoreCache:
+    """Last scores of each client, with a digest of the adapter that they belong to.
+
+    Stores a few hundred bytes per client and no adapters.
+    """
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[bytes, dict[str, float]]] = {}
 
-    def of(
-        self, client: str, served: Served, score: Callable[[], dict[str, float]]
+    def get_or_compute(
+        self, client: str, served: Served, compute: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        """What ``score`` gives, which is called only where this client's last scores are of something else, bit for bit."""
+        """Return the client's scores, from the cache if they are of a bit-identical adapter.
+
+        Args:
+            client: Name of the client.
+            served: Adapter or mixture to score.
+            compute: Function that returns the scores. It is called if the cache has none.
+        """
         digest = _digest(served)
-        known = self._last.get(client)
-        if known is None or known[0] != digest:
-            known = self._last[client] = digest, score()
-        return dict(known[1])
+        last = self._last.get(client)
+        if last is None or last[0] != digest:
+            last = self._last[client] = digest, compute()
+        return dict(last[1])
 
 
 def _digest(served: Served) -> bytes:
-    parts: tuple[Tensor, ...] = (
+    tensors: tuple[Tensor, ...] = (
         (served.rows, served.weights) if isinstance(served, Mixture) else (served,)
     )
-    found = blake2b(digest_size=16)
-    for part in parts:
-        found.update(repr((part.dtype, tuple(part.shape))).encode())
-        found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.digest()
+    digest = blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -1,4 +1,4 @@
-"""One Accelerator a process: the device and the precision of everything that is trained."""
+"""Accelerate's ``Accelerator`` of this process: its device and numeric precision."""
 
 from __future__ import annotations
 
@@ -15,79 +15,95 @@ from fedmerge_peft.recipe.schema import TrainingRecipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_HINT = "use training.device=cpu, or auto to take what there is"
-_PATIENCE = timedelta(days=7)
-"""How long a rank waits for another. One that has ended is noticed without; one that trains on may take as long as it takes."""
+_HINT = "use training.device=cpu, or auto to select an available device"
+_TIMEOUT = timedelta(days=7)
+"""Longest wait of a rank for another rank. It is long because training may take days. The exit of a
+rank is detected without it."""
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that a recipe's ``training.device`` names; for each of several ranks one of its own.
+def choose_device(requested: str) -> torch.device:
+    """Return the device for a recipe's ``training.device``; each rank gets a device of its own.
 
-    Raises ``DeviceError`` where it is absent.
+    Raises:
+        DeviceError: The value is invalid, or this machine does not have the device.
     """
     if distributed.launched_processes() > 1:
-        return _of_this_rank(wanted)
-    if wanted == "auto":
+        return _rank_device(requested)
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(requested)
     except RuntimeError as error:
         raise DeviceError(
-            f"training.device: {wanted!r} is no device; use auto, cpu, mps, cuda or cuda:1"
+            f"training.device: {requested!r} is not a device; use auto, cpu, mps, cuda or cuda:1"
         ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise DeviceError(
-                f"training.device: {wanted} was asked for, and this machine has no CUDA GPU; {_HINT}"
+                f"training.device: {requested} is not available: "
+                f"this machine has no CUDA GPU; {_HINT}"
             )
         if (device.index or 0) >= torch.cuda.device_count():
             raise DeviceError(
-                f"training.device: {wanted} was asked for, and this machine has {torch.cuda.device_count()} GPU(s)"
+                f"training.device: {requested} is not available: this machine has "
+                f"{torch.cuda.device_count()} GPU(s), numbered from 0; choose one of them, or auto"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(f"training.device: mps was asked for, and this machine has none; {_HINT}")
+        raise DeviceError(f"training.device: mps is not available on this machine; {_HINT}")
     elif device.type not in ("cpu", "cuda", "mps"):
         raise DeviceError(
-            f"training.device: {wanted} is not supported; use auto, cpu, mps, cuda or cuda:1"
+            f"training.device: {requested} is not supported; use auto, cpu, mps, cuda or cuda:1"
         )
     return device
 
 
-def _of_this_rank(wanted: str) -> torch.device:
-    if wanted not in ("auto", "cpu", "cuda"):
+def _rank_device(requested: str) -> torch.device:
+    if requested not in ("auto", "cpu", "cuda"):
         raise DeviceError(
-            f"training.device: {wanted} is one device, and {distributed.launched_processes()} ranks were started; use auto, cuda or cpu"
+            f"training.device: {requested} is one device, "
+            f"but {distributed.launched_processes()} ranks were started; use auto, cuda or cpu"
         )
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= (found := torch.cuda.device_count()):
+    if index >= (count := torch.cuda.device_count()):
         error = DeviceError(
-            f"training.device: rank {distributed.rank()} finds no GPU of its own: this machine has {found}; start as many ranks"
+            f"training.device: rank {distributed.rank()} has no GPU of its own: this machine has "
+            f"{count} GPU(s); start at most one rank per GPU"
         )
         error.rank = distributed.rank()
         raise error
     return torch.device("cuda", index)
 
 
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """``no``, ``bf16`` or ``fp16``. Raises ``DeviceError`` for fp16 away from a GPU, where it would silently be float32."""
-    if wanted == "fp16" and device.type != "cuda":
+def choose_precision(requested: str, device: torch.device) -> str:
+    """Return ``no``, ``bf16`` or ``fp16`` for a recipe's ``training.mixed_precision``.
+
+    Raises:
+        DeviceError: fp16 is requested without a CUDA GPU, which would silently train in float32.
+    """
+    if requested == "fp16" and device.type != "cuda":
         raise DeviceError(
-            f"training.mixed_precision: fp16 needs a CUDA GPU, and this run is on {device.type}; use bf16, no or auto"
+            "training.mixed_precision: fp16 needs a CUDA GPU, "
+            f"but this run uses {device.type}; use bf16, no or auto"
         )
-    if wanted != "auto":
-        return wanted
+    if requested != "auto":
+        return requested
     if device.type != "cuda":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def make_accelerator(training: TrainingRecipe) -> Accelerator:
-    """The process's Accelerator for this device and precision; with it the ranks come together. Raises ``DeviceError``.
+    """Return this process's ``Accelerator`` for the recipe's device and precision.
 
-    Accelerate keeps its state for the whole process and refuses a second precision; a notebook that tries several wants
-    just that, so state of another precision is put aside first.
+    The call also initializes the process group, if there are several ranks.
+
+    Accelerate keeps global state and rejects a second precision. The state of another device or
+    precision is therefore reset first, so that a notebook can use several.
+
+    Raises:
+        DeviceError: The device or the precision is not available.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
@@ -103,5 +119,5 @@ def make_accelerator(training: TrainingRecipe) -> Accelerator:
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
     )

@@ -77,7 +77,7 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     backbone = runtime.backbone
     if runtime.cache is not None:
         with runtime.accelerator.autocast():
-            runtime.cache.open()  # tries the model with one adapter
+            runtime.cache.prepare()  # tries the model with one adapter
     states = [_start(runtime, training, job) for job in jobs]
     backbone.train()
     first, *others = (job.seed for job in jobs)

@@ -1,4 +1,4 @@
-"""What enters the first layer that trains, computed once for each example."""
+"""Cache of the hidden states that enter the first trainable layer, computed once per example."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ log = logging.getLogger(__name__)
 
 
 class PrefixCache:
-    """The hidden states that enter layer l, the first that trains, for the examples that clients hold.
+    """Cache of the hidden states that enter layer l, the first trainable layer.
 
-    An example's states are kept when it first passes through the model, and from then on the layers before l are left out.
-    Before the first batch, a batch of the shortest and the longest example shows whether the model allows that; where it does not, or
-    where the states would take too much memory, every batch takes the way through all layers.
+    The cache covers the clients' examples. It stores an example's states on the example's first
+    forward pass. Later passes skip the layers before l.
 
-    Batches are padded on the right to their longest example, as all tasks do.
+    A trial batch of the shortest and the longest example first checks if the model supports the
+    cache. If it does not, or if the states would exceed the memory limit, every batch runs all
+    layers.
+
+    Batches must be padded on the right to their longest example. All tasks do this.
 
     Args:
-        backbone: The model, whose ``prefix`` is not None.
-        task: Gives batches and losses.
-        examples: The encoded table.
-        rows: The rows of it that clients hold.
-        gigabytes: The most memory to take, on the model's device.
+        backbone: Model whose ``prefix`` is not None.
+        task: Task that collates batches and computes losses.
+        examples: Encoded table.
+        rows: Rows of the table that belong to clients.
+        gigabytes: Largest size of the stored states, on the model's device.
     """
 
     def __init__(
@@ -45,44 +48,58 @@ class PrefixCache:
         self._backbone = backbone
         self._task = task
         self._examples = examples
-        self._rows = rows
-        self._limit = gigabytes
-        self._opened = False
+        self._client_rows = rows
+        self._max_gigabytes = gigabytes
+        self._prepared = False
         self._store: Tensor | None = None
-        """``(1 + positions, width)``: the states of one example after another; first comes a row of zeros, for padding."""
+        """States of all examples one after another, ``(1 + positions, width)``; row 0 is zero and
+        stands for padding."""
         self._lengths = np.zeros(len(examples), dtype=np.int64)
         self._starts = np.zeros(len(examples), dtype=np.int64)
-        """Each example's first row in the store; 0 for those that nobody holds."""
-        self._known = np.zeros(len(examples), dtype=bool)
+        """First row of each example in the store; 0 for examples of no client."""
+        self._stored = np.zeros(len(examples), dtype=bool)
 
-    def through(self, chunk: Indices) -> AbstractContextManager[None]:
-        """Within, the model runs on the batch of these rows, and leaves out what is known. Enter it under the pass's own autocast."""
-        self.open()
+    def batch_context(self, rows: Indices) -> AbstractContextManager[None]:
+        """Return a context in which a forward pass on the batch of these rows uses the cache.
+
+        Enter it under the autocast of the pass.
+        """
+        self.prepare()
         prefix = self._backbone.prefix
-        if prefix is None or self._store is None or not (self._starts[chunk] > 0).all():
+        if prefix is None or self._store is None or not (self._starts[rows] > 0).all():
             return nullcontext()
-        if self._known[chunk].all():
-            return prefix.replay(self._read(self._store, chunk))
-        return self._keeping(prefix, self._store, chunk)
+        if self._stored[rows].all():
+            return prefix.replay(self._read(self._store, rows))
+        return self._recording(prefix, self._store, rows)
 
-    def open(self) -> None:
-        """Find out whether the model allows the cache, unless that is known. As ``through``, under the pass's own autocast."""
-        if self._opened:
+    def prepare(self) -> None:
+        """Check on the first call if the model supports the cache, and allocate the store.
+
+        Call it under the autocast of the passes.
+        """
+        if self._prepared:
             return
-        self._opened = True
+        self._prepared = True
         prefix = self._backbone.prefix
-        reason = "no layers precede the first that trains" if prefix is None else self._open(prefix)
+        if prefix is None:
+            reason: str | None = "no layers precede the first trainable layer"
+        else:
+            reason = self._try_model(prefix)
         if reason is not None:
             self._store = None
             log.info("every pass runs all layers: %s", reason)
 
-    def _open(self, prefix: Prefix) -> str | None:
-        """Try the cache on two examples, and make room for all. Returns the reason why the cache cannot be used, if there is one."""
-        sizes = self._examples.lengths[self._rows]
-        chunk = self._rows[[int(sizes.argmin()), int(sizes.argmax())]]
+    def _try_model(self, prefix: Prefix) -> str | None:
+        """Try the cache on two examples and allocate the store for all.
+
+        Returns:
+            The reason why the cache cannot be used, or None.
+        """
+        sizes = self._examples.lengths[self._client_rows]
+        rows = self._client_rows[[int(sizes.argmin()), int(sizes.argmax())]]
         inputs = {
             name: tensor.to(self._backbone.device)
-            for name, tensor in self._task.collate(self._examples, chunk).items()
+            for name, tensor in self._task.collate(self._examples, rows).items()
         }
         labels = inputs.pop("labels")
         with self._trial():
@@ -91,41 +108,46 @@ class PrefixCache:
             _, in_training = self._run(prefix, inputs, labels)
             self._backbone.eval()
             if len(entering) != 1 or entering[0].ndim != 3:
-                return "the first layer that trains does not get one tensor (batch, length, width)"
+                return "the first trainable layer's input is not one tensor (batch, length, width)"
             states = entering[0]
             if states.requires_grad:
-                return "something that trains comes before the layers"
+                return "trainable parameters precede the frozen layers"
             if not torch.equal(states, in_training[0]):
-                return "the frozen layers have dropout that cannot be turned off"
-            if not self._lay_out(inputs, chunk, states):
-                return "positions and tokens differ"
-            positions = 1 + int(self._lengths[self._rows].sum())
+                return "the frozen layers have dropout that cannot be disabled"
+            if not self._lay_out(inputs, rows, states):
+                return "the model's positions are not the batch's tokens"
+            positions = 1 + int(self._lengths[self._client_rows].sum())
             needed = positions * states.shape[2] * states.element_size() / 1e9
-            if needed > self._limit:
+            if needed > self._max_gigabytes:
                 log.warning(
-                    "the frozen layers' states would take %.2g GB; training.prefix_cache allows %.2g",
+                    "the frozen layers' states need %.2g GB, "
+                    "but training.prefix_cache allows %.2g GB; raise it for faster training",
                     needed,
-                    self._limit,
+                    self._max_gigabytes,
                 )
                 return "training.prefix_cache is too small"
             self._store = states.new_zeros(positions, states.shape[2])
-            with self._keeping(prefix, self._store, chunk):
+            with self._recording(prefix, self._store, rows):
                 self._backbone.model(**inputs)
             try:
-                with prefix.replay(self._read(self._store, chunk)):
-                    again = self._losses(inputs, labels)
-            except Exception as error:  # whatever a model that needs its first layers stumbles over
-                return f"the model does not run without its first layers ({type(error).__name__}: {error})"
-            if not torch.allclose(again, losses, rtol=1e-3, atol=1e-3):
+                with prefix.replay(self._read(self._store, rows)):
+                    replayed = self._losses(inputs, labels)
+            except Exception as error:  # a model that needs its first layers can raise any error
                 return (
-                    "the model's later layers need more of its first layers than what they return"
+                    "the model does not run without its first layers "
+                    f"({type(error).__name__}: {error})"
                 )
-        log.info("the frozen layers' states take up to %.2g GB", needed)
+            if not torch.allclose(replayed, losses, rtol=1e-3, atol=1e-3):
+                return "the later layers need more than the output of the first layers"
+        log.info("the frozen layers' states need up to %.2g GB", needed)
         return None
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Passes of the model that leave its mode and torch's generators as they were, and show what depends on trainable tensors."""
+        """Evaluation mode with gradients; restores the model's mode and the random generators.
+
+        Gradients show if the states depend on trainable tensors.
+        """
         training = self._backbone.model.training
         self._backbone.eval()
         try:
@@ -138,7 +160,7 @@ class PrefixCache:
                 self._backbone.eval()
 
     def _run(self, prefix: Prefix, inputs: Batch, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The losses ``(batch,)`` by all layers, and what entered layer l."""
+        """Run all layers; return the losses ``(batch,)`` and the states that entered layer l."""
         entering: list[Tensor] = []
         with prefix.record(entering.append):
             return self._losses(inputs, labels), entering
@@ -146,47 +168,49 @@ class PrefixCache:
     def _losses(self, inputs: Batch, labels: Tensor) -> Tensor:
         return self._task.losses(self._backbone.model(**inputs).logits, labels)[0].detach()
 
-    def _lay_out(self, inputs: Batch, chunk: Indices, states: Tensor) -> bool:
-        """Give each example its place in the store; False where a batch's positions are not its tokens, padded on the right."""
+    def _lay_out(self, inputs: Batch, rows: Indices, states: Tensor) -> bool:
+        """Assign each example its rows in the store.
+
+        Returns:
+            False if the positions of the batch are not its tokens, padded on the right.
+        """
         mask = inputs.get("attention_mask")
         if mask is None:
-            self._lengths[self._rows] = states.shape[1]
+            self._lengths[self._client_rows] = states.shape[1]
         else:
-            self._lengths[self._rows] = self._examples.lengths[self._rows]
-        self._starts[self._rows] = (
-            1 + np.cumsum(self._lengths[self._rows]) - self._lengths[self._rows]
+            self._lengths[self._client_rows] = self._examples.lengths[self._client_rows]
+        self._starts[self._client_rows] = (
+            1 + np.cumsum(self._lengths[self._client_rows]) - self._lengths[self._client_rows]
         )
-        inside = self._places(chunk) > 0
+        inside = self._store_rows(rows) > 0
         return states.shape[:2] == inside.shape and (
             mask is None or torch.equal(mask.bool(), inside)
         )
 
-    def _places(self, chunk: Indices) -> Tensor:
-        """The row in the store of each position of a batch, int64 ``(batch, length)``; 0 where the batch is padded."""
-        lengths = self._lengths[chunk][:, None]
+    def _store_rows(self, rows: Indices) -> Tensor:
+        """Return the store's row of each position, ``(batch, length)`` int64; 0 for padding."""
+        lengths = self._lengths[rows][:, None]
         positions = np.arange(lengths.max())
-        places = np.where(positions < lengths, self._starts[chunk][:, None] + positions, 0)
-        return torch.from_numpy(places).to(self._backbone.device, non_blocking=True)
+        store_rows = np.where(positions < lengths, self._starts[rows][:, None] + positions, 0)
+        return torch.from_numpy(store_rows).to(self._backbone.device, non_blocking=True)
 
-    def _read(self, store: Tensor, chunk: Indices) -> Tensor:
-        """The states of a batch, ``(batch, length, width)``; zeros where it is padded."""
-        places = self._places(chunk)
-        return store.index_select(0, places.flatten()).view(*places.shape, -1)
+    def _read(self, store: Tensor, rows: Indices) -> Tensor:
+        """Return the states of a batch, ``(batch, length, width)``; zeros for padding."""
+        store_rows = self._store_rows(rows)
+        return store.index_select(0, store_rows.flatten()).view(*store_rows.shape, -1)
 
-    def _keeping(
-        self, prefix: Prefix, store: Tensor, chunk: Indices
+    def _recording(
+        self, prefix: Prefix, store: Tensor, rows: Indices
     ) -> AbstractContextManager[None]:
-        """Within, the model runs all layers, and the states are kept."""
+        """Return a context in which the model runs all layers and the states are stored."""
 
-        def keep(states: Tensor) -> None:
-            places = self._places(chunk)
-            again = np.ones(len(chunk), dtype=bool)
-            again[np.unique(chunk, return_index=True)[1]] = False
-            places[torch.from_numpy(again)] = (
-                0  # of an example that is there twice, the first counts
-            )
-            inside = places > 0
-            store[places[inside]] = states.detach()[inside]
-            self._known[chunk] = True
+        def record(states: Tensor) -> None:
+            store_rows = self._store_rows(rows)
+            repeated = np.ones(len(rows), dtype=bool)
+            repeated[np.unique(rows, return_index=True)[1]] = False
+            store_rows[torch.from_numpy(repeated)] = 0  # store a repeated example once
+            inside = store_rows > 0
+            store[store_rows[inside]] = states.detach()[inside]
+            self._stored[rows] = True
 
-        return prefix.record(keep)
+        return prefix.record(record)

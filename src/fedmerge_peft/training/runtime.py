@@ -56,5 +56,5 @@ class Runtime:
             if self.cache is None:
                 yield
             else:
-                with self.cache.through(rows):
+                with self.cache.batch_context(rows):
                     yield

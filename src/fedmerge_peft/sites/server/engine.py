@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmerge_peft.data import Client
 from fedmerge_peft.engines.assignments import Assignment, Assignments
-from fedmerge_peft.engines.base import check_same, make_strategy_context
+from fedmerge_peft.engines.base import check_same_work, make_strategy_context
 from fedmerge_peft.errors import ClientError, FederateError, WireError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
@@ -157,11 +157,11 @@ class RemoteEngine:
 
     def check_serves(self, recipe: Recipe) -> None:
         """Raise ``RecipeError`` unless this recipe trains clients in the same way."""
-        check_same(
+        check_same_work(
             self.recipe,
             recipe,
             "the sites have opened the job for another recipe",
-            also=("privacy",),
+            sections=("privacy",),
         )
 
     def strategy_context(self) -> StrategyContext:

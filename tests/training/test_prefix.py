@@ -269,7 +269,7 @@ def drop_by_function(bench):
     embeddings_of(bench).register_forward_hook(
         lambda _, __, output: nn.functional.dropout(output, 0.5, model.training)
     )
-    return "dropout that cannot be turned off"
+    return "dropout that cannot be disabled"
 
 
 def reach_back(bench):

@@ -92,7 +92,7 @@ class Engine(Protocol):
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]
     ) -> Iterator[tuple[Plan, Reply | ClientError]]:
-        """Run each client's plan; yield plans and replies in order of completion.
+        """Run each client's plan; yield plans and replies as they become available.
 
         A client that fails yields a ``ClientError`` in place of its reply.
 

@@ -21,6 +21,7 @@ VERBS = (
         "schema",
         "run",
         "resume",
+        "scores",
         "sweep",
         "compare",
         "data",

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             recipes,
             report,
             run,
+            scores,
             sweep,
         )
         from fedmerge_peft.cli.app import app

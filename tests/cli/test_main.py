@@ -21,6 +21,7 @@ VERBS = (
         "schema",
         "run",
         "resume",
+        "scores",
         "sweep",
         "compare",
         "data",
@@ -57,6 +58,17 @@ def fedmerge(capsys):
 
 def test_the_version_is_the_packages(fedmerge):
     assert fedmerge("--version") == (0, f"fedmerge-peft {__version__}\n", "")
+
+
+@pytest.mark.parametrize(("outside", "inside"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_sleep_unless_the_environment_says_otherwise(
+    outside, inside, fedmerge, monkeypatch
+):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if outside is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", outside)
+    fedmerge("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == inside
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

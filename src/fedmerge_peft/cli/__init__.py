@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     130 and 143 stopped by SIGINT (Ctrl-C) or SIGTERM. With ``FEDMERGE_TRACEBACK=1`` in the
     environment, errors keep their traceback.
     """
+    # Idle OpenMP threads sleep instead of spinning. torch reads this when it is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None if a shell closed it with >&-
             stream.reconfigure(errors="backslashreplace")
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             recipes,
             report,
             run,
+            scores,
             sweep,
         )
         from fedmerge_peft.cli.app import app

@@ -197,13 +197,10 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
 
 
 def _print_results(run: Run, recipe: str, overrides: list[str], console: Console) -> None:
-    from fedmerge_peft.analysis import scores_table, weights_table
+    from fedmerge_peft.cli.scores import print_tables
     from fedmerge_peft.util.text import printable
 
-    if run.summary["final"]["served"] is not None:
-        console.print(scores_table(run))
-    if run.recipe.strategy.name == "fedmerge":
-        console.print(weights_table(run))
+    print_tables(run, console)
     console.print(
         f"run directory: {printable(str(run.path))}\n\nnext:", soft_wrap=True, markup=False
     )

@@ -70,11 +70,7 @@ class RunDirectory:
         if path.exists() and (
             not path.is_dir() or any(not is_temporary(file.name) for file in path.iterdir())
         ):
-            free = next(
-                candidate
-                for number in range(2, 10_000)
-                if not (candidate := path.with_name(f"{path.name}-{number}")).exists()
-            )
+            free = RunDirectory.free_path(path)
             content = "a run" if (path / "recipe.yaml").exists() else "other files"
             resume = (
                 f"The run is unfinished; resume it: {command}. Or choose"
@@ -86,6 +82,12 @@ class RunDirectory:
                 f"{resume} another directory: --out {free}",
                 free,
             )
+
+    @staticmethod
+    def free_path(path: Path) -> Path:
+        """Return the first of ``path-2``, ``path-3``, ... that does not exist."""
+        numbered = (path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))
+        return next(candidate for candidate in numbered if not candidate.exists())
 
     @property
     def ended(self) -> bool:

@@ -1,0 +1,53 @@
+"""``fedmerge scores``: the tables of a run that has ended, as ``fedmerge run`` printed them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmerge_peft.cli.app import app
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedmerge_peft.runs.directory import RunDirectory
+
+
+@app.command()
+def scores(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of an ended run.")],
+) -> None:
+    """Print the final scores of an ended run, its merging weights, and the command to run it again.
+
+    Example: fedmerge scores runs/first
+    """
+    from rich.console import Console
+
+    from fedmerge_peft.errors import RunError
+    from fedmerge_peft.runs.directory import RunDirectory
+    from fedmerge_peft.util.text import printable
+
+    directory = RunDirectory.open(run)
+    if command := directory.resume_command:
+        raise RunError(f"{run} has not ended; continue it with: {command}")
+    console = Console(highlight=False)
+    print_tables(directory, console)
+    again = ["fedmerge", "run", str(run / "recipe.yaml"), "--out", str(RunDirectory.free_path(run))]
+    console.print(
+        printable(f"run directory: {run}\nto run it again: {shlex.join(again)}"),
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def print_tables(run: RunDirectory, console: Console) -> None:
+    """Print the scores of an ended run and its baselines, and π if FedMerge learned it."""
+    from fedmerge_peft.analysis import scores_table, weights_table
+
+    if run.summary["final"]["served"] is not None:
+        console.print(scores_table(run))
+    if run.recipe.strategy.name == "fedmerge":
+        console.print(weights_table(run))

@@ -1,0 +1,73 @@
+"""``make quickstart`` runs, resumes or shows; ``fedmerge`` and ``pip`` are stand-ins that say how they were called."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs a target of a copy of the Makefile, with these scripts in place of the programs."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+
+    def run(target, installed=True, **scripts):
+        for name, script in scripts.items():
+            (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+            (programs / name).chmod(0o755)
+        if installed:
+            (tmp_path / ".venv" / ".installed").touch()
+        return subprocess.run(
+            ["make", target], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("begun", "ended", "calls"),
+    [
+        (False, False, ["run quickstart"]),
+        (True, False, ["scores runs/quickstart", "resume runs/quickstart"]),
+        (True, True, ["scores runs/quickstart"]),
+    ],
+    ids=["new", "interrupted", "ended"],
+)
+def test_the_quickstart_runs_resumes_or_shows(make, tmp_path, begun, ended, calls):
+    if begun:
+        (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+        (tmp_path / "runs" / "quickstart" / "recipe.yaml").touch()
+    done = make(
+        "quickstart",
+        fedmerge=f'echo "$@"; [ "$1" != scores ] || exit {0 if ended else 2}',
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == calls
+
+
+def test_an_installation_names_the_large_downloads_and_leaves_out_the_rest(make):
+    lines = (
+        "Collecting torch\n  Downloading torch-2.13.0.whl (192.3 MB)\n  Downloading six.whl (11 kB)"
+    )
+    done = make("quickstart", installed=False, python=f'printf "{lines}\\n"', fedmerge="true")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0].startswith("Installing PyTorch")
+    assert said[2:] == ["Downloading torch-2.13.0.whl (192.3 MB)"]
+
+
+def test_an_installation_that_fails_stops_the_quickstart(make):
+    done = make(
+        "quickstart", installed=False, python="echo no network >&2; exit 1", fedmerge="echo STARTED"
+    )
+    assert done.returncode != 0
+    assert "no network" in done.stderr
+    assert "STARTED" not in done.stdout

@@ -1,12 +1,10 @@
 """What is said about recipes that are YAML, but not recipes."""
 
-from typing import get_args
-
 import pytest
 
-from fedmerge_peft.recipe.strategies import StrategyName
+from fedmerge_peft.recipe.strategies import STRATEGIES
 
-METHODS = ", ".join(get_args(StrategyName))
+METHODS = ", ".join([entry.name for entry in STRATEGIES])
 TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, or a list of text, whole numbers, numbers, or true or false"
 
 

@@ -17,7 +17,13 @@ from fedmerge_peft import AdapterLayout, Callback, RecipeError, federate, resume
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedAvgRecipe, FedMergeRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
-from fedmerge_peft.strategies.aggregation import Aggregator, agreeing, clipped, krum, trimmed_means
+from fedmerge_peft.strategies.aggregation import (
+    Aggregator,
+    agreeing,
+    clipped,
+    krum_weights,
+    trimmed_means,
+)
 
 pytestmark = pytest.mark.equality
 
@@ -94,14 +100,14 @@ def test_krum_keeps_the_updates_with_the_nearest_neighbours(count, several):
     best = sorted(range(count), key=scores.__getitem__)[: count - hostile if several else 1]
     expected = torch.zeros(count, dtype=torch.float64)
     expected[best] = 1 / len(best)
-    torch.testing.assert_close(krum(deltas, even(count)[:, 0], 0.3, several), expected)
+    torch.testing.assert_close(krum_weights(deltas, even(count)[:, 0], 0.3, several), expected)
 
 
 def test_krum_asks_those_who_use_an_adapter_alone():
     deltas = torch.cat([random(4, 6), 50 + random(8, 6)])
     weights = torch.cat([torch.full((4,), 0.2), torch.full((8,), 0.025)]).double()
-    assert krum(deltas, weights, 0.2, False).argmax() < 4
-    assert krum(deltas, weights, 0.2, True)[4:].sum() == 0
+    assert krum_weights(deltas, weights, 0.2, False).argmax() < 4
+    assert krum_weights(deltas, weights, 0.2, True)[4:].sum() == 0
 
 
 def test_the_cosine_filter_leaves_out_who_points_against_the_others():

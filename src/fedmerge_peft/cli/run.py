@@ -202,7 +202,7 @@ def _print_results(run: Run, recipe: str, overrides: list[str], console: Console
 
     if run.summary["final"]["served"] is not None:
         console.print(scores_table(run))
-    if run.recipe.strategy.name == "fedmerge":
+    if run.recipe.strategy.learned_merging:
         console.print(weights_table(run))
     console.print(
         f"run directory: {printable(str(run.path))}\n\nnext:", soft_wrap=True, markup=False
@@ -238,7 +238,7 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
     commands = [
         (f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, advice")
     ]
-    if run.recipe.strategy.name == "fedmerge":
+    if run.recipe.strategy.learned_merging:
         commands.append((rerun("strategy.adapters=3", "3"), "a smaller soup"))
     else:
         commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))

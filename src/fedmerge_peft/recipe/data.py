@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
+from fedmerge_peft.plugins import PARTITIONS
+from fedmerge_peft.recipe.registered import OneOf
 from fedmerge_peft.recipe.section import Fraction, Scalar, Section
 
 
-class IidRecipe(Section):
+class PartitionRecipe(Section):
+    """Base of a partition scheme's section."""
+
+    scheme: str = ""
+    """Which scheme."""
+
+    def summary(self) -> str:
+        """Return the clients in a few words."""
+        return f"{getattr(self, 'clients', 'some')} clients, {self.scheme}"
+
+
+class IidRecipe(PartitionRecipe):
     """Examples dealt out at random, in equal parts."""
 
-    scheme: Literal["iid"]
     clients: PositiveInt
     """How many clients."""
 
 
-class DirichletRecipe(Section):
+class DirichletRecipe(PartitionRecipe):
     """Label shares of each class drawn from a Dirichlet distribution over clients (Hsu 2019)."""
 
-    scheme: Literal["dirichlet"]
     clients: PositiveInt
     """How many clients."""
     alpha: PositiveFloat = 0.1
@@ -31,10 +42,9 @@ class DirichletRecipe(Section):
     """Column whose values are spread. Default: the label."""
 
 
-class ClustersRecipe(Section):
+class ClustersRecipe(PartitionRecipe):
     """Groups of clients; each group sees its own random subset of the classes (FedMerge's cluster setting)."""
 
-    scheme: Literal["clusters"]
     clients: PositiveInt
     """How many clients, in all groups together."""
     groups: PositiveInt = 5
@@ -53,10 +63,9 @@ class ClustersRecipe(Section):
         return self
 
 
-class NaturalRecipe(Section):
+class NaturalRecipe(PartitionRecipe):
     """One client, or a few, for each value of a column: a hospital, an author, a domain, a task."""
 
-    scheme: Literal["natural"]
     by: str
     """Column whose values are the clients, or groups of clients."""
     clients_per_value: PositiveInt = 1
@@ -64,11 +73,16 @@ class NaturalRecipe(Section):
     group: str | None = None
     """Column that names the group a client belongs to; shown in reports, never used in training. Default: `by`."""
 
+    def summary(self) -> str:
+        """Return the clients in a few words."""
+        several = self.clients_per_value > 1
+        count = f"{self.clients_per_value} clients" if several else "one client"
+        return f"{count} for each {self.by}"
 
-class ShardsRecipe(Section):
+
+class ShardsRecipe(PartitionRecipe):
     """Examples sorted by label, cut into shards, a few shards a client (McMahan 2017)."""
 
-    scheme: Literal["shards"]
     clients: PositiveInt
     """How many clients."""
     shards_per_client: PositiveInt = 2
@@ -77,10 +91,18 @@ class ShardsRecipe(Section):
     """Column to sort by. Default: the label."""
 
 
-PartitionRecipe = Annotated[
-    IidRecipe | DirichletRecipe | ClustersRecipe | NaturalRecipe | ShardsRecipe,
-    Field(discriminator="scheme"),
-]
+_BUILT_IN = (
+    ("iid", IidRecipe),
+    ("dirichlet", DirichletRecipe),
+    ("clusters", ClustersRecipe),
+    ("natural", NaturalRecipe),
+    ("shards", ShardsRecipe),
+)
+for _name, _recipe in _BUILT_IN:
+    PARTITIONS.add(_name, f"fedmerge_peft.data.schemes:{_name}", recipe=_recipe)
+
+AnyPartition = Annotated[PartitionRecipe, OneOf(PARTITIONS, shorthand=False)]
+"""A section of any registered partition scheme."""
 
 
 class DataRecipe(Section):
@@ -110,5 +132,5 @@ class DataRecipe(Section):
     """Most training examples a client keeps (before validation is set aside)."""
     max_test: PositiveInt | None = None
     """Most test examples a client keeps."""
-    partition: PartitionRecipe
+    partition: AnyPartition
     """Which client holds which example."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 
 from pydantic import ValidationError
 
-from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.errors import PluginError, RecipeError
+from fedmerge_peft.plugins import import_installed, import_modules
 from fedmerge_peft.recipe import yaml_document
 from fedmerge_peft.recipe.error_messages import (
     did_you_mean,
@@ -128,8 +129,27 @@ def load(model: type[R], source: str | os.PathLike[str], overrides: Iterable[str
     return loads(model, _read(path), str(path), overrides)
 
 
-def loads(model: type[R], text: str, source: str, overrides: Iterable[str] = ()) -> R:
-    """Read YAML text, then apply the overrides; ``source`` stands in messages for a file's name. Raises as ``load``."""
+def loads(
+    model: type[R],
+    text: str,
+    source: str,
+    overrides: Iterable[str] = (),
+    *,
+    import_plugins: bool = True,
+) -> R:
+    """Read YAML text, then apply the overrides.
+
+    Args:
+        model: The recipe's class.
+        text: YAML.
+        source: What messages show as the name of the file.
+        overrides: ``key.sub=value``, in their order.
+        import_plugins: Import the modules that the recipe lists under ``plugins``. Leave it off for text
+            from others: it names code that would run here.
+
+    Raises:
+        RecipeError: As ``load``.
+    """
     document = yaml_document.parse(text, Mark(source, 1))
     if document.value is None:
         raise refuse(
@@ -152,7 +172,7 @@ def loads(model: type[R], text: str, source: str, overrides: Iterable[str] = ())
                 ),
             ]
         )
-    return _validate(model, document, overrides)
+    return _validate(model, document, overrides, import_plugins)
 
 
 def override(recipe: R, overrides: Iterable[str]) -> R:
@@ -166,8 +186,16 @@ def dump(recipe: Section) -> str:
     return yaml_document.write(recipe.model_dump())
 
 
-def _validate(model: type[R], document: Document, overrides: Iterable[str]) -> R:
-    for text in overrides:
+def _validate(
+    model: type[R], document: Document, overrides: Iterable[str], import_plugins: bool = True
+) -> R:
+    import_installed()
+    chosen = [(text.partition("=")[0].strip() == "plugins", text) for text in overrides]
+    for text in [text for first, text in chosen if first]:
+        _apply(model, text, document)
+    if import_plugins:
+        _import_plugins(document)
+    for text in [text for first, text in chosen if not first]:
         _apply(model, text, document)
     try:
         recipe = model.model_validate(document.value)
@@ -179,6 +207,22 @@ def _validate(model: type[R], document: Document, overrides: Iterable[str]) -> R
     if document.faults:
         raise refuse(document.faults)
     return recipe
+
+
+def _import_plugins(document: Document) -> None:
+    """Import the modules that a recipe lists. Raises ``RecipeError`` with those that cannot be imported."""
+    modules = document.value.get("plugins")
+    faults = []
+    for number, module in enumerate(modules if isinstance(modules, list) else ()):
+        if not isinstance(module, str):
+            continue  # validation refuses it
+        try:
+            import_modules([module])
+        except PluginError as error:
+            where = ("plugins", number)
+            faults.append(Fault(document.mark(where), where, str(error)))
+    if faults:  # names that these modules would have registered are not faults
+        raise refuse([*document.faults, *faults])
 
 
 # --------------------------------------------------------------------------------------------------

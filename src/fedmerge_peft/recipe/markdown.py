@@ -48,7 +48,7 @@ def _section(
         if "$ref" in field:
             yield f"{'##' if not path else '###'} {place}\n"
             yield from _section(place, _of(field, known), known)
-        elif kinds and field.get("type") != "array":  # baselines are of the strategy's kinds
+        elif kinds and key != "baselines":  # those are of the strategy's kinds
             yield from _kinds(place, field, [_of(kind, known) for kind in kinds], known)
 
 

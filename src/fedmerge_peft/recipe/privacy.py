@@ -6,12 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from fedmerge_peft.recipe import strategies
+from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.section import Section
-
-_NOISY = ("fedmerge", "fedavg", "fedprox", "ffa_lora")
-_CENTRAL = _NOISY
-_LOCAL = (*_NOISY, "fesem", "flhc")
+from fedmerge_peft.recipe.strategies import StrategyRecipe
 
 
 class PrivacyRecipe(Section):
@@ -29,22 +26,13 @@ class PrivacyRecipe(Section):
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
     """δ of the (ε, δ) that is reported; well below one part in the number of clients."""
 
-    def refusal(self, strategy: strategies.StrategySection) -> str | None:
+    def refusal(self, strategy: StrategyRecipe) -> str | None:
         """Why a strategy cannot have this privacy, in words; None where it can, or shares nothing."""
-        if self.mode == "none" or strategy.name == "local":
+        if self.mode == "none" or not strategy.federated:
             return None
-        known = _LOCAL if self.mode == "local" else _CENTRAL
-        if strategy.name not in known:
+        if self.mode not in strategy.dp_modes:
+            known = [
+                name for name, kind in STRATEGIES.sections().items() if self.mode in kind.dp_modes
+            ]
             return f"privacy.mode: {self.mode} covers {', '.join(known)}, not all that {strategy.name} shares; use one of these"
-        if self.mode == "local" or not isinstance(strategy, strategies.FedMergeRecipe):
-            return None
-        moved = {
-            "start: warm groups clients": strategy.start == "warm",
-            f"rule: {strategy.rule} weighs clients": strategy.rule in ("paper", "gradient"),
-            "reseed_after moves clients": strategy.reseed_after is not None,
-            "balance_rounds weighs clients": strategy.balance_rounds > 0,
-        }
-        for what, asked in moved.items():
-            if asked:
-                return f"strategy.{what} by each other's updates, which noise on the sums does not cover; use privacy.mode=local, or change it"
-        return None
+        return strategy.privacy_refusal(self.mode)

@@ -11,7 +11,6 @@ from os import PathLike
 from typing import Annotated, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -19,89 +18,13 @@ from pydantic import (
     model_validator,
 )
 
+from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
-from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
-from fedmerge_peft.recipe.strategies import FedMergeRecipe, StrategyRecipe
-
-# --------------------------------------------------------------------------------------------------
-# Task
-# --------------------------------------------------------------------------------------------------
-ClassificationMetric = Literal["accuracy", "f1", "matthews_correlation"]
-LanguageMetric = Literal["perplexity", "accuracy", "exact_match", "rougeL"]
-
-
-class SequenceClassificationRecipe(Section):
-    """Text, or a pair of texts, to one of several labels."""
-
-    name: Literal["sequence-classification"]
-    text: str = "text"
-    """Column with the text."""
-    text_pair: str | None = None
-    """Column with a second text, for tasks on pairs of sentences."""
-    label: str = "label"
-    """Column with the label: an integer from 0, or a name."""
-    num_labels: PositiveInt | None = None
-    """How many labels there are. Default: told from the data."""
-    max_length: PositiveInt | None = None
-    """Longest input in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes."""
-    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics to report; the first one is the one that tables and log lines show."""
-
-
-class CausalLMRecipe(Section):
-    """Next-token prediction: plain text, chats, prompt and completion, or instructions."""
-
-    name: Literal["causal-lm"]
-    format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
-    """How a row becomes tokens. Default: told from the columns, in the order messages, prompt-completion, instruction, text."""
-    text: str = "text"
-    """Column with plain text; the loss is on every token."""
-    messages: str = "messages"
-    """Column with a list of {role, content}, laid out by the tokenizer's chat template; the loss is on every token."""
-    prompt: str = "prompt"
-    """Column with the prompt; no loss on its tokens."""
-    completion: str = "completion"
-    """Column with the completion; the loss is on its tokens alone."""
-    instruction: str = "instruction"
-    """Column with the instruction, for the template."""
-    input: str = "input"
-    """Column with the instruction's input, for the template; it may be absent or empty."""
-    output: str = "output"
-    """Column with the wanted answer; the loss is on its tokens alone."""
-    template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    """Prompt made from instruction and input, in Python's format syntax. Paragraphs whose only field is empty are left out."""
-    max_length: PositiveInt | None = None
-    """Longest example in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes, at most 1024."""
-    max_new_tokens: PositiveInt = 32
-    """How many tokens to generate for exact_match and rougeL."""
-    metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
-    """Metrics to report, the shown one first. exact_match and rougeL generate text, which takes longer."""
-
-
-class ImageClassificationRecipe(Section):
-    """An image to one of several labels."""
-
-    name: Literal["image-classification"]
-    image: str = "image"
-    """Column with the image: a datasets Image, encoded bytes, or a file path."""
-    label: str = "label"
-    """Column with the label: an integer from 0, or a name."""
-    num_labels: PositiveInt | None = None
-    """How many labels there are. Default: told from the data."""
-    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics to report; the first one is the one that tables and log lines show."""
-
-
-TaskName = Literal["sequence-classification", "causal-lm", "image-classification"]
-TaskSection = Annotated[
-    SequenceClassificationRecipe | CausalLMRecipe | ImageClassificationRecipe,
-    Field(discriminator="name"),
-]
-TaskRecipe = Annotated[
-    TaskSection, BeforeValidator(named, json_schema_input_type=TaskSection | TaskName)
-]
+from fedmerge_peft.recipe.section import Boolean, Fraction, Section
+from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
+from fedmerge_peft.recipe.tasks import AnyTask, compares_texts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,7 +188,7 @@ class Recipe(Section):
     """Every random choice comes from it, the round and the client."""
     rounds: PositiveInt = 20
     """Rounds of communication."""
-    task: TaskRecipe
+    task: AnyTask
     """What an example is, and how it is scored."""
     backbone: BackboneRecipe
     """The frozen pretrained model."""
@@ -273,9 +196,9 @@ class Recipe(Section):
     """The adapter that trains and travels."""
     data: DataRecipe
     """Examples and clients."""
-    strategy: StrategyRecipe = FedMergeRecipe(name="fedmerge")
+    strategy: AnyStrategy = FedMergeRecipe()
     """What each client is sent, and what the replies change."""
-    baselines: list[StrategyRecipe] = []
+    baselines: list[AnyStrategy] = []
     """Strategies to run beside it on the same clients and seed, each in a run directory below this one's. The run's own is skipped."""
     clients: ClientsRecipe = ClientsRecipe()
     """Who takes part in a round."""
@@ -290,6 +213,11 @@ class Recipe(Section):
     tracking: list[Tracker] = []
     """Experiment trackers that get each round's numbers, such as [tensorboard]; their packages must be installed. Those that write files
     write them to the run directory's folder tracking."""
+    callbacks: list[AnyCallback] = []
+    """Callbacks to attach to the run, such as [my_callback] or [{name: my_callback, every: 5}]; plugins register them."""
+    plugins: list[str] = []
+    """Python modules to import before the recipe is read, such as [my_plugin]; each registers strategies, tasks, partition schemes,
+    metrics, aggregation rules or callbacks. They must be importable: installed, or in a folder on PYTHONPATH."""
 
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:
@@ -313,10 +241,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _mixtures_generate_no_text(self) -> Recipe:
-        generated = [name for name in self.task.metrics if name in ("exact_match", "rougeL")]
-        if generated and any(each.name == "fedem" for each in (self.strategy, *self.baselines)):
+        generated = [name for name in self.task.metrics if compares_texts(name)]
+        mixing = [each for each in (self.strategy, *self.baselines) if not each.single_adapter]
+        if generated and mixing:
             raise ValueError(
-                f"task: the metric {generated[0]} needs generated text, and the mixture of adapters that fedem serves gives none; "
+                f"task: the metric {generated[0]} needs generated text, and the mixture of adapters that {mixing[0].name} serves gives none; "
                 "use perplexity or accuracy, or another strategy"
             )
         return self

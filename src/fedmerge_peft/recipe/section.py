@@ -13,11 +13,6 @@ def _yaml_boolean(value: object) -> object:
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def named(value: object) -> object:
-    """Let ``strategy: fedavg`` stand for ``strategy: {name: fedavg}``."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 Boolean = Annotated[
     bool,
     BeforeValidator(_yaml_boolean, json_schema_input_type=bool | Literal["yes", "no", "on", "off"]),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -14,16 +13,40 @@ from pydantic import (
     model_validator,
 )
 
-from fedmerge_peft.recipe.section import Fraction, Section, named
+from fedmerge_peft.plugins import STRATEGIES
+from fedmerge_peft.recipe.registered import OneOf
+from fedmerge_peft.recipe.section import Fraction, Section
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
-class ServerRecipe(Section):
+class StrategyRecipe(Section):
+    """Base of a strategy's section: its settings as fields, and facts about it as class attributes."""
+
+    name: str = ""
+    """Which method."""
+
+    federated: ClassVar[bool] = True
+    """Whether adapters travel between server and clients; False for local training."""
+    single_adapter: ClassVar[bool] = True
+    """Whether a client is served with one adapter; False for mixtures of what several adapters predict."""
+    adds_to_backbone: ClassVar[bool] = False
+    """Whether the server changes the backbone's weights too, so that the rank of an adapter's update differs by layer."""
+    shared_soup: ClassVar[bool] = False
+    """Whether every adapter of the soup may be merged for any client, also for one that was not in the federation."""
+    learned_merging: ClassVar[bool] = False
+    """Whether clients are served with weighted averages of the soup whose weights are learned, and so worth showing."""
+    dp_modes: ClassVar[frozenset[str]] = frozenset()
+    """Values of ``privacy.mode`` that cover all that the strategy shares."""
+
+    def privacy_refusal(self, mode: str) -> str | None:
+        """Return why these settings cannot have a mode of privacy that the strategy can have; None if they can."""
+        return None
+
+
+class ServerRecipe(StrategyRecipe):
     """How the server steps with the mean of what the clients return (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
 
-    name: str
-    """Which method."""
     server_optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd: step along the mean update. adam: scaled elementwise by its running moments (FedAdam)."""
     server_lr: PositiveFloat | None = None
@@ -56,7 +79,9 @@ class ServerRecipe(Section):
 class FedMergeRecipe(ServerRecipe):
     """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
 
-    name: Literal["fedmerge"]
+    shared_soup = True
+    learned_merging = True
+    dp_modes = frozenset({"local", "central"})
     adapters: PositiveInt = 5
     """d, the number of adapters in the soup."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
@@ -95,6 +120,18 @@ class FedMergeRecipe(ServerRecipe):
             )
         return self
 
+    def privacy_refusal(self, mode: str) -> str | None:
+        moved = {
+            "start: warm groups clients": self.start == "warm",
+            f"rule: {self.rule} weighs clients": self.rule in ("paper", "gradient"),
+            "reseed_after moves clients": self.reseed_after is not None,
+            "balance_rounds weighs clients": self.balance_rounds > 0,
+        }
+        for what, asked in moved.items():
+            if asked and mode == "central":
+                return f"strategy.{what} by each other's updates, which noise on the sums does not cover; use privacy.mode=local, or change it"
+        return None
+
 
 # --------------------------------------------------------------------------------------------------
 # One model for all, or one for each
@@ -102,33 +139,30 @@ class FedMergeRecipe(ServerRecipe):
 class FedAvgRecipe(ServerRecipe):
     """One global adapter for everyone (McMahan 2017; on LoRA, FedIT)."""
 
-    name: Literal["fedavg"]
+    dp_modes = frozenset({"local", "central"})
 
 
 class FedAvgFinetunedRecipe(ServerRecipe):
     """FedAvg, and each client is served with what its last local training made of the global adapter."""
 
-    name: Literal["fedavg_ft"]
-
 
 class FedProxRecipe(ServerRecipe):
     """FedAvg with a proximal term in local training (Li et al. 2020, arXiv 1812.06127)."""
 
-    name: Literal["fedprox"]
+    dp_modes = frozenset({"local", "central"})
     mu: PositiveFloat = 0.1
     """The term is mu / 2 · ‖θ − θ_sent‖²; it takes the place of training.proximal."""
 
 
-class LocalRecipe(Section):
+class LocalRecipe(StrategyRecipe):
     """Every client trains alone from the same start; nothing is shared."""
 
-    name: Literal["local"]
+    federated = False
 
 
 class DittoRecipe(ServerRecipe):
     """A private adapter for each client, held near FedAvg's global one (Li et al. 2021, arXiv 2012.04221)."""
 
-    name: Literal["ditto"]
     regularization: PositiveFloat = 0.1
     """lambda of the term lambda / 2 · ‖private − global‖²."""
 
@@ -136,38 +170,36 @@ class DittoRecipe(ServerRecipe):
 class FedRepRecipe(ServerRecipe):
     """A shared body and a private head, trained one after the other (Collins et al. 2021, arXiv 2102.07078)."""
 
-    name: Literal["fedrep"]
-
 
 class FedDPARecipe(ServerRecipe):
     """Half of the rank is global, half private, both active at once (dual-personalising adapters, Yang et al. 2024, arXiv 2403.19211)."""
-
-    name: Literal["feddpa"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Clusters and mixtures
 # --------------------------------------------------------------------------------------------------
-class IFCARecipe(Section):
+class IFCARecipe(StrategyRecipe):
     """Clusters: each client trains the adapter with the lowest loss on its data (Ghosh et al. 2020, arXiv 2006.04088)."""
 
-    name: Literal["ifca"]
+    shared_soup = True
     adapters: PositiveInt = 5
     """Number of clusters. All of their adapters are sent to every client."""
 
 
-class FeSEMRecipe(Section):
+class FeSEMRecipe(StrategyRecipe):
     """Clusters: each client belongs to the centre nearest to its trained adapter (Long et al. 2023, arXiv 2108.08647)."""
 
-    name: Literal["fesem"]
+    shared_soup = True
+    dp_modes = frozenset({"local"})
     adapters: PositiveInt = 5
     """Number of clusters."""
 
 
-class FLHCRecipe(Section):
+class FLHCRecipe(StrategyRecipe):
     """Rounds of FedAvg, then hierarchical clusters of the updates, each with a FedAvg of its own (Briggs et al. 2020, arXiv 2004.11791)."""
 
-    name: Literal["flhc"]
+    shared_soup = True
+    dp_modes = frozenset({"local"})
     adapters: PositiveInt = 5
     """Number of clusters."""
     warm_rounds: PositiveInt = 2
@@ -178,10 +210,10 @@ class FLHCRecipe(Section):
     """Distance between clusters."""
 
 
-class FedEMRecipe(Section):
+class FedEMRecipe(StrategyRecipe):
     """A mixture of adapters for each client, trained by expectation-maximisation (Marfoq et al. 2021, arXiv 2108.10252)."""
 
-    name: Literal["fedem"]
+    single_adapter = False
     adapters: PositiveInt = 3
     """Number of components. All of them are sent to every client, trained by it, and sent back."""
 
@@ -192,68 +224,48 @@ class FedEMRecipe(Section):
 class FFALoraRecipe(ServerRecipe):
     """A random and frozen, only B trains and travels (Sun et al. 2024, arXiv 2403.12313)."""
 
-    name: Literal["ffa_lora"]
+    dp_modes = frozenset({"local", "central"})
 
 
 class FedSALoraRecipe(ServerRecipe):
     """A is shared, B and the head stay private (Guo et al. 2025, arXiv 2410.01463)."""
 
-    name: Literal["fedsa_lora"]
 
-
-class FlexLoraRecipe(Section):
+class FlexLoraRecipe(StrategyRecipe):
     """The mean of the updates B A, brought back to each client's rank by SVD (Bai et al. 2024, arXiv 2402.11505)."""
 
-    name: Literal["flexlora"]
     ranks: Ranks | None = None
     """Ranks of the clients, in their order and from the beginning again; at most lora.r. Default: lora.r for all."""
 
 
-class FLoraRecipe(Section):
+class FLoraRecipe(StrategyRecipe):
     """Stacked factors, added to the backbone; each round starts from fresh ones (Wang et al. 2024, arXiv 2409.05976)."""
 
-    name: Literal["flora"]
+    adds_to_backbone = True
     ranks: Ranks | None = None
     """Ranks of the clients, in their order and from the beginning again; at most lora.r. Default: lora.r for all."""
 
 
-StrategyName = Literal[
-    "fedmerge",
-    "fedavg",
-    "fedavg_ft",
-    "fedprox",
-    "local",
-    "ditto",
-    "fedrep",
-    "feddpa",
-    "ifca",
-    "fesem",
-    "flhc",
-    "fedem",
-    "ffa_lora",
-    "fedsa_lora",
-    "flexlora",
-    "flora",
-]
-StrategySection = Annotated[
-    FedMergeRecipe
-    | FedAvgRecipe
-    | FedAvgFinetunedRecipe
-    | FedProxRecipe
-    | LocalRecipe
-    | DittoRecipe
-    | FedRepRecipe
-    | FedDPARecipe
-    | IFCARecipe
-    | FeSEMRecipe
-    | FLHCRecipe
-    | FedEMRecipe
-    | FFALoraRecipe
-    | FedSALoraRecipe
-    | FlexLoraRecipe
-    | FLoraRecipe,
-    Field(discriminator="name"),
-]
-StrategyRecipe = Annotated[
-    StrategySection, BeforeValidator(named, json_schema_input_type=StrategySection | StrategyName)
-]
+_BUILT_IN = (
+    ("fedmerge", FedMergeRecipe, "fedmerge:FedMerge"),
+    ("fedavg", FedAvgRecipe, "fedavg:FedAvg"),
+    ("fedavg_ft", FedAvgFinetunedRecipe, "fedavg_finetuned:FedAvgFinetuned"),
+    ("fedprox", FedProxRecipe, "fedavg:FedProx"),
+    ("local", LocalRecipe, "local:Local"),
+    ("ditto", DittoRecipe, "ditto:Ditto"),
+    ("fedrep", FedRepRecipe, "partly_shared:FedRep"),
+    ("feddpa", FedDPARecipe, "feddpa:FedDPA"),
+    ("ifca", IFCARecipe, "ifca:IFCA"),
+    ("fesem", FeSEMRecipe, "fesem:FeSEM"),
+    ("flhc", FLHCRecipe, "flhc:FLHC"),
+    ("fedem", FedEMRecipe, "fedem:FedEM"),
+    ("ffa_lora", FFALoraRecipe, "partly_shared:FFALora"),
+    ("fedsa_lora", FedSALoraRecipe, "partly_shared:FedSALora"),
+    ("flexlora", FlexLoraRecipe, "flexlora:FlexLora"),
+    ("flora", FLoraRecipe, "flora:FLora"),
+)
+for _name, _recipe, _code in _BUILT_IN:
+    STRATEGIES.add(_name, f"fedmerge_peft.strategies.{_code}", recipe=_recipe)
+
+AnyStrategy = Annotated[StrategyRecipe, OneOf(STRATEGIES)]
+"""A section of any registered strategy."""

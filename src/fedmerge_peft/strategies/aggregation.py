@@ -25,11 +25,12 @@ than η q_ij C with the mean. C is fixed, or a multiple of the running median of
 from __future__ import annotations
 
 import math
-from statistics import median
+import statistics
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.plugins import AGGREGATIONS
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.strategies.server_step import soup_shares
 from fedmerge_peft.strategies.similarity import cosines
@@ -63,7 +64,7 @@ class Aggregator:
     @property
     def bound(self) -> float:
         """C in this round, L2; infinite where nothing is clipped."""
-        running = median(self.norms[-_REMEMBERED:]) if self.norms else 0.0
+        running = statistics.median(self.norms[-_REMEMBERED:]) if self.norms else 0.0
         multiple = (
             math.inf if self.recipe.norm_multiple is None else self.recipe.norm_multiple * running
         )
@@ -86,31 +87,53 @@ class Aggregator:
             return mixing.T.to(deltas) @ deltas
         totals = mixing.sum(dim=0)
         counted = mixing / totals.clamp_min(torch.finfo(torch.float64).tiny)
-        match self.recipe.aggregation:
-            case "median":
-                found = trimmed_means(deltas, counted, 0.5)
-            case "trimmed_mean":
-                found = trimmed_means(deltas, counted, self.recipe.trim)
-            case "krum" | "multi_krum":
-                kept = [
-                    krum(
-                        deltas,
-                        column,
-                        self.recipe.malicious,
-                        self.recipe.aggregation == "multi_krum",
-                    )
-                    for column in counted.T
-                ]
-                found = torch.stack(kept).to(deltas) @ deltas
-            case "cosine_filter":
-                between = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
-                found = (
-                    torch.stack([agreeing(between, column) for column in counted.T]).to(deltas)
-                    @ deltas
-                )
+        found: Tensor = AGGREGATIONS[self.recipe.aggregation].load()(deltas, counted, self.recipe)
         return totals[:, None].to(deltas) * found
 
 
+# --------------------------------------------------------------------------------------------------
+# The rules, by their names in recipes: δ (k, P) and weights (k, d), whose columns sum to 1 or are
+# zero, to one update for each adapter, (d, P)
+# --------------------------------------------------------------------------------------------------
+def mean(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Weighted mean."""
+    return weights.T.to(deltas) @ deltas
+
+
+def median(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Coordinate-wise weighted median."""
+    return trimmed_means(deltas, weights, 0.5)
+
+
+def trimmed_mean(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Coordinate-wise weighted mean without ``recipe.trim`` of the weight at each end."""
+    return trimmed_means(deltas, weights, recipe.trim)
+
+
+def krum(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """The one update nearest to its neighbours, for each adapter."""
+    return _nearest(deltas, weights, recipe.malicious, several=False)
+
+
+def multi_krum(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Weighted mean of the updates nearest to their neighbours, for each adapter."""
+    return _nearest(deltas, weights, recipe.malicious, several=True)
+
+
+def cosine_filter(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Weighted mean of the updates that do not point against the others', for each adapter."""
+    between = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
+    return torch.stack([agreeing(between, column) for column in weights.T]).to(deltas) @ deltas
+
+
+def _nearest(deltas: Tensor, weights: Tensor, malicious: float, several: bool) -> Tensor:
+    kept = [krum_weights(deltas, column, malicious, several) for column in weights.T]
+    return torch.stack(kept).to(deltas) @ deltas
+
+
+# --------------------------------------------------------------------------------------------------
+# Their arithmetic
+# --------------------------------------------------------------------------------------------------
 def clipped(deltas: Tensor, bound: float, known: Tensor | None = None) -> Tensor:
     """δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``; what is short enough stays, bit for bit. ``known``: ‖δ_i‖₂, where they are."""
     if math.isinf(bound):
@@ -156,7 +179,7 @@ def _trimmed_means(deltas: Tensor, weights: Tensor, trim: float) -> Tensor:
     return torch.stack(found)
 
 
-def krum(deltas: Tensor, weights: Tensor, malicious: float, several: bool) -> Tensor:
+def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, several: bool) -> Tensor:
     """What (multi-)Krum keeps of each client's update: weights ``(k,)`` that sum to 1, or to 0 where those given do.
 
     Args:

@@ -82,9 +82,6 @@ class Strategy(Stateful, ABC):
     What a strategy needs to go on after an interruption is its soup and what it ``remembers``.
     """
 
-    federated: ClassVar[bool] = True
-    """Whether adapters travel between server and clients; False for local training."""
-
     learns_weights: ClassVar[bool] = False
     """Whether π changes with the replies, so that its entropy and the adapters' mass say something."""
     trains_what_it_serves: ClassVar[bool] = True
@@ -124,7 +121,7 @@ class Strategy(Stateful, ABC):
 
     def traffic(self, client: int) -> tuple[int, int]:
         """How many numbers travel to this client in a round, and back."""
-        return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
+        return self.soup.layout.size, self.soup.layout.size
 
     def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:
         """What a client made of the adapters that are shared, ``(k, P)``."""

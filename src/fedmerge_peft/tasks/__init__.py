@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.tasks.base import Batch, Examples, Predictions, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedmerge_peft.recipe.schema import Recipe
+    from fedmerge_peft.recipe.tasks import TaskRecipe
 
-__all__ = ["Batch", "Examples", "Predictions", "Task", "make_task"]
+__all__ = ["Batch", "Examples", "Predictions", "Task", "make_task", "task_type"]
+
+
+def task_type(recipe: TaskRecipe) -> type[Task]:
+    """Return the class of the task that a recipe names."""
+    return cast("type[Task]", TASKS[recipe.name].load())
 
 
 def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
@@ -26,16 +33,4 @@ def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
         DataError: Where the data are not what the recipe says.
         BackboneError: Where the tokenizer or image processor cannot be loaded.
     """
-    match recipe.task.name:
-        case "sequence-classification":
-            from fedmerge_peft.tasks.sequence_classification import SequenceClassificationTask
-
-            return SequenceClassificationTask(recipe.task, recipe.backbone, table, model_folder)
-        case "causal-lm":
-            from fedmerge_peft.tasks.causal_lm import CausalLMTask
-
-            return CausalLMTask(recipe.task, recipe.backbone, table, model_folder)
-        case "image-classification":
-            from fedmerge_peft.tasks.image_classification import ImageClassificationTask
-
-            return ImageClassificationTask(recipe.task, recipe.backbone, table, model_folder)
+    return task_type(recipe.task)(recipe.task, recipe.backbone, table, model_folder)

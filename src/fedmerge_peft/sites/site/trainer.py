@@ -148,10 +148,8 @@ class Trainer:
         if self._open is None or self._open[0] != key:
             self._open = None  # frees the memory of the previous engine
             data = with_label_ids(self.data, self.recipe, labels or ())
-            recipe = self.recipe
-            if recipe.task.name == "causal-lm":
-                task = recipe.task.model_copy(update={"format": fields.get("format")})
-                recipe = recipe.model_copy(update={"task": task})
+            task = self.recipe.task.with_format(fields.get("format"))
+            recipe = self.recipe.model_copy(update={"task": task})
             self._open = (key, LocalEngine.from_data(recipe, data))
         engine = self._engine
         backbone = engine.backbone

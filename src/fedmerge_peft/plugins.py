@@ -93,8 +93,8 @@ class Registry:
     ) -> None:
         """Register a part under a name.
 
-        The section ``recipe`` gets the name as the only value, and the default, of its tag. A module
-        may register a name again, as a notebook cell does that runs twice.
+        The section ``recipe`` gets the name as the only value, and the default, of its tag. A
+        module may register a name again, as a notebook cell does that runs twice.
 
         Args:
             name: The name in recipes.
@@ -202,8 +202,8 @@ def import_modules(names: Iterable[str]) -> None:
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise PluginError(
-                f"{name!r} is not the name of a module; a plugin is given as in an import statement, "
-                "such as my_plugin, never as a path"
+                f"{name!r} is not the name of a module; name a plugin as in an import "
+                "statement (my_plugin), not as a path"
             )
         try:
             import_module(name)
@@ -212,8 +212,8 @@ def import_modules(names: Iterable[str]) -> None:
             if name != absent and not name.startswith(f"{absent}."):
                 raise PluginError(f"{name} cannot be imported: {error}; install it") from error
             raise PluginError(
-                f"there is no module {absent!r}; install the package that has it, or add its folder to "
-                "PYTHONPATH (PYTHONPATH=. for the current one)"
+                f"there is no module {absent!r}; install the package that has it, or add its "
+                "folder to PYTHONPATH (PYTHONPATH=. for the current folder)"
             ) from error
         except Exception as error:
             cause = str(error) if isinstance(error, PluginError) else _named(error)

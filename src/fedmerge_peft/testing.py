@@ -56,14 +56,14 @@ def isolated_registries() -> Iterator[None]:
 
 
 def strategy_recipe(name: str, **settings: Any) -> StrategyRecipe:
-    """Return a strategy's section. Raises ``pydantic.ValidationError`` for settings it does not have."""
+    """Return a strategy's section. Raises ``pydantic.ValidationError`` for invalid settings."""
     import_installed()
     section: StrategyRecipe = TypeAdapter(AnyStrategy).validate_python({"name": name, **settings})
     return section
 
 
 class FormulaClients:
-    """Clients with the losses ℓ_i(θ) = ½ ‖θ − c_i‖², which find the minimum of what a plan asks exactly.
+    """Clients with the losses ℓ_i(θ) = ½ ‖θ − c_i‖², which minimize their plans' objectives exactly.
 
     Args:
         clients: m, how many there are.
@@ -105,7 +105,7 @@ class FormulaClients:
         return make_strategy(strategy_recipe(name, **settings), self.strategy_context())
 
     def train(self, client: int, job: Train) -> Trained:
-        """Return argmin_θ ½ ‖θ − c‖² + μ ‖θ − anchor‖² = (c + 2 μ anchor) / (1 + 2 μ), phase after phase."""
+        """Return argmin_θ ½ ‖θ − c‖² + μ ‖θ − a‖² = (c + 2 μ a) / (1 + 2 μ), phase after phase."""
         row, mu = job.row.clone(), job.proximal or 0.0
         anchor = job.row if job.anchor is None else job.anchor
         for mask in job.phases:

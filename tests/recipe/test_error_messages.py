@@ -137,7 +137,7 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         (
             "clients: 4",
             "client: 4",
-            "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: How many clients.",
+            "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: Number of clients.",
         ),
         (
             "clients: 4",

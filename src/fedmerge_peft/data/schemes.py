@@ -1,4 +1,4 @@
-"""Partition schemes by their names in recipes: from a section and the splits to each client's rows.
+"""Partition schemes by their names in recipes.
 
 A scheme takes its section and the ``Splits``. It returns, for each split, a ``ClientRows`` for each
 client, in the same order for all splits. A scheme that returns only ``train`` leaves the other
@@ -84,8 +84,9 @@ class Splits:
         by = self._by if self._by is not None else self.label
         if by is None:
             raise DataError(
-                "data.partition.by: the task has no label column to partition by; write data.partition.by=COLUMN "
-                f"(the data have {join_values(self.tables['train'].column_names)}) or data.partition.scheme=iid"
+                "data.partition.by: the task has no label column to partition by; write "
+                "data.partition.by=COLUMN (the data have "
+                f"{join_values(self.tables['train'].column_names)}) or data.partition.scheme=iid"
             )
         key = "task.label" if self._by is None else "data.partition.by"
         return encode_classes(self.tables, by, key)
@@ -94,8 +95,8 @@ class Splits:
 def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
     """Deal the other splits as training rows were dealt.
 
-    Of each class, a client gets the share that it has in training; without classes, the share of all
-    rows.
+    Of each class, a client gets the share that it has in training; without classes, the share of
+    all rows.
     """
     numbers: Mapping[str, Indices]
     if splits.has_classes:
@@ -183,7 +184,8 @@ def _groups(
         value = values[counts.argmax()]
         several = join_values(group_names[number] for number in pairs[pairs[:, 0] == value, 1])
         raise DataError(
-            f"data.partition.group: {by} {names[value]} has rows of several {group} ({several}), but a client belongs to one "
-            "group; name a column that is the same for all of its rows, or remove data.partition.group"
+            f"data.partition.group: {by} {names[value]} has rows of several {group} ({several}), "
+            "but a client belongs to one group; name a column that is the same for all of its "
+            "rows, or remove data.partition.group"
         )
     return [group_names[number] for number in pairs[:, 1]]

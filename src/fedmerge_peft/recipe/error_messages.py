@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, in the words of the person who wrote it."""
+"""Messages for pydantic's errors, in terms of the text that the author of a recipe wrote."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def required(annotation: Any) -> Any:
 
 
 class Kinds(NamedTuple):
-    """Sections that a tag tells apart: the key ``scheme`` has the names iid, dirichlet and so on."""
+    """Kinds of a section, identified by a key: for ``scheme``, iid, dirichlet and so on."""
 
     what: str
     key: str
@@ -59,14 +59,18 @@ def variants(annotation: Any) -> tuple[type[Section], ...]:
 
 
 def field_annotation(info: FieldInfo) -> Any:
-    """A field's type with its constraints."""
+    """Return a field's type with its constraints."""
     return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
 
 
 def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, Any, type[Section]]:
-    """Where pydantic's location is in what the user wrote, what is expected there, and the section around it.
+    """Translate pydantic's location to the author's text.
 
-    Pydantic puts tags and names of types among the keys: ``("data", "partition", "iid", "clients")``.
+    Pydantic's locations include tags and names of types, such as ``iid`` in
+    ``("data", "partition", "iid", "clients")``.
+
+    Returns:
+        The keys as written, the type that is expected there, and the section around it.
     """
     where: Where = ()
     annotation: Any = root
@@ -86,7 +90,7 @@ def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, An
 
 
 def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Section], str]]:
-    """Every key of a recipe: the place of its section, the section, and the key."""
+    """Yield every key of a recipe, with the place of its section and the section."""
     for section in variants(annotation):
         for key, info in section.model_fields.items():
             yield where, section, key
@@ -151,7 +155,7 @@ def _bounds(constraints: Iterable[Any]) -> str:
 
 
 def found(value: Any) -> str:
-    """A value as it would stand in YAML, cut where it is long."""
+    """Return a value as YAML shows it; long values are truncated."""
     match value:
         case None:
             return "nothing"
@@ -172,7 +176,7 @@ def _cut(text: str) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """The closest of some words as a question to put after a message; empty where none is close."""
+    """Return ``; did you mean '...'?`` with the most similar word; empty if none is similar."""
     closest = get_close_matches(word.lower(), words, n=1)
     return f"; did you mean '{closest[0]}'?" if closest else ""
 
@@ -181,7 +185,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # Faults
 # --------------------------------------------------------------------------------------------------
 def explain(error: ValidationError, document: Document, root: type[Section]) -> list[Fault]:
-    """One fault for each value that is wrong, however many ways there are for it to be right."""
+    """Return one fault for each invalid value, also if pydantic has several errors for it."""
     faults: dict[Where, Fault] = {}
     for detail in error.errors(include_url=False):
         if len(faults) > MOST:
@@ -192,7 +196,8 @@ def explain(error: ValidationError, document: Document, root: type[Section]) -> 
         elif detail["type"] == "extra_forbidden":
             text = _unknown(where, section, root)
         elif detail["type"] == "missing":
-            text = f"missing, expected {expected(annotation)}: {section.model_fields[str(where[-1])].description}"
+            about = section.model_fields[str(where[-1])].description
+            text = f"missing, expected {expected(annotation)}: {about}"
         else:
             where, text = _unfit(where, annotation, detail["type"], document.value)
         faults.setdefault(where, Fault(document.mark(where), where, text))
@@ -200,7 +205,7 @@ def explain(error: ValidationError, document: Document, root: type[Section]) -> 
 
 
 def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
-    """A message of the schema's validators, which may begin with the key that it is about."""
+    """Split the key off a message of the schema's validators, if the message starts with one."""
     key, colon, rest = text.partition(": ")
     return (
         ((*where, key), rest)

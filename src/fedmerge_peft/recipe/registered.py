@@ -17,7 +17,7 @@ from fedmerge_peft.plugins import Registry
 
 @dataclass(frozen=True)
 class OneOf:
-    """Marks a field that holds a section of any kind in a registry, told apart by the registry's key.
+    """Marks a field that holds a section of any kind in a registry.
 
     strategy: Annotated[StrategyRecipe, OneOf(STRATEGIES)]
     """

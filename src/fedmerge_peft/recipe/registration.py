@@ -70,10 +70,12 @@ def register_task(name: str, *, recipe: type[TaskRecipe]) -> Callable[[Code], Co
 def register_partition(
     name: str, *, recipe: type[PartitionRecipe] | None = None
 ) -> Callable[[Code], Code]:
-    """Register a function that deals rows to clients under a name, the value of ``data.partition.scheme``.
+    """Register a function that assigns rows to clients under a name.
+
+    The name is the value of ``data.partition.scheme`` in recipes.
 
     The function takes its section and the ``Splits``, and returns a list of ``Holding`` for each
-    split; for ``train`` alone if the other splits are to be dealt alike.
+    split; for ``train`` alone if the other splits are to be partitioned alike.
 
     Raises ``PluginError`` if another module has registered the name.
     """
@@ -100,9 +102,9 @@ def register_metric(
 
     Args:
         name: The name in recipes, tables and files.
-        of: What the function takes: predicted and expected ``classes`` (ids) of classification tasks,
-            ``tokens`` (ids) or generated and wanted ``texts`` of language models; or ``loss``, the mean
-            loss in nats as the only argument.
+        of: What the function takes: predicted and expected ``classes`` (ids) of classification
+            tasks, ``tokens`` (ids) or generated and wanted ``texts`` of language models; or
+            ``loss``, the mean loss in nats as the only argument.
         greater_is_better: Whether larger values are better.
 
     Raises:
@@ -115,9 +117,9 @@ def register_metric(
 def register_aggregation(name: str) -> Callable[[Code], Code]:
     """Register an aggregation rule under a name, the value of ``robustness.aggregation``.
 
-    The function takes the updates δ ``(k, P)``, weights ``(k, d)`` in float64 whose columns sum to 1
-    (or are zero for an adapter that nobody uses), and the section ``RobustnessRecipe``; it returns one
-    update for each adapter, ``(d, P)``, in the type of δ.
+    The function takes the updates δ ``(k, P)``, weights ``(k, d)`` in float64 whose columns sum to
+    1 (or are zero for an adapter that nobody uses), and the section ``RobustnessRecipe``; it
+    returns one update for each adapter, ``(d, P)``, in the type of δ.
 
     Raises ``PluginError`` if another module has registered the name.
     """
@@ -129,8 +131,8 @@ def _section_of(
 ) -> Callable[[Code], Code]:
     if recipe is not None and not issubclass(recipe, base):
         raise PluginError(
-            f"the {registry.kind} {name!r}: {recipe.__name__} is no {base.__name__}; derive it from "
-            "that class"
+            f"the {registry.kind} {name!r}: {recipe.__name__} is no {base.__name__}; derive it "
+            "from that class"
         )
 
     def register(code: Code) -> Code:
@@ -154,7 +156,7 @@ def _named(registry: Registry, name: str, **facts: Any) -> Callable[[Code], Code
 
 
 def rebuild(section: type[Section]) -> None:
-    """Build the schemas of a section and of all sections in it again, from the registries as they are."""
+    """Build the schemas of a section and all sections in it from the current registries."""
     for info in section.model_fields.values():
         for inner in variants(field_annotation(info)):
             rebuild(inner)

@@ -1,4 +1,4 @@
-"""Sections of a recipe's task, told apart by ``name``: what an example is, and how it is scored."""
+"""Sections of the task: columns, lengths and metrics."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class TaskRecipe(Section):
     """Base of a task's section."""
 
     name: str = ""
-    """Which task."""
+    """Name of the task."""
     if TYPE_CHECKING:
         metrics: Sequence[str]
-        """Metrics to report, the shown one first; each task declares its own field."""
+        """Names of the metrics. Tables show the first. Each task declares its own field."""
 
     @property
     def label_column(self) -> str | None:
@@ -75,62 +75,68 @@ class TaskRecipe(Section):
 
 
 class SequenceClassificationRecipe(TaskRecipe):
-    """Text, or a pair of texts, to one of several labels."""
+    """Classification of texts or pairs of texts."""
 
     text: str = "text"
     """Column with the text."""
     text_pair: str | None = None
-    """Column with a second text, for tasks on pairs of sentences."""
+    """Column with the second text of a pair."""
     label: str = "label"
     """Column with the label: an integer from 0, or a name."""
     num_labels: PositiveInt | None = None
-    """How many labels there are. Default: told from the data."""
+    """Number of labels. Default: inferred from the data."""
     max_length: PositiveInt | None = None
-    """Longest input in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes."""
+    """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
+    the model's limit."""
     metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics to report; the first one is the one that tables and log lines show."""
+    """Metrics. Tables and log lines show the first."""
 
 
 class CausalLMRecipe(TaskRecipe):
-    """Next-token prediction: plain text, chats, prompt and completion, or instructions."""
+    """Causal language modeling of plain texts, chats, prompts with completions, or instructions."""
 
     format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
-    """How a row becomes tokens. Default: told from the columns, in the order messages, prompt-completion, instruction, text."""
+    """Format of a row. Default: the first of messages, prompt-completion, instruction and text
+    whose columns exist."""
     text: str = "text"
-    """Column with plain text; the loss is on every token."""
+    """Column with plain text. All tokens have a loss."""
     messages: str = "messages"
-    """Column with a list of {role, content}, laid out by the tokenizer's chat template; the loss is on every token."""
+    """Column with a list of {role, content}, formatted by the tokenizer's chat template. All tokens
+    have a loss."""
     prompt: str = "prompt"
-    """Column with the prompt; no loss on its tokens."""
+    """Column with the prompt. Its tokens have no loss."""
     completion: str = "completion"
-    """Column with the completion; the loss is on its tokens alone."""
+    """Column with the completion. Only its tokens have a loss."""
     instruction: str = "instruction"
     """Column with the instruction, for the template."""
     input: str = "input"
-    """Column with the instruction's input, for the template; it may be absent or empty."""
+    """Column with the instruction's input, for the template. It may be missing or empty."""
     output: str = "output"
-    """Column with the wanted answer; the loss is on its tokens alone."""
+    """Column with the answer. Only its tokens have a loss."""
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    """Prompt made from instruction and input, in Python's format syntax. Paragraphs whose only field is empty are left out."""
+    """Prompt made of instruction and input, in Python's format syntax. A paragraph whose only field
+    is empty is omitted."""
     max_length: PositiveInt | None = None
-    """Longest example in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes, at most 1024."""
+    """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
+    the model's limit, at most 1024."""
     max_new_tokens: PositiveInt = 32
-    """How many tokens to generate for exact_match and rougeL."""
+    """Maximum number of generated tokens, for exact_match and rougeL."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
-    """Metrics to report, the shown one first. exact_match and rougeL generate text, which takes longer."""
+    """Metrics. Tables and log lines show the first. exact_match and rougeL generate text
+    (slower)."""
 
 
 class ImageClassificationRecipe(TaskRecipe):
-    """An image to one of several labels."""
+    """Classification of images."""
 
     image: str = "image"
-    """Column with the image: a datasets Image, encoded bytes, or a file path."""
+    """Column with the image: a datasets Image, encoded bytes, or the path of a file."""
     label: str = "label"
     """Column with the label: an integer from 0, or a name."""
     num_labels: PositiveInt | None = None
-    """How many labels there are. Default: told from the data."""
+    """Number of labels. Default: inferred from the data."""
     metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics to report; the first one is the one that tables and log lines show."""
+    """Metrics. Tables and log lines show the first."""
 
 
 TASKS.add(

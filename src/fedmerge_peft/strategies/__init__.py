@@ -16,13 +16,17 @@ __all__ = [
 
 
 def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
-    """The strategy that a recipe names, at its start. Raises ``RecipeError`` where it does not fit the adapter, or the defence."""
+    """Return a recipe's strategy, before its first round.
+
+    Raises ``RecipeError`` if it does not support the adapter's settings or the robust aggregation.
+    """
     strategy: Strategy = STRATEGIES[recipe.name].load()(recipe, context)
     strategy.aggregator = context.aggregator
     if context.aggregator.recipe.defends and recipe.federated and not strategy.averages:
         raise RecipeError(
             [
-                f"robustness: {recipe.name} stacks the clients' factors and has no mean to defend; use another strategy"
+                f"robustness: {recipe.name} stacks the clients' factors and has no mean to defend; "
+                "use another strategy"
             ]
         )
     return strategy

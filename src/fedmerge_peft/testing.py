@@ -8,7 +8,7 @@ assert torch.allclose(strategy.adapter(0), clients.mean())
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -60,6 +60,36 @@ def strategy_recipe(name: str, **settings: Any) -> StrategyRecipe:
     import_installed()
     section: StrategyRecipe = TypeAdapter(AnyStrategy).validate_python({"name": name, **settings})
     return section
+
+
+def reply_to(
+    plan: Plan,
+    client: int,
+    size: int,
+    train: Callable[[Train, int], Trained],
+    losses: Callable[[Tensor], Tensor],
+    seed: int = 0,
+) -> Reply:
+    """Return a client's reply to a plan, given functions for its training and its losses.
+
+    Args:
+        plan: The strategy's plan.
+        client: The client's number.
+        size: n_i, its training examples.
+        train: ``train(job, seed)`` trains one adapter.
+        losses: ``losses(row)`` returns the loss of each training example with an adapter, ``(n,)``.
+        seed: Decides the plan's random draws.
+    """
+    result = run_plan(plan, seed, train, losses)
+    return Reply(
+        client,
+        result.deltas,
+        size,
+        result.loss,
+        0.0,
+        choice=result.choice,
+        weights=result.weights,
+    )
 
 
 class FormulaClients:
@@ -119,16 +149,8 @@ class FormulaClients:
         def losses(row: Tensor) -> Tensor:
             return 0.5 * (row - self.centres[client]).square().sum()[None]
 
-        result = run_plan(plan, 0, lambda job, _: self.train(client, job), losses)
-        return Reply(
-            client,
-            result.deltas,
-            self.sizes[client],
-            result.loss,
-            0.0,
-            choice=result.choice,
-            weights=result.weights,
-        )
+        size = self.sizes[client]
+        return reply_to(plan, client, size, lambda job, _: self.train(client, job), losses)
 
     def replies(self, strategy: Strategy, clients: Iterable[int] | None = None) -> Iterator[Reply]:
         """Yield the replies of some clients, by default all, to the strategy's plans."""

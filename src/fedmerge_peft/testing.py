@@ -93,7 +93,7 @@ def reply_to(
 
 
 class FormulaClients:
-    """Clients with the losses ℓ_i(θ) = ½ ‖θ − c_i‖², which minimize their plans' objectives exactly.
+    """Clients with the losses ℓ_i(θ) = ½ ‖θ − c_i‖², which minimize their objectives exactly.
 
     Args:
         clients: m, how many there are.

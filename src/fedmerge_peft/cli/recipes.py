@@ -21,7 +21,7 @@ def ls(
         bool,
         typer.Option(
             "--all",
-            help="List what recipes may name instead: strategies, tasks and so on, with their origin.",
+            help="List strategies, tasks and everything else that recipes name, with origin.",
         ),
     ] = False,
     modules: Annotated[

@@ -39,7 +39,7 @@ class PrivacyRecipe(Section):
                 name for name, kind in STRATEGIES.sections().items() if self.mode in kind.dp_modes
             ]
             return (
-                f"privacy.mode: {self.mode} covers {', '.join(known)}, not all that {strategy.name} "
-                "shares; use one of these"
+                f"privacy.mode: {self.mode} covers {', '.join(known)}, not all that "
+                f"{strategy.name} shares; use one of these"
             )
         return strategy.privacy_refusal(self.mode)

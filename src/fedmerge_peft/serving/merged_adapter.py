@@ -150,7 +150,7 @@ class MergedAdapter:
         labels = tuple(self.run.task["labels"])
         pad = (
             get_pad_token_id(load_tokenizer(recipe.backbone, folder)[0])
-            if task_type(recipe.task).classifies_tokens_last
+            if task_type(recipe.task).reads_last_token
             else None
         )
         head = _ModelHead(task_type(recipe.task).auto_model, labels, pad)

@@ -1,4 +1,4 @@
-"""What a federation trains on: text classification, causal language modelling, image classification."""
+"""Tasks: text classification, causal language modeling, image classification."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def task_type(recipe: TaskRecipe) -> type[Task]:
 
 
 def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
-    """The task that the recipe names.
+    """Return the task that the recipe names.
 
     Args:
-        recipe: Its ``task`` and ``backbone`` are read.
-        table: All rows of the federation; labels are told from all of them, and columns checked.
-        model_folder: Local folder or hub id of the model, whose tokenizer or image processor is loaded.
+        recipe: Its sections ``task`` and ``backbone`` are used.
+        table: All rows of the federation, to infer the labels and check the columns.
+        model_folder: Local folder or hub id of the model with the tokenizer or image processor.
 
     Raises:
-        DataError: Where the data are not what the recipe says.
-        BackboneError: Where the tokenizer or image processor cannot be loaded.
+        DataError: The data do not match the recipe.
+        BackboneError: The tokenizer or image processor cannot be loaded.
     """
     return task_type(recipe.task)(recipe.task, recipe.backbone, table, model_folder)

@@ -67,9 +67,9 @@ class Task(ABC):
     peft_task_type: ClassVar[str | None]
     """PEFT task type. SEQ_CLS adds the classification head to the adapter."""
     pipeline: ClassVar[str] = ""
-    """Name of transformers' pipeline, which is also the hub's name for the task; empty if there is none."""
-    classifies_tokens_last: ClassVar[bool] = False
-    """Whether a decoder's head reads the last token before the padding, so that its config must name the padding."""
+    """Pipeline of transformers, also the task's name on the hub; empty if there is none."""
+    reads_last_token: ClassVar[bool] = False
+    """Whether a decoder's head reads the last token before the padding, whose id it must know."""
     completes: ClassVar[bool] = False
     """Whether a prediction is a text that completes a prompt; otherwise it is a label."""
     loading_code: ClassVar[str] = ""

@@ -54,7 +54,7 @@ class SequenceClassificationTask(Classification):
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     pipeline: ClassVar[str] = "text-classification"
-    classifies_tokens_last: ClassVar[bool] = True
+    reads_last_token: ClassVar[bool] = True
     loading_code: ClassVar[str] = """{imports}from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

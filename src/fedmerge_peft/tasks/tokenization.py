@@ -102,7 +102,7 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
 
 
 def pipeline_tokenizer(backbone: BackboneRecipe, folder: str, max_length: int | None) -> Any:
-    """Return the tokenizer of a transformers pipeline, which cuts texts to ``max_length`` tokens."""
+    """Return the tokenizer of a transformers pipeline, which truncates to ``max_length`` tokens."""
     tokenizer, config = load_tokenizer(backbone, folder)
     limit = resolve_max_length(max_length, token_limit(tokenizer, config))
     if limit is not None:

@@ -1,4 +1,4 @@
-"""A plugin for fedmerge-peft: importing it registers a strategy, a metric and a partition scheme."""
+"""A plugin for fedmerge-peft; its import registers a strategy, a metric and a partition scheme."""
 
 from fedmerge_example import metric, partition, strategy
 

@@ -85,6 +85,14 @@ def smoke_engine(smoke):
 
 
 @pytest.fixture
+def formulas():
+    """The class of clients with closed-form losses."""
+    from fedmerge_peft.testing import FormulaClients
+
+    return FormulaClients
+
+
+@pytest.fixture
 def write_run(tmp_path):
     """``write_run("a", ["seed=1"], [[.1, .3], [.2, .4]])``: a finished run of ``smoke`` with each client's accuracy by rounds done.
 

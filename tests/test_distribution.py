@@ -1,6 +1,7 @@
 """The wheel by itself: built from the sdist, installed where nothing of this checkout is, and run."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -127,6 +128,24 @@ def test_the_program_runs_from_the_wheel(installed, tmp_path):
     assert (tmp_path / "first.html").is_file()
     assert (tmp_path / "figures" / "weights.png").is_file()
     assert (tmp_path / "fen" / "adapter_model.safetensors").is_file()
+
+
+def test_a_plugin_is_found_once_it_is_installed(installed, tmp_path):
+    example = tmp_path / "plugin"
+    shutil.copytree(ROOT / "examples" / "plugin", example)
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=example)
+    (wheel,) = tmp_path.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", installed]
+    program, recipe = installed.with_name("fedmerge"), example / "recipe.yaml"
+    small = ["rounds=1", "training.device=cpu", "--out", "plugged"]
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    try:
+        assert "  cautious " in run(program, "ls", "--all", cwd=tmp_path)
+        assert "round 1/1" in run(program, "run", recipe, *small, cwd=tmp_path)
+        run(program, "report", "plugged", cwd=tmp_path)
+    finally:
+        run(*pip, "uninstall", "--quiet", "--yes", "fedmerge-example", cwd=tmp_path)
+    assert "cautious" not in run(program, "ls", "--all", cwd=tmp_path)
 
 
 def test_the_version_is_one(built):

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     )
     from fedmerge_peft.analysis import Comparison, compare, local_global_gap
     from fedmerge_peft.api import Run, federate, load_run, resume, sweep
+    from fedmerge_peft.data.partition import ClientRows
+    from fedmerge_peft.data.schemes import Splits
     from fedmerge_peft.errors import (
         BackboneError,
         ClientError,
         DataError,
         DeviceError,
         FedMergeError,
+        PluginError,
         RankError,
         RecipeError,
         ResumeError,
@@ -38,13 +41,26 @@ if TYPE_CHECKING:
     from fedmerge_peft.federation.callbacks import Callback
     from fedmerge_peft.federation.loop import Federation
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe.callbacks import CallbackRecipe
+    from fedmerge_peft.recipe.data import PartitionRecipe
     from fedmerge_peft.recipe.grid import expand
+    from fedmerge_peft.recipe.registration import (
+        register_aggregation,
+        register_callback,
+        register_metric,
+        register_partition,
+        register_strategy,
+        register_task,
+    )
+    from fedmerge_peft.recipe.strategies import StrategyRecipe
+    from fedmerge_peft.recipe.tasks import TaskRecipe
     from fedmerge_peft.runs.record import RoundRecord, Scores
     from fedmerge_peft.serving.export import export_all, export_client, export_soup, push_to_hub
     from fedmerge_peft.serving.merged_adapter import MergedAdapter
     from fedmerge_peft.serving.personalize import Personalized, personalize
     from fedmerge_peft.serving.predictor import Predictor
-    from fedmerge_peft.strategies import Strategy, fedmerge_step
+    from fedmerge_peft.strategies import Reply, Strategy, StrategyContext, fedmerge_step
+    from fedmerge_peft.tasks import Task
 
 __version__ = "0.2.0"
 
@@ -53,19 +69,24 @@ __all__ = [
     "AdapterSoup",
     "BackboneError",
     "Callback",
+    "CallbackRecipe",
     "ClientError",
     "Comparison",
     "DataError",
     "DeviceError",
     "FedMergeError",
     "Federation",
+    "ClientRows",
     "MergedAdapter",
     "MergingWeights",
+    "PartitionRecipe",
     "Personalized",
+    "PluginError",
     "Predictor",
     "RankError",
     "Recipe",
     "RecipeError",
+    "Reply",
     "ResumeError",
     "RoundRecord",
     "Run",
@@ -73,8 +94,13 @@ __all__ = [
     "RunError",
     "RunExistsError",
     "Scores",
+    "Splits",
     "Strategy",
+    "StrategyContext",
+    "StrategyRecipe",
     "SweepError",
+    "Task",
+    "TaskRecipe",
     "TooFewClientsError",
     "compare",
     "concat",
@@ -89,6 +115,12 @@ __all__ = [
     "merge_error",
     "personalize",
     "push_to_hub",
+    "register_aggregation",
+    "register_callback",
+    "register_metric",
+    "register_partition",
+    "register_strategy",
+    "register_task",
     "resume",
     "sweep",
 ]
@@ -101,6 +133,7 @@ _HOMES = {
         "DataError",
         "DeviceError",
         "FedMergeError",
+        "PluginError",
         "RankError",
         "RecipeError",
         "ResumeError",
@@ -120,8 +153,23 @@ _HOMES = {
     "recipe": ("Recipe",),
     "runs.record": ("RoundRecord", "Scores"),
     "api": ("Run", "federate", "load_run", "resume", "sweep"),
-    "strategies": ("Strategy", "fedmerge_step"),
+    "data.partition": ("ClientRows",),
+    "data.schemes": ("Splits",),
+    "strategies": ("Reply", "Strategy", "StrategyContext", "fedmerge_step"),
+    "tasks": ("Task",),
+    "recipe.callbacks": ("CallbackRecipe",),
+    "recipe.data": ("PartitionRecipe",),
     "recipe.grid": ("expand",),
+    "recipe.registration": (
+        "register_aggregation",
+        "register_callback",
+        "register_metric",
+        "register_partition",
+        "register_strategy",
+        "register_task",
+    ),
+    "recipe.strategies": ("StrategyRecipe",),
+    "recipe.tasks": ("TaskRecipe",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

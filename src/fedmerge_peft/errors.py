@@ -2,6 +2,7 @@
 
     FedMergeError
     ├── RecipeError        the recipe has invalid or contradictory settings
+    ├── PluginError        a plugin cannot be imported, or registers a name that is taken
     ├── DataError          the data are missing, or do not match the recipe
     ├── BackboneError      the model is missing, or does not support the adapter
     ├── DeviceError        the device or the precision is not available
@@ -51,6 +52,10 @@ class RecipeError(FedMergeError):
     def __init__(self, faults: list[str]) -> None:
         self.faults = faults
         super().__init__("\n".join(faults))
+
+
+class PluginError(FedMergeError):
+    """A plugin that cannot be imported, or that registers a name which is taken."""
 
 
 class DataError(FedMergeError):

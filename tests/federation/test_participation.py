@@ -1,7 +1,5 @@
 """Three of six clients a round, with every method: what the others are served with, and what a reply may move."""
 
-from typing import get_args
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from fedmerge_peft.adapters.lora_factors import (
     rank_mask,
     suffix_mask,
 )
-from fedmerge_peft.recipe.strategies import StrategyName
+from fedmerge_peft.recipe.strategies import STRATEGIES
 from fedmerge_peft.training.plan import Mixture
 
 CLIENTS = 6
@@ -120,7 +118,7 @@ class Half:
         return 2 * [(down, up)]
 
 
-@pytest.mark.parametrize("name", get_args(StrategyName))
+@pytest.mark.parametrize("name", [entry.name for entry in STRATEGIES])
 def test_with_half_of_the_clients_a_round(smoke, smoke_engine, name):
     half = Half(smoke, smoke_engine, name)
     for client in half.never:

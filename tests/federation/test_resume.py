@@ -3,14 +3,13 @@
 import json
 import shutil
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
 from fedmerge_peft import Callback, RecipeError, ResumeError, Run, RunExistsError, federate, resume
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.recipe.strategies import StrategyName
+from fedmerge_peft.recipe.strategies import STRATEGIES
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.util import files
 from fedmerge_peft.util.stateful import Stateful
@@ -24,7 +23,7 @@ TINY = [
 ]
 
 VARIANTS = [
-    *({"name": name} for name in get_args(StrategyName)),
+    *({"name": name} for name in [entry.name for entry in STRATEGIES]),
     {
         "name": "fedmerge",
         "adapters": 3,

@@ -1,12 +1,10 @@
 """What is said about recipes that are YAML, but not recipes."""
 
-from typing import get_args
-
 import pytest
 
-from fedmerge_peft.recipe.strategies import StrategyName
+from fedmerge_peft.recipe.strategies import STRATEGIES
 
-METHODS = ", ".join(get_args(StrategyName))
+METHODS = ", ".join([entry.name for entry in STRATEGIES])
 TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, or a list of text, whole numbers, numbers, or true or false"
 
 
@@ -139,7 +137,7 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         (
             "clients: 4",
             "client: 4",
-            "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: How many clients.",
+            "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: Number of clients.",
         ),
         (
             "clients: 4",

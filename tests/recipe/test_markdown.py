@@ -46,7 +46,7 @@ def test_every_key_of_every_section_is_there():
 
 def test_a_row_says_type_bounds_default_and_meaning():
     found = {cells[0]: cells[1:] for cells in rows(markdown.reference())}
-    assert found["`rounds`"] == ["integer ≥ 1", "`20`", "Rounds of communication."]
+    assert found["`rounds`"] == ["integer ≥ 1", "`20`", "Number of rounds."]
     assert found["`max_grad_norm`"][:2] == ["number > 0 / null", "`1.0`"]
     assert found["`weight_decay`"][0] == "number ≥ 0"
     assert found["`use_dora`"][:2] == ["true or false", "`false`"]

@@ -1,6 +1,7 @@
 """A site controls its updates, limits and data checks; the server skips sites that fail."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -331,3 +332,17 @@ def test_a_trainer_without_data_is_refused(smoke, federation_of):
     _kit, trainers = federation_of(smoke(), 2)
     with pytest.raises(RefusedError, match="names no data"):
         Trainer(trainers["site-1"].kit, "site-1", SiteSettings())
+
+
+def test_modules_that_the_servers_recipe_names_are_not_imported(
+    smoke, federation_of, tmp_path, monkeypatch
+):
+    (tmp_path / "servers_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    _kit, trainers = federation_of(smoke(), 2)
+    trainer = trainers["site-1"]
+    text = trainer.agreed.model_copy(update={"plugins": ["servers_module"]}).to_yaml()
+    fields = {"recipe": text, "dtype": trainer.federation.wire_dtype}
+    reply = Message.from_bytes(trainer.handle(Message("enroll", fields).to_bytes()))
+    assert reply.kind == "enrolled"
+    assert "servers_module" not in sys.modules

@@ -10,7 +10,7 @@ from fedmerge_peft import AdapterLayout, federate, load_run
 from fedmerge_peft.recipe.strategies import FedEMRecipe, FeSEMRecipe, FLHCRecipe, IFCARecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from fedmerge_peft.strategies.flhc import hierarchical_clusters
-from fedmerge_peft.training.execute import run_plan
+from fedmerge_peft.testing import reply_to
 from fedmerge_peft.training.plan import Choose, Trained
 from fedmerge_peft.util.seeds import derive
 
@@ -69,16 +69,8 @@ QUADRATICS = [Quadratic(target, int(size)) for target, size in zip(TARGETS, SIZE
 
 def replies(strategy, clients, who):
     for index in who:
-        work = run_plan(strategy.plan(index), derive(0, index), *clients[index].hands())
-        yield Reply(
-            index,
-            work.deltas,
-            clients[index].size,
-            work.loss,
-            0.0,
-            choice=work.choice,
-            weights=work.weights,
-        )
+        client, seed = clients[index], derive(0, index)
+        yield reply_to(strategy.plan(index), index, client.size, *client.hands(), seed)
 
 
 def federated(strategy, clients, rounds, cohort=None, seed=0):

@@ -6,7 +6,7 @@ import torch
 from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, RunError, federate
 from fedmerge_peft.recipe.strategies import FedEMRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
-from fedmerge_peft.training.execute import run_plan
+from fedmerge_peft.testing import reply_to
 from fedmerge_peft.training.plan import Mixture, Trained
 from fedmerge_peft.util.seeds import derive
 
@@ -61,8 +61,8 @@ def make(adapters, fresh_row=noise, clients=9):
 
 def replies(strategy, clients):
     for index, client in enumerate(clients):
-        work = run_plan(strategy.plan(index), derive(0, index), *client.hands())
-        yield Reply(index, work.deltas, client.size, work.loss, 0.0, weights=work.weights)
+        seed = derive(0, index)
+        yield reply_to(strategy.plan(index), index, client.size, *client.hands(), seed)
 
 
 def test_fedem_recovers_a_mixture_of_two_regressions_and_each_clients_part_of_it():

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 _SETTING = {"task": True, "backbone": True, "data": True}
 _SPEED = ("training.device", "training.prefix_cache", "training.clients_per_batch")
-_IRRELEVANT = ("name", "seed", "baselines", "task.metrics", "evaluation", "tracking", *_SPEED)
+_IRRELEVANT = (
+    "name",
+    "seed",
+    "baselines",
+    "task.metrics",
+    "evaluation",
+    "tracking",
+    "callbacks",
+    "plugins",
+    *_SPEED,
+)
 """Keys that do not define a method: seed, evaluation and reporting, device and speed."""
 
 

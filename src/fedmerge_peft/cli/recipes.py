@@ -16,17 +16,51 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def ls() -> None:
-    """List the recipes that come with the package.
+def ls(
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="List strategies, tasks and everything else that recipes name, with origin.",
+        ),
+    ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin", metavar="MODULE", help="With --all: import this plugin first; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """List the recipes that come with the package, or everything that a recipe may name.
 
-    Example: fedmerge ls
+    Example: fedmerge ls --all
     """
+    if everything:
+        _list_registered(modules or [])
+        return
     from fedmerge_peft.recipe.loading import shipped
 
     recipes = shipped()
     width = max((len(recipe.name) for recipe in recipes), default=0)
     for recipe in recipes:
         print(f"{recipe.name:<{width}}  {recipe.about}")
+
+
+def _list_registered(modules: list[str]) -> None:
+    """Print strategies, tasks, partition schemes, metrics, aggregation rules and callbacks."""
+    import fedmerge_peft.recipe  # registers the built-in ones  # noqa: F401
+    from fedmerge_peft.plugins import REGISTRIES, import_installed, import_modules
+    from fedmerge_peft.util.text import printable
+
+    import_installed()
+    import_modules(modules)
+    width = max(len(entry.name) for registry in REGISTRIES for entry in registry)
+    wide = max(len(entry.origin) for registry in REGISTRIES for entry in registry)
+    for registry in REGISTRIES:
+        print(f"{registry.plural}:" if len(registry) else f"{registry.plural}: none")
+        for entry in registry:
+            line = f"  {entry.name:<{width}}  {entry.origin:<{wide}}  {entry.about}"
+            print(printable(line.rstrip()))
 
 
 @app.command()
@@ -158,15 +192,10 @@ def schema(
 
 
 def _summary(recipe: Recipe) -> str:
-    data, partition, strategy = recipe.data, recipe.data.partition, recipe.strategy
-    adapters = f" with {strategy.adapters} adapters" if strategy.name == "fedmerge" else ""
-    clients = (
-        f"one client for each {partition.by}"
-        if partition.scheme == "natural"
-        else f"{partition.clients} clients, {partition.scheme}"
-    )
-    if partition.scheme == "natural" and partition.clients_per_value > 1:
-        clients = f"{partition.clients_per_value} clients for each {partition.by}"
+    data, strategy = recipe.data, recipe.strategy
+    count = getattr(strategy, "adapters", None)
+    adapters = "" if count is None else f" with {count} adapters"
+    clients = data.partition.summary()
     names = ", ".join(baseline.name for baseline in recipe.baselines)
     baselines = f"; baselines {names}" if names else ""
     rounds = f"{recipe.rounds} round{'s' * (recipe.rounds > 1)} of {recipe.task.name}"

@@ -235,7 +235,7 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
     commands = [
         (f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, advice")
     ]
-    if run.recipe.strategy.name == "fedmerge":
+    if run.recipe.strategy.learned_merging:
         commands.append((rerun("strategy.adapters=3", "3"), "a smaller soup"))
     else:
         commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))

@@ -49,5 +49,5 @@ def print_tables(run: RunDirectory, console: Console) -> None:
 
     if run.summary["final"]["served"] is not None:
         console.print(scores_table(run))
-    if run.recipe.strategy.name == "fedmerge":
+    if run.recipe.strategy.learned_merging:
         console.print(weights_table(run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,16 +12,11 @@ from fedmerge_peft.data import partition
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
 from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.loading import load_splits
-from fedmerge_peft.data.partition import ClientRows, Stream, generator
+from fedmerge_peft.data.partition import ClientRows, generator
+from fedmerge_peft.data.schemes import Splits, partition_alike
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.recipe.data import (
-    ClustersRecipe,
-    DataRecipe,
-    DirichletRecipe,
-    IidRecipe,
-    NaturalRecipe,
-    ShardsRecipe,
-)
+from fedmerge_peft.plugins import PARTITIONS
+from fedmerge_peft.recipe.data import DataRecipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,102 +79,22 @@ def _partition(
 ) -> dict[str, list[ClientRows]]:
     """Assign the rows of each split to clients, as row numbers of the joined splits."""
     scheme = recipe.partition
-    examples = len(splits["train"])
-    if not isinstance(scheme, NaturalRecipe) and scheme.clients > examples:
+    examples, clients = len(splits["train"]), getattr(scheme, "clients", 0)
+    if clients > examples:
         raise DataError(
-            f"data.partition.clients: {scheme.clients:,} clients, but {examples:,} training "
+            f"data.partition.clients: {clients:,} clients, but {examples:,} training "
             "examples; lower data.partition.clients, or relax data.filter"
         )
-    per_split = (
-        _partition_iid(scheme, splits, seed)
-        if isinstance(scheme, IidRecipe)
-        else _partition_by_column(scheme, splits, label, seed)
-    )
+    tables = Splits(splits, label, seed, getattr(scheme, "by", None))
+    per_split = PARTITIONS[scheme.scheme].load()(scheme, tables)
+    if per_split.keys() != splits.keys():
+        per_split = partition_alike(tables, per_split["train"])
     shifted: dict[str, list[ClientRows]] = {}
     start = 0
     for split, dataset in splits.items():
         shifted[split] = [client._replace(rows=client.rows + start) for client in per_split[split]]
         start += len(dataset)
     return shifted
-
-
-def _partition_iid(
-    scheme: IidRecipe, splits: Mapping[str, Dataset], seed: int
-) -> dict[str, list[ClientRows]]:
-    return {
-        split: partition.iid(len(dataset), scheme.clients, generator(seed, _stream(split)))
-        for split, dataset in splits.items()
-    }
-
-
-def _partition_by_column(
-    scheme: DirichletRecipe | ClustersRecipe | NaturalRecipe | ShardsRecipe,
-    splits: Mapping[str, Dataset],
-    label: str | None,
-    seed: int,
-) -> dict[str, list[ClientRows]]:
-    by = scheme.by if scheme.by is not None else label
-    if by is None:
-        raise DataError(
-            "data.partition.by: the task has no label column to partition by; write "
-            f"data.partition.by=COLUMN (the data have "
-            f"{join_values(splits['train'].column_names)}) or data.partition.scheme=iid"
-        )
-    key = "task.label" if scheme.by is None else "data.partition.by"
-    numbers, names = encode_classes(splits, by, key)
-    train, rng = numbers["train"], generator(seed, "train")
-    if isinstance(scheme, NaturalRecipe):
-        groups = None if scheme.group is None else _groups(scheme, splits, train, names)
-        return {
-            split: partition.natural(
-                classes, names, scheme.clients_per_value, generator(seed, _stream(split)), groups
-            )
-            for split, classes in numbers.items()
-        }
-    if isinstance(scheme, DirichletRecipe):
-        clients = partition.dirichlet(train, scheme.clients, scheme.alpha, scheme.min_examples, rng)
-    elif isinstance(scheme, ClustersRecipe):
-        clients = partition.clusters(
-            train, scheme.clients, scheme.groups, scheme.classes_per_group, rng
-        )
-    else:
-        clients = partition.shards(train, scheme.clients, scheme.shards_per_client, rng)
-    shares = partition.class_counts([client.rows for client in clients], train, len(names))
-    per_split = {"train": clients}
-    for split, classes in numbers.items():
-        if split != "train":
-            rows = partition.assign_by_class(classes, shares, generator(seed, _stream(split)))
-            per_split[split] = [
-                client._replace(rows=own) for client, own in zip(clients, rows, strict=True)
-            ]
-    return per_split
-
-
-def _stream(split: str) -> Stream:
-    return cast(Stream, split)
-
-
-def _groups(
-    scheme: NaturalRecipe, splits: Mapping[str, Dataset], classes: Indices, names: Sequence[str]
-) -> list[str]:
-    """Return the group of each value of the partition column, from the training rows."""
-    assert scheme.group is not None  # noqa: S101
-    numbers, group_names = encode_classes(
-        {"train": splits["train"]}, scheme.group, "data.partition.group"
-    )
-    pairs = np.unique(
-        np.stack([classes, numbers["train"]], axis=1), axis=0
-    )  # (pairs, 2): value, group
-    values, counts = np.unique(pairs[:, 0], return_counts=True)
-    if counts.max() > 1:
-        value = values[counts.argmax()]
-        several = join_values(group_names[group] for group in pairs[pairs[:, 0] == value, 1])
-        raise DataError(
-            f"data.partition.group: {scheme.by} {names[value]} has rows of several "
-            f"{scheme.group} ({several}), but a client belongs to one group; name "
-            "a column that is the same for all of its rows, or remove data.partition.group"
-        )
-    return [group_names[group] for group in pairs[:, 1]]
 
 
 def _check_columns(splits: Mapping[str, Dataset]) -> None:

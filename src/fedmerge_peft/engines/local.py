@@ -70,7 +70,7 @@ class LocalEngine:
             FedMergeError: Data, model or device are absent, or not what the recipe says.
         """
         make_accelerator(recipe.training)  # a missing device should not wait for the data
-        data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
+        data = federate_data(recipe.data, recipe.task.label_column, recipe.seed)
         return cls.from_data(recipe, data)
 
     @classmethod

@@ -19,6 +19,7 @@ from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import RecipeError, ResumeError
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.loop import Federation
+from fedmerge_peft.plugins import CALLBACKS
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat
 from fedmerge_peft.runs.checkpoint import RESUME_OVERRIDES
@@ -108,6 +109,8 @@ def _resumed_recipe(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
 
 def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callback) -> None:
     """Run what is left of a recipe and its baselines."""
+    own = [CALLBACKS[section.name].load()(section) for section in recipe.callbacks]
+    callbacks = Callbacks([*own, callbacks])
     for one, path in with_baselines(recipe, directory):
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue

@@ -152,7 +152,7 @@ class Federation:
         """Return the client's plan, with the privacy of its update, and what it is served with."""
         with timed("server"):
             plan = self.strategy.plan(client)
-            if isinstance(plan, Train) and self.strategy.federated:
+            if isinstance(plan, Train) and self.recipe.strategy.federated:
                 plan = replace(plan, privacy=update_privacy(self.recipe.privacy))
             if not scored:
                 return Assignment(plan)
@@ -195,7 +195,7 @@ class Federation:
         Raises:
             RecipeError: The accountant is not installed.
         """
-        if self.recipe.privacy.mode == "none" or not self.strategy.federated:
+        if self.recipe.privacy.mode == "none" or not self.recipe.strategy.federated:
             return None
         return self._privacy.epsilon(rounds)
 

@@ -1,4 +1,4 @@
-"""What a run is asked to be."""
+"""Recipes: the settings of a run, checked before it starts."""
 
 from fedmerge_peft.recipe.schema import Recipe
 

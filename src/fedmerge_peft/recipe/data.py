@@ -1,46 +1,56 @@
-"""Where the examples come from, and which client holds which."""
+"""Sections of the data: their source, and the partition among clients."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
+from fedmerge_peft.plugins import PARTITIONS
+from fedmerge_peft.recipe.registered import OneOf
 from fedmerge_peft.recipe.section import Fraction, Scalar, Section
 
 
-class IidRecipe(Section):
-    """Examples dealt out at random, in equal parts."""
+class PartitionRecipe(Section):
+    """Base of a partition scheme's section."""
 
-    scheme: Literal["iid"]
+    scheme: str = ""
+    """Name of the scheme."""
+
+    def summary(self) -> str:
+        """Return the clients in a few words."""
+        return f"{getattr(self, 'clients', 'some')} clients, {self.scheme}"
+
+
+class IidRecipe(PartitionRecipe):
+    """Random assignment of the examples, in equal parts."""
+
     clients: PositiveInt
-    """How many clients."""
+    """Number of clients."""
 
 
-class DirichletRecipe(Section):
-    """Label shares of each class drawn from a Dirichlet distribution over clients (Hsu 2019)."""
+class DirichletRecipe(PartitionRecipe):
+    """The share of each class at each client is drawn from a Dirichlet distribution (Hsu 2019)."""
 
-    scheme: Literal["dirichlet"]
     clients: PositiveInt
-    """How many clients."""
+    """Number of clients."""
     alpha: PositiveFloat = 0.1
-    """Concentration: small means each class sits with few clients."""
+    """Concentration. Smaller values concentrate each class at fewer clients."""
     min_examples: PositiveInt = 10
-    """Draw again until every client has at least this many training examples."""
+    """Repeat the draw until each client has this many training examples."""
     by: str | None = None
-    """Column whose values are spread. Default: the label."""
+    """Column whose values are distributed. Default: the label."""
 
 
-class ClustersRecipe(Section):
-    """Groups of clients; each group sees its own random subset of the classes (FedMerge's cluster setting)."""
+class ClustersRecipe(PartitionRecipe):
+    """Groups of clients, each with a random subset of the classes (FedMerge's cluster setting)."""
 
-    scheme: Literal["clusters"]
     clients: PositiveInt
-    """How many clients, in all groups together."""
+    """Number of clients in all groups together."""
     groups: PositiveInt = 5
-    """How many groups of clients."""
+    """Number of groups."""
     classes_per_group: PositiveInt = 30
-    """How many classes each group sees; classes may be in several groups."""
+    """Number of classes per group. Groups may share classes."""
     by: str | None = None
     """Column whose values are the classes. Default: the label."""
 
@@ -48,67 +58,83 @@ class ClustersRecipe(Section):
     def _enough_clients(self) -> ClustersRecipe:
         if self.clients < self.groups:
             raise ValueError(
-                f"clients: {self.clients} clients cannot fill {self.groups} groups; raise clients or lower groups"
+                f"clients: {self.clients} clients cannot fill {self.groups} groups; raise clients "
+                "or lower groups"
             )
         return self
 
 
-class NaturalRecipe(Section):
-    """One client, or a few, for each value of a column: a hospital, an author, a domain, a task."""
+class NaturalRecipe(PartitionRecipe):
+    """One or more clients for each value of a column, such as a hospital, an author or a domain."""
 
-    scheme: Literal["natural"]
     by: str
-    """Column whose values are the clients, or groups of clients."""
+    """Column whose values are the clients, or sets of clients."""
     clients_per_value: PositiveInt = 1
-    """How many clients share the examples of one value, in equal parts."""
+    """Number of clients that share the examples of one value, in equal parts."""
     group: str | None = None
-    """Column that names the group a client belongs to; shown in reports, never used in training. Default: `by`."""
+    """Column with the group of a client, for reports only. Default: `by`."""
+
+    def summary(self) -> str:
+        """Return the clients in a few words."""
+        several = self.clients_per_value > 1
+        count = f"{self.clients_per_value} clients" if several else "one client"
+        return f"{count} for each {self.by}"
 
 
-class ShardsRecipe(Section):
-    """Examples sorted by label, cut into shards, a few shards a client (McMahan 2017)."""
+class ShardsRecipe(PartitionRecipe):
+    """Examples sorted by label and cut into shards, a few per client (McMahan 2017)."""
 
-    scheme: Literal["shards"]
     clients: PositiveInt
-    """How many clients."""
+    """Number of clients."""
     shards_per_client: PositiveInt = 2
-    """How many shards each client gets: about the number of classes it sees."""
+    """Number of shards per client, which is about its number of classes."""
     by: str | None = None
     """Column to sort by. Default: the label."""
 
 
-PartitionRecipe = Annotated[
-    IidRecipe | DirichletRecipe | ClustersRecipe | NaturalRecipe | ShardsRecipe,
-    Field(discriminator="scheme"),
-]
+_BUILT_IN = (
+    ("iid", IidRecipe),
+    ("dirichlet", DirichletRecipe),
+    ("clusters", ClustersRecipe),
+    ("natural", NaturalRecipe),
+    ("shards", ShardsRecipe),
+)
+for _name, _recipe in _BUILT_IN:
+    PARTITIONS.add(_name, f"fedmerge_peft.data.schemes:{_name}", recipe=_recipe)
+
+AnyPartition = Annotated[PartitionRecipe, OneOf(PARTITIONS, shorthand=False)]
+"""A section of any registered partition scheme."""
 
 
 class DataRecipe(Section):
-    """Where the examples come from, and which client holds which."""
+    """The source of the examples, and their partition among the clients."""
 
     path: str
-    """A hub id, a local csv / json / jsonl / parquet file, an image folder, a save_to_disk folder, or embedded:support-tickets."""
+    """A hub id, a local csv, json, jsonl or parquet file, an image folder, a save_to_disk folder,
+    or embedded:support-tickets."""
     config: str | None = None
-    """Configuration (subset) of a hub data set."""
+    """Configuration (subset) of a data set on the hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     train_split: str = "train"
     """Name of the training split."""
     validation_split: str | None = None
-    """Name of the validation split. Default: `validation` where there is one, else a part of each client's training examples."""
+    """Name of the validation split. Default: `validation` if it exists, else a part of each
+    client's training examples."""
     test_split: str | None = None
-    """Name of the test split. Default: `test` where there is one, else a part of each client's training examples."""
+    """Name of the test split. Default: `test` if it exists, else a part of each client's training
+    examples."""
     split_column: str | None = None
-    """Column that names each row's split, for single files that hold several."""
+    """Column with the split of each row, for files that contain several splits."""
     filter: dict[str, Scalar | list[Scalar]] = {}
-    """Keep only rows whose column has this value, or one of these."""
+    """Keep only rows whose column has this value, or one of these values."""
     validation_fraction: Fraction = 0.2
-    """Part of each client's training examples set aside for validation where no split is given."""
+    """Part of each client's training examples used for validation if there is no such split."""
     test_fraction: Fraction = 0.2
-    """Part of each client's training examples set aside for testing where no split is given."""
+    """Part of each client's training examples used for testing if there is no such split."""
     max_train: PositiveInt | None = None
-    """Most training examples a client keeps (before validation is set aside)."""
+    """Maximum number of a client's training examples, including those set aside for validation."""
     max_test: PositiveInt | None = None
-    """Most test examples a client keeps."""
-    partition: PartitionRecipe
-    """Which client holds which example."""
+    """Maximum number of a client's test examples."""
+    partition: AnyPartition
+    """Assignment of examples to clients."""

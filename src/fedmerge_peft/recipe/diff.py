@@ -1,4 +1,4 @@
-"""What tells recipes apart."""
+"""Differences between recipes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _ABSENT = object()
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values by dotted key, in the schema's order: ``{"name": ..., "strategy.adapters": 5, ...}``.
+    """Return a recipe's values by dotted key, in the schema's order.
 
-    The server's step size and momentum are what they come to, given or not.
+    ``{"name": ..., "strategy.adapters": 5, ...}``; the server's step size and momentum have their
+    effective values.
     """
     values = recipe.model_dump()
     for strategy, section in zip(
@@ -40,7 +41,7 @@ def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys at which flat recipes are not all equal, or which not all of them have; in their order."""
+    """Return the keys at which flat recipes differ, or that some of them lack, in their order."""
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [
         key
@@ -50,7 +51,7 @@ def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def written(value: object) -> str:
-    """A value in a label: text as it is, anything else without spaces."""
+    """Return a value for a label: text unchanged, anything else as JSON without spaces."""
     return (
         value
         if isinstance(value, str)

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, in the words of the person who wrote it."""
+"""Messages for pydantic's errors, in terms of the text that the author of a recipe wrote."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from fedmerge_peft.recipe.registered import names_in, one_of
 from fedmerge_peft.recipe.section import Section
 from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Where, dotted
 
@@ -20,51 +21,56 @@ from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Where, dot
 # The shape of a recipe
 # --------------------------------------------------------------------------------------------------
 def required(annotation: Any) -> Any:
-    """The annotation without its constraints, and without the None of an optional value."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
+    """Return the annotation without its constraints, and without the None of an optional value."""
+    while get_origin(annotation) is Annotated and one_of(annotation) is None:
+        annotation = names_in(annotation)
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):
         rest = tuple(option for option in get_args(annotation) if option is not NoneType)
-        return required(rest[0]) if len(rest) == 1 else Union[rest]  # noqa: UP007 - the number of options is not known here
+        return required(rest[0]) if len(rest) == 1 else Union[rest]  # noqa: UP007 - of any number
     return annotation
 
 
-def variants(annotation: Any) -> tuple[type[Section], ...]:
-    """The kinds of section that may stand here: several where a tag (``name``, ``scheme``) tells them apart."""
-    annotation = required(annotation)
-    options = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
-    sections = tuple(
-        option for option in options if isinstance(option, type) and issubclass(option, Section)
-    )
-    return sections if len(sections) == len(options) else ()
-
-
 class Kinds(NamedTuple):
-    """Sections that a tag tells apart: for ``scheme``, the key, are named iid, dirichlet and so on."""
+    """Kinds of a section, identified by a key: for ``scheme``, iid, dirichlet and so on."""
 
+    what: str
     key: str
     names: tuple[str, ...]
     sections: tuple[type[Section], ...]
 
 
 def kinds_of(annotation: Any) -> Kinds | None:
-    """The kinds of section that may stand here, where there are several."""
-    sections = variants(annotation)
-    if len(sections) < 2:
+    """Return the registered kinds of section of a field; None for a field of one kind."""
+    marker = one_of(required(annotation))
+    if marker is None:
         return None
-    tags = [next(iter(section.model_fields.items())) for section in sections]
-    return Kinds(tags[0][0], tuple(get_args(info.annotation)[0] for _, info in tags), sections)
+    registry, sections = marker.registry, marker.registry.sections()
+    return Kinds(registry.kind, registry.key, tuple(sections), tuple(sections.values()))
+
+
+def variants(annotation: Any) -> tuple[type[Section], ...]:
+    """Return the sections that a field may hold; none if it holds something else."""
+    if kinds := kinds_of(annotation):
+        return kinds.sections
+    annotation = required(annotation)
+    return (annotation,) if isinstance(annotation, type) and issubclass(annotation, Section) else ()
 
 
 def field_annotation(info: FieldInfo) -> Any:
-    """A field's type with its constraints."""
+    """Return a field's type with its constraints."""
     return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
 
 
 def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, Any, type[Section]]:
-    """Where pydantic's location is in what the user wrote, what is expected there, and the section around it.
+    """Translate pydantic's location to the author's text.
 
-    Pydantic puts tags and names of types among the keys: ``("data", "partition", "iid", "clients")``.
+    Pydantic's locations include tags and names of types, such as ``iid`` in
+    ``("data", "partition", "iid", "clients")``.
+
+    Returns:
+        The keys as written, the type that is expected there, and the section around it.
     """
     where: Where = ()
     annotation: Any = root
@@ -84,11 +90,11 @@ def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, An
 
 
 def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Section], str]]:
-    """Every key of a recipe: the place of its section, the section, and the key."""
+    """Yield every key of a recipe, with the place of its section and the section."""
     for section in variants(annotation):
         for key, info in section.model_fields.items():
             yield where, section, key
-            yield from _keys(info.annotation, (*where, key))
+            yield from _keys(field_annotation(info), (*where, key))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,12 +110,14 @@ _PLAIN: dict[Any, tuple[str, str]] = {  # one, several
 
 
 def expected(annotation: Any, many: bool = False) -> str:
-    """A type in plain words: ``a whole number above 0``."""
+    """Return a type in plain words: ``a whole number above 0``."""
+    if one_of(annotation) is None:
+        annotation = names_in(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if kinds := kinds_of(annotation):
+        return f"{'sections' if many else 'a section'} with {kinds.key}: {_choice(kinds)}"
     if origin is Annotated:
         return expected(arguments[0], many) + _bounds(arguments[1:])
-    if kinds := kinds_of(annotation):
-        return f"{'sections' if many else 'a section'} with {kinds.key}: one of {', '.join(kinds.names)}"
     if variants(annotation) or origin is dict:
         return "a section (key: value, indented below)"
     if origin is Literal:
@@ -147,7 +155,7 @@ def _bounds(constraints: Iterable[Any]) -> str:
 
 
 def found(value: Any) -> str:
-    """A value as it would stand in YAML, cut where it is long."""
+    """Return a value as YAML shows it; long values are truncated."""
     match value:
         case None:
             return "nothing"
@@ -168,7 +176,7 @@ def _cut(text: str) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """The closest of some words as a question to put after a message; empty where none is close."""
+    """Return ``; did you mean '...'?`` with the most similar word; empty if none is similar."""
     closest = get_close_matches(word.lower(), words, n=1)
     return f"; did you mean '{closest[0]}'?" if closest else ""
 
@@ -177,7 +185,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # Faults
 # --------------------------------------------------------------------------------------------------
 def explain(error: ValidationError, document: Document, root: type[Section]) -> list[Fault]:
-    """One fault for each value that is wrong, however many ways there are for it to be right."""
+    """Return one fault for each invalid value, also if pydantic has several errors for it."""
     faults: dict[Where, Fault] = {}
     for detail in error.errors(include_url=False):
         if len(faults) > MOST:
@@ -188,7 +196,8 @@ def explain(error: ValidationError, document: Document, root: type[Section]) -> 
         elif detail["type"] == "extra_forbidden":
             text = _unknown(where, section, root)
         elif detail["type"] == "missing":
-            text = f"missing, expected {expected(annotation)}: {section.model_fields[str(where[-1])].description}"
+            about = section.model_fields[str(where[-1])].description
+            text = f"missing, expected {expected(annotation)}: {about}"
         else:
             where, text = _unfit(where, annotation, detail["type"], document.value)
         faults.setdefault(where, Fault(document.mark(where), where, text))
@@ -196,7 +205,7 @@ def explain(error: ValidationError, document: Document, root: type[Section]) -> 
 
 
 def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
-    """A message of the schema's validators, which may begin with the key that it is about."""
+    """Split the key off a message of the schema's validators, if the message starts with one."""
     key, colon, rest = text.partition(": ")
     return (
         ((*where, key), rest)
@@ -209,14 +218,31 @@ def _unfit(where: Where, annotation: Any, problem: str, value: Any) -> tuple[Whe
     for step in where:
         value = value[step]
     if (kinds := kinds_of(annotation)) and isinstance(value, str | dict):
-        names = f"expected one of {', '.join(kinds.names)}"
+        names = f"expected {_choice(kinds)}"
         if problem == "union_tag_not_found":
             return (*where, kinds.key), f"missing, {names}"
         if isinstance(value, dict):
             where, value = (*where, kinds.key), value[kinds.key]
-        return where, f"found {found(value)}, {names}{_closest(value, kinds.names)}"
+        return (
+            where,
+            f"found {found(value)}, {names}{_closest(value, kinds.names)}{_hint(value, kinds)}",
+        )
     choices = get_args(required(annotation)) if get_origin(required(annotation)) is Literal else ()
     return where, f"found {found(value)}, expected {expected(annotation)}{_closest(value, choices)}"
+
+
+def _choice(kinds: Kinds) -> str:
+    return (
+        f"one of {', '.join(kinds.names)}" if kinds.names else f"a {kinds.what}, and there is none"
+    )
+
+
+def _hint(value: Any, kinds: Kinds) -> str:
+    """Mention plugins if the name is like none of those that there are."""
+    strange = isinstance(value, str) and not did_you_mean(value, kinds.names)
+    return (
+        f"; the module that registers another {kinds.what} belongs under plugins" if strange else ""
+    )
 
 
 def _closest(value: Any, words: Iterable[str]) -> str:
@@ -245,4 +271,4 @@ def _unknown(where: Where, section: type[Section], root: type[Section]) -> str:
 
 
 def _kind(section: type[Section]) -> str:
-    return str(get_args(next(iter(section.model_fields.values())).annotation)[0])
+    return str(next(iter(section.model_fields.values())).default)

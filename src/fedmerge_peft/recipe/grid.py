@@ -1,4 +1,7 @@
-"""From one recipe and ``key=a,b,c`` to a recipe for each combination of the values. Nothing here imports torch."""
+"""Grids: a recipe for each combination of the values in ``key=a,b,c``.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,35 @@ from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.util.text import printable
 
 MOST = 1_000
-"""Combinations of one grid."""
+"""Maximum number of combinations of one grid."""
 
 _LONGEST = 120
-"""Characters of a name; what is longer ends in a digest."""
+"""Maximum length of a name in characters; longer names are cut and end in a digest."""
 
 _OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 _CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 
 
 def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Recipe]:
-    """A recipe for each combination of the overrides' values, by a name that is made from what varies.
+    """Return a recipe for each combination of the overrides' values, named by what varies.
 
-    ``expand("quickstart", ["strategy.adapters=3,6", "seed=0,1"])`` has ``strategy.adapters=3,seed=0`` and three more. The last key
-    varies fastest. Commas in brackets, braces and quotes separate nothing. The recipe's baselines become recipes of their own,
-    such as ``strategy=fedavg,seed=0``: each is there once, however many variants of the strategy it stands beside.
+    ``expand("quickstart", ["strategy.adapters=3,6", "seed=0,1"])`` returns
+    ``strategy.adapters=3,seed=0`` and three more recipes. The last key varies fastest. Commas in
+    brackets, braces and quotes do not separate values. The recipe's baselines become recipes of
+    their own, such as ``strategy=fedavg,seed=0``. Each baseline is included once, also if several
+    variants of the strategy are compared with it.
 
     Args:
         source: A shipped recipe's name, or the path of a YAML file.
         overrides: ``key.sub=value,value,...``, each key once.
 
     Returns:
-        Recipes without baselines, under names that can be names of folders; a single one under the recipe's own name.
+        Recipes without baselines, by name. Names are valid for folders. A single recipe keeps the
+        name of the source.
 
     Raises:
-        RecipeError: A key without values or given twice, two values that come to the same, or faults in any of the recipes: all
-            faults at once, none of them twice.
+        RecipeError: A key has no values or is given twice, two combinations are the same recipe, or
+            a recipe is invalid. The error lists all faults once.
     """
     keys, choices = _parsed(overrides)
     varied = [key for key, values in zip(keys, choices, strict=True) if len(values) > 1]
@@ -80,9 +86,10 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
 def _distinct(
     combinations: list[tuple[str, Recipe]], baselines: list[tuple[str, Recipe]]
 ) -> dict[str, Recipe]:
-    """The recipes by name. Where two names are one as folders (``a/b`` and ``a:b``), the second gets a digest of its recipe.
+    """Return the recipes by distinct names, and drop repeated baselines.
 
-    Raises ``RecipeError`` for two combinations that are the same; a baseline that is there already is left out.
+    If two names are the same folder (``a/b`` and ``a:b``), the second gets a digest of its recipe.
+    Raises ``RecipeError`` if two combinations are the same recipe.
     """
     found: dict[str, Recipe] = {}
     taken: set[str] = set()
@@ -94,7 +101,8 @@ def _distinct(
                 raise RecipeError(
                     [
                         printable(
-                            f"command line: {other} and {name} are the same recipe; leave one of them out"
+                            f"command line: {other} and {name} are the same recipe; leave one of "
+                            "them out"
                         )
                     ]
                 )
@@ -106,7 +114,7 @@ def _distinct(
 
 
 def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
-    """Keys and the texts of their values."""
+    """Return the keys and, for each, the texts of its values."""
     settings: dict[str, list[str]] = {}
     faults = []
     for text in overrides:
@@ -124,7 +132,8 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
             )
         elif not all(settings[key]):
             faults.append(
-                f"command line: {key}: a value is missing in {text!r}; write key=a,b,c, and null for no value"
+                f"command line: {key}: a value is missing in {text!r}; write key=a,b,c, and null "
+                "for no value"
             )
         elif repeated := [
             value for value in dict.fromkeys(settings[key]) if settings[key].count(value) > 1
@@ -134,7 +143,8 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
             )
     if (combinations := prod(map(len, settings.values()))) > MOST:
         faults.append(
-            f"command line: {combinations:,} combinations, and {MOST:,} is the most; give fewer values"
+            f"command line: {combinations:,} combinations, and {MOST:,} is the most; give fewer "
+            "values"
         )
     if faults:
         raise RecipeError([printable(fault) for fault in faults])
@@ -142,7 +152,7 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """The items of a YAML list without its brackets, as they were written."""
+    """Yield the items of a YAML list that is given without its brackets, as text."""
     depth, begin = 0, 0
     try:
         for token in yaml.scan(f"[{text}]"):
@@ -156,7 +166,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _name(settings: dict[str, str], recipe: Recipe) -> str:
-    """``key=value,key=value`` as a name for a folder; the recipe's own where nothing varies."""
+    """Return ``key=value,...`` as a folder's name; the recipe's own name if nothing varies."""
     name = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in settings.items()) or _plain(
         recipe.name
     )
@@ -168,4 +178,5 @@ def _plain(text: str) -> str:
 
 
 def _with_digest(name: str, text: str) -> str:
-    return f"{name[: _LONGEST - 9]}-{blake2b(text.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
+    digest = blake2b(text.encode("utf-8", "replace"), digest_size=4).hexdigest()
+    return f"{name[: _LONGEST - 9]}-{digest}"

@@ -1,6 +1,7 @@
-"""From a name or a file, and ``key.sub=value`` overrides, to a recipe; and back to YAML.
+"""Reading recipes from files with ``key.sub=value`` overrides, and writing them as YAML.
 
-Overrides win over the file, the file over the defaults. Nothing here imports torch.
+Overrides take precedence over the file, and the file over the defaults. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 
 from pydantic import ValidationError
 
-from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.errors import PluginError, RecipeError
+from fedmerge_peft.plugins import import_installed, import_modules
 from fedmerge_peft.recipe import yaml_document
 from fedmerge_peft.recipe.error_messages import (
     did_you_mean,
@@ -29,12 +31,12 @@ from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dot
 from fedmerge_peft.util.text import is_encodable, printable
 
 LARGEST = 256 * 1024
-"""Bytes in a recipe: a longer file is something else."""
+"""Maximum size of a recipe in bytes."""
 
 COMMAND_LINE = Mark("command line")
 
 R = TypeVar("R", bound=Section)
-"""The recipe's class, which is passed in: the schema offers these functions as its methods."""
+"""The recipe's class. It is an argument, because the class has these functions as methods."""
 
 
 class Shipped(NamedTuple):
@@ -43,14 +45,14 @@ class Shipped(NamedTuple):
     name: str
     path: Path
     about: str
-    """Its first comment line: what it shows."""
+    """Its first comment line, a summary."""
 
 
 # --------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------
 def shipped() -> list[Shipped]:
-    """The recipes that come with the package, by name."""
+    """Return the recipes that come with the package, sorted by name."""
     package = Path(__file__).parents[1]
     folders = package / "shipped_recipes", package.parents[1] / "recipes"
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
@@ -62,10 +64,10 @@ def shipped() -> list[Shipped]:
 
 
 def find(source: str | os.PathLike[str]) -> Path:
-    """The file of a shipped recipe, by its name, or of a path.
+    """Return the path of a shipped recipe, given by name, or of a file.
 
-    A bare name means the shipped recipe; ``name.yaml`` means a file of that name first, then the shipped recipe.
-    Raises ``RecipeError`` where there is neither.
+    A bare name refers to the shipped recipe; ``name.yaml`` refers to a file of that name, or to the
+    shipped recipe if there is none. Raises ``RecipeError`` if neither exists.
     """
     text = os.fspath(source)
     known = {recipe.name: recipe.path for recipe in shipped()}
@@ -83,7 +85,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     raise RecipeError(
         [
             printable(
-                f"{text or repr(text)}: neither a file nor a shipped recipe{guess} (see: fedmerge ls)"
+                f"{text or repr(text)}: neither a file nor a shipped recipe{guess} "
+                "(see: fedmerge ls)"
             )
         ]
     )
@@ -110,7 +113,8 @@ def _read(path: Path) -> str:
                 Fault(
                     mark,
                     (),
-                    f"not UTF-8 text: the byte 0x{content[error.start]:02x}; save the file as UTF-8",
+                    f"not UTF-8 text: the byte 0x{content[error.start]:02x}; "
+                    "save the file as UTF-8",
                 )
             ]
         ) from None
@@ -120,16 +124,36 @@ def _read(path: Path) -> str:
 # Recipes
 # --------------------------------------------------------------------------------------------------
 def load(model: type[R], source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> R:
-    """Read a shipped recipe by name, or a YAML file by path, then apply the overrides in their order.
+    """Read a shipped recipe by name, or a YAML file by path, then apply the overrides.
 
-    Raises ``RecipeError`` with every fault at once, each as ``file:line: dotted.path: what was found, what was expected``.
+    Raises ``RecipeError`` with all faults, each as
+    ``file:line: dotted.path: found ..., expected ...``.
     """
     path = find(source)
     return loads(model, _read(path), str(path), overrides)
 
 
-def loads(model: type[R], text: str, source: str, overrides: Iterable[str] = ()) -> R:
-    """Read YAML text, then apply the overrides; ``source`` stands in messages for a file's name. Raises as ``load``."""
+def loads(
+    model: type[R],
+    text: str,
+    source: str,
+    overrides: Iterable[str] = (),
+    *,
+    import_plugins: bool = True,
+) -> R:
+    """Read YAML text, then apply the overrides.
+
+    Args:
+        model: The recipe's class.
+        text: YAML.
+        source: What messages show as the name of the file.
+        overrides: ``key.sub=value``, in their order.
+        import_plugins: Import the modules that the recipe lists under ``plugins``. Leave it off for
+            text from others: it names code that would run here.
+
+    Raises:
+        RecipeError: As ``load``.
+    """
     document = yaml_document.parse(text, Mark(source, 1))
     if document.value is None:
         raise refuse(
@@ -152,22 +176,30 @@ def loads(model: type[R], text: str, source: str, overrides: Iterable[str] = ())
                 ),
             ]
         )
-    return _validate(model, document, overrides)
+    return _validate(model, document, overrides, import_plugins)
 
 
 def override(recipe: R, overrides: Iterable[str]) -> R:
-    """A copy of the recipe with overrides applied in their order. Raises ``RecipeError`` with every fault at once."""
+    """Return a copy with overrides applied. Raises ``RecipeError`` with all faults."""
     written = Mark(f"recipe {getattr(recipe, 'name', '')}".rstrip())
     return _validate(type(recipe), Document(recipe.model_dump(), {(): written}), overrides)
 
 
 def dump(recipe: Section) -> str:
-    """The whole recipe, defaults written out, in the schema's order, as YAML that ``load`` reads back equal."""
+    """Return the recipe as YAML with all defaults, which ``load`` reads back equal."""
     return yaml_document.write(recipe.model_dump())
 
 
-def _validate(model: type[R], document: Document, overrides: Iterable[str]) -> R:
-    for text in overrides:
+def _validate(
+    model: type[R], document: Document, overrides: Iterable[str], import_plugins: bool = True
+) -> R:
+    import_installed()
+    chosen = [(text.partition("=")[0].strip() == "plugins", text) for text in overrides]
+    for text in [text for first, text in chosen if first]:
+        _apply(model, text, document)
+    if import_plugins:
+        _import_plugins(document)
+    for text in [text for first, text in chosen if not first]:
         _apply(model, text, document)
     try:
         recipe = model.model_validate(document.value)
@@ -181,11 +213,27 @@ def _validate(model: type[R], document: Document, overrides: Iterable[str]) -> R
     return recipe
 
 
+def _import_plugins(document: Document) -> None:
+    """Import the modules that a recipe lists; raise ``RecipeError`` if some cannot be imported."""
+    modules = document.value.get("plugins")
+    faults = []
+    for number, module in enumerate(modules if isinstance(modules, list) else ()):
+        if not isinstance(module, str):
+            continue  # validation refuses it
+        try:
+            import_modules([module])
+        except PluginError as error:
+            where = ("plugins", number)
+            faults.append(Fault(document.mark(where), where, str(error)))
+    if faults:  # names that these modules would have registered are not faults
+        raise refuse([*document.faults, *faults])
+
+
 # --------------------------------------------------------------------------------------------------
 # Overrides
 # --------------------------------------------------------------------------------------------------
 def _apply(model: type[Section], text: str, document: Document) -> None:
-    """Set one ``key.sub=value`` in the document; what is wrong with it goes to the document's faults."""
+    """Set one ``key.sub=value`` in the document; record errors among the document's faults."""
     key, equals, value_text = text.partition("=")
     where = _place(model, key.strip())
     if not equals or not all(where) or not is_encodable(text):
@@ -219,7 +267,7 @@ def _apply(model: type[Section], text: str, document: Document) -> None:
 
 
 def _annotation(model: type[Section], where: Where) -> Any:
-    """What the schema expects at a place, looking into every kind of section on the way; None for unknown keys."""
+    """Return the type at a place, in any kind of section on the way; None for unknown keys."""
     annotation: Any = model
     for step in where:
         infos = (section.model_fields.get(str(step)) for section in variants(annotation))
@@ -228,7 +276,7 @@ def _annotation(model: type[Section], where: Where) -> Any:
 
 
 def _place(model: type[Section], key: str) -> Where:
-    """The steps of a dotted key; column and module names may hold dots of their own."""
+    """Split a dotted key; keys of dictionaries (columns, modules) may contain dots themselves."""
     steps = key.split(".")
     for depth in range(1, len(steps)):
         if get_origin(required(_annotation(model, tuple(steps[:depth])))) is dict:
@@ -237,7 +285,7 @@ def _place(model: type[Section], key: str) -> Where:
 
 
 def _section(model: type[Section], where: Where, document: Document) -> dict[str, Any] | str:
-    """The section at a place, made where it is not there yet; or why there can be none."""
+    """Return the section at a place, creating it if missing; or why it cannot exist."""
     section: dict[str, Any] = document.value
     for depth, step in enumerate(where, start=1):
         here = where[:depth]
@@ -270,7 +318,7 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
 def _forget_other_kind(
     model: type[Section], where: Where, section: dict[str, Any], document: Document
 ) -> None:
-    """Where a tag changed (``strategy.name=fedavg``), drop the file's keys that the new kind does not know."""
+    """Drop the file's keys of another kind if an override changed the tag (``strategy.name``)."""
     kinds, value = kinds_of(_annotation(model, where[:-1])), section[str(where[-1])]
     if not kinds or where[-1] != kinds.key or value not in kinds.names:
         return

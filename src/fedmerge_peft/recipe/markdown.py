@@ -1,4 +1,4 @@
-"""The reference of recipes as Markdown, from the same JSON schema that editors read: every key, type, bound and default."""
+"""The reference of recipes as Markdown, from the JSON schema: keys, types, bounds and defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmerge_peft.recipe.schema import Recipe
 Schema = dict[str, Any]
 
 _SHARED_BY = 4
-"""A key that so many variants of a section have in common is told once for all of them."""
+"""Number of kinds of a section from which on a common key is listed once for all of them."""
 _NAMES = {
     "string": "text",
     "integer": "integer",
@@ -22,14 +22,15 @@ _NAMES = {
 }
 _HEAD = """# Recipes: all keys
 
-Made by `fedmerge schema --markdown` from the schema that checks recipes. Keys may be given on the command line as `section.key=value`,
-which wins over the file. **required** marks keys without a default; a section whose keys all have one may be left out. What comes with
-the package (`fedmerge ls`) has comments that give reasons.
+This page is the output of `fedmerge schema --markdown`, from the schema that checks recipes. Keys
+can be set on the command line as `section.key=value`, which takes precedence over the file.
+**required** marks keys without a default; a section can be omitted if all of its keys have
+defaults. The recipes that come with the package (`fedmerge ls`) explain their choices in comments.
 """
 
 
 def reference() -> str:
-    """The whole reference: a table a section, a table a variant of those that come in several kinds."""
+    """Return the reference: one table per section, or per kind of a section that has several."""
     schema = Recipe.model_json_schema()
     top = {"description": Recipe.__doc__, "properties": schema["properties"]}
     return "\n".join([_HEAD, *_section("", top, schema["$defs"])]).rstrip("\n") + "\n"
@@ -38,7 +39,7 @@ def reference() -> str:
 def _section(
     path: str, section: Schema, known: dict[str, Schema], skip: frozenset[str] = frozenset()
 ) -> Iterator[str]:
-    """A section's table, then the sections within it."""
+    """Yield a section's table, then the sections within it."""
     if path:
         yield _said(section) + "\n"
     yield from _table(section, known, skip)
@@ -48,14 +49,14 @@ def _section(
         if "$ref" in field:
             yield f"{'##' if not path else '###'} {place}\n"
             yield from _section(place, _of(field, known), known)
-        elif kinds and field.get("type") != "array":  # baselines are of the strategy's kinds
+        elif kinds and key != "baselines":  # those are of the strategy's kinds
             yield from _kinds(place, field, [_of(kind, known) for kind in kinds], known)
 
 
 def _kinds(
     path: str, field: Schema, kinds: list[Schema], known: dict[str, Schema]
 ) -> Iterator[str]:
-    """A section that comes in several kinds, which one of its keys tells apart."""
+    """Yield the tables of a section that has several kinds."""
     level = "##" + "#" * path.count(".")
     yield f"{level} {path}\n"
     yield _said(field) + "\n"
@@ -101,7 +102,7 @@ def _table(
 
 
 def _type(field: Schema) -> str:
-    """A field's type and bounds in words."""
+    """Return a field's type and bounds in words."""
     if "$ref" in field or _variants(field):
         return "a list of such sections" if field.get("type") == "array" else "a section, below"
     if "anyOf" in field:
@@ -121,7 +122,7 @@ def _type(field: Schema) -> str:
 
 
 def _bounds(field: Schema) -> str:
-    """`` > 0 and < 1``, or nothing."""
+    """Return bounds such as `` > 0 and < 1``; empty if there are none."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     if field["type"] == "integer" and "exclusiveMinimum" in field:
         field = {**field, "minimum": field["exclusiveMinimum"] + 1}
@@ -142,7 +143,7 @@ def _said(section: Schema) -> str:
 
 
 def _variants(field: Schema) -> list[Schema]:
-    """What a field's section may be, where it comes in several kinds."""
+    """Return the schemas of the kinds of a field's section; none for a section of one kind."""
     inner = [field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ())]
     return next((list(each["oneOf"]) for each in inner if "oneOf" in each), [])
 

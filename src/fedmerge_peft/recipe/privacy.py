@@ -1,4 +1,4 @@
-"""Client-level differential privacy: a section of the recipe."""
+"""Section of client-level differential privacy."""
 
 from __future__ import annotations
 
@@ -6,45 +6,40 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from fedmerge_peft.recipe import strategies
+from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.section import Section
-
-_NOISY = ("fedmerge", "fedavg", "fedprox", "ffa_lora")
-_CENTRAL = _NOISY
-_LOCAL = (*_NOISY, "fesem", "flhc")
+from fedmerge_peft.recipe.strategies import StrategyRecipe
 
 
 class PrivacyRecipe(Section):
-    """Client-level differential privacy: what is learned of a client from what it sends, or from the adapters, all rounds together."""
+    """Client-level differential privacy of the updates or of the adapters, over all rounds."""
 
     mode: Literal["none", "local", "central"] = "none"
-    """local: each client clips its update and adds noise to it before it sends it; the server need not be trusted. central: each client
-    clips, and the server adds noise to the sums that make the adapters; clients must trust the server and its records, not each other."""
+    """local: each client clips its update and adds noise before sending it, so that the server need
+    not be trusted. central: each client clips its update, and the server adds noise to the sums
+    that update the adapters; clients trust the server and its records, but not each other."""
     clip: PositiveFloat = 1.0
-    """C, the L2 norm that updates are clipped to."""
+    """C, the L2 norm to which updates are clipped."""
     noise: PositiveFloat = 1.0
-    """z: the noise's standard deviation in units of how far one client can move what is noised (local: 2 C, from any update to any other;
-    central: docs/privacy.md). Drawn from the run's seed, so that a run repeats: who knows the seed can take the noise off again. A
-    federation whose clients are real must draw it from elsewhere."""
+    """z, the standard deviation of the noise in units of its sensitivity to one client (local: 2 C;
+    central: docs/privacy.md). The noise of a simulated run follows from the recipe's seed, so that
+    the run can be repeated. Whoever knows the seed can subtract the noise; sites draw theirs from
+    the system's random source."""
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
-    """δ of the (ε, δ) that is reported; well below one part in the number of clients."""
+    """δ of the reported (ε, δ). Choose less than 1 / (number of clients)."""
 
-    def refusal(self, strategy: strategies.StrategySection) -> str | None:
-        """Why a strategy cannot have this privacy, in words; None where it can, or shares nothing."""
-        if self.mode == "none" or strategy.name == "local":
+    def refusal(self, strategy: StrategyRecipe) -> str | None:
+        """Return why a strategy does not support this privacy; None if it does, or shares
+        nothing.
+        """
+        if self.mode == "none" or not strategy.federated:
             return None
-        known = _LOCAL if self.mode == "local" else _CENTRAL
-        if strategy.name not in known:
-            return f"privacy.mode: {self.mode} covers {', '.join(known)}, not all that {strategy.name} shares; use one of these"
-        if self.mode == "local" or not isinstance(strategy, strategies.FedMergeRecipe):
-            return None
-        moved = {
-            "start: warm groups clients": strategy.start == "warm",
-            f"rule: {strategy.rule} weighs clients": strategy.rule in ("paper", "gradient"),
-            "reseed_after moves clients": strategy.reseed_after is not None,
-            "balance_rounds weighs clients": strategy.balance_rounds > 0,
-        }
-        for what, asked in moved.items():
-            if asked:
-                return f"strategy.{what} by each other's updates, which noise on the sums does not cover; use privacy.mode=local, or change it"
-        return None
+        if self.mode not in strategy.dp_modes:
+            known = [
+                name for name, kind in STRATEGIES.sections().items() if self.mode in kind.dp_modes
+            ]
+            return (
+                f"privacy.mode: {self.mode} covers {', '.join(known)}, not all that "
+                f"{strategy.name} shares; use one of these"
+            )
+        return strategy.privacy_refusal(self.mode)

@@ -1,7 +1,7 @@
-"""What a run is asked to be: one pydantic model a noun, one docstring a field.
+"""The recipe, and those of its sections that have no file of their own.
 
-The docstrings feed ``fedmerge schema`` (the JSON schema that editors read) and the error texts, so
-they are written for the person who edits a recipe. Nothing here imports torch.
+The docstrings of sections and fields are the descriptions of ``fedmerge schema`` and of error
+messages, so they address the person who edits a recipe. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from os import PathLike
 from typing import Annotated, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -19,162 +18,93 @@ from pydantic import (
     model_validator,
 )
 
+from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
-from fedmerge_peft.recipe.section import Boolean, Fraction, Section, named
-from fedmerge_peft.recipe.strategies import FedMergeRecipe, StrategyRecipe
-
-# --------------------------------------------------------------------------------------------------
-# Task
-# --------------------------------------------------------------------------------------------------
-ClassificationMetric = Literal["accuracy", "f1", "matthews_correlation"]
-LanguageMetric = Literal["perplexity", "accuracy", "exact_match", "rougeL"]
-
-
-class SequenceClassificationRecipe(Section):
-    """Text, or a pair of texts, to one of several labels."""
-
-    name: Literal["sequence-classification"]
-    text: str = "text"
-    """Column with the text."""
-    text_pair: str | None = None
-    """Column with a second text, for tasks on pairs of sentences."""
-    label: str = "label"
-    """Column with the label: an integer from 0, or a name."""
-    num_labels: PositiveInt | None = None
-    """How many labels there are. Default: told from the data."""
-    max_length: PositiveInt | None = None
-    """Longest input in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes."""
-    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics to report; the first one is the one that tables and log lines show."""
-
-
-class CausalLMRecipe(Section):
-    """Next-token prediction: plain text, chats, prompt and completion, or instructions."""
-
-    name: Literal["causal-lm"]
-    format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
-    """How a row becomes tokens. Default: told from the columns, in the order messages, prompt-completion, instruction, text."""
-    text: str = "text"
-    """Column with plain text; the loss is on every token."""
-    messages: str = "messages"
-    """Column with a list of {role, content}, laid out by the tokenizer's chat template; the loss is on every token."""
-    prompt: str = "prompt"
-    """Column with the prompt; no loss on its tokens."""
-    completion: str = "completion"
-    """Column with the completion; the loss is on its tokens alone."""
-    instruction: str = "instruction"
-    """Column with the instruction, for the template."""
-    input: str = "input"
-    """Column with the instruction's input, for the template; it may be absent or empty."""
-    output: str = "output"
-    """Column with the wanted answer; the loss is on its tokens alone."""
-    template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    """Prompt made from instruction and input, in Python's format syntax. Paragraphs whose only field is empty are left out."""
-    max_length: PositiveInt | None = None
-    """Longest example in tokens; longer ones are cut, with a warning that counts them. Default: what the model takes, at most 1024."""
-    max_new_tokens: PositiveInt = 32
-    """How many tokens to generate for exact_match and rougeL."""
-    metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
-    """Metrics to report, the shown one first. exact_match and rougeL generate text, which takes longer."""
-
-
-class ImageClassificationRecipe(Section):
-    """An image to one of several labels."""
-
-    name: Literal["image-classification"]
-    image: str = "image"
-    """Column with the image: a datasets Image, encoded bytes, or a file path."""
-    label: str = "label"
-    """Column with the label: an integer from 0, or a name."""
-    num_labels: PositiveInt | None = None
-    """How many labels there are. Default: told from the data."""
-    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
-    """Metrics to report; the first one is the one that tables and log lines show."""
-
-
-TaskName = Literal["sequence-classification", "causal-lm", "image-classification"]
-TaskSection = Annotated[
-    SequenceClassificationRecipe | CausalLMRecipe | ImageClassificationRecipe,
-    Field(discriminator="name"),
-]
-TaskRecipe = Annotated[
-    TaskSection, BeforeValidator(named, json_schema_input_type=TaskSection | TaskName)
-]
+from fedmerge_peft.recipe.section import Boolean, Fraction, Section
+from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
+from fedmerge_peft.recipe.tasks import AnyTask, compares_texts
 
 
 # --------------------------------------------------------------------------------------------------
 # Backbone and adapters
 # --------------------------------------------------------------------------------------------------
 class BackboneRecipe(Section):
-    """The pretrained model that every client shares and nobody changes."""
+    """The frozen pretrained model, the same for all clients."""
 
     model: str
-    """Hugging Face model id, or a local folder of the same form."""
+    """Hugging Face model id, or a local folder with the same files."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: str | None = None
-    """Where the tokenizer or image processor is, when not beside the model."""
+    """Id or folder of the tokenizer or image processor. Default: that of the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen weights. The adapters are float32 always."""
+    """Number format of the frozen weights. Adapters are always float32."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention implementation. Default: what transformers picks."""
+    """Attention implementation. Default: the choice of transformers."""
     quantization: Literal["8bit", "4bit"] | None = None
-    """Hold the frozen weights in 8 or 4 bits; needs a CUDA GPU and the extra `quantization` (bitsandbytes)."""
+    """Quantize the frozen weights to 8 or 4 bits. Requires a CUDA GPU and the extra `quantization`
+    (bitsandbytes)."""
     gradient_checkpointing: Boolean = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass, with less memory and about a third more time."""
     trust_remote_code: Boolean = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    """Run Python code that comes with the model. Enable it only for code that you have read."""
 
 
 class LoraRecipe(Section):
-    """The adapter: fields of PEFT's LoraConfig, and how adapters are merged."""
+    """The adapter: settings of PEFT's LoraConfig, and the way to merge adapters."""
 
     r: PositiveInt = 8
     """Rank."""
     alpha: PositiveFloat = 16.0
-    """Scaling numerator (lora_alpha): the update is alpha / r · B A."""
+    """Numerator of the scaling (lora_alpha): the update is alpha / r · B A."""
     dropout: Fraction = 0.0
-    """Dropout on the adapter's input, in training."""
+    """Dropout of the adapter's input in training."""
     target_modules: list[str] | str | None = None
-    """Module names, one regular expression, or all-linear. Default: PEFT's choice for the architecture, where it has one."""
+    """Module names, a regular expression, or all-linear. Default: PEFT's choice for the
+    architecture, if it has one."""
     exclude_modules: list[str] | str | None = None
-    """Module names, or one regular expression, to leave out."""
+    """Module names, or a regular expression, to exclude."""
     modules_to_save: list[str] | None = None
-    """Modules trained whole and kept in the adapter. The classification head is added for classification tasks."""
+    """Modules that are trained in full and are part of the adapter. Classification tasks add their
+    head."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Bias terms that train too."""
+    """Bias terms to train."""
     use_rslora: Boolean = False
-    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    """Scale the update by alpha / sqrt(r) instead of alpha / r."""
     use_dora: Boolean = False
-    """Weight-decomposed LoRA. Merging averages its magnitudes too, which is not exact in any merge mode."""
+    """Weight-decomposed LoRA. Merging averages the magnitudes, which is not exact in any mode."""
     init_lora_weights: bool | str = True
-    """Start of the factors: true (A random, B zero) or gaussian. Starts that alter the backbone are refused."""
+    """Initialization of the factors: true (A random, B zero) or gaussian. Initializations that
+    change the backbone are refused."""
     rank_pattern: dict[str, PositiveInt] = {}
-    """Rank by module name or regular expression, where it differs from r."""
+    """Ranks that differ from r, by module name or regular expression."""
     alpha_pattern: dict[str, PositiveFloat] = {}
-    """Alpha by module name or regular expression, where it differs."""
+    """Values that differ from alpha, by module name or regular expression."""
     layers_to_transform: list[int] | int | None = None
-    """Layer indices that get an adapter. Default: all."""
+    """Indices of the layers with an adapter. Default: all."""
     trainable_token_indices: list[int] | None = None
-    """Token ids whose embeddings train too."""
+    """Ids of tokens whose embeddings are trained."""
     target_parameters: list[str] | None = None
     """Names of parameters (not modules) to adapt, for mixture-of-experts layers."""
     merge: Literal["factor", "shared_a"] = "factor"
-    """factor: average A and B each, as the paper averages parameters. shared_a: one random A, common and frozen; only B (and the
-    head) trains and travels, and the average is exact."""
+    """factor: average A and B separately, as the paper averages parameters. shared_a: all adapters
+    share a random, frozen A; only B and the head are trained and sent, and the average is exact."""
 
     @model_validator(mode="after")
     def _mergeable(self) -> LoraRecipe:
         if self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(
-                f"init_lora_weights: {self.init_lora_weights!r} cannot be merged on a shared backbone: it leaves B non-zero or "
-                "changes the pretrained weights (pissa, olora, corda, loftq, eva ... do). Use true or gaussian"
+                f"init_lora_weights: {self.init_lora_weights!r} cannot be merged on a shared "
+                "backbone: it leaves B non-zero or "
+                "changes the pretrained weights (pissa, olora, corda, loftq, eva ... do). Use true "
+                "or gaussian"
             )
         if self.merge == "shared_a" and self.use_dora:
             raise ValueError(
-                "merge: shared_a promises an exact merge, which use_dora cannot give; choose one of them"
+                "merge: shared_a promises an exact merge, which use_dora cannot give; choose one "
+                "of them"
             )
         return self
 
@@ -183,14 +113,14 @@ class LoraRecipe(Section):
 # Training, evaluation, run
 # --------------------------------------------------------------------------------------------------
 class TrainingRecipe(Section):
-    """What one client does in one round."""
+    """Local training of a client in a round."""
 
     device: str = "auto"
-    """auto (a CUDA GPU where there is one, else the CPU), cpu, mps, cuda, or cuda:1."""
+    """auto (a CUDA GPU if available, else the CPU), cpu, mps, cuda, or cuda:1."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast of forward and backward. auto: bf16 (else fp16) on a CUDA GPU, no elsewhere."""
+    """Autocast in training. auto: bf16 (or fp16) on a CUDA GPU, no on other devices."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """A new optimizer for each client and round: only the adapter travels."""
+    """Local optimizer. Its state is new for each client and round."""
     learning_rate: PositiveFloat = 1e-3
     """Step size of the local optimizer."""
     weight_decay: NonNegativeFloat = 0.0
@@ -198,57 +128,63 @@ class TrainingRecipe(Section):
     momentum: Fraction = 0.0
     """Momentum of sgd."""
     batch_size: PositiveInt = 16
-    """Examples a micro-batch."""
+    """Examples per micro-batch."""
     gradient_accumulation: PositiveInt = 1
-    """Micro-batches an optimizer step; their mean is exact, also where label counts differ."""
+    """Micro-batches per optimizer step. Their mean is exact, also for different label counts."""
     epochs: PositiveInt = 1
-    """Passes over the client's examples in a round."""
+    """Passes over a client's examples per round."""
     steps: PositiveInt | None = None
-    """Optimizer steps in a round, instead of epochs."""
+    """Optimizer steps per round, instead of epochs."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate within a round."""
+    """Schedule of the learning rate within a round."""
     warmup: Fraction = 0.0
-    """Part of a round's steps over which the learning rate rises from zero."""
+    """Part of a round's steps in which the learning rate rises from zero."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Clip each client's gradient to this norm; null for no clipping."""
+    """Clip gradients to this L2 norm; null for no clipping."""
     proximal: NonNegativeFloat = 0.0
-    """mu of the proximal term mu · ‖θ − θ_sent‖², as in FedMerge's program (FedProx writes mu / 2)."""
+    """mu of the proximal term mu · ‖θ − θ_sent‖², as in FedMerge's code (FedProx has mu / 2)."""
     prefix_cache: NonNegativeFloat = 2.0
-    """GB of memory, on the device, for what enters the first layer that has an adapter (`lora.layers_to_transform`): the frozen layers
-    before it then run once for each example. Where this is too little, or 0, they run each time, with the same results."""
+    """GB of device memory for the inputs of the first layer with an adapter
+    (`lora.layers_to_transform`), so that the frozen layers below run once per example. If the
+    memory does not suffice, or with 0, these layers run each time. The results are the same."""
     clients_per_batch: PositiveInt | Literal["auto"] = "auto"
-    """How many clients train in one pass of the model, each its own adapter on its own batch. Results agree to rounding, except that
-    dropout masks are drawn for those who share a pass. auto: 3 to 16, as many as bring a pass to 8 examples on a CPU and to 256 on a GPU,
-    or 1 where that is fewer. What does not allow it, DoRA for one, trains one client at a time; the log says why."""
+    """Number of clients that train in one forward pass, each with its own adapter and batch.
+    Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to
+    16 clients, to reach 8 examples per pass on a CPU and 256 on a GPU, else 1. Settings that do not
+    allow it, such as DoRA, train one client at a time; the log has the reason."""
 
 
 class ClientsRecipe(Section):
-    """Who takes part in a round, and what becomes of those who fail."""
+    """Participation of clients in a round, and the treatment of failures."""
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Part of the clients drawn at random each round; at least one."""
+    """Part of the clients that is drawn at random for each round, at least one client."""
     failures: Literal["raise", "skip"] = "raise"
-    """raise: a client that fails ends the run, which can be resumed. skip: it is named in the log and in the round's record, and the round
-    goes on as if it had not been asked. A client fails where its work raises, where what it returns is not finite, or not of the shape,
-    dtype and layout that were asked for, where it answers for another round or more than once, and where it takes too long."""
+    """raise: a failed client ends the run, which can be resumed. skip: the log and the round's
+    record name the client, and the round continues as if it had not been asked. A client fails if
+    its training raises an error, if its reply is not finite or has another shape, dtype or layout
+    than requested, if it replies for another round or more than once, or if it exceeds the
+    timeout."""
     min_clients: PositiveInt = 1
-    """With `failures: skip`, how many clients must reply well. A round with fewer changes nothing and ends the run, which can be
-    resumed."""
+    """Minimum number of clients with valid replies, with `failures: skip`. A round with fewer
+    changes nothing and ends the run, which can be resumed."""
     timeout: PositiveFloat | None = None
-    """Seconds that a client may take for a round, scoring included; null for no limit. Clients that train in this process are not
-    interrupted: their time is looked at when they are done, and of a pass that several share each counts its part. Time is no part of the
-    seed: a run whose clients come near this limit does not repeat."""
+    """Maximum time of a client for a round in seconds, including evaluation; null for no limit.
+    Clients that train in this process are not interrupted; their time is checked afterwards, and
+    clients that share a pass share its time. A run with clients near this limit is not
+    reproducible."""
 
 
 class EvaluationRecipe(Section):
-    """What is measured in a round."""
+    """Evaluation during a run."""
 
     batch_size: PositiveInt = 64
-    """Examples a batch in evaluation."""
+    """Examples per batch in evaluation."""
     every: PositiveInt = 1
-    """Measure in every n-th round, and in the first and the last."""
+    """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True
-    """Measure clients' locally trained adapters too: the gain of finetuning, which FedMerge wants small."""
+    """Evaluate also the locally trained adapters. The difference is the gain of local finetuning,
+    which is small if the merged adapters fit their clients."""
 
 
 Tracker = Literal[
@@ -257,39 +193,47 @@ Tracker = Literal[
 
 
 class Recipe(Section):
-    """A whole run: task, backbone, adapter, data, strategy, training."""
+    """The settings of a run: task, backbone, adapter, data, strategy, training."""
 
     name: str
-    """Name of the run; its directory is runs/NAME unless --out says otherwise."""
+    """Name of the run. Its directory is runs/NAME, unless --out names another."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Every random choice comes from it, the round and the client."""
+    """Seed of all random choices, together with the round and the client."""
     rounds: PositiveInt = 20
-    """Rounds of communication."""
-    task: TaskRecipe
-    """What an example is, and how it is scored."""
+    """Number of rounds."""
+    task: AnyTask
+    """Kind of examples, their columns, and metrics."""
     backbone: BackboneRecipe
     """The frozen pretrained model."""
     lora: LoraRecipe = LoraRecipe()
-    """The adapter that trains and travels."""
+    """The adapter that is trained and sent."""
     data: DataRecipe
-    """Examples and clients."""
-    strategy: StrategyRecipe = FedMergeRecipe(name="fedmerge")
-    """What each client is sent, and what the replies change."""
-    baselines: list[StrategyRecipe] = []
-    """Strategies to run beside it on the same clients and seed, each in a run directory below this one's. The run's own is skipped."""
+    """Source of the examples, and their partition among clients."""
+    strategy: AnyStrategy = FedMergeRecipe()
+    """Federated method of the server."""
+    baselines: list[AnyStrategy] = []
+    """Strategies to run as well, with the same clients and seed. Each has a run directory below
+    this one. The run's own strategy is skipped."""
     clients: ClientsRecipe = ClientsRecipe()
-    """Who takes part in a round."""
+    """Participation of clients in a round."""
     robustness: RobustnessRecipe = RobustnessRecipe()
-    """What the server does about hostile clients."""
+    """Robust aggregation, against malicious clients."""
     privacy: PrivacyRecipe = PrivacyRecipe()
-    """How much the adapters may tell about a client."""
+    """Client-level differential privacy."""
     training: TrainingRecipe = TrainingRecipe()
-    """What one client does in one round."""
+    """Local training of a client in a round."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
-    """What is measured."""
+    """Evaluation during the run."""
     tracking: list[Tracker] = []
-    """Experiment trackers that get each round's numbers, such as [tensorboard]; their packages must be installed. Those that write files
-    write them to the run directory's folder tracking."""
+    """Experiment trackers that record each round, such as [tensorboard]. Their packages must be
+    installed. Their files are in the folder tracking of the run directory."""
+    callbacks: list[AnyCallback] = []
+    """Callbacks of the run, such as [my_callback] or [{name: my_callback, every: 5}]. Plugins
+    register them."""
+    plugins: list[str] = []
+    """Python modules to import before the recipe is validated, such as [my_plugin]. They register
+    strategies, tasks, partition schemes, metrics, aggregation rules or callbacks. A module must be
+    installed, or in a folder on PYTHONPATH."""
 
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:
@@ -307,38 +251,42 @@ class Recipe(Section):
                 raise ValueError(said)
         if self.privacy.mode == "central" and self.robustness.defends:
             raise ValueError(
-                "privacy.mode: central noise is for means of updates clipped to privacy.clip; leave robustness out, or use local"
+                "privacy.mode: central noise is for means of updates clipped to privacy.clip; "
+                "leave robustness out, or use local"
             )
         return self
 
     @model_validator(mode="after")
     def _mixtures_generate_no_text(self) -> Recipe:
-        generated = [name for name in self.task.metrics if name in ("exact_match", "rougeL")]
-        if generated and any(each.name == "fedem" for each in (self.strategy, *self.baselines)):
+        generated = [name for name in self.task.metrics if compares_texts(name)]
+        mixing = [each for each in (self.strategy, *self.baselines) if not each.single_adapter]
+        if generated and mixing:
             raise ValueError(
-                f"task: the metric {generated[0]} needs generated text, and the mixture of adapters that fedem serves gives none; "
+                f"task: the metric {generated[0]} needs generated text, and the mixture of "
+                f"adapters that {mixing[0].name} serves gives none; "
                 "use perplexity or accuracy, or another strategy"
             )
         return self
 
     @classmethod
     def load(cls, source: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-        """Read a shipped recipe by name, or a YAML file by path, then apply ``key.sub=value`` overrides.
+        """Read a shipped recipe by name, or a YAML file by path, and apply overrides.
 
-        Overrides win over the file, the file over the defaults. Raises ``RecipeError`` with every fault at once.
+        Overrides (``key.sub=value``) take precedence over the file, and the file over the defaults.
+        Raises ``RecipeError`` with all faults.
         """
         from fedmerge_peft.recipe.loading import load
 
         return load(cls, source, overrides)
 
     def replace(self, overrides: Iterable[str]) -> Recipe:
-        """A copy with ``key.sub=value`` overrides applied. Raises ``RecipeError``."""
+        """Return a copy with ``key.sub=value`` overrides applied. Raises ``RecipeError``."""
         from fedmerge_peft.recipe.loading import override
 
         return override(self, overrides)
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults written out, as YAML that ``Recipe.load`` reads back equal."""
+        """Return the recipe as YAML with all defaults, which ``Recipe.load`` reads back equal."""
         from fedmerge_peft.recipe.loading import dump
 
         return dump(self)

@@ -1,4 +1,4 @@
-"""What every part of a recipe has in common."""
+"""The base of all sections of a recipe, and types that several of them use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _yaml_boolean(value: object) -> object:
-    """Accept YAML 1.1's words where a truth value is meant; everywhere else they stay text."""
+    """Accept YAML 1.1's words for a truth value; in other fields they stay text."""
     words = {"yes": True, "on": True, "no": False, "off": False}
     return words.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def named(value: object) -> object:
-    """Let ``strategy: fedavg`` stand for ``strategy: {name: fedavg}``."""
-    return {"name": value} if isinstance(value, str) else value
 
 
 Boolean = Annotated[

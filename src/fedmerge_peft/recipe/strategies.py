@@ -1,11 +1,10 @@
-"""Server-side methods and their settings: a section a method, told apart by ``name``."""
+"""Sections of the strategies: settings, and facts that are needed without torch."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -14,22 +13,54 @@ from pydantic import (
     model_validator,
 )
 
-from fedmerge_peft.recipe.section import Fraction, Section, named
+from fedmerge_peft.plugins import STRATEGIES
+from fedmerge_peft.recipe.registered import OneOf
+from fedmerge_peft.recipe.section import Fraction, Section
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
-class ServerRecipe(Section):
-    """How the server steps with the mean of what the clients return (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
+class StrategyRecipe(Section):
+    """Base of a strategy's section: its settings as fields, and facts about it as class
+    attributes.
+    """
 
-    name: str
-    """Which method."""
+    name: str = ""
+    """Name of the strategy."""
+
+    federated: ClassVar[bool] = True
+    """Whether adapters travel between server and clients; False for local training."""
+    single_adapter: ClassVar[bool] = True
+    """Whether a client is served with one adapter; False for mixtures of what several adapters
+    predict."""
+    adds_to_backbone: ClassVar[bool] = False
+    """Whether the server changes the backbone's weights too, so that the rank of an adapter's
+    update differs by layer."""
+    shared_soup: ClassVar[bool] = False
+    """Whether every adapter of the soup may be merged for any client, also for one that was not in
+    the federation."""
+    learned_merging: ClassVar[bool] = False
+    """Whether clients are served with weighted averages of the soup whose weights are learned, and
+    so worth showing."""
+    dp_modes: ClassVar[frozenset[str]] = frozenset()
+    """Values of ``privacy.mode`` that cover all that the strategy shares."""
+
+    def privacy_refusal(self, mode: str) -> str | None:
+        """Return why these settings cannot have a mode of privacy that the strategy can have; None
+        if they can.
+        """
+        return None
+
+
+class ServerRecipe(StrategyRecipe):
+    """Server optimizer on the mean update (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
+
     server_optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd: step along the mean update. adam: scaled elementwise by its running moments (FedAdam)."""
+    """sgd: step along the mean update. adam: scale it elementwise by its moments (FedAdam)."""
     server_lr: PositiveFloat | None = None
-    """Step size of the server. Default: 1 with sgd, which replaces by the mean, as FedAvg does; 0.01 with adam."""
+    """Step size of the server. Default: 1 for sgd, as in FedAvg, and 0.01 for adam."""
     server_momentum: Fraction | None = None
-    """Momentum of sgd (FedAvgM), by default 0, or adam's beta_1, by default 0.9."""
+    """Momentum of sgd (FedAvgM), default 0; or beta_1 of adam, default 0.9."""
 
     @property
     def lr(self) -> float:
@@ -56,44 +87,69 @@ class ServerRecipe(Section):
 class FedMergeRecipe(ServerRecipe):
     """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
 
-    name: Literal["fedmerge"]
+    shared_soup = True
+    learned_merging = True
+    dp_modes = frozenset({"local", "central"})
     adapters: PositiveInt = 5
     """d, the number of adapters in the soup."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
-    """How weights step: normalized (each client's gradient scaled by its largest entry), adam, gradient (plain), or paper."""
+    """Update rule of the weights: normalized (each client's gradient divided by its largest entry),
+    adam, gradient (plain), or paper."""
     weights_lr: NonNegativeFloat | None = None
-    """Step size of the merging logits. Default: 1.0; 0.3 for adam; 0.01 for the paper rule."""
+    """Step size of the merging logits. Default: 1.0; 0.3 for adam; 0.01 for paper."""
     weights_columns: Literal["all", "head"] | None = None
-    """Which parameters the weights' inner product sees: the whole adapter, or the head alone. Default: all; the head for the paper rule,
-    as in the authors' program, where the adapter has one."""
+    """Parameters in the inner product of the weights' gradient: the whole adapter, or the head
+    only. Default: all; for the rule paper the head, if there is one, as in the authors' code."""
     weights_memory: Fraction = 0.0
-    """Part of a client's past updates that stays in the average which its weights step by: 0 is this round's update alone."""
+    """Decay of the average of a client's updates that its weights are updated with. 0 uses the
+    current round's update only."""
     temperature: PositiveFloat = 1.0
-    """The merging weights are softmax(W / temperature): below 1 is sharper."""
+    """The merging weights are softmax(W / temperature). Values below 1 sharpen them."""
     balance_rounds: NonNegativeInt = 0
-    """Rounds over which the adapters are held in equal use, less and less (Sinkhorn), so that none is left over early."""
+    """Number of rounds in which the use of adapters is balanced (Sinkhorn), with decreasing
+    strength, so that none is unused early."""
     start: Literal["independent", "noise", "warm", "identical"] = "warm"
-    """warm: all from the same, a few rounds of FedAvg, then clients are grouped by the direction of their updates and each group gets an
-    adapter. independent: each adapter from its own random numbers, as the paper does; central privacy needs it. noise: all from the same,
-    plus noise on all of their numbers. identical: all from the same, for good; such adapters never specialise (a check, not a method)."""
+    """Initialization of the adapters. warm: a few rounds of FedAvg, then clients are grouped by the
+    direction of their updates, and each group gets an adapter. independent: random and different,
+    as in the paper; required for central privacy. noise: equal, plus noise on all parameters.
+    identical: equal; such adapters never specialize, so this is a test, not a method."""
     start_noise: PositiveFloat = 0.02
-    """Standard deviation of the noise, with `start: noise`."""
+    """Standard deviation of the noise of `start: noise`."""
     warm_rounds: PositiveInt = 3
-    """Rounds before the grouping, with `start: warm`."""
+    """Rounds of `start: warm` before the grouping."""
     groups: PositiveInt | None = None
-    """How many groups the clients are put into, with `start: warm`. Default: told from the updates, at most as many as adapters."""
+    """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
+    adapters."""
     warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.65
-    """Merging weight of the own group's adapter after the grouping; the other adapters share the rest evenly."""
+    """Merging weight of the group's adapter after the grouping. The other adapters share the rest
+    evenly."""
     reseed_after: PositiveInt | None = None
-    """Give an adapter that stood unused for so many rounds to the clients whose update its group serves worst. Default: never."""
+    """Reassign an adapter that was unused for this many rounds to part of the clients of the most
+    used one. Default: never."""
 
     @model_validator(mode="after")
     def _a_group_has_an_adapter(self) -> FedMergeRecipe:
         if self.groups is not None and self.groups > self.adapters:
             raise ValueError(
-                f"groups: {self.groups} groups need as many adapters, and there are {self.adapters}; raise adapters"
+                f"groups: {self.groups} groups need as many adapters, and there are "
+                f"{self.adapters}; raise adapters"
             )
         return self
+
+    def privacy_refusal(self, mode: str) -> str | None:
+        moved = {
+            "start: warm groups clients": self.start == "warm",
+            f"rule: {self.rule} weighs clients": self.rule in ("paper", "gradient"),
+            "reseed_after moves clients": self.reseed_after is not None,
+            "balance_rounds weighs clients": self.balance_rounds > 0,
+        }
+        for what, asked in moved.items():
+            if asked and mode == "central":
+                return (
+                    f"strategy.{what} by each other's updates, which noise on the sums does not "
+                    "cover; use privacy.mode=local, or change it"
+                )
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,158 +158,149 @@ class FedMergeRecipe(ServerRecipe):
 class FedAvgRecipe(ServerRecipe):
     """One global adapter for everyone (McMahan 2017; on LoRA, FedIT)."""
 
-    name: Literal["fedavg"]
+    dp_modes = frozenset({"local", "central"})
 
 
 class FedAvgFinetunedRecipe(ServerRecipe):
-    """FedAvg, and each client is served with what its last local training made of the global adapter."""
-
-    name: Literal["fedavg_ft"]
+    """FedAvg; each client predicts with the global adapter after its last local training."""
 
 
 class FedProxRecipe(ServerRecipe):
     """FedAvg with a proximal term in local training (Li et al. 2020, arXiv 1812.06127)."""
 
-    name: Literal["fedprox"]
+    dp_modes = frozenset({"local", "central"})
     mu: PositiveFloat = 0.1
-    """The term is mu / 2 · ‖θ − θ_sent‖²; it takes the place of training.proximal."""
+    """mu of the term mu / 2 · ‖θ − θ_sent‖², which replaces training.proximal."""
 
 
-class LocalRecipe(Section):
-    """Every client trains alone from the same start; nothing is shared."""
+class LocalRecipe(StrategyRecipe):
+    """Local training only, from the same initialization for all clients."""
 
-    name: Literal["local"]
+    federated = False
 
 
 class DittoRecipe(ServerRecipe):
-    """A private adapter for each client, held near FedAvg's global one (Li et al. 2021, arXiv 2012.04221)."""
+    """Private adapters, regularized toward FedAvg's global one (Li et al. 2021, arXiv
+    2012.04221).
+    """
 
-    name: Literal["ditto"]
     regularization: PositiveFloat = 0.1
     """lambda of the term lambda / 2 · ‖private − global‖²."""
 
 
 class FedRepRecipe(ServerRecipe):
-    """A shared body and a private head, trained one after the other (Collins et al. 2021, arXiv 2102.07078)."""
-
-    name: Literal["fedrep"]
+    """A shared body and private heads, trained in turn (Collins et al. 2021, arXiv 2102.07078)."""
 
 
 class FedDPARecipe(ServerRecipe):
-    """Half of the rank is global, half private, both active at once (dual-personalising adapters, Yang et al. 2024, arXiv 2403.19211)."""
-
-    name: Literal["feddpa"]
+    """Dual-personalizing adapters: half of the rank is global, half private, and both are active
+    (Yang et al. 2024, arXiv 2403.19211).
+    """
 
 
 # --------------------------------------------------------------------------------------------------
 # Clusters and mixtures
 # --------------------------------------------------------------------------------------------------
-class IFCARecipe(Section):
-    """Clusters: each client trains the adapter with the lowest loss on its data (Ghosh et al. 2020, arXiv 2006.04088)."""
+class IFCARecipe(StrategyRecipe):
+    """Clusters: each client trains the adapter with the lowest loss on its data (Ghosh et al. 2020,
+    arXiv 2006.04088).
+    """
 
-    name: Literal["ifca"]
+    shared_soup = True
     adapters: PositiveInt = 5
-    """Number of clusters. All of their adapters are sent to every client."""
+    """Number of clusters. Each client receives the adapters of all clusters."""
 
 
-class FeSEMRecipe(Section):
-    """Clusters: each client belongs to the centre nearest to its trained adapter (Long et al. 2023, arXiv 2108.08647)."""
+class FeSEMRecipe(StrategyRecipe):
+    """Clusters: each client belongs to the center that is nearest to its trained adapter (Long et
+    al. 2023, arXiv 2108.08647).
+    """
 
-    name: Literal["fesem"]
+    shared_soup = True
+    dp_modes = frozenset({"local"})
     adapters: PositiveInt = 5
     """Number of clusters."""
 
 
-class FLHCRecipe(Section):
-    """Rounds of FedAvg, then hierarchical clusters of the updates, each with a FedAvg of its own (Briggs et al. 2020, arXiv 2004.11791)."""
+class FLHCRecipe(StrategyRecipe):
+    """Rounds of FedAvg, then hierarchical clustering of the updates, then FedAvg in each cluster
+    (Briggs et al. 2020, arXiv 2004.11791).
+    """
 
-    name: Literal["flhc"]
+    shared_soup = True
+    dp_modes = frozenset({"local"})
     adapters: PositiveInt = 5
     """Number of clusters."""
     warm_rounds: PositiveInt = 2
-    """Rounds before the clustering."""
+    """Rounds of FedAvg before the clustering."""
     metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """Distance between updates."""
     linkage: Literal["average", "complete", "single"] = "average"
     """Distance between clusters."""
 
 
-class FedEMRecipe(Section):
-    """A mixture of adapters for each client, trained by expectation-maximisation (Marfoq et al. 2021, arXiv 2108.10252)."""
+class FedEMRecipe(StrategyRecipe):
+    """A mixture of adapters for each client, trained by expectation-maximization (Marfoq et al.
+    2021, arXiv 2108.10252).
+    """
 
-    name: Literal["fedem"]
+    single_adapter = False
     adapters: PositiveInt = 3
-    """Number of components. All of them are sent to every client, trained by it, and sent back."""
+    """Number of components. Each client receives, trains and returns all of them."""
 
 
 # --------------------------------------------------------------------------------------------------
 # Other ways to aggregate LoRA
 # --------------------------------------------------------------------------------------------------
 class FFALoraRecipe(ServerRecipe):
-    """A random and frozen, only B trains and travels (Sun et al. 2024, arXiv 2403.12313)."""
+    """A is random and frozen; only B is trained and sent (Sun et al. 2024, arXiv 2403.12313)."""
 
-    name: Literal["ffa_lora"]
+    dp_modes = frozenset({"local", "central"})
 
 
 class FedSALoraRecipe(ServerRecipe):
-    """A is shared, B and the head stay private (Guo et al. 2025, arXiv 2410.01463)."""
-
-    name: Literal["fedsa_lora"]
+    """A is shared; B and the head are private (Guo et al. 2025, arXiv 2410.01463)."""
 
 
-class FlexLoraRecipe(Section):
-    """The mean of the updates B A, brought back to each client's rank by SVD (Bai et al. 2024, arXiv 2402.11505)."""
+class FlexLoraRecipe(StrategyRecipe):
+    """The mean of the updates B A, reduced to each client's rank by SVD (Bai et al. 2024, arXiv
+    2402.11505).
+    """
 
-    name: Literal["flexlora"]
     ranks: Ranks | None = None
-    """Ranks of the clients, in their order and from the beginning again; at most lora.r. Default: lora.r for all."""
+    """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
 
 
-class FLoraRecipe(Section):
-    """Stacked factors, added to the backbone; each round starts from fresh ones (Wang et al. 2024, arXiv 2409.05976)."""
+class FLoraRecipe(StrategyRecipe):
+    """Stacked factors are added to the backbone, and each round starts with new factors (Wang et
+    al. 2024, arXiv 2409.05976).
+    """
 
-    name: Literal["flora"]
+    adds_to_backbone = True
     ranks: Ranks | None = None
-    """Ranks of the clients, in their order and from the beginning again; at most lora.r. Default: lora.r for all."""
+    """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
 
 
-StrategyName = Literal[
-    "fedmerge",
-    "fedavg",
-    "fedavg_ft",
-    "fedprox",
-    "local",
-    "ditto",
-    "fedrep",
-    "feddpa",
-    "ifca",
-    "fesem",
-    "flhc",
-    "fedem",
-    "ffa_lora",
-    "fedsa_lora",
-    "flexlora",
-    "flora",
-]
-StrategySection = Annotated[
-    FedMergeRecipe
-    | FedAvgRecipe
-    | FedAvgFinetunedRecipe
-    | FedProxRecipe
-    | LocalRecipe
-    | DittoRecipe
-    | FedRepRecipe
-    | FedDPARecipe
-    | IFCARecipe
-    | FeSEMRecipe
-    | FLHCRecipe
-    | FedEMRecipe
-    | FFALoraRecipe
-    | FedSALoraRecipe
-    | FlexLoraRecipe
-    | FLoraRecipe,
-    Field(discriminator="name"),
-]
-StrategyRecipe = Annotated[
-    StrategySection, BeforeValidator(named, json_schema_input_type=StrategySection | StrategyName)
-]
+_BUILT_IN = (
+    ("fedmerge", FedMergeRecipe, "fedmerge:FedMerge"),
+    ("fedavg", FedAvgRecipe, "fedavg:FedAvg"),
+    ("fedavg_ft", FedAvgFinetunedRecipe, "fedavg_finetuned:FedAvgFinetuned"),
+    ("fedprox", FedProxRecipe, "fedavg:FedProx"),
+    ("local", LocalRecipe, "local:Local"),
+    ("ditto", DittoRecipe, "ditto:Ditto"),
+    ("fedrep", FedRepRecipe, "partly_shared:FedRep"),
+    ("feddpa", FedDPARecipe, "feddpa:FedDPA"),
+    ("ifca", IFCARecipe, "ifca:IFCA"),
+    ("fesem", FeSEMRecipe, "fesem:FeSEM"),
+    ("flhc", FLHCRecipe, "flhc:FLHC"),
+    ("fedem", FedEMRecipe, "fedem:FedEM"),
+    ("ffa_lora", FFALoraRecipe, "partly_shared:FFALora"),
+    ("fedsa_lora", FedSALoraRecipe, "partly_shared:FedSALora"),
+    ("flexlora", FlexLoraRecipe, "flexlora:FlexLora"),
+    ("flora", FLoraRecipe, "flora:FLora"),
+)
+for _name, _recipe, _code in _BUILT_IN:
+    STRATEGIES.add(_name, f"fedmerge_peft.strategies.{_code}", recipe=_recipe)
+
+AnyStrategy = Annotated[StrategyRecipe, OneOf(STRATEGIES)]
+"""A section of any registered strategy."""

@@ -1,7 +1,8 @@
-"""YAML text to plain values and back, remembering on which line each value was written.
+"""YAML text to plain values and back, with the line of each value.
 
-The words of YAML 1.2's core schema: ``1e-4`` is a number, ``no`` is text. Two equal keys, anchors, tags
-of other programs and deep nesting are refused, so reading a file takes no more time than its length.
+The reader follows YAML 1.2's core schema: ``1e-4`` is a number, ``no`` is text. Equal keys,
+anchors, foreign tags and deep nesting are refused, so the time to read a file is linear in its
+length.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ Where = tuple[str | int, ...]
 """Keys from the top of the document to a value: ``("baselines", 0, "adapters")``."""
 
 DEEPEST = 32
-"""Levels of nesting."""
+"""Maximum depth of nesting."""
 
 MOST = 50
-"""Faults that one error lists."""
+"""Maximum number of faults that one error lists."""
 
 _NO_ALIASES = "anchors (&) and aliases (*) are not used in recipes; quote text that starts so"
 _TAG = "tag:yaml.org,2002:"
@@ -40,7 +41,7 @@ _SHAPES = {tag: re.compile(rf"(?:{pattern})\Z") for tag, (pattern, _) in _CORE.i
 
 
 def dotted(where: Where) -> str:
-    """A place in a document as people write it: ``baselines[0].adapters``."""
+    """Return a place in a document in dotted form: ``baselines[0].adapters``."""
     return "".join(
         f"[{step}]" if isinstance(step, int) else f".{step}" for step in where
     ).removeprefix(".")
@@ -48,7 +49,7 @@ def dotted(where: Where) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """Where something was written: a file and a line, or the command line, which has no lines."""
+    """The origin of a value: a file and a line, or the command line, which has no lines."""
 
     source: str
     line: int | None = None
@@ -57,13 +58,13 @@ class Mark:
         return self.source if self.line is None else f"{self.source}:{self.line}"
 
     def at(self, line: int) -> Mark:
-        """A place in the same source, which keeps to itself whether it has lines."""
+        """Return the mark of another line of the same source."""
         return self if self.line is None else Mark(self.source, line)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong, in one line."""
+    """One error in a recipe, in one line."""
 
     mark: Mark
     where: Where
@@ -76,7 +77,7 @@ class Fault:
 
 
 def refuse(faults: list[Fault]) -> RecipeError:
-    """The error that lists these faults by line, those of the command line last."""
+    """Return the error that lists these faults by line, those of the command line last."""
     lines = [
         str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
     ]
@@ -85,14 +86,14 @@ def refuse(faults: list[Fault]) -> RecipeError:
 
 @dataclass
 class Document:
-    """Plain values, the mark of each, and what was wrong with them so far."""
+    """Plain values, their marks, and the faults found so far."""
 
     value: Any
     marks: dict[Where, Mark]
     faults: list[Fault] = field(default_factory=list)
 
     def mark(self, where: Where) -> Mark:
-        """Where this was written; for what was not, where the nearest section around it was."""
+        """Return the mark of a value; for a missing one, that of the nearest section around it."""
         while where not in self.marks:
             where = where[:-1]
         return self.marks[where]
@@ -133,10 +134,10 @@ for _tag, (_, _first) in _CORE.items():
 # Text to values
 # --------------------------------------------------------------------------------------------------
 def parse(text: str, mark: Mark) -> Document:
-    """Read one YAML document. ``mark`` is its first line, or the command line.
+    """Read one YAML document, whose first line has this mark.
 
-    Raises ``RecipeError`` for text that is not one YAML document; what can be told beside other faults
-    (two equal keys, a number too large) is left in the document's ``faults``.
+    Raises ``RecipeError`` for text that is not one YAML document. Other faults (two equal keys, a
+    number too large) are recorded in the document's ``faults``.
     """
     try:
         node = _Loader(text).get_single_node()
@@ -179,7 +180,8 @@ def _value(node: Any, where: Where, document: Document, mark: Mark) -> Any:
         Fault(
             here,
             where,
-            f"the tag {node.tag.replace(_TAG, '!!')} means nothing here; write the value without it",
+            f"the tag {node.tag.replace(_TAG, '!!')} means nothing here; "
+            "write the value without it",
         )
     )
     return None
@@ -245,7 +247,7 @@ _YAML_1_1 = yaml.resolver.Resolver()
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Quote text that programs with YAML 1.1 (``no``, ``1_000``, ``2026-01-01``) would read as something else."""
+    """Quote text that YAML 1.1 reads as another type (``no``, ``1_000``, ``2026-01-01``)."""
     style = None
     if not text.isprintable():
         style = '"'
@@ -266,7 +268,7 @@ for _type, _dump in _DUMPS.items():
 
 
 def write(value: dict[str, Any]) -> str:
-    """YAML that ``parse`` reads back equal, keys in their order, safe to print on a terminal."""
+    """Return YAML that ``parse`` reads back equal, with printable characters only."""
     text: str = yaml.dump(
         value,
         Dumper=_Dumper,
@@ -279,7 +281,7 @@ def write(value: dict[str, Any]) -> str:
 
 
 def _escape(c: str) -> str:
-    """As YAML escapes it; only double-quoted text holds such characters, see ``_text``."""
+    """Return YAML's escape; only double-quoted text contains such characters, see ``_text``."""
     return (
         f"\\x{ord(c):02x}"
         if ord(c) < 0x100

@@ -67,7 +67,7 @@ def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
                 "try more rounds, or another strategy.warm_rounds or strategy.weights_lr; "
                 f"otherwise use {name}",
             )
-        if baseline.recipe.strategy.name == "local":
+        if not baseline.recipe.strategy.federated:
             own_values, other_values = _values(own), _values(other)
             worse = [
                 client

@@ -145,7 +145,7 @@ def _weights(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     )
     by_round = list(run.weights_by_round())
     chosen = np.unique(np.linspace(0, len(by_round) - 1, _MAX_ROUNDS).round().astype(int))
-    if run.recipe.strategy.name == "fedmerge" and len(chosen) > 1:
+    if run.recipe.strategy.learned_merging and len(chosen) > 1:
         panels = [
             (f"round {by_round[number][0]}", by_round[number][1].numpy()[order])
             for number in chosen

@@ -35,7 +35,7 @@ from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
 
-RESUME_OVERRIDES = ("name", "rounds", "evaluation.every", "tracking")
+RESUME_OVERRIDES = ("name", "rounds", "evaluation.every", "tracking", "callbacks", "plugins")
 """Recipe keys that may change on resume: they do not affect what clients compute."""
 KEEP_LAST = 2
 """Number of checkpoints that are kept."""

@@ -206,7 +206,7 @@ def vllm_support(run: RunDirectory) -> str:
             config.get("rank_pattern") or config.get("alpha_pattern")
         ),
         "the method updates the backbone, so ranks differ by layer": (
-            run.recipe.strategy.name == "flora"
+            run.recipe.strategy.adds_to_backbone
         ),
         f"its rank {max(ranks)} is above {VLLM_RANKS[-1]}": enough is None,
     }

@@ -18,37 +18,12 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.pretrained import load_model, model_folder, quiet_transformers
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.tasks.tokenization import (
-    get_pad_token_id,
-    load_pretrained,
-    load_tokenizer,
-    resolve_max_length,
-    token_limit,
-)
+from fedmerge_peft.tasks import task_type
+from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer
 from fedmerge_peft.training.accelerator import choose_device
 
 if TYPE_CHECKING:
     from fedmerge_peft.models.backbone import Backbone
-
-
-class TransformersNames(NamedTuple):
-    """A task's names in transformers."""
-
-    auto_model: str
-    """The class that loads its models."""
-    pipeline: str
-    """Its pipeline, which is also its task tag on the hub."""
-
-
-TRANSFORMERS_NAMES = {
-    "sequence-classification": TransformersNames(
-        "AutoModelForSequenceClassification", "text-classification"
-    ),
-    "causal-lm": TransformersNames("AutoModelForCausalLM", "text-generation"),
-    "image-classification": TransformersNames(
-        "AutoModelForImageClassification", "image-classification"
-    ),
-}
 
 
 class _ModelHead(NamedTuple):
@@ -80,10 +55,10 @@ class MergedAdapter:
     clients that were not evaluated."""
 
     def __post_init__(self) -> None:
-        if self.run.recipe.strategy.name == "fedem":
+        if not self.run.recipe.strategy.single_adapter:
             raise RunError(
-                f"{self.run.path}: fedem mixes the predictions of its adapters, so a client has no "
-                "single adapter. Load each row of run.soup.rows as run.soup.state_dict(row), and "
+                f"{self.run.path}: {self.run.recipe.strategy.name} mixes the predictions of its "
+                "adapters, so a client has no single adapter. Load each row of run.soup.rows as run.soup.state_dict(row), and "
                 "average their probabilities with the weights run.weights.loc[client]"
             )
 
@@ -152,39 +127,14 @@ class MergedAdapter:
         """
         import transformers
 
-        task = self.run.recipe.task
+        recipe = self.run.recipe
+        kind = task_type(recipe.task)
         with self._folder() as folder:
             model = self._model(folder, choose_device(device))
-            if task.name == "image-classification":
-                backbone = self.run.recipe.backbone
-                source, revision = (
-                    (backbone.tokenizer, None)
-                    if backbone.tokenizer
-                    else (folder, backbone.revision)
-                )
-                parts = {
-                    "image_processor": load_pretrained(
-                        transformers.AutoImageProcessor, source, backbone, revision, backend="pil"
-                    )
-                }
-            else:
-                tokenizer, config = load_tokenizer(self.run.recipe.backbone, folder)
-                limit = resolve_max_length(task.max_length, token_limit(tokenizer, config))
-                if limit is not None:
-                    tokenizer.model_max_length = limit
-                tokenizer.pad_token_id = get_pad_token_id(tokenizer)
-                parts = {"tokenizer": tokenizer}
-                if task.name == "causal-lm":
-                    tokenizer.padding_side = "left"
-                    options = {"max_new_tokens": task.max_new_tokens, **options}
-                else:
-                    options = {"truncation": True, **options}
+            defaults = kind.pipeline_options(recipe.task, recipe.backbone, folder)
             with quiet_transformers():
                 return transformers.pipeline(
-                    TRANSFORMERS_NAMES[task.name].pipeline,
-                    model=model,
-                    device=model.device,
-                    **{**parts, **options},
+                    kind.pipeline, model=model, device=model.device, **{**defaults, **options}
                 )
 
     @contextmanager
@@ -200,10 +150,10 @@ class MergedAdapter:
         labels = tuple(self.run.task["labels"])
         pad = (
             get_pad_token_id(load_tokenizer(recipe.backbone, folder)[0])
-            if recipe.task.name == "sequence-classification"
+            if task_type(recipe.task).reads_last_token
             else None
         )
-        head = _ModelHead(TRANSFORMERS_NAMES[recipe.task.name].auto_model, labels, pad)
+        head = _ModelHead(task_type(recipe.task).auto_model, labels, pad)
         base, _ = load_model(recipe.backbone, head, folder, device)
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
             return PeftModel.from_pretrained(

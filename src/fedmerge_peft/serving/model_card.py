@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.serving.merged_adapter import TRANSFORMERS_NAMES, MergedAdapter
+from fedmerge_peft.serving.merged_adapter import MergedAdapter
+from fedmerge_peft.tasks import task_type
 from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
@@ -76,37 +77,6 @@ PEFT's `add_weighted_adapter` computes something else, so merge as follows:
 {{ recipe }}```
 """
 
-_LOAD = {
-    "sequence-classification": """{imports}from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-labels = {labels}
-base = AutoModelForSequenceClassification.from_pretrained(
-    {base}, num_labels=len(labels), id2label=dict(enumerate(labels)), {options}
-)
-tokenizer = AutoTokenizer.from_pretrained({processor})
-pad = tokenizer.pad_token_id
-base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
-{load}
-""",
-    "causal-lm": """{imports}from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({base}, {options})
-tokenizer = AutoTokenizer.from_pretrained({processor})
-{load}
-""",
-    "image-classification": """{imports}from peft import PeftModel
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-labels = {labels}
-base = AutoModelForImageClassification.from_pretrained(
-    {base}, num_labels=len(labels), id2label=dict(enumerate(labels)), {options}
-)
-processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
-{load}
-""",
-}
 _CLIENT_LOAD = "model = PeftModel.from_pretrained(base, {place}).eval()"
 _SOUP_LOAD = """folder = {place}
 weights = json.loads(Path(folder, "weights.json").read_text(encoding="utf-8"))["clients"][{client}]
@@ -219,7 +189,7 @@ def _card(template: str, data: Any, run: RunDirectory, base: str, **fields: Any)
 def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[str, float]) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    pipeline = TRANSFORMERS_NAMES[run.recipe.task.name].pipeline
+    pipeline = task_type(run.recipe.task).pipeline
     results = [
         EvalResult(
             pipeline,
@@ -254,8 +224,8 @@ def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
     public = base != recipe.backbone.model  # then no local path may appear
     trust = ", trust_remote_code=True" if recipe.backbone.trust_remote_code else ""
     return (
-        _LOAD[recipe.task.name]
-        .format(
+        task_type(recipe.task)
+        .loading_code.format(
             imports=imports,
             labels=_wrapped(labels),
             base=repr(base),

@@ -44,8 +44,8 @@ def read_newcomer(
     else:
         splits, name = _load(run.recipe, Path(data).expanduser()), name or Path(data).stem
     table = concatenate_datasets(list(splits.values()))
-    if run.recipe.task.name != "causal-lm":
-        table = relabel(table, run.recipe.task.label, run.task["labels"])
+    if (label := run.recipe.task.label_column) is not None:
+        table = relabel(table, label, run.task["labels"])
     indices = _indices_by_split(run.recipe, splits, table)
     rng = np.random.default_rng(derive(seed, "newcomer", name))
     train, _, test = split_off(

@@ -25,6 +25,7 @@ from fedmerge_peft.data import FederatedData, Indices
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
+from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
@@ -41,9 +42,6 @@ from fedmerge_peft.util.seeds import derive
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-MERGING = ("fedmerge", "ifca", "fesem", "flhc")
-"""Strategies whose adapters are shared by all clients, so that a newcomer can merge them."""
 
 _PATIENCE = 5
 """Steps without improvement after which learning stops."""
@@ -146,7 +144,7 @@ def personalize(
     The run's soup is not changed.
 
     Args:
-        run: A run with at least two adapters, of one of the strategies in ``MERGING``.
+        run: A run with at least two adapters, of a strategy with a ``shared_soup``.
         data: The newcomer's examples: a csv, tsv, json, jsonl or parquet file, a folder as in a
             recipe's ``data.path``, or a ``datasets.Dataset``. The columns are those of the run's
             task; the recipe's filter is not applied.
@@ -327,16 +325,18 @@ class _Comparison:
 
 
 def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
-    strategy, mergeable = run.recipe.strategy.name, " or ".join(MERGING)
+    strategy = run.recipe.strategy
+    sections = STRATEGIES.sections().items()
+    mergeable = " or ".join(name for name, section in sections if section.shared_soup)
     if len(soup) == 1:
         raise RunError(
-            f"{run.path} has one adapter for all clients ({strategy}), so there are no weights to "
+            f"{run.path} has one adapter for all clients ({strategy.name}), so there are no weights to "
             "learn: run.save_adapter writes it unchanged. To personalize, run "
             f"{mergeable} with several adapters, such as strategy.adapters=5"
         )
-    if strategy not in MERGING:
+    if not strategy.shared_soup:
         raise RunError(
-            f"{run.path} is a run of {strategy}, whose adapters a new client cannot merge; "
+            f"{run.path} is a run of {strategy.name}, whose adapters a new client cannot merge; "
             f"use a run of {mergeable}"
         )
 
@@ -349,7 +349,5 @@ def _recipe(run: RunDirectory) -> Recipe:
     recipe, training = run.recipe, run.recipe.training
     if choose_precision(training.mixed_precision, choose_device(training.device)) == "fp16":
         training = training.model_copy(update={"mixed_precision": "no"})
-    task = recipe.task
-    if task.name == "causal-lm":
-        task = task.model_copy(update={"format": run.task["format"]})
+    task = recipe.task.with_format(run.task["format"])
     return recipe.model_copy(update={"task": task, "training": training})

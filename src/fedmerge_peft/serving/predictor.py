@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +16,20 @@ from torch import Tensor
 
 from fedmerge_peft.data import Indices
 from fedmerge_peft.data.columns import join_values
-from fedmerge_peft.errors import DataError, RunError
+from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
-from fedmerge_peft.tasks import Examples, make_task
+from fedmerge_peft.tasks import Examples, make_task, task_type
+from fedmerge_peft.tasks.base import reject_inputs
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.util.seeds import seeded
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import TaskSection
-    from fedmerge_peft.tasks.causal_lm import CausalLMTask
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +58,16 @@ class Predictor:
 
     Raises:
         RunError: The round does not exist, the adapters do not fit the model as it loads now, or
-            the run is one of ``fedem``, whose clients have no single adapter.
+            the run's strategy has no ``single_adapter`` per client.
         BackboneError: The model cannot be loaded.
         DeviceError: There is no such device.
     """
 
     def __init__(self, run: RunDirectory, *, best: bool = False, device: str = "auto") -> None:
-        if run.recipe.strategy.name == "fedem":
+        if not run.recipe.strategy.single_adapter:
             raise RunError(
-                f"{run.path}: fedem mixes the predictions of its adapters, so a client has no "
-                "single adapter to predict with"
+                f"{run.path}: {run.recipe.strategy.name} mixes the predictions of its adapters, "
+                "so a client has no single adapter to predict with"
             )
         soup, weights = run.state(best=best)
         self._adapters = dict(zip(run.client_names, soup.merge(weights), strict=True))
@@ -76,14 +75,17 @@ class Predictor:
         recipe = run.recipe.model_copy(
             update={"training": run.recipe.training.model_copy(update={"device": device})}
         )
-        if recipe.task.name == "causal-lm":
+        self._kind = task_type(recipe.task)
+        if self._kind.completes:
             generating = {"format": "prompt-completion", "metrics": ["exact_match"]}
             recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update=generating)})
         self._recipe = recipe
         self._accelerator = make_accelerator(recipe.training)
         with TemporaryDirectory(prefix="fedmerge-") as scratch:
             folder = model_folder(recipe.backbone.model, Path(scratch))
-            self._task = make_task(recipe, _table(recipe.task, self._labels, None), folder)
+            self._task = make_task(
+                recipe, self._table(self._kind.probe_inputs(recipe.task)), folder
+            )
             self._backbone = load_backbone(
                 recipe.backbone,
                 recipe.lora,
@@ -148,10 +150,13 @@ class Predictor:
     # ---- inputs ----------------------------------------------------------------------------------
 
     def _encode(self, inputs: list[Any]) -> Examples:
-        if self._recipe.task.name == "causal-lm":
-            _check_none([item for item in inputs if not isinstance(item, str)], "a text")
-            return cast("CausalLMTask", self._task).encode_prompts(inputs)
-        return self._task.encode(_table(self._recipe.task, self._labels, inputs))
+        if self._kind.completes:
+            reject_inputs([item for item in inputs if not isinstance(item, str)], "a text")
+            return self._task.encode_prompts(inputs)
+        return self._task.encode(self._table(inputs))
+
+    def _table(self, inputs: list[Any]) -> Dataset:
+        return self._kind.input_table(self._recipe.task, self._labels, inputs)
 
     def _passes(
         self, indices_of: Mapping[str, Indices], examples: Examples, batch_size: int
@@ -191,9 +196,9 @@ class Predictor:
         self._backbone.eval()
         rows = torch.stack([chunk.row for chunk in chunks])
         with self._applied(rows), self._accelerator.autocast():
-            if self._recipe.task.name == "causal-lm":
+            if self._kind.completes:
                 predictions: list[Prediction] = [
-                    *cast("CausalLMTask", self._task).complete(
+                    *self._task.complete(
                         self._backbone.model, examples, batch, self._backbone.device
                     )
                 ]
@@ -214,20 +219,15 @@ class Predictor:
 
     def _logits(self, examples: Examples, indices: Indices) -> Tensor:
         """Return class logits ``(batch, classes)`` or next-token logits ``(batch, vocabulary)``."""
-        decoder = self._recipe.task.name == "causal-lm"
-        task = self._task
-        batch = (
-            cast("CausalLMTask", task).collate_prompts(examples, indices)
-            if decoder
-            else task.collate(examples, indices)
-        )
+        collate = self._task.collate_prompts if self._kind.completes else self._task.collate
+        batch = collate(examples, indices)
         inputs = {
             name: tensor.to(self._backbone.device)
             for name, tensor in batch.items()
             if name != "labels"
         }
         logits: Tensor = self._backbone.model(**inputs).logits.float()
-        return logits[:, -1] if decoder else logits
+        return logits[:, -1] if self._kind.completes else logits
 
     def _labeled(self, logits: Tensor) -> Iterator[dict[str, Any]]:
         scores, labels = torch.softmax(logits, dim=-1).max(dim=-1)
@@ -241,7 +241,7 @@ class Predictor:
         Returns:
             The reason why passes cannot be shared, or None if the logits agree.
         """
-        examples = self._encode(_probe_inputs(self._recipe.task))
+        examples = self._encode(self._kind.probe_inputs(self._recipe.task))
         indices = np.arange(2)
         self._backbone.eval()
         with seeded(0, self._backbone.device):
@@ -266,58 +266,3 @@ class Predictor:
                     "different way"
                 )
         return None
-
-
-def _probe_inputs(task: TaskSection) -> list[Any]:
-    """Return two inputs that any model of the task accepts."""
-    if task.name == "image-classification":
-        from PIL.Image import new
-
-        return [new("RGB", (32, 32), color) for color in ("black", "orange")]
-    texts = ["a", "another text, which is longer"]
-    return [(text, text) for text in texts] if getattr(task, "text_pair", None) else texts
-
-
-def _table(task: TaskSection, labels: list[str], inputs: list[Any] | None) -> Dataset:
-    """Return inputs as rows with the task's columns and a placeholder label.
-
-    With ``None``, the rows are the two probe inputs.
-    """
-    from datasets import ClassLabel, Dataset, Features, Image, Value
-
-    inputs = _probe_inputs(task) if inputs is None else inputs
-    if task.name == "causal-lm":
-        return Dataset.from_dict({task.prompt: inputs, task.completion: inputs})
-    if task.name == "image-classification":
-        from PIL.Image import Image as PILImage
-
-        _check_none(
-            [item for item in inputs if not isinstance(item, PILImage | str | Path)],
-            "a PIL image, or the path of a file",
-        )
-        columns: dict[str, Any] = {task.image: Image()}
-        rows = [[item if isinstance(item, PILImage) else str(item)] for item in inputs]
-    else:
-        columns = {
-            name: Value("string") for name in (task.text, task.text_pair) if name is not None
-        }
-        pairs = len(columns) == 2
-        rows = [
-            list(item) if pairs and isinstance(item, tuple | list) else [item] for item in inputs
-        ]
-        invalid = [
-            row
-            for row in rows
-            if len(row) != len(columns) or not all(isinstance(text, str) for text in row)
-        ]
-        _check_none(
-            [row if pairs else row[0] for row in invalid], "a pair of texts" if pairs else "a text"
-        )
-    features = Features({**columns, task.label: ClassLabel(names=labels)})
-    records = [{**dict(zip(columns, row, strict=True)), task.label: 0} for row in rows]
-    return Dataset.from_list(records, features=features)
-
-
-def _check_none(invalid: list[Any], expected: str) -> None:
-    if invalid:
-        raise DataError(f"an input must be {expected}, found {invalid[0]!r}")

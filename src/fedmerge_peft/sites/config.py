@@ -53,6 +53,8 @@ _SERVER_KEYS = (
     "rounds",
     "evaluation.every",
     "tracking",
+    "callbacks",
+    "plugins",
     "strategy",
     "baselines",
     "clients",

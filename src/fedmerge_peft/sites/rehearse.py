@@ -37,7 +37,7 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
         FederateError: As for ``prepare``.
     """
     recipe = federated_recipe(recipe)
-    data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
+    data = federate_data(recipe.data, recipe.task.label_column, recipe.seed)
     settings = {"project": "rehearsal", "host": "localhost", "port": free_port(), **options}
     federation = Federation(sites=split_clients(data, sites), **settings)
     prepare(recipe, federation, out)

@@ -15,6 +15,7 @@ from fedmerge_peft.data.loading import no_progress_bars
 from fedmerge_peft.errors import DataError, FederateError, RefusedError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.data import IidRecipe, NaturalRecipe
+from fedmerge_peft.recipe.tasks import CausalLMRecipe
 from fedmerge_peft.sites.config import SITE_FILE, SiteChecks, SiteData
 from fedmerge_peft.tasks.classification import infer_labels, relabel
 from fedmerge_peft.tasks.text_formats import infer_format
@@ -86,7 +87,7 @@ def read_site_data(
             f"{SITE_FILE}: the federation has {len(clients)} clients at this site; "
             "name the column that distinguishes them: data.client_column"
         )
-    label = getattr(recipe.task, "label", None)
+    label = recipe.task.label_column
     site_data = federate_data(
         recipe.data.model_copy(update={**defaults, **overrides, "partition": scheme}),
         label,
@@ -142,11 +143,11 @@ def site_summary(data: FederatedData, recipe: Recipe) -> SiteSummary:
         for client in data.clients
     )
     columns = tuple(data.table.column_names)
-    if recipe.task.name == "causal-lm":
+    if isinstance(recipe.task, CausalLMRecipe):
         return SiteSummary(clients, None, infer_format(recipe.task, data.table), columns)
-    return SiteSummary(
-        clients, tuple(infer_labels(data.table, recipe.task.label, None)), None, columns
-    )
+    label = recipe.task.label_column
+    labels = None if label is None else tuple(infer_labels(data.table, label, None))
+    return SiteSummary(clients, labels, None, columns)
 
 
 def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None) -> list[str]:
@@ -177,9 +178,9 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
 
 def with_label_ids(data: FederatedData, recipe: Recipe, labels: Sequence[str]) -> FederatedData:
     """Return the data with the federation's label ids. Raises ``DataError`` for other labels."""
-    if recipe.task.name == "causal-lm":
+    if (label := recipe.task.label_column) is None:
         return data
-    return FederatedData(relabel(data.table, recipe.task.label, labels), data.clients)
+    return FederatedData(relabel(data.table, label, labels), data.clients)
 
 
 def placeholder_table(recipe: Recipe, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
@@ -189,10 +190,10 @@ def placeholder_table(recipe: Recipe, labels: Sequence[str], columns: Sequence[s
     """
     from datasets import ClassLabel, Dataset, Features, Value
 
-    names = [name for name in columns if not labels or name != getattr(recipe.task, "label", None)]
+    names = [name for name in columns if not labels or name != recipe.task.label_column]
     if not labels:
         return Dataset.from_dict({name: [""] for name in names})
-    label = getattr(recipe.task, "label", "label")
+    label = recipe.task.label_column or "label"
     features = Features(
         {**{name: Value("string") for name in names}, label: ClassLabel(names=list(labels))}
     )

@@ -38,11 +38,12 @@ median of the norms, which a minority of clients cannot control.
 from __future__ import annotations
 
 import math
-from statistics import median
+import statistics
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.plugins import AGGREGATIONS
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.strategies.server_step import soup_shares
 from fedmerge_peft.strategies.similarity import cosines
@@ -80,7 +81,7 @@ class Aggregator:
     @property
     def bound(self) -> float:
         """C in this round, an L2 norm; infinite without clipping."""
-        running = median(self.norms[-_NORM_WINDOW:]) if self.norms else 0.0
+        running = statistics.median(self.norms[-_NORM_WINDOW:]) if self.norms else 0.0
         multiple = (
             math.inf if self.recipe.norm_multiple is None else self.recipe.norm_multiple * running
         )
@@ -105,25 +106,55 @@ class Aggregator:
             return mixing.T.to(deltas) @ deltas
         totals = mixing.sum(dim=0)
         normalized = mixing / totals.clamp_min(torch.finfo(torch.float64).tiny)
-        match self.recipe.aggregation:
-            case "median":
-                combined = trimmed_means(deltas, normalized, 0.5)
-            case "trimmed_mean":
-                combined = trimmed_means(deltas, normalized, self.recipe.trim)
-            case "krum" | "multi_krum":
-                multiple = self.recipe.aggregation == "multi_krum"
-                rows = [
-                    krum_weights(deltas, column, self.recipe.malicious, multiple)
-                    for column in normalized.T
-                ]
-                combined = torch.stack(rows).to(deltas) @ deltas
-            case "cosine_filter":
-                similarities = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
-                rows = [cosine_filter_weights(similarities, column) for column in normalized.T]
-                combined = torch.stack(rows).to(deltas) @ deltas
+        rule = AGGREGATIONS[self.recipe.aggregation].load()
+        combined: Tensor = rule(deltas, normalized, self.recipe)
         return totals[:, None].to(deltas) * combined
 
 
+# --------------------------------------------------------------------------------------------------
+# Rules, by their names in recipes. Each combines δ (k, P) with weights (k, d), whose columns sum to 1
+# or are zero, into one update for each adapter, (d, P).
+# --------------------------------------------------------------------------------------------------
+def mean(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Weighted mean."""
+    return weights.T.to(deltas) @ deltas
+
+
+def median(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Coordinate-wise weighted median."""
+    return trimmed_means(deltas, weights, 0.5)
+
+
+def trimmed_mean(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Coordinate-wise weighted mean without ``recipe.trim`` of the weight at each end."""
+    return trimmed_means(deltas, weights, recipe.trim)
+
+
+def krum(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Single update that is nearest to its neighbors."""
+    return _krum(deltas, weights, recipe.malicious, multiple=False)
+
+
+def multi_krum(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Weighted mean of the updates that are nearest to their neighbors."""
+    return _krum(deltas, weights, recipe.malicious, multiple=True)
+
+
+def cosine_filter(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Weighted mean of the updates that do not point against the others."""
+    similarities = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
+    rows = [cosine_filter_weights(similarities, column) for column in weights.T]
+    return torch.stack(rows).to(deltas) @ deltas
+
+
+def _krum(deltas: Tensor, weights: Tensor, malicious: float, *, multiple: bool) -> Tensor:
+    rows = [krum_weights(deltas, column, malicious, multiple) for column in weights.T]
+    return torch.stack(rows).to(deltas) @ deltas
+
+
+# --------------------------------------------------------------------------------------------------
+# Arithmetic of the rules
+# --------------------------------------------------------------------------------------------------
 def clipped(deltas: Tensor, bound: float, norms: Tensor | None = None) -> Tensor:
     """Return δ_i · min(1, bound / ‖δ_i‖₂), ``(k, P)``. Rows within the bound are not changed.
 

@@ -87,9 +87,6 @@ class Strategy(Stateful, ABC):
     A strategy resumes after an interruption from its soup and its ``state_fields``.
     """
 
-    federated: ClassVar[bool] = True
-    """True if adapters travel between server and clients; False for local training."""
-
     learns_weights: ClassVar[bool] = False
     """True if π depends on the replies, so that its entropy and the adapter masses are
     informative."""
@@ -132,7 +129,7 @@ class Strategy(Stateful, ABC):
 
     def traffic(self, client: int) -> tuple[int, int]:
         """Return the number of values sent to the client in a round, and sent back."""
-        return (self.soup.layout.size, self.soup.layout.size) if self.federated else (0, 0)
+        return self.soup.layout.size, self.soup.layout.size
 
     def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:
         """Return the shared adapters after the client's training, ``(k, P)``."""

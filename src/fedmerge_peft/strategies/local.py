@@ -15,8 +15,6 @@ from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 class Local(Strategy):
     """θ_i ← θ_i − δ_i. The soup has one row for each client, and the weights are the identity."""
 
-    federated = False
-
     def __init__(self, recipe: recipes.LocalRecipe, context: StrategyContext) -> None:
         self.soup = AdapterSoup(
             context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared
@@ -28,6 +26,9 @@ class Local(Strategy):
 
     def adapter(self, client: int) -> Tensor:
         return self.soup.rows[client].clone()
+
+    def traffic(self, client: int) -> tuple[int, int]:
+        return 0, 0
 
     def update(self, replies: Iterable[Reply]) -> None:
         for reply in replies:

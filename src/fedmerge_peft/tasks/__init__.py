@@ -1,41 +1,36 @@
-"""What a federation trains on: text classification, causal language modelling, image classification."""
+"""Tasks: text classification, causal language modeling, image classification."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.tasks.base import Batch, Examples, Predictions, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedmerge_peft.recipe.schema import Recipe
+    from fedmerge_peft.recipe.tasks import TaskRecipe
 
-__all__ = ["Batch", "Examples", "Predictions", "Task", "make_task"]
+__all__ = ["Batch", "Examples", "Predictions", "Task", "make_task", "task_type"]
+
+
+def task_type(recipe: TaskRecipe) -> type[Task]:
+    """Return the class of the task that a recipe names."""
+    return cast("type[Task]", TASKS[recipe.name].load())
 
 
 def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
-    """The task that the recipe names.
+    """Return the task that the recipe names.
 
     Args:
-        recipe: Its ``task`` and ``backbone`` are read.
-        table: All rows of the federation; labels are told from all of them, and columns checked.
-        model_folder: Local folder or hub id of the model, whose tokenizer or image processor is loaded.
+        recipe: Its sections ``task`` and ``backbone`` are used.
+        table: All rows of the federation, to infer the labels and check the columns.
+        model_folder: Local folder or hub id of the model with the tokenizer or image processor.
 
     Raises:
-        DataError: Where the data are not what the recipe says.
-        BackboneError: Where the tokenizer or image processor cannot be loaded.
+        DataError: The data do not match the recipe.
+        BackboneError: The tokenizer or image processor cannot be loaded.
     """
-    match recipe.task.name:
-        case "sequence-classification":
-            from fedmerge_peft.tasks.sequence_classification import SequenceClassificationTask
-
-            return SequenceClassificationTask(recipe.task, recipe.backbone, table, model_folder)
-        case "causal-lm":
-            from fedmerge_peft.tasks.causal_lm import CausalLMTask
-
-            return CausalLMTask(recipe.task, recipe.backbone, table, model_folder)
-        case "image-classification":
-            from fedmerge_peft.tasks.image_classification import ImageClassificationTask
-
-            return ImageClassificationTask(recipe.task, recipe.backbone, table, model_folder)
+    return task_type(recipe.task)(recipe.task, recipe.backbone, table, model_folder)

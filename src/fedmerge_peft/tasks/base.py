@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmerge_peft.errors import DataError
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
+
+    from fedmerge_peft.recipe.schema import BackboneRecipe
 
 Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
@@ -62,6 +66,14 @@ class Task(ABC):
     """Transformers class that loads the backbone, such as AutoModelForCausalLM."""
     peft_task_type: ClassVar[str | None]
     """PEFT task type. SEQ_CLS adds the classification head to the adapter."""
+    pipeline: ClassVar[str] = ""
+    """Pipeline of transformers, also the task's name on the hub; empty if there is none."""
+    reads_last_token: ClassVar[bool] = False
+    """Whether a decoder's head reads the last token before the padding, whose id it must know."""
+    completes: ClassVar[bool] = False
+    """Whether a prediction is a text that completes a prompt; otherwise it is a label."""
+    loading_code: ClassVar[str] = ""
+    """Python code for model cards that loads the backbone and, at ``{load}``, an adapter."""
     metrics: Sequence[str]
     """Names of the metrics. Tables show the first one."""
     labels: Sequence[str]
@@ -70,6 +82,18 @@ class Task(ABC):
     """Tokenizer or image processor of the backbone."""
     generates: bool = False
     """True if a metric needs generated text."""
+
+    def __init__(  # noqa: B027 - a task may have nothing to prepare
+        self, recipe: Any, backbone: BackboneRecipe, table: Dataset, model_folder: str
+    ) -> None:
+        """Prepare the task.
+
+        Args:
+            recipe: The task's section.
+            backbone: The section of the model that the tokenizer or image processor belongs to.
+            table: All rows of the federation, for labels and columns.
+            model_folder: Local folder or hub id of the model.
+        """
 
     @abstractmethod
     def encode(self, table: Dataset) -> Examples:
@@ -103,6 +127,38 @@ class Task(ABC):
     def predict(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted and true class or token ids at labeled positions, both flat."""
 
+    @classmethod
+    def probe_inputs(cls, recipe: Any) -> list[Any]:
+        """Return two different inputs that any model of the task takes."""
+        raise TypeError(f"{cls.__name__} does not predict single inputs")
+
+    @classmethod
+    def input_table(cls, recipe: Any, labels: list[str], inputs: list[Any]) -> Dataset:
+        """Return inputs as rows with the columns of the task's section, each under the first label.
+
+        Raises ``DataError`` for an input that the task does not take.
+        """
+        raise TypeError(f"{cls.__name__} does not predict single inputs")
+
+    @classmethod
+    def pipeline_options(cls, recipe: Any, backbone: BackboneRecipe, folder: str) -> dict[str, Any]:
+        """Return what ``transformers.pipeline`` needs beside the model, such as the tokenizer."""
+        return {}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Examples:
+        """Encode prompts without completions. Only tasks with ``completes`` have it."""
+        raise TypeError(f"{type(self).__name__} does not complete prompts")
+
+    def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """Stack prompts, padded on the left. Only tasks with ``completes`` have it."""
+        raise TypeError(f"{type(self).__name__} does not complete prompts")
+
+    def complete(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> list[str]:
+        """Return a completion of each prompt. Only tasks with ``completes`` have it."""
+        raise TypeError(f"{type(self).__name__} does not complete prompts")
+
     @torch.no_grad()
     def generate(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
@@ -113,3 +169,9 @@ class Task(ABC):
             TypeError: The task does not generate text.
         """
         raise TypeError(f"{type(self).__name__} does not generate text")
+
+
+def reject_inputs(invalid: Sequence[Any], expected: str) -> None:
+    """Raise ``DataError`` for the first of the inputs that a task does not take."""
+    if invalid:
+        raise DataError(f"an input must be {expected}, found {invalid[0]!r}")

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmerge_peft.errors import DataError, RecipeError
+from fedmerge_peft.recipe.tasks import compares_texts
 from fedmerge_peft.tasks.base import Batch, Examples, Task
-from fedmerge_peft.tasks.metrics import GENERATED
 from fedmerge_peft.tasks.text_formats import infer_format, parse_template, read_row_texts
 from fedmerge_peft.tasks.tokenization import (
     chunks,
     get_pad_token_id,
     load_tokenizer,
     pad,
+    pipeline_tokenizer,
     ragged,
     resolve_max_length,
     token_limit,
@@ -28,7 +29,8 @@ from fedmerge_peft.tasks.tokenization import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe, CausalLMRecipe
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,15 @@ class CausalLMTask(Task):
 
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
+    pipeline: ClassVar[str] = "text-generation"
+    completes: ClassVar[bool] = True
+    loading_code: ClassVar[str] = """{imports}from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base}, {options})
+tokenizer = AutoTokenizer.from_pretrained({processor})
+{load}
+"""
     labels = ()
 
     def __init__(
@@ -63,7 +74,7 @@ class CausalLMTask(Task):
         self.recipe = recipe
         self.metrics = recipe.metrics
         self.format = infer_format(recipe, table)
-        generative = [name for name in recipe.metrics if name in GENERATED]
+        generative = [name for name in recipe.metrics if compares_texts(name)]
         self.generates = bool(generative)
         if generative and self.format == "text":
             raise RecipeError(
@@ -93,6 +104,24 @@ class CausalLMTask(Task):
     # ----------------------------------------------------------------------------------------------
     # Rows to tensors
     # ----------------------------------------------------------------------------------------------
+    @classmethod
+    def probe_inputs(cls, recipe: CausalLMRecipe) -> list[Any]:
+        return ["a", "another text, which is longer"]
+
+    @classmethod
+    def input_table(cls, recipe: CausalLMRecipe, labels: list[str], inputs: list[Any]) -> Dataset:
+        from datasets import Dataset
+
+        return Dataset.from_dict({recipe.prompt: inputs, recipe.completion: inputs})
+
+    @classmethod
+    def pipeline_options(
+        cls, recipe: CausalLMRecipe, backbone: BackboneRecipe, folder: str
+    ) -> dict[str, Any]:
+        tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
+        tokenizer.padding_side = "left"
+        return {"tokenizer": tokenizer, "max_new_tokens": recipe.max_new_tokens}
+
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 

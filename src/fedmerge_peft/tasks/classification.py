@@ -41,6 +41,17 @@ class Classification(Task):
         return logits.argmax(dim=-1), labels
 
 
+def labeled_table(
+    columns: dict[str, Any], rows: Sequence[Sequence[Any]], label: str, labels: Sequence[str]
+) -> Dataset:
+    """Return rows as a table with these feature types, each row under the first label."""
+    from datasets import ClassLabel, Dataset, Features
+
+    features = Features({**columns, label: ClassLabel(names=list(labels))})
+    listed = [{**dict(zip(columns, row, strict=True)), label: 0} for row in rows]
+    return Dataset.from_list(listed, features=features)
+
+
 def reject_nulls(values: Any, column: str, first: int = 0) -> None:
     """Raise ``DataError`` if an Arrow array has nulls.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.tasks.base import Batch, Examples
+from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
 from fedmerge_peft.tasks.classification import (
     Classification,
     encode_labels,
     infer_labels,
+    labeled_table,
     reject_nulls,
 )
 from fedmerge_peft.tasks.tokenization import load_pretrained
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe, ImageClassificationRecipe
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.tasks import ImageClassificationRecipe
 
 _ROWS_AT_ONCE = 256
 
@@ -49,6 +52,17 @@ class ImageClassificationTask(Classification):
     auto_model: ClassVar[str] = "AutoModelForImageClassification"
     # PEFT's task types are for text models. Without one, the PEFT model accepts pixel_values.
     peft_task_type: ClassVar[str | None] = None
+    pipeline: ClassVar[str] = "image-classification"
+    loading_code: ClassVar[str] = """{imports}from peft import PeftModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+labels = {labels}
+base = AutoModelForImageClassification.from_pretrained(
+    {base}, num_labels=len(labels), id2label=dict(enumerate(labels)), {options}
+)
+processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
+{load}
+"""
 
     def __init__(
         self,
@@ -76,6 +90,35 @@ class ImageClassificationTask(Classification):
             None if separate else backbone.revision,
             backend="pil",
         )
+
+    @classmethod
+    def probe_inputs(cls, recipe: ImageClassificationRecipe) -> list[Any]:
+        from PIL.Image import new
+
+        return [new("RGB", (32, 32), color) for color in ("black", "orange")]
+
+    @classmethod
+    def input_table(
+        cls, recipe: ImageClassificationRecipe, labels: list[str], inputs: list[Any]
+    ) -> Dataset:
+        from datasets import Image
+        from PIL.Image import Image as Picture
+
+        unfit = [each for each in inputs if not isinstance(each, Picture | str | Path)]
+        reject_inputs(unfit, "a PIL image, or the path of a file")
+        rows = [[each if isinstance(each, Picture) else str(each)] for each in inputs]
+        return labeled_table({recipe.image: Image()}, rows, recipe.label, labels)
+
+    @classmethod
+    def pipeline_options(
+        cls, recipe: ImageClassificationRecipe, backbone: BackboneRecipe, folder: str
+    ) -> dict[str, Any]:
+        from transformers import AutoImageProcessor
+
+        elsewhere = backbone.tokenizer is not None
+        source, revision = backbone.tokenizer or folder, None if elsewhere else backbone.revision
+        processor = load_pretrained(AutoImageProcessor, source, backbone, revision, backend="pil")
+        return {"image_processor": processor}
 
     def encode(self, table: Dataset) -> Examples:
         """Decode and resize every image to uint8 ``(3, height, width)``.

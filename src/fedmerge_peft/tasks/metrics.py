@@ -8,26 +8,25 @@ if only one class is expected or predicted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedmerge_peft.plugins import METRICS
+from fedmerge_peft.recipe.tasks import compares_texts
+
 if TYPE_CHECKING:
     from fedmerge_peft.tasks.base import Predictions
-
-GENERATED = frozenset({"exact_match", "rougeL"})
-"""Metrics of generated text. Other metrics compare ids, or are functions of the loss."""
 
 
 def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
     """Compute the mean loss and the named metrics.
 
     Args:
-        names: Any of accuracy, f1, matthews_correlation, exact_match, rougeL, perplexity.
-        predictions: Loss, ids for accuracy, f1 and matthews_correlation, and texts for exact_match
-            and rougeL.
+        names: Registered metrics.
+        predictions: Loss, ids and texts, as far as the metrics compare them.
 
     Returns:
         ``loss`` (mean in nats) and the metrics by name. Metrics are fractions from 0 to 1, except
@@ -37,12 +36,12 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
     loss = predictions.loss_sum / predictions.count if predictions.count else math.nan
     scores = {"loss": loss}
     for name in names:
-        if name == "perplexity":
-            scores[name] = _exp(loss)
+        if METRICS[name].facts["of"] == ("loss",):
+            scores[name] = float(METRICS[name].load()(loss))
             continue
         outputs, references = (
             (predictions.generated, predictions.references)
-            if name in GENERATED
+            if compares_texts(name)
             else (predictions.predicted, predictions.expected)
         )
         # metric(name).compute writes the ids to an Arrow table first. That takes about 3 ms, much
@@ -56,8 +55,10 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
 
 
 def greater_is_better(name: str) -> bool:
-    """Return True for all metrics except ``loss`` and ``perplexity``."""
-    return name not in {"loss", "perplexity"}
+    """Return True if larger values of a metric, or of ``loss``, are better."""
+    if name == "loss":
+        return False
+    return name not in METRICS or bool(METRICS[name].facts.get("greater_is_better", True))
 
 
 @cache
@@ -73,8 +74,8 @@ def metric(name: str) -> Any:
     import evaluate
     from datasets import Features, Value
 
-    compute = _FUNCTIONS[name]
-    dtype = "string" if name in GENERATED else "int64"
+    compute = METRICS[name].load()
+    dtype = "string" if compares_texts(name) else "int64"
 
     class Offline(evaluate.Metric):  # type: ignore[misc]
         def _info(self) -> Any:
@@ -84,25 +85,27 @@ def metric(name: str) -> Any:
         def _compute(
             self, predictions: Sequence[Any], references: Sequence[Any]
         ) -> dict[str, float]:
-            return {name: compute(predictions, references)}
+            return {name: float(compute(predictions, references))}
 
     return Offline(keep_in_memory=True)
 
 
-def _exp(loss: float) -> float:
+def perplexity(loss: float) -> float:
+    """Compute ``exp(loss)``; ``inf`` on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
         return math.inf
 
 
-def _accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
+def accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
+    """Compute the share of ids that are predicted."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(np.asarray(expected), np.asarray(predicted)))
 
 
-def _f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
+def f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
     """Compute the macro average of F1 over the classes that are expected or predicted."""
     from sklearn.metrics import f1_score
 
@@ -111,7 +114,8 @@ def _f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
     )
 
 
-def _matthews_correlation(predicted: Sequence[int], expected: Sequence[int]) -> float:
+def matthews_correlation(predicted: Sequence[int], expected: Sequence[int]) -> float:
+    """Compute the correlation of predicted and expected classes, from -1 to 1."""
     from sklearn.metrics import matthews_corrcoef
 
     if len(set(expected)) < 2 or len(set(predicted)) < 2:
@@ -119,13 +123,14 @@ def _matthews_correlation(predicted: Sequence[int], expected: Sequence[int]) -> 
     return float(matthews_corrcoef(np.asarray(expected), np.asarray(predicted)))
 
 
-def _exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
+def exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
+    """Compute the share of generated texts that equal their references."""
     return float(
         np.mean([text == reference for text, reference in zip(generated, references, strict=True)])
     )
 
 
-def _rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
+def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
     """Compute the mean ROUGE-L F-measure (Lin 2004), without stemming.
 
     ROUGE-L compares texts by their longest common subsequence of words.
@@ -146,12 +151,3 @@ def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"])
-
-
-_FUNCTIONS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "matthews_correlation": _matthews_correlation,
-    "exact_match": _exact_match,
-    "rougeL": _rouge_l,
-}

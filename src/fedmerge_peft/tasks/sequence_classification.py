@@ -9,13 +9,19 @@ import torch
 from numpy.typing import NDArray
 
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.base import Batch, Examples
-from fedmerge_peft.tasks.classification import Classification, encode_labels, infer_labels
+from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
+from fedmerge_peft.tasks.classification import (
+    Classification,
+    encode_labels,
+    infer_labels,
+    labeled_table,
+)
 from fedmerge_peft.tasks.tokenization import (
     chunks,
     get_pad_token_id,
     load_tokenizer,
     pad,
+    pipeline_tokenizer,
     ragged,
     read_texts,
     resolve_max_length,
@@ -25,7 +31,8 @@ from fedmerge_peft.tasks.tokenization import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import BackboneRecipe, SequenceClassificationRecipe
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.tasks import SequenceClassificationRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +53,20 @@ class SequenceClassificationTask(Classification):
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    pipeline: ClassVar[str] = "text-classification"
+    reads_last_token: ClassVar[bool] = True
+    loading_code: ClassVar[str] = """{imports}from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+labels = {labels}
+base = AutoModelForSequenceClassification.from_pretrained(
+    {base}, num_labels=len(labels), id2label=dict(enumerate(labels)), {options}
+)
+tokenizer = AutoTokenizer.from_pretrained({processor})
+pad = tokenizer.pad_token_id
+base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+{load}
+"""
 
     def __init__(
         self,
@@ -65,6 +86,38 @@ class SequenceClassificationTask(Classification):
         has_token_types = (getattr(config, "type_vocab_size", None) or 0) > 1
         has_token_types &= "token_type_ids" in self.processor.model_input_names
         self._columns = ["input_ids", *(["token_type_ids"] if has_token_types else [])]
+
+    @classmethod
+    def probe_inputs(cls, recipe: SequenceClassificationRecipe) -> list[Any]:
+        texts = ["a", "another text, which is longer"]
+        return texts if recipe.text_pair is None else [(text, text) for text in texts]
+
+    @classmethod
+    def input_table(
+        cls, recipe: SequenceClassificationRecipe, labels: list[str], inputs: list[Any]
+    ) -> Dataset:
+        from datasets import Value
+
+        columns = [name for name in (recipe.text, recipe.text_pair) if name is not None]
+        pairs = len(columns) == 2
+        rows = [
+            list(each) if pairs and isinstance(each, tuple | list) else [each] for each in inputs
+        ]
+        unfit = [
+            row if pairs else row[0]
+            for row in rows
+            if len(row) != len(columns) or not all(isinstance(text, str) for text in row)
+        ]
+        reject_inputs(unfit, "a pair of texts" if pairs else "a text")
+        texts = {name: Value("string") for name in columns}
+        return labeled_table(texts, rows, recipe.label, labels)
+
+    @classmethod
+    def pipeline_options(
+        cls, recipe: SequenceClassificationRecipe, backbone: BackboneRecipe, folder: str
+    ) -> dict[str, Any]:
+        tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
+        return {"tokenizer": tokenizer, "truncation": True}
 
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row. A warning counts truncated texts.

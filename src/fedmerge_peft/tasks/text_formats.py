@@ -17,7 +17,7 @@ from fedmerge_peft.tasks.tokenization import read_texts
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from fedmerge_peft.recipe.schema import CausalLMRecipe
+    from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
 Paragraph = list[tuple[str, str | None]]
 """Sequence of (literal text, name of the field after it or None)."""

@@ -101,6 +101,16 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     return min(limits, default=None)
 
 
+def pipeline_tokenizer(backbone: BackboneRecipe, folder: str, max_length: int | None) -> Any:
+    """Return the tokenizer of a transformers pipeline, which truncates to ``max_length`` tokens."""
+    tokenizer, config = load_tokenizer(backbone, folder)
+    limit = resolve_max_length(max_length, token_limit(tokenizer, config))
+    if limit is not None:
+        tokenizer.model_max_length = limit
+    tokenizer.pad_token_id = get_pad_token_id(tokenizer)
+    return tokenizer
+
+
 def resolve_max_length(
     max_length: int | None, limit: int | None, default: int | None = None
 ) -> int | None:

@@ -269,10 +269,7 @@ class RemoteEngine:
 
 def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
     """Load task and model on the CPU; the task is built from a table without real examples."""
-    if recipe.task.name == "causal-lm":
-        recipe = recipe.model_copy(
-            update={"task": recipe.task.model_copy(update={"format": roster.format})}
-        )
+    recipe = recipe.model_copy(update={"task": recipe.task.with_format(roster.format)})
     with ExitStack() as stack:
         folder = model_folder(
             recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))

@@ -133,9 +133,10 @@ def _send_adapters(
 
     Strategies whose clients have no single adapter of the run's rank send none.
     """
-    if run.recipe.strategy.name in ("fedem", "flora"):
+    strategy = run.recipe.strategy
+    if not strategy.single_adapter or strategy.adds_to_backbone:
         report(
-            f"{run.recipe.strategy.name}: clients have no single adapter of the run's rank; "
+            f"{strategy.name}: clients have no single adapter of the run's rank; "
             "use fedmerge export"
         )
         return {}

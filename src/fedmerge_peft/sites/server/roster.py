@@ -61,7 +61,7 @@ class Roster:
             FederateError: The sites have more labels than the recipe.
         """
         refused: dict[str, str] = {}
-        texts = recipe.task.name == "causal-lm"
+        texts = recipe.task.label_column is None
         if not self.columns and summaries:
             first = next(iter(summaries.values()))
             self.columns, self.format = list(first["columns"]), first["format"]

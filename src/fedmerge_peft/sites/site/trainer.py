@@ -132,7 +132,9 @@ class Trainer:
     # ---- start of a job --------------------------------------------------------------------------
 
     def _enroll(self, message: Message) -> Message:
-        requested = loads(Recipe, str(message.fields.get("recipe")), "the server's recipe")
+        text = str(message.fields.get("recipe"))
+        # Modules that the server names are not imported here: a site's code comes with its kit.
+        requested = loads(Recipe, text, "the server's recipe", import_plugins=False)
         if reason := recipe_refusal(requested, self.agreed, self.settings.allow):
             raise RefusedError(reason)
         if (dtype := message.fields.get("dtype")) != self.federation.wire_dtype:
@@ -148,10 +150,8 @@ class Trainer:
         if self._open is None or self._open[0] != key:
             self._open = None  # frees the memory of the previous engine
             data = with_label_ids(self.data, self.recipe, labels or ())
-            recipe = self.recipe
-            if recipe.task.name == "causal-lm":
-                task = recipe.task.model_copy(update={"format": fields.get("format")})
-                recipe = recipe.model_copy(update={"task": task})
+            task = self.recipe.task.with_format(fields.get("format"))
+            recipe = self.recipe.model_copy(update={"task": task})
             self._open = (key, LocalEngine.from_data(recipe, data))
         engine = self._engine
         backbone = engine.backbone

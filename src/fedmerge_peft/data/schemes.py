@@ -1,0 +1,191 @@
+"""Partition schemes by their names in recipes.
+
+A scheme takes its section and the ``Splits``. It returns, for each split, a ``ClientRows`` for each
+client, in the same order for all splits. A scheme that returns only ``train`` leaves the other
+splits to ``partition_alike``. The arithmetic is in ``partition``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from fedmerge_peft.data import partition
+from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.data.columns import encode_classes, join_values
+from fedmerge_peft.data.partition import ClientRows, Stream, generator
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.data import (
+        ClustersRecipe,
+        DirichletRecipe,
+        IidRecipe,
+        NaturalRecipe,
+        ShardsRecipe,
+    )
+
+Assigned = Mapping[str, list[ClientRows]]
+"""For each split, what each client holds of it."""
+
+
+class Splits:
+    """The splits to deal, ``train`` and perhaps ``validation`` and ``test``.
+
+    Args:
+        tables: The rows of each split.
+        label: The task's label column; None if examples have no label.
+        seed: The recipe's seed.
+        by: The column that the scheme's section names to deal by; None for the label.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Dataset],
+        label: str | None = None,
+        seed: int = 0,
+        by: str | None = None,
+    ) -> None:
+        self.tables = tables
+        self.label = label
+        self.seed = seed
+        self._by = by
+
+    def rng(self, split: str) -> np.random.Generator:
+        """Return the random numbers for one split; the same ones each time."""
+        return generator(self.seed, cast(Stream, split))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there is a column to deal by."""
+        return self._by is not None or self.label is not None
+
+    @cached_property
+    def classes(self) -> Mapping[str, Indices]:
+        """The class number of each row of each split, from 0; -1 for classes that training lacks.
+
+        Classes are the values of the column to deal by. Raises ``DataError`` if there is no such
+        column, or a value is missing.
+        """
+        return self._numbered[0]
+
+    @cached_property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, in the order of their numbers. Raises as ``classes``."""
+        return self._numbered[1]
+
+    @cached_property
+    def _numbered(self) -> tuple[Mapping[str, Indices], Sequence[str]]:
+        by = self._by if self._by is not None else self.label
+        if by is None:
+            raise DataError(
+                "data.partition.by: the task has no label column to partition by; write "
+                "data.partition.by=COLUMN (the data have "
+                f"{join_values(self.tables['train'].column_names)}) or data.partition.scheme=iid"
+            )
+        key = "task.label" if self._by is None else "data.partition.by"
+        return encode_classes(self.tables, by, key)
+
+
+def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
+    """Deal the other splits as training rows were dealt.
+
+    Of each class, a client gets the share that it has in training; without classes, the share of
+    all rows.
+    """
+    numbers: Mapping[str, Indices]
+    if splits.has_classes:
+        numbers, count = splits.classes, len(splits.class_names)
+    else:
+        numbers = {s: np.zeros(len(t), np.int64) for s, t in splits.tables.items()}
+        count = 1
+    held = [client.rows for client in clients]
+    shares = partition.class_counts(held, numbers["train"], count)
+    dealt = {"train": list(clients)}
+    for split, classes in numbers.items():
+        if split != "train":
+            rows = partition.assign_by_class(classes, shares, splits.rng(split))
+            pairs = zip(clients, rows, strict=True)
+            dealt[split] = [client._replace(rows=mine) for client, mine in pairs]
+    return dealt
+
+
+def iid(recipe: IidRecipe, splits: Splits) -> Assigned:
+    """Deal each split at random, in equal parts."""
+    return {
+        split: partition.iid(len(table), recipe.clients, splits.rng(split))
+        for split, table in splits.tables.items()
+    }
+
+
+def dirichlet(recipe: DirichletRecipe, splits: Splits) -> Assigned:
+    """Spread each class by proportions from a Dirichlet distribution."""
+    return {
+        "train": partition.dirichlet(
+            splits.classes["train"],
+            recipe.clients,
+            recipe.alpha,
+            recipe.min_examples,
+            splits.rng("train"),
+        )
+    }
+
+
+def clusters(recipe: ClustersRecipe, splits: Splits) -> Assigned:
+    """Give each group of clients a random subset of the classes."""
+    return {
+        "train": partition.clusters(
+            splits.classes["train"],
+            recipe.clients,
+            recipe.groups,
+            recipe.classes_per_group,
+            splits.rng("train"),
+        )
+    }
+
+
+def shards(recipe: ShardsRecipe, splits: Splits) -> Assigned:
+    """Deal shards of the rows in the order of their classes."""
+    return {
+        "train": partition.shards(
+            splits.classes["train"], recipe.clients, recipe.shards_per_client, splits.rng("train")
+        )
+    }
+
+
+def natural(recipe: NaturalRecipe, splits: Splits) -> Assigned:
+    """Make one client, or a few, of each value of a column."""
+    numbers, names = splits.classes, splits.class_names
+    groups = None
+    if recipe.group is not None:
+        groups = _groups(recipe.by, recipe.group, splits, numbers["train"], names)
+    return {
+        split: partition.natural(
+            classes, names, recipe.clients_per_value, splits.rng(split), groups
+        )
+        for split, classes in numbers.items()
+    }
+
+
+def _groups(
+    by: str, group: str, splits: Splits, classes: Indices, names: Sequence[str]
+) -> list[str]:
+    """Return the group of each value, from training rows."""
+    train = {"train": splits.tables["train"]}
+    numbers, group_names = encode_classes(train, group, "data.partition.group")
+    pairs = np.unique(np.stack([classes, numbers["train"]], axis=1), axis=0)  # (pairs, 2)
+    values, counts = np.unique(pairs[:, 0], return_counts=True)
+    if counts.max() > 1:
+        value = values[counts.argmax()]
+        several = join_values(group_names[number] for number in pairs[pairs[:, 0] == value, 1])
+        raise DataError(
+            f"data.partition.group: {by} {names[value]} has rows of several {group} ({several}), "
+            "but a client belongs to one group; name a column that is the same for all of its "
+            "rows, or remove data.partition.group"
+        )
+    return [group_names[number] for number in pairs[:, 1]]

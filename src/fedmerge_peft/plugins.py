@@ -1,0 +1,224 @@
+"""Registries of everything that a recipe names, and the plugins that add to them.
+
+A plugin is a Python module that registers its parts when it is imported (``register_strategy`` and
+the other decorators of ``recipe/registration.py``). It is found in two ways:
+
+- An installed package names it in the entry-point group ``fedmerge_peft.plugins``.
+- A recipe lists it: ``plugins: [my_module]``.
+
+The built-in strategies, tasks, partition schemes, metrics and aggregation rules are in the same
+registries. They are registered beside their sections in ``recipe/`` with the import path of their
+code, so that reading a recipe imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from fedmerge_peft.errors import PluginError
+
+log = logging.getLogger(__name__)
+
+GROUP = "fedmerge_peft.plugins"
+"""The entry-point group; each entry point names a module."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered part."""
+
+    name: str
+    code: Any
+    """The class or function, or its import path ``package.module:attribute``."""
+    recipe: type[BaseModel] | None = None
+    """The section with its settings; None for parts that a recipe only names."""
+    about: str = ""
+    """One sentence for listings."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further facts, such as which outputs a metric compares."""
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the code."""
+        if isinstance(self.code, str):
+            return self.code.partition(":")[0]
+        return str(self.code.__module__)
+
+    @property
+    def origin(self) -> str:
+        """``built-in``, or the module of the plugin."""
+        built_in = self.module.partition(".")[0] == __package__
+        return "built-in" if built_in else self.module
+
+    def load(self) -> Any:
+        """Return the class or function; import its module first if that is still to do."""
+        if not isinstance(self.code, str):
+            return self.code
+        module, _, attribute = self.code.partition(":")
+        return getattr(import_module(module), attribute)
+
+
+class Registry:
+    """Everything of one kind that a recipe may name.
+
+    Args:
+        kind: The kind in words, such as ``partition scheme``.
+        plural: The same for several.
+        key: The recipe's key that holds the name.
+    """
+
+    def __init__(self, kind: str, plural: str, key: str = "name") -> None:
+        self.kind = kind
+        self.plural = plural
+        self.key = key
+        self._entries: dict[str, Entry] = {}
+
+    def add(
+        self,
+        name: str,
+        code: Any,
+        *,
+        recipe: type[BaseModel] | None = None,
+        about: str | None = None,
+        **facts: Any,
+    ) -> None:
+        """Register a part under a name.
+
+        The section ``recipe`` gets the name as the only value, and the default, of its tag. A
+        module may register a name again, as a notebook cell does that runs twice.
+
+        Args:
+            name: The name in recipes.
+            code: A class or function, or its import path ``package.module:attribute``.
+            recipe: The section with its settings.
+            about: One sentence for listings. Default: the first line of a docstring.
+            facts: Further facts about it.
+
+        Raises:
+            PluginError: Another module has registered the name, or the section has another name.
+        """
+        entry = Entry(name, code, recipe, about or _first_line(recipe) or _first_line(code), facts)
+        known = self._entries.get(name)
+        if known is not None and known.module != entry.module:
+            raise PluginError(
+                f"the {self.kind} {name!r} of {entry.module} is taken: {known.module} registers "
+                "that name; choose another"
+            )
+        if recipe is not None:
+            other = next((e.name for e in self if e.recipe is recipe and e.name != name), None)
+            if other is not None:
+                raise PluginError(
+                    f"the {self.kind} {name!r} of {entry.module} has the section "
+                    f"{recipe.__name__}, which is that of {other!r}; derive a class of its own"
+                )
+            _tag(recipe, self.key, name)
+        self._entries[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Forget a part. Raises ``KeyError`` if there is none of this name."""
+        del self._entries[name]
+
+    def sections(self) -> dict[str, type[Any]]:
+        """Return the sections of those that have one, by name."""
+        return {entry.name: entry.recipe for entry in self if entry.recipe is not None}
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _tag(recipe: type[BaseModel], key: str, name: str) -> None:
+    """Give a section ``key: Literal[name] = name``, as if its class said so."""
+    literal: Any = Literal[name]
+    tag = FieldInfo.from_annotated_attribute(literal, name)
+    tag.description = recipe.model_fields[key].description
+    recipe.model_fields[key] = tag
+    recipe.model_rebuild(force=True)
+
+
+def _first_line(documented: Any) -> str:
+    text = None if isinstance(documented, str) else getattr(documented, "__doc__", None)
+    return (text or "").strip().partition("\n")[0]
+
+
+STRATEGIES = Registry("strategy", "strategies")
+TASKS = Registry("task", "tasks")
+PARTITIONS = Registry("partition scheme", "partition schemes", key="scheme")
+METRICS = Registry("metric", "metrics")
+AGGREGATIONS = Registry("aggregation rule", "aggregation rules")
+CALLBACKS = Registry("callback", "callbacks")
+
+REGISTRIES = (STRATEGIES, TASKS, PARTITIONS, METRICS, AGGREGATIONS, CALLBACKS)
+
+
+# --------------------------------------------------------------------------------------------------
+# Discovery
+# --------------------------------------------------------------------------------------------------
+@cache
+def import_installed() -> None:
+    """Import the plugins of installed packages, once a process.
+
+    A plugin that cannot be imported is named in a warning, with the cause; everything else works
+    without it.
+    """
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            point.load()
+        except Exception as error:  # whatever a stranger's module raises
+            package = point.dist.name if point.dist else "an installed package"
+            log.warning(
+                "the plugin %s (%s) of %s cannot be imported: %s: %s; update or remove the package",
+                point.name,
+                point.value,
+                package,
+                type(error).__name__,
+                error,
+            )
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import plugins by the names of their modules.
+
+    Raises:
+        PluginError: A name is not that of a module, the module is absent, or importing it fails.
+    """
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise PluginError(
+                f"{name!r} is not the name of a module; name a plugin as in an import "
+                "statement (my_plugin), not as a path"
+            )
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            absent = error.name or ""
+            if name != absent and not name.startswith(f"{absent}."):
+                raise PluginError(f"{name} cannot be imported: {error}; install it") from error
+            raise PluginError(
+                f"there is no module {absent!r}; install the package that has it, or add its "
+                "folder to PYTHONPATH (PYTHONPATH=. for the current folder)"
+            ) from error
+        except Exception as error:
+            cause = str(error) if isinstance(error, PluginError) else _named(error)
+            raise PluginError(f"{name} cannot be imported: {cause}") from error
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

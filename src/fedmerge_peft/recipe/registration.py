@@ -1,0 +1,163 @@
+"""The public decorators that register a plugin's parts.
+
+Each takes the name that recipes use, and the section with the settings. Parts are called with their
+section first:
+
+    strategy     ``Mine(recipe, context)``, a ``strategies.Strategy``
+    task         ``Mine(recipe, backbone, table, model_folder)``, a ``tasks.Task``
+    partition    ``mine(recipe, splits)`` returns the clients' rows, see ``data.schemes``
+    metric       ``mine(predicted, expected)`` returns a number
+    aggregation  ``mine(deltas, weights, recipe)`` returns one update for each adapter
+    callback     ``Mine(recipe)``, a ``Callback``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from pydantic import create_model
+
+from fedmerge_peft.errors import PluginError
+from fedmerge_peft.plugins import (
+    AGGREGATIONS,
+    CALLBACKS,
+    METRICS,
+    PARTITIONS,
+    STRATEGIES,
+    TASKS,
+    Registry,
+)
+from fedmerge_peft.recipe.callbacks import CallbackRecipe
+from fedmerge_peft.recipe.data import PartitionRecipe
+from fedmerge_peft.recipe.error_messages import field_annotation, variants
+from fedmerge_peft.recipe.schema import Recipe
+from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.strategies import StrategyRecipe
+from fedmerge_peft.recipe.tasks import TaskRecipe
+
+Code = TypeVar("Code", bound=Callable[..., object])
+
+Output = Literal["classes", "tokens", "texts", "loss"]
+
+
+def register_strategy(
+    name: str, *, recipe: type[StrategyRecipe] | None = None
+) -> Callable[[Code], Code]:
+    """Register a subclass of ``Strategy`` under a name.
+
+    @register_strategy("mine", recipe=MineRecipe)
+    class Mine(Strategy): ...
+
+    Args:
+        name: The value of ``strategy.name`` in recipes.
+        recipe: The section with the strategy's settings and facts; by default one without keys.
+
+    Raises:
+        PluginError: Another module has registered the name.
+    """
+    return _section_of(STRATEGIES, name, recipe, StrategyRecipe)
+
+
+def register_task(name: str, *, recipe: type[TaskRecipe]) -> Callable[[Code], Code]:
+    """Register a subclass of ``Task`` under a name, the value of ``task.name`` in recipes.
+
+    Raises ``PluginError`` if another module has registered the name.
+    """
+    return _section_of(TASKS, name, recipe, TaskRecipe)
+
+
+def register_partition(
+    name: str, *, recipe: type[PartitionRecipe] | None = None
+) -> Callable[[Code], Code]:
+    """Register a function that assigns rows to clients under a name.
+
+    The name is the value of ``data.partition.scheme`` in recipes.
+
+    The function takes its section and the ``Splits``, and returns a list of ``Holding`` for each
+    split; for ``train`` alone if the other splits are to be partitioned alike.
+
+    Raises ``PluginError`` if another module has registered the name.
+    """
+    return _section_of(PARTITIONS, name, recipe, PartitionRecipe)
+
+
+def register_callback(
+    name: str, *, recipe: type[CallbackRecipe] | None = None
+) -> Callable[[Code], Code]:
+    """Register a subclass of ``Callback`` under a name, for the list ``callbacks`` of recipes.
+
+    Raises ``PluginError`` if another module has registered the name.
+    """
+    return _section_of(CALLBACKS, name, recipe, CallbackRecipe)
+
+
+def register_metric(
+    name: str, *, of: Output | tuple[Output, ...] = "classes", greater_is_better: bool = True
+) -> Callable[[Code], Code]:
+    """Register a function that scores predictions under a name, for the list ``task.metrics``.
+
+    @register_metric("balanced_accuracy")
+    def balanced_accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float: ...
+
+    Args:
+        name: The name in recipes, tables and files.
+        of: What the function takes: predicted and expected ``classes`` (ids) of classification
+            tasks, ``tokens`` (ids) or generated and wanted ``texts`` of language models; or
+            ``loss``, the mean loss in nats as the only argument.
+        greater_is_better: Whether larger values are better.
+
+    Raises:
+        PluginError: Another module has registered the name.
+    """
+    outputs = (of,) if isinstance(of, str) else of
+    return _named(METRICS, name, of=outputs, greater_is_better=greater_is_better)
+
+
+def register_aggregation(name: str) -> Callable[[Code], Code]:
+    """Register an aggregation rule under a name, the value of ``robustness.aggregation``.
+
+    The function takes the updates δ ``(k, P)``, weights ``(k, d)`` in float64 whose columns sum to
+    1 (or are zero for an adapter that nobody uses), and the section ``RobustnessRecipe``; it
+    returns one update for each adapter, ``(d, P)``, in the type of δ.
+
+    Raises ``PluginError`` if another module has registered the name.
+    """
+    return _named(AGGREGATIONS, name)
+
+
+def _section_of(
+    registry: Registry, name: str, recipe: type[Section] | None, base: type[Section]
+) -> Callable[[Code], Code]:
+    if recipe is not None and not issubclass(recipe, base):
+        raise PluginError(
+            f"the {registry.kind} {name!r}: {recipe.__name__} is no {base.__name__}; derive it "
+            "from that class"
+        )
+
+    def register(code: Code) -> Code:
+        section = recipe or create_model(
+            f"{name}Recipe", __base__=base, __doc__=code.__doc__, __module__=code.__module__
+        )
+        registry.add(name, code, recipe=section)
+        rebuild(Recipe)
+        return code
+
+    return register
+
+
+def _named(registry: Registry, name: str, **facts: Any) -> Callable[[Code], Code]:
+    def register(code: Code) -> Code:
+        registry.add(name, code, **facts)
+        rebuild(Recipe)
+        return code
+
+    return register
+
+
+def rebuild(section: type[Section]) -> None:
+    """Build the schemas of a section and all sections in it from the current registries."""
+    for info in section.model_fields.values():
+        for inner in variants(field_annotation(info)):
+            rebuild(inner)
+    section.model_rebuild(force=True)

@@ -1,0 +1,189 @@
+"""Clients made of formulas, to test strategies and the round loop without a model.
+
+clients = FormulaClients(4)
+strategy = clients.strategy("fedavg")
+clients.round(strategy)
+assert torch.allclose(strategy.adapter(0), clients.mean())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from fedmerge_peft.adapters.layout import AdapterLayout, Role
+from fedmerge_peft.federation.loop import Federation
+from fedmerge_peft.plugins import REGISTRIES, import_installed
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.registration import rebuild
+from fedmerge_peft.recipe.strategies import AnyStrategy, StrategyRecipe
+from fedmerge_peft.strategies import Reply, Strategy, StrategyContext, make_strategy
+from fedmerge_peft.training.execute import run_plan
+from fedmerge_peft.training.plan import Plan, Train, Trained
+
+if TYPE_CHECKING:
+    from fedmerge_peft.engines.base import Engine
+
+RANK = 4
+SHAPES: list[tuple[str, tuple[int, ...], Role]] = [
+    ("one.lora_A.weight", (RANK, 6), "lora"),
+    ("one.lora_B.weight", (7, RANK), "lora"),
+    ("two.lora_A.weight", (RANK, 5), "lora"),
+    ("two.lora_B.weight", (6, RANK), "lora"),
+    ("head.weight", (2, 3), "head"),
+]
+"""Two LoRA layers and a head: the layout of ``FormulaClients`` by default."""
+
+
+@contextmanager
+def isolated_registries() -> Iterator[None]:
+    """Forget at the end of the block what is registered within it."""
+    before = [{entry.name for entry in registry} for registry in REGISTRIES]
+    try:
+        yield
+    finally:
+        for registry, known in zip(REGISTRIES, before, strict=True):
+            for entry in registry:
+                if entry.name not in known:
+                    registry.remove(entry.name)
+        rebuild(Recipe)
+
+
+def strategy_recipe(name: str, **settings: Any) -> StrategyRecipe:
+    """Return a strategy's section. Raises ``pydantic.ValidationError`` for invalid settings."""
+    import_installed()
+    section: StrategyRecipe = TypeAdapter(AnyStrategy).validate_python({"name": name, **settings})
+    return section
+
+
+def reply_to(
+    plan: Plan,
+    client: int,
+    size: int,
+    train: Callable[[Train, int], Trained],
+    losses: Callable[[Tensor], Tensor],
+    seed: int = 0,
+) -> Reply:
+    """Return a client's reply to a plan, given functions for its training and its losses.
+
+    Args:
+        plan: The strategy's plan.
+        client: The client's number.
+        size: n_i, its training examples.
+        train: ``train(job, seed)`` trains one adapter.
+        losses: ``losses(row)`` returns the loss of each training example with an adapter, ``(n,)``.
+        seed: Decides the plan's random draws.
+    """
+    result = run_plan(plan, seed, train, losses)
+    return Reply(
+        client,
+        result.deltas,
+        size,
+        result.loss,
+        0.0,
+        choice=result.choice,
+        weights=result.weights,
+    )
+
+
+class FormulaClients:
+    """Clients with the losses ℓ_i(θ) = ½ ‖θ − c_i‖², which minimize their objectives exactly.
+
+    Args:
+        clients: m, how many there are.
+        layout: Of their adapters; by default that of ``SHAPES``.
+        sizes: n_i, training examples of each client; 10 each by default.
+    """
+
+    def __init__(
+        self, clients: int, layout: AdapterLayout | None = None, sizes: list[int] | None = None
+    ) -> None:
+        self.layout = layout or AdapterLayout.from_tensors(SHAPES)
+        self.sizes = sizes or [10] * clients
+        self.centres = torch.randn(
+            clients, self.layout.size, generator=torch.Generator().manual_seed(7)
+        )
+        """c ``(m, P)``, standard normal."""
+        self.shares = torch.tensor(self.sizes) / sum(self.sizes)
+        """ρ_i = n_i / n, ``(m,)``."""
+
+    def fresh_row(self, number: int) -> Tensor:
+        """Return the ``number``-th new adapter ``(P,)``: random, with B at zero, as PEFT starts."""
+        row = torch.randn(self.layout.size, generator=torch.Generator().manual_seed(number))
+        for entry in self.layout.entries:
+            if "lora_B" in entry.key:
+                row[entry.columns] = 0
+        return row
+
+    def strategy_context(self) -> StrategyContext:
+        """Return what a strategy starts from; each layer's update is scaled by 0.5."""
+        scaling = {
+            entry.key.removesuffix(".lora_A.weight"): 0.5
+            for entry in self.layout.entries
+            if "lora_A" in entry.key
+        }
+        return StrategyContext(len(self.sizes), self.layout, self.fresh_row, scaling=scaling)
+
+    def strategy(self, name: str, **settings: Any) -> Strategy:
+        """Return a strategy for these clients, by its name in recipes."""
+        return make_strategy(strategy_recipe(name, **settings), self.strategy_context())
+
+    def train(self, client: int, job: Train) -> Trained:
+        """Return argmin_θ ½ ‖θ − c‖² + μ ‖θ − a‖² = (c + 2 μ a) / (1 + 2 μ), phase after phase."""
+        row, mu = job.row.clone(), job.proximal or 0.0
+        anchor = job.row if job.anchor is None else job.anchor
+        for mask in job.phases:
+            best = (self.centres[client] + 2 * mu * anchor) / (1 + 2 * mu)
+            row = best if mask is None else torch.where(mask, best, row)
+        return Trained(row, 1.0, 1)
+
+    def reply(self, client: int, plan: Plan) -> Reply:
+        """Return a client's reply to a plan."""
+
+        def losses(row: Tensor) -> Tensor:
+            return 0.5 * (row - self.centres[client]).square().sum()[None]
+
+        size = self.sizes[client]
+        return reply_to(plan, client, size, lambda job, _: self.train(client, job), losses)
+
+    def replies(self, strategy: Strategy, clients: Iterable[int] | None = None) -> Iterator[Reply]:
+        """Yield the replies of some clients, by default all, to the strategy's plans."""
+        clients = range(len(self.sizes)) if clients is None else clients
+        return (self.reply(client, strategy.plan(client)) for client in clients)
+
+    def round(self, strategy: Strategy, clients: Iterable[int] | None = None) -> None:
+        """Do a round: let the strategy learn from the replies of some clients, by default all."""
+        strategy.update(list(self.replies(strategy, clients)))
+
+    def mean(self, clients: Sequence[int] | None = None) -> Tensor:
+        """Return Σ ρ_i c_i over some clients, by default all, ``(P,)``: FedAvg's adapter."""
+        chosen = list(range(len(self.sizes)) if clients is None else clients)
+        return self.shares[chosen] @ self.centres[chosen] / self.shares[chosen].sum()
+
+    def engine(self) -> Engine:
+        """Return an engine of these clients, without scores."""
+        engine = SimpleNamespace(
+            clients=[
+                SimpleNamespace(name=str(client), size=size)
+                for client, size in enumerate(self.sizes)
+            ],
+            task=SimpleNamespace(metrics=["accuracy"]),
+            backbone=SimpleNamespace(set_base=lambda _: None),
+            check_serves=lambda _: None,
+            strategy_context=self.strategy_context,
+            train_clients=lambda _round, assignments: (
+                (assignment.plan, self.reply(client, assignment.plan))
+                for client, assignment in assignments
+            ),
+        )
+        return cast("Engine", engine)
+
+    def federation(self, *overrides: str) -> Federation:
+        """Return the round loop on these clients, with the recipe ``smoke`` and these overrides."""
+        return Federation(Recipe.load("smoke", ["baselines=[]", *overrides]), self.engine())

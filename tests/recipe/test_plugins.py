@@ -1,5 +1,6 @@
 """Parts from outside the package: found, checked, listed and run like the built-in ones."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -257,6 +258,14 @@ def test_a_metric_is_admitted_where_its_outputs_are():
         "expected one of perplexity, accuracy, exact_match, rougeL"
         in faults("task={name: causal-lm, metrics: [guess]}")[0]
     )
+
+
+def test_the_schema_for_editors_has_the_keys_of_plugins(module, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["schema", "--plugin", "my_plugin"])
+    assert not stopped.value.code
+    sections = json.loads(capsys.readouterr().out)["$defs"]
+    assert sections["MineRecipe"]["properties"]["strength"]["default"] == 3
 
 
 def test_ls_lists_everything_by_kind_with_its_origin(module, capsys):

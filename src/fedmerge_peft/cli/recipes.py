@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe import Recipe
 
 
+PluginModules = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="MODULE", help="Import this plugin first; repeatable."),
+]
+
+
 @app.command()
 def ls(
     everything: Annotated[
@@ -24,19 +30,14 @@ def ls(
             help="List strategies, tasks and everything else that recipes name, with origin.",
         ),
     ] = False,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--plugin", metavar="MODULE", help="With --all: import this plugin first; repeatable."
-        ),
-    ] = None,
+    plugins: PluginModules = None,
 ) -> None:
     """List the recipes that come with the package, or everything that a recipe may name.
 
     Example: fedmerge ls --all
     """
     if everything:
-        _list_registered(modules or [])
+        _list_registered(plugins or [])
         return
     from fedmerge_peft.recipe.loading import shipped
 
@@ -159,8 +160,9 @@ def schema(
             "--markdown", help="Print a reference instead: every key, type, bound and default."
         ),
     ] = False,
+    plugins: PluginModules = None,
 ) -> None:
-    """Print the JSON schema of recipes, for editors.
+    """Print the JSON schema of recipes, for editors. It includes installed plugins.
 
     Editors with the YAML language server check and complete recipes that contain the comment
 
@@ -171,10 +173,13 @@ def schema(
     import json
 
     from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.plugins import import_installed, import_modules
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.markdown import reference
     from fedmerge_peft.util.text import printable
 
+    import_installed()
+    import_modules(plugins or [])
     as_json = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **Recipe.model_json_schema(),

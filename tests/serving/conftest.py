@@ -1,5 +1,6 @@
-"""A finished run for each of the three tasks, on tiny models that plain transformers can load."""
+"""Finished runs: one for each of the three tasks, and a small one that newcomers join."""
 
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Image
 from PIL import Image as Pictures
+
+from fedmerge_peft import Recipe, Run, federate
+from fedmerge_peft.data import load_splits
+from fedmerge_peft.engines.local import LocalEngine
+from serving.newcomer import recipe
 
 TASKS = ("sequence-classification", "causal-lm", "image-classification")
 
@@ -50,9 +56,6 @@ def table(task):
 @pytest.fixture(scope="session")
 def finished(tiny_models, tmp_path_factory):
     """``finished(task)``: a run of two rounds, three clients and three adapters."""
-    from fedmerge_peft import Recipe, federate
-    from fedmerge_peft.engines.local import LocalEngine
-
     models = {
         "sequence-classification": ("bert", "[query, value]"),
         "causal-lm": ("gpt2", "[c_attn]"),
@@ -79,3 +82,26 @@ def finished(tiny_models, tmp_path_factory):
         return made[task]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return LocalEngine.from_recipe(recipe())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, engine):
+    return federate(recipe(), tmp_path_factory.mktemp("runs") / "first", engine=engine)
+
+
+@pytest.fixture(scope="module")
+def tickets():
+    """Tickets of an organisation that no client is."""
+    return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(
+        range(24)
+    )
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Run.open(shutil.copytree(run.path, tmp_path / "run"))

@@ -1,7 +1,13 @@
-"""What the tests of several ways to train share."""
+"""Examples and clients on tiny models."""
+
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
+
+from fedmerge_peft.models import tiny
+from training.prefix_bench import Bench
 
 WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
 
@@ -36,3 +42,19 @@ def table_and_task():
         return Dataset.from_dict(pairs), {"name": "causal-lm"}
 
     return make
+
+
+@pytest.fixture(scope="module")
+def deep_models(tmp_path_factory):
+    """The tiny models with four layers."""
+    folder = tmp_path_factory.mktemp("deep-models")
+    with mock.patch.dict(tiny._WIDTH, num_hidden_layers=4):
+        for kind in tiny.KINDS:
+            tiny.write(kind, folder / kind)
+    return folder
+
+
+@pytest.fixture
+def make_bench(deep_models, table_and_task):
+    """``make_bench("gpt2", lora={...})``."""
+    return partial(Bench, deep_models, table_and_task)

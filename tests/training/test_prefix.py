@@ -1,8 +1,6 @@
-"""The frozen layers before the first that trains: left out where they are known, with the same results."""
+"""The frozen layers before the first that trains: skipping them changes no result."""
 
 import logging
-from functools import partial
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,122 +10,10 @@ from torch import nn
 from equality import assert_near, tolerance
 from fedmerge_peft import Federation, Recipe
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.models import tiny
-from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.models.frozen_prefix import find_prefix
-from fedmerge_peft.tasks import make_task
-from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.evaluation import evaluate, example_losses
-from fedmerge_peft.training.loop import Job, train
-from fedmerge_peft.training.plan import Mixture, Train
+from fedmerge_peft.training.plan import Mixture
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.runtime import Runtime
-
-COUNT = 12
-ROWS = np.arange(COUNT)
-TARGETS = {
-    "bert": ["query", "value"],
-    "llama": ["q_proj"],
-    "gpt2": ["c_attn"],
-    "vit": ["q_proj", "v_proj"],
-}
-
-
-@pytest.fixture(scope="module")
-def deep_models(tmp_path_factory):
-    """The tiny models with four layers."""
-    folder = tmp_path_factory.mktemp("deep-models")
-    with mock.patch.dict(tiny._WIDTH, num_hidden_layers=4):
-        for kind in tiny.KINDS:
-            tiny.write(kind, folder / kind)
-    return folder
-
-
-class Bench:
-    """One client on a tiny model of four layers, whose last two have adapters."""
-
-    def __init__(
-        self,
-        folder,
-        table_and_task,
-        kind="bert",
-        lora=None,
-        backbone=None,
-        metrics=None,
-        cached=True,
-        gigabytes=1.0,
-        **training,
-    ):
-        table, task = table_and_task(kind, COUNT)
-        if task["name"] == "causal-lm":
-            task |= {"metrics": metrics or ["perplexity", "accuracy"], "max_new_tokens": 4}
-        model = folder / kind.partition("-")[0]
-        self.recipe = Recipe.model_validate(
-            {
-                "name": "bench",
-                "task": task,
-                "backbone": {"model": str(model), **(backbone or {})},
-                "lora": {
-                    "r": 2,
-                    "dropout": 0.1,
-                    "target_modules": TARGETS[model.name],
-                    "layers_to_transform": [2, 3],
-                    **(lora or {}),
-                },
-                "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 4, "learning_rate": 0.01, "device": "cpu", **training},
-            }
-        )
-        self.accelerator = make_accelerator(self.recipe.training)
-        self.task = make_task(self.recipe, table, str(model))
-        self.backbone = load_backbone(
-            self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0
-        )
-        self.examples = self.task.encode(table)
-        self.row = self.backbone.fresh_row(1)
-        self.cache = (
-            PrefixCache(self.backbone, self.task, self.examples, ROWS, gigabytes)
-            if cached
-            else None
-        )
-
-    @property
-    def runtime(self):
-        return Runtime(self.backbone, self.task, self.accelerator, self.examples, self.cache)
-
-    def train(self, seed=3):
-        job = Job(Train(self.row), ROWS, seed)
-        return train(self.runtime, self.recipe.training, [job])[0].row
-
-    def evaluate(self, served, indices=ROWS, batch_size=5):
-        return evaluate(self.runtime, served, indices, batch_size)
-
-    def losses(self, row, indices=ROWS):
-        return example_losses(self.runtime, row, indices, 5)
-
-    def count(self, layer, work):
-        """How often the layer runs in there, and what comes out."""
-        runs = []
-        part = next(
-            module
-            for module in self.backbone.model.get_submodule(layer).modules()
-            if isinstance(module, nn.LayerNorm)
-        )
-        handle = part.register_forward_hook(lambda *_: runs.append(1))
-        found = work()
-        handle.remove()
-        return len(runs), found
-
-    @property
-    def used(self):
-        return self.cache._store is not None
-
-
-@pytest.fixture
-def make_bench(deep_models, table_and_task):
-    """``make_bench("gpt2", lora={...})``."""
-    return partial(Bench, deep_models, table_and_task)
-
+from training.prefix_bench import ROWS, TARGETS
 
 CASES = {
     "bert": {},

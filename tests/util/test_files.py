@@ -12,6 +12,7 @@ from fedmerge_peft import AdapterLayout, AdapterSoup, Recipe
 from fedmerge_peft.runs import checkpoint
 from fedmerge_peft.strategies import make_strategy
 from fedmerge_peft.strategies.base import StrategyContext
+from fedmerge_peft.util import files
 from fedmerge_peft.util.files import locked_directory, write_tensors, write_text
 
 
@@ -69,3 +70,16 @@ def test_a_locked_directory_stays_empty(tmp_path):
     with locked_directory(tmp_path / "run"), locked_directory(tmp_path / "run"):
         assert list((tmp_path / "run").iterdir()) == []
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_second_name_for_the_same_file_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "one").write_text("1")
+    files.hardlink(tmp_path / "one", tmp_path / "two")
+    files.hardlink(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "three").write_text("3")
+    files.hardlink(tmp_path / "three", tmp_path / "two")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "one": "1",
+        "two": "3",
+        "three": "3",
+    }

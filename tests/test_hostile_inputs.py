@@ -1,4 +1,4 @@
-"""What comes from others (models, names, files) steers nothing: no code of theirs runs, no path leaves, no terminal obeys."""
+"""Models, names and files from others run no code, leave no folder and control no terminal."""
 
 import ast
 import json
@@ -116,7 +116,7 @@ def test_a_runs_name_is_one_folders_name(name):
 
 @pytest.fixture
 def nasty(tmp_path, monkeypatch):
-    """A recipe whose clients, groups and labels have names that steer what believes them."""
+    """A recipe whose clients, groups and labels have hostile names."""
     monkeypatch.chdir(tmp_path)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""``make quickstart`` runs, resumes or shows; ``fedmerge`` and ``pip`` are stand-ins that say how they were called."""
+"""``make quickstart`` runs, resumes or shows; scripts in place of ``fedmerge`` and ``pip`` log."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs a target of a copy of the Makefile, with these scripts in place of the programs."""
+    """Run a target of a copy of the Makefile, with scripts in place of the programs."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     programs = tmp_path / ".venv" / "bin"

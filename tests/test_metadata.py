@@ -1,4 +1,4 @@
-"""What the package says of itself is true: its version, its dependencies, its tools."""
+"""The package's metadata is consistent: version, dependencies and tools."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ def name_of(requirement):
 
 
 def imported():
-    """The top-level packages that the source imports, at any depth."""
+    """Top-level packages that the source imports, at any depth."""
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

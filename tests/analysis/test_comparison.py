@@ -1,4 +1,4 @@
-"""What is said of several runs, on run directories whose numbers are worked out by hand."""
+"""Comparisons of several runs, with expected numbers computed by hand."""
 
 import logging
 import math
@@ -15,7 +15,10 @@ FEDMERGE, FEDAVG, LOCAL = "strategy=fedmerge", "strategy=fedavg", "strategy=loca
 
 @pytest.fixture
 def three_methods(write_run, tmp_path):
-    """Two seeds of each, two clients, two rounds; means of the final scores: 0.6 and 0.8, 0.5 and 0.5, 0.6 and 0.4."""
+    """Two seeds of each method, two clients, two rounds.
+
+    The means of the final scores are 0.6 and 0.8, 0.5 and 0.5, 0.6 and 0.4.
+    """
     write_run("fedmerge-0", [FEDMERGE, "seed=0"], [[0.0, 0.2], [0.4, 0.6], [0.5, 0.7]])
     write_run("fedmerge-1", [FEDMERGE, "seed=1"], [[0.0, 0.2], [0.2, 0.4], [0.7, 0.9]])
     write_run("fedavg-0", [FEDAVG, "seed=0"], [[0.0, 0.2], [0.3, 0.3], [0.3, 0.7]])
@@ -78,7 +81,7 @@ def test_rounds_are_counted_until_the_mean_reaches_what_fedavg_ends_with(three_m
 
 
 def test_the_target_is_that_of_the_same_seed(write_run, tmp_path):
-    """Fedavg ends with 0.3 and 0.7: one of its runs never reaches the mean of both, but each reaches its own."""
+    """FedAvg ends with 0.3 and 0.7; each of its runs reaches its own final score."""
     for seed, (end, half) in enumerate([([0.2, 0.4], 0.1 + 0.2), ([0.6, 0.8], 0.4)]):
         write_run(f"fedavg-{seed}", [FEDAVG, f"seed={seed}"], [[0.0, 0.0], [0.1, 0.1], end])
         write_run(
@@ -167,7 +170,7 @@ def test_finetuning_and_gap_are_of_the_last_tenth_of_the_rounds(write_run):
 
 
 def test_measurements_of_some_of_the_clients_are_left_out(write_run):
-    """Two of four clients take part: what they score says nothing of the mean over all of them."""
+    """The scores of two of four clients are no estimate of the mean over all four."""
     some, good = "clients.fraction=0.5", [0.9, 0.9]
     run = write_run(
         "run",
@@ -337,18 +340,20 @@ def test_markdown_has_a_row_a_method_and_blanks_for_what_is_not_there(three_meth
     lines = markdown(Comparison.of([three_methods])).splitlines()
     assert lines[0] == "## smoke: final test accuracy of the served models"
     assert lines[2] == (
-        "| method | runs | mean | worst 10 % | spread | gain over local | gain over fedavg | rounds to fedavg | MB down | MB up | seconds |"
+        "| method | runs | mean | worst 10 % | spread | gain over local | gain over fedavg | "
+        "rounds to fedavg | MB down | MB up | seconds |"
     )
     assert lines[4].startswith(
-        "| fedmerge | 2 | 0.700 ±0.141 | 0.600 ±0.141 | 0.100 | +0.200 ±0.283 | +0.200 ±0.141 | 1.5 | 0.0002 |"
+        "| fedmerge | 2 | 0.700 ±0.141 | 0.600 ±0.141 | 0.100 | +0.200 ±0.283 | +0.200 ±0.141 | "
+        "1.5 | 0.0002 |"
     )
     assert lines[5].startswith(
         "| fedavg | 2 | 0.500 ±0.000 | 0.350 ±0.071 | 0.150 | +0.000 ±0.141 |  | 2 | 0.0002 |"
     )
     assert "| never |" in lines[6]
     assert (
-        "first evaluation whose mean over all clients reached the final score of fedavg on the same seed."
-        in lines[-1]
+        "first evaluation whose mean over all clients reached the final score of fedavg on "
+        "the same seed." in lines[-1]
     )
     given = markdown(Comparison.of([three_methods], target=0.45))
     assert "| rounds to 0.450 |" in given

@@ -1,4 +1,4 @@
-"""What a terminal shows when a run has ended."""
+"""The tables that a terminal shows after a run."""
 
 import io
 
@@ -10,7 +10,7 @@ from fedmerge_peft.analysis import weights_table
 
 
 class WithWeights:
-    """As much of a run as the table reads."""
+    """The parts of a run that the table reads."""
 
     def __init__(self, clients, adapters):
         names = [f"amazon_books-{client}" for client in range(clients)]

@@ -1,4 +1,4 @@
-"""The pages of the benchmark programs: where their numbers come from, and what is never overwritten."""
+"""Benchmark pages name the runs behind their numbers and are not overwritten by partial runs."""
 
 import importlib.util
 import json
@@ -69,8 +69,9 @@ def test_the_stamp_is_what_the_runs_say(program, write_run, monkeypatch):
         sys, "argv", ["benchmarks/quality/quality.py", "text_tasks", "--seeds", "1, 2"]
     )
     assert program("provenance").stamp(runs) == (
-        "`python benchmarks/quality/quality.py text_tasks --seeds '1, 2'`, newest run of 2031-02-03, "
-        "commit aaaaaaa, commit bbbbbbb (dirty), fedmerge-peft 0.1.0, torch 2.9, Some CPU with 1 thread."
+        "`python benchmarks/quality/quality.py text_tasks --seeds '1, 2'`, newest run of "
+        "2031-02-03, commit aaaaaaa, commit bbbbbbb (dirty), fedmerge-peft 0.1.0, torch 2.9, "
+        "Some CPU with 1 thread."
     )
 
 
@@ -87,7 +88,10 @@ def test_runs_that_say_less_are_stamped_all_the_same(program, write_run):
 
 @pytest.fixture
 def quality(program, write_run, tmp_path, monkeypatch, capsys):
-    """``quality("--write")``: run the program on a setting whose runs are all there already; what it prints, and what lies there."""
+    """``quality("--write")``: run the program on a setting whose runs have all finished.
+
+    Return its output and the files that it wrote.
+    """
     module = program("quality")
     results = tmp_path / "results"
     results.mkdir()

@@ -1,4 +1,4 @@
-"""The quality benchmark's settings are recipes, and the backbones that its programs pretrain load."""
+"""The quality benchmark: its settings are valid recipes, and its pretrained backbones load."""
 
 import io
 import subprocess
@@ -43,7 +43,7 @@ def test_every_candidate_of_a_setting_is_a_recipe(name, monkeypatch):
 
 @pytest.fixture
 def pretrain(shared_data, tmp_path):
-    """Run a program for a moment on a little of the data; gives the folder that it wrote and what it said."""
+    """Run a program briefly on a part of the data; return the folder it wrote and its output."""
 
     def run(program, *options):
         command = [

@@ -1,4 +1,4 @@
-"""The speed benchmark compares like with like, and its page keeps what it is not asked to renew."""
+"""The speed benchmark compares like with like and keeps the rows that it does not measure."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a person sees who got something wrong: exit code 2, one message that says what, where and what next, no traceback."""
+"""Bad input exits with code 2, one message and no traceback."""
 
 import numpy as np
 import pytest

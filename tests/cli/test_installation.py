@@ -1,4 +1,4 @@
-"""``fedmerge doctor`` says what works here, and fails for nothing that one can do without."""
+"""``fedmerge doctor`` reports the installation and fails for required parts only."""
 
 import importlib.metadata
 
@@ -10,7 +10,7 @@ from fedmerge_peft.cli import installation, main
 
 @pytest.fixture
 def said(capsys):
-    """What the verb prints, by what it is about; and the exit code."""
+    """Run the command; return its lines by subject, and the exit code."""
 
     def call():
         with pytest.raises(SystemExit) as stopped:

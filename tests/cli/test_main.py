@@ -1,4 +1,4 @@
-"""The program as a whole: exit codes, messages, and how little it imports."""
+"""The program as a whole: exit codes, messages and lazy imports."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ HEAVY = {
 
 @pytest.fixture
 def fedmerge(capsys):
-    """Runs the program in this process: exit code, standard output, standard error."""
+    """Run the program in this process; return exit code, standard output, standard error."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""``fedmerge personalize``: what a person sees, and what is left on disk."""
+"""``fedmerge personalize``: output and files."""
 
 import json
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def file(tmp_path):
-    """Tickets of an organisation that no client is."""
+    """Tickets of an organisation that is no client."""
     loaded = load_splits(Recipe.load("smoke", ["data.filter={organisation: Fen Water}"]).data)[
         "train"
     ]

@@ -1,4 +1,4 @@
-"""The verbs that look at recipes."""
+"""The commands that list, show, copy and validate recipes."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fedmerge(capsys):
-    """Runs a verb that should go well, and gives what it printed."""
+    """Run a command that succeeds; return its output."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:
@@ -32,7 +32,7 @@ def fedmerge(capsys):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a verb that should be refused, and gives the message."""
+    """Run a command that is refused; return the message."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:

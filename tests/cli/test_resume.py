@@ -1,4 +1,4 @@
-"""``fedmerge resume``, and how a run is stopped: messages, exit codes, and the command that goes on."""
+"""``fedmerge resume`` and stopped runs: messages, exit codes, and the printed command."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def fedmerge(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def signals(monkeypatch):
-    """``signals(5, signal.SIGINT)``: send this process a signal while the fifth client trains; several are sent one after another."""
+    """``signals(5, signal.SIGINT)``: send this process signals while the fifth client trains."""
 
     def send(client, *numbers):
         calls = []
@@ -118,7 +118,8 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert err.endswith(
-        "RuntimeError: power cut\nTo resume from the last finished round: fedmerge resume runs/smoke\n"
+        "RuntimeError: power cut\nTo resume from the last finished round: "
+        "fedmerge resume runs/smoke\n"
     )
     monkeypatch.setattr(local, "train", train)
     assert fedmerge("resume", "runs/smoke")[0] == 0
@@ -130,7 +131,10 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
         (["runs/nowhere"], "runs/nowhere holds no run"),
         (
             ["done"],
-            "done has ended: all of its 1 rounds are done. For more rounds: fedmerge resume done rounds=N",
+            (
+                "done has ended: all of its 1 rounds are done. "
+                "For more rounds: fedmerge resume done rounds=N"
+            ),
         ),
         (["done", "seed=3"], "seed: this would change the clients' work"),
         (["done", "sead=3"], "did you mean 'seed'"),
@@ -152,6 +156,6 @@ def test_a_run_that_has_not_ended_is_not_begun_anew(fedmerge, signals, monkeypat
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert (
-        "resume it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke "
-        in err
+        "resume it: fedmerge resume runs/smoke. "
+        "Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke " in err
     )

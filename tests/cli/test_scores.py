@@ -1,4 +1,4 @@
-"""``fedmerge scores``: the tables of an ended run, and what it says of others."""
+"""``fedmerge scores``: the tables of an ended run, and errors for other folders."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""``fedmerge sweep``: what it prints and how it ends."""
+"""``fedmerge sweep``: output and exit codes."""
 
 import re
 

@@ -148,7 +148,8 @@ def faults(recipe, label="label"):
 def test_tasks_without_labels_need_a_column_to_deal_by(recipe):
     dirichlet = SCHEMES["dirichlet"]
     assert faults(recipe(partition=dirichlet), None) == (
-        "data.partition.by: the task has no label column to partition by; write data.partition.by=COLUMN "
+        "data.partition.by: the task has no label column to partition by; "
+        "write data.partition.by=COLUMN "
         "(the data have text, label, task, domain, split) or data.partition.scheme=iid"
     )
     assert len(federate_data(recipe(partition=dirichlet | {"by": "task"}), None, 0).clients) == 3
@@ -195,7 +196,8 @@ def test_more_clients_than_examples_are_refused(recipe):
 def test_clients_without_training_examples_are_named(recipe):
     fault = faults(recipe(partition=SCHEMES["natural"] | {"clients_per_value": 21}))
     assert fault.startswith(
-        "data.partition: 3 of 63 clients have no training examples (snips-20, subj-20, trec6-20); lower the number"
+        "data.partition: 3 of 63 clients have no training examples (snips-20, subj-20, "
+        "trec6-20); lower the number"
     )
 
 
@@ -213,7 +215,8 @@ def test_splits_with_different_columns_are_refused(tmp_path, table):
     test = table.remove_columns("domain").cast_column("label", datasets.Value("string"))
     datasets.DatasetDict(train=table, test=test).save_to_disk(str(tmp_path / "rows"))
     assert faults(DataRecipe(path=str(tmp_path / "rows"), partition=IID)) == (
-        "data: the splits have different columns: label is int64 in train, string in test, domain is string in train, absent in test; "
+        "data: the splits have different columns: label is int64 in train, string in test, "
+        "domain is string in train, absent in test; "
         "give them the same columns and types"
     )
 
@@ -221,7 +224,8 @@ def test_splits_with_different_columns_are_refused(tmp_path, table):
 def test_a_client_in_two_groups_is_refused(recipe):
     fault = faults(recipe(partition={"scheme": "natural", "by": "domain", "group": "task"}))
     assert fault.startswith(
-        "data.partition.group: domain speech has rows of several task (snips, trec6), but a client belongs to one group"
+        "data.partition.group: domain speech has rows of several task (snips, trec6), "
+        "but a client belongs to one group"
     )
 
 

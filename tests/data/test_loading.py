@@ -187,9 +187,9 @@ def test_hub_failures_say_the_cause_in_one_line(monkeypatch, path):
         raise ConnectionError("Couldn't reach\nthe Hub (offline)")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    assert (
-        faults(path)
-        == f"data.path: the hub's data set {path} cannot be loaded: ConnectionError: Couldn't reach the Hub (offline)"
+    assert faults(path) == (
+        f"data.path: the hub's data set {path} cannot be loaded: ConnectionError: "
+        "Couldn't reach the Hub (offline)"
     )
 
 
@@ -224,7 +224,8 @@ def test_broken_files_and_empty_folders_say_why(tmp_path):
 
 def test_unknown_embedded_data_are_named():
     assert faults("embedded:support-ticket") == (
-        "data.path: there is no embedded:support-ticket (did you mean support-tickets?); the embedded data sets are support-tickets"
+        "data.path: there is no embedded:support-ticket (did you mean support-tickets?); "
+        "the embedded data sets are support-tickets"
     )
 
 
@@ -243,7 +244,8 @@ def test_evaluating_on_the_training_split_is_refused(parquet):
 
 def test_split_columns_must_exist_and_be_needed(tmp_path, parquet, table):
     assert faults(parquet, split_column="splits") == (
-        "data.split_column: there is no column 'splits' (did you mean split?); the data have text, label, task, domain, split"
+        "data.split_column: there is no column 'splits' (did you mean split?); "
+        "the data have text, label, task, domain, split"
     )
     datasets.DatasetDict(train=table, test=table).save_to_disk(str(tmp_path / "two"))
     assert "the data already have splits (train, test)" in faults(
@@ -253,7 +255,8 @@ def test_split_columns_must_exist_and_be_needed(tmp_path, parquet, table):
 
 def test_filters_that_match_nothing_list_the_column_s_values(parquet):
     assert faults(parquet, filter={"task": "trec"}) == (
-        "data.filter.task: no row has 'trec' (did you mean trec6?); the column task has snips, subj, trec6"
+        "data.filter.task: no row has 'trec' (did you mean trec6?); "
+        "the column task has snips, subj, trec6"
     )
     assert (
         faults(parquet, filter={"label": [0, 9]})
@@ -276,5 +279,6 @@ def test_filters_that_match_nothing_list_the_column_s_values(parquet):
 def test_filters_that_match_nothing_together_say_so(parquet):
     fault = faults(parquet, filter={"task": "subj", "domain": "speech"})
     assert fault == (
-        "data.filter: no row of the split train (train) passes the filter; its columns have task: snips, subj, trec6; domain: logic, speech"
+        "data.filter: no row of the split train (train) passes the filter; "
+        "its columns have task: snips, subj, trec6; domain: logic, speech"
     )

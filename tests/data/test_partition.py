@@ -250,7 +250,10 @@ def test_dirichlet_says_at_once_that_there_are_too_few_examples():
 def test_dirichlet_gives_up_after_many_draws_and_says_what_to_change():
     with pytest.raises(
         DataError,
-        match=r"never had 9 training examples \(at most \d+\); raise data\.partition\.alpha, or lower",
+        match=(
+            r"never had 9 training examples \(at most \d+\); "
+            r"raise data\.partition\.alpha, or lower"
+        ),
     ):
         dirichlet(np.zeros(100, dtype=np.int64), 10, 0.01, 9, generator(0, "train"))
 

@@ -1,4 +1,4 @@
-"""What the README says to type works."""
+"""The commands of the README run, and its numbers are the measured ones."""
 
 import re
 import shlex
@@ -44,7 +44,7 @@ def test_make_knows_the_target(command):
 
 
 def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch, capsys):
-    """On a tiny model where something trains, else as they stand."""
+    """Commands that train use a tiny model."""
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         if command[0] == "head":
@@ -67,7 +67,7 @@ def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch, tiny_models):
-    """With the tiny model in place of the real one; the second knows nothing of this package."""
+    """Use the tiny model instead of the real one; the second example uses plain PEFT."""
     monkeypatch.chdir(tmp_path)
     ours, plain = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(ours.replace('"quickstart"', '"smoke"'), "README.md", "exec"), {})
@@ -90,7 +90,7 @@ def cells(line):
 
 
 def measured(page):
-    """Mean and worst tenth in percent, as the README writes them, by method, from a page of benchmarks/results."""
+    """Mean and worst tenth in percent by method, from a page of benchmarks/results."""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     start = next(
         number for number, line in enumerate(lines) if line.startswith("| method | runs |")

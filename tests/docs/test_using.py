@@ -1,4 +1,4 @@
-"""What docs/using.md says to type works."""
+"""The commands of docs/using.md run."""
 
 import re
 import shlex

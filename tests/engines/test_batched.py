@@ -1,4 +1,4 @@
-"""Federations whose clients train several in one pass of the model, held against those that train one at a time."""
+"""Training several clients in one pass equals training one at a time."""
 
 from functools import partial
 

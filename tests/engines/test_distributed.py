@@ -1,4 +1,4 @@
-"""Several ranks do what one does, to the last bit; where one fails, all end."""
+"""Several ranks give the bits of one; if one fails, all end."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""What an engine lets a client do and measures of it, on a tiny model."""
+"""Training and evaluation of single clients by an engine, on a tiny model."""
 
 from itertools import pairwise
 
@@ -62,7 +62,7 @@ def test_what_dittos_clients_have_after_training_is_what_they_are_served_with_in
 
 @pytest.mark.parametrize(("strategy", "scored"), [("local", 6 + 4 * 6), ("fedavg", 4 * 12 + 6)])
 def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
-    """Who trains alone is served with what it ended with; the scores are those that a second look would give."""
+    """A client that trains alone is served its trained adapter; its scores are reused."""
     asked = []
     monkeypatch.setattr(
         "fedmerge_peft.engines.local.evaluate",

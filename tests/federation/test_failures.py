@@ -14,7 +14,10 @@ SKIP = ["clients.failures=skip", "rounds=5", "evaluation.every=5"]
 
 @pytest.fixture
 def unreliable(smoke_engine, monkeypatch):
-    """``unreliable(rate)``: what happened, by (round, client): replies of the engine fail at random, each time the same."""
+    """``unreliable(rate)``: make replies fail at random, by a fixed seed.
+
+    Return the failures by (round, client).
+    """
 
     def make(rate):
         happened = {}

@@ -171,7 +171,7 @@ def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(
 def test_an_exact_adapter_is_the_average_of_updates_in_plain_peft(
     run, engine, tiny_models, tmp_path
 ):
-    """The features of a layer under the exact adapter are the weighted mean of those under each adapter of the soup."""
+    """A layer's output under the exact adapter is the weighted mean over the soup's adapters."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -250,7 +250,10 @@ def test_a_full_disk_is_one_clear_error_and_loses_no_finished_round(tmp_path, en
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(
         RunError,
-        match=r"round-00002.safetensors cannot be written \(No space left on device\); finished rounds are intact",
+        match=(
+            r"round-00002.safetensors cannot be written \(No space left on device\); "
+            r"finished rounds are intact"
+        ),
     ):
         federate(recipe("rounds=3"), tmp_path / "run", engine=engine)
     assert [record["round"] for record in load_run(tmp_path / "run").records] == [1]

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, also while they write, end with the bits of one that was not."""
+"""Runs that are killed at random moments end with the bits of an uninterrupted run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ KILLS = 5
 
 @pytest.fixture(scope="module")
 def killable():
-    """``killable(path, strategy, together, kill)``: whether it was killed, and how many events there were."""
+    """``killable(path, strategy, together, kill)``: return (killed, number of events)."""
     program = [sys.executable, str(Path(__file__).with_name("killable.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(

@@ -38,7 +38,10 @@ def test_another_seed_gives_another_federation(engine):
 def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
     with pytest.raises(
         RecipeError,
-        match=rf"{override.split('.')[0].split('=')[0]}: the engine was loaded for a recipe that says otherwise",
+        match=(
+            rf"{override.split('.')[0].split('=')[0]}: "
+            r"the engine was loaded for a recipe that says otherwise"
+        ),
     ):
         Federation(recipe(override), engine)
 
@@ -139,7 +142,10 @@ def test_a_client_that_cannot_be_measured_is_named_with_the_rounds_completed(eng
     monkeypatch.setattr("fedmerge_peft.engines.local.evaluate", fail)
     with pytest.raises(
         ClientError,
-        match=r"client Harbour Clinic, round 2: evaluation after the round: ZeroDivisionError: no luck",
+        match=(
+            r"client Harbour Clinic, round 2: evaluation after the round: "
+            r"ZeroDivisionError: no luck"
+        ),
     ) as caught:
         federation.evaluate()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

@@ -1,4 +1,4 @@
-"""Clients that fail: named with round and cause, and left out as if they had not been asked."""
+"""Failed clients are named with round and cause, and skipped as if they took no part."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ SKIP = "clients.failures=skip"
 
 
 def changed(**fields):
-    """A fault: this client's reply, with other fields; what is called makes them of the reply's."""
+    """Replace fields of a client's reply; functions compute them from the reply."""
 
     def change(reply):
         return [
@@ -67,7 +67,7 @@ FAULTS = {
 
 
 def federation(case, name, culprit, fault, *overrides):
-    """The round loop on formulas, in which one client's answers are what a fault makes of them."""
+    """The round loop on formula clients, with a fault in one client's replies."""
     found = case.federation(f"strategy.name={name}", "clients.timeout=60", *overrides)
     train_clients = found.engine.train_clients
 
@@ -189,7 +189,7 @@ def test_a_choice_and_a_mixture_must_be_among_what_was_sent(formulas):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_reply_that_passes_can_be_learned_from(data):
-    """Whatever is answered: it is refused, or it is as many finite numbers as were asked for."""
+    """A reply is refused, or has the requested number of finite values."""
     shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
     numbers = data.draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool]))
     value = data.draw(st.floats(width=32))

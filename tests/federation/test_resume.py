@@ -69,7 +69,7 @@ def engine(smoke):
 
 @pytest.fixture(scope="module")
 def uninterrupted(smoke, engine, tmp_path_factory, left_behind):
-    """What a run of ``tiny()`` leaves behind."""
+    """The contents of the directory of an uninterrupted run of ``tiny()``."""
     return left_behind(
         federate(smoke(*TINY), tmp_path_factory.mktemp("runs") / "whole", engine=engine).path
     )
@@ -82,7 +82,7 @@ def tiny(smoke):
 
 
 def stop_after(number, strategy=None):
-    """Interrupts a run after a round."""
+    """Options that interrupt a run after a round."""
     names = []
 
     def start(federation, _):
@@ -102,7 +102,7 @@ def interrupted(recipe, path, engine, after=2, strategy=None):
 
 
 def numbers(thing):
-    """The numbers and flags that an object holds, at any depth, by dotted name; without models and recipes."""
+    """Numbers and flags of an object, at any depth, by dotted name."""
     found = {}
     for name, value in vars(thing).items():
         if isinstance(value, torch.Tensor):
@@ -164,7 +164,7 @@ def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, s
     } <= remembered  # which each step is given anew
 
 
-# ---- what is left of the directory ---------------------------------------------------------------
+# ---- the directory -------------------------------------------------------------------------------
 
 
 def test_baselines_go_on_too(tiny, engine, tmp_path, left_behind):
@@ -266,7 +266,7 @@ def test_without_a_checkpoint_the_first_round_is_done_again(
     assert left_behind(path) == uninterrupted
 
 
-# ---- more rounds, and what is refused -------------------------------------------------------------
+# ---- more rounds, and refused changes ------------------------------------------------------------
 
 
 def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
@@ -280,7 +280,10 @@ def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
     )
     with pytest.raises(
         ResumeError,
-        match=r"has ended: all of its 2 rounds are done\. For more rounds: fedmerge resume .*short rounds=N",
+        match=(
+            r"has ended: all of its 2 rounds are done\. "
+            r"For more rounds: fedmerge resume .*short rounds=N"
+        ),
     ):
         resume(short.path, engine=engine)
     run = resume(short.path, ["rounds=4"], engine=engine)
@@ -323,7 +326,10 @@ def test_a_recipe_that_was_edited_is_refused(tiny, engine, tmp_path):
     (path / "recipe.yaml").write_text(text.replace("regularization: 0.1", "regularization: 0.2"))
     with pytest.raises(
         ResumeError,
-        match=r"has changed since round 2: strategy\.regularization was 0\.1 and is 0\.2\. Change it back",
+        match=(
+            r"has changed since round 2: strategy\.regularization was 0\.1 and is 0\.2\. "
+            r"Change it back"
+        ),
     ):
         resume(path, engine=engine)
     (path / "recipe.yaml").write_text(text)

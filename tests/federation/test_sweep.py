@@ -1,4 +1,4 @@
-"""Many recipes into run directories side by side: each once, whatever happens on the way."""
+"""Sweeps run every recipe once into a directory of its own, also after failures."""
 
 import json
 import os
@@ -33,7 +33,7 @@ TINY = [
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The recipes that engines were loaded for."""
+    """The recipes for which engines were loaded."""
     seen = []
     load = LocalEngine.from_recipe.__func__
 
@@ -148,7 +148,10 @@ def test_a_run_of_another_recipe_is_refused_before_anything_starts(tmp_path, wri
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
         RunError,
-        match=r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; lora.r is 4 there and 2 here\.",
+        match=(
+            r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; "
+            r"lora.r is 4 there and 2 here\."
+        ),
     ):
         sweep(expand("smoke", ["seed=0,1", "rounds=3", "baselines=[]"]), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
@@ -182,7 +185,10 @@ def test_a_default_that_is_written_out_makes_no_other_recipe(tmp_path, write_run
     )
     with pytest.raises(
         RunError,
-        match=r"server_optimizer is sgd there and adam here; strategy.server_lr is 1.0 there and 0.01 here",
+        match=(
+            r"server_optimizer is sgd there and adam here; "
+            r"strategy.server_lr is 1.0 there and 0.01 here"
+        ),
     ):
         sweep({"old": adam}, tmp_path)
     assert loads == []
@@ -263,7 +269,7 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
 # ---- beside other processes ----------------------------------------------------------------------
 @pytest.fixture
 def lock():
-    """``lock(path)``: hold a directory as another process would; returns what lets it go."""
+    """``lock(path)``: lock a directory as another process would; return the unlock function."""
     fcntl = pytest.importorskip("fcntl")
 
     def hold(path):

@@ -153,7 +153,7 @@ def test_a_fresh_adapter_does_not_remember_what_was_in_the_slot(make_backbone, f
 
 
 def test_weights_that_the_pretrained_model_lacks_travel_in_the_adapter(make_backbone, tmp_path):
-    """A BERT saved without its pooler: a random pooler that stayed behind would be another one wherever the adapter is used."""
+    """A BERT saved without its pooler; a random pooler must be part of the adapter."""
     from transformers import AutoModel
 
     from fedmerge_peft.models.backbone import load_backbone

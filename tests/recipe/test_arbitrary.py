@@ -1,4 +1,4 @@
-"""Whatever a file or a command line holds: a recipe, or a ``RecipeError`` of plain lines."""
+"""Any file or command line gives a recipe or a ``RecipeError`` of plain lines."""
 
 import copy
 

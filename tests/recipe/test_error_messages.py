@@ -1,11 +1,14 @@
-"""What is said about recipes that are YAML, but not recipes."""
+"""Error messages for YAML documents that are not valid recipes."""
 
 import pytest
 
 from fedmerge_peft.recipe.strategies import STRATEGIES
 
 METHODS = ", ".join([entry.name for entry in STRATEGIES])
-TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, or a list of text, whole numbers, numbers, or true or false"
+TWO_LISTS = (
+    "found {}, expected text, a whole number, a number, true or false, or a list of text, "
+    "whole numbers, numbers, or true or false"
+)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +135,18 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         (
             "clients: 4",
             "clients: four",
-            "recipe.yaml:10: data.partition.clients: found text 'four', expected a whole number above 0",
+            (
+                "recipe.yaml:10: data.partition.clients: "
+                "found text 'four', expected a whole number above 0"
+            ),
         ),
         (
             "clients: 4",
             "client: 4",
-            "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: Number of clients.",
+            (
+                "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: "
+                "Number of clients."
+            ),
         ),
         (
             "clients: 4",
@@ -147,12 +156,18 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         (
             "scheme: iid",
             "scheme: idd",
-            "recipe.yaml:9: data.partition.scheme: found text 'idd', expected one of iid, dirichlet,",
+            (
+                "recipe.yaml:9: data.partition.scheme: "
+                "found text 'idd', expected one of iid, dirichlet,"
+            ),
         ),
         (
             "scheme: iid",
             "by: a",
-            "recipe.yaml:8: data.partition.scheme: missing, expected one of iid, dirichlet, clusters, natural, shards",
+            (
+                "recipe.yaml:8: data.partition.scheme: "
+                "missing, expected one of iid, dirichlet, clusters, natural, shards"
+            ),
         ),
         (
             "  path: embedded:support-tickets\n",

@@ -1,4 +1,4 @@
-"""The reference of recipes says what the schema says, and the committed one is current."""
+"""The reference of recipes follows from the schema, and the committed one is current."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def rows(text):
 
 
 def sections(kind=Section):
-    """Of recipes: a site's settings are made of sections too."""
+    """Sections of recipes; a site's settings consist of sections too."""
     for each in kind.__subclasses__():
         if each.__module__.startswith("fedmerge_peft.recipe."):
             yield each

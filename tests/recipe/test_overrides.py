@@ -83,7 +83,8 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ["strategy.name=fedavg", "strategy.adapters=4"],
     ):
         assert faults(minimal, *overrides) == [
-            "command line: strategy.adapters: unknown key for fedavg; it belongs to fedmerge or ifca or fesem or flhc or fedem"
+            "command line: strategy.adapters: unknown key for fedavg; "
+            "it belongs to fedmerge or ifca or fesem or flhc or fedem"
         ]
 
 
@@ -101,7 +102,10 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ),
         (
             "name=\udcff",
-            "command line: found 'name=\\udcff', expected key=value, such as training.learning_rate=1e-4",
+            (
+                "command line: found 'name=\\udcff', expected key=value, "
+                "such as training.learning_rate=1e-4"
+            ),
         ),
         (
             "seed.x=3",
@@ -109,7 +113,10 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ),
         (
             "baselines.0=local",
-            "command line: baselines.0: baselines has no keys; write baselines=VALUE, a list of sections with name: ",
+            (
+                "command line: baselines.0: baselines has no keys; "
+                "write baselines=VALUE, a list of sections with name: "
+            ),
         ),
         ("seed=x", "command line: seed: found text 'x', expected a whole number at least 0"),
         (
@@ -121,7 +128,10 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ("lora.r=[", "command line: lora.r: not valid YAML: "),
         (
             "lora.target_modules=*.query",
-            "command line: lora.target_modules: not valid YAML: anchors (&) and aliases (*) are not used",
+            (
+                "command line: lora.target_modules: not valid YAML: "
+                "anchors (&) and aliases (*) are not used"
+            ),
         ),
         (
             "strategy={name: fedavg, name: local}",

@@ -1,4 +1,4 @@
-"""Parts from outside the package: found, checked, listed and run like the built-in ones."""
+"""Plugins are discovered, checked, listed and run like built-in parts."""
 
 import logging
 import subprocess
@@ -56,7 +56,7 @@ class Mine(FedAvg):
 
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch):
-    """Registries, and imported modules, as they were."""
+    """Restore registries and imported modules after each test."""
     loaded = set(sys.modules)
     with isolated_registries():
         yield
@@ -67,7 +67,7 @@ def isolated(monkeypatch):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A plugin in a folder that is searched for modules; its text may be replaced."""
+    """A plugin in a folder on ``sys.path``; tests may replace its text."""
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "my_plugin.py"
     path.write_text(MINE)

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, and how recipes are found."""
+"""The recipes in the package, and the lookup of recipes by name."""
 
 from pathlib import Path
 
@@ -25,7 +25,10 @@ def test_a_shipped_recipe_says_what_it_shows_and_its_seed(recipe):
 
 
 def test_the_shipped_recipes_are_these():
-    expected = "cifar100_clusters cifar100_dirichlet flan_tasks intents_dirichlet pacs_domains quickstart reviews_domains smoke text_tasks"
+    expected = (
+        "cifar100_clusters cifar100_dirichlet flan_tasks intents_dirichlet pacs_domains quickstart "
+        "reviews_domains smoke text_tasks"
+    )
     assert set(expected.split()) <= set(NAMES)
 
 
@@ -66,7 +69,10 @@ def test_the_recipes_in_the_wheel_win(tmp_path, monkeypatch):
     [
         (
             "quikstart",
-            "quikstart: neither a file nor a shipped recipe; did you mean 'quickstart'? (see: fedmerge ls)",
+            (
+                "quikstart: neither a file nor a shipped recipe; "
+                "did you mean 'quickstart'? (see: fedmerge ls)"
+            ),
         ),
         (
             "nowhere/recipe.yaml",

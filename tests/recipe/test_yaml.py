@@ -1,4 +1,4 @@
-"""The YAML that recipes are written in: what is read, and what is refused."""
+"""The YAML of recipes: accepted and refused documents."""
 
 import time
 
@@ -101,7 +101,10 @@ def test_a_key_given_twice_deep_down_is_listed_beside_other_faults(minimal, faul
         ),
         (
             "a: 1\n---\nb: 2\n",
-            "recipe.yaml:2: not valid YAML: expected a single document in the stream, but found another document",
+            (
+                "recipe.yaml:2: not valid YAML: expected a single document in the stream, "
+                "but found another document"
+            ),
         ),
         ("a: [1,\nb: }\n", "recipe.yaml:2: not valid YAML: "),
         ("a:\n\tb: 1\n", "indent with spaces, not tabs"),
@@ -148,7 +151,10 @@ def test_text_that_is_not_one_mapping_is_refused_in_one_line(content, fault, fau
         ("rounds: !!int x", "rounds: 'x' is not what its tag !!int says"),
         (
             "rounds: !!python/object:os.system 3",
-            "rounds: the tag !!python/object:os.system means nothing here; write the value without it",
+            (
+                "rounds: the tag !!python/object:os.system means nothing here; "
+                "write the value without it"
+            ),
         ),
         ("rounds: !mine 3", "rounds: the tag !mine means nothing here; write the value without it"),
         (

@@ -1,4 +1,4 @@
-"""Figures as files: all that the page has, legible with many clients too."""
+"""Figures as files: the same as on the page, legible with many clients."""
 
 import json
 import shutil

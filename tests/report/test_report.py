@@ -1,4 +1,4 @@
-"""The page on a run: whole in itself, true to the run's files, and well-formed whatever clients are called."""
+"""The report of a run: self-contained, equal to the run's files, well-formed for any names."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def run(smoke, smoke_engine, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and keeps text and attributes."""
+    """Check that elements nest; collect text and attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 
 def rename(run, tmp_path, names):
-    """A copy of a run whose first clients are called otherwise."""
+    """A copy of a run with other names for its first clients."""
     import shutil
 
     shutil.copytree(run.path, tmp_path / "renamed")
@@ -140,7 +140,7 @@ def test_a_run_without_a_single_round_says_how_to_go_on(run, tmp_path):
 
 
 def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path):
-    """Every coordinate lies within the figure, and no figure is wider than it says."""
+    """Every coordinate lies within the figure, and no figure exceeds its width."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and disks that refuse: one message, nothing lost, and the run goes on."""
+"""Damaged checkpoints and disk errors give one message, and the run can be resumed."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def uninterrupted(tiny, engine, tmp_path_factory, left_behind):
 
 @pytest.fixture(scope="module")
 def stopped(tiny, engine, tmp_path_factory):
-    """A run of three of four rounds; to be copied."""
+    """A run of three of four rounds, which tests copy."""
     path = tmp_path_factory.mktemp("runs") / "stopped"
 
     def stop(record):
@@ -112,7 +112,10 @@ def test_where_all_are_damaged_nothing_is_thrown_away(run, engine):
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with pytest.raises(
         ResumeError,
-        match=r"cannot be resumed: .*round-00003.*round-00002.*Its finished rounds are still readable",
+        match=(
+            r"cannot be resumed: .*round-00003.*round-00002"
+            r".*Its finished rounds are still readable"
+        ),
     ):
         resume(run, engine=engine)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
@@ -224,7 +227,7 @@ def test_what_a_disk_refuses_is_one_error_and_the_run_goes_on_later(
 
 
 def test_a_limit_on_files_is_one_error(tiny, engine, tmp_path, left_behind, uninterrupted):
-    """A real one: no file may grow beyond it, and metrics.jsonl is the first that would."""
+    """A limit on file sizes, which metrics.jsonl exceeds first."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     biggest = 2 * max(len(json.dumps(record)) for record in uninterrupted["metrics.jsonl"]) + 1200

@@ -1,4 +1,4 @@
-"""Trackers get each round's numbers, and never cost a run."""
+"""Trackers receive the numbers of each round, and their failures do not end a run."""
 
 import logging
 import sys
@@ -19,7 +19,7 @@ ROUNDS = ["rounds=2", "strategy.adapters=3"]
 
 @pytest.fixture
 def tracked(monkeypatch, smoke, smoke_engine, tmp_path):
-    """``tracked()``: a run whose tracker, one that Accelerate knows as tensorboard, keeps what it is told in a list."""
+    """``tracked()``: a run whose tracker, in place of tensorboard, collects the calls in a list."""
     from accelerate import tracking as accelerates
 
     told = []
@@ -93,9 +93,9 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tracked, caplog):
         run = tracked()
     assert run.ended
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert (
-        warning
-        == "tracking: tensorboard failed and is disabled for the rest of the run: ConnectionError: no route"
+    assert warning == (
+        "tracking: tensorboard failed and is disabled for the rest of the run: "
+        "ConnectionError: no route"
     )
 
 
@@ -151,7 +151,7 @@ def test_tensorboard_itself_reads_what_was_written(smoke, smoke_engine, tmp_path
 
 
 def test_mlflow_itself_reads_what_was_written(smoke, smoke_engine, tmp_path, monkeypatch):
-    """In a store of files, without a server."""
+    """MLflow with a file store, without a server."""
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
@@ -183,7 +183,7 @@ def test_mlflow_itself_reads_what_was_written(smoke, smoke_engine, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab", "aim", "clearml"])
 def test_other_trackers_get_the_heat_map_in_their_form(name):
-    """What accelerate's classes hand on: a list of images to some, one image to others."""
+    """Images as Accelerate passes them: a list to some trackers, single images to others."""
     shown = []
 
     class Pictures:
@@ -200,7 +200,7 @@ def test_other_trackers_get_the_heat_map_in_their_form(name):
 
 
 def test_trackers_that_accelerate_gives_numbers_alone_are_asked_themselves(monkeypatch):
-    """As trackio 0.43, comet_ml 3.58 and dvclive 3.49 take images: their own calls, on what accelerate calls ``tracker``."""
+    """trackio 0.43, comet_ml 3.58 and dvclive 3.49 receive images through their own calls."""
     shown = []
 
     class Own:

@@ -19,15 +19,15 @@ TASKS = ("sequence-classification", "causal-lm", "image-classification")
 
 @dataclass
 class Finished:
-    """A run, and what it ran on."""
+    """A run and its engine."""
 
     run: Any
     engine: Any
     inputs: dict[str, Any]
-    """A batch for the model, labels left out."""
+    """A batch for the model, without labels."""
 
     def logits(self, client):
-        """What the client is served, by the engine that trained it."""
+        """Logits of the client's served model, by the engine that trained it."""
         number = list(self.run.clients.index).index(client)
         soup, weights = self.run.state()
         self.engine.backbone.load_row(soup.merge(weights[number]))
@@ -71,8 +71,10 @@ def finished(tiny_models, tmp_path_factory):
             (folder / "mine.yaml").write_text(
                 f"name: mine\ntask: {task}\nrounds: 2\nbackbone: {{model: {tiny_models / model}}}\n"
                 f"lora: {{r: 2, target_modules: {targets}}}\n"
-                f"data: {{path: {folder / 'data'}, test_fraction: 0.25, partition: {{scheme: natural, by: by}}}}\n"
-                "strategy: {name: fedmerge, adapters: 3, start: independent}\ntraining: {learning_rate: 0.01, device: cpu}\n"
+                f"data:\n  path: {folder / 'data'}\n  test_fraction: 0.25\n"
+                "  partition: {scheme: natural, by: by}\n"
+                "strategy: {name: fedmerge, adapters: 3, start: independent}\n"
+                "training: {learning_rate: 0.01, device: cpu}\n"
             )
             recipe = Recipe.load(folder / "mine.yaml")
             engine = LocalEngine.from_recipe(recipe)
@@ -96,7 +98,7 @@ def run(tmp_path_factory, engine):
 
 @pytest.fixture(scope="module")
 def tickets():
-    """Tickets of an organisation that no client is."""
+    """Tickets of an organisation that is no client."""
     return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(
         range(24)
     )

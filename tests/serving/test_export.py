@@ -1,4 +1,4 @@
-"""Exported folders: they load without us, and say what they are."""
+"""Exported folders load without this package and describe their contents."""
 
 import json
 import re
@@ -87,7 +87,10 @@ def test_all_clients_have_a_folder_each(finished, tmp_path):
 
 
 def test_a_folder_of_all_clients_is_as_vllms_filesystem_resolver_looks_it_up(finished, tmp_path):
-    """<cache directory>/<name in the request>/adapter_config.json, of type LORA and for the very model that is served."""
+    """vLLM reads <cache directory>/<name in the request>/adapter_config.json.
+
+    The configuration must be of type LORA and name the served model.
+    """
     run = finished("causal-lm").run
     folder = export_all(run, tmp_path / "everyone", base_model_id="acme/base")
     for client in run.client_names:

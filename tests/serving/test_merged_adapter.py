@@ -1,4 +1,4 @@
-"""A run's adapters in use: as a PEFT model, as a pipeline, and mixed at will."""
+"""A run's adapters as PEFT models, as pipelines and as mixtures."""
 
 import pytest
 import torch

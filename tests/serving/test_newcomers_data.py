@@ -94,7 +94,10 @@ def test_a_newcomer_with_an_unseen_label_is_refused(run, tickets):
     )
     with pytest.raises(
         DataError,
-        match="row 2: 'green' in column 'queue' is not a known label; the labels are amber, blue, coral",
+        match=(
+            "row 2: 'green' in column 'queue' is not a known label; "
+            "the labels are amber, blue, coral"
+        ),
     ):
         personalize(run, table)
 
@@ -156,7 +159,10 @@ def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, option
     [
         (
             "strategy=fedavg",
-            r"one adapter for all clients \(fedavg\), so there are no weights to learn.*fedmerge or ifca.*strategy.adapters=5",
+            (
+                r"one adapter for all clients \(fedavg\), "
+                r"so there are no weights to learn.*fedmerge or ifca.*strategy.adapters=5"
+            ),
         ),
         ("strategy={name: fedmerge, adapters: 1}", "one adapter for all clients"),
         ("strategy=local", "a run of local, whose adapters a new client cannot merge"),

@@ -1,4 +1,4 @@
-"""Inputs of many clients in one pass: as each client alone."""
+"""Predictions for many clients in one pass equal those for each client alone."""
 
 import logging
 
@@ -112,7 +112,7 @@ def test_a_decoder_completes_as_its_pipeline_does(finished, predictor):
 
 
 def test_clients_differ(predictor):
-    """The adapters of the fixture's clients are not one: a pass that served all with the first's would be seen."""
+    """The fixture's clients have different adapters, so that mixing them up is detected."""
     predict = predictor("sequence-classification")
     text = ["the page shows an error"]
     scores = [each[0]["score"] for each in predict(dict.fromkeys(TEXTS, text)).values()]

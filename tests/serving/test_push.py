@@ -1,4 +1,4 @@
-"""Uploading to the hub, up to the network; and ``fedmerge export`` as a person types it."""
+"""Uploads to the hub, without a network, and the command ``fedmerge export``."""
 
 import huggingface_hub
 import pytest
@@ -16,7 +16,7 @@ def run(finished):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What was asked of the hub; the methods keep the signatures of the real ones."""
+    """Calls of the hub's client; the methods keep the signatures of the real ones."""
     asked = []
 
     def record(self, *positional, **named):
@@ -61,7 +61,7 @@ def test_a_new_repository_is_private_and_gets_the_whole_folder(run, hub, tmp_pat
 
 
 def test_without_the_hub_the_folder_stays_and_the_way_on_is_said(run, tmp_path):
-    """The tests run offline, so this is the real client's own refusal."""
+    """The tests run offline, so the real client raises the error."""
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
     with pytest.raises(
         RunError, match=r"was written but not uploaded: .*later: hf upload me/mine .*mine"

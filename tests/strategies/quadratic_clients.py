@@ -31,7 +31,7 @@ def noise(number):
 
 
 def near(number):
-    """Starts that lean a little towards the centres: what IFCA's guarantee asks for."""
+    """Starting rows slightly towards the centres, as IFCA's guarantee requires."""
     return 0.2 * CENTRES[number % 3] + 0.1 * noise(number)
 
 
@@ -72,7 +72,7 @@ def replies(strategy, clients, who):
 
 
 def federated(strategy, clients, rounds, cohort=None, seed=0):
-    """Rounds with replies in any order; what was sent must outlive the update."""
+    """Run rounds with replies in any order; an update must not change the sent rows."""
     order = random.Random(seed)
     for _ in range(rounds):
         who = order.sample(range(len(clients)), cohort or len(clients))
@@ -89,7 +89,7 @@ def mean_of_targets(group, by_size):
 
 
 def assert_truth(strategy):
-    """Each client is served with one adapter alone, and shares it with its own kind."""
+    """Assert that clients share an adapter if and only if they are of one cluster."""
     assert strategy.weights.max(1).values.tolist() == [1] * 9
     groups = strategy.weights.argmax(1)
     assert all(

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.equality
 
 @pytest.mark.parametrize("mu", [0.1, 3.0])
 def test_fedproxs_clients_stop_between_their_minimum_and_what_they_were_sent(formulas, mu):
-    """argmin ½ ‖θ − c_i‖² + μ/2 ‖θ − θ_sent‖² = (c_i + μ θ_sent) / (1 + μ), whose mean is the next θ."""
+    """The next θ is the mean of argmin ½ ‖θ − c_i‖² + μ/2 ‖θ − θ_sent‖².
+
+    The minimum is (c_i + μ θ_sent) / (1 + μ).
+    """
     case = formulas(3, sizes=[10, 20, 30])
     strategy, expected = case.strategy("fedprox", mu=mu), case.fresh_row(0)
     for _ in range(3):
@@ -27,9 +30,10 @@ def test_fedproxs_clients_stop_between_their_minimum_and_what_they_were_sent(for
 
 
 def test_fedadam_steps_by_its_formula(formulas):
-    """m ← β₁ m + (1 − β₁) δ,  v ← β₂ v + (1 − β₂) δ²,  θ ← θ − η m̂ / (√v̂ + τ), with β₂ = 0.99 and τ = 1e-3.
+    """θ ← θ − η m̂ / (√v̂ + τ), with β₂ = 0.99 and τ = 1e-3.
 
-    m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) are Adam's own, as both moments start at zero.
+    m ← β₁ m + (1 − β₁) δ and v ← β₂ v + (1 − β₂) δ² start at zero, so that Adam corrects them:
+    m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ).
     """
     case = formulas(2, sizes=[10, 30])
     strategy = case.strategy("fedavg", server_optimizer="adam", server_lr=0.02, server_momentum=0.8)
@@ -153,7 +157,10 @@ def test_flexlora_gives_each_client_the_first_directions_of_its_rank(formulas):
 
 
 def test_flexlora_leaves_no_direction_that_could_not_be_learned_again(formulas):
-    """One client of rank 1 alone gives a mean of rank 1; the other directions keep an A, without which B would have no gradient."""
+    """The mean of one client of rank 1 has rank 1.
+
+    The other directions keep a nonzero A, without which B would have no gradient.
+    """
     case = formulas(3)
     strategy = case.strategy("flexlora", ranks=[1, 4])
     case.round(strategy, [0])
@@ -209,7 +216,10 @@ def test_clients_of_different_ranks_on_a_tiny_model(smoke, smoke_engine, name):
 @pytest.mark.parametrize("ranks", [[4], [1, 4]])
 @pytest.mark.parametrize("name", ["flexlora", "flora"])
 def test_the_gap_is_between_updates(formulas, name, ranks):
-    """Of a client's s B_i A_i and what it gets next: the rank-r approximation of the mean for FlexLoRA, the mean itself for FLoRA."""
+    """The gap is the distance between a client's s B_i A_i and its next update.
+
+    FlexLoRA serves the rank-r approximation of the mean, FLoRA the mean itself.
+    """
     case = formulas(3, sizes=[10, 20, 30])
     federation = case.federation(f"strategy={{name: {name}, ranks: {ranks}}}", "rounds=2")
     held, expected = [ranks[client % len(ranks)] for client in range(3)], []

@@ -123,7 +123,10 @@ def test_traffic():
 
 
 def test_ifcas_gap_is_of_the_adapter_that_was_chosen(formulas):
-    """c_0, c_1 = θ_0 ± a choose the first adapter, which their mean leaves at θ_0: ‖a‖ each. c_2 has the second alone: 0."""
+    """Two clients with minima θ_0 ± a choose the first adapter: a gap of ‖a‖ each.
+
+    Their mean leaves it at θ_0. The third client alone has the second adapter: a gap of 0.
+    """
     case = formulas(3)
     a = 0.1 * torch.ones(case.layout.size)
     case.centres = torch.stack(

@@ -1,4 +1,4 @@
-"""Client-level differential privacy: what leaves a client, what noise the sums get, and what is spent."""
+"""Client-level differential privacy: released updates, noise on sums, and the budget spent."""
 
 import math
 import sys
@@ -31,7 +31,7 @@ LOCAL, CENTRAL = "privacy.mode=local", "privacy.mode=central"
 def renyi(noise, rounds, delta):
     """min over α of ε_R(α) + log((α − 1)/α) − (log δ + log α)/(α − 1), with ε_R(α) = T α / (2 z²).
 
-    (Mironov 2017, arXiv 1702.07476, proposition 7; Balle et al. 2020, arXiv 1905.09982, theorem 21.)
+    Mironov 2017, arXiv 1702.07476, proposition 7; Balle et al. 2020, arXiv 1905.09982, theorem 21.
     """
     orders = [1 + x / 1000 for x in range(1, 100_000)]
     return min(
@@ -43,7 +43,10 @@ def renyi(noise, rounds, delta):
 
 
 def exact(noise, rounds, delta):
-    """The ε at which T Gaussian mechanisms, which are one of noise z/√T, have this δ (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
+    """The ε of T Gaussian mechanisms at δ; together they are one mechanism of noise z/√T.
+
+    Balle and Wang 2018, arXiv 1805.06530, theorem 8.
+    """
     phi, sigma = NormalDist().cdf, noise / math.sqrt(rounds)
     low, high = 0.0, 100.0
     for _ in range(100):
@@ -126,7 +129,7 @@ def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_ea
 
 
 def sent(delta, privacy, phases=(None,), seed=5):
-    """What a client whose training moves it by δ returns, and what it keeps."""
+    """The released reply, and the row kept, of a client that training moves by δ."""
     row = torch.zeros_like(delta)
     plan = Train(row, phases, privacy=privacy)
     work = run_plan(plan, seed, lambda job, _: Trained(job.row - delta, 1.0, 1), None)
@@ -176,7 +179,7 @@ def test_local_noise_is_in_units_of_how_far_two_clipped_updates_can_be_apart():
 def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(
     clients, adapters, seed, sharpness
 ):
-    """max over which client is missing of ‖f(all) − f(all but one)‖ ≤ S, without the noise."""
+    """‖f(all) − f(all but one)‖ ≤ S for every missing client, without the noise."""
     generator = torch.Generator().manual_seed(seed)
     deltas = clipped(5 * torch.randn(clients, 6, generator=generator), 1.0)
     weights = torch.softmax(

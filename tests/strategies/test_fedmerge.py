@@ -1,4 +1,4 @@
-"""FedMerge's options, each on a case whose answer is known."""
+"""FedMerge's options, each on a case with a known answer."""
 
 import pytest
 import torch

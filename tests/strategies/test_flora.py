@@ -55,7 +55,10 @@ def test_flora_sends_the_stacks_that_a_client_has_not_had_yet(formulas):
 
 
 def test_floras_backbone_computes_what_the_adapter_did(make_backbone):
-    """W + ΔW with fresh factors gives the outputs of W with the factors behind ΔW; taking ΔW away restores every bit."""
+    """W + ΔW with fresh factors gives the outputs of W with the factors of ΔW.
+
+    Removing ΔW restores every bit.
+    """
     tokens = torch.tensor([[5, 6, 7, 8]])
     for kind, target in (("bert", "query"), ("gpt2", "c_attn")):
         backbone = make_backbone(
@@ -108,7 +111,10 @@ def test_nothing_is_added_to_a_layer_that_is_tied_to_another(make_backbone):
 def test_flora_refuses_embeddings(make_backbone):
     with pytest.raises(
         RecipeError,
-        match=r"lora.target_modules: flora supports linear layers only, but .*word_embeddings is an embedding",
+        match=(
+            r"lora.target_modules: flora supports linear layers only, "
+            r"but .*word_embeddings is an embedding"
+        ),
     ):
         flora_of(make_backbone("bert", {"target_modules": ["query", "word_embeddings"]}))
 

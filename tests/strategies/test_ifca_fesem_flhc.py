@@ -39,7 +39,7 @@ def test_ifca_offers_all_adapters_and_leaves_a_cluster_that_nobody_chose():
 
 
 def test_ifca_may_leave_adapters_over_and_says_so():
-    """An adapter that starts ahead for all clients keeps them: the known weakness."""
+    """An adapter that starts nearest to all clients keeps them: IFCA's known weakness."""
     strategy = federated(
         make("ifca", lambda number: CENTRES.mean(0) if number == 0 else 100 + noise(number)),
         QUADRATICS,
@@ -47,7 +47,8 @@ def test_ifca_may_leave_adapters_over_and_says_so():
     )
     assert strategy.weights.argmax(1).tolist() == [0] * 9
     assert strategy.warnings() == [
-        "adapters 1, 2 of 3 are unused (less than a quarter of the uniform share of the clients' weight)"
+        "adapters 1, 2 of 3 are unused (less than a quarter of the uniform share of the "
+        "clients' weight)"
     ]
 
 
@@ -98,7 +99,7 @@ def test_fesem_waits_for_as_many_clients_as_clusters_and_clusters_all_that_it_ha
 
 
 def test_fesem_tells_rows_apart_that_are_long_and_close():
-    """Squared, these rows are 1e8 times what tells them apart: in single precision, inner products would see nothing."""
+    """Squared norms are 1e8 times the squared distances, beyond the precision of float32."""
     far = 1e4 * torch.ones(SIZE)
     strategy = make(FeSEMRecipe(name="fesem", adapters=2), lambda _: far, clients=30)
     close = [Quadratic(far + (1.0 if client % 2 else -1.0)) for client in range(30)]

@@ -1,4 +1,4 @@
-"""Methods that leave something private with each client: on clients whose answers are formulas, and on a tiny model."""
+"""Methods with private parameters of each client, on formula clients and a tiny model."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_dittos_private_adapter_starts_from_the_global_one_when_its_client_is_fi
 
 
 def test_dittos_gap_is_the_global_adapters(formulas):
-    """w is trained to c ± a and becomes c: ‖a‖, wherever the private ones are."""
+    """w trains to c ± a and becomes c: a gap of ‖a‖, independent of the private adapters."""
     case = formulas(2)
     a = 0.1 * torch.ones(case.layout.size)
     case.centres = torch.stack([case.centres[0] + a, case.centres[0] - a])

@@ -260,7 +260,7 @@ def test_no_reply_moves_anothers_logits(rule, scale, seed):
 
 
 def test_with_the_papers_rule_one_reply_moves_all_logits():
-    """Σ|G| runs over all clients: whoever sends the longest update takes all of the step."""
+    """Σ|G| runs over all clients, so the client with the longest update takes all of the step."""
     moved = []
     for factor in (1.0, 1e4):
         strategy = make_strategy(

@@ -1,4 +1,4 @@
-"""The server step against the method's own equations."""
+"""The server step equals the method's equations."""
 
 import math
 
@@ -25,7 +25,7 @@ def federation(m=7, d=3, p=40, seed=0, dtype=torch.float64):
 
 
 def slow_paper_step(soup, logits, deltas, sizes, weights_lr, soup_lr, columns):
-    """The authors' round, entry by entry with plain Python numbers, the weights' step truly repeated k times."""
+    """The authors' round in plain Python numbers, with the weights' step repeated k times."""
     m, d, p = len(deltas), len(soup), soup.shape[1]
     theta, w, delta = soup.tolist(), logits.tolist(), deltas.tolist()
     rho = [float(n) / float(sum(sizes)) for n in sizes]
@@ -92,7 +92,7 @@ def test_paper_rule_moves_no_logit_much_further_than_its_step_size():
 
 
 def test_gradient_rule_is_the_gradient_of_the_merged_objective():
-    """With a quadratic loss ℓ_i(θ) = ½‖θ − t_i‖², the reply of one unit step is δ_i = θ_i − t_i, the exact gradient."""
+    """With ℓ_i(θ) = ½‖θ − t_i‖², one unit step gives δ_i = θ_i − t_i, the exact gradient."""
     soup, logits, targets, sizes = federation(seed=3)
     soup.requires_grad_()
     logits.requires_grad_()

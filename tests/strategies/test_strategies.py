@@ -56,7 +56,7 @@ def test_every_client_is_served_with_its_weights_times_the_soup():
 
 @pytest.mark.parametrize("name", [entry.name for entry in STRATEGIES])
 def test_a_single_plan_trains_what_the_client_is_served_with(formulas, name):
-    """The round loop relies on it: it scores a plan's row in place of asking for the same numbers again."""
+    """The round loop scores a plan's row instead of requesting the same numbers again."""
     case = formulas(4)
     strategy = case.strategy(name)
     for _ in range(2):
@@ -197,7 +197,7 @@ def test_the_heads_columns_need_a_head():
 
 
 def opposed(clients, scale=1.0):
-    """Even clients want one direction, odd clients the other; all share a third, much larger one."""
+    """Updates in opposite directions for even and odd clients, plus a larger common part."""
     common = 3 * (torch.arange(SIZE) > 0)
     wish = torch.zeros(SIZE)
     wish[0] = scale
@@ -263,7 +263,7 @@ def test_more_groups_than_adapters_are_refused():
 
 
 def in_groups(truth, spread, seed=0):
-    """Updates of clients that want one of three things, of very different lengths, with much in common."""
+    """Updates around one of three centres, of very different lengths, with a common part."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, 50, generator=generator)
     lengths = torch.rand(len(truth), 1, generator=generator) * 10 + 0.1

@@ -1,4 +1,4 @@
-"""A round's replies as one matrix, of which little is in memory at a time."""
+"""A round's replies as one matrix, with a small part in memory at a time."""
 
 import os
 import subprocess
@@ -80,14 +80,20 @@ from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 row_buffer.CHUNK_BYTES = row_buffer.MEMORY_BYTES = 2**22
 SIZE, CLIENTS = 2**18, 200
 layout = AdapterLayout.from_tensors([("head.weight", (SIZE,), "head")])
-start = StrategyContext(CLIENTS, layout, lambda number: torch.randn(SIZE, generator=torch.Generator().manual_seed(number)))
+def fresh_row(number):
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(number))
+
+
+start = StrategyContext(CLIENTS, layout, fresh_row)
 
 
 def learn(count):
     kept = row_buffer.RowBuffer(expected_calls=count)
-    replies = [Reply(client, kept.append(torch.randn(1, SIZE)), 10, 1.0, 0.0) for client in range(count)]
+    rows = (kept.append(torch.randn(1, SIZE)) for _ in range(count))
+    replies = [Reply(client, row, 10, 1.0, 0.0) for client, row in enumerate(rows)]
     for more in ({}, {"start": "warm"}):
-        make_strategy(FedMergeRecipe(name="fedmerge", adapters=2, warm_rounds=1, **more), start).update(replies)
+        recipe = FedMergeRecipe(name="fedmerge", adapters=2, warm_rounds=1, **more)
+        make_strategy(recipe, start).update(replies)
     return replies
 
 

@@ -13,7 +13,7 @@ from tasks.causal_lm_tables import CHATS, NAME, PAIRS
 
 
 def decoded(task, examples, row) -> tuple[str, str]:
-    """All of an example, and the part with labels."""
+    """Decode an example, and its part with labels."""
     ids, labels = examples.columns["input_ids"][row], examples.columns["labels"][row]
     return task.processor.decode(ids), task.processor.decode(labels[labels != -100])
 
@@ -36,7 +36,10 @@ def test_the_format_is_told_from_the_columns(task_of, columns, format):
 def test_columns_that_fit_no_format_are_listed(task_of):
     with pytest.raises(
         DataError,
-        match=r"the data have body, title, which match no format \(messages: messages; prompt-completion",
+        match=(
+            r"the data have body, title, which match no format \(messages: messages; "
+            r"prompt-completion"
+        ),
     ):
         task_of("llama", Dataset.from_dict({"body": ["a"], "title": ["b"]}), name=NAME)
 
@@ -95,7 +98,10 @@ def test_messages_without_a_chat_template_say_the_fix(task_of):
     [
         (
             [[], [{"role": "user", "content": "a"}]],
-            r"row 0 \(of the rows in use\): 'messages' must be a list of at least one \{role, content\}",
+            (
+                r"row 0 \(of the rows in use\): 'messages' must be a list of at least one "
+                r"\{role, content\}"
+            ),
         ),
         (
             [[{"role": "user", "content": None}]],
@@ -123,7 +129,10 @@ def test_what_the_chat_template_refuses_is_refused_with_its_row(task_of):
     task.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
         DataError,
-        match=r"row 0 \(of the rows in use\): the chat template rejects the messages in 'messages': roles must alternate",
+        match=(
+            r"row 0 \(of the rows in use\): the chat template rejects the messages in 'messages': "
+            r"roles must alternate"
+        ),
     ):
         task.encode(CHATS)
 
@@ -208,8 +217,8 @@ def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
     assert (
-        "in 1 of 2 rows the prompt's tokens are not a prefix of the tokens of prompt + completion (first: row 0)"
-        in caplog.text
+        "in 1 of 2 rows the prompt's tokens are not a prefix of the tokens of prompt + "
+        "completion (first: row 0)" in caplog.text
     )
     assert decoded(task, examples, 0) == ("<s>the</s>", "e</s>")
 
@@ -279,6 +288,9 @@ def test_lengths_stay_within_the_model(task_of):
         task_of("gpt2", PAIRS, name=NAME, max_length=200)
     with pytest.raises(
         DataError,
-        match=r"task.max_new_tokens: 128 new tokens leave no room for a prompt; the model's limit is 128",
+        match=(
+            r"task.max_new_tokens: 128 new tokens leave no room for a prompt; "
+            r"the model's limit is 128"
+        ),
     ):
         task_of("gpt2", PAIRS, name=NAME, max_new_tokens=128, metrics=["rougeL"])

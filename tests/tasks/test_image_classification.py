@@ -119,11 +119,17 @@ def test_a_camera_that_was_turned_is_turned_back(task_of):
     [
         (
             {"bytes": b"no image"},
-            r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded \(8 bytes\)",
+            (
+                r"row 1 \(of the rows in use\): "
+                r"the image in column 'image' cannot be decoded \(8 bytes\)"
+            ),
         ),
         (
             {"bytes": png(picture())[:200]},
-            r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded \(200 bytes\)",
+            (
+                r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded "
+                r"\(200 bytes\)"
+            ),
         ),
         (
             {"path": "nowhere/one.png"},

@@ -110,5 +110,8 @@ def test_scoring_a_client_takes_milliseconds():
 
 
 def test_importing_the_metrics_does_not_import_evaluate():
-    program = "import sys, fedmerge_peft.tasks.metrics; sys.exit('evaluate' in sys.modules or 'sklearn' in sys.modules)"
+    program = (
+        "import sys, fedmerge_peft.tasks.metrics; "
+        "sys.exit('evaluate' in sys.modules or 'sklearn' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

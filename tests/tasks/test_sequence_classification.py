@@ -74,14 +74,20 @@ def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
         (
             [0, 7, 9],
             {"num_labels": 4},
-            r"row 1 \(of the rows in use\): label 7 in column 'label' is too large for 4 labels, 0 to 3",
+            (
+                r"row 1 \(of the rows in use\): label 7 in column 'label' is too large for 4 "
+                r"labels, 0 to 3"
+            ),
         ),
         ([0, None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
         (["a", None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
         (
             [0.5, 1.0],
             {},
-            r"column 'label' has the type double, such as 0.5 in row 0; a label is an integer from 0, or a name",
+            (
+                r"column 'label' has the type double, such as 0.5 in row 0; "
+                r"a label is an integer from 0, or a name"
+            ),
         ),
         (["a", "b", "c"], {"num_labels": 2}, r"3 labels, but task.num_labels is 2: a, b, c"),
         (
@@ -102,7 +108,10 @@ def test_a_label_that_came_later_is_refused_with_its_row(task_of):
     task = task_of("bert", table_of(["a", "b"]), name=NAME)
     with pytest.raises(
         DataError,
-        match=r"row 1 \(of the rows in use\): 'c' in column 'label' is not a known label; the labels are a, b",
+        match=(
+            r"row 1 \(of the rows in use\): 'c' in column 'label' is not a known label; "
+            r"the labels are a, b"
+        ),
     ):
         task.encode(table_of(["a", "c"]))
 

@@ -84,7 +84,7 @@ class Bench:
         return evaluate(self.runtime, served, indices, batch_size)
 
     def probabilities(self, row):
-        """Of each label for each example, ``(10, 3)``."""
+        """Probabilities of each label for each example, ``(10, 3)``."""
         self.backbone.load_row(row)
         batch = self.task.collate(self.examples, np.arange(len(self.table)))
         with torch.no_grad():

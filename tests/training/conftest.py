@@ -14,9 +14,10 @@ WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"
 
 @pytest.fixture(scope="session")
 def table_and_task():
-    """``table_and_task("bert", 12)``: so many examples of three classes, or of prompts and completions, and the recipe's ``task`` for them.
+    """``table_and_task("bert", 12)``: twelve examples, and the recipe's ``task`` for them.
 
-    Lengths differ from one example to the next. Kinds are those of the tiny models, and ``llama-classifier``.
+    Examples are of three classes, or prompts and completions; their lengths differ. Kinds are those
+    of the tiny models, and ``llama-classifier``.
     """
     from datasets import Dataset, Features, Image, Value
     from PIL.Image import fromarray

@@ -86,8 +86,8 @@ class Bench:
     def losses(self, row, indices=ROWS):
         return example_losses(self.runtime, row, indices, 5)
 
-    def count(self, layer, work):
-        """How often the layer runs in there, and what comes out."""
+    def count(self, layer, call):
+        """Return the number of runs of a layer during ``call()``, and the result of the call."""
         runs = []
         part = next(
             module
@@ -95,9 +95,9 @@ class Bench:
             if isinstance(module, nn.LayerNorm)
         )
         handle = part.register_forward_hook(lambda *_: runs.append(1))
-        found = work()
+        result = call()
         handle.remove()
-        return len(runs), found
+        return len(runs), result
 
     @property
     def used(self):

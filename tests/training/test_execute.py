@@ -1,4 +1,4 @@
-"""Carrying out plans with losses that have a closed form, and no model."""
+"""Execution of plans with closed-form losses, without a model."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ POINTS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 3.0], [5.0, 5.0]])
 
 
 class Client:
-    """ℓ(θ; x) = ½‖θ − x‖² for each of its points x; training goes all the way to the weighted mean of the points."""
+    """ℓ(θ; x) = ½‖θ − x‖² for each point x; training ends at the weighted mean of the points."""
 
     def __init__(self, points=POINTS):
         self.points = points
@@ -73,7 +73,10 @@ def test_an_adapter_whose_loss_is_no_number_is_not_chosen():
 
 
 def test_a_mixtures_posterior_is_bayes_rule():
-    """p(k | x) = π_k exp(−½‖θ_k − x‖²) / Σ_j …, with plain numbers; π_k its mean, θ_k the mean of the points by it."""
+    """p(k | x) = π_k exp(−½‖θ_k − x‖²) / Σ_j …, in plain numbers.
+
+    π_k becomes its mean, and θ_k the mean of the points weighted by it.
+    """
     client, rows, weights = (
         Client(),
         torch.tensor([[0.0, 1.0], [3.0, 3.0]]),
@@ -135,7 +138,7 @@ def test_the_first_job_in_turn_draws_as_if_it_were_alone():
 
 
 def test_what_several_clients_want_trained_at_one_time_is_one_call():
-    """Each has the work that it would have alone, whatever its neighbours were asked to do."""
+    """Each plan has the jobs and seeds that it has alone, with any other plans beside it."""
     rows, weights = torch.tensor([[9.0, 9.0], [2.0, 2.1]]), torch.tensor([0.3, 0.7])
     plans = [
         Train(rows[0]),

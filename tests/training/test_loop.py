@@ -13,7 +13,7 @@ from training.bench import Bench
 
 
 def plain_step(bench, optimizer, batches, sent=None):
-    """One optimizer step on the model's separate tensors, as anybody would write it."""
+    """One optimizer step on the model's separate tensors, in plain torch."""
     parameters = [p for p in bench.backbone.model.parameters() if p.requires_grad]
     sums, counts = [], []
     for batch in batches:
@@ -46,7 +46,7 @@ def plain_step(bench, optimizer, batches, sent=None):
 def test_one_full_batch_step_equals_a_plain_optimizer_on_separate_tensors(
     tiny_models, optimizer, options
 ):
-    """Three steps on all examples at once: their order does not matter then."""
+    """Three steps on all examples at once, so that their order does not matter."""
     accumulation = options.get("gradient_accumulation", 1)
     bench = Bench(
         tiny_models,
@@ -72,7 +72,7 @@ def test_one_full_batch_step_equals_a_plain_optimizer_on_separate_tensors(
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 def test_accumulated_gradients_weigh_every_labelled_token_alike(tiny_models):
-    """Completions have 1 to 5 tokens: a mean of micro-batch means would differ from the mean over tokens."""
+    """Completions have 1 to 5 tokens, so a mean of micro-batch means is not the mean of all."""
     bench = Bench(tiny_models, "gpt2", optimizer="sgd", steps=1, batch_size=10)
     whole = bench.train()
     parts = Bench(
@@ -145,7 +145,7 @@ def test_a_phase_of_all_columns_is_plain_training_and_each_phase_has_its_own_ord
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 def test_example_weights_multiply_each_examples_loss(tiny_models):
-    """One SGD step on Σ w_i ℓ_i / n, recomputed by autograd; the weights follow the indices, not the table."""
+    """One SGD step on Σ w_i ℓ_i / n, recomputed by autograd, with weights by index."""
     bench = Bench(tiny_models, optimizer="sgd", steps=1, batch_size=10, learning_rate=1.0)
     indices = np.array([7, 2, 5, 0])
     weights = torch.tensor([0.3, 0.0, 1.0, 2.0])

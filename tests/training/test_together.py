@@ -1,4 +1,4 @@
-"""Several adapters in one pass of the model, held against training them one after another."""
+"""Training several adapters in one pass equals training them one after another."""
 
 import logging
 import re
@@ -36,7 +36,7 @@ TARGETS = {
 
 
 class Bench:
-    """A tiny model without dropout, and four jobs that differ in whatever jobs can differ in."""
+    """A tiny model without dropout, and four jobs that differ in every option of a job."""
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ def make_bench(tiny_models, table_and_task):
 
 
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}
+CACHED = {"lora": {"layers_to_transform": [1]}, "cached": True}
 CASES = {
     "bert": {},
     "gpt2, whose layers are Conv1D": {"kind": "gpt2"},
@@ -129,10 +130,17 @@ CASES = {
     "sgd with momentum and decay": {"kind": "gpt2", **SGD},
     "adamw with decay": {"weight_decay": 0.1},
     "rslora": {"lora": {"use_rslora": True, "r": 3}},
-    "ranks and scales by layer": {"lora": {"rank_pattern": {"query": 4}, "alpha_pattern": {"value": 3.0}}},
+    "ranks and scales by layer": {
+        "lora": {"rank_pattern": {"query": 4}, "alpha_pattern": {"value": 3.0}},
+    },
     "one frozen A for all": {"lora": {"merge": "shared_a"}},
-    "a LayerNorm and a linear layer train whole": {"lora": {"modules_to_save": ["LayerNorm", "intermediate.dense"]}},
-    "a Conv1D trains whole": {"kind": "gpt2", "lora": {"modules_to_save": ["c_fc"], "target_modules": ["c_attn"]}},
+    "a LayerNorm and a linear layer train whole": {
+        "lora": {"modules_to_save": ["LayerNorm", "intermediate.dense"]},
+    },
+    "a Conv1D trains whole": {
+        "kind": "gpt2",
+        "lora": {"modules_to_save": ["c_fc"], "target_modules": ["c_attn"]},
+    },
     "a whole block trains": {"lora": {"modules_to_save": ["output"], "target_modules": ["query"]}},
     "clipping": {"max_grad_norm": 0.01},
     "no clipping": {"max_grad_norm": None, **SGD},
@@ -143,13 +151,15 @@ CASES = {
     "cosine and warmup": {"schedule": "cosine", "warmup": 0.3, "epochs": 3},
     "linear decay": {"schedule": "linear", "epochs": 2, **SGD},
     "checkpointing": {"kind": "llama", "backbone": {"gradient_checkpointing": True}},
-    "the prefix cache": {"lora": {"layers_to_transform": [1]}, "cached": True},
-    "the prefix cache of a decoder": {"kind": "llama", "lora": {"layers_to_transform": [1]}, "cached": True, "epochs": 2},
-    "the prefix cache of images": {"kind": "vit", "lora": {"layers_to_transform": [1]}, "cached": True},
+    "the prefix cache": {**CACHED},
+    "the prefix cache of a decoder": {"kind": "llama", **CACHED, "epochs": 2},
+    "the prefix cache of images": {"kind": "vit", **CACHED},
     "the prefix cache and checkpointing": {
-        "kind": "llama", "lora": {"layers_to_transform": [1]}, "cached": True, "backbone": {"gradient_checkpointing": True},
+        "kind": "llama",
+        **CACHED,
+        "backbone": {"gradient_checkpointing": True},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.equality
@@ -190,7 +200,7 @@ def test_half_precision_differs_by_its_rounding(make_bench, options):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "llama-classifier", "vit"])
 def test_gradients_are_each_adapters_own(make_bench, kind, checkpointing):
-    """For micro-batches of unequal number and size, with weights for some."""
+    """Micro-batches differ in number and size, and some have example weights."""
     bench = make_bench(kind, backbone={"gradient_checkpointing": checkpointing})
     batches = [[ROWS[:3], ROWS[3:4]], [ROWS[4:9]], [ROWS[9:10], ROWS[10:12], ROWS[[2]]]]
     weights = [None, torch.rand(COUNT, generator=torch.Generator().manual_seed(0)), None]
@@ -209,7 +219,7 @@ def test_gradients_are_each_adapters_own(make_bench, kind, checkpointing):
 
 
 def test_the_comparison_tells_one_adapter_from_another(make_bench):
-    """What the other tests rest on: neighbours, other examples and another order of examples are far away."""
+    """Other adapters, other examples and another order of examples give distant results."""
     bench = make_bench()
     jobs = bench.jobs()
     alone = bench.alone(jobs)
@@ -267,24 +277,40 @@ def test_a_forward_of_a_layers_own_comes_back(make_bench):
     assert layer.forward is mine
 
 
-# ---- what cannot be stacked -----------------------------------------------------------------------
+# ---- adapters that cannot be stacked -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "lora", "reason"),
     [
-        ("bert", {"use_dora": True}, r"DoRA's magnitudes are not low-rank updates \(lora\.use_dora\)"),
+        ("bert", {"use_dora": True}, r"magnitudes are not low-rank updates \(lora\.use_dora\)"),
         ("bert", {"bias": "lora_only"}, r"query\.base_layer\.bias is trainable, but"),
         ("bert", {"bias": "all"}, r"bias is trainable, but"),
         ("bert", {"trainable_token_indices": [5, 6]}, r"is trainable, but"),
-        ("bert", {"modules_to_save": ["word_embeddings"]}, r"word_embeddings.*weight is trainable, but"),
-        ("bert", {"target_modules": ["query", "word_embeddings"]}, r"word_embeddings is not a plain linear layer \(Embedding, Embedding\)"),
-        ("vit", {"target_modules": ["projection"]}, r"projection is not a plain linear layer \(Conv2d, Conv2d\)"),
-        ("llama", {"target_parameters": ["mlp.up_proj.weight"]}, r"is not a plain linear layer \(Linear, ParamWrapper\)"),
+        (
+            "bert",
+            {"modules_to_save": ["word_embeddings"]},
+            r"word_embeddings.*weight is trainable, but",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query", "word_embeddings"]},
+            r"word_embeddings is not a plain linear layer \(Embedding, Embedding\)",
+        ),
+        (
+            "vit",
+            {"target_modules": ["projection"]},
+            r"projection is not a plain linear layer \(Conv2d, Conv2d\)",
+        ),
+        (
+            "llama",
+            {"target_parameters": ["mlp.up_proj.weight"]},
+            r"is not a plain linear layer \(Linear, ParamWrapper\)",
+        ),
         ("llama", {"modules_to_save": ["norm"]}, r"norm\..*weight is trainable, but"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(
     make_bench, caplog, kind, lora, reason
 ):

@@ -1,4 +1,4 @@
-"""Files: the same content gives the same bytes, and the umask decides who reads them."""
+"""Files: the same content gives the same bytes, and the mode follows from the umask."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def write_all(folder):
 
 
 def test_the_same_content_has_the_same_bytes(tmp_path):
-    """Also in a process that hashes text in its own way."""
+    """The bytes do not depend on the process's hash seed."""
     for number in range(8):
         (tmp_path / str(number)).mkdir()
         write_all(tmp_path / str(number))

@@ -1,4 +1,4 @@
-"""Where a run's time went."""
+"""The time that the parts of a run take."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Rows put aside in memory and in a file."""
+"""Rows that are kept in memory and in a file."""
 
 import gc
 

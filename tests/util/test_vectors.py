@@ -1,4 +1,4 @@
-"""Long vectors: finite or not, whatever the sum does; and their lengths, whatever the squares do."""
+"""Finiteness and norms of long vectors, also if sums or squares overflow."""
 
 import pytest
 import torch

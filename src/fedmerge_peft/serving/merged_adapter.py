@@ -58,8 +58,9 @@ class MergedAdapter:
         if not self.run.recipe.strategy.single_adapter:
             raise RunError(
                 f"{self.run.path}: {self.run.recipe.strategy.name} mixes the predictions of its "
-                "adapters, so a client has no single adapter. Load each row of run.soup.rows as run.soup.state_dict(row), and "
-                "average their probabilities with the weights run.weights.loc[client]"
+                "adapters, so a client has no single adapter. Load each row of run.soup.rows as "
+                "run.soup.state_dict(row), and average their probabilities with the weights "
+                "run.weights.loc[client]"
             )
 
     @property

@@ -330,8 +330,8 @@ def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
     mergeable = " or ".join(name for name, section in sections if section.shared_soup)
     if len(soup) == 1:
         raise RunError(
-            f"{run.path} has one adapter for all clients ({strategy.name}), so there are no weights to "
-            "learn: run.save_adapter writes it unchanged. To personalize, run "
+            f"{run.path} has one adapter for all clients ({strategy.name}), so there are no "
+            "weights to learn: run.save_adapter writes it unchanged. To personalize, run "
             f"{mergeable} with several adapters, such as strategy.adapters=5"
         )
     if not strategy.shared_soup:

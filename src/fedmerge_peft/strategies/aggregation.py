@@ -112,8 +112,8 @@ class Aggregator:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rules, by their names in recipes. Each combines δ (k, P) with weights (k, d), whose columns sum to 1
-# or are zero, into one update for each adapter, (d, P).
+# Rules, by their names in recipes. Each combines δ (k, P) with weights (k, d), whose columns sum to
+# 1 or are zero, into one update for each adapter, (d, P).
 # --------------------------------------------------------------------------------------------------
 def mean(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
     """Weighted mean."""

@@ -79,7 +79,7 @@ def installed(built, tmp_path_factory):
     return python
 
 
-def test_the_sdist_has_what_makes_tests_and_site(built):
+def test_the_sdist_has_the_files_for_tests_and_site(built):
     tree = built[2]
     for name in (
         "README.md",
@@ -99,7 +99,7 @@ def test_the_sdist_has_what_makes_tests_and_site(built):
     ]
 
 
-def test_the_wheel_has_the_package_and_its_data_and_no_more(built):
+def test_the_wheel_has_the_package_and_its_data_alone(built):
     names = zipfile.ZipFile(built[1]).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"fedmerge_peft"}
     for name in (

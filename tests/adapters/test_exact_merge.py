@@ -19,7 +19,7 @@ def soup_of(backbone, adapters=3):
     )
 
 
-def test_concatenation_computes_the_average_of_the_updates(make_backbone):
+def test_concatenation_gives_the_average_of_the_updates(make_backbone):
     """Merging equals adding Σ_j π_j scaling B_j A_j to the weight of every layer."""
     backbone = make_backbone("bert", {"r": 4, "target_modules": ["query", "value", "dense"]})
     soup, weights = soup_of(backbone), torch.tensor([0.2, 0.5, 0.3])

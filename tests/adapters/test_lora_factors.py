@@ -31,7 +31,7 @@ def test_ranks_are_rows_of_a_and_columns_of_b_in_embeddings_too(make_backbone):
         assert not b_part[:, 0].any()
 
 
-def test_products_of_two_matrices_are_told_from_other_updates_in_one_way():
+def test_updates_that_are_no_product_of_two_matrices_are_refused():
     def layout(*shapes, role="lora"):
         return AdapterLayout.from_tensors([(f"a.{name}", shape, role) for name, shape in shapes])
 
@@ -56,7 +56,7 @@ def test_products_of_two_matrices_are_told_from_other_updates_in_one_way():
             layer_factors(layout(alone))
 
 
-def test_what_is_shared_with_a_frozen_a_is_what_starts_random(make_backbone):
+def test_a_frozen_a_shares_the_randomly_initialized_factors(make_backbone):
     lora = {"r": 3, "target_modules": ["query", "word_embeddings"]}
     layout = make_backbone("bert", lora).layout
     random = {
@@ -68,7 +68,7 @@ def test_what_is_shared_with_a_frozen_a_is_what_starts_random(make_backbone):
     assert make_backbone("bert", {**lora, "merge": "shared_a"}).shared.keys() == random
 
 
-def test_the_decomposition_through_small_factors_is_the_dense_one():
+def test_the_decomposition_through_small_factors_equals_the_dense_one():
     generator = torch.Generator().manual_seed(0)
     for rank in (2, 5, 40):
         b, a = torch.randn(7, rank, generator=generator), torch.randn(rank, 6, generator=generator)

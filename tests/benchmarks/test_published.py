@@ -35,7 +35,7 @@ def say(folder, **environment):
     return Run.open(folder)
 
 
-def test_the_stamp_is_what_the_runs_say(program, write_run, monkeypatch):
+def test_the_stamp_follows_from_the_runs(program, write_run, monkeypatch):
     machine = {
         "device": "cpu",
         "threads": 1,
@@ -75,7 +75,7 @@ def test_the_stamp_is_what_the_runs_say(program, write_run, monkeypatch):
     )
 
 
-def test_runs_that_say_less_are_stamped_all_the_same(program, write_run):
+def test_runs_with_less_information_are_stamped(program, write_run):
     bare, older = write_run("bare", [], [[0.0], [0.5]]), write_run("older", [], [[0.0], [0.5]])
     for folder in (bare, older):
         os.utime(folder / "recipe.yaml", (0, 0))
@@ -156,7 +156,7 @@ def test_some_methods_never_replace_a_table_of_more(quality):
     assert quality("--methods", "fedavg")[1] == before
 
 
-def test_a_method_that_is_not_there_is_one_line(quality):
+def test_an_unknown_method_is_one_message(quality):
     with pytest.raises(SystemExit, match=r"^mine\.yaml has no nosuch; it has local, fedavg$"):
         quality("--methods", "nosuch,fedavg")
 

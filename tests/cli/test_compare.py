@@ -36,7 +36,7 @@ def runs(write_run):
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 120, 160])
-def test_the_table_fits_the_terminal_and_says_what_it_shows(runs, fedmerge, width):
+def test_the_table_fits_the_terminal_and_has_a_title(runs, fedmerge, width):
     code, out, err = fedmerge("runs", width=width)
     assert (code, err) == (0, "")
     lines = out.splitlines()

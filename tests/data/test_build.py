@@ -43,7 +43,7 @@ def test_every_row_of_the_table_is_held_once(recipe, scheme, split_column):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_seed_alone_tells_who_holds_what(recipe, scheme):
+def test_the_seed_alone_decides_the_partition(recipe, scheme):
     def holdings(seed):
         data = federate_data(recipe(partition=SCHEMES[scheme], split_column="split"), "label", seed)
         return [[sorted(texts(data, rows)) for rows in parts(client)] for client in data.clients]
@@ -54,7 +54,7 @@ def test_the_seed_alone_tells_who_holds_what(recipe, scheme):
     assert holdings(2) != first
 
 
-def test_absent_splits_are_set_aside_from_each_client_s_own_rows(recipe):
+def test_missing_splits_are_taken_from_each_clients_own_rows(recipe):
     data = federate_data(recipe(), "label", 0)
     assert [tuple(map(len, parts(client))) for client in data.clients] == [(12, 4, 4)] * 3
     data = federate_data(recipe(validation_fraction=0.0, test_fraction=0.5), "label", 0)
@@ -106,7 +106,7 @@ def test_class_label_names_are_client_names(tmp_path, table):
     assert [client.name for client in data.clients] == ["north", "east", "south", "west"]
 
 
-def test_test_rows_follow_the_client_s_training_labels(recipe):
+def test_test_rows_follow_the_clients_training_labels(recipe):
     data = federate_data(
         recipe(partition=SCHEMES["clusters"], split_column="split", validation_fraction=0.0),
         "label",
@@ -145,7 +145,7 @@ def faults(recipe, label="label"):
     return str(raised.value)
 
 
-def test_tasks_without_labels_need_a_column_to_deal_by(recipe):
+def test_tasks_without_labels_need_a_column_to_partition_by(recipe):
     dirichlet = SCHEMES["dirichlet"]
     assert faults(recipe(partition=dirichlet), None) == (
         "data.partition.by: the task has no label column to partition by; "
@@ -156,7 +156,7 @@ def test_tasks_without_labels_need_a_column_to_deal_by(recipe):
     assert len(federate_data(recipe(partition=IID), None, 0).clients) == 3
 
 
-def test_absent_columns_are_named_with_those_present(recipe):
+def test_missing_columns_are_named_with_those_present(recipe):
     present = "the data have text, label, task, domain, split"
     assert (
         faults(recipe(), "labels")

@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", pages("bash"))
-def test_commands_run_in_the_order_they_are_shown(page, here, capsys):
+def test_commands_run_in_order(page, here, capsys):
     """Training uses a tiny model; ``make`` is only planned and ``pip`` skipped."""
     for line in "".join(blocks(page, "bash")).splitlines():
         command = shlex.split(line, comments=True)
@@ -112,7 +112,7 @@ def leaves(section, *above):
             yield ".".join((*above, key)), value
 
 
-def test_every_block_says_what_it_is():
+def test_every_code_block_names_its_language():
     """Blocks without a language would not be run."""
     for page, text in PAGES.items():
         assert all(language for language in re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]), (

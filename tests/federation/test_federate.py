@@ -36,7 +36,7 @@ def run(tmp_path_factory, engine):
     )
 
 
-def test_a_run_leaves_everything_behind(run):
+def test_a_run_writes_all_of_its_files(run):
     names = {
         path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()
     }
@@ -57,7 +57,7 @@ def test_a_run_leaves_everything_behind(run):
     assert not [name for name in names if "/." in name or name.startswith(".")]
 
 
-def test_the_environment_says_when_and_by_what_a_run_was_made(run):
+def test_the_environment_records_time_code_and_machine(run):
     said = load_run(run.path).environment
     assert {
         "started",
@@ -83,7 +83,7 @@ def git(folder, *arguments):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_a_checkout_is_known_by_its_commit_and_by_changes_in_the_package(tmp_path):
+def test_a_checkout_is_identified_by_its_commit_and_uncommitted_changes(tmp_path):
     package = tmp_path / "src" / "package"
     package.mkdir(parents=True)
     (package / "code.py").touch()
@@ -106,7 +106,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
     assert source.__wrapped__(Path(files.__file__).parent) == {}
 
 
-def test_metrics_hold_one_object_a_round(run):
+def test_metrics_hold_one_object_per_round(run):
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in records] == [1, 2, 3]
     expected = {
@@ -123,7 +123,7 @@ def test_metrics_hold_one_object_a_round(run):
     assert {"mean", "worst", "clients"} <= records[0]["served"].keys()
 
 
-def test_the_recipe_in_the_run_directory_is_the_whole_recipe(run):
+def test_the_recipe_in_the_run_directory_is_complete(run):
     assert Recipe.load(run.path / "recipe.yaml") == recipe("rounds=3", "baselines=[fedavg, local]")
 
 
@@ -192,7 +192,7 @@ def test_an_exact_adapter_is_the_average_of_updates_in_plain_peft(
         assert_near(layer(hidden), expected)
 
 
-def test_a_stranger_has_no_adapter(run):
+def test_an_unknown_client_has_no_adapter(run):
     with pytest.raises(RunError, match="no client 'nobody'; it has Harbour Clinic"):
         run.adapter("nobody")
 
@@ -204,13 +204,13 @@ def test_an_existing_run_is_never_overwritten(run, engine):
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
-def test_a_directory_with_other_files_is_left_alone(tmp_path, engine):
+def test_a_directory_with_other_files_is_refused(tmp_path, engine):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunExistsError, match="already holds other files"):
         federate(recipe(), tmp_path, engine=engine)
 
 
-def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path, engine):
+def test_a_directory_that_cannot_be_written_is_one_error(tmp_path, engine):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         federate(recipe(), tmp_path / "file" / "run", engine=engine)
@@ -238,7 +238,7 @@ def test_a_failure_in_the_middle_loses_no_finished_round(tmp_path, engine, monke
         _ = left.summary
 
 
-def test_a_full_disk_is_one_clear_error_and_loses_no_finished_round(tmp_path, engine, monkeypatch):
+def test_a_full_disk_is_one_error_and_loses_no_finished_round(tmp_path, engine, monkeypatch):
     from fedmerge_peft.util import files as module
 
     def full(tensors, path, **_):
@@ -289,11 +289,11 @@ def test_a_torn_last_line_of_metrics_is_left_out(tmp_path, engine):
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "..", "''"])
-def test_a_name_that_leads_elsewhere_is_refused(engine, name):
+def test_a_name_outside_the_folder_is_refused(engine, name):
     with pytest.raises(RecipeError, match="not a valid folder name"):
         federate(recipe(f"name={name}"), engine=engine)
 
 
-def test_a_folder_without_a_run_is_one_clear_error(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         load_run(tmp_path)

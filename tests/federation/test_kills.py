@@ -54,7 +54,9 @@ def killable():
 
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_ends_as_one_that_was_not(killable, tmp_path, left_behind, strategy, together):
+def test_a_killed_run_ends_like_an_uninterrupted_one(
+    killable, tmp_path, left_behind, strategy, together
+):
     assert killable(tmp_path / "whole", strategy, together)[0] is False
     begin = perf_counter()
     _, events = killable(tmp_path / "counted", strategy, together)
@@ -72,7 +74,7 @@ def test_a_killed_run_ends_as_one_that_was_not(killable, tmp_path, left_behind, 
         path = tmp_path / str(trial)
         trial += 1
         history = []
-        for _ in range(chance.choice([1, 1, 2, 3])):  # also while it goes on
+        for _ in range(chance.choice([1, 1, 2, 3])):  # also while it resumes
             kind = chance.choice(list(kinds))
             history.append([kind, kinds[kind]()])
             kills += killable(path, strategy, together, history[-1])[0]

@@ -47,7 +47,7 @@ def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
 
 
 @pytest.mark.equality
-def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
+def test_a_clients_training_does_not_depend_on_the_other_clients(engine):
     row = engine.strategy_context().fresh_row(0)
     _, alone = next(engine.train_clients(1, [(2, Assignment(Train(row)))]))
     plans = [(client, Assignment(Train(row), row)) for client in (0, 1, 2)]
@@ -56,7 +56,7 @@ def test_what_a_client_does_does_not_depend_on_who_else_takes_part(engine):
 
 
 @pytest.mark.equality
-def test_one_adapter_is_fedavg_to_the_end(engine):
+def test_one_adapter_equals_fedavg_over_a_whole_run(engine):
     one, fedavg = (
         Federation(recipe("strategy.adapters=1"), engine),
         Federation(recipe("strategy=fedavg"), engine),
@@ -78,7 +78,7 @@ def test_identical_starts_stay_fedavg_through_real_training(engine):
     torch.testing.assert_close(same_start.strategy.weights, torch.full((6, 3), 1 / 3))
 
 
-def test_merged_scores_are_of_what_was_sent_and_finetuned_of_what_was_trained(engine):
+def test_served_scores_are_of_sent_adapters_and_finetuned_scores_of_trained_ones(engine):
     federation = Federation(recipe(), engine)
     sent = dict(
         engine.evaluate_clients(
@@ -105,7 +105,7 @@ def test_only_one_adapter_travels_each_way(engine):
     assert next(Federation(recipe("strategy=local"), engine).rounds()).bytes_down == 0
 
 
-def test_a_fraction_of_the_clients_is_drawn_anew_each_round(engine):
+def test_a_fraction_of_the_clients_is_sampled_each_round(engine):
     federation = Federation(recipe("clients.fraction=0.5", "rounds=6"), engine)
     cohorts = [federation.cohort(number) for number in range(1, 7)]
     assert all(len(cohort) == 3 for cohort in cohorts)
@@ -115,7 +115,7 @@ def test_a_fraction_of_the_clients_is_drawn_anew_each_round(engine):
     ]
 
 
-def test_rounds_without_measuring_have_no_scores(engine):
+def test_rounds_without_evaluation_have_no_scores(engine):
     records = list(Federation(recipe("rounds=5", "evaluation.every=3"), engine).rounds())
     assert [record.served is not None for record in records] == [True, False, True, False, True]
 
@@ -132,7 +132,7 @@ def test_a_failing_client_is_named_with_its_round_and_cause(engine, monkeypatch)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_client_that_cannot_be_measured_is_named_with_the_rounds_completed(engine, monkeypatch):
+def test_a_client_that_cannot_be_evaluated_is_named_with_the_completed_rounds(engine, monkeypatch):
     federation = Federation(recipe("rounds=2", "evaluation.every=5"), engine)
     list(federation.rounds())
 
@@ -165,7 +165,7 @@ def test_an_adapter_that_is_not_finite_never_reaches_the_soup():
     assert federation.strategy.soup.rows.isfinite().all()
 
 
-def test_a_run_that_ends_while_warming_says_so(engine):
+def test_a_run_that_ends_during_warm_up_has_a_warning(engine):
     records = list(
         Federation(recipe("strategy.start=warm", "strategy.warm_rounds=3"), engine).rounds()
     )
@@ -181,7 +181,7 @@ def test_a_run_that_ends_while_warming_says_so(engine):
         ("llama", ["lora.target_modules=[q_proj, v_proj]"]),
     ],
 )
-def test_decoders_classify_too(kind, overrides):
+def test_decoders_can_classify(kind, overrides):
     federation = Federation(recipe("rounds=1", f"backbone.model=tiny:{kind}", *overrides))
     assert next(federation.rounds()).served.mean >= 0
 

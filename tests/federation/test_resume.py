@@ -125,7 +125,7 @@ def same(one, other):
 @pytest.mark.parametrize(
     "strategy", VARIANTS, ids=lambda strategy: "-".join(map(str, strategy.values()))
 )
-def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, strategy):
+def test_two_rounds_and_two_more_equal_four(tiny, engine, tmp_path, left_behind, strategy):
     momentum = {"server_momentum": 0.5} if strategy["name"] in MOMENTUM else {}
     recipe = tiny(f"strategy={json.dumps({**momentum, **strategy})}")
     federations = []
@@ -161,13 +161,13 @@ def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, s
     remembered = {name.replace("_", "") for name in federation.strategy.state_dict()}
     assert {
         name.replace("_", "") for name in changed - {"server._rows"}
-    } <= remembered  # which each step is given anew
+    } <= remembered  # which every step receives
 
 
 # ---- the directory -------------------------------------------------------------------------------
 
 
-def test_baselines_go_on_too(tiny, engine, tmp_path, left_behind):
+def test_baselines_resume_too(tiny, engine, tmp_path, left_behind):
     recipe = tiny("baselines=[ditto, ifca]")
     whole = federate(recipe, tmp_path / "whole", engine=engine)
     path = interrupted(recipe, tmp_path / "run", engine, 3, "ditto")
@@ -208,7 +208,7 @@ def test_the_newest_two_checkpoints_are_kept_and_the_soup_is_on_the_disk_once(
     )
 
 
-def test_where_files_cannot_be_linked_they_are_copied(
+def test_files_are_copied_if_they_cannot_be_linked(
     tiny, engine, tmp_path, monkeypatch, left_behind, uninterrupted
 ):
 
@@ -223,7 +223,7 @@ def test_where_files_cannot_be_linked_they_are_copied(
     assert left_behind(tmp_path / "run") == uninterrupted
 
 
-def test_each_start_is_in_the_environment(tiny, engine, tmp_path):
+def test_the_environment_records_each_resumption(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "run", engine)
     first = Run(path).environment
     again = resume(path, engine=engine).environment
@@ -233,7 +233,7 @@ def test_each_start_is_in_the_environment(tiny, engine, tmp_path):
     assert again == first
 
 
-def test_what_was_written_after_the_checkpoint_is_undone(
+def test_files_written_after_the_checkpoint_are_undone(
     tiny, engine, tmp_path, left_behind, uninterrupted
 ):
     path = interrupted(tiny(), tmp_path / "run", engine, 3)
@@ -254,7 +254,7 @@ def test_what_was_written_after_the_checkpoint_is_undone(
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_without_a_checkpoint_the_first_round_is_done_again(
+def test_without_a_checkpoint_the_first_round_is_repeated(
     tiny, engine, tmp_path, left_behind, uninterrupted, after
 ):
     path = interrupted(tiny(), tmp_path / "run", engine, 1)
@@ -269,7 +269,7 @@ def test_without_a_checkpoint_the_first_round_is_done_again(
 # ---- more rounds, and refused changes ------------------------------------------------------------
 
 
-def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
+def test_an_ended_run_can_be_extended(tiny, engine, tmp_path, left_behind):
     whole = federate(
         tiny("clients.fraction=1.0", "baselines=[fedavg]"), tmp_path / "whole", engine=engine
     )
@@ -320,7 +320,7 @@ def test_fewer_rounds_than_are_done_are_refused(tiny, engine, tmp_path):
     assert len(resume(path, ["rounds=3", "evaluation.every=2"], engine=engine).records) == 3
 
 
-def test_a_recipe_that_was_edited_is_refused(tiny, engine, tmp_path):
+def test_an_edited_recipe_is_refused(tiny, engine, tmp_path):
     path = interrupted(tiny("strategy=ditto"), tmp_path / "run", engine)
     text = (path / "recipe.yaml").read_text()
     (path / "recipe.yaml").write_text(text.replace("regularization: 0.1", "regularization: 0.2"))
@@ -346,7 +346,7 @@ def test_other_clients_are_refused(tiny, engine, tmp_path):
         resume(path, engine=engine)
 
 
-def test_a_run_that_has_not_ended_names_the_command(tiny, engine, tmp_path):
+def test_an_unfinished_run_is_refused_with_the_command_that_resumes_it(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "my run", engine)
     with pytest.raises(
         RunExistsError,

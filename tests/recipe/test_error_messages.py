@@ -123,7 +123,7 @@ TWO_LISTS = (
         ("<<: {rounds: 3}", "<<: unknown key"),
     ],
 )
-def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, minimal, faults):
+def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, minimal, faults):
     (found,) = faults(f"{minimal}{lines}\n")
     assert found.startswith("recipe.yaml:11: ")
     assert fault.replace("METHODS", METHODS) in found
@@ -202,12 +202,12 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         ),
     ],
 )
-def test_a_fault_stands_at_the_line_and_path_that_the_user_wrote(old, new, fault, minimal, faults):
+def test_an_error_names_the_line_and_path_in_the_file(old, new, fault, minimal, faults):
     assert old in minimal
     assert any(fault in found for found in faults(minimal.replace(old, new)))
 
 
-def test_all_faults_come_at_once_in_the_order_of_lines(minimal, faults):
+def test_all_errors_are_listed_in_the_order_of_lines(minimal, faults):
     found = faults(
         minimal.replace("seed: 1", "seed: -1")
         + "strategy: {name: fedavg, adapters: 1}\nrounds: x\nsead: 1\nlora: {r: 0}\n",
@@ -225,6 +225,6 @@ def test_control_characters_never_reach_the_terminal(minimal, faults):
     assert all(fault.isprintable() for fault in found)
 
 
-def test_long_values_are_cut(minimal, faults):
+def test_long_values_are_truncated(minimal, faults):
     (fault,) = faults(minimal + f"rounds: {'x' * 5000}\n")
     assert len(fault) < 200

@@ -14,9 +14,7 @@ from serving.newcomer import QUEUES, newcomer, numbers, recipe
 # ---- the newcomer's data -------------------------------------------------------------------------
 
 
-def test_the_run_remembers_the_labels_and_a_newcomer_with_some_of_them_keeps_their_numbers(
-    run, tickets, tmp_path
-):
+def test_a_newcomer_with_some_of_the_runs_labels_keeps_their_numbers(run, tickets, tmp_path):
     assert run.task == {"labels": QUEUES, "format": None}
     some = tickets.filter(lambda row: row["queue"] in {"denim", "fuchsia"})
     some.to_csv(tmp_path / "Fen Water.csv")
@@ -52,7 +50,7 @@ def test_the_run_remembers_the_labels_and_a_newcomer_with_some_of_them_keeps_the
         "truth values",
     ],
 )
-def test_labels_are_numbered_as_the_runs_are(values, feature, labels, expected):
+def test_labels_have_the_runs_numbers(values, feature, labels, expected):
     table = Dataset.from_dict({"text": ["x"] * len(values), "label": values})
     if feature is not None:
         table = table.cast_column("label", feature)
@@ -102,7 +100,7 @@ def test_a_newcomer_with_an_unseen_label_is_refused(run, tickets):
         personalize(run, table)
 
 
-def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
+def test_the_recipes_split_column_selects_the_test_rows(tmp_path, tickets):
     import pandas as pd
 
     parts = np.array(["learn", "dev", "final", "learn"] * 6)
@@ -139,7 +137,7 @@ def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
         ("here.txt", {}, "has an unsupported format"),
     ],
 )
-def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, options, message):
+def test_unsuitable_data_are_refused(run, tmp_path, monkeypatch, data, options, message):
     monkeypatch.chdir(tmp_path)
     for name, text in {
         "here.csv": "text,label\nhello,1\n",
@@ -190,13 +188,13 @@ def test_adapters_that_do_not_fit_the_model_are_refused(copy, tickets):
         personalize(copy.path, tickets)
 
 
-def test_a_run_that_does_not_know_its_labels_is_refused(copy, tickets):
+def test_a_run_without_its_labels_is_refused(copy, tickets):
     (copy.path / "task.json").unlink()
     with pytest.raises(RunError, match=r"task\.json is missing"):
         personalize(copy, tickets)
 
 
-def test_the_shared_factors_are_the_runs_own(tmp_path, tickets):
+def test_shared_factors_are_those_of_the_run(tmp_path, tickets):
     run = federate(recipe("lora.merge=shared_a"), tmp_path / "run")
     loaded = newcomer(run, tickets).backbone
     assert run.soup.shared.keys() == loaded.shared.keys()

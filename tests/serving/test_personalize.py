@@ -1,4 +1,4 @@
-"""A newcomer's merging weights: known answers on quadratic losses, and whole runs on tiny models."""
+"""A newcomer's merging weights: known answers on quadratic losses, and runs on tiny models."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def test_weights_that_make_the_loss_zero_are_found():
     assert loss < 0.05
 
 
-def test_a_right_adapter_gets_the_weight_also_from_a_wrong_start():
+def test_the_right_adapter_gets_the_weight_from_a_wrong_start():
     rows = torch.eye(3, 20) * 5
     logits, _ = learn_logits(rows, torch.tensor([1.0, 0.0, 0.0]), quadratic(rows[2]))
     assert torch.softmax(logits, 0)[2] > 0.95
@@ -91,7 +91,7 @@ def test_distinct_rows_are_far_from_each_other_and_from_what_is_covered():
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
-def test_the_adapter_made_for_the_newcomer_gets_the_weight(copy, tickets):
+def test_an_adapter_trained_on_the_newcomer_gets_the_weight(copy, tickets):
     engine, rows = newcomer(copy, tickets), copy.soup.rows.clone()
     training = copy.recipe.training.model_copy(update={"learning_rate": 1e-2, "epochs": 12})
     job = Job(Train(rows[1]), engine.clients[0].train, 0)
@@ -103,7 +103,7 @@ def test_the_adapter_made_for_the_newcomer_gets_the_weight(copy, tickets):
     torch.testing.assert_close(result.row, result.weights @ rows)
 
 
-def test_learning_is_never_worse_than_what_it_starts_from(run, tickets):
+def test_learned_weights_are_never_worse_than_their_starting_points(run, tickets):
     result = personalize(run, tickets)
     assert [method.name for method in result.methods[:2]] == ["mean adapter", "best single adapter"]
     starts = [method.train_loss for method in result.methods if method.name not in (LEARNED, LOCAL)]
@@ -125,19 +125,19 @@ def test_the_same_seed_gives_the_same_result(run, tickets):
     assert numbers(other, "mean adapter").train_loss != numbers(one, "mean adapter").train_loss
 
 
-def test_a_single_example_is_enough_and_nothing_need_be_tested(run, tickets):
+def test_a_single_example_without_a_test_set_is_enough(run, tickets):
     result = personalize(run, tickets.select([3]), name="tiny")
     assert result.examples == {"train": 1, "test": 0}
     assert all(method.test == {} for method in result.methods)
     assert personalize(run, tickets, max_train=4, local=False).examples == {"train": 4, "test": 7}
 
 
-def test_the_best_rounds_soup_can_be_taken(run, tickets):
+def test_the_best_rounds_soup_can_be_used(run, tickets):
     best, _ = run.state(best=True)
     assert torch.equal(personalize(run, tickets, best=True, local=False).soup.rows, best.rows)
 
 
-def test_a_run_without_a_best_round_says_so(copy, tickets):
+def test_a_run_without_a_best_round_is_refused(copy, tickets):
     shutil.rmtree(copy.path / "best")
     with pytest.raises(RunError, match="has no best round"):
         personalize(copy, tickets, best=True)
@@ -164,7 +164,7 @@ def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(
     ]
 
 
-def test_nothing_is_overwritten(run, tickets, tmp_path):
+def test_existing_files_are_not_overwritten(run, tickets, tmp_path):
     result = personalize(run, tickets, local=False)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunExistsError, match="already holds other files"):
@@ -208,7 +208,7 @@ def images():
 
 
 @pytest.mark.parametrize("make", [pairs, completions, images])
-def test_other_tasks_have_newcomers_too(make, tmp_path):
+def test_newcomers_can_join_runs_of_other_tasks(make, tmp_path):
     table, model, modules, task, scores = make()
     table.add_column("site", ["a", "b"] * 6).to_parquet(tmp_path / "all.parquet")
     table.select(range(6)).to_parquet(tmp_path / "new.parquet")

@@ -49,7 +49,7 @@ class Quadratic:
     target: torch.Tensor
     size: int = 10
 
-    def hands(self):
+    def functions(self):
         def losses(row):
             return (0.5 * (row - self.target).square().sum() / self.size).repeat(self.size)
 
@@ -68,7 +68,7 @@ QUADRATICS = [Quadratic(target, int(size)) for target, size in zip(TARGETS, SIZE
 def replies(strategy, clients, who):
     for index in who:
         client, seed = clients[index], derive(0, index)
-        yield reply_to(strategy.plan(index), index, client.size, *client.hands(), seed)
+        yield reply_to(strategy.plan(index), index, client.size, *client.functions(), seed)
 
 
 def federated(strategy, clients, rounds, cohort=None, seed=0):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.equality
 
 
 @pytest.mark.parametrize("mu", [0.1, 3.0])
-def test_fedproxs_clients_stop_between_their_minimum_and_what_they_were_sent(formulas, mu):
+def test_fedproxs_clients_stop_between_their_minimum_and_the_sent_adapter(formulas, mu):
     """The next θ is the mean of argmin ½ ‖θ − c_i‖² + μ/2 ‖θ − θ_sent‖².
 
     The minimum is (c_i + μ θ_sent) / (1 + μ).
@@ -110,7 +110,7 @@ def test_fedsa_lora_needs_an_a_that_trains(smoke):
 # ---- FlexLoRA ------------------------------------------------------------------------------------
 
 
-def test_flexlora_is_exact_where_the_mean_has_the_rank(formulas):
+def test_flexlora_is_exact_if_the_mean_has_the_rank(formulas):
     case = formulas(3, sizes=[10, 20, 30])
     direction = torch.randn(case.layout.size, generator=torch.Generator().manual_seed(1))
     case.centres = torch.stack([direction] * 3)
@@ -140,7 +140,7 @@ def test_flexlora_is_the_best_approximation_otherwise(formulas):
     torch.testing.assert_close(strategy.served(0)[-6:], case.mean()[-6:])
 
 
-def test_flexlora_gives_each_client_the_first_directions_of_its_rank(formulas):
+def test_flexlora_serves_each_client_the_first_directions_of_its_rank(formulas):
     case = formulas(5, sizes=[10, 20, 30, 40, 50])
     strategy = case.strategy("flexlora", ranks=[1, 4])
     ranks = [1, 4, 1, 4, 1]
@@ -156,7 +156,7 @@ def test_flexlora_gives_each_client_the_first_directions_of_its_rank(formulas):
     assert strategy.traffic(1) == (4 * (6 + 7 + 5 + 6) + 6,) * 2
 
 
-def test_flexlora_leaves_no_direction_that_could_not_be_learned_again(formulas):
+def test_flexlora_keeps_every_direction_trainable(formulas):
     """The mean of one client of rank 1 has rank 1.
 
     The other directions keep a nonzero A, without which B would have no gradient.
@@ -172,7 +172,7 @@ def test_flexlora_leaves_no_direction_that_could_not_be_learned_again(formulas):
 
 
 @pytest.mark.parametrize("name", ["flexlora", "flora"])
-def test_ranks_are_at_most_the_slots(formulas, name):
+def test_ranks_above_the_slots_are_refused(formulas, name):
     with pytest.raises(
         RecipeError,
         match=r"strategy.ranks: 8 exceeds the adapter's rank of 4; lower it, or raise lora.r",

@@ -42,7 +42,7 @@ def attacked(case, name, attack, hostile, *overrides, rounds=6):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", ["fedavg", "fedmerge"])
 @pytest.mark.parametrize("attack", ["sign flip", "x100", "noise", "nan", "stale", "duplicate"])
-def test_under_a_median_of_clipped_updates_attackers_hardly_move_the_honest(
+def test_under_a_median_of_clipped_updates_attackers_hardly_move_honest_clients(
     formulas, attack, name, count
 ):
     case = formulas(10)
@@ -87,7 +87,7 @@ def test_flipped_labels_are_those_of_the_hostile_clients_training_examples(smoke
     assert after == [last - label if row in held else label for row, label in enumerate(before)]
 
 
-def test_attackers_are_drawn_by_the_seed():
+def test_attackers_follow_from_the_seed():
     attackers = load_attacks().attackers
     assert [len(attackers(12, fraction, 0)) for fraction in (0.0, 0.1, 0.2, 0.3)] == [0, 1, 2, 4]
     assert attackers(12, 0.3, 0) == attackers(12, 0.3, 0) != attackers(12, 0.3, 1)

@@ -23,7 +23,7 @@ BY_SIZE = [("ifca", True), ("fesem", False), ("flhc", True)]
 
 
 @pytest.mark.parametrize(("name", "by_size"), BY_SIZE)
-def test_clusters_and_centres_are_found(name, by_size):
+def test_clusters_and_centres_are_recovered(name, by_size):
     strategy = federated(make(name), QUADRATICS, 30)
     assert_truth(strategy)
     for client in range(9):
@@ -34,7 +34,7 @@ def test_clusters_and_centres_are_found(name, by_size):
 
 @pytest.mark.parametrize(("name", "by_size"), BY_SIZE)
 @pytest.mark.parametrize("cohort", [2, 6])
-def test_clusters_are_found_with_some_clients_a_round_and_a_centre_moves_with_its_own_alone(
+def test_with_partial_participation_a_centre_moves_with_its_own_clients_alone(
     name, by_size, cohort
 ):
     strategy = federated(make(name), QUADRATICS, 40, cohort)
@@ -53,9 +53,7 @@ def test_clusters_are_found_with_some_clients_a_round_and_a_centre_moves_with_it
 
 
 @pytest.mark.parametrize(("name", "by_size"), BY_SIZE[1:])
-def test_a_newcomers_first_reply_places_it_where_its_training_leads_and_moves_no_adapter(
-    name, by_size
-):
+def test_a_newcomers_first_reply_assigns_it_to_a_cluster_and_moves_no_adapter(name, by_size):
     strategy, without = make(name), make(name)
     for each in (strategy, without):
         for _ in range(3):

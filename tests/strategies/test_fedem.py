@@ -33,7 +33,7 @@ class Regression:
             self.size, generator=generator
         )
 
-    def hands(self):
+    def functions(self):
         def losses(row):
             return 0.5 * (self.outputs - self.inputs @ row[:3]).square() + 0.9189385
 
@@ -65,10 +65,10 @@ def make(adapters, fresh_row=noise, clients=9):
 def replies(strategy, clients):
     for index, client in enumerate(clients):
         seed = derive(0, index)
-        yield reply_to(strategy.plan(index), index, client.size, *client.hands(), seed)
+        yield reply_to(strategy.plan(index), index, client.size, *client.functions(), seed)
 
 
-def test_fedem_recovers_a_mixture_of_two_regressions_and_each_clients_part_of_it():
+def test_fedem_recovers_a_mixture_of_two_regressions_and_each_clients_weights():
     clients = [Regression(float(part), seed) for seed, part in enumerate(PI)]
     strategy = make(2, noise, clients=5)
     for _ in range(40):

@@ -39,7 +39,7 @@ def test_flora_adds_the_mean_of_the_updates_to_the_backbone(formulas, ranks):
         )
 
 
-def test_flora_sends_the_stacks_that_a_client_has_not_had_yet(formulas):
+def test_flora_sends_the_stacks_that_a_client_has_not_received(formulas):
     case = formulas(3)
     strategy = case.strategy("flora", ranks=[1, 4])
     one, four, head = 24, 96, 6
@@ -54,7 +54,7 @@ def test_flora_sends_the_stacks_that_a_client_has_not_had_yet(formulas):
     ]
 
 
-def test_floras_backbone_computes_what_the_adapter_did(make_backbone):
+def test_floras_backbone_replaces_the_adapter(make_backbone):
     """W + ΔW with fresh factors gives the outputs of W with the factors of ΔW.
 
     Removing ΔW restores every bit.
@@ -99,7 +99,7 @@ def flora_of(backbone, clients=1):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_nothing_is_added_to_a_layer_that_is_tied_to_another(make_backbone):
+def test_tied_layers_are_refused(make_backbone):
     backbone = make_backbone("gpt2", {"r": 2, "target_modules": ["lm_head"]})
     name = next(iter(backbone.scaling))
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_flora_refuses_embeddings(make_backbone):
         flora_of(make_backbone("bert", {"target_modules": ["query", "word_embeddings"]}))
 
 
-def test_a_soup_keeps_what_the_backbone_gained(tmp_path):
+def test_a_soup_keeps_the_backbones_added_updates(tmp_path):
     layout = AdapterLayout.from_tensors([("a.lora_A.weight", (2, 3), "lora")])
     soup = AdapterSoup(
         torch.ones(1, 6), layout, {"s": torch.ones(2)}, {"a": torch.arange(6.0).view(2, 3)}
@@ -169,7 +169,7 @@ def test_a_saved_adapter_of_flora_loads_in_plain_peft_and_gives_the_same_logits(
         assert_near(plain(input_ids=tokens).logits, served)
 
 
-def test_the_next_federation_on_an_engine_finds_the_backbone_as_it_was(smoke, smoke_engine):
+def test_the_next_federation_on_an_engine_starts_from_the_original_backbone(smoke, smoke_engine):
     fresh = Federation(smoke("strategy=fedavg"), smoke_engine).evaluate()
     list(Federation(smoke("strategy=flora", "training.learning_rate=1e-3"), smoke_engine).rounds())
     assert Federation(smoke("strategy=fedavg"), smoke_engine).evaluate() == fresh

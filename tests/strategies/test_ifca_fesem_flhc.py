@@ -25,7 +25,7 @@ from strategies.quadratic_clients import (
 # ---- IFCA ----------------------------------------------------------------------------------------
 
 
-def test_ifca_offers_all_adapters_and_leaves_a_cluster_that_nobody_chose():
+def test_ifca_sends_all_adapters_and_keeps_those_that_no_client_chose():
     strategy = make("ifca")
     before = strategy.soup.rows
     assert isinstance(strategy.plan(0), Choose)
@@ -38,7 +38,7 @@ def test_ifca_offers_all_adapters_and_leaves_a_cluster_that_nobody_chose():
     torch.testing.assert_close(strategy.weights[2], torch.full((3,), 1 / 3))
 
 
-def test_ifca_may_leave_adapters_over_and_says_so():
+def test_ifca_may_leave_adapters_unused_with_a_warning():
     """An adapter that starts nearest to all clients keeps them: IFCA's known weakness."""
     strategy = federated(
         make("ifca", lambda number: CENTRES.mean(0) if number == 0 else 100 + noise(number)),
@@ -76,7 +76,7 @@ def test_fesem_keeps_a_centre_that_no_reply_is_nearest_to():
     assert changed[strategy.weights[0].argmax()]
 
 
-def test_fesem_waits_for_as_many_clients_as_clusters_and_clusters_all_that_it_has_seen():
+def test_fesem_clusters_once_there_are_as_many_clients_as_clusters():
     strategy = make("fesem", noise)
     start = strategy.soup.rows
     strategy.update(replies(strategy, QUADRATICS, [0, 1]))
@@ -98,7 +98,7 @@ def test_fesem_waits_for_as_many_clients_as_clusters_and_clusters_all_that_it_ha
     assert strategy.warnings() == []
 
 
-def test_fesem_tells_rows_apart_that_are_long_and_close():
+def test_fesem_distinguishes_long_rows_at_small_distances():
     """Squared norms are 1e8 times the squared distances, beyond the precision of float32."""
     far = 1e4 * torch.ones(SIZE)
     strategy = make(FeSEMRecipe(name="fesem", adapters=2), lambda _: far, clients=30)
@@ -113,7 +113,7 @@ def test_fesem_tells_rows_apart_that_are_long_and_close():
 # ---- FL+HC ---------------------------------------------------------------------------------------
 
 
-def test_flhc_is_fedavg_before_the_clustering_and_each_clusters_own_from_that_round_on():
+def test_flhc_is_fedavg_before_the_clustering_and_fedavg_within_clusters_after_it():
     strategy = make("flhc", noise)
     assert strategy.warnings() == [
         "until clients are clustered after round 2, flhc equals FedAvg; completed rounds: 0"
@@ -143,7 +143,7 @@ def test_flhc_clusters_by_any_metric_and_linkage(metric, linkage):
     )
 
 
-def test_flhc_clusters_by_the_last_update_of_everyone_seen_in_a_warm_round():
+def test_flhc_clusters_by_the_last_update_of_every_client_of_the_warm_rounds():
     strategy = make(FLHCRecipe(name="flhc", adapters=2, warm_rounds=2), noise)
     one, other = torch.eye(SIZE)[0], torch.eye(SIZE)[1]
 
@@ -162,7 +162,7 @@ def test_flhc_clusters_by_the_last_update_of_everyone_seen_in_a_warm_round():
     torch.testing.assert_close(strategy.served(1), fedavg - 2 * other)
 
 
-def test_flhc_waits_for_as_many_clients_as_clusters():
+def test_flhc_clusters_once_there_are_as_many_clients_as_clusters():
     strategy = make(FLHCRecipe(name="flhc", adapters=3, warm_rounds=1), noise)
     strategy.update(replies(strategy, QUADRATICS, [0, 1]))
     assert strategy.warnings() == [

@@ -62,14 +62,14 @@ def test_with_equal_weights_the_median_is_the_coordinate_wise_median(count):
 
 
 @pytest.mark.parametrize(("count", "trim"), [(10, 0.1), (10, 0.3), (5, 0.2), (5, 0.4), (7, 0.0)])
-def test_with_equal_weights_the_trimmed_mean_is_that_of_yin(count, trim):
+def test_with_equal_weights_the_trimmed_mean_is_that_of_yin_et_al(count, trim):
     deltas, cut = random(count, 40), round(trim * count)
     expected = deltas.sort(dim=0).values[cut : count - cut].mean(dim=0)
     assert_near(trimmed_means(deltas, even(count), trim)[0], expected)
 
 
 @pytest.mark.parametrize("trim", [0.1, 0.25, 0.5])
-def test_a_weight_of_three_is_three_clients(trim):
+def test_a_weight_of_three_equals_three_clients(trim):
     deltas, times = random(6, 40), torch.tensor([1, 3, 1, 2, 1, 2])
     weights = (times.double() / times.sum())[:, None]
     repeated = deltas.repeat_interleave(times, dim=0)
@@ -92,14 +92,14 @@ def test_krum_keeps_the_updates_with_the_nearest_neighbours(count, several):
     torch.testing.assert_close(krum_weights(deltas, even(count)[:, 0], 0.3, several), expected)
 
 
-def test_krum_asks_those_who_use_an_adapter_alone():
+def test_krum_considers_the_users_of_an_adapter_alone():
     deltas = torch.cat([random(4, 6), 50 + random(8, 6)])
     weights = torch.cat([torch.full((4,), 0.2), torch.full((8,), 0.025)]).double()
     assert krum_weights(deltas, weights, 0.2, False).argmax() < 4
     assert krum_weights(deltas, weights, 0.2, True)[4:].sum() == 0
 
 
-def test_the_cosine_filter_leaves_out_who_points_against_the_others():
+def test_the_cosine_filter_leaves_out_updates_opposed_to_the_others():
     common = random(1, 40)
     deltas = torch.cat([common + 0.5 * random(7, 40, seed=1), -100 * common, 0 * common])
     found = aggregator(aggregation="cosine_filter").combine(
@@ -108,7 +108,7 @@ def test_the_cosine_filter_leaves_out_who_points_against_the_others():
     assert_near(found, deltas[:7].mean(dim=0))
 
 
-def test_nobody_decides_about_itself_in_the_cosine_filter():
+def test_a_client_has_no_vote_on_itself_in_the_cosine_filter():
     between = torch.tensor([[1.0, -0.1, -0.1], [-0.1, 1.0, 0.5], [-0.1, 0.5, 1.0]]).double()
     found = cosine_filter_weights(between, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64))
     assert found.tolist() == [
@@ -123,7 +123,7 @@ def test_nobody_decides_about_itself_in_the_cosine_filter():
 
 
 @pytest.mark.parametrize("rule", ["mean", *RULES])
-def test_every_rule_gives_back_what_all_clients_say(rule):
+def test_every_rule_returns_an_update_common_to_all_clients(rule):
     one = random(1, 30)
     mixing = random(7, 3).abs()
     found = aggregator(aggregation=rule).combine(
@@ -141,7 +141,7 @@ def test_an_adapter_that_nobody_uses_does_not_move(rule):
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
 @settings(max_examples=100, deadline=None)
 @given(st.integers(3, 12), st.floats(-1e30, 1e30), st.integers(0, 1000))
-def test_a_minority_cannot_leave_the_range_of_the_honest(rule, count, value, seed):
+def test_a_minority_cannot_leave_the_range_of_the_honest_clients(rule, count, value, seed):
     hostile = (count - 1) // 2
     deltas = random(count, 5, seed=seed)
     deltas[:hostile] = value
@@ -156,7 +156,7 @@ def test_a_minority_cannot_leave_the_range_of_the_honest(rule, count, value, see
 @pytest.mark.parametrize("rule", RULES)
 @given(st.permutations(range(7)))
 @settings(max_examples=20, deadline=None)
-def test_who_is_first_does_not_matter(rule, order):
+def test_the_order_of_clients_does_not_matter(rule, order):
     deltas, mixing = random(7, 12), random(7, 2, seed=1).abs()
     rule, sizes = aggregator(aggregation=rule), torch.ones(7)
     shuffled = rule.combine(deltas[list(order)], mixing[list(order)], sizes)
@@ -175,7 +175,7 @@ def test_sorting_a_part_of_the_columns_at_a_time_changes_nothing(monkeypatch):
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
-def test_no_update_is_longer_than_the_bound_and_short_ones_stay(bound, seed):
+def test_no_update_is_longer_than_the_bound_and_short_ones_are_unchanged(bound, seed):
     deltas = torch.logspace(-4, 4, 6)[:, None] * random(6, 8, seed=seed)
     short = clipped(deltas, bound)
     assert bool((short.norm(dim=1) <= bound * (1 + 1e-5)).all())
@@ -186,7 +186,7 @@ def test_no_update_is_longer_than_the_bound_and_short_ones_stay(bound, seed):
     )
 
 
-def test_the_bound_is_a_multiple_of_the_running_median_or_fixed_whichever_is_less():
+def test_the_bound_is_the_lesser_of_a_fixed_one_and_a_multiple_of_the_running_median():
     of = aggregator(norm_multiple=2.0, norm_bound=7.0)
     for length, bound in [(1.0, 2.0), (3.0, 4.0), (100.0, 6.0), (100.0, 7.0)]:
         of.clip(torch.full((3, 1), length))
@@ -197,7 +197,7 @@ def test_the_bound_is_a_multiple_of_the_running_median_or_fixed_whichever_is_les
     assert aggregator().bound == math.inf
 
 
-def test_the_lengths_that_are_handed_on_are_those_after_clipping():
+def test_reported_update_norms_are_those_after_clipping():
     rule, deltas = (
         aggregator(norm_bound=1.0),
         torch.tensor([0.5, 1.0, 3.0])[:, None] * torch.eye(4)[:3],
@@ -291,7 +291,7 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
     ],
 )
 @pytest.mark.parametrize("rule", RULES)
-def test_every_method_that_averages_takes_every_rule(formulas, name, rule):
+def test_every_method_that_averages_accepts_every_rule(formulas, name, rule):
     found = formulas(6).federation(
         f"strategy.name={name}",
         f"robustness.aggregation={rule}",
@@ -308,7 +308,7 @@ def test_a_method_without_a_mean_refuses_a_defence(formulas, name):
         formulas(3).federation(f"strategy.name={name}", "robustness.aggregation=median")
 
 
-def test_the_running_median_goes_on_after_an_interruption(
+def test_the_running_median_is_restored_after_an_interruption(
     smoke, smoke_engine, tmp_path, left_behind
 ):
     recipe = smoke(
@@ -334,7 +334,7 @@ def test_the_running_median_goes_on_after_an_interruption(
     assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
 
 
-def test_fedavg_is_untouched_by_a_defence_that_is_off():
+def test_without_a_defence_fedavg_clips_nothing():
     strategy = make_strategy(FedAvgRecipe(name="fedavg"), start())
     assert not strategy.aggregator.recipe.defends
     strategy.update(replies(range(4)))

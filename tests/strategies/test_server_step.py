@@ -142,7 +142,7 @@ def test_scale_of_a_reply_does_not_change_how_far_normalized_weights_move(scale,
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=50, deadline=None)
 @given(m=st.integers(1, 6), d=st.integers(1, 5), p=st.integers(1, 30), seed=st.integers(0, 10_000))
-def test_finite_in_finite_out(rule, m, d, p, seed):
+def test_finite_inputs_give_finite_outputs(rule, m, d, p, seed):
     soup, logits, deltas, sizes = federation(m, d, p, seed, torch.float32)
     new_soup, new_logits = fedmerge_step(soup, 30 * logits, deltas, sizes, rule=rule)
     assert new_soup.isfinite().all()
@@ -220,7 +220,7 @@ def test_columns_may_be_an_index_or_a_mask():
     assert not torch.equal(by_index[1], everything[1])
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_modified():
     arguments = federation()
     before = [tensor.clone() for tensor in arguments]
     fedmerge_step(*arguments)

@@ -28,7 +28,7 @@ def decoded(task, examples, row) -> tuple[str, str]:
         (["text", "prompt", "instruction"], "text"),
     ],
 )
-def test_the_format_is_told_from_the_columns(task_of, columns, format):
+def test_the_format_follows_from_the_columns(task_of, columns, format):
     table = Dataset.from_dict({column: ["a"] for column in columns})
     assert task_of("llama", table, name=NAME).format == format
 
@@ -86,7 +86,7 @@ def test_messages_are_laid_out_by_the_chat_template(task_of):
     assert examples.columns["labels"][1].tolist() == [-100, *wanted[1:]]
 
 
-def test_messages_without_a_chat_template_say_the_fix(task_of):
+def test_messages_without_a_chat_template_are_refused_with_the_fix(task_of):
     with pytest.raises(
         DataError, match=r"needs a tokenizer with a chat template.*backbone.tokenizer"
     ):
@@ -118,13 +118,13 @@ def test_messages_without_a_chat_template_say_the_fix(task_of):
         ),
     ],
 )
-def test_unfit_messages_are_refused(task_of, messages, message):
+def test_invalid_messages_are_refused(task_of, messages, message):
     table = Dataset.from_dict({"messages": messages})
     with pytest.raises(DataError, match=message):
         task_of("llama", table, name=NAME).encode(table)
 
 
-def test_what_the_chat_template_refuses_is_refused_with_its_row(task_of):
+def test_errors_of_the_chat_template_are_refused_with_their_row(task_of):
     task = task_of("llama", CHATS, name=NAME)
     task.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
@@ -173,7 +173,7 @@ def test_a_template_may_name_any_column(task_of):
         ("{instruction", r"task.template: .*write \{\{ and \}\} for literal braces"),
     ],
 )
-def test_unfit_templates_are_refused(task_of, template, message):
+def test_invalid_templates_are_refused(task_of, template, message):
     table = Dataset.from_dict({"instruction": ["a"], "output": ["b"]})
     with pytest.raises(DataError, match=message):
         task_of("llama", table, name=NAME, template=template).encode(table)
@@ -202,14 +202,14 @@ def test_only_paragraphs_with_one_empty_field_are_left_out():
         ),
     ],
 )
-def test_unfit_columns_are_refused(task_of, columns, message):
+def test_unsuitable_columns_are_refused(task_of, columns, message):
     table = Dataset.from_dict(columns)
     with pytest.raises(DataError, match=message):
         task_of("llama", table, name=NAME).encode(table)
 
 
 # --- tokens ---------------------------------------------------------------------------------------
-def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_counted(
+def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenized_apart_and_counted(
     task_of, caplog
 ):
     table = Dataset.from_dict({"prompt": ["th", "fine:"], "completion": ["e", " yes"]})
@@ -235,7 +235,7 @@ def test_an_empty_prompt_is_the_begin_of_sequence_token(task_of, caplog, kind, s
     assert not caplog.records
 
 
-def test_a_long_prompt_is_cut_on_the_left_so_that_the_completion_survives(task_of, caplog):
+def test_a_long_prompt_is_truncated_on_the_left_so_that_the_completion_survives(task_of, caplog):
     table = Dataset.from_dict(
         {"prompt": ["x " * 200 + "end", "short"], "completion": [" done", " ok"]}
     )
@@ -257,7 +257,7 @@ def test_a_completion_that_fills_the_length_keeps_one_token_before_it(task_of):
     assert (examples.columns["labels"][0] != -100).tolist() == [False] + [True] * 9
 
 
-def test_a_long_text_is_cut_on_the_right(task_of):
+def test_a_long_text_is_truncated_on_the_right(task_of):
     table = Dataset.from_dict({"text": ["a b c d e f g h i j k l m n o p"]})
     task = task_of("llama", table, name=NAME, max_length=8)
     examples = task.encode(table)

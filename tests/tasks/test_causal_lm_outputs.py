@@ -20,7 +20,7 @@ from tasks.causal_lm_tables import CHATS, NAME, PAIRS
     "table",
     [PAIRS, Dataset.from_dict({"text": ["A short one.", "And one that is quite a bit longer."]})],
 )
-def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind, table):
+def test_the_mean_loss_equals_transformers(task_of, tiny_models, kind, table):
     task = task_of(kind, table, name=NAME, metrics=["accuracy"])
     batch = task.collate(task.encode(table), np.arange(2))
     model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / kind).eval()
@@ -48,7 +48,7 @@ def test_losses_do_not_depend_on_the_batch(task_of, tiny_models):
     torch.testing.assert_close(losses([0, 1]), torch.cat([losses([0]), losses([1])]))
 
 
-def test_tokens_are_predicted_only_for_a_metric_that_looks_at_them(task_of):
+def test_tokens_are_predicted_only_for_metrics_that_use_them(task_of):
     task = task_of("llama", PAIRS, name=NAME, metrics=["perplexity"])
     predicted, expected = task.predict(torch.zeros(1, 3, 5), torch.tensor([[-100, 1, 2]]))
     assert predicted.tolist() == expected.tolist() == []
@@ -56,7 +56,7 @@ def test_tokens_are_predicted_only_for_a_metric_that_looks_at_them(task_of):
 
 # --- generation -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_batch_generates_what_each_row_does_alone(task_of, tiny_models, kind, recwarn, caplog):
+def test_a_batch_generates_the_text_of_each_row_alone(task_of, tiny_models, kind, recwarn, caplog):
     table = Dataset.from_dict(
         {
             "prompt": ["Two", "Name a colour of the rainbow and", "x"],

@@ -91,7 +91,7 @@ def test_only_loss_and_perplexity_are_better_when_smaller():
     ] == ["perplexity", "loss"]
 
 
-def test_they_are_evaluate_metrics_that_need_no_hub():
+def test_metrics_are_evaluate_metrics_that_need_no_hub():
     import evaluate
 
     assert isinstance(metric("accuracy"), evaluate.Metric)
@@ -100,7 +100,7 @@ def test_they_are_evaluate_metrics_that_need_no_hub():
     assert metric("rougeL").compute(predictions=["a b"], references=["a b"]) == {"rougeL": 1.0}
 
 
-def test_scoring_a_client_takes_milliseconds():
+def test_scoring_a_client_is_fast():
     predictions = said([0, 1] * 50, [0, 1] * 50)
     score(["accuracy"], predictions)
     started = time.process_time()

@@ -8,7 +8,7 @@ from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.training.accelerator import choose_device, choose_precision, make_accelerator
 
 
-def test_a_gpu_that_is_absent_is_refused(monkeypatch):
+def test_a_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=r"no CUDA GPU; use training\.device=cpu"):
         choose_device("cuda")
@@ -16,7 +16,7 @@ def test_a_gpu_that_is_absent_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
-def test_a_device_that_is_none_is_refused(device):
+def test_an_unknown_device_is_refused(device):
     with pytest.raises(DeviceError, match="use auto, cpu, mps, cuda or cuda:1"):
         choose_device(device)
 
@@ -30,7 +30,7 @@ def test_auto_precision_is_full_precision_on_a_cpu():
     assert choose_precision("auto", torch.device("cpu")) == "no"
 
 
-def test_one_process_may_change_its_mind_about_precision():
+def test_one_process_may_change_the_precision():
     for precision in ("no", "bf16", "no"):
         accelerator = make_accelerator(TrainingRecipe(device="cpu", mixed_precision=precision))
         assert accelerator.mixed_precision == precision

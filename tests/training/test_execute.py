@@ -32,7 +32,7 @@ class Client:
         return Trained(row, float((weights * self.losses(row)).mean()), 1)
 
 
-def test_training_one_adapter():
+def test_training_one_adapter_gives_its_delta():
     client, sent = Client(), torch.tensor([1.0, 1.0])
     work = client.run(Train(sent), 5)
     torch.testing.assert_close(work.deltas, (sent - POINTS.mean(0))[None])
@@ -41,7 +41,7 @@ def test_training_one_adapter():
     assert work.loss == pytest.approx(float(client.losses(POINTS.mean(0)).mean()))
 
 
-def test_training_in_turn_gives_a_delta_each_and_the_loss_of_the_first():
+def test_sequential_jobs_give_a_delta_each_and_the_loss_of_the_first():
     client, rows = Client(), torch.tensor([[1.0, 1.0], [4.0, 0.0]])
     jobs = (Train(rows[0]), Train(rows[1], example_weights=torch.tensor([0.0, 0.0, 0.0, 1.0])))
     work = client.run(InTurn(jobs), 5)
@@ -61,14 +61,14 @@ def test_choosing_takes_the_adapter_with_the_lowest_loss_and_trains_it_alone():
     assert seed == 5
 
 
-def test_equal_losses_are_chosen_from_at_random():
+def test_equal_losses_are_broken_at_random():
     rows = torch.zeros(3, 2)
     choices = [Client().run(Choose(rows), seed).choice for seed in range(60)]
     assert {choices.count(choice) > 8 for choice in range(3)} == {True}
     assert choices == [Client().run(Choose(rows), seed).choice for seed in range(60)]
 
 
-def test_an_adapter_whose_loss_is_no_number_is_not_chosen():
+def test_an_adapter_with_a_nan_loss_is_not_chosen():
     assert Client().run(Choose(torch.tensor([[torch.nan, 0.0], [50.0, 50.0]])), 5).choice == 1
 
 
@@ -121,7 +121,7 @@ def test_a_mixture_of_equals_has_the_loss_of_one_of_them():
     [InTurn((Train(POINTS[0]), Train(POINTS[1]))), Mixture(POINTS[:2], torch.tensor([0.5, 0.5]))],
     ids=str,
 )
-def test_every_job_of_a_plan_has_a_seed_of_its_own_that_follows_from_the_plans(plan):
+def test_every_job_of_a_plan_has_a_seed_derived_from_the_plans(plan):
     def seeds(seed):
         client = Client()
         client.run(plan, seed)
@@ -131,13 +131,13 @@ def test_every_job_of_a_plan_has_a_seed_of_its_own_that_follows_from_the_plans(p
     assert len({*seeds(5), *seeds(6)}) == 4
 
 
-def test_the_first_job_in_turn_draws_as_if_it_were_alone():
+def test_the_first_of_sequential_jobs_draws_as_if_alone():
     client = Client()
     client.run(InTurn((Train(POINTS[0]), Train(POINTS[1]))), 5)
     assert [seed for _, seed in client.jobs] == [5, derive(5, "job", 1)]
 
 
-def test_what_several_clients_want_trained_at_one_time_is_one_call():
+def test_jobs_of_several_clients_at_one_step_are_one_call():
     """Each plan has the jobs and seeds that it has alone, with any other plans beside it."""
     rows, weights = torch.tensor([[9.0, 9.0], [2.0, 2.1]]), torch.tensor([0.3, 0.7])
     plans = [

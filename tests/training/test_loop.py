@@ -71,7 +71,7 @@ def test_one_full_batch_step_equals_a_plain_optimizer_on_separate_tensors(
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_accumulated_gradients_weigh_every_labelled_token_alike(tiny_models):
+def test_accumulated_gradients_weigh_every_labelled_token_equally(tiny_models):
     """Completions have 1 to 5 tokens, so a mean of micro-batch means is not the mean of all."""
     bench = Bench(tiny_models, "gpt2", optimizer="sgd", steps=1, batch_size=10)
     whole = bench.train()
@@ -89,7 +89,7 @@ def test_clipping_bounds_the_whole_gradient(tiny_models):
     assert float((clipped.train().row - clipped.row).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_proximal_term_holds_the_adapter_near_what_was_sent(tiny_models):
+def test_the_proximal_term_keeps_the_adapter_near_the_sent_one(tiny_models):
     free, held = (
         Bench(tiny_models, epochs=20, optimizer="sgd", learning_rate=0.1, proximal=mu)
         for mu in (0.0, 1.0)
@@ -101,7 +101,7 @@ def test_the_proximal_term_holds_the_adapter_near_what_was_sent(tiny_models):
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_a_plans_proximal_term_and_anchor_take_the_place_of_the_recipes(tiny_models):
+def test_a_plans_proximal_term_and_anchor_replace_the_recipes(tiny_models):
     """One SGD step: θ ← θ − η (∇ℓ + 2 μ (θ − anchor))."""
     bench = Bench(tiny_models, optimizer="sgd", steps=1, batch_size=10)
     anchor = bench.backbone.fresh_row(7)
@@ -180,7 +180,7 @@ def test_same_seed_same_bits_and_another_seed_another_order(tiny_models):
     assert not torch.equal(first.row, other.row)
 
 
-def test_training_leaves_the_callers_random_numbers_alone(tiny_models):
+def test_training_does_not_change_the_callers_random_numbers(tiny_models):
     bench = Bench(tiny_models)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -189,7 +189,7 @@ def test_training_leaves_the_callers_random_numbers_alone(tiny_models):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_an_interrupted_client_leaves_nothing_to_the_next(tiny_models, monkeypatch):
+def test_an_interrupted_client_does_not_affect_the_next(tiny_models, monkeypatch):
     bench = Bench(tiny_models)
     expected = bench.train()
     backward = bench.accelerator.backward

@@ -31,7 +31,7 @@ CASES = {
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("case", CASES)
-def test_with_and_without_the_cache_the_results_are_the_same(make_bench, case):
+def test_the_cache_changes_no_result(make_bench, case):
     options = {"kind": case if case.partition("-")[0] in TARGETS else "bert", **CASES[case]}
     with_cache, without = make_bench(**options), make_bench(cached=False, **options)
     expected = [without.train(), without.train(4)]
@@ -61,7 +61,7 @@ def test_in_bf16_the_cache_differs_by_its_rounding(make_bench):
         assert error.norm() <= tolerance(torch.bfloat16) * moved.norm()
 
 
-def test_known_examples_skip_the_frozen_layers(make_bench):
+def test_cached_examples_skip_the_frozen_layers(make_bench):
     bench = make_bench()
     frozen, trained = ("base_model.model.bert.encoder.layer." + index for index in "13")
     bench.train()
@@ -129,11 +129,11 @@ def test_the_frozen_prefix_has_no_dropout_in_training(make_bench):
     ],
     ids=str,
 )
-def test_there_is_no_prefix_where_something_trains_before_it(make_bench, lora):
+def test_there_is_no_prefix_if_an_earlier_layer_trains(make_bench, lora):
     assert make_bench(lora=lora, cached=False).backbone.prefix is None
 
 
-def test_there_is_no_prefix_where_two_stacks_train():
+def test_there_is_no_prefix_if_two_stacks_train():
     def stack(trainable):
         return nn.ModuleList(
             nn.Linear(2, 2).requires_grad_(index >= 1 and trainable) for index in range(3)
@@ -193,7 +193,7 @@ def repeat(bench):
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("alter", [drop_by_function, reach_back, require, train_in_front, repeat])
-def test_models_that_need_their_first_layers_are_found_out(make_bench, caplog, alter):
+def test_models_that_need_their_first_layers_are_detected(make_bench, caplog, alter):
     bench, plain = make_bench(), make_bench(cached=False)
     alter(plain)
     reason = alter(bench)
@@ -207,7 +207,7 @@ def test_models_that_need_their_first_layers_are_found_out(make_bench, caplog, a
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_the_bound_on_memory_is_kept(make_bench, caplog):
+def test_the_memory_limit_is_respected(make_bench, caplog):
     sizes = make_bench().examples.lengths.sum() + 1
     needed = sizes * 32 * 8 / 1e9
     fits, tight = make_bench(gigabytes=needed), make_bench(gigabytes=needed * 0.99)
@@ -219,7 +219,7 @@ def test_the_bound_on_memory_is_kept(make_bench, caplog):
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_rows_that_no_client_holds_run_all_layers(make_bench):
+def test_rows_of_no_client_run_all_layers(make_bench):
     bench = make_bench()
     bench.cache = PrefixCache(bench.backbone, bench.task, bench.examples, ROWS[:6], 1.0)
     expected = make_bench(cached=False).losses(bench.row)
@@ -229,7 +229,7 @@ def test_rows_that_no_client_holds_run_all_layers(make_bench):
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_a_client_that_fails_leaves_the_model_whole(make_bench):
+def test_a_failing_client_leaves_the_model_intact(make_bench):
     bench = make_bench()
     names = [name for name, _ in bench.backbone.model.named_modules()]
     saved = list(bench.backbone.model.state_dict())
@@ -250,7 +250,7 @@ def test_a_client_that_fails_leaves_the_model_whole(make_bench):
     assert_near(bench.train(), expected, bench.row)
 
 
-def test_a_forward_of_a_layers_own_comes_back(make_bench):
+def test_a_layers_own_forward_is_restored(make_bench):
     bench = make_bench()
     layer = bench.backbone.prefix.layers[0]
     own = layer.forward = layer.forward
@@ -259,7 +259,7 @@ def test_a_forward_of_a_layers_own_comes_back(make_bench):
     assert layer.forward is own
 
 
-def test_the_callers_random_numbers_and_the_models_mode_stay(make_bench):
+def test_the_callers_random_numbers_and_the_models_mode_do_not_change(make_bench):
     bench = make_bench()
     torch.manual_seed(5)
     expected = torch.rand(3)

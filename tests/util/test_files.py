@@ -72,7 +72,7 @@ def test_a_locked_directory_stays_empty(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_second_name_for_the_same_file_leaves_nothing_beside_it(tmp_path):
+def test_hard_links_leave_no_temporary_files(tmp_path):
     (tmp_path / "one").write_text("1")
     files.hardlink(tmp_path / "one", tmp_path / "two")
     files.hardlink(tmp_path / "one", tmp_path / "two")

@@ -15,7 +15,7 @@ from fedmerge_peft.util.stateful import Stateful
         ({"server_optimizer": "adam"}, {"step", "exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_the_server_remembers_its_moments_and_refuses_others(settings, names):
+def test_the_server_optimizer_restores_its_moments_and_refuses_others(settings, names):
     from fedmerge_peft.recipe.strategies import FedAvgRecipe
 
     def make(columns):
@@ -39,7 +39,7 @@ class Part(Stateful):
         self.numbers, self._count, self.inner = torch.zeros(2), 0, inner
 
 
-def test_a_part_that_is_gone_stays_gone():
+def test_a_part_that_is_none_is_restored_as_none():
     one, two = Part(Part(None)), Part(Part(None))
     one.inner, one._count = None, 3
     assert one.state_dict().keys() == {"numbers", "count", "inner"}
@@ -62,7 +62,7 @@ def test_a_part_that_is_gone_stays_gone():
         {"inner.other": 1},
     ],
 )
-def test_a_state_of_something_else_is_refused(change):
+def test_the_state_of_another_object_is_refused(change):
     part = Part(Part(None))
     with pytest.raises(ValueError, match=r"expected|on one side only"):
         part.load_state_dict({**part.state_dict(), **change})

@@ -73,7 +73,7 @@ def installed(built, tmp_path_factory):
         cwd=home,
     )
     (packages,) = (home / "venv" / "lib").glob("python*/site-packages")
-    (packages / "lent.pth").write_text(
+    (packages / "requirements.pth").write_text(
         str(Path(numpy.__file__).parents[1]) + "\n"
     )  # its own .pth files are not followed
     return python

@@ -168,10 +168,10 @@ def test_names_from_the_data_are_escaped_in_the_terminal(nasty, capsys, more):
     for command in (["data", "smoke", *nasty], ["run", "smoke", *nasty, *more, "--out", "out"]):
         with pytest.raises(SystemExit):
             main(command)
-    said = "".join(capsys.readouterr())
-    steering = [line for line in said.split("\n") if not line.isprintable()]
+    output = "".join(capsys.readouterr())
+    steering = [line for line in output.split("\n") if not line.isprintable()]
     assert steering == []
-    assert "\\x1b[2Jgone" in said
+    assert "\\x1b[2Jgone" in output
 
 
 def test_log_lines_have_no_control_characters(capsys):
@@ -186,12 +186,12 @@ def test_log_lines_have_no_control_characters(capsys):
         package.warning("client %s, round 3: no luck; left out", "\x1b]0;owned\x07")
     finally:
         package.handlers, package.propagate = handlers, propagate
-    said = capsys.readouterr().err
-    assert "\x1b" not in said
-    assert "\\x1b]0;owned\\x07" in said
+    output = capsys.readouterr().err
+    assert "\x1b" not in output
+    assert "\\x1b]0;owned\\x07" in output
 
 
-# ---- invariants of the update rule --------------------------------------------------------------
+# ---- invariants of the update rule ---------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)

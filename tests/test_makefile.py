@@ -59,9 +59,9 @@ def test_an_installation_names_the_large_downloads_and_leaves_out_the_rest(make)
     )
     done = make("quickstart", installed=False, python=f'printf "{lines}\\n"', fedmerge="true")
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0].startswith("Installing PyTorch")
-    assert said[2:] == ["Downloading torch-2.13.0.whl (192.3 MB)"]
+    output = done.stdout.splitlines()
+    assert output[0].startswith("Installing PyTorch")
+    assert output[2:] == ["Downloading torch-2.13.0.whl (192.3 MB)"]
 
 
 def test_an_installation_that_fails_stops_the_quickstart(make):

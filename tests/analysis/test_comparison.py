@@ -286,7 +286,7 @@ def test_settings_are_named_after_their_recipes_if_these_differ(write_run, tmp_p
     assert list(compare([tmp_path])["setting"]) == ["small", "large"]
 
 
-# ---- which runs ----------------------------------------------------------------------------------
+# ---- selection of runs ---------------------------------------------------------------------------
 def test_runs_are_found_at_any_depth_and_each_counts_once(write_run, tmp_path):
     run = write_run("deep/below/run", [FEDMERGE], [[0.0], [0.5]])
     write_run("deep/below/run/baselines/fedavg", [FEDAVG], [[0.0], [0.4]])
@@ -335,7 +335,7 @@ def test_different_metrics_in_one_setting_are_an_error(write_run, tmp_path):
         compare([tmp_path], metric="test_accuracy")
 
 
-# ---- what is shown -------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------------
 def test_markdown_has_one_row_per_method_and_blanks_for_missing_values(three_methods):
     lines = markdown(Comparison.of([three_methods])).splitlines()
     assert lines[0] == "## smoke: final test accuracy of the served models"

@@ -79,11 +79,11 @@ def test_runs_with_less_information_are_stamped(program, write_run):
     bare, older = write_run("bare", [], [[0.0], [0.5]]), write_run("older", [], [[0.0], [0.5]])
     for folder in (bare, older):
         os.utime(folder / "recipe.yaml", (0, 0))
-    said = program("provenance").stamp(
+    stamp_text = program("provenance").stamp(
         [Run.open(bare), say(older, device="cpu", threads=2, packages={"torch": "2.9"})]
     )
-    assert "newest run of 1970-01-01, unknown commit, " in said
-    assert said.endswith("torch 2.9, of unknown version, CPU with 2 threads, unknown device.")
+    assert "newest run of 1970-01-01, unknown commit, " in stamp_text
+    assert stamp_text.endswith("torch 2.9, of unknown version, CPU with 2 threads, unknown device.")
 
 
 @pytest.fixture

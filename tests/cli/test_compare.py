@@ -46,9 +46,9 @@ def test_the_table_fits_the_terminal_and_has_a_title(runs, fedmerge, width):
     row = next(line for line in lines if line.split()[:1] == ["fedmerge"])
     assert "0.550 ±0.050" in row
     assert ("±0.050 +0.150 ±0.050" in row.replace("  ", " ")) == (width >= 80)
-    said = " ".join(out.split())
-    assert "Mean ± standard deviation over runs with different seeds." in said
-    assert "reached the final score of fedavg on the same seed." in said
+    output = " ".join(out.split())
+    assert "Mean ± standard deviation over runs with different seeds." in output
+    assert "reached the final score of fedavg on the same seed." in output
     assert ("seconds" in lines[3]) == (width >= 100)
 
 

@@ -9,7 +9,7 @@ from fedmerge_peft.cli import installation, main
 
 
 @pytest.fixture
-def said(capsys):
+def doctor(capsys):
     """Run the command; return its lines by subject, and the exit code."""
 
     def call():
@@ -21,8 +21,8 @@ def said(capsys):
     return call
 
 
-def test_versions_devices_extras_hub_and_disk_are_checked(said):
-    lines, _ = said()
+def test_versions_devices_extras_hub_and_disk_are_checked(doctor):
+    lines, _ = doctor()
     looked = {
         "Python",
         "fedmerge-peft",
@@ -84,8 +84,8 @@ def test_an_unsupported_version_comes_with_the_command_that_updates_it(
     assert (check.state, check.remedy) == (state, remedy)
 
 
-def test_a_failed_check_exits_with_code_1(said, monkeypatch):
+def test_a_failed_check_exits_with_code_1(doctor, monkeypatch):
     monkeypatch.setattr(installation, "requires", lambda _: ["torch>=99"])
-    lines, code = said()
+    lines, code = doctor()
     assert code == 1
     assert lines["torch"].startswith("!!  torch")

@@ -79,8 +79,8 @@ def test_help_lists_the_commands(option, fedmerge):
 
 
 def test_help_explains_the_exit_codes(fedmerge):
-    said = " ".join(fedmerge("--help")[1].split())
-    assert "Exit codes: 0 success; 1 a failed check" in said
+    help_text = " ".join(fedmerge("--help")[1].split())
+    assert "Exit codes: 0 success; 1 a failed check" in help_text
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -114,8 +114,8 @@ def test_the_table_of_scores_equals_the_measured_one():
         re.MULTILINE,
     )
     assert len({page for page, *_ in rows}) >= 4
-    for page, method, *said in rows:
-        assert said == measured(page)[method], (page, method)
+    for page, method, *shown in rows:
+        assert shown == measured(page)[method], (page, method)
     for page in {page for page, *_ in rows}:
         first = next(iter(measured(page)))
         assert first in {method for each, method, *_ in rows if each == page}, (

@@ -78,13 +78,13 @@ def test_an_error_reaches_another_process_unchanged(error):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "message"),
     [("cuda:1", "cuda:1 is one device, but 2 ranks were started"), ("mps", "mps is one device")],
 )
-def test_each_rank_uses_a_device_of_its_own(monkeypatch, wanted, said):
+def test_each_rank_uses_a_device_of_its_own(monkeypatch, wanted, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_device("cpu").type == "cpu"
-    with pytest.raises(DeviceError, match=said):
+    with pytest.raises(DeviceError, match=message):
         choose_device(wanted)
 
 
@@ -107,14 +107,14 @@ def test_ranks_wait_for_the_rank_that_prints(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    for rank, said, waits in (
+    for rank, count, waits in (
         ("1", 0, [5.0]),
         ("0", 1, [5.0]),
     ):  # a launcher ends all ranks as soon as one has ended
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit, match="2"):
             main(["run", "smoke", "training.learnin_rate=1"])
-        assert (capsys.readouterr().err.count("unknown key"), waited) == (said, waits)
+        assert (capsys.readouterr().err.count("unknown key"), waited) == (count, waits)
 
 
 def test_a_sweep_on_several_ranks_is_refused(monkeypatch, tmp_path):
@@ -247,11 +247,11 @@ def test_a_signal_ends_all_ranks_after_the_round_and_prints_the_command_once(tmp
     while not re.search(r"round +2/", line := process.stdout.readline()):
         assert line, process.communicate()[1]
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert said.count("stopped; resume with: fedmerge resume") == 1
-    assert said.count("stopping after this round") == 1
-    assert not re.search("RankError|lost the connection", said)
+    assert output.count("stopped; resume with: fedmerge resume") == 1
+    assert output.count("stopping after this round") == 1
+    assert not re.search("RankError|lost the connection", output)
     done = len(Run(tmp_path / "run").records)
     assert len(resume(tmp_path / "run", [f"rounds={done + 1}"]).records) == done + 1
 

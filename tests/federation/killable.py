@@ -64,12 +64,12 @@ def tear(number):
 def go(path, strategy, engine):
     """Start or resume the run; do nothing if it has ended."""
     recipe = Recipe.load("smoke", [*SMALL, *strategy])
-    lent = engine.with_recipe(recipe)
+    reused = engine.with_recipe(recipe)
     if not (path / "recipe.yaml").exists():
-        federate(recipe, path, engine=lent)
+        federate(recipe, path, engine=reused)
     elif not Run.open(path).ended:
-        resume(path, engine=lent)
-    assert lent.clients_per_batch == recipe.training.clients_per_batch
+        resume(path, engine=reused)
+    assert reused.clients_per_batch == recipe.training.clients_per_batch
 
 
 def child(asked, engine, write):

@@ -149,10 +149,10 @@ def test_the_command_line_prints_the_command_that_resumes(tmp_path, capsys):
             ]
         )
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert "0 of 12 clients replied well" in said
-    assert f"fedmerge resume {tmp_path / 'run'}" in said
-    assert "Traceback" not in said
+    output = capsys.readouterr().err
+    assert "0 of 12 clients replied well" in output
+    assert f"fedmerge resume {tmp_path / 'run'}" in output
+    assert "Traceback" not in output
 
 
 def test_records_of_runs_without_failures_have_no_failures(smoke, smoke_engine, tmp_path):

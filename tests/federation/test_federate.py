@@ -58,7 +58,7 @@ def test_a_run_writes_all_of_its_files(run):
 
 
 def test_the_environment_records_time_code_and_machine(run):
-    said = load_run(run.path).environment
+    environment = load_run(run.path).environment
     assert {
         "started",
         "python",
@@ -67,10 +67,10 @@ def test_the_environment_records_time_code_and_machine(run):
         "device",
         "threads",
         "packages",
-    } <= said.keys()
-    assert said["started"].endswith("Z")
-    assert said["packages"]["fedmerge-peft"] == version("fedmerge-peft")
-    assert {key: said[key] for key in ("commit", "dirty") if key in said} == source(
+    } <= environment.keys()
+    assert environment["started"].endswith("Z")
+    assert environment["packages"]["fedmerge-peft"] == version("fedmerge-peft")
+    assert {key: environment[key] for key in ("commit", "dirty") if key in environment} == source(
         Path(files.__file__).parent
     )
 

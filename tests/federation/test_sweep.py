@@ -303,10 +303,8 @@ def test_runs_of_other_processes_are_waited_for_last(
     monkeypatch.setattr("fedmerge_peft.federation.sweep.sleep", sleep)
     runs = sweep(recipes, tmp_path, **events(seen))
     assert list(runs) == list(recipes)
-    assert seen[-1] == (
-        first,
-        not ends,
-    )  # reused, or repeated if the other process left it unfinished
+    # reused, or repeated if the other process left it unfinished
+    assert seen[-1] == (first, not ends)
     assert (runs[first].summary["final"]["served"]["mean"] == 0.7) == ends
     assert f"waiting for other processes, which are running {first}" in caplog.messages
 

@@ -55,7 +55,7 @@ def test_a_row_has_type_bounds_default_and_meaning():
 
 
 def test_all_defaults_equal_the_schemas():
-    said = {(cells[0].strip("`"), cells[2]) for cells in rows(markdown.reference())}
+    listed = {(cells[0].strip("`"), cells[2]) for cells in rows(markdown.reference())}
     for section in [Recipe, *sections()]:
         for name, field in section.model_fields.items():
             if isinstance(field.default, bool | int | float) and not isinstance(
@@ -66,7 +66,7 @@ def test_all_defaults_equal_the_schemas():
                     if isinstance(field.default, bool)
                     else str(field.default)
                 )
-                assert (name, f"`{written}`") in said
+                assert (name, f"`{written}`") in listed
 
 
 def test_the_command_prints_it(capsys):

@@ -101,10 +101,10 @@ def test_a_folder_of_all_clients_has_the_layout_of_vllms_filesystem_resolver(fin
 def test_a_soups_weights_include_every_client(finished, tmp_path):
     run = finished("causal-lm").run
     folder = export_soup(run, tmp_path / "soup")
-    said = json.loads((folder / "weights.json").read_text())
-    assert said["round"] == 2
-    assert list(said["clients"]) == list(run.clients.index)
-    assert said["clients"][CLIENT] == pytest.approx(list(run.weights.loc[CLIENT]))
+    document = json.loads((folder / "weights.json").read_text())
+    assert document["round"] == 2
+    assert list(document["clients"]) == list(run.clients.index)
+    assert document["clients"][CLIENT] == pytest.approx(list(run.weights.loc[CLIENT]))
     assert sorted(path.name for path in folder.glob("adapter-*")) == [
         "adapter-0",
         "adapter-1",

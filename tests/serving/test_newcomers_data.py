@@ -11,7 +11,7 @@ from fedmerge_peft import DataError, Personalized, RunError, federate, personali
 from fedmerge_peft.tasks.classification import relabel
 from serving.newcomer import QUEUES, newcomer, numbers, recipe
 
-# ---- the newcomer's data -------------------------------------------------------------------------
+# ---- data and labels -----------------------------------------------------------------------------
 
 
 def test_a_newcomer_with_some_of_the_runs_labels_keeps_their_numbers(run, tickets, tmp_path):
@@ -149,7 +149,7 @@ def test_unsuitable_data_are_refused(run, tmp_path, monkeypatch, data, options, 
         personalize(run, data, **options)
 
 
-# ---- which runs ----------------------------------------------------------------------------------
+# ---- runs that newcomers can join ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -87,14 +87,14 @@ def test_one_pass_equals_one_client_at_a_time(task, predictor, passes):
 @pytest.mark.parametrize("task", ["sequence-classification", "image-classification"])
 def test_one_pass_equals_each_clients_pipeline(task, finished, predictor):
     given = inputs(task)
-    for client, said in predictor(task)(given).items():
+    for client, predictions in predictor(task)(given).items():
         expected = finished(task).run.client(client).pipeline("cpu")(given[client])
         best = [
             max(each, key=lambda label: label["score"]) if isinstance(each, list) else each
             for each in expected
         ]
-        assert [each["label"] for each in said] == [each["label"] for each in best]
-        assert [each["score"] for each in said] == pytest.approx(
+        assert [each["label"] for each in predictions] == [each["label"] for each in best]
+        assert [each["score"] for each in predictions] == pytest.approx(
             [each["score"] for each in best], rel=tolerance(torch.float32)
         )
 
@@ -102,13 +102,13 @@ def test_one_pass_equals_each_clients_pipeline(task, finished, predictor):
 @pytest.mark.equality
 def test_a_decoder_completes_as_its_pipeline(finished, predictor):
     run = finished("causal-lm").run
-    for client, said in predictor("causal-lm")(TEXTS).items():
+    for client, predictions in predictor("causal-lm")(TEXTS).items():
         pipeline = run.client(client).pipeline("cpu", do_sample=False)
         found = [
             pipeline(text, return_full_text=False)[0]["generated_text"].strip()
             for text in TEXTS[client]
         ]
-        assert said == found
+        assert predictions == found
 
 
 def test_predictions_of_clients_differ(predictor):

@@ -127,15 +127,15 @@ def test_epsilon_counts_each_round_once_and_does_not_depend_on_earlier_calls(
     assert seen == list(range(1, 9))
 
 
-# ---- what leaves a client ------------------------------------------------------------------------
+# ---- released updates ----------------------------------------------------------------------------
 
 
 def sent(delta, privacy, phases=(None,), seed=5):
     """The released reply, and the row kept, of a client that training moves by δ."""
     row = torch.zeros_like(delta)
     plan = Train(row, phases, privacy=privacy)
-    work = run_plan(plan, seed, lambda job, _: Trained(job.row - delta, 1.0, 1), None)
-    return work.deltas[0], work.trained
+    result = run_plan(plan, seed, lambda job, _: Trained(job.row - delta, 1.0, 1), None)
+    return result.deltas[0], result.trained
 
 
 def test_a_released_update_is_clipped_and_the_clients_own_row_is_not():
@@ -225,7 +225,7 @@ def test_with_little_noise_and_a_wide_bound_private_fedavg_is_fedavg(formulas):
     torch.testing.assert_close(private.strategy.soup.rows[0], case.mean(), rtol=1e-3, atol=1e-3)
 
 
-# ---- which methods -------------------------------------------------------------------------------
+# ---- supported methods ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["ditto", "fedrep", "fedem", "ifca", "flora", "fedavg_ft"])

@@ -111,11 +111,8 @@ def test_the_cosine_filter_leaves_out_updates_opposed_to_the_others():
 def test_a_client_has_no_vote_on_itself_in_the_cosine_filter():
     between = torch.tensor([[1.0, -0.1, -0.1], [-0.1, 1.0, 0.5], [-0.1, 0.5, 1.0]]).double()
     found = cosine_filter_weights(between, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64))
-    assert found.tolist() == [
-        0.9,
-        0.05,
-        0.05,
-    ]  # it has nearly all of the weight: the other two are no users, and have no say
+    # it has nearly all of the weight: the other two are no users, and have no vote
+    assert found.tolist() == [0.9, 0.05, 0.05]
     torch.testing.assert_close(
         cosine_filter_weights(between, torch.tensor([0.5, 0.25, 0.25]).double()),
         torch.tensor([0.0, 0.5, 0.5]).double(),
@@ -240,7 +237,7 @@ def test_private_rows_are_not_clipped(formulas):
     assert not torch.equal(free.strategy.soup.rows[0], bound.strategy.soup.rows[0])
 
 
-# ---- what one client can do to another -----------------------------------------------------------
+# ---- influence of one client on another ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["normalized", "adam", "gradient"])

@@ -1,4 +1,4 @@
-"""Fixtures that tests of several parts use."""
+"""Fixtures for tests of several packages."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # before any Hugging Face library is imported: no test needs the hub
-if workers := int(
-    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
-):  # threads that wait for each other's processors are slower than one
+# before any Hugging Face library is imported: no test needs the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# several threads on each processor are slower than one
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real data sets (FEDMERGE_DATA, or ../shared/data beside the repository); skips where there is none."""
+    """The folder with real data sets: FEDMERGE_DATA, or ../shared/data beside the repository.
+
+    Skips if it does not exist.
+    """
     folder = Path(os.environ.get("FEDMERGE_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(
-            f"needs the real data sets, and {folder} does not exist; FEDMERGE_DATA names another folder"
+            f"needs the real data sets, and {folder} does not exist; "
+            "FEDMERGE_DATA names another folder"
         )
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny random models: ``tiny_models / "bert"``, ``"llama"``, ``"gpt2"``, ``"vit"``."""
+    """A folder with the tiny random models ``bert``, ``llama``, ``gpt2`` and ``vit``."""
     from fedmerge_peft.models import tiny
 
     folder = tmp_path_factory.mktemp("tiny-models")
@@ -40,7 +42,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def float64(tiny_models, monkeypatch):
-    """Models, adapters and losses are in float64 wherever they would be in float32."""
+    """Compute models, adapters and losses in float64 instead of float32."""
     import torch
 
     from fedmerge_peft.models import backbone
@@ -78,7 +80,7 @@ def smoke():
 
 @pytest.fixture(scope="session")
 def smoke_engine(smoke):
-    """What the smoke recipe loads, for all tests of a process."""
+    """The engine that the smoke recipe loads, for all tests of a process."""
     from fedmerge_peft.engines.local import LocalEngine
 
     return LocalEngine.from_recipe(smoke())
@@ -94,9 +96,10 @@ def formulas():
 
 @pytest.fixture
 def write_run(tmp_path):
-    """``write_run("a", ["seed=1"], [[.1, .3], [.2, .4]])``: a finished run of ``smoke`` with each client's accuracy by rounds done.
+    """``write_run("a", ["seed=1"], [[.1, .3], [.2, .4]])``: a finished run of ``smoke``.
 
-    The last are the final scores. Each of its rounds took two seconds, and 100 bytes down and 40 up a client.
+    The lists are the clients' accuracies after 0, 1, ... rounds; the last are the final scores.
+    Each round took two seconds, and 100 bytes down and 40 up for each client.
     """
     import json
 
@@ -155,7 +158,7 @@ def write_run(tmp_path):
 
 @pytest.fixture(scope="session")
 def left_behind():
-    """``left_behind(path)``: all that a run directory holds, by file, but for wall-clock times and for where and when it ran."""
+    """``left_behind(path)``: the contents of a run directory by file, without times and places."""
     import json
     from dataclasses import asdict
 
@@ -181,12 +184,9 @@ def left_behind():
         }
         if path.parent.name != "checkpoint" or ".soup" in path.name:
             return numbers
-        said = asdict(checkpoint.read(path.parent, int(path.stem.removeprefix("round-"))).manifest)
-        return numbers, {
-            **said,
-            "metrics_bytes": 0,
-            "soup_sha256": "",
-        }  # seconds have more or fewer digits, a header's keys have no order
+        read = checkpoint.read(path.parent, int(path.stem.removeprefix("round-")))
+        # seconds have more or fewer digits, a header's keys have no order
+        return numbers, {**asdict(read.manifest), "metrics_bytes": 0, "soup_sha256": ""}
 
     def read(folder):
         names = {
@@ -204,7 +204,7 @@ def left_behind():
 
 
 class LabelTask:
-    """As much of a task as loading a backbone needs."""
+    """The parts of a task that loading a backbone needs."""
 
     auto_model = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"

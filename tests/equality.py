@@ -1,4 +1,4 @@
-"""How near two computations of the same thing have to be, by the number format."""
+"""Tolerances between two computations of the same result, by number format."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""Local training as anybody would write it with plain PEFT and torch, one separate tensor at a time.
+"""Local training in plain PEFT and torch, with separate tensors.
 
-The training loop is held against it: flat rows, shared passes and caches must not change the result.
+The training loop must give the same result: flat rows, shared passes and caches change nothing.
 """
 
 import math
@@ -74,7 +74,7 @@ def plain_optimizer(parameters, training):
 
 
 def rate(training, step, total):
-    """Part of the learning rate at a step, by the formulas of the schedules."""
+    """Factor of the learning rate at a step, by the formulas of the schedules."""
     warm = math.ceil(training.warmup * total)
     if step < warm:
         return step / max(1, warm)

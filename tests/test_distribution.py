@@ -1,4 +1,4 @@
-"""The wheel by itself: built from the sdist, installed where nothing of this checkout is, and run."""
+"""The wheel: built from the sdist, installed into an environment without this checkout, run."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist of this tree, and the wheel that the sdist makes."""
+    """The sdist of this tree, and the wheel built from the sdist."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("built")
     run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT)
@@ -50,7 +50,10 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """An environment with the wheel alone; what it requires is lent by the one that runs the tests, without its editable install."""
+    """An environment with the wheel alone.
+
+    Its requirements come from the environment of the tests, without the editable install.
+    """
     import numpy
 
     home = tmp_path_factory.mktemp("home")
@@ -70,13 +73,13 @@ def installed(built, tmp_path_factory):
         cwd=home,
     )
     (packages,) = (home / "venv" / "lib").glob("python*/site-packages")
-    (packages / "lent.pth").write_text(
+    (packages / "requirements.pth").write_text(
         str(Path(numpy.__file__).parents[1]) + "\n"
     )  # its own .pth files are not followed
     return python
 
 
-def test_the_sdist_has_what_makes_tests_and_site(built):
+def test_the_sdist_has_the_files_for_tests_and_site(built):
     tree = built[2]
     for name in (
         "README.md",
@@ -96,7 +99,7 @@ def test_the_sdist_has_what_makes_tests_and_site(built):
     ]
 
 
-def test_the_wheel_has_the_package_and_its_data_and_no_more(built):
+def test_the_wheel_has_the_package_and_its_data_alone(built):
     names = zipfile.ZipFile(built[1]).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"fedmerge_peft"}
     for name in (

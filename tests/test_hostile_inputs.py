@@ -1,4 +1,4 @@
-"""What comes from others (models, names, files) steers nothing: no code of theirs runs, no path leaves, no terminal obeys."""
+"""Models, names and files from others run no code, leave no folder and control no terminal."""
 
 import ast
 import json
@@ -98,7 +98,7 @@ def test_code_that_comes_with_a_model_does_not_run(tiny_models, tmp_path):
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300))
-def test_a_soup_of_arbitrary_bytes_is_one_clear_error(tmp_path_factory, content):
+def test_a_soup_of_arbitrary_bytes_is_one_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "soup.safetensors"
     path.write_bytes(content)
     with pytest.raises(RunError, match="not a readable soup"):
@@ -109,14 +109,14 @@ def test_a_soup_of_arbitrary_bytes_is_one_clear_error(tmp_path_factory, content)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/abs", ".", "..", "", "a\0b", "x/..", "./x"])
-def test_a_runs_name_is_one_folders_name(name):
+def test_a_runs_name_is_a_single_folder_name(name):
     with pytest.raises(RecipeError, match="not a valid folder name"):
         Run.default_path(Recipe.load("smoke").model_copy(update={"name": name}))
 
 
 @pytest.fixture
 def nasty(tmp_path, monkeypatch):
-    """A recipe whose clients, groups and labels have names that steer what believes them."""
+    """A recipe whose clients, groups and labels have hostile names."""
     monkeypatch.chdir(tmp_path)
     rows = [
         {
@@ -144,7 +144,7 @@ def nasty(tmp_path, monkeypatch):
     return [*keys, *small]
 
 
-def test_clients_with_any_names_are_kept_by_name_and_write_nothing_elsewhere(nasty, tmp_path):
+def test_clients_with_any_names_write_nothing_elsewhere(nasty, tmp_path):
     before = {path for path in tmp_path.parent.rglob("*") if path.is_file()}
     run = federate(Recipe.load("smoke", nasty), tmp_path / "runs" / "nasty")
     assert set(run.clients.index) == set(NASTY)
@@ -164,17 +164,17 @@ def test_clients_with_any_names_are_kept_by_name_and_write_nothing_elsewhere(nas
 @pytest.mark.parametrize(
     "more", [[], ["clients.failures=skip", "clients.timeout=1e-9"], ["clients.timeout=1e-9"]]
 )
-def test_names_from_the_data_do_not_reach_the_terminal_as_they_are(nasty, capsys, more):
+def test_names_from_the_data_are_escaped_in_the_terminal(nasty, capsys, more):
     for command in (["data", "smoke", *nasty], ["run", "smoke", *nasty, *more, "--out", "out"]):
         with pytest.raises(SystemExit):
             main(command)
-    said = "".join(capsys.readouterr())
-    steering = [line for line in said.split("\n") if not line.isprintable()]
+    output = "".join(capsys.readouterr())
+    steering = [line for line in output.split("\n") if not line.isprintable()]
     assert steering == []
-    assert "\\x1b[2Jgone" in said
+    assert "\\x1b[2Jgone" in output
 
 
-def test_log_lines_are_what_a_terminal_can_show(capsys):
+def test_log_lines_have_no_control_characters(capsys):
     from rich.console import Console
 
     from fedmerge_peft.util.logs import configure_logging
@@ -186,12 +186,12 @@ def test_log_lines_are_what_a_terminal_can_show(capsys):
         package.warning("client %s, round 3: no luck; left out", "\x1b]0;owned\x07")
     finally:
         package.handlers, package.propagate = handlers, propagate
-    said = capsys.readouterr().err
-    assert "\x1b" not in said
-    assert "\\x1b]0;owned\\x07" in said
+    output = capsys.readouterr().err
+    assert "\x1b" not in output
+    assert "\\x1b]0;owned\\x07" in output
 
 
-# ---- what the update rule keeps, whatever comes --------------------------------------------------
+# ---- invariants of the update rule ---------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
@@ -202,7 +202,7 @@ def test_log_lines_are_what_a_terminal_can_show(capsys):
     st.floats(1e-8, 1e6),
     st.integers(0, 1000),
 )
-def test_weights_are_shares_and_those_of_clients_that_were_not_asked_stay(
+def test_weights_sum_to_one_and_those_of_absent_clients_do_not_change(
     rule, begin, cohorts, scale, seed
 ):
     from fedmerge_peft import AdapterLayout

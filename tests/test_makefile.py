@@ -1,4 +1,4 @@
-"""``make quickstart`` runs, resumes or shows; ``fedmerge`` and ``pip`` are stand-ins that say how they were called."""
+"""``make quickstart`` runs, resumes or shows; scripts in place of ``fedmerge`` and ``pip`` log."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs a target of a copy of the Makefile, with these scripts in place of the programs."""
+    """Run a target of a copy of the Makefile, with scripts in place of the programs."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     programs = tmp_path / ".venv" / "bin"
@@ -59,9 +59,9 @@ def test_an_installation_names_the_large_downloads_and_leaves_out_the_rest(make)
     )
     done = make("quickstart", installed=False, python=f'printf "{lines}\\n"', fedmerge="true")
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0].startswith("Installing PyTorch")
-    assert said[2:] == ["Downloading torch-2.13.0.whl (192.3 MB)"]
+    output = done.stdout.splitlines()
+    assert output[0].startswith("Installing PyTorch")
+    assert output[2:] == ["Downloading torch-2.13.0.whl (192.3 MB)"]
 
 
 def test_an_installation_that_fails_stops_the_quickstart(make):

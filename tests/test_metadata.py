@@ -1,4 +1,4 @@
-"""What the package says of itself is true: its version, its dependencies, its tools."""
+"""The package's metadata is consistent: version, dependencies and tools."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ def name_of(requirement):
 
 
 def imported():
-    """The top-level packages that the source imports, at any depth."""
+    """Top-level packages that the source imports, at any depth."""
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -32,7 +32,7 @@ def imported():
                 yield node.module.partition(".")[0]
 
 
-def test_whatever_is_imported_is_declared():
+def test_every_import_is_declared():
     extras = PROJECT["optional-dependencies"]
     optional = [line for name, lines in extras.items() if name != "dev" for line in lines]
     declared = {name_of(line) for line in [*PROJECT["dependencies"], *optional]}
@@ -45,7 +45,7 @@ def test_whatever_is_imported_is_declared():
     }
 
 
-def test_whatever_is_declared_is_pinned():
+def test_every_dependency_is_pinned():
     pinned = {
         name_of(line) for line in (ROOT / "constraints.txt").read_text().splitlines()[1:] if line
     }
@@ -61,7 +61,7 @@ def test_the_version_has_one_source():
     assert newest[1] == __version__
 
 
-def test_every_python_that_is_promised_is_tested():
+def test_every_declared_python_is_tested():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     promised = [
         found[1] for line in PROJECT["classifiers"] if (found := re.search(r":: (3\.\d+)$", line))

@@ -47,8 +47,8 @@ _HEAD = """# Speed
 A ratio is the time of the alternative over the time of this package. In the rows on memory and on
 the size of adapters, it is the cost of the larger case over the cost of the smaller one. Both sides
 alternate in one process. The ratio is the median over the repeats, with the smallest and the
-largest. The model is MiniLM (22 M parameters) with 32 tokens per example and LoRA of rank 8 on query
-and value.
+largest. The model is MiniLM (22 M parameters) with 32 tokens per example and LoRA of rank 8 on
+query and value.
 """
 
 

@@ -1,4 +1,4 @@
-"""Averaging parameters against averaging updates, on real PEFT models."""
+"""The average of the parameters and the average of the updates, on real PEFT models."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.equality
 
 
 def soup_of(backbone, adapters=3):
-    """Adapters whose B is not zero, as after some training."""
+    """Adapters whose B is not zero, as after training."""
     rows = torch.stack([backbone.fresh_row(number) for number in range(adapters)])
     return AdapterSoup(
         rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)),
@@ -19,8 +19,8 @@ def soup_of(backbone, adapters=3):
     )
 
 
-def test_concatenation_computes_the_average_of_the_updates(make_backbone):
-    """The merged model's output equals that of a model whose every layer has Σ_j π_j scaling B_j A_j added to it."""
+def test_concatenation_gives_the_average_of_the_updates(make_backbone):
+    """Merging equals adding Σ_j π_j scaling B_j A_j to the weight of every layer."""
     backbone = make_backbone("bert", {"r": 4, "target_modules": ["query", "value", "dense"]})
     soup, weights = soup_of(backbone), torch.tensor([0.2, 0.5, 0.3])
     state, config = concat(soup, weights, backbone.config.to_dict())

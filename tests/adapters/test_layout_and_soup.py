@@ -18,7 +18,7 @@ def layout_of(shapes):
 
 
 @given(SHAPES)
-def test_a_row_survives_the_way_through_named_tensors(shapes):
+def test_a_row_survives_the_round_trip_through_named_tensors(shapes):
     layout = layout_of(shapes)
     row = torch.arange(layout.size, dtype=torch.float32)
     state = layout.state_dict(row)
@@ -83,7 +83,7 @@ def test_a_soup_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"not safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "]
 )
-def test_a_file_that_is_no_soup_is_one_clear_error(tmp_path, content):
+def test_a_file_that_is_no_soup_is_refused(tmp_path, content):
     (tmp_path / "soup.safetensors").write_bytes(content)
     with pytest.raises(RunError, match="not a readable soup"):
         AdapterSoup.load(tmp_path / "soup.safetensors")

@@ -1,4 +1,4 @@
-"""What is said of several runs, on run directories whose numbers are worked out by hand."""
+"""Comparisons of several runs, with expected numbers computed by hand."""
 
 import logging
 import math
@@ -15,7 +15,10 @@ FEDMERGE, FEDAVG, LOCAL = "strategy=fedmerge", "strategy=fedavg", "strategy=loca
 
 @pytest.fixture
 def three_methods(write_run, tmp_path):
-    """Two seeds of each, two clients, two rounds; means of the final scores: 0.6 and 0.8, 0.5 and 0.5, 0.6 and 0.4."""
+    """Two seeds of each method, two clients, two rounds.
+
+    The means of the final scores are 0.6 and 0.8, 0.5 and 0.5, 0.6 and 0.4.
+    """
     write_run("fedmerge-0", [FEDMERGE, "seed=0"], [[0.0, 0.2], [0.4, 0.6], [0.5, 0.7]])
     write_run("fedmerge-1", [FEDMERGE, "seed=1"], [[0.0, 0.2], [0.2, 0.4], [0.7, 0.9]])
     write_run("fedavg-0", [FEDAVG, "seed=0"], [[0.0, 0.2], [0.3, 0.3], [0.3, 0.7]])
@@ -65,7 +68,7 @@ def test_costs_are_of_one_client_and_the_whole_run(three_methods):
     assert list(frame.loc["fedmerge", ["bytes_down", "bytes_up", "seconds"]]) == [200.0, 80.0, 4.0]
 
 
-def test_rounds_are_counted_until_the_mean_reaches_what_fedavg_ends_with(three_methods):
+def test_rounds_are_counted_until_the_mean_reaches_fedavgs_final_score(three_methods):
     comparison = Comparison.of([three_methods])
     assert comparison.target is None
     frame = by_method(comparison.methods)
@@ -78,7 +81,7 @@ def test_rounds_are_counted_until_the_mean_reaches_what_fedavg_ends_with(three_m
 
 
 def test_the_target_is_that_of_the_same_seed(write_run, tmp_path):
-    """Fedavg ends with 0.3 and 0.7: one of its runs never reaches the mean of both, but each reaches its own."""
+    """FedAvg ends with 0.3 and 0.7; each of its runs reaches its own final score."""
     for seed, (end, half) in enumerate([([0.2, 0.4], 0.1 + 0.2), ([0.6, 0.8], 0.4)]):
         write_run(f"fedavg-{seed}", [FEDAVG, f"seed={seed}"], [[0.0, 0.0], [0.1, 0.1], end])
         write_run(
@@ -137,7 +140,7 @@ def test_the_worst_tenth_is_rounded_up(write_run, clients, worst):
     assert compare([run])["worst_tenth"].item() == worst
 
 
-def test_of_scores_where_less_is_better_the_largest_are_the_worst(write_run):
+def test_the_largest_scores_are_the_worst_if_less_is_better(write_run):
     write_run("fedavg", [FEDAVG], [[9.0, 9.0], [4.0, 6.0]], metric="test_perplexity")
     write_run(
         "fedmerge",
@@ -166,8 +169,8 @@ def test_finetuning_and_gap_are_of_the_last_tenth_of_the_rounds(write_run):
     assert frame["gap"].item() == 1.5
 
 
-def test_measurements_of_some_of_the_clients_are_left_out(write_run):
-    """Two of four clients take part: what they score says nothing of the mean over all of them."""
+def test_scores_of_some_of_the_clients_are_left_out(write_run):
+    """The scores of two of four clients are no estimate of the mean over all four."""
     some, good = "clients.fraction=0.5", [0.9, 0.9]
     run = write_run(
         "run",
@@ -184,12 +187,12 @@ def test_measurements_of_some_of_the_clients_are_left_out(write_run):
     plot(comparison, run / "figure.png")
 
 
-def test_a_round_that_finetuned_nothing_is_no_fault(write_run):
+def test_a_round_without_finetuning_is_accepted(write_run):
     run = write_run("run", ["strategy=fedavg_ft"], [[0.0], [0.5]], finetuned=None)
     assert math.isnan(compare([run])["finetuning"].item())
 
 
-def test_a_score_without_bound_is_no_fault(write_run, tmp_path):
+def test_an_infinite_score_is_accepted(write_run, tmp_path):
     write_run("a", [FEDAVG], [[9.0, 9.0], [math.inf, 6.0]], metric="test_perplexity")
     write_run("b", [FEDMERGE], [[9.0, 9.0], [2.0, 4.0]], metric="test_perplexity")
     comparison = Comparison.of([tmp_path])
@@ -198,14 +201,14 @@ def test_a_score_without_bound_is_no_fault(write_run, tmp_path):
     plot(comparison, tmp_path / "figure.png")
 
 
-def test_what_was_not_measured_is_nan(write_run):
+def test_missing_scores_are_nan(write_run):
     frame = compare([write_run("run", [], [[0.0], [0.5]])])
     empty = ["mean_std", "finetuning", "gap", "gain_over_local", "gain_over_fedavg"]
     assert frame[empty].isna().all(axis=None)
 
 
 # ---- methods and settings ------------------------------------------------------------------------
-def test_methods_are_called_by_what_differs(write_run, tmp_path):
+def test_methods_are_named_by_the_settings_that_differ(write_run, tmp_path):
     for name, overrides in {
         "a": ["strategy.adapters=3"],
         "b": ["strategy.adapters=6"],
@@ -224,7 +227,7 @@ def test_methods_are_called_by_what_differs(write_run, tmp_path):
     assert frame.loc["fedavg r=2", "runs"] == 2
 
 
-def test_what_is_measured_and_where_makes_no_other_method(write_run, tmp_path):
+def test_evaluation_and_device_settings_make_no_other_method(write_run, tmp_path):
     ways = [
         "evaluation.every=5",
         "evaluation.finetuned=false",
@@ -277,13 +280,13 @@ def test_other_data_are_another_setting(write_run, tmp_path):
     assert frame["gain_over_fedavg"][2] == pytest.approx(-0.2)
 
 
-def test_settings_are_called_by_their_recipes_names_where_these_differ(write_run, tmp_path):
+def test_settings_are_named_after_their_recipes_if_these_differ(write_run, tmp_path):
     write_run("a", ["name=small", "data.max_train=4"], [[0.0], [0.5]])
     write_run("b", ["name=large", "data.max_train=8"], [[0.0], [0.5]])
     assert list(compare([tmp_path])["setting"]) == ["small", "large"]
 
 
-# ---- which runs ----------------------------------------------------------------------------------
+# ---- selection of runs ---------------------------------------------------------------------------
 def test_runs_are_found_at_any_depth_and_each_counts_once(write_run, tmp_path):
     run = write_run("deep/below/run", [FEDMERGE], [[0.0], [0.5]])
     write_run("deep/below/run/baselines/fedavg", [FEDAVG], [[0.0], [0.4]])
@@ -295,7 +298,7 @@ def test_runs_are_found_at_any_depth_and_each_counts_once(write_run, tmp_path):
         }
 
 
-def test_unfinished_runs_are_left_out_with_a_line_that_says_so(write_run, tmp_path, caplog):
+def test_unfinished_runs_are_left_out_with_a_notice(write_run, tmp_path, caplog):
     write_run("done", [FEDMERGE], [[0.0], [0.5]])
     stopped = write_run("stopped", [FEDAVG], [[0.0], [0.4]], finished=False)
     with caplog.at_level(logging.WARNING):
@@ -303,7 +306,7 @@ def test_unfinished_runs_are_left_out_with_a_line_that_says_so(write_run, tmp_pa
     assert caplog.messages == [f"left out, not finished: {stopped}"]
 
 
-def test_the_same_run_twice_counts_once_with_a_line_that_says_so(write_run, tmp_path, caplog):
+def test_a_run_given_twice_counts_once_with_a_notice(write_run, tmp_path, caplog):
     write_run("a", [FEDMERGE], [[0.0], [0.5]])
     again = write_run("b", [FEDMERGE, "name=again"], [[0.0], [0.6]])
     with caplog.at_level(logging.WARNING):
@@ -332,23 +335,25 @@ def test_different_metrics_in_one_setting_are_an_error(write_run, tmp_path):
         compare([tmp_path], metric="test_accuracy")
 
 
-# ---- what is shown -------------------------------------------------------------------------------
-def test_markdown_has_a_row_a_method_and_blanks_for_what_is_not_there(three_methods):
+# ---- tables and figures --------------------------------------------------------------------------
+def test_markdown_has_one_row_per_method_and_blanks_for_missing_values(three_methods):
     lines = markdown(Comparison.of([three_methods])).splitlines()
     assert lines[0] == "## smoke: final test accuracy of the served models"
     assert lines[2] == (
-        "| method | runs | mean | worst 10 % | spread | gain over local | gain over fedavg | rounds to fedavg | MB down | MB up | seconds |"
+        "| method | runs | mean | worst 10 % | spread | gain over local | gain over fedavg | "
+        "rounds to fedavg | MB down | MB up | seconds |"
     )
     assert lines[4].startswith(
-        "| fedmerge | 2 | 0.700 ±0.141 | 0.600 ±0.141 | 0.100 | +0.200 ±0.283 | +0.200 ±0.141 | 1.5 | 0.0002 |"
+        "| fedmerge | 2 | 0.700 ±0.141 | 0.600 ±0.141 | 0.100 | +0.200 ±0.283 | +0.200 ±0.141 | "
+        "1.5 | 0.0002 |"
     )
     assert lines[5].startswith(
         "| fedavg | 2 | 0.500 ±0.000 | 0.350 ±0.071 | 0.150 | +0.000 ±0.141 |  | 2 | 0.0002 |"
     )
     assert "| never |" in lines[6]
     assert (
-        "first evaluation whose mean over all clients reached the final score of fedavg on the same seed."
-        in lines[-1]
+        "first evaluation whose mean over all clients reached the final score of fedavg on "
+        "the same seed." in lines[-1]
     )
     given = markdown(Comparison.of([three_methods], target=0.45))
     assert "| rounds to 0.450 |" in given

@@ -21,7 +21,7 @@ def run(tmp_path_factory):
     )
 
 
-def test_the_gap_is_what_a_client_trained_against_what_it_is_served_next(run):
+def test_the_gap_is_between_a_clients_trained_and_next_served_adapter(run):
     gap = local_global_gap(run)
     records = run.records
     trained, after = records[0]["finetuned"]["clients"], records[1]["served"]["clients"]
@@ -40,7 +40,7 @@ def test_a_client_that_trains_alone_has_no_gap(tmp_path):
     assert gap["loss"].tolist() == pytest.approx([0, 0, 0], abs=1e-4)
 
 
-def test_rounds_that_do_not_measure_have_a_distance_alone(tmp_path):
+def test_rounds_without_evaluation_have_a_distance_alone(tmp_path):
     few = federate(
         Recipe.load("smoke", [*SMALL, "strategy=fedavg", "evaluation.finetuned=false"]),
         tmp_path / "run",

@@ -1,4 +1,4 @@
-"""Which groups share which adapter, from a run directory."""
+"""The adapters that groups of clients share, from a run directory."""
 
 import pandas as pd
 
@@ -6,7 +6,7 @@ from fedmerge_peft.analysis import sharing
 
 
 class Finished:
-    """What is read of a run."""
+    """The parts of a run that the analysis reads."""
 
     clients = pd.DataFrame({"group": ["a", "a", "a", "b", "b", "c"]}, index=list("uvwxyz"))
     weights = pd.DataFrame(

@@ -1,4 +1,4 @@
-"""What a terminal shows when a run has ended."""
+"""The tables that a terminal shows after a run."""
 
 import io
 
@@ -10,7 +10,7 @@ from fedmerge_peft.analysis import weights_table
 
 
 class WithWeights:
-    """As much of a run as the table reads."""
+    """The parts of a run that the table reads."""
 
     def __init__(self, clients, adapters):
         names = [f"amazon_books-{client}" for client in range(clients)]
@@ -33,11 +33,11 @@ def test_weights_are_legible_in_eighty_columns(adapters):
     assert ("17 more adapters" in text) == (adapters == 32)
 
 
-def test_many_clients_are_cut_with_a_line_that_counts_them():
+def test_long_tables_are_cut_with_a_line_that_counts_the_rest():
     assert "... and 160 more" in shown(weights_table(WithWeights(200, 3)))
 
 
-def test_names_from_somebodys_data_are_neither_markup_nor_control_characters():
+def test_names_from_data_are_neither_markup_nor_control_characters():
     run = WithWeights(1, 2)
     run.weights.index = ["[red]x[/] \x1b[2J"]
     text = shown(weights_table(run))

@@ -1,4 +1,4 @@
-"""The pages of the benchmark programs: where their numbers come from, and what is never overwritten."""
+"""Benchmark pages name the runs behind their numbers and are not overwritten by partial runs."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ def say(folder, **environment):
     return Run.open(folder)
 
 
-def test_the_stamp_is_what_the_runs_say(program, write_run, monkeypatch):
+def test_the_stamp_follows_from_the_runs(program, write_run, monkeypatch):
     machine = {
         "device": "cpu",
         "threads": 1,
@@ -69,25 +69,29 @@ def test_the_stamp_is_what_the_runs_say(program, write_run, monkeypatch):
         sys, "argv", ["benchmarks/quality/quality.py", "text_tasks", "--seeds", "1, 2"]
     )
     assert program("provenance").stamp(runs) == (
-        "`python benchmarks/quality/quality.py text_tasks --seeds '1, 2'`, newest run of 2031-02-03, "
-        "commit aaaaaaa, commit bbbbbbb (dirty), fedmerge-peft 0.1.0, torch 2.9, Some CPU with 1 thread."
+        "`python benchmarks/quality/quality.py text_tasks --seeds '1, 2'`, newest run of "
+        "2031-02-03, commit aaaaaaa, commit bbbbbbb (dirty), fedmerge-peft 0.1.0, torch 2.9, "
+        "Some CPU with 1 thread."
     )
 
 
-def test_runs_that_say_less_are_stamped_all_the_same(program, write_run):
+def test_runs_with_less_information_are_stamped(program, write_run):
     bare, older = write_run("bare", [], [[0.0], [0.5]]), write_run("older", [], [[0.0], [0.5]])
     for folder in (bare, older):
         os.utime(folder / "recipe.yaml", (0, 0))
-    said = program("provenance").stamp(
+    stamp_text = program("provenance").stamp(
         [Run.open(bare), say(older, device="cpu", threads=2, packages={"torch": "2.9"})]
     )
-    assert "newest run of 1970-01-01, unknown commit, " in said
-    assert said.endswith("torch 2.9, of unknown version, CPU with 2 threads, unknown device.")
+    assert "newest run of 1970-01-01, unknown commit, " in stamp_text
+    assert stamp_text.endswith("torch 2.9, of unknown version, CPU with 2 threads, unknown device.")
 
 
 @pytest.fixture
 def quality(program, write_run, tmp_path, monkeypatch, capsys):
-    """``quality("--write")``: run the program on a setting whose runs are all there already; what it prints, and what lies there."""
+    """``quality("--write")``: run the program on a setting whose runs have all finished.
+
+    Return its output and the files that it wrote.
+    """
     module = program("quality")
     results = tmp_path / "results"
     results.mkdir()
@@ -152,7 +156,7 @@ def test_some_methods_never_replace_a_table_of_more(quality):
     assert quality("--methods", "fedavg")[1] == before
 
 
-def test_a_method_that_is_not_there_is_one_line(quality):
+def test_an_unknown_method_is_one_message(quality):
     with pytest.raises(SystemExit, match=r"^mine\.yaml has no nosuch; it has local, fedavg$"):
         quality("--methods", "nosuch,fedavg")
 

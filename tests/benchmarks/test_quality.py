@@ -1,4 +1,4 @@
-"""The quality benchmark's settings are recipes, and the backbones that its programs pretrain load."""
+"""The quality benchmark: its settings are valid recipes, and its pretrained backbones load."""
 
 import io
 import subprocess
@@ -43,7 +43,7 @@ def test_every_candidate_of_a_setting_is_a_recipe(name, monkeypatch):
 
 @pytest.fixture
 def pretrain(shared_data, tmp_path):
-    """Run a program for a moment on a little of the data; gives the folder that it wrote and what it said."""
+    """Run a program briefly on a part of the data; return the folder it wrote and its output."""
 
     def run(program, *options):
         command = [
@@ -83,8 +83,8 @@ def test_the_pretrained_vit_loads_without_a_head(pretrain, tmp_path):
         Image.fromarray(np.full((40, 40, 3), value, dtype=np.uint8)).save(file, "PNG")
         return file.getvalue()
 
-    model, said = pretrain("pretrain_vision.py", "--rows", "200")
-    assert "held-out accuracy 0." in said
+    model, output = pretrain("pretrain_vision.py", "--rows", "200")
+    assert "held-out accuracy 0." in output
     Dataset.from_dict(
         {"image": [png(value) for value in range(40)], "label": [0, 1, 2, 3] * 10}
     ).to_parquet(tmp_path / "images.parquet")
@@ -102,10 +102,10 @@ def test_the_pretrained_vit_loads_without_a_head(pretrain, tmp_path):
 
 @pytest.mark.slow
 def test_the_pretrained_decoder_loads_with_its_tokenizer(pretrain):
-    model, said = pretrain(
+    model, output = pretrain(
         "pretrain_decoder.py", "--rows", "100", "--vocabulary", "400", "--context", "64"
     )
-    assert "held-out perplexity" in said
+    assert "held-out perplexity" in output
     loaded = engine(
         model, "task={name: causal-lm, max_length: 48}", "data.max_train=10", "data.max_test=4"
     )

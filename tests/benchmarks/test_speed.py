@@ -1,4 +1,4 @@
-"""The speed benchmark compares like with like, and its page keeps what it is not asked to renew."""
+"""The speed benchmark compares like with like and keeps the rows that it does not measure."""
 
 import importlib
 from pathlib import Path
@@ -19,7 +19,7 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
-def test_the_loop_over_tensors_does_what_the_server_step_does(benchmark):
+def test_the_loop_over_tensors_equals_the_server_step(benchmark):
     layout = AdapterLayout.from_tensors(
         [("one.lora_A.weight", (2, 3), "lora"), ("head.weight", (4,), "head")]
     )
@@ -38,7 +38,7 @@ def test_the_loop_over_tensors_does_what_the_server_step_does(benchmark):
         torch.testing.assert_close(state, layout.state_dict(row))
 
 
-def test_a_ratio_says_how_many_times_as_long_the_other_way_takes(benchmark):
+def test_a_ratio_is_the_time_of_the_alternative_over_ours(benchmark):
     timing = benchmark("timing")
     row = timing.faster(
         "what", {"ours": [1.0, 2.0, 1.0], "theirs": [2.0, 3.0, 4.0]}, "ours", "theirs", "≥ 2"
@@ -47,7 +47,7 @@ def test_a_ratio_says_how_many_times_as_long_the_other_way_takes(benchmark):
     assert str(row) == "| what | 2.00 | 1.50 to 4.00 | ours 1.00 s, theirs 3.00 s | ≥ 2 |"
 
 
-def test_sides_take_turns_and_the_order_turns_round(benchmark):
+def test_sides_alternate_in_alternating_order(benchmark):
     order = []
     taken = benchmark("timing").race(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3
@@ -64,9 +64,7 @@ def test_the_page_is_read_back_row_by_row(benchmark):
     }
 
 
-def test_sizes_are_compared_one_step_apart_and_what_memory_does_not_hold_is_left_out(
-    benchmark, monkeypatch
-):
+def test_neighbouring_sizes_are_compared_and_sizes_beyond_memory_left_out(benchmark, monkeypatch):
     scale = benchmark("scale")
     monkeypatch.setattr(scale, "SIZES", ((8, 10**5), (8, 10**6), (8, 10**9)))
     monkeypatch.setattr(scale, "ADAPTERS", (1, 2))
@@ -88,7 +86,7 @@ def test_sizes_are_compared_one_step_apart_and_what_memory_does_not_hold_is_left
     }
 
 
-def test_what_the_server_does_in_a_round_is_measured_in_megabytes_and_seconds(benchmark):
+def test_a_servers_round_is_measured_in_megabytes_and_seconds(benchmark):
     memory, taken = benchmark("scale")._serve(2, 1000)
     assert memory > 10
     assert 0 < taken < 10

@@ -1,4 +1,4 @@
-"""What a person sees who got something wrong: exit code 2, one message that says what, where and what next, no traceback."""
+"""Bad input exits with code 2, one message and no traceback."""
 
 import numpy as np
 import pytest
@@ -106,14 +106,14 @@ def test_a_full_output_directory_is_left_alone(folder, capsys):
     assert "fedmerge run mine.yaml --out taken-2" in message
 
 
-def test_a_file_name_with_brackets_is_a_file_name(folder, capsys):
+def test_a_file_name_may_contain_brackets(folder, capsys):
     (folder / "rows.csv").rename(folder / "rows[1].csv")
     with pytest.raises(SystemExit) as stopped:
         main(["run", "mine.yaml", "data.path=rows[1].csv", "--quiet"])
     assert stopped.value.code == 0, capsys.readouterr().err
 
 
-def test_faults_in_a_file_come_with_their_lines_all_at_once(folder, capsys):
+def test_all_errors_of_a_file_are_listed_with_their_lines(folder, capsys):
     (folder / "mine.yaml").write_text(
         RECIPE.replace("rounds: 1", "rounds: one").replace("by: site", "buy: site")
     )
@@ -122,7 +122,7 @@ def test_faults_in_a_file_come_with_their_lines_all_at_once(folder, capsys):
     assert "mine.yaml:14: rounds" in message
 
 
-def test_long_texts_are_cut_with_a_warning_that_counts_them(folder, capsys):
+def test_truncated_texts_are_counted_in_a_warning(folder, capsys):
     rows = {**ROWS, "text": ["word " * 500, *ROWS["text"][1:]]}
     Dataset.from_dict(rows).to_csv("rows.csv")
     with pytest.raises(SystemExit) as stopped:

@@ -36,7 +36,7 @@ def runs(write_run):
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 120, 160])
-def test_the_table_fits_the_terminal_and_says_what_it_shows(runs, fedmerge, width):
+def test_the_table_fits_the_terminal_and_has_a_title(runs, fedmerge, width):
     code, out, err = fedmerge("runs", width=width)
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -46,9 +46,9 @@ def test_the_table_fits_the_terminal_and_says_what_it_shows(runs, fedmerge, widt
     row = next(line for line in lines if line.split()[:1] == ["fedmerge"])
     assert "0.550 ±0.050" in row
     assert ("±0.050 +0.150 ±0.050" in row.replace("  ", " ")) == (width >= 80)
-    said = " ".join(out.split())
-    assert "Mean ± standard deviation over runs with different seeds." in said
-    assert "reached the final score of fedavg on the same seed." in said
+    output = " ".join(out.split())
+    assert "Mean ± standard deviation over runs with different seeds." in output
+    assert "reached the final score of fedavg on the same seed." in output
     assert ("seconds" in lines[3]) == (width >= 100)
 
 

@@ -167,7 +167,7 @@ def test_an_unreachable_server_is_one_message(kits, fedmerge, monkeypatch):
     assert "no server of this federation responds" in err
 
 
-def test_a_kit_gets_its_policy_where_it_is_used(kits):
+def test_a_kit_gets_its_policy_on_first_use(kits):
     import json
 
     from fedmerge_peft.sites.flare.provision import (

@@ -1,4 +1,4 @@
-"""``fedmerge doctor`` says what works here, and fails for nothing that one can do without."""
+"""``fedmerge doctor`` reports the installation and fails for required parts only."""
 
 import importlib.metadata
 
@@ -9,8 +9,8 @@ from fedmerge_peft.cli import installation, main
 
 
 @pytest.fixture
-def said(capsys):
-    """What the verb prints, by what it is about; and the exit code."""
+def doctor(capsys):
+    """Run the command; return its lines by subject, and the exit code."""
 
     def call():
         with pytest.raises(SystemExit) as stopped:
@@ -21,8 +21,8 @@ def said(capsys):
     return call
 
 
-def test_versions_devices_extras_hub_and_disk_are_looked_at(said):
-    lines, _ = said()
+def test_versions_devices_extras_hub_and_disk_are_checked(doctor):
+    lines, _ = doctor()
     looked = {
         "Python",
         "fedmerge-peft",
@@ -40,7 +40,7 @@ def test_versions_devices_extras_hub_and_disk_are_looked_at(said):
     assert importlib.metadata.version("torch") in lines["torch"]
 
 
-def test_every_extra_for_users_is_looked_at():
+def test_every_extra_for_users_is_checked():
     extras = {
         check.name.removeprefix("extra ")
         for check in installation.run_checks()
@@ -50,7 +50,7 @@ def test_every_extra_for_users_is_looked_at():
     assert extras == known - {"dev", "docs", "tensorboard"}  # the last is among the trackers
 
 
-def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch):
+def test_an_unreachable_hub_is_no_failure(monkeypatch):
     class Silent:
         def head(self, *_, **__):
             raise ConnectionError
@@ -76,7 +76,7 @@ def test_a_token_is_never_shown(monkeypatch):
         ("no-such-package>=1", "failed", "pip install 'no-such-package>=1'"),
     ],
 )
-def test_a_version_that_does_not_fit_comes_with_the_command_that_mends_it(
+def test_an_unsupported_version_comes_with_the_command_that_updates_it(
     needs, state, remedy, monkeypatch
 ):
     monkeypatch.setattr(installation, "requires", lambda _: [needs, 'pytest>=99; extra == "dev"'])
@@ -84,8 +84,8 @@ def test_a_version_that_does_not_fit_comes_with_the_command_that_mends_it(
     assert (check.state, check.remedy) == (state, remedy)
 
 
-def test_something_wrong_ends_with_code_1(said, monkeypatch):
+def test_a_failed_check_exits_with_code_1(doctor, monkeypatch):
     monkeypatch.setattr(installation, "requires", lambda _: ["torch>=99"])
-    lines, code = said()
+    lines, code = doctor()
     assert code == 1
     assert lines["torch"].startswith("!!  torch")

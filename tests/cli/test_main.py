@@ -1,4 +1,4 @@
-"""The program as a whole: exit codes, messages, and how little it imports."""
+"""The program as a whole: exit codes, messages and lazy imports."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ HEAVY = {
 
 @pytest.fixture
 def fedmerge(capsys):
-    """Runs the program in this process: exit code, standard output, standard error."""
+    """Run the program in this process; return exit code, standard output, standard error."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:
@@ -56,12 +56,12 @@ def fedmerge(capsys):
     return run
 
 
-def test_the_version_is_the_packages(fedmerge):
+def test_the_version_equals_the_packages(fedmerge):
     assert fedmerge("--version") == (0, f"fedmerge-peft {__version__}\n", "")
 
 
 @pytest.mark.parametrize(("outside", "inside"), [(None, "passive"), ("active", "active")])
-def test_idle_threads_sleep_unless_the_environment_says_otherwise(
+def test_idle_threads_sleep_unless_the_environment_overrides_it(
     outside, inside, fedmerge, monkeypatch
 ):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
@@ -72,26 +72,26 @@ def test_idle_threads_sleep_unless_the_environment_says_otherwise(
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_lists_the_verbs(option, fedmerge):
+def test_help_lists_the_commands(option, fedmerge):
     code, out, _ = fedmerge(option)
     assert code == 0
     assert all(f"  {verb} " in out for verb in VERBS)
 
 
-def test_help_says_what_the_exit_codes_mean(fedmerge):
-    said = " ".join(fedmerge("--help")[1].split())
-    assert "Exit codes: 0 success; 1 a failed check" in said
+def test_help_explains_the_exit_codes(fedmerge):
+    help_text = " ".join(fedmerge("--help")[1].split())
+    assert "Exit codes: 0 success; 1 a failed check" in help_text
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_of_its_own_with_an_example(verb, fedmerge):
+def test_every_command_has_help_with_an_example(verb, fedmerge):
     code, out, _ = fedmerge(verb, "--help")
     assert code == 0
     assert f"Usage: fedmerge {verb}" in out
     assert f"Example: fedmerge {verb}" in out
 
 
-def test_no_verb_is_left_out_here():
+def test_these_tests_cover_every_command():
     from fedmerge_peft.cli.app import app
 
     assert {
@@ -107,7 +107,7 @@ def test_no_verb_is_left_out_here():
         ("fedmerge validate cifar", 2),
     ],
 )
-def test_the_shell_completes_verbs_and_recipes(typed, offered):
+def test_the_shell_completes_commands_and_recipes(typed, offered):
     words = typed.split()
     environment = {
         **os.environ,
@@ -159,7 +159,7 @@ def test_bad_input_ends_with_code_2_and_a_message(arguments, fedmerge):
     assert err.replace("\n", "").isprintable()
 
 
-def test_all_faults_stand_on_lines_of_their_own(fedmerge):
+def test_every_error_has_a_line_of_its_own(fedmerge):
     _, _, err = fedmerge("validate", "smoke", "seed=x", "rounds=0")
     assert err.splitlines() == [
         "command line: seed: found text 'x', expected a whole number at least 0",
@@ -167,7 +167,7 @@ def test_all_faults_stand_on_lines_of_their_own(fedmerge):
     ]
 
 
-def test_any_error_on_purpose_is_one_message(fedmerge, monkeypatch):
+def test_any_expected_error_is_one_message(fedmerge, monkeypatch):
     def fail(*_):
         raise DataError("no such \x1b[31mcolumn\nnext: fedmerge data")
 
@@ -179,7 +179,7 @@ def test_any_error_on_purpose_is_one_message(fedmerge, monkeypatch):
     )
 
 
-def test_developers_can_have_the_traceback(monkeypatch):
+def test_developers_can_enable_tracebacks(monkeypatch):
     monkeypatch.setenv("FEDMERGE_TRACEBACK", "1")
     with pytest.raises(loading.RecipeError):
         main(["validate", "nosuchrecipe"])
@@ -193,7 +193,7 @@ def test_an_interrupt_ends_with_code_130(fedmerge, monkeypatch):
     assert fedmerge("validate", "smoke") == (130, "", "")
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
@@ -202,7 +202,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
         main(["validate", "smoke"])
 
 
-def test_the_installed_program_says_what_is_wrong_without_a_traceback():
+def test_the_installed_program_reports_errors_without_a_traceback():
     done = subprocess.run(
         [*PROGRAM, "validate", "smoke", "seed=x"], capture_output=True, text=True, check=False
     )
@@ -231,7 +231,7 @@ def test_terminals_without_unicode_show_escapes_and_files_are_utf_8(arguments, c
 
 
 @pytest.mark.parametrize("arguments", [["show", "smoke"], ["schema"], ["--help"]], ids=" ".join)
-def test_a_reader_that_has_seen_enough_ends_it_quietly(arguments):
+def test_a_closed_pipe_ends_the_program_quietly(arguments):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([*PROGRAM, *arguments], stdout=write, stderr=subprocess.PIPE, check=False)
@@ -245,7 +245,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(arguments):
     [["--help"], ["--version"], ["ls"], ["validate", "smoke"], ["show", "smoke"], ["schema"]],
     ids=" ".join,
 )
-def test_looking_at_recipes_imports_nothing_heavy(arguments):
+def test_recipe_commands_import_no_torch(arguments):
     script = (
         "import sys\nfrom fedmerge_peft.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"

@@ -1,4 +1,4 @@
-"""``fedmerge personalize``: what a person sees, and what is left on disk."""
+"""``fedmerge personalize``: output and files."""
 
 import json
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def file(tmp_path):
-    """Tickets of an organisation that no client is."""
+    """Tickets of an organisation that is no client."""
     loaded = load_splits(Recipe.load("smoke", ["data.filter={organisation: Fen Water}"]).data)[
         "train"
     ]
@@ -48,7 +48,7 @@ def personalize(capsys):
     return call
 
 
-def test_one_table_the_weights_and_a_folder_for_peft(run, file, personalize):
+def test_the_command_prints_scores_and_weights_and_saves_a_peft_folder(run, file, personalize):
     code, out, _ = personalize(run.path, "--data", file)
     assert code == 0
     assert "Fen Water: 8 training examples, 4 test examples" in out

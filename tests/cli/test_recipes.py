@@ -1,4 +1,4 @@
-"""The verbs that look at recipes."""
+"""The commands that list, show, copy and validate recipes."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fedmerge(capsys):
-    """Runs a verb that should go well, and gives what it printed."""
+    """Run a command that succeeds; return its output."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:
@@ -32,7 +32,7 @@ def fedmerge(capsys):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a verb that should be refused, and gives the message."""
+    """Run a command that is refused; return the message."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:
@@ -51,7 +51,7 @@ def test_ls_names_every_shipped_recipe_with_its_first_line(fedmerge):
 
 
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
-def test_validate_sums_a_shipped_recipe_up_in_one_line(recipe, fedmerge):
+def test_validate_summarizes_a_shipped_recipe_in_one_line(recipe, fedmerge):
     (line,) = fedmerge("validate", recipe.name).splitlines()
     assert line.startswith(f"{recipe.name} is valid: fedmerge with ")
 
@@ -74,13 +74,13 @@ def test_show_prints_a_recipe_that_loads_back(fedmerge):
     assert fedmerge("show", "shown.yaml") == Path("shown.yaml").read_text(encoding="utf-8")
 
 
-def test_show_escapes_what_could_steer_a_terminal(fedmerge):
+def test_show_escapes_control_characters(fedmerge):
     assert fedmerge("show", "smoke", 'name="\\e[31m\\u202e\\U000E0001"').startswith(
         'name: "\\e[31m\\u202e\\U000E0001"\n'
     )
 
 
-def test_cp_copies_a_recipe_and_names_the_next_command(fedmerge):
+def test_cp_copies_a_recipe_and_prints_the_next_command(fedmerge):
     assert (
         fedmerge("cp", "smoke") == "Wrote smoke.yaml. Next: edit it, then fedmerge run smoke.yaml\n"
     )
@@ -129,7 +129,7 @@ def test_the_schema_can_be_written_to_a_file(fedmerge):
     )
 
 
-def test_editors_that_check_by_the_schema_agree_with_validate(fedmerge):
+def test_the_json_schema_agrees_with_validate(fedmerge):
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(fedmerge("schema"))
     jsonschema.Draft202012Validator.check_schema(schema)

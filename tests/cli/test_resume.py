@@ -1,4 +1,4 @@
-"""``fedmerge resume``, and how a run is stopped: messages, exit codes, and the command that goes on."""
+"""``fedmerge resume`` and stopped runs: messages, exit codes, and the printed command."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def fedmerge(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def signals(monkeypatch):
-    """``signals(5, signal.SIGINT)``: send this process a signal while the fifth client trains; several are sent one after another."""
+    """``signals(5, signal.SIGINT)``: send this process signals while the fifth client trains."""
 
     def send(client, *numbers):
         calls = []
@@ -55,9 +55,7 @@ def signals(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_round_and_the_command_that_is_printed_goes_on(
-    fedmerge, signals, number
-):
+def test_a_signal_stops_after_the_round_and_the_printed_command_resumes(fedmerge, signals, number):
     signals(5, number)
     code, out, err = fedmerge("run", "smoke", *TINY, "--out", "my run")
     assert code == 128 + number
@@ -77,7 +75,7 @@ def test_a_signal_stops_after_the_round_and_the_command_that_is_printed_goes_on(
 @pytest.mark.parametrize(
     "numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
 )
-def test_a_second_signal_stops_at_once(fedmerge, signals, numbers):
+def test_a_second_signal_stops_immediately(fedmerge, signals, numbers):
     before = [signal.getsignal(number) for number in numbers]
     signals(5, *numbers)
     code, out, err = fedmerge("run", "smoke", *TINY)
@@ -98,7 +96,7 @@ def test_a_signal_between_a_run_and_its_baseline_stops_there(fedmerge, signals):
     assert re.findall(r"(\w+): 3 clients", out) == ["fedavg", "local"]
 
 
-def test_a_stopped_sweep_says_what_does_the_rest(fedmerge, signals):
+def test_a_stopped_sweep_prints_the_command_for_the_rest(fedmerge, signals):
     signals(5, signal.SIGTERM)
     arguments = ("sweep", "smoke", "strategy=fedavg,local", *TINY[:-1])
     code, _, err = fedmerge(*arguments)
@@ -109,7 +107,7 @@ def test_a_stopped_sweep_says_what_does_the_rest(fedmerge, signals):
     assert "[2/2]" in out
 
 
-def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
+def test_a_failure_in_the_middle_prints_the_command(fedmerge, monkeypatch):
     def fail(*_):
         raise RuntimeError("power cut")
 
@@ -118,7 +116,8 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert err.endswith(
-        "RuntimeError: power cut\nTo resume from the last finished round: fedmerge resume runs/smoke\n"
+        "RuntimeError: power cut\nTo resume from the last finished round: "
+        "fedmerge resume runs/smoke\n"
     )
     monkeypatch.setattr(local, "train", train)
     assert fedmerge("resume", "runs/smoke")[0] == 0
@@ -130,14 +129,17 @@ def test_a_failure_in_the_middle_names_the_command(fedmerge, monkeypatch):
         (["runs/nowhere"], "runs/nowhere holds no run"),
         (
             ["done"],
-            "done has ended: all of its 1 rounds are done. For more rounds: fedmerge resume done rounds=N",
+            (
+                "done has ended: all of its 1 rounds are done. "
+                "For more rounds: fedmerge resume done rounds=N"
+            ),
         ),
         (["done", "seed=3"], "seed: this would change the clients' work"),
         (["done", "sead=3"], "did you mean 'seed'"),
         (["done", "rounds=0"], "a whole number above 0"),
     ],
 )
-def test_what_cannot_go_on_is_refused_with_code_2(fedmerge, write_run, arguments, text):
+def test_runs_that_cannot_be_resumed_are_refused_with_code_2(fedmerge, write_run, arguments, text):
     write_run("done", [], [[0.0], [0.5]])
     code, _, err = fedmerge("resume", *arguments)
     assert code == 2
@@ -145,13 +147,13 @@ def test_what_cannot_go_on_is_refused_with_code_2(fedmerge, write_run, arguments
     assert "Traceback" not in err
 
 
-def test_a_run_that_has_not_ended_is_not_begun_anew(fedmerge, signals, monkeypatch):
+def test_an_unfinished_run_is_not_started_again(fedmerge, signals, monkeypatch):
     signals(4, signal.SIGINT)
     fedmerge("run", "smoke", *TINY)
     monkeypatch.setattr(running, "run_recipe", None)
     code, _, err = fedmerge("run", "smoke", *TINY)
     assert code == 2
     assert (
-        "resume it: fedmerge resume runs/smoke. Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke "
-        in err
+        "resume it: fedmerge resume runs/smoke. "
+        "Or choose another directory: --out runs/smoke-2\n  fedmerge run smoke " in err
     )

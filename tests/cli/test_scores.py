@@ -1,4 +1,4 @@
-"""``fedmerge scores``: the tables of an ended run, and what it says of others."""
+"""``fedmerge scores``: the tables of an ended run, and errors for other folders."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def fedmerge(capsys, monkeypatch, tmp_path):
     return run
 
 
-def test_an_ended_run_shows_the_tables_that_the_run_showed(fedmerge):
+def test_an_ended_run_shows_its_final_tables_again(fedmerge):
     _, shown, _ = fedmerge("run", "smoke", *TINY)
     code, again, _ = fedmerge("scores", "runs/smoke")
     assert code == 0
@@ -36,7 +36,7 @@ def test_an_ended_run_shows_the_tables_that_the_run_showed(fedmerge):
     assert tables in shown
 
 
-def test_the_command_that_is_printed_runs_the_same_again_elsewhere(fedmerge):
+def test_the_printed_command_repeats_the_run_elsewhere(fedmerge):
     fedmerge("run", "smoke", *TINY)
     _, first, _ = fedmerge("scores", "runs/smoke")
     command = "fedmerge run runs/smoke/recipe.yaml --out runs/smoke-2"
@@ -46,9 +46,7 @@ def test_the_command_that_is_printed_runs_the_same_again_elsewhere(fedmerge):
     assert second.split("run directory:")[0] == first.split("run directory:")[0]
 
 
-def test_a_run_that_has_not_ended_is_refused_with_the_command_that_continues_it(
-    fedmerge, monkeypatch
-):
+def test_an_unfinished_run_is_refused_with_the_command_that_resumes_it(fedmerge, monkeypatch):
     def fail(*_):
         raise RuntimeError("power cut")
 

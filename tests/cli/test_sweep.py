@@ -1,4 +1,4 @@
-"""``fedmerge sweep``: what it prints and how it ends."""
+"""``fedmerge sweep``: output and exit codes."""
 
 import re
 
@@ -28,7 +28,7 @@ def fedmerge(capsys, monkeypatch, tmp_path):
     return run
 
 
-def test_each_finished_run_has_a_line_and_the_end_is_the_comparison(fedmerge, tmp_path):
+def test_each_finished_run_has_a_line_and_the_comparison_comes_last(fedmerge, tmp_path):
     code, out, _ = fedmerge("sweep", "smoke", "strategy.adapters=2,3", *TINY)
     assert code == 0
     lines = out.splitlines()
@@ -45,7 +45,7 @@ def test_each_finished_run_has_a_line_and_the_end_is_the_comparison(fedmerge, tm
     assert (code, out.count("finished before"), table in out) == (0, 3, True)
 
 
-def test_failures_are_told_at_the_end_with_code_2(fedmerge):
+def test_failures_are_listed_at_the_end_with_code_2(fedmerge):
     code, out, err = fedmerge(
         "sweep", "smoke", "task.label=nosuch,queue", "baselines=[]", *TINY, "--out", "here"
     )
@@ -57,7 +57,7 @@ def test_failures_are_told_at_the_end_with_code_2(fedmerge):
     assert "Traceback" not in err
 
 
-def test_runs_that_cannot_be_compared_have_run_all_the_same(fedmerge):
+def test_runs_that_cannot_be_compared_are_kept(fedmerge):
     code, out, _ = fedmerge("sweep", "smoke", "task.metrics=[accuracy],[f1]", "baselines=[]", *TINY)
     assert code == 0
     assert "[2/2] task.metrics=f1  served" in out

@@ -1,4 +1,4 @@
-"""A small table of made-up examples, and a cache that goes away with the test."""
+"""A small table of examples, and a cache that is deleted after each test."""
 
 from __future__ import annotations
 

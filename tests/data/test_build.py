@@ -43,7 +43,7 @@ def test_every_row_of_the_table_is_held_once(recipe, scheme, split_column):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_seed_alone_tells_who_holds_what(recipe, scheme):
+def test_the_seed_alone_decides_the_partition(recipe, scheme):
     def holdings(seed):
         data = federate_data(recipe(partition=SCHEMES[scheme], split_column="split"), "label", seed)
         return [[sorted(texts(data, rows)) for rows in parts(client)] for client in data.clients]
@@ -54,7 +54,7 @@ def test_the_seed_alone_tells_who_holds_what(recipe, scheme):
     assert holdings(2) != first
 
 
-def test_absent_splits_are_set_aside_from_each_client_s_own_rows(recipe):
+def test_missing_splits_are_taken_from_each_clients_own_rows(recipe):
     data = federate_data(recipe(), "label", 0)
     assert [tuple(map(len, parts(client))) for client in data.clients] == [(12, 4, 4)] * 3
     data = federate_data(recipe(validation_fraction=0.0, test_fraction=0.5), "label", 0)
@@ -106,7 +106,7 @@ def test_class_label_names_are_client_names(tmp_path, table):
     assert [client.name for client in data.clients] == ["north", "east", "south", "west"]
 
 
-def test_test_rows_follow_the_client_s_training_labels(recipe):
+def test_test_rows_follow_the_clients_training_labels(recipe):
     data = federate_data(
         recipe(partition=SCHEMES["clusters"], split_column="split", validation_fraction=0.0),
         "label",
@@ -145,17 +145,18 @@ def faults(recipe, label="label"):
     return str(raised.value)
 
 
-def test_tasks_without_labels_need_a_column_to_deal_by(recipe):
+def test_tasks_without_labels_need_a_column_to_partition_by(recipe):
     dirichlet = SCHEMES["dirichlet"]
     assert faults(recipe(partition=dirichlet), None) == (
-        "data.partition.by: the task has no label column to partition by; write data.partition.by=COLUMN "
+        "data.partition.by: the task has no label column to partition by; "
+        "write data.partition.by=COLUMN "
         "(the data have text, label, task, domain, split) or data.partition.scheme=iid"
     )
     assert len(federate_data(recipe(partition=dirichlet | {"by": "task"}), None, 0).clients) == 3
     assert len(federate_data(recipe(partition=IID), None, 0).clients) == 3
 
 
-def test_absent_columns_are_named_with_those_present(recipe):
+def test_missing_columns_are_named_with_those_present(recipe):
     present = "the data have text, label, task, domain, split"
     assert (
         faults(recipe(), "labels")
@@ -195,7 +196,8 @@ def test_more_clients_than_examples_are_refused(recipe):
 def test_clients_without_training_examples_are_named(recipe):
     fault = faults(recipe(partition=SCHEMES["natural"] | {"clients_per_value": 21}))
     assert fault.startswith(
-        "data.partition: 3 of 63 clients have no training examples (snips-20, subj-20, trec6-20); lower the number"
+        "data.partition: 3 of 63 clients have no training examples (snips-20, subj-20, "
+        "trec6-20); lower the number"
     )
 
 
@@ -213,7 +215,8 @@ def test_splits_with_different_columns_are_refused(tmp_path, table):
     test = table.remove_columns("domain").cast_column("label", datasets.Value("string"))
     datasets.DatasetDict(train=table, test=test).save_to_disk(str(tmp_path / "rows"))
     assert faults(DataRecipe(path=str(tmp_path / "rows"), partition=IID)) == (
-        "data: the splits have different columns: label is int64 in train, string in test, domain is string in train, absent in test; "
+        "data: the splits have different columns: label is int64 in train, string in test, "
+        "domain is string in train, absent in test; "
         "give them the same columns and types"
     )
 
@@ -221,7 +224,8 @@ def test_splits_with_different_columns_are_refused(tmp_path, table):
 def test_a_client_in_two_groups_is_refused(recipe):
     fault = faults(recipe(partition={"scheme": "natural", "by": "domain", "group": "task"}))
     assert fault.startswith(
-        "data.partition.group: domain speech has rows of several task (snips, trec6), but a client belongs to one group"
+        "data.partition.group: domain speech has rows of several task (snips, trec6), "
+        "but a client belongs to one group"
     )
 
 

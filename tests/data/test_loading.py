@@ -84,13 +84,13 @@ def test_the_embedded_tickets_are_text():
     assert all(isinstance(value, str) for value in train[0].values())
 
 
-def test_progress_bars_come_back_as_they_were(parquet):
+def test_progress_bars_are_restored(parquet):
     disabled = datasets.are_progress_bars_disabled()
     load(parquet)
     assert datasets.are_progress_bars_disabled() == disabled
 
 
-def test_a_split_column_tells_the_splits_of_a_single_file(parquet):
+def test_a_split_column_assigns_the_rows_of_a_single_file(parquet):
     splits = load(parquet, split_column="split")
     assert {name: len(split) for name, split in splits.items()} == {"train": 48, "test": 12}
     assert set(splits["test"]["split"]) == {"test"}
@@ -134,7 +134,7 @@ def test_filters_keep_rows_that_match_all_columns(parquet):
         ("kind", 3),
     ],
 )
-def test_filter_values_are_read_as_the_column_s_type(tmp_path, column, value):
+def test_filter_values_are_read_as_the_columns_type(tmp_path, column, value):
     kinds = datasets.ClassLabel(names=["zero", "one", "two", "three", "four"])
     features = datasets.Features(
         id=datasets.Value("int16"),
@@ -152,7 +152,7 @@ def test_filter_values_are_read_as_the_column_s_type(tmp_path, column, value):
     assert load(tmp_path / "rows", filter={column: value})["train"]["id"][:] == [3]
 
 
-def test_a_default_split_that_the_filter_empties_is_left_out(tmp_path, table):
+def test_a_default_split_without_matching_rows_is_left_out(tmp_path, table):
     snips = table.select(np.arange(0, 60, 3))
     datasets.DatasetDict(train=table, test=snips).save_to_disk(str(tmp_path / "rows"))
     assert set(load(tmp_path / "rows", filter={"task": "subj"})) == {"train"}
@@ -172,7 +172,7 @@ def faults(path, **keys):
 @pytest.mark.parametrize(
     "path", ["./rows.csv", "rows.parquet", "~/no-such-folder-at-all", "a/b/c", "/nowhere"]
 )
-def test_missing_local_paths_are_named_with_what_to_write(path):
+def test_missing_local_paths_are_named_with_the_fix(path):
     fault = faults(path)
     assert re.search(
         r"data\.path: /.* does not exist; write data\.path=FILE \(\.csv, .*\), data\.path=FOLDER",
@@ -182,18 +182,18 @@ def test_missing_local_paths_are_named_with_what_to_write(path):
 
 
 @pytest.mark.parametrize("path", ["owner/name-v1.0", "imdb"])
-def test_hub_failures_say_the_cause_in_one_line(monkeypatch, path):
+def test_hub_failures_give_the_cause_in_one_line(monkeypatch, path):
     def offline(*_, **__):
         raise ConnectionError("Couldn't reach\nthe Hub (offline)")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    assert (
-        faults(path)
-        == f"data.path: the hub's data set {path} cannot be loaded: ConnectionError: Couldn't reach the Hub (offline)"
+    assert faults(path) == (
+        f"data.path: the hub's data set {path} cannot be loaded: ConnectionError: "
+        "Couldn't reach the Hub (offline)"
     )
 
 
-def test_hub_ids_are_asked_for_with_configuration_and_revision(monkeypatch, table):
+def test_hub_data_are_loaded_with_configuration_and_revision(monkeypatch, table):
     asked = []
 
     def hub(*names, **keys):
@@ -212,7 +212,7 @@ def test_pickles_and_other_files_are_refused(tmp_path):
     )
 
 
-def test_broken_files_and_empty_folders_say_why(tmp_path):
+def test_broken_files_and_empty_folders_are_refused_with_the_cause(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"not parquet")
     assert re.search(
         r"rows\.parquet cannot be loaded: ArrowInvalid: .*[Mm]agic bytes",
@@ -224,11 +224,12 @@ def test_broken_files_and_empty_folders_say_why(tmp_path):
 
 def test_unknown_embedded_data_are_named():
     assert faults("embedded:support-ticket") == (
-        "data.path: there is no embedded:support-ticket (did you mean support-tickets?); the embedded data sets are support-tickets"
+        "data.path: there is no embedded:support-ticket (did you mean support-tickets?); "
+        "the embedded data sets are support-tickets"
     )
 
 
-def test_absent_splits_are_named_with_those_that_exist(parquet):
+def test_missing_splits_are_named_with_those_that_exist(parquet):
     assert faults(parquet, train_split="training") == (
         f"data.train_split: {parquet} has no split 'training' (did you mean train?); it has train"
     )
@@ -243,7 +244,8 @@ def test_evaluating_on_the_training_split_is_refused(parquet):
 
 def test_split_columns_must_exist_and_be_needed(tmp_path, parquet, table):
     assert faults(parquet, split_column="splits") == (
-        "data.split_column: there is no column 'splits' (did you mean split?); the data have text, label, task, domain, split"
+        "data.split_column: there is no column 'splits' (did you mean split?); "
+        "the data have text, label, task, domain, split"
     )
     datasets.DatasetDict(train=table, test=table).save_to_disk(str(tmp_path / "two"))
     assert "the data already have splits (train, test)" in faults(
@@ -251,9 +253,10 @@ def test_split_columns_must_exist_and_be_needed(tmp_path, parquet, table):
     )
 
 
-def test_filters_that_match_nothing_list_the_column_s_values(parquet):
+def test_filters_that_match_nothing_list_the_columns_values(parquet):
     assert faults(parquet, filter={"task": "trec"}) == (
-        "data.filter.task: no row has 'trec' (did you mean trec6?); the column task has snips, subj, trec6"
+        "data.filter.task: no row has 'trec' (did you mean trec6?); "
+        "the column task has snips, subj, trec6"
     )
     assert (
         faults(parquet, filter={"label": [0, 9]})
@@ -273,8 +276,9 @@ def test_filters_that_match_nothing_list_the_column_s_values(parquet):
     assert faults(parquet, filter={"text": "x"}).endswith("… and 40 more")
 
 
-def test_filters_that_match_nothing_together_say_so(parquet):
+def test_filters_that_match_nothing_together_are_refused(parquet):
     fault = faults(parquet, filter={"task": "subj", "domain": "speech"})
     assert fault == (
-        "data.filter: no row of the split train (train) passes the filter; its columns have task: snips, subj, trec6; domain: logic, speech"
+        "data.filter: no row of the split train (train) passes the filter; "
+        "its columns have task: snips, subj, trec6; domain: logic, speech"
     )

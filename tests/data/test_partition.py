@@ -57,7 +57,7 @@ def test_dirichlet_partitions_are_exact_covers(classes, clients, alpha, seed):
 
 
 @given(class_lists(), st.integers(1, 4), st.integers(0, 4), st.data(), seeds)
-def test_cluster_partitions_are_exact_covers_of_the_classes_that_groups_chose(
+def test_cluster_partitions_are_exact_covers_of_the_chosen_classes(
     classes, groups, more, data, seed
 ):
     count = classes.max() + 1
@@ -100,9 +100,7 @@ def test_shard_partitions_are_exact_covers_of_few_classes_each(
 
 
 @given(class_lists(), st.integers(1, 6), st.data(), seeds)
-def test_dealing_is_an_exact_cover_of_the_classes_that_somebody_has_a_share_of(
-    classes, clients, data, seed
-):
+def test_dealing_is_an_exact_cover_of_the_classes_with_a_share(classes, clients, data, seed):
     shares = data.draw(
         arrays(np.int64, (clients, int(classes.max()) + 1), elements=st.integers(0, 5))
     )
@@ -156,7 +154,7 @@ def test_ties_go_to_the_client_with_the_fewest_rows():
     assert [len(rows) for rows in dealt] == [1, 1, 1, 1]
 
 
-def test_rows_of_no_class_are_dealt_to_nobody():
+def test_rows_without_a_class_are_left_out():
     classes = np.array([0, -1, 1, -1])
     dealt = assign_by_class(classes, np.array([[1, 1]]), generator(0, "test"))
     np.testing.assert_array_equal(dealt[0], [0, 2])
@@ -226,7 +224,7 @@ def test_names_are_as_wide_as_the_count_needs():
     assert client_names(101)[0] == "client-000"
 
 
-def test_one_client_a_value_is_named_after_it_alone():
+def test_a_single_client_of_a_value_is_named_after_it():
     rng = generator(0, "train")
     assert [holding.name for holding in natural(np.array([0, 1]), ["snips", ""], 1, rng)] == [
         "snips",
@@ -239,7 +237,7 @@ def test_one_client_a_value_is_named_after_it_alone():
     ]
 
 
-def test_dirichlet_says_at_once_that_there_are_too_few_examples():
+def test_dirichlet_refuses_too_few_examples_immediately():
     with pytest.raises(
         DataError,
         match=r"5 clients × min_examples 10 need 50 training examples, but there are 20; lower",
@@ -247,10 +245,13 @@ def test_dirichlet_says_at_once_that_there_are_too_few_examples():
         dirichlet(np.zeros(20, dtype=np.int64), 5, 0.1, 10, generator(0, "train"))
 
 
-def test_dirichlet_gives_up_after_many_draws_and_says_what_to_change():
+def test_dirichlet_stops_after_many_draws_with_advice():
     with pytest.raises(
         DataError,
-        match=r"never had 9 training examples \(at most \d+\); raise data\.partition\.alpha, or lower",
+        match=(
+            r"never had 9 training examples \(at most \d+\); "
+            r"raise data\.partition\.alpha, or lower"
+        ),
     ):
         dirichlet(np.zeros(100, dtype=np.int64), 10, 0.01, 9, generator(0, "train"))
 

@@ -55,19 +55,19 @@ def test_the_table_counts_training_rows_by_label_and_rows_by_split(data):
     assert table["labels"].loc["subj"].tolist() == [data.clients[1].size, 0]
 
 
-def test_without_a_column_the_table_has_the_sizes_alone(data):
+def test_without_a_column_the_table_has_sizes_only(data):
     assert client_table(data, None).columns.tolist() == [
         ("examples", split) for split in ("train", "validation", "test")
     ]
     assert any("trec6" in line for line in printed(terminal_chart(data, None)))
 
 
-def test_summaries_of_absent_columns_name_those_present(data):
+def test_summaries_of_missing_columns_name_those_present(data):
     with pytest.raises(DataError, match=r"there is no column 'labl' \(did you mean label\?\)"):
         client_table(data, "labl")
 
 
-def test_the_picture_shows_a_line_a_client_and_a_block_a_label(data):
+def test_the_figure_has_one_row_per_client_and_one_block_per_label(data):
     lines = printed(terminal_chart(data, "domain"))
     subj = next(line for line in lines if line.startswith("subj"))
     assert subj.rstrip().endswith("█")
@@ -75,7 +75,7 @@ def test_the_picture_shows_a_line_a_client_and_a_block_a_label(data):
     assert not any("more" in line and "…" in line for line in lines)
 
 
-def test_the_picture_of_many_clients_and_labels_is_clipped_and_says_so(large):
+def test_the_figure_of_many_clients_and_labels_is_clipped_with_a_note(large):
     lines = printed(terminal_chart(large, "label", width=80, height=30))
     assert len(lines) <= 30 + 8
     assert max(map(len, lines)) <= 80

@@ -1,4 +1,4 @@
-"""The commands, programs and recipes of docs/ work, and its pages make a site that fetches nothing."""
+"""Commands, programs and recipes of docs/ run, and the site loads nothing from elsewhere."""
 
 import json
 import re
@@ -49,13 +49,13 @@ def pages(language):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to work in."""
+    """The working directory of a page's commands."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("page", pages("bash"))
-def test_commands_run_in_the_order_they_are_shown(page, here, capsys):
+def test_commands_run_in_order(page, here, capsys):
     """Training uses a tiny model; ``make`` is only planned and ``pip`` skipped."""
     for line in "".join(blocks(page, "bash")).splitlines():
         command = shlex.split(line, comments=True)
@@ -104,7 +104,7 @@ def test_recipes_are_parts_of_valid_recipes(page):
 
 
 def leaves(section, *above):
-    """What a part of a recipe sets, by dotted key."""
+    """The values of a part of a recipe, by dotted key."""
     for key, value in section.items():
         if isinstance(value, dict):
             yield from leaves(value, *above, key)
@@ -112,8 +112,8 @@ def leaves(section, *above):
             yield ".".join((*above, key)), value
 
 
-def test_every_block_says_what_it_is():
-    """One that says nothing would not be run."""
+def test_every_code_block_names_its_language():
+    """Blocks without a language would not be run."""
     for page, text in PAGES.items():
         assert all(language for language in re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]), (
             page

@@ -1,4 +1,4 @@
-"""What docs/extending.md says to write registers, and runs."""
+"""The code of docs/extending.md registers its parts, and recipes run with them."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,10 @@ def test_the_code_registers_parts_that_a_recipe_then_runs_with(tmp_path, capsys)
         recipe = Recipe.load(
             "smoke",
             [
-                "task={name: smoothed-classification, label: queue, metrics: [error_rate], max_length: 32}",
+                (
+                    "task={name: smoothed-classification, label: queue, "
+                    "metrics: [error_rate], max_length: 32}"
+                ),
                 "data.partition={scheme: stripes, clients: 4}",
                 "strategy={name: damped, damping: 0.25}",
                 "robustness.aggregation=sign",

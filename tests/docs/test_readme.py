@@ -1,4 +1,4 @@
-"""What the README says to type works."""
+"""The commands of the README run, and its numbers are the measured ones."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ def test_the_readme_shows_commands():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "make"], ids=shlex.join)
-def test_make_knows_the_target(command):
+def test_make_targets_exist(command):
     assert (
         subprocess.run(
             [*command, "--dry-run"], cwd=ROOT, capture_output=True, check=False
@@ -43,8 +43,8 @@ def test_make_knows_the_target(command):
     )
 
 
-def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch, capsys):
-    """On a tiny model where something trains, else as they stand."""
+def test_fedmerge_commands_run_in_order(tmp_path, monkeypatch, capsys):
+    """Commands that train use a tiny model."""
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         if command[0] == "head":
@@ -67,7 +67,7 @@ def test_fedmerge_commands_run_in_the_order_they_are_shown(tmp_path, monkeypatch
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch, tiny_models):
-    """With the tiny model in place of the real one; the second knows nothing of this package."""
+    """Use the tiny model instead of the real one; the second example uses plain PEFT."""
     monkeypatch.chdir(tmp_path)
     ours, plain = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(ours.replace('"quickstart"', '"smoke"'), "README.md", "exec"), {})
@@ -90,7 +90,7 @@ def cells(line):
 
 
 def measured(page):
-    """Mean and worst tenth in percent, as the README writes them, by method, from a page of benchmarks/results."""
+    """Mean and worst tenth in percent by method, from a page of benchmarks/results."""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     start = next(
         number for number, line in enumerate(lines) if line.startswith("| method | runs |")
@@ -107,15 +107,15 @@ def measured(page):
     return found
 
 
-def test_the_table_of_qualities_is_what_was_measured():
+def test_the_table_of_scores_equals_the_measured_one():
     rows = re.findall(
         r"^\| \[\w+\]\((benchmarks/results/\w+\.md)\) \| `(\w+)` \| (.+?) \| (.+?) \|$",
         README,
         re.MULTILINE,
     )
     assert len({page for page, *_ in rows}) >= 4
-    for page, method, *said in rows:
-        assert said == measured(page)[method], (page, method)
+    for page, method, *shown in rows:
+        assert shown == measured(page)[method], (page, method)
     for page in {page for page, *_ in rows}:
         first = next(iter(measured(page)))
         assert first in {method for each, method, *_ in rows if each == page}, (
@@ -123,7 +123,7 @@ def test_the_table_of_qualities_is_what_was_measured():
         )
 
 
-def test_the_table_of_speeds_is_what_was_measured():
+def test_the_table_of_speeds_equals_the_measured_one():
     table = README.split("| speed,")[1].split("\n\n")[0].splitlines()[2:]
     measured = (ROOT / "benchmarks" / "results" / "speed.md").read_text(encoding="utf-8")
     assert len(table) >= 5
@@ -131,7 +131,7 @@ def test_the_table_of_speeds_is_what_was_measured():
         assert f"{line.removeprefix('| ')[:-1].strip()} " in measured, line
 
 
-def test_every_link_leads_somewhere():
+def test_every_link_has_a_target():
     links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
     assert "docs/images/weights.png" in links
     assert [link for link in links if not (ROOT / link).exists()] == []
@@ -141,7 +141,7 @@ def page(name):
     return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_every_method_in_the_table_is_there_and_none_is_left_out():
+def test_the_table_lists_every_method():
     from fedmerge_peft.recipe.strategies import STRATEGIES
 
     table = page("strategies").split("| | methods |")[1].split("\n\n")[0]

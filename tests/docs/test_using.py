@@ -1,4 +1,4 @@
-"""What docs/using.md says to type works."""
+"""The commands of docs/using.md run."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ def first(tmp_path, monkeypatch):
     return federate(Recipe.load("smoke", small), tmp_path / "runs" / "first")
 
 
-def test_every_command_and_line_runs_in_the_order_it_is_shown(first, tmp_path, capsys):
+def test_every_command_and_line_runs_in_order(first, tmp_path, capsys):
     for line in "".join(blocks("bash")).splitlines():
         with pytest.raises(SystemExit) as stopped:
             main(shlex.split(line)[1:])
@@ -42,7 +42,7 @@ def test_every_command_and_line_runs_in_the_order_it_is_shown(first, tmp_path, c
     assert all((tmp_path / name).exists() for name in made)
 
 
-def test_the_recipes_lines_are_a_recipes():
+def test_the_lines_of_recipes_are_valid():
     (lines,) = blocks("yaml")
     assert Recipe.load("smoke", [f"tracking={yaml.safe_load(lines)['tracking']}"]).tracking == [
         "tensorboard"

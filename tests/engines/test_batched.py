@@ -1,4 +1,4 @@
-"""Federations whose clients train several in one pass of the model, held against those that train one at a time."""
+"""Training several clients in one pass equals training one at a time."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ STRATEGIES = {
 
 @pytest.mark.equality
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_federation_in_batches_of_four_is_that_of_one_at_a_time(smoke, name):
+def test_a_federation_in_batches_of_four_equals_one_client_at_a_time(smoke, name):
     def federation(clients):
         strategy = f"strategy={{name: {name}, {STRATEGIES[name]}}}"
         recipe = smoke(
@@ -106,7 +106,7 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
     )
 
 
-def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours_alone(smoke):
+def test_a_client_with_a_nonfinite_adapter_is_named_and_does_not_affect_its_batch(smoke):
     engine = engine_of(smoke("training.clients_per_batch=4"))
     row = engine.strategy_context().fresh_row(0)
     rows = [row * torch.nan if client == 2 else row for client in range(4)]
@@ -119,7 +119,7 @@ def test_a_client_whose_adapter_is_not_finite_is_named_and_leaves_its_neighbours
     )
 
 
-def test_where_memory_runs_out_fewer_train_at_a_time(smoke, monkeypatch, caplog):
+def test_out_of_memory_reduces_the_clients_per_batch(smoke, monkeypatch, caplog):
     engine = engine_of(smoke("training.clients_per_batch=6"))
     row, sizes = engine.strategy_context().fresh_row(0), []
 

@@ -1,4 +1,4 @@
-"""Several ranks do what one does, to the last bit; where one fails, all end."""
+"""Several ranks give the bits of one; if one fails, all end."""
 
 import os
 import pickle
@@ -38,14 +38,14 @@ SCENARIOS = RANKED["SCENARIOS"]
 # ---- in one process ------------------------------------------------------------------------------
 
 
-def test_the_longest_work_is_dealt_first_to_whoever_has_the_least():
+def test_the_most_expensive_client_goes_to_the_least_loaded_rank():
     assert balanced([1, 5, 3, 3, 2], 2) == [1, 0, 1, 1, 0]
     assert balanced([1, 1, 1], 2) == [0, 1, 0]
     assert balanced([4], 3) == [0]
     assert balanced([], 2) == []
 
 
-def test_assignments_are_made_when_they_are_taken():
+def test_assignments_are_created_lazily():
     made = []
 
     def make(client):
@@ -71,24 +71,24 @@ def test_assignments_are_made_when_they_are_taken():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_reaches_another_process_as_it_is(error):
+def test_an_error_reaches_another_process_unchanged(error):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "message"),
     [("cuda:1", "cuda:1 is one device, but 2 ranks were started"), ("mps", "mps is one device")],
 )
-def test_each_rank_takes_a_device_of_its_own(monkeypatch, wanted, said):
+def test_each_rank_uses_a_device_of_its_own(monkeypatch, wanted, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_device("cpu").type == "cpu"
-    with pytest.raises(DeviceError, match=said):
+    with pytest.raises(DeviceError, match=message):
         choose_device(wanted)
 
 
-def test_ranks_find_their_gpus_and_say_where_there_are_too_few(monkeypatch):
+def test_ranks_use_their_own_gpus_and_fail_if_there_are_too_few(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -103,21 +103,21 @@ def test_ranks_find_their_gpus_and_say_where_there_are_too_few(monkeypatch):
     assert caught.value.rank == 2  # nobody else may know
 
 
-def test_a_rank_with_nothing_to_say_waits_for_the_one_that_says_it(monkeypatch, capsys):
+def test_ranks_wait_for_the_rank_that_prints(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    for rank, said, waits in (
+    for rank, count, waits in (
         ("1", 0, [5.0]),
         ("0", 1, [5.0]),
     ):  # a launcher ends all ranks as soon as one has ended
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit, match="2"):
             main(["run", "smoke", "training.learnin_rate=1"])
-        assert (capsys.readouterr().err.count("unknown key"), waited) == (said, waits)
+        assert (capsys.readouterr().err.count("unknown key"), waited) == (count, waits)
 
 
-def test_a_sweep_is_for_processes_of_their_own(monkeypatch, tmp_path):
+def test_a_sweep_on_several_ranks_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DeviceError, match="a sweep does not run on several ranks"):
         sweep({}, tmp_path / "out")
@@ -125,9 +125,7 @@ def test_a_sweep_is_for_processes_of_their_own(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("together", [1, 4])
-def test_a_rank_alone_does_what_an_engine_does_that_knows_of_no_ranks(
-    smoke, tmp_path, left_behind, together
-):
+def test_a_single_rank_equals_the_local_engine(smoke, tmp_path, left_behind, together):
     recipe = smoke(
         "strategy=ifca", "clients.failures=skip", f"training.clients_per_batch={together}"
     )
@@ -145,7 +143,7 @@ def test_a_rank_alone_does_what_an_engine_does_that_knows_of_no_ranks(
 @pytest.mark.parametrize(
     ("training", "passes"), [("training.epochs=2", 2), ("training.steps=3", 3 * 4 / 6)]
 )
-def test_a_clients_work_is_its_tokens_times_its_passes(smoke, training, passes):
+def test_a_clients_cost_is_its_tokens_times_its_passes(smoke, training, passes):
     engine = RankedEngine.from_recipe(smoke(training, "training.batch_size=4"))
     held = engine.clients[0]
     assert held.size == 6
@@ -202,7 +200,7 @@ def on_two_ranks(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_two_ranks_leave_behind_what_one_does(on_one_rank, on_two_ranks, left_behind, scenario):
+def test_two_ranks_write_the_same_run_as_one(on_one_rank, on_two_ranks, left_behind, scenario):
     one, two = Run(on_one_rank / scenario), Run(on_two_ranks / scenario)
     assert left_behind(two.path) == left_behind(one.path)
     assert (one.environment["ranks"], two.environment["ranks"]) == (1, 2)
@@ -210,7 +208,7 @@ def test_two_ranks_leave_behind_what_one_does(on_one_rank, on_two_ranks, left_be
 
 
 @pytest.mark.slow
-def test_after_a_kill_of_both_ranks_the_run_goes_on_with_the_same_bits(
+def test_after_a_kill_of_both_ranks_the_run_resumes_to_the_same_bits(
     on_one_rank, tmp_path, left_behind
 ):
     killed = launched(PROGRAM, tmp_path, "kill", "fedmerge")
@@ -224,7 +222,7 @@ def test_after_a_kill_of_both_ranks_the_run_goes_on_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_where_a_rank_fails_in_a_way_nobody_meant_all_end_and_say_which(tmp_path):
+def test_an_unexpected_failure_ends_all_ranks_and_names_the_rank(tmp_path):
     begin = time.perf_counter()
     done = launched(PROGRAM, tmp_path, "break", "flhc")
     assert done.returncode != 0
@@ -234,7 +232,7 @@ def test_where_a_rank_fails_in_a_way_nobody_meant_all_end_and_say_which(tmp_path
 
 
 @pytest.mark.slow
-def test_a_signal_lets_all_ranks_end_the_round_and_says_once_how_to_go_on(tmp_path):
+def test_a_signal_ends_all_ranks_after_the_round_and_prints_the_command_once(tmp_path):
     recipe = [
         "smoke",
         "data.filter.provider=[Alder, Birch]",
@@ -249,17 +247,17 @@ def test_a_signal_lets_all_ranks_end_the_round_and_says_once_how_to_go_on(tmp_pa
     while not re.search(r"round +2/", line := process.stdout.readline()):
         assert line, process.communicate()[1]
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert said.count("stopped; resume with: fedmerge resume") == 1
-    assert said.count("stopping after this round") == 1
-    assert not re.search("RankError|lost the connection", said)
+    assert output.count("stopped; resume with: fedmerge resume") == 1
+    assert output.count("stopping after this round") == 1
+    assert not re.search("RankError|lost the connection", output)
     done = len(Run(tmp_path / "run").records)
     assert len(resume(tmp_path / "run", [f"rounds={done + 1}"]).records) == done + 1
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_a_recipe_is_said_once(tmp_path):
+def test_recipe_errors_are_printed_once(tmp_path):
     done = launched(
         "-m", "fedmerge_peft", "run", "smoke", "training.learnin_rate=1", "--out", tmp_path / "run"
     )

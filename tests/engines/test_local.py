@@ -1,4 +1,4 @@
-"""What an engine lets a client do and measures of it, on a tiny model."""
+"""Training and evaluation of single clients by an engine, on a tiny model."""
 
 from itertools import pairwise
 
@@ -45,7 +45,7 @@ def test_ifca_chooses_by_training_losses(smoke, smoke_engine):
 
 
 @pytest.mark.equality
-def test_what_dittos_clients_have_after_training_is_what_they_are_served_with_in_the_next_round(
+def test_dittos_clients_are_served_their_trained_adapters_in_the_next_round(
     smoke,
 ):
     recipe = smoke(
@@ -62,7 +62,7 @@ def test_what_dittos_clients_have_after_training_is_what_they_are_served_with_in
 
 @pytest.mark.parametrize(("strategy", "scored"), [("local", 6 + 4 * 6), ("fedavg", 4 * 12 + 6)])
 def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
-    """Who trains alone is served with what it ended with; the scores are those that a second look would give."""
+    """A client that trains alone is served its trained adapter; its scores are reused."""
     asked = []
     monkeypatch.setattr(
         "fedmerge_peft.engines.local.evaluate",
@@ -83,14 +83,14 @@ def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
     ) == {index: last.clients[client.name] for index, client in enumerate(engine.clients)}
 
 
-def test_another_clients_scores_are_not_taken(smoke_engine):
+def test_another_clients_scores_are_not_reused(smoke_engine):
     row = smoke_engine.strategy_context().fresh_row(1)
     scores = dict(smoke_engine.evaluate_clients((index, row) for index in range(6)))
     assert len({each["test_loss"] for each in scores.values()}) == 6
     assert dict(smoke_engine.evaluate_clients((index, row + 0.1) for index in range(6))) != scores
 
 
-def test_scores_on_other_frozen_weights_are_not_taken(smoke_engine):
+def test_scores_on_other_frozen_weights_are_not_reused(smoke_engine):
     row, backbone = smoke_engine.strategy_context().fresh_row(1), smoke_engine.backbone
     (before,) = dict(smoke_engine.evaluate_clients([(0, row)])).values()
     try:

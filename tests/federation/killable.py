@@ -1,8 +1,10 @@
-"""A program that loads a backbone once, and then, for each line of its input, forks a child that runs or resumes a run and may be killed.
+"""A program whose children run or resume a federation and may be killed.
 
-A line is JSON: ``path``, ``strategy``, and ``kill``: null, ``["after", seconds]``, ``["event", n]`` (before the n-th time that the child
-opens, renames, links, cuts or removes something below the path) or ``["torn", n]`` (when half of the n-th file of tensors is written).
-The answer is ``[whether it was killed, events seen]``.
+It loads a backbone once and forks a child for each line of its input. A line is JSON with ``path``,
+``strategy`` and ``kill``. ``kill`` is null, ``["after", seconds]``, ``["event", n]`` (before the
+child opens, renames, links, truncates or removes a file below the path for the n-th time) or
+``["torn", n]`` (after half of the n-th file of tensors is written). The answer is
+``[killed, number of events]``.
 """
 
 import json
@@ -33,7 +35,7 @@ def die():
 
 
 def watch(path, number, seen):
-    """Count the child's events; die before the n-th."""
+    """Count the child's events; exit before the n-th."""
 
     def hook(event, arguments):
         if event in EVENTS and any(str(argument).startswith(path) for argument in arguments[:2]):
@@ -45,7 +47,7 @@ def watch(path, number, seen):
 
 
 def tear(number):
-    """Die with half of the n-th file of tensors written."""
+    """Exit after half of the n-th file of tensors is written."""
     left = [number]
     save_file = files.save_file
 
@@ -60,14 +62,14 @@ def tear(number):
 
 
 def go(path, strategy, engine):
-    """Begin the run, or go on with it; nothing where it has ended."""
+    """Start or resume the run; do nothing if it has ended."""
     recipe = Recipe.load("smoke", [*SMALL, *strategy])
-    lent = engine.with_recipe(recipe)
+    reused = engine.with_recipe(recipe)
     if not (path / "recipe.yaml").exists():
-        federate(recipe, path, engine=lent)
+        federate(recipe, path, engine=reused)
     elif not Run.open(path).ended:
-        resume(path, engine=lent)
-    assert lent.clients_per_batch == recipe.training.clients_per_batch
+        resume(path, engine=reused)
+    assert reused.clients_per_batch == recipe.training.clients_per_batch
 
 
 def child(asked, engine, write):

@@ -14,14 +14,17 @@ SKIP = ["clients.failures=skip", "rounds=5", "evaluation.every=5"]
 
 @pytest.fixture
 def unreliable(smoke_engine, monkeypatch):
-    """``unreliable(rate)``: what happened, by (round, client): replies of the engine fail at random, each time the same."""
+    """``unreliable(rate)``: make replies fail at random, by a fixed seed.
+
+    Return the failures by (round, client).
+    """
 
     def make(rate):
         happened = {}
         train_clients = smoke_engine.train_clients
 
-        def fail(number, visits):
-            for plan, answer in train_clients(number, visits):
+        def fail(number, assignments):
+            for plan, answer in train_clients(number, assignments):
                 name = smoke_engine.clients[answer.client].name
                 dice = random.Random(derive(7, "fault", number, name))
                 if dice.random() < rate:
@@ -49,12 +52,12 @@ def test_with_a_fifth_of_the_replies_failing_a_run_ends_and_every_failure_is_acc
 ):
     happened = unreliable(0.2)
     run = federate(smoke(f"strategy={strategy}", *SKIP), tmp_path / "run", engine=smoke_engine)
-    told = {(record["round"], name) for record in run.records for name in record["failures"]}
-    assert told == happened.keys()
-    assert len(told) >= 3
+    recorded = {(record["round"], name) for record in run.records for name in record["failures"]}
+    assert recorded == happened.keys()
+    assert len(recorded) >= 3
     everyone = {client.name for client in smoke_engine.clients}
     assert all({*record["clients"], *record["failures"]} == everyone for record in run.records)
-    assert sum(run.summary["failures"].values()) == len(told)
+    assert sum(run.summary["failures"].values()) == len(recorded)
     assert run.soup.rows.isfinite().all()
 
 
@@ -79,7 +82,7 @@ def test_a_run_with_failures_resumes_to_the_same_bits(
     assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
 
 
-def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(
+def test_a_run_that_lost_too_many_clients_resumes_when_they_are_back(
     smoke, smoke_engine, tmp_path, monkeypatch, left_behind
 ):
     recipe = smoke(*SKIP, "clients.min_clients=3")
@@ -89,7 +92,9 @@ def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(
         patch.setattr(
             smoke_engine,
             "train_clients",
-            lambda number, visits: list(train_clients(number, visits))[: 6 if number < 3 else 2],
+            lambda number, assignments: list(train_clients(number, assignments))[
+                : 6 if number < 3 else 2
+            ],
         )
         with pytest.raises(TooFewClientsError, match="round 3: 2 of 6 clients replied well"):
             federate(recipe, tmp_path / "parts", engine=smoke_engine)
@@ -98,7 +103,7 @@ def test_a_run_that_lost_too_many_clients_goes_on_when_they_are_back(
     assert left_behind(tmp_path / "parts") == left_behind(tmp_path / "whole")
 
 
-def test_a_client_that_cannot_be_scored_is_left_out_of_the_final_scores_alone(
+def test_a_client_that_cannot_be_evaluated_is_missing_from_the_final_scores_only(
     smoke, smoke_engine, tmp_path, monkeypatch
 ):
     evaluate, culprit = local.evaluate, smoke_engine.clients[1]
@@ -115,13 +120,13 @@ def test_a_client_that_cannot_be_scored_is_left_out_of_the_final_scores_alone(
     assert len(run.summary["final"]["served"]["clients"]) == 5
 
 
-def test_a_client_that_takes_too_long_is_left_out_when_it_is_done(smoke, smoke_engine, tmp_path):
+def test_a_client_beyond_the_time_limit_is_left_out(smoke, smoke_engine, tmp_path):
     recipe = smoke("clients.timeout=1e-9", "clients.failures=skip")
     with pytest.raises(TooFewClientsError, match=r"clients\.timeout is 1e-09 s"):
         federate(recipe, tmp_path / "run", engine=smoke_engine)
 
 
-def test_the_command_line_says_how_to_go_on(tmp_path, capsys):
+def test_the_command_line_prints_the_command_that_resumes(tmp_path, capsys):
     from fedmerge_peft.cli import main
 
     small = [
@@ -144,13 +149,13 @@ def test_the_command_line_says_how_to_go_on(tmp_path, capsys):
             ]
         )
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert "0 of 12 clients replied well" in said
-    assert f"fedmerge resume {tmp_path / 'run'}" in said
-    assert "Traceback" not in said
+    output = capsys.readouterr().err
+    assert "0 of 12 clients replied well" in output
+    assert f"fedmerge resume {tmp_path / 'run'}" in output
+    assert "Traceback" not in output
 
 
-def test_records_of_runs_without_failures_say_so(smoke, smoke_engine, tmp_path):
+def test_records_of_runs_without_failures_have_no_failures(smoke, smoke_engine, tmp_path):
     run = federate(smoke(), tmp_path / "run", engine=smoke_engine)
     assert all(
         json.loads(line)["failures"] == {}

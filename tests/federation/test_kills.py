@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, also while they write, end with the bits of one that was not."""
+"""Runs that are killed at random moments end with the bits of an uninterrupted run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ KILLS = 5
 
 @pytest.fixture(scope="module")
 def killable():
-    """``killable(path, strategy, together, kill)``: whether it was killed, and how many events there were."""
+    """``killable(path, strategy, together, kill)``: return (killed, number of events)."""
     program = [sys.executable, str(Path(__file__).with_name("killable.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
@@ -54,7 +54,9 @@ def killable():
 
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_ends_as_one_that_was_not(killable, tmp_path, left_behind, strategy, together):
+def test_a_killed_run_ends_like_an_uninterrupted_one(
+    killable, tmp_path, left_behind, strategy, together
+):
     assert killable(tmp_path / "whole", strategy, together)[0] is False
     begin = perf_counter()
     _, events = killable(tmp_path / "counted", strategy, together)
@@ -72,7 +74,7 @@ def test_a_killed_run_ends_as_one_that_was_not(killable, tmp_path, left_behind, 
         path = tmp_path / str(trial)
         trial += 1
         history = []
-        for _ in range(chance.choice([1, 1, 2, 3])):  # also while it goes on
+        for _ in range(chance.choice([1, 1, 2, 3])):  # also while it resumes
             kind = chance.choice(list(kinds))
             history.append([kind, kinds[kind]()])
             kills += killable(path, strategy, together, history[-1])[0]

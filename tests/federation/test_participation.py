@@ -1,4 +1,4 @@
-"""Three of six clients a round, with every method: what the others are served with, and what a reply may move."""
+"""Three of six clients in each round, with every method."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 class Half:
-    """Two rounds: what there was before the second one, what came back in it, and what there is now."""
+    """Two rounds: the state before the second, its replies, and the state after it."""
 
     def __init__(self, smoke, engine, name):
         recipe = smoke(
@@ -51,7 +51,7 @@ class Half:
         self.head[self.layout.columns("head")] = True
 
     def newcomers_adapter(self, name):
-        """What the rule in ``Strategy`` says, ``(P,)``."""
+        """The served row by the rule in ``Strategy``, ``(P,)``."""
         if name == "local":
             return self.start
         if name in ("fedmerge", "ifca", "fesem", "flhc"):
@@ -62,7 +62,7 @@ class Half:
         return self.rows[0]
 
     def movable(self, name):
-        """Which numbers of the soup the second round may have changed, ``(d, P)`` bool."""
+        """Numbers of the soup that the second round may change, ``(d, P)`` bool."""
         allowed = torch.zeros(self.rows.shape, dtype=torch.bool)
         own = torch.tensor(self.asked)
         if name == "local":
@@ -95,7 +95,7 @@ class Half:
         return allowed
 
     def numbers(self, name):
-        """How many numbers travel down and up for one client, in the first round and in the second."""
+        """Numbers sent down and up for one client, in the first round and in the second."""
         size, head = self.layout.size, int(self.head.sum())
         a, b = (
             sum(part.size for part in side)

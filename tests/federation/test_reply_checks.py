@@ -1,4 +1,4 @@
-"""Clients that fail: named with round and cause, and left out as if they had not been asked."""
+"""Failed clients are named with round and cause, and skipped as if they took no part."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ SKIP = "clients.failures=skip"
 
 
 def changed(**fields):
-    """A fault: this client's reply, with other fields; what is called makes them of the reply's."""
+    """Replace fields of a client's reply; functions compute them from the reply."""
 
     def change(reply):
         return [
@@ -67,12 +67,12 @@ FAULTS = {
 
 
 def federation(case, name, culprit, fault, *overrides):
-    """The round loop on formulas, in which one client's answers are what a fault makes of them."""
+    """The round loop on formula clients, with a fault in one client's replies."""
     found = case.federation(f"strategy.name={name}", "clients.timeout=60", *overrides)
     train_clients = found.engine.train_clients
 
-    def faulty(number, visits):
-        for plan, reply in train_clients(number, visits):
+    def faulty(number, assignments):
+        for plan, reply in train_clients(number, assignments):
             answers = fault(reply) if reply.client == culprit else [reply]
             yield from ((plan, answer) for answer in answers)
 
@@ -99,9 +99,7 @@ def test_without_skip_the_first_failure_ends_the_run(formulas, kind):
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in STRATEGIES])
-def test_a_failing_client_leaves_everything_as_if_it_had_not_been_asked(
-    formulas, name, monkeypatch
-):
+def test_a_failing_client_changes_nothing(formulas, name, monkeypatch):
     case = formulas(6)
     faulty = federation(case, name, 2, FAULTS["NaN"][0], SKIP, "rounds=4")
     without = case.federation(f"strategy.name={name}", "rounds=4")
@@ -122,14 +120,14 @@ def test_a_failing_client_leaves_everything_as_if_it_had_not_been_asked(
         )
 
 
-def test_a_stranger_does_not_count(formulas):
+def test_unknown_clients_are_ignored(formulas):
     case = formulas(4)
     found = case.federation(SKIP, "clients.fraction=0.5")
     (stranger,) = {0, 1, 2, 3} - {*found.cohort(1), min({0, 1, 2, 3} - {*found.cohort(1)})}
     train_clients = found.engine.train_clients
     plan = Train(case.fresh_row(0))
-    found.engine.train_clients = lambda number, visits: [
-        *train_clients(number, visits),
+    found.engine.train_clients = lambda number, assignments: [
+        *train_clients(number, assignments),
         (plan, case.reply(stranger, plan)),
     ]
     record = next(found.rounds())
@@ -156,14 +154,14 @@ def test_a_round_in_which_all_fail_is_too_few(formulas):
         next(found.rounds())
 
 
-def test_more_clients_than_a_round_asks_are_refused(formulas):
+def test_a_minimum_above_the_cohort_is_refused(formulas):
     with pytest.raises(
         RecipeError, match=r"clients\.min_clients: 4 is more than the 2 clients that a round asks"
     ):
         formulas(4).federation("clients.min_clients=4", "clients.fraction=0.5")
 
 
-def test_a_choice_and_a_mixture_must_be_among_what_was_sent(formulas):
+def test_a_choice_and_a_mixture_must_be_among_the_sent_adapters(formulas):
     case = formulas(1)
     rows = torch.stack([case.fresh_row(0), case.fresh_row(1)])
     choose, mixture = Choose(rows), Mixture(rows, torch.full((2,), 0.5))
@@ -188,8 +186,8 @@ def test_a_choice_and_a_mixture_must_be_among_what_was_sent(formulas):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_a_reply_that_passes_can_be_learned_from(data):
-    """Whatever is answered: it is refused, or it is as many finite numbers as were asked for."""
+def test_a_reply_that_passes_is_finite_and_of_the_requested_shape(data):
+    """A reply is refused, or has the requested number of finite values."""
     shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
     numbers = data.draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool]))
     value = data.draw(st.floats(width=32))
@@ -211,5 +209,5 @@ def _good():
     return Reply(0, torch.zeros(1, 3), 10, 1.0, 0.0)
 
 
-def test_the_defaults_skip_nobody():
+def test_no_client_is_skipped_by_default():
     assert Recipe.load("smoke").clients.failures == "raise"

@@ -1,4 +1,4 @@
-"""Runs that are interrupted between rounds, and go on: with the same bits as without the interruption."""
+"""Runs that are interrupted between rounds resume to the same bits."""
 
 import json
 import shutil
@@ -10,8 +10,6 @@ import torch
 from fedmerge_peft import Callback, RecipeError, ResumeError, Run, RunExistsError, federate, resume
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.recipe.strategies import STRATEGIES
-from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
-from fedmerge_peft.util import files
 from fedmerge_peft.util.stateful import Stateful
 
 TINY = [
@@ -71,7 +69,7 @@ def engine(smoke):
 
 @pytest.fixture(scope="module")
 def uninterrupted(smoke, engine, tmp_path_factory, left_behind):
-    """What a run of ``tiny()`` leaves behind."""
+    """The contents of the directory of an uninterrupted run of ``tiny()``."""
     return left_behind(
         federate(smoke(*TINY), tmp_path_factory.mktemp("runs") / "whole", engine=engine).path
     )
@@ -84,7 +82,7 @@ def tiny(smoke):
 
 
 def stop_after(number, strategy=None):
-    """Interrupts a run after a round."""
+    """Options that interrupt a run after a round."""
     names = []
 
     def start(federation, _):
@@ -104,7 +102,7 @@ def interrupted(recipe, path, engine, after=2, strategy=None):
 
 
 def numbers(thing):
-    """The numbers and flags that an object holds, at any depth, by dotted name; without models and recipes."""
+    """Numbers and flags of an object, at any depth, by dotted name."""
     found = {}
     for name, value in vars(thing).items():
         if isinstance(value, torch.Tensor):
@@ -127,7 +125,7 @@ def same(one, other):
 @pytest.mark.parametrize(
     "strategy", VARIANTS, ids=lambda strategy: "-".join(map(str, strategy.values()))
 )
-def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, strategy):
+def test_two_rounds_and_two_more_equal_four(tiny, engine, tmp_path, left_behind, strategy):
     momentum = {"server_momentum": 0.5} if strategy["name"] in MOMENTUM else {}
     recipe = tiny(f"strategy={json.dumps({**momentum, **strategy})}")
     federations = []
@@ -154,83 +152,21 @@ def test_two_rounds_and_two_more_are_four(tiny, engine, tmp_path, left_behind, s
     assert rounds == [3, 4]
     assert left_behind(tmp_path / "parts") == left_behind(whole.path)
 
-    # and nothing that rounds change is forgotten, whether it shows in four of them or not
+    # the state has everything that rounds change, also if four rounds do not show it
     federation, before = federations[0]
     after = numbers(federation.strategy)
     changed = {
         name for name, value in after.items() if name not in before or not same(value, before[name])
     }
     remembered = {name.replace("_", "") for name in federation.strategy.state_dict()}
-    assert {
-        name.replace("_", "") for name in changed - {"server._rows"}
-    } <= remembered  # which each step is given anew
+    changed.discard("server._rows")  # an argument of every step
+    assert {name.replace("_", "") for name in changed} <= remembered
 
 
-@pytest.mark.parametrize(
-    ("settings", "names"),
-    [
-        ({}, set()),
-        ({"server_momentum": 0.9}, {"momentum_buffer"}),
-        ({"server_optimizer": "adam"}, {"step", "exp_avg", "exp_avg_sq"}),
-    ],
-)
-def test_the_server_remembers_its_moments_and_refuses_others(settings, names):
-    from fedmerge_peft.recipe.strategies import FedAvgRecipe
-
-    def make(columns):
-        return ServerOptimizer(FedAvgRecipe(name="fedavg", **settings), torch.zeros(2, columns))
-
-    first, second = make(3), make(3)
-    rows = first.step(torch.zeros(2, 3), torch.ones(2, 3))
-    assert first.state_dict().keys() == names
-    second.load_state_dict(first.state_dict())
-    gradient = torch.arange(6.0).view(2, 3)
-    assert torch.equal(first.step(rows, gradient), second.step(rows, gradient))
-    if names:
-        with pytest.raises(ValueError, match=r"expected a float32 tensor \(2, 4\), got"):
-            make(4).load_state_dict(first.state_dict())
+# ---- the directory -------------------------------------------------------------------------------
 
 
-class Part(Stateful):
-    state_fields = ("numbers", "_count", "inner")
-
-    def __init__(self, inner):
-        self.numbers, self._count, self.inner = torch.zeros(2), 0, inner
-
-
-def test_a_part_that_is_gone_stays_gone():
-    one, two = Part(Part(None)), Part(Part(None))
-    one.inner, one._count = None, 3
-    assert one.state_dict().keys() == {"numbers", "count", "inner"}
-    two.load_state_dict(one.state_dict())
-    assert (two.inner, two._count) == (None, 3)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"numbers": torch.zeros(3)},
-        {"numbers": torch.zeros(2, dtype=torch.float64)},
-        {"numbers": None},
-        {"numbers": 1},
-        {"count": None},
-        {"count": True},
-        {"count": torch.zeros(2)},
-        {"other": 1},
-        {"inner": 1},
-        {"inner.other": 1},
-    ],
-)
-def test_a_state_of_something_else_is_refused(change):
-    part = Part(Part(None))
-    with pytest.raises(ValueError, match=r"expected|on one side only"):
-        part.load_state_dict({**part.state_dict(), **change})
-
-
-# ---- what is left of the directory ---------------------------------------------------------------
-
-
-def test_baselines_go_on_too(tiny, engine, tmp_path, left_behind):
+def test_baselines_resume_too(tiny, engine, tmp_path, left_behind):
     recipe = tiny("baselines=[ditto, ifca]")
     whole = federate(recipe, tmp_path / "whole", engine=engine)
     path = interrupted(recipe, tmp_path / "run", engine, 3, "ditto")
@@ -271,7 +207,7 @@ def test_the_newest_two_checkpoints_are_kept_and_the_soup_is_on_the_disk_once(
     )
 
 
-def test_where_files_cannot_be_linked_they_are_copied(
+def test_files_are_copied_if_they_cannot_be_linked(
     tiny, engine, tmp_path, monkeypatch, left_behind, uninterrupted
 ):
 
@@ -286,20 +222,7 @@ def test_where_files_cannot_be_linked_they_are_copied(
     assert left_behind(tmp_path / "run") == uninterrupted
 
 
-def test_a_second_name_for_the_same_file_leaves_nothing_beside_it(tmp_path):
-    (tmp_path / "one").write_text("1")
-    files.hardlink(tmp_path / "one", tmp_path / "two")
-    files.hardlink(tmp_path / "one", tmp_path / "two")
-    (tmp_path / "three").write_text("3")
-    files.hardlink(tmp_path / "three", tmp_path / "two")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "one": "1",
-        "two": "3",
-        "three": "3",
-    }
-
-
-def test_each_start_is_in_the_environment(tiny, engine, tmp_path):
+def test_the_environment_records_each_resumption(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "run", engine)
     first = Run(path).environment
     again = resume(path, engine=engine).environment
@@ -309,13 +232,12 @@ def test_each_start_is_in_the_environment(tiny, engine, tmp_path):
     assert again == first
 
 
-def test_what_was_written_after_the_checkpoint_is_undone(
+def test_files_written_after_the_checkpoint_are_undone(
     tiny, engine, tmp_path, left_behind, uninterrupted
 ):
     path = interrupted(tiny(), tmp_path / "run", engine, 3)
-    (
-        path / "checkpoint" / "round-00003.safetensors"
-    ).unlink()  # as if it had been interrupted just before
+    # as if it had been interrupted just before
+    (path / "checkpoint" / "round-00003.safetensors").unlink()
     (path / "checkpoint" / ".round-00003.safetensors.4711").write_text("half")
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"round": 4, "half')
@@ -330,7 +252,7 @@ def test_what_was_written_after_the_checkpoint_is_undone(
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_without_a_checkpoint_the_first_round_is_done_again(
+def test_without_a_checkpoint_the_first_round_is_repeated(
     tiny, engine, tmp_path, left_behind, uninterrupted, after
 ):
     path = interrupted(tiny(), tmp_path / "run", engine, 1)
@@ -342,10 +264,10 @@ def test_without_a_checkpoint_the_first_round_is_done_again(
     assert left_behind(path) == uninterrupted
 
 
-# ---- more rounds, and what is refused -------------------------------------------------------------
+# ---- more rounds, and refused changes ------------------------------------------------------------
 
 
-def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
+def test_an_ended_run_can_be_extended(tiny, engine, tmp_path, left_behind):
     whole = federate(
         tiny("clients.fraction=1.0", "baselines=[fedavg]"), tmp_path / "whole", engine=engine
     )
@@ -356,12 +278,15 @@ def test_an_ended_run_can_have_more_rounds(tiny, engine, tmp_path, left_behind):
     )
     with pytest.raises(
         ResumeError,
-        match=r"has ended: all of its 2 rounds are done\. For more rounds: fedmerge resume .*short rounds=N",
+        match=(
+            r"has ended: all of its 2 rounds are done\. "
+            r"For more rounds: fedmerge resume .*short rounds=N"
+        ),
     ):
         resume(short.path, engine=engine)
     run = resume(short.path, ["rounds=4"], engine=engine)
     assert run.recipe.rounds == 4
-    for record in run.records[:2]:  # they say how many were asked for then
+    for record in run.records[:2]:  # records keep the number of rounds of their time
         assert record["rounds"] == 2
     ours, theirs = left_behind(short.path), left_behind(whole.path)
     for name in ("metrics.jsonl", "baselines/fedavg/metrics.jsonl"):
@@ -393,13 +318,16 @@ def test_fewer_rounds_than_are_done_are_refused(tiny, engine, tmp_path):
     assert len(resume(path, ["rounds=3", "evaluation.every=2"], engine=engine).records) == 3
 
 
-def test_a_recipe_that_was_edited_is_refused(tiny, engine, tmp_path):
+def test_an_edited_recipe_is_refused(tiny, engine, tmp_path):
     path = interrupted(tiny("strategy=ditto"), tmp_path / "run", engine)
     text = (path / "recipe.yaml").read_text()
     (path / "recipe.yaml").write_text(text.replace("regularization: 0.1", "regularization: 0.2"))
     with pytest.raises(
         ResumeError,
-        match=r"has changed since round 2: strategy\.regularization was 0\.1 and is 0\.2\. Change it back",
+        match=(
+            r"has changed since round 2: strategy\.regularization was 0\.1 and is 0\.2\. "
+            r"Change it back"
+        ),
     ):
         resume(path, engine=engine)
     (path / "recipe.yaml").write_text(text)
@@ -416,7 +344,7 @@ def test_other_clients_are_refused(tiny, engine, tmp_path):
         resume(path, engine=engine)
 
 
-def test_a_run_that_has_not_ended_names_the_command(tiny, engine, tmp_path):
+def test_an_unfinished_run_is_refused_with_the_command_that_resumes_it(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "my run", engine)
     with pytest.raises(
         RunExistsError,

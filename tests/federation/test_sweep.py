@@ -1,4 +1,4 @@
-"""Many recipes into run directories side by side: each once, whatever happens on the way."""
+"""Sweeps run every recipe once into a directory of its own, also after failures."""
 
 import json
 import os
@@ -33,7 +33,7 @@ TINY = [
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The recipes that engines were loaded for."""
+    """The recipes for which engines were loaded."""
     seen = []
     load = LocalEngine.from_recipe.__func__
 
@@ -56,7 +56,7 @@ def scores(path):
     return json.loads((path / "summary.json").read_text())["final"]["served"]
 
 
-def test_combinations_share_an_engine_wherever_one_serves_them(tmp_path, loads):
+def test_combinations_share_an_engine_if_possible(tmp_path, loads):
     recipes = expand("smoke", ["strategy=fedmerge,fedavg", "seed=0,1", *TINY])
     seen = []
     runs = sweep(recipes, tmp_path / "new" / "sweep", **events(seen))
@@ -75,7 +75,7 @@ def test_combinations_share_an_engine_wherever_one_serves_them(tmp_path, loads):
     assert len(loads) == 2 + 1
 
 
-def test_what_is_loaded_serves_recipes_that_train_otherwise_and_changes_no_result(tmp_path, loads):
+def test_an_engine_is_reused_for_other_training_settings_without_changing_results(tmp_path, loads):
     recipes = expand("smoke", ["training.learning_rate=1e-3,1e-2", "lora.r=2,4", *TINY])
     runs = sweep(recipes, tmp_path / "sweep")
     assert [recipe.lora.r for recipe in loads] == [2, 4]
@@ -85,7 +85,7 @@ def test_what_is_loaded_serves_recipes_that_train_otherwise_and_changes_no_resul
     assert len({str(scores(run.path)) for run in runs.values()}) == 4
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, left_behind):
+def test_an_interrupted_sweep_resumes(tmp_path, left_behind):
     recipes = expand("smoke", ["strategy=local,fedavg,fedmerge", *TINY])
     rounds = []
 
@@ -148,7 +148,10 @@ def test_a_run_of_another_recipe_is_refused_before_anything_starts(tmp_path, wri
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
         RunError,
-        match=r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; lora.r is 4 there and 2 here\.",
+        match=(
+            r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; "
+            r"lora.r is 4 there and 2 here\."
+        ),
     ):
         sweep(expand("smoke", ["seed=0,1", "rounds=3", "baselines=[]"]), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
@@ -158,7 +161,7 @@ def test_a_run_of_another_recipe_is_refused_before_anything_starts(tmp_path, wri
     assert loads == []
 
 
-def test_the_name_in_a_recipe_makes_no_other_recipe(tmp_path, write_run, loads):
+def test_recipes_that_differ_in_name_only_are_the_same(tmp_path, write_run, loads):
     write_run("mine", ["name=old"], [[0.0], [0.5]])
     assert list(
         sweep({"mine": Recipe.load("smoke", ["name=new", "rounds=1", "baselines=[]"])}, tmp_path)
@@ -166,7 +169,7 @@ def test_the_name_in_a_recipe_makes_no_other_recipe(tmp_path, write_run, loads):
     assert loads == []
 
 
-def test_a_default_that_is_written_out_makes_no_other_recipe(tmp_path, write_run, loads):
+def test_a_default_written_out_is_the_same_recipe(tmp_path, write_run, loads):
     write_run(
         "old",
         ["strategy=fedavg", "strategy.server_lr=1.0", "strategy.server_momentum=0"],
@@ -182,14 +185,17 @@ def test_a_default_that_is_written_out_makes_no_other_recipe(tmp_path, write_run
     )
     with pytest.raises(
         RunError,
-        match=r"server_optimizer is sgd there and adam here; strategy.server_lr is 1.0 there and 0.01 here",
+        match=(
+            r"server_optimizer is sgd there and adam here; "
+            r"strategy.server_lr is 1.0 there and 0.01 here"
+        ),
     ):
         sweep({"old": adam}, tmp_path)
     assert loads == []
 
 
 @pytest.mark.parametrize("where", ["smoke/notes.txt", "smoke"])
-def test_other_files_are_left_alone(tmp_path, where):
+def test_other_files_are_kept(tmp_path, where):
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
@@ -207,7 +213,7 @@ def test_other_files_are_left_alone(tmp_path, where):
         "baselines/notes",
     ],
 )
-def test_other_files_in_an_unfinished_run_are_left_alone(tmp_path, write_run, loads, where):
+def test_other_files_in_an_unfinished_run_are_kept(tmp_path, write_run, loads, where):
     unfinished = write_run("smoke", [], [[0.0], [0.5]], finished=False)
     (unfinished / where).parent.mkdir(parents=True, exist_ok=True)
     (unfinished / where).write_text("mine")
@@ -223,7 +229,7 @@ def test_other_files_in_an_unfinished_run_are_left_alone(tmp_path, write_run, lo
     assert loads == []
 
 
-def test_all_that_a_run_writes_is_cleared(tmp_path, smoke, smoke_engine):
+def test_all_files_of_an_unfinished_run_are_cleared(tmp_path, smoke, smoke_engine):
     run = federate(
         smoke("rounds=2", "baselines=[fedavg]", "strategy.adapters=2"),
         tmp_path / "run",
@@ -249,12 +255,12 @@ def test_the_recipe_is_cleared_last(tmp_path, write_run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "/tmp"])
-def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+def test_names_outside_the_folder_are_refused(tmp_path, name):
     with pytest.raises(RecipeError, match="no name for a folder"):
         sweep({name: Recipe.load("smoke")}, tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         sweep(expand("smoke", TINY), tmp_path / "file" / "below")
@@ -263,7 +269,7 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
 # ---- beside other processes ----------------------------------------------------------------------
 @pytest.fixture
 def lock():
-    """``lock(path)``: hold a directory as another process would; returns what lets it go."""
+    """``lock(path)``: lock a directory as another process would; return the unlock function."""
     fcntl = pytest.importorskip("fcntl")
 
     def hold(path):
@@ -276,7 +282,7 @@ def lock():
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_what_another_process_runs_is_waited_for_after_all_else(
+def test_runs_of_other_processes_are_waited_for_last(
     tmp_path, write_run, lock, monkeypatch, ends, caplog
 ):
     recipes = expand("smoke", ["strategy=local,fedavg", "seed=0,1", *TINY])
@@ -297,15 +303,13 @@ def test_what_another_process_runs_is_waited_for_after_all_else(
     monkeypatch.setattr("fedmerge_peft.federation.sweep.sleep", sleep)
     runs = sweep(recipes, tmp_path, **events(seen))
     assert list(runs) == list(recipes)
-    assert seen[-1] == (
-        first,
-        not ends,
-    )  # taken as it is, or run anew where the other has left it undone
+    # reused, or repeated if the other process left it unfinished
+    assert seen[-1] == (first, not ends)
     assert (runs[first].summary["final"]["served"]["mean"] == 0.7) == ends
     assert f"waiting for other processes, which are running {first}" in caplog.messages
 
 
-def test_a_single_run_is_not_taken_for_an_interrupted_one(tmp_path, lock):
+def test_a_single_run_is_not_mistaken_for_an_interrupted_one(tmp_path, lock):
     recipe = Recipe.load("smoke", [*TINY, "rounds=1", "baselines=[fedavg]"])
     tried = []
 
@@ -319,7 +323,7 @@ def test_a_single_run_is_not_taken_for_an_interrupted_one(tmp_path, lock):
     lock(tmp_path / "run")()
 
 
-def test_a_directory_that_a_sweep_prepares_is_not_written_to(tmp_path, lock):
+def test_a_directory_locked_by_another_process_is_not_written_to(tmp_path, lock):
     let_go = lock(tmp_path / "run")
     with pytest.raises(RunBusyError, match="run is being written by another process"):
         federate(Recipe.load("smoke", [*TINY, "rounds=1"]), tmp_path / "run")

@@ -121,7 +121,7 @@ def test_fresh_adapters_differ_in_a_and_in_a_head_that_is_not_pretrained(make_ba
         assert same == ("lora_B" in key or key.endswith("bias")), key
 
 
-def test_the_same_seed_gives_the_same_fresh_adapter_and_leaves_the_slot_alone(make_backbone):
+def test_the_same_seed_gives_the_same_fresh_adapter_and_keeps_the_slot(make_backbone):
     backbone = make_backbone("bert", {"target_modules": ["query"]})
     before = backbone.row()
     torch.manual_seed(123)
@@ -145,15 +145,15 @@ def test_the_same_seed_gives_the_same_fresh_adapter_and_leaves_the_slot_alone(ma
         {"modules_to_save": ["pooler"]},
     ],
 )
-def test_a_fresh_adapter_does_not_remember_what_was_in_the_slot(make_backbone, fields):
+def test_a_fresh_adapter_does_not_depend_on_the_slots_contents(make_backbone, fields):
     backbone = make_backbone("bert", {"target_modules": ["query"], **fields})
     before = backbone.fresh_row(7)
     backbone.load_row(torch.randn(backbone.layout.size))
     assert torch.equal(backbone.fresh_row(7), before)
 
 
-def test_weights_that_the_pretrained_model_lacks_travel_in_the_adapter(make_backbone, tmp_path):
-    """A BERT saved without its pooler: a random pooler that stayed behind would be another one wherever the adapter is used."""
+def test_weights_missing_from_the_pretrained_model_are_part_of_the_adapter(make_backbone, tmp_path):
+    """A BERT saved without its pooler; a random pooler must be part of the adapter."""
     from transformers import AutoModel
 
     from fedmerge_peft.models.backbone import load_backbone
@@ -180,7 +180,7 @@ def test_weights_that_the_pretrained_model_lacks_travel_in_the_adapter(make_back
 
 
 @pytest.mark.equality
-def test_a_decoder_that_classifies_knows_the_tasks_padding(make_backbone):
+def test_a_decoder_that_classifies_uses_the_tasks_padding(make_backbone):
     class Padded(LabelTask):
         pad_token_id = 3
 
@@ -195,7 +195,7 @@ def test_a_decoder_that_classifies_knows_the_tasks_padding(make_backbone):
     assert_near(longer, plain)
 
 
-def test_running_statistics_stay_as_they_were_pretrained(tmp_path):
+def test_running_statistics_do_not_change(tmp_path):
     from transformers import ResNetConfig, ResNetForImageClassification
 
     from fedmerge_peft.models.backbone import load_backbone
@@ -261,7 +261,7 @@ def test_a_pretrained_head_with_the_right_labels_is_kept(make_backbone, tmp_path
     assert torch.equal(state["base_model.model.classifier.weight"], whole.classifier.weight)
 
 
-def test_shared_a_halves_what_travels(make_backbone):
+def test_shared_a_halves_the_traffic(make_backbone):
     """Query is square here, so A and B have the same size; the head travels in both."""
     whole = make_backbone("bert", {"target_modules": ["query"]})
     shared = make_backbone("bert", {"target_modules": ["query"], "merge": "shared_a"})
@@ -326,9 +326,7 @@ def test_gradient_checkpointing_does_not_change_gradients(make_backbone):
         ),
     ],
 )
-def test_modules_that_do_not_exist_are_refused_with_those_that_do(
-    make_backbone, kind, lora, message
-):
+def test_unknown_modules_are_refused_with_the_known_ones(make_backbone, kind, lora, message):
     with pytest.raises(BackboneError, match=message):
         make_backbone(kind, lora)
 
@@ -339,12 +337,12 @@ def test_starts_that_alter_the_backbone_are_refused(init):
         LoraRecipe(init_lora_weights=init)
 
 
-def test_a_model_of_another_kind_is_one_clear_error(make_backbone):
+def test_a_model_of_another_kind_is_one_error(make_backbone):
     with pytest.raises(BackboneError, match="cannot be loaded as AutoModelForCausalLM"):
         make_backbone("vit", {"target_modules": ["q_proj"]}, TextTask())
 
 
-def test_a_folder_without_a_model_is_one_clear_error(tmp_path):
+def test_a_folder_without_a_model_is_one_error(tmp_path):
     from fedmerge_peft.models.pretrained import model_folder
 
     with pytest.raises(BackboneError, match=r"not a model folder \(no config.json in"):

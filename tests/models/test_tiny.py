@@ -19,7 +19,7 @@ def test_the_same_kind_gives_the_same_bytes(kind: str, tiny_models: Path, tmp_pa
     )
 
 
-def test_writing_leaves_torch_generator_as_it_was(tmp_path: Path):
+def test_writing_does_not_change_torchs_generator(tmp_path: Path):
     before = torch.random.get_rng_state()
     tiny.write("bert", tmp_path)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -35,14 +35,14 @@ def test_writing_leaves_torch_generator_as_it_was(tmp_path: Path):
         ("gpt2", "AutoModelForCausalLM", set()),
     ],
 )
-def test_heads_of_classifiers_start_fresh_and_all_else_is_loaded(
+def test_heads_of_classifiers_are_new_and_all_other_weights_are_loaded(
     kind: str, auto: str, fresh: set[str], tiny_models: Path
 ):
     _, report = getattr(hf, auto).from_pretrained(tiny_models / kind, output_loading_info=True)
     assert set(report["missing_keys"]) == fresh
 
 
-def test_gpt2_ties_its_output_matrix_and_has_no_pad_token_and_llama_does_neither(tiny_models: Path):
+def test_gpt2_alone_ties_its_output_matrix_and_has_no_pad_token(tiny_models: Path):
     gpt2, llama = (
         hf.AutoModelForCausalLM.from_pretrained(tiny_models / kind) for kind in ("gpt2", "llama")
     )

@@ -28,7 +28,7 @@ def minimal() -> str:
 
 @pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | bytes], Path]:
-    """Writes a recipe's text to a file, the same one each time."""
+    """Write a recipe's text to a file, always the same one."""
     path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
 
     def write(content: str | bytes) -> Path:
@@ -42,7 +42,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | byt
 
 @pytest.fixture
 def faults(recipe_file: Callable[[str | bytes], Path]) -> Callable[..., list[str]]:
-    """The faults of a recipe's text, with the folder's name taken away."""
+    """The errors in a recipe's text, without the folder's name."""
 
     def read(content: str | bytes, *overrides: str) -> list[str]:
         path = recipe_file(content)

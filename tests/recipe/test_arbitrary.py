@@ -1,4 +1,4 @@
-"""Whatever a file or a command line holds: a recipe, or a ``RecipeError`` of plain lines."""
+"""Any file or command line gives a recipe or a ``RecipeError`` of plain lines."""
 
 import copy
 
@@ -145,7 +145,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_no_input_gives_anything_but_a_recipe_or_a_recipe_error(kind, recipe_file):
+def test_every_input_gives_a_recipe_or_a_recipe_error(kind, recipe_file):
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(CASES[kind])
     def holds(case):
@@ -156,7 +156,7 @@ def test_no_input_gives_anything_but_a_recipe_or_a_recipe_error(kind, recipe_fil
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
-def test_none_of_thousands_of_inputs_gives_anything_else(kind, recipe_file):
+def test_thousands_of_inputs_give_a_recipe_or_a_recipe_error(kind, recipe_file):
     @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(CASES[kind])
     def holds(case):

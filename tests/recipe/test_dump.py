@@ -81,14 +81,14 @@ def check_round_trip(plain, recipe_file):
 
 @settings(max_examples=150, deadline=None)
 @given(RECIPES)
-def test_what_is_dumped_loads_back_equal(recipe_file, plain):
+def test_a_dumped_recipe_loads_equal(recipe_file, plain):
     check_round_trip(plain, recipe_file)
 
 
 @pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(RECIPES)
-def test_what_is_dumped_loads_back_equal_in_thousands_of_cases(recipe_file, plain):
+def test_thousands_of_dumped_recipes_load_equal(recipe_file, plain):
     check_round_trip(plain, recipe_file)
 
 
@@ -107,12 +107,12 @@ def test_other_yaml_programs_read_the_same_text(name):
 
 
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
-def test_a_shipped_recipe_survives_being_written_out(recipe, recipe_file):
+def test_a_shipped_recipe_survives_dumping(recipe, recipe_file):
     loaded = Recipe.load(recipe.name)
     assert Recipe.load(recipe_file(loaded.to_yaml())) == loaded
 
 
-def test_keys_come_in_the_schemas_order_with_defaults_written_out(minimal, recipe_file):
+def test_keys_are_in_the_schemas_order_with_defaults_written_out(minimal, recipe_file):
     plain = yaml.safe_load(Recipe.load(recipe_file(minimal)).to_yaml())
     assert list(plain) == list(Recipe.model_fields)
     assert plain["training"]["learning_rate"] == 0.001
@@ -123,9 +123,7 @@ def test_keys_come_in_the_schemas_order_with_defaults_written_out(minimal, recip
 @pytest.mark.parametrize(
     ("number", "text"), [("1e-4", "0.0001"), ("1e-5", "1.0e-05"), ("1e20", "1.0e+20"), ("3", "3.0")]
 )
-def test_small_and_large_numbers_are_written_so_that_every_yaml_reads_numbers(
-    number, text, minimal, recipe_file
-):
+def test_small_and_large_numbers_are_numbers_in_every_yaml(number, text, minimal, recipe_file):
     written = Recipe.load(recipe_file(minimal), [f"training.learning_rate={number}"]).to_yaml()
     assert f"learning_rate: {text}\n" in written
     assert yaml.safe_load(written)["training"]["learning_rate"] == float(number)

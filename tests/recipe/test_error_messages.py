@@ -1,11 +1,14 @@
-"""What is said about recipes that are YAML, but not recipes."""
+"""Error messages for YAML documents that are not valid recipes."""
 
 import pytest
 
 from fedmerge_peft.recipe.strategies import STRATEGIES
 
 METHODS = ", ".join([entry.name for entry in STRATEGIES])
-TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, or a list of text, whole numbers, numbers, or true or false"
+TWO_LISTS = (
+    "found {}, expected text, a whole number, a number, true or false, or a list of text, "
+    "whole numbers, numbers, or true or false"
+)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ TWO_LISTS = "found {}, expected text, a whole number, a number, true or false, o
         ("<<: {rounds: 3}", "<<: unknown key"),
     ],
 )
-def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, minimal, faults):
+def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, minimal, faults):
     (found,) = faults(f"{minimal}{lines}\n")
     assert found.startswith("recipe.yaml:11: ")
     assert fault.replace("METHODS", METHODS) in found
@@ -132,12 +135,18 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         (
             "clients: 4",
             "clients: four",
-            "recipe.yaml:10: data.partition.clients: found text 'four', expected a whole number above 0",
+            (
+                "recipe.yaml:10: data.partition.clients: "
+                "found text 'four', expected a whole number above 0"
+            ),
         ),
         (
             "clients: 4",
             "client: 4",
-            "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: Number of clients.",
+            (
+                "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: "
+                "Number of clients."
+            ),
         ),
         (
             "clients: 4",
@@ -147,12 +156,18 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         (
             "scheme: iid",
             "scheme: idd",
-            "recipe.yaml:9: data.partition.scheme: found text 'idd', expected one of iid, dirichlet,",
+            (
+                "recipe.yaml:9: data.partition.scheme: "
+                "found text 'idd', expected one of iid, dirichlet,"
+            ),
         ),
         (
             "scheme: iid",
             "by: a",
-            "recipe.yaml:8: data.partition.scheme: missing, expected one of iid, dirichlet, clusters, natural, shards",
+            (
+                "recipe.yaml:8: data.partition.scheme: "
+                "missing, expected one of iid, dirichlet, clusters, natural, shards"
+            ),
         ),
         (
             "  path: embedded:support-tickets\n",
@@ -187,12 +202,12 @@ def test_each_fault_is_told_once_with_line_key_and_expectation(lines, fault, min
         ),
     ],
 )
-def test_a_fault_stands_at_the_line_and_path_that_the_user_wrote(old, new, fault, minimal, faults):
+def test_an_error_names_the_line_and_path_in_the_file(old, new, fault, minimal, faults):
     assert old in minimal
     assert any(fault in found for found in faults(minimal.replace(old, new)))
 
 
-def test_all_faults_come_at_once_in_the_order_of_lines(minimal, faults):
+def test_all_errors_are_listed_in_the_order_of_lines(minimal, faults):
     found = faults(
         minimal.replace("seed: 1", "seed: -1")
         + "strategy: {name: fedavg, adapters: 1}\nrounds: x\nsead: 1\nlora: {r: 0}\n",
@@ -210,6 +225,6 @@ def test_control_characters_never_reach_the_terminal(minimal, faults):
     assert all(fault.isprintable() for fault in found)
 
 
-def test_long_values_are_cut(minimal, faults):
+def test_long_values_are_truncated(minimal, faults):
     (fault,) = faults(minimal + f"rounds: {'x' * 5000}\n")
     assert len(fault) < 200

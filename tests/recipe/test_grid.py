@@ -8,7 +8,7 @@ from fedmerge_peft.recipe.grid import expand
 ALONE = "baselines=[]"
 
 
-def test_every_combination_has_a_name_made_from_what_varies():
+def test_every_combination_is_named_by_the_values_that_vary():
     recipes = expand("smoke", ["strategy.adapters=3,6", "rounds=5", "seed=0,1", ALONE])
     assert [
         (name, recipe.strategy.adapters, recipe.seed, recipe.rounds)
@@ -21,7 +21,7 @@ def test_every_combination_has_a_name_made_from_what_varies():
     ]
 
 
-def test_where_nothing_varies_there_is_the_recipe_under_its_name():
+def test_without_variation_the_grid_is_the_recipe_under_its_name():
     assert list(expand("smoke", ["seed=3", ALONE])) == ["smoke"]
     assert list(expand("smoke", ["name='Ålesund, 1/2'", ALONE])) == ["lesund-1-2"]
 
@@ -36,7 +36,7 @@ def test_where_nothing_varies_there_is_the_recipe_under_its_name():
         ("query, null", ["query", None]),
     ],
 )
-def test_commas_inside_of_a_value_belong_to_it(values, found):
+def test_commas_inside_a_value_belong_to_it(values, found):
     recipes = expand("smoke", [f"lora.target_modules={values}", ALONE])
     assert [recipe.lora.target_modules for recipe in recipes.values()] == found
 
@@ -48,7 +48,7 @@ def test_sections_are_values():
 
 
 @pytest.mark.parametrize("value", ["rows[1].csv", "../data/a b.csv", "a#b", "a: b"])
-def test_values_that_are_no_flow_yaml_reach_the_recipes_own_reader(value):
+def test_values_that_are_no_flow_yaml_are_read_as_in_recipes(value):
     try:
         assert [
             recipe.data.path for recipe in expand("smoke", [f"data.path={value}", ALONE]).values()
@@ -57,7 +57,7 @@ def test_values_that_are_no_flow_yaml_reach_the_recipes_own_reader(value):
         assert "data.path" in str(error)  # noqa: PT017 - a: b is a section, which no path is
 
 
-def test_names_are_names_of_folders_and_differ():
+def test_names_are_distinct_folder_names():
     paths = "data.path=a/b,a:b,../../etc," + "x" * 300
     names = list(expand("smoke", [paths, "seed=0,1", ALONE]))
     assert len(set(names)) == 8
@@ -70,7 +70,7 @@ def test_names_are_names_of_folders_and_differ():
     )
 
 
-def test_baselines_are_there_once_for_each_combination_of_the_rest():
+def test_baselines_run_once_for_each_combination_of_the_rest():
     recipes = expand("smoke", ["strategy.adapters=3,6", "seed=0,1", "baselines=[fedavg,local]"])
     assert list(recipes)[4:] == [
         "strategy=fedavg,seed=0",
@@ -107,7 +107,7 @@ def test_baselines_are_there_once_for_each_combination_of_the_rest():
         (["lora.target_modules=[query,value"], "lora.target_modules"),
     ],
 )
-def test_bad_input_says_what_is_wrong(overrides, words):
+def test_bad_input_is_refused_with_the_cause(overrides, words):
     with pytest.raises(RecipeError) as refused:
         expand("smoke", [*overrides, ALONE])
     assert words in str(refused.value)

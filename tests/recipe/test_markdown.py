@@ -1,4 +1,4 @@
-"""The reference of recipes says what the schema says, and the committed one is current."""
+"""The reference of recipes follows from the schema, and the committed one is current."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def rows(text):
 
 
 def sections(kind=Section):
-    """Of recipes: a site's settings are made of sections too."""
+    """Sections of recipes; a site's settings consist of sections too."""
     for each in kind.__subclasses__():
         if each.__module__.startswith("fedmerge_peft.recipe."):
             yield each
@@ -37,14 +37,14 @@ def test_the_committed_reference_is_current():
     )
 
 
-def test_every_key_of_every_section_is_there():
+def test_every_key_of_every_section_is_listed():
     keys = {cells[0].strip("`") for cells in rows(markdown.reference())}
     assert {name for section in sections() for name in section.model_fields} - keys == {
         "scheme"
-    }  # tells partitions apart, in headings
+    }  # distinguishes partitions, in headings
 
 
-def test_a_row_says_type_bounds_default_and_meaning():
+def test_a_row_has_type_bounds_default_and_meaning():
     found = {cells[0]: cells[1:] for cells in rows(markdown.reference())}
     assert found["`rounds`"] == ["integer ≥ 1", "`20`", "Number of rounds."]
     assert found["`max_grad_norm`"][:2] == ["number > 0 / null", "`1.0`"]
@@ -54,8 +54,8 @@ def test_a_row_says_type_bounds_default_and_meaning():
     assert found["`warm_weight`"][0] == "number > 0 and < 1"
 
 
-def test_all_defaults_are_what_the_models_say():
-    said = {(cells[0].strip("`"), cells[2]) for cells in rows(markdown.reference())}
+def test_all_defaults_equal_the_schemas():
+    listed = {(cells[0].strip("`"), cells[2]) for cells in rows(markdown.reference())}
     for section in [Recipe, *sections()]:
         for name, field in section.model_fields.items():
             if isinstance(field.default, bool | int | float) and not isinstance(
@@ -66,10 +66,10 @@ def test_all_defaults_are_what_the_models_say():
                     if isinstance(field.default, bool)
                     else str(field.default)
                 )
-                assert (name, f"`{written}`") in said
+                assert (name, f"`{written}`") in listed
 
 
-def test_the_verb_prints_it(capsys):
+def test_the_command_prints_it(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["schema", "--markdown"])
     assert not stopped.value.code

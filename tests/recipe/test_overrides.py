@@ -14,7 +14,7 @@ def loaded(minimal, recipe_file):
     return loaded
 
 
-def test_the_command_line_beats_the_file_and_the_file_beats_the_defaults(loaded):
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(loaded):
     file = "training: {learning_rate: 0.5, epochs: 3}\n"
     assert loaded().training.learning_rate == 1e-3
     assert loaded(file).training.learning_rate == 0.5
@@ -59,7 +59,7 @@ def test_later_overrides_win(loaded):
     assert loaded("", "strategy.adapters=4", "strategy=fedavg").strategy.name == "fedavg"
 
 
-def test_a_new_kind_of_section_drops_the_keys_of_the_files_kind(loaded):
+def test_another_name_drops_the_keys_of_the_files_section(loaded):
     assert (
         loaded("strategy: {name: fedmerge, adapters: 4}\n", "strategy.name=fedavg").strategy.name
         == "fedavg"
@@ -77,13 +77,14 @@ def test_a_new_kind_of_section_drops_the_keys_of_the_files_kind(loaded):
     assert loaded("", "task.name=image-classification").task.name == "image-classification"
 
 
-def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, minimal):
+def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
     for overrides in (
         ["strategy.adapters=4", "strategy.name=fedavg"],
         ["strategy.name=fedavg", "strategy.adapters=4"],
     ):
         assert faults(minimal, *overrides) == [
-            "command line: strategy.adapters: unknown key for fedavg; it belongs to fedmerge or ifca or fesem or flhc or fedem"
+            "command line: strategy.adapters: unknown key for fedavg; "
+            "it belongs to fedmerge or ifca or fesem or flhc or fedem"
         ]
 
 
@@ -101,7 +102,10 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ),
         (
             "name=\udcff",
-            "command line: found 'name=\\udcff', expected key=value, such as training.learning_rate=1e-4",
+            (
+                "command line: found 'name=\\udcff', expected key=value, "
+                "such as training.learning_rate=1e-4"
+            ),
         ),
         (
             "seed.x=3",
@@ -109,7 +113,10 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ),
         (
             "baselines.0=local",
-            "command line: baselines.0: baselines has no keys; write baselines=VALUE, a list of sections with name: ",
+            (
+                "command line: baselines.0: baselines has no keys; "
+                "write baselines=VALUE, a list of sections with name: "
+            ),
         ),
         ("seed=x", "command line: seed: found text 'x', expected a whole number at least 0"),
         (
@@ -121,7 +128,10 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ("lora.r=[", "command line: lora.r: not valid YAML: "),
         (
             "lora.target_modules=*.query",
-            "command line: lora.target_modules: not valid YAML: anchors (&) and aliases (*) are not used",
+            (
+                "command line: lora.target_modules: not valid YAML: "
+                "anchors (&) and aliases (*) are not used"
+            ),
         ),
         (
             "strategy={name: fedavg, name: local}",
@@ -130,16 +140,16 @@ def test_a_new_kind_of_section_never_drops_what_the_command_line_gave(faults, mi
         ("data=3", "command line: data: found 3, expected a section (key: value, indented below)"),
     ],
 )
-def test_faults_of_an_override_name_the_command_line(text, fault, minimal, faults):
+def test_errors_of_an_override_name_the_command_line(text, fault, minimal, faults):
     (found,) = faults(minimal, text)
     assert found.startswith(fault)
 
 
-def test_all_faults_of_all_overrides_come_at_once(minimal, faults):
+def test_all_errors_of_all_overrides_are_listed(minimal, faults):
     assert len(faults(minimal, "seed", "=3", "rounds=x", "lora.r=[", "sead=3")) == 5
 
 
-def test_a_section_that_the_file_got_wrong_is_not_papered_over(minimal, faults):
+def test_an_override_does_not_hide_an_invalid_section(minimal, faults):
     found = faults(minimal + "training: 3\n", "training.epochs=2")
     assert (
         found[0]
@@ -155,14 +165,14 @@ def test_a_recipe_can_be_changed_after_it_was_loaded(loaded):
     assert first.replace([]) == first
 
 
-def test_faults_of_a_changed_recipe_name_the_command_line(loaded):
+def test_errors_of_a_changed_recipe_name_the_command_line(loaded):
     with pytest.raises(
         RecipeError, match=r"^command line: lora.merge: shared_a promises an exact merge"
     ):
         loaded().replace(["lora.use_dora=true", "lora.merge=shared_a"])
 
 
-def test_recipe_load_is_load(minimal, recipe_file):
+def test_recipe_load_equals_load(minimal, recipe_file):
     path = recipe_file(minimal)
     assert (
         Recipe.load(path, ["seed=9"])

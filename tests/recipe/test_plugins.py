@@ -1,4 +1,4 @@
-"""Parts from outside the package: found, checked, listed and run like the built-in ones."""
+"""Plugins are discovered, checked, listed and run like built-in parts."""
 
 import json
 import logging
@@ -57,7 +57,7 @@ class Mine(FedAvg):
 
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch):
-    """Registries, and imported modules, as they were."""
+    """Restore registries and imported modules after each test."""
     loaded = set(sys.modules)
     with isolated_registries():
         yield
@@ -68,7 +68,7 @@ def isolated(monkeypatch):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A plugin in a folder that is searched for modules; its text may be replaced."""
+    """A plugin in a folder on ``sys.path``; tests may replace its text."""
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "my_plugin.py"
     path.write_text(MINE)
@@ -121,7 +121,7 @@ def test_the_command_line_names_a_module_in_any_order(module):
         ("min", "flora, mine; did you mean 'mine'?"),
     ],
 )
-def test_its_section_has_the_errors_of_built_in_ones(module, minimal, strategy, fault):
+def test_a_plugins_section_has_the_errors_of_built_in_ones(module, minimal, strategy, fault):
     text = f"{minimal}plugins: [my_plugin]\nstrategy: {strategy}\n"
     with pytest.raises(RecipeError) as caught:
         loads(Recipe, text, "recipe.yaml")
@@ -130,7 +130,7 @@ def test_its_section_has_the_errors_of_built_in_ones(module, minimal, strategy, 
     assert fault in found
 
 
-def test_its_section_is_in_the_schema(module):
+def test_a_plugins_section_is_in_the_schema(module):
     Recipe.load("smoke", ["plugins=[my_plugin]"])
     assert "### name: mine\n\nA strategy from outside.\n\n| key" in reference()
     assert "| `strength` | integer ≥ 1 | `3` | How strong. |" in reference()
@@ -158,7 +158,7 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_line(module, minimal
     assert fault in found
 
 
-def test_a_module_that_fails_says_why(module):
+def test_a_module_that_fails_is_named_with_the_cause(module):
     module.write_text("import absent_library")
     assert (
         "my_plugin cannot be imported: No module named 'absent_library'"
@@ -174,13 +174,13 @@ def test_a_module_that_fails_says_why(module):
     )
 
 
-def test_plugins_are_mentioned_for_names_like_no_other():
+def test_unknown_names_come_with_a_hint_on_plugins():
     assert "under plugins" in faults("strategy=xyzzy")[0]
     assert "under plugins" not in faults("strategy=fedavgg")[0]
     assert "a callback, and there is none" in faults("callbacks=[xyzzy]")[0]
 
 
-def test_text_from_others_imports_nothing(module, minimal):
+def test_reading_a_recipe_from_text_imports_nothing(module, minimal):
     text = f"{minimal}plugins: [my_plugin]\n"
     recipe = loads(Recipe, text, "the server's recipe", import_plugins=False)
     assert recipe.plugins == ["my_plugin"]
@@ -203,7 +203,7 @@ def test_installed_plugins_load_once_and_a_broken_one_is_a_warning(module, monke
     assert "No module named 'absent_plugin'" in record.getMessage()
 
 
-def test_a_name_belongs_to_one_module_which_may_take_it_again():
+def test_a_name_belongs_to_one_module_which_may_register_it_again():
     for _ in range(2):  # as a notebook cell that runs twice
 
         @register_strategy("again")
@@ -251,7 +251,7 @@ def test_callbacks_of_a_recipe_join_those_passed(tmp_path, smoke_engine, smoke):
     assert seen == [("note", 1), ("passed", 1)]
 
 
-def test_a_metric_is_admitted_where_its_outputs_are():
+def test_a_metric_is_allowed_for_tasks_with_its_outputs():
     register_metric("guess", of="classes")(lambda predicted, expected: 0.5)
     assert Recipe.load("smoke", ["task.metrics=[guess]"]).task.metrics == ["guess"]
     assert (

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, and how recipes are found."""
+"""The recipes in the package, and the lookup of recipes by name."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_a_shipped_recipe_is_valid_and_named_as_its_file(name):
 
 
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
-def test_a_shipped_recipe_says_what_it_shows_and_its_seed(recipe):
+def test_a_shipped_recipe_has_a_description_and_a_seed(recipe):
     text = recipe.path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert 20 < len(recipe.about) < 110
@@ -25,7 +25,10 @@ def test_a_shipped_recipe_says_what_it_shows_and_its_seed(recipe):
 
 
 def test_the_shipped_recipes_are_these():
-    expected = "cifar100_clusters cifar100_dirichlet flan_tasks intents_dirichlet pacs_domains quickstart reviews_domains smoke text_tasks"
+    expected = (
+        "cifar100_clusters cifar100_dirichlet flan_tasks intents_dirichlet pacs_domains quickstart "
+        "reviews_domains smoke text_tasks"
+    )
     assert set(expected.split()) <= set(NAMES)
 
 
@@ -38,20 +41,20 @@ def test_the_overrides_in_a_header_are_valid(recipe_file):
                 Recipe.load(name, overrides)
 
 
-def test_a_name_with_or_without_its_ending_is_the_shipped_recipe(tmp_path, monkeypatch):
+def test_a_shipped_recipe_loads_with_or_without_its_suffix(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find("smoke") == find("smoke.yaml")
     assert find("smoke").name == "smoke.yaml"
 
 
-def test_a_file_wins_over_the_shipped_recipe_where_its_ending_is_given(tmp_path, monkeypatch):
+def test_a_file_with_its_suffix_takes_precedence_over_a_shipped_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("smoke.yaml").write_text("name: mine\n", encoding="utf-8")
     assert find("smoke.yaml") == Path("smoke.yaml")
     assert find("smoke") != Path("smoke.yaml")
 
 
-def test_the_recipes_in_the_wheel_win(tmp_path, monkeypatch):
+def test_the_recipes_in_the_wheel_take_precedence(tmp_path, monkeypatch):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "shipped_recipes").mkdir()
     (tmp_path / "shipped_recipes" / "only.yaml").write_text(
@@ -66,7 +69,10 @@ def test_the_recipes_in_the_wheel_win(tmp_path, monkeypatch):
     [
         (
             "quikstart",
-            "quikstart: neither a file nor a shipped recipe; did you mean 'quickstart'? (see: fedmerge ls)",
+            (
+                "quikstart: neither a file nor a shipped recipe; "
+                "did you mean 'quickstart'? (see: fedmerge ls)"
+            ),
         ),
         (
             "nowhere/recipe.yaml",
@@ -80,7 +86,7 @@ def test_the_recipes_in_the_wheel_win(tmp_path, monkeypatch):
     ],
     ids=["misspelt", "absent", "empty", "null", "escape", "long", "surrogate"],
 )
-def test_what_is_not_there_is_said_plainly(source, fault):
+def test_a_missing_recipe_is_one_message(source, fault):
     with pytest.raises(RecipeError) as caught:
         find(source)
     (found,) = caught.value.faults
@@ -93,7 +99,7 @@ def test_a_directory_is_not_a_recipe(tmp_path):
         Recipe.load(tmp_path)
 
 
-def test_an_unreadable_file_is_said_plainly(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_one_message(tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
     path.touch()
 

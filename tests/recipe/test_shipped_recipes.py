@@ -1,4 +1,4 @@
-"""Every shipped recipe trains a round on a local folder, with tiny random backbones of the architecture it names."""
+"""Every shipped recipe trains a round, with a tiny backbone of its architecture."""
 
 import pytest
 

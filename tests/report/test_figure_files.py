@@ -1,4 +1,4 @@
-"""Figures as files: all that the page has, legible with many clients too."""
+"""Figures as files: the same as on the page, legible with many clients."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def test_the_same_figure_is_the_same_file(run, tmp_path):
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_titles_and_axes_say_what_is_shown_and_in_which_unit(run):
+def test_titles_and_axes_name_quantities_and_units(run):
     scores = drawn(run, "scores")
     (axes,) = scores.axes
     assert scores.get_suptitle() == "Test accuracy, mean over clients, by round"
@@ -65,7 +65,7 @@ def test_titles_and_axes_say_what_is_shown_and_in_which_unit(run):
     assert drawn(run, "time").axes[0].get_xlabel() == "wall clock of all rounds (s)"
 
 
-def test_what_is_drawn_is_what_the_run_says(run):
+def test_figures_show_the_runs_numbers(run):
     served = drawn(run, "scores").axes[0].lines[0]
     assert served.get_ydata()[-1] == pytest.approx(run.summary["final"]["served"]["mean"])
     shares = drawn(run, "weights").axes[0].images[0].get_array()
@@ -83,7 +83,7 @@ def test_what_is_drawn_is_what_the_run_says(run):
     assert rounds == ["round 1", "round 2", "round 3"]
 
 
-def test_two_hundred_clients_have_names_that_do_not_cover_each_other(run, tmp_path):
+def test_names_of_two_hundred_clients_do_not_overlap(run, tmp_path):
     big = Run(Path(shutil.copytree(run.path, tmp_path / "big")))
     names = [f"the hospital on the $hill$, number {number}" for number in range(200)]
     clients = [
@@ -112,7 +112,7 @@ def test_several_runs_have_a_folder_each(run, tmp_path):
     assert {path.parent.name for path in written} == {"1-smoke", "2-smoke"}
 
 
-def test_the_verb_writes_them_on_demand(run, tmp_path, capsys):
+def test_the_command_writes_figures(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(
             [
@@ -128,13 +128,13 @@ def test_the_verb_writes_them_on_demand(run, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1] == f"wrote 22 files to {tmp_path / 'figures'}"
 
 
-def test_a_folder_that_cannot_be_is_one_message(run, tmp_path):
+def test_a_folder_that_cannot_be_created_is_one_message(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"scores\.png cannot be written"):
         write_figures([run], tmp_path / "file")
 
 
-def test_the_readmes_picture_can_be_drawn_from_a_run(run):
+def test_the_readmes_figure_can_be_drawn_from_a_run(run):
     import importlib.util
 
     program = Path(__file__).parents[2] / "docs" / "images" / "weights.py"

@@ -1,4 +1,4 @@
-"""The page on a run: whole in itself, true to the run's files, and well-formed whatever clients are called."""
+"""The report of a run: self-contained, equal to the run's files, well-formed for any names."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def run(smoke, smoke_engine, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and keeps text and attributes."""
+    """Check that elements nest; collect text and attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 
 def rename(run, tmp_path, names):
-    """A copy of a run whose first clients are called otherwise."""
+    """A copy of a run with other names for its first clients."""
     import shutil
 
     shutil.copytree(run.path, tmp_path / "renamed")
@@ -63,7 +63,7 @@ def rename(run, tmp_path, names):
     return load_run(tmp_path / "renamed")
 
 
-def test_the_page_loads_nothing_and_runs_nothing(run):
+def test_the_page_loads_nothing_and_has_no_scripts(run):
     page = Page(render([run]))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert not [
@@ -92,7 +92,7 @@ def test_a_finished_run_has_all_its_figures(run):
         assert [title for title in titles if word in title], word
 
 
-def test_a_figure_can_be_heard(run):
+def test_figures_have_text_alternatives(run):
     for figure in figures(run):
         assert re.search(r'role="img" aria-label="[^"]{10,}"', figure.markup)
 
@@ -107,7 +107,7 @@ def test_the_worst_client_comes_first_with_its_numbers(run):
     assert f"{scores['mean']:.3f}" in page.text
 
 
-def test_names_from_data_are_shown_and_not_obeyed(run, tmp_path):
+def test_names_from_data_are_escaped(run, tmp_path):
     names = ["<script>alert(1)</script>", 'a"b', "c&d <b>", "x" * 300]
     text = render([rename(run, tmp_path, names)])
     page = Page(text)
@@ -131,7 +131,7 @@ def test_other_methods_have_a_page_too(strategy, smoke, smoke_engine, tmp_path):
     assert strategy in Page(render([made])).text
 
 
-def test_a_run_without_a_single_round_says_how_to_go_on(run, tmp_path):
+def test_a_run_without_a_round_shows_the_command_that_resumes_it(run, tmp_path):
     for name in ("recipe.yaml", "clients.json", "task.json", "adapter_config.json"):
         (tmp_path / name).write_bytes((run.path / name).read_bytes())
     page = Page(render([tmp_path]))
@@ -140,7 +140,7 @@ def test_a_run_without_a_single_round_says_how_to_go_on(run, tmp_path):
 
 
 def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path):
-    """Every coordinate lies within the figure, and no figure is wider than it says."""
+    """Every coordinate lies within the figure, and no figure exceeds its width."""
     import torch
     from safetensors.torch import save_file
 
@@ -181,26 +181,26 @@ def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path)
     assert len(text) < 2_000_000
 
 
-def test_clients_are_alike_by_what_they_have_in_common():
+def test_similarity_of_clients_follows_from_common_updates():
     found = similarity(np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
     assert found.tolist() == [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]
 
 
-def test_clients_with_like_weights_stand_together():
+def test_clients_with_similar_weights_are_adjacent():
     weights = np.array(
         [[0.1, 0.9, 0.0], [0.8, 0.0, 0.2], [0.0, 0.95, 0.05], [0.7, 0.3, 0.0], [0.2, 0.8, 0.0]]
     )
     assert similar_order(weights).tolist() == [3, 1, 0, 4, 2]
 
 
-def test_what_deserves_attention_comes_with_what_to_do(run):
+def test_warnings_come_with_advice(run):
     found = advice(run)
     assert found
     assert all(each.finding and each.action for each in found)
     assert any("fewer than 30 test examples" in each.finding for each in found)
 
 
-def test_clients_that_lose_by_taking_part_are_named(write_run, tmp_path):
+def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp_path):
     path = write_run("mine", ["baselines=[local]"], [[0.1, 0.1, 0.1], [0.6, 0.4, 0.5]])
     local = write_run("other", ["strategy=local"], [[0.1, 0.1, 0.1], [0.5, 0.7, 0.7]])
     (path / "baselines").mkdir()
@@ -219,7 +219,7 @@ def test_clients_that_lose_by_taking_part_are_named(write_run, tmp_path):
     )
 
 
-def test_the_verb_writes_the_page(run, tmp_path, capsys):
+def test_the_command_writes_the_page(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["report", str(run.path), "--out", str(tmp_path / "page.html")])
     assert not stopped.value.code
@@ -247,6 +247,6 @@ def test_bad_input_is_one_message(runs, out, message, run, tmp_path, monkeypatch
     assert "Traceback" not in err
 
 
-def test_a_report_on_nothing_is_refused(tmp_path):
+def test_a_report_without_runs_is_refused(tmp_path):
     with pytest.raises(RunError, match="no run to report on"):
         write_report([], tmp_path / "page.html")

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and disks that refuse: one message, nothing lost, and the run goes on."""
+"""Damaged checkpoints and disk errors give one message, and the run can be resumed."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def uninterrupted(tiny, engine, tmp_path_factory, left_behind):
 
 @pytest.fixture(scope="module")
 def stopped(tiny, engine, tmp_path_factory):
-    """A run of three of four rounds; to be copied."""
+    """A run of three of four rounds, which tests copy."""
     path = tmp_path_factory.mktemp("runs") / "stopped"
 
     def stop(record):
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_named(run, tiny, caplog, name, damage):
     assert "Resuming from the checkpoint before it, after round 2" in caplog.text
 
 
-def test_a_round_that_was_not_finished_is_no_damage(run, tiny, caplog):
+def test_an_unfinished_round_is_no_damage(run, tiny, caplog):
     (run / "checkpoint" / THIRD).unlink()
     assert (
         checkpoint.read_latest(
@@ -100,25 +100,28 @@ def test_a_round_that_was_not_finished_is_no_damage(run, tiny, caplog):
     assert caplog.text == ""
 
 
-def test_the_one_before_is_used_instead(run, engine, left_behind, uninterrupted):
+def test_the_previous_checkpoint_is_used_instead(run, engine, left_behind, uninterrupted):
     (run / "checkpoint" / THIRD_SOUP).write_bytes(b"torn")
     resume(run, engine=engine)
     assert left_behind(run) == uninterrupted
 
 
-def test_where_all_are_damaged_nothing_is_thrown_away(run, engine):
+def test_if_all_checkpoints_are_damaged_nothing_is_deleted(run, engine):
     for name in (SECOND_SOUP, THIRD):
         (run / "checkpoint" / name).write_bytes(b"torn")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with pytest.raises(
         ResumeError,
-        match=r"cannot be resumed: .*round-00003.*round-00002.*Its finished rounds are still readable",
+        match=(
+            r"cannot be resumed: .*round-00003.*round-00002"
+            r".*Its finished rounds are still readable"
+        ),
     ):
         resume(run, engine=engine)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
-def test_metrics_that_are_gone_are_noticed(run, engine, caplog, left_behind, uninterrupted):
+def test_missing_metrics_are_detected(run, engine, caplog, left_behind, uninterrupted):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     resume(run, engine=engine)
@@ -154,7 +157,7 @@ HEADER = save({"clusters": torch.zeros(6)}, {"checkpoint": "{}"})
 @example(HEADER)
 @example(b"\x02\0\0\0\0\0\0\0{}")
 @example(save({"clusters": torch.zeros(6)}))
-def test_whatever_a_file_holds_reading_it_is_a_checkpoint_or_one_error(run, content):
+def test_reading_any_file_gives_a_checkpoint_or_one_error(run, content):
     for name in (THIRD, THIRD_SOUP):
         kept = (run / "checkpoint" / name).read_bytes()
         (run / "checkpoint" / name).write_bytes(content)
@@ -167,7 +170,7 @@ def test_whatever_a_file_holds_reading_it_is_a_checkpoint_or_one_error(run, cont
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.integers(0, 10**6), st.integers(1, 255), st.sampled_from([THIRD, THIRD_SOUP]))
-def test_no_byte_can_be_altered_unnoticed(run, at, by, name):
+def test_every_altered_byte_is_detected(run, at, by, name):
     file = run / "checkpoint" / name
     kept = file.read_bytes()
     at %= len(kept)
@@ -197,7 +200,7 @@ REFUSALS = [
     ("number", "error"),
     [(3, REFUSALS[0]), (20, REFUSALS[1]), (29, REFUSALS[2]), (36, REFUSALS[0]), (44, REFUSALS[1])],
 )
-def test_what_a_disk_refuses_is_one_error_and_the_run_goes_on_later(
+def test_a_disk_error_is_one_message_and_the_run_can_be_resumed(
     tiny, engine, tmp_path, monkeypatch, left_behind, uninterrupted, number, error
 ):
     left = [number]
@@ -223,8 +226,8 @@ def test_what_a_disk_refuses_is_one_error_and_the_run_goes_on_later(
     assert left_behind(path) == uninterrupted
 
 
-def test_a_limit_on_files_is_one_error(tiny, engine, tmp_path, left_behind, uninterrupted):
-    """A real one: no file may grow beyond it, and metrics.jsonl is the first that would."""
+def test_a_limit_on_file_sizes_is_one_error(tiny, engine, tmp_path, left_behind, uninterrupted):
+    """A limit on file sizes, which metrics.jsonl exceeds first."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     biggest = 2 * max(len(json.dumps(record)) for record in uninterrupted["metrics.jsonl"]) + 1200

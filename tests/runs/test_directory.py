@@ -1,4 +1,4 @@
-"""A run directory says in which format it is written, and other formats are refused."""
+"""A run directory records its format, and other formats are refused."""
 
 import json
 import re

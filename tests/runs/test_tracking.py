@@ -1,4 +1,4 @@
-"""Trackers get each round's numbers, and never cost a run."""
+"""Trackers receive the numbers of each round, and their failures do not end a run."""
 
 import logging
 import sys
@@ -19,10 +19,10 @@ ROUNDS = ["rounds=2", "strategy.adapters=3"]
 
 @pytest.fixture
 def tracked(monkeypatch, smoke, smoke_engine, tmp_path):
-    """``tracked()``: a run whose tracker, one that Accelerate knows as tensorboard, keeps what it is told in a list."""
+    """``tracked()``: a run whose tracker, in place of tensorboard, collects the calls in a list."""
     from accelerate import tracking as accelerates
 
-    told = []
+    calls = []
 
     class Listing(accelerates.GeneralTracker):
         name = "tensorboard"
@@ -31,23 +31,23 @@ def tracked(monkeypatch, smoke, smoke_engine, tmp_path):
 
         def __init__(self, project, logging_dir, **_):
             super().__init__()
-            told.append(("start", project, logging_dir))
+            calls.append(("start", project, logging_dir))
 
         tracker = None
 
         def store_init_configuration(self, values):
-            told.append(("configuration", values))
+            calls.append(("configuration", values))
 
         def log(self, values, step=None, **_):
             if Listing.fails:
                 raise ConnectionError("no route")
-            told.append((step, values))
+            calls.append((step, values))
 
         def log_images(self, values, **_):
             pass
 
         def finish(self):
-            told.append(("finish",))
+            calls.append(("finish",))
 
     monkeypatch.setitem(accelerates.LOGGER_TYPE_TO_CLASS, "tensorboard", Listing)
     monkeypatch.setattr(accelerates, "_available_trackers", [accelerates.LoggerType.TENSORBOARD])
@@ -60,13 +60,13 @@ def tracked(monkeypatch, smoke, smoke_engine, tmp_path):
             engine=smoke_engine,
         )
 
-    run.told, run.tracker = told, Listing
+    run.calls, run.tracker = calls, Listing
     return run
 
 
-def test_a_tracker_is_told_every_rounds_numbers_at_its_step(tracked):
+def test_a_tracker_receives_the_numbers_of_every_round_at_its_step(tracked):
     run = tracked()
-    start, configuration, first, second, final, finish = tracked.told
+    start, configuration, first, second, final, finish = tracked.calls
     assert start[:2] == ("start", "smoke")
     assert configuration[1]["strategy.adapters"] == 3
     assert all(isinstance(value, str | int | float) for value in configuration[1].values())
@@ -81,21 +81,21 @@ def test_a_tracker_is_told_every_rounds_numbers_at_its_step(tracked):
 
 def test_each_baseline_is_a_run_of_its_own(tracked):
     tracked("baselines=[fedavg]")
-    assert [told[1]["strategy.name"] for told in tracked.told if told[0] == "configuration"] == [
+    assert [call[1]["strategy.name"] for call in tracked.calls if call[0] == "configuration"] == [
         "fedmerge",
         "fedavg",
     ]
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tracked, caplog):
+def test_a_tracker_that_fails_is_disabled_and_the_run_continues(tracked, caplog):
     tracked.tracker.fails = True
     with caplog.at_level(logging.WARNING, "fedmerge_peft"):
         run = tracked()
     assert run.ended
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert (
-        warning
-        == "tracking: tensorboard failed and is disabled for the rest of the run: ConnectionError: no route"
+    assert warning == (
+        "tracking: tensorboard failed and is disabled for the rest of the run: "
+        "ConnectionError: no route"
     )
 
 
@@ -108,16 +108,14 @@ def test_a_tracker_that_does_not_start_is_one_message(tracked, monkeypatch):
         tracked()
 
 
-def test_a_run_that_goes_on_may_be_tracked_from_there(tracked, smoke, smoke_engine, tmp_path):
+def test_a_resumed_run_can_be_tracked_from_then_on(tracked, smoke, smoke_engine, tmp_path):
     federate(smoke(*ROUNDS), tmp_path / "run", engine=smoke_engine)
     resume(tmp_path / "run", ["rounds=3", "tracking=[tensorboard]"], engine=smoke_engine)
-    assert [told[0] for told in tracked.told if isinstance(told[0], int)] == [3, 3]
+    assert [call[0] for call in tracked.calls if isinstance(call[0], int)] == [3, 3]
     assert load_run(tmp_path / "run").recipe.tracking == ["tensorboard"]
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_loads(
-    smoke, tmp_path, monkeypatch
-):
+def test_a_missing_tracker_is_named_before_anything_loads(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(
         RecipeError, match="tracking: comet_ml, aim cannot be imported: pip install comet-ml aim"
@@ -126,7 +124,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_loads(
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_itself_reads_what_was_written(smoke, smoke_engine, tmp_path):
+def test_tensorboard_reads_the_logged_run(smoke, smoke_engine, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -150,8 +148,8 @@ def test_tensorboard_itself_reads_what_was_written(smoke, smoke_engine, tmp_path
     assert len(shown.convert("RGB").getcolors(1 << 20)) > 10
 
 
-def test_mlflow_itself_reads_what_was_written(smoke, smoke_engine, tmp_path, monkeypatch):
-    """In a store of files, without a server."""
+def test_mlflow_reads_the_logged_run(smoke, smoke_engine, tmp_path, monkeypatch):
+    """MLflow with a file store, without a server."""
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
@@ -182,8 +180,8 @@ def test_mlflow_itself_reads_what_was_written(smoke, smoke_engine, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab", "aim", "clearml"])
-def test_other_trackers_get_the_heat_map_in_their_form(name):
-    """What accelerate's classes hand on: a list of images to some, one image to others."""
+def test_other_trackers_receive_the_heat_map_in_their_format(name):
+    """Images as Accelerate passes them: a list to some trackers, single images to others."""
     shown = []
 
     class Pictures:
@@ -199,8 +197,8 @@ def test_other_trackers_get_the_heat_map_in_their_form(name):
     assert (image.ndim, image.shape[2], image.dtype) == (3, 3, "uint8")
 
 
-def test_trackers_that_accelerate_gives_numbers_alone_are_asked_themselves(monkeypatch):
-    """As trackio 0.43, comet_ml 3.58 and dvclive 3.49 take images: their own calls, on what accelerate calls ``tracker``."""
+def test_images_go_to_trackers_directly_where_accelerate_has_no_call(monkeypatch):
+    """trackio 0.43, comet_ml 3.58 and dvclive 3.49 receive images through their own calls."""
     shown = []
 
     class Own:
@@ -228,7 +226,7 @@ def test_trackers_that_accelerate_gives_numbers_alone_are_asked_themselves(monke
     ] == [(3, 3, "uint8")] * 3
 
 
-def test_the_recipe_knows_just_the_trackers_that_there_are():
+def test_the_recipe_accepts_the_trackers_of_accelerate():
     from typing import get_args
 
     assert set(get_args(Tracker)) == set(module.TRACKERS)

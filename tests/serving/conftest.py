@@ -1,5 +1,6 @@
-"""A finished run for each of the three tasks, on tiny models that plain transformers can load."""
+"""Finished runs: one for each of the three tasks, and a small one that newcomers join."""
 
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,20 +9,25 @@ import pytest
 from datasets import Dataset, DatasetDict, Image
 from PIL import Image as Pictures
 
+from fedmerge_peft import Recipe, Run, federate
+from fedmerge_peft.data import load_splits
+from fedmerge_peft.engines.local import LocalEngine
+from serving.newcomer import recipe
+
 TASKS = ("sequence-classification", "causal-lm", "image-classification")
 
 
 @dataclass
 class Finished:
-    """A run, and what it ran on."""
+    """A run and its engine."""
 
     run: Any
     engine: Any
     inputs: dict[str, Any]
-    """A batch for the model, labels left out."""
+    """A batch for the model, without labels."""
 
     def logits(self, client):
-        """What the client is served, by the engine that trained it."""
+        """Logits of the client's served model, by the engine that trained it."""
         number = list(self.run.clients.index).index(client)
         soup, weights = self.run.state()
         self.engine.backbone.load_row(soup.merge(weights[number]))
@@ -50,9 +56,6 @@ def table(task):
 @pytest.fixture(scope="session")
 def finished(tiny_models, tmp_path_factory):
     """``finished(task)``: a run of two rounds, three clients and three adapters."""
-    from fedmerge_peft import Recipe, federate
-    from fedmerge_peft.engines.local import LocalEngine
-
     models = {
         "sequence-classification": ("bert", "[query, value]"),
         "causal-lm": ("gpt2", "[c_attn]"),
@@ -68,8 +71,10 @@ def finished(tiny_models, tmp_path_factory):
             (folder / "mine.yaml").write_text(
                 f"name: mine\ntask: {task}\nrounds: 2\nbackbone: {{model: {tiny_models / model}}}\n"
                 f"lora: {{r: 2, target_modules: {targets}}}\n"
-                f"data: {{path: {folder / 'data'}, test_fraction: 0.25, partition: {{scheme: natural, by: by}}}}\n"
-                "strategy: {name: fedmerge, adapters: 3, start: independent}\ntraining: {learning_rate: 0.01, device: cpu}\n"
+                f"data:\n  path: {folder / 'data'}\n  test_fraction: 0.25\n"
+                "  partition: {scheme: natural, by: by}\n"
+                "strategy: {name: fedmerge, adapters: 3, start: independent}\n"
+                "training: {learning_rate: 0.01, device: cpu}\n"
             )
             recipe = Recipe.load(folder / "mine.yaml")
             engine = LocalEngine.from_recipe(recipe)
@@ -79,3 +84,26 @@ def finished(tiny_models, tmp_path_factory):
         return made[task]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return LocalEngine.from_recipe(recipe())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, engine):
+    return federate(recipe(), tmp_path_factory.mktemp("runs") / "first", engine=engine)
+
+
+@pytest.fixture(scope="module")
+def tickets():
+    """Tickets of an organisation that is no client."""
+    return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(
+        range(24)
+    )
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Run.open(shutil.copytree(run.path, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Exported folders: they load without us, and say what they are."""
+"""Exported folders load without this package and describe their contents."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def loaded(card):
 
 @pytest.mark.equality
 @pytest.mark.parametrize("task", TASKS)
-def test_the_cards_own_lines_load_what_the_client_was_served(task, finished, tmp_path):
+def test_the_cards_code_loads_the_clients_served_model(task, finished, tmp_path):
     made = finished(task)
     folder = export_client(made.run, CLIENT, tmp_path / "mine")
     model = loaded(folder / "README.md")
@@ -51,7 +51,7 @@ def test_the_cards_own_lines_load_what_the_client_was_served(task, finished, tmp
 
 @pytest.mark.equality
 @pytest.mark.parametrize("task", TASKS)
-def test_the_soups_card_merges_on_load_what_the_client_was_served(task, finished, tmp_path):
+def test_the_soups_card_merges_the_clients_served_model_on_load(task, finished, tmp_path):
     made = finished(task)
     folder = export_soup(made.run, tmp_path / "soup")
     first = made.run.clients.index[0]
@@ -86,8 +86,11 @@ def test_all_clients_have_a_folder_each(finished, tmp_path):
         )
 
 
-def test_a_folder_of_all_clients_is_as_vllms_filesystem_resolver_looks_it_up(finished, tmp_path):
-    """<cache directory>/<name in the request>/adapter_config.json, of type LORA and for the very model that is served."""
+def test_a_folder_of_all_clients_has_the_layout_of_vllms_filesystem_resolver(finished, tmp_path):
+    """vLLM reads <cache directory>/<name in the request>/adapter_config.json.
+
+    The configuration must be of type LORA and name the served model.
+    """
     run = finished("causal-lm").run
     folder = export_all(run, tmp_path / "everyone", base_model_id="acme/base")
     for client in run.client_names:
@@ -95,13 +98,13 @@ def test_a_folder_of_all_clients_is_as_vllms_filesystem_resolver_looks_it_up(fin
         assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "acme/base")
 
 
-def test_a_soups_weights_are_every_clients(finished, tmp_path):
+def test_a_soups_weights_include_every_client(finished, tmp_path):
     run = finished("causal-lm").run
     folder = export_soup(run, tmp_path / "soup")
-    said = json.loads((folder / "weights.json").read_text())
-    assert said["round"] == 2
-    assert list(said["clients"]) == list(run.clients.index)
-    assert said["clients"][CLIENT] == pytest.approx(list(run.weights.loc[CLIENT]))
+    document = json.loads((folder / "weights.json").read_text())
+    assert document["round"] == 2
+    assert list(document["clients"]) == list(run.clients.index)
+    assert document["clients"][CLIENT] == pytest.approx(list(run.weights.loc[CLIENT]))
     assert sorted(path.name for path in folder.glob("adapter-*")) == [
         "adapter-0",
         "adapter-1",
@@ -109,7 +112,7 @@ def test_a_soups_weights_are_every_clients(finished, tmp_path):
     ]
 
 
-def test_a_card_says_what_the_adapter_is(finished, tmp_path):
+def test_a_card_describes_the_adapter(finished, tmp_path):
     run = finished("sequence-classification").run
     folder = export_client(run, CLIENT, tmp_path / "mine", base_model_id="acme/base")
     card = ModelCard.load(folder / "README.md")
@@ -126,7 +129,7 @@ def test_a_card_says_what_the_adapter_is(finished, tmp_path):
     )
 
 
-def test_no_path_of_this_machine_is_in_the_card_once_the_base_model_is_named(finished, tmp_path):
+def test_the_card_has_no_local_path_if_the_base_model_is_named(finished, tmp_path):
     made = finished("sequence-classification")
     folder = export_client(
         made.run, CLIENT, tmp_path / "mine", base_model_id="acme/base", repo="acme/mine"
@@ -138,7 +141,7 @@ def test_no_path_of_this_machine_is_in_the_card_once_the_base_model_is_named(fin
     assert "PeftModel.from_pretrained(base, 'acme/mine')" in example(folder / "README.md")
 
 
-def test_a_tokenizer_of_this_machine_is_named_without_its_folder(finished, tmp_path, monkeypatch):
+def test_a_local_tokenizer_is_named_without_its_folder(finished, tmp_path, monkeypatch):
     run = finished("causal-lm").run
     backbone = run.recipe.backbone.model_copy(update={"tokenizer": str(tmp_path)})
     monkeypatch.setitem(vars(run), "recipe", run.recipe.model_copy(update={"backbone": backbone}))
@@ -163,7 +166,7 @@ def test_a_base_model_that_is_a_folder_is_not_claimed_to_be_on_the_hub(finished,
     assert ModelCard.load(folder / "README.md").data.base_model is None
 
 
-def test_nothing_is_overwritten(finished, tmp_path):
+def test_existing_files_are_not_overwritten(finished, tmp_path):
     run = finished("causal-lm").run
     export_client(run, CLIENT, tmp_path / "mine")
     for again in (
@@ -174,7 +177,7 @@ def test_nothing_is_overwritten(finished, tmp_path):
             again()
 
 
-def test_a_client_that_is_not_there_leaves_nothing(finished, tmp_path):
+def test_an_unknown_client_writes_no_files(finished, tmp_path):
     with pytest.raises(
         RunError, match="has no client 'nobody'; it has client 0, client 1, client 2"
     ):
@@ -200,9 +203,7 @@ def test_folder_names_are_safe_and_distinct(name, folder):
 @pytest.mark.parametrize(
     ("rank", "flag"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)]
 )
-def test_vllm_is_given_the_least_rank_that_it_takes_and_that_is_enough(
-    rank, flag, finished, monkeypatch
-):
+def test_vllm_gets_the_smallest_sufficient_rank_that_it_accepts(rank, flag, finished, monkeypatch):
     run = finished("causal-lm").run
     monkeypatch.setattr(type(run), "adapter_config", {**run.adapter_config, "r": rank})
     assert flag in VLLM_RANKS
@@ -218,7 +219,7 @@ def test_vllm_is_given_the_least_rank_that_it_takes_and_that_is_enough(
         ({"alpha_pattern": {"c_attn": 4}}, "different scalings"),
     ],
 )
-def test_what_vllm_does_not_serve_is_said_with_the_reason(changed, why, finished, monkeypatch):
+def test_unsupported_adapters_are_named_with_vllms_reason(changed, why, finished, monkeypatch):
     run = finished("causal-lm").run
     monkeypatch.setattr(type(run), "adapter_config", {**run.adapter_config, **changed})
     assert vllm_support(run).startswith("vLLM cannot serve this adapter: ")
@@ -229,5 +230,5 @@ def test_vllm_does_not_serve_classification_heads(finished):
     assert "modules_to_save" in vllm_support(finished("sequence-classification").run)
 
 
-def test_the_names_of_clients_are_shown_as_they_are():
+def test_names_of_clients_are_shown_unchanged():
     assert plain("a|b <i>\n") == r"a\|b \<i\>\\n"

@@ -1,4 +1,4 @@
-"""A run's adapters in use: as a PEFT model, as a pipeline, and mixed at will."""
+"""A run's adapters as PEFT models, as pipelines and as mixtures."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ CLIENT = "client 1"
 
 @pytest.mark.equality
 @pytest.mark.parametrize("task", TASKS)
-def test_a_clients_model_is_what_it_was_served(task, finished):
+def test_a_clients_model_equals_its_served_one(task, finished):
     made = finished(task)
     model = made.run.client(CLIENT).model("cpu")
     assert not model.training
     assert_near(model(**made.inputs).logits.detach(), made.logits(CLIENT))
 
 
-def test_a_pipeline_tells_labels_by_name(finished):
+def test_a_pipeline_names_the_labels(finished):
     pipeline = finished("sequence-classification").run.client(CLIENT).pipeline("cpu")
     assert isinstance(pipeline, TextClassificationPipeline)
     found = pipeline(["my order is late", "word " * 500], top_k=None)
@@ -34,7 +34,7 @@ def test_a_pipeline_of_a_decoder_generates(finished):
     assert pipeline("my order")[0]["generated_text"].startswith("my order")
 
 
-def test_a_pipeline_of_images_tells_labels_by_name(finished):
+def test_a_pipeline_of_images_names_the_labels(finished):
     from PIL import Image
 
     pipeline = finished("image-classification").run.client(CLIENT).pipeline("cpu")
@@ -55,7 +55,7 @@ def test_a_mixture_of_one_adapter_is_that_adapter(finished):
     assert torch.equal(run.merge({2: 5}).row, run.soup.rows[2])
 
 
-def test_parts_are_divided_by_their_sum(finished):
+def test_weights_of_a_mixture_are_normalized(finished):
     run = finished("causal-lm").run
     assert run.merge({0: 3, 2: 1}).weights.tolist() == [0.75, 0, 0.25]
 
@@ -82,11 +82,11 @@ def test_clients_can_be_mixed_by_name(finished):
         ({"nobody": 1}, "has no client 'nobody'"),
     ],
 )
-def test_what_is_no_mixture_is_refused(shares, message, finished):
+def test_invalid_mixtures_are_refused(shares, message, finished):
     with pytest.raises(RunError, match=message):
         finished("causal-lm").run.merge(shares)
 
 
-def test_a_mixture_can_be_taken_away(finished, tmp_path):
+def test_a_mixture_can_be_removed(finished, tmp_path):
     folder = finished("causal-lm").run.merge({0: 1, 1: 1}).save(tmp_path / "half")
     assert (folder / "adapter_model.safetensors").is_file()

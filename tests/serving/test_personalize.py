@@ -1,4 +1,4 @@
-"""A newcomer's weights: known answers on made-up losses, and whole runs on tiny random models."""
+"""A newcomer's merging weights: known answers on quadratic losses, and runs on tiny models."""
 
 import json
 import shutil
@@ -6,73 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value
 from peft import PeftModel
 from PIL.Image import fromarray
 from transformers import AutoModelForSequenceClassification
 
 from equality import assert_near
-from fedmerge_peft import (
-    AdapterSoup,
-    DataError,
-    Personalized,
-    Recipe,
-    Run,
-    RunError,
-    RunExistsError,
-    federate,
-    personalize,
-)
-from fedmerge_peft.data import Client, FederatedData, load_splits
-from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft import AdapterSoup, Recipe, RunError, RunExistsError, federate, personalize
 from fedmerge_peft.serving.personalize import _Comparison, distinct, learn_logits
 from fedmerge_peft.strategies.server_step import weights_gradient
-from fedmerge_peft.tasks.classification import relabel
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
-
-QUEUES = ["amber", "blue", "coral", "denim", "emerald", "fuchsia"]
-SMALL = [
-    "rounds=1",
-    "data.max_train=8",
-    "data.max_test=6",
-    "data.filter.provider=[Alder, Birch]",
-    "strategy.adapters=3",
-    "baselines=[]",
-]
-LEARNED, LOCAL = "learned weights", "local training"
-
-
-def recipe(*overrides):
-    return Recipe.load("smoke", [*SMALL, "training.device=cpu", *overrides])
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return LocalEngine.from_recipe(recipe())
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, engine):
-    return federate(recipe(), tmp_path_factory.mktemp("runs") / "first", engine=engine)
-
-
-@pytest.fixture(scope="module")
-def tickets():
-    """Tickets of an organisation that no client is."""
-    return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(
-        range(24)
-    )
-
-
-@pytest.fixture
-def copy(run, tmp_path):
-    return Run.open(shutil.copytree(run.path, tmp_path / "run"))
-
-
-def numbers(result, name):
-    return next(method for method in result.methods if method.name == name)
-
+from serving.newcomer import LEARNED, LOCAL, newcomer, numbers
 
 # ---- learning the logits -------------------------------------------------------------------------
 
@@ -94,7 +39,7 @@ def test_weights_that_make_the_loss_zero_are_found():
     assert loss < 0.05
 
 
-def test_a_right_adapter_gets_the_weight_also_from_a_wrong_start():
+def test_the_right_adapter_gets_the_weight_from_a_wrong_start():
     rows = torch.eye(3, 20) * 5
     logits, _ = learn_logits(rows, torch.tensor([1.0, 0.0, 0.0]), quadratic(rows[2]))
     assert torch.softmax(logits, 0)[2] > 0.95
@@ -136,14 +81,6 @@ def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, ticket
     torch.testing.assert_close(found, expected, rtol=0.02, atol=2e-4)
 
 
-def newcomer(run, table):
-    table = relabel(table, "queue", run.task["labels"])
-    rows = np.arange(len(table))
-    return LocalEngine.from_data(
-        run.recipe, FederatedData(table, [Client("newcomer", rows, rows[:0], rows[:0])])
-    )
-
-
 def test_distinct_rows_are_far_from_each_other_and_from_what_is_covered():
     known = torch.tensor([[1.0, 0.0], [0.98, 0.02], [0.6, 0.4], [0.62, 0.38], [0.3, 0.7]])
     assert sorted(distinct(known, torch.eye(2))) == [2, 4]
@@ -154,7 +91,7 @@ def test_distinct_rows_are_far_from_each_other_and_from_what_is_covered():
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
-def test_the_adapter_made_for_the_newcomer_gets_the_weight(copy, tickets):
+def test_an_adapter_trained_on_the_newcomer_gets_the_weight(copy, tickets):
     engine, rows = newcomer(copy, tickets), copy.soup.rows.clone()
     training = copy.recipe.training.model_copy(update={"learning_rate": 1e-2, "epochs": 12})
     job = Job(Train(rows[1]), engine.clients[0].train, 0)
@@ -166,7 +103,7 @@ def test_the_adapter_made_for_the_newcomer_gets_the_weight(copy, tickets):
     torch.testing.assert_close(result.row, result.weights @ rows)
 
 
-def test_learning_is_never_worse_than_what_it_starts_from(run, tickets):
+def test_learned_weights_are_never_worse_than_their_starting_points(run, tickets):
     result = personalize(run, tickets)
     assert [method.name for method in result.methods[:2]] == ["mean adapter", "best single adapter"]
     starts = [method.train_loss for method in result.methods if method.name not in (LEARNED, LOCAL)]
@@ -188,19 +125,19 @@ def test_the_same_seed_gives_the_same_result(run, tickets):
     assert numbers(other, "mean adapter").train_loss != numbers(one, "mean adapter").train_loss
 
 
-def test_a_single_example_is_enough_and_nothing_need_be_tested(run, tickets):
+def test_a_single_example_without_a_test_set_is_enough(run, tickets):
     result = personalize(run, tickets.select([3]), name="tiny")
     assert result.examples == {"train": 1, "test": 0}
     assert all(method.test == {} for method in result.methods)
     assert personalize(run, tickets, max_train=4, local=False).examples == {"train": 4, "test": 7}
 
 
-def test_the_best_rounds_soup_can_be_taken(run, tickets):
+def test_the_best_rounds_soup_can_be_used(run, tickets):
     best, _ = run.state(best=True)
     assert torch.equal(personalize(run, tickets, best=True, local=False).soup.rows, best.rows)
 
 
-def test_a_run_without_a_best_round_says_so(copy, tickets):
+def test_a_run_without_a_best_round_is_refused(copy, tickets):
     shutil.rmtree(copy.path / "best")
     with pytest.raises(RunError, match="has no best round"):
         personalize(copy, tickets, best=True)
@@ -227,217 +164,12 @@ def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(
     ]
 
 
-def test_nothing_is_overwritten(run, tickets, tmp_path):
+def test_existing_files_are_not_overwritten(run, tickets, tmp_path):
     result = personalize(run, tickets, local=False)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunExistsError, match="already holds other files"):
         result.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-# ---- the newcomer's data -------------------------------------------------------------------------
-
-
-def test_the_run_remembers_the_labels_and_a_newcomer_with_some_of_them_keeps_their_numbers(
-    run, tickets, tmp_path
-):
-    assert run.task == {"labels": QUEUES, "format": None}
-    some = tickets.filter(lambda row: row["queue"] in {"denim", "fuchsia"})
-    some.to_csv(tmp_path / "Fen Water.csv")
-    result = personalize(run, tmp_path / "Fen Water.csv", local=False)
-    assert result.name == "Fen Water"
-    assert isinstance(result, Personalized)
-    assert {int(label) for label in newcomer(run, some).runtime.examples.columns["labels"]} == {
-        3,
-        5,
-    }
-
-
-@pytest.mark.parametrize(
-    ("values", "feature", "labels", "expected"),
-    [
-        (["b", "c"], None, ["a", "b", "c"], [1, 2]),
-        ([1, 2], None, ["0", "1", "2", "LABEL_3"], [1, 2]),
-        ([3, 0], None, ["0", "1", "2", "LABEL_3"], [3, 0]),
-        (["2"], None, ["0", "1", "2"], [2]),
-        ([2, 1], None, ["cat", "dog", "fox"], [2, 1]),
-        ([1, 3], None, ["1", "2", "3"], [0, 2]),
-        ([0, 1], ClassLabel(names=["fox", "cat"]), ["cat", "dog", "fox"], [2, 0]),
-        ([True, False], None, ["0", "1"], [1, 0]),
-    ],
-    ids=[
-        "names",
-        "numbers",
-        "number beyond the data",
-        "number as text",
-        "ids",
-        "names that are numbers",
-        "other order",
-        "truth values",
-    ],
-)
-def test_labels_are_numbered_as_the_runs_are(values, feature, labels, expected):
-    table = Dataset.from_dict({"text": ["x"] * len(values), "label": values})
-    if feature is not None:
-        table = table.cast_column("label", feature)
-    again = relabel(table, "label", labels)
-    assert again["label"] == expected
-    assert again.features["label"].names == labels
-    assert again.column_names == ["text", "label"]
-    assert relabel(table.select([len(values) - 1]), "label", labels)["label"] == expected[-1:]
-
-
-@pytest.mark.parametrize(
-    ("values", "labels", "message"),
-    [
-        (
-            ["a", "bleu"],
-            QUEUES,
-            "row 0: 'a' in column 'label' is not a known label; the labels are amber, blue",
-        ),
-        (["amber", "bleu"], QUEUES, r"row 1: 'bleu' .* not a known label \(did you mean blue\?\)"),
-        ([0, 6], QUEUES, "row 1: '6' .* not a known label"),
-        ([0], ["1", "2"], "row 0: '0' .* not a known label"),
-        ([-1], QUEUES, r"row 0 \(of the rows in use\): label -1 in column 'label' is negative"),
-        ([0.5], QUEUES, "a label is an integer from 0, or a name"),
-        (
-            ["amber", None],
-            QUEUES,
-            r"row 1 \(of the rows in use\): column 'label' is empty \(null\)",
-        ),
-    ],
-)
-def test_unknown_labels_are_refused(values, labels, message):
-    with pytest.raises(DataError, match=message):
-        relabel(Dataset.from_dict({"label": values}), "label", labels)
-
-
-def test_a_newcomer_with_an_unseen_label_is_refused(run, tickets):
-    table = tickets.map(
-        lambda row, number: {"queue": "green" if number == 2 else row["queue"]}, with_indices=True
-    )
-    with pytest.raises(
-        DataError,
-        match="row 2: 'green' in column 'queue' is not a known label; the labels are amber, blue, coral",
-    ):
-        personalize(run, table)
-
-
-def test_the_recipes_split_column_says_what_is_for_testing(tmp_path, tickets):
-    import pandas as pd
-
-    parts = np.array(["learn", "dev", "final", "learn"] * 6)
-    frame = tickets.to_pandas().assign(part=parts)
-    others = frame.assign(organisation=["A", "B"] * 12)
-    pd.concat([others, others]).to_csv(tmp_path / "all.csv", index=False)
-    names = [
-        "data.split_column=part",
-        "data.train_split=learn",
-        "data.validation_split=dev",
-        "data.test_split=final",
-        "data.filter={}",
-    ]
-    run = federate(
-        recipe(f"data.path={tmp_path / 'all.csv'}", *names, "data.partition.group=null"),
-        tmp_path / "run",
-    )
-    frame.to_csv(tmp_path / "new.csv", index=False)
-    assert personalize(run, tmp_path / "new.csv", local=False).examples == {"train": 18, "test": 6}
-    frame.drop(columns="part").to_csv(tmp_path / "bare.csv", index=False)
-    assert personalize(run, tmp_path / "bare.csv", local=False).examples == {"train": 17, "test": 7}
-    frame[frame.part == "final"].to_csv(tmp_path / "final.csv", index=False)
-    with pytest.raises(DataError, match="final: there are no training examples"):
-        personalize(run, tmp_path / "final.csv")
-
-
-@pytest.mark.parametrize(
-    ("data", "options", "message"),
-    [
-        ("nowhere.csv", {}, "nowhere.csv does not exist"),
-        ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves no training examples"),
-        ("here.csv", {}, r"there is no column 'queue'"),
-        ("empty.csv", {}, "cannot be loaded"),
-        ("here.txt", {}, "has an unsupported format"),
-    ],
-)
-def test_unfit_data_are_one_clear_error(run, tmp_path, monkeypatch, data, options, message):
-    monkeypatch.chdir(tmp_path)
-    for name, text in {
-        "here.csv": "text,label\nhello,1\n",
-        "empty.csv": "",
-        "here.txt": "hello",
-    }.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=message):
-        personalize(run, data, **options)
-
-
-# ---- which runs ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        (
-            "strategy=fedavg",
-            r"one adapter for all clients \(fedavg\), so there are no weights to learn.*fedmerge or ifca.*strategy.adapters=5",
-        ),
-        ("strategy={name: fedmerge, adapters: 1}", "one adapter for all clients"),
-        ("strategy=local", "a run of local, whose adapters a new client cannot merge"),
-        (
-            "strategy={name: fedem, adapters: 2}",
-            "a run of fedem, whose adapters a new client cannot merge",
-        ),
-    ],
-)
-def test_runs_without_a_common_soup_are_refused(tmp_path, engine, tickets, strategy, message):
-    other = federate(recipe(strategy), tmp_path / "run", engine=engine)
-    with pytest.raises(RunError, match=message):
-        personalize(other.path, tickets)
-
-
-def test_a_newcomer_may_merge_the_adapters_of_clusters(tmp_path, engine, tickets):
-    run = federate(recipe("strategy={name: ifca, adapters: 2}"), tmp_path / "run", engine=engine)
-    assert personalize(run, tickets, local=False).weights.shape == (2,)
-
-
-def test_adapters_that_do_not_fit_the_model_are_refused(copy, tickets):
-    text = (copy.path / "recipe.yaml").read_text()
-    (copy.path / "recipe.yaml").write_text(text.replace("  r: 2\n", "  r: 4\n"))
-    with pytest.raises(RunError, match="its adapters do not fit tiny:bert as loaded here"):
-        personalize(copy.path, tickets)
-
-
-def test_a_run_that_does_not_know_its_labels_is_refused(copy, tickets):
-    (copy.path / "task.json").unlink()
-    with pytest.raises(RunError, match=r"task\.json is missing"):
-        personalize(copy, tickets)
-
-
-def test_the_shared_factors_are_the_runs_own(tmp_path, tickets):
-    run = federate(recipe("lora.merge=shared_a"), tmp_path / "run")
-    loaded = newcomer(run, tickets).backbone
-    assert run.soup.shared.keys() == loaded.shared.keys()
-    assert all(
-        torch.equal(value, loaded.shared[key]) for key, value in run.soup.shared.items()
-    )  # the seed gives the same again
-    before = personalize(run, tickets, local=False)
-    soup = run.soup
-    soup.shared = {
-        key: -3 * value for key, value in soup.shared.items()
-    }  # as if drawn by another device's generator
-    soup.rows = soup.rows + 0.3
-    soup.save(run.path / "soup.safetensors")
-    after = personalize(run, tickets, local=False)
-    assert numbers(after, "mean adapter").train_loss != numbers(before, "mean adapter").train_loss
-    after.save(tmp_path / "new")
-    loaded.load_shared(after.soup.shared)
-    loaded.load_row(after.row)
-    tokens = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        ours = loaded.model(input_ids=tokens).logits
-        plain = PeftModel.from_pretrained(loaded.model.unload(), tmp_path / "new").eval()
-        assert_near(plain(input_ids=tokens).logits, ours)
 
 
 # ---- the other tasks -----------------------------------------------------------------------------
@@ -476,7 +208,7 @@ def images():
 
 
 @pytest.mark.parametrize("make", [pairs, completions, images])
-def test_other_tasks_have_newcomers_too(make, tmp_path):
+def test_newcomers_can_join_runs_of_other_tasks(make, tmp_path):
     table, model, modules, task, scores = make()
     table.add_column("site", ["a", "b"] * 6).to_parquet(tmp_path / "all.parquet")
     table.select(range(6)).to_parquet(tmp_path / "new.parquet")

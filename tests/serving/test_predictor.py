@@ -1,4 +1,4 @@
-"""Inputs of many clients in one pass: as each client alone."""
+"""Predictions for many clients in one pass equal those for each client alone."""
 
 import logging
 
@@ -59,7 +59,7 @@ def passes(monkeypatch):
 
 @pytest.mark.equality
 @pytest.mark.parametrize("task", TASKS)
-def test_together_is_as_one_client_at_a_time(task, predictor, passes):
+def test_one_pass_equals_one_client_at_a_time(task, predictor, passes):
     predict, given = predictor(task), inputs(task)
     alone = {
         client: [predict({client: [each]})[client][0] for each in given[client]] for client in given
@@ -85,41 +85,43 @@ def test_together_is_as_one_client_at_a_time(task, predictor, passes):
 
 @pytest.mark.equality
 @pytest.mark.parametrize("task", ["sequence-classification", "image-classification"])
-def test_together_is_as_each_clients_pipeline(task, finished, predictor):
+def test_one_pass_equals_each_clients_pipeline(task, finished, predictor):
     given = inputs(task)
-    for client, said in predictor(task)(given).items():
+    for client, predictions in predictor(task)(given).items():
         expected = finished(task).run.client(client).pipeline("cpu")(given[client])
         best = [
             max(each, key=lambda label: label["score"]) if isinstance(each, list) else each
             for each in expected
         ]
-        assert [each["label"] for each in said] == [each["label"] for each in best]
-        assert [each["score"] for each in said] == pytest.approx(
+        assert [each["label"] for each in predictions] == [each["label"] for each in best]
+        assert [each["score"] for each in predictions] == pytest.approx(
             [each["score"] for each in best], rel=tolerance(torch.float32)
         )
 
 
 @pytest.mark.equality
-def test_a_decoder_completes_as_its_pipeline_does(finished, predictor):
+def test_a_decoder_completes_as_its_pipeline(finished, predictor):
     run = finished("causal-lm").run
-    for client, said in predictor("causal-lm")(TEXTS).items():
+    for client, predictions in predictor("causal-lm")(TEXTS).items():
         pipeline = run.client(client).pipeline("cpu", do_sample=False)
         found = [
             pipeline(text, return_full_text=False)[0]["generated_text"].strip()
             for text in TEXTS[client]
         ]
-        assert said == found
+        assert predictions == found
 
 
-def test_clients_differ(predictor):
-    """The adapters of the fixture's clients are not one: a pass that served all with the first's would be seen."""
+def test_predictions_of_clients_differ(predictor):
+    """The fixture's clients have different adapters, so that mixing them up is detected."""
     predict = predictor("sequence-classification")
     text = ["the page shows an error"]
     scores = [each[0]["score"] for each in predict(dict.fromkeys(TEXTS, text)).values()]
     assert len({round(score, 6) for score in scores}) == 3
 
 
-def test_what_the_model_says_of_stacking_is_heeded(finished, passes, monkeypatch, caplog):
+def test_models_that_refuse_stacking_predict_one_client_at_a_time(
+    finished, passes, monkeypatch, caplog
+):
     predict = Predictor(finished("sequence-classification").run, device="cpu")
     monkeypatch.setattr(
         "fedmerge_peft.serving.predictor.stacking_obstacle", lambda _: "it routes tokens"
@@ -131,7 +133,7 @@ def test_what_the_model_says_of_stacking_is_heeded(finished, passes, monkeypatch
     assert [len(each) for each in together.values()] == [3, 1, 5]
 
 
-def test_a_model_that_mixes_a_batch_is_found_out(finished, monkeypatch):
+def test_a_model_that_mixes_a_batch_is_detected(finished, monkeypatch):
     predict = Predictor(finished("sequence-classification").run, device="cpu")
     assert stacking_obstacle(predict._backbone) is None
 
@@ -159,7 +161,7 @@ def test_dora_predicts_one_at_a_time(smoke, tmp_path):
 
 
 @pytest.mark.equality
-def test_flora_predicts_with_what_the_backbone_has_gained(smoke, smoke_engine, tmp_path):
+def test_flora_predicts_with_the_backbones_added_updates(smoke, smoke_engine, tmp_path):
     run = federate(smoke("strategy=flora", "rounds=2"), tmp_path / "run", engine=smoke_engine)
     name = run.client_names[0]
     found = run.predict({name: ["the badge reader is offline"]}, device="cpu")
@@ -177,14 +179,14 @@ def test_paths_of_images_are_read(predictor, tmp_path):
     )
 
 
-def test_no_inputs_no_predictions(finished):
+def test_no_inputs_give_no_predictions(finished):
     run = finished("sequence-classification").run
     assert run.predict({}, device="cpu") == {}
     assert run.predict({"client 1": [], "client 0": ["a"]}, device="cpu")["client 1"] == []
 
 
 @pytest.mark.equality
-def test_many_inputs_are_cut_into_passes(predictor, passes):
+def test_many_inputs_are_split_into_passes(predictor, passes):
     predict = predictor("sequence-classification")
     given = {client: [f"ticket {number}" for number in range(7)] for client in TEXTS}
     whole = predict(given)
@@ -228,7 +230,7 @@ def test_many_inputs_are_cut_into_passes(predictor, passes):
         ("causal-lm", {"client 0": [0]}, DataError, "an input must be a text, found 0"),
     ],
 )
-def test_inputs_that_are_none(task, given, error, message, predictor):
+def test_invalid_inputs_are_refused(task, given, error, message, predictor):
     if error is None:
         assert predictor(task)(given)["client 0"]
         return
@@ -242,7 +244,7 @@ def test_fedem_has_no_single_adapter(smoke, smoke_engine, tmp_path):
         load_run(run.path).predict({run.client_names[0]: ["a"]})
 
 
-def test_nothing_is_left_in_the_model(predictor):
+def test_the_model_is_restored(predictor):
     predict = predictor("sequence-classification")
     predict(TEXTS)
     assert torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Uploading to the hub, up to the network; and ``fedmerge export`` as a person types it."""
+"""Uploads to the hub, without a network, and the command ``fedmerge export``."""
 
 import huggingface_hub
 import pytest
@@ -16,7 +16,7 @@ def run(finished):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What was asked of the hub; the methods keep the signatures of the real ones."""
+    """Calls of the hub's client; the methods keep the signatures of the real ones."""
     asked = []
 
     def record(self, *positional, **named):
@@ -60,8 +60,8 @@ def test_a_new_repository_is_private_and_gets_the_whole_folder(run, hub, tmp_pat
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/mine", folder)
 
 
-def test_without_the_hub_the_folder_stays_and_the_way_on_is_said(run, tmp_path):
-    """The tests run offline, so this is the real client's own refusal."""
+def test_without_the_hub_the_folder_stays_and_the_next_command_is_printed(run, tmp_path):
+    """The tests run offline, so the real client raises the error."""
     folder = export_client(run, "client 1", tmp_path / "mine", base_model_id="acme/base")
     with pytest.raises(
         RunError, match=r"was written but not uploaded: .*later: hf upload me/mine .*mine"
@@ -70,7 +70,7 @@ def test_without_the_hub_the_folder_stays_and_the_way_on_is_said(run, tmp_path):
     assert (folder / "README.md").is_file()
 
 
-def test_what_the_hub_refuses_is_one_message(run, hub, tmp_path, monkeypatch):
+def test_errors_of_the_hub_are_one_message(run, hub, tmp_path, monkeypatch):
     import httpx2
 
     def refuse(*_, **__):
@@ -89,7 +89,7 @@ def test_what_the_hub_refuses_is_one_message(run, hub, tmp_path, monkeypatch):
         push_to_hub(folder, "me/mine")
 
 
-def test_the_verb_writes_says_vllms_flag_and_what_comes_next(run, fedmerge, tmp_path):
+def test_the_command_writes_and_prints_vllms_option_and_the_next_step(run, fedmerge, tmp_path):
     code, out, err = fedmerge(
         run.path, "--client", "client 1", "--to", tmp_path / "mine", "--base-model-id", "acme/base"
     )
@@ -101,7 +101,7 @@ def test_the_verb_writes_says_vllms_flag_and_what_comes_next(run, fedmerge, tmp_
     assert f"\n\nnext:\n  cat {tmp_path / 'mine' / 'README.md'} " in out
 
 
-def test_the_verb_names_the_folder_itself_and_warns_of_a_local_base(run, fedmerge):
+def test_the_command_names_the_folder_and_warns_of_a_local_base(run, fedmerge):
     code, _, err = fedmerge(run.path, "--soup")
     assert code == 0
     assert (run.path / "exported" / "soup" / "adapter-2").is_dir()
@@ -111,7 +111,7 @@ def test_the_verb_names_the_folder_itself_and_warns_of_a_local_base(run, fedmerg
     assert "existing files are never overwritten" in err
 
 
-def test_the_verb_pushes_where_the_card_says_it_is(run, hub, fedmerge, tmp_path):
+def test_the_command_pushes_to_the_repository_in_the_card(run, hub, fedmerge, tmp_path):
     options = [
         "--all",
         "--to",

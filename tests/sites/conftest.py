@@ -1,10 +1,11 @@
-"""Federations across sites without a network: the trainers run in this process."""
+"""Federations across sites, with trainers in this process or with processes of their own."""
 
 from pathlib import Path
 
 import pytest
 
 from fedmerge_peft.data import federate_data
+from sites.processes import FederationProcesses
 
 
 class InProcessTransport:
@@ -63,3 +64,28 @@ def federation_of(tmp_path):
 def connect():
     """``connect(trainers)``: a transport to these trainers."""
     return InProcessTransport
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Processes of one thread each, and a short grace period for lost sites."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("NVFLARE_DEAD_CLIENT_GRACE_PERIOD", "3")
+
+
+@pytest.fixture
+def federation_processes(tmp_path):
+    """``federation_processes(recipe, sites, **options)``: prepared, without running processes."""
+    from fedmerge_peft.sites.rehearse import prepare_rehearsal
+
+    created = []
+
+    def make(recipe, sites, **options):
+        out = tmp_path / f"federation-{len(created)}"
+        created.append(FederationProcesses(out, prepare_rehearsal(recipe, sites, out, **options)))
+        return created[-1]
+
+    yield make
+    for processes in created:
+        processes.stop()

@@ -1,4 +1,4 @@
-"""Client-level differential privacy: what leaves a client, what noise the sums get, and what is spent."""
+"""Client-level differential privacy: released updates, noise on sums, and the budget spent."""
 
 import math
 import sys
@@ -31,7 +31,7 @@ LOCAL, CENTRAL = "privacy.mode=local", "privacy.mode=central"
 def renyi(noise, rounds, delta):
     """min over α of ε_R(α) + log((α − 1)/α) − (log δ + log α)/(α − 1), with ε_R(α) = T α / (2 z²).
 
-    (Mironov 2017, arXiv 1702.07476, proposition 7; Balle et al. 2020, arXiv 1905.09982, theorem 21.)
+    Mironov 2017, arXiv 1702.07476, proposition 7; Balle et al. 2020, arXiv 1905.09982, theorem 21.
     """
     orders = [1 + x / 1000 for x in range(1, 100_000)]
     return min(
@@ -43,7 +43,10 @@ def renyi(noise, rounds, delta):
 
 
 def exact(noise, rounds, delta):
-    """The ε at which T Gaussian mechanisms, which are one of noise z/√T, have this δ (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
+    """The ε of T Gaussian mechanisms at δ; together they are one mechanism of noise z/√T.
+
+    Balle and Wang 2018, arXiv 1805.06530, theorem 8.
+    """
     phi, sigma = NormalDist().cdf, noise / math.sqrt(rounds)
     low, high = 0.0, 100.0
     for _ in range(100):
@@ -60,13 +63,13 @@ def exact(noise, rounds, delta):
     ("noise", "rounds", "delta"),
     [(1.0, 1, 1e-5), (2.0, 10, 1e-5), (5.0, 100, 1e-6), (0.8, 3, 1e-3), (60.0, 20, 1e-5)],
 )
-def test_what_is_spent_is_what_the_formulas_say(noise, rounds, delta):
+def test_epsilon_equals_the_formulas(noise, rounds, delta):
     found = epsilon_spent(PrivacyRecipe(mode="local", noise=noise, delta=delta), rounds)
     assert found == pytest.approx(renyi(noise, rounds, delta), rel=0.01)
     assert exact(noise, rounds, delta) <= found <= 1.25 * exact(noise, rounds, delta)
 
 
-def test_what_is_spent_is_the_accountants_own_figure():
+def test_epsilon_equals_the_accountants():
     from opacus.accountants.analysis import rdp
 
     orders = [1 + x / 10.0 for x in range(1, 100)] + list(range(12, 64))
@@ -75,18 +78,20 @@ def test_what_is_spent_is_the_accountants_own_figure():
     assert epsilon_spent(PrivacyRecipe(mode="local", noise=1.5), 7) == epsilon
 
 
-def test_who_was_never_asked_has_spent_nothing():
+def test_clients_that_never_took_part_have_spent_nothing():
     assert epsilon_spent(PrivacyRecipe(mode="local"), 0) == 0.0
 
 
-def test_without_the_accountant_a_run_says_what_to_install_before_it_starts(formulas, monkeypatch):
+def test_without_the_accountant_a_run_is_refused_with_the_command_that_installs_it(
+    formulas, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "opacus.accountants", None)
     with pytest.raises(RecipeError, match=r"pip install 'fedmerge-peft\[privacy\]'"):
         formulas(2).federation("strategy=fedavg", LOCAL)
 
 
 @pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
-def test_each_client_pays_for_the_rounds_in_which_it_was_asked(formulas, mode):
+def test_a_clients_epsilon_counts_its_own_rounds(formulas, mode):
     found = formulas(6).federation(
         "strategy=fedavg", mode, "clients.fraction=0.5", "rounds=8", "privacy.noise=3"
     )
@@ -99,7 +104,7 @@ def test_each_client_pays_for_the_rounds_in_which_it_was_asked(formulas, mode):
     assert max(asked) < 8
 
 
-def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_each_round_once(
+def test_epsilon_counts_each_round_once_and_does_not_depend_on_earlier_calls(
     formulas,
 ):
     found = formulas(6).federation(
@@ -122,18 +127,18 @@ def test_what_is_spent_does_not_depend_on_when_it_was_asked_before_and_counts_ea
     assert seen == list(range(1, 9))
 
 
-# ---- what leaves a client ------------------------------------------------------------------------
+# ---- released updates ----------------------------------------------------------------------------
 
 
 def sent(delta, privacy, phases=(None,), seed=5):
-    """What a client whose training moves it by δ returns, and what it keeps."""
+    """The released reply, and the row kept, of a client that training moves by δ."""
     row = torch.zeros_like(delta)
     plan = Train(row, phases, privacy=privacy)
-    work = run_plan(plan, seed, lambda job, _: Trained(job.row - delta, 1.0, 1), None)
-    return work.deltas[0], work.trained
+    result = run_plan(plan, seed, lambda job, _: Trained(job.row - delta, 1.0, 1), None)
+    return result.deltas[0], result.trained
 
 
-def test_a_released_update_is_clipped_and_what_the_client_keeps_is_not_touched():
+def test_a_released_update_is_clipped_and_the_clients_own_row_is_not():
     delta = torch.tensor([3.0, 4.0])
     returned, kept = sent(delta, UpdatePrivacy(1.0, 0.0))
     torch.testing.assert_close(returned, delta / 5)
@@ -176,7 +181,7 @@ def test_local_noise_is_in_units_of_how_far_two_clipped_updates_can_be_apart():
 def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(
     clients, adapters, seed, sharpness
 ):
-    """max over which client is missing of ‖f(all) − f(all but one)‖ ≤ S, without the noise."""
+    """‖f(all) − f(all but one)‖ ≤ S for every missing client, without the noise."""
     generator = torch.Generator().manual_seed(seed)
     deltas = clipped(5 * torch.randn(clients, 6, generator=generator), 1.0)
     weights = torch.softmax(
@@ -220,12 +225,12 @@ def test_with_little_noise_and_a_wide_bound_private_fedavg_is_fedavg(formulas):
     torch.testing.assert_close(private.strategy.soup.rows[0], case.mean(), rtol=1e-3, atol=1e-3)
 
 
-# ---- which methods -------------------------------------------------------------------------------
+# ---- supported methods ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["ditto", "fedrep", "fedem", "ifca", "flora", "fedavg_ft"])
 @pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
-def test_a_method_that_shares_more_than_is_covered_is_refused(strategy, mode):
+def test_a_method_that_shares_more_than_is_noised_is_refused(strategy, mode):
     with pytest.raises(RecipeError, match=rf"covers .*, not all that {strategy} shares"):
         Recipe.load("smoke", [f"strategy={strategy}", mode, "baselines=[]"])
     with pytest.raises(RecipeError, match=rf"not all that {strategy} shares"):
@@ -235,7 +240,7 @@ def test_a_method_that_shares_more_than_is_covered_is_refused(strategy, mode):
 @pytest.mark.parametrize(
     "setting", ["start=warm", "rule=paper", "rule=gradient", "reseed_after=2", "balance_rounds=1"]
 )
-def test_weights_that_depend_on_other_clients_are_refused_where_the_noise_is_on_the_sums(setting):
+def test_weights_that_depend_on_other_clients_are_refused_with_noise_on_sums(setting):
     with pytest.raises(
         RecipeError, match="by each other's updates, which noise on the sums does not cover"
     ):
@@ -261,7 +266,7 @@ def test_local_training_shares_nothing_and_gets_no_noise(smoke, smoke_engine):
 
 @pytest.mark.parametrize("strategy", ["ffa_lora", "{name: fedmerge, start: independent}"])
 @pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
-def test_noise_is_on_all_that_travels_and_on_nothing_else(formulas, strategy, mode):
+def test_noise_is_on_all_sent_columns_and_on_no_others(formulas, strategy, mode):
     found = formulas(3).federation(f"strategy={strategy}", mode)
     before = found.strategy.soup.rows.clone()
     list(found.rounds())
@@ -272,7 +277,7 @@ def test_noise_is_on_all_that_travels_and_on_nothing_else(formulas, strategy, mo
 
 
 @pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
-def test_a_private_run_says_what_it_spent_and_resumes_to_the_same_bits(
+def test_a_private_run_records_its_epsilon_and_resumes_to_the_same_bits(
     smoke, smoke_engine, tmp_path, left_behind, mode
 ):
     recipe = smoke("rounds=4", mode, "privacy.noise=4", "clients.fraction=0.5")

@@ -1,4 +1,4 @@
-"""FedEM: on a mixture of regressions that is known, and on a tiny model."""
+"""FedEM on a known mixture of regressions, and on a tiny model."""
 
 import pytest
 import torch
@@ -17,7 +17,10 @@ PI = torch.tensor([1.0, 0.8, 0.5, 0.3, 0.0])
 
 
 class Regression:
-    """y = x θ_k + noise of unit variance, where k is the first component for a part π of the examples; ℓ = ½ (y − x θ)² + ½ log 2π."""
+    """y = x θ_k + noise of unit variance; ℓ = ½ (y − x θ)² + ½ log 2π.
+
+    A part π of the examples is from the first component.
+    """
 
     size = 400
 
@@ -30,7 +33,7 @@ class Regression:
             self.size, generator=generator
         )
 
-    def hands(self):
+    def functions(self):
         def losses(row):
             return 0.5 * (self.outputs - self.inputs @ row[:3]).square() + 0.9189385
 
@@ -62,10 +65,10 @@ def make(adapters, fresh_row=noise, clients=9):
 def replies(strategy, clients):
     for index, client in enumerate(clients):
         seed = derive(0, index)
-        yield reply_to(strategy.plan(index), index, client.size, *client.hands(), seed)
+        yield reply_to(strategy.plan(index), index, client.size, *client.functions(), seed)
 
 
-def test_fedem_recovers_a_mixture_of_two_regressions_and_each_clients_part_of_it():
+def test_fedem_recovers_a_mixture_of_two_regressions_and_each_clients_weights():
     clients = [Regression(float(part), seed) for seed, part in enumerate(PI)]
     strategy = make(2, noise, clients=5)
     for _ in range(40):
@@ -112,7 +115,7 @@ def test_fedem_refuses_components_that_would_stay_equal():
 
 
 def test_fedems_gap_is_the_mean_over_its_components(formulas):
-    """Both components are trained to c_i = c ± a, and averaged to c: ‖a‖ each."""
+    """Both components train to c_i = c ± a and are averaged to c: a gap of ‖a‖ each."""
     case = formulas(2)
     a = 0.1 * torch.ones(case.layout.size)
     case.centres = torch.stack([case.centres[0] + a, case.centres[0] - a])
@@ -144,12 +147,16 @@ def test_a_mixture_has_no_single_adapter(smoke, smoke_engine, tmp_path):
 def test_a_mixture_and_a_metric_of_generated_text_are_refused_with_the_recipe(tmp_path, where):
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "name: words\ntask: {name: causal-lm, metrics: [perplexity, rougeL]}\nbackbone: {model: tiny:gpt2}\n"
+        "name: words\ntask: {name: causal-lm, metrics: [perplexity, rougeL]}\n"
+        "backbone: {model: tiny:gpt2}\n"
         "data: {path: unused, partition: {scheme: iid, clients: 2}}\n"
     )
     with pytest.raises(
         RecipeError,
-        match=r"recipe.yaml:2: task: the metric rougeL needs generated text.*fedem.*use perplexity or accuracy",
+        match=(
+            r"recipe.yaml:2: task: the metric rougeL needs generated text.*fedem"
+            r".*use perplexity or accuracy"
+        ),
     ):
         Recipe.load(path, [where])
     Recipe.load(path, [where, "task.metrics=[perplexity, accuracy]"])

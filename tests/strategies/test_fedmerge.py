@@ -1,4 +1,4 @@
-"""FedMerge's options, each on a case whose answer is known."""
+"""FedMerge's options, each on a case with a known answer."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_temperature_sharpens_the_weights_and_nothing_else():
     torch.testing.assert_close(sharp.weights, torch.softmax(2 * plain.merging.logits, dim=1))
 
 
-def test_memory_averages_what_the_weights_step_by():
+def test_memory_averages_the_weights_steps():
     gradients = [
         torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
         for n in range(3)
@@ -98,11 +98,11 @@ def test_balance_gives_all_adapters_the_same_mass():
     )
 
 
-def test_balance_bears_adapters_that_nobody_uses():
+def test_balance_is_finite_with_unused_adapters():
     assert balancing_shifts(torch.tensor([[200.0, 0.0], [200.0, 0.0]])).isfinite().all()
 
 
-def test_balance_fades_away_over_its_rounds():
+def test_balance_decays_over_its_rounds():
     strategy, free = fedmerge(balance_rounds=3, weights_lr=0.0), fedmerge(weights_lr=0.0)
     away = []
     for each in (strategy, free):
@@ -116,20 +116,20 @@ def test_balance_fades_away_over_its_rounds():
     assert torch.equal(strategy.weights, free.weights)
 
 
-def test_noise_sets_the_adapters_apart_around_one_start():
+def test_noise_spreads_the_adapters_around_one_start():
     rows = fedmerge(start="noise", start_noise=0.01).soup.rows
     away = rows - start().fresh_row(0)
     assert 0.003 < float(away.std()) < 0.03
     assert torch.linalg.matrix_rank(away) == 3
 
 
-def test_an_unused_adapter_goes_to_half_of_the_busiest_ones_clients():
+def test_an_unused_adapter_is_reset_for_half_of_the_busiest_ones_clients():
     strategy = fedmerge(4, adapters=2, reseed_after=2, weights_lr=0.0, start="identical")
     strategy.merging.logits = torch.tensor([[4.0, -4.0]]).repeat(4, 1)
-    wish = torch.zeros(SIZE)
-    wish[0] = 1.0
+    direction = torch.zeros(SIZE)
+    direction[0] = 1.0
     opposed = [
-        Reply(c, (torch.ones(SIZE) + (wish if c % 2 else -wish))[None], 10, 1.0, 0.0)
+        Reply(c, (torch.ones(SIZE) + (direction if c % 2 else -direction))[None], 10, 1.0, 0.0)
         for c in range(4)
     ]
     strategy.update(opposed)
@@ -176,7 +176,7 @@ def test_momentum_is_the_running_sum_of_the_mean_updates():
     ],
     ids=str,
 )
-def test_clients_with_two_opposed_wishes_are_served_by_their_wish(fields):
+def test_two_groups_with_opposed_updates_get_adapters_of_their_own(fields):
     targets = [
         torch.tensor([3.0, 0, 0, 0, 0, 0]) * (1 if client % 2 else -1) for client in range(6)
     ]

@@ -1,4 +1,4 @@
-"""Methods that leave something private with each client: on clients whose answers are formulas, and on a tiny model."""
+"""Methods with private parameters of each client, on formula clients and a tiny model."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def columns(layout, *names):
 # ---- FedAvg and finetuning -----------------------------------------------------------------------
 
 
-def test_finetuned_fedavg_serves_what_the_client_trained_last(formulas):
+def test_finetuned_fedavg_serves_the_clients_last_trained_adapter(formulas):
     case = formulas(3, sizes=[10, 20, 30])
     strategy = case.strategy("fedavg_ft")
     case.round(strategy, [0, 2])
@@ -38,7 +38,7 @@ def test_finetuned_fedavg_serves_what_the_client_trained_last(formulas):
 
 
 @pytest.mark.parametrize("regularization", [0.1, 1.0, 9.0])
-def test_dittos_private_adapter_stands_between_its_client_and_the_global_one(
+def test_dittos_private_adapter_lies_between_its_clients_minimum_and_the_global_one(
     formulas, regularization
 ):
     """v_i = (c_i + λ w) / (1 + λ), with the w that was sent."""
@@ -61,7 +61,7 @@ def test_dittos_global_adapter_is_fedavgs(formulas):
         torch.testing.assert_close(ditto.plan(0).jobs[0].row, fedavg.served(0))
 
 
-def test_dittos_private_adapter_starts_from_the_global_one_when_its_client_is_first_asked(formulas):
+def test_dittos_private_adapter_starts_from_the_global_one_in_its_clients_first_round(formulas):
     case = formulas(3, sizes=[10, 20, 30])
     strategy = case.strategy("ditto")
     for clients in ([0], [0, 2]):
@@ -78,7 +78,7 @@ def test_dittos_private_adapter_starts_from_the_global_one_when_its_client_is_fi
 
 
 def test_dittos_gap_is_the_global_adapters(formulas):
-    """w is trained to c ± a and becomes c: ‖a‖, wherever the private ones are."""
+    """w trains to c ± a and becomes c: a gap of ‖a‖, independent of the private adapters."""
     case = formulas(2)
     a = 0.1 * torch.ones(case.layout.size)
     case.centres = torch.stack([case.centres[0] + a, case.centres[0] - a])
@@ -155,7 +155,7 @@ def test_feddpas_halves_are_the_mean_and_the_clients_own(formulas):
         torch.testing.assert_close(served[head], case.centres[client][head])
 
 
-def test_a_newcomer_to_feddpa_is_served_with_the_global_half_and_head(formulas):
+def test_a_newcomer_to_feddpa_is_served_the_global_half_and_head(formulas):
     case = formulas(3)
     strategy = case.strategy("feddpa")
     shared, private = halves(case.layout)
@@ -170,7 +170,7 @@ def test_a_newcomer_to_feddpa_is_served_with_the_global_half_and_head(formulas):
     torch.testing.assert_close(strategy.served(0)[head], case.centres[0][head])
 
 
-def test_feddpas_first_job_does_not_see_the_private_half_and_its_second_does_not_move_the_global_one(
+def test_feddpas_jobs_train_the_global_half_alone_and_then_the_private_one(
     formulas,
 ):
     case = formulas(3)
@@ -219,7 +219,7 @@ PERSONAL = ("fedavg_ft", "ditto", "fedrep", "feddpa", "fedsa_lora")
 
 
 @pytest.mark.parametrize("name", PERSONAL)
-def test_what_was_sent_does_not_change_with_the_update(formulas, name):
+def test_sent_rows_do_not_change_with_the_update(formulas, name):
     case = formulas(3)
     strategy = case.strategy(name)
     plans = [strategy.plan(client) for client in range(3)]
@@ -232,7 +232,7 @@ def test_what_was_sent_does_not_change_with_the_update(formulas, name):
 
 
 @pytest.mark.parametrize("name", PERSONAL)
-def test_the_order_of_replies_does_not_count(formulas, name):
+def test_the_order_of_replies_does_not_matter(formulas, name):
     case = formulas(4, sizes=[10, 20, 30, 40])
     one, other = case.strategy(name, server_momentum=0.5), case.strategy(name, server_momentum=0.5)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The server step against the method's own equations."""
+"""The server step equals the method's equations."""
 
 import math
 
@@ -25,7 +25,7 @@ def federation(m=7, d=3, p=40, seed=0, dtype=torch.float64):
 
 
 def slow_paper_step(soup, logits, deltas, sizes, weights_lr, soup_lr, columns):
-    """The authors' round, entry by entry with plain Python numbers, the weights' step truly repeated k times."""
+    """The authors' round in plain Python numbers, with the weights' step repeated k times."""
     m, d, p = len(deltas), len(soup), soup.shape[1]
     theta, w, delta = soup.tolist(), logits.tolist(), deltas.tolist()
     rho = [float(n) / float(sum(sizes)) for n in sizes]
@@ -92,7 +92,7 @@ def test_paper_rule_moves_no_logit_much_further_than_its_step_size():
 
 
 def test_gradient_rule_is_the_gradient_of_the_merged_objective():
-    """With a quadratic loss ℓ_i(θ) = ½‖θ − t_i‖², the reply of one unit step is δ_i = θ_i − t_i, the exact gradient."""
+    """With ℓ_i(θ) = ½‖θ − t_i‖², one unit step gives δ_i = θ_i − t_i, the exact gradient."""
     soup, logits, targets, sizes = federation(seed=3)
     soup.requires_grad_()
     logits.requires_grad_()
@@ -142,7 +142,7 @@ def test_scale_of_a_reply_does_not_change_how_far_normalized_weights_move(scale,
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=50, deadline=None)
 @given(m=st.integers(1, 6), d=st.integers(1, 5), p=st.integers(1, 30), seed=st.integers(0, 10_000))
-def test_finite_in_finite_out(rule, m, d, p, seed):
+def test_finite_inputs_give_finite_outputs(rule, m, d, p, seed):
     soup, logits, deltas, sizes = federation(m, d, p, seed, torch.float32)
     new_soup, new_logits = fedmerge_step(soup, 30 * logits, deltas, sizes, rule=rule)
     assert new_soup.isfinite().all()
@@ -220,7 +220,7 @@ def test_columns_may_be_an_index_or_a_mask():
     assert not torch.equal(by_index[1], everything[1])
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_modified():
     arguments = federation()
     before = [tensor.clone() for tensor in arguments]
     fedmerge_step(*arguments)

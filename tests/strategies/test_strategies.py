@@ -39,7 +39,7 @@ def replies(clients, seed=0, sizes=None):
     ]
 
 
-def test_every_client_is_served_with_its_weights_times_the_soup():
+def test_every_client_is_served_its_weights_times_the_soup():
     for recipe in (
         FedMergeRecipe(name="fedmerge", adapters=3, start="independent"),
         FedAvgRecipe(name="fedavg"),
@@ -55,8 +55,8 @@ def test_every_client_is_served_with_its_weights_times_the_soup():
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in STRATEGIES])
-def test_a_single_plan_trains_what_the_client_is_served_with(formulas, name):
-    """The round loop relies on it: it scores a plan's row in place of asking for the same numbers again."""
+def test_a_single_plan_trains_the_served_adapter(formulas, name):
+    """The round loop scores a plan's row instead of requesting the same numbers again."""
     case = formulas(4)
     strategy = case.strategy(name)
     for _ in range(2):
@@ -104,7 +104,7 @@ def test_one_adapter_equals_fedavg():
 
 
 @pytest.mark.parametrize("rule", ["normalized", "paper"])
-def test_identical_starts_equal_fedavg_for_ever(rule):
+def test_identical_starts_equal_fedavg_in_every_round(rule):
     same = make_strategy(
         FedMergeRecipe(name="fedmerge", adapters=3, start="identical", rule=rule), start()
     )
@@ -132,7 +132,7 @@ def test_clients_that_did_not_reply_keep_their_weights():
     assert moved.tolist() == [True, False, True, False]
 
 
-def test_replies_count_the_same_in_any_order():
+def test_the_order_of_replies_does_not_matter():
     forwards, backwards = (
         make_strategy(FedMergeRecipe(name="fedmerge", adapters=3, start="independent"), start())
         for _ in range(2)
@@ -166,7 +166,7 @@ def test_the_heads_columns_alone_may_decide_the_weights():
     assert not torch.allclose(head.weights, whole.weights)
 
 
-def test_the_paper_rule_looks_at_the_head_where_there_is_one():
+def test_the_paper_rule_uses_the_head_if_there_is_one():
     paper = make_strategy(
         FedMergeRecipe(name="fedmerge", adapters=3, start="independent", rule="paper"), start()
     )
@@ -197,11 +197,14 @@ def test_the_heads_columns_need_a_head():
 
 
 def opposed(clients, scale=1.0):
-    """Even clients want one direction, odd clients the other; all share a third, much larger one."""
+    """Updates in opposite directions for even and odd clients, plus a larger common part."""
     common = 3 * (torch.arange(SIZE) > 0)
-    wish = torch.zeros(SIZE)
-    wish[0] = scale
-    return [Reply(c, (common + (wish if c % 2 else -wish))[None], 10, 1.0, 0.0) for c in clients]
+    direction = torch.zeros(SIZE)
+    direction[0] = scale
+    return [
+        Reply(c, (common + (direction if c % 2 else -direction))[None], 10, 1.0, 0.0)
+        for c in clients
+    ]
 
 
 def test_a_warm_start_is_fedavg_until_the_grouping():
@@ -229,7 +232,7 @@ def test_a_warm_start_gives_opposed_clients_adapters_of_their_own():
     torch.testing.assert_close(strategy.adapter(0)[1:], strategy.adapter(1)[1:])
 
 
-def test_a_warm_start_leaves_clients_it_never_asked_uniform():
+def test_a_warm_start_keeps_uniform_weights_for_clients_without_updates():
     strategy = make_strategy(
         FedMergeRecipe(name="fedmerge", adapters=2, start="warm", warm_rounds=1), start()
     )
@@ -239,7 +242,7 @@ def test_a_warm_start_leaves_clients_it_never_asked_uniform():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_the_own_groups_weight_is_warm_weight_whatever_the_temperature(temperature):
+def test_the_own_groups_weight_is_warm_weight_at_any_temperature(temperature):
     recipe = FedMergeRecipe(
         name="fedmerge",
         adapters=6,
@@ -263,7 +266,7 @@ def test_more_groups_than_adapters_are_refused():
 
 
 def in_groups(truth, spread, seed=0):
-    """Updates of clients that want one of three things, of very different lengths, with much in common."""
+    """Updates around one of three centres, of very different lengths, with a common part."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, 50, generator=generator)
     lengths = torch.rand(len(truth), 1, generator=generator) * 10 + 0.1
@@ -274,7 +277,7 @@ def in_groups(truth, spread, seed=0):
 
 
 @pytest.mark.parametrize("most", [3, 4, 8, 12, 20])
-def test_grouping_sees_directions_and_tells_how_many_groups_there_are(most):
+def test_grouping_uses_directions_and_determines_the_number_of_groups(most):
     truth = torch.arange(12) % 3
     groups = group_by_direction(in_groups(truth, 0.3), most, 0)
     assert all(
@@ -282,7 +285,7 @@ def test_grouping_sees_directions_and_tells_how_many_groups_there_are(most):
     )
 
 
-def test_clients_with_nothing_in_common_stay_alone():
+def test_clients_without_similarity_stay_alone():
     assert sorted(
         group_by_direction(
             torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), 8, 0

@@ -1,4 +1,4 @@
-"""A round's replies as one matrix, of which little is in memory at a time."""
+"""A round's replies as one matrix, with a small part in memory at a time."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def after_four_rounds(formulas, name, settings):
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(
+def test_a_step_on_blocks_of_columns_equals_the_step_on_all_columns(
     monkeypatch, formulas, name, settings, rows
 ):
     whole = after_four_rounds(formulas, name, settings)
@@ -49,7 +49,7 @@ def test_a_step_that_takes_some_columns_at_a_time_is_the_step_on_all_at_once(
 
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
-def test_who_replied_first_does_not_matter_to_the_last_bit(monkeypatch, formulas, name, settings):
+def test_the_order_of_replies_changes_no_bit(monkeypatch, formulas, name, settings):
     federation = formulas(len(SIZES), sizes=SIZES)
     monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 12 * federation.layout.size)
     one, other = (federation.strategy(name, **settings) for _ in range(2))
@@ -61,7 +61,7 @@ def test_who_replied_first_does_not_matter_to_the_last_bit(monkeypatch, formulas
     assert torch.equal(one.weights, other.weights)
 
 
-def test_warm_means_take_a_row_for_each_client_that_has_replied_and_no_more(formulas):
+def test_warm_means_need_one_row_for_each_client_that_has_replied(formulas):
     federation = formulas(50)
     strategy = federation.strategy("fedmerge", adapters=2, start="warm", warm_rounds=5)
     federation.round(strategy, [3, 40])
@@ -80,18 +80,24 @@ from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 row_buffer.CHUNK_BYTES = row_buffer.MEMORY_BYTES = 2**22
 SIZE, CLIENTS = 2**18, 200
 layout = AdapterLayout.from_tensors([("head.weight", (SIZE,), "head")])
-start = StrategyContext(CLIENTS, layout, lambda number: torch.randn(SIZE, generator=torch.Generator().manual_seed(number)))
+def fresh_row(number):
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(number))
+
+
+start = StrategyContext(CLIENTS, layout, fresh_row)
 
 
 def learn(count):
     kept = row_buffer.RowBuffer(expected_calls=count)
-    replies = [Reply(client, kept.append(torch.randn(1, SIZE)), 10, 1.0, 0.0) for client in range(count)]
+    rows = (kept.append(torch.randn(1, SIZE)) for _ in range(count))
+    replies = [Reply(client, row, 10, 1.0, 0.0) for client, row in enumerate(rows)]
     for more in ({}, {"start": "warm"}):
-        make_strategy(FedMergeRecipe(name="fedmerge", adapters=2, warm_rounds=1, **more), start).update(replies)
+        recipe = FedMergeRecipe(name="fedmerge", adapters=2, warm_rounds=1, **more)
+        make_strategy(recipe, start).update(replies)
     return replies
 
 
-learn(8)  # what the libraries need, whatever their work
+learn(8)  # memory that the libraries need in any case
 lines = open("/proc/self/status").read().splitlines()
 now = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (1024 * now + 64 * 2**20,) * 2)
@@ -107,7 +113,7 @@ except RuntimeError:
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the limit on a process's own memory is Linux's"
 )
-def test_two_hundred_replies_of_a_megabyte_are_learned_from_in_a_third_of_that():
+def test_two_hundred_replies_of_a_megabyte_need_a_third_of_their_memory():
     exact = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",

@@ -13,7 +13,7 @@ from fedmerge_peft.tasks import Task, make_task
 
 @pytest.fixture
 def task_of(tiny_models: Path) -> Callable[..., Any]:
-    """``task_of(kind, table, name=..., **options)``: the task of a recipe with these options on a tiny model."""
+    """``task_of(kind, table, name=..., **options)``: a recipe's task on a tiny model."""
 
     def build(
         kind: str,

@@ -1,36 +1,19 @@
+"""Encoding of texts, prompts and chats for causal language models."""
+
 from __future__ import annotations
 
 import logging
 
-import numpy as np
 import pytest
-import torch
-import transformers as hf
 from datasets import Dataset
 
-from fedmerge_peft.errors import DataError, RecipeError
+from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.text_formats import fill_template, parse_template
-
-NAME = "causal-lm"
-PAIRS = Dataset.from_dict(
-    {"prompt": ["Two and three?", "Name a colour:"], "completion": [" five", " red"]}
-)
-CHATS = Dataset.from_dict(
-    {
-        "messages": [
-            [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}],
-            [
-                {"role": "system", "content": "Be kind"},
-                {"role": "user", "content": "Who?"},
-                {"role": "assistant", "content": "Me"},
-            ],
-        ]
-    }
-)
+from tasks.causal_lm_tables import CHATS, NAME, PAIRS
 
 
 def decoded(task, examples, row) -> tuple[str, str]:
-    """All of an example, and the part with labels."""
+    """Decode an example, and its part with labels."""
     ids, labels = examples.columns["input_ids"][row], examples.columns["labels"][row]
     return task.processor.decode(ids), task.processor.decode(labels[labels != -100])
 
@@ -45,7 +28,7 @@ def decoded(task, examples, row) -> tuple[str, str]:
         (["text", "prompt", "instruction"], "text"),
     ],
 )
-def test_the_format_is_told_from_the_columns(task_of, columns, format):
+def test_the_format_follows_from_the_columns(task_of, columns, format):
     table = Dataset.from_dict({column: ["a"] for column in columns})
     assert task_of("llama", table, name=NAME).format == format
 
@@ -53,7 +36,10 @@ def test_the_format_is_told_from_the_columns(task_of, columns, format):
 def test_columns_that_fit_no_format_are_listed(task_of):
     with pytest.raises(
         DataError,
-        match=r"the data have body, title, which match no format \(messages: messages; prompt-completion",
+        match=(
+            r"the data have body, title, which match no format \(messages: messages; "
+            r"prompt-completion"
+        ),
     ):
         task_of("llama", Dataset.from_dict({"body": ["a"], "title": ["b"]}), name=NAME)
 
@@ -100,7 +86,7 @@ def test_messages_are_laid_out_by_the_chat_template(task_of):
     assert examples.columns["labels"][1].tolist() == [-100, *wanted[1:]]
 
 
-def test_messages_without_a_chat_template_say_the_fix(task_of):
+def test_messages_without_a_chat_template_are_refused_with_the_fix(task_of):
     with pytest.raises(
         DataError, match=r"needs a tokenizer with a chat template.*backbone.tokenizer"
     ):
@@ -112,7 +98,10 @@ def test_messages_without_a_chat_template_say_the_fix(task_of):
     [
         (
             [[], [{"role": "user", "content": "a"}]],
-            r"row 0 \(of the rows in use\): 'messages' must be a list of at least one \{role, content\}",
+            (
+                r"row 0 \(of the rows in use\): 'messages' must be a list of at least one "
+                r"\{role, content\}"
+            ),
         ),
         (
             [[{"role": "user", "content": None}]],
@@ -129,18 +118,21 @@ def test_messages_without_a_chat_template_say_the_fix(task_of):
         ),
     ],
 )
-def test_unfit_messages_are_refused(task_of, messages, message):
+def test_invalid_messages_are_refused(task_of, messages, message):
     table = Dataset.from_dict({"messages": messages})
     with pytest.raises(DataError, match=message):
         task_of("llama", table, name=NAME).encode(table)
 
 
-def test_what_the_chat_template_refuses_is_refused_with_its_row(task_of):
+def test_errors_of_the_chat_template_are_refused_with_their_row(task_of):
     task = task_of("llama", CHATS, name=NAME)
     task.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
         DataError,
-        match=r"row 0 \(of the rows in use\): the chat template rejects the messages in 'messages': roles must alternate",
+        match=(
+            r"row 0 \(of the rows in use\): the chat template rejects the messages in 'messages': "
+            r"roles must alternate"
+        ),
     ):
         task.encode(CHATS)
 
@@ -181,7 +173,7 @@ def test_a_template_may_name_any_column(task_of):
         ("{instruction", r"task.template: .*write \{\{ and \}\} for literal braces"),
     ],
 )
-def test_unfit_templates_are_refused(task_of, template, message):
+def test_invalid_templates_are_refused(task_of, template, message):
     table = Dataset.from_dict({"instruction": ["a"], "output": ["b"]})
     with pytest.raises(DataError, match=message):
         task_of("llama", table, name=NAME, template=template).encode(table)
@@ -210,14 +202,14 @@ def test_only_paragraphs_with_one_empty_field_are_left_out():
         ),
     ],
 )
-def test_unfit_columns_are_refused(task_of, columns, message):
+def test_unsuitable_columns_are_refused(task_of, columns, message):
     table = Dataset.from_dict(columns)
     with pytest.raises(DataError, match=message):
         task_of("llama", table, name=NAME).encode(table)
 
 
 # --- tokens ---------------------------------------------------------------------------------------
-def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_counted(
+def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenized_apart_and_counted(
     task_of, caplog
 ):
     table = Dataset.from_dict({"prompt": ["th", "fine:"], "completion": ["e", " yes"]})
@@ -225,8 +217,8 @@ def test_a_prompt_whose_tokens_merge_with_the_completion_is_tokenised_apart_and_
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
     assert (
-        "in 1 of 2 rows the prompt's tokens are not a prefix of the tokens of prompt + completion (first: row 0)"
-        in caplog.text
+        "in 1 of 2 rows the prompt's tokens are not a prefix of the tokens of prompt + "
+        "completion (first: row 0)" in caplog.text
     )
     assert decoded(task, examples, 0) == ("<s>the</s>", "e</s>")
 
@@ -243,7 +235,7 @@ def test_an_empty_prompt_is_the_begin_of_sequence_token(task_of, caplog, kind, s
     assert not caplog.records
 
 
-def test_a_long_prompt_is_cut_on_the_left_so_that_the_completion_survives(task_of, caplog):
+def test_a_long_prompt_is_truncated_on_the_left_so_that_the_completion_survives(task_of, caplog):
     table = Dataset.from_dict(
         {"prompt": ["x " * 200 + "end", "short"], "completion": [" done", " ok"]}
     )
@@ -265,7 +257,7 @@ def test_a_completion_that_fills_the_length_keeps_one_token_before_it(task_of):
     assert (examples.columns["labels"][0] != -100).tolist() == [False] + [True] * 9
 
 
-def test_a_long_text_is_cut_on_the_right(task_of):
+def test_a_long_text_is_truncated_on_the_right(task_of):
     table = Dataset.from_dict({"text": ["a b c d e f g h i j k l m n o p"]})
     task = task_of("llama", table, name=NAME, max_length=8)
     examples = task.encode(table)
@@ -296,143 +288,9 @@ def test_lengths_stay_within_the_model(task_of):
         task_of("gpt2", PAIRS, name=NAME, max_length=200)
     with pytest.raises(
         DataError,
-        match=r"task.max_new_tokens: 128 new tokens leave no room for a prompt; the model's limit is 128",
+        match=(
+            r"task.max_new_tokens: 128 new tokens leave no room for a prompt; "
+            r"the model's limit is 128"
+        ),
     ):
         task_of("gpt2", PAIRS, name=NAME, max_new_tokens=128, metrics=["rougeL"])
-
-
-# --- losses ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "table",
-    [PAIRS, Dataset.from_dict({"text": ["A short one.", "And one that is quite a bit longer."]})],
-)
-def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind, table):
-    task = task_of(kind, table, name=NAME, metrics=["accuracy"])
-    batch = task.collate(task.encode(table), np.arange(2))
-    model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / kind).eval()
-    with torch.no_grad():
-        output = model(**batch)
-    losses, counts = task.losses(output.logits, batch["labels"])
-    assert losses.shape == counts.shape == (2,)
-    torch.testing.assert_close(losses.sum() / counts.sum(), output.loss)
-    assert float(counts.sum()) == task.count_terms(batch["labels"])
-    predicted, expected = task.predict(output.logits, batch["labels"])
-    assert expected.tolist() == batch["labels"][:, 1:][batch["labels"][:, 1:] != -100].tolist()
-    assert predicted.shape == expected.shape
-
-
-def test_losses_do_not_depend_on_the_batch(task_of, tiny_models):
-    task = task_of("gpt2", PAIRS, name=NAME)
-    examples = task.encode(PAIRS)
-    model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / "gpt2").eval()
-
-    def losses(rows: list[int]) -> torch.Tensor:
-        batch = task.collate(examples, np.array(rows))
-        with torch.no_grad():
-            return task.losses(model(**batch).logits, batch["labels"])[0]
-
-    torch.testing.assert_close(losses([0, 1]), torch.cat([losses([0]), losses([1])]))
-
-
-def test_tokens_are_predicted_only_for_a_metric_that_looks_at_them(task_of):
-    task = task_of("llama", PAIRS, name=NAME, metrics=["perplexity"])
-    predicted, expected = task.predict(torch.zeros(1, 3, 5), torch.tensor([[-100, 1, 2]]))
-    assert predicted.tolist() == expected.tolist() == []
-
-
-# --- generation -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_batch_generates_what_each_row_does_alone(task_of, tiny_models, kind, recwarn, caplog):
-    table = Dataset.from_dict(
-        {
-            "prompt": ["Two", "Name a colour of the rainbow and", "x"],
-            "completion": [" five ", " rot, grün", ""],
-        }
-    )
-    task = task_of(kind, table, name=NAME, metrics=["exact_match"], max_new_tokens=8)
-    assert task.generates
-    model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / kind).eval()
-    model.generation_config.update(
-        do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.3
-    )
-    examples = task.encode(table)
-    device = torch.device("cpu")
-    with caplog.at_level(logging.WARNING):
-        together, wanted = task.generate(model, examples, np.arange(3), device)
-    assert wanted == ["five", "rot, grün", ""]
-    assert together == [
-        task.generate(model, examples, np.array([row]), device)[0][0] for row in range(3)
-    ]
-    assert any(together)
-    assert not caplog.records
-    assert not recwarn.list
-
-
-def test_generation_is_greedy_and_stops_at_the_end_of_sequence(task_of, tiny_models):
-    task = task_of("llama", PAIRS, name=NAME, metrics=["exact_match"], max_new_tokens=5)
-    model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / "llama").eval()
-    examples = task.encode(PAIRS)
-    ids = examples.columns["prompt"][0].tolist()
-    start = len(ids)
-    with torch.no_grad():
-        for _ in range(5):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    model.generation_config.update(do_sample=True, temperature=0.6, repetition_penalty=50.0)
-    generated, _ = task.generate(model, examples, np.array([0]), torch.device("cpu"))
-    assert generated == [task.processor.decode(ids[start:], skip_special_tokens=True).strip()]
-    model.generation_config.eos_token_id = [3, ids[start + 2]]
-    generated, _ = task.generate(model, examples, np.array([0]), torch.device("cpu"))
-    stop = ids.index(ids[start + 2], start)
-    assert generated == [
-        task.processor.decode(ids[start : stop + 1], skip_special_tokens=True).strip()
-    ]
-
-
-def test_chats_generate_their_last_message(task_of, tiny_models):
-    task = task_of("llama", CHATS, name=NAME, metrics=["rougeL"], max_new_tokens=4)
-    examples = task.encode(CHATS)
-    assert task.processor.decode(examples.columns["prompt"][0]) == "<s>[user] Hello</s>[assistant] "
-    model = hf.AutoModelForCausalLM.from_pretrained(tiny_models / "llama").eval()
-    assert task.generate(model, examples, np.array([1, 0]), torch.device("cpu"))[1] == [
-        "Me",
-        "Good day",
-    ]
-
-
-def test_a_chat_that_ends_with_the_user_cannot_be_generated(task_of):
-    table = Dataset.from_dict({"messages": [[{"role": "user", "content": "Hello"}]]})
-    task = task_of("llama", table, name=NAME, metrics=["rougeL"])
-    with pytest.raises(
-        DataError,
-        match=r"row 0 \(of the rows in use\): the last message in 'messages' has the role user",
-    ):
-        task.encode(table)
-
-
-def test_prompts_leave_room_to_generate(task_of):
-    table = Dataset.from_dict({"prompt": ["word " * 100], "completion": [" end"]})
-    task = task_of("llama", table, name=NAME, metrics=["rougeL"], max_new_tokens=100)
-    prompt = task.encode(table).columns["prompt"][0]
-    assert len(prompt) == 28
-    assert prompt[0] == task.processor.bos_token_id
-
-
-def test_plain_text_has_nothing_to_generate(task_of):
-    with pytest.raises(
-        RecipeError, match=r"task.metrics: exact_match compares generated completions"
-    ):
-        task_of(
-            "llama",
-            Dataset.from_dict({"text": ["a"]}),
-            name=NAME,
-            metrics=["perplexity", "exact_match"],
-        )
-
-
-def test_other_tasks_do_not_generate(task_of):
-    task = task_of(
-        "bert", Dataset.from_dict({"text": ["a"], "label": [0]}), name="sequence-classification"
-    )
-    with pytest.raises(TypeError, match="does not generate"):
-        task.generate(None, None, np.arange(1), torch.device("cpu"))

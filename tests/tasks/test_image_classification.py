@@ -51,7 +51,7 @@ def test_batches_equal_the_processors_own_output(task_of):
 
 
 @pytest.mark.parametrize(("rescale", "normalise"), [(True, False), (False, False)])
-def test_a_processor_that_does_less_is_followed(task_of, rescale, normalise):
+def test_steps_that_a_processor_omits_are_omitted(task_of, rescale, normalise):
     table = table_of([picture()])
     task = task_of("vit", table, name=NAME)
     task.processor.do_rescale, task.processor.do_normalize = rescale, normalise
@@ -102,7 +102,7 @@ def test_transparent_palettes_make_no_warning():
     assert as_rgb(image).mode == "RGB"
 
 
-def test_a_camera_that_was_turned_is_turned_back(task_of):
+def test_the_orientation_tag_is_applied(task_of):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = table_of([{"bytes": png(picture(), exif=exif)}])
@@ -119,11 +119,17 @@ def test_a_camera_that_was_turned_is_turned_back(task_of):
     [
         (
             {"bytes": b"no image"},
-            r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded \(8 bytes\)",
+            (
+                r"row 1 \(of the rows in use\): "
+                r"the image in column 'image' cannot be decoded \(8 bytes\)"
+            ),
         ),
         (
             {"bytes": png(picture())[:200]},
-            r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded \(200 bytes\)",
+            (
+                r"row 1 \(of the rows in use\): the image in column 'image' cannot be decoded "
+                r"\(200 bytes\)"
+            ),
         ),
         (
             {"path": "nowhere/one.png"},
@@ -150,7 +156,7 @@ def test_a_column_that_holds_no_images_is_refused(task_of):
         task_of("vit", table, name=NAME, image="photo")
 
 
-def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models):
+def test_the_mean_loss_equals_transformers(task_of, tiny_models):
     table = table_of([picture(seed=seed) for seed in range(3)])
     task = task_of("vit", table, name=NAME, num_labels=5)
     batch = task.collate(task.encode(table), np.arange(3))

@@ -16,12 +16,12 @@ IDS = ["accuracy", "f1", "matthews_correlation"]
 TEXTS = ["exact_match", "rougeL"]
 
 
-def said(predicted: list[int], expected: list[int]) -> Predictions:
+def predictions_of(predicted: list[int], expected: list[int]) -> Predictions:
     return Predictions(loss_sum=1.0, count=2.0, predicted=predicted, expected=expected)
 
 
 def test_known_answers():
-    scores = score(IDS, said([0, 1, 1, 0], [0, 1, 0, 0]))
+    scores = score(IDS, predictions_of([0, 1, 1, 0], [0, 1, 0, 0]))
     # class 0: precision 2/2, recall 2/3; class 1: precision 1/2, recall 1/1
     assert scores == pytest.approx(
         {
@@ -37,7 +37,7 @@ def test_class_metrics_equal_sklearn():
     generator = np.random.default_rng(0)
     for _ in range(5):
         predicted, expected = generator.integers(0, 5, (2, 40))
-        scores = score(IDS, said(predicted.tolist(), expected.tolist()))
+        scores = score(IDS, predictions_of(predicted.tolist(), expected.tolist()))
         assert scores["accuracy"] == accuracy_score(expected, predicted)
         assert scores["f1"] == f1_score(expected, predicted, average="macro", zero_division=0)
         assert scores["matthews_correlation"] == matthews_corrcoef(expected, predicted)
@@ -56,7 +56,7 @@ def test_class_metrics_equal_sklearn():
 def test_clients_with_one_class_have_defined_scores_without_warnings(
     predicted, expected, accuracy, f1
 ):
-    scores = score(IDS, said(predicted, expected))
+    scores = score(IDS, predictions_of(predicted, expected))
     assert scores == pytest.approx(
         {"loss": 0.5, "accuracy": accuracy, "f1": f1, "matthews_correlation": 0.0}
     )
@@ -91,7 +91,7 @@ def test_only_loss_and_perplexity_are_better_when_smaller():
     ] == ["perplexity", "loss"]
 
 
-def test_they_are_evaluate_metrics_that_need_no_hub():
+def test_metrics_are_evaluate_metrics_that_need_no_hub():
     import evaluate
 
     assert isinstance(metric("accuracy"), evaluate.Metric)
@@ -100,8 +100,8 @@ def test_they_are_evaluate_metrics_that_need_no_hub():
     assert metric("rougeL").compute(predictions=["a b"], references=["a b"]) == {"rougeL": 1.0}
 
 
-def test_scoring_a_client_takes_milliseconds():
-    predictions = said([0, 1] * 50, [0, 1] * 50)
+def test_scoring_a_client_is_fast():
+    predictions = predictions_of([0, 1] * 50, [0, 1] * 50)
     score(["accuracy"], predictions)
     started = time.process_time()
     for _ in range(50):
@@ -110,5 +110,8 @@ def test_scoring_a_client_takes_milliseconds():
 
 
 def test_importing_the_metrics_does_not_import_evaluate():
-    program = "import sys, fedmerge_peft.tasks.metrics; sys.exit('evaluate' in sys.modules or 'sklearn' in sys.modules)"
+    program = (
+        "import sys, fedmerge_peft.tasks.metrics; "
+        "sys.exit('evaluate' in sys.modules or 'sklearn' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

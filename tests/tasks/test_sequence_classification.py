@@ -47,7 +47,7 @@ def test_large_string_labels_are_names_too(task_of):
     assert task_of("bert", table, name=NAME).labels == ["x", "y"]
 
 
-def test_a_class_label_brings_its_names_also_those_without_rows(task_of):
+def test_a_class_label_keeps_all_of_its_names(task_of):
     features = Features(
         {"text": Value("string"), "label": ClassLabel(names=["neg", "pos", "mixed"])}
     )
@@ -74,14 +74,20 @@ def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
         (
             [0, 7, 9],
             {"num_labels": 4},
-            r"row 1 \(of the rows in use\): label 7 in column 'label' is too large for 4 labels, 0 to 3",
+            (
+                r"row 1 \(of the rows in use\): label 7 in column 'label' is too large for 4 "
+                r"labels, 0 to 3"
+            ),
         ),
         ([0, None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
         (["a", None], {}, r"row 1 \(of the rows in use\): column 'label' is empty \(null\)"),
         (
             [0.5, 1.0],
             {},
-            r"column 'label' has the type double, such as 0.5 in row 0; a label is an integer from 0, or a name",
+            (
+                r"column 'label' has the type double, such as 0.5 in row 0; "
+                r"a label is an integer from 0, or a name"
+            ),
         ),
         (["a", "b", "c"], {"num_labels": 2}, r"3 labels, but task.num_labels is 2: a, b, c"),
         (
@@ -93,23 +99,26 @@ def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
         ([], {}, r"no rows"),
     ],
 )
-def test_unfit_labels_are_refused(task_of, labels, options, message):
+def test_unsuitable_labels_are_refused(task_of, labels, options, message):
     with pytest.raises(DataError, match=message):
         task_of("bert", table_of(labels), name=NAME, **options)
 
 
-def test_a_label_that_came_later_is_refused_with_its_row(task_of):
+def test_an_unknown_label_is_refused_with_its_row(task_of):
     task = task_of("bert", table_of(["a", "b"]), name=NAME)
     with pytest.raises(
         DataError,
-        match=r"row 1 \(of the rows in use\): 'c' in column 'label' is not a known label; the labels are a, b",
+        match=(
+            r"row 1 \(of the rows in use\): 'c' in column 'label' is not a known label; "
+            r"the labels are a, b"
+        ),
     ):
         task.encode(table_of(["a", "c"]))
 
 
 # --- texts ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
-def test_a_batch_is_what_the_tokenizer_pads(task_of, tiny_models, kind):
+def test_a_batch_equals_the_tokenizers_padding(task_of, tiny_models, kind):
     table = table_of([0, 1, 0], TEXTS)
     task = task_of(kind, table, name=NAME)
     batch = task.collate(task.encode(table), np.array([2, 0, 1]))
@@ -132,7 +141,7 @@ def test_pairs_have_token_types(task_of, tiny_models):
     assert batch["token_type_ids"].sum() > 0
 
 
-def test_long_texts_are_cut_and_counted(task_of, caplog):
+def test_long_texts_are_truncated_and_counted(task_of, caplog):
     table = table_of([0, 1, 0, 1], ["x " * 300, "a", "y " * 200, "z"])
     task = task_of("bert", table, name=NAME)
     with caplog.at_level(logging.WARNING):
@@ -179,18 +188,18 @@ def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):
         ),
     ],
 )
-def test_unfit_texts_are_refused(task_of, kind, columns, options, message):
+def test_unsuitable_texts_are_refused(task_of, kind, columns, options, message):
     table = Dataset.from_dict({**columns, "label": [0, 1]})
     with pytest.raises(DataError, match=message):
         task_of(kind, table, name=NAME, **options).encode(table)
 
 
-def test_an_empty_text_is_fine_where_it_gives_tokens(task_of):
+def test_an_empty_text_is_accepted_if_it_has_tokens(task_of):
     table = table_of([0, 1], ["", "a"])
     assert len(task_of("bert", table, name=NAME).encode(table).columns["input_ids"][0]) == 2
 
 
-def test_rows_of_a_selection_are_its_own(task_of):
+def test_rows_of_a_selection_are_encoded_alone(task_of):
     table = table_of([0, 1, 0], TEXTS).select([2, 1])
     task = task_of("bert", table, name=NAME)
     batch = task.collate(task.encode(table), np.arange(2))
@@ -198,7 +207,7 @@ def test_rows_of_a_selection_are_its_own(task_of):
     assert task.processor.decode(batch["input_ids"][0], skip_special_tokens=True) == TEXTS[2]
 
 
-def test_a_tokenizer_from_elsewhere(task_of, tiny_models):
+def test_a_tokenizer_may_come_from_another_folder(task_of, tiny_models):
     task = task_of(
         "bert",
         table_of([0, 1]),
@@ -208,7 +217,7 @@ def test_a_tokenizer_from_elsewhere(task_of, tiny_models):
     assert task.processor.bos_token == "<s>"
 
 
-def test_a_missing_tokenizer_is_said(task_of, tmp_path):
+def test_a_missing_tokenizer_is_refused(task_of, tmp_path):
     with pytest.raises(
         BackboneError, match=r"Tokenizer of .* cannot be loaded: .*; backbone.tokenizer may name"
     ):
@@ -217,7 +226,7 @@ def test_a_missing_tokenizer_is_said(task_of, tmp_path):
 
 # --- losses ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
-def test_the_mean_loss_is_the_one_of_transformers(task_of, tiny_models, kind):
+def test_the_mean_loss_equals_transformers(task_of, tiny_models, kind):
     table = table_of([0, 2, 1], TEXTS)
     task = task_of(kind, table, name=NAME)
     batch = task.collate(task.encode(table), np.arange(3))
@@ -241,7 +250,7 @@ def test_losses_of_half_precision_logits_are_float32(task_of):
     assert losses.dtype == counts.dtype == torch.float32
 
 
-def test_padding_changes_no_logits_of_a_decoder_that_pads_with_eos(task_of, tiny_models):
+def test_padding_with_eos_changes_no_logits_of_a_decoder(task_of, tiny_models):
     table = table_of([0, 1, 0], TEXTS)
     task = task_of("gpt2", table, name=NAME)
     model = hf.AutoModelForSequenceClassification.from_pretrained(

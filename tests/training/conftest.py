@@ -1,16 +1,23 @@
-"""What the tests of several ways to train share."""
+"""Examples and clients on tiny models."""
+
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
+
+from fedmerge_peft.models import tiny
+from training.prefix_bench import Bench
 
 WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
 
 
 @pytest.fixture(scope="session")
 def table_and_task():
-    """``table_and_task("bert", 12)``: so many examples of three classes, or of prompts and completions, and the recipe's ``task`` for them.
+    """``table_and_task("bert", 12)``: twelve examples, and the recipe's ``task`` for them.
 
-    Lengths differ from one example to the next. Kinds are those of the tiny models, and ``llama-classifier``.
+    Examples are of three classes, or prompts and completions; their lengths differ. Kinds are those
+    of the tiny models, and ``llama-classifier``.
     """
     from datasets import Dataset, Features, Image, Value
     from PIL.Image import fromarray
@@ -36,3 +43,19 @@ def table_and_task():
         return Dataset.from_dict(pairs), {"name": "causal-lm"}
 
     return make
+
+
+@pytest.fixture(scope="module")
+def deep_models(tmp_path_factory):
+    """The tiny models with four layers."""
+    folder = tmp_path_factory.mktemp("deep-models")
+    with mock.patch.dict(tiny._WIDTH, num_hidden_layers=4):
+        for kind in tiny.KINDS:
+            tiny.write(kind, folder / kind)
+    return folder
+
+
+@pytest.fixture
+def make_bench(deep_models, table_and_task):
+    """``make_bench("gpt2", lora={...})``."""
+    return partial(Bench, deep_models, table_and_task)

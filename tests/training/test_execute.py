@@ -1,4 +1,4 @@
-"""Carrying out plans with losses that have a closed form, and no model."""
+"""Execution of plans with closed-form losses, without a model."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ POINTS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 3.0], [5.0, 5.0]])
 
 
 class Client:
-    """ℓ(θ; x) = ½‖θ − x‖² for each of its points x; training goes all the way to the weighted mean of the points."""
+    """ℓ(θ; x) = ½‖θ − x‖² for each point x; training ends at the weighted mean of the points."""
 
     def __init__(self, points=POINTS):
         self.points = points
@@ -32,54 +32,57 @@ class Client:
         return Trained(row, float((weights * self.losses(row)).mean()), 1)
 
 
-def test_training_one_adapter():
+def test_training_one_adapter_gives_its_delta():
     client, sent = Client(), torch.tensor([1.0, 1.0])
-    work = client.run(Train(sent), 5)
-    torch.testing.assert_close(work.deltas, (sent - POINTS.mean(0))[None])
-    torch.testing.assert_close(work.trained, POINTS.mean(0))
+    result = client.run(Train(sent), 5)
+    torch.testing.assert_close(result.deltas, (sent - POINTS.mean(0))[None])
+    torch.testing.assert_close(result.trained, POINTS.mean(0))
     assert client.jobs[0][1] == 5
-    assert work.loss == pytest.approx(float(client.losses(POINTS.mean(0)).mean()))
+    assert result.loss == pytest.approx(float(client.losses(POINTS.mean(0)).mean()))
 
 
-def test_training_in_turn_gives_a_delta_each_and_the_loss_of_the_first():
+def test_sequential_jobs_give_a_delta_each_and_the_loss_of_the_first():
     client, rows = Client(), torch.tensor([[1.0, 1.0], [4.0, 0.0]])
     jobs = (Train(rows[0]), Train(rows[1], example_weights=torch.tensor([0.0, 0.0, 0.0, 1.0])))
-    work = client.run(InTurn(jobs), 5)
-    torch.testing.assert_close(work.deltas, rows - torch.stack([POINTS.mean(0), POINTS[3]]))
-    torch.testing.assert_close(work.trained, POINTS[3])
-    assert work.loss == pytest.approx(float(client.losses(POINTS.mean(0)).mean()))
+    result = client.run(InTurn(jobs), 5)
+    torch.testing.assert_close(result.deltas, rows - torch.stack([POINTS.mean(0), POINTS[3]]))
+    torch.testing.assert_close(result.trained, POINTS[3])
+    assert result.loss == pytest.approx(float(client.losses(POINTS.mean(0)).mean()))
     assert [job for job, _ in client.jobs] == list(jobs)
 
 
 def test_choosing_takes_the_adapter_with_the_lowest_loss_and_trains_it_alone():
     client, rows = Client(), torch.tensor([[9.0, 9.0], [2.0, 2.1], [-4.0, 0.0]])
-    work = client.run(Choose(rows), 5)
-    assert work.choice == 1
-    torch.testing.assert_close(work.deltas, (rows[1] - POINTS.mean(0))[None])
+    result = client.run(Choose(rows), 5)
+    assert result.choice == 1
+    torch.testing.assert_close(result.deltas, (rows[1] - POINTS.mean(0))[None])
     ((job, seed),) = client.jobs
     assert torch.equal(job.row, rows[1])
     assert seed == 5
 
 
-def test_equal_losses_are_chosen_from_at_random():
+def test_equal_losses_are_broken_at_random():
     rows = torch.zeros(3, 2)
     choices = [Client().run(Choose(rows), seed).choice for seed in range(60)]
     assert {choices.count(choice) > 8 for choice in range(3)} == {True}
     assert choices == [Client().run(Choose(rows), seed).choice for seed in range(60)]
 
 
-def test_an_adapter_whose_loss_is_no_number_is_not_chosen():
+def test_an_adapter_with_a_nan_loss_is_not_chosen():
     assert Client().run(Choose(torch.tensor([[torch.nan, 0.0], [50.0, 50.0]])), 5).choice == 1
 
 
 def test_a_mixtures_posterior_is_bayes_rule():
-    """p(k | x) = π_k exp(−½‖θ_k − x‖²) / Σ_j …, with plain numbers; π_k its mean, θ_k the mean of the points by it."""
+    """p(k | x) = π_k exp(−½‖θ_k − x‖²) / Σ_j …, in plain numbers.
+
+    π_k becomes its mean, and θ_k the mean of the points weighted by it.
+    """
     client, rows, weights = (
         Client(),
         torch.tensor([[0.0, 1.0], [3.0, 3.0]]),
         torch.tensor([0.3, 0.7]),
     )
-    work = client.run(Mixture(rows, weights), 5)
+    result = client.run(Mixture(rows, weights), 5)
     joint = [
         [float(weights[k] * torch.exp(-0.5 * (rows[k] - point).square().sum())) for point in POINTS]
         for k in range(2)
@@ -87,22 +90,22 @@ def test_a_mixtures_posterior_is_bayes_rule():
     posterior = torch.tensor(
         [[joint[k][i] / (joint[0][i] + joint[1][i]) for i in range(4)] for k in range(2)]
     )
-    torch.testing.assert_close(work.weights, posterior.mean(1))
+    torch.testing.assert_close(result.weights, posterior.mean(1))
     trained = posterior @ POINTS / posterior.sum(1, keepdim=True)
-    torch.testing.assert_close(work.deltas, rows - trained)
-    torch.testing.assert_close(work.trained.rows, trained)
-    torch.testing.assert_close(work.trained.weights, posterior.mean(1))
+    torch.testing.assert_close(result.deltas, rows - trained)
+    torch.testing.assert_close(result.trained.rows, trained)
+    torch.testing.assert_close(result.trained.weights, posterior.mean(1))
     for (job, _), each, row in zip(client.jobs, posterior, rows, strict=True):
         torch.testing.assert_close(job.example_weights, each)
         assert torch.equal(job.row, row)
     expected = sum(float((posterior[k] * client.losses(trained[k])).mean()) for k in range(2))
-    assert work.loss == pytest.approx(expected)
+    assert result.loss == pytest.approx(expected)
 
 
 def test_losses_of_thousands_of_nats_and_weights_of_zero_leave_a_posterior_that_is_finite():
     far = torch.tensor([[100.0, 0.0], [101.0, 0.0], [0.0, 0.0]])
-    work = Client(POINTS - 50).run(Mixture(far, torch.tensor([0.5, 0.5, 0.0])), 5)
-    torch.testing.assert_close(work.weights, torch.tensor([1.0, 0.0, 0.0]))
+    result = Client(POINTS - 50).run(Mixture(far, torch.tensor([0.5, 0.5, 0.0])), 5)
+    torch.testing.assert_close(result.weights, torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_a_mixture_of_equals_has_the_loss_of_one_of_them():
@@ -118,7 +121,7 @@ def test_a_mixture_of_equals_has_the_loss_of_one_of_them():
     [InTurn((Train(POINTS[0]), Train(POINTS[1]))), Mixture(POINTS[:2], torch.tensor([0.5, 0.5]))],
     ids=str,
 )
-def test_every_job_of_a_plan_has_a_seed_of_its_own_that_follows_from_the_plans(plan):
+def test_every_job_of_a_plan_has_a_seed_derived_from_the_plans(plan):
     def seeds(seed):
         client = Client()
         client.run(plan, seed)
@@ -128,14 +131,14 @@ def test_every_job_of_a_plan_has_a_seed_of_its_own_that_follows_from_the_plans(p
     assert len({*seeds(5), *seeds(6)}) == 4
 
 
-def test_the_first_job_in_turn_draws_as_if_it_were_alone():
+def test_the_first_of_sequential_jobs_draws_as_if_alone():
     client = Client()
     client.run(InTurn((Train(POINTS[0]), Train(POINTS[1]))), 5)
     assert [seed for _, seed in client.jobs] == [5, derive(5, "job", 1)]
 
 
-def test_what_several_clients_want_trained_at_one_time_is_one_call():
-    """Each has the work that it would have alone, whatever its neighbours were asked to do."""
+def test_jobs_of_several_clients_at_one_step_are_one_call():
+    """Each plan has the jobs and seeds that it has alone, with any other plans beside it."""
     rows, weights = torch.tensor([[9.0, 9.0], [2.0, 2.1]]), torch.tensor([0.3, 0.7])
     plans = [
         Train(rows[0]),
@@ -153,7 +156,7 @@ def test_what_several_clients_want_trained_at_one_time_is_one_call():
     numbered = [(plan, seed) for seed, plan in enumerate(plans)]
     together = run_plans(numbered, train, lambda number, row: clients[number].losses(row))
     assert calls == [[0, 1, 2, 2, 3, 3, 4]]
-    for seed, (plan, work) in enumerate(zip(plans, together, strict=True)):
+    for seed, (plan, result) in enumerate(zip(plans, together, strict=True)):
         alone = Client(POINTS + seed).run(plan, seed)
-        assert torch.equal(work.deltas, alone.deltas)
-        assert (work.loss, work.choice) == (alone.loss, alone.choice)
+        assert torch.equal(result.deltas, alone.deltas)
+        assert (result.loss, result.choice) == (alone.loss, alone.choice)

@@ -1,8 +1,6 @@
-"""The frozen layers before the first that trains: left out where they are known, with the same results."""
+"""The frozen layers before the first that trains: skipping them changes no result."""
 
 import logging
-from functools import partial
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,122 +10,10 @@ from torch import nn
 from equality import assert_near, tolerance
 from fedmerge_peft import Federation, Recipe
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.models import tiny
-from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.models.frozen_prefix import find_prefix
-from fedmerge_peft.tasks import make_task
-from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.evaluation import evaluate, example_losses
-from fedmerge_peft.training.loop import Job, train
-from fedmerge_peft.training.plan import Mixture, Train
+from fedmerge_peft.training.plan import Mixture
 from fedmerge_peft.training.prefix_cache import PrefixCache
-from fedmerge_peft.training.runtime import Runtime
-
-COUNT = 12
-ROWS = np.arange(COUNT)
-TARGETS = {
-    "bert": ["query", "value"],
-    "llama": ["q_proj"],
-    "gpt2": ["c_attn"],
-    "vit": ["q_proj", "v_proj"],
-}
-
-
-@pytest.fixture(scope="module")
-def deep_models(tmp_path_factory):
-    """The tiny models with four layers."""
-    folder = tmp_path_factory.mktemp("deep-models")
-    with mock.patch.dict(tiny._WIDTH, num_hidden_layers=4):
-        for kind in tiny.KINDS:
-            tiny.write(kind, folder / kind)
-    return folder
-
-
-class Bench:
-    """One client on a tiny model of four layers, whose last two have adapters."""
-
-    def __init__(
-        self,
-        folder,
-        table_and_task,
-        kind="bert",
-        lora=None,
-        backbone=None,
-        metrics=None,
-        cached=True,
-        gigabytes=1.0,
-        **training,
-    ):
-        table, task = table_and_task(kind, COUNT)
-        if task["name"] == "causal-lm":
-            task |= {"metrics": metrics or ["perplexity", "accuracy"], "max_new_tokens": 4}
-        model = folder / kind.partition("-")[0]
-        self.recipe = Recipe.model_validate(
-            {
-                "name": "bench",
-                "task": task,
-                "backbone": {"model": str(model), **(backbone or {})},
-                "lora": {
-                    "r": 2,
-                    "dropout": 0.1,
-                    "target_modules": TARGETS[model.name],
-                    "layers_to_transform": [2, 3],
-                    **(lora or {}),
-                },
-                "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 4, "learning_rate": 0.01, "device": "cpu", **training},
-            }
-        )
-        self.accelerator = make_accelerator(self.recipe.training)
-        self.task = make_task(self.recipe, table, str(model))
-        self.backbone = load_backbone(
-            self.recipe.backbone, self.recipe.lora, self.task, str(model), torch.device("cpu"), 0
-        )
-        self.examples = self.task.encode(table)
-        self.row = self.backbone.fresh_row(1)
-        self.cache = (
-            PrefixCache(self.backbone, self.task, self.examples, ROWS, gigabytes)
-            if cached
-            else None
-        )
-
-    @property
-    def runtime(self):
-        return Runtime(self.backbone, self.task, self.accelerator, self.examples, self.cache)
-
-    def train(self, seed=3):
-        job = Job(Train(self.row), ROWS, seed)
-        return train(self.runtime, self.recipe.training, [job])[0].row
-
-    def evaluate(self, served, indices=ROWS, batch_size=5):
-        return evaluate(self.runtime, served, indices, batch_size)
-
-    def losses(self, row, indices=ROWS):
-        return example_losses(self.runtime, row, indices, 5)
-
-    def count(self, layer, work):
-        """How often the layer runs in there, and what comes out."""
-        runs = []
-        part = next(
-            module
-            for module in self.backbone.model.get_submodule(layer).modules()
-            if isinstance(module, nn.LayerNorm)
-        )
-        handle = part.register_forward_hook(lambda *_: runs.append(1))
-        found = work()
-        handle.remove()
-        return len(runs), found
-
-    @property
-    def used(self):
-        return self.cache._store is not None
-
-
-@pytest.fixture
-def make_bench(deep_models, table_and_task):
-    """``make_bench("gpt2", lora={...})``."""
-    return partial(Bench, deep_models, table_and_task)
-
+from training.prefix_bench import ROWS, TARGETS
 
 CASES = {
     "bert": {},
@@ -145,7 +31,7 @@ CASES = {
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("case", CASES)
-def test_with_and_without_the_cache_the_results_are_the_same(make_bench, case):
+def test_the_cache_changes_no_result(make_bench, case):
     options = {"kind": case if case.partition("-")[0] in TARGETS else "bert", **CASES[case]}
     with_cache, without = make_bench(**options), make_bench(cached=False, **options)
     expected = [without.train(), without.train(4)]
@@ -175,7 +61,7 @@ def test_in_bf16_the_cache_differs_by_its_rounding(make_bench):
         assert error.norm() <= tolerance(torch.bfloat16) * moved.norm()
 
 
-def test_known_examples_skip_the_frozen_layers(make_bench):
+def test_cached_examples_skip_the_frozen_layers(make_bench):
     bench = make_bench()
     frozen, trained = ("base_model.model.bert.encoder.layer." + index for index in "13")
     bench.train()
@@ -243,11 +129,11 @@ def test_the_frozen_prefix_has_no_dropout_in_training(make_bench):
     ],
     ids=str,
 )
-def test_there_is_no_prefix_where_something_trains_before_it(make_bench, lora):
+def test_there_is_no_prefix_if_an_earlier_layer_trains(make_bench, lora):
     assert make_bench(lora=lora, cached=False).backbone.prefix is None
 
 
-def test_there_is_no_prefix_where_two_stacks_train():
+def test_there_is_no_prefix_if_two_stacks_train():
     def stack(trainable):
         return nn.ModuleList(
             nn.Linear(2, 2).requires_grad_(index >= 1 and trainable) for index in range(3)
@@ -307,7 +193,7 @@ def repeat(bench):
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("alter", [drop_by_function, reach_back, require, train_in_front, repeat])
-def test_models_that_need_their_first_layers_are_found_out(make_bench, caplog, alter):
+def test_models_that_need_their_first_layers_are_detected(make_bench, caplog, alter):
     bench, plain = make_bench(), make_bench(cached=False)
     alter(plain)
     reason = alter(bench)
@@ -321,7 +207,7 @@ def test_models_that_need_their_first_layers_are_found_out(make_bench, caplog, a
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_the_bound_on_memory_is_kept(make_bench, caplog):
+def test_the_memory_limit_is_respected(make_bench, caplog):
     sizes = make_bench().examples.lengths.sum() + 1
     needed = sizes * 32 * 8 / 1e9
     fits, tight = make_bench(gigabytes=needed), make_bench(gigabytes=needed * 0.99)
@@ -333,7 +219,7 @@ def test_the_bound_on_memory_is_kept(make_bench, caplog):
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_rows_that_no_client_holds_run_all_layers(make_bench):
+def test_rows_of_no_client_run_all_layers(make_bench):
     bench = make_bench()
     bench.cache = PrefixCache(bench.backbone, bench.task, bench.examples, ROWS[:6], 1.0)
     expected = make_bench(cached=False).losses(bench.row)
@@ -343,7 +229,7 @@ def test_rows_that_no_client_holds_run_all_layers(make_bench):
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
-def test_a_client_that_fails_leaves_the_model_whole(make_bench):
+def test_a_failing_client_leaves_the_model_intact(make_bench):
     bench = make_bench()
     names = [name for name, _ in bench.backbone.model.named_modules()]
     saved = list(bench.backbone.model.state_dict())
@@ -364,7 +250,7 @@ def test_a_client_that_fails_leaves_the_model_whole(make_bench):
     assert_near(bench.train(), expected, bench.row)
 
 
-def test_a_forward_of_a_layers_own_comes_back(make_bench):
+def test_a_layers_own_forward_is_restored(make_bench):
     bench = make_bench()
     layer = bench.backbone.prefix.layers[0]
     own = layer.forward = layer.forward
@@ -373,7 +259,7 @@ def test_a_forward_of_a_layers_own_comes_back(make_bench):
     assert layer.forward is own
 
 
-def test_the_callers_random_numbers_and_the_models_mode_stay(make_bench):
+def test_the_callers_random_numbers_and_the_models_mode_do_not_change(make_bench):
     bench = make_bench()
     torch.manual_seed(5)
     expected = torch.rand(3)

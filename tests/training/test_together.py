@@ -1,4 +1,4 @@
-"""Several adapters in one pass of the model, held against training them one after another."""
+"""Training several adapters in one pass equals training them one after another."""
 
 import logging
 import re
@@ -36,7 +36,7 @@ TARGETS = {
 
 
 class Bench:
-    """A tiny model without dropout, and four jobs that differ in whatever jobs can differ in."""
+    """A tiny model without dropout, and four jobs that differ in every option of a job."""
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ def make_bench(tiny_models, table_and_task):
 
 
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}
+CACHED = {"lora": {"layers_to_transform": [1]}, "cached": True}
 CASES = {
     "bert": {},
     "gpt2, whose layers are Conv1D": {"kind": "gpt2"},
@@ -129,10 +130,17 @@ CASES = {
     "sgd with momentum and decay": {"kind": "gpt2", **SGD},
     "adamw with decay": {"weight_decay": 0.1},
     "rslora": {"lora": {"use_rslora": True, "r": 3}},
-    "ranks and scales by layer": {"lora": {"rank_pattern": {"query": 4}, "alpha_pattern": {"value": 3.0}}},
+    "ranks and scales by layer": {
+        "lora": {"rank_pattern": {"query": 4}, "alpha_pattern": {"value": 3.0}},
+    },
     "one frozen A for all": {"lora": {"merge": "shared_a"}},
-    "a LayerNorm and a linear layer train whole": {"lora": {"modules_to_save": ["LayerNorm", "intermediate.dense"]}},
-    "a Conv1D trains whole": {"kind": "gpt2", "lora": {"modules_to_save": ["c_fc"], "target_modules": ["c_attn"]}},
+    "a LayerNorm and a linear layer train whole": {
+        "lora": {"modules_to_save": ["LayerNorm", "intermediate.dense"]},
+    },
+    "a Conv1D trains whole": {
+        "kind": "gpt2",
+        "lora": {"modules_to_save": ["c_fc"], "target_modules": ["c_attn"]},
+    },
     "a whole block trains": {"lora": {"modules_to_save": ["output"], "target_modules": ["query"]}},
     "clipping": {"max_grad_norm": 0.01},
     "no clipping": {"max_grad_norm": None, **SGD},
@@ -143,19 +151,21 @@ CASES = {
     "cosine and warmup": {"schedule": "cosine", "warmup": 0.3, "epochs": 3},
     "linear decay": {"schedule": "linear", "epochs": 2, **SGD},
     "checkpointing": {"kind": "llama", "backbone": {"gradient_checkpointing": True}},
-    "the prefix cache": {"lora": {"layers_to_transform": [1]}, "cached": True},
-    "the prefix cache of a decoder": {"kind": "llama", "lora": {"layers_to_transform": [1]}, "cached": True, "epochs": 2},
-    "the prefix cache of images": {"kind": "vit", "lora": {"layers_to_transform": [1]}, "cached": True},
+    "the prefix cache": {**CACHED},
+    "the prefix cache of a decoder": {"kind": "llama", **CACHED, "epochs": 2},
+    "the prefix cache of images": {"kind": "vit", **CACHED},
     "the prefix cache and checkpointing": {
-        "kind": "llama", "lora": {"layers_to_transform": [1]}, "cached": True, "backbone": {"gradient_checkpointing": True},
+        "kind": "llama",
+        **CACHED,
+        "backbone": {"gradient_checkpointing": True},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.equality
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("case", CASES)
-def test_alone_and_together_they_are_as_trained_by_plain_peft(make_bench, case):
+def test_training_alone_and_together_equals_plain_peft(make_bench, case):
     bench = make_bench(**CASES[case])
     assert stacking_obstacle(bench.backbone) is None
     jobs = bench.jobs()
@@ -189,8 +199,8 @@ def test_half_precision_differs_by_its_rounding(make_bench, options):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "llama-classifier", "vit"])
-def test_gradients_are_each_adapters_own(make_bench, kind, checkpointing):
-    """For micro-batches of unequal number and size, with weights for some."""
+def test_each_adapter_gets_its_own_gradient(make_bench, kind, checkpointing):
+    """Micro-batches differ in number and size, and some have example weights."""
     bench = make_bench(kind, backbone={"gradient_checkpointing": checkpointing})
     batches = [[ROWS[:3], ROWS[3:4]], [ROWS[4:9]], [ROWS[9:10], ROWS[10:12], ROWS[[2]]]]
     weights = [None, torch.rand(COUNT, generator=torch.Generator().manual_seed(0)), None]
@@ -208,8 +218,8 @@ def test_gradients_are_each_adapters_own(make_bench, kind, checkpointing):
         assert float(mean) == pytest.approx(float(alone), rel=tolerance(torch.float32))
 
 
-def test_the_comparison_tells_one_adapter_from_another(make_bench):
-    """What the other tests rest on: neighbours, other examples and another order of examples are far away."""
+def test_the_comparison_distinguishes_adapters(make_bench):
+    """Other adapters, other examples and another order of examples give distant results."""
     bench = make_bench()
     jobs = bench.jobs()
     alone = bench.alone(jobs)
@@ -230,7 +240,7 @@ def test_one_job_draws_the_dropout_masks_of_plain_peft(make_bench):
     assert_near(alone.row, plain.row, jobs[0].train.row)
 
 
-def test_dropout_masks_follow_from_the_seeds_of_all_who_share_a_pass(make_bench):
+def test_dropout_masks_follow_from_the_seeds_of_all_jobs_of_a_pass(make_bench):
     bench = make_bench(dropout=True, lora={"dropout": 0.2})
     jobs = bench.jobs()
     state = torch.get_rng_state()
@@ -240,7 +250,7 @@ def test_dropout_masks_follow_from_the_seeds_of_all_who_share_a_pass(make_bench)
     assert not torch.equal(first[0].row, fewer[0].row)
 
 
-def test_the_model_is_whole_again_afterwards(make_bench):
+def test_the_model_is_restored_afterwards(make_bench):
     bench = make_bench()
     jobs, held = bench.jobs(), bench.backbone.row()
     first, gradient = bench.alone(jobs[:1])[0].row, bench.backbone.flat.grad.clone()
@@ -256,7 +266,7 @@ def test_the_model_is_whole_again_afterwards(make_bench):
     assert torch.equal(bench.alone(jobs[:1])[0].row, first)
 
 
-def test_a_forward_of_a_layers_own_comes_back(make_bench):
+def test_a_layers_own_forward_is_restored(make_bench):
     backbone = make_bench().backbone
     layer = next(
         module for name, module in backbone.model.named_modules() if name.endswith("query")
@@ -267,25 +277,41 @@ def test_a_forward_of_a_layers_own_comes_back(make_bench):
     assert layer.forward is mine
 
 
-# ---- what cannot be stacked -----------------------------------------------------------------------
+# ---- adapters that cannot be stacked -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "lora", "reason"),
     [
-        ("bert", {"use_dora": True}, r"DoRA's magnitudes are not low-rank updates \(lora\.use_dora\)"),
+        ("bert", {"use_dora": True}, r"magnitudes are not low-rank updates \(lora\.use_dora\)"),
         ("bert", {"bias": "lora_only"}, r"query\.base_layer\.bias is trainable, but"),
         ("bert", {"bias": "all"}, r"bias is trainable, but"),
         ("bert", {"trainable_token_indices": [5, 6]}, r"is trainable, but"),
-        ("bert", {"modules_to_save": ["word_embeddings"]}, r"word_embeddings.*weight is trainable, but"),
-        ("bert", {"target_modules": ["query", "word_embeddings"]}, r"word_embeddings is not a plain linear layer \(Embedding, Embedding\)"),
-        ("vit", {"target_modules": ["projection"]}, r"projection is not a plain linear layer \(Conv2d, Conv2d\)"),
-        ("llama", {"target_parameters": ["mlp.up_proj.weight"]}, r"is not a plain linear layer \(Linear, ParamWrapper\)"),
+        (
+            "bert",
+            {"modules_to_save": ["word_embeddings"]},
+            r"word_embeddings.*weight is trainable, but",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query", "word_embeddings"]},
+            r"word_embeddings is not a plain linear layer \(Embedding, Embedding\)",
+        ),
+        (
+            "vit",
+            {"target_modules": ["projection"]},
+            r"projection is not a plain linear layer \(Conv2d, Conv2d\)",
+        ),
+        (
+            "llama",
+            {"target_parameters": ["mlp.up_proj.weight"]},
+            r"is not a plain linear layer \(Linear, ParamWrapper\)",
+        ),
         ("llama", {"modules_to_save": ["norm"]}, r"norm\..*weight is trainable, but"),
     ],
     ids=str,
-)  # fmt: skip
-def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(
+)
+def test_adapters_without_an_exact_stack_train_one_at_a_time_and_log_the_reason(
     make_bench, caplog, kind, lora, reason
 ):
     bench = make_bench(kind, lora=lora)
@@ -296,7 +322,7 @@ def test_what_has_no_exact_stack_trains_one_at_a_time_and_says_why(
     assert re.search(reason, line)
 
 
-def test_a_common_loss_scale_is_refused(make_bench, caplog):
+def test_a_shared_loss_scale_is_refused(make_bench, caplog):
     bench = make_bench()
     bench.accelerator = SimpleNamespace(scaler=object())
     with caplog.at_level(logging.INFO):
@@ -304,7 +330,7 @@ def test_a_common_loss_scale_is_refused(make_bench, caplog):
     assert "fp16's loss scale would be common to all (training.mixed_precision)" in caplog.text
 
 
-def test_experts_and_layers_that_mix_examples_are_known_by_name(make_backbone):
+def test_experts_and_layers_that_mix_examples_are_detected_by_name(make_backbone):
     backbone = make_backbone("bert")
     assert stacking_obstacle(backbone) is None
     backbone.model.get_base_model().extra = nn.BatchNorm1d(4).requires_grad_(False)
@@ -344,9 +370,7 @@ def by_position(module, args):
     ],
     ids=["mixed", "reordered", "one for all"],
 )
-def test_models_that_do_something_else_with_a_batch_are_found_out(
-    make_bench, caplog, alter, reason
-):
+def test_models_whose_batches_depend_on_each_other_are_detected(make_bench, caplog, alter, reason):
     bench = make_bench()
     assert bench.count(clients_per_batch=4) == 4
     alter(
@@ -360,7 +384,7 @@ def test_models_that_do_something_else_with_a_batch_are_found_out(
 
 
 @pytest.mark.parametrize(("batch_size", "clients"), [(1, 8), (2, 4), (4, 1), (16, 1)])
-def test_auto_brings_a_pass_to_eight_examples_on_a_cpu(make_bench, batch_size, clients):
+def test_auto_gives_passes_of_eight_examples_on_a_cpu(make_bench, batch_size, clients):
     assert make_bench().count(batch_size=batch_size) == clients
 
 

@@ -1,4 +1,4 @@
-"""Files: the same content gives the same bytes, and the umask decides who reads them."""
+"""Files: the same content gives the same bytes, and the mode follows from the umask."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from fedmerge_peft import AdapterLayout, AdapterSoup, Recipe
 from fedmerge_peft.runs import checkpoint
 from fedmerge_peft.strategies import make_strategy
 from fedmerge_peft.strategies.base import StrategyContext
+from fedmerge_peft.util import files
 from fedmerge_peft.util.files import locked_directory, write_tensors, write_text
 
 
@@ -34,7 +35,7 @@ def write_all(folder):
 
 
 def test_the_same_content_has_the_same_bytes(tmp_path):
-    """Also in a process that hashes text in its own way."""
+    """The bytes do not depend on the process's hash seed."""
     for number in range(8):
         (tmp_path / str(number)).mkdir()
         write_all(tmp_path / str(number))
@@ -69,3 +70,16 @@ def test_a_locked_directory_stays_empty(tmp_path):
     with locked_directory(tmp_path / "run"), locked_directory(tmp_path / "run"):
         assert list((tmp_path / "run").iterdir()) == []
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_hard_links_leave_no_temporary_files(tmp_path):
+    (tmp_path / "one").write_text("1")
+    files.hardlink(tmp_path / "one", tmp_path / "two")
+    files.hardlink(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "three").write_text("3")
+    files.hardlink(tmp_path / "three", tmp_path / "two")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "one": "1",
+        "two": "3",
+        "three": "3",
+    }

@@ -1,4 +1,4 @@
-"""Where a run's time went."""
+"""The time that the parts of a run take."""
 
 import time
 
@@ -24,7 +24,7 @@ def test_each_moment_counts_once_for_the_innermost_part(monkeypatch):
     assert timer.overhead == pytest.approx(0.6)
 
 
-def test_time_is_counted_where_something_fails_too():
+def test_time_is_counted_despite_failures():
     with collect_timings() as timer:
         with pytest.raises(KeyError), timed("other"), timed("train"):
             raise KeyError
@@ -34,7 +34,7 @@ def test_time_is_counted_where_something_fails_too():
     assert timer.seconds["train"] < 0.02
 
 
-def test_what_nobody_times_is_not_counted():
+def test_code_outside_of_timers_is_not_counted():
     with collect_timings() as timer:
         pass
     with timed("train"):
@@ -51,7 +51,7 @@ def test_the_parts_of_a_run_add_up_to_its_time(smoke, smoke_engine, tmp_path):
     assert sum(timer.seconds.values()) < whole
 
 
-def test_run_with_profile_says_where_the_time_went(capsys, tmp_path):
+def test_run_with_profile_prints_the_time_of_each_part(capsys, tmp_path):
     small = [
         "data.max_train=4",
         "data.max_test=4",

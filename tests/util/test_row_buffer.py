@@ -1,4 +1,4 @@
-"""Rows put aside in memory and in a file."""
+"""Rows that are kept in memory and in a file."""
 
 import gc
 
@@ -14,7 +14,7 @@ def drawn(count, size=10):
 
 
 @pytest.mark.parametrize("most", [0, 2**20], ids=["in a file", "in memory"])
-def test_what_is_kept_is_what_was_given_and_outlives_its_keeper(monkeypatch, most):
+def test_rows_are_unchanged_and_outlive_the_buffer(monkeypatch, most):
     monkeypatch.setattr(row_buffer, "CHUNK_BYTES", 120)  # three rows
     rows, keeper = drawn(10), RowBuffer(most)
     kept = [keeper.append(row) for row in rows]
@@ -25,14 +25,14 @@ def test_what_is_kept_is_what_was_given_and_outlives_its_keeper(monkeypatch, mos
     assert torch.equal(torch.cat(kept[5:]), torch.cat(rows[5:]))
 
 
-def test_rows_kept_one_after_another_are_a_matrix_without_a_copy():
+def test_consecutive_rows_are_a_matrix_without_a_copy():
     keeper = RowBuffer()
     rows = [keeper.append(row)[0] for row in drawn(5)]
     assert as_matrix(rows).data_ptr() == rows[0].data_ptr()
     assert torch.equal(as_matrix(rows), torch.stack(rows))
 
 
-def test_of_pairs_kept_one_after_another_the_first_are_a_matrix_without_a_copy():
+def test_the_first_rows_of_consecutive_pairs_are_a_matrix_without_a_copy():
     keeper = RowBuffer()
     rows = [keeper.append(torch.cat([row, -row]))[0] for row in drawn(5)]
     assert as_matrix(rows).data_ptr() == rows[0].data_ptr()
@@ -40,7 +40,7 @@ def test_of_pairs_kept_one_after_another_the_first_are_a_matrix_without_a_copy()
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [0, 1, 3], [0, 0, 0], [1], [0, 1, 2, 2]], ids=str)
-def test_rows_in_any_order_are_that_matrix(order):
+def test_rows_in_any_order_are_a_matrix_in_that_order(order):
     keeper = RowBuffer()
     rows = [keeper.append(row)[0] for row in drawn(5)]
     chosen = [rows[number] for number in order]

@@ -12,9 +12,9 @@ class PowerLawRecipe(PartitionRecipe):
     """Examples dealt at random to clients of very different sizes: n_i ∝ 1 / i^exponent."""
 
     clients: PositiveInt
-    """How many clients."""
+    """Number of clients."""
     exponent: NonNegativeFloat = 1.0
-    """How unequal the sizes are; 0 is equal."""
+    """Inequality of the sizes; 0 is equal."""
 
 
 @register_partition("power-law", recipe=PowerLawRecipe)

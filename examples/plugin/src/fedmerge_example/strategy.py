@@ -23,7 +23,7 @@ class CautiousRecipe(StrategyRecipe):
     """FedAvg that trusts an update less, the farther it is from the mean of all updates."""
 
     caution: NonNegativeFloat = 1.0
-    """How fast trust falls with the distance; 0 is FedAvg."""
+    """Rate at which trust falls with the distance; 0 is FedAvg."""
 
     shared_soup = True  # its one adapter may be given to anyone
 

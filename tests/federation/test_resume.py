@@ -305,7 +305,7 @@ def test_overrides_that_would_make_another_run_are_refused(
     before = left_behind(path)
     with pytest.raises(
         RecipeError,
-        match=r"this would change the clients' work; .* may change name, rounds, evaluation\.every",
+        match=r"this would change the clients' work, .* may change name, rounds, evaluation\.every",
     ):
         resume(path, [override], engine=engine)
     assert left_behind(path) == before

@@ -212,10 +212,9 @@ def _print_profile(timer: PhaseTimer, console: Console) -> None:
     from rich.table import Table
 
     total = sum(timer.seconds.values())
-    table = Table(
-        title=f"time by part: {100 * timer.overhead:.1f} % neither training nor evaluation",
-        title_justify="left",
-    )
+    overhead = 100 * timer.overhead
+    console.print(f"time by part: {overhead:.1f} % neither training nor evaluation", soft_wrap=True)
+    table = Table()
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")

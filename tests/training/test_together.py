@@ -283,7 +283,11 @@ def test_a_layers_own_forward_is_restored(make_bench):
 @pytest.mark.parametrize(
     ("kind", "lora", "reason"),
     [
-        ("bert", {"use_dora": True}, r"magnitudes are not low-rank updates \(lora\.use_dora\)"),
+        (
+            "bert",
+            {"use_dora": True},
+            r"DoRA's magnitudes are not low-rank updates \(lora\.use_dora\)",
+        ),
         ("bert", {"bias": "lora_only"}, r"query\.base_layer\.bias is trainable, but"),
         ("bert", {"bias": "all"}, r"bias is trainable, but"),
         ("bert", {"trainable_token_indices": [5, 6]}, r"is trainable, but"),

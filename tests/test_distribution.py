@@ -73,9 +73,8 @@ def installed(built, tmp_path_factory):
         cwd=home,
     )
     (packages,) = (home / "venv" / "lib").glob("python*/site-packages")
-    (packages / "requirements.pth").write_text(
-        str(Path(numpy.__file__).parents[1]) + "\n"
-    )  # its own .pth files are not followed
+    # its own .pth files are not followed
+    (packages / "requirements.pth").write_text(str(Path(numpy.__file__).parents[1]) + "\n")
     return python
 
 

@@ -73,9 +73,8 @@ def test_rounds_are_counted_until_the_mean_reaches_fedavgs_final_score(three_met
     assert comparison.target is None
     frame = by_method(comparison.methods)
     assert frame.loc["fedmerge", "target"] == 0.5
-    assert (
-        frame.loc["fedmerge", "rounds_to_target"] == 1.5
-    )  # one round with seed 0, two with seed 1
+    # one round with seed 0, two with seed 1
+    assert frame.loc["fedmerge", "rounds_to_target"] == 1.5
     assert frame.loc["fedavg", "rounds_to_target"] == 2
     assert frame.loc["local", "rounds_to_target"] == math.inf  # one seed of two is no median
 
@@ -259,9 +258,8 @@ def test_gains_are_over_the_counterpart_with_the_same_training(write_run, tmp_pa
     frame = by_method(compare([tmp_path]))
     assert frame.loc["fedmerge r=4", "gain_over_fedavg"] == pytest.approx(0.4)
     assert frame.loc["fedmerge r=8", "gain_over_fedavg"] == pytest.approx(0.2)
-    assert math.isnan(
-        frame.loc["fedmerge r=16", "gain_over_fedavg"]
-    )  # which of the two would it be?
+    # ambiguous: two runs of fedavg
+    assert math.isnan(frame.loc["fedmerge r=16", "gain_over_fedavg"])
     assert frame.loc["fedmerge r=4", "gain_over_local"] == pytest.approx(0.2)  # there is but one
 
 

@@ -142,9 +142,8 @@ def test_set_aside_fractions_are_parts_of_all_the_rows():
 
 def test_largest_remainders_get_the_rows_left_over():
     classes = np.zeros(10, dtype=np.int64)
-    dealt = assign_by_class(
-        classes, np.array([[1], [3], [2]]), generator(0, "test")
-    )  # quotas 1.67, 5, 3.33
+    # quotas 1.67, 5, 3.33
+    dealt = assign_by_class(classes, np.array([[1], [3], [2]]), generator(0, "test"))
     assert [len(rows) for rows in dealt] == [2, 5, 3]
 
 

@@ -59,12 +59,11 @@ def test_commands_run_in_order(page, here, capsys):
     """Training uses a tiny model; ``make`` is only planned and ``pip`` skipped."""
     for line in "".join(blocks(page, "bash")).splitlines():
         command = shlex.split(line, comments=True)
-        if command[0] == "torchrun":  # of one rank here; tests/test_ranks.py starts several
+        if command[0] == "torchrun":  # of one rank here; tests/engines starts several
             command = ["fedmerge", *command[command.index("fedmerge_peft") + 1 :]]
         if command[:2] == ["fedmerge", "federate"]:
-            parsed(
-                command[2:]
-            )  # several processes, some of which wait for others: tests/sites starts them
+            # several processes, some of which wait for others: tests/sites starts them
+            parsed(command[2:])
         elif command[0] == "make":
             assert (
                 subprocess.run(

@@ -30,16 +30,18 @@ SCENARIOS = {
         "baselines=[fedavg]",
     ],
     "flhc": ["strategy={name: flhc, adapters: 2, warm_rounds: 1}", "training.clients_per_batch=1"],
+    # three clients, in passes of two and one
     "ditto": [
         "strategy=ditto",
         "clients.fraction=0.5",
         "training.clients_per_batch=2",
-    ],  # three clients, in passes of two and one
+    ],
     "flora": ["strategy={name: flora, ranks: [1, 2]}"],
+    # one client, so that a rank has none
     "fedem": [
         "strategy={name: fedem, adapters: 2}",
         "clients.fraction=0.1",
-    ],  # one client, so that a rank has none
+    ],
     "failing": [
         "strategy={name: ifca, adapters: 2}",
         "clients.failures=skip",

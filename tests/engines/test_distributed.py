@@ -107,10 +107,11 @@ def test_ranks_wait_for_the_rank_that_prints(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
+    # a launcher ends all ranks as soon as one has ended
     for rank, count, waits in (
         ("1", 0, [5.0]),
         ("0", 1, [5.0]),
-    ):  # a launcher ends all ranks as soon as one has ended
+    ):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit, match="2"):
             main(["run", "smoke", "training.learnin_rate=1"])

@@ -30,19 +30,21 @@ VARIANTS = [
         "balance_rounds": 3,
         "reseed_after": 1,
     },
+    # stopped before the grouping
     {
         "name": "fedmerge",
         "adapters": 3,
         "start": "warm",
         "warm_rounds": 3,
-    },  # stopped before the grouping
+    },
+    # and after it
     {
         "name": "fedmerge",
         "adapters": 3,
         "start": "warm",
         "warm_rounds": 1,
         "server_optimizer": "adam",
-    },  # and after it
+    },
     {"name": "fedavg", "server_optimizer": "adam"},
     {"name": "fesem", "adapters": 6},  # waits for its last clients
     {"name": "flhc", "adapters": 2, "warm_rounds": 3},

@@ -39,9 +39,8 @@ def test_the_committed_reference_is_current():
 
 def test_every_key_of_every_section_is_listed():
     keys = {cells[0].strip("`") for cells in rows(markdown.reference())}
-    assert {name for section in sections() for name in section.model_fields} - keys == {
-        "scheme"
-    }  # distinguishes partitions, in headings
+    # distinguishes partitions, in headings
+    assert {name for section in sections() for name in section.model_fields} - keys == {"scheme"}
 
 
 def test_a_row_has_type_bounds_default_and_meaning():

@@ -174,9 +174,8 @@ def test_mlflow_reads_the_logged_run(smoke, smoke_engine, tmp_path, monkeypatch)
     assert ours.data.metrics["final/test_accuracy_mean"] == run.summary["final"]["served"]["mean"]
     pictures = [each.path for each in client.list_artifacts(ours.info.run_id, "merging_weights")]
     assert pictures == ["merging_weights/round-00001.png", "merging_weights/round-00002.png"]
-    assert (
-        client.list_artifacts(tracked["fedavg-seed0"].info.run_id) == []
-    )  # which learns no weights
+    # fedavg learns no weights
+    assert client.list_artifacts(tracked["fedavg-seed0"].info.run_id) == []
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab", "aim", "clearml"])

@@ -198,14 +198,12 @@ def test_shared_factors_are_those_of_the_run(tmp_path, tickets):
     run = federate(recipe("lora.merge=shared_a"), tmp_path / "run")
     loaded = newcomer(run, tickets).backbone
     assert run.soup.shared.keys() == loaded.shared.keys()
-    assert all(
-        torch.equal(value, loaded.shared[key]) for key, value in run.soup.shared.items()
-    )  # the seed gives the same again
+    # the seed gives the same factors again
+    assert all(torch.equal(value, loaded.shared[key]) for key, value in run.soup.shared.items())
     before = personalize(run, tickets, local=False)
     soup = run.soup
-    soup.shared = {
-        key: -3 * value for key, value in soup.shared.items()
-    }  # as if drawn by another device's generator
+    # as if drawn by another device's generator
+    soup.shared = {key: -3 * value for key, value in soup.shared.items()}
     soup.rows = soup.rows + 0.3
     soup.save(run.path / "soup.safetensors")
     after = personalize(run, tickets, local=False)

@@ -71,9 +71,8 @@ def test_a_newcomers_first_reply_assigns_it_to_a_cluster_and_moves_no_adapter(na
     assert_truth(strategy)
     before = strategy.served(7)
     strategy.update(replies(strategy, QUADRATICS, [7]))
-    torch.testing.assert_close(
-        strategy.served(7), 0.5 * before + 0.5 * TARGETS[7]
-    )  # from now on it counts
+    # from its second reply on, the client moves its centre
+    torch.testing.assert_close(strategy.served(7), 0.5 * before + 0.5 * TARGETS[7])
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -62,9 +62,8 @@ def test_fesem_moves_a_client_to_the_centre_that_its_adapter_comes_nearest_to():
     trained = centre + 0.1
     strategy.update([Reply(0, (strategy.served(0) - trained)[None], 10, 0.0, 0.0)])
     assert strategy.weights[0].argmax() == target != start
-    torch.testing.assert_close(
-        strategy.soup.rows[target], trained
-    )  # the mean of this round's replies
+    # the mean of this round's replies
+    torch.testing.assert_close(strategy.soup.rows[target], trained)
 
 
 def test_fesem_keeps_a_centre_that_no_reply_is_nearest_to():
@@ -90,9 +89,8 @@ def test_fesem_clusters_once_there_are_as_many_clients_as_clusters():
     answers = list(replies(strategy, QUADRATICS, [2, 3]))
     strategy.update([*answers, Reply(0, (noise(0) - moved)[None], 10, 0.0, 0.0)])
     assert strategy.weights[:4].argmax(1).unique().tolist() == [0, 1, 2]
-    torch.testing.assert_close(
-        strategy.served(0), 0.5 * (0.5 * (first[0] + moved) + first[3])
-    )  # client 0 counts with its mean
+    # client 0 counts with its mean
+    torch.testing.assert_close(strategy.served(0), 0.5 * (0.5 * (first[0] + moved) + first[3]))
     torch.testing.assert_close(strategy.served(1), first[1])
     torch.testing.assert_close(strategy.served(2), first[2])
     assert strategy.warnings() == []

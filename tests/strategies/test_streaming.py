@@ -114,10 +114,11 @@ except RuntimeError:
     sys.platform != "linux", reason="the limit on a process's own memory is Linux's"
 )
 def test_two_hundred_replies_of_a_megabyte_need_a_third_of_their_memory():
+    # what is freed goes back to the system
     exact = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # what is freed goes back to the system
+    }
     done = subprocess.run(
         [sys.executable, "-c", _TIGHT],
         env=exact,

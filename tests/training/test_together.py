@@ -121,6 +121,7 @@ def make_bench(tiny_models, table_and_task):
 
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}
 CACHED = {"lora": {"layers_to_transform": [1]}, "cached": True}
+CHECKPOINTED = {"kind": "llama", "backbone": {"gradient_checkpointing": True}}
 CASES = {
     "bert": {},
     "gpt2, whose layers are Conv1D": {"kind": "gpt2"},
@@ -150,15 +151,11 @@ CASES = {
     "a number of steps": {"steps": 3},
     "cosine and warmup": {"schedule": "cosine", "warmup": 0.3, "epochs": 3},
     "linear decay": {"schedule": "linear", "epochs": 2, **SGD},
-    "checkpointing": {"kind": "llama", "backbone": {"gradient_checkpointing": True}},
-    "the prefix cache": {**CACHED},
+    "checkpointing": CHECKPOINTED,
+    "the prefix cache": CACHED,
     "the prefix cache of a decoder": {"kind": "llama", **CACHED, "epochs": 2},
     "the prefix cache of images": {"kind": "vit", **CACHED},
-    "the prefix cache and checkpointing": {
-        "kind": "llama",
-        **CACHED,
-        "backbone": {"gradient_checkpointing": True},
-    },
+    "the prefix cache and checkpointing": {**CHECKPOINTED, **CACHED},
 }
 
 
@@ -283,7 +280,11 @@ def test_a_layers_own_forward_is_restored(make_bench):
 @pytest.mark.parametrize(
     ("kind", "lora", "reason"),
     [
-        ("bert", {"use_dora": True}, r"magnitudes are not low-rank updates \(lora\.use_dora\)"),
+        (
+            "bert",
+            {"use_dora": True},
+            r"DoRA's magnitudes are not low-rank updates \(lora\.use_dora\)",
+        ),
         ("bert", {"bias": "lora_only"}, r"query\.base_layer\.bias is trainable, but"),
         ("bert", {"bias": "all"}, r"bias is trainable, but"),
         ("bert", {"trainable_token_indices": [5, 6]}, r"is trainable, but"),

@@ -19,6 +19,11 @@ WARM = "strategy={name: fedmerge, adapters: 3, start: warm, warm_rounds: 2}"
 METHODS = [WARM, "strategy=fedavg", "strategy=local"]
 
 
+@pytest.fixture(autouse=True)
+def training_is_not_cached():
+    """Here it is."""
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """Jobs that were trained, in their order."""

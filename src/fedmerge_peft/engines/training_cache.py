@@ -1,8 +1,9 @@
 """Cache of trained adapters, so that strategies that share an engine train the same job once.
 
 A job that trains alone is a deterministic function of its starting adapter, its seed, the client's
-examples, ``recipe.training`` and the frozen weights. The seed follows from the round and the client.
-In the first round, all strategies that start from the common initial adapter train the same jobs.
+examples, ``recipe.training`` and the frozen weights. The seed follows from the round and the
+client. In the first round, all strategies that start from the common initial adapter train the same
+jobs. At a site, only a run's baselines can profit.
 """
 
 from __future__ import annotations

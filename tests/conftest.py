@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,19 @@ def shared_data() -> Path:
             "FEDMERGE_DATA names another folder"
         )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def training_is_not_cached(monkeypatch):
+    """Tests share engines, and compare runs on one engine: each run trains by itself."""
+    module = sys.modules.get("fedmerge_peft.engines.training_cache")
+    if module is not None:
+
+        def train_each_time(_cache, _job, train):
+            begin = time.perf_counter()
+            return module.TimedTraining(train(), time.perf_counter() - begin)
+
+        monkeypatch.setattr(module.TrainingCache, "get_or_train", train_each_time)
 
 
 @pytest.fixture(scope="session")

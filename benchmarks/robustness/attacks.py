@@ -133,4 +133,5 @@ def flipped(engine: LocalEngine, hostile: Iterable[int]) -> LocalEngine:
             labels[row] = len(engine.task.labels) - 1 - labels[row]
     changed = copy(engine)
     changed.runtime = replace(engine.runtime, examples=Examples({**columns, "labels": labels}))
+    changed.clear_caches()  # their content depends on the labels
     return changed

@@ -107,6 +107,7 @@ def test_a_client_that_cannot_be_evaluated_is_missing_from_the_final_scores_only
     smoke, smoke_engine, tmp_path, monkeypatch
 ):
     evaluate, culprit = local.evaluate, smoke_engine.clients[1]
+    smoke_engine.clear_caches()
 
     def fail(runtime, served, rows, batch_size):
         if rows is culprit.test:

@@ -135,6 +135,7 @@ def test_a_failing_client_is_named_with_its_round_and_cause(engine, monkeypatch)
 def test_a_client_that_cannot_be_evaluated_is_named_with_the_completed_rounds(engine, monkeypatch):
     federation = Federation(recipe("rounds=2", "evaluation.every=5"), engine)
     list(federation.rounds())
+    engine.clear_caches()
 
     def fail(*_):
         raise ZeroDivisionError("no luck")

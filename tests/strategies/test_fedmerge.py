@@ -1,12 +1,16 @@
 """FedMerge's options, each on a case with a known answer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from equality import assert_near
 from fedmerge_peft import AdapterLayout
+from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedAvgRecipe, FedMergeRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.balancing import balancing_shifts
 
 SIZE = 6
@@ -200,3 +204,72 @@ def test_the_first_step_of_the_weights_is_the_gradient_of_the_objective(temperat
     (0.25 * (merged * torch.cat([reply.deltas for reply in answers]).double()).sum()).backward()
     strategy.update(answers)
     assert_near(strategy.merging.logits, -logits.grad)
+
+
+WIDE = AdapterLayout.from_tensors([("a.lora_A.weight", (7, 149), "lora")])
+
+
+def sent_by(recipe, rounds, cohorts, robustness):
+    """The adapters that a strategy sends in each round, to clients that pull it to their own."""
+    context = replace(
+        start(6),
+        layout=WIDE,
+        fresh_row=lambda k: torch.randn(WIDE.size, generator=torch.Generator().manual_seed(k)),
+        aggregator=Aggregator(RobustnessRecipe(**robustness)),
+    )
+    strategy, targets = make_strategy(recipe, context), context.fresh_row
+    for number in range(rounds):
+        sent = {client: strategy.plan(client).row for client in cohorts[number]}
+        yield sent
+        strategy.update(
+            Reply(client, 0.3 * (row - targets(client % 3 + 1))[None], 10 + client, 1.0, 0.0)
+            for client, row in sent.items()
+        )
+
+
+@pytest.mark.parametrize("cohorts", [[range(6)] * 4, [[0, 1, 4], [2, 3, 5], [1, 2, 3], [0, 4, 5]]])
+@pytest.mark.parametrize(
+    "robustness",
+    [
+        {},
+        {"norm_multiple": 0.7},
+        *(
+            {"aggregation": rule}
+            for rule in ("median", "trimmed_mean", "krum", "multi_krum", "cosine_filter")
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "server",
+    [{}, {"server_lr": 0.3, "server_momentum": 0.9}, {"server_optimizer": "adam"}],
+    ids=str,
+)
+def test_in_warm_rounds_clients_are_sent_fedavgs_adapter_bit_for_bit(server, robustness, cohorts):
+    fedmerge = FedMergeRecipe(name="fedmerge", adapters=3, start="warm", warm_rounds=3, **server)
+    fedavg = FedAvgRecipe(name="fedavg", **server)
+    sent, expected = (
+        list(sent_by(recipe, 4, cohorts, robustness)) for recipe in (fedmerge, fedavg)
+    )
+    for ours, theirs in zip(sent[:3], expected[:3], strict=True):
+        assert all(torch.equal(ours[client], row) for client, row in theirs.items())
+    assert not all(torch.equal(sent[3][client], row) for client, row in expected[3].items())
+
+
+def test_a_warm_round_moves_all_adapters_and_the_servers_moments_alike():
+    strategy = fedmerge(start="warm", warm_rounds=3, server_momentum=0.5)
+    strategy.update(replies(range(4)))
+    state = strategy.state_dict()
+    for tensor in (strategy.soup.rows, state["server.momentum_buffer"]):
+        assert tensor.shape == (3, SIZE)
+        assert torch.equal(tensor, tensor[:1].repeat(3, 1))
+
+
+def test_a_warm_round_of_the_chain_rule_has_a_step_of_one_dth():
+    plain, chain = (
+        fedmerge(start="warm", warm_rounds=3, rule=rule) for rule in ("normalized", "gradient")
+    )
+    before = plain.adapter(0)
+    for strategy in (plain, chain):
+        strategy.update(replies(range(4)))
+    assert_near(before - chain.adapter(0), (before - plain.adapter(0)) / 3)

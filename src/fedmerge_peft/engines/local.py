@@ -22,6 +22,7 @@ from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
 from fedmerge_peft.engines.score_cache import ScoreCache
+from fedmerge_peft.engines.training_cache import TrainingCache
 from fedmerge_peft.engines.turn import ClientTurn, client_error
 from fedmerge_peft.errors import ClientError
 from fedmerge_peft.models.backbone import Backbone, load_backbone
@@ -61,6 +62,7 @@ class LocalEngine:
         self.clients = clients
         self.runtime = runtime
         self.score_cache = ScoreCache()
+        self.training_cache = TrainingCache()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LocalEngine:
@@ -90,6 +92,10 @@ class LocalEngine:
             rows = _rows_held(data.clients)
             runtime.cache = PrefixCache(backbone, task, runtime.examples, rows, gigabytes)
         return cls(recipe, data.clients, runtime)
+
+    def clear_caches(self) -> None:
+        """Discard cached scores and trained adapters, for example after ``load_shared``."""
+        self.score_cache, self.training_cache = ScoreCache(), TrainingCache()
 
     @property
     def task(self) -> Task:
@@ -128,7 +134,10 @@ class LocalEngine:
             return None
         engine = copy(self)
         engine.recipe = recipe
-        engine.score_cache = ScoreCache()
+        if theirs.evaluation != ours.evaluation:
+            engine.score_cache = ScoreCache()
+        if theirs.training != ours.training:
+            engine.training_cache = TrainingCache()
         vars(engine).pop("clients_per_batch", None)  # the batch size may differ
         return engine
 
@@ -265,11 +274,23 @@ class LocalEngine:
         outcomes: list[Trained | Exception] = []
         for (turn, _), job in zip(members, jobs, strict=True):
             try:
-                with turn.clock():
-                    outcomes += train(self.runtime, training, [job])
+                outcomes.append(self._train_alone(turn, job))
             except Exception as error:
                 outcomes.append(error)
         return outcomes
+
+    def _train_alone(self, turn: ClientTurn, job: Job) -> Trained:
+        """Train one job, or take its outcome from the cache; the turn counts its seconds."""
+
+        def work() -> Trained:
+            return train(self.runtime, self.recipe.training, [job])[0]
+
+        if not self.backbone.as_pretrained:  # the outcome depends on the changed weights too
+            with turn.clock():
+                return work()
+        known = self.training_cache.get_or_train(job, work)
+        turn.seconds += known.seconds
+        return known.trained
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
         with timed("evaluate"):

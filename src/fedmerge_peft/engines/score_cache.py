@@ -1,28 +1,29 @@
-"""Cache of the scores of clients whose served adapter has not changed.
+"""Cache of the scores of clients for adapters that were scored before.
 
 With local training, for example, the adapter that a round serves is the one that the previous round
-has scored after training.
+has scored after training. The first adapter of a run is common to most strategies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import blake2b
 
-import torch
-from torch import Tensor
-
+from fedmerge_peft.engines.digest import digest
 from fedmerge_peft.training.plan import Mixture, Served
+
+_SCORES_PER_CLIENT = 8
+"""Enough for one run that scores three rounds, each before and after training, and its end."""
 
 
 class ScoreCache:
-    """Last scores of each client, with a digest of the adapter that they belong to.
+    """Scores of each client's most recently used adapters, by a digest of the adapter.
 
-    Stores a few hundred bytes per client and no adapters.
+    Stores a few kilobytes per client and no adapters.
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, tuple[bytes, dict[str, float]]] = {}
+        self._scores: dict[str, dict[bytes, dict[str, float]]] = {}
+        """By client and digest; the most recently used come last."""
 
     def get_or_compute(
         self, client: str, served: Served, compute: Callable[[], dict[str, float]]
@@ -34,19 +35,10 @@ class ScoreCache:
             served: Adapter or mixture to score.
             compute: Function that returns the scores. It is called if the cache has none.
         """
-        digest = _digest(served)
-        last = self._last.get(client)
-        if last is None or last[0] != digest:
-            last = self._last[client] = digest, compute()
-        return dict(last[1])
-
-
-def _digest(served: Served) -> bytes:
-    tensors: tuple[Tensor, ...] = (
-        (served.rows, served.weights) if isinstance(served, Mixture) else (served,)
-    )
-    digest = blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+        key = digest((served.rows, served.weights) if isinstance(served, Mixture) else (served,))
+        known = self._scores.setdefault(client, {})
+        scores = known.pop(key) if key in known else compute()
+        known[key] = scores
+        if len(known) > _SCORES_PER_CLIENT:
+            del known[next(iter(known))]
+        return dict(scores)

@@ -63,7 +63,8 @@ class RoundRecord:
     rounds: int
     """Rounds that the recipe asks for."""
     seconds: float
-    """Wall time of the round, including evaluation."""
+    """Wall time of the round, including evaluation. Adapters and scores from the engine's caches
+    take almost none."""
     train_loss: float
     """Mean loss of local training, nats, weighted by the clients' number of examples."""
     served: Scores | None

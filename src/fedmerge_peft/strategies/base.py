@@ -51,6 +51,7 @@ class Reply:
     train_loss: float
     """Mean loss (nats) over the round's training steps."""
     seconds: float
+    """Time of the client's work; a cached adapter counts the seconds of its original training."""
     served: dict[str, float] | None = None
     """Scores before training, such as ``test_accuracy``, of the adapter that the client was served.
     None in rounds without evaluation."""

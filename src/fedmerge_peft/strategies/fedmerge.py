@@ -66,6 +66,8 @@ class FedMerge(Strategy):
         return self._softmax(self.merging.logits)
 
     def adapter(self, client: int) -> Tensor:
+        if self._warming is not None:  # all rows are equal; FedAvg's adapter, bit for bit
+            return self.soup.rows[0].clone()
         return self.soup.merge(self._softmax(self.merging.logits[client]))
 
     def _softmax(self, logits: Tensor) -> Tensor:
@@ -102,11 +104,30 @@ class FedMerge(Strategy):
             if balance > 0
             else torch.zeros_like(self.shifts)
         )
+        self.soup.rows = self.server.step(
+            self.soup.rows, self._soup_gradient(clients, before, deltas, sizes)
+        )
+
+    def _soup_gradient(
+        self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor
+    ) -> Tensor:
+        """Combine the updates ``(k, P)`` of these clients to the gradient of Θ, ``(d, P)``.
+
+        While warming, all rows have one gradient, that of FedAvg; the chain rule divides it by d.
+
+        Args:
+            clients: Client indices, ``(k,)``.
+            before: π of these clients when they trained, ``(k, d)`` float64.
+            deltas: δ, ``(k, P)``.
+            sizes: n, ``(k,)``.
+        """
         chain_rule = self.recipe.rule == "gradient"
-        gradient = self.aggregator.combine(
+        if self._warming is not None:
+            common = self.aggregator.combine(deltas, torch.ones(len(sizes), 1), sizes)
+            return (common / len(self.soup) if chain_rule else common).expand_as(self.soup.rows)
+        return self.aggregator.combine(
             deltas, before if chain_rule else self.weights[clients], sizes, normalize=not chain_rule
         )
-        self.soup.rows = self.server.step(self.soup.rows, gradient)
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set W according to the directions of the clients' mean updates.

@@ -15,7 +15,6 @@ from torch import Tensor
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.engines.score_cache import ScoreCache
 from fedmerge_peft.errors import ClientError, FedMergeError, RefusedError, WireError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import loads
@@ -181,7 +180,7 @@ class Trainer:
         }:
             raise WireError("the tensors shared by all adapters do not fit this layout")
         backbone.load_shared(shared)
-        engine.score_cache = ScoreCache()  # cached scores depend on the shared tensors
+        engine.clear_caches()  # their content depends on the shared tensors
         return Message(
             "opened",
             {"layout": ours, "size": backbone.layout.size, "counts": engine.label_counts()},

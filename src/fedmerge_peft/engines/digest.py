@@ -1,0 +1,21 @@
+"""Digest of tensors and numbers: equal digests mean bit-identical values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def digest(parts: Iterable[Tensor | int | float | None]) -> bytes:
+    """Compute a 16-byte BLAKE2b digest of values, dtypes and shapes, in their order."""
+    state = blake2b(digest_size=16)
+    for part in parts:
+        if not isinstance(part, Tensor):
+            state.update(f"{part!r};".encode())
+            continue
+        state.update(f"{part.dtype}{tuple(part.shape)};".encode())
+        state.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.digest()

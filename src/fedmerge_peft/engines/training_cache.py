@@ -1,0 +1,85 @@
+"""Cache of trained adapters, so that strategies that share an engine train the same job once.
+
+A job that trains alone is a deterministic function of its starting adapter, its seed, the client's
+examples, ``recipe.training`` and the frozen weights. The seed follows from the round and the
+client. In the first round, all strategies that start from the common initial adapter train the same
+jobs. At a site, only a run's baselines can profit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedmerge_peft.engines.digest import digest
+from fedmerge_peft.training.loop import Job
+from fedmerge_peft.training.plan import Trained
+
+MAX_BYTES = 2**28
+"""Default size of the trained adapters that a cache holds."""
+
+
+@dataclass(frozen=True)
+class TimedTraining:
+    """One trained adapter, and the seconds that its training took."""
+
+    trained: Trained
+    seconds: float
+
+
+class TrainingCache:
+    """Outcomes of jobs on one model, under one ``recipe.training``, that trained alone.
+
+    Jobs that share a forward pass are not cached, because their dropout masks depend on all jobs of
+    the pass.
+
+    Args:
+        max_bytes: Limit on the bytes of trained adapters. A full cache keeps what it has, because
+            strategies have their first rounds in common.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._bytes_left = max_bytes
+        self._known: dict[bytes, TimedTraining] = {}
+
+    def get_or_train(self, job: Job, train: Callable[[], Trained]) -> TimedTraining:
+        """Return the job's outcome, with the seconds of the original training.
+
+        Args:
+            job: Job that trains alone.
+            train: Function that trains the job. It is called if the cache has no outcome.
+        """
+        key = _key(job)
+        if (known := self._known.get(key)) is not None:
+            return _copy(known)
+        begin = time.perf_counter()
+        trained = train()
+        timed = TimedTraining(trained, time.perf_counter() - begin)
+        size = trained.row.nbytes
+        if size <= self._bytes_left:
+            self._bytes_left -= size
+            self._known[key] = _copy(timed)
+        return timed
+
+
+def _key(job: Job) -> bytes:
+    """Return a digest of everything in the job that decides its outcome."""
+    plan = job.train  # its privacy applies to the update after training
+    return digest(
+        [
+            job.seed,
+            torch.from_numpy(job.indices),
+            plan.row,
+            plan.proximal,
+            plan.anchor,
+            plan.example_weights,
+            *plan.phases,
+        ]
+    )
+
+
+def _copy(known: TimedTraining) -> TimedTraining:
+    return replace(known, trained=replace(known.trained, row=known.trained.row.clone()))

@@ -78,7 +78,11 @@ def engine(
 
 
 def rounds(engine: LocalEngine, measured: bool = False) -> Federation:
-    """Return a federation past its first round, so that ``evaluation.every`` alone applies."""
+    """Return a federation past its first round, so that ``evaluation.every`` alone applies.
+
+    The engine's caches are empty: every job is trained.
+    """
+    engine.clear_caches()
     recipe = engine.recipe.model_copy(
         update={"evaluation": engine.recipe.evaluation.model_copy(update={"every": 1})}
     )

@@ -97,7 +97,7 @@ class ResumeError(RunError):
 
 
 class SweepError(RunError):
-    """Sweep of which some recipes failed. All recipes were tried.
+    """Sweep with failed recipes. All recipes were tried.
 
     ``failures`` maps names of recipes to reasons.
     """
@@ -120,7 +120,7 @@ class FederateError(FedMergeError):
 
 
 class RefusedError(FederateError):
-    """Request that a site refuses because of its own settings. The site sent no data."""
+    """Request that a site refused because of its own settings. The site sent no data."""
 
 
 class WireError(FederateError):

@@ -196,7 +196,7 @@ def test_a_federation_that_fails_exits_with_2_and_the_sites_reason(kits, fedmerg
         "state": "failed",
         "rounds": 3,
         "total": 9,
-        "error": "no site takes part:\n  north: its data are \x1b[31mempty",
+        "error": "no site can take part:\n  north: its data are \x1b[31mempty",
     }
     monkeypatch.setattr(operator, "run", lambda *arguments, **options: failed)
     code, _, err = fedmerge("federate", "run", kits)

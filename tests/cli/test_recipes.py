@@ -110,7 +110,7 @@ def test_cp_never_overwrites(refused):
 def test_cp_suggests_a_name(refused):
     assert (
         refused("cp", "smoek")
-        == "smoek: no such shipped recipe; did you mean 'smoke'? (see: fedmerge ls)\n"
+        == "smoek: no such shipped recipe; did you mean 'smoke'? (fedmerge ls lists the shipped recipes)\n"
     )
 
 

@@ -27,10 +27,10 @@ WireDtype = Annotated[
     typer.Option(help="Number format of adapters in messages; bfloat16 halves the bytes."),
 ]
 Segment = Annotated[
-    int, typer.Option(min=1, help="Rounds in a job; a site that was away joins at the next job.")
+    int, typer.Option(min=1, help="Rounds in a job; a disconnected site joins at the next job.")
 ]
 Deadline = Annotated[
-    int, typer.Option(min=1, help="Seconds that a site has for its part of a round.")
+    int, typer.Option(min=1, help="Maximum time of a site for a round, in seconds.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.")]
 
@@ -142,7 +142,9 @@ def site(
         Path | None, typer.Option(help="The examples: csv, tsv, json, jsonl, parquet, or a folder.")
     ] = None,
 ) -> None:
-    """Take part as a site until it is stopped. DIR/site.yaml holds the site's settings.
+    """Run a site of a federation until it is stopped.
+
+    DIR/site.yaml contains the settings of the site.
 
     Example: fedmerge federate site north --data tickets.csv
     """
@@ -186,7 +188,10 @@ def run(
     ],
     wait: Annotated[
         float,
-        typer.Option(min=0, help="Seconds to wait for all sites before starting without some."),
+        typer.Option(
+            min=0,
+            help="Seconds to wait for all sites; the run then starts with the connected ones.",
+        ),
     ] = 600,
     min_sites: Annotated[
         int, typer.Option(min=1, help="Smallest number of sites to start with.")

@@ -7,7 +7,7 @@ the other decorators of ``recipe/registration.py``). It is found in two ways:
 - A recipe lists it: ``plugins: [my_module]``.
 
 The built-in strategies, tasks, partition schemes, metrics and aggregation rules are in the same
-registries. They are registered beside their sections in ``recipe/`` with the import path of their
+registries. They are registered next to their sections in ``recipe/`` with the import path of their
 code, so that reading a recipe imports no torch.
 """
 
@@ -111,15 +111,15 @@ class Registry:
         known = self._entries.get(name)
         if known is not None and known.module != entry.module:
             raise PluginError(
-                f"the {self.kind} {name!r} of {entry.module} is taken: {known.module} registers "
-                "that name; choose another"
+                f"the {self.kind} {name!r} of {entry.module} is already registered by "
+                f"{known.module}; choose another name"
             )
         if recipe is not None:
             other = next((e.name for e in self if e.recipe is recipe and e.name != name), None)
             if other is not None:
                 raise PluginError(
                     f"the {self.kind} {name!r} of {entry.module} has the section "
-                    f"{recipe.__name__}, which is that of {other!r}; derive a class of its own"
+                    f"{recipe.__name__}, which belongs to {other!r}; derive a separate class"
                 )
             _tag(recipe, self.key, name)
         self._entries[name] = entry

@@ -168,10 +168,7 @@ def test_a_module_that_fails_is_named_with_the_cause(module):
     assert "my_plugin cannot be imported: ZeroDivisionError" in faults("plugins=[my_plugin]")[0]
     module.write_text(MINE.replace('"mine"', '"fedavg"'))
     (found,) = faults("plugins=[my_plugin]")
-    assert (
-        "'fedavg' of my_plugin is taken: fedmerge_peft.strategies.fedavg registers that name"
-        in found
-    )
+    assert "'fedavg' of my_plugin is already registered by fedmerge_peft.strategies.fedavg" in found
 
 
 def test_unknown_names_come_with_a_hint_on_plugins():
@@ -214,7 +211,7 @@ def test_a_name_belongs_to_one_module_which_may_register_it_again():
     assert Recipe.load("smoke", ["strategy=again"]).strategy.name == "again"
     other = type("Other", (Strategy,), {"__module__": "elsewhere"})
     with pytest.raises(
-        PluginError, match=r"'again' of elsewhere is taken: .*test_plugins registers"
+        PluginError, match=r"'again' of elsewhere is already registered by .*test_plugins"
     ):
         register_strategy("again")(other)
 
@@ -227,7 +224,7 @@ def test_a_section_has_one_name():
         pass
 
     register_strategy("one", recipe=OneRecipe)(Other)
-    with pytest.raises(PluginError, match="OneRecipe, which is that of 'one'"):
+    with pytest.raises(PluginError, match="OneRecipe, which belongs to 'one'"):
         register_strategy("two", recipe=OneRecipe)(Other)
     with pytest.raises(PluginError, match="int is not a StrategyRecipe"):
         register_strategy("three", recipe=int)(Other)

@@ -253,7 +253,7 @@ def _check_metrics(runs: pandas.DataFrame) -> None:
             reports = "; ".join(f"{row.path} reports {row.metric}" for row in first.itertuples())
             raise RunError(
                 f"the runs of {setting} report different metrics: {reports}. Choose one that all "
-                "of them have with --metric"
+                "runs have, with --metric"
             )
 
 

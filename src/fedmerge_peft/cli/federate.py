@@ -104,7 +104,7 @@ def prepare(
 def server(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The server's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The server's kit, or the folder written by prepare."),
     ],
 ) -> None:
     """Run the server of a federation until it is stopped; the run directory is DIR/run.
@@ -184,7 +184,7 @@ def site(
 def run(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder written by prepare."),
     ],
     wait: Annotated[
         float,
@@ -231,7 +231,7 @@ def run(
 def status(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder written by prepare."),
     ],
 ) -> None:
     """Show the connected sites, the running job and its last events.
@@ -261,7 +261,7 @@ def status(
 def stop(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder written by prepare."),
     ],
     now: Annotated[
         bool, typer.Option("--now", help="Stop at once; the current round is lost.")

@@ -99,7 +99,7 @@ def cp(
             [
                 printable(
                     f"{name}: no such shipped recipe{did_you_mean(name, recipes)} "
-                    "(see: fedmerge ls)"
+                    "(fedmerge ls lists the shipped recipes)"
                 )
             ]
         )

@@ -49,7 +49,7 @@ def dotted(where: Where) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """The origin of a value: a file and a line, or the command line, which has no lines."""
+    """Origin of a value: a file and a line, or the command line (without a line number)."""
 
     source: str
     line: int | None = None

@@ -5,9 +5,9 @@ checkpoint/round-00007.safetensors        the strategy's state and a manifest: c
                                           of metrics.jsonl, the recipe, SHA-256 sums
 
 The second file is written last, after all other files of the round including the metrics. A round
-is complete if this file exists. Reading verifies both files; if one is damaged, the checkpoint
-before it is used. No random generator state is stored, because every draw derives from the seed and
-the round (``util/seeds.py``). Nothing is pickled.
+is complete if this file exists. Reading verifies both files; if one is damaged, the previous
+checkpoint is used. No random generator state is stored, because every draw derives from the seed
+and the round (``util/seeds.py``). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
             faults.append(str(error))
             continue
         for fault in faults:
-            log.warning("%s. Resuming from the checkpoint before it, after round %d", fault, number)
+            log.warning("%s. Resuming from the previous checkpoint, after round %d", fault, number)
         _check_recipe(folder, checkpoint.manifest, recipe)
         return checkpoint
     if metrics.count(b"\n") > 1:

@@ -188,7 +188,7 @@ class SiteLimits(Section):
 
 
 class SiteSettings(Section):
-    """``site.yaml``."""
+    """``site.yaml``: the settings of one site."""
 
     data: SiteData | None = None
     """Location of the examples; ``--data`` replaces its path."""

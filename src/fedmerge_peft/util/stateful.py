@@ -53,7 +53,9 @@ class Stateful:
             else:
                 setattr(self, attribute, checked_copy(name, value, state.get(name)))
         if unmatched := sorted(self.state_dict().keys() ^ state.keys()):
-            raise ValueError(f"{', '.join(unmatched)}: present on one side only")
+            raise ValueError(
+                f"{', '.join(unmatched)}: present only in the state or only in the object"
+            )
 
 
 def checked_copy(name: str, current: object, loaded: Tensor | int | None) -> Tensor | int | None:

@@ -241,7 +241,7 @@ def _follow_job(
                 last_check = time.monotonic()
                 late = [site for site in _idle_sites(session) if site in federation.sites]
                 if late:
-                    report(f"{', '.join(late)} connected, and can take part after this round")
+                    report(f"{', '.join(late)} connected and can join after this round")
                     _send_command(session, job, {"command": "pause"})
         time.sleep(_POLL_INTERVAL)
 
@@ -304,7 +304,7 @@ def _running_jobs(session: Session) -> list[str]:
 def write_job(folder: Path) -> Path:
     """Write a FLARE job and return its folder.
 
-    It names two classes and contains nothing else; recipe and data are in the kits.
+    The job contains only the names of two classes; recipe and data are in the kits.
     """
     server = {
         "format_version": 2,

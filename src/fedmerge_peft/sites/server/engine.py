@@ -232,7 +232,7 @@ class RemoteEngine:
         Args:
             client: Name of the client.
             tensors: The adapter, in PEFT's saved form.
-            documents: Texts that are stored beside the adapter, by file name.
+            documents: Texts that are stored with the adapter, by file name.
         """
         message = Message("adapter", {"client": client, **documents}, tensors)
         index = self.federation.clients.index(client)

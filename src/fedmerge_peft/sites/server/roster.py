@@ -98,7 +98,7 @@ class Roster:
                 )
                 raise WireError(
                     f"client {client['name']} enrolled with {before} examples, but now has {now}, "
-                    "or other counts of labels; data may not change within a federation"
+                    "or different label counts; data must not change within a federation"
                 )
 
 

@@ -172,10 +172,8 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
             "scheme: iid",
             "by: a",
             (
-                "recipe.yaml:8: data.partition.scheme: "(
-                    "this required key is missing; expected one of iid, "
-                    "dirichlet, clusters, natural, shards"
-                )
+                "recipe.yaml:8: data.partition.scheme: this required key is missing; "
+                "expected one of iid, dirichlet, clusters, natural, shards"
             ),
         ),
         (

@@ -183,7 +183,7 @@ def test_log_lines_have_no_control_characters(capsys):
     handlers, propagate = package.handlers, package.propagate
     try:
         configure_logging(Console(stderr=True, highlight=False))
-        package.warning("client %s, round 3: no luck; left out", "\x1b]0;owned\x07")
+        package.warning("client %s, round 3: no luck; skipped", "\x1b]0;owned\x07")
     finally:
         package.handlers, package.propagate = handlers, propagate
     output = capsys.readouterr().err

@@ -31,7 +31,7 @@ def picture(run: Run) -> Heat:
 
 
 def main() -> None:
-    """Write weights.png beside this program."""
+    """Write weights.png to the folder of this program."""
     run = load_run(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
     figure = draw(picture(run), "Merging weights that the quickstart learned")
     figure.savefig(HERE / "weights.png", dpi=120)

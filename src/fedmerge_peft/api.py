@@ -139,7 +139,8 @@ def resume(
         The finished run.
 
     Raises:
-        RecipeError: Other overrides, or fewer rounds than are done. Nothing was changed.
+        RecipeError: An override is not allowed, or sets fewer rounds than are completed. Nothing
+            was changed.
         ResumeError: The run has ended, or its data, recipe or checkpoints have changed.
         RunBusyError: Another process is writing it. Nothing was changed.
         FedMergeError: As ``federate``.
@@ -165,8 +166,8 @@ def sweep(
     Args:
         recipes: Recipes by the names of their run directories; ``expand`` returns such a mapping.
         out: The folder of the run directories, created if needed.
-        on_run: Called with the name, the run, and True if this call ran it; runs that had ended
-            before come first.
+        on_run: Called with the name, the run, and True if this call has run it. Runs that had
+            already ended come first.
         on_failure: Called with the name and the error of a recipe that failed. The others continue.
         on_round: Called with the name and the record after each round, baselines included.
 
@@ -176,8 +177,8 @@ def sweep(
     Raises:
         RecipeError: A name is not a valid folder name; nothing was started.
         DeviceError: A launcher has started several ranks of this process.
-        RunError: A directory holds the run of another recipe, or files that no run writes; nothing
-            was started.
+        RunError: A directory contains the run of another recipe, or other files; nothing was
+            started.
         SweepError: Some recipes failed; raised after all others have run.
     """
 

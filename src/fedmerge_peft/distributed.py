@@ -94,9 +94,9 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 only and return its result, which is pickled, on all ranks.
+    """Run ``work`` on rank 0 only and return its result on all ranks.
 
-    Raises the errors of ``all_gather``.
+    The result is pickled. Raises the errors of ``all_gather``.
     """
     if world_size() == 1:
         return work()
@@ -111,7 +111,8 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 def rank_zero(method: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function to run on rank 0 only (``on_rank_zero``).
 
-    All ranks must call it. They return its result, which is pickled, and raise its errors.
+    All ranks must call the function. Its result is pickled and returned on all ranks; its errors
+    are raised on all ranks.
     """
 
     @wraps(method)

@@ -1,4 +1,4 @@
-"""Registries of everything that a recipe names, and the plugins that add to them.
+"""Registries of all parts that recipes refer to by name, and plugins that extend them.
 
 A plugin is a Python module that registers its parts when it is imported (``register_strategy`` and
 the other decorators of ``recipe/registration.py``). It is found in two ways:
@@ -7,7 +7,7 @@ the other decorators of ``recipe/registration.py``). It is found in two ways:
 - A recipe lists it: ``plugins: [my_module]``.
 
 The built-in strategies, tasks, partition schemes, metrics and aggregation rules are in the same
-registries. They are registered beside their sections in ``recipe/`` with the import path of their
+registries. They are registered next to their sections in ``recipe/`` with the import path of their
 code, so that reading a recipe imports no torch.
 """
 
@@ -40,11 +40,11 @@ class Entry:
     code: Any
     """The class or function, or its import path ``package.module:attribute``."""
     recipe: type[BaseModel] | None = None
-    """The section with its settings; None for parts that a recipe only names."""
+    """The section with its settings; None for parts without settings."""
     about: str = ""
     """One sentence for listings."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Further facts, such as which outputs a metric compares."""
+    """Further facts, such as the outputs that a metric compares."""
 
     @property
     def module(self) -> str:
@@ -60,7 +60,7 @@ class Entry:
         return "built-in" if built_in else self.module
 
     def load(self) -> Any:
-        """Return the class or function; import its module first if that is still to do."""
+        """Return the class or function; import its module if needed."""
         if not isinstance(self.code, str):
             return self.code
         module, _, attribute = self.code.partition(":")
@@ -68,11 +68,11 @@ class Entry:
 
 
 class Registry:
-    """Everything of one kind that a recipe may name.
+    """All parts of one kind, by their names in recipes.
 
     Args:
-        kind: The kind in words, such as ``partition scheme``.
-        plural: The same for several.
+        kind: Singular noun for messages, such as ``partition scheme``.
+        plural: Plural of the noun.
         key: The recipe's key that holds the name.
     """
 
@@ -94,7 +94,7 @@ class Registry:
         """Register a part under a name.
 
         The section ``recipe`` gets the name as the only value, and the default, of its tag. A
-        module may register a name again, as a notebook cell does that runs twice.
+        module may register a name again, so that a notebook cell can run twice.
 
         Args:
             name: The name in recipes.
@@ -104,31 +104,32 @@ class Registry:
             facts: Further facts about it.
 
         Raises:
-            PluginError: Another module has registered the name, or the section has another name.
+            PluginError: Another module has registered the name, or the section is registered under
+                another name.
         """
         entry = Entry(name, code, recipe, about or _first_line(recipe) or _first_line(code), facts)
         known = self._entries.get(name)
         if known is not None and known.module != entry.module:
             raise PluginError(
-                f"the {self.kind} {name!r} of {entry.module} is taken: {known.module} registers "
-                "that name; choose another"
+                f"the {self.kind} {name!r} of {entry.module} is already registered by "
+                f"{known.module}; choose another name"
             )
         if recipe is not None:
             other = next((e.name for e in self if e.recipe is recipe and e.name != name), None)
             if other is not None:
                 raise PluginError(
                     f"the {self.kind} {name!r} of {entry.module} has the section "
-                    f"{recipe.__name__}, which is that of {other!r}; derive a class of its own"
+                    f"{recipe.__name__}, which belongs to {other!r}; derive a separate class"
                 )
             _tag(recipe, self.key, name)
         self._entries[name] = entry
 
     def remove(self, name: str) -> None:
-        """Forget a part. Raises ``KeyError`` if there is none of this name."""
+        """Remove a part. Raises ``KeyError`` if the name is not registered."""
         del self._entries[name]
 
     def sections(self) -> dict[str, type[Any]]:
-        """Return the sections of those that have one, by name."""
+        """Return the sections by name, of the parts that have one."""
         return {entry.name: entry.recipe for entry in self if entry.recipe is not None}
 
     def __getitem__(self, name: str) -> Entry:
@@ -145,7 +146,7 @@ class Registry:
 
 
 def _tag(recipe: type[BaseModel], key: str, name: str) -> None:
-    """Give a section ``key: Literal[name] = name``, as if its class said so."""
+    """Set the tag ``key: Literal[name] = name`` of a section, as if its class declared it."""
     literal: Any = Literal[name]
     tag = FieldInfo.from_annotated_attribute(literal, name)
     tag.description = recipe.model_fields[key].description
@@ -173,15 +174,14 @@ REGISTRIES = (STRATEGIES, TASKS, PARTITIONS, METRICS, AGGREGATIONS, CALLBACKS)
 # --------------------------------------------------------------------------------------------------
 @cache
 def import_installed() -> None:
-    """Import the plugins of installed packages, once a process.
+    """Import the plugins of installed packages, once per process.
 
-    A plugin that cannot be imported is named in a warning, with the cause; everything else works
-    without it.
+    A plugin that cannot be imported causes a warning with the reason and is skipped.
     """
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         try:
             point.load()
-        except Exception as error:  # whatever a stranger's module raises
+        except Exception as error:  # a plugin may raise any exception
             package = point.dist.name if point.dist else "an installed package"
             log.warning(
                 "the plugin %s (%s) of %s cannot be imported: %s: %s; update or remove the package",
@@ -197,7 +197,7 @@ def import_modules(names: Iterable[str]) -> None:
     """Import plugins by the names of their modules.
 
     Raises:
-        PluginError: A name is not that of a module, the module is absent, or importing it fails.
+        PluginError: A name is not a valid module name, the module is missing, or its import fails.
     """
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):

@@ -1,4 +1,4 @@
-"""Clients made of formulas, to test strategies and the round loop without a model.
+"""Clients with closed-form losses, to test strategies and the round loop without a model.
 
 clients = FormulaClients(4)
 strategy = clients.strategy("fedavg")
@@ -43,7 +43,7 @@ SHAPES: list[tuple[str, tuple[int, ...], Role]] = [
 
 @contextmanager
 def isolated_registries() -> Iterator[None]:
-    """Forget at the end of the block what is registered within it."""
+    """Remove all registrations of the block at its end."""
     before = [{entry.name for entry in registry} for registry in REGISTRIES]
     try:
         yield
@@ -78,7 +78,7 @@ def reply_to(
         size: n_i, its training examples.
         train: ``train(job, seed)`` trains one adapter.
         losses: ``losses(row)`` returns the loss of each training example with an adapter, ``(n,)``.
-        seed: Decides the plan's random draws.
+        seed: Seed of the plan's random draws.
     """
     result = run_plan(plan, seed, train, losses)
     return Reply(
@@ -93,12 +93,12 @@ def reply_to(
 
 
 class FormulaClients:
-    """Clients with the losses ℓ_i(θ) = ½ ‖θ − c_i‖², which minimize their objectives exactly.
+    """Clients with losses ℓ_i(θ) = ½ ‖θ − c_i‖², whose local training is exact.
 
     Args:
-        clients: m, how many there are.
-        layout: Of their adapters; by default that of ``SHAPES``.
-        sizes: n_i, training examples of each client; 10 each by default.
+        clients: m, the number of clients.
+        layout: Layout of the adapters. Default: that of ``SHAPES``.
+        sizes: n_i, training examples of each client. Default: 10 each.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class FormulaClients:
         """ρ_i = n_i / n, ``(m,)``."""
 
     def fresh_row(self, number: int) -> Tensor:
-        """Return the ``number``-th new adapter ``(P,)``: random, with B at zero, as PEFT starts."""
+        """Return the ``number``-th random adapter ``(P,)``, with B = 0 as in PEFT."""
         row = torch.randn(self.layout.size, generator=torch.Generator().manual_seed(number))
         for entry in self.layout.entries:
             if "lora_B" in entry.key:
@@ -122,7 +122,7 @@ class FormulaClients:
         return row
 
     def strategy_context(self) -> StrategyContext:
-        """Return what a strategy starts from; each layer's update is scaled by 0.5."""
+        """Return the inputs of a strategy; each layer's update is scaled by 0.5."""
         scaling = {
             entry.key.removesuffix(".lora_A.weight"): 0.5
             for entry in self.layout.entries
@@ -153,21 +153,21 @@ class FormulaClients:
         return reply_to(plan, client, size, lambda job, _: self.train(client, job), losses)
 
     def replies(self, strategy: Strategy, clients: Iterable[int] | None = None) -> Iterator[Reply]:
-        """Yield the replies of some clients, by default all, to the strategy's plans."""
+        """Yield the replies of clients (default: all) to the strategy's plans."""
         clients = range(len(self.sizes)) if clients is None else clients
         return (self.reply(client, strategy.plan(client)) for client in clients)
 
     def round(self, strategy: Strategy, clients: Iterable[int] | None = None) -> None:
-        """Do a round: let the strategy learn from the replies of some clients, by default all."""
+        """Run one round: update the strategy with the replies of clients (default: all)."""
         strategy.update(list(self.replies(strategy, clients)))
 
     def mean(self, clients: Sequence[int] | None = None) -> Tensor:
-        """Return Σ ρ_i c_i over some clients, by default all, ``(P,)``: FedAvg's adapter."""
+        """Return FedAvg's adapter Σ ρ_i c_i ``(P,)`` over clients (default: all)."""
         chosen = list(range(len(self.sizes)) if clients is None else clients)
         return self.shares[chosen] @ self.centres[chosen] / self.shares[chosen].sum()
 
     def engine(self) -> Engine:
-        """Return an engine of these clients, without scores."""
+        """Return an engine for these clients, without scores."""
         engine = SimpleNamespace(
             clients=[
                 SimpleNamespace(name=str(client), size=size)
@@ -185,5 +185,5 @@ class FormulaClients:
         return cast("Engine", engine)
 
     def federation(self, *overrides: str) -> Federation:
-        """Return the round loop on these clients, with the recipe ``smoke`` and these overrides."""
+        """Return a federation of these clients, with the recipe ``smoke`` and overrides."""
         return Federation(Recipe.load("smoke", ["baselines=[]", *overrides]), self.engine())

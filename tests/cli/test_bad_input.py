@@ -72,7 +72,7 @@ BAD_OVERRIDES = {
         ["data.partition={scheme: dirichlet, clients: 8, alpha: 0.01, min_examples: 3}"],
         ["min_examples", "alpha"],
     ),
-    "unmergeable option": (["lora.init_lora_weights=pissa"], ["pissa", "cannot be merged"]),
+    "unmergeable option": (["lora.init_lora_weights=pissa"], ["pissa", "is not supported"]),
     "target module that is not there": (
         ["lora.target_modules=[q_proj]"],
         ["q_proj", "query, key, value, dense"],

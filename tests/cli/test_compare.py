@@ -78,7 +78,7 @@ def test_unfinished_runs_are_named_on_standard_error(runs, write_run, fedmerge):
     write_run("runs/stopped", ["seed=9"], [[0.0], [0.5]], finished=False)
     code, _, err = fedmerge("runs")
     assert code == 0
-    assert "left out, not finished: runs/stopped" in " ".join(err.split())
+    assert "skipped, not finished: runs/stopped" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def test_importing_the_package_imports_no_nvflare():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "smoke"], "--sites: '', expected different names"),
-        (["prepare", "smoke", "--sites", "a,a"], "expected different names"),
+        (["prepare", "smoke"], "--sites: '', expected unique names"),
+        (["prepare", "smoke", "--sites", "a,a"], "expected unique names"),
         (["prepare", "smoke", "--sites", "a,../b"], "'../b' is not a valid site name"),
         (["prepare", "smoke", "--sites", "a", "--server", "nohost"], "expected HOST:PORT"),
         (["prepare", "smoke", "--sites", "a", "--server", "x:99999"], "expected HOST:PORT"),
@@ -196,7 +196,7 @@ def test_a_federation_that_fails_exits_with_2_and_the_sites_reason(kits, fedmerg
         "state": "failed",
         "rounds": 3,
         "total": 9,
-        "error": "no site takes part:\n  north: its data are \x1b[31mempty",
+        "error": "no site can take part:\n  north: its data are \x1b[31mempty",
     }
     monkeypatch.setattr(operator, "run", lambda *arguments, **options: failed)
     code, _, err = fedmerge("federate", "run", kits)

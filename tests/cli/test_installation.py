@@ -58,7 +58,7 @@ def test_an_unreachable_hub_is_no_failure(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", Silent)
     check = installation._hub()
-    assert (check.state, "does not answer (ConnectionError)" in check.result) == ("optional", True)
+    assert (check.state, "does not respond (ConnectionError)" in check.result) == ("optional", True)
 
 
 def test_a_token_is_never_shown(monkeypatch):

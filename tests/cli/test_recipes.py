@@ -108,9 +108,9 @@ def test_cp_never_overwrites(refused):
 
 
 def test_cp_suggests_a_name(refused):
-    assert (
-        refused("cp", "smoek")
-        == "smoek: no such shipped recipe; did you mean 'smoke'? (see: fedmerge ls)\n"
+    assert refused("cp", "smoek") == (
+        "smoek: no such shipped recipe; did you mean 'smoke'? "
+        "(fedmerge ls lists the shipped recipes)\n"
     )
 
 

@@ -134,7 +134,7 @@ def test_a_failure_in_the_middle_prints_the_command(fedmerge, monkeypatch):
                 "For more rounds: fedmerge resume done rounds=N"
             ),
         ),
-        (["done", "seed=3"], "seed: this would change the clients' work"),
+        (["done", "seed=3"], "seed: cannot be changed in a resumed run"),
         (["done", "sead=3"], "did you mean 'seed'"),
         (["done", "rounds=0"], "a whole number above 0"),
     ],

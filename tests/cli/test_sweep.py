@@ -67,9 +67,9 @@ def test_runs_that_cannot_be_compared_are_kept(fedmerge):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nosuch", "seed=0,1"], "nosuch: neither a file nor a shipped recipe"),
+        (["nosuch", "seed=0,1"], "nosuch: no such file or shipped recipe"),
         (["smoke", "sead=0,1"], "did you mean 'seed'?"),
-        (["smoke", "seed="], "seed: a value is missing"),
+        (["smoke", "seed="], "seed: empty value"),
         (["smoke", "seed=0", "seed=1"], "seed: given twice"),
         (["smoke", "name=../up", "seed=0,1"], "not a valid folder name"),
         (["smoke", "seed=0,1", "--out", "taken"], "taken cannot be written"),

@@ -101,7 +101,7 @@ def test_a_client_that_fails_in_a_batch_is_named(smoke, monkeypatch, caplog):
     assert str(answers[2]) == f"client {culprit.name}, round 3: ZeroDivisionError: no luck"
     assert isinstance(answers[2].__cause__, ZeroDivisionError)
     assert (
-        "4 clients train one at a time, as they fail together: ZeroDivisionError: no luck"
+        "4 clients train one at a time, because their joint pass failed: ZeroDivisionError: no luck"
         in caplog.text
     )
 

@@ -96,7 +96,7 @@ def test_a_run_that_lost_too_many_clients_resumes_when_they_are_back(
                 : 6 if number < 3 else 2
             ],
         )
-        with pytest.raises(TooFewClientsError, match="round 3: 2 of 6 clients replied well"):
+        with pytest.raises(TooFewClientsError, match="round 3: 2 of 6 clients sent valid replies"):
             federate(recipe, tmp_path / "parts", engine=smoke_engine)
     assert len(load_run(tmp_path / "parts").records) == 2
     resume(tmp_path / "parts", engine=smoke_engine)
@@ -151,7 +151,7 @@ def test_the_command_line_prints_the_command_that_resumes(tmp_path, capsys):
         )
     assert caught.value.code == 2
     output = capsys.readouterr().err
-    assert "0 of 12 clients replied well" in output
+    assert "0 of 12 clients sent valid replies" in output
     assert f"fedmerge resume {tmp_path / 'run'}" in output
     assert "Traceback" not in output
 

@@ -40,7 +40,7 @@ def test_an_engine_loaded_for_another_recipe_is_refused(engine, override):
         RecipeError,
         match=(
             rf"{override.split('.')[0].split('=')[0]}: "
-            r"the engine was loaded for a recipe that says otherwise"
+            r"the engine was loaded for a recipe with other values"
         ),
     ):
         Federation(recipe(override), engine)

@@ -49,20 +49,20 @@ FAULTS = {
     "layout": (changed(deltas=lambda d: d.to_sparse()), "its update is sparse_coo on cpu"),
     "device": (changed(deltas=lambda d: d.to("meta")), "its update is strided on meta"),
     "no tensor": (changed(deltas=lambda d: d.tolist()), "its update is of type list"),
-    "too slow": (changed(seconds=lambda _: 61.0), r"it took 61\.0 s, and clients\.timeout is 60 s"),
+    "too slow": (changed(seconds=lambda _: 61.0), r"it took 61\.0 s, but clients\.timeout is 60 s"),
     "endless": (changed(seconds=lambda _: torch.nan), "it took nan s"),
     "loss": (changed(train_loss=lambda _: float("inf")), "its training loss is inf"),
     "more examples than it has": (
         changed(size=lambda n: 1000 * n),
-        "it reports 10000 examples, and has 10",
+        "it reports 10000 examples, but has 10",
     ),
-    "stale": (changed(round=lambda _: 0), "it answers for round 0"),
-    "twice": (lambda reply: [reply, reply], "it answered more than once"),
+    "stale": (changed(round=lambda _: 0), "its reply belongs to round 0"),
+    "twice": (lambda reply: [reply, reply], "it replied more than once"),
     "once well and once not": (
         lambda reply: [reply, *FAULTS["NaN"][0](reply)],
-        "it answered more than once",
+        "it replied more than once",
     ),
-    "silent": (lambda _: [], "it did not answer"),
+    "silent": (lambda _: [], "it did not reply"),
 }
 
 
@@ -87,7 +87,7 @@ def test_a_failing_client_is_named_in_record_and_log(formulas, kind, caplog):
     assert record.clients == ["0", "1", "3"]
     assert list(record.failures) == ["2"]
     assert cause.replace("\\", "") in record.failures["2"]
-    assert f"client 2, round 1: {record.failures['2']}; left out" in caplog.text
+    assert f"client 2, round 1: {record.failures['2']}; skipped" in caplog.text
     assert "1 failed" in str(record)
 
 
@@ -131,7 +131,7 @@ def test_unknown_clients_are_ignored(formulas):
         (plan, case.reply(stranger, plan)),
     ]
     record = next(found.rounds())
-    assert record.failures == {str(stranger): "it was not asked"}
+    assert record.failures == {str(stranger): "it was not selected for this round"}
     assert record.clients == [str(client) for client in found.cohort(1)]
 
 
@@ -140,7 +140,10 @@ def test_too_few_clients_end_the_run_and_change_nothing(formulas):
     before = found.strategy.soup.rows.clone()
     with pytest.raises(
         TooFewClientsError,
-        match=r"round 1: 3 of 4 clients replied well, .* Failed: 2: ZeroDivisionError: no luck",
+        match=(
+            r"round 1: 3 of 4 clients sent valid replies, .* Failures: 2: "
+            r"ZeroDivisionError: no luck"
+        ),
     ):
         next(found.rounds())
     assert torch.equal(found.strategy.soup.rows, before)
@@ -156,7 +159,7 @@ def test_a_round_in_which_all_fail_is_too_few(formulas):
 
 def test_a_minimum_above_the_cohort_is_refused(formulas):
     with pytest.raises(
-        RecipeError, match=r"clients\.min_clients: 4 is more than the 2 clients that a round asks"
+        RecipeError, match=r"clients\.min_clients: 4 exceeds the 2 clients of a round"
     ):
         formulas(4).federation("clients.min_clients=4", "clients.fraction=0.5")
 

@@ -307,7 +307,7 @@ def test_overrides_that_would_make_another_run_are_refused(
     before = left_behind(path)
     with pytest.raises(
         RecipeError,
-        match=r"this would change the clients' work, .* may change name, rounds, evaluation\.every",
+        match=r"cannot be changed in a resumed run; .* change only name, rounds, evaluation\.every",
     ):
         resume(path, [override], engine=engine)
     assert left_behind(path) == before
@@ -315,7 +315,7 @@ def test_overrides_that_would_make_another_run_are_refused(
 
 def test_fewer_rounds_than_are_done_are_refused(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "run", engine, 3)
-    with pytest.raises(RecipeError, match="rounds: 2 is fewer than the 3 that"):
+    with pytest.raises(RecipeError, match="rounds: 2 is less than the 3 completed rounds"):
         resume(path, ["rounds=2"], engine=engine)
     assert len(resume(path, ["rounds=3", "evaluation.every=2"], engine=engine).records) == 3
 

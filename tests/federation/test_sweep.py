@@ -149,7 +149,7 @@ def test_a_run_of_another_recipe_is_refused_before_anything_starts(tmp_path, wri
     with pytest.raises(
         RunError,
         match=(
-            r"seed=1 holds the run of another recipe: rounds is 1 there and 3 here; "
+            r"seed=1 contains the run of another recipe: rounds is 1 there and 3 here; "
             r"lora.r is 4 there and 2 here\."
         ),
     ):
@@ -199,7 +199,7 @@ def test_other_files_are_kept(tmp_path, where):
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(RunError, match="holds files that are no run"):
+    with pytest.raises(RunError, match="contains files that do not belong to a run"):
         sweep(expand("smoke", TINY), tmp_path)
     assert path.read_text() == "mine"
 
@@ -220,7 +220,8 @@ def test_other_files_in_an_unfinished_run_are_kept(tmp_path, write_run, loads, w
     before = sorted(tmp_path.rglob("*"))
     recipes = {"smoke": Recipe.load("smoke", ["rounds=1", "baselines=[]"])}
     with pytest.raises(
-        RunError, match=f"holds an unfinished run and files that no run writes: {where}\\."
+        RunError,
+        match=f"contains an unfinished run and files that do not belong to a run: {where}\\.",
     ):
         sweep(recipes, tmp_path)
     with pytest.raises(RunError, match=where):

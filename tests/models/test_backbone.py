@@ -333,7 +333,7 @@ def test_unknown_modules_are_refused_with_the_known_ones(make_backbone, kind, lo
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq", "eva", "corda", False])
 def test_starts_that_alter_the_backbone_are_refused(init):
-    with pytest.raises(ValueError, match="cannot be merged on a shared backbone"):
+    with pytest.raises(ValueError, match="is not supported: merging requires"):
         LoraRecipe(init_lora_weights=init)
 
 

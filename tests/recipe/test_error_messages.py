@@ -33,8 +33,8 @@ TWO_LISTS = (
             "training.learning_rate: found .inf, expected a number above 0",
         ),
         ("training: {device: 3}", "training.device: found 3, expected text"),
-        ("training: 3", "training: found 3, expected a section (key: value, indented below)"),
-        ("training:", "training: found nothing, expected a section (key: value, indented below)"),
+        ("training: 3", "training: found 3, expected a section (indented lines of key: value)"),
+        ("training:", "training: found nothing, expected a section (indented lines of key: value)"),
         (
             "evaluation: {finetuned: maybe}",
             "evaluation.finetuned: found text 'maybe', expected true or false",
@@ -73,7 +73,10 @@ TWO_LISTS = (
             "strategy.name: found text 'fedmerg', expected one of METHODS; did you mean",
         ),
         ("strategy: {name: [a]}", "strategy.name: found a list, expected one of METHODS"),
-        ("strategy: {adapters: 3}", "strategy.name: missing, expected one of METHODS"),
+        (
+            "strategy: {adapters: 3}",
+            "strategy.name: this required key is missing; expected one of METHODS",
+        ),
         ("strategy: 3", "strategy: found 3, expected a section with name: one of METHODS"),
         (
             "strategy: {name: fedavg, server_lr: 0}",
@@ -81,7 +84,7 @@ TWO_LISTS = (
         ),
         (
             "strategy: {name: fedavg, adapters: 3}",
-            "strategy.adapters: unknown key for fedavg; it belongs to fedmerge",
+            "strategy.adapters: not a key of fedavg, but of fedmerge",
         ),
         (
             "baselines: fedavg",
@@ -93,15 +96,15 @@ TWO_LISTS = (
         ),
         (
             "baselines: [local, {name: fedavg, adapters: 3}]",
-            "baselines[1].adapters: unknown key for fedavg; it belongs to fedmerge",
+            "baselines[1].adapters: not a key of fedavg, but of fedmerge",
         ),
         (
             "baselines: [local, local]",
-            "baselines: each strategy may appear once, and local appears again",
+            "baselines: duplicate strategies local",
         ),
         (
             "lora: {init_lora_weights: pissa}",
-            "lora.init_lora_weights: 'pissa' cannot be merged on a shared backbone",
+            "lora.init_lora_weights: 'pissa' is not supported: merging requires",
         ),
         ("traning: {}", "traning: unknown key; did you mean 'training'?"),
         (
@@ -112,13 +115,16 @@ TWO_LISTS = (
             "training: {learning-rate: 1}",
             "training.learning-rate: unknown key; did you mean 'learning_rate'?",
         ),
-        ("learning_rate: 1e-3", "learning_rate: unknown key; it belongs under training"),
-        ("batch_size: 8", "batch_size: unknown key; it belongs under training or under evaluation"),
-        ("lora: {rounds: 8}", "lora.rounds: unknown key; it belongs at the top level"),
+        ("learning_rate: 1e-3", "learning_rate: unknown key here; move it under training"),
+        (
+            "batch_size: 8",
+            "batch_size: unknown key here; move it under training or under evaluation",
+        ),
+        ("lora: {rounds: 8}", "lora.rounds: unknown key here; move it to the top level"),
         ("learnin_rate: 1e-3", "learnin_rate: unknown key; did you mean 'training.learning_rate'?"),
         (
             "evaluation: {xyzzy: 1}",
-            "evaluation.xyzzy: unknown key; the keys here are batch_size, every, finetuned",
+            "evaluation.xyzzy: unknown key; use one of batch_size, every, finetuned",
         ),
         ("<<: {rounds: 3}", "<<: unknown key"),
     ],
@@ -144,14 +150,15 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
             "clients: 4",
             "client: 4",
             (
-                "recipe.yaml:8: data.partition.clients: missing, expected a whole number above 0: "
+                "recipe.yaml:8: data.partition.clients: this required key is "
+                "missing; expected a whole number above 0: "
                 "Number of clients."
             ),
         ),
         (
             "clients: 4",
             "clients: 4\n    alpha: 1",
-            "recipe.yaml:11: data.partition.alpha: unknown key for iid; it belongs to dirichlet",
+            "recipe.yaml:11: data.partition.alpha: not a key of iid, but of dirichlet",
         ),
         (
             "scheme: iid",
@@ -165,16 +172,20 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
             "scheme: iid",
             "by: a",
             (
-                "recipe.yaml:8: data.partition.scheme: "
-                "missing, expected one of iid, dirichlet, clusters, natural, shards"
+                "recipe.yaml:8: data.partition.scheme: this required key is missing; "
+                "expected one of iid, dirichlet, clusters, natural, shards"
             ),
         ),
         (
             "  path: embedded:support-tickets\n",
             "",
-            "recipe.yaml:6: data.path: missing, expected text: A hub id",
+            "recipe.yaml:6: data.path: this required key is missing; expected text: A hub id",
         ),
-        ("name: first\n", "", "recipe.yaml:1: name: missing, expected text: Name of the run"),
+        (
+            "name: first\n",
+            "",
+            "recipe.yaml:1: name: this required key is missing; expected text: Name of the run",
+        ),
         (
             "path:",
             "filter: {task: [a, [b]]}\n  path:",
@@ -188,7 +199,7 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
         (
             "task: sequence-classification",
             "task: {name: causal-lm, num_labels: 2}",
-            "task.num_labels: unknown key for causal-lm; it belongs to",
+            "task.num_labels: not a key of causal-lm, but of",
         ),
         (
             "task: sequence-classification",

@@ -83,8 +83,8 @@ def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
         ["strategy.name=fedavg", "strategy.adapters=4"],
     ):
         assert faults(minimal, *overrides) == [
-            "command line: strategy.adapters: unknown key for fedavg; "
-            "it belongs to fedmerge or ifca or fesem or flhc or fedem"
+            "command line: strategy.adapters: not a key of fedavg, but of "
+            "fedmerge or ifca or fesem or flhc or fedem; remove it"
         ]
 
 
@@ -109,13 +109,16 @@ def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
         ),
         (
             "seed.x=3",
-            "command line: seed.x: seed has no keys; write seed=VALUE, a whole number at least 0",
+            (
+                "command line: seed.x: seed is not a section; write "
+                "seed=VALUE with a whole number at least 0"
+            ),
         ),
         (
             "baselines.0=local",
             (
-                "command line: baselines.0: baselines has no keys; "
-                "write baselines=VALUE, a list of sections with name: "
+                "command line: baselines.0: baselines is not a section; "
+                "write baselines=VALUE with a list of sections with name: "
             ),
         ),
         ("seed=x", "command line: seed: found text 'x', expected a whole number at least 0"),
@@ -124,20 +127,26 @@ def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
             "command line: training.learnin_rate: unknown key; did you mean 'learning_rate'?",
         ),
         ("trainin.epochs=1", "command line: trainin: unknown key; did you mean 'training'?"),
-        ("learning_rate=1", "command line: learning_rate: unknown key; it belongs under training"),
+        (
+            "learning_rate=1",
+            "command line: learning_rate: unknown key here; move it under training",
+        ),
         ("lora.r=[", "command line: lora.r: not valid YAML: "),
         (
             "lora.target_modules=*.query",
             (
                 "command line: lora.target_modules: not valid YAML: "
-                "anchors (&) and aliases (*) are not used"
+                "anchors (&) and aliases (*) are not supported"
             ),
         ),
         (
             "strategy={name: fedavg, name: local}",
             "command line: strategy.name: given twice, first at command line; keep one of them",
         ),
-        ("data=3", "command line: data: found 3, expected a section (key: value, indented below)"),
+        (
+            "data=3",
+            "command line: data: found 3, expected a section (indented lines of key: value)",
+        ),
     ],
 )
 def test_errors_of_an_override_name_the_command_line(text, fault, minimal, faults):
@@ -153,7 +162,7 @@ def test_an_override_does_not_hide_an_invalid_section(minimal, faults):
     found = faults(minimal + "training: 3\n", "training.epochs=2")
     assert (
         found[0]
-        == "recipe.yaml:11: training: found 3, expected a section (key: value, indented below)"
+        == "recipe.yaml:11: training: found 3, expected a section (indented lines of key: value)"
     )
 
 
@@ -167,7 +176,7 @@ def test_a_recipe_can_be_changed_after_it_was_loaded(loaded):
 
 def test_errors_of_a_changed_recipe_name_the_command_line(loaded):
     with pytest.raises(
-        RecipeError, match=r"^command line: lora.merge: shared_a promises an exact merge"
+        RecipeError, match=r"^command line: lora.merge: shared_a requires an exact merge"
     ):
         loaded().replace(["lora.use_dora=true", "lora.merge=shared_a"])
 

@@ -111,11 +111,11 @@ def test_the_command_line_names_a_module_in_any_order(module):
         ),
         (
             "{name: mine, adapters: 2}",
-            "strategy.adapters: unknown key for mine; it belongs to fedmerge",
+            "strategy.adapters: not a key of mine, but of fedmerge",
         ),
         (
             "{name: fedavg, strength: 1}",
-            "strategy.strength: unknown key for fedavg; it belongs to mine",
+            "strategy.strength: not a key of fedavg, but of mine",
         ),
         ("{name: min}", "strategy.name: found text 'min', expected one of fedmerge, "),
         ("min", "flora, mine; did you mean 'mine'?"),
@@ -168,16 +168,13 @@ def test_a_module_that_fails_is_named_with_the_cause(module):
     assert "my_plugin cannot be imported: ZeroDivisionError" in faults("plugins=[my_plugin]")[0]
     module.write_text(MINE.replace('"mine"', '"fedavg"'))
     (found,) = faults("plugins=[my_plugin]")
-    assert (
-        "'fedavg' of my_plugin is taken: fedmerge_peft.strategies.fedavg registers that name"
-        in found
-    )
+    assert "'fedavg' of my_plugin is already registered by fedmerge_peft.strategies.fedavg" in found
 
 
 def test_unknown_names_come_with_a_hint_on_plugins():
     assert "under plugins" in faults("strategy=xyzzy")[0]
     assert "under plugins" not in faults("strategy=fedavgg")[0]
-    assert "a callback, and there is none" in faults("callbacks=[xyzzy]")[0]
+    assert "a registered callback (none is registered)" in faults("callbacks=[xyzzy]")[0]
 
 
 def test_reading_a_recipe_from_text_imports_nothing(module, minimal):
@@ -214,7 +211,7 @@ def test_a_name_belongs_to_one_module_which_may_register_it_again():
     assert Recipe.load("smoke", ["strategy=again"]).strategy.name == "again"
     other = type("Other", (Strategy,), {"__module__": "elsewhere"})
     with pytest.raises(
-        PluginError, match=r"'again' of elsewhere is taken: .*test_plugins registers"
+        PluginError, match=r"'again' of elsewhere is already registered by .*test_plugins"
     ):
         register_strategy("again")(other)
 
@@ -227,9 +224,9 @@ def test_a_section_has_one_name():
         pass
 
     register_strategy("one", recipe=OneRecipe)(Other)
-    with pytest.raises(PluginError, match="OneRecipe, which is that of 'one'"):
+    with pytest.raises(PluginError, match="OneRecipe, which belongs to 'one'"):
         register_strategy("two", recipe=OneRecipe)(Other)
-    with pytest.raises(PluginError, match="int is no StrategyRecipe"):
+    with pytest.raises(PluginError, match="int is not a StrategyRecipe"):
         register_strategy("three", recipe=int)(Other)
 
 
@@ -285,7 +282,7 @@ def test_ls_lists_everything_by_kind_with_its_origin(module, capsys):
     assert mine == ["mine", "my_plugin", *["A", "strategy", "from", "outside."]]
     (fedavg,) = (line for line in lines if line.startswith("  fedavg "))
     assert "built-in" in fedavg
-    assert "One global adapter for everyone" in fedavg
+    assert "One global adapter for all clients" in fedavg
 
 
 def test_the_example_runs_from_its_folder(monkeypatch, tmp_path):

@@ -72,19 +72,31 @@ def test_the_recipes_in_the_wheel_take_precedence(tmp_path, monkeypatch):
         (
             "quikstart",
             (
-                "quikstart: neither a file nor a shipped recipe; "
-                "did you mean 'quickstart'? (see: fedmerge ls)"
+                "quikstart: no such file or shipped recipe; "
+                "did you mean 'quickstart'? (fedmerge ls lists the shipped recipes)"
             ),
         ),
         (
             "nowhere/recipe.yaml",
-            "nowhere/recipe.yaml: neither a file nor a shipped recipe (see: fedmerge ls)",
+            (
+                "nowhere/recipe.yaml: no such file or shipped recipe "
+                "(fedmerge ls lists the shipped recipes)"
+            ),
         ),
-        ("", "'': neither a file nor a shipped recipe (see: fedmerge ls)"),
-        ("a\x00b", "a\\x00b: neither a file nor a shipped recipe (see: fedmerge ls)"),
-        ("\x1b[31m\n", "\\x1b[31m\\n: neither a file nor a shipped recipe (see: fedmerge ls)"),
-        ("x" * 5000, "neither a file nor a shipped recipe (see: fedmerge ls)"),
-        ("\udcff", "\\udcff: neither a file nor a shipped recipe (see: fedmerge ls)"),
+        ("", "'': no such file or shipped recipe (fedmerge ls lists the shipped recipes)"),
+        (
+            "a\x00b",
+            "a\\x00b: no such file or shipped recipe (fedmerge ls lists the shipped recipes)",
+        ),
+        (
+            "\x1b[31m\n",
+            "\\x1b[31m\\n: no such file or shipped recipe (fedmerge ls lists the shipped recipes)",
+        ),
+        ("x" * 5000, "no such file or shipped recipe (fedmerge ls lists the shipped recipes)"),
+        (
+            "\udcff",
+            "\\udcff: no such file or shipped recipe (fedmerge ls lists the shipped recipes)",
+        ),
     ],
     ids=["misspelt", "absent", "empty", "null", "escape", "long", "surrogate"],
 )
@@ -97,7 +109,7 @@ def test_a_missing_recipe_is_one_message(source, fault):
 
 
 def test_a_directory_is_not_a_recipe(tmp_path):
-    with pytest.raises(RecipeError, match="a directory, expected a YAML file"):
+    with pytest.raises(RecipeError, match="is a directory; give a YAML file"):
         Recipe.load(tmp_path)
 
 

@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_named(run, tiny, caplog, name, damage):
     found = checkpoint.read_latest(run / "checkpoint", tiny, (run / "metrics.jsonl").read_bytes())
     assert found.manifest.round == 2
     assert name in caplog.text
-    assert "Resuming from the checkpoint before it, after round 2" in caplog.text
+    assert "Resuming from the previous checkpoint, after round 2" in caplog.text
 
 
 def test_an_unfinished_round_is_no_damage(run, tiny, caplog):
@@ -125,7 +125,7 @@ def test_missing_metrics_are_detected(run, engine, caplog, left_behind, uninterr
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     resume(run, engine=engine)
-    assert "metrics.jsonl does not hold all of its 3 rounds" in caplog.text
+    assert "metrics.jsonl does not contain all of its 3 rounds" in caplog.text
     assert left_behind(run) == uninterrupted
 
 

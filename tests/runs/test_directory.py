@@ -17,7 +17,7 @@ def test_another_format_is_refused_in_one_sentence(write_run, document, version)
     path = write_run("a", [], [[0.1], [0.2]])
     (path / "environment.json").write_text(json.dumps(document))
     text = (
-        f"{path} has run format {version}, and this version reads format {FORMAT}: "
+        f"{path} has run format {version}, but this version reads format {FORMAT}: "
         "run its recipe again, or read it with the version that wrote it"
     )
     with pytest.raises(RunError, match=f"^{re.escape(text)}$"):

@@ -129,7 +129,7 @@ def test_models_that_refuse_stacking_predict_one_client_at_a_time(
     with caplog.at_level(logging.INFO, "fedmerge_peft"):
         together = predict(TEXTS)
     assert set(passes) == {1}
-    assert "clients are predicted one at a time: it routes tokens" in caplog.text
+    assert "predicting for one client at a time: it routes tokens" in caplog.text
     assert [len(each) for each in together.values()] == [3, 1, 5]
 
 

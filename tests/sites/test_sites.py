@@ -124,7 +124,7 @@ def test_modules_that_a_site_does_not_allow_are_not_trained(smoke, federation_of
 
 
 def test_clients_with_few_examples_are_refused(smoke, federation_of):
-    with pytest.raises(RefusedError, match=r"training examples, and checks\.min_examples"):
+    with pytest.raises(RefusedError, match=r"training examples, but checks\.min_examples"):
         federation_of(smoke(), 2, settings={"site-1": {"checks": {"min_examples": 100}}})
 
 
@@ -149,7 +149,7 @@ def test_a_federation_without_sites_fails_with_each_sites_reason(smoke, federati
         trainer.agreed = trainer.agreed.replace(["training.learning_rate=0.123"])
     outcome, _ = run_federation(kit, connect(trainers))
     assert outcome.state == "failed"
-    assert "no site takes part" in outcome.error
+    assert "no site can take part" in outcome.error
     assert outcome.error.count("training.learning_rate is 0.001, and 0.123 in the kit") == 2
 
 
@@ -303,7 +303,7 @@ def test_an_assignment_for_another_sites_client_is_refused(smoke, federation_of,
     )
     reply = Message.from_bytes(trainers["site-2"].handle(assignment))
     assert (reply.kind, reply.fields["refused"]) == ("error", True)
-    assert "who is not at this site" in reply.fields["error"]
+    assert "which is not at this site" in reply.fields["error"]
 
 
 def test_a_server_cannot_request_less_privacy_than_the_kits_recipe(smoke, federation_of):

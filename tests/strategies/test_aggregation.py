@@ -102,7 +102,7 @@ def test_fedsa_lora_averages_a_alone(formulas):
 
 def test_fedsa_lora_needs_an_a_that_trains(smoke):
     with pytest.raises(
-        RecipeError, match=r"strategy.name: fedsa_lora averages A, which does not train"
+        RecipeError, match=r"strategy.name: fedsa_lora averages A, which is not trained"
     ):
         Federation(smoke("strategy=fedsa_lora", "lora.merge=shared_a"))
 

@@ -108,7 +108,10 @@ def test_fedems_server_averages_each_component_by_examples_and_keeps_the_clients
 def test_fedem_refuses_components_that_would_stay_equal():
     with pytest.raises(
         RecipeError,
-        match=r"strategy: fedem's components would start equal .* use lora\.merge=factor",
+        match=(
+            r"strategy: fedem's components would start and remain equal: "
+            r".* use lora\.merge=factor"
+        ),
     ):
         make(3, lambda _: torch.zeros(SIZE))
     make(1, lambda _: torch.zeros(SIZE))

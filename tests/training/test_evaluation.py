@@ -83,6 +83,6 @@ def test_a_mixture_generates_no_text(tiny_models):
     bench = Bench(tiny_models, "gpt2")
     bench.task.generates = True
     with pytest.raises(
-        RecipeError, match=r"task\.metrics: a mixture of models does not generate text"
+        RecipeError, match=r"task\.metrics: a mixture of models cannot generate text"
     ):
         bench.evaluate(Mixture(bench.row[None], torch.ones(1)))

@@ -328,7 +328,7 @@ def test_a_shared_loss_scale_is_refused(make_bench, caplog):
     bench.accelerator = SimpleNamespace(scaler=object())
     with caplog.at_level(logging.INFO):
         assert bench.count(clients_per_batch=2) == 1
-    assert "fp16's loss scale would be common to all (training.mixed_precision)" in caplog.text
+    assert "fp16 needs one loss scale for all clients (training.mixed_precision)" in caplog.text
 
 
 def test_experts_and_layers_that_mix_examples_are_detected_by_name(make_backbone):
@@ -362,7 +362,7 @@ def by_position(module, args):
         (lambda layer: layer.register_forward_hook(centred), "mix the examples of a batch"),
         (
             lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0].flip(0),)),
-            "use an adapter in a way of their own",
+            "apply adapters in an unsupported way",
         ),
         (
             lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0][:1],)),

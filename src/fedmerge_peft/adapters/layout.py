@@ -67,7 +67,7 @@ class AdapterLayout:
         """Return views of a row ``(P,)`` by name, in PEFT's saved form.
 
         Raises:
-            ValueError: The row has another shape.
+            ValueError: The row has the wrong shape.
         """
         self._check(row)
         return {entry.key: row[entry.columns].view(entry.shape) for entry in self.entries}
@@ -76,7 +76,7 @@ class AdapterLayout:
         """Concatenate tensors in PEFT's saved form into a float32 row ``(P,)``, on the CPU.
 
         Raises:
-            ValueError: A tensor is missing, unknown, or of another shape.
+            ValueError: A tensor is missing, unknown, or has the wrong shape.
         """
         keys = {entry.key for entry in self.entries}
         if missing := sorted(keys - state.keys()):

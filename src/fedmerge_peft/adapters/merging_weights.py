@@ -37,7 +37,7 @@ class MergingWeights(Stateful):
 def entropy(weights: Tensor) -> float:
     """Compute the mean entropy of the rows of π ``(clients, d)``, in units of log d.
 
-    1 is uniform. 0 is one adapter per client, and also the value for d = 1.
+    The value is 1 for uniform weights, and 0 for one adapter per client or d = 1.
     """
     if weights.shape[1] < 2:
         return 0.0
@@ -46,12 +46,12 @@ def entropy(weights: Tensor) -> float:
 
 
 def adapter_shares(weights: Tensor) -> list[float]:
-    """Compute each adapter's share of the total weight of π ``(clients, d)``: d numbers, sum 1."""
+    """Compute each adapter's share ``(d,)`` of the total weight of π ``(clients, d)``."""
     return [float(share) for share in weights.double().mean(dim=0)]
 
 
 def weight_warnings(weights: Tensor) -> list[str]:
-    """Warn if π ``(clients, d)`` has stayed uniform, or if some adapters are unused."""
+    """Return warnings if π ``(clients, d)`` has remained uniform or some adapters are unused."""
     adapters = weights.shape[1]
     if adapters < 2:
         return []
@@ -64,7 +64,7 @@ def weight_warnings(weights: Tensor) -> list[str]:
 
 
 def unused_warning(weights: Tensor) -> list[str]:
-    """Warn if some adapters are unused: a list of one warning, or an empty list."""
+    """Return a list with a warning if some adapters are unused, else an empty list."""
     adapters = weights.shape[1]
     idle = [
         str(adapter)

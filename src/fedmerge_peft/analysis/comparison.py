@@ -58,8 +58,8 @@ def find_runs(paths: Iterable[PathLike[str] | str]) -> list[RunDirectory]:
         if not folders:
             problem = "holds no run" if path.exists() else "does not exist"
             raise RunError(
-                f"{path} {problem}; give run directories, or folders that contain some, as written "
-                "by fedmerge run and fedmerge sweep"
+                f"{path} {problem}; give directories written by fedmerge run or "
+                "fedmerge sweep, or folders that contain such directories"
             )
         for folder in folders:
             runs.setdefault(folder.resolve(), RunDirectory.open(folder))
@@ -76,7 +76,7 @@ class Comparison:
     curves: pandas.DataFrame
     """One row per run and evaluation of all its clients: ``run`` (row in ``runs``), ``setting``,
     ``method``, ``seed``, ``rounds`` completed before the evaluation, and ``mean`` over clients.
-    Evaluations of only some of the clients are left out."""
+    Evaluations of only some of the clients are omitted."""
     methods: pandas.DataFrame
     """One row per setting and method, the best mean of a setting first. Columns are means over
     runs; columns with ``_std`` are sample standard deviations (nan for a single run).
@@ -114,9 +114,9 @@ class Comparison:
         """Read and compare runs.
 
         Args:
-            runs: Runs, run directories, or folders that contain some at any depth. The baselines of
-                a run are runs too. Unfinished runs, and second runs of the same method and seed,
-                are left out with a warning.
+            runs: Runs, run directories, or folders with run directories at any depth. The baselines
+                of a run are runs too. Unfinished runs, and second runs of the same method and seed,
+                are skipped with a warning.
             metric: The score to compare, such as ``test_f1``. Default: the runs' main metric.
             target: The target score for counting rounds. Default: for each run, the final score of
                 fedavg on the same seed.
@@ -138,7 +138,7 @@ class Comparison:
         frame = methods([run.recipe for run in finished]).join(pandas.DataFrame(rows))
         _check_metrics(frame)
         repeated = frame.duplicated(["setting", "method", "seed"])
-        _leave_out("the same method and seed again", frame["path"][repeated])
+        _log_skipped("the same method and seed again", frame["path"][repeated])
         frame = frame[~repeated]
         curves = pandas.DataFrame(points).merge(
             frame[["setting", "method", "seed"]], left_on="run", right_index=True
@@ -171,8 +171,8 @@ def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDir
     candidates = find_runs(run.path if isinstance(run, RunDirectory) else run for run in runs)
     ended = [run for run in candidates if (run.path / "summary.json").is_file()]
     scored = [run for run in ended if _final_scores(run)]
-    _leave_out("not finished", [run.path for run in candidates if run not in ended])
-    _leave_out("finished without any score", [run.path for run in ended if run not in scored])
+    _log_skipped("not finished", [run.path for run in candidates if run not in ended])
+    _log_skipped("finished without any score", [run.path for run in ended if run not in scored])
     if not scored:
         raise RunError(
             "no finished run to compare; create some with fedmerge run or fedmerge sweep"
@@ -185,13 +185,13 @@ def _final_scores(run: RunDirectory) -> dict[str, Any] | None:
         return run.summary["final"]["served"]  # type: ignore[no-any-return]
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"{run.path / 'summary.json'} cannot be read ({error!r}); leave the run out"
+            f"{run.path / 'summary.json'} cannot be read ({error!r}); exclude the run"
         ) from error
 
 
-def _leave_out(reason: str, paths: Iterable[Path]) -> None:
+def _log_skipped(reason: str, paths: Iterable[Path]) -> None:
     if names := ", ".join(map(str, paths)):
-        log.warning("left out, %s: %s", reason, names)
+        log.warning("skipped, %s: %s", reason, names)
 
 
 def _results(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dict[int, float]]:
@@ -253,7 +253,7 @@ def _check_metrics(runs: pandas.DataFrame) -> None:
             reports = "; ".join(f"{row.path} reports {row.metric}" for row in first.itertuples())
             raise RunError(
                 f"the runs of {setting} report different metrics: {reports}. Choose one that all "
-                "of them have with --metric"
+                "runs have, with --metric"
             )
 
 

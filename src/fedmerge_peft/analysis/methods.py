@@ -124,7 +124,7 @@ def _key(values: Mapping[str, Any]) -> str:
 
 
 def _assignments(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Return ``key=value`` for the keys in ``values``, each key as short as is unambiguous."""
+    """Return ``key=value`` for the keys in ``values``, each key shortened while unambiguous."""
     last = [key.rpartition(".")[2] for key in keys]
     short = {
         key: end if last.count(end) == 1 and end != "name" else key

@@ -23,7 +23,7 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN", help="Run directories, or folders that contain some at any depth."
+            metavar="RUN", help="Run directories, or folders with run directories at any depth."
         ),
     ],
     target: Annotated[
@@ -44,7 +44,8 @@ def compare(
         Path | None, typer.Option(help="Write the table to this Markdown file; overwritten.")
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw it to this .png, .svg or .pdf file; overwritten.")
+        Path | None,
+        typer.Option(help="Draw a figure to this .png, .svg or .pdf file; overwritten."),
     ] = None,
 ) -> None:
     """Compare methods over seeds: scores, worst clients, gains, bytes, seconds.

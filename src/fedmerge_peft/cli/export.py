@@ -14,15 +14,16 @@ from fedmerge_peft.cli.app import app
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    client: Annotated[str | None, typer.Option(help="The client whose adapter to export.")] = None,
+    client: Annotated[str | None, typer.Option(help="Export the adapter of this client.")] = None,
     all_clients: Annotated[
-        bool, typer.Option("--all", help="Every client's adapter, one folder per client.")
+        bool,
+        typer.Option("--all", help="Export the adapters of all clients, one folder per client."),
     ] = False,
     soup: Annotated[
         bool,
         typer.Option(
             "--soup",
-            help="The shared adapters and all clients' weights, to merge on load.",
+            help="Export the shared adapters and all merging weights, to merge on load.",
         ),
     ] = False,
     to: Annotated[
@@ -50,7 +51,7 @@ def export(
 ) -> None:
     """Write adapters as plain PEFT folders with model cards.
 
-    They load with peft and transformers alone; each README.md has example code.
+    The folders load with peft and transformers only; each README.md has example code.
 
     Example: fedmerge export runs/first --client "Fen Water" --to fen-water
     """
@@ -108,4 +109,4 @@ def export(
         subfolder = folder_name(opened.client_names[0]) if all_clients else "."
         card = shlex.quote(str(written / subfolder / "README.md"))
         print("\nnext:")
-        print(printable(f"  cat {card}   # code that loads it, with peft and transformers alone"))
+        print(printable(f"  cat {card}   # code to load it with peft and transformers only"))

@@ -27,10 +27,10 @@ WireDtype = Annotated[
     typer.Option(help="Number format of adapters in messages; bfloat16 halves the bytes."),
 ]
 Segment = Annotated[
-    int, typer.Option(min=1, help="Rounds in a job; a site that was away joins at the next job.")
+    int, typer.Option(min=1, help="Rounds in a job; a disconnected site joins at the next job.")
 ]
 Deadline = Annotated[
-    int, typer.Option(min=1, help="Seconds that a site has for its part of a round.")
+    int, typer.Option(min=1, help="Maximum time of a site for a round, in seconds.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.")]
 
@@ -104,7 +104,7 @@ def prepare(
 def server(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The server's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The server's kit, or the folder written by prepare."),
     ],
 ) -> None:
     """Run the server of a federation until it is stopped; the run directory is DIR/run.
@@ -142,7 +142,9 @@ def site(
         Path | None, typer.Option(help="The examples: csv, tsv, json, jsonl, parquet, or a folder.")
     ] = None,
 ) -> None:
-    """Take part as a site until it is stopped. DIR/site.yaml holds the site's settings.
+    """Run a site of a federation until it is stopped.
+
+    DIR/site.yaml contains the settings of the site.
 
     Example: fedmerge federate site north --data tickets.csv
     """
@@ -182,11 +184,14 @@ def site(
 def run(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder written by prepare."),
     ],
     wait: Annotated[
         float,
-        typer.Option(min=0, help="Seconds to wait for all sites before starting without some."),
+        typer.Option(
+            min=0,
+            help="Seconds to wait for all sites; the run then starts with the connected ones.",
+        ),
     ] = 600,
     min_sites: Annotated[
         int, typer.Option(min=1, help="Smallest number of sites to start with.")
@@ -226,7 +231,7 @@ def run(
 def status(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder written by prepare."),
     ],
 ) -> None:
     """Show the connected sites, the running job and its last events.
@@ -256,7 +261,7 @@ def status(
 def stop(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The operator's kit, or the folder of prepare."),
+        typer.Argument(metavar="DIR", help="The operator's kit, or the folder written by prepare."),
     ],
     now: Annotated[
         bool, typer.Option("--now", help="Stop at once; the current round is lost.")

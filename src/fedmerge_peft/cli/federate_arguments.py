@@ -27,9 +27,7 @@ def parse_sites(sites: str, clients: list[str]) -> dict[str, list[str]]:
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
     if not names or len(names) != len(set(names)):
-        raise FederateError(
-            f"--sites: {sites!r}, expected different names, such as north,south,east"
-        )
+        raise FederateError(f"--sites: {sites!r}, expected unique names, such as north,south,east")
     by_site: dict[str, list[str]] = {name: [] for name in names}
     for text in clients:
         name, equals, client = text.partition("=")

@@ -27,9 +27,9 @@ class Check:
     name: str
     result: str
     state: State = "ok"
-    """``optional`` is something absent that is not required; ``failed`` needs fixing."""
+    """``optional``: not installed and not required. ``failed``: needs fixing."""
     remedy: str = ""
-    """A command or a hint that fixes it."""
+    """Command or hint to fix the problem."""
 
 
 def run_checks() -> Iterator[Check]:
@@ -118,7 +118,7 @@ def _extras() -> Iterator[Check]:
 
 
 def _hub() -> Check:
-    """Check that the hub answers and report whether a token is set, but never the token."""
+    """Check that the hub responds and report whether a token is set, without the token itself."""
     from huggingface_hub import constants, get_session, get_token
 
     token = "token found" if get_token() else "no token"
@@ -134,11 +134,11 @@ def _hub() -> Check:
     except Exception as error:
         return Check(
             "hub",
-            f"{constants.ENDPOINT} does not answer ({type(error).__name__})",
+            f"{constants.ENDPOINT} does not respond ({type(error).__name__})",
             "optional",
             "use models from folders",
         )
-    return Check("hub", f"{constants.ENDPOINT} answers; {token}")
+    return Check("hub", f"{constants.ENDPOINT} responds; {token}")
 
 
 def _disk() -> Iterator[Check]:

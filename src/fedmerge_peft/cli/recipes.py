@@ -27,12 +27,12 @@ def ls(
         bool,
         typer.Option(
             "--all",
-            help="List strategies, tasks and everything else that recipes name, with origin.",
+            help="List strategies, tasks and all other registered names, with their origin.",
         ),
     ] = False,
     plugins: PluginModules = None,
 ) -> None:
-    """List the recipes that come with the package, or everything that a recipe may name.
+    """List the shipped recipes, or all names that a recipe may use.
 
     Example: fedmerge ls --all
     """
@@ -99,7 +99,7 @@ def cp(
             [
                 printable(
                     f"{name}: no such shipped recipe{did_you_mean(name, recipes)} "
-                    "(see: fedmerge ls)"
+                    "(fedmerge ls lists the shipped recipes)"
                 )
             ]
         )
@@ -152,7 +152,8 @@ def show(recipe: RecipeSource, overrides: Overrides = None) -> None:
 @app.command()
 def schema(
     out: Annotated[
-        Path | None, typer.Option(help="Write to this file, not standard output; overwritten.")
+        Path | None,
+        typer.Option(help="Write to this file instead of standard output; overwritten."),
     ] = None,
     markdown: Annotated[
         bool,

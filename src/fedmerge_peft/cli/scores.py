@@ -1,4 +1,4 @@
-"""``fedmerge scores``: the tables of a run that has ended, as ``fedmerge run`` printed them."""
+"""``fedmerge scores``: the tables of a finished run, as printed by ``fedmerge run``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def scores(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of an ended run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
 ) -> None:
-    """Print the final scores of an ended run, its merging weights, and the command to run it again.
+    """Print the final scores and merging weights of a finished run, and the command to repeat it.
 
     Example: fedmerge scores runs/first
     """
@@ -44,7 +44,7 @@ def scores(
 
 
 def print_tables(run: RunDirectory, console: Console) -> None:
-    """Print the scores of an ended run and its baselines, and π if FedMerge learned it."""
+    """Print the scores of a finished run and its baselines, and π if FedMerge learned it."""
     from fedmerge_peft.analysis import scores_table, weights_table
 
     if run.summary["final"]["served"] is not None:

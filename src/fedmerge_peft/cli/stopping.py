@@ -1,4 +1,4 @@
-"""Stop a run between two rounds: the first SIGINT or SIGTERM waits, the second does not."""
+"""Stopping a run between two rounds: the first SIGINT or SIGTERM is deferred, the second is not."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Defer the first SIGINT or SIGTERM after ``arm`` until ``check``; the second is immediate.
 
-    Both raise ``Stopped``. Before ``arm`` there is nothing to wait for, so the previous handlers
-    stay in place.
+    Both raise ``Stopped``. The handlers are installed by ``arm``; before that, the previous
+    handlers apply.
     """
 
     def __init__(self) -> None:

@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     )
 
 Assigned = Mapping[str, list[ClientRows]]
-"""For each split, what each client holds of it."""
+"""Rows of each client, by split."""
 
 
 class Splits:
-    """The splits to deal, ``train`` and perhaps ``validation`` and ``test``.
+    """Splits to partition: ``train`` and, if present, ``validation`` and ``test``.
 
     Args:
         tables: The rows of each split.
         label: The task's label column; None if examples have no label.
         seed: The recipe's seed.
-        by: The column that the scheme's section names to deal by; None for the label.
+        by: Column with the classes, from the scheme's section; None for the label column.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class Splits:
         self._by = by
 
     def rng(self, split: str) -> np.random.Generator:
-        """Return the random numbers for one split; the same ones each time."""
+        """Return a new random generator for one split; its stream is the same in each call."""
         return generator(self.seed, cast(Stream, split))
 
     @property
     def has_classes(self) -> bool:
-        """Whether there is a column to deal by."""
+        """True if there is a column with classes."""
         return self._by is not None or self.label is not None
 
     @cached_property
     def classes(self) -> Mapping[str, Indices]:
-        """The class number of each row of each split, from 0; -1 for classes that training lacks.
+        """Class number of each row of each split, from 0; -1 for classes without training rows.
 
-        Classes are the values of the column to deal by. Raises ``DataError`` if there is no such
+        Classes are the values of the column ``by``. Raises ``DataError`` if there is no such
         column, or a value is missing.
         """
         return self._numbered[0]
@@ -93,10 +93,10 @@ class Splits:
 
 
 def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
-    """Deal the other splits as training rows were dealt.
+    """Partition the other splits in the proportions of the training split.
 
-    Of each class, a client gets the share that it has in training; without classes, the share of
-    all rows.
+    A client gets the same fraction of each class as in training. Without classes, it gets the same
+    fraction of all rows.
     """
     numbers: Mapping[str, Indices]
     if splits.has_classes:
@@ -116,7 +116,7 @@ def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
 
 
 def iid(recipe: IidRecipe, splits: Splits) -> Assigned:
-    """Deal each split at random, in equal parts."""
+    """Divide each split at random into equal parts."""
     return {
         split: partition.iid(len(table), recipe.clients, splits.rng(split))
         for split, table in splits.tables.items()
@@ -124,7 +124,7 @@ def iid(recipe: IidRecipe, splits: Splits) -> Assigned:
 
 
 def dirichlet(recipe: DirichletRecipe, splits: Splits) -> Assigned:
-    """Spread each class by proportions from a Dirichlet distribution."""
+    """Distribute each class in proportions from a Dirichlet distribution."""
     return {
         "train": partition.dirichlet(
             splits.classes["train"],
@@ -137,7 +137,7 @@ def dirichlet(recipe: DirichletRecipe, splits: Splits) -> Assigned:
 
 
 def clusters(recipe: ClustersRecipe, splits: Splits) -> Assigned:
-    """Give each group of clients a random subset of the classes."""
+    """Assign a random subset of the classes to each group of clients."""
     return {
         "train": partition.clusters(
             splits.classes["train"],
@@ -150,7 +150,7 @@ def clusters(recipe: ClustersRecipe, splits: Splits) -> Assigned:
 
 
 def shards(recipe: ShardsRecipe, splits: Splits) -> Assigned:
-    """Deal shards of the rows in the order of their classes."""
+    """Sort the rows by class, cut them into shards, and assign the shards to clients."""
     return {
         "train": partition.shards(
             splits.classes["train"], recipe.clients, recipe.shards_per_client, splits.rng("train")
@@ -159,7 +159,7 @@ def shards(recipe: ShardsRecipe, splits: Splits) -> Assigned:
 
 
 def natural(recipe: NaturalRecipe, splits: Splits) -> Assigned:
-    """Make one client, or a few, of each value of a column."""
+    """Create one or more clients for each value of a column."""
     numbers, names = splits.classes, splits.class_names
     groups = None
     if recipe.group is not None:

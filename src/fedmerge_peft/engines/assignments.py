@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Assignment:
-    """One client's part in a round."""
+    """Plan and served model of one client in a round."""
 
     plan: Plan
     served: Served | None = None
@@ -21,20 +21,20 @@ class Assignment:
 
 
 class Assignments(Generic[T]):
-    """Pairs (client, what it is sent), made while they are iterated over.
+    """Iterable of pairs (client, assignment), created lazily during the iteration.
 
-    They hold adapters, of which memory should not hold thousands at a time. An engine that needs
-    only some of them makes only these.
+    Assignments contain adapters, so thousands of them should not be in memory at the same time. An
+    engine can create only the assignments that it needs.
     """
 
     def __init__(self, clients: Sequence[int], make: Callable[[int], T]) -> None:
-        """Take the clients' indices and ``make(client)``, which returns the same at each call."""
+        """Store indices and ``make(client)``, whose result must be the same for each call."""
         self.clients = clients
         self.make = make
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[int, T]]) -> Assignments[T]:
-        """Wrap pairs that come in any other way; holds all of them."""
+        """Wrap existing pairs; all of them stay in memory."""
         if isinstance(pairs, Assignments):
             return pairs
         held = dict(pairs)

@@ -1,4 +1,4 @@
-"""Interface of an engine: the clients of a federation, and a way to train and score them."""
+"""Interface of engines, which train and score the clients of a federation."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ class Engine(Protocol):
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        """Score the adapter that each client is served, without training.
+        """Score each client's served model, without training.
 
         Yields client indices with scores by name, or with the ``ClientError`` of a failed client.
 
         Args:
-            served: Client indices, and the adapter or mixture of each.
-            completed: Number of completed rounds, for errors.
+            served: Client indices and their served models, an adapter or a mixture each.
+            completed: Number of completed rounds, for error messages.
         """
 
 
@@ -122,7 +122,7 @@ def check_same_work(
     Args:
         loaded: Recipe for which an engine was loaded.
         recipe: Recipe to run with this engine.
-        reason: Text of the error, after the names of the sections that differ.
+        reason: Error message, to follow the names of the sections that differ.
         sections: Sections to compare in addition to those that every engine uses.
 
     Raises:

@@ -34,11 +34,11 @@ class RankedEngine(LocalEngine):
     All ranks run the same federation on the same replies. Each round distributes the clients over
     the ranks by their work. After training, each rank broadcasts its replies to all others, in the
     order of the clients. Strategies therefore need no changes, and results equal those of one rank,
-    bit for bit if the devices compute alike. Clients that share a pass of the model stay on one
-    rank.
+    bit for bit if the devices compute identically. Clients that share a pass of the model stay on
+    one rank.
 
-    Each trained adapter takes 4 · P bytes of traffic to each rank. Plans do not travel: each rank
-    makes those of its own clients.
+    Each trained adapter takes 4 · P bytes of traffic to each rank. Plans are not sent: each rank
+    creates the plans of its own clients.
     """
 
     def train_clients(
@@ -90,7 +90,7 @@ class RankedEngine(LocalEngine):
     def _own_replies(
         self, round: int, assignments: Assignments[Assignment], passes: Sequence[Sequence[int]]
     ) -> dict[int, Reply | ClientError]:
-        """Run the clients of this rank's passes; the updates go to a row buffer."""
+        """Run the clients of this rank's passes; their updates are stored in a row buffer."""
         buffer = RowBuffer(expected_calls=sum(map(len, passes)))
         replies: dict[int, Reply | ClientError] = {}
         for clients in passes:

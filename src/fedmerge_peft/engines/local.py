@@ -53,9 +53,9 @@ class LocalEngine:
     """The clients, and the runtime that all of them train on.
 
     A client's work depends on the recipe, the round, its name and its plan. It does not depend on
-    the strategy or on who else takes part, except for rounding and the dropout masks of clients
-    that share a pass (``training.clients_per_batch``). One engine can therefore serve several
-    strategies.
+    the strategy or on the other clients of the round, except for rounding and the dropout masks of
+    clients that share a pass (``training.clients_per_batch``). One engine can therefore serve
+    several strategies.
     """
 
     def __init__(self, recipe: Recipe, clients: Sequence[Client], runtime: Runtime) -> None:
@@ -70,15 +70,15 @@ class LocalEngine:
         """Load data and model.
 
         Raises:
-            FedMergeError: Data, model or device are absent, or not what the recipe says.
+            FedMergeError: Data, model or device are missing, or do not match the recipe.
         """
-        make_accelerator(recipe.training)  # a missing device should not wait for the data
+        make_accelerator(recipe.training)  # fail before loading the data if the device is missing
         data = federate_data(recipe.data, recipe.task.label_column, recipe.seed)
         return cls.from_data(recipe, data)
 
     @classmethod
     def from_data(cls, recipe: Recipe, data: FederatedData) -> LocalEngine:
-        """Load the model for these clients, whatever their examples come from."""
+        """Load the model for given clients with given examples."""
         accelerator = make_accelerator(recipe.training)
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
@@ -116,15 +116,15 @@ class LocalEngine:
         return self.runtime.accelerator
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` if clients would do something else under this recipe."""
+        """Raise ``RecipeError`` if the clients' work differs under this recipe."""
         check_same_work(
             self.recipe,
             recipe,
-            "the engine was loaded for a recipe that says otherwise; load one from this recipe",
+            "the engine was loaded for a recipe with other values; load an engine for this recipe",
         )
 
     def with_recipe(self, recipe: Recipe) -> LocalEngine | None:
-        """Reuse the loaded data and model for a recipe; return None if it needs others.
+        """Return an engine for a recipe with the same data and model; None if it needs others.
 
         Engines that share a model must be used one at a time.
         """
@@ -145,7 +145,7 @@ class LocalEngine:
         return engine
 
     def strategy_context(self) -> StrategyContext:
-        """Return what strategies are built from."""
+        """Return the inputs from which a strategy is constructed."""
         return make_strategy_context(self.backbone, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
@@ -164,9 +164,9 @@ class LocalEngine:
         """Run each client's plan; yield the plan and the reply, or the error that ended its work.
 
         Args:
-            round: Number of the round, from 1. With the client's name it decides all of the
-                client's random draws.
-            assignments: Client indices and what each is sent.
+            round: Number of the round, from 1. All random draws of a client derive from the seed,
+                the round and the client's name.
+            assignments: Client indices and their assignments.
         """
         turns = (
             ClientTurn(round, index, self.clients[index], assignment)
@@ -178,11 +178,11 @@ class LocalEngine:
     def evaluate_clients(
         self, served: Iterable[tuple[int, Served]], completed: int = 0
     ) -> Iterator[tuple[int, dict[str, float] | ClientError]]:
-        """Score what each client is served with on its validation and test examples.
+        """Score each client's served model on its validation and test examples.
 
         Args:
-            served: Client indices, and what each is served with.
-            completed: Number of completed rounds, for errors.
+            served: Client indices and their served models.
+            completed: Number of completed rounds, for error messages.
         """
         for index, adapter in served:
             client = self.clients[index]
@@ -193,7 +193,7 @@ class LocalEngine:
 
     @cached_property
     def clients_per_batch(self) -> int:
-        """Number of clients in one pass of the model; lowered once the GPU runs out of memory."""
+        """Number of clients in one pass of the model; reduced after the GPU runs out of memory."""
         return clients_per_batch(self.runtime, self.recipe.training, _rows_held(self.clients))
 
     # ---- one chunk of clients ------------------------------------------------------------------
@@ -228,7 +228,7 @@ class LocalEngine:
     def _train(
         self, turns: Sequence[ClientTurn], queue: Sequence[tuple[int, TrainRequest]]
     ) -> list[Trained | Exception]:
-        """Train the requests; those with similar numbers of examples share a pass."""
+        """Run the training requests; those with similar numbers of examples share a pass."""
         trained: dict[int, Trained | Exception] = {}
         waiting = sorted(
             range(len(queue)), key=lambda number: -len(turns[queue[number][0]].client.train)
@@ -240,7 +240,7 @@ class LocalEngine:
             if outcomes is None:
                 self.clients_per_batch = (len(batch) + 1) // 2
                 log.warning(
-                    "out of memory: from now on %d clients train in one pass of the model, at most",
+                    "out of memory: from now on, at most %d clients train in one pass of the model",
                     self.clients_per_batch,
                 )
                 continue
@@ -265,7 +265,7 @@ class LocalEngine:
                 return None
             except Exception as error:
                 log.warning(
-                    "%d clients train one at a time, as they fail together: %s: %s",
+                    "%d clients train one at a time, because their joint pass failed: %s: %s",
                     len(members),
                     type(error).__name__,
                     error,
@@ -314,6 +314,6 @@ class LocalEngine:
 
 
 def _rows_held(clients: Sequence[Client]) -> Indices:
-    """Return the rows of the table that clients hold, ascending."""
+    """Return the rows of the table that belong to clients, ascending."""
     parts = [rows for client in clients for rows in (client.train, client.validation, client.test)]
     return np.unique(np.concatenate(parts))

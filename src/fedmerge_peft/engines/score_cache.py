@@ -28,7 +28,7 @@ class ScoreCache:
     def get_or_compute(
         self, client: str, served: Served, compute: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        """Return the client's scores, from the cache if they are of a bit-identical adapter.
+        """Return the client's scores; use cached ones if the adapter is bit-identical.
 
         Args:
             client: Name of the client.

@@ -1,4 +1,4 @@
-"""One client's work in one round: its clock, its scores, its result or its failure."""
+"""One client's work in one round: time, scores, and result or failure."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class ClientTurn:
     client: Client
     assignment: Assignment
     seconds: float = 0.0
-    """Time spent on this client, including its share of passes that several share."""
+    """Wall time of this client, including its share of passes with other clients."""
     before: dict[str, float] | None = None
-    """Scores of what it was served with."""
+    """Scores of the served model."""
     result: ClientResult | None = None
     after: dict[str, float] | None = None
     """Scores after local training."""
@@ -43,7 +43,7 @@ class ClientTurn:
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Count the time of a block as this client's."""
+        """Add the time of a block to this client's time."""
         begin = time.perf_counter()
         try:
             yield
@@ -51,7 +51,7 @@ class ClientTurn:
             self.seconds += time.perf_counter() - begin
 
     def attempt(self, work: Callable[[], T]) -> T | None:
-        """Do a part of the work on the client's clock; a failure ends the turn."""
+        """Run a part of the work and add its time; a failure ends the turn."""
         try:
             with self.clock():
                 return work()
@@ -60,7 +60,7 @@ class ClientTurn:
             return None
 
     def finish(self, outcome: ClientResult | Exception) -> None:
-        """Take the outcome of the client's plan."""
+        """Store the outcome of the client's plan."""
         if isinstance(outcome, Exception):
             self.error = client_error(self.client, self.round, outcome)
         elif not all_finite(outcome.deltas):
@@ -71,7 +71,9 @@ class ClientTurn:
     def reply(self) -> Reply | ClientError:
         """Return the client's reply, or the error that ended its turn."""
         if self.error is not None or self.result is None:
-            return self.error or ClientError(self.client.name, self.round, "it did not finish")
+            return self.error or ClientError(
+                self.client.name, self.round, "its training did not finish"
+            )
         return Reply(
             client=self.index,
             deltas=self.result.deltas,

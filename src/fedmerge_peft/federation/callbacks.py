@@ -1,4 +1,4 @@
-"""Hooks into a run, for callers and plugins: its start, each reply, each round, its end."""
+"""Hooks at the start of a run, after each reply, after each round, and at the end."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks of a run: override some, or pass functions: ``Callback(on_round=print)``.
+    """Hooks of a run: override methods, or pass functions (``Callback(on_round=print)``).
 
-    The recipe's own strategy and each of its baselines is a run of its own, with its own start and
-    end. On several ranks every rank calls the hooks. An exception from a hook ends the run, which
-    can be resumed.
+    The recipe's strategy and each of its baselines are separate runs; each has a start and an end.
+    On several ranks, every rank calls the hooks. An exception from a hook ends the run, which can
+    be resumed.
     """
 
     def __init__(self, **hooks: Callable[..., object]) -> None:
-        """Take functions in place of methods. Raises ``TypeError`` for an unknown hook."""
+        """Replace hooks by functions. Raises ``TypeError`` for an unknown hook."""
         for name, hook in hooks.items():
             if not name.startswith("on_") or not hasattr(Callback, name):
                 raise TypeError(f"a callback has no hook {name!r}")
             setattr(self, name, hook)
 
     def on_start(self, federation: Federation, run: RunDirectory) -> None:
-        """Called before the first round that is left."""
+        """Called before the first remaining round."""
 
     def on_client(self, reply: Reply) -> None:
-        """Called for each client's reply that passed the checks."""
+        """Called for each client's valid reply."""
 
     def on_round(self, record: RoundRecord) -> None:
-        """Called after each round, once it is on disk."""
+        """Called after each round has been written to disk."""
 
     def on_end(self, run: RunDirectory) -> None:
-        """Called once the final scores are on disk."""
+        """Called after the final scores have been written to disk."""
 
 
 class Callbacks(Callback):
-    """Several callbacks as one, called in their order, on all ranks."""
+    """Several callbacks, called in order on all ranks."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Run a recipe and its baselines into a run directory, or resume an interrupted run.
 
-On several ranks all of them call these functions (``distributed.py``). Rank 0 alone reads and
+On several ranks, every rank calls these functions (``distributed.py``). Only rank 0 reads and
 writes the directory.
 """
 
@@ -59,7 +59,7 @@ def resume_run(
     recipe = _resumed_recipe(run, overrides)
     check_trackers(recipe)
     if distributed.launched_processes() > 1:
-        # Loading brings the ranks together: all have read the directory before it changes.
+        # Loading synchronizes the ranks, so all of them have read the directory before it changes.
         engine = engine or load_engine(recipe)
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, run.path))
@@ -86,29 +86,29 @@ def _resumed_recipe(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
     """Return the run's recipe with the overrides.
 
     Raises:
-        RecipeError: An override would change the clients' work, or asks for fewer rounds than are
-            done.
+        RecipeError: An override would change the clients' work, or the number of rounds is less
+            than the number of completed rounds.
     """
     recipe = run.recipe.replace(overrides)
     changed = differing([flat(run.recipe), flat(recipe)])
     if refused := [key for key in changed if key not in RESUME_OVERRIDES]:
         raise RecipeError(
             [
-                f"{', '.join(refused)}: this would change the clients' work, so it needs a new "
-                f"run: fedmerge run. A resumed run may change {', '.join(RESUME_OVERRIDES)}"
+                f"{', '.join(refused)}: cannot be changed in a resumed run; start a new run with "
+                f"fedmerge run, or change only {', '.join(RESUME_OVERRIDES)}"
             ]
         )
     for _, path in with_baselines(run.recipe, run.path):
         done = len(RunDirectory(path).records)
         if done > recipe.rounds:
             raise RecipeError(
-                [f"rounds: {recipe.rounds} is fewer than the {done} that {path} has done"]
+                [f"rounds: {recipe.rounds} is less than the {done} completed rounds of {path}"]
             )
     return recipe
 
 
 def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callback) -> None:
-    """Run what is left of a recipe and its baselines."""
+    """Run the unfinished part of a recipe and its baselines."""
     own = [CALLBACKS[section.name].load()(section) for section in recipe.callbacks]
     callbacks = Callbacks([*own, callbacks])
     for one, path in with_baselines(recipe, directory):
@@ -131,7 +131,7 @@ def _has_ended(path: Path, rounds: int) -> bool:
 
 
 def _restore(federation: Federation, run: RunWriter) -> None:
-    """Bring all ranks to the state that rank 0 has read from the run directory."""
+    """Restore all ranks to the state that rank 0 has read from the run directory."""
     strategy = federation.strategy
     records: list[dict[str, Any]] = distributed.on_rank_zero(lambda: run.records)
     if records and distributed.world_size() > 1:
@@ -148,7 +148,7 @@ def _restore(federation: Federation, run: RunWriter) -> None:
 def _run_rounds(
     federation: Federation, run: RunWriter, tracked: Tracking, callbacks: Callback
 ) -> None:
-    """Run the rounds that are left, then take the final scores."""
+    """Run the remaining rounds, then compute the final scores."""
     strategy = federation.strategy
     names = [client.name for client in federation.engine.clients]
 

@@ -43,11 +43,11 @@ class Federation:
     """
 
     def __init__(self, recipe: Recipe, engine: Engine | None = None) -> None:
-        """Load data and model, unless an engine brings them.
+        """Load data and model, unless an engine is given.
 
         Raises:
-            RecipeError: The engine was loaded for a recipe under which clients do something else.
-            FedMergeError: Data, model or device are absent, or not what the recipe says.
+            RecipeError: The engine was loaded for a recipe with other settings of the clients.
+            FedMergeError: Data, model or device are missing, or do not match the recipe.
         """
         self.recipe = recipe
         self.engine: Engine = engine or load_engine(recipe)
@@ -57,32 +57,32 @@ class Federation:
         self.completed = 0
         """Completed rounds."""
         self._privacy = PrivacyLedger(recipe.privacy, self.cohort)
-        self.epsilon(1)  # a missing accountant should not wait for the first round
-        asked = len(self.cohort(1))
-        if recipe.clients.min_clients > asked:
+        self.epsilon(1)  # fail before the first round if the accountant is not installed
+        selected = len(self.cohort(1))
+        if recipe.clients.min_clients > selected:
             raise RecipeError(
                 [
-                    f"clients.min_clients: {recipe.clients.min_clients} is more than the "
-                    f"{asked} clients that a round asks"
+                    f"clients.min_clients: {recipe.clients.min_clients} exceeds the {selected} "
+                    "clients of a round; lower it, or raise clients.fraction"
                 ]
             )
 
     def rounds(
         self, on_client: OnClient | None = None, on_scores: OnScores | None = None
     ) -> Iterator[RoundRecord]:
-        """Run the rounds that are left; yield after each.
+        """Run the remaining rounds; yield a record after each.
 
-        A round that fails changes nothing and can be run again.
+        A failed round has no effect and can be repeated.
 
         Args:
-            on_client: Called with each reply that counts, as it comes.
-            on_scores: Called with the number of completed rounds and the scores of what all clients
-                are served with, before the strategy changes it. Not called if some clients have no
-                scores, as the means would not compare.
+            on_client: Called with each valid reply as it arrives.
+            on_scores: Called with the number of completed rounds and the scores of all clients'
+                served models, before the strategy changes them. Not called if some clients have no
+                scores, because the means would not be comparable.
 
         Raises:
             ClientError: A client failed, and ``clients.failures`` is raise.
-            TooFewClientsError: Fewer clients replied well than ``clients.min_clients``.
+            TooFewClientsError: There are fewer valid replies than ``clients.min_clients``.
         """
         while self.completed < self.recipe.rounds:
             yield self._round(self.completed + 1, on_client, on_scores)
@@ -134,7 +134,7 @@ class Federation:
     def collect_replies(
         self, number: int, cohort: Sequence[int], on_client: OnClient | None
     ) -> RoundReplies:
-        """Have the cohort train; return the replies that count. Raises as ``rounds``."""
+        """Train the cohort and return the valid replies. Raises as ``rounds``."""
         every = self.recipe.evaluation.every
         scored = number % every == 0 or number in (1, self.recipe.rounds)
         assignments = Assignments(cohort, lambda client: self._assignment(client, scored))
@@ -149,7 +149,7 @@ class Federation:
         return collector.close()
 
     def _assignment(self, client: int, scored: bool) -> Assignment:
-        """Return the client's plan, with the privacy of its update, and what it is served with."""
+        """Return the client's plan, with the privacy of its update, and its served model."""
         with timed("server"):
             plan = self.strategy.plan(client)
             if isinstance(plan, Train) and self.recipe.strategy.federated:
@@ -161,9 +161,9 @@ class Federation:
             return Assignment(plan, self.strategy.served(client))
 
     def evaluate(self) -> Scores | None:
-        """Score what every client is served with now, without training.
+        """Score the served models of all clients, without training.
 
-        With ``clients.failures: skip``, clients whose scoring fails are left out.
+        With ``clients.failures: skip``, clients are skipped if their scoring fails.
 
         Raises:
             ClientError: Scoring a client failed, and ``clients.failures`` is raise.
@@ -177,11 +177,11 @@ class Federation:
             elif self.recipe.clients.failures == "raise":
                 raise scores
             else:
-                log.warning("%s; left out", scores)
+                log.warning("%s; skipped", scores)
         return self._scores(known.items())
 
     def cohort(self, round: int) -> list[int]:
-        """Return the clients that take part in a round, by ascending index; at least one."""
+        """Return the indices of the clients selected for a round, ascending; at least one."""
         clients = len(self.engine.clients)
         size = max(1, math.floor(self.recipe.clients.fraction * clients + 0.5))
         if size == clients:
@@ -190,7 +190,7 @@ class Federation:
         return sorted(int(client) for client in generator.choice(clients, size, replace=False))
 
     def epsilon(self, rounds: int) -> float | None:
-        """Return ε spent after so many rounds; None without differential privacy.
+        """Return ε after this number of rounds; None without differential privacy.
 
         Raises:
             RecipeError: The accountant is not installed.
@@ -200,9 +200,9 @@ class Federation:
         return self._privacy.epsilon(rounds)
 
     def restore_progress(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Count these rounds, as objects of ``metrics.jsonl``, as completed.
+        """Mark the rounds of these objects of ``metrics.jsonl`` as completed.
 
-        The strategy must have been brought to their end.
+        The strategy must be in the state after the last of them.
         """
         self.completed = len(records)
         norms = (record.get("update_norm") for record in records)
@@ -211,8 +211,8 @@ class Federation:
     def _aggregator(self) -> Aggregator:
         recipe = self.recipe
         if recipe.privacy.mode == "central":
-            asked = len(self.cohort(1))
-            return PrivateAggregator(recipe.privacy, asked, derive(recipe.seed, "privacy"))
+            cohort_size = len(self.cohort(1))
+            return PrivateAggregator(recipe.privacy, cohort_size, derive(recipe.seed, "privacy"))
         return Aggregator(recipe.robustness)
 
     def _scores(self, clients: Iterable[tuple[int, dict[str, float] | None]]) -> Scores | None:

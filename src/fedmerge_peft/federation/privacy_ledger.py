@@ -1,4 +1,4 @@
-"""ε that the clients have spent so far."""
+"""Privacy loss ε of the clients so far."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from fedmerge_peft.strategies.differential_privacy import epsilon_spent
 
 
 class PrivacyLedger:
-    """Counts how often each client was asked; being asked spends, whether the reply counts or not.
+    """Count of the rounds in which each client was selected; failed replies count too.
 
     Args:
         recipe: Noise and δ.
-        cohort: ``cohort(round)`` returns the clients that a round asks.
+        cohort: ``cohort(round)`` returns the clients selected for a round.
     """
 
     def __init__(self, recipe: PrivacyRecipe, cohort: Callable[[int], Sequence[int]]) -> None:
         self._recipe = recipe
         self._cohort = cohort
-        self._asked = Counter[int]()
+        self._selected = Counter[int]()
         self._rounds = 0
 
     def epsilon(self, rounds: int) -> float:
-        """Return ε of the client that was asked most often in the first ``rounds`` rounds.
+        """Return ε of the client that was selected most often in the first ``rounds`` rounds.
 
         Raises:
             RecipeError: The accountant is not installed.
         """
         if rounds < self._rounds:
-            self._asked.clear()
+            self._selected.clear()
             self._rounds = 0
         while self._rounds < rounds:
             self._rounds += 1
-            self._asked.update(self._cohort(self._rounds))
-        return epsilon_spent(self._recipe, max(self._asked.values(), default=0))
+            self._selected.update(self._cohort(self._rounds))
+        return epsilon_spent(self._recipe, max(self._selected.values(), default=0))

@@ -1,4 +1,4 @@
-"""Collect one round's replies: check each, keep those that count, name those that do not."""
+"""Collection of one round's replies: valid ones are kept, failures are recorded."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RoundReplies:
-    """The replies of one round that count."""
+    """The valid replies of one round."""
 
     replies: list[Reply]
     trained: dict[int, Tensor]
-    """The shared adapters as each client trained them, ``(k, P)``, by client index."""
+    """Shared adapters as trained by each client, ``(k, P)``, by client index."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Cause of each reply that does not count, by client name."""
+    """Cause of each failure, by client name."""
 
 
 class ReplyCollector:
-    """Takes the answers of one round as they come.
+    """Collector of the replies of one round, which may arrive in any order.
 
     Args:
         round: Number of the round.
-        cohort: Indices of the clients that were asked.
+        cohort: Indices of the clients that were selected.
         clients: All clients.
         recipe: ``clients.failures``, ``min_clients`` and ``timeout``.
-        strategy: Says which of the trained adapters are shared.
+        strategy: Strategy of the round; ``trained_rows`` selects the shared adapters.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ReplyCollector:
         self._rows = RowBuffer(expected_calls=len(cohort))
 
     def add(self, plan: Plan, answer: Reply | ClientError) -> bool:
-        """Take one answer; return whether it counts.
+        """Add one answer; return True if it is a valid reply.
 
         Raises:
             ClientError: The answer is a failure, and ``clients.failures`` is raise.
@@ -72,10 +72,10 @@ class ReplyCollector:
             return False
         client = answer.client
         if client not in self._waiting:
-            if client in self._cohort:  # which of the answers is the client's own is unknown
-                self._fail(self._clients[client].name, "it answered more than once")
+            if client in self._cohort:  # the genuine reply cannot be identified
+                self._fail(self._clients[client].name, "it replied more than once")
             else:
-                self._fail(str(client), "it was not asked")
+                self._fail(str(client), "it was not selected for this round")
             return False
         self._waiting.remove(client)
         name, size = self._clients[client].name, self._clients[client].size
@@ -88,16 +88,16 @@ class ReplyCollector:
         return True
 
     def close(self) -> RoundReplies:
-        """Return the replies that count.
+        """Return the valid replies.
 
         Raises:
-            ClientError: A client did not answer, and ``clients.failures`` is raise.
-            TooFewClientsError: Fewer than ``clients.min_clients`` count.
+            ClientError: A client did not reply, and ``clients.failures`` is raise.
+            TooFewClientsError: Fewer than ``clients.min_clients`` replies are valid.
         """
         for client in self._cohort:
             name = self._clients[client].name
             if client not in self._replies and name not in self._failures:
-                self._fail(name, "it did not answer")
+                self._fail(name, "it did not reply")
         replies = [
             reply
             for client, reply in self._replies.items()
@@ -106,9 +106,9 @@ class ReplyCollector:
         if len(replies) < self._recipe.min_clients:
             causes = "; ".join(f"{name}: {cause}" for name, cause in self._failures.items())
             raise TooFewClientsError(
-                f"round {self._round}: {len(replies)} of {len(self._cohort)} clients replied well, "
-                f"and clients.min_clients is {self._recipe.min_clients}. "
-                f"The round changed nothing. Failed: {causes}"
+                f"round {self._round}: {len(replies)} of {len(self._cohort)} clients sent valid "
+                f"replies, but clients.min_clients is {self._recipe.min_clients}. "
+                f"The round had no effect. Failures: {causes}"
             )
         return RoundReplies(replies, self._trained, self._failures)
 
@@ -116,5 +116,5 @@ class ReplyCollector:
         error = error or ClientError(client, self._round, cause)
         if self._recipe.failures == "raise":
             raise error
-        log.warning("%s; left out", error)
+        log.warning("%s; skipped", error)
         self._failures[client] = cause

@@ -1,8 +1,8 @@
-"""Check that a reply is what its plan asked for, before a strategy sees it.
+"""Validation of replies against their plans, before a strategy processes them.
 
-A reply that fails is left out whole: soup, weights and private states stay as if its client had not
-been asked. Values are not judged here. An update of the right form that leads elsewhere is a matter
-for robust aggregation (``strategies/aggregation.py``).
+An invalid reply has no effect on soup, weights and private states. Only the form of a reply is
+checked. Robust aggregation (``strategies/aggregation.py``) handles updates of valid form with
+malicious values.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fedmerge_peft.util.vectors import tensor_mismatch
 def validate_reply(
     reply: Reply, plan: Plan, round: int, size: int, timeout: float | None = None
 ) -> str | None:
-    """Return the reason why a reply cannot count, or None if it can.
+    """Return the reason why a reply is invalid, or None if it is valid.
 
     Args:
-        reply: The reply as it came.
-        plan: The plan that its client was sent.
-        round: The round in which the client was asked.
-        size: The client's number of training examples, as the federation knows it.
+        reply: The reply as received.
+        plan: The plan of the client.
+        round: The round of the plan.
+        size: The client's number of training examples in the federation.
         timeout: Seconds that the client may take; None for no limit.
     """
     if reply.round not in (None, round):
-        return f"it answers for round {reply.round}"
+        return f"its reply belongs to round {reply.round}"
     if timeout is not None and not reply.seconds <= timeout:
-        return f"it took {reply.seconds:.1f} s, and clients.timeout is {timeout:g} s"
+        return f"it took {reply.seconds:.1f} s, but clients.timeout is {timeout:g} s"
     if reply.size != size:
-        return f"it reports {reply.size} examples, and has {size}"
+        return f"it reports {reply.size} examples, but has {size}"
     shape = (plan.returned_rows, plan.sent.shape[1])
     if (problem := tensor_mismatch(reply.deltas, shape)) is not None:
         return f"its update is {problem}"

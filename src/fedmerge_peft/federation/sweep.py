@@ -57,7 +57,9 @@ def run_sweep(
         """Run one recipe; return the engine for the next. Raises ``RunBusyError``."""
         try:
             with locked_directory(paths[name]):
-                if _has_finished(paths[name], recipes[name]):  # another process was faster
+                if _has_finished(
+                    paths[name], recipes[name]
+                ):  # another process has run it meanwhile
                     report(name, fresh=False)
                     return engine
                 engine = engine or LocalEngine.from_recipe(recipes[name])
@@ -103,7 +105,7 @@ def run_sweep(
 def _run_or_resume(
     recipe: Recipe, path: Path, engine: LocalEngine, callbacks: Sequence[Callback]
 ) -> None:
-    """Resume an interrupted run; start over if too little of it is left."""
+    """Resume an interrupted run; restart it if its checkpoints cannot be used."""
     try:
         if RunDirectory(path).records:
             resume_run(path, (), engine=engine, callbacks=callbacks)
@@ -118,8 +120,8 @@ def _run_path(out: Path, name: str) -> Path:
     if name in ("", "..") or Path(name).name != name:
         raise RecipeError(
             [
-                f"{name!r} cannot name a folder, and the recipes of a sweep run in {out}/NAME; "
-                "give it another name"
+                f"{name!r} is not a valid folder name, but the recipes of a sweep run in "
+                f"{out}/NAME; choose another name"
             ]
         )
     return out / name
@@ -129,14 +131,14 @@ def _has_finished(path: Path, recipe: Recipe) -> bool:
     """Return True if the recipe's run has ended; False if it is unfinished or absent.
 
     Raises:
-        RunError: The directory holds the run of another recipe, or other files.
+        RunError: The directory contains the run of another recipe, or other files.
     """
     if not (path / "recipe.yaml").is_file():
         names = [file.name for file in files_in(path)] if path.is_dir() else []
         if path.is_file() or any(not name.startswith(".recipe.yaml.") for name in names):
             raise RunError(
-                f"{path} holds files that are no run, and nothing is ever overwritten. "
-                "Move them, or choose another --out"
+                f"{path} contains files that do not belong to a run; existing files are never "
+                "overwritten. Move them, or choose another --out"
             )
         return False
     run = RunDirectory.open(path)
@@ -151,7 +153,7 @@ def _has_finished(path: Path, recipe: Recipe) -> bool:
         if len(keys) > _MOST_DIFFERENCES:
             differences.append("...")
         raise RunError(
-            f"{path} holds the run of another recipe: {'; '.join(differences)}. "
+            f"{path} contains the run of another recipe: {'; '.join(differences)}. "
             "Choose another --out, or move it away"
         )
     if run.ended:

@@ -41,4 +41,4 @@ class AdapterSlot:
     def truncate(self, count: int) -> None:
         """Raise ``ValueError`` unless ``count`` is 1."""
         if count != 1:
-            raise ValueError(f"a slot has one adapter, cannot keep {count}")
+            raise ValueError(f"a slot has one adapter and cannot be truncated to {count}")

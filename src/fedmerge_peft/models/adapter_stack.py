@@ -150,7 +150,7 @@ class AdapterStack:
 
 
 def stacking_obstacle(backbone: Backbone) -> str | None:
-    """Find a reason against stacking adapters on this model, from its modules and configuration.
+    """Return the reason, from modules and configuration, why adapters cannot be stacked, or None.
 
     Returns:
         The reason as text, or None if there is no known obstacle.

@@ -105,8 +105,8 @@ def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]
     """Return the modules to train fully.
 
     These are the requested ones, classification heads, and all modules without pretrained weights.
-    A module without pretrained weights must be part of the adapter. Otherwise it would have other
-    random values wherever the adapter is used.
+    A module without pretrained weights must be part of the adapter. Otherwise its random values
+    would differ each time the adapter is loaded.
     """
     heads = list(requested)
     if task.labels:

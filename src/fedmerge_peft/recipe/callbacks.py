@@ -1,4 +1,4 @@
-"""Sections of a recipe's callbacks, told apart by ``name``."""
+"""Sections of a recipe's callbacks, distinguished by ``name``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CallbackRecipe(Section):
     """Base of a callback's section."""
 
     name: str = ""
-    """Which callback."""
+    """Name of the callback."""
 
 
 AnyCallback = Annotated[CallbackRecipe, OneOf(CALLBACKS)]

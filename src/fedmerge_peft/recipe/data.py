@@ -18,7 +18,7 @@ class PartitionRecipe(Section):
     """Name of the scheme."""
 
     def summary(self) -> str:
-        """Return the clients in a few words."""
+        """Summarize the clients, in a few words."""
         return f"{getattr(self, 'clients', 'some')} clients, {self.scheme}"
 
 
@@ -30,7 +30,7 @@ class IidRecipe(PartitionRecipe):
 
 
 class DirichletRecipe(PartitionRecipe):
-    """The share of each class at each client is drawn from a Dirichlet distribution (Hsu 2019)."""
+    """Each class is distributed over the clients by a Dirichlet distribution (Yurochkin 2019)."""
 
     clients: PositiveInt
     """Number of clients."""
@@ -68,14 +68,14 @@ class NaturalRecipe(PartitionRecipe):
     """One or more clients for each value of a column, such as a hospital, an author or a domain."""
 
     by: str
-    """Column whose values are the clients, or sets of clients."""
+    """Column whose values are the clients, or sets of clients (clients_per_value)."""
     clients_per_value: PositiveInt = 1
     """Number of clients that share the examples of one value, in equal parts."""
     group: str | None = None
     """Column with the group of a client, for reports only. Default: `by`."""
 
     def summary(self) -> str:
-        """Return the clients in a few words."""
+        """Summarize the clients, in a few words."""
         several = self.clients_per_value > 1
         count = f"{self.clients_per_value} clients" if several else "one client"
         return f"{count} for each {self.by}"
@@ -87,7 +87,7 @@ class ShardsRecipe(PartitionRecipe):
     clients: PositiveInt
     """Number of clients."""
     shards_per_client: PositiveInt = 2
-    """Number of shards per client, which is about its number of classes."""
+    """Number of shards per client, about the number of its classes."""
     by: str | None = None
     """Column to sort by. Default: the label."""
 

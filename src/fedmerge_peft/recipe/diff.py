@@ -41,7 +41,7 @@ def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys at which flat recipes differ, or that some of them lack, in their order."""
+    """Return the keys, in order, with different or missing values in some of the flat recipes."""
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [
         key
@@ -51,7 +51,7 @@ def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def written(value: object) -> str:
-    """Return a value for a label: text unchanged, anything else as JSON without spaces."""
+    """Format a value for a label: text unchanged, other values as JSON without spaces."""
     return (
         value
         if isinstance(value, str)

@@ -1,4 +1,4 @@
-"""Messages for pydantic's errors, in terms of the text that the author of a recipe wrote."""
+"""Translation of pydantic's validation errors into messages about the text of a recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Where, dot
 # The shape of a recipe
 # --------------------------------------------------------------------------------------------------
 def required(annotation: Any) -> Any:
-    """Return the annotation without its constraints, and without the None of an optional value."""
+    """Strip an annotation of its constraints and of the None of an optional value."""
     while get_origin(annotation) is Annotated and one_of(annotation) is None:
         annotation = names_in(annotation)
         if get_origin(annotation) is Annotated:
@@ -33,7 +33,7 @@ def required(annotation: Any) -> Any:
 
 
 class Kinds(NamedTuple):
-    """Kinds of a section, identified by a key: for ``scheme``, iid, dirichlet and so on."""
+    """Kinds of a section and the key that selects one: ``scheme`` selects iid, dirichlet, …."""
 
     what: str
     key: str
@@ -42,7 +42,7 @@ class Kinds(NamedTuple):
 
 
 def kinds_of(annotation: Any) -> Kinds | None:
-    """Return the registered kinds of section of a field; None for a field of one kind."""
+    """Return the kinds of section that a field may hold; None unless a registry lists them."""
     marker = one_of(required(annotation))
     if marker is None:
         return None
@@ -51,7 +51,7 @@ def kinds_of(annotation: Any) -> Kinds | None:
 
 
 def variants(annotation: Any) -> tuple[type[Section], ...]:
-    """Return the sections that a field may hold; none if it holds something else."""
+    """Return the section classes that a field may hold; empty if it holds no section."""
     if kinds := kinds_of(annotation):
         return kinds.sections
     annotation = required(annotation)
@@ -64,13 +64,13 @@ def field_annotation(info: FieldInfo) -> Any:
 
 
 def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, Any, type[Section]]:
-    """Translate pydantic's location to the author's text.
+    """Translate the location of a pydantic error to keys of the recipe.
 
     Pydantic's locations include tags and names of types, such as ``iid`` in
     ``("data", "partition", "iid", "clients")``.
 
     Returns:
-        The keys as written, the type that is expected there, and the section around it.
+        The keys as written, the type expected there, and the class of the enclosing section.
     """
     where: Where = ()
     annotation: Any = root
@@ -90,7 +90,7 @@ def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, An
 
 
 def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Section], str]]:
-    """Yield every key of a recipe, with the place of its section and the section."""
+    """Yield all keys of a recipe as (place of the section, class of the section, key)."""
     for section in variants(annotation):
         for key, info in section.model_fields.items():
             yield where, section, key
@@ -110,7 +110,7 @@ _PLAIN: dict[Any, tuple[str, str]] = {  # one, several
 
 
 def expected(annotation: Any, many: bool = False) -> str:
-    """Return a type in plain words: ``a whole number above 0``."""
+    """Describe a type in plain words: ``a whole number above 0``."""
     if one_of(annotation) is None:
         annotation = names_in(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -119,14 +119,14 @@ def expected(annotation: Any, many: bool = False) -> str:
     if origin is Annotated:
         return expected(arguments[0], many) + _bounds(arguments[1:])
     if variants(annotation) or origin is dict:
-        return "a section (key: value, indented below)"
+        return "a section (indented lines of key: value)"
     if origin is Literal:
         return f"{'any' if many else 'one'} of {', '.join(arguments)}"
     if origin is list:
         return f"a list of {expected(arguments[0], many=True)}"
     if origin in (Union, UnionType):
         options = [expected(option, many) for option in arguments]
-        return f"{', '.join(options[:-1])}, or {options[-1]}"
+        return f"{', '.join(options[:-1])}{',' if len(options) > 2 else ''} or {options[-1]}"
     return _PLAIN[annotation][many]
 
 
@@ -155,7 +155,7 @@ def _bounds(constraints: Iterable[Any]) -> str:
 
 
 def found(value: Any) -> str:
-    """Return a value as YAML shows it; long values are truncated."""
+    """Describe a value as it looks in YAML; long values are truncated."""
     match value:
         case None:
             return "nothing"
@@ -185,7 +185,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # Faults
 # --------------------------------------------------------------------------------------------------
 def explain(error: ValidationError, document: Document, root: type[Section]) -> list[Fault]:
-    """Return one fault for each invalid value, also if pydantic has several errors for it."""
+    """Return one fault for each invalid value, even if pydantic reports several errors for it."""
     faults: dict[Where, Fault] = {}
     for detail in error.errors(include_url=False):
         if len(faults) > MOST:
@@ -197,7 +197,7 @@ def explain(error: ValidationError, document: Document, root: type[Section]) -> 
             text = _unknown(where, section, root)
         elif detail["type"] == "missing":
             about = section.model_fields[str(where[-1])].description
-            text = f"missing, expected {expected(annotation)}: {about}"
+            text = f"this required key is missing; expected {expected(annotation)}: {about}"
         else:
             where, text = _unfit(where, annotation, detail["type"], document.value)
         faults.setdefault(where, Fault(document.mark(where), where, text))
@@ -205,7 +205,7 @@ def explain(error: ValidationError, document: Document, root: type[Section]) -> 
 
 
 def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
-    """Split the key off a message of the schema's validators, if the message starts with one."""
+    """Split a validator's message ``key: text`` into the place of the key and the text."""
     key, colon, rest = text.partition(": ")
     return (
         ((*where, key), rest)
@@ -220,7 +220,7 @@ def _unfit(where: Where, annotation: Any, problem: str, value: Any) -> tuple[Whe
     if (kinds := kinds_of(annotation)) and isinstance(value, str | dict):
         names = f"expected {_choice(kinds)}"
         if problem == "union_tag_not_found":
-            return (*where, kinds.key), f"missing, {names}"
+            return (*where, kinds.key), f"this required key is missing; {names}"
         if isinstance(value, dict):
             where, value = (*where, kinds.key), value[kinds.key]
         return (
@@ -232,17 +232,16 @@ def _unfit(where: Where, annotation: Any, problem: str, value: Any) -> tuple[Whe
 
 
 def _choice(kinds: Kinds) -> str:
-    return (
-        f"one of {', '.join(kinds.names)}" if kinds.names else f"a {kinds.what}, and there is none"
-    )
+    if kinds.names:
+        return f"one of {', '.join(kinds.names)}"
+    return f"a registered {kinds.what} (none is registered)"
 
 
 def _hint(value: Any, kinds: Kinds) -> str:
-    """Mention plugins if the name is like none of those that there are."""
-    strange = isinstance(value, str) and not did_you_mean(value, kinds.names)
-    return (
-        f"; the module that registers another {kinds.what} belongs under plugins" if strange else ""
-    )
+    """Return advice on plugins if the name resembles no registered name."""
+    if not isinstance(value, str) or did_you_mean(value, kinds.names):
+        return ""
+    return f"; if a plugin registers this {kinds.what}, list the plugin's module under plugins"
 
 
 def _closest(value: Any, words: Iterable[str]) -> str:
@@ -256,18 +255,18 @@ def _unknown(where: Where, section: type[Section], root: type[Section]) -> str:
     places = {(place, kind): name for place, kind, name in _keys(root) if name == key}
     siblings = [_kind(kind) for place, kind in places if place == here]
     if siblings:
-        return f"unknown key for {_kind(section)}; it belongs to {' or '.join(siblings)}"
+        return f"not a key of {_kind(section)}, but of {' or '.join(siblings)}; remove it"
     if places:
         homes = dict.fromkeys(
-            f"under {dotted(place)}" if place else "at the top level" for place, _ in places
+            f"under {dotted(place)}" if place else "to the top level" for place, _ in places
         )
-        return f"unknown key; it belongs {' or '.join(homes)}"
+        return f"unknown key here; move it {' or '.join(homes)}"
     if guess := did_you_mean(key, section.model_fields):
         return f"unknown key{guess}"
     elsewhere = {name: dotted((*place, name)) for place, _, name in _keys(root)}
     if closest := get_close_matches(key.lower(), elsewhere, n=1):
         return f"unknown key; did you mean '{elsewhere[closest[0]]}'?"
-    return f"unknown key; the keys here are {', '.join(section.model_fields)}"
+    return f"unknown key; use one of {', '.join(section.model_fields)}"
 
 
 def _kind(section: type[Section]) -> str:

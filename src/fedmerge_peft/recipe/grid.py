@@ -29,12 +29,12 @@ _CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 
 
 def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Recipe]:
-    """Return a recipe for each combination of the overrides' values, named by what varies.
+    """Return a recipe for each combination of values, named by the values that vary.
 
     ``expand("quickstart", ["strategy.adapters=3,6", "seed=0,1"])`` returns
     ``strategy.adapters=3,seed=0`` and three more recipes. The last key varies fastest. Commas in
     brackets, braces and quotes do not separate values. The recipe's baselines become recipes of
-    their own, such as ``strategy=fedavg,seed=0``. Each baseline is included once, also if several
+    their own, such as ``strategy=fedavg,seed=0``. Each baseline is included once, even if several
     variants of the strategy are compared with it.
 
     Args:
@@ -86,9 +86,9 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
 def _distinct(
     combinations: list[tuple[str, Recipe]], baselines: list[tuple[str, Recipe]]
 ) -> dict[str, Recipe]:
-    """Return the recipes by distinct names, and drop repeated baselines.
+    """Return the recipes by unique names, without repeated baselines.
 
-    If two names are the same folder (``a/b`` and ``a:b``), the second gets a digest of its recipe.
+    If two names map to the same folder (``a/b`` and ``a:b``), a digest is appended to the second.
     Raises ``RecipeError`` if two combinations are the same recipe.
     """
     found: dict[str, Recipe] = {}
@@ -101,8 +101,8 @@ def _distinct(
                 raise RecipeError(
                     [
                         printable(
-                            f"command line: {other} and {name} are the same recipe; leave one of "
-                            "them out"
+                            f"command line: {other} and {name} give the same recipe; "
+                            "remove one of them"
                         )
                     ]
                 )
@@ -114,7 +114,7 @@ def _distinct(
 
 
 def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
-    """Return the keys and, for each, the texts of its values."""
+    """Return the keys, and for each key its values as text."""
     settings: dict[str, list[str]] = {}
     faults = []
     for text in overrides:
@@ -122,7 +122,7 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
         key = key.strip()
         if key in settings:
             faults.append(
-                f"command line: {key}: given twice; write all of its values once, as {key}=a,b,c"
+                f"command line: {key}: given twice; write all of its values as one {key}=a,b,c"
             )
             continue
         settings[key] = [value.strip() for value in _split(values)]
@@ -132,19 +132,19 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
             )
         elif not all(settings[key]):
             faults.append(
-                f"command line: {key}: a value is missing in {text!r}; write key=a,b,c, and null "
-                "for no value"
+                f"command line: {key}: empty value in {text!r}; write key=a,b,c, with null for "
+                "no value"
             )
         elif repeated := [
             value for value in dict.fromkeys(settings[key]) if settings[key].count(value) > 1
         ]:
             faults.append(
-                f"command line: {key}: {', '.join(repeated)} is given twice; keep one of them"
+                f"command line: {key}: duplicate value {', '.join(repeated)}; write each value once"
             )
     if (combinations := prod(map(len, settings.values()))) > MOST:
         faults.append(
-            f"command line: {combinations:,} combinations, and {MOST:,} is the most; give fewer "
-            "values"
+            f"command line: {combinations:,} combinations exceed the limit of {MOST:,}; "
+            "give fewer values"
         )
     if faults:
         raise RecipeError([printable(fault) for fault in faults])
@@ -152,7 +152,7 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Yield the items of a YAML list that is given without its brackets, as text."""
+    """Yield the items, as text, of a YAML list without brackets."""
     depth, begin = 0, 0
     try:
         for token in yaml.scan(f"[{text}]"):
@@ -160,7 +160,7 @@ def _split(text: str) -> Iterator[str]:
             if depth == 1 and isinstance(token, yaml.FlowEntryToken):
                 yield text[begin : token.start_mark.index - 1]
                 begin = token.start_mark.index
-    except yaml.YAMLError:  # the recipe's own reader says what is wrong
+    except yaml.YAMLError:  # reported when the recipe is read
         pass
     yield text[begin:]
 

@@ -36,7 +36,7 @@ LARGEST = 256 * 1024
 COMMAND_LINE = Mark("command line")
 
 R = TypeVar("R", bound=Section)
-"""The recipe's class. It is an argument, because the class has these functions as methods."""
+"""Class of the recipe; an argument, so that this module need not import the schema."""
 
 
 class Shipped(NamedTuple):
@@ -45,7 +45,7 @@ class Shipped(NamedTuple):
     name: str
     path: Path
     about: str
-    """Its first comment line, a summary."""
+    """Summary: the first comment line of the file."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def find(source: str | os.PathLike[str]) -> Path:
     try:
         if text and Path(text).exists():
             return Path(text)
-    except (OSError, ValueError):  # names that no file can have
+    except (OSError, ValueError):  # not a valid file name
         pass
     name = text.removesuffix(".yaml")
     if name in known:
@@ -85,8 +85,8 @@ def find(source: str | os.PathLike[str]) -> Path:
     raise RecipeError(
         [
             printable(
-                f"{text or repr(text)}: neither a file nor a shipped recipe{guess} "
-                "(see: fedmerge ls)"
+                f"{text or repr(text)}: no such file or shipped recipe{guess} "
+                "(fedmerge ls lists the shipped recipes)"
             )
         ]
     )
@@ -97,12 +97,16 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
     except IsADirectoryError:
-        raise RecipeError([printable(f"{path}: a directory, expected a YAML file")]) from None
+        raise RecipeError([printable(f"{path}: is a directory; give a YAML file")]) from None
     except OSError as error:
         raise RecipeError([printable(f"{path}: cannot be read: {error.strerror}")]) from None
     if len(content) > LARGEST:
         raise RecipeError(
-            [printable(f"{path}: larger than {LARGEST // 1024} KiB, which no recipe is")]
+            [
+                printable(
+                    f"{path}: exceeds the limit of {LARGEST // 1024} KiB; give the file of a recipe"
+                )
+            ]
         )
     try:
         return content.decode("utf-8-sig")
@@ -113,8 +117,7 @@ def _read(path: Path) -> str:
                 Fault(
                     mark,
                     (),
-                    f"not UTF-8 text: the byte 0x{content[error.start]:02x}; "
-                    "save the file as UTF-8",
+                    f"invalid UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8",
                 )
             ]
         ) from None
@@ -144,12 +147,12 @@ def loads(
     """Read YAML text, then apply the overrides.
 
     Args:
-        model: The recipe's class.
+        model: Class of the recipe.
         text: YAML.
-        source: What messages show as the name of the file.
-        overrides: ``key.sub=value``, in their order.
-        import_plugins: Import the modules that the recipe lists under ``plugins``. Leave it off for
-            text from others: it names code that would run here.
+        source: Name of the file in error messages.
+        overrides: ``key.sub=value``, applied in this order.
+        import_plugins: Import the modules that the recipe lists under ``plugins``. Set it to False
+            for untrusted text, because an import runs code.
 
     Raises:
         RecipeError: As ``load``.
@@ -159,9 +162,7 @@ def loads(
         raise refuse(
             [
                 *document.faults,
-                Fault(
-                    Mark(source), (), "empty; a recipe needs at least name, task, backbone and data"
-                ),
+                Fault(Mark(source), (), "is empty; set at least name, task, backbone and data"),
             ]
         )
     if not isinstance(document.value, dict):
@@ -172,7 +173,7 @@ def loads(
                 Fault(
                     mark,
                     (),
-                    f"found {found(document.value)}, expected key: value lines at the top level",
+                    f"found {found(document.value)}, expected lines of key: value at the top level",
                 ),
             ]
         )
@@ -219,13 +220,13 @@ def _import_plugins(document: Document) -> None:
     faults = []
     for number, module in enumerate(modules if isinstance(modules, list) else ()):
         if not isinstance(module, str):
-            continue  # validation refuses it
+            continue  # reported by the validation
         try:
             import_modules([module])
         except PluginError as error:
             where = ("plugins", number)
             faults.append(Fault(document.mark(where), where, str(error)))
-    if faults:  # names that these modules would have registered are not faults
+    if faults:  # do not report the names that these modules would register
         raise refuse([*document.faults, *faults])
 
 
@@ -233,7 +234,7 @@ def _import_plugins(document: Document) -> None:
 # Overrides
 # --------------------------------------------------------------------------------------------------
 def _apply(model: type[Section], text: str, document: Document) -> None:
-    """Set one ``key.sub=value`` in the document; record errors among the document's faults."""
+    """Apply one ``key.sub=value`` to the document; errors are added to the document's faults."""
     key, equals, value_text = text.partition("=")
     where = _place(model, key.strip())
     if not equals or not all(where) or not is_encodable(text):
@@ -248,8 +249,8 @@ def _apply(model: type[Section], text: str, document: Document) -> None:
     try:
         value = yaml_document.parse(value_text, COMMAND_LINE)
     except RecipeError as error:
-        said = error.faults[0].removeprefix(f"{COMMAND_LINE}: ")
-        document.faults.append(Fault(COMMAND_LINE, where, said))
+        reason = error.faults[0].removeprefix(f"{COMMAND_LINE}: ")
+        document.faults.append(Fault(COMMAND_LINE, where, reason))
         return
     document.faults += [
         Fault(COMMAND_LINE, where + fault.where, fault.text) for fault in value.faults
@@ -267,7 +268,7 @@ def _apply(model: type[Section], text: str, document: Document) -> None:
 
 
 def _annotation(model: type[Section], where: Where) -> Any:
-    """Return the type at a place, in any kind of section on the way; None for unknown keys."""
+    """Return the type of a key, searching all kinds of each section; None for unknown keys."""
     annotation: Any = model
     for step in where:
         infos = (section.model_fields.get(str(step)) for section in variants(annotation))
@@ -285,7 +286,7 @@ def _place(model: type[Section], key: str) -> Where:
 
 
 def _section(model: type[Section], where: Where, document: Document) -> dict[str, Any] | str:
-    """Return the section at a place, creating it if missing; or why it cannot exist."""
+    """Return the section at a place, created if missing, or the reason why there can be none."""
     section: dict[str, Any] = document.value
     for depth, step in enumerate(where, start=1):
         here = where[:depth]
@@ -295,7 +296,10 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
             and not variants(annotation)
             and get_origin(required(annotation)) is not dict
         ):
-            return f"{dotted(here)} has no keys; write {dotted(here)}=VALUE, {expected(annotation)}"
+            return (
+                f"{dotted(here)} is not a section; "
+                f"write {dotted(here)}=VALUE with {expected(annotation)}"
+            )
         if step not in section:
             document.marks[here] = COMMAND_LINE
         inner, kinds = section.get(str(step)), kinds_of(annotation)
@@ -309,7 +313,7 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
         elif isinstance(inner, str) and kinds:
             inner = {kinds.key: inner}
         elif not isinstance(inner, dict):
-            return f"{dotted(here)} is {found(inner)}, which has no keys"
+            return f"{dotted(here)} is {found(inner)}, not a section; write a section in the recipe"
         section[str(step)] = inner
         section = inner
     return section
@@ -318,7 +322,7 @@ def _section(model: type[Section], where: Where, document: Document) -> dict[str
 def _forget_other_kind(
     model: type[Section], where: Where, section: dict[str, Any], document: Document
 ) -> None:
-    """Drop the file's keys of another kind if an override changed the tag (``strategy.name``)."""
+    """Drop keys of the file that the kind selected by an override lacks (``strategy.name``)."""
     kinds, value = kinds_of(_annotation(model, where[:-1])), section[str(where[-1])]
     if not kinds or where[-1] != kinds.key or value not in kinds.names:
         return

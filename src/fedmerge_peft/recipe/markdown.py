@@ -41,7 +41,7 @@ def _section(
 ) -> Iterator[str]:
     """Yield a section's table, then the sections within it."""
     if path:
-        yield _said(section) + "\n"
+        yield _description(section) + "\n"
     yield from _table(section, known, skip)
     for key, field in section["properties"].items():
         place = f"{path}.{key}".removeprefix(".")
@@ -59,7 +59,7 @@ def _kinds(
     """Yield the tables of a section that has several kinds."""
     level = "##" + "#" * path.count(".")
     yield f"{level} {path}\n"
-    yield _said(field) + "\n"
+    yield _description(field) + "\n"
     tag = next(key for key, each in kinds[0]["properties"].items() if "const" in each)
     counts = Counter(
         json.dumps([key, each]) for kind in kinds for key, each in kind["properties"].items()
@@ -91,13 +91,12 @@ def _table(
     fields = {key: field for key, field in section["properties"].items() if key not in skip}
     if not fields:
         return
-    yield "| key | type | default | what it says |\n|---|---|---|---|"
+    yield "| key | type | default | description |\n|---|---|---|---|"
     for key, field in fields.items():
         default = _default(field) if "default" in field else "**required**"
-        said = _said(
-            field if "description" in field else _of(field, known)
-        )  # pydantic says once what both would say
-        yield f"| `{key}` | {_type(field)} | {default} | {said} |"
+        # pydantic omits the description of a field if it equals that of its section
+        described = field if "description" in field else _of(field, known)
+        yield f"| `{key}` | {_type(field)} | {default} | {_description(described)} |"
     yield ""
 
 
@@ -127,8 +126,8 @@ def _bounds(field: Schema) -> str:
     if field["type"] == "integer" and "exclusiveMinimum" in field:
         field = {**field, "minimum": field["exclusiveMinimum"] + 1}
         del field["exclusiveMinimum"]
-    said = [f"{sign} {field[bound]:g}" for bound, sign in signs.items() if bound in field]
-    return " " + " and ".join(said) if said else ""
+    bounds = [f"{sign} {field[bound]:g}" for bound, sign in signs.items() if bound in field]
+    return " " + " and ".join(bounds) if bounds else ""
 
 
 def _default(field: Schema) -> str:
@@ -138,7 +137,7 @@ def _default(field: Schema) -> str:
     return f"`{value if isinstance(value, str) else json.dumps(value)}`".replace("\n", "\\n")
 
 
-def _said(section: Schema) -> str:
+def _description(section: Schema) -> str:
     return " ".join(str(section["description"]).split()).replace("|", "\\|")
 
 

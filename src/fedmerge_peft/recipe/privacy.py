@@ -15,23 +15,21 @@ class PrivacyRecipe(Section):
     """Client-level differential privacy of the updates or of the adapters, over all rounds."""
 
     mode: Literal["none", "local", "central"] = "none"
-    """local: each client clips its update and adds noise before sending it, so that the server need
-    not be trusted. central: each client clips its update, and the server adds noise to the sums
-    that update the adapters; clients trust the server and its records, but not each other."""
+    """local: each client clips its update and adds noise before sending it; the server is not
+    trusted. central: each client clips its update, and the server adds noise to the sums that
+    update the adapters; clients trust the server and its records, but not each other."""
     clip: PositiveFloat = 1.0
     """C, the L2 norm to which updates are clipped."""
     noise: PositiveFloat = 1.0
     """z, the standard deviation of the noise in units of its sensitivity to one client (local: 2 C;
     central: docs/privacy.md). The noise of a simulated run follows from the recipe's seed, so that
-    the run can be repeated. Whoever knows the seed can subtract the noise; sites draw theirs from
-    the system's random source."""
+    the run can be repeated. Anyone with the seed can subtract that noise; sites draw their noise
+    from the system's random source."""
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
     """δ of the reported (ε, δ). Choose less than 1 / (number of clients)."""
 
     def refusal(self, strategy: StrategyRecipe) -> str | None:
-        """Return why a strategy does not support this privacy; None if it does, or shares
-        nothing.
-        """
+        """Return the reason why a strategy does not support this mode; None if it does."""
         if self.mode == "none" or not strategy.federated:
             return None
         if self.mode not in strategy.dp_modes:
@@ -39,7 +37,7 @@ class PrivacyRecipe(Section):
                 name for name, kind in STRATEGIES.sections().items() if self.mode in kind.dp_modes
             ]
             return (
-                f"privacy.mode: {self.mode} covers {', '.join(known)}, not all that "
-                f"{strategy.name} shares; use one of these"
+                f"privacy.mode: {self.mode} does not protect everything that {strategy.name} "
+                f"shares; use one of the strategies {', '.join(known)}"
             )
         return strategy.privacy_refusal(self.mode)

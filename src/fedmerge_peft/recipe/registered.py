@@ -1,4 +1,4 @@
-"""Types of the fields whose values a registry decides: sections of several kinds, and names.
+"""Types of fields with values from a registry: sections of several kinds, and names.
 
 The registry is read when pydantic builds a section's schema. ``rebuild`` builds the schemas again
 after a registration.
@@ -24,7 +24,7 @@ class OneOf:
 
     registry: Registry
     shorthand: bool = True
-    """Whether ``fedavg`` may stand for ``{name: fedavg}``."""
+    """True if ``fedavg`` is accepted as a short form of ``{name: fedavg}``."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -62,10 +62,10 @@ class NameIn:
 
     registry: Registry
     of: frozenset[str] = frozenset()
-    """Admit only parts whose fact ``of`` has one of these; all parts by default."""
+    """Accept only parts whose fact ``of`` contains one of these. Default: all parts."""
 
     def names(self) -> tuple[str, ...]:
-        """Return the names that are admitted now."""
+        """Return the names that are accepted at present."""
         return tuple(
             entry.name
             for entry in self.registry
@@ -85,7 +85,7 @@ def one_of(annotation: Any) -> OneOf | None:
 
 
 def names_in(annotation: Any) -> Any:
-    """Return a ``Literal`` of the admitted names if a field holds a name, else the annotation."""
+    """Return a ``Literal`` of the accepted names if a field holds a name, else the annotation."""
     markers = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
     marker = next((marker for marker in markers if isinstance(marker, NameIn)), None)
     return annotation if marker is None else Literal[marker.names()]

@@ -1,7 +1,7 @@
 """The public decorators that register a plugin's parts.
 
-Each takes the name that recipes use, and the section with the settings. Parts are called with their
-section first:
+Each decorator takes the name in recipes and the section with the settings. The section is the first
+argument of most registered classes and functions:
 
     strategy     ``Mine(recipe, context)``, a ``strategies.Strategy``
     task         ``Mine(recipe, backbone, table, model_folder)``, a ``tasks.Task``
@@ -51,7 +51,7 @@ def register_strategy(
 
     Args:
         name: The value of ``strategy.name`` in recipes.
-        recipe: The section with the strategy's settings and facts; by default one without keys.
+        recipe: The section with the strategy's settings and facts. Default: a section without keys.
 
     Raises:
         PluginError: Another module has registered the name.
@@ -74,8 +74,8 @@ def register_partition(
 
     The name is the value of ``data.partition.scheme`` in recipes.
 
-    The function takes its section and the ``Splits``, and returns a list of ``Holding`` for each
-    split; for ``train`` alone if the other splits are to be partitioned alike.
+    The function takes its section and the ``Splits``, and returns a list of ``ClientRows`` for each
+    split. If it returns only ``train``, the other splits are partitioned in the same proportions.
 
     Raises ``PluginError`` if another module has registered the name.
     """
@@ -102,10 +102,10 @@ def register_metric(
 
     Args:
         name: The name in recipes, tables and files.
-        of: What the function takes: predicted and expected ``classes`` (ids) of classification
-            tasks, ``tokens`` (ids) or generated and wanted ``texts`` of language models; or
-            ``loss``, the mean loss in nats as the only argument.
-        greater_is_better: Whether larger values are better.
+        of: Arguments of the function: predicted and expected ``classes`` (ids) of classification
+            tasks; predicted and expected ``tokens`` (ids), or generated and reference ``texts``, of
+            language models; or ``loss``, the mean loss in nats as the only argument.
+        greater_is_better: True if larger values are better.
 
     Raises:
         PluginError: Another module has registered the name.
@@ -118,7 +118,7 @@ def register_aggregation(name: str) -> Callable[[Code], Code]:
     """Register an aggregation rule under a name, the value of ``robustness.aggregation``.
 
     The function takes the updates δ ``(k, P)``, weights ``(k, d)`` in float64 whose columns sum to
-    1 (or are zero for an adapter that nobody uses), and the section ``RobustnessRecipe``; it
+    1 (or are zero for an adapter that no client uses), and the section ``RobustnessRecipe``; it
     returns one update for each adapter, ``(d, P)``, in the type of δ.
 
     Raises ``PluginError`` if another module has registered the name.
@@ -131,7 +131,7 @@ def _section_of(
 ) -> Callable[[Code], Code]:
     if recipe is not None and not issubclass(recipe, base):
         raise PluginError(
-            f"the {registry.kind} {name!r}: {recipe.__name__} is no {base.__name__}; derive it "
+            f"the {registry.kind} {name!r}: {recipe.__name__} is not a {base.__name__}; derive it "
             "from that class"
         )
 

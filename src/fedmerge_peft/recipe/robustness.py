@@ -35,19 +35,19 @@ class RobustnessRecipe(Section):
     to the sum of the others (after Cao et al. 2021, arXiv 2012.13995, which compares with an update
     from the server's own data)."""
     trim: Minority = 0.2
-    """Part of the weight that trimmed_mean removes at each end. Choose more than the part of the
-    clients that may be malicious."""
+    """Fraction of the weight that trimmed_mean removes at each end. Choose more than the fraction
+    of clients that may be malicious."""
     malicious: Minority = 0.2
-    """Part of an adapter's users that krum and multi_krum assume to be malicious."""
+    """Fraction of an adapter's users that krum and multi_krum assume to be malicious."""
     norm_bound: PositiveFloat | None = None
     """Clip updates to this L2 norm; null for no bound."""
     norm_multiple: PositiveFloat | None = None
-    """Clip updates to this multiple of their typical L2 norm: the median over the last five rounds
-    of each round's median norm. null for no such bound."""
+    """Clip updates to this multiple of their typical L2 norm, which is the median of the last five
+    rounds' median norms. null for no relative bound."""
 
     @property
     def defends(self) -> bool:
-        """Whether updates are clipped, or combined by another rule than the mean."""
+        """True if updates are clipped or combined by a rule other than the mean."""
         return (
             self.aggregation != "mean"
             or self.norm_bound is not None

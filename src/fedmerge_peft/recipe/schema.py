@@ -1,7 +1,7 @@
-"""The recipe, and those of its sections that have no file of their own.
+"""The recipe, and its sections that are not defined in separate modules.
 
 The docstrings of sections and fields are the descriptions of ``fedmerge schema`` and of error
-messages, so they address the person who edits a recipe. This module does not import torch.
+messages, so they address users who edit a recipe. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LoraRecipe(Section):
     """Weight-decomposed LoRA. Merging averages the magnitudes, which is not exact in any mode."""
     init_lora_weights: bool | str = True
     """Initialization of the factors: true (A random, B zero) or gaussian. Initializations that
-    change the backbone are refused."""
+    change the backbone are rejected."""
     rank_pattern: dict[str, PositiveInt] = {}
     """Ranks that differ from r, by module name or regular expression."""
     alpha_pattern: dict[str, PositiveFloat] = {}
@@ -96,15 +96,14 @@ class LoraRecipe(Section):
     def _mergeable(self) -> LoraRecipe:
         if self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(
-                f"init_lora_weights: {self.init_lora_weights!r} cannot be merged on a shared "
-                "backbone: it leaves B non-zero or "
-                "changes the pretrained weights (pissa, olora, corda, loftq, eva ... do). Use true "
-                "or gaussian"
+                f"init_lora_weights: {self.init_lora_weights!r} is not supported: merging requires "
+                "unchanged pretrained weights and B = 0 at the start, unlike pissa, olora, corda, "
+                "loftq and eva; use true or gaussian"
             )
         if self.merge == "shared_a" and self.use_dora:
             raise ValueError(
-                "merge: shared_a promises an exact merge, which use_dora cannot give; choose one "
-                "of them"
+                "merge: shared_a requires an exact merge, which use_dora rules out; "
+                "choose one of them"
             )
         return self
 
@@ -130,7 +129,7 @@ class TrainingRecipe(Section):
     batch_size: PositiveInt = 16
     """Examples per micro-batch."""
     gradient_accumulation: PositiveInt = 1
-    """Micro-batches per optimizer step. Their mean is exact, also for different label counts."""
+    """Micro-batches per optimizer step. Their mean is exact, even if their label counts differ."""
     epochs: PositiveInt = 1
     """Passes over a client's examples per round."""
     steps: PositiveInt | None = None
@@ -146,12 +145,13 @@ class TrainingRecipe(Section):
     prefix_cache: NonNegativeFloat = 2.0
     """GB of device memory for the inputs of the first layer with an adapter
     (`lora.layers_to_transform`), so that the frozen layers below run once per example. If the
-    memory does not suffice, or with 0, these layers run each time. The results are the same."""
+    memory does not suffice, or if the value is 0, these layers run in each pass. The results are
+    the same."""
     clients_per_batch: PositiveInt | Literal["auto"] = "auto"
     """Number of clients that train in one forward pass, each with its own adapter and batch.
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to
-    16 clients, to reach 8 examples per pass on a CPU and 256 on a GPU, else 1. Settings that do not
-    allow it, such as DoRA, train one client at a time; the log has the reason."""
+    16 clients, to reach 8 examples per pass on a CPU and 256 on a GPU, else 1. With unsupported
+    settings, such as DoRA, clients train one at a time; the log states the reason."""
 
 
 class ClientsRecipe(Section):
@@ -161,18 +161,18 @@ class ClientsRecipe(Section):
     """Part of the clients that is drawn at random for each round, at least one client."""
     failures: Literal["raise", "skip"] = "raise"
     """raise: a failed client ends the run, which can be resumed. skip: the log and the round's
-    record name the client, and the round continues as if it had not been asked. A client fails if
-    its training raises an error, if its reply is not finite or has another shape, dtype or layout
-    than requested, if it replies for another round or more than once, or if it exceeds the
+    record name the client, and the round continues as if the client had not been selected. A client
+    fails if its training raises an error, if its reply is not finite or has another shape, dtype or
+    layout than requested, if it replies for another round or more than once, or if it exceeds the
     timeout."""
     min_clients: PositiveInt = 1
     """Minimum number of clients with valid replies, with `failures: skip`. A round with fewer
     changes nothing and ends the run, which can be resumed."""
     timeout: PositiveFloat | None = None
-    """Maximum time of a client for a round in seconds, including evaluation; null for no limit.
-    Clients that train in this process are not interrupted; their time is checked afterwards, and
-    clients that share a pass share its time. A run with clients near this limit is not
-    reproducible."""
+    """Maximum time in seconds that a client takes for a round, including evaluation; null for no
+    limit. Clients that train in this process are not interrupted; their time is checked afterwards,
+    and clients that share a pass share its time. A run is not reproducible if clients take about as
+    long as this limit."""
 
 
 class EvaluationRecipe(Section):
@@ -183,7 +183,7 @@ class EvaluationRecipe(Section):
     every: PositiveInt = 1
     """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True
-    """Evaluate also the locally trained adapters. The difference is the gain of local finetuning,
+    """Also evaluate the locally trained adapters. The difference is the gain of local finetuning,
     which is small if the merged adapters fit their clients."""
 
 
@@ -196,7 +196,7 @@ class Recipe(Section):
     """The settings of a run: task, backbone, adapter, data, strategy, training."""
 
     name: str
-    """Name of the run. Its directory is runs/NAME, unless --out names another."""
+    """Name of the run. Its directory is runs/NAME unless --out is given."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of all random choices, together with the round and the client."""
     rounds: PositiveInt = 20
@@ -212,8 +212,8 @@ class Recipe(Section):
     strategy: AnyStrategy = FedMergeRecipe()
     """Federated method of the server."""
     baselines: list[AnyStrategy] = []
-    """Strategies to run as well, with the same clients and seed. Each has a run directory below
-    this one. The run's own strategy is skipped."""
+    """Strategies to run as well, with the same clients and seed. Each has a subdirectory of the run
+    directory. The run's own strategy is skipped."""
     clients: ClientsRecipe = ClientsRecipe()
     """Participation of clients in a round."""
     robustness: RobustnessRecipe = RobustnessRecipe()
@@ -226,7 +226,7 @@ class Recipe(Section):
     """Evaluation during the run."""
     tracking: list[Tracker] = []
     """Experiment trackers that record each round, such as [tensorboard]. Their packages must be
-    installed. Their files are in the folder tracking of the run directory."""
+    installed. Their files are written to the folder `tracking` of the run directory."""
     callbacks: list[AnyCallback] = []
     """Callbacks of the run, such as [my_callback] or [{name: my_callback, every: 5}]. Plugins
     register them."""
@@ -240,19 +240,19 @@ class Recipe(Section):
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"baselines: each strategy may appear once, and {', '.join(repeated)} appears again"
+                f"baselines: duplicate strategies {', '.join(repeated)}; list each strategy once"
             )
         return self
 
     @model_validator(mode="after")
     def _private_in_all_that_is_shared(self) -> Recipe:
         for strategy in (self.strategy, *self.baselines):
-            if said := self.privacy.refusal(strategy):
-                raise ValueError(said)
+            if reason := self.privacy.refusal(strategy):
+                raise ValueError(reason)
         if self.privacy.mode == "central" and self.robustness.defends:
             raise ValueError(
-                "privacy.mode: central noise is for means of updates clipped to privacy.clip; "
-                "leave robustness out, or use local"
+                "privacy.mode: central requires means of updates clipped to privacy.clip, which "
+                "robustness replaces; remove robustness, or use local"
             )
         return self
 
@@ -262,8 +262,8 @@ class Recipe(Section):
         mixing = [each for each in (self.strategy, *self.baselines) if not each.single_adapter]
         if generated and mixing:
             raise ValueError(
-                f"task: the metric {generated[0]} needs generated text, and the mixture of "
-                f"adapters that {mixing[0].name} serves gives none; "
+                f"task: the metric {generated[0]} needs generated text, which the mixture of "
+                f"adapters of {mixing[0].name} does not support; "
                 "use perplexity or accuracy, or another strategy"
             )
         return self

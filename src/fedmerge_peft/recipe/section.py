@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _yaml_boolean(value: object) -> object:
-    """Accept YAML 1.1's words for a truth value; in other fields they stay text."""
+    """Convert YAML 1.1's words for booleans, such as ``yes``; in other fields they remain text."""
     words = {"yes": True, "on": True, "no": False, "off": False}
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -22,7 +22,7 @@ Scalar = str | int | float | bool
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are refused, values are never coerced."""
+    """Base class of all sections: unknown keys are rejected and values are never coerced."""
 
     model_config = ConfigDict(
         extra="forbid",

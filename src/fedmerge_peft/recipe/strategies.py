@@ -1,4 +1,4 @@
-"""Sections of the strategies: settings, and facts that are needed without torch."""
+"""Sections of the strategies: their settings, and facts that are read without importing torch."""
 
 from __future__ import annotations
 
@@ -29,25 +29,23 @@ class StrategyRecipe(Section):
     """Name of the strategy."""
 
     federated: ClassVar[bool] = True
-    """Whether adapters travel between server and clients; False for local training."""
+    """True if adapters are sent between server and clients; False for local training."""
     single_adapter: ClassVar[bool] = True
-    """Whether a client is served with one adapter; False for mixtures of what several adapters
-    predict."""
+    """True if each client is served one adapter; False if the predictions of several are mixed."""
     adds_to_backbone: ClassVar[bool] = False
-    """Whether the server changes the backbone's weights too, so that the rank of an adapter's
+    """True if the server also changes the backbone's weights, so that the rank of an adapter's
     update differs by layer."""
     shared_soup: ClassVar[bool] = False
-    """Whether every adapter of the soup may be merged for any client, also for one that was not in
-    the federation."""
+    """True if every adapter of the soup may be merged for any client, including newcomers."""
     learned_merging: ClassVar[bool] = False
-    """Whether clients are served with weighted averages of the soup whose weights are learned, and
-    so worth showing."""
+    """True if clients are served weighted averages of the soup with learned weights. Tables and
+    figures then show these weights."""
     dp_modes: ClassVar[frozenset[str]] = frozenset()
-    """Values of ``privacy.mode`` that cover all that the strategy shares."""
+    """Values of ``privacy.mode`` that protect everything that the strategy shares."""
 
     def privacy_refusal(self, mode: str) -> str | None:
-        """Return why these settings cannot have a mode of privacy that the strategy can have; None
-        if they can.
+        """Return the reason why these settings rule out a mode in ``dp_modes``; None if they do
+        not.
         """
         return None
 
@@ -93,26 +91,26 @@ class FedMergeRecipe(ServerRecipe):
     adapters: PositiveInt = 5
     """d, the number of adapters in the soup."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
-    """Update rule of the weights: normalized (each client's gradient divided by its largest entry),
-    adam, gradient (plain), or paper."""
+    """Update rule of the weights: normalized (each client's gradient divided by its largest
+    absolute entry), adam, gradient (plain), or paper."""
     weights_lr: NonNegativeFloat | None = None
     """Step size of the merging logits. Default: 1.0; 0.3 for adam; 0.01 for paper."""
     weights_columns: Literal["all", "head"] | None = None
     """Parameters in the inner product of the weights' gradient: the whole adapter, or the head
     only. Default: all; for the rule paper the head, if there is one, as in the authors' code."""
     weights_memory: Fraction = 0.0
-    """Decay of the average of a client's updates that its weights are updated with. 0 uses the
-    current round's update only."""
+    """Decay of the exponential average of the weights' gradient over a client's rounds. 0 uses only
+    the current round."""
     temperature: PositiveFloat = 1.0
     """The merging weights are softmax(W / temperature). Values below 1 sharpen them."""
     balance_rounds: NonNegativeInt = 0
-    """Number of rounds in which the use of adapters is balanced (Sinkhorn), with decreasing
-    strength, so that none is unused early."""
+    """Number of rounds in which the use of the adapters is balanced (Sinkhorn), with decreasing
+    strength, so that no adapter is unused in the first rounds."""
     start: Literal["independent", "noise", "warm", "identical"] = "warm"
     """Initialization of the adapters. warm: a few rounds of FedAvg, then clients are grouped by the
     direction of their updates, and each group gets an adapter. independent: random and different,
     as in the paper; required for central privacy. noise: equal, plus noise on all parameters.
-    identical: equal; such adapters never specialize, so this is a test, not a method."""
+    identical: equal. Equal adapters never specialize, so this value is for tests only."""
     start_noise: PositiveFloat = 0.02
     """Standard deviation of the noise of `start: noise`."""
     warm_rounds: PositiveInt = 3
@@ -124,15 +122,15 @@ class FedMergeRecipe(ServerRecipe):
     """Merging weight of the group's adapter after the grouping. The other adapters share the rest
     evenly."""
     reseed_after: PositiveInt | None = None
-    """Reassign an adapter that was unused for this many rounds to part of the clients of the most
-    used one. Default: never."""
+    """Rounds without use after which an adapter is reassigned to part of the clients of the most
+    used adapter. Default: never."""
 
     @model_validator(mode="after")
     def _a_group_has_an_adapter(self) -> FedMergeRecipe:
         if self.groups is not None and self.groups > self.adapters:
             raise ValueError(
-                f"groups: {self.groups} groups need as many adapters, and there are "
-                f"{self.adapters}; raise adapters"
+                f"groups: {self.groups} groups need {self.groups} adapters, but adapters is "
+                f"{self.adapters}; raise adapters, or lower groups"
             )
         return self
 
@@ -143,11 +141,11 @@ class FedMergeRecipe(ServerRecipe):
             "reseed_after moves clients": self.reseed_after is not None,
             "balance_rounds weighs clients": self.balance_rounds > 0,
         }
-        for what, asked in moved.items():
-            if asked and mode == "central":
+        for what, applies in moved.items():
+            if applies and mode == "central":
                 return (
-                    f"strategy.{what} by each other's updates, which noise on the sums does not "
-                    "cover; use privacy.mode=local, or change it"
+                    f"strategy.{what} by the updates of other clients, which central noise does "
+                    "not protect; use privacy.mode=local, or change this setting"
                 )
         return None
 
@@ -156,7 +154,7 @@ class FedMergeRecipe(ServerRecipe):
 # One model for all, or one for each
 # --------------------------------------------------------------------------------------------------
 class FedAvgRecipe(ServerRecipe):
-    """One global adapter for everyone (McMahan 2017; on LoRA, FedIT)."""
+    """One global adapter for all clients (McMahan 2017; with LoRA, FedIT)."""
 
     dp_modes = frozenset({"local", "central"})
 

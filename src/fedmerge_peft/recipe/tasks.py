@@ -22,7 +22,7 @@ METRICS.add(
 METRICS.add(
     "accuracy",
     f"{_ARITHMETIC}:accuracy",
-    about="Share of the classes, or tokens, that are predicted.",
+    about="Fraction of the classes or tokens that are predicted correctly.",
     of=("classes", "tokens"),
 )
 METRICS.add(
@@ -40,7 +40,7 @@ METRICS.add(
 METRICS.add(
     "exact_match",
     f"{_ARITHMETIC}:exact_match",
-    about="Share of the generated texts that equal the wanted ones.",
+    about="Fraction of the generated texts that equal the references.",
     of=("texts",),
 )
 METRICS.add(
@@ -69,7 +69,7 @@ class TaskRecipe(Section):
         return getattr(self, "label", None)
 
     def with_format(self, format: str | None) -> Self:
-        """Return a copy that fixes how a row becomes tokens, if this task has a choice."""
+        """Return a copy with the text format set, if the task has several."""
         fixed = "format" in type(self).model_fields
         return self.model_copy(update={"format": format}) if fixed else self
 
@@ -114,8 +114,8 @@ class CausalLMRecipe(TaskRecipe):
     output: str = "output"
     """Column with the answer. Only its tokens have a loss."""
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-    """Prompt made of instruction and input, in Python's format syntax. A paragraph whose only field
-    is empty is omitted."""
+    """Template of the prompt, with instruction and input as fields in Python's format syntax. A
+    paragraph whose only field is empty is omitted."""
     max_length: PositiveInt | None = None
     """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
     the model's limit, at most 1024."""
@@ -156,5 +156,5 @@ AnyTask = Annotated[TaskRecipe, OneOf(TASKS)]
 
 
 def compares_texts(metric: str) -> bool:
-    """Return whether a metric needs generated texts."""
+    """Return True if a metric compares generated texts."""
     return "texts" in METRICS[metric].facts["of"]

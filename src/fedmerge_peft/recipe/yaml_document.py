@@ -1,7 +1,7 @@
 """YAML text to plain values and back, with the line of each value.
 
-The reader follows YAML 1.2's core schema: ``1e-4`` is a number, ``no`` is text. Equal keys,
-anchors, foreign tags and deep nesting are refused, so the time to read a file is linear in its
+The reader follows YAML 1.2's core schema: ``1e-4`` is a number, ``no`` is text. Duplicate keys,
+anchors, unknown tags and deep nesting are rejected, so the time to read a file is linear in its
 length.
 """
 
@@ -26,7 +26,7 @@ DEEPEST = 32
 MOST = 50
 """Maximum number of faults that one error lists."""
 
-_NO_ALIASES = "anchors (&) and aliases (*) are not used in recipes; quote text that starts so"
+_NO_ALIASES = "anchors (&) and aliases (*) are not supported; quote text that starts with & or *"
 _TAG = "tag:yaml.org,2002:"
 _CORE: dict[str, tuple[str, str]] = {  # tag: (pattern, possible first characters)
     "null": (r"~|null|Null|NULL|", "~nN\0"),
@@ -41,7 +41,7 @@ _SHAPES = {tag: re.compile(rf"(?:{pattern})\Z") for tag, (pattern, _) in _CORE.i
 
 
 def dotted(where: Where) -> str:
-    """Return a place in a document in dotted form: ``baselines[0].adapters``."""
+    """Format a place in a document: ``baselines[0].adapters``."""
     return "".join(
         f"[{step}]" if isinstance(step, int) else f".{step}" for step in where
     ).removeprefix(".")
@@ -49,7 +49,7 @@ def dotted(where: Where) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """The origin of a value: a file and a line, or the command line, which has no lines."""
+    """Origin of a value: a file and a line, or the command line (without a line number)."""
 
     source: str
     line: int | None = None
@@ -77,7 +77,7 @@ class Fault:
 
 
 def refuse(faults: list[Fault]) -> RecipeError:
-    """Return the error that lists these faults by line, those of the command line last."""
+    """Return an error that lists the faults by line; those of the command line come last."""
     lines = [
         str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
     ]
@@ -93,7 +93,7 @@ class Document:
     faults: list[Fault] = field(default_factory=list)
 
     def mark(self, where: Where) -> Mark:
-        """Return the mark of a value; for a missing one, that of the nearest section around it."""
+        """Return the mark of a value or, if it is missing, of the nearest enclosing section."""
         while where not in self.marks:
             where = where[:-1]
         return self.marks[where]
@@ -134,34 +134,34 @@ for _tag, (_, _first) in _CORE.items():
 # Text to values
 # --------------------------------------------------------------------------------------------------
 def parse(text: str, mark: Mark) -> Document:
-    """Read one YAML document, whose first line has this mark.
+    """Parse one YAML document; ``mark`` is the origin of its first line.
 
-    Raises ``RecipeError`` for text that is not one YAML document. Other faults (two equal keys, a
-    number too large) are recorded in the document's ``faults``.
+    Raises ``RecipeError`` for text that is not one YAML document. Other faults (duplicate keys,
+    numbers that are too large) are added to the document's ``faults``.
     """
     try:
         node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         place = error.problem_mark or error.context_mark
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        if said.startswith(("while scanning an alias", "while scanning an anchor")):
-            said = _NO_ALIASES
-        hint = "; indent with spaces, not tabs" if "'\\t'" in said else ""
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        if problem.startswith(("while scanning an alias", "while scanning an anchor")):
+            problem = _NO_ALIASES
+        hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
         raise refuse(
-            [Fault(mark.at(place.line + 1 if place else 1), (), f"not valid YAML: {said}{hint}")]
+            [Fault(mark.at(place.line + 1 if place else 1), (), f"not valid YAML: {problem}{hint}")]
         ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise refuse(
-            [Fault(mark.at(line), (), f"not valid YAML: the character {chr(error.character)!r}")]
+            [
+                Fault(
+                    mark.at(line), (), f"not valid YAML: invalid character {chr(error.character)!r}"
+                )
+            ]
         ) from None
-    except (
-        ValueError,
-        OverflowError,
-    ):  # PyYAML's own, from an escape such as "\UFFFFFFFF" or a huge version number
-        raise refuse(
-            [Fault(mark, (), "not valid YAML: it holds an escape or a number that cannot be")]
-        ) from None
+    except (ValueError, OverflowError):
+        # raised by PyYAML for an escape such as "\UFFFFFFFF" or a huge version number
+        raise refuse([Fault(mark, (), "not valid YAML: invalid escape or number")]) from None
     document = Document(None, {(): mark})
     if node is not None:
         document.value = _value(node, (), document, mark)
@@ -180,8 +180,7 @@ def _value(node: Any, where: Where, document: Document, mark: Mark) -> Any:
         Fault(
             here,
             where,
-            f"the tag {node.tag.replace(_TAG, '!!')} means nothing here; "
-            "write the value without it",
+            f"the tag {node.tag.replace(_TAG, '!!')} is not supported; remove it",
         )
     )
     return None
@@ -190,7 +189,7 @@ def _value(node: Any, where: Where, document: Document, mark: Mark) -> Any:
 def _scalar(node: yaml.ScalarNode, where: Where, document: Document, here: Mark) -> Any:
     text, tag = str(node.value), node.tag.removeprefix(_TAG)
     if tag != "str" and not _SHAPES[tag].match(text):
-        document.faults.append(Fault(here, where, f"{text!r} is not what its tag !!{tag} says"))
+        document.faults.append(Fault(here, where, f"{text!r} does not match its tag !!{tag}"))
         return None
     if tag == "null":
         return None
@@ -201,7 +200,7 @@ def _scalar(node: yaml.ScalarNode, where: Where, document: Document, here: Mark)
             number = int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
             if -(2**63) <= number < 2**63:
                 return number
-        document.faults.append(Fault(here, where, "a number too large for 64 bits"))
+        document.faults.append(Fault(here, where, "the number does not fit into 64 bits"))
         return 1
     if tag == "float":
         return float(text.replace(".", "") if text[-1].isalpha() else text)
@@ -210,7 +209,7 @@ def _scalar(node: yaml.ScalarNode, where: Where, document: Document, here: Mark)
             Fault(
                 here,
                 where,
-                f"found {printable(text)}, half of a surrogate pair, expected Unicode text",
+                f"found the unpaired surrogate {printable(text)}, expected Unicode text",
             )
         )
         return "?"
@@ -224,9 +223,7 @@ def _mapping(
     for key_node, value_node in node.value:
         here = mark.at(key_node.start_mark.line + 1)
         if not isinstance(key_node, yaml.ScalarNode) or not is_encodable(key_node.value):
-            document.faults.append(
-                Fault(here, where, "found a key that is not text; quote what belongs to it")
-            )
+            document.faults.append(Fault(here, where, "found a key that is not text; quote it"))
             continue
         key = str(key_node.value)
         if key in values:
@@ -281,7 +278,7 @@ def write(value: dict[str, Any]) -> str:
 
 
 def _escape(c: str) -> str:
-    """Return YAML's escape; only double-quoted text contains such characters, see ``_text``."""
+    """Return YAML's escape of a character; only double-quoted text contains one (``_text``)."""
     return (
         f"\\x{ord(c):02x}"
         if ord(c) < 0x100

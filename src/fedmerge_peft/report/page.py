@@ -1,4 +1,4 @@
-"""One HTML page about runs, without network access or scripts, for any screen, light or dark."""
+"""HTML page about runs, without scripts or network access, for any screen size and color scheme."""
 
 from __future__ import annotations
 

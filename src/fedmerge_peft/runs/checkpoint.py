@@ -4,10 +4,10 @@ checkpoint/round-00007.soup.safetensors   the soup; soup.safetensors is a hard l
 checkpoint/round-00007.safetensors        the strategy's state and a manifest: counters, the length
                                           of metrics.jsonl, the recipe, SHA-256 sums
 
-The second file is written last, when everything else of the round is on disk, metrics included: a
-round is done if that file exists. Reading verifies both files; if one is damaged, the checkpoint
-before it is used. No random generator state is stored, because every draw derives from the seed and
-the round (``util/seeds.py``). Nothing is pickled.
+The second file is written last, after all other files of the round including the metrics. A round
+is complete if this file exists. Reading verifies both files; if one is damaged, the previous
+checkpoint is used. No random generator state is stored, because every draw derives from the seed
+and the round (``util/seeds.py``). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Manifest:
     """Metadata of a checkpoint, stored with its tensors."""
 
     round: int
-    """Rounds done."""
+    """Number of completed rounds."""
     metrics_bytes: int
     """Length of ``metrics.jsonl`` after this round, bytes."""
     soup_sha256: str
@@ -77,7 +77,7 @@ class Checkpoint:
             expected.base.keys(),
         ):
             raise ValueError(
-                f"its soup is {describe(saved.rows)}, or has other parts, but "
+                f"its soup is {describe(saved.rows)}, or has different parts, but "
                 f"{describe(expected.rows)} was expected"
             )
         # Cloned: kernels may round differently on memory that torch did not align.
@@ -105,7 +105,7 @@ def commit(
 
     Args:
         folder: The folder in which ``write_soup`` wrote the round's soup.
-        round: Rounds done.
+        round: Number of completed rounds.
         strategy: The strategy after that round.
         recipe: The run's recipe.
         metrics_bytes: Length of ``metrics.jsonl`` with that round's line, bytes.
@@ -185,8 +185,8 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
         The checkpoint, or None if the run stopped before its first one and restarts.
 
     Raises:
-        ResumeError: No checkpoint is valid and more than one round would be lost, or the
-            checkpoints belong to another recipe.
+        ResumeError: No checkpoint is valid and more than one round would be lost, or the recipe has
+            changed.
     """
     faults = []
     for number in rounds_in(folder):
@@ -197,14 +197,14 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
             size = checkpoint.manifest.metrics_bytes
             if metrics[:size].count(b"\n") != number or len(metrics) < size:
                 raise RunError(
-                    f"{_path(folder, number)} cannot be used: metrics.jsonl does not hold all of "
-                    f"its {number} rounds"
+                    f"{_path(folder, number)} cannot be used: metrics.jsonl does not "
+                    f"contain all of its {number} rounds"
                 )
         except RunError as error:
             faults.append(str(error))
             continue
         for fault in faults:
-            log.warning("%s. Resuming from the checkpoint before it, after round %d", fault, number)
+            log.warning("%s. Resuming from the previous checkpoint, after round %d", fault, number)
         _check_recipe(folder, checkpoint.manifest, recipe)
         return checkpoint
     if metrics.count(b"\n") > 1:

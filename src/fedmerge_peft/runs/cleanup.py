@@ -34,17 +34,17 @@ def files_in(directory: Path) -> list[Path]:
 
 
 def is_temporary(name: str) -> bool:
-    """Return True for the relative path of a partly written file of a run directory."""
+    """Return True for the relative path of a partially written file of a run directory."""
     return bool(_TEMPORARY.search(name)) and bool(_RUN_FILE.fullmatch(_final_name(name)))
 
 
 def check_only_run_files(directory: Path) -> None:
-    """Raise ``RunError`` if the directory has files, at any depth, that no run writes."""
+    """Raise ``RunError`` if the directory has files, at any depth, that do not belong to a run."""
     names = (path.relative_to(directory).as_posix() for path in files_in(directory))
     if others := sorted(name for name in names if not _RUN_FILE.fullmatch(_final_name(name))):
         more = ["..."] if len(others) > _MAX_LISTED else []
         raise RunError(
-            f"{directory} holds an unfinished run and files that no run writes: "
+            f"{directory} contains an unfinished run and files that do not belong to a run: "
             f"{', '.join([*others[:_MAX_LISTED], *more])}. Move them, or choose another --out"
         )
 
@@ -52,7 +52,7 @@ def check_only_run_files(directory: Path) -> None:
 def remove_run(directory: Path) -> None:
     """Remove all files of an interrupted run and empty folders, but not the directory itself.
 
-    The recipe is removed last, so that an interruption here still leaves an interrupted run.
+    The recipe is removed last, so that an interrupted removal can be repeated.
 
     Raises:
         RunError: The directory has other files too, and nothing was removed; or a file cannot be

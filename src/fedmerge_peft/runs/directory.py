@@ -44,7 +44,7 @@ FORMAT = 2
 
 
 class RunDirectory:
-    """Read a run directory. ``RunWriter`` writes one; ``api.Run`` adds predicting and merging."""
+    """Reader of a run directory; ``RunWriter`` writes one, ``api.Run`` adds conveniences."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,7 +99,7 @@ class RunDirectory:
 
     @property
     def final_round(self) -> int | None:
-        """The number of rounds after which the run ended, baselines aside; None before the end."""
+        """Number of rounds after which the run ended, without baselines; None before the end."""
         path = self.path / "summary.json"
         return (
             int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.is_file() else None
@@ -134,7 +134,7 @@ class RunDirectory:
         return run
 
     def _check_format(self) -> None:
-        """Raise ``RunError`` for another format; no environment.json means an interrupted start."""
+        """Raise ``RunError`` for another format; accept a run without environment.json."""
         path = self.path / "environment.json"
         if path.is_file():
             try:
@@ -144,7 +144,7 @@ class RunDirectory:
             version = document.get("format", 1) if isinstance(document, dict) else None
             if version != FORMAT:
                 raise RunError(
-                    f"{self.path} has run format {version}, and this version reads format "
+                    f"{self.path} has run format {version}, but this version reads format "
                     f"{FORMAT}: run its recipe again, or read it with the version that wrote it"
                 )
 

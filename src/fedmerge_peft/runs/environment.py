@@ -58,8 +58,8 @@ def environment_of(engine: Engine) -> dict[str, Any]:
 def source(folder: Path) -> dict[str, Any]:
     """Return the git ``commit`` of a folder, and ``dirty`` if its files differ from that commit.
 
-    The result is empty if git does not track the folder. It is cached, because a process runs the
-    code that it loaded.
+    The result is empty if git does not track the folder. It is cached, because the code of a
+    running process does not change.
     """
     # An installed package may lie below an unrelated repository: its files are not tracked there.
     if _git(folder, "ls-files", "--error-unmatch", ".") is None:

@@ -59,9 +59,9 @@ class RoundRecord:
     """One round: the server sent adapters, clients trained them, the server aggregated."""
 
     round: int
-    """From 1."""
+    """Number of the round, from 1."""
     rounds: int
-    """Rounds that the recipe asks for."""
+    """Number of rounds in the recipe."""
     seconds: float
     """Wall time of the round, including evaluation. Adapters and scores from the engine's caches
     take almost none."""
@@ -75,9 +75,9 @@ class RoundRecord:
     finetuning. None for methods whose training does not start from the served model
     (``fedavg_ft``)."""
     gap: float
-    """Local-global gap: distance ‖·‖₂ between a client's trained adapter and the adapter it would
-    be sent next, mean over clients. For flora and flexlora the distance is between updates ΔW,
-    because their factors are not comparable across rounds."""
+    """Local-global gap: distance ‖·‖₂ between a client's trained adapter and the adapter that it
+    would be sent next, mean over clients. For flora and flexlora the distance is between updates
+    ΔW, because their factors are not comparable across rounds."""
     weights_entropy: float | None
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter per
     client. None if the strategy learns no weights."""

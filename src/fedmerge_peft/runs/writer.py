@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 class RunWriter(RunDirectory):
-    """Write one run, from one process that holds the directory (``util.files.locked_directory``).
+    """Writer of one run, in a process that has locked the directory
+    (``util.files.locked_directory``).
 
     On several ranks, every rank calls these methods. Only rank 0 writes, and its errors are raised
     on all ranks.
@@ -54,7 +55,7 @@ class RunWriter(RunDirectory):
             strategy: A new strategy, restored in place.
 
         Raises:
-            RunExistsError: The directory holds other files; nothing was changed.
+            RunExistsError: The directory contains other files; nothing was changed.
             ResumeError: The run cannot be resumed; nothing was changed.
             RunError: The directory cannot be written. The run can still be resumed later.
         """
@@ -127,7 +128,7 @@ class RunWriter(RunDirectory):
         """Save soup and weights to ``best/`` if their mean validation loss is the lowest so far.
 
         Args:
-            completed: Rounds behind this state.
+            completed: Number of completed rounds of this state.
             scores: Its scores over all clients.
             strategy: The strategy in this state.
         """
@@ -175,7 +176,8 @@ class RunWriter(RunDirectory):
         )
 
     def _write_metadata(self, recipe: Recipe, engine: Engine) -> None:
-        """Write the files known before the first round, the recipe first: it marks a run directory.
+        """Write the files known before the first round. The recipe is first; it marks a run
+        directory.
 
         On resume the recipe is replaced, the environment gets a ``resumed`` entry, and all other
         files are kept.

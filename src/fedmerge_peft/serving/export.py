@@ -34,7 +34,7 @@ def export_client(
     base_model_id: str | None = None,
     repo: str | None = None,
 ) -> Path:
-    """Write a client's merged adapter, at the rank of the run, with a model card.
+    """Write a client's merged adapter, at the run's rank, with a model card.
 
     Args:
         run: A run with at least one finished round.
@@ -185,7 +185,7 @@ def base_model(run: RunDirectory, base_model_id: str | None = None) -> tuple[str
 
 
 def vllm_support(run: RunDirectory) -> str:
-    """Return one line: the vLLM options that serve the run's adapters, or why vLLM cannot.
+    """Return one line with the vLLM options for the run's adapters, or the reasons against vLLM.
 
     The rules are those of vllm/lora/peft_helper.py and vllm/config/lora.py.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _ModelHead(NamedTuple):
-    """The part of a task that loading its model needs."""
+    """Attributes of a task that are needed to load its model."""
 
     auto_model: str
     labels: tuple[str, ...]
@@ -39,7 +39,7 @@ class MergedAdapter:
     """θ = π Θ, one adapter of a run, created by ``run.client(name)`` and ``run.merge({...})``.
 
     Raises:
-        RunError: The run is one of ``fedem``, whose clients have no single adapter.
+        RunError: The clients of the run have no single adapter (``fedem``).
     """
 
     run: RunDirectory
@@ -49,7 +49,7 @@ class MergedAdapter:
     weights: Tensor
     """π, ``(d,)``; sums to 1."""
     round: int
-    """Rounds behind this adapter."""
+    """Number of completed rounds at which the adapter was saved."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
     clients that were not evaluated."""

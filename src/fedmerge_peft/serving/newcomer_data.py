@@ -57,7 +57,7 @@ def read_newcomer(
 
 
 def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
-    """Return the unfiltered content of a file or folder, by the usual names of splits."""
+    """Load a file or folder without filtering; return its splits by their standard names."""
     if not path.exists():
         raise DataError(
             f"{path.absolute()} does not exist; "

@@ -61,7 +61,7 @@ Objective = Callable[[Tensor], tuple[float, Tensor]]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to obtain an adapter for the newcomer, with its scores."""
+    """Method to obtain an adapter for the newcomer, with its scores."""
 
     name: str
     detail: str
@@ -151,15 +151,15 @@ def personalize(
         name: The newcomer's name. Default: the file's name without its suffix.
         best: Use the soup of the best round instead of the last.
         test_fraction: Fraction of the examples held out for testing; 0 for none. It is ignored if
-            the data have the recipe's split column or splits of their own: then the test split is
-            for testing, and the training and validation splits are for training.
+            the data have the recipe's split column or several splits. The test split is then used
+            for testing, and the other splits for training.
         max_train: Limit on training examples, drawn at random. Default: no limit.
-        local: Also train an adapter from scratch, for as long as a client of the federation.
+        local: Also train an adapter from scratch, over the recipe's rounds.
         seed: Seed of the held-out examples and of local training. Default: the recipe's.
 
     Raises:
-        RunError: The run has no adapters that a newcomer can merge, or they do not fit the model as
-            it loads now.
+        RunError: The run has no adapters that a newcomer can merge, or they do not fit the model
+            that is loaded now.
         DataError: The data cannot be read, do not fit the task, or contain an unknown label.
         FedMergeError: The model or the device is not available.
     """
@@ -195,12 +195,12 @@ def learn_logits(
         start: Initial π, ``(d,)``. A small share of every adapter is mixed in, because the gradient
             of a softmax vanishes at 0.
         objective: ℓ and its gradient at an adapter.
-        steps: Limit on evaluations of the objective, at least 1; learning stops earlier if several
-            of them bring no improvement.
+        steps: Limit on evaluations of the objective, at least 1; learning stops earlier after
+            several evaluations without improvement.
         lr: Initial step size, in logits.
 
     Returns:
-        The logits ``(d,)`` float64 with the lowest loss seen, the start included, and that loss.
+        The logits ``(d,)`` float64 with the lowest loss found, including the start, and that loss.
     """
     smoothed = (1 - _UNIFORM_SHARE) * start.double() + _UNIFORM_SHARE / len(start)
     logits = smoothed.log().requires_grad_()
@@ -249,7 +249,7 @@ class _Comparison:
         self._count = sum(engine.task.count_terms(labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
-        """Evaluate the choices that need no learning, then learn logits ``(d,)`` from the best."""
+        """Evaluate fixed weights, then learn logits ``(d,)`` from the best of them."""
         adapters = len(self.rows)
         singles, uniform = torch.eye(adapters), torch.full((1, adapters), 1 / adapters)
         chosen = distinct(known, torch.cat([singles, uniform]))

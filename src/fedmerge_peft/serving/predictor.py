@@ -57,7 +57,7 @@ class Predictor:
         device: auto (a CUDA GPU if there is one, else the CPU), cpu, mps, cuda, or cuda:1.
 
     Raises:
-        RunError: The round does not exist, the adapters do not fit the model as it loads now, or
+        RunError: The round does not exist, the adapters do not fit the model that is loaded now, or
             the run's strategy has no ``single_adapter`` per client.
         BackboneError: The model cannot be loaded.
         DeviceError: There is no such device.
@@ -138,13 +138,13 @@ class Predictor:
 
     @cached_property
     def sequential_reason(self) -> str | None:
-        """The reason why clients are predicted one at a time; None if several share a forward pass.
+        """Reason for predicting for one client at a time; None if several share a forward pass.
 
         Shared passes give the same predictions up to rounding.
         """
         reason = stacking_obstacle(self._backbone) or self._stacking_error()
         if reason is not None:
-            log.info("clients are predicted one at a time: %s", reason)
+            log.info("predicting for one client at a time: %s", reason)
         return reason
 
     # ---- inputs ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Settings of a federation beside the recipe: the shared facts, and the choices of each site.
+"""Settings of a federation in addition to its recipe: common settings, and those of each site.
 
 federation.json   in every kit: the sites, the server's address, the wire format, the deadlines
 site.yaml         in a site's kit, edited by the site: data, device, batch size, privacy, limits
@@ -66,7 +66,7 @@ here."""
 
 
 class Federation(Section):
-    """``federation.json``: the facts that server, sites and operator share."""
+    """``federation.json``: settings common to server, sites and operator."""
 
     project: str
     """Name of the federation; part of all its certificates."""
@@ -75,15 +75,16 @@ class Federation(Section):
     port: Annotated[int, Field(gt=0, lt=65536)]
     """TCP port of the server, the only one."""
     sites: dict[str, list[str]]
-    """Clients of each site, by name; the order is the order of the run's clients."""
+    """Clients of each site, by name, in the order of the run's clients."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of adapters and updates in messages."""
     segment: PositiveInt = 10
-    """Rounds in a job. A site that was away joins at the next job."""
+    """Rounds in a job. A disconnected site can join the next job."""
     deadline: PositiveInt = 3600
-    """Seconds that a site has for its part of a round."""
+    """Maximum time of a site for a round, in seconds."""
     start_deadline: PositiveInt = 1800
-    """Seconds that a site has, at the start of a job, to read its data and load the model."""
+    """Maximum time of a site to read its data and load the model at the start of a job, in
+    seconds."""
 
     @classmethod
     def read(cls, kit: Path) -> Federation:
@@ -157,7 +158,7 @@ class SitePrivacy(Section):
     """Clipping and noise that a site applies to every update before sending it."""
 
     clip: PositiveFloat | None = None
-    """Largest L2 norm of an update. Default: no bound beside the recipe's."""
+    """Largest L2 norm of an update. Default: only the recipe's bound."""
     noise: NonNegativeFloat = 0.0
     """Standard deviation of the Gaussian noise on each number, seeded by the operating system."""
 
@@ -187,7 +188,7 @@ class SiteLimits(Section):
 
 
 class SiteSettings(Section):
-    """``site.yaml``."""
+    """``site.yaml``: the settings of one site."""
 
     data: SiteData | None = None
     """Location of the examples; ``--data`` replaces its path."""
@@ -270,11 +271,11 @@ class SiteSettings(Section):
 
 
 def recipe_refusal(requested: Recipe, agreed: Recipe, limits: SiteLimits) -> str | None:
-    """Return the reason for which a site refuses a job's recipe; None if it accepts.
+    """Return the reason why a site refuses a job's recipe; None if it accepts.
 
     Args:
         requested: The recipe that the server sent.
-        agreed: The recipe in the site's kit, which the site could read beforehand.
+        agreed: The recipe in the site's kit.
         limits: The limits of the site.
     """
     theirs, ours = flat(requested), flat(agreed)
@@ -285,7 +286,7 @@ def recipe_refusal(requested: Recipe, agreed: Recipe, limits: SiteLimits) -> str
     ]
     if keys:
         differences = "; ".join(
-            f"{key} is {written(theirs.get(key))}, and {written(ours.get(key))} in the kit"
+            f"{key} is {written(theirs.get(key))}, but {written(ours.get(key))} in the kit"
             for key in keys
         )
         return f"the server's recipe differs from the one in the kit: {differences}"
@@ -303,7 +304,7 @@ def recipe_refusal(requested: Recipe, agreed: Recipe, limits: SiteLimits) -> str
 
 
 def modules_refusal(keys: list[str], limits: SiteLimits) -> str | None:
-    """Return the reason for which a site refuses to train these tensors; None if it accepts.
+    """Return the reason why a site refuses to train these tensors; None if it accepts.
 
     Args:
         keys: Names of the tensors, as PEFT saves them.
@@ -314,7 +315,7 @@ def modules_refusal(keys: list[str], limits: SiteLimits) -> str | None:
     trained = sorted({_module(key) for key in keys})
     if refused := [name for name in trained if name not in limits.modules]:
         return (
-            f"lora: the recipe trains {', '.join(refused)}, and this site allows only "
+            f"lora: the recipe trains {', '.join(refused)}, but this site allows only "
             f"{', '.join(limits.modules)} (allow.modules in {SITE_FILE})"
         )
     return None
@@ -339,7 +340,7 @@ def _module(key: str) -> str:
 
 
 def printable_lines(lines: list[str]) -> str:
-    """Join lines whose text may come from others, with control characters escaped."""
+    """Join lines of untrusted text, with control characters escaped."""
     return "\n".join(printable(line) for line in lines)
 
 

@@ -71,7 +71,7 @@ class Message:
             ) from error
         if protocol != PROTOCOL or not isinstance(kind, str) or not isinstance(fields, dict):
             raise WireError(
-                f"a message of protocol {protocol!r} arrived, and this version uses {PROTOCOL}; "
+                f"the message has protocol {protocol!r}, but this version uses {PROTOCOL}; "
                 "install the same version on the server and all sites"
             )
         return cls(kind, fields, tensors)
@@ -102,7 +102,7 @@ def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:
 
 
 class TensorTable:
-    """Tensors of a message, equal ones stored once; each method returns the entry's name."""
+    """Tensors of a message. Equal tensors are stored once; the methods return the entry names."""
 
     def __init__(self, dtype: WireDtype) -> None:
         self.dtype = _DTYPES[dtype]
@@ -284,7 +284,9 @@ def read_reply(
     with reader:
         fields = message.fields
         if fields["client"] != client:
-            raise WireError(f"a reply of client {fields['client']!r}, expected {client!r}")
+            raise WireError(
+                f"the reply belongs to client {fields['client']!r}, expected {client!r}"
+            )
         return Reply(
             index,
             reader.adapters("deltas", 2),
@@ -332,11 +334,13 @@ class _Reader:
         if theirs != layout:
             short = theirs[:12] if isinstance(theirs, str) else theirs
             raise WireError(
-                f"an adapter of layout {short}, expected {layout[:12]}; use the same model, lora "
+                f"the adapter has layout {short}, expected {layout[:12]}; use the same model, lora "
                 "section and package versions on the server and all sites"
             )
         if (dtype := self.message.fields.get("dtype")) != self.dtype:
-            raise WireError(f"numbers in {dtype}, and the federation uses {self.dtype}")
+            raise WireError(
+                f"the message has numbers in {dtype}, but the federation uses {self.dtype}"
+            )
 
     def adapters(self, name: str, dimensions: int) -> Tensor:
         """Return rows ``(P,)`` or ``(k, P)`` as float32."""

@@ -71,7 +71,7 @@ def site_readme(federation: Federation, site: str, recipe: Recipe) -> str:
     data = shlex.quote("your-data.csv")
     return f"""# {site}, in the federation {federation.project}
 
-This folder belongs to {site} alone. `startup/` holds its private key; whoever has the key can act
+This folder belongs to {site} alone. `startup/` holds its private key; anyone with the key can act
 as {site}. Keep the folder on the machine that trains, readable by one user.
 
 ## The task
@@ -89,9 +89,9 @@ fedmerge federate site . --data {data}
 ```
 
 The command connects to `{federation.host}:{federation.port}` (outgoing TCP, TLS on both sides; no
-port needs to be open at the site) and waits for the federation to begin. It may be stopped and
-started again at any time: the site then takes part again after the current round. `{SITE_FILE}`
-sets the path of the data too, and more: device, batch size, clipping and noise of the updates,
+port needs to be open at the site) and waits for the federation to start. It may be stopped and
+started again at any time; the site then rejoins after the current round. `{SITE_FILE}`
+has further settings: path of the data, device, batch size, clipping and noise of the updates,
 checks of the data, and limits on the recipe.
 
 ## Data that leaves the site
@@ -116,7 +116,7 @@ batch_size: null          # divides the recipe's batch_size x gradient_accumulat
 process: attached         # attached: one trainer for all jobs; job: a new one for each
 
 privacy:
-  clip: null              # largest L2 norm of an update; null: no bound beside the recipe's
+  clip: null              # largest L2 norm of an update; null: only the recipe's bound
   noise: 0.0              # standard deviation of the noise on each number
 
 checks:

@@ -49,9 +49,10 @@ def read_site_data(
 
     Args:
         data: Location of the examples.
-        recipe: The federation's; its task names the columns, and its ``data`` the split sizes.
+        recipe: Recipe of the federation: ``task`` sets the columns, ``data`` the sizes of the
+            splits.
         clients: Names of the site's clients in the federation.
-        folder: Folder that a relative path starts from.
+        folder: Base folder of relative paths.
 
     Raises:
         DataError: The examples cannot be read, or do not fit the recipe.
@@ -214,7 +215,7 @@ def split_clients(data: FederatedData, sites: int) -> dict[str, list[str]]:
     if len(names) < sites:
         raise DataError(
             f"--sites {sites}: the recipe has {len(names)} clients, and each site needs one; "
-            "ask for fewer sites"
+            "reduce --sites"
         )
     return {
         f"site-{number}": list(part)

@@ -55,7 +55,7 @@ _MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4096 * _MB),
     "MALLOC_TRIM_THRESHOLD_": str(8192 * _MB),
 }
-"""glibc settings that keep a message's memory for the next message: allocating it anew takes
+"""glibc settings that keep a message's memory for the next message: allocating it again takes
 longer than sending the message."""
 _POLL_INTERVAL = 0.2
 """Seconds between two checks of the child processes."""
@@ -206,14 +206,14 @@ def _supervise(kit: Path, children: Sequence[ChildProcess]) -> None:
                 return
             if child.process.returncode == PERMANENT_FAILURE:
                 place = f"in {child.log}" if child.log else "above"
-                raise FederateError(f"the {child.name} failed; the reason is {place}")
+                raise FederateError(f"the {child.name} failed; see {place}")
             child.restart()
         time.sleep(_POLL_INTERVAL)
 
 
 @contextmanager
 def _child_processes() -> Iterator[list[ChildProcess]]:
-    """Yield a list whose processes are stopped at the end of the block, however it ends.
+    """Yield a list of processes; all of them are stopped when the block ends or raises.
 
     SIGINT and SIGTERM end the block with ``StoppedBySignal``.
     """

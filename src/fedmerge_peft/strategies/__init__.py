@@ -1,4 +1,4 @@
-"""Server-side methods, one a file."""
+"""Server-side methods, one per module."""
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.plugins import STRATEGIES
@@ -16,7 +16,7 @@ __all__ = [
 
 
 def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
-    """Return a recipe's strategy, before its first round.
+    """Return a new strategy for a recipe.
 
     Raises ``RecipeError`` if it does not support the adapter's settings or the robust aggregation.
     """

@@ -141,7 +141,7 @@ def multi_krum(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Ten
 
 
 def cosine_filter(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
-    """Weighted mean of the updates that do not point against the others."""
+    """Weighted mean of the updates that do not oppose the others."""
     similarities = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
     rows = [cosine_filter_weights(similarities, column) for column in weights.T]
     return torch.stack(rows).to(deltas) @ deltas

@@ -62,11 +62,11 @@ class Reply:
     weights: Tensor | None = None
     """New π ``(d,)`` of a mixture, if the plan was one."""
     round: int | None = None
-    """Round of the plan that this reply answers, from 1. If None, the caller guarantees it."""
+    """Round of the plan, from 1. If None, it is not checked."""
 
     @property
     def delta(self) -> Tensor:
-        """δ_i = θ_i(sent) − θ_i(trained) of the first adapter, ``(P,)``; most plans have one."""
+        """Update δ_i = θ_i(sent) − θ_i(trained) of the first adapter of the plan, ``(P,)``."""
         return self.deltas[0]
 
 
@@ -129,7 +129,7 @@ class Strategy(Stateful, ABC):
         return self.adapter(client)
 
     def traffic(self, client: int) -> tuple[int, int]:
-        """Return the number of values sent to the client in a round, and sent back."""
+        """Return the numbers of values that the client receives and returns in a round."""
         return self.soup.layout.size, self.soup.layout.size
 
     def trained_rows(self, plan: Plan, reply: Reply) -> Tensor:

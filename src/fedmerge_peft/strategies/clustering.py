@@ -37,10 +37,10 @@ class Clustering(Strategy):
 class ServerClustering(Clustering):
     """Clustering that the server computes once, from the clients' updates of one common adapter.
 
-    Clustering starts as soon as the number of clients that have replied (``MeanUpdates``) reaches
-    the number of clusters. A client that joins later first trains the mean of the adapters, Θ̄,
-    which belongs to no cluster. Its first reply δ_i only determines its cluster, by the direction
-    of its training: argmax_j cos(−δ_i, Θ_j − Θ̄).
+    The clusters are computed once the number of clients that have replied (``MeanUpdates``) reaches
+    the number of clusters. A client that joins later first trains the mean Θ̄ of the adapters. Its
+    first reply δ_i assigns it to the cluster argmax_j cos(−δ_i, Θ_j − Θ̄) and does not update any
+    adapter.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = (*Clustering.state_fields, "unclustered")
@@ -51,7 +51,7 @@ class ServerClustering(Clustering):
         """Updates to cluster; None after the clustering."""
 
     def clients_needed(self) -> int:
-        """Return the number of further clients that must reply before the clustering."""
+        """Return the number of further clients that must reply before clusters are computed."""
         known = (
             len(self.unclustered.clients) if self.unclustered is not None else len(self.clusters)
         )
@@ -65,7 +65,8 @@ class ServerClustering(Clustering):
             deltas: Their updates, ``(k, P)``.
 
         Returns:
-            A mask ``(k,)`` of the clients that had a cluster before. Only their replies count.
+            A mask ``(k,)`` of the clients that already had a cluster. Only their replies update
+            adapters.
         """
         rows, known = self.soup.rows, self.clusters[clients] >= 0
         directions = normalize(rows - rows.mean(dim=0), dim=1)

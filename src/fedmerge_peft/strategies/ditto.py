@@ -1,4 +1,4 @@
-"""Ditto: a private adapter for each client, regularized towards a global one.
+"""Ditto: a private adapter for each client, regularized toward a global one.
 
 Source: Li et al. 2021, arXiv 2012.04221.
 """

@@ -43,7 +43,7 @@ class FedEM(Strategy):
         if recipe.adapters > 1 and bool((rows == rows[0]).all()):
             raise RecipeError(
                 [
-                    "strategy: fedem's components would start equal and therefore stay equal: "
+                    "strategy: fedem's components would start and remain equal: "
                     "with lora.merge=shared_a and no head, an adapter consists of B, which starts "
                     "at zero; use lora.merge=factor"
                 ]

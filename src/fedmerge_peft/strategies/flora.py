@@ -29,8 +29,8 @@ class FLora(HeterogeneousRanks):
     next round starts from fresh factors, which follow from the seed and are the same for all
     clients. Heads and all other parameters that are not factors are averaged and kept.
 
-    A client is sent the head and all stacks that it has not received yet; after a round in which it
-    took part, that is the stack of this round. It returns its factors and head.
+    A client is sent the head and all stacks that it has not received yet. If it took part in the
+    previous round, that is one stack. It returns its factors and head.
 
     W + ΔW is rounded to the backbone's number format. ΔW itself, and the adapter that a run saves,
     are float32.

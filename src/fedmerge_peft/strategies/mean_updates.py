@@ -59,7 +59,9 @@ class MeanUpdates(Stateful):
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         if state.keys() != {"sums", "counts"}:
             unmatched = sorted(state.keys() ^ {"sums", "counts"})
-            raise ValueError(f"{', '.join(unmatched)}: on one side only")
+            raise ValueError(
+                f"{', '.join(unmatched)}: present only in the state or only in the object"
+            )
         sums, counts = state["sums"], checked_copy("counts", self._counts, state["counts"])
         clients = torch.nonzero(counts).flatten() if isinstance(counts, Tensor) else torch.empty(0)
         if (

@@ -97,7 +97,7 @@ class FedSALora(PartialSharing):
         if not shared.any():
             raise RecipeError(
                 [
-                    "strategy.name: fedsa_lora averages A, which does not train in this adapter; "
+                    "strategy.name: fedsa_lora averages A, which is not trained in this adapter; "
                     "set lora.merge to factor"
                 ]
             )

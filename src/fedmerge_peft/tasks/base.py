@@ -69,9 +69,9 @@ class Task(ABC):
     pipeline: ClassVar[str] = ""
     """Pipeline of transformers, also the task's name on the hub; empty if there is none."""
     reads_last_token: ClassVar[bool] = False
-    """Whether a decoder's head reads the last token before the padding, whose id it must know."""
+    """True if a decoder's head reads the last token before the padding and needs the padding id."""
     completes: ClassVar[bool] = False
-    """Whether a prediction is a text that completes a prompt; otherwise it is a label."""
+    """True if predictions are completions of prompts; False if they are labels."""
     loading_code: ClassVar[str] = ""
     """Python code for model cards that loads the backbone and, at ``{load}``, an adapter."""
     metrics: Sequence[str]
@@ -90,7 +90,7 @@ class Task(ABC):
 
         Args:
             recipe: The task's section.
-            backbone: The section of the model that the tokenizer or image processor belongs to.
+            backbone: Section of the model with the tokenizer or image processor.
             table: All rows of the federation, for labels and columns.
             model_folder: Local folder or hub id of the model.
         """
@@ -129,34 +129,34 @@ class Task(ABC):
 
     @classmethod
     def probe_inputs(cls, recipe: Any) -> list[Any]:
-        """Return two different inputs that any model of the task takes."""
+        """Return two different inputs that all models of the task accept."""
         raise TypeError(f"{cls.__name__} does not predict single inputs")
 
     @classmethod
     def input_table(cls, recipe: Any, labels: list[str], inputs: list[Any]) -> Dataset:
-        """Return inputs as rows with the columns of the task's section, each under the first label.
+        """Convert inputs to rows with the task's columns; each row gets the first label.
 
-        Raises ``DataError`` for an input that the task does not take.
+        Raises ``DataError`` for an input that the task does not accept.
         """
         raise TypeError(f"{cls.__name__} does not predict single inputs")
 
     @classmethod
     def pipeline_options(cls, recipe: Any, backbone: BackboneRecipe, folder: str) -> dict[str, Any]:
-        """Return what ``transformers.pipeline`` needs beside the model, such as the tokenizer."""
+        """Return arguments of ``transformers.pipeline`` for the tokenizer or image processor."""
         return {}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Examples:
-        """Encode prompts without completions. Only tasks with ``completes`` have it."""
+        """Encode prompts without completions. Only for tasks with ``completes``."""
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """Stack prompts, padded on the left. Only tasks with ``completes`` have it."""
+        """Stack prompts, padded on the left. Only for tasks with ``completes``."""
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 
     def complete(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> list[str]:
-        """Return a completion of each prompt. Only tasks with ``completes`` have it."""
+        """Return a completion of each prompt. Only for tasks with ``completes``."""
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 
     @torch.no_grad()
@@ -172,6 +172,6 @@ class Task(ABC):
 
 
 def reject_inputs(invalid: Sequence[Any], expected: str) -> None:
-    """Raise ``DataError`` for the first of the inputs that a task does not take."""
+    """Raise ``DataError`` for the first of the inputs that a task does not accept."""
     if invalid:
         raise DataError(f"an input must be {expected}, found {invalid[0]!r}")

@@ -217,9 +217,10 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return rows
 
     def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokenize prompts. An empty prompt becomes the begin-of-sequence token.
+        """Tokenize prompts.
 
-        Prediction of the first token of a completion needs a token before it.
+        An empty prompt is replaced by the begin-of-sequence token, because the model predicts the
+        first token of a completion from the token before it.
         """
         bos = self.processor.bos_token_id
         rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenize(prompts)]

@@ -44,7 +44,7 @@ class Classification(Task):
 def labeled_table(
     columns: dict[str, Any], rows: Sequence[Sequence[Any]], label: str, labels: Sequence[str]
 ) -> Dataset:
-    """Return rows as a table with these feature types, each row under the first label."""
+    """Convert rows to a table with these feature types; each row gets the first label."""
     from datasets import ClassLabel, Dataset, Features
 
     features = Features({**columns, label: ClassLabel(names=list(labels))})

@@ -26,7 +26,7 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
 
     Args:
         names: Registered metrics.
-        predictions: Loss, ids and texts, as far as the metrics compare them.
+        predictions: Loss, and the ids and texts that the metrics compare.
 
     Returns:
         ``loss`` (mean in nats) and the metrics by name. Metrics are fractions from 0 to 1, except
@@ -99,7 +99,7 @@ def perplexity(loss: float) -> float:
 
 
 def accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
-    """Compute the share of ids that are predicted."""
+    """Compute the fraction of ids that are predicted correctly."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(np.asarray(expected), np.asarray(predicted)))
@@ -124,7 +124,7 @@ def matthews_correlation(predicted: Sequence[int], expected: Sequence[int]) -> f
 
 
 def exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
-    """Compute the share of generated texts that equal their references."""
+    """Compute the fraction of generated texts that equal their references."""
     return float(
         np.mean([text == reference for text, reference in zip(generated, references, strict=True)])
     )

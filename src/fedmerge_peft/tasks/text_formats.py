@@ -162,7 +162,7 @@ def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, final_turns: boo
     """Render chats with the chat template. The last message is the one to generate."""
     if not tokenizer.chat_template:
         raise DataError(
-            "task.format: messages needs a tokenizer with a chat template, and this one has none; "
+            "task.format: messages needs a tokenizer with a chat template, but this one has none; "
             "name the tokenizer of an instruct or chat model in backbone.tokenizer, or use prompt "
             "and completion columns"
         )

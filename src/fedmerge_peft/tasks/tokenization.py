@@ -90,7 +90,7 @@ def get_pad_token_id(tokenizer: Any) -> int:
 def token_limit(tokenizer: Any, config: Any) -> int | None:
     """Return the maximum number of tokens, including special tokens, or None for no limit.
 
-    The limit is the smaller one of tokenizer and model.
+    The limit is the smaller of the limits of the tokenizer and the model.
     """
     limits = [
         limit for limit in (tokenizer.model_max_length,) if limit is not None and limit < _NO_LIMIT

@@ -22,7 +22,7 @@ rank is detected without it."""
 
 
 def choose_device(requested: str) -> torch.device:
-    """Return the device for a recipe's ``training.device``; each rank gets a device of its own.
+    """Return the device for a recipe's ``training.device``; each rank gets its own device.
 
     Raises:
         DeviceError: The value is invalid, or this machine does not have the device.
@@ -68,7 +68,7 @@ def _rank_device(requested: str) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= (count := torch.cuda.device_count()):
         error = DeviceError(
-            f"training.device: rank {distributed.rank()} has no GPU of its own: this machine has "
+            f"training.device: rank {distributed.rank()} has no separate GPU: this machine has "
             f"{count} GPU(s); start at most one rank per GPU"
         )
         error.rank = distributed.rank()

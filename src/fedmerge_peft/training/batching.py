@@ -1,4 +1,4 @@
-"""Number of adapters that train in one forward pass, and the trial that decides it."""
+"""Number of adapters that train in one forward pass, determined by a trial."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _EXAMPLES = {"cpu": 8, "cuda": 256}
 
 
 def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices) -> int:
-    """Return how many adapters to train in one pass: the recipe's number, or 1 if not exact.
+    """Return the number of adapters to train in one pass: the recipe's, or 1 if that is not exact.
 
-    The reason for 1 goes to the log. Beyond what the modules tell, a trial of two examples decides:
-    gradients computed together and alone have to agree.
+    The reason for 1 is logged. After a check of the modules, a trial on two examples compares
+    gradients that are computed in one pass and separately.
 
     Args:
         runtime: Model, task and examples.
         training: ``clients_per_batch`` and the batch size.
-        rows: The rows of the table that clients hold.
+        rows: Rows of the table that belong to clients.
     """
-    wanted = training.clients_per_batch
-    if wanted == "auto":
+    requested = training.clients_per_batch
+    if requested == "auto":
         examples = _EXAMPLES.get(runtime.device.type, 8)
         count, fewest = min(_MOST, examples // training.batch_size), _FEWEST
     else:
-        count, fewest = wanted, 2
+        count, fewest = requested, 2
     if count < fewest:
         return 1
     if runtime.accelerator.scaler is not None:
-        reason: str | None = "fp16's loss scale would be common to all (training.mixed_precision)"
+        reason: str | None = "fp16 needs one loss scale for all clients (training.mixed_precision)"
     else:
         reason = stacking_obstacle(runtime.backbone) or _disagreement(runtime, rows)
     if reason is not None:
@@ -70,7 +70,7 @@ def _disagreement(runtime: Runtime, rows: Indices) -> str | None:
         try:
             with stack.applied():
                 accumulate(runtime, stack, steps)
-        except Exception as error:  # models whose layers do not keep to (batch, ..., width)
+        except Exception as error:  # models whose layers do not keep the shape (batch, ..., width)
             return f"the model does not run with several adapters ({type(error).__name__}: {error})"
         exact = (
             runtime.accelerator.mixed_precision == "no" and backbone.model.dtype == torch.float32
@@ -84,7 +84,7 @@ def _disagreement(runtime: Runtime, rows: Indices) -> str | None:
             if not agree:
                 return (
                     "the model's layers mix the examples of a batch, "
-                    "or use an adapter in a way of their own"
+                    "or apply adapters in an unsupported way"
                 )
         backbone.load_row(held)
     return None

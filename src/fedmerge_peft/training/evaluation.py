@@ -1,4 +1,4 @@
-"""Scores of adapters, and of mixtures of them, on a client's own examples."""
+"""Scores of adapters and mixtures of adapters on a client's own examples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def evaluate(
         batch_size: Examples in a pass.
 
     Raises:
-        RecipeError: A metric needs generated text, and a mixture generates none.
+        RecipeError: A metric needs generated text, which mixtures do not support.
     """
     task, predictions = runtime.task, Predictions()
     rows = indices[_by_length(runtime.examples, indices)]
@@ -44,16 +44,16 @@ def evaluate(
             if isinstance(served, Mixture):
                 raise RecipeError(
                     [
-                        "task.metrics: a mixture of models does not generate text; "
-                        "use perplexity or accuracy with it"
+                        "task.metrics: a mixture of models cannot generate text; "
+                        "use perplexity or accuracy"
                     ]
                 )
             with runtime.accelerator.autocast():
-                generated, wanted = task.generate(
+                generated, references = task.generate(
                     runtime.backbone.model, runtime.examples, chunk, runtime.device
                 )
             predictions.generated += generated
-            predictions.references += wanted
+            predictions.references += references
     return score(task.metrics, predictions)
 
 
@@ -72,7 +72,7 @@ def example_losses(runtime: Runtime, row: Tensor, indices: Indices, batch_size: 
 
 
 def _by_length(examples: Examples, indices: Indices) -> Indices:
-    """Return an order in which batches need little padding.
+    """Return an order of the examples in which batches need little padding.
 
     The longest come first, so that a batch that does not fit into memory fails at once.
     """

@@ -1,4 +1,4 @@
-"""Run plans, of one client or of several side by side, on any way to train and to score."""
+"""Execution of plans, given functions that train and score."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def run_plans(
     train: Callable[[Sequence[tuple[int, TrainRequest]]], Sequence[Trained | Exception]],
     losses: Callable[[int, Tensor], Tensor],
 ) -> list[ClientResult | Exception]:
-    """Run several plans phase by phase; all that they train is trained by one call.
+    """Run several plans phase by phase; one call trains the requests of all plans.
 
     Args:
         plans: Each client's plan and seed.
-        train: Trains the requests, each given with its position in ``plans``. Returns the outcome
-            of each in their order, or the exception that it failed with.
+        train: Function that trains requests, each given with its position in ``plans``. It returns,
+            in the same order, the outcome of each request or its exception.
         losses: ``losses(position, row)`` returns the summed losses (nats) of that client's training
             examples with an adapter, ``(n,)``.
 
     Returns:
-        Each client's result, or the exception that ended its plan; the other plans go on.
+        Each client's result, or the exception that ended its plan; the other plans continue.
     """
     scores: dict[int, list[Tensor]] = {}
     requests: dict[int, Sequence[TrainRequest]] = {}
@@ -59,7 +59,7 @@ def run_plan(
 
     Args:
         plan: The plan.
-        seed: Decides all of its random draws.
+        seed: Seed of all random draws of the plan.
         train: ``train(job, seed)`` trains one adapter.
         losses: ``losses(row)`` returns the summed losses (nats) of the client's training examples
             with an adapter, ``(n,)``.

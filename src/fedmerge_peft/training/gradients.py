@@ -22,15 +22,15 @@ def accumulate(
 ) -> Tensor:
     """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
 
-    The mean runs over all terms (examples, or labelled tokens) of an adapter's step, however the
-    step is split into micro-batches. Call it within ``adapters.applied()``.
+    The mean is taken over all terms (examples, or labeled tokens) of an adapter's step, regardless
+    of its division into micro-batches. Call this function within ``adapters.applied()``.
 
     Args:
         runtime: Model, task and examples.
         adapters: K adapters.
-        steps: For each adapter the micro-batches of one step, as rows of the table.
-        example_weights: For each adapter the weight of every row of the table, ``(n,)``, or None
-            for 1.
+        steps: For each adapter, the micro-batches of one step, as rows of the table.
+        example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None for
+            1.
 
     Returns:
         The mean losses (nats), ``(K,)``.

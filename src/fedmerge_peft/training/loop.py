@@ -37,7 +37,7 @@ class Job:
     indices: Indices
     """The client's rows of the table."""
     seed: int
-    """Decides the order of examples, and takes part in deciding the dropout masks."""
+    """Seed of the order of examples and, with the seeds of other jobs, of the dropout masks."""
 
 
 @dataclass
@@ -53,31 +53,31 @@ class _TrainState:
     """``(P,)``; None without a proximal term."""
     proximal: float
     example_weights: Tensor | None
-    """By row of the whole table, ``(n,)``."""
+    """Weight of each row of the whole table, ``(n,)``; None for 1."""
     losses: list[Tensor] = field(default_factory=list)
 
 
 def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> list[Trained]:
     """Train adapters, each on its own examples: min_θ ℓ(θ) + μ ‖θ − anchor‖².
 
-    One job runs through the backbone's own slot, by plain PEFT. Several share each forward pass
-    (``AdapterStack``) and agree with training them one by one up to rounding: every job has its own
-    examples in its own order, its own mean loss, clipping and learning rate, and leaves the batch
-    when its steps are done.
+    A single job uses the backbone's own slot, with plain PEFT. Several jobs share each forward pass
+    (``AdapterStack``); the results equal those of sequential training up to rounding. Each job has
+    its own examples and their order, mean loss, clipping and learning rate. A job leaves the batch
+    after its last step.
 
-    Dropout masks are drawn for a pass as a whole. They follow from the seeds of all jobs in it: the
-    same jobs give the same numbers, but in other company a job has other masks.
+    Dropout masks are drawn for a whole pass, from the seeds of all of its jobs. The same jobs get
+    the same masks, but a job gets different masks in a pass with other jobs.
 
     Args:
         runtime: Model, task and examples. Several jobs need a model for which
             ``stacking_obstacle`` returns None, and no gradient scaler.
-        training: Optimizer, schedule, batch size and the rest.
+        training: Optimizer, schedule, batch size and other settings.
         jobs: At least one.
     """
     backbone = runtime.backbone
     if runtime.cache is not None:
         with runtime.accelerator.autocast():
-            runtime.cache.prepare()  # tries the model with one adapter
+            runtime.cache.prepare()  # the trial of the cache uses a single adapter
     states = [_start(runtime, training, job) for job in jobs]
     backbone.train()
     first, *others = (job.seed for job in jobs)
@@ -153,7 +153,7 @@ def _train_phase(
 
 
 def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerGroup) -> None:
-    """Take the adapters of a group whose steps are done out of the batch."""
+    """Remove the adapters of a group from the batch after their last step."""
     rows = adapters.rows[group.rows]
     for state, row in zip(states[group.rows], rows, strict=True):
         state.row = row.clone()
@@ -162,7 +162,7 @@ def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerG
 
 @dataclass(frozen=True)
 class _OptimizerGroup:
-    """Adapters with equally many steps: one optimizer, one learning rate."""
+    """Adapters with the same number of steps, which share an optimizer and a learning rate."""
 
     rows: slice
     steps: int
@@ -192,7 +192,7 @@ def _optimizer_groups(
 
 
 class GradientRules:
-    """Proximal terms, masks of columns that train, and the bound on each gradient's norm."""
+    """Changes of the gradients: proximal terms, masks of trained columns, clipping."""
 
     def __init__(
         self,

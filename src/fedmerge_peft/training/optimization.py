@@ -28,7 +28,7 @@ def micro_batches(
 ) -> Iterator[list[Indices]]:
     """Yield the micro-batches of each optimizer step.
 
-    Examples come in a new order each epoch. The last batch of an epoch may be short.
+    Examples are shuffled in each epoch. The last batch of an epoch may be short.
     """
     purpose = ("order", phase) if phase else ("order",)
     generator = np.random.default_rng(derive(seed, *purpose))
@@ -81,7 +81,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingRecipe, st
 def fresh_scaler(accelerator: Accelerator) -> Any:
     """Reset and return fp16's gradient scaler, so that no client inherits another's loss scale.
 
-    None in other precisions.
+    The result is None in other precisions.
     """
     if accelerator.scaler is None:
         return None

@@ -1,13 +1,13 @@
-"""Plans: what a client is asked to do with the adapters that it was sent.
+"""Plans: a client's work with the adapters that it receives.
 
-Most methods ask for one thing, to train one adapter (``Train``). Others choose one of several first
-(``Choose``), train two in turn (``InTurn``), or train a mixture (``Mixture``). A strategy may bring
-a plan of its own. Every plan runs in the same three phases, so that an engine can run those of
-several clients side by side:
+In most methods, a client trains one adapter (``Train``). In others, it first chooses one of several
+(``Choose``), trains several in turn (``InTurn``), or trains a mixture (``Mixture``). A strategy may
+define another plan. All plans run in the same three phases, so an engine can run the plans of
+several clients in parallel:
 
-1. the client's examples are scored with ``scored_rows``, without training;
-2. ``train_requests`` says what to train, given these losses, and all of it is trained;
-3. ``result`` turns what was trained into the client's result.
+1. Compute the losses of the client's examples with ``scored_rows``, without training.
+2. Train the adapters of ``train_requests``, which depend on these losses.
+3. Compute the client's result from the trained adapters (``result``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TrainRequest:
 
     job: Train
     seed: int
-    """Decides all random draws of the job."""
+    """Seed of all random draws of the job."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class ClientResult:
 
 
 class Plan(ABC):
-    """Data that says what to train; see the module's docstring for the phases."""
+    """Base class of plans; the module's docstring describes the phases."""
 
     @property
     @abstractmethod
     def sent(self) -> Tensor:
-        """The adapters that travel to the client, ``(k, P)``."""
+        """The adapters that are sent to the client, ``(k, P)``."""
 
     @property
     def returned_rows(self) -> int:
@@ -84,7 +84,7 @@ class Plan(ABC):
         return slice(None)
 
     def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
-        """Return how a reply's choice or weights differ from what this plan asks for, or None."""
+        """Return how a reply's choice or weights are invalid for this plan, or None."""
         return None
 
     @abstractmethod
@@ -92,9 +92,9 @@ class Plan(ABC):
         """Return the jobs of the second phase.
 
         Args:
-            losses: For each of ``scored_rows``, every training example's summed loss (nats),
+            losses: For each of ``scored_rows``, the summed loss (nats) of each training example,
                 ``(n,)``.
-            seed: Decides all random draws of the plan; further jobs derive theirs from it.
+            seed: Seed of all random draws of the plan, from which the seeds of further jobs derive.
         """
 
     @abstractmethod
@@ -111,7 +111,7 @@ class Train(Plan):
     row: Tensor
     """θ as sent, ``(P,)``."""
     phases: tuple[Tensor | None, ...] = (None,)
-    """One pass of local training each: a mask ``(P,)`` of the columns that train; None for all."""
+    """Passes of local training, each a mask ``(P,)`` of the trained columns; None for all."""
     proximal: float | None = None
     """μ; None for the recipe's ``training.proximal``."""
     anchor: Tensor | None = None
@@ -119,8 +119,8 @@ class Train(Plan):
     example_weights: Tensor | None = None
     """The weight of each of the client's training examples, ``(n,)``; None for 1."""
     privacy: UpdatePrivacy | None = None
-    """Clipping and noise on the update before it leaves the client; None to send it as it is. What
-    the client keeps is not changed."""
+    """Clipping and noise of the update before it leaves the client; None to send it unchanged. The
+    adapter that the client keeps is not changed."""
 
     @property
     def sent(self) -> Tensor:
@@ -142,7 +142,7 @@ class Train(Plan):
 
 @dataclass(frozen=True)
 class InTurn(Plan):
-    """Train several adapters, each from its own row. The first is the one that is shared."""
+    """Train several adapters, each from its own row. The first one is shared."""
 
     jobs: tuple[Train, ...]
 
@@ -172,8 +172,8 @@ class Choose(Plan):
     """Train the adapter with the lowest loss on the client's training examples, argmin_j ℓ_i(Θ_j).
 
     This is IFCA's cluster estimate (Ghosh et al. 2020, arXiv 2006.04088, algorithm 1). Ties are
-    broken at random. They are the rule before the first round of a model without a head: LoRA's
-    B = 0 makes all adapters the same function.
+    broken at random. Without a head, all adapters tie in the first round, because LoRA's B = 0
+    makes them the same function.
     """
 
     rows: Tensor
@@ -219,15 +219,15 @@ class Choose(Plan):
 
 @dataclass(frozen=True)
 class Mixture(Plan):
-    """p(y | x) = Σ_k π_k p_k(y | x). As a plan: one step of EM on the client's training examples.
+    """Mixture p(y | x) = Σ_k π_k p_k(y | x). Its plan is one EM step on the training examples.
 
     FedEM's client step (Marfoq et al. 2021, arXiv 2108.10252, section 3), over examples (x, y):
 
     E:  q(k | x, y) ∝ π_k · exp(−ℓ(θ_k; x, y))
     M:  π_k ← mean of q(k | x, y);  θ_k ← local training on q(k | x, y) · ℓ(θ_k; x, y)
 
-    The reported loss is the mean of Σ_k q(k | x, y) ℓ(θ_k; x, y): each component's loss is weighted
-    by q already.
+    The reported loss is the mean of Σ_k q(k | x, y) ℓ(θ_k; x, y), because the loss of each
+    component is already weighted by q.
     """
 
     rows: Tensor
@@ -270,7 +270,7 @@ class Mixture(Plan):
         return ClientResult(self.rows - rows, loss, Mixture(rows, weights), weights=weights)
 
     def _posterior(self, losses: Sequence[Tensor]) -> Tensor:
-        """q, ``(d, n)`` float64."""
+        """Compute q, ``(d, n)`` float64."""
         log_likelihoods = -torch.stack([row.double() for row in losses])
         return torch.softmax(self.weights.double().log()[:, None] + log_likelihoods, dim=0)
 

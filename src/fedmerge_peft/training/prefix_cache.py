@@ -28,8 +28,8 @@ class PrefixCache:
     The cache covers the clients' examples. It stores an example's states on the example's first
     forward pass. Later passes skip the layers before l.
 
-    A trial batch of the shortest and the longest example first checks if the model supports the
-    cache. If it does not, or if the states would exceed the memory limit, every batch runs all
+    A trial batch of the shortest and the longest example first checks whether the model supports
+    the cache. If it does not, or if the states would exceed the memory limit, every batch runs all
     layers.
 
     Batches must be padded on the right to their longest example. All tasks do this.
@@ -73,7 +73,7 @@ class PrefixCache:
         return self._recording(prefix, self._store, rows)
 
     def prepare(self) -> None:
-        """Check on the first call if the model supports the cache, and allocate the store.
+        """On the first call, check whether the model supports the cache, and allocate the store.
 
         Call it under the autocast of the passes.
         """
@@ -87,7 +87,7 @@ class PrefixCache:
             reason = self._try_model(prefix)
         if reason is not None:
             self._store = None
-            log.info("every pass runs all layers: %s", reason)
+            log.info("the prefix cache is disabled; every pass runs all layers: %s", reason)
 
     def _try_model(self, prefix: Prefix) -> str | None:
         """Try the cache on two examples and allocate the store for all.
@@ -132,7 +132,9 @@ class PrefixCache:
             try:
                 with prefix.replay(self._read(self._store, rows)):
                     replayed = self._losses(inputs, labels)
-            except Exception as error:  # a model that needs its first layers can raise any error
+            except (
+                Exception
+            ) as error:  # models that depend on their first layers raise arbitrary errors
                 return (
                     "the model does not run without its first layers "
                     f"({type(error).__name__}: {error})"
@@ -144,9 +146,10 @@ class PrefixCache:
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Evaluation mode with gradients; restores the model's mode and the random generators.
+        """Enable evaluation mode with gradients; restore the model's mode and generators
+        afterwards.
 
-        Gradients show if the states depend on trainable tensors.
+        Gradients reveal whether the states depend on trainable tensors.
         """
         training = self._backbone.model.training
         self._backbone.eval()
@@ -169,7 +172,7 @@ class PrefixCache:
         return self._task.losses(self._backbone.model(**inputs).logits, labels)[0].detach()
 
     def _lay_out(self, inputs: Batch, rows: Indices, states: Tensor) -> bool:
-        """Assign each example its rows in the store.
+        """Assign rows of the store to each example.
 
         Returns:
             False if the positions of the batch are not its tokens, padded on the right.

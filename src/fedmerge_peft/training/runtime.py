@@ -1,4 +1,4 @@
-"""The loaded model, task and examples of one process: what training and evaluation run on."""
+"""Runtime of training and evaluation: the loaded model, task and examples of one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Runtime:
     examples: Examples
     """The encoded table."""
     cache: PrefixCache | None = None
-    """Skips the layers before the first that trains; None if no layer precedes it."""
+    """Cache that skips the layers before the first trainable one; None if there are none."""
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Runtime:
     def to_device(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a batch's labels and the model's inputs, on the device.
 
-        The labels stay out of the model: its own loss would average over clients.
+        The labels are not passed to the model, because its own loss would average over clients.
         """
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         return inputs.pop("labels"), inputs

@@ -1,4 +1,4 @@
-"""Clip an update and add noise to it before it leaves its client (docs/privacy.md)."""
+"""Clipping and noise of an update before it leaves its client (docs/privacy.md)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UpdatePrivacy:
-    """δ · min(1, clip / ‖δ‖₂), plus Gaussian noise in the columns that trained."""
+    """Clipping δ · min(1, clip / ‖δ‖₂), plus Gaussian noise in the trained columns."""
 
     clip: float
     """Bound on the L2 norm."""
     noise: float
-    """Standard deviation of the noise on each number; 0 for none."""
+    """Standard deviation of the noise on each value; 0 for none."""
 
 
 def apply_update_privacy(
     delta: Tensor, privacy: UpdatePrivacy, phases: Sequence[Tensor | None], seed: int
 ) -> Tensor:
-    """Clip an update ``(P,)`` and add noise to the columns that train in some phase."""
+    """Clip an update ``(P,)`` and add noise to the columns that are trained in any phase."""
     norm = max(float(delta.double().norm()), torch.finfo(torch.float64).tiny)
     delta = delta * min(1.0, privacy.clip / norm)
     generator = torch.Generator().manual_seed(seed)

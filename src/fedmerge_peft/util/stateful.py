@@ -35,7 +35,7 @@ class Stateful:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
-        """Copy ``state``, the ``state_dict`` of an object that was constructed alike.
+        """Copy ``state``, the ``state_dict`` of an object constructed with the same arguments.
 
         Raises:
             ValueError: A name, kind, shape or dtype differs from this object's.
@@ -53,7 +53,9 @@ class Stateful:
             else:
                 setattr(self, attribute, checked_copy(name, value, state.get(name)))
         if unmatched := sorted(self.state_dict().keys() ^ state.keys()):
-            raise ValueError(f"{', '.join(unmatched)}: on one side only")
+            raise ValueError(
+                f"{', '.join(unmatched)}: present only in the state or only in the object"
+            )
 
 
 def checked_copy(name: str, current: object, loaded: Tensor | int | None) -> Tensor | int | None:

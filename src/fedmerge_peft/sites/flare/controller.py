@@ -40,9 +40,9 @@ _GRACE = 30
 class FlareTransport:
     """Transport that sends messages as FLARE tasks, one at a time for each site.
 
-    A free site fetches its task at once. A site that does not is away, or still busy with a round
-    that continued without it. The transport waits for it only until this is clear; the site takes
-    part again in the first round whose task it fetches.
+    An idle site fetches its task at once. Other sites are disconnected, or still busy with a round
+    that continued without them. The transport waits only until this is clear. A site rejoins in the
+    first round in which it fetches its task.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ def _on_task_done(replies: Queue[tuple[Task, bytes | str]], task: Task, fl_ctx: 
 
 
 class FederationController(Controller):  # type: ignore[misc]
-    """Runs one segment of rounds in the server's kit, and writes its outcome to the job's files."""
+    """Controller of one job: runs a segment of rounds and writes the outcome to the job's files."""
 
     def __init__(self) -> None:
         super().__init__(task_check_period=0.1)
@@ -187,7 +187,7 @@ class FederationController(Controller):  # type: ignore[misc]
         self.logger.info(line)
 
     def _handle_command(self, topic: str, command: Any, fl_ctx: FLContext) -> dict[str, Any]:
-        """Carry out an operator's command, and return the state of the job."""
+        """Execute a command of the operator, and return the state of the job."""
         options = command if isinstance(command, dict) else {}
         match options.get("command"):
             case "stop":
@@ -201,7 +201,7 @@ class FederationController(Controller):  # type: ignore[misc]
         }
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Do nothing: each round is on disk when it ends."""
+        """Do nothing, because each round is written to disk when it ends."""
 
     def process_result_of_unknown_task(
         self,

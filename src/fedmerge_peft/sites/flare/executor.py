@@ -1,4 +1,4 @@
-"""A site's part of a job: forwards messages to the site's trainer, and its replies back."""
+"""A site's part of a job: forwards messages to the site's trainer and returns its replies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
-    """Forwards messages to the long-lived trainer, or to one in this process (``process: job``)."""
+    """Executor that forwards messages to the site's trainer, or to its own (``process: job``)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
-        """Return the reply to a message, or the reason for none."""
+        """Return the reply to a message, or the reason why there is none."""
         end = time.monotonic() + float(shareable.get(DEADLINE, 0))
 
         def cancelled() -> bool:

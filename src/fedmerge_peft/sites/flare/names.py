@@ -1,4 +1,4 @@
-"""Names shared by operator, server and sites; the module imports none of the classes it names."""
+"""Names shared by operator, server and sites, without importing the named classes."""
 
 from __future__ import annotations
 

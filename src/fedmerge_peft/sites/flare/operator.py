@@ -1,4 +1,4 @@
-"""The operator: submits jobs one after another, each a segment of rounds, until the run ends."""
+"""The operator, which submits segments of rounds as jobs until the run ends."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def run(
         The last job's ``outcome.json``.
 
     Raises:
-        FederateError: The server does not come back, or a job left no outcome.
+        FederateError: The server remains unreachable, or a job left no outcome.
     """
     last_contact: float = time.monotonic()
     failures = 0
@@ -215,8 +215,8 @@ def _follow_job(
     part in the next job.
 
     Raises:
-        NoConnection: The server was restarted since ``server_start``. It then lists jobs as
-            running that ran before.
+        NoConnection: The server was restarted after ``server_start``. A restarted server still
+            lists earlier jobs as running.
     """
     reported, last_check = 0, time.monotonic()
     while True:
@@ -241,7 +241,7 @@ def _follow_job(
                 last_check = time.monotonic()
                 late = [site for site in _idle_sites(session) if site in federation.sites]
                 if late:
-                    report(f"{', '.join(late)} connected, and can take part after this round")
+                    report(f"{', '.join(late)} connected and can join after this round")
                     _send_command(session, job, {"command": "pause"})
         time.sleep(_POLL_INTERVAL)
 
@@ -295,7 +295,7 @@ def _server_start_time(session: Session) -> float:
 def _running_jobs(session: Session) -> list[str]:
     """Return the jobs that the server runs now.
 
-    The server's job list is no substitute: it includes jobs that ran when the server was killed.
+    The server's job list cannot be used: it includes jobs that ran when the server was killed.
     """
     with _no_output():
         return [str(job.job_id) for job in session.get_system_info().job_info]
@@ -304,7 +304,7 @@ def _running_jobs(session: Session) -> list[str]:
 def write_job(folder: Path) -> Path:
     """Write a FLARE job and return its folder.
 
-    It names two classes and contains nothing else; recipe and data are in the kits.
+    The job contains only the names of two classes; recipe and data are in the kits.
     """
     server = {
         "format_version": 2,

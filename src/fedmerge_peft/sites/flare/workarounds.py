@@ -10,8 +10,8 @@ from nvflare.fuel.utils.buffer_list import ConsumableBufferList
 class UniqueList(list[Any]):
     """List that ignores objects it already contains.
 
-    FLARE adds a task that it sends again a second time, and its monitor then crashes at the end of
-    the task.
+    When FLARE sends a task again, it adds the task a second time. Its monitor then crashes at the
+    end of the task.
     """
 
     def append(self, item: Any) -> None:

@@ -58,14 +58,13 @@ class Transport(Protocol):
             deadline: Seconds from now within which every request gets a reply or fails.
 
         Yields:
-            Site, number of the request, and the reply: its bytes, or the reason for which there
-            is none.
+            Site, number of the request, and the bytes of the reply or the reason why there is none.
         """
 
 
 @dataclass
 class Model:
-    """The part of the model that the round loop uses at the server."""
+    """Interface of the model for the round loop at the server."""
 
     config: Any
     device: torch.device
@@ -117,7 +116,7 @@ class RemoteEngine:
         Sites that enroll for the first time are added to the roster.
 
         Raises:
-            FederateError: No site takes part; the message has the reason of every site.
+            FederateError: No site can take part; the message lists the reason for each site.
             FedMergeError: The server cannot load the model.
         """
         absent = {
@@ -152,11 +151,11 @@ class RemoteEngine:
                 )
         _require_sites([site for site in present if site not in absent], absent)
         for site, reason in absent.items():
-            log.warning("site %s takes no part in this job: %s", site, reason)
+            log.warning("site %s is excluded from this job: %s", site, reason)
         return cls(recipe, federation, roster, transport, task, backbone, absent)
 
     def check_serves(self, recipe: Recipe) -> None:
-        """Raise ``RecipeError`` unless this recipe trains clients in the same way."""
+        """Raise ``RecipeError`` if the clients' work differs under this recipe."""
         check_same_work(
             self.recipe,
             recipe,
@@ -233,7 +232,7 @@ class RemoteEngine:
         Args:
             client: Name of the client.
             tensors: The adapter, in PEFT's saved form.
-            documents: Texts that are stored beside the adapter, by file name.
+            documents: Texts that are stored with the adapter, by file name.
         """
         message = Message("adapter", {"client": client, **documents}, tensors)
         index = self.federation.clients.index(client)
@@ -302,7 +301,7 @@ def _broadcast(
     deadline: float,
     absent: dict[str, str],
 ) -> list[tuple[str, Message]]:
-    """Send all sites one message; return the replies, and enter failing sites in ``absent``."""
+    """Send one message to all sites; return the replies, and add failing sites to ``absent``."""
     payload = message.to_bytes()
     expected = {"enroll": "enrolled", "open": "opened"}[message.kind]
     replies: list[tuple[str, Message]] = []
@@ -318,7 +317,7 @@ def _parse_reply(reply: bytes | str, kind: str) -> Message:
     """Parse a reply of the transport.
 
     Args:
-        reply: The bytes of a message, or the reason for which there is none.
+        reply: The bytes of a message, or the reason why there is none.
         kind: The expected kind.
 
     Raises:
@@ -337,7 +336,7 @@ def _parse_reply(reply: bytes | str, kind: str) -> Message:
 
 @contextmanager
 def _failures_to(absent: dict[str, str], site: str) -> Iterator[None]:
-    """Catch a ``FederateError`` of the block as the reason for the site's absence."""
+    """Catch a ``FederateError`` of the block and record it as the reason for the site's absence."""
     try:
         yield
     except FederateError as error:
@@ -347,4 +346,4 @@ def _failures_to(absent: dict[str, str], site: str) -> Iterator[None]:
 def _require_sites(present: Sequence[str], absent: Mapping[str, str]) -> None:
     if not present:
         reasons = "\n".join(f"  {site}: {reason}" for site, reason in absent.items())
-        raise FederateError(f"no site takes part:\n{reasons}")
+        raise FederateError(f"no site can take part:\n{reasons}")

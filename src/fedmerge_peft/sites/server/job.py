@@ -40,7 +40,7 @@ class Outcome:
     """Rounds of the recipe, including those of the baselines."""
     error: str | None = None
     absent: dict[str, str] = field(default_factory=dict)
-    """Sites that took no part, with the reasons."""
+    """Sites that could not take part, with the reasons."""
     adapters: dict[str, str | None] = field(default_factory=dict)
     """Clients whose adapters were sent; the reason if one did not arrive, else None."""
 

@@ -28,7 +28,8 @@ class Roster:
     columns: list[str] = field(default_factory=list)
     """Columns of the data."""
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``group``, ``train``, ``validation``, ``test`` and ``counts`` by label, by client name."""
+    """Entries by client name: ``group``; the numbers of examples ``train``, ``validation`` and
+    ``test``; and ``counts``, the training examples by label."""
 
     @classmethod
     def read(cls, kit: Path) -> Roster:
@@ -52,10 +53,10 @@ class Roster:
 
         Args:
             summaries: The parsed summary of each site.
-            recipe: The federation's.
+            recipe: Recipe of the federation.
 
         Returns:
-            The reason for each site that does not fit.
+            The reason, by site, for each site that does not match.
 
         Raises:
             FederateError: The sites have more labels than the recipe.
@@ -96,8 +97,8 @@ class Roster:
                     for values in (known, entry)
                 )
                 raise WireError(
-                    f"client {client['name']} enrolled with {before} examples, and now has {now}, "
-                    "or other counts of labels; data may not change within a federation"
+                    f"client {client['name']} enrolled with {before} examples, but now has {now}, "
+                    "or different label counts; data must not change within a federation"
                 )
 
 
@@ -129,7 +130,7 @@ def parse_site_summary(
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"its summary of the data is malformed ({type(error).__name__})") from error
     if [entry["name"] for entry in entries] != list(clients):
-        raise WireError(f"its summary names other clients than the federation has at {site}")
+        raise WireError(f"the clients in its summary differ from those of the federation at {site}")
     if any(entry["train"] < 1 for entry in entries):
         raise WireError("its summary has a client without training examples")
     return {

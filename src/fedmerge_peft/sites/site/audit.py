@@ -25,7 +25,7 @@ class AuditEntry:
     update_norm_unfiltered: float | None = None
     """‖δ‖₂ of the update before clipping and noise."""
     error: str | None = None
-    """Reason for which the message contains only an error."""
+    """Error text, if the message contains only an error."""
 
 
 def record(kit: Path, entry: AuditEntry, payload: bytes) -> None:

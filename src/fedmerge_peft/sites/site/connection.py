@@ -1,8 +1,9 @@
 """Local socket between a site's job process and its trainer; only the site's user can open it.
 
 A request is a message's kind, then the message. The reply is a status byte, then a message if the
-status is ``_REPLY``. Each connection carries one request: a job that gives up closes it, so that
-no later request receives an old reply. This module imports neither torch nor nvflare.
+status is ``_REPLY``. Each connection carries one request. A job that stops waiting closes its
+connection, so no later request receives an old reply. This module imports neither torch nor
+nvflare.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class MessageHandler(Protocol):
 
 
 def serve(trainer: MessageHandler, address: str) -> None:
-    """Handle requests one after another, forever."""
+    """Handle requests sequentially, without end."""
     with Listener(address, family="AF_UNIX") as listener:
         while True:
             with listener.accept() as connection:
@@ -92,7 +93,7 @@ class TrainerConnection:
                 connection.send_bytes(payload)
                 while not connection.poll(_POLL_INTERVAL):
                     if cancelled():
-                        raise FederateError("the job no longer waits for the trainer")
+                        raise FederateError("the job has stopped waiting for the trainer")
                 return connection.recv_bytes() if connection.recv_bytes() == _REPLY else None
             except (EOFError, OSError) as error:
                 raise FederateError(

@@ -1,4 +1,4 @@
-"""Trainer of a site: it holds data and model, and trains and evaluates on the server's request."""
+"""Trainer of a site: trains and evaluates its clients on the server's request."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Trainer:
         self._open: tuple[object, LocalEngine] | None = None
 
     def handle(self, payload: bytes) -> bytes:
-        """Carry out a message and return the reply, which is in the audit log before it is sent.
+        """Execute a request and return the reply, which the audit log records before it is sent.
 
         The reply to a failed or refused message is an error text without traceback or examples.
         """
@@ -132,13 +132,13 @@ class Trainer:
 
     def _enroll(self, message: Message) -> Message:
         text = str(message.fields.get("recipe"))
-        # Modules that the server names are not imported here: a site's code comes with its kit.
+        # Plugins of the server's recipe are not imported: a site only runs the code of its own kit.
         requested = loads(Recipe, text, "the server's recipe", import_plugins=False)
         if reason := recipe_refusal(requested, self.agreed, self.settings.allow):
             raise RefusedError(reason)
         if (dtype := message.fields.get("dtype")) != self.federation.wire_dtype:
             raise WireError(
-                f"the server uses numbers in {dtype}, and the kit has {self.federation.wire_dtype}"
+                f"the server sends numbers in {dtype}, but the kit has {self.federation.wire_dtype}"
             )
         return Message("enrolled", asdict(self.summary))
 
@@ -207,7 +207,7 @@ class Trainer:
         client, plan = assignment.client, assignment.plan
         names = [local.name for local in engine.clients]
         if client not in names:
-            raise WireError(f"an assignment for client {client!r}, who is not at this site")
+            raise WireError(f"an assignment for client {client!r}, which is not at this site")
         index = names.index(client)
         engine.backbone.set_base(assignment.base)
         if plan is None:
@@ -238,12 +238,12 @@ class Trainer:
         return Message("evaluated", {"client": assignment.client, "scores": scores})
 
     def _update_privacy(self, plan: Plan) -> UpdatePrivacy | None:
-        """Return the shortest clip and largest noise of plan, kit's recipe and ``site.yaml``."""
+        """Return the smallest clip and largest noise of plan, kit's recipe and ``site.yaml``."""
         requested = plan.privacy if isinstance(plan, Train) else None
         if requested is None and self.agreed.privacy.mode != "none":
             raise RefusedError(
                 f"privacy.mode is {self.agreed.privacy.mode} in the kit's recipe, "
-                "and the server requests updates without it"
+                "but the server requests updates without it"
             )
         return strictest_privacy(
             self.settings.privacy, requested, agreed_privacy(self.agreed.privacy)
@@ -255,7 +255,7 @@ class Trainer:
         """Write a client's adapter as a PEFT folder, with the configuration of this site."""
         client, backbone = message.fields.get("client"), self._engine.backbone
         if client not in [local.name for local in self.data.clients]:
-            raise WireError(f"an adapter for client {client!r}, who is not at this site")
+            raise WireError(f"an adapter for client {client!r}, which is not at this site")
         expected = {entry.key: entry.shape for entry in backbone.layout.entries} | {
             name: tuple(tensor.shape) for name, tensor in backbone.shared.items()
         }
@@ -286,7 +286,7 @@ class Trainer:
 
 
 def strictest_privacy(site: SitePrivacy, *others: UpdatePrivacy | None) -> UpdatePrivacy | None:
-    """Return the shortest clip and the largest noise of several; None if all are empty."""
+    """Return the smallest clip and the largest noise of several; None if all are empty."""
     given = [privacy for privacy in others if privacy is not None]
     clips = [clip for clip in (site.clip, *(privacy.clip for privacy in given)) if clip is not None]
     noise = max([site.noise, *(privacy.noise for privacy in given)])

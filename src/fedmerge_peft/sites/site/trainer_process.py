@@ -1,4 +1,4 @@
-"""Long-lived trainer process of a site: it reads the data once and keeps the model across jobs."""
+"""Trainer process of a site, which reads the data once and keeps the model across jobs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmerge_peft.sites.site.connection import serve
 
 
 def main() -> None:
-    """Serve the site that the environment describes; exit with 2 if a restart cannot help."""
+    """Run the trainer of the site that the environment names; exit with 2 on permanent errors."""
     exit_with_parent()
     site = sys.argv[1]
     from rich.console import Console

@@ -94,7 +94,7 @@ def test_the_sdist_has_the_files_for_tests_and_site(built):
     assert not [
         path
         for path in tree.rglob("*")
-        if path.suffix in (".safetensors", ".parquet") or path.name in ("recipe.yaml", ".git")
+        if path.suffix in (".safetensors", ".parquet") or path.name in ("environment.json", ".git")
     ]
 
 

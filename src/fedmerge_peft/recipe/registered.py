@@ -49,7 +49,13 @@ class OneOf:
         return {self.registry.key: value} if isinstance(value, str) else value
 
     def _refuse(self, value: object) -> object:
-        tags = {"discriminator": self.registry.key, "tag": str(value), "expected_tags": ""}
+        """Raise the error that pydantic's tagged union raises, for a registry without entries."""
+        key = self.registry.key
+        if isinstance(value, dict) and key not in value:
+            raise PydanticKnownError("union_tag_not_found", {"discriminator": repr(key)})
+        if not isinstance(value, str | dict):
+            raise PydanticKnownError("dict_type")
+        tags = {"discriminator": key, "tag": str(value), "expected_tags": ""}
         raise PydanticKnownError("union_tag_invalid", tags)
 
 

@@ -2,17 +2,21 @@
 
     FedMergeError
     ├── RecipeError        the recipe has invalid or contradictory settings
-    ├── PluginError        a plugin cannot be imported, or registers an existing name ├── DataError
-    the data are missing, or do not match the recipe ├── BackboneError      the model is missing, or
-    does not support the adapter ├── DeviceError        the device or the precision is not available
-    ├── RunError           a run directory is missing, unreadable or foreign │   ├── RunExistsError
-    the run directory already contains a run │   ├── RunBusyError   another process is writing the
-    run directory │   ├── ResumeError    the run cannot be resumed │   └── SweepError     some
-    recipes of a sweep failed ├── FederateError      a federation across sites cannot start or
-    continue │   ├── RefusedError   a site's own settings forbid the request │   └── WireError
-    a message between server and site is malformed ├── ClientError        a client failed; names
-    client and round ├── TooFewClientsError too few clients of a round sent valid replies └──
-    RankError          another rank of a distributed run failed or exited
+    ├── PluginError        a plugin cannot be imported, or a part of it breaks its interface
+    ├── DataError          the data are missing, or do not match the recipe
+    ├── BackboneError      the model is missing, or does not support the adapter
+    ├── DeviceError        the device or the precision is not available
+    ├── RunError           a run directory is missing, unreadable or foreign
+    │   ├── RunExistsError the run directory already contains a run
+    │   ├── RunBusyError   another process is writing the run directory
+    │   ├── ResumeError    the run cannot be resumed
+    │   └── SweepError     some recipes of a sweep failed
+    ├── FederateError      a federation across sites cannot start or continue
+    │   ├── RefusedError   a site's own settings forbid the request
+    │   └── WireError      a message between server and site is malformed
+    ├── ClientError        a client failed; names client and round
+    ├── TooFewClientsError too few clients of a round sent valid replies
+    └── RankError          another rank of a distributed run failed or exited
 
 The command line prints an error as one message on standard error and exits with code 2.
 """
@@ -51,7 +55,7 @@ class RecipeError(FedMergeError):
 
 
 class PluginError(FedMergeError):
-    """Plugin that cannot be imported, or registers a name that is already registered."""
+    """Plugin that cannot be imported, or that has a part which breaks its interface."""
 
 
 class DataError(FedMergeError):

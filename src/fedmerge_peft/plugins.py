@@ -181,7 +181,7 @@ def import_installed() -> None:
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         try:
             point.load()
-        except Exception as error:  # a plugin may raise any exception
+        except (Exception, SystemExit) as error:  # a plugin may raise any exception
             package = point.dist.name if point.dist else "an installed package"
             log.warning(
                 "the plugin %s (%s) of %s cannot be imported: %s: %s; update or remove the package",
@@ -215,10 +215,10 @@ def import_modules(names: Iterable[str]) -> None:
                 f"there is no module {absent!r}; install the package that has it, or add its "
                 "folder to PYTHONPATH (PYTHONPATH=. for the current folder)"
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             cause = str(error) if isinstance(error, PluginError) else _named(error)
             raise PluginError(f"{name} cannot be imported: {cause}") from error
 
 
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

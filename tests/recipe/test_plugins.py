@@ -226,7 +226,7 @@ def test_a_section_has_one_name():
     register_strategy("one", recipe=OneRecipe)(Other)
     with pytest.raises(PluginError, match="OneRecipe, which belongs to 'one'"):
         register_strategy("two", recipe=OneRecipe)(Other)
-    with pytest.raises(PluginError, match="int is not a StrategyRecipe"):
+    with pytest.raises(PluginError, match="int is no subclass of StrategyRecipe"):
         register_strategy("three", recipe=int)(Other)
 
 
@@ -315,3 +315,10 @@ def test_reading_a_recipe_imports_no_torch():
         "import fedmerge_peft.cli.recipes; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_module_that_exits_is_named_with_the_cause(module):
+    module.write_text("raise SystemExit('no license')")
+    assert (
+        "my_plugin cannot be imported: SystemExit: no license" in faults("plugins=[my_plugin]")[0]
+    )

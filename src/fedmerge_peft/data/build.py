@@ -13,7 +13,7 @@ from fedmerge_peft.data.clients import Client, FederatedData, Indices
 from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.loading import load_splits
 from fedmerge_peft.data.partition import ClientRows, generator
-from fedmerge_peft.data.schemes import Splits, partition_alike
+from fedmerge_peft.data.schemes import Splits, assignment_fault, partition_alike
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.plugins import PARTITIONS
 from fedmerge_peft.recipe.data import DataRecipe
@@ -87,6 +87,11 @@ def _partition(
         )
     tables = Splits(splits, label, seed, getattr(scheme, "by", None))
     per_split = PARTITIONS[scheme.scheme].load()(scheme, tables)
+    if fault := assignment_fault(per_split, splits):
+        entry = PARTITIONS[scheme.scheme]
+        raise DataError(
+            f"data.partition: the scheme {entry.name!r} of {entry.module} returned {fault}"
+        )
     if per_split.keys() != splits.keys():
         per_split = partition_alike(tables, per_split["train"])
     shifted: dict[str, list[ClientRows]] = {}

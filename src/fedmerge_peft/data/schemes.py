@@ -115,6 +115,31 @@ def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:
     return dealt
 
 
+def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | None:
+    """Return why a scheme's result cannot be used; None if it can."""
+    if not isinstance(assigned, Mapping) or "train" not in assigned:
+        return "no dictionary with the key 'train'"
+    for split, clients in assigned.items():
+        if split not in tables:
+            return f"the split {split!r}, but the data have {join_values(tables)}"
+        if not clients or not all(isinstance(client, ClientRows) for client in clients):
+            return f"no list of ClientRows for {split}"
+        if len(clients) != len(assigned["train"]):
+            return f"{len(clients)} clients for {split}, but {len(assigned['train'])} for train"
+        names = [client.name for client in clients]
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            return f"client names for {split} that are not text, or not unique"
+        for name, rows, _ in clients:
+            if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
+                return f"rows of {name} for {split} that are no one-dimensional array of integers"
+        rows = np.concatenate([client.rows for client in clients])
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(tables[split])):
+            return f"row numbers for {split} outside 0 to {len(tables[split]) - 1}"
+        if split == "train" and len(np.unique(rows)) < len(rows):
+            return "a row of train twice"
+    return None
+
+
 def iid(recipe: IidRecipe, splits: Splits) -> Assigned:
     """Divide each split at random into equal parts."""
     return {

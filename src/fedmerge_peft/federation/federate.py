@@ -16,11 +16,12 @@ from typing import Any
 from fedmerge_peft import distributed
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
-from fedmerge_peft.errors import RecipeError, ResumeError
+from fedmerge_peft.errors import PluginError, RecipeError, ResumeError
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.loop import Federation
 from fedmerge_peft.plugins import CALLBACKS
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.callbacks import CallbackRecipe
 from fedmerge_peft.recipe.diff import differing, flat
 from fedmerge_peft.runs.checkpoint import RESUME_OVERRIDES
 from fedmerge_peft.runs.cleanup import remove_temporary_files
@@ -109,7 +110,7 @@ def _resumed_recipe(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
 
 def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callback) -> None:
     """Run the unfinished part of a recipe and its baselines."""
-    own = [CALLBACKS[section.name].load()(section) for section in recipe.callbacks]
+    own = [_callback(section) for section in recipe.callbacks]
     callbacks = Callbacks([*own, callbacks])
     for one, path in with_baselines(recipe, directory):
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
@@ -124,6 +125,18 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callba
             callbacks.on_start(federation, run)
             _run_rounds(federation, run, tracked, callbacks)
             callbacks.on_end(run)
+
+
+def _callback(section: CallbackRecipe) -> Callback:
+    """Return a recipe's callback. Raises ``PluginError`` if it is no ``Callback``."""
+    entry = CALLBACKS[section.name]
+    callback = entry.load()(section)
+    if not isinstance(callback, Callback):
+        raise PluginError(
+            f"the callback {section.name!r} of {entry.module}: {type(callback).__name__} is no "
+            "subclass of Callback; derive it from that class"
+        )
+    return callback
 
 
 def _has_ended(path: Path, rounds: int) -> bool:

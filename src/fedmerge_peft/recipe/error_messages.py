@@ -127,6 +127,8 @@ def expected(annotation: Any, many: bool = False) -> str:
     if origin in (Union, UnionType):
         options = [expected(option, many) for option in arguments]
         return f"{', '.join(options[:-1])}{',' if len(options) > 2 else ''} or {options[-1]}"
+    if annotation not in _PLAIN:  # a type that only a plugin's section has
+        return f"a value of type {getattr(annotation, '__name__', annotation)}"
     return _PLAIN[annotation][many]
 
 

@@ -13,8 +13,10 @@ argument of most registered classes and functions:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from inspect import isclass
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import create_model
 
@@ -111,6 +113,15 @@ def register_metric(
         PluginError: Another module has registered the name.
     """
     outputs = (of,) if isinstance(of, str) else of
+    if unknown := set(outputs) - set(get_args(Output)):
+        raise PluginError(
+            f"the metric {name!r}: of={', '.join(sorted(unknown))}, expected "
+            f"{', '.join(get_args(Output))}"
+        )
+    if name == "loss":
+        raise PluginError(
+            "the metric 'loss': every task already has that score; choose another name"
+        )
     return _named(METRICS, name, of=outputs, greater_is_better=greater_is_better)
 
 
@@ -129,13 +140,21 @@ def register_aggregation(name: str) -> Callable[[Code], Code]:
 def _section_of(
     registry: Registry, name: str, recipe: type[Section] | None, base: type[Section]
 ) -> Callable[[Code], Code]:
-    if recipe is not None and not issubclass(recipe, base):
+    _check_name(registry, name)
+    if recipe is not None and not (
+        isclass(recipe) and issubclass(recipe, base) and recipe is not base
+    ):
         raise PluginError(
-            f"the {registry.kind} {name!r}: {recipe.__name__} is not a {base.__name__}; derive it "
-            "from that class"
+            f"the {registry.kind} {name!r}: {getattr(recipe, '__name__', repr(recipe))} is no "
+            f"subclass of {base.__name__}; derive the section from that class"
         )
 
     def register(code: Code) -> Code:
+        if registry is not PARTITIONS and not isclass(code):
+            raise PluginError(
+                f"the {registry.kind} {name!r}: {getattr(code, '__name__', repr(code))} is not a "
+                "class; decorate a class"
+            )
         section = recipe or create_model(
             f"{name}Recipe", __base__=base, __doc__=code.__doc__, __module__=code.__module__
         )
@@ -147,12 +166,28 @@ def _section_of(
 
 
 def _named(registry: Registry, name: str, **facts: Any) -> Callable[[Code], Code]:
+    _check_name(registry, name)
+
     def register(code: Code) -> Code:
         registry.add(name, code, **facts)
         rebuild(Recipe)
         return code
 
     return register
+
+
+def _check_name(registry: Registry, name: object) -> None:
+    """Raise ``PluginError`` for a name that cannot be part of a path, or a missing name."""
+    if not isinstance(name, str):
+        raise PluginError(
+            f"the {registry.kind} {getattr(name, '__name__', repr(name))} has no name; pass it to "
+            'the decorator, as in @register_strategy("mine")'
+        )
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise PluginError(
+            f"the {registry.kind} {name!r}: a name has letters, digits, '_', '-' and '.', and "
+            "begins with a letter, a digit or '_'; choose another"
+        )
 
 
 def rebuild(section: type[Section]) -> None:

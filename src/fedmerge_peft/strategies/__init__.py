@@ -1,6 +1,9 @@
 """Server-side methods, one per module."""
 
-from fedmerge_peft.errors import RecipeError
+from torch import Tensor
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.errors import PluginError, RecipeError
 from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.strategies import StrategyRecipe
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
@@ -18,7 +21,9 @@ __all__ = [
 def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
     """Return a new strategy for a recipe.
 
-    Raises ``RecipeError`` if it does not support the adapter's settings or the robust aggregation.
+    Raises:
+        RecipeError: The strategy does not support the adapter's settings or the robust aggregation.
+        PluginError: The strategy has no soup, or weights or state of the wrong kind.
     """
     strategy: Strategy = STRATEGIES[recipe.name].load()(recipe, context)
     strategy.aggregator = context.aggregator
@@ -29,4 +34,27 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
                 "use another strategy"
             ]
         )
+    if fault := _interface_fault(strategy, context):
+        module = STRATEGIES[recipe.name].module
+        raise PluginError(f"the strategy {recipe.name!r} of {module}: {fault}")
     return strategy
+
+
+def _interface_fault(strategy: object, context: StrategyContext) -> str | None:
+    """Return why a new strategy cannot run, or could not resume; None if it can."""
+    if not isinstance(strategy, Strategy):
+        return f"{type(strategy).__name__} is no subclass of Strategy; derive it from that class"
+    if not isinstance(getattr(strategy, "soup", None), AdapterSoup):
+        return "it has no AdapterSoup; set self.soup in __init__"
+    shape, expected = tuple(strategy.weights.shape), (context.clients, len(strategy.soup))
+    if shape != expected:
+        return f"its weights have shape {shape}, expected (clients, adapters) = {expected}"
+    if missing := [name for name in strategy.state_fields if not hasattr(strategy, name)]:
+        return f"state_fields names {', '.join(missing)}; set it in __init__"
+    for name, value in strategy.state_dict().items():
+        if not (value is None or isinstance(value, Tensor) or type(value) is int):
+            return (
+                f"state_fields names {name}, a {type(value).__name__}, which cannot be saved; "
+                "use a tensor, an int, or a Stateful object"
+            )
+    return None

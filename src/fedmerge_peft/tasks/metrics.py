@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedmerge_peft.errors import PluginError
 from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.recipe.tasks import compares_texts
 
@@ -37,7 +38,7 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
     scores = {"loss": loss}
     for name in names:
         if METRICS[name].facts["of"] == ("loss",):
-            scores[name] = float(METRICS[name].load()(loss))
+            scores[name] = _compute(name, loss)
             continue
         outputs, references = (
             (predictions.generated, predictions.references)
@@ -46,12 +47,21 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         )
         # metric(name).compute writes the ids to an Arrow table first. That takes about 3 ms, much
         # longer than the computation, for every client, split and round.
-        scores[name] = (
-            metric(name)._compute(predictions=outputs, references=references)[name]
-            if len(references)
-            else math.nan
-        )
+        scores[name] = _compute(name, outputs, references) if len(references) else math.nan
     return scores
+
+
+def _compute(name: str, *arguments: Any) -> float:
+    """Call a metric's function. Raises ``PluginError`` that names a plugin's metric if it fails."""
+    entry = METRICS[name]
+    try:
+        return float(entry.load()(*arguments))
+    except Exception as error:
+        if entry.origin == "built-in":
+            raise
+        raise PluginError(
+            f"the metric {name!r} of {entry.module}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def greater_is_better(name: str) -> bool:

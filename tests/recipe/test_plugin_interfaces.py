@@ -1,0 +1,129 @@
+"""Parts of plugins that break their interface are refused, with the plugin and the fault."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedmerge_peft import (
+    Callback,
+    CallbackRecipe,
+    ClientRows,
+    DataError,
+    PluginError,
+    Recipe,
+    RecipeError,
+    Strategy,
+    StrategyRecipe,
+    register_callback,
+    register_metric,
+    register_partition,
+    register_strategy,
+)
+from fedmerge_peft.data import federate_data
+from fedmerge_peft.strategies.fedavg import FedAvg
+from fedmerge_peft.tasks.base import Predictions
+from fedmerge_peft.tasks.metrics import score
+from fedmerge_peft.testing import FormulaClients, isolated_registries
+
+
+@pytest.fixture(autouse=True)
+def isolated():
+    """Restore registries after each test."""
+    with isolated_registries():
+        yield
+
+
+def test_a_setting_of_a_type_that_yaml_lacks_is_named_in_the_message():
+    class PathRecipe(CallbackRecipe):
+        """Writes a file."""
+
+        path: Path = Path("log")
+        """File."""
+
+    register_callback("path", recipe=PathRecipe)(Callback)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load("smoke", ["callbacks=[{name: path, path: log}]"])
+    message = "callbacks[0].path: found text 'log', expected a value of type Path"
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (lambda: register_metric(len), "the metric len has no name"),
+        (lambda: register_strategy("../up")(FedAvg), "'../up': a name has letters"),
+        (lambda: register_strategy("f")(lambda recipe, context: 0), "is not a class"),
+        (lambda: register_strategy("s", recipe=StrategyRecipe), "is no subclass of StrategyRecipe"),
+        (lambda: register_strategy("s", recipe=3), "3 is no subclass of StrategyRecipe"),
+        (lambda: register_metric("m", of="clases"), "of=clases, expected classes, tokens, texts"),
+        (lambda: register_metric("loss"), "every task already has that score"),
+    ],
+)
+def test_a_registration_that_could_not_work_is_refused(register, message):
+    with pytest.raises(PluginError) as caught:
+        register()
+    assert message in str(caught.value)
+
+
+def rows(*numbers):
+    return [ClientRows(f"c{i}", np.array(own)) for i, own in enumerate(numbers)]
+
+
+@pytest.mark.parametrize(
+    ("assigned", "message"),
+    [
+        (None, "no dictionary with the key 'train'"),
+        ({"train": []}, "no list of ClientRows for train"),
+        ({"train": [("a", np.arange(3))]}, "no list of ClientRows for train"),
+        ({"train": [ClientRows("a", np.arange(3))] * 2}, "not unique"),
+        ({"train": rows([0.0, 1.0])}, "no one-dimensional array of integers"),
+        ({"train": rows([True, False])}, "no one-dimensional array of integers"),
+        ({"train": rows([-1, 2])}, "row numbers for train outside 0 to 611"),
+        ({"train": rows([1, 612])}, "row numbers for train outside 0 to 611"),
+        ({"train": rows([1, 2], [2, 3])}, "a row of train twice"),
+        ({"train": rows([1]), "trial": rows([1])}, "the split 'trial', but the data have train"),
+    ],
+)
+def test_an_assignment_that_is_none_is_named_with_its_scheme(assigned, message):
+    register_partition("mine")(lambda recipe, splits: assigned)
+    recipe = Recipe.load("smoke", ["data.partition={scheme: mine}"])
+    with pytest.raises(DataError, match=r"the scheme 'mine' of .*interfaces returned") as caught:
+        federate_data(recipe.data, "queue", 0)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda self: vars(self).pop("soup"), "it has no AdapterSoup"),
+        (lambda self: setattr(self, "state_fields", ("gone",)), "state_fields names gone; set it"),
+        (lambda self: vars(self).update(state_fields=("lr",), lr=0.5), "lr, a float, which cannot"),
+    ],
+)
+def test_a_strategy_that_could_not_run_or_resume_is_refused_at_its_start(change, message):
+    @register_strategy("broken")
+    class Broken(Strategy):
+        weights = torch.ones(4, 1)
+
+        def __init__(self, recipe, context):
+            self.soup = FormulaClients(4).strategy("fedavg").soup
+            change(self)
+
+        def update(self, replies):
+            pass
+
+    with pytest.raises(PluginError, match=r"'broken' of .*test_plugin_interfaces") as caught:
+        FormulaClients(4).strategy("broken")
+    assert message in str(caught.value)
+
+
+def test_a_metric_registered_again_replaces_the_first_and_its_failure_is_named():
+    predictions = Predictions(loss_sum=1.0, count=1, predicted=[1], expected=[1])
+    for value in (0.25, 0.75):
+        register_metric("cell")(lambda predicted, expected, value=value: value)
+        assert score(["cell"], predictions)["cell"] == value
+    register_metric("cell")(lambda predicted, expected: "good")
+    with pytest.raises(PluginError, match=r"the metric 'cell' of .*interfaces: ValueError"):
+        score(["cell"], predictions)

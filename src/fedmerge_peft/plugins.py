@@ -14,17 +14,20 @@ code, so that reading a recipe imports no torch.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from traceback import extract_tb
 from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedmerge_peft.errors import PluginError
+from fedmerge_peft.errors import FedMergeError, PluginError
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,27 @@ class Entry:
             return self.code
         module, _, attribute = self.code.partition(":")
         return getattr(import_module(module), attribute)
+
+    @contextmanager
+    def named_in_errors(self, kind: str) -> Iterator[None]:
+        """Raise ``PluginError`` with the plugin's part and line for an error inside the context.
+
+        Errors of this package, and errors of its own parts, are raised unchanged.
+        """
+        try:
+            yield
+        except FedMergeError:
+            raise
+        except Exception as error:
+            if self.origin == "built-in":
+                raise
+            source = getattr(sys.modules.get(self.module), "__file__", None)
+            frames = extract_tb(error.__traceback__)
+            own = [frame for frame in frames if frame.filename == source] or frames
+            raise PluginError(
+                f"the {kind} {self.name!r} of {self.module} failed at {own[-1].filename}:"
+                f"{own[-1].lineno}: {type(error).__name__}: {error}"
+            ) from error
 
 
 class Registry:

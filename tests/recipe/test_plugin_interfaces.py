@@ -16,16 +16,24 @@ from fedmerge_peft import (
     RecipeError,
     Strategy,
     StrategyRecipe,
+    register_aggregation,
     register_callback,
     register_metric,
     register_partition,
     register_strategy,
 )
 from fedmerge_peft.data import federate_data
+from fedmerge_peft.recipe.robustness import RobustnessRecipe
+from fedmerge_peft.recipe.strategies import FedAvgRecipe
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.fedavg import FedAvg
 from fedmerge_peft.tasks.base import Predictions
 from fedmerge_peft.tasks.metrics import score
 from fedmerge_peft.testing import FormulaClients, isolated_registries
+
+
+class Renamed(FedAvgRecipe):
+    """FedAvg under another name."""
 
 
 @pytest.fixture(autouse=True)
@@ -125,5 +133,55 @@ def test_a_metric_registered_again_replaces_the_first_and_its_failure_is_named()
         register_metric("cell")(lambda predicted, expected, value=value: value)
         assert score(["cell"], predictions)["cell"] == value
     register_metric("cell")(lambda predicted, expected: "good")
-    with pytest.raises(PluginError, match=r"the metric 'cell' of .*interfaces: ValueError"):
+    with pytest.raises(
+        PluginError, match=r"the metric 'cell' of .*interfaces failed at .*: ValueError"
+    ):
         score(["cell"], predictions)
+
+
+def test_an_error_in_update_names_the_plugin_and_its_line():
+    @register_strategy("breaks", recipe=Renamed)
+    class Breaks(FedAvg):
+        """Fails."""
+
+        def update(self, replies):
+            torch.zeros(2) @ torch.zeros(3)
+
+    with pytest.raises(
+        PluginError, match=r"strategy 'breaks' of .* failed at .*interfaces.py:\d+: "
+    ):
+        list(FormulaClients(4).federation("strategy.name=breaks", "rounds=1").rounds())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda soup: soup.rows * torch.nan, "after update, soup.rows is not finite"),
+        (lambda soup: soup.rows[:, :1], "after update, soup.rows is a float32 tensor"),
+    ],
+)
+def test_a_soup_that_cannot_be_merged_after_update_is_refused(change, message):
+    @register_strategy("spoils", recipe=Renamed)
+    class Spoils(FedAvg):
+        """Leaves an unusable soup."""
+
+        def update(self, replies):
+            self.soup.rows = change(self.soup)
+
+    with pytest.raises(PluginError, match=message):
+        list(FormulaClients(4).federation("strategy.name=spoils", "rounds=1").rounds())
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda deltas, weights, recipe: deltas, "its result is a float32 tensor"),
+        (lambda deltas, weights, recipe: deltas[:1] * torch.inf, "its result is not finite"),
+        (lambda deltas, weights: deltas[:1], "failed at .*: TypeError"),
+    ],
+)
+def test_a_rule_whose_result_is_no_update_is_refused(rule, message):
+    register_aggregation("odd")(rule)
+    aggregator = Aggregator(RobustnessRecipe(aggregation="odd"))
+    with pytest.raises(PluginError, match=f"aggregation rule 'odd' of .*{message}"):
+        aggregator.combine(torch.ones(3, 5), torch.ones(3, 1), torch.ones(3))

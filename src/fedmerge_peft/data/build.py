@@ -86,9 +86,10 @@ def _partition(
             "examples; lower data.partition.clients, or relax data.filter"
         )
     tables = Splits(splits, label, seed, getattr(scheme, "by", None))
-    per_split = PARTITIONS[scheme.scheme].load()(scheme, tables)
+    entry = PARTITIONS[scheme.scheme]
+    with entry.named_in_errors("partition scheme"):
+        per_split = entry.load()(scheme, tables)
     if fault := assignment_fault(per_split, splits):
-        entry = PARTITIONS[scheme.scheme]
         raise DataError(
             f"data.partition: the scheme {entry.name!r} of {entry.module} returned {fault}"
         )

@@ -21,7 +21,7 @@ from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
 from fedmerge_peft.federation.replies import ReplyCollector, RoundReplies
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.record import RoundRecord, Scores
-from fedmerge_peft.strategies import Reply, Strategy, make_strategy
+from fedmerge_peft.strategies import Reply, Strategy, make_strategy, update_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.differential_privacy import PrivateAggregator, update_privacy
 from fedmerge_peft.training.plan import Train
@@ -104,7 +104,7 @@ class Federation:
         up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
 
         with timed("server"):
-            self.strategy.update(replies)
+            update_strategy(self.recipe.strategy.name, self.strategy, replies)
             gap = fmean(
                 self.strategy.gap(reply, collected.trained[reply.client]) for reply in replies
             )

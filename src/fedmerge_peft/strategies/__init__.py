@@ -1,5 +1,7 @@
 """Server-side methods, one per module."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
@@ -8,6 +10,7 @@ from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.strategies import StrategyRecipe
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 from fedmerge_peft.strategies.server_step import fedmerge_step
+from fedmerge_peft.util.vectors import tensor_mismatch
 
 __all__ = [
     "Reply",
@@ -15,6 +18,7 @@ __all__ = [
     "StrategyContext",
     "fedmerge_step",
     "make_strategy",
+    "update_strategy",
 ]
 
 
@@ -25,7 +29,9 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
         RecipeError: The strategy does not support the adapter's settings or the robust aggregation.
         PluginError: The strategy has no soup, or weights or state of the wrong kind.
     """
-    strategy: Strategy = STRATEGIES[recipe.name].load()(recipe, context)
+    entry = STRATEGIES[recipe.name]
+    with entry.named_in_errors("strategy"):
+        strategy: Strategy = entry.load()(recipe, context)
     strategy.aggregator = context.aggregator
     if context.aggregator.recipe.defends and recipe.federated and not strategy.averages:
         raise RecipeError(
@@ -35,9 +41,30 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
             ]
         )
     if fault := _interface_fault(strategy, context):
-        module = STRATEGIES[recipe.name].module
-        raise PluginError(f"the strategy {recipe.name!r} of {module}: {fault}")
+        raise PluginError(f"the strategy {recipe.name!r} of {entry.module}: {fault}")
     return strategy
+
+
+def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> None:
+    """Update the strategy of this name from a round's replies.
+
+    Raises:
+        PluginError: A plugin's strategy failed, or its soup or weights cannot be merged afterwards.
+    """
+    entry = STRATEGIES[name]
+    rows, weights = tuple(strategy.soup.rows.shape), tuple(strategy.weights.shape)
+    with entry.named_in_errors("strategy"):
+        strategy.update(replies)
+    if entry.origin == "built-in":
+        return
+    for part, value, shape in (
+        ("soup.rows", strategy.soup.rows, rows),
+        ("weights", strategy.weights, weights),
+    ):
+        if mismatch := tensor_mismatch(value, shape):
+            raise PluginError(
+                f"the strategy {name!r} of {entry.module}: after update, {part} is {mismatch}"
+            )
 
 
 def _interface_fault(strategy: object, context: StrategyContext) -> str | None:

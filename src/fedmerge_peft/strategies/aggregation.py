@@ -43,11 +43,12 @@ import statistics
 import torch
 from torch import Tensor
 
+from fedmerge_peft.errors import PluginError
 from fedmerge_peft.plugins import AGGREGATIONS
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.strategies.server_step import soup_shares
 from fedmerge_peft.strategies.similarity import cosines
-from fedmerge_peft.util.vectors import row_norms
+from fedmerge_peft.util.vectors import row_norms, tensor_mismatch
 
 _NORM_WINDOW = 5
 """Number of rounds in the running median of the norms."""
@@ -106,8 +107,14 @@ class Aggregator:
             return mixing.T.to(deltas) @ deltas
         totals = mixing.sum(dim=0)
         normalized = mixing / totals.clamp_min(torch.finfo(torch.float64).tiny)
-        rule = AGGREGATIONS[self.recipe.aggregation].load()
-        combined: Tensor = rule(deltas, normalized, self.recipe)
+        entry = AGGREGATIONS[self.recipe.aggregation]
+        with entry.named_in_errors("aggregation rule"):
+            combined: Tensor = entry.load()(deltas, normalized, self.recipe)
+        shape = (weights.shape[1], deltas.shape[1])
+        if entry.origin != "built-in" and (mismatch := tensor_mismatch(combined, shape)):
+            raise PluginError(
+                f"the aggregation rule {entry.name!r} of {entry.module}: its result is {mismatch}"
+            )
         return totals[:, None].to(deltas) * combined
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedmerge_peft.errors import PluginError
 from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.recipe.tasks import compares_texts
 
@@ -54,14 +53,8 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
 def _compute(name: str, *arguments: Any) -> float:
     """Call a metric's function. Raises ``PluginError`` that names a plugin's metric if it fails."""
     entry = METRICS[name]
-    try:
+    with entry.named_in_errors("metric"):
         return float(entry.load()(*arguments))
-    except Exception as error:
-        if entry.origin == "built-in":
-            raise
-        raise PluginError(
-            f"the metric {name!r} of {entry.module}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def greater_is_better(name: str) -> bool:

@@ -81,7 +81,8 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     states = [_start(runtime, training, job) for job in jobs]
     backbone.train()
     first, *others = (job.seed for job in jobs)
-    with seeded(derive(first, "dropout", *others), backbone.device):
+    threads = runtime.cpu_threads(training.batch_size * len(jobs))
+    with threads, seeded(derive(first, "dropout", *others), backbone.device):
         for phase in range(max(len(job.train.phases) for job in jobs)):
             present = [state for state in states if phase < len(state.job.train.phases)]
             present.sort(key=lambda state: -state.steps)

@@ -7,12 +7,12 @@ import torch
 
 from fedmerge_peft.errors import WireError
 from fedmerge_peft.sites.messages import (
-    Message,
     assignment_message,
     read_assignment,
     read_reply,
     reply_message,
 )
+from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train, UpdatePrivacy
 

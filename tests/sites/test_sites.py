@@ -16,10 +16,10 @@ from fedmerge_peft.sites.config import (
     recipe_refusal,
 )
 from fedmerge_peft.sites.flare.provision import ALLOWED_CLASSES
-from fedmerge_peft.sites.messages import Message
 from fedmerge_peft.sites.server.job import run_job
 from fedmerge_peft.sites.site.trainer import Trainer, strictest_privacy
 from fedmerge_peft.sites.site_data import agree_on_labels
+from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.training.plan import Choose, Train, UpdatePrivacy
 
 
@@ -124,7 +124,7 @@ def test_modules_that_a_site_does_not_allow_are_not_trained(smoke, federation_of
 
 
 def test_clients_with_few_examples_are_refused(smoke, federation_of):
-    with pytest.raises(RefusedError, match=r"training examples, but checks\.min_examples"):
+    with pytest.raises(RefusedError, match=r"training examples, and checks\.min_examples"):
         federation_of(smoke(), 2, settings={"site-1": {"checks": {"min_examples": 100}}})
 
 
@@ -150,7 +150,7 @@ def test_a_federation_without_sites_fails_with_each_sites_reason(smoke, federati
     outcome, _ = run_federation(kit, connect(trainers))
     assert outcome.state == "failed"
     assert "no site can take part" in outcome.error
-    assert outcome.error.count("training.learning_rate is 0.001, and 0.123 in the kit") == 2
+    assert outcome.error.count("training.learning_rate is 0.001, but 0.123 in the kit") == 2
 
 
 def test_an_invalid_reply_costs_its_client_that_round_only(smoke, federation_of, connect):

@@ -1,4 +1,4 @@
-"""Messages between server and sites: named tensors and JSON fields, as a safetensors file.
+"""Contents of the messages between server and sites: assignments and replies.
 
 Nothing is pickled. The reader states the layout, number format and client that it expects, and
 refuses anything else. Adapters and updates are sent as float32 or bfloat16, as the federation
@@ -8,84 +8,24 @@ masks are booleans.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import FederateError, WireError
+from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
 from fedmerge_peft.util.stateful import describe
 
-PROTOCOL = 2
-"""Version of the wire format; server and sites must use the same."""
-
 WireDtype = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_HEADER = 8
-"""Bytes at the start of a safetensors file that hold the length of its JSON header."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message: its kind, its JSON fields, and its tensors by name."""
-
-    kind: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        """Serialize the message."""
-        header = json.dumps(
-            {"protocol": PROTOCOL, "kind": self.kind, "fields": self.fields}, ensure_ascii=False
-        )
-        tensors: dict[str, Tensor] = {}
-        storages: set[int] = set()
-        for name, tensor in self.tensors.items():
-            value = tensor.detach().to("cpu").contiguous()
-            storage = value.untyped_storage().data_ptr()
-            # safetensors refuses two tensors that share memory
-            tensors[name] = value.clone() if storage in storages else value
-            storages.add(storage)
-        return save(tensors, metadata={"fedmerge": header})
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Message:
-        """Parse a message. Raises ``WireError`` for invalid bytes and for another protocol."""
-        try:
-            header = _header(data)
-            tensors = load(data)
-            protocol, kind, fields = header["protocol"], header["kind"], header["fields"]
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise WireError(
-                f"{len(data)} bytes are not a message ({type(error).__name__})"
-            ) from error
-        if protocol != PROTOCOL or not isinstance(kind, str) or not isinstance(fields, dict):
-            raise WireError(
-                f"the message has protocol {protocol!r}, but this version uses {PROTOCOL}; "
-                "install the same version on the server and all sites"
-            )
-        return cls(kind, fields, tensors)
-
-
-def _header(data: bytes) -> Any:
-    """Parse the JSON header of a message."""
-    length = int.from_bytes(data[:_HEADER], "little")
-    return json.loads(json.loads(data[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])
-
-
-def kind_of(payload: bytes) -> str:
-    """Return the kind of a serialized message without reading its tensors."""
-    return str(_header(payload)["kind"])
 
 
 def layout_digest(layout: AdapterLayout, shared: Mapping[str, Tensor]) -> str:

@@ -23,9 +23,10 @@ from fedmerge_peft.models.backbone import Backbone, load_backbone
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.sites.config import Federation
-from fedmerge_peft.sites.messages import Message, assignment_message, layout_digest, read_reply
+from fedmerge_peft.sites.messages import assignment_message, layout_digest, read_reply
 from fedmerge_peft.sites.server.roster import Roster, parse_label_counts, parse_site_summary
 from fedmerge_peft.sites.site_data import placeholder_table
+from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task

@@ -29,7 +29,6 @@ from fedmerge_peft.sites.config import (
     recipe_refusal,
 )
 from fedmerge_peft.sites.messages import (
-    Message,
     RemoteAssignment,
     layout_digest,
     read_assignment,
@@ -42,6 +41,7 @@ from fedmerge_peft.sites.site_data import (
     site_summary,
     with_label_ids,
 )
+from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.differential_privacy import update_privacy as agreed_privacy
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy

@@ -257,7 +257,7 @@ def test_the_recipe_is_cleared_last(tmp_path, write_run, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "/tmp"])
 def test_names_outside_the_folder_are_refused(tmp_path, name):
-    with pytest.raises(RecipeError, match="cannot name a folder"):
+    with pytest.raises(RecipeError, match="is not a valid folder name"):
         sweep({name: Recipe.load("smoke")}, tmp_path)
 
 

@@ -94,7 +94,7 @@ def test_the_pretrained_vit_loads_without_a_head(pretrain, tmp_path):
         f"data.path={tmp_path / 'images.parquet'}",
     )
     assert loaded.backbone.prefix is not None
-    assert loaded.examples.columns["pixel_values"][0].shape == (3, 32, 32)
+    assert loaded.runtime.examples.columns["pixel_values"][0].shape == (3, 32, 32)
     head = loaded.backbone.layout.columns("head")
     assert len(head) == 100 * 32 + 100
     assert not torch.equal(loaded.backbone.fresh_row(1)[head], loaded.backbone.fresh_row(2)[head])
@@ -110,4 +110,4 @@ def test_the_pretrained_decoder_loads_with_its_tokenizer(pretrain):
         model, "task={name: causal-lm, max_length: 48}", "data.max_train=10", "data.max_test=4"
     )
     assert loaded.backbone.prefix is not None
-    assert loaded.task.processor.decode(loaded.examples.columns["input_ids"][0]).startswith("<s>")
+    assert loaded.task.processor.decode(loaded.runtime.examples.columns["input_ids"][0]).startswith("<s>")

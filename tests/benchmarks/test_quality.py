@@ -110,4 +110,5 @@ def test_the_pretrained_decoder_loads_with_its_tokenizer(pretrain):
         model, "task={name: causal-lm, max_length: 48}", "data.max_train=10", "data.max_test=4"
     )
     assert loaded.backbone.prefix is not None
-    assert loaded.task.processor.decode(loaded.runtime.examples.columns["input_ids"][0]).startswith("<s>")
+    first = loaded.runtime.examples.columns["input_ids"][0]
+    assert loaded.task.processor.decode(first).startswith("<s>")

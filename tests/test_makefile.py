@@ -1,5 +1,6 @@
 """``make quickstart`` runs, resumes or shows; scripts in place of ``fedmerge`` and ``pip`` log."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,8 +26,16 @@ def make(tmp_path):
             (programs / name).chmod(0o755)
         if installed:
             (tmp_path / ".venv" / ".installed").touch()
+        # A make around the tests passes its own settings on, as CI's VENV; here the copy's hold.
+        own = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS"}
+        env = {name: value for name, value in os.environ.items() if name not in own}
         return subprocess.run(
-            ["make", target], cwd=tmp_path, capture_output=True, text=True, check=False
+            ["make", target, "VENV=.venv"],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     return run

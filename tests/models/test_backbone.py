@@ -6,6 +6,7 @@ from tests.conftest import ImageTask, LabelTask, TextTask
 
 from equality import assert_near
 from fedmerge_peft import BackboneError
+from fedmerge_peft.models.pretrained import align_weights
 from fedmerge_peft.recipe.schema import LoraRecipe
 
 
@@ -36,6 +37,16 @@ LORA_FIELDS = [
     {"merge": "shared_a"},
     {"dropout": 0.1},
 ]
+
+
+def test_weights_that_a_mapped_file_left_unaligned_are_copied_unchanged():
+    mapped = torch.arange(40.0)
+    model = torch.nn.Linear(3, 4)
+    model.weight.data, model.bias.data = mapped[1:13].view(4, 3), mapped[16:20]
+    align_weights(model)
+    assert model.weight.tolist() == torch.arange(1.0, 13.0).view(4, 3).tolist()
+    assert model.weight.data_ptr() % 64 == 0
+    assert model.bias.data_ptr() == mapped[16:].data_ptr()  # it was aligned
 
 
 @pytest.mark.parametrize("fields", LORA_FIELDS, ids=str)

@@ -10,7 +10,7 @@ from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.evaluation import evaluate
-from fedmerge_peft.training.first_token import compute_first_token_only
+from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.runtime import Runtime
@@ -58,7 +58,8 @@ def jobs(runtime, count):
 def test_training_and_scores_are_those_of_all_positions_with_the_same_dropout(make_runtime, count):
     whole, training = make_runtime("bert")
     first, _ = make_runtime("bert")
-    assert compute_first_token_only(first, ROWS)
+    first.first_token = cut_to_first_token(first, ROWS)
+    assert first.first_token is not None
     rows = [job.train.row for job in jobs(whole, count)]
     expected = train(whole, training, jobs(whole, count))
     found = train(first, training, jobs(first, count))
@@ -73,7 +74,7 @@ def test_the_last_layer_runs_on_one_position(make_runtime):
     lengths = []
     layer = runtime.backbone.model.get_submodule("base_model.model.bert.encoder.layer")[-1]
     layer.register_forward_hook(lambda *call: lengths.append(call[-1].shape[1]))
-    compute_first_token_only(runtime, ROWS)
+    runtime.first_token = cut_to_first_token(runtime, ROWS)
     lengths.clear()
     evaluate(runtime, runtime.backbone.fresh_row(0), ROWS, 4)
     assert lengths == [1, 1, 1]
@@ -83,10 +84,10 @@ def test_a_head_that_reads_other_tokens_keeps_all_positions(make_runtime):
     runtime, _ = make_runtime("bert")
     pooler = runtime.backbone.model.get_submodule("base_model.model.bert.pooler")
     pooler.forward = lambda states: torch.tanh(pooler.dense(states.mean(dim=1)))
-    assert not compute_first_token_only(runtime, ROWS)
+    assert cut_to_first_token(runtime, ROWS) is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
 def test_layers_that_are_built_otherwise_are_left_alone(make_runtime, kind):
     runtime, _ = make_runtime(kind)
-    assert not compute_first_token_only(runtime, ROWS)
+    assert cut_to_first_token(runtime, ROWS) is None

@@ -35,7 +35,7 @@ from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.execute import run_plans
-from fedmerge_peft.training.first_token import compute_first_token_only
+from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Plan, Served, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
@@ -90,7 +90,7 @@ class LocalEngine:
         runtime = Runtime(backbone, task, accelerator, task.encode(data.table))
         rows = _rows_held(data.clients)
         if len(rows):
-            compute_first_token_only(runtime, rows)
+            runtime.first_token = cut_to_first_token(runtime, rows)
         gigabytes = recipe.training.prefix_cache
         if backbone.prefix is not None and gigabytes > 0:
             runtime.cache = PrefixCache(backbone, task, runtime.examples, rows, gigabytes)

@@ -123,7 +123,21 @@ def load_model(
     if pad is not None:
         model.config.pad_token_id = pad
     missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
-    return (model if backbone.quantization else model.to(device)), missing
+    if not backbone.quantization:
+        model = model.to(device)
+        align_weights(model)
+    return model, missing
+
+
+def align_weights(model: Any) -> None:
+    """Copy weights on the CPU that are not aligned to 64 bytes, as those of a mapped file.
+
+    Kernels for small products round differently on such memory, so that the same weights would give
+    other bits in another process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager

@@ -7,19 +7,24 @@ positions are then computed for nothing: two thirds of that layer's work, forwar
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fedmerge_peft.data.clients import Indices
-from fedmerge_peft.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from fedmerge_peft.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
 
-def compute_first_token_only(runtime: Runtime, rows: Indices) -> bool:
-    """Make the model's last layer compute the first token only, if its head reads no other.
+def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
+    """Return a cut of the model's last layer to the first token, if its head reads no other.
 
     A trial on the shortest and the longest example decides. The gradient of the losses must vanish
     at all other positions of the last layer, and the losses must agree with and without them.
@@ -27,15 +32,15 @@ def compute_first_token_only(runtime: Runtime, rows: Indices) -> bool:
     same.
 
     Args:
-        runtime: Model, task and examples. The model keeps the change.
+        runtime: Model, task and examples.
         rows: The rows of the table that clients hold.
 
     Returns:
-        True if the model was changed.
+        The cut, not applied; None if the model needs all positions.
     """
     layer = _last_layer(runtime.backbone.model)
     if layer is None:
-        return False
+        return None
     sizes = runtime.examples.lengths[rows]
     chunk = rows[[int(sizes.argmin()), int(sizes.argmax())]]
     runtime.backbone.eval()
@@ -45,38 +50,41 @@ def compute_first_token_only(runtime: Runtime, rows: Indices) -> bool:
         losses = _losses(runtime, chunk)
     handle.remove()
     if len(states) != 1 or not states[0].requires_grad:
-        return False
+        return None
     (gradient,) = torch.autograd.grad(losses.sum(), states[0], allow_unused=True)
     if gradient is None or gradient.ndim != 3 or bool(gradient[:, 1:].any()):
-        return False
-    cut = _FirstToken(layer)
-    with torch.no_grad():
+        return None
+    cut = FirstToken(layer)
+    with torch.no_grad(), cut.applied():
         again = _losses(runtime, chunk)
     if not torch.allclose(again, losses.detach(), rtol=1e-3, atol=1e-3):
-        cut.remove()
-        return False
+        return None
     log.info("the last layer computes the first token only: the head reads no other")
-    return True
+    return cut
 
 
-class _FirstToken:
+class FirstToken:
     """Hooks that pass on the first token alone after the attention of one layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._shape = torch.Size()
         """Shape of the states before the cut, ``(batch, length, width)``."""
-        attention = layer.get_submodule("attention.output")
-        parts = (attention, layer.get_submodule("output"))
-        self._handle: RemovableHandle = attention.register_forward_pre_hook(self._cut)
+        self._attention = layer.get_submodule("attention.output")
+        parts = (self._attention, layer.get_submodule("output"))
         self._dropouts = [part.get_submodule("dropout") for part in parts]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Cut the passes inside the context."""
+        handle: RemovableHandle = self._attention.register_forward_pre_hook(self._cut)
         for dropout in self._dropouts:
             dropout.forward = self._masked(dropout)
-
-    def remove(self) -> None:
-        """Take the hooks out of the layer."""
-        self._handle.remove()
-        for dropout in self._dropouts:
-            del dropout.forward
+        try:
+            yield
+        finally:
+            handle.remove()
+            for dropout in self._dropouts:
+                del dropout.forward
 
     def _cut(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         states, residual = args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.training.first_token import FirstToken
 from fedmerge_peft.training.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Runtime:
     """The encoded table."""
     cache: PrefixCache | None = None
     """Cache that skips the layers before the first trainable one; None if there are none."""
+    first_token: FirstToken | None = None
+    """Cut of the last layer to the only token that the head reads; None if it reads others."""
 
     @property
     def device(self) -> torch.device:
@@ -89,10 +92,11 @@ class Runtime:
 
     @contextmanager
     def forward_pass(self, rows: Indices) -> Iterator[None]:
-        """Run a forward pass on the batch of these examples under autocast and the prefix cache."""
-        with self.accelerator.autocast():
-            if self.cache is None:
-                yield
-            else:
-                with self.cache.batch_context(rows):
-                    yield
+        """Run a pass on these examples under autocast, prefix cache and cut to the first token."""
+        with ExitStack() as stack:
+            stack.enter_context(self.accelerator.autocast())
+            if self.cache is not None:
+                stack.enter_context(self.cache.batch_context(rows))
+            if self.first_token is not None:
+                stack.enter_context(self.first_token.applied())
+            yield

@@ -177,6 +177,7 @@ class FormulaClients:
             backbone=SimpleNamespace(set_base=lambda _: None),
             check_serves=lambda _: None,
             strategy_context=self.strategy_context,
+            label_counts=lambda: None,
             train_clients=lambda _round, assignments: (
                 (assignment.plan, self.reply(client, assignment.plan))
                 for client, assignment in assignments

@@ -279,18 +279,31 @@ def in_groups(truth, spread, seed=0):
 @pytest.mark.parametrize("most", [3, 4, 8, 12, 20])
 def test_grouping_uses_directions_and_determines_the_number_of_groups(most):
     truth = torch.arange(12) % 3
-    groups = group_by_direction(in_groups(truth, 0.3), most, 0)
+    groups = group_by_direction(in_groups(truth, 0.3), most, 0).groups
     assert all(
         (groups[i] == groups[k]) == (truth[i] == truth[k]) for i in range(12) for k in range(12)
     )
 
 
-def test_clients_without_similarity_stay_alone():
-    assert sorted(
-        group_by_direction(
-            torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), 8, 0
-        ).tolist()
-    ) == [0, 1, 2]
+@pytest.mark.parametrize("clients", [4, 12, 25, 50])
+@pytest.mark.parametrize("common", [0.0, 1.0, 5.0])
+def test_clients_that_differ_only_by_noise_are_one_group(clients, common):
+    noise = torch.randn(clients, 400, generator=torch.Generator().manual_seed(clients))
+    found = group_by_direction(noise + common, clients, 0)
+    assert found.groups.tolist() == [0] * clients
+    assert "no more alike than by chance" in found.reason
+
+
+def test_clients_that_repeat_themselves_but_do_not_resemble_each_other_stay_alone():
+    alone = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    found = group_by_direction(alone, 8, 0, repeatability=torch.full((5,), 0.6))
+    assert found.groups.tolist() == [0, 1, 2, 3, 4]
+    fewer = group_by_direction(alone, 4, 0, repeatability=torch.full((5,), 0.6))
+    assert fewer.groups.tolist() == [0] * 5  # there are not as many adapters
+
+
+def test_a_client_alone_is_one_group():
+    assert group_by_direction(torch.ones(1, 5), 8, 0).groups.tolist() == [0]
 
 
 def test_agreement_equals_a_slow_recomputation():

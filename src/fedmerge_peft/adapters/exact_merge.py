@@ -27,7 +27,7 @@ def _check_exact(soup: AdapterSoup) -> None:
 
 
 def concat(
-    soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any]
+    soup: AdapterSoup, weights: Tensor, config: Mapping[str, Any], clients: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Compute Σ_j π_j B_j A_j exactly, as one adapter with the factors concatenated along the rank.
 
@@ -35,6 +35,7 @@ def concat(
         soup: d adapters of rank r.
         weights: One row of π, ``(d,)``.
         config: PEFT configuration of the soup's adapters (``adapter_config.json`` as a mapping).
+        clients: As in ``AdapterSoup.merge``. Own parts are in the head, which enters linearly.
 
     Returns:
         State dict of the adapter in PEFT's saved form, and its configuration. The rank is r times
@@ -47,7 +48,7 @@ def concat(
     used = weights != 0
     states = [soup.state_dict(row) for row in soup.rows[used]]
     # Heads and biases enter linearly, so their parameter average is exact.
-    merged = soup.state_dict(soup.merge(weights))
+    merged = soup.state_dict(soup.merge(weights, clients))
     for _, a_key, b_key in factor_pairs(states[0]):
         merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
         merged[b_key] = torch.cat(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,6 +16,20 @@ from fedmerge_peft.util.files import write_tensors
 
 _SHARED = "shared."
 _BASE = "base."
+_OWN = "own."
+
+
+@dataclass
+class OwnParts:
+    """What clients add to their merged adapters, in some columns: a part of the head, for example.
+
+    θ_i = Σ_j π_ij Θ_j + U_i, with U_i in the columns and 0 in the others.
+    """
+
+    columns: Tensor
+    """Columns of a row, ``(c,)`` int64."""
+    residuals: Tensor
+    """U, ``(m, c)`` float32."""
 
 
 @dataclass
@@ -37,6 +52,8 @@ class AdapterSoup:
     ``merge`` and ``state_dict`` ignore them. ``Backbone.set_base`` and
     ``exact_merge.add_base_update`` apply them.
     """
+    own: OwnParts | None = None
+    """What each client adds to its merged adapter; None for nothing."""
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
@@ -48,9 +65,18 @@ class AdapterSoup:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def merge(self, weights: Tensor) -> Tensor:
-        """Merge adapters with weights ``(d,)`` or ``(k, d)`` into rows ``(P,)`` or ``(k, P)``."""
-        return weights.to(self.rows) @ self.rows
+    def merge(self, weights: Tensor, clients: Tensor | None = None) -> Tensor:
+        """Merge adapters with weights ``(d,)`` or ``(k, d)`` into rows ``(P,)`` or ``(k, P)``.
+
+        Args:
+            weights: π.
+            clients: Weights of the clients' own parts, ``(m,)`` or ``(k, m)``, one-hot for a
+                client. None leaves these parts out.
+        """
+        merged = weights.to(self.rows) @ self.rows
+        if self.own is not None and clients is not None:
+            merged[..., self.own.columns] += clients.to(self.rows) @ self.own.residuals
+        return merged
 
     def state_dict(self, row: Tensor) -> dict[str, Tensor]:
         """Return the adapter ``(P,)`` in PEFT's saved form, including the shared tensors."""
@@ -66,6 +92,7 @@ class AdapterSoup:
             "rows": self.rows,
             **{_SHARED + key: value for key, value in self.shared.items()},
             **{_BASE + key: value for key, value in self.base.items()},
+            **({_OWN + key: value for key, value in vars(self.own).items()} if self.own else {}),
         }
         write_tensors(path, tensors, ("layout", self.layout.to_json()))
 
@@ -81,14 +108,28 @@ class AdapterSoup:
                 layout = AdapterLayout.from_json((file.metadata() or {})["layout"])
                 # safe_open is not a mapping.
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            shared, base = (
+            shared, base, own = (
                 {
                     key.removeprefix(prefix): value
                     for key, value in tensors.items()
                     if key.startswith(prefix)
                 }
-                for prefix in (_SHARED, _BASE)
+                for prefix in (_SHARED, _BASE, _OWN)
             )
-            return cls(tensors["rows"], layout, shared, base)
+            parts = _own_parts(own, layout) if own else None
+            return cls(tensors["rows"], layout, shared, base, parts)
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise RunError(f"{path}: not a readable soup ({error})") from error
+
+
+def _own_parts(tensors: Mapping[str, Tensor], layout: AdapterLayout) -> OwnParts:
+    """Return the own parts of a file. Raises ``ValueError`` if they do not fit the layout."""
+    columns, residuals = tensors["columns"], tensors["residuals"]
+    if (
+        columns.dtype != torch.int64
+        or residuals.ndim != 2
+        or residuals.shape[1:] != columns.shape
+        or bool(((columns < 0) | (columns >= layout.size)).any())
+    ):
+        raise ValueError("its own parts do not fit its layout")
+    return OwnParts(columns, residuals)

@@ -11,6 +11,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.engines.assignments import Assignment, Assignments
@@ -52,7 +54,11 @@ class Federation:
         self.recipe = recipe
         self.engine: Engine = engine or load_engine(recipe)
         self.engine.check_serves(recipe)
-        context = replace(self.engine.strategy_context(), aggregator=self._aggregator())
+        context = replace(
+            self.engine.strategy_context(),
+            aggregator=self._aggregator(),
+            label_counts=self._label_counts(),
+        )
         self.strategy: Strategy = make_strategy(recipe.strategy, context)
         self.completed = 0
         """Completed rounds."""
@@ -105,6 +111,8 @@ class Federation:
 
         with timed("server"):
             update_strategy(self.recipe.strategy.name, self.strategy, replies)
+            for decision in self.strategy.decisions():
+                log.info("round %d: %s", number, decision)
             gap = fmean(
                 self.strategy.gap(reply, collected.trained[reply.client]) for reply in replies
             )
@@ -129,6 +137,7 @@ class Federation:
             clients=[self.engine.clients[reply.client].name for reply in replies],
             failures=collected.failures,
             warnings=self.strategy.warnings(),
+            decisions=self.strategy.decisions(),
         )
 
     def collect_replies(
@@ -214,6 +223,13 @@ class Federation:
             cohort_size = len(self.cohort(1))
             return PrivateAggregator(recipe.privacy, cohort_size, derive(recipe.seed, "privacy"))
         return Aggregator(recipe.robustness)
+
+    def _label_counts(self) -> Tensor | None:
+        """Return the clients' label counts, unless they must stay private."""
+        if self.recipe.privacy.mode != "none":
+            return None
+        counts = self.engine.label_counts()
+        return None if counts is None else torch.tensor(counts)
 
     def _scores(self, clients: Iterable[tuple[int, dict[str, float] | None]]) -> Scores | None:
         names = self.engine.clients

@@ -88,13 +88,15 @@ class FedMergeRecipe(ServerRecipe):
     shared_soup = True
     learned_merging = True
     dp_modes = frozenset({"local", "central"})
-    adapters: PositiveInt = 5
-    """d, the number of adapters in the soup."""
+    adapters: PositiveInt | Literal["auto"] = "auto"
+    """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups that
+    the clients' updates show, which may be one; with other starts 5, at most the number of
+    clients."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
     """Update rule of the weights: normalized (each client's gradient divided by its largest
     absolute entry), adam, gradient (plain), or paper."""
     weights_lr: NonNegativeFloat | None = None
-    """Step size of the merging logits. Default: 1.0; 0.3 for adam; 0.01 for paper."""
+    """Step size of the merging logits. Default: 0.3; 1.0 for gradient; 0.01 for paper."""
     weights_columns: Literal["all", "head"] | None = None
     """Parameters in the inner product of the weights' gradient: the whole adapter, or the head
     only. Default: all; for the rule paper the head, if there is one, as in the authors' code."""
@@ -117,17 +119,22 @@ class FedMergeRecipe(ServerRecipe):
     """Rounds of `start: warm` before the grouping."""
     groups: PositiveInt | None = None
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
-    adapters."""
+    adapters if that is set."""
     warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.65
     """Merging weight of the group's adapter after the grouping. The other adapters share the rest
     evenly."""
+    own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    """Weight of a client's own head after the grouping of `start: warm`; the head that is merged
+    from the soup has the rest. auto: what the label distributions of a group's clients do not have
+    in common, which is 0 if they are alike. It needs the clients' label counts, and is 0 with
+    differential privacy."""
     reseed_after: PositiveInt | None = None
     """Rounds without use after which an adapter is reassigned to part of the clients of the most
     used adapter. Default: never."""
 
     @model_validator(mode="after")
     def _a_group_has_an_adapter(self) -> FedMergeRecipe:
-        if self.groups is not None and self.groups > self.adapters:
+        if self.groups is not None and self.adapters != "auto" and self.groups > self.adapters:
             raise ValueError(
                 f"groups: {self.groups} groups need {self.groups} adapters, but adapters is "
                 f"{self.adapters}; raise adapters, or lower groups"

@@ -70,7 +70,10 @@ class Checkpoint:
 
     def restore(self, strategy: Strategy) -> None:
         """Load this state into a new strategy. Raises ``ValueError`` if the shapes differ."""
-        expected, saved = strategy.soup, self.soup
+        saved = self.soup
+        if len(saved) != len(strategy.soup):
+            strategy.resize(len(saved))
+        expected = strategy.soup
         if (saved.layout, saved.rows.shape, saved.base.keys()) != (
             expected.layout,
             expected.rows.shape,

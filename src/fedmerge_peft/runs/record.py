@@ -99,6 +99,8 @@ class RoundRecord:
     failures: dict[str, str] = field(default_factory=dict)
     """Reason of failure by client, for clients skipped under ``clients.failures: skip``."""
     warnings: list[str] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
+    """What the strategy decided by itself in this round, such as the number of groups."""
 
     def __str__(self) -> str:
         width = len(str(self.rounds))

@@ -53,6 +53,8 @@ class MergedAdapter:
     scores: Mapping[str, float] = field(default_factory=dict)
     """A client's scores on its own examples, such as ``test_accuracy``; empty for mixtures and for
     clients that were not evaluated."""
+    clients: Tensor | None = None
+    """Weights of the clients' own parts, ``(m,)``; None for none."""
 
     def __post_init__(self) -> None:
         if not self.run.recipe.strategy.single_adapter:
@@ -66,7 +68,7 @@ class MergedAdapter:
     @property
     def row(self) -> Tensor:
         """θ, ``(P,)`` float32."""
-        return self.soup.merge(self.weights)
+        return self.soup.merge(self.weights, self.clients)
 
     def peft_state(self, *, exact: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return PEFT's state dict and configuration, including updates of the backbone (flora).
@@ -80,7 +82,7 @@ class MergedAdapter:
         """
         config = self.run.adapter_config
         state, config = (
-            concat(self.soup, self.weights, config)
+            concat(self.soup, self.weights, config, self.clients)
             if exact
             else (self.soup.state_dict(self.row), config)
         )
@@ -174,8 +176,9 @@ def client_adapter(run: RunDirectory, name: str, *, best: bool = False) -> Merge
     """
     soup, weights = run.state(best=best)
     row = run.weights_of(name, weights)
+    own = torch.eye(len(weights))[run.client_names.index(name)]
     return MergedAdapter(
-        run, name, soup, row, run.round(best=best), run.scores(best=best).get(name, {})
+        run, name, soup, row, run.round(best=best), run.scores(best=best).get(name, {}), own
     )
 
 
@@ -198,11 +201,21 @@ def mixed_adapter(
         torch.eye(adapters)[key] if isinstance(key, int) else run.weights_of(key, known)
         for key in shares
     ]
-    name = " + ".join(
-        f"{float(part):.2g} {key}" for key, part in zip(shares, parts / parts.sum(), strict=True)
-    )
+    owns = [
+        torch.zeros(len(known))
+        if isinstance(key, int)
+        else torch.eye(len(known))[run.client_names.index(key)]
+        for key in shares
+    ]
+    parts /= parts.sum()
+    name = " + ".join(f"{float(part):.2g} {key}" for key, part in zip(shares, parts, strict=True))
     return MergedAdapter(
-        run, name, soup, (parts / parts.sum()) @ torch.stack(rows), run.round(best=best)
+        run,
+        name,
+        soup,
+        parts @ torch.stack(rows),
+        run.round(best=best),
+        clients=parts @ torch.stack(owns),
     )
 
 

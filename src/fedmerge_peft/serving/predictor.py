@@ -70,7 +70,8 @@ class Predictor:
                 "so a client has no single adapter to predict with"
             )
         soup, weights = run.state(best=best)
-        self._adapters = dict(zip(run.client_names, soup.merge(weights), strict=True))
+        rows = soup.merge(weights, torch.eye(len(weights)))
+        self._adapters = dict(zip(run.client_names, rows, strict=True))
         self._labels: list[str] = run.task["labels"]
         recipe = run.recipe.model_copy(
             update={"training": run.recipe.training.model_copy(update={"device": device})}

@@ -35,6 +35,9 @@ class StrategyContext:
     """Factor of the update B A of each adapted layer, by module name: alpha / r, or alpha / √r with
     rsLoRA."""
     aggregator: Aggregator = field(default_factory=Aggregator)
+    label_counts: Tensor | None = None
+    """Training examples of each client by label, ``(m, classes)`` int64. None if examples have no
+    labels, or if the recipe asks for differential privacy."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,20 @@ class Strategy(Stateful, ABC):
         """
         plan = self.plan(reply.client)
         return float((trained - plan.sent[plan.shared_rows(reply.choice)]).norm(dim=1).mean())
+
+    def resize(self, adapters: int) -> None:
+        """Change the number of adapters to that of a saved state, before the state is loaded.
+
+        Raises:
+            ValueError: The strategy's number of adapters is fixed.
+        """
+        raise ValueError(f"its soup has {adapters} adapters, but {len(self.soup)} were expected")
+
+    def decisions(self) -> list[str]:
+        """Return what the last update decided by itself, such as the number of groups, a sentence
+        each.
+        """
+        return []
 
     def warnings(self) -> list[str]:
         """Return warnings about the current weights, one sentence each."""

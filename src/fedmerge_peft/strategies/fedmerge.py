@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.merging_weights import UNUSED_SHARE, MergingWeights
-from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.adapters.merging_weights import MergingWeights
+from fedmerge_peft.adapters.soup import AdapterSoup, OwnParts
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balancing import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
+from fedmerge_peft.strategies.logit_steps import LogitSteps
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
+from fedmerge_peft.strategies.own_head import OwnHead, own_shares
+from fedmerge_peft.strategies.reseeding import Reseeding
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
-from fedmerge_peft.strategies.server_step import WEIGHTS_LR, logits_step, weights_gradient
-from fedmerge_peft.strategies.similarity import group_by_direction, split_by_direction
-from fedmerge_peft.util.stateful import Stateful
+from fedmerge_peft.strategies.server_step import weights_gradient
+from fedmerge_peft.strategies.similarity import group_by_direction
 
-_ADAM_LR = 0.3
-_ADAM_DECAY = 0.9
-"""Decay of the squared gradients with ``rule: adam``. It is low because a federation has only tens
-of rounds."""
+_ADAPTERS = 5
+"""d with ``adapters: auto`` if the clients are not grouped; the default of the authors' code."""
 
 
 class FedMerge(Strategy):
@@ -36,30 +36,72 @@ class FedMerge(Strategy):
 
     ``server_step.py`` defines the step for each rule.
 
-    With ``start: warm``, all adapters stay equal for a few rounds, which then equal FedAvg. After
-    these rounds the directions of the clients' updates determine W. The soup step of the same round
-    uses the new π and gives each group of clients its own adapter.
+    With ``start: warm``, there is one adapter for a few rounds, which then equal FedAvg. After
+    these rounds the directions of the clients' updates tell how many groups of clients there are,
+    and which. The soup step of the same round uses the new π and gives each group its own adapter.
+
+    If the clients of a group have different labels, each also gets a head of its own
+    (``own_head.py``). It is a second block of merging weights, for the columns of the head.
     """
 
-    state_fields = ("server", "merging", "shifts", "steps", "_warming", "_reseeding", "rounds")
+    state_fields = (
+        "server",
+        "merging",
+        "shifts",
+        "steps",
+        "_warming",
+        "_reseeding",
+        "own_head",
+        "joined",
+        "rounds",
+    )
     learns_weights = True
 
     def __init__(self, recipe: recipes.FedMergeRecipe, context: StrategyContext) -> None:
         self.recipe = recipe
-        self.seed = context.seed
-        self.soup = AdapterSoup(_initial_rows(recipe, context), context.layout, context.shared)
-        self.server = ServerOptimizer(recipe, self.soup.rows)
-        self.merging = MergingWeights.uniform(context.clients, recipe.adapters)
-        self.shifts = torch.zeros(recipe.adapters, dtype=torch.float64)
-        """Balancing shifts of the adapters' logits, ``(d,)`` float64."""
-        self.steps = _LogitSteps(recipe, context)
+        self.context = context
         self._warming = MeanUpdates(context) if recipe.start == "warm" else None
-        self._reseeding = (
-            _Reseeding(recipe.reseed_after, recipe.adapters, context.seed)
-            if recipe.reseed_after
-            else None
+        if recipe.adapters != "auto":
+            adapters = recipe.adapters
+        else:
+            adapters = 1 if self._warming is not None else min(_ADAPTERS, context.clients)
+        self.soup = AdapterSoup(
+            _initial_rows(recipe, context, adapters), context.layout, context.shared
         )
+        self.server = ServerOptimizer(recipe, self.soup.rows)
+        self._set_weights(adapters)
+        self.own_head: OwnHead | None = None
+        """Own heads of the clients; None before the grouping, or if the head is shared."""
+        self.joined = torch.full((context.clients,), self._warming is None)
+        """True for clients whose weights no longer are the initial ones, ``(m,)``."""
         self.rounds = 0
+        self._decided: list[str] = []
+
+    def _set_weights(self, adapters: int) -> None:
+        """Start with uniform weights over this number of adapters."""
+        recipe, context = self.recipe, self.context
+        self.merging = MergingWeights.uniform(context.clients, adapters)
+        self.shifts = torch.zeros(adapters, dtype=torch.float64)
+        """Balancing shifts of the adapters' logits, ``(d,)`` float64."""
+        self.steps = LogitSteps(recipe, context, adapters)
+        self._reseeding = (
+            Reseeding(recipe.reseed_after, adapters, context.seed) if recipe.reseed_after else None
+        )
+
+    def resize(self, adapters: int) -> None:
+        if self.recipe.adapters != "auto" or len(self.soup) != 1:
+            super().resize(adapters)
+        self.soup = replace(self.soup, rows=self.soup.rows.repeat(adapters, 1))
+        self.server.repeat(adapters)
+        self._set_weights(adapters)
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
+        if "own_head.shares" in state:
+            self.own_head = OwnHead(
+                self.context.layout.columns("head"), torch.zeros(self.context.clients)
+            )
+        super().load_state_dict(state)
+        self._store_own_parts()
 
     @property
     def weights(self) -> Tensor:
@@ -68,7 +110,13 @@ class FedMerge(Strategy):
     def adapter(self, client: int) -> Tensor:
         if self._warming is not None:  # all rows are equal; FedAvg's adapter, bit for bit
             return self.soup.rows[0].clone()
-        return self.soup.merge(self._softmax(self.merging.logits[client]))
+        merged = self.soup.merge(self._softmax(self.merging.logits[client]))
+        if self.soup.own is not None:
+            merged[self.soup.own.columns] += self.soup.own.residuals[client]
+        return merged
+
+    def decisions(self) -> list[str]:
+        return self._decided
 
     def _softmax(self, logits: Tensor) -> Tensor:
         return torch.softmax(
@@ -78,24 +126,41 @@ class FedMerge(Strategy):
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack_replies(replies)
         deltas = self.aggregator.clip(deltas)
-        shares = sizes / sizes.sum()
-        before = self.weights[clients].double()
-        if self._warming is None:
-            gradient = weights_gradient(
-                self.soup.rows, before, deltas, self.steps.columns, self.aggregator.update_norms
-            )
-            gradient /= self.recipe.temperature
-            self.merging.logits[clients] -= self.steps.compute(clients, gradient, shares).float()
-            if self._reseeding is not None:
-                self._reseeding.apply(
-                    self.soup.rows, self.merging.logits, self.weights, clients, deltas
-                )
-        else:
+        served = self._served_heads(clients)
+        self._decided = []
+        self.rounds += 1
+        if self._warming is not None:
             self._warming.add(clients, deltas)
-            if self.rounds + 1 == self.recipe.warm_rounds:
+            if self.rounds == self.recipe.warm_rounds:
                 self._group(self._warming)
                 self._warming = None
-        self.rounds += 1
+            before = self.weights[clients].double()
+        else:
+            before = self.weights[clients].double()
+            self._join(clients, deltas)
+            self._step_weights(clients, before, deltas, sizes)
+        self._balance()
+        self.soup.rows = self.server.step(
+            self.soup.rows, self._soup_gradient(clients, before, deltas, sizes)
+        )
+        if self.own_head is not None:
+            self.own_head.update(clients, served, deltas[:, self.own_head.columns])
+            self._store_own_parts()
+
+    def _step_weights(self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor) -> None:
+        """W_i ← W_i − step(G_i); arguments as in ``_soup_gradient``."""
+        gradient = weights_gradient(
+            self.soup.rows, before, deltas, self.steps.columns, self.aggregator.update_norms
+        )
+        gradient /= self.recipe.temperature
+        shares = sizes / sizes.sum()
+        self.merging.logits[clients] -= self.steps.compute(clients, gradient, shares).float()
+        if self._reseeding is not None:
+            self._reseeding.apply(
+                self.soup.rows, self.merging.logits, self.weights, clients, deltas
+            )
+
+    def _balance(self) -> None:
         balance = (
             1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
         )
@@ -103,9 +168,6 @@ class FedMerge(Strategy):
             balance * balancing_shifts(self.merging.logits / self.recipe.temperature)
             if balance > 0
             else torch.zeros_like(self.shifts)
-        )
-        self.soup.rows = self.server.step(
-            self.soup.rows, self._soup_gradient(clients, before, deltas, sizes)
         )
 
     def _soup_gradient(
@@ -130,9 +192,9 @@ class FedMerge(Strategy):
         )
 
     def _group(self, updates: MeanUpdates) -> None:
-        """Set W according to the directions of the clients' mean updates.
+        """Set the number of adapters, W and the own heads according to the warm rounds.
 
-        Clients that have not taken part yet keep uniform weights.
+        Clients that have not taken part yet keep uniform weights until their first reply.
         """
         means = updates.means()
         ones = torch.ones(len(means), 1)
@@ -141,14 +203,77 @@ class FedMerge(Strategy):
             if self.aggregator.recipe.defends
             else None
         )
-        groups = group_by_direction(
-            means, self.recipe.adapters, self.seed, self.recipe.groups, center
+        adapters = self.recipe.adapters
+        found = group_by_direction(
+            means,
+            self.context.clients if adapters == "auto" else adapters,
+            self.context.seed,
+            count=self.recipe.groups,
+            center=center,
+            repeatability=updates.repeatability(),
         )
-        own, others = self.recipe.warm_weight, self.recipe.adapters - 1
+        if adapters == "auto":
+            self.resize(int(found.groups.max()) + 1)
+        self._assign(updates.clients, found.groups)
+        number = int(found.groups.max()) + 1
+        self._decided = [f"{number} group{'s' * (number > 1)} of clients: {found.reason}"]
+        self._decide_own_heads(updates.clients, found.groups)
+
+    def _join(self, clients: Tensor, deltas: Tensor) -> None:
+        """Assign clients that missed the grouping to the group that their first update points to.
+
+        They trained the mean adapter Θ̄. Their group is argmax_j cos(−δ_i, Θ_j − Θ̄).
+        """
+        new = ~self.joined[clients]
+        if len(self.soup) > 1 and new.any():
+            rows = self.soup.rows
+            directions = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+            self._assign(clients[new], (-deltas[new] @ directions.T).argmax(dim=1))
+
+    def _assign(self, clients: Tensor, groups: Tensor) -> None:
+        """Set the weight of each client's group to ``warm_weight``; the others share the rest."""
+        self.joined[clients] = True
+        own, others = self.recipe.warm_weight, len(self.soup) - 1
         if others:  # all other logits are zero, so softmax(W / T) gives this weight
-            self.merging.logits[updates.clients, groups] = self.recipe.temperature * math.log(
+            self.merging.logits[clients, groups] = self.recipe.temperature * math.log(
                 own * others / (1 - own)
             )
+
+    def _decide_own_heads(self, clients: Tensor, groups: Tensor) -> None:
+        """Give clients own heads, with the recipe's share or one that follows from their labels."""
+        share, counts = self.recipe.own_head, self.context.label_counts
+        columns = self.context.layout.columns("head")
+        shares = torch.zeros(self.context.clients)
+        if share != "auto":
+            shares[:] = share
+            reason = "as set in the recipe"
+        elif counts is None or len(columns) == 0:
+            return
+        else:
+            estimated, gain = own_shares(counts[clients], groups)
+            shares[:] = estimated.mean()  # also of clients that take part later
+            shares[clients] = estimated
+            reason = f"own label distributions explain the labels better by {gain:.0f} nats"
+        if not shares.any():
+            self._decided.append("shared heads: within a group, clients have the same labels")
+        elif len(columns):
+            self.own_head = OwnHead(columns, shares)
+            self._decided.append(
+                f"own heads with a mean weight of {float(shares[clients].mean()):.2f}: {reason}"
+            )
+
+    def _served_heads(self, clients: Tensor) -> Tensor:
+        """Return the heads that these clients were sent, ``(k, h)``."""
+        columns = self.context.layout.columns("head")
+        merged = self.weights[clients] @ self.soup.rows[:, columns]
+        own = self.soup.own
+        return merged if own is None else merged + own.residuals[clients]
+
+    def _store_own_parts(self) -> None:
+        if self.own_head is not None:
+            columns = self.own_head.columns
+            residuals = self.own_head.residuals(self.weights @ self.soup.rows[:, columns])
+            self.soup.own = OwnParts(columns, residuals)
 
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":
@@ -164,109 +289,14 @@ class FedMerge(Strategy):
         return super().warnings()
 
 
-def _initial_rows(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Tensor:
+def _initial_rows(
+    recipe: recipes.FedMergeRecipe, context: StrategyContext, adapters: int
+) -> Tensor:
     """Return Θ before the first round, ``(d, P)``."""
     if recipe.start == "independent":
-        return torch.stack([context.fresh_row(number) for number in range(recipe.adapters)])
-    rows = context.fresh_row(0).repeat(recipe.adapters, 1)
+        return torch.stack([context.fresh_row(number) for number in range(adapters)])
+    rows = context.fresh_row(0).repeat(adapters, 1)
     if recipe.start == "noise":
         generator = torch.Generator().manual_seed(context.seed)
         rows += recipe.start_noise * torch.randn(rows.shape, generator=generator)
     return rows
-
-
-class _LogitSteps(Stateful):
-    """Steps of the logits along G, with running moments of G, ``(clients, d)`` each."""
-
-    state_fields = ("average", "squares", "rounds")
-
-    def __init__(self, recipe: recipes.FedMergeRecipe, context: StrategyContext) -> None:
-        self.recipe = recipe
-        head = context.layout.columns("head")
-        if recipe.weights_columns == "head" and len(head) == 0:
-            raise RecipeError(
-                [
-                    "strategy.weights_columns: this adapter has no head; "
-                    "use all, or name the head in lora.modules_to_save"
-                ]
-            )
-        by_head = recipe.weights_columns == "head" or (
-            recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0
-        )
-        self.columns = head if by_head else None
-        """Indices of the columns that enter the inner product in G; None for all P columns."""
-        default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
-        self.lr = default if recipe.weights_lr is None else recipe.weights_lr
-        self.average = torch.zeros(context.clients, recipe.adapters, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.average)
-        self.rounds = torch.zeros(context.clients, dtype=torch.int64)
-
-    def compute(self, clients: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
-        """Compute the steps to subtract from these clients' logits, ``(k, d)`` float64.
-
-        The steps use an exponential average of G over the rounds in which a client replied.
-
-        Args:
-            clients: Client indices, ``(k,)``.
-            gradient: G, ``(k, d)`` float64.
-            shares: ρ, ``(k,)`` float64.
-        """
-        memory = self.recipe.weights_memory
-        self.rounds[clients] += 1
-        self.average[clients] = memory * self.average[clients] + (1 - memory) * gradient
-        unbiased = self.average[clients] / (1 - memory ** self.rounds[clients, None].double())
-        if self.recipe.rule != "adam":
-            return logits_step(self.recipe.rule, unbiased, shares, self.lr)
-        self.squares[clients] = (
-            _ADAM_DECAY * self.squares[clients] + (1 - _ADAM_DECAY) * gradient.square()
-        )
-        root = (
-            self.squares[clients] / (1 - _ADAM_DECAY ** self.rounds[clients, None].double())
-        ).sqrt()
-        return self.lr * torch.where(
-            root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0
-        )
-
-
-class _Reseeding(Stateful):
-    """Reassignment of an unused adapter to some clients of the most used adapter.
-
-    These clients are split in two by the directions of their updates, as clustered federated
-    learning splits a cluster (Sattler et al. 2020, arXiv 1910.01991). The unused adapter becomes a
-    copy of the most used one, and the smaller half of the clients moves to it.
-    """
-
-    state_fields = ("idle",)
-
-    def __init__(self, patience: int, adapters: int, seed: int) -> None:
-        self.patience = patience
-        self.seed = seed
-        self.idle = torch.zeros(adapters, dtype=torch.int64)
-        """Number of consecutive rounds in which each adapter was unused, ``(d,)`` int64."""
-
-    def apply(
-        self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor
-    ) -> None:
-        """Reassign at most one adapter, in place, before the round's soup step.
-
-        Args:
-            rows: Θ, ``(d, P)``.
-            logits: W, ``(m, d)``.
-            weights: π, ``(m, d)``.
-            clients: Clients that replied, ``(k,)``.
-            deltas: δ, ``(k, P)``.
-        """
-        mass = weights.mean(dim=0)
-        unused = mass < UNUSED_SHARE / len(mass)
-        self.idle = torch.where(unused, self.idle + 1, 0)
-        if int(self.idle.max()) < self.patience:
-            return
-        free, busy = int(self.idle.argmax()), int(mass.argmax())
-        members = torch.nonzero(weights[clients].argmax(dim=1) == busy).flatten()
-        if len(members) < 2:
-            return
-        halves = split_by_direction(deltas[members], self.seed)
-        movers = clients[members[halves == int(halves.sum() * 2 < len(halves))]]
-        rows[free] = rows[busy]
-        logits[movers[:, None], [free, busy]] = logits[movers[:, None], [busy, free]]
-        self.idle[free] = 0

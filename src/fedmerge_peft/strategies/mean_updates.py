@@ -21,12 +21,15 @@ class MeanUpdates(Stateful):
     def __init__(self, context: StrategyContext) -> None:
         self._size = context.layout.size
         self._counts = torch.zeros(context.clients)
+        self._squares = torch.zeros(context.clients, dtype=torch.float64)
+        """Σ ‖δ_i‖² over the rounds, ``(m,)``."""
         self._sums: dict[int, Tensor] = {}
         self._buffer = RowBuffer(expected_calls=context.clients)
 
     def add(self, clients: Tensor, deltas: Tensor) -> None:
         """Add one round's updates ``(k, P)`` of these clients ``(k,)``."""
         self._counts[clients] += 1
+        self._squares[clients] += torch.linalg.vector_norm(deltas, dim=1).double().square()
         for client, delta in zip(clients.tolist(), deltas, strict=True):
             if client in self._sums:
                 self._sums[client] += delta
@@ -39,6 +42,7 @@ class MeanUpdates(Stateful):
             if client in self._sums:
                 self._sums[client].zero_()
         self._counts[clients] = 0
+        self._squares[clients] = 0
         self.add(clients, deltas)
 
     @property
@@ -53,12 +57,28 @@ class MeanUpdates(Stateful):
             [rows.append(row / count) for row, count in zip(self._ascending(), counts, strict=True)]
         )
 
+    def repeatability(self) -> Tensor:
+        """Compute the agreement of each client's updates over its rounds, ``(k,)`` float64.
+
+        It is the mean inner product of a client's updates from two rounds, relative to the mean
+        square: (‖Σ δ‖² − Σ ‖δ‖²) / ((R − 1) Σ ‖δ‖²) for R rounds, and 0 for a single one.
+        """
+        counts, squares = self._counts[self.clients].double(), self._squares[self.clients]
+        sums = torch.stack(
+            [torch.linalg.vector_norm(row).double().square() for row in self._ascending()]
+        )
+        return torch.where(
+            (counts > 1) & (squares > 0),
+            (sums - squares) / ((counts - 1).clamp_min(1) * squares.clamp_min(1e-300)),
+            0.0,
+        )
+
     def state_dict(self) -> State:
-        return {"sums": self._rows(), "counts": self._counts}
+        return {"sums": self._rows(), "counts": self._counts, "squares": self._squares}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
-        if state.keys() != {"sums", "counts"}:
-            unmatched = sorted(state.keys() ^ {"sums", "counts"})
+        if state.keys() != {"sums", "counts", "squares"}:
+            unmatched = sorted(state.keys() ^ {"sums", "counts", "squares"})
             raise ValueError(
                 f"{', '.join(unmatched)}: present only in the state or only in the object"
             )
@@ -74,6 +94,8 @@ class MeanUpdates(Stateful):
         self._sums, self._buffer = {}, RowBuffer(expected_calls=len(self._counts))
         self.add(clients, sums)
         self._counts = counts if isinstance(counts, Tensor) else self._counts
+        squares = checked_copy("squares", self._squares, state["squares"])
+        self._squares = squares if isinstance(squares, Tensor) else self._squares
 
     def _ascending(self) -> list[Tensor]:
         return [self._sums[client] for client in sorted(self._sums)]

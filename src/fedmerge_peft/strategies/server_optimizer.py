@@ -44,6 +44,14 @@ class ServerOptimizer(Stateful):
         self.optimizer.step()
         return self._rows.detach().clone()
 
+    def repeat(self, adapters: int) -> None:
+        """Continue with this many copies of a single row, with its moments."""
+        state = self.optimizer.state[self._rows]
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim == 2:
+                state[name] = value.repeat(adapters, 1)
+        self._rows.data = self._rows.data.repeat(adapters, 1)
+
     def state_dict(self) -> State:
         return dict(self.optimizer.state[self._rows])
 

@@ -22,7 +22,7 @@ from fedmerge_peft.util.vectors import all_finite
 
 Rule = Literal["normalized", "gradient", "paper"]
 
-WEIGHTS_LR: dict[Rule, float] = {"normalized": 1.0, "gradient": 1.0, "paper": 0.01}
+WEIGHTS_LR: dict[Rule, float] = {"normalized": 0.3, "gradient": 1.0, "paper": 0.01}
 _PAPER_STEP = 0.01
 _PAPER_MAX_STEPS = 10_001
 

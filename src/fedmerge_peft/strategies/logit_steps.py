@@ -1,0 +1,72 @@
+"""Steps of FedMerge's merging logits along their gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.base import StrategyContext
+from fedmerge_peft.strategies.server_step import WEIGHTS_LR, logits_step
+from fedmerge_peft.util.stateful import Stateful
+
+_ADAM_LR = 0.3
+_ADAM_DECAY = 0.9
+"""Decay of the squared gradients with ``rule: adam``. It is low because a federation has only tens
+of rounds."""
+
+
+class LogitSteps(Stateful):
+    """Steps of the logits along G, with running moments of G, ``(clients, d)`` each."""
+
+    state_fields = ("average", "squares", "rounds")
+
+    def __init__(
+        self, recipe: recipes.FedMergeRecipe, context: StrategyContext, adapters: int
+    ) -> None:
+        self.recipe = recipe
+        head = context.layout.columns("head")
+        if recipe.weights_columns == "head" and len(head) == 0:
+            raise RecipeError(
+                [
+                    "strategy.weights_columns: this adapter has no head; "
+                    "use all, or name the head in lora.modules_to_save"
+                ]
+            )
+        by_head = recipe.weights_columns == "head" or (
+            recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0
+        )
+        self.columns = head if by_head else None
+        """Indices of the columns that enter the inner product in G; None for all P columns."""
+        default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
+        self.lr = default if recipe.weights_lr is None else recipe.weights_lr
+        self.average = torch.zeros(context.clients, adapters, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.average)
+        self.rounds = torch.zeros(context.clients, dtype=torch.int64)
+
+    def compute(self, clients: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
+        """Compute the steps to subtract from these clients' logits, ``(k, d)`` float64.
+
+        The steps use an exponential average of G over the rounds in which a client replied.
+
+        Args:
+            clients: Client indices, ``(k,)``.
+            gradient: G, ``(k, d)`` float64.
+            shares: ρ, ``(k,)`` float64.
+        """
+        memory = self.recipe.weights_memory
+        self.rounds[clients] += 1
+        self.average[clients] = memory * self.average[clients] + (1 - memory) * gradient
+        unbiased = self.average[clients] / (1 - memory ** self.rounds[clients, None].double())
+        if self.recipe.rule != "adam":
+            return logits_step(self.recipe.rule, unbiased, shares, self.lr)
+        self.squares[clients] = (
+            _ADAM_DECAY * self.squares[clients] + (1 - _ADAM_DECAY) * gradient.square()
+        )
+        root = (
+            self.squares[clients] / (1 - _ADAM_DECAY ** self.rounds[clients, None].double())
+        ).sqrt()
+        return self.lr * torch.where(
+            root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0
+        )

@@ -1,0 +1,104 @@
+"""The part of a head that is a client's own, and how large it should be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.util.stateful import Stateful
+
+
+class OwnHead(Stateful):
+    """Own heads of the clients, as a second block of merging weights.
+
+    The head of client i is merged from those of the soup and from its own one, H_i:
+
+        θ_i,head = (1 − s_i) Σ_j π_ij Θ_j,head + s_i H_i,    H_i ← H_i − δ_i,head
+
+    In the block of the head, the client thus gives its own adapter the weight s_i, and adapter j
+    the weight (1 − s_i) π_ij. An own head exists from the client's first reply on; until then s_i
+    counts as 0.
+    """
+
+    state_fields = ("rows", "shares", "started")
+
+    def __init__(self, columns: Tensor, shares: Tensor) -> None:
+        """Create heads that no client has started.
+
+        Args:
+            columns: Columns of the head in a row of the soup, ``(h,)`` int64.
+            shares: s, ``(m,)`` float32.
+        """
+        self.columns = columns
+        self.shares = shares
+        self.rows = torch.zeros(len(shares), len(columns))
+        """H, ``(m, h)``."""
+        self.started = torch.zeros(len(shares), dtype=torch.bool)
+        """True for clients that have replied since the heads exist, ``(m,)``."""
+
+    def update(self, clients: Tensor, served: Tensor, deltas: Tensor) -> None:
+        """Take a step with the updates of these clients; new ones start from their served head.
+
+        Args:
+            clients: Client indices, ``(k,)``.
+            served: The heads that these clients trained, ``(k, h)``.
+            deltas: δ in the columns of the head, ``(k, h)``.
+        """
+        new = ~self.started[clients]
+        self.rows[clients[new]] = served[new]
+        self.started[clients] = True
+        self.rows[clients] -= deltas
+
+    def residuals(self, merged: Tensor) -> Tensor:
+        """Return s_i (H_i − Σ_j π_ij Θ_j,head), what to add to the merged heads, ``(m, h)``."""
+        return (self.shares * self.started)[:, None] * (self.rows - merged)
+
+
+def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
+    """Estimate how much of a client's label distribution is its own, within its group.
+
+    A client's labels are predicted by a Dirichlet-multinomial distribution around those of the
+    others in its group, with one concentration a for all clients:
+
+        p(c) = (n_ic + a p̄_ic) / (n_i + a)
+
+    The a with the highest leave-one-out likelihood gives the own counts a weight of
+    n_i / (n_i + a). If clients of a group have the same distribution, a is the number of the
+    others' examples: all examples count alike. The own share is what exceeds this.
+
+    Args:
+        counts: n, training examples of each client by label, ``(m, classes)``.
+        groups: Group of each client, ``(m,)`` int64.
+
+    Returns:
+        The shares ``(m,)`` float32, from 0 to 1, and the log-likelihood (nats) that they gain over
+        equal distributions. The shares are 0 if the gain is less than the logarithm of the number
+        of examples, as in the Bayesian information criterion with two parameters.
+    """
+    counts = counts.double()
+    sums = torch.zeros(int(groups.max()) + 1, counts.shape[1], dtype=torch.float64)
+    sums.index_add_(0, groups, counts)
+    others = sums[groups] - counts
+    size, amount = counts.sum(dim=1), others.sum(dim=1)
+    shared = amount > 0
+    if not shared.any():
+        return torch.zeros(len(counts)), 0.0
+    n, size, amount = counts[shared], size[shared, None], amount[shared, None]
+    uniform = 1 / counts.shape[1]
+    mean = (others[shared] + uniform / 2) / (
+        amount + 1 / 2
+    )  # a label that no other has is possible
+
+    def likelihood(a: Tensor | float) -> float:
+        return float((n * (((n - 1).clamp_min(0) + a * mean) / (size - 1 + a)).log()).sum())
+
+    grid = torch.logspace(-1, 5, 61, dtype=torch.float64).tolist()
+    best = max(grid, key=likelihood)
+    gain = likelihood(best) - likelihood(amount)
+    shares = torch.zeros(len(counts), dtype=torch.float64)
+    if gain > math.log(float(counts.sum())):
+        own, pooled = (size / (size + best))[:, 0], (size / (size + amount))[:, 0]
+        shares[shared] = ((own - pooled) / (1 - pooled)).clamp_min(0)
+    return shares.float(), max(gain, 0.0)

@@ -1,0 +1,54 @@
+"""Reassignment of unused adapters of FedMerge's soup."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.merging_weights import UNUSED_SHARE
+from fedmerge_peft.strategies.similarity import split_by_direction
+from fedmerge_peft.util.stateful import Stateful
+
+
+class Reseeding(Stateful):
+    """Reassignment of an unused adapter to some clients of the most used adapter.
+
+    These clients are split in two by the directions of their updates, as clustered federated
+    learning splits a cluster (Sattler et al. 2020, arXiv 1910.01991). The unused adapter becomes a
+    copy of the most used one, and the smaller half of the clients moves to it.
+    """
+
+    state_fields = ("idle",)
+
+    def __init__(self, patience: int, adapters: int, seed: int) -> None:
+        self.patience = patience
+        self.seed = seed
+        self.idle = torch.zeros(adapters, dtype=torch.int64)
+        """Number of consecutive rounds in which each adapter was unused, ``(d,)`` int64."""
+
+    def apply(
+        self, rows: Tensor, logits: Tensor, weights: Tensor, clients: Tensor, deltas: Tensor
+    ) -> None:
+        """Reassign at most one adapter, in place, before the round's soup step.
+
+        Args:
+            rows: Θ, ``(d, P)``.
+            logits: W, ``(m, d)``.
+            weights: π, ``(m, d)``.
+            clients: Clients that replied, ``(k,)``.
+            deltas: δ, ``(k, P)``.
+        """
+        mass = weights.mean(dim=0)
+        unused = mass < UNUSED_SHARE / len(mass)
+        self.idle = torch.where(unused, self.idle + 1, 0)
+        if int(self.idle.max()) < self.patience:
+            return
+        free, busy = int(self.idle.argmax()), int(mass.argmax())
+        members = torch.nonzero(weights[clients].argmax(dim=1) == busy).flatten()
+        if len(members) < 2:
+            return
+        halves = split_by_direction(deltas[members], self.seed)
+        movers = clients[members[halves == int(halves.sum() * 2 < len(halves))]]
+        rows[free] = rows[busy]
+        logits[movers[:, None], [free, busy]] = logits[movers[:, None], [busy, free]]
+        self.idle[free] = 0

@@ -56,8 +56,8 @@ class Half:
             return self.start
         if name in ("fedmerge", "ifca", "fesem", "flhc"):
             return self.rows.mean(0)
-        if name in ("fedrep", "fedsa_lora"):  # the private part of the start
-            shared = ~self.head if name == "fedrep" else suffix_mask(self.layout, A_SUFFIXES)
+        if name in ("fedper", "fedrep", "fedsa_lora"):  # the private part of the start
+            shared = ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
             return torch.where(shared, self.rows[self.asked[0]], self.start)
         return self.rows[0]
 
@@ -75,8 +75,10 @@ class Half:
             allowed[0] |= self.head
             allowed[1 + torch.tensor(self.never)] |= self.head
             allowed[1 + own] = True
-        elif name in ("fedrep", "fedsa_lora"):
-            allowed[:] = ~self.head if name == "fedrep" else suffix_mask(self.layout, A_SUFFIXES)
+        elif name in ("fedper", "fedrep", "fedsa_lora"):
+            allowed[:] = (
+                ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
+            )
             allowed[own] = True
         elif name == "ifca":
             allowed[[reply.choice for reply in self.replies]] = True
@@ -110,6 +112,7 @@ class Half:
             "local": (0, 0),
             "ifca": (2 * size, size),
             "fedem": (2 * size, 2 * size),
+            "fedper": (a + b, a + b),
             "fedrep": (a + b, a + b),
             "feddpa": ((a + b) // 2 + head, (a + b) // 2 + head),
             "ffa_lora": (b + head, b + head),

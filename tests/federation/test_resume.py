@@ -57,6 +57,7 @@ MOMENTUM = (
     "fedavg_ft",
     "fedprox",
     "ditto",
+    "fedper",
     "fedrep",
     "feddpa",
     "ffa_lora",

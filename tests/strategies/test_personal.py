@@ -86,12 +86,13 @@ def test_dittos_gap_is_the_global_adapters(formulas):
         assert record.gap == pytest.approx(float(a.norm()), rel=1e-4)
 
 
-# ---- FedRep --------------------------------------------------------------------------------------
+# ---- FedPer and FedRep ---------------------------------------------------------------------------
 
 
-def test_fedreps_heads_never_mix_and_its_body_is_the_mean(formulas):
+@pytest.mark.parametrize("name", ["fedper", "fedrep"])
+def test_private_heads_never_mix_and_the_body_is_the_mean(formulas, name):
     case = formulas(3, sizes=[10, 20, 30])
-    strategy = case.strategy("fedrep")
+    strategy = case.strategy(name)
     head, start = columns(case.layout, "head"), case.fresh_row(0)
     body = columns(case.layout, "lora")
     case.round(strategy, [0, 1])
@@ -102,6 +103,31 @@ def test_fedreps_heads_never_mix_and_its_body_is_the_mean(formulas):
     assert strategy.traffic(0) == (len(body), len(body))
 
 
+def test_fedpers_clients_train_head_and_body_together_from_their_own_last_head(formulas):
+    """The next body is Σ ρ_i φ_i in the second round too, and each head stays where it was."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("fedper")
+    case.round(strategy)
+    plan = strategy.plan(2)
+    assert plan.phases == (None,)
+    assert torch.equal(plan.row, strategy.served(2))
+    body, head = columns(case.layout, "lora"), columns(case.layout, "head")
+    torch.testing.assert_close(plan.row[head], case.centres[2][head])
+    strategy.update([Reply(2, torch.ones(1, case.layout.size), 30, 1.0, 0.0)])
+    torch.testing.assert_close(strategy.served(0)[body], case.mean()[body] - 1)
+    torch.testing.assert_close(strategy.served(0)[head], case.centres[0][head])
+    torch.testing.assert_close(strategy.served(2)[head], case.centres[2][head] - 1)
+
+
+@pytest.mark.parametrize("name", ["fedper", "fedrep"])
+def test_the_gap_of_a_private_head_is_that_of_the_body(formulas, name):
+    case = formulas(2)
+    body = columns(case.layout, "lora")
+    expected = float((case.centres[0] - case.mean())[body].norm())
+    for record in case.federation(f"strategy={name}").rounds():
+        assert record.gap == pytest.approx(expected, rel=1e-4)
+
+
 def test_fedrep_trains_the_head_first_and_then_the_body(formulas):
     case = formulas(2)
     first, then = case.strategy("fedrep").plan(0).phases
@@ -109,7 +135,8 @@ def test_fedrep_trains_the_head_first_and_then_the_body(formulas):
     assert torch.equal(then, ~first)
 
 
-def test_fedrep_needs_a_head(formulas):
+@pytest.mark.parametrize("name", ["fedper", "fedrep"])
+def test_a_private_head_needs_a_head(formulas, name):
     case = formulas(
         2,
         AdapterLayout.from_tensors(
@@ -118,9 +145,9 @@ def test_fedrep_needs_a_head(formulas):
     )
     with pytest.raises(
         RecipeError,
-        match=r"strategy.name: fedrep keeps the head private, but this adapter has none",
+        match=rf"strategy.name: {name} keeps the head private, but this adapter has none",
     ):
-        case.strategy("fedrep")
+        case.strategy(name)
 
 
 # ---- FedDPA --------------------------------------------------------------------------------------
@@ -215,7 +242,7 @@ def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(
 
 # ---- all of them ---------------------------------------------------------------------------------
 
-PERSONAL = ("fedavg_ft", "ditto", "fedrep", "feddpa", "fedsa_lora")
+PERSONAL = ("fedavg_ft", "ditto", "fedper", "fedrep", "feddpa", "fedsa_lora")
 
 
 @pytest.mark.parametrize("name", PERSONAL)
@@ -244,7 +271,7 @@ def test_the_order_of_replies_does_not_matter(formulas, name):
     )
 
 
-@pytest.mark.parametrize("name", ["fedavg_ft", "ditto", "fedrep", "feddpa"])
+@pytest.mark.parametrize("name", ["fedavg_ft", "ditto", "fedper", "fedrep", "feddpa"])
 def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     run = federate(smoke(f"strategy={name}"), tmp_path / "run", engine=smoke_engine)
     head = len(smoke_engine.backbone.layout.columns("head"))
@@ -252,6 +279,7 @@ def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     travels = {
         "fedavg_ft": factors + head,
         "ditto": factors + head,
+        "fedper": factors,
         "fedrep": factors,
         "feddpa": factors // 2 + head,
     }[name]

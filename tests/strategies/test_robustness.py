@@ -278,6 +278,7 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
         "fedmerge",
         "fedavg",
         "ditto",
+        "fedper",
         "fedrep",
         "feddpa",
         "ifca",

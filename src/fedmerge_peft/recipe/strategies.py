@@ -186,6 +186,12 @@ class DittoRecipe(ServerRecipe):
     """lambda of the term lambda / 2 · ‖private − global‖²."""
 
 
+class FedPerRecipe(ServerRecipe):
+    """A shared body and private heads, trained together (Arivazhagan et al. 2019, arXiv
+    1912.00818).
+    """
+
+
 class FedRepRecipe(ServerRecipe):
     """A shared body and private heads, trained in turn (Collins et al. 2021, arXiv 2102.07078)."""
 
@@ -286,6 +292,7 @@ _BUILT_IN = (
     ("fedprox", FedProxRecipe, "fedavg:FedProx"),
     ("local", LocalRecipe, "local:Local"),
     ("ditto", DittoRecipe, "ditto:Ditto"),
+    ("fedper", FedPerRecipe, "partly_shared:FedPer"),
     ("fedrep", FedRepRecipe, "partly_shared:FedRep"),
     ("feddpa", FedDPARecipe, "feddpa:FedDPA"),
     ("ifca", IFCARecipe, "ifca:IFCA"),

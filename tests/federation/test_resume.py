@@ -46,6 +46,8 @@ VARIANTS = [
         "server_optimizer": "adam",
     },
     {"name": "fedavg", "server_optimizer": "adam"},
+    # stopped after its first round of finetuning
+    {"name": "fedavg_ft", "fedavg_rounds": 1, "passes": 2},
     {"name": "fesem", "adapters": 6},  # waits for its last clients
     {"name": "flhc", "adapters": 2, "warm_rounds": 3},
     {"name": "flexlora", "ranks": [1, 2]},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedmerge_peft import AdapterLayout, Federation, RecipeError, federate
+from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, federate
 from fedmerge_peft.strategies import Reply
 
 
@@ -32,6 +32,66 @@ def test_finetuned_fedavg_serves_the_clients_last_trained_adapter(formulas):
     torch.testing.assert_close(strategy.served(1), case.centres[1])
     torch.testing.assert_close(strategy.served(0), case.centres[0])
     torch.testing.assert_close(strategy.weights.sum(1), torch.ones(3))
+
+
+def test_finetuning_after_fedavg_starts_from_the_newest_global_adapter(formulas):
+    """Two passes of a step halfway to c_i give (θ + 3 c_i) / 4, with θ of the last aggregation."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("fedavg_ft", fedavg_rounds=2, passes=2)
+    for _ in range(2):
+        assert strategy.plan(0).phases == (None,)
+        case.round(strategy)
+    shared = case.mean()
+    for client in range(3):
+        torch.testing.assert_close(strategy.served(client), shared)
+        assert strategy.plan(client).phases == (None, None)
+        assert torch.equal(strategy.plan(client).row, strategy.served(client))
+    replies = [
+        Reply(client, (0.75 * (shared - case.centres[client]))[None], 10, 1.0, 0.0)
+        for client in (0, 2)
+    ]
+    strategy.update(replies)
+    for client in (0, 2):
+        expected = (shared + 3 * case.centres[client]) / 4
+        torch.testing.assert_close(strategy.served(client), expected)
+        assert torch.equal(strategy.plan(client).row, strategy.served(client))  # and goes on there
+    torch.testing.assert_close(strategy.served(1), shared)
+    case.round(strategy, [2])
+    torch.testing.assert_close(strategy.served(2), case.centres[2])
+    torch.testing.assert_close(strategy.served(1), shared)
+
+
+def test_finetuning_sends_the_global_adapter_once_and_returns_nothing(formulas):
+    case = formulas(3)
+    federation = case.federation("strategy={name: fedavg_ft, fedavg_rounds: 2}", "rounds=4")
+    records, one = list(federation.rounds()), 3 * 4 * case.layout.size
+    assert [(record.bytes_down, record.bytes_up) for record in records] == [
+        (one, one),
+        (one, one),
+        (one, 0),
+        (0, 0),
+    ]
+    assert [record.gap for record in records[2:]] == [0, 0]
+    assert [record.update_norm is None for record in records] == [False, False, True, True]
+    assert [bool(record.warnings) for record in records] == [True, False, False, False]
+    assert records[0].warnings == [
+        "until clients finetune after round 2, fedavg_ft equals FedAvg; completed rounds: 1"
+    ]
+
+
+def test_rounds_before_the_finetuning_are_fedavgs(formulas):
+    case = formulas(4)
+    finetuned = case.strategy("fedavg_ft", fedavg_rounds=3, server_momentum=0.5)
+    fedavg = case.strategy("fedavg", server_momentum=0.5)
+    for clients in ([0, 1], [1, 3], [2]):
+        case.round(finetuned, clients)
+        case.round(fedavg, clients)
+        assert torch.equal(finetuned.served(1), fedavg.served(1))
+
+
+def test_passes_without_rounds_of_finetuning_are_refused():
+    with pytest.raises(RecipeError, match=r"strategy.passes: .* set fedavg_rounds"):
+        Recipe.load("smoke", ["strategy={name: fedavg_ft, passes: 3}"])
 
 
 # ---- Ditto ---------------------------------------------------------------------------------------

@@ -160,7 +160,24 @@ class FedAvgRecipe(ServerRecipe):
 
 
 class FedAvgFinetunedRecipe(ServerRecipe):
-    """FedAvg; each client predicts with the global adapter after its last local training."""
+    """FedAvg; each client predicts with the global adapter after its last local training, or after
+    rounds of finetuning at the end.
+    """
+
+    fedavg_rounds: PositiveInt | None = None
+    """Rounds of FedAvg, after which each client finetunes the global adapter for the remaining
+    rounds. Default: all rounds are FedAvg, and a client predicts with its adapter of its last one,
+    as it was before the aggregation."""
+    passes: PositiveInt = 1
+    """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
+
+    @model_validator(mode="after")
+    def _passes_have_rounds(self) -> FedAvgFinetunedRecipe:
+        if self.passes > 1 and self.fedavg_rounds is None:
+            raise ValueError(
+                "passes: applies to the rounds of finetuning, and there are none; set fedavg_rounds"
+            )
+        return self
 
 
 class FedProxRecipe(ServerRecipe):

@@ -92,6 +92,8 @@ class Half:
             ] = True
         elif name == "ffa_lora":
             allowed[:] = ~suffix_mask(self.layout, RANDOM_INIT_SUFFIXES)
+        elif name == "rolora":
+            allowed[:] = suffix_mask(self.layout, A_SUFFIXES) | self.head
         else:
             allowed[:] = True
         return allowed
@@ -106,6 +108,9 @@ class Half:
             )
         )
         assert a + b + head == size
+        if name == "rolora":  # one of three clients took part in the first round
+            down = [size, (b + head + 2 * size) / 3]
+            return list(zip(down, (b + head, a + head), strict=True))
         if name == "flora":  # three clients' stacks of the first round go to everyone
             return [(head, size), (3 * (a + b) + head, size)]
         down, up = {

@@ -286,6 +286,7 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
         "flhc",
         "fedem",
         "ffa_lora",
+        "rolora",
     ],
 )
 @pytest.mark.parametrize("rule", RULES)

@@ -283,6 +283,14 @@ class FedSALoraRecipe(ServerRecipe):
     """A is shared; B and the head are private (Guo et al. 2025, arXiv 2410.01463)."""
 
 
+class RoLoraRecipe(ServerRecipe):
+    """Rounds that train and average B alternate with rounds for A (Chen et al. 2025, arXiv
+    2502.01755).
+    """
+
+    dp_modes = frozenset({"local", "central"})
+
+
 class FlexLoraRecipe(StrategyRecipe):
     """The mean of the updates B A, reduced to each client's rank by SVD (Bai et al. 2024, arXiv
     2402.11505).
@@ -318,6 +326,7 @@ _BUILT_IN = (
     ("fedem", FedEMRecipe, "fedem:FedEM"),
     ("ffa_lora", FFALoraRecipe, "partly_shared:FFALora"),
     ("fedsa_lora", FedSALoraRecipe, "partly_shared:FedSALora"),
+    ("rolora", RoLoraRecipe, "rolora:RoLora"),
     ("flexlora", FlexLoraRecipe, "flexlora:FlexLora"),
     ("flora", FLoraRecipe, "flora:FLora"),
 )

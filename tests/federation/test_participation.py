@@ -113,6 +113,8 @@ class Half:
             return list(zip(down, (b + head, a + head), strict=True))
         if name == "flora":  # three clients' stacks of the first round go to everyone
             return [(head, size), (3 * (a + b) + head, size)]
+        if name == "fedex_lora":  # and of its sum two stacks are enough
+            return [(size, size), (2 * (a + b) + size, size)]
         down, up = {
             "local": (0, 0),
             "ifca": (2 * size, size),

@@ -269,7 +269,9 @@ def test_ranks_above_the_slots_are_refused(formulas, name):
 # ---- on a tiny model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ffa_lora", "fedsa_lora", "rolora", "flexlora", "flora"])
+@pytest.mark.parametrize(
+    "name", ["ffa_lora", "fedsa_lora", "rolora", "flexlora", "flora", "fedex_lora"]
+)
 def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     run = federate(smoke(f"strategy={name}"), tmp_path / "run", engine=smoke_engine)
     head = len(smoke_engine.backbone.layout.columns("head"))
@@ -280,6 +282,7 @@ def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
         "rolora": [(a + b + head, b + head), (b + head, a + head)],
         "flexlora": 2 * [(a + b + head, a + b + head)],
         "flora": [(head, a + b + head), (6 * (a + b) + head, a + b + head)],
+        "fedex_lora": [(a + b + head, a + b + head), (6 * (a + b) + head, a + b + head)],
     }[name]
     assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == [
         (24 * down, 24 * up) for down, up in travels
@@ -323,3 +326,17 @@ def test_the_gap_is_between_updates(formulas, name, ranks):
     assert [record.gap for record in records] == pytest.approx(
         [sum(expected) / 3] * 2, rel=tolerance(torch.float32)
     )
+
+
+def test_fedex_loras_gap_is_between_updates(formulas):
+    """Its next update is s Σ ρ_i B_i A_i, of which the backbone holds a part."""
+    case = formulas(3, sizes=[10, 20, 30])
+    expected = 0.0
+    for client in range(3):
+        square = (case.centres[client] - case.mean())[-6:].square().sum()
+        for layer in LAYERS:
+            a, b = pair(case.layout, case.centres[client], layer)
+            square += (0.5 * (b @ a - mean_product(case, case.centres, layer))).square().sum()
+        expected += float(square.sqrt()) / 3
+    for record in case.federation("strategy=fedex_lora", "rounds=2").rounds():
+        assert record.gap == pytest.approx(expected, rel=tolerance(torch.float32))

@@ -291,7 +291,7 @@ def test_feddpa_needs_an_even_rank(formulas):
 
 
 @pytest.mark.parametrize("lora", ["lora.merge=shared_a", "lora.use_dora=true"])
-@pytest.mark.parametrize("name", ["feddpa", "flexlora", "flora"])
+@pytest.mark.parametrize("name", ["feddpa", "flexlora", "flora", "fedex_lora"])
 def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(smoke, name, lora):
     with pytest.raises(
         RecipeError,

@@ -310,6 +310,16 @@ class FLoraRecipe(StrategyRecipe):
     """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
 
 
+class FedExLoraRecipe(StrategyRecipe):
+    """FedAvg of A and B, with the error of this average added to the backbone (Singhal et al. 2025,
+    arXiv 2410.09432).
+    """
+
+    adds_to_backbone = True
+    ranks: ClassVar[Ranks | None] = None
+    """All clients train at lora.r."""
+
+
 _BUILT_IN = (
     ("fedmerge", FedMergeRecipe, "fedmerge:FedMerge"),
     ("fedavg", FedAvgRecipe, "fedavg:FedAvg"),
@@ -329,6 +339,7 @@ _BUILT_IN = (
     ("rolora", RoLoraRecipe, "rolora:RoLora"),
     ("flexlora", FlexLoraRecipe, "flexlora:FlexLora"),
     ("flora", FLoraRecipe, "flora:FLora"),
+    ("fedex_lora", FedExLoraRecipe, "flora:FedExLora"),
 )
 for _name, _recipe, _code in _BUILT_IN:
     STRATEGIES.add(_name, f"fedmerge_peft.strategies.{_code}", recipe=_recipe)

@@ -56,6 +56,13 @@ class Half:
             return self.start
         if name in ("fedmerge", "ifca", "fesem", "flhc"):
             return self.rows.mean(0)
+        if name == "fedalt":  # an own half of the start
+            rest = rank_mask(self.layout, lambda rank: slice(rank // 2))
+            own = rank_mask(self.layout, lambda rank: slice(rank // 2, None))
+            known = sorted({*self.earlier, *self.asked})
+            expected = self.start.clone()
+            expected[rest] = self.rows[known][:, own].mean(0)
+            return expected
         if name in ("fedper", "fedrep", "fedsa_lora"):  # the private part of the start
             shared = ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
             return torch.where(shared, self.rows[self.asked[0]], self.start)
@@ -75,6 +82,9 @@ class Half:
             allowed[0] |= self.head
             allowed[1 + torch.tensor(self.never)] |= self.head
             allowed[1 + own] = True
+        elif name == "fedalt":
+            allowed[:] = rank_mask(self.layout, lambda rank: slice(rank // 2))
+            allowed[own] = True
         elif name in ("fedper", "fedrep", "fedsa_lora"):
             allowed[:] = (
                 ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
@@ -122,6 +132,7 @@ class Half:
             "fedper": (a + b, a + b),
             "fedrep": (a + b, a + b),
             "feddpa": ((a + b) // 2 + head, (a + b) // 2 + head),
+            "fedalt": ((a + b) // 2, (a + b) // 2),
             "ffa_lora": (b + head, b + head),
             "fedsa_lora": (a, a),
         }.get(name, (size, size))

@@ -219,6 +219,12 @@ class FedDPARecipe(ServerRecipe):
     """
 
 
+class FedALTRecipe(StrategyRecipe):
+    """Half of the rank is the client's own, the other half is the frozen mean of the other clients'
+    own halves (Bian et al. 2026, arXiv 2503.11880).
+    """
+
+
 # --------------------------------------------------------------------------------------------------
 # Clusters and mixtures
 # --------------------------------------------------------------------------------------------------
@@ -330,6 +336,7 @@ _BUILT_IN = (
     ("fedper", FedPerRecipe, "partly_shared:FedPer"),
     ("fedrep", FedRepRecipe, "partly_shared:FedRep"),
     ("feddpa", FedDPARecipe, "feddpa:FedDPA"),
+    ("fedalt", FedALTRecipe, "fedalt:FedALT"),
     ("ifca", IFCARecipe, "ifca:IFCA"),
     ("fesem", FeSEMRecipe, "fesem:FeSEM"),
     ("flhc", FLHCRecipe, "flhc:FLHC"),

@@ -20,6 +20,7 @@ SETTINGS = {
     "ifca": "adapters: 2",
     "fesem": "adapters: 2",
     "flhc": "adapters: 2, warm_rounds: 1",
+    "fedlease": "adapters: 2",
     "fedem": "adapters: 2",
 }
 
@@ -54,7 +55,7 @@ class Half:
         """The served row by the rule in ``Strategy``, ``(P,)``."""
         if name == "local":
             return self.start
-        if name in ("fedmerge", "ifca", "fesem", "flhc"):
+        if name in ("fedmerge", "ifca", "fesem", "flhc", "fedlease"):
             return self.rows.mean(0)
         if name == "fedalt":  # an own half of the start
             rest = rank_mask(self.layout, lambda rank: slice(rank // 2))
@@ -92,7 +93,11 @@ class Half:
             allowed[own] = True
         elif name == "ifca":
             allowed[[reply.choice for reply in self.replies]] = True
-        elif name in ("fesem", "flhc"):  # a first reply after the clustering moves nothing
+        elif name in (
+            "fesem",
+            "flhc",
+            "fedlease",
+        ):  # a first reply after the clustering moves nothing
             allowed[
                 [
                     int(self.strategy.clusters[client])

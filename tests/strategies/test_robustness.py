@@ -284,6 +284,7 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
         "ifca",
         "fesem",
         "flhc",
+        "fedlease",
         "fedem",
         "ffa_lora",
         "rolora",

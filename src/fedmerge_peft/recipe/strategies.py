@@ -266,6 +266,18 @@ class FLHCRecipe(StrategyRecipe):
     """Distance between clusters."""
 
 
+class FedLEASERecipe(StrategyRecipe):
+    """Clusters by the LoRA factors B after local training, whose number follows from the silhouette
+    (Wang et al. 2025, arXiv 2509.15087).
+    """
+
+    shared_soup = True
+    adapters: PositiveInt = 5
+    """Largest number of clusters."""
+    warm_passes: PositiveInt = 1
+    """Passes of local training before the clustering. A pass has training.epochs."""
+
+
 class FedEMRecipe(StrategyRecipe):
     """A mixture of adapters for each client, trained by expectation-maximization (Marfoq et al.
     2021, arXiv 2108.10252).
@@ -340,6 +352,7 @@ _BUILT_IN = (
     ("ifca", IFCARecipe, "ifca:IFCA"),
     ("fesem", FeSEMRecipe, "fesem:FeSEM"),
     ("flhc", FLHCRecipe, "flhc:FLHC"),
+    ("fedlease", FedLEASERecipe, "fedlease:FedLEASE"),
     ("fedem", FedEMRecipe, "fedem:FedEM"),
     ("ffa_lora", FFALoraRecipe, "partly_shared:FFALora"),
     ("fedsa_lora", FedSALoraRecipe, "partly_shared:FedSALora"),

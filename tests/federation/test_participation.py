@@ -20,6 +20,7 @@ SETTINGS = {
     "ifca": "adapters: 2",
     "fesem": "adapters: 2",
     "flhc": "adapters: 2, warm_rounds: 1",
+    "fedlease": "adapters: 2",
     "fedem": "adapters: 2",
 }
 
@@ -54,10 +55,17 @@ class Half:
         """The served row by the rule in ``Strategy``, ``(P,)``."""
         if name == "local":
             return self.start
-        if name in ("fedmerge", "ifca", "fesem", "flhc"):
+        if name in ("fedmerge", "ifca", "fesem", "flhc", "fedlease"):
             return self.rows.mean(0)
-        if name in ("fedrep", "fedsa_lora"):  # the private part of the start
-            shared = ~self.head if name == "fedrep" else suffix_mask(self.layout, A_SUFFIXES)
+        if name == "fedalt":  # an own half of the start
+            rest = rank_mask(self.layout, lambda rank: slice(rank // 2))
+            own = rank_mask(self.layout, lambda rank: slice(rank // 2, None))
+            known = sorted({*self.earlier, *self.asked})
+            expected = self.start.clone()
+            expected[rest] = self.rows[known][:, own].mean(0)
+            return expected
+        if name in ("fedper", "fedrep", "fedsa_lora"):  # the private part of the start
+            shared = ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
             return torch.where(shared, self.rows[self.asked[0]], self.start)
         return self.rows[0]
 
@@ -75,12 +83,21 @@ class Half:
             allowed[0] |= self.head
             allowed[1 + torch.tensor(self.never)] |= self.head
             allowed[1 + own] = True
-        elif name in ("fedrep", "fedsa_lora"):
-            allowed[:] = ~self.head if name == "fedrep" else suffix_mask(self.layout, A_SUFFIXES)
+        elif name == "fedalt":
+            allowed[:] = rank_mask(self.layout, lambda rank: slice(rank // 2))
+            allowed[own] = True
+        elif name in ("fedper", "fedrep", "fedsa_lora"):
+            allowed[:] = (
+                ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
+            )
             allowed[own] = True
         elif name == "ifca":
             allowed[[reply.choice for reply in self.replies]] = True
-        elif name in ("fesem", "flhc"):  # a first reply after the clustering moves nothing
+        elif name in (
+            "fesem",
+            "flhc",
+            "fedlease",
+        ):  # a first reply after the clustering moves nothing
             allowed[
                 [
                     int(self.strategy.clusters[client])
@@ -90,6 +107,8 @@ class Half:
             ] = True
         elif name == "ffa_lora":
             allowed[:] = ~suffix_mask(self.layout, RANDOM_INIT_SUFFIXES)
+        elif name == "rolora":
+            allowed[:] = suffix_mask(self.layout, A_SUFFIXES) | self.head
         else:
             allowed[:] = True
         return allowed
@@ -104,14 +123,21 @@ class Half:
             )
         )
         assert a + b + head == size
+        if name == "rolora":  # one of three clients took part in the first round
+            down = [size, (b + head + 2 * size) / 3]
+            return list(zip(down, (b + head, a + head), strict=True))
         if name == "flora":  # three clients' stacks of the first round go to everyone
             return [(head, size), (3 * (a + b) + head, size)]
+        if name == "fedex_lora":  # and of its sum two stacks are enough
+            return [(size, size), (2 * (a + b) + size, size)]
         down, up = {
             "local": (0, 0),
             "ifca": (2 * size, size),
             "fedem": (2 * size, 2 * size),
+            "fedper": (a + b, a + b),
             "fedrep": (a + b, a + b),
             "feddpa": ((a + b) // 2 + head, (a + b) // 2 + head),
+            "fedalt": ((a + b) // 2, (a + b) // 2),
             "ffa_lora": (b + head, b + head),
             "fedsa_lora": (a, a),
         }.get(name, (size, size))

@@ -84,7 +84,7 @@ def test_another_name_keeps_the_keys_of_the_command_line(faults, minimal):
     ):
         assert faults(minimal, *overrides) == [
             "command line: strategy.adapters: not a key of fedavg, but of "
-            "fedmerge or ifca or fesem or flhc or fedem; remove it"
+            "fedmerge or ifca or fesem or flhc or fedlease or fedem; remove it"
         ]
 
 

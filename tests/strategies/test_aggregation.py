@@ -51,7 +51,7 @@ def test_fedadam_steps_by_its_formula(formulas):
         assert_near(strategy.served(0), expected)
 
 
-# ---- FFA-LoRA and FedSA-LoRA ---------------------------------------------------------------------
+# ---- FFA-LoRA, RoLoRA and FedSA-LoRA -------------------------------------------------------------
 
 
 def test_ffa_loras_mean_of_b_is_the_mean_of_the_updates(formulas):
@@ -87,6 +87,87 @@ def test_ffa_loras_a_stays_bit_identical_through_training(smoke, settings):
         assert not torch.equal(layer.split(now)[1], layer.split(start)[1])
 
 
+def test_rolora_averages_b_and_then_a(formulas):
+    """The frozen factor is the same for all, so the mean of B_i A_i is the product of the means."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy, start, mean = case.strategy("rolora"), case.fresh_row(0), case.mean()
+    case.round(strategy)
+    for layer in LAYERS:
+        a, b = pair(case.layout, strategy.served(1), layer)
+        assert torch.equal(a, pair(case.layout, start, layer)[0])
+        torch.testing.assert_close(b, pair(case.layout, mean, layer)[1])
+        torch.testing.assert_close(
+            b @ a,
+            sum(
+                share * pair(case.layout, c, layer)[1] @ a
+                for share, c in zip(case.shares, case.centres, strict=True)
+            ),
+        )
+    torch.testing.assert_close(strategy.served(1)[-6:], mean[-6:])
+    before = strategy.served(1)
+    replies = [Reply(0, torch.ones(1, case.layout.size), 10, 1.0, 0.0)]
+    strategy.update(replies)
+    for layer in LAYERS:
+        (a, b), (old_a, old_b) = (
+            pair(case.layout, row, layer) for row in (strategy.served(0), before)
+        )
+        assert torch.equal(b, old_b)
+        torch.testing.assert_close(a, old_a - 1)
+    torch.testing.assert_close(strategy.served(0)[-6:], before[-6:] - 1)
+    case.round(strategy)  # B again
+    torch.testing.assert_close(
+        pair(case.layout, strategy.served(0), "one")[1], pair(case.layout, mean, "one")[1]
+    )
+
+
+def test_roloras_plan_freezes_what_the_round_does_not_average(formulas):
+    case = formulas(2)
+    strategy = case.strategy("rolora")
+    for frozen in ("lora_A", "lora_B", "lora_A"):
+        (mask,) = strategy.plan(0).phases
+        for entry in case.layout.entries:
+            assert bool(mask[entry.columns].any()) != (frozen in entry.key)
+        case.round(strategy)
+
+
+def test_rolora_sends_what_changed_since_the_client_took_part(formulas):
+    case = formulas(3)
+    strategy = case.strategy("rolora")
+    a, b, head = 4 * 6 + 4 * 5, 7 * 4 + 6 * 4, 6
+    whole = a + b + head
+    assert [strategy.traffic(client) for client in range(3)] == 3 * [(whole, b + head)]
+    case.round(strategy, [0, 1])
+    assert [strategy.traffic(client) for client in range(3)] == [
+        (b + head, a + head),
+        (b + head, a + head),
+        (whole, a + head),
+    ]
+    case.round(strategy, [1, 2])
+    assert [strategy.traffic(client) for client in range(3)] == [
+        (whole, b + head),
+        (a + head, b + head),
+        (a + head, b + head),
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"server_momentum": 0.5}, {"server_optimizer": "adam", "server_lr": 0.01}]
+)
+def test_moments_of_a_factor_wait_while_the_other_one_trains(formulas, settings):
+    """Each factor moves as in a FedAvg that has its rounds only."""
+    case, ones = formulas(1), torch.ones(1, 96 + 6)
+    rolora, fedavg = case.strategy("rolora", **settings), case.strategy("fedavg", **settings)
+    for _ in range(4):
+        rolora.update([Reply(0, ones, 10, 1.0, 0.0)])
+    for _ in range(2):
+        fedavg.update([Reply(0, ones, 10, 1.0, 0.0)])
+    factors = slice(-6)
+    torch.testing.assert_close(rolora.served(0)[factors], fedavg.served(0)[factors])
+    for _ in range(2):
+        fedavg.update([Reply(0, ones, 10, 1.0, 0.0)])
+    torch.testing.assert_close(rolora.served(0)[-6:], fedavg.served(0)[-6:])
+
+
 def test_fedsa_lora_averages_a_alone(formulas):
     case = formulas(3, sizes=[10, 20, 30])
     strategy, start = case.strategy("fedsa_lora"), case.fresh_row(0)
@@ -100,11 +181,16 @@ def test_fedsa_lora_averages_a_alone(formulas):
     assert strategy.traffic(0) == (4 * 6 + 4 * 5, 4 * 6 + 4 * 5)
 
 
-def test_fedsa_lora_needs_an_a_that_trains(smoke):
-    with pytest.raises(
-        RecipeError, match=r"strategy.name: fedsa_lora averages A, which is not trained"
-    ):
-        Federation(smoke("strategy=fedsa_lora", "lora.merge=shared_a"))
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fedsa_lora", "averages A, which is not trained"),
+        ("rolora", "trains A and B in turn, but A is not trained"),
+    ],
+)
+def test_methods_that_average_a_need_one_that_trains(smoke, name, reason):
+    with pytest.raises(RecipeError, match=rf"strategy.name: {name} {reason}"):
+        Federation(smoke(f"strategy={name}", "lora.merge=shared_a"))
 
 
 # ---- FlexLoRA ------------------------------------------------------------------------------------
@@ -183,7 +269,9 @@ def test_ranks_above_the_slots_are_refused(formulas, name):
 # ---- on a tiny model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ffa_lora", "fedsa_lora", "flexlora", "flora"])
+@pytest.mark.parametrize(
+    "name", ["ffa_lora", "fedsa_lora", "rolora", "flexlora", "flora", "fedex_lora"]
+)
 def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     run = federate(smoke(f"strategy={name}"), tmp_path / "run", engine=smoke_engine)
     head = len(smoke_engine.backbone.layout.columns("head"))
@@ -191,8 +279,10 @@ def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     travels = {
         "ffa_lora": 2 * [(b + head, b + head)],
         "fedsa_lora": 2 * [(a, a)],
+        "rolora": [(a + b + head, b + head), (b + head, a + head)],
         "flexlora": 2 * [(a + b + head, a + b + head)],
         "flora": [(head, a + b + head), (6 * (a + b) + head, a + b + head)],
+        "fedex_lora": [(a + b + head, a + b + head), (6 * (a + b) + head, a + b + head)],
     }[name]
     assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == [
         (24 * down, 24 * up) for down, up in travels
@@ -236,3 +326,17 @@ def test_the_gap_is_between_updates(formulas, name, ranks):
     assert [record.gap for record in records] == pytest.approx(
         [sum(expected) / 3] * 2, rel=tolerance(torch.float32)
     )
+
+
+def test_fedex_loras_gap_is_between_updates(formulas):
+    """Its next update is s Σ ρ_i B_i A_i, of which the backbone holds a part."""
+    case = formulas(3, sizes=[10, 20, 30])
+    expected = 0.0
+    for client in range(3):
+        square = (case.centres[client] - case.mean())[-6:].square().sum()
+        for layer in LAYERS:
+            a, b = pair(case.layout, case.centres[client], layer)
+            square += (0.5 * (b @ a - mean_product(case, case.centres, layer))).square().sum()
+        expected += float(square.sqrt()) / 3
+    for record in case.federation("strategy=fedex_lora", "rounds=2").rounds():
+        assert record.gap == pytest.approx(expected, rel=tolerance(torch.float32))

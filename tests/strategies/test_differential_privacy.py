@@ -218,9 +218,13 @@ def test_each_round_has_its_own_noise():
     assert not torch.equal(*found)
 
 
-def test_with_little_noise_and_a_wide_bound_private_fedavg_is_fedavg(formulas):
+@pytest.mark.parametrize("mode", [LOCAL, CENTRAL])
+@pytest.mark.parametrize("name", ["fedavg", "rolora"])
+def test_with_little_noise_and_a_wide_bound_the_result_is_the_mean(formulas, name, mode):
     case = formulas(4)
-    private = case.federation("strategy=fedavg", CENTRAL, "privacy.clip=1e4", "privacy.noise=1e-9")
+    private = case.federation(
+        f"strategy={name}", mode, "privacy.clip=1e4", "privacy.noise=1e-9", "rounds=2"
+    )
     list(private.rounds())
     torch.testing.assert_close(private.strategy.soup.rows[0], case.mean(), rtol=1e-3, atol=1e-3)
 

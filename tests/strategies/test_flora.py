@@ -1,4 +1,4 @@
-"""FLoRA adds the mean of the updates to the backbone."""
+"""FLoRA adds the mean of the updates to the backbone, FedEx-LoRA the error of averaged factors."""
 
 import pytest
 import torch
@@ -52,6 +52,49 @@ def test_flora_sends_the_stacks_that_a_client_has_not_received(formulas):
     assert [strategy.traffic(client)[0] for client in range(3)] == [one + four + one + head] * 2 + [
         one + head
     ]
+
+
+def test_fedex_lora_serves_the_exact_mean_of_the_clients_models(formulas):
+    """ΔW + s B A = s Σ ρ_i B_i A_i after one round, and after each later one."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("fedex_lora")
+    for _ in range(2):  # clients start from other factors and backbones, and go to c_i again
+        base = {layer: strategy.base[layer].clone() for layer in LAYERS}
+        case.round(strategy)
+        torch.testing.assert_close(strategy.served(1), case.mean())
+        for layer in LAYERS:
+            a, b = pair(case.layout, strategy.served(1), layer)
+            expected = base[layer] + 0.5 * mean_product(case, case.centres, layer)
+            assert_near(strategy.base[layer] + 0.5 * b @ a, expected)
+            assert torch.linalg.matrix_rank(strategy.base[layer]) > len(a)
+
+
+def test_fedex_loras_backbone_needs_no_more_ranks_than_it_sends(formulas):
+    """Σ ρ_i (B_i − B) (A_i − A) of two clients has rank r, and of one client it is zero."""
+    case = formulas(3)
+    strategy = case.strategy("fedex_lora")
+    case.round(strategy, [1])
+    assert_near(strategy.base["one"], torch.zeros(7, 6))
+    torch.testing.assert_close(strategy.served(0), case.centres[1])
+    case.round(strategy, [0, 2])
+    assert torch.linalg.matrix_rank(strategy.base["one"], atol=1e-4) == 4
+
+
+def test_fedex_lora_sends_the_adapter_and_the_updates_that_a_client_has_not_received(formulas):
+    case = formulas(3)
+    strategy = case.strategy("fedex_lora")
+    factors, size = 96, 96 + 6
+    assert strategy.traffic(0) == (size, size)
+    case.round(strategy)
+    assert [strategy.traffic(client) for client in range(3)] == 3 * [(2 * factors + size, size)]
+    case.round(strategy, [0, 1])
+    assert [strategy.traffic(client)[0] for client in range(3)] == [
+        factors + size,
+        factors + size,
+        3 * factors + size,
+    ]
+    case.round(strategy, [2])
+    assert strategy.traffic(2) == (size, size)
 
 
 def test_floras_backbone_replaces_the_adapter(make_backbone):
@@ -132,22 +175,23 @@ def test_a_soup_keeps_the_backbones_added_updates(tmp_path):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
-    "lora",
+    ("name", "lora"),
     [
-        "lora.alpha=5",
-        "lora.use_rslora=true",
-        "lora.alpha_pattern={query: 3}",
-        "lora.rank_pattern={layer.0.attention.self.query: 3}",
+        ("flora", "lora.alpha=5"),
+        ("flora", "lora.use_rslora=true"),
+        ("flora", "lora.alpha_pattern={query: 3}"),
+        ("flora", "lora.rank_pattern={layer.0.attention.self.query: 3}"),
+        ("fedex_lora", "lora.alpha=5"),
     ],
 )
-def test_a_saved_adapter_of_flora_loads_in_plain_peft_and_gives_the_same_logits(
-    smoke, tiny_models, tmp_path, lora, exact
+def test_a_saved_adapter_loads_in_plain_peft_and_gives_the_same_logits(
+    smoke, tiny_models, tmp_path, name, lora, exact
 ):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
     federation = Federation(
-        smoke("strategy=flora", lora, "training.learning_rate=0.05", "rounds=3")
+        smoke(f"strategy={name}", lora, "training.learning_rate=0.05", "rounds=3")
     )
     run = federate(federation.recipe, tmp_path / "run", engine=federation.engine)
     backbone = federation.engine.backbone

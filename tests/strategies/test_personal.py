@@ -3,19 +3,9 @@
 import pytest
 import torch
 
-from fedmerge_peft import AdapterLayout, Federation, RecipeError, federate
+from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, federate
 from fedmerge_peft.strategies import Reply
-
-
-def columns(layout, *names):
-    return torch.cat(
-        [
-            torch.arange(layout.size)[entry.columns]
-            for entry in layout.entries
-            if any(name in entry.key for name in names)
-        ]
-    )
-
+from strategies.factor_pairs import columns, halves
 
 # ---- FedAvg and finetuning -----------------------------------------------------------------------
 
@@ -32,6 +22,66 @@ def test_finetuned_fedavg_serves_the_clients_last_trained_adapter(formulas):
     torch.testing.assert_close(strategy.served(1), case.centres[1])
     torch.testing.assert_close(strategy.served(0), case.centres[0])
     torch.testing.assert_close(strategy.weights.sum(1), torch.ones(3))
+
+
+def test_finetuning_after_fedavg_starts_from_the_newest_global_adapter(formulas):
+    """Two passes of a step halfway to c_i give (θ + 3 c_i) / 4, with θ of the last aggregation."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("fedavg_ft", fedavg_rounds=2, passes=2)
+    for _ in range(2):
+        assert strategy.plan(0).phases == (None,)
+        case.round(strategy)
+    shared = case.mean()
+    for client in range(3):
+        torch.testing.assert_close(strategy.served(client), shared)
+        assert strategy.plan(client).phases == (None, None)
+        assert torch.equal(strategy.plan(client).row, strategy.served(client))
+    replies = [
+        Reply(client, (0.75 * (shared - case.centres[client]))[None], 10, 1.0, 0.0)
+        for client in (0, 2)
+    ]
+    strategy.update(replies)
+    for client in (0, 2):
+        expected = (shared + 3 * case.centres[client]) / 4
+        torch.testing.assert_close(strategy.served(client), expected)
+        assert torch.equal(strategy.plan(client).row, strategy.served(client))  # and goes on there
+    torch.testing.assert_close(strategy.served(1), shared)
+    case.round(strategy, [2])
+    torch.testing.assert_close(strategy.served(2), case.centres[2])
+    torch.testing.assert_close(strategy.served(1), shared)
+
+
+def test_finetuning_sends_the_global_adapter_once_and_returns_nothing(formulas):
+    case = formulas(3)
+    federation = case.federation("strategy={name: fedavg_ft, fedavg_rounds: 2}", "rounds=4")
+    records, one = list(federation.rounds()), 3 * 4 * case.layout.size
+    assert [(record.bytes_down, record.bytes_up) for record in records] == [
+        (one, one),
+        (one, one),
+        (one, 0),
+        (0, 0),
+    ]
+    assert [record.gap for record in records[2:]] == [0, 0]
+    assert [record.update_norm is None for record in records] == [False, False, True, True]
+    assert [bool(record.warnings) for record in records] == [True, False, False, False]
+    assert records[0].warnings == [
+        "until clients finetune after round 2, fedavg_ft equals FedAvg; completed rounds: 1"
+    ]
+
+
+def test_rounds_before_the_finetuning_are_fedavgs(formulas):
+    case = formulas(4)
+    finetuned = case.strategy("fedavg_ft", fedavg_rounds=3, server_momentum=0.5)
+    fedavg = case.strategy("fedavg", server_momentum=0.5)
+    for clients in ([0, 1], [1, 3], [2]):
+        case.round(finetuned, clients)
+        case.round(fedavg, clients)
+        assert torch.equal(finetuned.served(1), fedavg.served(1))
+
+
+def test_passes_without_rounds_of_finetuning_are_refused():
+    with pytest.raises(RecipeError, match=r"strategy.passes: .* set fedavg_rounds"):
+        Recipe.load("smoke", ["strategy={name: fedavg_ft, passes: 3}"])
 
 
 # ---- Ditto ---------------------------------------------------------------------------------------
@@ -86,12 +136,13 @@ def test_dittos_gap_is_the_global_adapters(formulas):
         assert record.gap == pytest.approx(float(a.norm()), rel=1e-4)
 
 
-# ---- FedRep --------------------------------------------------------------------------------------
+# ---- FedPer and FedRep ---------------------------------------------------------------------------
 
 
-def test_fedreps_heads_never_mix_and_its_body_is_the_mean(formulas):
+@pytest.mark.parametrize("name", ["fedper", "fedrep"])
+def test_private_heads_never_mix_and_the_body_is_the_mean(formulas, name):
     case = formulas(3, sizes=[10, 20, 30])
-    strategy = case.strategy("fedrep")
+    strategy = case.strategy(name)
     head, start = columns(case.layout, "head"), case.fresh_row(0)
     body = columns(case.layout, "lora")
     case.round(strategy, [0, 1])
@@ -102,6 +153,31 @@ def test_fedreps_heads_never_mix_and_its_body_is_the_mean(formulas):
     assert strategy.traffic(0) == (len(body), len(body))
 
 
+def test_fedpers_clients_train_head_and_body_together_from_their_own_last_head(formulas):
+    """The next body is Σ ρ_i φ_i in the second round too, and each head stays where it was."""
+    case = formulas(3, sizes=[10, 20, 30])
+    strategy = case.strategy("fedper")
+    case.round(strategy)
+    plan = strategy.plan(2)
+    assert plan.phases == (None,)
+    assert torch.equal(plan.row, strategy.served(2))
+    body, head = columns(case.layout, "lora"), columns(case.layout, "head")
+    torch.testing.assert_close(plan.row[head], case.centres[2][head])
+    strategy.update([Reply(2, torch.ones(1, case.layout.size), 30, 1.0, 0.0)])
+    torch.testing.assert_close(strategy.served(0)[body], case.mean()[body] - 1)
+    torch.testing.assert_close(strategy.served(0)[head], case.centres[0][head])
+    torch.testing.assert_close(strategy.served(2)[head], case.centres[2][head] - 1)
+
+
+@pytest.mark.parametrize("name", ["fedper", "fedrep"])
+def test_the_gap_of_a_private_head_is_that_of_the_body(formulas, name):
+    case = formulas(2)
+    body = columns(case.layout, "lora")
+    expected = float((case.centres[0] - case.mean())[body].norm())
+    for record in case.federation(f"strategy={name}").rounds():
+        assert record.gap == pytest.approx(expected, rel=1e-4)
+
+
 def test_fedrep_trains_the_head_first_and_then_the_body(formulas):
     case = formulas(2)
     first, then = case.strategy("fedrep").plan(0).phases
@@ -109,7 +185,8 @@ def test_fedrep_trains_the_head_first_and_then_the_body(formulas):
     assert torch.equal(then, ~first)
 
 
-def test_fedrep_needs_a_head(formulas):
+@pytest.mark.parametrize("name", ["fedper", "fedrep"])
+def test_a_private_head_needs_a_head(formulas, name):
     case = formulas(
         2,
         AdapterLayout.from_tensors(
@@ -118,27 +195,12 @@ def test_fedrep_needs_a_head(formulas):
     )
     with pytest.raises(
         RecipeError,
-        match=r"strategy.name: fedrep keeps the head private, but this adapter has none",
+        match=rf"strategy.name: {name} keeps the head private, but this adapter has none",
     ):
-        case.strategy("fedrep")
+        case.strategy(name)
 
 
 # ---- FedDPA --------------------------------------------------------------------------------------
-
-
-def halves(layout):
-    """The global and the private half of the columns, entry by entry."""
-    shared, private = (
-        torch.zeros(layout.size, dtype=torch.bool),
-        torch.zeros(layout.size, dtype=torch.bool),
-    )
-    for entry in layout.entries:
-        for number in range(entry.size):
-            row, column = divmod(number, entry.shape[1])
-            if "lora" in entry.key:
-                rank = row if "lora_A" in entry.key else column
-                (shared if rank < 2 else private)[entry.offset + number] = True
-    return shared, private
 
 
 def test_feddpas_halves_are_the_mean_and_the_clients_own(formulas):
@@ -189,7 +251,8 @@ def test_feddpas_jobs_train_the_global_half_alone_and_then_the_private_one(
     torch.testing.assert_close(b @ a, b[:, :2] @ a[:2] + b[:, 2:] @ a[2:])
 
 
-def test_feddpa_needs_an_even_rank(formulas):
+@pytest.mark.parametrize("name", ["feddpa", "fedalt"])
+def test_methods_that_halve_the_ranks_need_an_even_rank(formulas, name):
     case = formulas(
         2,
         AdapterLayout.from_tensors(
@@ -198,13 +261,13 @@ def test_feddpa_needs_an_even_rank(formulas):
     )
     with pytest.raises(
         RecipeError,
-        match=r"lora.r: feddpa splits the ranks in half, but a has rank 3; use an even rank",
+        match=rf"lora.r: {name} splits the ranks in half, but a has rank 3; use an even rank",
     ):
-        case.strategy("feddpa")
+        case.strategy(name)
 
 
 @pytest.mark.parametrize("lora", ["lora.merge=shared_a", "lora.use_dora=true"])
-@pytest.mark.parametrize("name", ["feddpa", "flexlora", "flora"])
+@pytest.mark.parametrize("name", ["feddpa", "fedalt", "flexlora", "flora", "fedex_lora"])
 def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(smoke, name, lora):
     with pytest.raises(
         RecipeError,
@@ -215,7 +278,7 @@ def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(
 
 # ---- all of them ---------------------------------------------------------------------------------
 
-PERSONAL = ("fedavg_ft", "ditto", "fedrep", "feddpa", "fedsa_lora")
+PERSONAL = ("fedavg_ft", "ditto", "fedper", "fedrep", "feddpa", "fedsa_lora")
 
 
 @pytest.mark.parametrize("name", PERSONAL)
@@ -244,7 +307,7 @@ def test_the_order_of_replies_does_not_matter(formulas, name):
     )
 
 
-@pytest.mark.parametrize("name", ["fedavg_ft", "ditto", "fedrep", "feddpa"])
+@pytest.mark.parametrize("name", ["fedavg_ft", "ditto", "fedper", "fedrep", "feddpa", "fedalt"])
 def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     run = federate(smoke(f"strategy={name}"), tmp_path / "run", engine=smoke_engine)
     head = len(smoke_engine.backbone.layout.columns("head"))
@@ -252,8 +315,10 @@ def test_two_rounds_on_a_tiny_model(smoke, smoke_engine, tmp_path, name):
     travels = {
         "fedavg_ft": factors + head,
         "ditto": factors + head,
+        "fedper": factors,
         "fedrep": factors,
         "feddpa": factors // 2 + head,
+        "fedalt": factors // 2,
     }[name]
     assert [(record["bytes_down"], record["bytes_up"]) for record in run.records] == 2 * [
         (6 * 4 * travels, 6 * 4 * travels)

@@ -278,13 +278,16 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
         "fedmerge",
         "fedavg",
         "ditto",
+        "fedper",
         "fedrep",
         "feddpa",
         "ifca",
         "fesem",
         "flhc",
+        "fedlease",
         "fedem",
         "ffa_lora",
+        "rolora",
     ],
 )
 @pytest.mark.parametrize("rule", RULES)
@@ -299,9 +302,9 @@ def test_every_method_that_averages_accepts_every_rule(formulas, name, rule):
     assert found.strategy.soup.rows.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["flora", "flexlora"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "fedex_lora", "fedalt"])
 def test_a_method_without_a_mean_refuses_a_defence(formulas, name):
-    with pytest.raises(RecipeError, match=rf"robustness: {name} stacks the clients' factors"):
+    with pytest.raises(RecipeError, match=rf"robustness: {name} has no mean of updates"):
         formulas(3).federation(f"strategy.name={name}", "robustness.aggregation=median")
 
 

@@ -17,6 +17,9 @@ _SUFFIXES = tuple(name for pair in _FACTORS for name in pair)
 A_SUFFIXES = tuple(a for a, _ in _FACTORS)
 """Suffixes of the saved names of A."""
 
+B_SUFFIXES = tuple(b for _, b in _FACTORS)
+"""Suffixes of the saved names of B."""
+
 RANDOM_INIT_SUFFIXES = ("lora_A.weight", "lora_embedding_B")
 """Suffixes of the factors that PEFT initializes at random. The other factor starts at zero."""
 

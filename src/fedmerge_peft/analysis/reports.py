@@ -27,8 +27,8 @@ _LEGEND = {
         "Rounds: rounds completed at the first evaluation whose mean over all clients reached {}."
     ),
     "gap": (
-        "Gap: distance between the trained adapter and the one sent next (flora and flexlora: "
-        "between updates)."
+        "Gap: distance between the trained adapter and the one sent next (flora, fedex_lora and "
+        "flexlora: between updates)."
     ),
     "MB": "MB: data sent to and received from a client in the whole run.",
 }

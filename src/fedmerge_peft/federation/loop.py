@@ -109,6 +109,7 @@ class Federation:
         down = sum(self.strategy.traffic(client)[0] for client in cohort)
         up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
 
+        known_norms = len(self.strategy.aggregator.norms)
         with timed("server"):
             update_strategy(self.recipe.strategy.name, self.strategy, replies)
             for decision in self.strategy.decisions():
@@ -130,7 +131,7 @@ class Federation:
             weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
             adapter_mass=merging_weights.adapter_shares(self.strategy.weights) if learns else None,
             gap=gap,
-            update_norm=norms[-1] if norms else None,
+            update_norm=norms[-1] if len(norms) > known_norms else None,
             bytes_down=4 * down,
             bytes_up=4 * up,
             epsilon=self.epsilon(number),

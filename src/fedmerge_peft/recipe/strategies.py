@@ -167,7 +167,24 @@ class FedAvgRecipe(ServerRecipe):
 
 
 class FedAvgFinetunedRecipe(ServerRecipe):
-    """FedAvg; each client predicts with the global adapter after its last local training."""
+    """FedAvg; each client predicts with the global adapter after its last local training, or after
+    rounds of finetuning at the end.
+    """
+
+    fedavg_rounds: PositiveInt | None = None
+    """Rounds of FedAvg, after which each client finetunes the global adapter for the remaining
+    rounds. Default: all rounds are FedAvg, and a client predicts with its adapter of its last one,
+    as it was before the aggregation."""
+    passes: PositiveInt = 1
+    """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
+
+    @model_validator(mode="after")
+    def _passes_have_rounds(self) -> FedAvgFinetunedRecipe:
+        if self.passes > 1 and self.fedavg_rounds is None:
+            raise ValueError(
+                "passes: applies to the rounds of finetuning, and there are none; set fedavg_rounds"
+            )
+        return self
 
 
 class FedProxRecipe(ServerRecipe):
@@ -193,6 +210,12 @@ class DittoRecipe(ServerRecipe):
     """lambda of the term lambda / 2 · ‖private − global‖²."""
 
 
+class FedPerRecipe(ServerRecipe):
+    """A shared body and private heads, trained together (Arivazhagan et al. 2019, arXiv
+    1912.00818).
+    """
+
+
 class FedRepRecipe(ServerRecipe):
     """A shared body and private heads, trained in turn (Collins et al. 2021, arXiv 2102.07078)."""
 
@@ -200,6 +223,12 @@ class FedRepRecipe(ServerRecipe):
 class FedDPARecipe(ServerRecipe):
     """Dual-personalizing adapters: half of the rank is global, half private, and both are active
     (Yang et al. 2024, arXiv 2403.19211).
+    """
+
+
+class FedALTRecipe(StrategyRecipe):
+    """Half of the rank is the client's own, the other half is the frozen mean of the other clients'
+    own halves (Bian et al. 2026, arXiv 2503.11880).
     """
 
 
@@ -244,6 +273,18 @@ class FLHCRecipe(StrategyRecipe):
     """Distance between clusters."""
 
 
+class FedLEASERecipe(StrategyRecipe):
+    """Clusters by the LoRA factors B after local training, whose number follows from the silhouette
+    (Wang et al. 2025, arXiv 2509.15087).
+    """
+
+    shared_soup = True
+    adapters: PositiveInt = 5
+    """Largest number of clusters."""
+    warm_passes: PositiveInt = 1
+    """Passes of local training before the clustering. A pass has training.epochs."""
+
+
 class FedEMRecipe(StrategyRecipe):
     """A mixture of adapters for each client, trained by expectation-maximization (Marfoq et al.
     2021, arXiv 2108.10252).
@@ -267,6 +308,14 @@ class FedSALoraRecipe(ServerRecipe):
     """A is shared; B and the head are private (Guo et al. 2025, arXiv 2410.01463)."""
 
 
+class RoLoraRecipe(ServerRecipe):
+    """Rounds that train and average B alternate with rounds for A (Chen et al. 2025, arXiv
+    2502.01755).
+    """
+
+    dp_modes = frozenset({"local", "central"})
+
+
 class FlexLoraRecipe(StrategyRecipe):
     """The mean of the updates B A, reduced to each client's rank by SVD (Bai et al. 2024, arXiv
     2402.11505).
@@ -286,6 +335,16 @@ class FLoraRecipe(StrategyRecipe):
     """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
 
 
+class FedExLoraRecipe(StrategyRecipe):
+    """FedAvg of A and B, with the error of this average added to the backbone (Singhal et al. 2025,
+    arXiv 2410.09432).
+    """
+
+    adds_to_backbone = True
+    ranks: ClassVar[Ranks | None] = None
+    """All clients train at lora.r."""
+
+
 _BUILT_IN = (
     ("fedmerge", FedMergeRecipe, "fedmerge:FedMerge"),
     ("fedavg", FedAvgRecipe, "fedavg:FedAvg"),
@@ -293,16 +352,21 @@ _BUILT_IN = (
     ("fedprox", FedProxRecipe, "fedavg:FedProx"),
     ("local", LocalRecipe, "local:Local"),
     ("ditto", DittoRecipe, "ditto:Ditto"),
+    ("fedper", FedPerRecipe, "partly_shared:FedPer"),
     ("fedrep", FedRepRecipe, "partly_shared:FedRep"),
     ("feddpa", FedDPARecipe, "feddpa:FedDPA"),
+    ("fedalt", FedALTRecipe, "fedalt:FedALT"),
     ("ifca", IFCARecipe, "ifca:IFCA"),
     ("fesem", FeSEMRecipe, "fesem:FeSEM"),
     ("flhc", FLHCRecipe, "flhc:FLHC"),
+    ("fedlease", FedLEASERecipe, "fedlease:FedLEASE"),
     ("fedem", FedEMRecipe, "fedem:FedEM"),
     ("ffa_lora", FFALoraRecipe, "partly_shared:FFALora"),
     ("fedsa_lora", FedSALoraRecipe, "partly_shared:FedSALora"),
+    ("rolora", RoLoraRecipe, "rolora:RoLora"),
     ("flexlora", FlexLoraRecipe, "flexlora:FlexLora"),
     ("flora", FLoraRecipe, "flora:FLora"),
+    ("fedex_lora", FedExLoraRecipe, "flora:FedExLora"),
 )
 for _name, _recipe, _code in _BUILT_IN:
     STRATEGIES.add(_name, f"fedmerge_peft.strategies.{_code}", recipe=_recipe)

@@ -285,9 +285,9 @@ def _gap(run: RunDirectory) -> Iterator[Figure]:
             y="distance ‖trained − sent next‖₂",
             floor=0,
         ),
-        "‖θ trained − θ sent next‖₂ between adapter parameters (flora and flexlora: between weight "
-        "updates), mean over clients. A smaller gap means that merging preserves more of a "
-        "client's training.",
+        "‖θ trained − θ sent next‖₂ between adapter parameters (flora, fedex_lora and flexlora: "
+        "between weight updates), mean over clients. A smaller gap means that merging preserves "
+        "more of a client's training.",
     )
 
 

@@ -76,8 +76,8 @@ class RoundRecord:
     (``fedavg_ft``)."""
     gap: float
     """Local-global gap: distance ‖·‖₂ between a client's trained adapter and the adapter that it
-    would be sent next, mean over clients. For flora and flexlora the distance is between updates
-    ΔW, because their factors are not comparable across rounds."""
+    would be sent next, mean over clients. For flora, fedex_lora and flexlora the distance is
+    between updates ΔW, because their factors are not comparable across rounds."""
     weights_entropy: float | None
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter per
     client. None if the strategy learns no weights."""

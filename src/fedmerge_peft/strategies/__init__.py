@@ -35,10 +35,7 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
     strategy.aggregator = context.aggregator
     if context.aggregator.recipe.defends and recipe.federated and not strategy.averages:
         raise RecipeError(
-            [
-                f"robustness: {recipe.name} stacks the clients' factors and has no mean to defend; "
-                "use another strategy"
-            ]
+            [f"robustness: {recipe.name} has no mean of updates to defend; use another strategy"]
         )
     if fault := _interface_fault(strategy, context):
         raise PluginError(f"the strategy {recipe.name!r} of {entry.module}: {fault}")

@@ -94,7 +94,7 @@ class Strategy(Stateful, ABC):
     learns_weights: ClassVar[bool] = False
     """True if π depends on the replies, so that its entropy and the adapter masses are
     informative."""
-    trains_what_it_serves: ClassVar[bool] = True
+    trains_what_it_serves: bool = True
     """True if local training starts from the adapter that the client is served.
 
     The row of a ``Train`` plan is then the served adapter. If False, scores before and after

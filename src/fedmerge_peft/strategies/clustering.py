@@ -57,18 +57,19 @@ class ServerClustering(Clustering):
         )
         return max(0, min(len(self.soup), len(self.clusters)) - known)
 
-    def assign_newcomers(self, clients: Tensor, deltas: Tensor) -> Tensor:
+    def assign_newcomers(self, clients: Tensor, deltas: Tensor, count: int | None = None) -> Tensor:
         """Assign a cluster to each client without one.
 
         Args:
             clients: Client indices, ``(k,)``.
             deltas: Their updates, ``(k, P)``.
+            count: Number of clusters to choose from; None for one for each row of the soup.
 
         Returns:
             A mask ``(k,)`` of the clients that already had a cluster. Only their replies update
             adapters.
         """
-        rows, known = self.soup.rows, self.clusters[clients] >= 0
+        rows, known = self.soup.rows[:count], self.clusters[clients] >= 0
         directions = normalize(rows - rows.mean(dim=0), dim=1)
         self.clusters[clients[~known]] = (-deltas[~known] @ directions.T).argmax(dim=1)
         return known

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 import torch
 
-from fedmerge_peft.adapters.lora_factors import layer_factors, rank_mask
+from fedmerge_peft.adapters.lora_factors import layer_factors
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.fedavg import mean_delta
 from fedmerge_peft.strategies.one_hot import OneHotStrategy
+from fedmerge_peft.strategies.rank_halves import rank_halves
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 
@@ -46,31 +46,11 @@ class FedDPA(OneHotStrategy):
     state_fields = (*OneHotStrategy.state_fields, "server", "newcomers")
 
     def __init__(self, recipe: recipes.FedDPARecipe, context: StrategyContext) -> None:
-        try:
-            odd = [
-                f"{layer.module} has rank {layer.rank}"
-                for layer in layer_factors(context.layout)
-                if layer.rank % 2
-            ]
-            halves = [
-                rank_mask(context.layout, half)
-                for half in (lambda rank: slice(rank // 2), lambda rank: slice(rank // 2, None))
-            ]
-        except ValueError as error:
-            raise RecipeError(
-                [
-                    f"strategy.name: feddpa cannot halve this adapter: {error}; "
-                    "use plain LoRA with lora.merge: factor"
-                ]
-            ) from error
-        if odd:
-            raise RecipeError(
-                [f"lora.r: feddpa splits the ranks in half, but {odd[0]}; use an even rank"]
-            )
+        _, second = rank_halves(recipe.name, context.layout)
         self.head = torch.zeros(context.layout.size, dtype=torch.bool)
         self.head[context.layout.columns("head")] = True
-        self.shared = ~halves[1]
-        self.private = halves[1] | self.head
+        self.shared = ~second
+        self.private = second | self.head
         rows = context.fresh_row(0).repeat(1 + context.clients, 1)
         for layer in layer_factors(context.layout):
             # B_i = 0; on embeddings PEFT initializes B at random

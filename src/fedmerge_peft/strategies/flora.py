@@ -1,7 +1,4 @@
-"""FLoRA: stacked factors, added to the backbone.
-
-Source: Wang et al. 2024, arXiv 2409.05976.
-"""
+"""FLoRA and FedEx-LoRA: the server adds to the backbone what factors of one rank cannot hold."""
 
 from __future__ import annotations
 
@@ -33,17 +30,19 @@ class FLora(HeterogeneousRanks):
     previous round, that is one stack. It returns its factors and head.
 
     W + ΔW is rounded to the backbone's number format. ΔW itself, and the adapter that a run saves,
-    are float32.
+    are float32. Source: Wang et al. 2024, arXiv 2409.05976.
     """
 
     state_fields = (*HeterogeneousRanks.state_fields, "_round", "_owed")
 
-    def __init__(self, recipe: recipes.FLoraRecipe, context: StrategyContext) -> None:
+    def __init__(
+        self, recipe: recipes.FLoraRecipe | recipes.FedExLoraRecipe, context: StrategyContext
+    ) -> None:
         super().__init__(recipe, context)
         if embeddings := [layer.module for layer in self.factors if layer.embedding]:
             raise RecipeError(
                 [
-                    "lora.target_modules: flora supports linear layers only, "
+                    f"lora.target_modules: {recipe.name} supports linear layers only, "
                     f"but {embeddings[0]} is an embedding; remove it"
                 ]
             )
@@ -59,23 +58,40 @@ class FLora(HeterogeneousRanks):
         clients, deltas, sizes = stack_replies(replies)
         shares = sizes / sizes.sum()
         trained = self.soup.rows[self.assigned[clients]] - deltas
+        self._round += 1
+        mean = shares.to(trained) @ trained
+        row = torch.where(self.plain, mean, self.next_factors(mean))
         base = dict(self.base)
         for layer in self.factors:
             factors = [layer.split(client_row) for client_row in trained.double()]
             b = torch.cat([share * b for share, (_, b) in zip(shares, factors, strict=True)], dim=1)
             a = torch.cat([a for a, _ in factors])
             self._added[layer.module] = (a.float(), b.float()), update_inner_product((a, b), (a, b))
+            next_a, next_b = layer.split(row.double())
+            scaling = self.context.scaling[layer.module]
             base[layer.module] = (
-                base[layer.module] + (self.context.scaling[layer.module] * b @ a).float()
+                base[layer.module] + (scaling * b @ a - scaling * next_b @ next_a).float()
             )
-        self._round += 1
-        row = torch.where(
-            self.plain, shares.to(trained) @ trained, self.context.fresh_row(self._round)
-        )
         self.soup = self._soup(row)
         self.soup.base = base
         self._owed[clients] = 0
-        self._owed += sum(self._factors_size(int(client)) for client in clients)
+        self._owed += self.stack_size([self._factors_size(int(client)) for client in clients])
+
+    def next_factors(self, mean: Tensor) -> Tensor:
+        """Return a row ``(P,)`` with the factors of the next round.
+
+        Args:
+            mean: Σ_i ρ_i θ_i of the clients' trained adapters, ``(P,)``.
+        """
+        return self.context.fresh_row(self._round)
+
+    def stack_size(self, sizes: list[int]) -> int:
+        """Return the number of values that a round adds to the backbone, as factors.
+
+        Args:
+            sizes: Number of values in the factors of each client that replied.
+        """
+        return sum(sizes)
 
     def next_update(self, layer: LayerFactors, client: int) -> tuple[tuple[Tensor, Tensor], float]:
         return self._added[layer.module]
@@ -86,3 +102,31 @@ class FLora(HeterogeneousRanks):
 
     def _factors_size(self, client: int) -> int:
         return self.adapter_size(client) - int(self.plain.sum())
+
+
+class FedExLora(FLora):
+    """FedAvg of A and B, with the error of this average added to the backbone:
+
+        A ← Σ_i ρ_i A_i,    B ← Σ_i ρ_i B_i,    ΔW ← ΔW + s (Σ_i ρ_i B_i A_i − B A)
+
+    s is the slot's scaling, and ρ_i = n_i / n over the clients that replied. W + ΔW + s B A is
+    therefore the exact mean of the clients' models, and the next round continues from A and B.
+    Heads and all other parameters that are not factors are averaged. All clients have the rank of
+    the slot.
+
+    With A and B as averaged, the added matrix is s Σ_i ρ_i (B_i − B) (A_i − A). For k clients it
+    has rank (k − 1) r at most, and is sent as factors of this rank. A client is sent the adapter
+    and all such factors that it has not received yet. It returns its adapter.
+
+    Source: Singhal et al. 2025, arXiv 2410.09432, which weights all clients equally.
+    """
+
+    def next_factors(self, mean: Tensor) -> Tensor:
+        return mean
+
+    def stack_size(self, sizes: list[int]) -> int:
+        return sum(sizes[1:])
+
+    def traffic(self, client: int) -> tuple[int, int]:
+        size = self.adapter_size(client)
+        return int(self._owed[client]) + size, size

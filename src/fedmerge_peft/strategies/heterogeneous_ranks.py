@@ -33,7 +33,9 @@ class HeterogeneousRanks(OneHotStrategy):
     averages = False
 
     def __init__(
-        self, recipe: recipes.FlexLoraRecipe | recipes.FLoraRecipe, context: StrategyContext
+        self,
+        recipe: recipes.FlexLoraRecipe | recipes.FLoraRecipe | recipes.FedExLoraRecipe,
+        context: StrategyContext,
     ) -> None:
         try:
             self.factors = layer_factors(context.layout)

@@ -1,6 +1,6 @@
-"""Adapters with shared columns: FedRep, FedSA-LoRA and FFA-LoRA.
+"""Adapters with shared columns: FedPer, FedRep, FedSA-LoRA and FFA-LoRA.
 
-The other columns are private to each client (FedRep, FedSA-LoRA), or frozen (FFA-LoRA).
+The other columns are private to each client (FedPer, FedRep, FedSA-LoRA), or frozen (FFA-LoRA).
 """
 
 from __future__ import annotations
@@ -58,28 +58,40 @@ class PartialSharing(OneHotStrategy):
         return shared, shared
 
 
-class FedRep(PartialSharing):
-    """Shared body φ and private head h_i (Collins et al. 2021, arXiv 2102.07078, algorithm 1).
+class FedPer(PartialSharing):
+    """Shared body φ and private head h_i (Arivazhagan et al. 2019, arXiv 1912.00818, algorithm 1).
 
-    In each round a client trains
+    In each round a client trains both at once, from φ as sent and its own last head:
 
-        h_i on ℓ_i(φ, h) with φ as sent,    then φ on ℓ_i(φ, h_i) with the new head
+        (φ_i, h_i) ← local training on ℓ_i(φ, h_i),    φ ← φ − η Σ_i ρ_i (φ − φ_i)
 
-    for the duration of ``training`` each, and returns φ. The head consists of the modules that the
-    recipe trains in full. The body is the rest of the adapter.
+    The head consists of the modules that the recipe trains in full. The body is the rest of the
+    adapter.
     """
 
-    def __init__(self, recipe: recipes.FedRepRecipe, context: StrategyContext) -> None:
+    def __init__(self, recipe: recipes.ServerRecipe, context: StrategyContext) -> None:
         self.head = torch.zeros(context.layout.size, dtype=torch.bool)
         self.head[context.layout.columns("head")] = True
         if not self.head.any():
             raise RecipeError(
                 [
-                    "strategy.name: fedrep keeps the head private, but this adapter has none; "
-                    "name one in lora.modules_to_save"
+                    f"strategy.name: {recipe.name} keeps the head private, but this adapter has "
+                    "none; name one in lora.modules_to_save"
                 ]
             )
         super().__init__(recipe, context, ~self.head)
+
+
+class FedRep(FedPer):
+    """FedPer whose clients train head and body in turn.
+
+    In each round a client trains
+
+        h_i on ℓ_i(φ, h) with φ as sent,    then φ on ℓ_i(φ, h_i) with the new head
+
+    for the duration of ``training`` each, and returns φ. Source: Collins et al. 2021, arXiv
+    2102.07078, algorithm 1.
+    """
 
     def plan(self, client: int) -> Plan:
         return Train(self.adapter(client), phases=(self.head, ~self.head))

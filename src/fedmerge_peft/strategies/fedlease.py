@@ -1,0 +1,139 @@
+"""FedLEASE: one LoRA expert for each cluster of clients, whose number follows from the silhouette.
+
+Source: Wang et al. 2025, arXiv 2509.15087.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import silhouette_score
+from torch import Tensor
+
+from fedmerge_peft.adapters import merging_weights
+from fedmerge_peft.adapters.lora_factors import A_SUFFIXES, B_SUFFIXES, RANDOM_INIT_SUFFIXES
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.base import Reply, StrategyContext, stack_replies
+from fedmerge_peft.strategies.clustering import ServerClustering, cluster_means
+from fedmerge_peft.strategies.similarity import cosines
+from fedmerge_peft.training.plan import Plan, Train
+
+_LEARNED = tuple({*A_SUFFIXES, *B_SUFFIXES} - {*RANDOM_INIT_SUFFIXES})
+"""Suffixes of the factors that PEFT initializes with zeros: B, and on embeddings A."""
+
+
+class FedLEASE(ServerClustering):
+    """Clients train the initial adapter alone, are clustered by their B, and train one expert each.
+
+    Distance of two clients after the warm-up, over the L adapted layers:
+
+        d(i, k) = 1/L Σ_l (1 − cos(B_i^l, B_k^l))
+
+    Agglomerative clustering with average linkage is cut at each number of clusters from 2 to
+    ``adapters``. The cut with the highest mean silhouette determines the experts:
+
+        Θ_j ← mean of the members' adapters after the warm-up, then FedAvg of the members in each
+        round, in which all members have the same weight
+
+    With fewer than three clients, or ``adapters: 1``, there is one expert. Heads and all other
+    parameters belong to the expert. On embeddings, A takes the place of B, because it starts at
+    zero there. Rows of the soup that are not needed hold the mean of the experts.
+
+    Differences from the paper:
+
+    - In the paper, a client also receives the other clusters' experts, and a router computes the
+      weights of the experts for each token. A LoRA adapter has no router, so here a client uses the
+      expert of its cluster alone.
+    - In the paper, all clients take part in the warm-up. Here clients are clustered once
+      ``adapters`` of them have replied, or all if there are fewer. ``ServerClustering`` describes
+      the clients that join later.
+    """
+
+    state_fields = (*ServerClustering.state_fields, "experts")
+
+    def __init__(self, recipe: recipes.FedLEASERecipe, context: StrategyContext) -> None:
+        super().__init__(recipe.adapters, context)
+        self.warm_phases = (None,) * recipe.warm_passes
+        self.layers = [
+            entry.columns for entry in context.layout.entries if entry.key.endswith(_LEARNED)
+        ]
+        """Columns of B in each layer."""
+        if not self.layers:
+            raise RecipeError(
+                ["strategy.name: fedlease compares the clients' B, but this adapter has none"]
+            )
+        self.experts = 1
+        """Number of experts, which are the first rows of the soup."""
+
+    def plan(self, client: int) -> Plan:
+        if self.unclustered is not None:
+            return Train(self.adapter(client), phases=self.warm_phases)
+        return Train(self.adapter(client))
+
+    def update(self, replies: Iterable[Reply]) -> None:
+        clients, deltas, _ = stack_replies(replies)
+        deltas = self.aggregator.clip(deltas)
+        if self.unclustered is None:
+            known = self.assign_newcomers(clients, deltas, self.experts)
+            self._step(deltas[known], self.clusters[clients[known]])
+            return
+        self.unclustered.replace(clients, deltas)
+        if self.clients_needed():
+            return
+        trained = self.unclustered.means()
+        clusters = clusters_by_silhouette(self.distances(trained), len(self.soup))
+        self.clusters[self.unclustered.clients] = clusters
+        self.experts = int(clusters.max()) + 1
+        self.unclustered = None
+        self._step(trained, clusters)
+
+    def distances(self, deltas: Tensor) -> Tensor:
+        """Compute d of all pairs of clients from their updates ``(k, P)``, ``(k, k)`` float64.
+
+        B starts at zero, so that the update of B is −B.
+        """
+        none = torch.zeros(1, deltas.shape[1])
+        similarities = [cosines(deltas[:, layer], none[:, layer]) for layer in self.layers]
+        return (1 - torch.stack(similarities).mean(dim=0)).clamp_min(0).fill_diagonal_(0)
+
+    def warnings(self) -> list[str]:
+        if self.unclustered is not None:
+            return [
+                "until clients are clustered, all are served the initial adapter; "
+                f"clients still needed: {self.clients_needed()}"
+            ]
+        return merging_weights.weight_warnings(self.weights[:, : self.experts])
+
+    def _step(self, deltas: Tensor, clusters: Tensor) -> None:
+        """Subtract each cluster's mean update from its expert."""
+        equal = torch.ones(len(deltas), dtype=torch.float64)
+        rows = self.soup.rows[: self.experts]
+        if len(deltas):
+            rows = rows - cluster_means(deltas, clusters, equal, self.experts, self.aggregator)
+        unused = len(self.soup) - self.experts
+        self.soup.rows = torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(unused, -1)])
+
+
+def clusters_by_silhouette(distances: Tensor, most: int) -> Tensor:
+    """Cut the tree of average linkage at the number of clusters with the best mean silhouette.
+
+    Args:
+        distances: Distances of all pairs, ``(m, m)`` float64, with a diagonal of zeros.
+        most: Largest number of clusters. The silhouette needs at least two clusters, and fewer
+            clusters than clients; if this is impossible, the result is one cluster.
+
+    Returns:
+        Cluster of each client, ``(m,)`` int64, from 0.
+    """
+    points = distances.numpy()
+    best, clusters = -1.0, torch.zeros(len(distances), dtype=torch.int64)
+    for count in range(2, min(most, len(distances) - 1) + 1):
+        tree = AgglomerativeClustering(count, metric="precomputed", linkage="average")
+        found = tree.fit_predict(points)
+        score = float(silhouette_score(points, found, metric="precomputed"))
+        if score > best:
+            best, clusters = score, torch.from_numpy(found).long()
+    return clusters

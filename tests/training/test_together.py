@@ -58,7 +58,13 @@ class Bench:
                 "backbone": {"model": str(model), **(backbone or {})},
                 "lora": {"r": 2, "target_modules": TARGETS[model.name], **(lora or {})},
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 2, "learning_rate": 0.01, "device": "cpu", **training},
+                "training": {
+                    "batch_size": 2,
+                    "epochs": 1,
+                    "learning_rate": 0.01,
+                    "device": "cpu",
+                    **training,
+                },
             }
         )
         self.accelerator = make_accelerator(self.recipe.training)

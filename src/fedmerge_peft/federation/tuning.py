@@ -7,8 +7,9 @@ client's own start:
 
 ρ_ir = ℓ_i(θ_ir) / ℓ_i(θ_0)        client i, rate r, trained adapter θ_ir, new adapter θ_0
 
-ℓ_i is the loss of the validation examples. If no client has any, it is the mean training loss, and
-the denominator is its value at the smallest rate, which hardly changes the adapter.
+ℓ_i is the loss of the validation examples. If no client has any, or if no rate reduces their loss
+by more than its noise, ℓ_i is the mean training loss, and the denominator is its value at the
+smallest rate, which hardly changes the adapter.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedmerge_peft.data import Client
 from fedmerge_peft.engines.assignments import Assignment, Assignments
@@ -31,7 +33,7 @@ from fedmerge_peft.federation.reply_checks import validate_reply
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.training.hyperparameters import Hyperparameters, automatic_epochs
 from fedmerge_peft.training.optimization import count_steps
-from fedmerge_peft.training.plan import Train
+from fedmerge_peft.training.plan import Served, Train
 from fedmerge_peft.util.seeds import derive
 
 log = logging.getLogger(__name__)
@@ -122,45 +124,50 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
         return {"value": ladder[_MIDDLE], "reason": reason}
     begin = time.perf_counter()
     test = _RangeTest(recipe, engine, epochs)
+    log.info("testing learning rates on %s", ", ".join(test.names))
     rates: list[float] = list(ladder[_GRID])
-    names = ", ".join(engine.clients[client].name for client in test.clients)
-    log.info("testing learning rates %g to %g on %s", rates[0], rates[-1], names)
-    losses = {rate: test.losses(rate) for rate in rates}
-    while True:
-        start, ratios = test.ratios([losses[rate] for rate in rates])
+    for rate in rates:
+        test.run(rate)
+    test.drop_failed()
+    for measure in test.measures:
+        rates, ratios = _extended(test, measure, rates, ladder)
         best = lowest(ratios)
-        conclusive = start is None or reduces_loss(ratios[best])
-        first, last = ladder.index(rates[0]), ladder.index(rates[-1])
-        if conclusive and best == len(rates) - 1 and last + 1 < len(ladder):
-            rates.append(ladder[last + 1])
-            losses[rates[-1]] = test.losses(rates[-1])
-        elif conclusive and best == 0 and first > 0:
-            rates.insert(0, ladder[first - 1])
-            losses[rates[0]] = test.losses(rates[0])
-        else:
+        if conclusive := reduces_loss(ratios[best]):
             break
-    clients = f"{len(rates)} rates on {len(test.clients)} client{'s' * (len(test.clients) > 1)}"
+    tested = f"{len(rates)} rates on {len(test.names)} client{'s' * (len(test.names) > 1)}"
     if conclusive:
-        value, reason = rates[smallest_tied(ratios, best)], f"chosen from {clients}"
+        value, reason = rates[smallest_tied(ratios, best)], f"chosen from {tested}"
     else:
         middle = rates.index(ladder[_MIDDLE])
         value = rates[middle] if np.isfinite(ratios[middle]).all() else rates[best]
-        reason = f"the middle of {clients}, none of which reduced the loss"
+        reason = f"the middle of {tested}, none of which reduced the loss"
     return {
         "value": value,
         "reason": reason,
-        "measure": "training loss" if start is None else "validation loss",
-        "start": start and test.by_name(start),
-        "trials": [
-            {
-                "learning_rate": rate,
-                "relative_loss": _finite(float(ratio.mean())),
-                "losses": test.by_name(losses[rate]),
-            }
-            for rate, ratio in zip(rates, ratios, strict=True)
-        ],
+        "measure": measure,
+        **test.document(rates),
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _extended(
+    test: _RangeTest, measure: str, rates: list[float], ladder: Sequence[float]
+) -> tuple[list[float], NDArray[np.float64]]:
+    """Try further rates while the best is the last at one end; return all rates, and their ρ."""
+    while True:
+        ratios = test.ratios(rates, measure)
+        best = lowest(ratios)
+        first, last = ladder.index(rates[0]), ladder.index(rates[-1])
+        if measure == "validation loss" and not reduces_loss(ratios[best]):
+            return rates, ratios  # the smallest rate only does the least harm
+        if best == len(rates) - 1 and last + 1 < len(ladder):
+            rates = [*rates, ladder[last + 1]]
+            test.run(rates[-1])
+        elif best == 0 and first > 0:
+            rates = [ladder[first - 1], *rates]
+            test.run(rates[0])
+        else:
+            return rates, ratios
 
 
 # ---- the choice ----------------------------------------------------------------------------------
@@ -195,12 +202,12 @@ def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
 
 
 def reduces_loss(ratios: NDArray[np.float64]) -> bool:
-    """Return whether a rate reduces the clients' loss by more than its standard error.
+    """Return whether a rate reduces the clients' loss by more than two standard errors.
 
     Args:
         ratios: ρ at this rate, one number for each client.
     """
-    return bool(np.isfinite(ratios).all() and (1 - ratios).mean() > _standard_error(ratios))
+    return bool(np.isfinite(ratios).all() and (1 - ratios).mean() > 2 * _standard_error(ratios))
 
 
 def _standard_error(values: NDArray[np.float64]) -> float:
@@ -222,15 +229,30 @@ class _RangeTest:
         self._epochs = epochs.epochs
         engine.backbone.set_base({})
         self._row = engine.strategy_context().fresh_row(0)
-        self.clients = drawn_clients(engine.clients, recipe.seed)
-        """Indices of the clients, ascending."""
-        self._start: dict[int, float] | None = None
-        if any(len(engine.clients[client].validation) for client in self.clients):
-            self._start = self._validation_losses(dict.fromkeys(self.clients, self._row))
-            self._keep([client for client in self.clients if math.isfinite(self._start[client])])
+        self._clients = drawn_clients(engine.clients, recipe.seed)
+        self._start: Losses = {}
+        self._trials: dict[str, dict[float, Losses]] = {"training loss": {}}
+        if any(len(engine.clients[client].validation) for client in self._clients):
+            self._trials = {"validation loss": {}, **self._trials}
+            self._start = self._validation_losses(dict.fromkeys(self._clients, self._row))
+            self._keep([client for client in self._clients if math.isfinite(self._start[client])])
 
-    def losses(self, rate: float) -> dict[int, float]:
-        """Train on each client at this rate; return the losses."""
+    @property
+    def names(self) -> list[str]:
+        """Names of the clients."""
+        return [self._engine.clients[client].name for client in self._clients]
+
+    @property
+    def measures(self) -> list[str]:
+        """Losses by which rates can be compared, the better measure first.
+
+        With a few validation examples, the validation loss often decides nothing, although the
+        training loss shows which rates learn.
+        """
+        return list(self._trials)
+
+    def run(self, rate: float) -> None:
+        """Train on each client at this rate, and store the losses."""
         hyperparameters = Hyperparameters(rate, self._epochs)
         training = hyperparameters.apply_to(self._recipe.training)
 
@@ -239,8 +261,8 @@ class _RangeTest:
             phases = (None,) * math.ceil(_STEPS / steps)
             return Assignment(Train(self._row, phases), hyperparameters=hyperparameters)
 
-        trained, losses = {}, dict.fromkeys(self.clients, math.inf)
-        for plan, reply in self._engine.train_clients(0, Assignments(self.clients, assignment)):
+        trained, losses = {}, dict.fromkeys(self._clients, math.inf)
+        for plan, reply in self._engine.train_clients(0, Assignments(self._clients, assignment)):
             if isinstance(reply, ClientError):
                 log.debug("learning rate %g: %s", rate, reply)
                 continue
@@ -248,47 +270,65 @@ class _RangeTest:
             if reply.client in losses and validate_reply(reply, plan, 0, size) is None:
                 trained[reply.client] = self._row - reply.delta
                 losses[reply.client] = reply.train_loss
-        return losses if self._start is None else self._validation_losses(trained)
+        self._trials["training loss"][rate] = losses
+        if self._start:
+            self._trials["validation loss"][rate] = self._validation_losses(trained)
 
-    def ratios(
-        self, losses: Sequence[Losses]
-    ) -> tuple[dict[int, float] | None, NDArray[np.float64]]:
-        """Return ℓ_i(θ_0), None for training losses, and ρ, rates × clients.
-
-        Clients that fail at every rate are excluded from this test.
-
-        Args:
-            losses: The clients' losses at each rate, the rates ascending.
+    def drop_failed(self) -> None:
+        """Exclude clients that failed at every rate.
 
         Raises:
-            RecipeError: All clients fail at every rate.
+            RecipeError: No client is left.
         """
+        trials = self._trials[self.measures[0]].values()
         self._keep(
             [
                 client
-                for client in self.clients
-                if any(math.isfinite(trial[client]) for trial in losses)
+                for client in self._clients
+                if any(math.isfinite(losses[client]) for losses in trials)
             ]
         )
-        table = np.array([[trial[client] for client in self.clients] for trial in losses])
-        if self._start is None:
-            start = table[np.isfinite(table).argmax(axis=0), range(table.shape[1])]
-        else:
-            start = np.array([self._start[client] for client in self.clients])
-        return self._start, table / np.maximum(start, _SMALLEST_LOSS)
 
-    def by_name(self, losses: Losses) -> dict[str, float | None]:
-        """Return the losses of the remaining clients by name; None for a failure."""
+    def ratios(self, rates: Sequence[float], measure: str) -> NDArray[np.float64]:
+        """Return ρ, rates × clients.
+
+        Args:
+            rates: Rates that were tried, ascending.
+            measure: One of ``measures``.
+        """
+        trials = self._trials[measure]
+        table = np.array([[trials[rate][client] for client in self._clients] for rate in rates])
+        if measure == "validation loss":
+            start = np.array([self._start[client] for client in self._clients])
+        else:  # the loss at the smallest rate with a finite one
+            start = table[np.isfinite(table).argmax(axis=0), range(table.shape[1])]
+        return np.asarray(table / np.maximum(start, _SMALLEST_LOSS), dtype=np.float64)
+
+    def document(self, rates: Sequence[float]) -> dict[str, Any]:
+        """Return all losses by client name, for ``decisions.json``; None for a failure."""
+        trials = [
+            {
+                "learning_rate": rate,
+                **{
+                    measure.replace(" ", "_"): self._by_name(losses[rate])
+                    for measure, losses in self._trials.items()
+                },
+            }
+            for rate in rates
+        ]
+        return {"start": self._by_name(self._start) if self._start else None, "trials": trials}
+
+    def _by_name(self, losses: Losses) -> dict[str, float | None]:
         return {
-            self._engine.clients[client].name: _finite(losses[client]) for client in self.clients
+            name: losses[client] if math.isfinite(losses[client]) else None
+            for name, client in zip(self.names, self._clients, strict=True)
         }
 
-    def _validation_losses(self, rows: Mapping[int, Any]) -> dict[int, float]:
+    def _validation_losses(self, rows: Mapping[int, Tensor]) -> dict[int, float]:
         """Score adapters on the validation examples; inf for failures and missing clients."""
-        losses = dict.fromkeys(self.clients, math.inf)
-        for client, scores in self._engine.evaluate_clients(
-            Assignments(list(rows), rows.__getitem__)
-        ):
+        losses = dict.fromkeys(self._clients, math.inf)
+        served = Assignments[Served](list(rows), rows.__getitem__)
+        for client, scores in self._engine.evaluate_clients(served):
             if isinstance(scores, ClientError):
                 log.debug("range test: %s", scores)
             elif math.isfinite(loss := scores.get("validation_loss", math.inf)):
@@ -297,18 +337,17 @@ class _RangeTest:
 
     def _keep(self, clients: list[int]) -> None:
         """Continue with these clients only. Raises ``RecipeError`` if there are none."""
-        names = [self._engine.clients[client].name for client in self.clients]
         if not clients:
             raise RecipeError(
                 [
-                    f"training.learning_rate: auto found no finite loss on {', '.join(names)}; "
-                    "check these clients' examples, or set a number"
+                    f"training.learning_rate: auto found no finite loss on {', '.join(self.names)};"
+                    " check these clients' examples, or set a number"
                 ]
             )
-        for client in sorted(set(self.clients) - set(clients)):
-            name = self._engine.clients[client].name
-            log.warning("%s takes no part in the choice of the learning rate: it failed", name)
-        self.clients = clients
+        for client, name in zip(self._clients, self.names, strict=True):
+            if client not in clients:
+                log.warning("%s takes no part in the choice of the learning rate: it failed", name)
+        self._clients = clients
 
 
 def drawn_clients(clients: Sequence[Client], seed: int) -> list[int]:
@@ -335,7 +374,3 @@ def drawn_clients(clients: Sequence[Client], seed: int) -> list[int]:
     generator = np.random.default_rng(derive(seed, "range test"))
     drawn = generator.choice(larger, min(_CLIENTS, len(larger)), replace=False)
     return sorted(int(index) for index in drawn)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

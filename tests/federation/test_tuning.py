@@ -68,7 +68,7 @@ class FormulaEngine:
         for index, row in served:
             rate = 10 ** -float(row[0])
             fresh = bool((row == 0).all())
-            loss = self.start if fresh else self._losses[index](float(f"{rate:.1g}"))
+            loss = self.start if fresh else self._losses[index](float(f"{rate:.2g}"))
             yield index, {"validation_loss": loss}
 
     @property
@@ -90,7 +90,7 @@ def valley(best, depth=0.5):
     return lambda rate: 1 - depth + 0.1 * abs(math.log10(rate / best))
 
 
-GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+GRID = [5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2]
 
 
 @pytest.mark.parametrize("best", GRID[1:-1])
@@ -104,11 +104,11 @@ def test_the_rate_with_the_lowest_loss_is_chosen(best):
 @pytest.mark.parametrize(
     ("best", "tested"),
     [
-        (3e-2, [*GRID, 1e-1]),
-        (1e-1, [*GRID, 1e-1, 3e-1]),
-        (3e-1, [*GRID, 1e-1, 3e-1]),
-        (3e-4, [1e-4, *GRID]),
-        (3e-5, [3e-5, 1e-4, *GRID]),
+        (0.05, [*GRID, 0.15]),
+        (0.15, [*GRID, 0.15, 0.5]),
+        (0.5, [*GRID, 0.15, 0.5]),
+        (5e-4, [1.5e-4, *GRID]),
+        (5e-5, [5e-5, 1.5e-4, *GRID]),
     ],
 )
 def test_the_grid_is_extended_while_the_best_rate_is_at_its_end(best, tested):
@@ -124,8 +124,8 @@ def test_sgd_has_higher_rates():
 
 
 def test_equal_losses_go_to_the_smaller_rate():
-    engine = FormulaEngine([lambda rate: 0.5 if rate >= 3e-3 else 0.9] * 4)
-    assert chosen(engine)[0] == 3e-3
+    engine = FormulaEngine([lambda rate: 0.5 if rate >= 5e-3 else 0.9] * 4)
+    assert chosen(engine)[0] == 5e-3
 
 
 @pytest.mark.parametrize(
@@ -147,23 +147,23 @@ def test_a_difference_within_one_standard_error_is_a_tie(ratios, rate):
 
 def test_a_rate_at_which_a_client_fails_loses():
     def fails(rate):
-        return None if rate > 1e-3 else valley(3e-2)(rate)
+        return None if rate > 1.5e-3 else valley(5e-2)(rate)
 
     def diverges(rate):
-        return math.nan if rate > 1e-3 else valley(3e-2)(rate)
+        return math.nan if rate > 1.5e-3 else valley(5e-2)(rate)
 
     for one in (fails, diverges):
-        engine = FormulaEngine([one, *[valley(3e-2)] * 3])
+        engine = FormulaEngine([one, *[valley(5e-2)] * 3])
         engine.clients = engine.clients[:2]
         engine.clients[0].size = 99  # the larger half
-        assert chosen(engine) == (1e-3, "chosen from 5 rates on 1 client")
+        assert chosen(engine) == (1.5e-3, "chosen from 5 rates on 1 client")
 
 
 def test_a_client_that_always_fails_takes_no_part(caplog):
-    engine = FormulaEngine([valley(1e-2), lambda rate: None, valley(1e-2), valley(1e-2)])
+    engine = FormulaEngine([valley(1.5e-2), lambda rate: None, valley(1.5e-2), valley(1.5e-2)])
     for number, size in enumerate((9, 9, 1, 1)):
         engine.clients[number].size = size
-    assert chosen(engine) == (1e-2, "chosen from 5 rates on 1 client")
+    assert chosen(engine) == (1.5e-2, "chosen from 5 rates on 1 client")
     assert "1 takes no part in the choice of the learning rate" in caplog.text
 
 
@@ -175,33 +175,33 @@ def test_if_all_clients_fail_the_error_names_the_key_and_the_clients():
 @pytest.mark.parametrize("validation", [0, 4])
 def test_the_training_loss_decides_if_the_validation_loss_cannot(validation):
     noise = [lambda rate: 1.1, lambda rate: 0.9] * 4
-    engine = FormulaEngine(noise, validation=validation, training=valley(1e-2))
+    engine = FormulaEngine(noise, validation=validation, training=valley(1.5e-2))
     entry = decide(recipe(), engine).document["learning_rate"]
-    assert (entry["value"], entry["measure"]) == (1e-2, "training loss")
+    assert (entry["value"], entry["measure"]) == (1.5e-2, "training loss")
     assert (entry["start"] is None) == (validation == 0)
 
 
 def test_if_no_rate_learns_the_middle_is_used():
     engine = FormulaEngine([lambda rate: 1.0] * 8)
     assert chosen(engine) == (
-        3e-3,
+        5e-3,
         "the middle of 7 rates on 4 clients, none of which reduced the loss",
     )
 
 
 def test_private_runs_are_not_tested():
-    engine = FormulaEngine([valley(1e-2)] * 4)
+    engine = FormulaEngine([valley(1.5e-2)] * 4)
     privacy = "privacy={mode: local, clip: 1.0, noise: 1.0}"
-    assert chosen(engine, privacy, "strategy=fedavg")[0] == 3e-3
+    assert chosen(engine, privacy, "strategy=fedavg")[0] == 5e-3
     assert engine.trained == []
 
 
 def test_small_clients_repeat_their_rounds(monkeypatch):
     monkeypatch.setattr(tuning, "_STEPS", 30)
-    engine = FormulaEngine([valley(1e-2)] * 2)  # ten examples in batches of eight
+    engine = FormulaEngine([valley(1.5e-2)] * 2)  # ten examples in batches of eight
     chosen(engine, "training.epochs=1", "training.batch_size=8")
     assert {phases for *_, phases in engine.trained} == {15}  # of two steps
-    engine = FormulaEngine([valley(1e-2)] * 2)
+    engine = FormulaEngine([valley(1.5e-2)] * 2)
     chosen(engine, "training.steps=31")
     assert {phases for *_, phases in engine.trained} == {1}
 

@@ -123,16 +123,17 @@ class TrainingRecipe(Section):
     learning_rate: PositiveFloat | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
     adapter on up to four clients at each of several rates, and chooses the rate with the lowest
-    validation loss (training loss if no client has validation examples). The baselines of the run
-    use the same rate. With `privacy`, there is no test, because its replies would not be private:
-    the rate is then 3e-3 for adamw and 0.1 for sgd."""
+    validation loss. If no rate reduces it by more than its noise, or if there are no validation
+    examples, the training loss decides. The baselines of the run use the same rate. With
+    `privacy`, there is no test, because its replies would not be private: the rate is 5e-3 for
+    adamw and 0.1 for sgd."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled for adamw, an L2 gradient for sgd."""
     momentum: Fraction = 0.0
     """Momentum of sgd."""
     batch_size: PositiveInt = 8
-    """Examples per micro-batch. The default is small, because clients often have less than a
-    hundred examples: small batches give them enough optimizer steps."""
+    """Examples per micro-batch. The default is small, because clients often have fewer than a
+    hundred examples, and small batches give them enough optimizer steps."""
     gradient_accumulation: PositiveInt = 1
     """Micro-batches per optimizer step. Their mean is exact, even if their label counts differ."""
     epochs: PositiveInt | Literal["auto"] = "auto"

@@ -19,6 +19,7 @@ from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.optimization import (
     count_steps,
     fresh_scaler,
+    learning_rate,
     make_optimizer,
     make_schedule,
     micro_batches,
@@ -119,7 +120,7 @@ def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
 
 def _group_key(state: _TrainState) -> tuple[int, float]:
     """Return what the members of an optimizer group have in common; the most steps come first."""
-    return -state.steps, float(state.training.learning_rate)
+    return -state.steps, learning_rate(state.training)
 
 
 def _train_phase(

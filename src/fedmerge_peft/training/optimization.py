@@ -53,19 +53,25 @@ def micro_batches(
             done += 1
 
 
+def learning_rate(training: TrainingRecipe) -> float:
+    """Return the learning rate.
+
+    Raises:
+        ValueError: ``training.learning_rate`` is auto (``hyperparameters.py``).
+    """
+    if training.learning_rate == "auto":
+        raise ValueError("training.learning_rate is auto; give the job its hyperparameters")
+    return training.learning_rate
+
+
 def make_optimizer(
     parameter: torch.nn.Parameter, training: TrainingRecipe
 ) -> torch.optim.Optimizer:
     """Return a new optimizer for flat adapters, ``(K, P)``.
 
     The optimizers are elementwise: a step on flat rows equals steps on each row's own tensors.
-
-    Raises:
-        ValueError: ``training.learning_rate`` is auto (``hyperparameters.py``).
     """
-    rate = training.learning_rate
-    if rate == "auto":
-        raise ValueError("training.learning_rate is auto; give the job its hyperparameters")
+    rate = learning_rate(training)
     if training.optimizer == "adamw":
         return torch.optim.AdamW(
             [parameter], lr=rate, weight_decay=training.weight_decay, fused=True

@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 
-from fedmerge_peft import Run, federate
-from fedmerge_peft.errors import FederateError, RefusedError, WireError
-from fedmerge_peft.federation import tuning
+from fedmerge_peft import Run
+from fedmerge_peft.errors import FederateError, RefusedError
 from fedmerge_peft.sites.config import (
     SITE_FILE,
     SiteLimits,
@@ -21,7 +20,6 @@ from fedmerge_peft.sites.server.job import run_job
 from fedmerge_peft.sites.site.trainer import Trainer, strictest_privacy
 from fedmerge_peft.sites.site_data import agree_on_labels
 from fedmerge_peft.sites.wire import Message
-from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Choose, Train, UpdatePrivacy
 
 
@@ -153,69 +151,6 @@ def test_a_federation_without_sites_fails_with_each_sites_reason(smoke, federati
     assert outcome.state == "failed"
     assert "no site can take part" in outcome.error
     assert outcome.error.count("training.learning_rate is 0.001, but 0.123 in the kit") == 2
-
-
-OPEN = ["strategy=fedavg", "training.learning_rate=auto", "training.epochs=auto", "rounds=2"]
-
-
-@pytest.mark.parametrize("validation", [0.0, 0.25])
-def test_sites_train_with_the_values_that_the_server_chooses(
-    smoke, federation_of, connect, tmp_path, monkeypatch, validation
-):
-    monkeypatch.setattr(tuning, "_STEPS", 1)
-    recipe = smoke(*OPEN, f"data.validation_fraction={validation}", "training.clients_per_batch=1")
-    kit, trainers = federation_of(recipe, 2)
-    outcome, _ = run_federation(kit, connect(trainers))
-    assert outcome.state == "ended", outcome.error
-    run, local = Run.open(kit / "run"), federate(recipe, tmp_path / "local")
-    for one in (run, local):
-        one.decisions["learning_rate"].pop("seconds")
-    assert run.decisions == local.decisions
-    assert torch.equal(run.soup.rows, local.soup.rows)
-    tested = [entry for entry in audit_entries(trainers["site-1"]) if entry["round"] == 0]
-    assert tested  # the audit log has the trials
-
-
-def test_a_site_that_fails_is_left_out_of_the_range_test(
-    smoke, federation_of, connect, monkeypatch
-):
-    monkeypatch.setattr(tuning, "_STEPS", 1)
-    recipe = smoke(*OPEN, "clients.failures=skip")
-    kit, trainers = federation_of(recipe, 2)
-    transport = connect(trainers)
-
-    def drop(site, payload, reply):
-        return "lost" if site == "site-2" and Message.from_bytes(payload).kind == "train" else reply
-
-    transport.alter = drop
-    outcome, _ = run_federation(kit, transport)
-    assert outcome.state == "ended", outcome.error
-    (trial, *_) = Run.open(kit / "run").decisions["learning_rate"]["trials"]
-    names = {client.name for client in trainers["site-1"].data.clients}
-    assert 0 < len(trial["training_loss"]) <= len(names)
-    assert set(trial["training_loss"]) <= names
-
-
-@pytest.mark.parametrize(
-    ("overrides", "values", "message"),
-    [
-        ([], Hyperparameters(0.5), "training.learning_rate is 0.001 in the kit's recipe"),
-        ([], Hyperparameters(None, 2), "training.epochs is 1 in the kit's recipe"),
-        (OPEN, Hyperparameters(None, 2), "training.learning_rate is auto in the kit's recipe"),
-        (OPEN, Hyperparameters(0.5), "training.epochs is auto in the kit's recipe"),
-        ([*OPEN, "training.steps=2"], Hyperparameters(0.5), None),
-        (OPEN, Hyperparameters(0.5, 2), None),
-        ([], Hyperparameters(), None),
-    ],
-)
-def test_a_site_accepts_values_for_open_keys_only(smoke, federation_of, overrides, values, message):
-    _, trainers = federation_of(smoke(*overrides), 1)
-    check = trainers["site-1"]._check_hyperparameters
-    if message is None:
-        check(values)
-        return
-    with pytest.raises((RefusedError, WireError), match=message):
-        check(values)
 
 
 def test_an_invalid_reply_costs_its_client_that_round_only(smoke, federation_of, connect):

@@ -2,9 +2,7 @@
 
 import logging
 import re
-from dataclasses import replace
 from functools import partial
-from itertools import starmap
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +19,6 @@ from fedmerge_peft.tasks import make_task
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.gradients import accumulate
-from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
@@ -52,6 +49,7 @@ class Bench:
         dropout=False,
         **training,
     ):
+        training = {"learning_rate": 0.01, **training}
         table, task = table_and_task(kind, COUNT)
         model = folder / kind.partition("-")[0]
         self.recipe = Recipe.model_validate(
@@ -61,13 +59,7 @@ class Bench:
                 "backbone": {"model": str(model), **(backbone or {})},
                 "lora": {"r": 2, "target_modules": TARGETS[model.name], **(lora or {})},
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {
-                    "batch_size": 2,
-                    "epochs": 1,
-                    "learning_rate": 0.01,
-                    "device": "cpu",
-                    **training,
-                },
+                "training": {"batch_size": 2, "epochs": 1, "device": "cpu", **training},
             }
         )
         self.accelerator = make_accelerator(self.recipe.training)
@@ -222,31 +214,6 @@ def test_each_adapter_gets_its_own_gradient(make_bench, kind, checkpointing):
         assert found.dtype == torch.float64
         assert_near(found, slot.gradient[0])
         assert float(mean) == pytest.approx(float(alone), rel=tolerance(torch.float32))
-
-
-@pytest.mark.equality
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("optimizer", [{}, SGD], ids=["adamw", "sgd"])
-def test_jobs_of_a_pass_have_their_own_learning_rates_and_epochs(make_bench, optimizer):
-    bench = make_bench(schedule="linear", **optimizer, epochs="auto", learning_rate="auto")
-    rates = [(0.01, 2), (0.001, 2), (0.1, 1), (0.01, 1)]
-    jobs = [
-        replace(job, indices=ROWS[:5], train=Train(job.train.row), hyperparameters=values)
-        for job, values in zip(bench.jobs(), starmap(Hyperparameters, rates), strict=True)
-    ]
-    for job, alone, together in zip(jobs, bench.alone(jobs), bench.together(jobs), strict=True):
-        assert_near(together.row, alone.row, job.train.row)
-        assert together.steps == alone.steps
-        training = job.hyperparameters.apply_to(bench.recipe.training)
-        by_hand = replace(job, hyperparameters=Hyperparameters())
-        assert torch.equal(train(bench.runtime, training, [by_hand])[0].row, alone.row)
-
-
-def test_a_value_that_the_recipe_leaves_open_must_be_given(make_bench):
-    for key in ("learning_rate", "epochs"):
-        bench = make_bench(**{key: "auto"})
-        with pytest.raises(ValueError, match=f"training.{key} is auto"):
-            bench.alone(bench.jobs()[:1])
 
 
 def test_the_comparison_distinguishes_adapters(make_bench):

@@ -92,8 +92,7 @@ def decide(recipe: Recipe, engine: Engine) -> Decisions:
         engine: Clients. On several ranks, every rank calls this function.
 
     Raises:
-        ClientError: All clients of the range test failed.
-        RecipeError: The range test gives no finite loss.
+        RecipeError: The range test gives no finite loss, because all of its clients failed.
     """
     document: dict[str, dict[str, Any]] = {}
     keys = open_keys(recipe)
@@ -137,7 +136,8 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
             break
     tested = f"{len(rates)} rates on {len(test.names)} client{'s' * (len(test.names) > 1)}"
     if conclusive:
-        value, reason = rates[smallest_tied(ratios, best)], f"chosen from {tested}"
+        by = ", by their training loss" if measure == "training loss" else ""
+        value, reason = rates[smallest_tied(ratios, best)], f"chosen from {tested}{by}"
     else:
         middle = rates.index(ladder[_MIDDLE])
         value = rates[middle] if np.isfinite(ratios[middle]).all() else rates[best]

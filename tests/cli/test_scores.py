@@ -1,5 +1,7 @@
 """``fedmerge scores``: the tables of an ended run, and errors for other folders."""
 
+import re
+
 import pytest
 
 from fedmerge_peft.cli import main
@@ -61,3 +63,11 @@ def test_a_folder_without_a_run_is_refused(fedmerge):
     code, _, err = fedmerge("scores", "runs/nowhere")
     assert code == 2
     assert "runs/nowhere holds no run" in err
+
+
+def test_chosen_values_are_shown(fedmerge, monkeypatch):
+    monkeypatch.setattr("fedmerge_peft.federation.tuning._STEPS", 1)
+    _, _, log = fedmerge("run", "smoke", *TINY, "training.learning_rate=auto")
+    assert "testing learning rates on" in log
+    _, shown, _ = fedmerge("scores", "runs/smoke")
+    assert re.search(r"learning rate 0\.\d+, (chosen from|the middle of) \d rates on 2", shown)

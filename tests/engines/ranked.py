@@ -30,6 +30,14 @@ SCENARIOS = {
         "baselines=[fedavg]",
     ],
     "flhc": ["strategy={name: flhc, adapters: 2, warm_rounds: 1}", "training.clients_per_batch=1"],
+    "auto": [
+        "strategy=fedavg",
+        "training.learning_rate=auto",
+        "training.epochs=auto",
+        "training.clients_per_batch=2",
+        "data.validation_fraction=0.25",
+        "rounds=2",
+    ],
     # three clients, in passes of two and one
     "ditto": [
         "strategy=ditto",

@@ -12,6 +12,7 @@ from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.engines.score_cache import ScoreCache
 from fedmerge_peft.engines.training_cache import TrainingCache
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.loop import Job
 from fedmerge_peft.training.plan import Train, Trained
 
@@ -116,7 +117,8 @@ def test_jobs_that_share_a_pass_are_trained_each_time(smoke, trained):
 def job(**changes):
     fields = {"seed": 1, "indices": np.arange(3), "row": torch.ones(4), **changes}
     seed, indices = fields.pop("seed"), fields.pop("indices")
-    return Job(Train(**fields), indices, seed)
+    chosen = {key: fields.pop(key) for key in ("learning_rate", "epochs") if key in fields}
+    return Job(Train(**fields), indices, seed, Hyperparameters(**chosen))
 
 
 def result(job):
@@ -133,6 +135,9 @@ CHANGES = [
     {"proximal": 0.1},
     {"anchor": torch.ones(4)},
     {"example_weights": torch.ones(4)},
+    {"learning_rate": 1e-3},
+    {"learning_rate": 1e-2},
+    {"epochs": 2},
 ]
 
 

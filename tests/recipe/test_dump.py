@@ -115,7 +115,7 @@ def test_a_shipped_recipe_survives_dumping(recipe, recipe_file):
 def test_keys_are_in_the_schemas_order_with_defaults_written_out(minimal, recipe_file):
     plain = yaml.safe_load(Recipe.load(recipe_file(minimal)).to_yaml())
     assert list(plain) == list(Recipe.model_fields)
-    assert plain["training"]["learning_rate"] == 0.001
+    assert plain["training"]["learning_rate"] == "auto"
     assert plain["task"]["name"] == "sequence-classification"
     assert plain["strategy"]["name"] == "fedmerge"
 

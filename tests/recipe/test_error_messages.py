@@ -30,7 +30,15 @@ TWO_LISTS = (
         ),
         (
             "training: {learning_rate: .inf}",
-            "training.learning_rate: found .inf, expected a number above 0",
+            "training.learning_rate: found .inf, expected a number above 0 or auto",
+        ),
+        (
+            "training: {learning_rate: fast}",
+            "training.learning_rate: found text 'fast', expected a number above 0 or auto",
+        ),
+        (
+            "training: {epochs: 0.5}",
+            "training.epochs: found 0.5, expected a whole number above 0 or auto",
         ),
         ("training: {device: 3}", "training.device: found 3, expected text"),
         ("training: 3", "training: found 3, expected a section (indented lines of key: value)"),

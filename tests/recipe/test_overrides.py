@@ -16,7 +16,7 @@ def loaded(minimal, recipe_file):
 
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(loaded):
     file = "training: {learning_rate: 0.5, epochs: 3}\n"
-    assert loaded().training.learning_rate == 1e-3
+    assert loaded().training.learning_rate == "auto"
     assert loaded(file).training.learning_rate == 0.5
     assert loaded(file, "training.learning_rate=1e-4").training.learning_rate == 1e-4
     assert loaded(file, "training.learning_rate=1e-4").training.epochs == 3

@@ -219,6 +219,93 @@ def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp
     )
 
 
+@pytest.fixture
+def advised(write_run):
+    """``advised(overrides, ...)``: findings and actions on a run of a round for each loss."""
+
+    def find(overrides=(), losses=(1.0, 1.0), groups=("",) * 4, labels="abcd", **files):
+        scores = [[0.5] * len(groups)] * (len(losses) + 1)
+        path = write_run("run", ["baselines=[]", *overrides], scores)
+        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.dumps({**record, "train_loss": loss, "warnings": files.get("warnings", [])})
+            for record, loss in zip(records, losses, strict=True)
+        ]
+        (path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (path / "task.json").write_text(json.dumps({"labels": list(labels), "format": None}))
+        clients = [
+            {"name": f"client {number}", "group": group, "train": 9, "validation": 1, "test": 40}
+            for number, group in enumerate(groups)
+        ]
+        (path / "clients.json").write_text(json.dumps(clients))
+        if decisions := files.get("decisions"):
+            (path / "decisions.json").write_text(json.dumps(decisions))
+        return {each.finding: each.action for each in advice(load_run(path))}
+
+    return find
+
+
+def chosen(reason):
+    return {"learning_rate": {"value": 0.003, "reason": reason}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "decisions", "action"),
+    [
+        ([], None, "leave training.learning_rate at auto"),
+        (["training.learning_rate=auto"], chosen("chosen from 5 rates"), "use more rounds"),
+        (["training.learning_rate=auto"], chosen("the middle of 5"), "no learning rate reduced"),
+    ],
+)
+def test_a_training_loss_near_that_of_guessing_is_found(advised, overrides, decisions, action):
+    found = advised(overrides, losses=(1.4, 1.3), decisions=decisions)
+    finding = "the training loss of the last round is 1.30, near that of guessing one of 4 labels"
+    (advice_on_it,) = [found[each] for each in found if each.startswith(finding)]
+    assert advice_on_it.startswith(action)
+
+
+def test_a_training_loss_below_that_of_guessing_is_no_finding(advised):
+    assert not [finding for finding in advised(losses=(1.4, 1.2)) if "guessing" in finding]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "found"),
+    [
+        ("{name: fedmerge, start: warm, warm_rounds: 2}", True),
+        ("{name: fedmerge, start: warm, warm_rounds: 1}", False),
+        ("{name: fedmerge, start: independent, warm_rounds: 2}", False),
+        ("{name: flhc, warm_rounds: 2}", True),
+        ("fedavg", False),
+    ],
+)
+def test_a_run_that_ends_with_its_warm_rounds_is_found(advised, strategy, found):
+    warnings = ["until clients are grouped after round 2, all equals FedAvg"]
+    findings = advised([f"strategy={strategy}"], warnings=warnings)
+    assert any("all 2 rounds are warm rounds" in each for each in findings) == found
+    assert any("until clients are grouped" in each for each in findings) != found
+
+
+@pytest.mark.parametrize(
+    ("adapters", "groups", "found"),
+    [(2, "aabbcc", True), (3, "aabbcc", False), (2, "aabbcd", False), (2, "abcdef", False)],
+)
+def test_fewer_adapters_than_known_groups_are_found(advised, adapters, groups, found):
+    strategy = f"strategy={{name: ifca, adapters: {adapters}}}"
+    findings = advised([strategy], groups=groups)
+    assert ("3 known groups of clients share 2 adapters" in findings) == found
+
+
+def test_the_page_shows_learning_rate_and_epochs(run, tmp_path):
+    assert "learning rate" in Page(render([run])).text
+    from shutil import copytree
+
+    copytree(run.path, tmp_path / "run")
+    recipe = run.recipe.replace(["training.learning_rate=auto"])
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "run" / "decisions.json").write_text(json.dumps(chosen("chosen from 5 rates")))
+    assert "0.003, chosen from 5 rates" in Page(render([tmp_path / "run"])).text
+
+
 def test_the_command_writes_the_page(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["report", str(run.path), "--out", str(tmp_path / "page.html")])

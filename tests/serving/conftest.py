@@ -74,7 +74,7 @@ def finished(tiny_models, tmp_path_factory):
                 f"data:\n  path: {folder / 'data'}\n  test_fraction: 0.25\n"
                 "  partition: {scheme: natural, by: by}\n"
                 "strategy: {name: fedmerge, adapters: 3, start: independent}\n"
-                "training: {learning_rate: 0.01, device: cpu}\n"
+                "training: {learning_rate: 0.01, batch_size: 16, epochs: 1, device: cpu}\n"
             )
             recipe = Recipe.load(folder / "mine.yaml")
             engine = LocalEngine.from_recipe(recipe)

@@ -14,6 +14,7 @@ from fedmerge_peft.sites.messages import (
 )
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train, UpdatePrivacy
 
 P = 5
@@ -55,10 +56,11 @@ def plain(value):
     )
 
 
-def received(plan, served, dtype="float32", base=None):
-    return Message.from_bytes(
-        assignment_message(3, "clinic ü", plan, served, base or {}, LAYOUT, dtype).to_bytes()
+def received(plan, served, dtype="float32", base=None, hyperparameters=None):
+    message = assignment_message(
+        3, "clinic ü", plan, served, base or {}, LAYOUT, dtype, hyperparameters
     )
+    return Message.from_bytes(message.to_bytes())
 
 
 @pytest.mark.parametrize("served", [None, row(7), MIXTURE], ids=["none", "row", "mixture"])
@@ -70,6 +72,14 @@ def test_every_plan_and_served_adapter_arrives_bit_by_bit(plan, served):
     assert plain(assignment.plan) == plain(plan)
     assert plain(assignment.served) == plain(served)
     assert assignment.base["layer.0"].tolist() == row(8, 2, 3).tolist()
+
+
+@pytest.mark.parametrize(
+    "values", [Hyperparameters(), Hyperparameters(0.003), Hyperparameters(10.0, 4)], ids=str
+)
+def test_hyperparameters_arrive_unchanged(values):
+    message = received(TRAIN, None, hyperparameters=values)
+    assert read_assignment(message, LAYOUT, P, "float32").hyperparameters == values
 
 
 def test_example_weights_are_not_read_from_a_message():
@@ -130,6 +140,13 @@ def test_bytes_that_are_not_a_message_are_refused(payload):
         {"served": {"row": ["t0"]}},
         {"base": []},
         {"round": "x"},
+        {"hyperparameters": None},
+        {"hyperparameters": {"steps": 10**9}},
+        *(
+            {"hyperparameters": {"learning_rate": rate}}
+            for rate in (0, -1e-3, 10.5, float("nan"), float("inf"), True, "1e-3", [1e-3])
+        ),
+        *({"hyperparameters": {"epochs": epochs}} for epochs in (0, 5, 1.0, True, "2")),
     ],
     ids=str,
 )

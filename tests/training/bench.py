@@ -51,6 +51,7 @@ class Bench:
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
                 "training": {
                     "batch_size": 4,
+                    "epochs": 1,
                     "learning_rate": 0.01,
                     "max_grad_norm": None,
                     **training,

@@ -56,7 +56,13 @@ class Bench:
                     **(lora or {}),
                 },
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 4, "learning_rate": 0.01, "device": "cpu", **training},
+                "training": {
+                    "batch_size": 4,
+                    "epochs": 1,
+                    "learning_rate": 0.01,
+                    "device": "cpu",
+                    **training,
+                },
             }
         )
         self.accelerator = make_accelerator(self.recipe.training)

@@ -233,7 +233,7 @@ def test_bf16_autocast_trains_and_keeps_float32_adapters(tiny_models):
     ids=str,
 )
 def test_steps_follow_from_epochs_batches_and_accumulation(options, steps):
-    assert count_steps(10, TrainingRecipe(**{"batch_size": 4, **options})) == steps
+    assert count_steps(10, TrainingRecipe(**{"batch_size": 4, "epochs": 1, **options})) == steps
 
 
 def test_warmup_and_decay_follow_the_schedule(tiny_models):

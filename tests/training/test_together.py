@@ -49,6 +49,7 @@ class Bench:
         dropout=False,
         **training,
     ):
+        training = {"learning_rate": 0.01, **training}
         table, task = table_and_task(kind, COUNT)
         model = folder / kind.partition("-")[0]
         self.recipe = Recipe.model_validate(
@@ -58,7 +59,7 @@ class Bench:
                 "backbone": {"model": str(model), **(backbone or {})},
                 "lora": {"r": 2, "target_modules": TARGETS[model.name], **(lora or {})},
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 2, "learning_rate": 0.01, "device": "cpu", **training},
+                "training": {"batch_size": 2, "epochs": 1, "device": "cpu", **training},
             }
         )
         self.accelerator = make_accelerator(self.recipe.training)

@@ -27,6 +27,7 @@ def scores(
     from rich.console import Console
 
     from fedmerge_peft.errors import RunError
+    from fedmerge_peft.federation.tuning import describe
     from fedmerge_peft.runs.directory import RunDirectory
     from fedmerge_peft.util.text import printable
 
@@ -36,6 +37,8 @@ def scores(
     console = Console(highlight=False)
     print_tables(directory, console)
     again = ["fedmerge", "run", str(run / "recipe.yaml"), "--out", str(RunDirectory.free_path(run))]
+    for line in describe(directory.decisions):
+        console.print(printable(line), soft_wrap=True, markup=False)
     console.print(
         printable(f"run directory: {run}\nto run it again: {shlex.join(again)}"),
         soft_wrap=True,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Plan, Served
 
 T = TypeVar("T")
@@ -13,11 +14,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Assignment:
-    """Plan and served model of one client in a round."""
+    """Plan, served model and hyperparameters of one client in a round."""
 
     plan: Plan
     served: Served | None = None
     """Adapter or mixture to be scored before any training; None to score nothing."""
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    """Values for the keys of ``training`` that are auto."""
 
 
 class Assignments(Generic[T]):

@@ -6,7 +6,7 @@ import logging
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from fedmerge_peft.errors import ClientError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.accelerator import make_accelerator
+from fedmerge_peft.training.hyperparameters import automatic_epochs
 from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.util.row_buffer import RowBuffer
 
@@ -107,13 +108,20 @@ class RankedEngine(LocalEngine):
     def _work(self, client: int) -> float:
         """Estimate a client's time in a round, in units of a forward pass on one token."""
         training = self.recipe.training
-        examples = (
-            None
-            if training.steps is None
-            else training.steps * training.batch_size * training.gradient_accumulation
-        )
-        epochs = training.epochs if examples is None else examples / self.clients[client].size
+        if training.steps is not None:
+            examples = training.steps * training.batch_size * training.gradient_accumulation
+            epochs = examples / self.clients[client].size
+        elif training.epochs == "auto":
+            epochs = self.automatic_epochs
+        else:
+            epochs = training.epochs
         return _TRAINING_COST * epochs * self._tokens(client) + self._tokens(client, scored=True)
+
+    @cached_property
+    def automatic_epochs(self) -> int:
+        """Passes per round for ``training.epochs: auto``, to estimate the clients' work."""
+        sizes = [client.size for client in self.clients]
+        return automatic_epochs(self.recipe.training, self.recipe.rounds, sizes)
 
     def _tokens(self, client: int, scored: bool = False) -> float:
         """Count the tokens of the client's training examples, or of its evaluation examples."""

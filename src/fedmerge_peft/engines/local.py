@@ -52,10 +52,10 @@ log = logging.getLogger(__name__)
 class LocalEngine:
     """The clients, and the runtime that all of them train on.
 
-    A client's work depends on the recipe, the round, its name and its plan. It does not depend on
-    the strategy or on the other clients of the round, except for rounding and the dropout masks of
-    clients that share a pass (``training.clients_per_batch``). One engine can therefore serve
-    several strategies.
+    A client's work depends on the recipe, the round, its name and its assignment. It does not
+    depend on the strategy or on the other clients of the round, except for rounding and the dropout
+    masks of clients that share a pass (``training.clients_per_batch``). One engine can therefore
+    serve several strategies.
     """
 
     def __init__(self, recipe: Recipe, clients: Sequence[Client], runtime: Runtime) -> None:
@@ -141,7 +141,8 @@ class LocalEngine:
             engine.score_cache = ScoreCache()
         if theirs.training != ours.training:
             engine.training_cache = TrainingCache()
-        vars(engine).pop("clients_per_batch", None)  # the batch size may differ
+        for cached in ("clients_per_batch", "automatic_epochs"):  # the batch size may differ
+            vars(engine).pop(cached, None)
         return engine
 
     def strategy_context(self) -> StrategyContext:
@@ -256,7 +257,10 @@ class LocalEngine:
         Returns None if the pass ran out of memory.
         """
         training = self.recipe.training
-        jobs = [Job(request.job, turn.client.train, request.seed) for turn, request in members]
+        jobs = [
+            Job(request.job, turn.client.train, request.seed, turn.assignment.hyperparameters)
+            for turn, request in members
+        ]
         if len(members) > 1:
             begin = time.perf_counter()
             try:

@@ -1,9 +1,9 @@
 """Cache of trained adapters, so that strategies that share an engine train the same job once.
 
 A job that trains alone is a deterministic function of its starting adapter, its seed, the client's
-examples, ``recipe.training`` and the frozen weights. The seed follows from the round and the
-client. In the first round, all strategies that start from the common initial adapter train the same
-jobs. At a site, only a run's baselines can profit.
+examples, ``recipe.training`` with the job's hyperparameters, and the frozen weights. The seed
+follows from the round and the client. In the first round, all strategies that start from the common
+initial adapter train the same jobs. At a site, only a run's baselines can profit.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def _key(job: Job) -> bytes:
     return digest(
         [
             job.seed,
+            job.hyperparameters.learning_rate,
+            job.hyperparameters.epochs,
             torch.from_numpy(job.indices),
             plan.row,
             plan.proximal,

@@ -19,6 +19,7 @@ from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import PluginError, RecipeError, ResumeError
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.loop import Federation
+from fedmerge_peft.federation.tuning import Decisions
 from fedmerge_peft.plugins import CALLBACKS
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.callbacks import CallbackRecipe
@@ -112,13 +113,16 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callba
     """Run the unfinished part of a recipe and its baselines."""
     own = [_callback(section) for section in recipe.callbacks]
     callbacks = Callbacks([*own, callbacks])
+    decisions = distributed.on_rank_zero(partial(_decisions, directory))
     for one, path in with_baselines(recipe, directory):
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
-        federation = Federation(one, engine)
+        federation = Federation(one, engine, decisions)
         run = RunWriter(path, one)
         run.begin(engine, federation.strategy)
         _restore(federation, run)
+        decisions = federation.decide()  # the baselines use the same values
+        run.write_decisions(decisions.document)
         with ExitStack() as stack:
             trackers = tracking(one, path, engine.accelerator)
             tracked = distributed.on_all_ranks(partial(stack.enter_context, trackers))
@@ -137,6 +141,12 @@ def _callback(section: CallbackRecipe) -> Callback:
             "subclass of Callback; derive it from that class"
         )
     return callback
+
+
+def _decisions(directory: Path) -> Decisions | None:
+    """Return the values that the run has chosen at an earlier start; None if it has not."""
+    document = RunDirectory(directory).decisions
+    return Decisions(document) if document else None
 
 
 def _has_ended(path: Path, rounds: int) -> bool:

@@ -21,6 +21,7 @@ from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import ClientError, RecipeError
 from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
 from fedmerge_peft.federation.replies import ReplyCollector, RoundReplies
+from fedmerge_peft.federation.tuning import Decisions, decide
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy, update_strategy
@@ -44,8 +45,16 @@ class Federation:
         print(record)
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, engine: Engine | None = None, decisions: Decisions | None = None
+    ) -> None:
         """Load data and model, unless an engine is given.
+
+        Args:
+            recipe: Recipe of the run.
+            engine: Engine that was loaded for the recipe. Default: a new one.
+            decisions: Values for keys that are ``auto``, from an earlier start of the run. Default:
+                ``decide`` chooses them before the first round.
 
         Raises:
             RecipeError: The engine was loaded for a recipe with other settings of the clients.
@@ -62,6 +71,8 @@ class Federation:
         self.strategy: Strategy = make_strategy(recipe.strategy, context)
         self.completed = 0
         """Completed rounds."""
+        self.decisions = decisions
+        """Values for keys that are ``auto``; None before they are chosen."""
         self._privacy = PrivacyLedger(recipe.privacy, self.cohort)
         self.epsilon(1)  # fail before the first round if the accountant is not installed
         selected = len(self.cohort(1))
@@ -72,6 +83,15 @@ class Federation:
                     "clients of a round; lower it, or raise clients.fraction"
                 ]
             )
+
+    def decide(self) -> Decisions:
+        """Return the values for the recipe's keys that are ``auto``; choose them if needed.
+
+        Raises as ``tuning.decide``.
+        """
+        if self.decisions is None:
+            self.decisions = decide(self.recipe, self.engine)
+        return self.decisions
 
     def rounds(
         self, on_client: OnClient | None = None, on_scores: OnScores | None = None
@@ -90,6 +110,7 @@ class Federation:
             ClientError: A client failed, and ``clients.failures`` is raise.
             TooFewClientsError: There are fewer valid replies than ``clients.min_clients``.
         """
+        self.decide()
         while self.completed < self.recipe.rounds:
             yield self._round(self.completed + 1, on_client, on_scores)
 
@@ -147,7 +168,13 @@ class Federation:
         """Train the cohort and return the valid replies. Raises as ``rounds``."""
         every = self.recipe.evaluation.every
         scored = number % every == 0 or number in (1, self.recipe.rounds)
-        assignments = Assignments(cohort, lambda client: self._assignment(client, scored))
+        hyperparameters = self.decide().hyperparameters
+        assignments = Assignments(
+            cohort,
+            lambda client: replace(
+                self._assignment(client, scored), hyperparameters=hyperparameters
+            ),
+        )
         collector = ReplyCollector(
             number, cohort, self.engine.clients, self.recipe.clients, self.strategy
         )

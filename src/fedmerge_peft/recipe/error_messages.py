@@ -120,6 +120,8 @@ def expected(annotation: Any, many: bool = False) -> str:
         return expected(arguments[0], many) + _bounds(arguments[1:])
     if variants(annotation) or origin is dict:
         return "a section (indented lines of key: value)"
+    if origin is Literal and len(arguments) == 1:
+        return str(arguments[0])
     if origin is Literal:
         return f"{'any' if many else 'one'} of {', '.join(arguments)}"
     if origin is list:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ _MIN_GAIN = 0.05
 """Gain of finetuning above which the served adapters have not converged."""
 _MAX_LISTED = 5
 """Clients that a finding names."""
+_CHANCE = 0.9
+"""Share of the loss of guessing above which a training loss is near chance."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,70 @@ def _unfinished(run: RunDirectory) -> Iterator[Advice]:
 def _warnings(run: RunDirectory) -> Iterator[Advice]:
     for warning in run.records[-1]["warnings"] if run.records else []:
         finding, _, remedy = warning.partition(". ")
+        if finding.startswith("until "):  # ends by itself, unless the run ends first
+            if _trained_after_warm_rounds(run) and run.final_round is not None:
+                yield Advice(finding, "use more rounds, or a larger clients.fraction")
+            continue
         yield Advice(
             finding,
             remedy
             or "use fewer adapters (strategy.adapters), or more rounds so that W settles "
             "(strategy.weights_lr)",
+        )
+
+
+def _trained_after_warm_rounds(run: RunDirectory) -> bool:
+    """Return whether the recipe has rounds after the warm ones, or no warm rounds."""
+    strategy = run.recipe.strategy
+    warm = getattr(strategy, "start", "warm") == "warm"
+    return not warm or run.recipe.rounds > getattr(strategy, "warm_rounds", 0)
+
+
+def _only_warm_rounds(run: RunDirectory) -> Iterator[Advice]:
+    if not _trained_after_warm_rounds(run):
+        name, rounds = run.recipe.strategy.name, run.recipe.rounds
+        yield Advice(
+            f"all {rounds} rounds are warm rounds, in which {name} equals FedAvg: no adapter was "
+            "trained for a group",
+            f"use more than {getattr(run.recipe.strategy, 'warm_rounds', 0)} rounds, better twice "
+            "as many, or a smaller strategy.warm_rounds",
+        )
+
+
+def _loss_near_chance(run: RunDirectory) -> Iterator[Advice]:
+    """Compare the last training loss with log L, the loss of guessing one of L labels evenly."""
+    labels = run.task["labels"] if (run.path / "task.json").is_file() else ()
+    loss = run.records[-1].get("train_loss") if run.records else None
+    if len(labels) < 2 or loss is None or loss < _CHANCE * math.log(len(labels)):
+        return
+    chosen = run.decisions.get("learning_rate")
+    if chosen is None:
+        action = (
+            "leave training.learning_rate at auto, which tests several rates, or raise it; "
+            "use more rounds or training.epochs"
+        )
+    elif chosen["reason"].startswith("chosen"):
+        action = "use more rounds or training.epochs"
+    else:
+        action = (
+            "no learning rate reduced the loss: check that labels belong to their inputs, train "
+            "more modules (lora.target_modules), or use another backbone"
+        )
+    yield Advice(
+        f"the training loss of the last round is {loss:.2f}, near that of guessing one of "
+        f"{len(labels)} labels ({math.log(len(labels)):.2f})",
+        action,
+    )
+
+
+def _fewer_adapters_than_groups(run: RunDirectory) -> Iterator[Advice]:
+    adapters = getattr(run.recipe.strategy, "adapters", None)
+    clients = Counter(group for group in run.clients["group"] if isinstance(group, str) and group)
+    groups = sum(count > 1 for count in clients.values())  # a client on its own is no group
+    if run.recipe.strategy.shared_soup and adapters is not None and adapters < groups:
+        yield Advice(
+            f"{groups} known groups of clients share {adapters} adapters",
+            f"set strategy.adapters to {groups} or more",
         )
 
 
@@ -127,7 +189,10 @@ def _few_test_examples(run: RunDirectory) -> Iterator[Advice]:
 
 _CHECKS: tuple[Callable[[RunDirectory], Iterator[Advice]], ...] = (
     _unfinished,
+    _loss_near_chance,
+    _only_warm_rounds,
     _warnings,
+    _fewer_adapters_than_groups,
     _worse_than_baselines,
     _finetuning_gain,
     _best_round_is_earlier,

@@ -137,6 +137,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "base model": recipe.backbone.model,
         "task": recipe.task.name,
         "data": recipe.data.path,
+        **_training_facts(run),
         "seed": str(recipe.seed),
         "started": str(environment.get("started", "unknown")),
         "device": str(environment.get("device", "unknown")),
@@ -154,6 +155,19 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "worst_clients": rows[:_WORST_CLIENTS],
         "all_clients": rows[:_MAX_CLIENTS],
         "clients": len(clients),
+    }
+
+
+def _training_facts(run: RunDirectory) -> dict[str, str]:
+    """Return the learning rate and the epochs, and how the run chose them."""
+    training, chosen = run.recipe.training, run.decisions
+    passes = {"steps": training.steps} if training.steps else {"epochs": training.epochs}
+    values: dict[str, Any] = {"learning_rate": training.learning_rate, **passes}
+    return {
+        key.replace("_", " "): f"{chosen[key]['value']:g}, {chosen[key]['reason']}"
+        if key in chosen
+        else f"{value}"
+        for key, value in values.items()
     }
 
 

@@ -3,6 +3,9 @@
 recipe.yaml             the recipe with all defaults
 environment.json        format version, start, versions, git commit, device and precision; one more
                         entry under "resumed" for each time the run was resumed
+decisions.json          values that the run has chosen for training.learning_rate and
+                        training.epochs, with their reasons and the losses of the range test; absent
+                        if the recipe sets both
 clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, and the text format
 labels.json             training examples of each client by label, if examples have labels
@@ -34,10 +37,13 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.cleanup import is_temporary
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.util.files import read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from fedmerge_peft.recipe.schema import TrainingRecipe
 
 FORMAT = 2
 """Version of the run directory's format, stored in ``environment.json``."""
@@ -165,6 +171,29 @@ class RunDirectory:
         """The content of ``environment.json``: format, start, versions, commit, device."""
         path = self.path / "environment.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+    @cached_property
+    def decisions(self) -> dict[str, dict[str, Any]]:
+        """The content of ``decisions.json`` by key of ``training``; empty if there is none.
+
+        Raises:
+            RunError: The file cannot be read, or has invalid values.
+        """
+        path = self.path / "decisions.json"
+        if not path.is_file():
+            return {}
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            Hyperparameters.parse({key: entry["value"] for key, entry in document.items()})
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise RunError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        return dict(document)
+
+    @property
+    def training(self) -> TrainingRecipe:
+        """The recipe's section ``training``, with the values that the run has chosen."""
+        values = {key: entry["value"] for key, entry in self.decisions.items()}
+        return Hyperparameters.parse(values).apply_to(self.recipe.training)
 
     @property
     def summary(self) -> dict[str, Any]:

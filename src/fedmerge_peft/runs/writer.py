@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,13 @@ class RunWriter(RunDirectory):
         self._write_metadata(recipe, engine)
         if checkpoint is not None:
             write_tensors(path / "weights.safetensors", {"weights": strategy.weights})
+
+    @rank_zero
+    def write_decisions(self, document: Mapping[str, Any]) -> None:
+        """Write ``decisions.json``, unless it exists or the document is empty."""
+        path = self.path / "decisions.json"
+        if document and not path.is_file():
+            write_json(path, document)
 
     @rank_zero
     def append(self, record: RoundRecord, strategy: Strategy) -> None:

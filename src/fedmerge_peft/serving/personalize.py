@@ -346,7 +346,7 @@ def _recipe(run: RunDirectory) -> Recipe:
 
     fp16 is disabled, because its gradients would need a scaler.
     """
-    recipe, training = run.recipe, run.recipe.training
+    recipe, training = run.recipe, run.training
     if choose_precision(training.mixed_precision, choose_device(training.device)) == "fp16":
         training = training.model_copy(update={"mixed_precision": "no"})
     task = recipe.task.with_format(run.task["format"])

@@ -20,6 +20,7 @@ from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
 from fedmerge_peft.util.stateful import describe
@@ -81,6 +82,7 @@ def assignment_message(
     base: Mapping[str, Tensor],
     layout: str,
     dtype: WireDtype,
+    hyperparameters: Hyperparameters | None = None,
 ) -> Message:
     """Write a client's assignment: kind ``train`` with a plan, ``evaluate`` without one.
 
@@ -92,6 +94,7 @@ def assignment_message(
         base: Additions of the strategy to the backbone, ΔW ``(out, in)`` by module name.
         layout: The ``layout_digest``.
         dtype: Number format of the adapters.
+        hyperparameters: Values for the keys of ``training`` that are auto. Default: none.
     """
     table = TensorTable(dtype)
     fields = {
@@ -101,6 +104,7 @@ def assignment_message(
         "dtype": dtype,
         "plan": None if plan is None else _plan(plan, table),
         "served": None if served is None else _served(served, table),
+        "hyperparameters": (hyperparameters or Hyperparameters()).to_dict(),
         "base": {module: table.add_float32(update) for module, update in base.items()},
     }
     return Message("evaluate" if plan is None else "train", fields, table.tensors)
@@ -176,6 +180,7 @@ class RemoteAssignment:
     plan: Plan | None
     served: Served | None
     base: Mapping[str, Tensor]
+    hyperparameters: Hyperparameters
 
 
 def read_assignment(
@@ -190,7 +195,8 @@ def read_assignment(
         dtype: The agreed number format.
 
     Raises:
-        WireError: The layout, the number format or the form of the message is wrong.
+        WireError: The layout, the number format, the hyperparameters or the form of the message is
+            wrong.
     """
     reader = _Reader(message, columns, dtype)
     reader.check(layout)
@@ -199,7 +205,9 @@ def read_assignment(
         base = {str(module): reader.float32(name, None) for module, name in fields["base"].items()}
         plan = None if fields["plan"] is None else reader.plan(fields["plan"])
         served = None if fields["served"] is None else reader.served(fields["served"])
-        return RemoteAssignment(int(fields["round"]), str(fields["client"]), plan, served, base)
+        hyperparameters = Hyperparameters.parse(fields["hyperparameters"])
+        number, client = int(fields["round"]), str(fields["client"])
+        return RemoteAssignment(number, client, plan, served, base, hyperparameters)
     raise AssertionError  # the block returns or raises
 
 

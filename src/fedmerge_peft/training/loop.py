@@ -15,9 +15,11 @@ from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.training.gradients import accumulate
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.optimization import (
     count_steps,
     fresh_scaler,
+    learning_rate,
     make_optimizer,
     make_schedule,
     micro_batches,
@@ -38,6 +40,9 @@ class Job:
     """The client's rows of the table."""
     seed: int
     """Seed of the order of examples and, with the seeds of other jobs, of the dropout masks."""
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    """Values for the keys of ``training`` that are auto; jobs in one pass may have different ones.
+    """
 
 
 @dataclass
@@ -45,6 +50,8 @@ class _TrainState:
     """A job in progress."""
 
     job: Job
+    training: TrainingRecipe
+    """The recipe's section with the job's hyperparameters."""
     steps: int
     """Optimizer steps in each phase."""
     row: Tensor
@@ -85,8 +92,8 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     with threads, seeded(derive(first, "dropout", *others), backbone.device):
         for phase in range(max(len(job.train.phases) for job in jobs)):
             present = [state for state in states if phase < len(state.job.train.phases)]
-            present.sort(key=lambda state: -state.steps)
-            _train_phase(runtime, training, present, phase, shared=len(jobs) > 1)
+            present.sort(key=_group_key)
+            _train_phase(runtime, training.max_grad_norm, present, phase, shared=len(jobs) > 1)
     backbone.eval()
     return [
         Trained(
@@ -99,6 +106,7 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
 
 
 def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
+    training = job.hyperparameters.apply_to(training)
     plan, row = job.train, job.train.row.to(runtime.device)
     proximal = training.proximal if plan.proximal is None else plan.proximal
     anchor = (row if plan.anchor is None else plan.anchor.to(runtime.device)) if proximal else None
@@ -106,12 +114,18 @@ def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
     if plan.example_weights is not None:
         weights = torch.zeros(len(runtime.examples))
         weights[torch.from_numpy(job.indices)] = plan.example_weights
-    return _TrainState(job, count_steps(len(job.indices), training), row, anchor, proximal, weights)
+    steps = count_steps(len(job.indices), training)
+    return _TrainState(job, training, steps, row, anchor, proximal, weights)
+
+
+def _group_key(state: _TrainState) -> tuple[int, float]:
+    """Return what the members of an optimizer group have in common; the most steps come first."""
+    return -state.steps, learning_rate(state.training)
 
 
 def _train_phase(
     runtime: Runtime,
-    training: TrainingRecipe,
+    max_grad_norm: float | None,
     states: list[_TrainState],
     phase: int,
     *,
@@ -124,10 +138,10 @@ def _train_phase(
     else:
         adapters = AdapterSlot(runtime.backbone, states[0].row)
     batches = [
-        micro_batches(state.job.indices, training, state.job.seed, phase) for state in states
+        micro_batches(state.job.indices, state.training, state.job.seed, phase) for state in states
     ]
-    groups = list(_optimizer_groups(adapters, training, states))
-    rules = GradientRules(states, phase, training.max_grad_norm, runtime.device)
+    groups = list(_optimizer_groups(adapters, states))
+    rules = GradientRules(states, phase, max_grad_norm, runtime.device)
     scaler = fresh_scaler(runtime.accelerator)
     with adapters.applied():
         for step in range(states[0].steps):
@@ -163,7 +177,7 @@ def _leave(adapters: Adapters, states: Sequence[_TrainState], group: _OptimizerG
 
 @dataclass(frozen=True)
 class _OptimizerGroup:
-    """Adapters with the same number of steps, which share an optimizer and a learning rate."""
+    """Adapters with the same number of steps and learning rate, which share an optimizer."""
 
     rows: slice
     steps: int
@@ -180,11 +194,13 @@ class _OptimizerGroup:
 
 
 def _optimizer_groups(
-    adapters: Adapters, training: TrainingRecipe, states: Sequence[_TrainState]
+    adapters: Adapters, states: Sequence[_TrainState]
 ) -> Iterator[_OptimizerGroup]:
     start = 0
-    for steps, members in groupby(states, key=lambda state: state.steps):
-        rows = slice(start, start + len(list(members)))
+    for _, group in groupby(states, key=_group_key):
+        members = list(group)
+        training, steps = members[0].training, members[0].steps
+        rows = slice(start, start + len(members))
         parameter = torch.nn.Parameter(adapters.rows[rows])
         parameter.grad = adapters.gradient[rows]
         optimizer = make_optimizer(parameter, training)

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
 
 
 def count_steps(examples: int, training: TrainingRecipe) -> int:
-    """Return the number of optimizer steps of one client in one round."""
+    """Return the number of optimizer steps of one client in one round.
+
+    Raises:
+        ValueError: ``training.epochs`` is auto (``hyperparameters.py``).
+    """
+    if training.steps is not None:
+        return training.steps
+    if training.epochs == "auto":
+        raise ValueError("training.epochs is auto; give the job its hyperparameters")
     per_epoch = math.ceil(examples / (training.batch_size * training.gradient_accumulation))
-    return training.steps if training.steps is not None else training.epochs * per_epoch
+    return training.epochs * per_epoch
 
 
 def micro_batches(
@@ -45,6 +53,17 @@ def micro_batches(
             done += 1
 
 
+def learning_rate(training: TrainingRecipe) -> float:
+    """Return the learning rate.
+
+    Raises:
+        ValueError: ``training.learning_rate`` is auto (``hyperparameters.py``).
+    """
+    if training.learning_rate == "auto":
+        raise ValueError("training.learning_rate is auto; give the job its hyperparameters")
+    return training.learning_rate
+
+
 def make_optimizer(
     parameter: torch.nn.Parameter, training: TrainingRecipe
 ) -> torch.optim.Optimizer:
@@ -52,13 +71,14 @@ def make_optimizer(
 
     The optimizers are elementwise: a step on flat rows equals steps on each row's own tensors.
     """
+    rate = learning_rate(training)
     if training.optimizer == "adamw":
         return torch.optim.AdamW(
-            [parameter], lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+            [parameter], lr=rate, weight_decay=training.weight_decay, fused=True
         )
     return torch.optim.SGD(
         [parameter],
-        lr=training.learning_rate,
+        lr=rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
         fused=True,

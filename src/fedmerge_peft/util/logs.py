@@ -20,7 +20,9 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def configure_logging(console: Console, *, engines_only: bool = False) -> None:
-    """Print this package's warnings to ``console`` and silence the libraries' deprecations.
+    """Print this package's warnings to ``console``, and silence the libraries' deprecations.
+
+    Values that a run chooses for keys that are ``auto`` are printed too.
 
     Args:
         console: Destination of the warnings.
@@ -36,6 +38,8 @@ def configure_logging(console: Console, *, engines_only: bool = False) -> None:
     package = logging.getLogger("fedmerge_peft")
     package.handlers = [handler]
     package.propagate = False
+    # the choice of the learning rate takes a while, and users should see its result
+    logging.getLogger("fedmerge_peft.federation.tuning").setLevel(logging.INFO)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets|torch)\b"
     )

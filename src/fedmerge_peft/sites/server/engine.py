@@ -31,6 +31,7 @@ from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.training.accelerator import make_accelerator
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Plan, Served
 
 if TYPE_CHECKING:
@@ -188,8 +189,13 @@ class RemoteEngine:
         def payload(index: int) -> bytes:
             assignment = lazily.make(index)
             plans[index] = assignment.plan
-            name = self.clients[index].name
-            return self._assignment(round, name, assignment.plan, assignment.served)
+            return self._message(
+                round,
+                index,
+                assignment.plan,
+                assignment.served,
+                hyperparameters=assignment.hyperparameters,
+            )
 
         columns, dtype = self._model.layout.size, self.federation.wire_dtype
         payloads = {index: partial(payload, index) for index in lazily.clients}
@@ -209,7 +215,7 @@ class RemoteEngine:
         lazily = Assignments.of(served)
 
         def payload(index: int) -> bytes:
-            return self._assignment(completed, self.clients[index].name, None, lazily.make(index))
+            return self._message(completed, index, None, lazily.make(index))
 
         results: dict[int, dict[str, float] | ClientError] = {}
         payloads = {index: partial(payload, index) for index in lazily.clients}
@@ -244,12 +250,18 @@ class RemoteEngine:
                 return str(error)
         return None
 
-    def _assignment(
-        self, round: int, client: str, plan: Plan | None, served: Served | None
+    def _message(
+        self,
+        round: int,
+        index: int,
+        plan: Plan | None,
+        served: Served | None,
+        **options: Hyperparameters,
     ) -> bytes:
-        dtype = self.federation.wire_dtype
+        """Serialize a client's assignment."""
+        name, base, dtype = self.clients[index].name, self.backbone.base, self.federation.wire_dtype
         return assignment_message(
-            round, client, plan, served, self.backbone.base, self.layout, dtype
+            round, name, plan, served, base, self.layout, dtype, **options
         ).to_bytes()
 
     def _send_and_receive(

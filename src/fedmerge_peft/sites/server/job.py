@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.federation.federate import resume_run, run_recipe
+from fedmerge_peft.federation.loop import Federation as FederatedRun
+from fedmerge_peft.federation.tuning import describe
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import RoundRecord
@@ -105,6 +107,11 @@ def _continue_run(
     """Run up to ``segment`` rounds. Raises ``_EndOfJob`` if rounds remain."""
     done = 0
 
+    def on_start(federation: FederatedRun, started: RunDirectory) -> None:
+        if federation.completed == 0 and started.path == run:
+            for line in describe(started.decisions):
+                report(line)
+
     def on_round(record: RoundRecord) -> None:
         nonlocal done
         done += 1
@@ -115,7 +122,7 @@ def _continue_run(
         if done >= segment and record.round < record.rounds:
             raise _EndOfJob("paused")
 
-    callbacks = [Callback(on_round=on_round)]
+    callbacks = [Callback(on_start=on_start, on_round=on_round)]
     if not (run / RECIPE_FILE).exists():
         run_recipe(recipe, run, engine=engine, callbacks=callbacks)
         return

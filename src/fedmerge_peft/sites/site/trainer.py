@@ -43,6 +43,7 @@ from fedmerge_peft.sites.site_data import (
 )
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.differential_privacy import update_privacy as agreed_privacy
+from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import InTurn, Plan, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
 from fedmerge_peft.util.files import write_text
@@ -215,7 +216,9 @@ class Trainer:
             return reply, AuditEntry("evaluate", client, assignment.round)
         privacy = self._update_privacy(plan)
         plan_without_privacy = replace(plan, privacy=None) if isinstance(plan, Train) else plan
-        local = Assignment(plan_without_privacy, assignment.served)
+        hyperparameters = assignment.hyperparameters
+        self._check_hyperparameters(hyperparameters)
+        local = Assignment(plan_without_privacy, assignment.served, hyperparameters)
         ((_, trained),) = engine.train_clients(assignment.round, [(index, local)])
         if isinstance(trained, ClientError):
             raise trained
@@ -248,6 +251,25 @@ class Trainer:
         return strictest_privacy(
             self.settings.privacy, requested, agreed_privacy(self.agreed.privacy)
         )
+
+    def _check_hyperparameters(self, requested: Hyperparameters) -> None:
+        """Check that the server sets the keys of ``training`` that the kit leaves open, only these.
+
+        Raises:
+            RefusedError: The kit's recipe has a number for a key that the server sets.
+            WireError: A key is auto in the kit's recipe, and the server does not set it.
+        """
+        training = self.agreed.training
+        for key, value in requested.to_dict().items():
+            agreed = getattr(training, key)
+            if value is not None and agreed != "auto":
+                raise RefusedError(
+                    f"training.{key} is {agreed} in the kit's recipe, but the server sent {value}"
+                )
+            if value is None and agreed == "auto" and not (key == "epochs" and training.steps):
+                raise WireError(
+                    f"training.{key} is auto in the kit's recipe, but the server sent no value"
+                )
 
     # ---- end of the run --------------------------------------------------------------------------
 

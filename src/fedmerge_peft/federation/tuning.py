@@ -1,0 +1,377 @@
+"""Values for the keys of ``training`` that are ``auto``, chosen before the first round.
+
+The learning rate is chosen by a range test (after Smith 2017, arXiv 1506.01186, with separate
+trials instead of a rising rate). A few clients train a new adapter at each rate of a geometric
+grid, on the same examples in the same order. Rates are compared by the loss relative to the
+client's own start:
+
+ρ_ir = ℓ_i(θ_ir) / ℓ_i(θ_0)        client i, rate r, trained adapter θ_ir, new adapter θ_0
+
+ℓ_i is the loss of the validation examples. If no client has any, or if no rate reduces their loss
+by more than its noise, ℓ_i is the mean training loss, and the denominator is its value at the
+smallest rate, which hardly changes the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmerge_peft.data import Client
+from fedmerge_peft.engines.assignments import Assignment, Assignments
+from fedmerge_peft.engines.base import Engine
+from fedmerge_peft.errors import ClientError, RecipeError
+from fedmerge_peft.federation.reply_checks import validate_reply
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.training.hyperparameters import Hyperparameters, automatic_epochs
+from fedmerge_peft.training.optimization import count_steps
+from fedmerge_peft.training.plan import Served, Train
+from fedmerge_peft.util.seeds import derive
+
+log = logging.getLogger(__name__)
+
+Losses = Mapping[int, float]
+"""Loss in nats, by client index; inf if the client failed."""
+
+LADDERS: dict[str, tuple[float, ...]] = {
+    "adamw": (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 0.15, 0.5),
+    "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
+}
+"""Rates that a test may try, by optimizer. The middle for adamw is the rate that was tuned for most
+of the shipped recipes."""
+_GRID = slice(2, 7)
+"""Rates that every test tries. The others are tried while the best rate is the last at its end."""
+_MIDDLE = 4
+"""Rate if no test is possible, or if no rate reduces the loss."""
+_CLIENTS = 4
+"""Most clients of a test."""
+_STEPS = 30
+"""Optimizer steps of a client at each rate, rounded up to whole rounds of local training. This is
+about a fifth of a run's steps, enough to separate the rates."""
+_SMALLEST_LOSS = 1e-8
+"""Lower bound of the denominators, nats."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The chosen values and their reasons."""
+
+    document: Mapping[str, Mapping[str, Any]]
+    """Content of ``decisions.json``: ``value``, ``reason`` and details, by key of ``training``.
+    Empty if the recipe leaves no key open."""
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """The chosen values."""
+        return Hyperparameters.parse({key: entry["value"] for key, entry in self.document.items()})
+
+
+def open_keys(recipe: Recipe) -> list[str]:
+    """Return the keys of ``training`` that the recipe leaves to the federation."""
+    training = recipe.training
+    keys = ["epochs"] if training.epochs == "auto" and training.steps is None else []
+    return [*keys, "learning_rate"] if training.learning_rate == "auto" else keys
+
+
+def decide(recipe: Recipe, engine: Engine) -> Decisions:
+    """Choose a value for each open key.
+
+    The result follows from the recipe and the clients' losses: the same seed gives the same
+    choice, on any number of ranks. Nothing is trained if the learning rate is a number.
+
+    Args:
+        recipe: Recipe of the run.
+        engine: Clients. On several ranks, every rank calls this function.
+
+    Raises:
+        RecipeError: The range test gives no finite loss, because all of its clients failed.
+    """
+    document: dict[str, dict[str, Any]] = {}
+    keys = open_keys(recipe)
+    if "epochs" in keys:
+        sizes = [client.size for client in engine.clients]
+        epochs = automatic_epochs(recipe.training, recipe.rounds, sizes)
+        document["epochs"] = {"value": epochs, "reason": "from the clients' median size"}
+    if "learning_rate" in keys:
+        epochs_only = Decisions(document).hyperparameters
+        document["learning_rate"] = _learning_rate(recipe, engine, epochs_only)
+        log.info("%s", describe(document)[0])
+    return Decisions(document)
+
+
+def describe(document: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return one line of text for each decision, the learning rate first."""
+    return [
+        f"{key.replace('_', ' ')} {document[key]['value']:g}, {document[key]['reason']}"
+        for key in ("learning_rate", "epochs")
+        if key in document
+    ]
+
+
+def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> dict[str, Any]:
+    """Return the entry of ``decisions.json`` for the learning rate."""
+    ladder = LADDERS[recipe.training.optimizer]
+    if recipe.privacy.mode != "none":
+        reason = f"without a test, which privacy.mode: {recipe.privacy.mode} would not cover"
+        return {"value": ladder[_MIDDLE], "reason": reason}
+    begin = time.perf_counter()
+    test = _RangeTest(recipe, engine, epochs)
+    log.info("testing learning rates on %s", ", ".join(test.names))
+    rates: list[float] = list(ladder[_GRID])
+    for rate in rates:
+        test.run(rate)
+    test.drop_failed()
+    for measure in test.measures:
+        rates, ratios = _extended(test, measure, rates, ladder)
+        best = lowest(ratios)
+        if conclusive := reduces_loss(ratios[best]):
+            break
+    tested = f"{len(rates)} rates on {len(test.names)} client{'s' * (len(test.names) > 1)}"
+    if conclusive:
+        by = ", by their training loss" if measure == "training loss" else ""
+        value, reason = rates[smallest_tied(ratios, best)], f"chosen from {tested}{by}"
+    else:
+        middle = rates.index(ladder[_MIDDLE])
+        value = rates[middle] if np.isfinite(ratios[middle]).all() else rates[best]
+        reason = f"the middle of {tested}, none of which reduced the loss"
+    return {
+        "value": value,
+        "reason": reason,
+        "measure": measure,
+        **test.document(rates),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _extended(
+    test: _RangeTest, measure: str, rates: list[float], ladder: Sequence[float]
+) -> tuple[list[float], NDArray[np.float64]]:
+    """Try further rates while the best is the last at one end; return all rates, and their ρ."""
+    while True:
+        ratios = test.ratios(rates, measure)
+        best = lowest(ratios)
+        first, last = ladder.index(rates[0]), ladder.index(rates[-1])
+        if measure == "validation loss" and not reduces_loss(ratios[best]):
+            return rates, ratios  # the smallest rate only does the least harm
+        if best == len(rates) - 1 and last + 1 < len(ladder):
+            rates = [*rates, ladder[last + 1]]
+            test.run(rates[-1])
+        elif best == 0 and first > 0:
+            rates = [ladder[first - 1], *rates]
+            test.run(rates[0])
+        else:
+            return rates, ratios
+
+
+# ---- the choice ----------------------------------------------------------------------------------
+
+
+def lowest(ratios: NDArray[np.float64]) -> int:
+    """Return the row with the lowest mean, the first of equal ones.
+
+    Args:
+        ratios: ρ, rates × clients, the rates ascending; inf for a failure.
+    """
+    return int(ratios.mean(axis=1).argmin())
+
+
+def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
+    """Return the smallest rate whose mean is within one standard error of the best rate's mean.
+
+    The standard error is that of the paired differences ρ_ir − ρ_i,best over the clients; 0 for one
+    client. This is the one-standard-error rule (Breiman et al. 1984, Classification and Regression
+    Trees, section 3.4.3). The smaller rate is preferred, because a rate that is too large diverges
+    later, while one that is slightly too small only needs more rounds.
+
+    Args:
+        ratios: As for ``lowest``.
+        best: Row of the best rate.
+    """
+    for row in range(best):
+        differences = ratios[row] - ratios[best]
+        if np.isfinite(differences).all() and differences.mean() <= _standard_error(differences):
+            return row
+    return best
+
+
+def reduces_loss(ratios: NDArray[np.float64]) -> bool:
+    """Return whether a rate reduces the clients' loss by more than two standard errors.
+
+    Args:
+        ratios: ρ at this rate, one number for each client.
+    """
+    return bool(np.isfinite(ratios).all() and (1 - ratios).mean() > 2 * _standard_error(ratios))
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+# ---- the clients' work ---------------------------------------------------------------------------
+
+
+class _RangeTest:
+    """Trials of learning rates on a few clients, from the adapter that the first round sends.
+
+    Trials are work of round 0, so they share no random draws with the rounds of the run.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> None:
+        self._recipe = recipe
+        self._engine = engine
+        self._epochs = epochs.epochs
+        engine.backbone.set_base({})
+        self._row = engine.strategy_context().fresh_row(0)
+        self._clients = drawn_clients(engine.clients, recipe.seed)
+        self._start: Losses = {}
+        self._trials: dict[str, dict[float, Losses]] = {"training loss": {}}
+        if any(len(engine.clients[client].validation) for client in self._clients):
+            self._trials = {"validation loss": {}, **self._trials}
+            self._start = self._validation_losses(dict.fromkeys(self._clients, self._row))
+            self._keep([client for client in self._clients if math.isfinite(self._start[client])])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the clients."""
+        return [self._engine.clients[client].name for client in self._clients]
+
+    @property
+    def measures(self) -> list[str]:
+        """Losses by which rates can be compared, the better measure first.
+
+        With a few validation examples, the validation loss often decides nothing, although the
+        training loss shows which rates learn.
+        """
+        return list(self._trials)
+
+    def run(self, rate: float) -> None:
+        """Train on each client at this rate, and store the losses."""
+        hyperparameters = Hyperparameters(rate, self._epochs)
+        training = hyperparameters.apply_to(self._recipe.training)
+
+        def assignment(client: int) -> Assignment:
+            steps = count_steps(self._engine.clients[client].size, training)
+            phases = (None,) * math.ceil(_STEPS / steps)
+            return Assignment(Train(self._row, phases), hyperparameters=hyperparameters)
+
+        trained, losses = {}, dict.fromkeys(self._clients, math.inf)
+        for plan, reply in self._engine.train_clients(0, Assignments(self._clients, assignment)):
+            if isinstance(reply, ClientError):
+                log.debug("learning rate %g: %s", rate, reply)
+                continue
+            size = self._engine.clients[reply.client].size
+            if reply.client in losses and validate_reply(reply, plan, 0, size) is None:
+                trained[reply.client] = self._row - reply.delta
+                losses[reply.client] = reply.train_loss
+        self._trials["training loss"][rate] = losses
+        if self._start:
+            self._trials["validation loss"][rate] = self._validation_losses(trained)
+
+    def drop_failed(self) -> None:
+        """Exclude clients that failed at every rate.
+
+        Raises:
+            RecipeError: No client is left.
+        """
+        trials = self._trials[self.measures[0]].values()
+        self._keep(
+            [
+                client
+                for client in self._clients
+                if any(math.isfinite(losses[client]) for losses in trials)
+            ]
+        )
+
+    def ratios(self, rates: Sequence[float], measure: str) -> NDArray[np.float64]:
+        """Return ρ, rates × clients.
+
+        Args:
+            rates: Rates that were tried, ascending.
+            measure: One of ``measures``.
+        """
+        trials = self._trials[measure]
+        table = np.array([[trials[rate][client] for client in self._clients] for rate in rates])
+        if measure == "validation loss":
+            start = np.array([self._start[client] for client in self._clients])
+        else:  # the loss at the smallest rate with a finite one
+            start = table[np.isfinite(table).argmax(axis=0), range(table.shape[1])]
+        return np.asarray(table / np.maximum(start, _SMALLEST_LOSS), dtype=np.float64)
+
+    def document(self, rates: Sequence[float]) -> dict[str, Any]:
+        """Return all losses by client name, for ``decisions.json``; None for a failure."""
+        trials = [
+            {
+                "learning_rate": rate,
+                **{
+                    measure.replace(" ", "_"): self._by_name(losses[rate])
+                    for measure, losses in self._trials.items()
+                },
+            }
+            for rate in rates
+        ]
+        return {"start": self._by_name(self._start) if self._start else None, "trials": trials}
+
+    def _by_name(self, losses: Losses) -> dict[str, float | None]:
+        return {
+            name: losses[client] if math.isfinite(losses[client]) else None
+            for name, client in zip(self.names, self._clients, strict=True)
+        }
+
+    def _validation_losses(self, rows: Mapping[int, Tensor]) -> dict[int, float]:
+        """Score adapters on the validation examples; inf for failures and missing clients."""
+        losses = dict.fromkeys(self._clients, math.inf)
+        served = Assignments[Served](list(rows), rows.__getitem__)
+        for client, scores in self._engine.evaluate_clients(served):
+            if isinstance(scores, ClientError):
+                log.debug("range test: %s", scores)
+            elif math.isfinite(loss := scores.get("validation_loss", math.inf)):
+                losses[client] = loss
+        return losses
+
+    def _keep(self, clients: list[int]) -> None:
+        """Continue with these clients only. Raises ``RecipeError`` if there are none."""
+        if not clients:
+            raise RecipeError(
+                [
+                    f"training.learning_rate: auto found no finite loss on {', '.join(self.names)};"
+                    " check these clients' examples, or set a number"
+                ]
+            )
+        for client, name in zip(self._clients, self.names, strict=True):
+            if client not in clients:
+                log.warning("%s takes no part in the choice of the learning rate: it failed", name)
+        self._clients = clients
+
+
+def drawn_clients(clients: Sequence[Client], seed: int) -> list[int]:
+    """Draw up to four clients for a range test; return their indices, ascending.
+
+    Only clients with validation examples are drawn, if there are any, and of those the half with
+    the most training examples, because their losses are the least noisy.
+
+    Args:
+        clients: All clients.
+        seed: Seed of the recipe.
+
+    Raises:
+        RecipeError: No client has training examples.
+    """
+    present = [index for index, client in enumerate(clients) if client.size]
+    validated = [index for index in present if len(clients[index].validation)]
+    candidates = sorted(validated or present, key=lambda index: -clients[index].size)
+    if not candidates:
+        raise RecipeError(
+            ["training.learning_rate: auto needs clients with training examples; set a number"]
+        )
+    larger = candidates[: math.ceil(len(candidates) / 2)]
+    generator = np.random.default_rng(derive(seed, "range test"))
+    drawn = generator.choice(larger, min(_CLIENTS, len(larger)), replace=False)
+    return sorted(int(index) for index in drawn)

@@ -1,0 +1,84 @@
+"""Hyperparameters that a recipe leaves to the federation: ``auto`` in its section ``training``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from fedmerge_peft.recipe.schema import TrainingRecipe
+
+MAX_LEARNING_RATE = 10.0
+"""Largest learning rate that a federation chooses."""
+MAX_EPOCHS = 4
+"""Most passes per round that a federation chooses. Further passes mostly overfit a client's few
+examples, and move the clients' adapters apart before they are merged."""
+_STEPS_PER_RUN = 200
+"""Optimizer steps of a client in a whole run. The shipped recipes take 96 to 200."""
+_STEPS_PER_ROUND = 10
+"""Fewest optimizer steps of a client per round. A step of AdamW changes a parameter by about the
+learning rate, and its state is new in each round, so fewer steps hardly change the adapter."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Values for the keys of ``training`` that are ``auto``; None for the recipe's own values."""
+
+    learning_rate: float | None = None
+    epochs: int | None = None
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Hyperparameters:
+        """Check and return values from a file or a message.
+
+        Raises:
+            ValueError: The learning rate is not positive, not finite or above
+                ``MAX_LEARNING_RATE``, the number of epochs is not an integer from 1 to
+                ``MAX_EPOCHS``, or there are other keys.
+        """
+        if unknown := fields.keys() - {"learning_rate", "epochs"}:
+            raise ValueError(f"unknown hyperparameters {', '.join(sorted(map(str, unknown)))}")
+        rate, epochs = fields.get("learning_rate"), fields.get("epochs")
+        if rate is not None and not (
+            type(rate) in (int, float) and math.isfinite(rate) and 0 < rate <= MAX_LEARNING_RATE
+        ):
+            raise ValueError(
+                f"learning_rate is {rate!r}, expected a number above 0 and at most "
+                f"{MAX_LEARNING_RATE:g}"
+            )
+        if epochs is not None and not (type(epochs) is int and 1 <= epochs <= MAX_EPOCHS):
+            raise ValueError(f"epochs is {epochs!r}, expected an integer from 1 to {MAX_EPOCHS}")
+        return cls(None if rate is None else float(rate), epochs)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Return the values by key, as ``parse`` reads them."""
+        return asdict(self)
+
+    def apply_to(self, training: TrainingRecipe) -> TrainingRecipe:
+        """Return the section with these values in place of ``auto``."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        return training.model_copy(update=values) if values else training
+
+
+def automatic_epochs(training: TrainingRecipe, rounds: int, sizes: Sequence[int]) -> int:
+    """Return the passes over a client's examples per round for ``training.epochs: auto``.
+
+    A client of median size takes about 200 optimizer steps in the whole run, and at least 10 per
+    round, in 1 to 4 passes. With R rounds, and s = ⌈n / (batch_size · gradient_accumulation)⌉ steps
+    in a pass over the median number of examples n:
+
+    epochs = min(4, ⌈max(10, 200 / R) / s⌉)
+
+    Args:
+        training: Batch size and gradient accumulation. With ``steps``, the result is 1, because
+            epochs are not used.
+        rounds: R, the rounds of the recipe.
+        sizes: Training examples of each client. Clients without examples are not counted.
+    """
+    if training.steps is not None:
+        return 1
+    size = median([size for size in sizes if size > 0] or [1])
+    steps = math.ceil(size / (training.batch_size * training.gradient_accumulation))
+    return min(MAX_EPOCHS, math.ceil(max(_STEPS_PER_ROUND, _STEPS_PER_RUN / rounds) / steps))

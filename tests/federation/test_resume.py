@@ -45,6 +45,8 @@ VARIANTS = [
         "warm_rounds": 1,
         "server_optimizer": "adam",
     },
+    # with groups and heads that the run has decided on
+    {"name": "fedmerge", "warm_rounds": 1, "own_head": 0.5},
     {"name": "fedavg", "server_optimizer": "adam"},
     # stopped after its first round of finetuning
     {"name": "fedavg_ft", "fedavg_rounds": 1, "passes": 2},

@@ -1,0 +1,187 @@
+"""What FedMerge decides by itself: adapters, groups, and the clients' own heads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from equality import assert_near
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.runs.checkpoint import Checkpoint
+from fedmerge_peft.strategies import Reply, make_strategy
+from fedmerge_peft.strategies.own_head import own_shares
+from fedmerge_peft.testing import FormulaClients, strategy_recipe
+
+CLIENTS = 6
+ONE = torch.zeros(CLIENTS, dtype=torch.int64)
+OWN_LABELS = torch.eye(CLIENTS, dtype=torch.int64) * 40 + 1
+
+
+def drawn(distributions, examples, seed=0):
+    """Label counts of clients, each drawn from its own distribution, ``(m, classes)``."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.multinomial(distributions, examples, replacement=True, generator=generator)
+    return torch.stack([torch.bincount(row, minlength=distributions.shape[1]) for row in labels])
+
+
+def make(label_counts=None, clients=None, **settings):
+    clients = clients or FormulaClients(CLIENTS)
+    context = replace(clients.strategy_context(), label_counts=label_counts)
+    return make_strategy(strategy_recipe("fedmerge", **settings), context), clients
+
+
+def play(strategy, clients, rounds):
+    for _ in range(rounds):
+        strategy.update([clients.reply(c, strategy.plan(c)) for c in range(CLIENTS)])
+
+
+# ---- the share of an own head --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("classes", "examples"), [(2, 30), (7, 48), (150, 48)])
+def test_clients_with_the_same_distribution_share_their_head(classes, examples, seed):
+    generator = torch.Generator().manual_seed(seed)
+    distribution = torch.rand(classes, generator=generator)
+    counts = drawn(distribution.repeat(CLIENTS, 1), examples, seed)
+    assert own_shares(counts, ONE)[0].tolist() == [0.0] * CLIENTS
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clients_with_their_own_distributions_have_heads_of_their_own(seed):
+    torch.manual_seed(seed)
+    distributions = torch.distributions.Dirichlet(torch.full((20,), 0.1)).sample((CLIENTS,))
+    shares, gain = own_shares(drawn(distributions, 50, seed), ONE)
+    assert gain > 100
+    assert 0.7 < float(shares.min()) <= float(shares.max()) < 1
+
+
+def test_groups_explain_the_labels_of_their_clients():
+    kinds = torch.tensor([0, 0, 0, 1, 1, 1])
+    distributions = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])[kinds]
+    counts = drawn(distributions, 40)
+    assert own_shares(counts, ONE)[0].min() > 0.5
+    assert own_shares(counts, kinds)[0].max() == 0
+    alone = torch.arange(CLIENTS)
+    assert own_shares(counts, alone) == (pytest.approx(torch.zeros(CLIENTS)), 0.0)
+
+
+# ---- the strategy --------------------------------------------------------------------------------
+
+
+def test_the_own_head_is_a_second_block_of_merging_weights():
+    """θ_i,head = (1 − s) Θ_head + s H_i, with Θ as in FedAvg, and H_i stepping along δ_i alone."""
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, own_head=0.4, groups=1)
+    head = clients.layout.columns("head")
+    common, own = clients.fresh_row(0), clients.fresh_row(0).repeat(CLIENTS, 1)[:, head]
+    served = common.repeat(CLIENTS, 1)
+    for _ in range(3):
+        deltas = served - clients.centres
+        play(strategy, clients, 1)
+        common = common - clients.shares @ deltas
+        own = own - deltas[:, head]
+        served = common.repeat(CLIENTS, 1)
+        served[:, head] = 0.6 * common[head] + 0.4 * own
+        for client in range(CLIENTS):
+            assert_near(strategy.adapter(client), served[client], 0)
+    merged = strategy.soup.merge(strategy.weights, torch.eye(CLIENTS))
+    assert_near(merged, served, 0)
+    assert_near(strategy.soup.merge(strategy.weights), common.repeat(CLIENTS, 1), 0)
+
+
+def test_the_share_follows_from_the_labels_and_is_reported():
+    strategy, clients = make(OWN_LABELS, warm_rounds=2, groups=1)
+    play(strategy, clients, 1)
+    assert strategy.decisions() == []
+    play(strategy, clients, 1)
+    groups, heads = strategy.decisions()
+    assert groups == "1 group of clients: as set in the recipe"
+    assert heads.startswith(
+        f"own heads with a mean weight of {strategy.own_head.shares.mean():.2f}"
+    )
+    play(strategy, clients, 1)
+    assert strategy.decisions() == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings"),
+    [
+        (None, {}),  # labels that the server must not or cannot know
+        (OWN_LABELS, {"own_head": 0.0}),
+        (torch.full((CLIENTS, 3), 20), {}),
+    ],
+    ids=["unknown", "off", "alike"],
+)
+def test_heads_are_shared_without_a_reason(counts, settings):
+    strategy, clients = make(counts, warm_rounds=1, groups=1, **settings)
+    play(strategy, clients, 2)
+    assert strategy.own_head is None
+    assert strategy.soup.own is None
+
+
+def test_a_client_has_no_own_head_before_its_first_reply():
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=1.0)
+    strategy.update([clients.reply(c, strategy.plan(c)) for c in range(CLIENTS - 1)])
+    head = clients.layout.columns("head")
+    assert_near(strategy.adapter(CLIENTS - 1)[head], strategy.soup.rows[0, head], 0)
+    sent = strategy.adapter(CLIENTS - 1)
+    reply = clients.reply(CLIENTS - 1, strategy.plan(CLIENTS - 1))
+    strategy.update([reply])
+    assert_near(strategy.adapter(CLIENTS - 1)[head], (sent - reply.delta)[head], 0)
+
+
+def test_a_group_gets_an_adapter_and_clients_that_come_later_join_the_group_they_point_to():
+    clients = FormulaClients(CLIENTS)
+    clients.centres = clients.centres[torch.arange(CLIENTS) % 2]  # two kinds of clients
+    strategy, _ = make(clients=clients, warm_rounds=2)
+    for _ in range(2):
+        assert strategy.weights.shape == (CLIENTS, 1)
+        strategy.update([clients.reply(c, strategy.plan(c)) for c in range(4)])
+    assert strategy.weights.shape == (CLIENTS, 2)
+    assert strategy.decisions()[0].startswith("2 groups of clients")
+    assert strategy.weights[4:].tolist() == [[0.5, 0.5]] * 2
+    strategy.update([clients.reply(c, strategy.plan(c)) for c in (4, 5)])
+    chosen = strategy.weights.argmax(dim=1).tolist()
+    assert chosen == [chosen[0], chosen[1]] * 3
+    assert chosen[0] != chosen[1]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_restored_strategy_goes_on_as_if_it_had_never_stopped(rounds, tmp_path):
+    settings = {"warm_rounds": 2, "own_head": 0.5, "server_momentum": 0.5}
+    clients = FormulaClients(CLIENTS)
+    clients.centres = clients.centres[torch.arange(CLIENTS) % 2]
+    whole, _ = make(clients=clients, **settings)
+    play(whole, clients, rounds)
+    whole.soup.save(tmp_path / "soup.safetensors")
+    state = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in whole.state_dict().items()
+    }
+    again, _ = make(clients=clients, **settings)
+
+    class Manifest:
+        counters = {}
+
+    saved = AdapterSoup.load(tmp_path / "soup.safetensors")
+    Checkpoint(Manifest, tmp_path, saved, state).restore(again)
+    for strategy in (whole, again):
+        play(strategy, clients, 3)
+    assert torch.equal(again.soup.rows, whole.soup.rows)
+    assert torch.equal(again.weights, whole.weights)
+    assert torch.equal(again.adapter(0), whole.adapter(0))
+
+
+def test_without_groups_the_number_of_adapters_is_fixed():
+    strategy, _ = make(adapters=3)
+    with pytest.raises(ValueError, match="2 adapters, but 3"):
+        strategy.resize(2)
+
+
+def test_a_reply_from_nowhere_changes_no_other_own_head():
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=0.5)
+    play(strategy, clients, 1)
+    before = strategy.own_head.rows.clone()
+    strategy.update([Reply(0, torch.ones(1, clients.layout.size), 10, 1.0, 0.0)])
+    assert torch.equal(strategy.own_head.rows[1:], before[1:])
+    assert not torch.equal(strategy.own_head.rows[0], before[0])

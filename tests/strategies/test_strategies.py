@@ -238,7 +238,7 @@ def test_a_warm_start_keeps_uniform_weights_for_clients_without_updates():
     )
     strategy.update(opposed([0, 1, 2]))
     torch.testing.assert_close(strategy.weights[3], torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(strategy.weights[:3].max(1).values, torch.full((3,), 0.65))
+    torch.testing.assert_close(strategy.weights[:3].max(1).values, torch.full((3,), 0.8))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -286,12 +286,12 @@ def test_grouping_uses_directions_and_determines_the_number_of_groups(most):
 
 
 @pytest.mark.parametrize("clients", [4, 12, 25, 50])
-@pytest.mark.parametrize("common", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("common", [0.3, 1.0, 5.0])
 def test_clients_that_differ_only_by_noise_are_one_group(clients, common):
     noise = torch.randn(clients, 400, generator=torch.Generator().manual_seed(clients))
     found = group_by_direction(noise + common, clients, 0)
     assert found.groups.tolist() == [0] * clients
-    assert "no more alike than by chance" in found.reason
+    assert "within groups by only" in found.reason
 
 
 def test_clients_that_repeat_themselves_but_do_not_resemble_each_other_stay_alone():

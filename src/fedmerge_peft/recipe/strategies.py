@@ -120,7 +120,7 @@ class FedMergeRecipe(ServerRecipe):
     groups: PositiveInt | None = None
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
     adapters if that is set."""
-    warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.65
+    warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """Merging weight of the group's adapter after the grouping. The other adapters share the rest
     evenly."""
     own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"

@@ -25,7 +25,7 @@ def rows() -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(ADAPTERS, layout.size, generator=generator)
     strategy = make_strategy(
-        FedMergeRecipe(name="fedmerge", adapters=ADAPTERS, start="independent"),
+        FedMergeRecipe(name="fedmerge", adapters=ADAPTERS, start="independent", weights_lr=1.0),
         StrategyContext(CLIENTS, layout, drawn.__getitem__),
     )
     block = 0.01 * torch.randn(50, layout.size, generator=generator)

@@ -26,7 +26,7 @@ def test_the_loop_over_tensors_equals_the_server_step(benchmark):
     rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     deltas = 0.1 * torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
     strategy = make_strategy(
-        FedMergeRecipe(name="fedmerge", adapters=3, start="independent"),
+        FedMergeRecipe(name="fedmerge", adapters=3, start="independent", weights_lr=1.0),
         StrategyContext(5, layout, rows.__getitem__),
     )
     soup, uniform = [layout.state_dict(row) for row in rows], torch.full((5, 3), 1 / 3)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.equality
 
 KNOWN = json.loads(Path(__file__).with_name("known_soups.json").read_text())
 OPTIONS = {
-    "fedmerge": "adapters: 3, start: independent",
+    "fedmerge": "adapters: 3, start: independent, weights_lr: 1.0",
     "ifca": "adapters: 3",
     "fesem": "adapters: 2",
     "flhc": "adapters: 2",

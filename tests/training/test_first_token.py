@@ -34,7 +34,12 @@ def make_runtime(tiny_models, table_and_task):
                 "backbone": {"model": model},
                 "lora": {"r": 2, "target_modules": TARGETS[kind.partition("-")[0]]},
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
-                "training": {"batch_size": 3, "optimizer": "sgd", "learning_rate": 0.1},
+                "training": {
+                    "batch_size": 3,
+                    "optimizer": "sgd",
+                    "learning_rate": 0.1,
+                    "epochs": 1,
+                },
             }
         )
         accelerator = make_accelerator(recipe.training)

@@ -144,7 +144,8 @@ def personalize(
     The run's soup is not changed.
 
     Args:
-        run: A run with at least two adapters, of a strategy with a ``shared_soup``.
+        run: A run of a strategy with a ``shared_soup``. With a single adapter, there are no weights
+            to learn; it is only compared with the alternatives.
         data: The newcomer's examples: a csv, tsv, json, jsonl or parquet file, a folder as in a
             recipe's ``data.path``, or a ``datasets.Dataset``. The columns are those of the run's
             task; the recipe's filter is not applied.
@@ -328,17 +329,18 @@ def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
     strategy = run.recipe.strategy
     sections = STRATEGIES.sections().items()
     mergeable = " or ".join(name for name, section in sections if section.shared_soup)
+    if strategy.shared_soup:
+        return
     if len(soup) == 1:
         raise RunError(
             f"{run.path} has one adapter for all clients ({strategy.name}), so there are no "
             "weights to learn: run.save_adapter writes it unchanged. To personalize, run "
             f"{mergeable} with several adapters, such as strategy.adapters=5"
         )
-    if not strategy.shared_soup:
-        raise RunError(
-            f"{run.path} is a run of {strategy.name}, whose adapters a new client cannot merge; "
-            f"use a run of {mergeable}"
-        )
+    raise RunError(
+        f"{run.path} is a run of {strategy.name}, whose adapters a new client cannot merge; "
+        f"use a run of {mergeable}"
+    )
 
 
 def _recipe(run: RunDirectory) -> Recipe:

@@ -269,7 +269,7 @@ def in_groups(truth, spread, seed=0):
     """Updates around one of three centres, of very different lengths, with a common part."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, 50, generator=generator)
-    lengths = torch.rand(len(truth), 1, generator=generator) * 10 + 0.1
+    lengths = torch.rand(len(truth), 1, generator=generator) * 8 + 2
     deltas = lengths * (
         centres[truth] - centres.mean(0) + spread * torch.randn(len(truth), 50, generator=generator)
     )
@@ -300,6 +300,22 @@ def test_clients_that_repeat_themselves_but_do_not_resemble_each_other_stay_alon
     assert found.groups.tolist() == [0, 1, 2, 3, 4]
     fewer = group_by_direction(alone, 4, 0, repeatability=torch.full((5,), 0.6))
     assert fewer.groups.tolist() == [0] * 5  # there are not as many adapters
+
+
+def test_groups_that_larger_differences_hide_are_found_too():
+    """Four groups of five: two pairs that differ much, and within each pair a small difference."""
+    generator = torch.Generator().manual_seed(0)
+    coarse, fine = (
+        torch.randn(2, 400, generator=generator),
+        torch.randn(4, 400, generator=generator),
+    )
+    truth = torch.arange(20) % 4
+    deltas = 4 * coarse[truth // 2] + fine[truth] + torch.randn(20, 400, generator=generator)
+    groups = group_by_direction(deltas, 20, 0).groups
+    assert all(
+        (groups[i] == groups[k]) == (truth[i] == truth[k]) for i in range(20) for k in range(20)
+    )
+    assert int(group_by_direction(deltas, 3, 0).groups.max()) <= 2
 
 
 def test_a_client_alone_is_one_group():

@@ -172,7 +172,8 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
                 after = f", after round {federation.completed}" if federation.completed else ""
                 progress.print(
                     f"[bold]{federation.recipe.strategy.name}[/]: "
-                    f"{len(federation.engine.clients)} clients, {len(strategy.soup)} adapter(s) of "
+                    f"{len(federation.engine.clients)} clients, "
+                    f"{len(strategy.soup)} adapter{'s' * (len(strategy.soup) > 1)} of "
                     f"{megabytes:.2f} MB on {federation.engine.backbone.device}{after}",
                     soft_wrap=True,
                 )
@@ -186,6 +187,8 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
 
             def on_round(self, record: RoundRecord) -> None:
                 progress.print(str(record), soft_wrap=True)
+                for decision in record.decisions:
+                    progress.print(f"  {decision}", soft_wrap=True)
                 if record.round == record.rounds:
                     for warning in record.warnings:
                         progress.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)

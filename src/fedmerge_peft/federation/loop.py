@@ -139,7 +139,8 @@ class Federation:
                 self.strategy.gap(reply, collected.trained[reply.client]) for reply in replies
             )
         self.completed = number
-        learns = self.strategy.learns_weights
+        weights = self.strategy.weights
+        merges = self.strategy.learns_weights and weights.shape[1] > 1
         norms = self.strategy.aggregator.norms
         examples = sum(reply.size for reply in replies)
         return RoundRecord(
@@ -149,8 +150,8 @@ class Federation:
             train_loss=sum(reply.train_loss * reply.size for reply in replies) / examples,
             served=served,
             finetuned=finetuned if self.strategy.trains_what_it_serves else None,
-            weights_entropy=merging_weights.entropy(self.strategy.weights) if learns else None,
-            adapter_mass=merging_weights.adapter_shares(self.strategy.weights) if learns else None,
+            weights_entropy=merging_weights.entropy(weights) if merges else None,
+            adapter_mass=merging_weights.adapter_shares(weights) if merges else None,
             gap=gap,
             update_norm=norms[-1] if len(norms) > known_norms else None,
             bytes_down=4 * down,

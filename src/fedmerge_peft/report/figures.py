@@ -143,7 +143,11 @@ def _weights(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
         ),
         f"One row per client; clients with similar weights are adjacent.{averaged}",
     )
-    by_round = list(run.weights_by_round())
+    by_round = [
+        (number, each)
+        for number, each in run.weights_by_round()
+        if each.shape[1] == weights.shape[1]  # not those of before the grouping
+    ]
     chosen = np.unique(np.linspace(0, len(by_round) - 1, _MAX_ROUNDS).round().astype(int))
     if run.recipe.strategy.learned_merging and len(chosen) > 1:
         panels = [

@@ -132,8 +132,10 @@ def _context(run: RunDirectory) -> dict[str, Any]:
     )
     commit = str(environment.get("commit", ""))[:10]
     facts = {
-        "method": recipe.strategy.name
-        + (f", {run.weights.shape[1]} adapters" if run.records else ""),
+        "method": recipe.strategy.name + (f", {_adapters(run)}" if run.records else ""),
+        "decided": "; ".join(
+            decision for record in run.records for decision in record.get("decisions", ())
+        ),
         "base model": recipe.backbone.model,
         "task": recipe.task.name,
         "data": recipe.data.path,
@@ -156,6 +158,11 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "all_clients": rows[:_MAX_CLIENTS],
         "clients": len(clients),
     }
+
+
+def _adapters(run: RunDirectory) -> str:
+    count = run.weights.shape[1]
+    return f"{count} adapter{'s' * (count > 1)}"
 
 
 def _training_facts(run: RunDirectory) -> dict[str, str]:

@@ -80,10 +80,10 @@ class RoundRecord:
     between updates ΔW, because their factors are not comparable across rounds."""
     weights_entropy: float | None
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter per
-    client. None if the strategy learns no weights."""
+    client. None if the strategy learns no weights, or has a single adapter."""
     adapter_mass: list[float] | None
-    """Each adapter's share of the clients' weight after the round; sums to 1. None if the strategy
-    learns no weights."""
+    """Each adapter's share of the clients' weight after the round; sums to 1. None as for
+    ``weights_entropy``."""
     update_norm: float | None
     """Median over clients of ‖δ_i‖₂ of the shared part of their updates. None for methods that
     share no mean."""

@@ -1,24 +1,15 @@
-"""Skip the positions that a classification head does not read, in the last encoder layer.
-
-BERT's pooler reads the first token alone. After the attention of the last layer, all other
-positions are then computed for nothing: two thirds of that layer's work, forward and backward.
-"""
+"""Trial of the cut of the last layer to the first token (``models/first_token.py``)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fedmerge_peft.data.clients import Indices
-
-if TYPE_CHECKING:
-    from fedmerge_peft.training.runtime import Runtime
+from fedmerge_peft.models.first_token import FirstToken
+from fedmerge_peft.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -61,47 +52,6 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
         return None
     log.info("the last layer computes the first token only: the head reads no other")
     return cut
-
-
-class FirstToken:
-    """Hooks that pass on the first token alone after the attention of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._shape = torch.Size()
-        """Shape of the states before the cut, ``(batch, length, width)``."""
-        self._attention = layer.get_submodule("attention.output")
-        parts = (self._attention, layer.get_submodule("output"))
-        self._dropouts = [part.get_submodule("dropout") for part in parts]
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Cut the passes inside the context."""
-        handle: RemovableHandle = self._attention.register_forward_pre_hook(self._cut)
-        for dropout in self._dropouts:
-            dropout.forward = self._masked(dropout)
-        try:
-            yield
-        finally:
-            handle.remove()
-            for dropout in self._dropouts:
-                del dropout.forward
-
-    def _cut(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        states, residual = args
-        self._shape = states.shape
-        return states[:, :1], residual[:, :1]
-
-    def _masked(self, dropout: nn.Module):  # type: ignore[no-untyped-def]
-        """Return a forward that draws the mask of all positions, and applies the first's."""
-
-        def forward(states: Tensor) -> Tensor:
-            keep = 1 - float(dropout.p)  # type: ignore[arg-type]
-            if not dropout.training or keep == 1:
-                return states
-            mask = torch.empty(self._shape, dtype=states.dtype, device=states.device)
-            return states * mask.bernoulli_(keep).div_(keep)[:, :1]
-
-        return forward
 
 
 def _last_layer(model: nn.Module) -> nn.Module | None:

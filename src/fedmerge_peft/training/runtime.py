@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
+from fedmerge_peft.models.first_token import FirstToken
 from fedmerge_peft.tasks.base import Batch, Examples, Task
-from fedmerge_peft.training.first_token import FirstToken
 from fedmerge_peft.training.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:

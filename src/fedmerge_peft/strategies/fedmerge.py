@@ -126,7 +126,8 @@ class FedMerge(Strategy):
     def update(self, replies: Iterable[Reply]) -> None:
         clients, deltas, sizes = stack_replies(replies)
         deltas = self.aggregator.clip(deltas)
-        served = self._served_heads(clients)
+        own = self._warming is not None or self.own_head is not None
+        served = self._served_heads(clients) if own else None
         self._decided = []
         self.rounds += 1
         if self._warming is not None:
@@ -143,7 +144,7 @@ class FedMerge(Strategy):
         self.soup.rows = self.server.step(
             self.soup.rows, self._soup_gradient(clients, before, deltas, sizes)
         )
-        if self.own_head is not None:
+        if self.own_head is not None and served is not None:
             self.own_head.update(clients, served, deltas[:, self.own_head.columns])
             self._store_own_parts()
 
@@ -265,6 +266,8 @@ class FedMerge(Strategy):
     def _served_heads(self, clients: Tensor) -> Tensor:
         """Return the heads that these clients were sent, ``(k, h)``."""
         columns = self.context.layout.columns("head")
+        if self._warming is not None:  # all were sent the same one
+            return self.soup.rows[:1, columns].expand(len(clients), -1)
         merged = self.weights[clients] @ self.soup.rows[:, columns]
         own = self.soup.own
         return merged if own is None else merged + own.residuals[clients]

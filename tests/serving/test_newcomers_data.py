@@ -162,7 +162,6 @@ def test_unsuitable_data_are_refused(run, tmp_path, monkeypatch, data, options, 
                 r"so there are no weights to learn.*fedmerge or ifca.*strategy.adapters=5"
             ),
         ),
-        ("strategy={name: fedmerge, adapters: 1}", "one adapter for all clients"),
         ("strategy=local", "a run of local, whose adapters a new client cannot merge"),
         (
             "strategy={name: fedem, adapters: 2}",
@@ -174,6 +173,15 @@ def test_runs_without_a_common_soup_are_refused(tmp_path, engine, tickets, strat
     other = federate(recipe(strategy), tmp_path / "run", engine=engine)
     with pytest.raises(RunError, match=message):
         personalize(other.path, tickets)
+
+
+def test_a_newcomer_of_a_federation_with_one_group_gets_its_adapter(tmp_path, engine, tickets):
+    run = federate(
+        recipe("strategy={name: fedmerge, adapters: 1}"), tmp_path / "run", engine=engine
+    )
+    newcomer = personalize(run, tickets, local=False)
+    assert newcomer.weights.tolist() == [1.0]
+    assert newcomer.row.tolist() == run.soup.rows[0].tolist()
 
 
 def test_a_newcomer_may_merge_the_adapters_of_clusters(tmp_path, engine, tickets):

@@ -92,6 +92,19 @@ def test_a_head_that_reads_other_tokens_keeps_all_positions(make_runtime):
     assert cut_to_first_token(runtime, ROWS) is None
 
 
+def test_a_model_that_fails_in_the_trial_is_left_to_training(make_runtime):
+    """Training names the client and the cause."""
+    runtime, _ = make_runtime("bert")
+
+    def fail(*_):
+        raise IndexError("index out of range in self")
+
+    handle = runtime.backbone.model.register_forward_pre_hook(fail)
+    assert cut_to_first_token(runtime, ROWS) is None
+    handle.remove()
+    assert cut_to_first_token(runtime, ROWS) is not None
+
+
 @pytest.mark.parametrize("kind", ["llama", "vit"])
 def test_layers_that_are_built_otherwise_are_left_alone(make_runtime, kind):
     runtime, _ = make_runtime(kind)

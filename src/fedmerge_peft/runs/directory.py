@@ -186,7 +186,10 @@ class RunDirectory:
             document = json.loads(path.read_text(encoding="utf-8"))
             Hyperparameters.parse({key: entry["value"] for key, entry in document.items()})
         except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise RunError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+            raise RunError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); remove it, so that "
+                "the same test chooses the values again"
+            ) from error
         return dict(document)
 
     @property

@@ -37,9 +37,14 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     runtime.backbone.eval()
     states: list[Tensor] = []
     handle = layer.register_forward_hook(lambda *call: states.append(_tensor(call[-1])))
-    with torch.enable_grad():
-        losses = _losses(runtime, chunk)
-    handle.remove()
+    try:
+        with torch.enable_grad():
+            losses = _losses(runtime, chunk)
+    except Exception as error:  # training reports it, with the client
+        log.info("the last layer computes all tokens: %s: %s", type(error).__name__, error)
+        return None
+    finally:
+        handle.remove()
     if len(states) != 1 or not states[0].requires_grad:
         return None
     (gradient,) = torch.autograd.grad(losses.sum(), states[0], allow_unused=True)

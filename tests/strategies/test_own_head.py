@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from equality import assert_near
+from fedmerge_peft import AdapterLayout
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.runs.checkpoint import Checkpoint
 from fedmerge_peft.strategies import Reply, make_strategy
 from fedmerge_peft.strategies.own_head import own_shares
@@ -117,6 +120,35 @@ def test_heads_are_shared_without_a_reason(counts, settings):
     play(strategy, clients, 2)
     assert strategy.own_head is None
     assert strategy.soup.own is None
+
+
+def test_clients_whose_labels_are_not_known_yet_get_the_mean_share():
+    """A site that joins late has no counts when the server starts."""
+    counts = OWN_LABELS.clone()
+    counts[0] = 0
+    strategy, clients = make(counts, warm_rounds=1, groups=1)
+    play(strategy, clients, 1)
+    shares = strategy.own_head.shares
+    assert torch.isfinite(shares).all()
+    assert_near(shares[0], shares[1:].mean(), 0)
+    assert min(shares.tolist()) > 0.5
+
+
+def test_heads_that_the_recipe_shares_are_not_explained_by_labels():
+    strategy, clients = make(OWN_LABELS, warm_rounds=1, groups=1, own_head=0.0)
+    play(strategy, clients, 1)
+    assert strategy.decisions()[1] == "shared heads: as set in the recipe"
+
+
+def test_an_own_head_needs_a_head_and_a_grouping():
+    headless = FormulaClients(
+        CLIENTS, AdapterLayout.from_tensors([("one.lora_A.weight", (2, 3), "lora")])
+    )
+    with pytest.raises(RecipeError, match="own_head: this adapter has no head"):
+        make(clients=headless, own_head=0.5)
+    make(clients=headless, own_head=0.0)
+    with pytest.raises(ValidationError, match="own heads begin at the grouping of start: warm"):
+        strategy_recipe("fedmerge", own_head=0.5, start="independent")
 
 
 def test_a_client_has_no_own_head_before_its_first_reply():

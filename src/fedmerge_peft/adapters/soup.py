@@ -21,7 +21,7 @@ _OWN = "own."
 
 @dataclass
 class OwnParts:
-    """What clients add to their merged adapters, in some columns: a part of the head, for example.
+    """Own parts of the clients' adapters, in some columns, such as those of the head.
 
     θ_i = Σ_j π_ij Θ_j + U_i, with U_i in the columns and 0 in the others.
     """
@@ -53,7 +53,7 @@ class AdapterSoup:
     ``exact_merge.add_base_update`` apply them.
     """
     own: OwnParts | None = None
-    """What each client adds to its merged adapter; None for nothing."""
+    """Own parts of the clients' adapters; None if the soup alone determines them."""
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:

@@ -141,6 +141,15 @@ class FedMergeRecipe(ServerRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _own_heads_follow_a_grouping(self) -> FedMergeRecipe:
+        if self.own_head not in ("auto", 0) and self.start != "warm":
+            raise ValueError(
+                f"own_head: own heads begin at the grouping of start: warm, but start is "
+                f"{self.start}; remove one of them"
+            )
+        return self
+
     def privacy_refusal(self, mode: str) -> str | None:
         moved = {
             "start: warm groups clients": self.start == "warm",

@@ -100,7 +100,7 @@ class RoundRecord:
     """Reason of failure by client, for clients skipped under ``clients.failures: skip``."""
     warnings: list[str] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
-    """What the strategy decided by itself in this round, such as the number of groups."""
+    """Decisions of the strategy in this round, a sentence each, such as the number of groups."""
 
     def __str__(self) -> str:
         width = len(str(self.rounds))

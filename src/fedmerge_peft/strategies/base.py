@@ -162,9 +162,7 @@ class Strategy(Stateful, ABC):
         raise ValueError(f"its soup has {adapters} adapters, but {len(self.soup)} were expected")
 
     def decisions(self) -> list[str]:
-        """Return what the last update decided by itself, such as the number of groups, a sentence
-        each.
-        """
+        """Return the last update's decisions, a sentence each, such as the number of groups."""
         return []
 
     def warnings(self) -> list[str]:

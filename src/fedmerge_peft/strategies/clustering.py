@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.base import Strategy, StrategyContext
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
+from fedmerge_peft.strategies.similarity import nearest_row
 
 
 class Clustering(Strategy):
@@ -70,8 +70,7 @@ class ServerClustering(Clustering):
             adapters.
         """
         rows, known = self.soup.rows[:count], self.clusters[clients] >= 0
-        directions = normalize(rows - rows.mean(dim=0), dim=1)
-        self.clusters[clients[~known]] = (-deltas[~known] @ directions.T).argmax(dim=1)
+        self.clusters[clients[~known]] = nearest_row(deltas[~known], rows)
         return known
 
 

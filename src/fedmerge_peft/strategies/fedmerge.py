@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.merging_weights import MergingWeights
 from fedmerge_peft.adapters.soup import AdapterSoup, OwnParts
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balancing import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
@@ -20,7 +21,7 @@ from fedmerge_peft.strategies.own_head import OwnHead, own_shares
 from fedmerge_peft.strategies.reseeding import Reseeding
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.server_step import weights_gradient
-from fedmerge_peft.strategies.similarity import group_by_direction
+from fedmerge_peft.strategies.similarity import group_by_direction, nearest_row
 
 _ADAPTERS = 5
 """d with ``adapters: auto`` if the clients are not grouped; the default of the authors' code."""
@@ -60,6 +61,15 @@ class FedMerge(Strategy):
     def __init__(self, recipe: recipes.FedMergeRecipe, context: StrategyContext) -> None:
         self.recipe = recipe
         self.context = context
+        self.head = context.layout.columns("head")
+        """Columns of the head, ``(h,)`` int64."""
+        if recipe.own_head not in ("auto", 0) and len(self.head) == 0:
+            raise RecipeError(
+                [
+                    "strategy.own_head: this adapter has no head; use auto, "
+                    "or name the head in lora.modules_to_save"
+                ]
+            )
         self._warming = MeanUpdates(context) if recipe.start == "warm" else None
         if recipe.adapters != "auto":
             adapters = recipe.adapters
@@ -97,9 +107,7 @@ class FedMerge(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         if "own_head.shares" in state:
-            self.own_head = OwnHead(
-                self.context.layout.columns("head"), torch.zeros(self.context.clients)
-            )
+            self.own_head = OwnHead(len(self.head), torch.zeros(self.context.clients))
         super().load_state_dict(state)
         self._store_own_parts()
 
@@ -145,7 +153,7 @@ class FedMerge(Strategy):
             self.soup.rows, self._soup_gradient(clients, before, deltas, sizes)
         )
         if self.own_head is not None and served is not None:
-            self.own_head.update(clients, served, deltas[:, self.own_head.columns])
+            self.own_head.update(clients, served, deltas[:, self.head])
             self._store_own_parts()
 
     def _step_weights(self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor) -> None:
@@ -223,13 +231,11 @@ class FedMerge(Strategy):
     def _join(self, clients: Tensor, deltas: Tensor) -> None:
         """Assign clients that missed the grouping to the group that their first update points to.
 
-        They trained the mean adapter Θ̄. Their group is argmax_j cos(−δ_i, Θ_j − Θ̄).
+        They trained the mean adapter, because their weights were uniform.
         """
         new = ~self.joined[clients]
         if len(self.soup) > 1 and new.any():
-            rows = self.soup.rows
-            directions = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
-            self._assign(clients[new], (-deltas[new] @ directions.T).argmax(dim=1))
+            self._assign(clients[new], nearest_row(deltas[new], self.soup.rows))
 
     def _assign(self, clients: Tensor, groups: Tensor) -> None:
         """Set the weight of each client's group to ``warm_weight``; the others share the rest."""
@@ -243,40 +249,42 @@ class FedMerge(Strategy):
     def _decide_own_heads(self, clients: Tensor, groups: Tensor) -> None:
         """Give clients own heads, with the recipe's share or one that follows from their labels."""
         share, counts = self.recipe.own_head, self.context.label_counts
-        columns = self.context.layout.columns("head")
         shares = torch.zeros(self.context.clients)
         if share != "auto":
             shares[:] = share
             reason = "as set in the recipe"
-        elif counts is None or len(columns) == 0:
-            return
         else:
-            estimated, gain = own_shares(counts[clients], groups)
-            shares[:] = estimated.mean()  # also of clients that take part later
+            known = torch.zeros(0) if counts is None else counts[clients].sum(dim=1) > 0
+            if counts is None or not known.any() or len(self.head) == 0:
+                return
+            clients = clients[known]
+            estimated, gain = own_shares(counts[clients], groups[known])
+            shares[:] = estimated.mean()  # also of clients whose labels are not known yet
             shares[clients] = estimated
-            reason = f"own label distributions explain the labels better by {gain:.0f} nats"
-        if not shares.any():
-            self._decided.append("shared heads: within a group, clients have the same labels")
-        elif len(columns):
-            self.own_head = OwnHead(columns, shares)
-            self._decided.append(
-                f"own heads with a mean weight of {float(shares[clients].mean()):.2f}: {reason}"
+            reason = (
+                f"own label distributions explain the labels better by {gain:.0f} nats"
+                if shares.any()
+                else "within a group, clients have about the same labels"
             )
+        if shares.any():
+            self.own_head = OwnHead(len(self.head), shares)
+            weight = float(shares[clients].mean())
+            self._decided.append(f"own heads with a mean weight of {weight:.2f}: {reason}")
+        else:
+            self._decided.append(f"shared heads: {reason}")
 
     def _served_heads(self, clients: Tensor) -> Tensor:
         """Return the heads that these clients were sent, ``(k, h)``."""
-        columns = self.context.layout.columns("head")
         if self._warming is not None:  # all were sent the same one
-            return self.soup.rows[:1, columns].expand(len(clients), -1)
-        merged = self.weights[clients] @ self.soup.rows[:, columns]
+            return self.soup.rows[:1, self.head].expand(len(clients), -1)
+        merged = self.weights[clients] @ self.soup.rows[:, self.head]
         own = self.soup.own
         return merged if own is None else merged + own.residuals[clients]
 
     def _store_own_parts(self) -> None:
         if self.own_head is not None:
-            columns = self.own_head.columns
-            residuals = self.own_head.residuals(self.weights @ self.soup.rows[:, columns])
-            self.soup.own = OwnParts(columns, residuals)
+            residuals = self.own_head.residuals(self.weights @ self.soup.rows[:, self.head])
+            self.soup.own = OwnParts(self.head, residuals)
 
     def warnings(self) -> list[str]:
         if self.recipe.start == "identical":

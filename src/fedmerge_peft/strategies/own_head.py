@@ -1,4 +1,4 @@
-"""The part of a head that is a client's own, and how large it should be."""
+"""Own heads of clients, and their weight."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ class OwnHead(Stateful):
 
     state_fields = ("rows", "shares", "started")
 
-    def __init__(self, columns: Tensor, shares: Tensor) -> None:
+    def __init__(self, size: int, shares: Tensor) -> None:
         """Create heads that no client has started.
 
         Args:
-            columns: Columns of the head in a row of the soup, ``(h,)`` int64.
+            size: h, the number of parameters of a head.
             shares: s, ``(m,)`` float32.
         """
-        self.columns = columns
         self.shares = shares
-        self.rows = torch.zeros(len(shares), len(columns))
+        self.rows = torch.zeros(len(shares), size)
         """H, ``(m, h)``."""
         self.started = torch.zeros(len(shares), dtype=torch.bool)
         """True for clients that have replied since the heads exist, ``(m,)``."""
@@ -69,7 +68,8 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
     others' examples: all examples count alike. The own share is what exceeds this.
 
     Args:
-        counts: n, training examples of each client by label, ``(m, classes)``.
+        counts: n, training examples of each client by label, ``(m, classes)``; at least one for
+            each client.
         groups: Group of each client, ``(m,)`` int64.
 
     Returns:
@@ -87,9 +87,8 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
         return torch.zeros(len(counts)), 0.0
     n, size, amount = counts[shared], size[shared, None], amount[shared, None]
     uniform = 1 / counts.shape[1]
-    mean = (others[shared] + uniform / 2) / (
-        amount + 1 / 2
-    )  # a label that no other has is possible
+    # Half of an example, spread evenly: a label that no other client has is possible.
+    mean = (others[shared] + uniform / 2) / (amount + 1 / 2)
 
     def likelihood(a: Tensor | float) -> float:
         return float((n * (((n - 1).clamp_min(0) + a * mean) / (size - 1 + a)).log()).sum())

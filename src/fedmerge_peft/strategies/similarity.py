@@ -75,7 +75,7 @@ def group_by_direction(
     """
     directions, clients = cosines(deltas, center), len(deltas)
     if count is not None:
-        groups = k_means(directions, min(count, max_groups), seed)
+        groups = k_means(coordinates(directions), min(count, max_groups), seed)
         return Grouping(groups, "as set in the recipe")
     whole = cosines(deltas, torch.zeros(1, deltas.shape[1]))
     groups, excess = _divide(whole, directions, max_groups, seed)
@@ -107,8 +107,9 @@ def _divide(whole: Tensor, directions: Tensor, max_groups: int, seed: int) -> tu
     one = torch.zeros(clients, dtype=torch.int64)
     excess: dict[int, float] = {}
     found: dict[int, Tensor] = {}
+    points = coordinates(directions)
     for number in range(2, min(max_groups, clients - 1, _MOST_GROUPS) + 1):
-        found[number] = k_means(directions, number, seed)
+        found[number] = k_means(points, number, seed)
         chance = agreement(_unrelated(clients), found[number])
         excess[number] = agreement(directions, found[number]) - chance
     best = max(excess.values(), default=0.0)
@@ -155,7 +156,21 @@ def _recentered(cosines: Tensor) -> Tensor:
 
 def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
     """Split updates ``(m, P)`` into two groups by direction; return the groups, ``(m,)`` int64."""
-    return k_means(cosines(deltas), 2, seed)
+    return k_means(coordinates(cosines(deltas)), 2, seed)
+
+
+def nearest_row(deltas: Tensor, rows: Tensor) -> Tensor:
+    """Return the row that each update points to, argmax_j cos(−δ_i, Θ_j − Θ̄).
+
+    Args:
+        deltas: Updates of the mean row Θ̄, sent minus trained, ``(k, P)``.
+        rows: Θ, ``(d, P)``.
+
+    Returns:
+        Indices of rows, ``(k,)`` int64.
+    """
+    directions = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=1)
+    return (-deltas @ directions.T).argmax(dim=1)
 
 
 def _unrelated(clients: int) -> Tensor:
@@ -168,9 +183,8 @@ def agreement(cosines: Tensor, groups: Tensor) -> float:
     """Compute the mean cosine between a client's direction and that of the others in its group.
 
     The direction of the others is their mean direction. A client that is alone in its group counts
-    as 0. With too few groups, different clients
-    share a group. With too many, a client has few others in its group. The agreement is therefore
-    highest in between.
+    as 0. With too few groups, different clients share a group. With too many, a client has few
+    others in its group. The agreement is therefore highest in between.
 
     Args:
         cosines: Cosines of all pairs of clients, ``(clients, clients)`` float64.
@@ -225,21 +239,27 @@ def inner_products(vectors: Tensor, center: Tensor | None = None) -> Tensor:
     return total
 
 
-def k_means(products: Tensor, groups: int, seed: int) -> Tensor:
-    """Run k-means on vectors that are given by their inner products; keep the best of 20 starts.
+def coordinates(products: Tensor) -> Tensor:
+    """Return points with these inner products, ``(m, m)`` float64 each.
+
+    k-means depends only on distances. Coordinates from the eigenvectors of the m × m inner products
+    preserve them, with m columns instead of P.
+    """
+    values, directions = torch.linalg.eigh(products)
+    points: Tensor = directions * values.clamp_min(0).sqrt()
+    return points
+
+
+def k_means(points: Tensor, groups: int, seed: int) -> Tensor:
+    """Run k-means; keep the best of 20 starts.
 
     Args:
-        products: Inner products of the vectors, which should be centered for precision, ``(m, m)``
-            float64.
+        points: One row for each point, ``(m, n)`` float64.
         groups: Largest number of groups.
         seed: Seed of the starts.
 
     Returns:
-        Group of each vector, ``(m,)`` int64.
+        Group of each point, ``(m,)`` int64.
     """
-    # k-means depends only on distances. Coordinates from the eigenvectors of the m × m inner
-    # products preserve them, with m columns instead of P.
-    values, directions = torch.linalg.eigh(products)
-    points = directions * values.clamp_min(0).sqrt()
-    model = KMeans(min(groups, len(products)), n_init=20, random_state=seed % 2**32)
+    model = KMeans(min(groups, len(points)), n_init=20, random_state=seed % 2**32)
     return torch.from_numpy(model.fit_predict(points.numpy())).long()

@@ -160,9 +160,11 @@ def write_run(tmp_path):
                 "bytes_down": 100 * clients * rounds,
                 "bytes_up": 40 * clients * rounds,
             }
+            last = {"after_round": rounds, "served": of(scores[-1])}
             summary = {
                 **cost,
-                "final": {"after_round": rounds, "served": of(scores[-1])},
+                "final": last,
+                "last": last,
                 "warnings": [],
             }
             (folder / "summary.json").write_text(json.dumps(summary))

@@ -66,6 +66,16 @@ def test_validate_shows_what_overrides_change(fedmerge):
     )
 
 
+def test_validate_shows_the_resolved_values_of_a_preset(fedmerge):
+    line, values = fedmerge(
+        "validate", "smoke", "strategy={name: fedmerge, preset: paper}", "rounds=3"
+    ).splitlines()
+    assert line.startswith("smoke is valid: fedmerge with 5 adapters, 3 rounds")
+    assert values.startswith("preset paper: rounds=3 strategy.adapters=5 strategy.rule=paper")
+    assert "training.proximal=0.01" in values
+    assert "training.max_grad_norm=null" in values
+
+
 def test_show_prints_a_recipe_that_loads_back(fedmerge):
     Path("shown.yaml").write_text(
         fedmerge("show", "smoke", "training.learning_rate=1e-4"), encoding="utf-8"

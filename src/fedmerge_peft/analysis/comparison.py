@@ -243,7 +243,10 @@ def _results(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dic
         for record in records
         if of_all(record["served"])
     }
-    return row, {**curve, summary["rounds"]: float(scores.mean())}
+    last = run.last_scores
+    if last is not None:
+        curve[summary["rounds"]] = mean(last)
+    return row, curve
 
 
 def _check_metrics(runs: pandas.DataFrame) -> None:

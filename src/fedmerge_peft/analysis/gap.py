@@ -29,8 +29,8 @@ def local_global_gap(run: RunDirectory) -> pandas.DataFrame:
     import pandas
 
     records = run.records
-    final = run.summary["final"]["served"] if (run.path / "summary.json").is_file() else None
-    following = [*(record["served"] for record in records[1:]), final]
+    last = run.last_scores if (run.path / "summary.json").is_file() else None
+    following = [*(record["served"] for record in records[1:]), last]
     rows = []
     for record, after in zip(records, following, strict=False):
         row: dict[str, Any] = {"round": record["round"], "distance": record["gap"]}

@@ -124,14 +124,22 @@ def cp(
 def validate(recipe: RecipeSource, overrides: Overrides = None) -> None:
     """Check a recipe and summarize it in one line.
 
-    No data and no model are loaded.
+    With a preset, a second line has the values of the preset's keys. No data and no model are
+    loaded.
 
     Example: fedmerge validate quickstart strategy.adapters=4
     """
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe.diff import written
+    from fedmerge_peft.recipe.presets import resolved
     from fedmerge_peft.util.text import printable
 
-    print(printable(_summary(Recipe.load(recipe, overrides or []))))
+    loaded = Recipe.load(recipe, overrides or [])
+    print(printable(_summary(loaded)))
+    if values := resolved(loaded):
+        preset = getattr(loaded.strategy, "preset", None)
+        settings = " ".join(f"{key}={written(value)}" for key, value in values.items())
+        print(printable(f"preset {preset}: {settings}"))
 
 
 @app.command()

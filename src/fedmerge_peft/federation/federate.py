@@ -191,5 +191,5 @@ def _run_rounds(
         if final is not None and len(final.clients) == len(names):
             save_if_best(federation.completed, final)
         with timed("save"):
-            run.finish(final)
-            tracked.final(final, federation.completed)
+            served = run.finish(final)
+            tracked.final(served, federation.completed)

@@ -75,6 +75,15 @@ class Federation:
         """Values for keys that are ``auto``; None before they are chosen."""
         self._privacy = PrivacyLedger(recipe.privacy, self.cohort)
         self.epsilon(1)  # fail before the first round if the accountant is not installed
+        if recipe.evaluation.serve == "best" and not any(
+            len(client.validation) for client in self.engine.clients
+        ):
+            raise RecipeError(
+                [
+                    "evaluation.serve: best needs validation examples, but no client has any; "
+                    "raise data.validation_fraction, or use serve: last"
+                ]
+            )
         selected = len(self.cohort(1))
         if recipe.clients.min_clients > selected:
             raise RecipeError(

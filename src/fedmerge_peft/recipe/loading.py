@@ -181,9 +181,21 @@ def loads(
 
 
 def override(recipe: R, overrides: Iterable[str]) -> R:
-    """Return a copy with overrides applied. Raises ``RecipeError`` with all faults."""
+    """Return a copy with overrides applied. Raises ``RecipeError`` with all faults.
+
+    A preset fills in keys that a recipe does not set. Here all keys are set, so a new preset is an
+    error.
+    """
     written = Mark(f"recipe {getattr(recipe, 'name', '')}".rstrip())
-    return _validate(type(recipe), Document(recipe.model_dump(), {(): written}), overrides)
+    result = _validate(type(recipe), Document(recipe.model_dump(), {(): written}), overrides)
+    before, after = (
+        getattr(getattr(each, "strategy", None), "preset", None) for each in (recipe, result)
+    )
+    if after not in (None, before):
+        where = ("strategy", "preset")
+        text = "has no effect on a complete recipe; set it when the recipe is loaded"
+        raise refuse([Fault(COMMAND_LINE, where, text)])
+    return result
 
 
 def dump(recipe: Section) -> str:

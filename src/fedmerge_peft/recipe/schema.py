@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -20,6 +20,7 @@ from pydantic import (
 
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
+from fedmerge_peft.recipe.presets import with_preset
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section
@@ -192,6 +193,10 @@ class EvaluationRecipe(Section):
     finetuned: Boolean = True
     """Also evaluate the locally trained adapters. The difference is the gain of local finetuning,
     which is small if the merged adapters fit their clients."""
+    serve: Literal["last", "best"] = "last"
+    """Round whose adapters and scores are the result of the run: the last one, or the one with the
+    lowest mean validation loss over all clients. best needs validation examples, and all clients in
+    each round."""
 
 
 Tracker = Literal[
@@ -242,12 +247,32 @@ class Recipe(Section):
     strategies, tasks, partition schemes, metrics, aggregation rules or callbacks. A module must be
     installed, or in a folder on PYTHONPATH."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return with_preset(values)
+
     @model_validator(mode="after")
     def _distinct_baselines(self) -> Recipe:
+        if any(getattr(baseline, "preset", None) for baseline in self.baselines):
+            raise ValueError(
+                "baselines: a preset also sets rounds and training, which baselines share with "
+                "the strategy; name the preset under strategy"
+            )
         names = [baseline.name for baseline in self.baselines]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"baselines: duplicate strategies {', '.join(repeated)}; list each strategy once"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_round_of_all_clients(self) -> Recipe:
+        if self.evaluation.serve == "best" and self.clients.fraction < 1:
+            raise ValueError(
+                "evaluation: serve: best compares the validation losses of all clients in each "
+                f"round, but clients.fraction is {self.clients.fraction:g}; use serve: last, or "
+                "fraction 1"
             )
         return self
 

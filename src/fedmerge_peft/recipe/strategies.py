@@ -88,6 +88,11 @@ class FedMergeRecipe(ServerRecipe):
     shared_soup = True
     learned_merging = True
     dp_modes = frozenset({"local", "central"})
+    preset: Literal["paper"] | None = None
+    """paper: the values of the authors' CIFAR-100 program, for all keys that the recipe does not
+    set: 500 rounds; adapters 5, rule paper, start independent; SGD with learning rate 0.01, batches
+    of 32, 2 epochs, proximal 0.01 and no clipping; the round of the lowest validation loss
+    (evaluation.serve)."""
     adapters: PositiveInt | Literal["auto"] = "auto"
     """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups that
     the clients' updates show, which may be one; with other starts 5, at most the number of

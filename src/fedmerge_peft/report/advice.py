@@ -164,10 +164,11 @@ def _best_round_is_earlier(run: RunDirectory) -> Iterator[Advice]:
     rounds = len(run.records)
     if (run.path / "best" / "scores.json").is_file() and rounds > 0:
         best = run.round(best=True)
-        if best < rounds:
+        if best < run.round():
             yield Advice(
                 f"the validation loss was lowest after round {best} of {rounds}",
-                f"fedmerge export {shlex.quote(str(run.path))} --all --best, or use fewer rounds",
+                f"fedmerge export {shlex.quote(str(run.path))} --all --best, use fewer rounds, or "
+                "set evaluation.serve: best",
             )
 
 

@@ -116,7 +116,7 @@ def _scores(run: RunDirectory) -> Iterator[Figure]:
 def _points(run: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
     """Return pairs of rounds completed and the scores served at that time."""
     points = [(record["round"] - 1, record["served"]) for record in run.records if record["served"]]
-    if (run.path / "summary.json").is_file() and (scores := final_scores(run)):
+    if (run.path / "summary.json").is_file() and (scores := run.last_scores):
         points.append((len(run.records), scores))
     return points
 

@@ -13,10 +13,11 @@ adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object per round
 weights/                π after each round
 soup.safetensors        the adapters after the last finished round, and the updates that flora has
-                        added to the backbone
-weights.safetensors     π after the last finished round
+                        added to the backbone; after the end, those of the round that is served
+weights.safetensors     π after the same round
 best/                   soup and weights at the lowest mean validation loss over all clients
-summary.json            final and best scores, written when the run ends
+summary.json            scores after the last and the best round, written when the run ends; final
+                        is the one of them that is served (``evaluation.serve``)
 tracking/               files of experiment trackers (tracking.py)
 checkpoint/             the state to resume from (checkpoint.py)
 baselines/<strategy>/   a run directory for each baseline
@@ -210,6 +211,14 @@ class RunDirectory:
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
     @property
+    def last_scores(self) -> dict[str, Any] | None:
+        """Scores of the models after the last round; None if they were not evaluated.
+
+        Raises ``RunError`` if the run has not ended.
+        """
+        return self.summary["last"]["served"]  # type: ignore[no-any-return]
+
+    @property
     def metrics(self) -> pd.DataFrame:
         """One row per round: losses, means and worst clients, entropy, bytes, seconds."""
         import pandas as pd
@@ -299,8 +308,11 @@ class RunDirectory:
         return weights[names.index(client)]
 
     def round(self, *, best: bool = False) -> int:
-        """Return the number of rounds after which the last or the best state was saved."""
-        return int(self._best["after_round"]) if best and self._best else len(self.records)
+        """Return the number of rounds after which the served or the best state was saved."""
+        if best and self._best:
+            return int(self._best["after_round"])
+        ended = (self.path / "summary.json").is_file()
+        return int(self.summary["final"]["after_round"]) if ended else len(self.records)
 
     def scores(self, *, best: bool = False) -> dict[str, dict[str, float]]:
         """Return each client's scores at the last or the best state, such as ``test_accuracy``.

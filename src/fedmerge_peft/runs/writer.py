@@ -158,9 +158,25 @@ class RunWriter(RunDirectory):
         write_json(folder / "scores.json", self._best)
 
     @rank_zero
-    def finish(self, final: Scores | None) -> None:
-        """Write ``summary.json``."""
+    def finish(self, last_scores: Scores | None) -> Scores | None:
+        """Write ``summary.json``, and serve the best round if the recipe asks for it.
+
+        Args:
+            last_scores: Scores after the last round; None if no client has any.
+
+        Returns:
+            Scores of the round that is served.
+        """
         records = self.records
+        last = {
+            "after_round": self.completed,
+            "served": vars(last_scores) if last_scores is not None else None,
+        }
+        served, scores = last, last_scores
+        if self.recipe.evaluation.serve == "best" and self._best is not None:
+            served, scores = self._best, Scores(**self._best["served"])
+            for name in ("soup.safetensors", "weights.safetensors"):
+                hardlink(self.path / "best" / name, self.path / name)
         write_json(
             self.path / "summary.json",
             {
@@ -174,14 +190,13 @@ class RunWriter(RunDirectory):
                 "failures": dict(
                     Counter(name for record in records for name in record.get("failures", ()))
                 ),
-                "final": {
-                    "after_round": self.completed,
-                    "served": vars(final) if final is not None else None,
-                },
+                "final": served,
+                "last": last,
                 "best": self._best,
                 "warnings": records[-1]["warnings"],
             },
         )
+        return scores
 
     def _write_metadata(self, recipe: Recipe, engine: Engine) -> None:
         """Write the files known before the first round. The recipe is first; it marks a run

@@ -69,6 +69,7 @@ def reply_to(
     train: Callable[[Train, int], Trained],
     losses: Callable[[Tensor], Tensor],
     seed: int = 0,
+    statistics: Callable[[Tensor], Tensor] | None = None,
 ) -> Reply:
     """Return a client's reply to a plan, given functions for its training and its losses.
 
@@ -79,8 +80,10 @@ def reply_to(
         train: ``train(job, seed)`` trains one adapter.
         losses: ``losses(row)`` returns the loss of each training example with an adapter, ``(n,)``.
         seed: Seed of the plan's random draws.
+        statistics: ``statistics(row)`` returns the class statistics of the training examples with
+            an adapter, ``(classes, d + 2)``, for plans that measure adapters.
     """
-    result = run_plan(plan, seed, train, losses)
+    result = run_plan(plan, seed, train, losses, statistics)
     return Reply(
         client,
         result.deltas,
@@ -89,6 +92,7 @@ def reply_to(
         0.0,
         choice=result.choice,
         weights=result.weights,
+        statistics=result.statistics,
     )
 
 
@@ -143,14 +147,34 @@ class FormulaClients:
             row = best if mask is None else torch.where(mask, best, row)
         return Trained(row, 1.0, 1)
 
+    def statistics(self, client: int, row: Tensor) -> Tensor:
+        """Return class statistics of features with unit variance, ``(classes, d + 2)``.
+
+        All classes have the same number of examples, up to rounding. The mean of class k is the
+        k-th row of the client's centre in the head, plus the first d columns of the adapter.
+        """
+        entry = self.layout.classifier
+        assert entry is not None  # noqa: S101 (the layout of a plan that measures features)
+        classes, width = entry.shape
+        counts = torch.full((classes, 1), float(self.sizes[client] // classes))
+        counts[0] += self.sizes[client] % classes
+        means = self.centres[client][entry.columns].view(classes, width) + row[:width]
+        squares = means.square().sum(dim=1, keepdim=True) + width
+        return torch.cat([counts, counts * squares, counts * means], dim=1)
+
     def reply(self, client: int, plan: Plan) -> Reply:
         """Return a client's reply to a plan."""
 
         def losses(row: Tensor) -> Tensor:
             return 0.5 * (row - self.centres[client]).square().sum()[None]
 
-        size = self.sizes[client]
-        return reply_to(plan, client, size, lambda job, _: self.train(client, job), losses)
+        def train(job: Train, _: int) -> Trained:
+            return self.train(client, job)
+
+        def statistics(row: Tensor) -> Tensor:
+            return self.statistics(client, row)
+
+        return reply_to(plan, client, self.sizes[client], train, losses, statistics=statistics)
 
     def replies(self, strategy: Strategy, clients: Iterable[int] | None = None) -> Iterator[Reply]:
         """Yield the replies of clients (default: all) to the strategy's plans."""

@@ -278,7 +278,7 @@ def test_methods_that_split_factors_refuse_adapters_that_are_more_than_products(
 
 # ---- all of them ---------------------------------------------------------------------------------
 
-PERSONAL = ("fedavg_ft", "ditto", "fedper", "fedrep", "feddpa", "fedsa_lora")
+PERSONAL = ("fedavg_ft", "ditto", "fedper", "fedrep", "feddpa", "fedsa_lora", "fedpac")
 
 
 @pytest.mark.parametrize("name", PERSONAL)

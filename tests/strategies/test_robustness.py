@@ -286,6 +286,7 @@ def test_with_the_papers_rule_one_reply_moves_all_logits():
         "flhc",
         "fedlease",
         "fedem",
+        "femam",
         "ffa_lora",
         "rolora",
     ],
@@ -302,7 +303,7 @@ def test_every_method_that_averages_accepts_every_rule(formulas, name, rule):
     assert found.strategy.soup.rows.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["flora", "flexlora", "fedex_lora", "fedalt"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "fedex_lora", "fedalt", "fedpac"])
 def test_a_method_without_a_mean_refuses_a_defence(formulas, name):
     with pytest.raises(RecipeError, match=rf"robustness: {name} has no mean of updates"):
         formulas(3).federation(f"strategy.name={name}", "robustness.aggregation=median")

@@ -108,6 +108,12 @@ class AdapterLayout:
         ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
+    @cached_property
+    def classifier(self) -> Entry | None:
+        """The matrix of the last layer of the head, ``(classes, features)``; None without one."""
+        matrices = [e for e in self.entries if e.role == "head" and len(e.shape) == 2]
+        return matrices[-1] if matrices else None
+
     def to_json(self) -> str:
         """Serialize the layout as JSON, for the metadata of a file."""
         return json.dumps([asdict(entry) for entry in self.entries])

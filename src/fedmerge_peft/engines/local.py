@@ -35,6 +35,7 @@ from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.execute import run_plans
+from fedmerge_peft.training.features import class_statistics
 from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Plan, Served, Trained, TrainRequest
@@ -216,8 +217,14 @@ class LocalEngine:
                 size = self.recipe.evaluation.batch_size
                 return example_losses(self.runtime, row, turn.client.train, size)
 
+        def statistics(position: int, row: Tensor) -> Tensor:
+            turn = ready[position]
+            with turn.clock():
+                size = self.recipe.evaluation.batch_size
+                return class_statistics(self.runtime, row, turn.client.train, size)
+
         with timed("train"):
-            results = run_plans(plans, partial(self._train, ready), losses)
+            results = run_plans(plans, partial(self._train, ready), losses, statistics)
         for turn, result in zip(ready, results, strict=True):
             turn.finish(result)
             finetuned = turn.before is not None and self.recipe.evaluation.finetuned

@@ -78,6 +78,7 @@ def _key(job: Job) -> bytes:
             plan.proximal,
             plan.anchor,
             plan.example_weights,
+            *([plan.alignment.centroids, plan.alignment.strength] if plan.alignment else [None]),
             *plan.phases,
         ]
     )

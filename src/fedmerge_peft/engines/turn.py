@@ -84,6 +84,7 @@ class ClientTurn:
             finetuned=self.after,
             choice=self.result.choice,
             weights=self.result.weights,
+            statistics=self.result.statistics,
             round=self.round,
         )
 

@@ -37,4 +37,13 @@ def validate_reply(
         return f"its update is {problem}"
     if not math.isfinite(reply.train_loss):
         return f"its training loss is {reply.train_loss}"
+    if plan.statistics_shape is not None:
+        if reply.statistics is None:
+            return "its class statistics are missing"
+        if (problem := tensor_mismatch(reply.statistics, plan.statistics_shape)) is not None:
+            return f"its class statistics are {problem}"
+        counts = reply.statistics[..., 0]
+        if bool((counts < 0).any()) or bool((counts.sum(dim=1) != size).any()):
+            total = float(counts.sum(dim=1).max())
+            return f"its class statistics count {total:g} examples, but it has {size}"
     return plan.mismatch(reply.choice, reply.weights)

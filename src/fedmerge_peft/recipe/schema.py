@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+import fedmerge_peft.recipe.personal_strategies  # registers strategies  # noqa: F401
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.presets import with_preset

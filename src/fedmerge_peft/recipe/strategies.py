@@ -35,6 +35,8 @@ class StrategyRecipe(Section):
     adds_to_backbone: ClassVar[bool] = False
     """True if the server also changes the backbone's weights, so that the rank of an adapter's
     update differs by layer."""
+    measures_features: ClassVar[bool] = False
+    """True if clients also return statistics of their features, which sites do not."""
     shared_soup: ClassVar[bool] = False
     """True if every adapter of the soup may be merged for any client, including newcomers."""
     learned_merging: ClassVar[bool] = False

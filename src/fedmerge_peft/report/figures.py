@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedmerge_peft.analysis import local_global_gap
 from fedmerge_peft.plotting import svg
 from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Line, Lines, Strip
-from fedmerge_peft.report.advice import final_scores, percentile
+from fedmerge_peft.report.advice import percentile
 from fedmerge_peft.runs.directory import RunDirectory
 
 _MAX_PAIRED = 1500

@@ -111,6 +111,8 @@ def assignment_message(
 
 
 def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
+    if plan.statistics_shape is not None:
+        raise FederateError("strategy: sites return no class statistics; use another strategy")
     match plan:
         case Train():
             return {"name": "train", **_train(plan, table)}

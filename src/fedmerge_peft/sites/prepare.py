@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from fedmerge_peft.errors import FederateError
+from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, Federation, check_names
@@ -19,7 +19,18 @@ def federated_recipe(recipe: Recipe) -> Recipe:
 
     A failing client is skipped for the round, unless the recipe sets ``clients.failures``. Clients
     train one at a time, so that the result does not depend on the assignment of clients to sites.
+
+    Raises:
+        RecipeError: Sites cannot run a strategy of the recipe.
     """
+    for strategy in (recipe.strategy, *recipe.baselines):
+        if strategy.measures_features:
+            raise RecipeError(
+                [
+                    f"strategy.name: {strategy.name} needs statistics of the clients' features, "
+                    "which sites do not return; use another strategy"
+                ]
+            )
     overrides = ["training.clients_per_batch=1"]
     if "failures" not in recipe.clients.model_fields_set:
         overrides.append("clients.failures=skip")

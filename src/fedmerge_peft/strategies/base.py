@@ -66,6 +66,8 @@ class Reply:
     """New π ``(d,)`` of a mixture, if the plan was one."""
     round: int | None = None
     """Round of the plan, from 1. If None, it is not checked."""
+    statistics: Tensor | None = None
+    """Class statistics ``(rows, classes, d + 2)``, if the plan measures adapters."""
 
     @property
     def delta(self) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fedmerge_peft.training.plan import ClientResult, Plan, Train, Trained, TrainRequest
@@ -13,6 +15,7 @@ def run_plans(
     plans: Sequence[tuple[Plan, int]],
     train: Callable[[Sequence[tuple[int, TrainRequest]]], Sequence[Trained | Exception]],
     losses: Callable[[int, Tensor], Tensor],
+    statistics: Callable[[int, Tensor], Tensor] | None = None,
 ) -> list[ClientResult | Exception]:
     """Run several plans phase by phase; one call trains the requests of all plans.
 
@@ -22,6 +25,9 @@ def run_plans(
             in the same order, the outcome of each request or its exception.
         losses: ``losses(position, row)`` returns the summed losses (nats) of that client's training
             examples with an adapter, ``(n,)``.
+        statistics: ``statistics(position, row)`` returns the class statistics of that client's
+            training examples with an adapter, ``(classes, d + 2)``. Needed if a plan measures
+            adapters.
 
     Returns:
         Each client's result, or the exception that ended its plan; the other plans continue.
@@ -43,7 +49,11 @@ def run_plans(
         plan, seed = plans[position]
         try:
             done = [_checked(result) for result in results]
-            outcomes[position] = plan.result(done, scores[position], seed)
+            result = plan.result(done, scores[position], seed)
+            if (measured := plan.measured_rows(done)) and statistics is not None:
+                found = torch.stack([statistics(position, row) for row in measured])
+                result = replace(result, statistics=found)
+            outcomes[position] = result
         except Exception as error:
             outcomes[position] = error
     return [outcomes[position] for position in range(len(plans))]
@@ -54,6 +64,7 @@ def run_plan(
     seed: int,
     train: Callable[[Train, int], Trained],
     losses: Callable[[Tensor], Tensor],
+    statistics: Callable[[Tensor], Tensor] | None = None,
 ) -> ClientResult:
     """Run one client's plan.
 
@@ -63,11 +74,13 @@ def run_plan(
         train: ``train(job, seed)`` trains one adapter.
         losses: ``losses(row)`` returns the summed losses (nats) of the client's training examples
             with an adapter, ``(n,)``.
+        statistics: ``statistics(row)`` returns their class statistics, ``(classes, d + 2)``.
     """
     (outcome,) = run_plans(
         [(plan, seed)],
         lambda queue: [train(request.job, request.seed) for _, request in queue],
         lambda _, row: losses(row),
+        None if statistics is None else lambda _, row: statistics(row),
     )
     if isinstance(outcome, Exception):
         raise outcome

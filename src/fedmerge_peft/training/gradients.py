@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack
+from fedmerge_peft.training.features import captured_features, penalties
+from fedmerge_peft.training.plan import Alignment
 from fedmerge_peft.training.runtime import Runtime
 
 
@@ -19,6 +22,7 @@ def accumulate(
     adapters: AdapterSlot | AdapterStack,
     steps: Sequence[Sequence[Indices]],
     example_weights: Sequence[Tensor | None] | None = None,
+    alignments: Sequence[Alignment | None] | None = None,
 ) -> Tensor:
     """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
 
@@ -31,19 +35,30 @@ def accumulate(
         steps: For each adapter, the micro-batches of one step, as rows of the table.
         example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None for
             1.
+        alignments: For each adapter, the penalty on the features; None for none.
 
     Returns:
-        The mean losses (nats), ``(K,)``.
+        The mean losses (nats) without penalties, ``(K,)``.
     """
     weights = example_weights or [None] * len(steps)
-    if isinstance(adapters, AdapterSlot):
-        ((step,), (own,)) = (steps, weights)
-        return _accumulate_one(runtime, adapters, step, own)[None]
-    return _accumulate_stack(runtime, adapters, steps, weights)
+    aligned = alignments or [None] * len(steps)
+    with ExitStack() as stack:
+        features: list[Tensor] = []
+        if any(alignment is not None for alignment in aligned):
+            features = stack.enter_context(captured_features(runtime.backbone))
+        if isinstance(adapters, AdapterSlot):
+            ((step,), (own,), (alignment,)) = (steps, weights, aligned)
+            return _accumulate_one(runtime, adapters, step, own, alignment, features)[None]
+        return _accumulate_stack(runtime, adapters, steps, weights, aligned, features)
 
 
 def _accumulate_one(
-    runtime: Runtime, slot: AdapterSlot, step: Sequence[Indices], weights: Tensor | None
+    runtime: Runtime,
+    slot: AdapterSlot,
+    step: Sequence[Indices],
+    weights: Tensor | None,
+    alignment: Alignment | None,
+    features: list[Tensor],
 ) -> Tensor:
     batches = [runtime.collate(chunk) for chunk in step]
     count = sum(float(runtime.task.count_terms(batch["labels"])) for batch in batches)
@@ -56,7 +71,10 @@ def _accumulate_one(
         if weights is not None:
             losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
         summed = losses.sum()
-        runtime.accelerator.backward(summed / count)
+        objective = summed
+        if alignment is not None:
+            objective = summed + penalties(alignment, features.pop(), labels).sum()
+        runtime.accelerator.backward(objective / count)
         total += summed.detach()
     return total / count
 
@@ -66,6 +84,8 @@ def _accumulate_stack(
     stack: AdapterStack,
     steps: Sequence[Sequence[Indices]],
     example_weights: Sequence[Tensor | None],
+    alignments: Sequence[Alignment | None],
+    features: list[Tensor],
 ) -> Tensor:
     """Run the n-th micro-batches of all adapters in one pass.
 
@@ -94,7 +114,20 @@ def _accumulate_stack(
         with runtime.forward_pass(rows):
             logits = stack.model(**inputs).logits
         losses = runtime.task.losses(logits, labels)[0].view(len(stack), -1)
-        parts = (losses * (weights / divisors).to(losses)).sum(dim=1)
-        stack.backward(parts.sum())
+        shares = (weights / divisors).to(losses)
+        parts = (losses * shares).sum(dim=1)
+        objective = parts.sum()
+        if features:
+            by_adapter = zip(
+                alignments,
+                features.pop().chunk(len(stack)),
+                labels.chunk(len(stack)),
+                shares,
+                strict=True,
+            )
+            for alignment, part, targets, own in by_adapter:
+                if alignment is not None:
+                    objective = objective + (penalties(alignment, part, targets) * own).sum()
+        stack.backward(objective)
         means += parts.detach()
     return means

@@ -150,7 +150,11 @@ def _train_phase(
             active = states[: len(adapters)]
             chunks = [next(order) for order in batches[: len(adapters)]]
             losses = accumulate(
-                runtime, adapters, chunks, [state.example_weights for state in active]
+                runtime,
+                adapters,
+                chunks,
+                [state.example_weights for state in active],
+                [state.job.train.alignment for state in active],
             )
             for state, loss in zip(active, losses, strict=True):
                 state.losses.append(loss)

@@ -37,6 +37,20 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """A penalty that keeps the features of each class near a centroid (FedPAC: arXiv 2306.11867).
+
+    An example with features f ``(d,)`` and label y has the penalty λ/d ‖f − c_y‖². The features
+    are the input of the model's last layer.
+    """
+
+    centroids: Tensor
+    """c, ``(classes, d)``; nan for classes without a centroid, which have no penalty."""
+    strength: float
+    """λ."""
+
+
+@dataclass(frozen=True)
 class TrainRequest:
     """One adapter to train."""
 
@@ -59,6 +73,8 @@ class ClientResult:
     """Index of the adapter that was trained, if the plan offered a choice."""
     weights: Tensor | None = None
     """A mixture's new π, ``(d,)``."""
+    statistics: Tensor | None = None
+    """Class statistics of ``Plan.measured_rows``, ``(rows, classes, d + 2)`` float32."""
 
 
 class Plan(ABC):
@@ -86,6 +102,18 @@ class Plan(ABC):
     def mismatch(self, choice: int, weights: Tensor | None) -> str | None:
         """Return how a reply's choice or weights are invalid for this plan, or None."""
         return None
+
+    @property
+    def statistics_shape(self) -> tuple[int, int, int] | None:
+        """Shape of ``ClientResult.statistics``; None if the plan measures no adapter."""
+        return None
+
+    def measured_rows(self, trained: Sequence[Trained]) -> Sequence[Tensor]:
+        """Return the adapters ``(P,)`` whose class statistics belong to the result (``features``).
+
+        They are measured after the training.
+        """
+        return ()
 
     @abstractmethod
     def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
@@ -118,6 +146,8 @@ class Train(Plan):
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
     """The weight of each of the client's training examples, ``(n,)``; None for 1."""
+    alignment: Alignment | None = None
+    """Penalty on the features; None for none."""
     privacy: UpdatePrivacy | None = None
     """Clipping and noise of the update before it leaves the client; None to send it unchanged. The
     adapter that the client keeps is not changed."""
@@ -138,6 +168,17 @@ class Train(Plan):
             noise_seed = derive(seed, "release")
             delta = apply_update_privacy(delta, self.privacy, self.phases, noise_seed)
         return ClientResult(delta[None], outcome.loss, outcome.row)
+
+
+@dataclass(frozen=True)
+class MeasuredTrain(Train):
+    """Train one adapter, and measure its features by class before and after the training."""
+
+    statistics_shape: tuple[int, int, int] = (2, 0, 2)
+    """``(2, classes, d + 2)``: the adapter as sent, then as trained."""
+
+    def measured_rows(self, trained: Sequence[Trained]) -> Sequence[Tensor]:
+        return self.row, trained[0].row
 
 
 @dataclass(frozen=True)

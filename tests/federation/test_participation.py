@@ -22,6 +22,7 @@ SETTINGS = {
     "flhc": "adapters: 2, warm_rounds: 1",
     "fedlease": "adapters: 2",
     "fedem": "adapters: 2",
+    "femam": "levels: 2",
 }
 
 
@@ -64,7 +65,7 @@ class Half:
             expected = self.start.clone()
             expected[rest] = self.rows[known][:, own].mean(0)
             return expected
-        if name in ("fedper", "fedrep", "fedsa_lora"):  # the private part of the start
+        if name in ("fedper", "fedrep", "fedsa_lora", "fedpac"):  # the private part of the start
             shared = ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
             return torch.where(shared, self.rows[self.asked[0]], self.start)
         return self.rows[0]
@@ -86,7 +87,7 @@ class Half:
         elif name == "fedalt":
             allowed[:] = rank_mask(self.layout, lambda rank: slice(rank // 2))
             allowed[own] = True
-        elif name in ("fedper", "fedrep", "fedsa_lora"):
+        elif name in ("fedper", "fedrep", "fedsa_lora", "fedpac"):
             allowed[:] = (
                 ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
             )
@@ -105,6 +106,8 @@ class Half:
                     if client in self.earlier
                 ]
             ] = True
+        elif name == "femam":  # the first level
+            allowed[:] = rank_mask(self.layout, lambda rank: slice(rank // 2)) | self.head
         elif name == "ffa_lora":
             allowed[:] = ~suffix_mask(self.layout, RANDOM_INIT_SUFFIXES)
         elif name == "rolora":
@@ -128,6 +131,13 @@ class Half:
             return list(zip(down, (b + head, a + head), strict=True))
         if name == "flora":  # three clients' stacks of the first round go to everyone
             return [(head, size), (3 * (a + b) + head, size)]
+        if name == "femam":  # one of three clients took part in the first round
+            first = (a + b) // 2 + head
+            return [(first, first), ((first + 2 * size) / 3, first)]
+        if name == "fedpac":  # centroids down, and two statistics for each of them up
+            classes, width = self.layout.classifier.shape
+            up = size + 2 * classes * (width + 2)
+            return [(size, up), (size + classes * width, up)]
         if name == "fedex_lora":  # and of its sum two stacks are enough
             return [(size, size), (2 * (a + b) + size, size)]
         down, up = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeFloat
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from fedmerge_peft.plugins import STRATEGIES
-from fedmerge_peft.recipe.strategies import ServerRecipe
+from fedmerge_peft.recipe.strategies import ServerRecipe, StrategyRecipe
 
 
 class FedPACRecipe(ServerRecipe):
@@ -18,4 +20,21 @@ class FedPACRecipe(ServerRecipe):
     """lambda of the term lambda / d · ‖features − centroid of the class‖²."""
 
 
+class FeMAMRecipe(StrategyRecipe):
+    """A sum of models of several levels for each client: a global one, those of its clusters, and
+    its own (Chen et al. 2026, arXiv 2405.16472).
+    """
+
+    levels: Annotated[int, Field(ge=2)] = 3
+    """Number of levels. Each has its own part of the ranks, so lora.r is at least this number."""
+    clusters: PositiveInt = 5
+    """Number of clusters of each level between the first and the last."""
+    global_rounds: PositiveInt = 10
+    """Rounds of the first level, whose model is the same for all clients."""
+    level_rounds: PositiveInt = 5
+    """Rounds of each level between the first and the last. The last level, a model for each client,
+    has the remaining rounds."""
+
+
 STRATEGIES.add("fedpac", "fedmerge_peft.strategies.fedpac:FedPAC", recipe=FedPACRecipe)
+STRATEGIES.add("femam", "fedmerge_peft.strategies.femam:FeMAM", recipe=FeMAMRecipe)

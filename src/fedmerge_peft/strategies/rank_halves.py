@@ -1,6 +1,8 @@
-"""Two adapters of half the rank in one slot, for strategies that use two LoRAs at the same time."""
+"""Several adapters of lower rank in one slot, for strategies that use them at the same time."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import Tensor
 
@@ -22,23 +24,51 @@ def rank_halves(strategy: str, layout: AdapterLayout) -> tuple[Tensor, Tensor]:
     Raises:
         RecipeError: The adapter is not plain LoRA, or a layer's rank is odd.
     """
-    try:
-        odd = [
-            f"{layer.module} has rank {layer.rank}"
-            for layer in layer_factors(layout)
-            if layer.rank % 2
-        ]
-        first = rank_mask(layout, lambda rank: slice(rank // 2))
-        second = rank_mask(layout, lambda rank: slice(rank // 2, None))
-    except ValueError as error:
-        raise RecipeError(
-            [
-                f"strategy.name: {strategy} cannot halve this adapter: {error}; "
-                "use plain LoRA with lora.merge: factor"
-            ]
-        ) from error
+    first, second = rank_parts(strategy, layout, 2)
+    odd = [
+        f"{layer.module} has rank {layer.rank}" for layer in layer_factors(layout) if layer.rank % 2
+    ]
     if odd:
         raise RecipeError(
             [f"lora.r: {strategy} splits the ranks in half, but {odd[0]}; use an even rank"]
         )
     return first, second
+
+
+def rank_parts(strategy: str, layout: AdapterLayout, count: int) -> list[Tensor]:
+    """Return masks ``(P,)`` of this many consecutive parts of the factors' ranks.
+
+    In a layer of rank r, part k of n has the ranks from ⌊r k / n⌋ to ⌊r (k + 1) / n⌋.
+
+    Args:
+        strategy: Name of the strategy, for the errors.
+        layout: Layout of the row.
+        count: n, the number of parts.
+
+    Raises:
+        RecipeError: The adapter is not plain LoRA, or a layer's rank is less than n.
+    """
+    try:
+        layers = layer_factors(layout)
+        parts = [
+            rank_mask(layout, partial(_part, number=number, count=count)) for number in range(count)
+        ]
+    except ValueError as error:
+        raise RecipeError(
+            [
+                f"strategy.name: {strategy} cannot split this adapter: {error}; "
+                "use plain LoRA with lora.merge: factor"
+            ]
+        ) from error
+    if small := [layer for layer in layers if layer.rank < count]:
+        raise RecipeError(
+            [
+                f"lora.r: {strategy} splits the ranks into {count} parts, but {small[0].module} "
+                f"has rank {small[0].rank}; use a rank of at least {count}"
+            ]
+        )
+    return parts
+
+
+def _part(rank: int, number: int, count: int) -> slice:
+    return slice(rank * number // count, rank * (number + 1) // count)

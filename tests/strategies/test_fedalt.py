@@ -62,3 +62,26 @@ def test_fedalts_gap_is_the_change_of_the_rest_of_the_world(formulas):
     moved = [float(((total - c)[own] / 2 - start[rest]).norm()) for c in case.centres]
     assert first.gap == pytest.approx(sum(moved) / 3, rel=1e-4)
     assert second.gap == pytest.approx(0, abs=1e-5)
+
+
+def test_the_server_optimizer_steps_from_the_last_rest_of_the_world_to_the_mean(formulas):
+    """R_1 = R_0 + η (mean − R_0), then momentum adds half of that step once more."""
+    case = formulas(3)
+    strategy = case.strategy("fedalt", server_lr=0.5, server_momentum=0.5)
+    rest, own = halves(case.layout)
+    start, mean = case.fresh_row(0)[rest], case.centres[1:].mean(0)[own]
+    case.round(strategy)
+    first = start + 0.5 * (mean - start)
+    torch.testing.assert_close(strategy.served(0)[rest], first)
+    case.round(strategy)
+    second = first + 0.5 * ((mean - first) + 0.5 * (mean - start))
+    torch.testing.assert_close(strategy.served(0)[rest], second)
+    torch.testing.assert_close(strategy.served(0)[own], case.centres[0][own])
+
+
+def test_a_rest_without_others_does_not_move(formulas):
+    case = formulas(2)
+    strategy = case.strategy("fedalt", server_optimizer="adam")
+    rest, _ = halves(case.layout)
+    case.round(strategy, [0])
+    assert torch.equal(strategy.served(0)[rest], case.fresh_row(0)[rest])

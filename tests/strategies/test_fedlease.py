@@ -61,6 +61,20 @@ def test_only_the_warm_up_has_more_passes(grouped):
     assert strategy.plan(0).phases == (None,)
 
 
+def test_the_rounds_after_the_clustering_go_through_the_server_optimizer(grouped):
+    """Clients reach c in every round, so the gradient of an expert is Θ_j − mean of c."""
+    strategy = grouped.strategy("fedlease", server_lr=0.5, server_momentum=0.5)
+    means = member_means(grouped)
+    grouped.round(strategy)  # the first means are exact
+    torch.testing.assert_close(strategy.served(0), means[0])
+    moved = means[0] + 1.0
+    strategy.soup.rows = strategy.soup.rows + 1.0
+    grouped.round(strategy)
+    torch.testing.assert_close(strategy.served(0), moved - 0.5)
+    grouped.round(strategy)
+    torch.testing.assert_close(strategy.served(0), moved - 0.5 - 0.5 * (0.5 + 0.5 * 1.0))
+
+
 def test_clients_are_clustered_once_enough_have_replied(grouped):
     strategy = grouped.strategy("fedlease", adapters=5)
     grouped.round(strategy, [0, 1, 2])

@@ -242,7 +242,7 @@ class FedDPARecipe(ServerRecipe):
     """
 
 
-class FedALTRecipe(StrategyRecipe):
+class FedALTRecipe(ServerRecipe):
     """Half of the rank is the client's own, the other half is the frozen mean of the other clients'
     own halves (Bian et al. 2026, arXiv 2503.11880).
     """
@@ -289,7 +289,7 @@ class FLHCRecipe(StrategyRecipe):
     """Distance between clusters."""
 
 
-class FedLEASERecipe(StrategyRecipe):
+class FedLEASERecipe(ServerRecipe):
     """Clusters by the LoRA factors B after local training, whose number follows from the silhouette
     (Wang et al. 2025, arXiv 2509.15087).
     """

@@ -14,6 +14,7 @@ from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.strategies.one_hot import OneHotStrategy
 from fedmerge_peft.strategies.rank_halves import rank_halves
+from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.training.plan import Plan, Train
 
 
@@ -25,6 +26,9 @@ class FedALT(OneHotStrategy):
     server then averages the adapters of the n other clients that have ever taken part:
 
         A_R ← 1/n Σ_{k ≠ i} A_k,    B_R ← 1/n Σ_{k ≠ i} B_k
+
+    With a server optimizer, these are the steps R_i ← R_i − η (R_i − mean), with momentum or Adam,
+    where R_i = (A_R, B_R) of client i. The default of η = 1 without momentum gives the means.
 
     The client's own half is never overwritten. A client returns its own half and is sent the other
     one. Heads and all other parameters that are not factors train with the client's own half, and
@@ -40,7 +44,7 @@ class FedALT(OneHotStrategy):
       last adapter that it returned.
     """
 
-    state_fields = (*OneHotStrategy.state_fields, "took_part")
+    state_fields = (*OneHotStrategy.state_fields, "took_part", "server")
     averages = False
 
     def __init__(self, recipe: recipes.FedALTRecipe, context: StrategyContext) -> None:
@@ -48,6 +52,7 @@ class FedALT(OneHotStrategy):
         self.soup = AdapterSoup(
             context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared
         )
+        self.server = ServerOptimizer(recipe, self.soup.rows[:, self.rest])
         self.assigned = torch.arange(context.clients)
         self.took_part = torch.zeros(context.clients, dtype=torch.bool)
 
@@ -63,7 +68,9 @@ class FedALT(OneHotStrategy):
         returned = torch.where(known, rows[:, self.own].double(), 0.0)  # (m, P_own)
         others = known.sum() - known.long()
         means = (returned.sum(dim=0) - returned) / others.clamp_min(1)
-        rows[:, self.rest] = torch.where(others > 0, means.float(), rows[:, self.rest])
+        rest = rows[:, self.rest]
+        gradient = torch.where(others > 0, rest - means.float(), 0.0)
+        rows[:, self.rest] = self.server.step(rest, gradient)
 
     def traffic(self, client: int) -> tuple[int, int]:
         return int(self.rest.sum()), int(self.own.sum())

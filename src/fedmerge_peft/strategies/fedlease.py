@@ -18,6 +18,7 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.base import Reply, StrategyContext, stack_replies
 from fedmerge_peft.strategies.clustering import ServerClustering, cluster_means
+from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.similarity import cosines
 from fedmerge_peft.training.plan import Plan, Train
 
@@ -38,6 +39,9 @@ class FedLEASE(ServerClustering):
         Θ_j ← mean of the members' adapters after the warm-up, then FedAvg of the members in each
         round, in which all members have the same weight
 
+    The rounds of FedAvg, but not the first means, go through the server optimizer. With momentum or
+    Adam, an expert whose members all pause still moves by its moments.
+
     With fewer than three clients, or ``adapters: 1``, there is one expert. Heads and all other
     parameters belong to the expert. On embeddings, A takes the place of B, because it starts at
     zero there. Rows of the soup that are not needed hold the mean of the experts.
@@ -52,7 +56,7 @@ class FedLEASE(ServerClustering):
       the clients that join later.
     """
 
-    state_fields = (*ServerClustering.state_fields, "experts")
+    state_fields = (*ServerClustering.state_fields, "experts", "server")
 
     def __init__(self, recipe: recipes.FedLEASERecipe, context: StrategyContext) -> None:
         super().__init__(recipe.adapters, context)
@@ -67,6 +71,7 @@ class FedLEASE(ServerClustering):
             )
         self.experts = 1
         """Number of experts, which are the first rows of the soup."""
+        self.server = ServerOptimizer(recipe, self.soup.rows)
 
     def plan(self, client: int) -> Plan:
         if self.unclustered is not None:
@@ -78,7 +83,8 @@ class FedLEASE(ServerClustering):
         deltas = self.aggregator.clip(deltas)
         if self.unclustered is None:
             known = self.assign_newcomers(clients, deltas, self.experts)
-            self._step(deltas[known], self.clusters[clients[known]])
+            means = self._means(deltas[known], self.clusters[clients[known]])
+            self._replace(self.server.step(self.soup.rows, means))
             return
         self.unclustered.replace(clients, deltas)
         if self.clients_needed():
@@ -88,7 +94,7 @@ class FedLEASE(ServerClustering):
         self.clusters[self.unclustered.clients] = clusters
         self.experts = int(clusters.max()) + 1
         self.unclustered = None
-        self._step(trained, clusters)
+        self._replace(self.soup.rows - self._means(trained, clusters))
 
     def distances(self, deltas: Tensor) -> Tensor:
         """Compute d of all pairs of clients from their updates ``(k, P)``, ``(k, k)`` float64.
@@ -107,14 +113,18 @@ class FedLEASE(ServerClustering):
             ]
         return merging_weights.weight_warnings(self.weights[:, : self.experts])
 
-    def _step(self, deltas: Tensor, clusters: Tensor) -> None:
-        """Subtract each cluster's mean update from its expert."""
+    def _means(self, deltas: Tensor, clusters: Tensor) -> Tensor:
+        """Compute the mean update of each cluster, ``(d, P)``; zero without updates."""
+        if not len(deltas):
+            return torch.zeros_like(self.soup.rows)
         equal = torch.ones(len(deltas), dtype=torch.float64)
-        rows = self.soup.rows[: self.experts]
-        if len(deltas):
-            rows = rows - cluster_means(deltas, clusters, equal, self.experts, self.aggregator)
-        unused = len(self.soup) - self.experts
-        self.soup.rows = torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(unused, -1)])
+        return cluster_means(deltas, clusters, equal, len(self.soup), self.aggregator)
+
+    def _replace(self, rows: Tensor) -> None:
+        """Set the experts to the first of these rows ``(d, P)``, and unused rows to their mean."""
+        experts = rows[: self.experts]
+        unused = len(rows) - self.experts
+        self.soup.rows = torch.cat([experts, experts.mean(dim=0, keepdim=True).expand(unused, -1)])
 
 
 def clusters_by_silhouette(distances: Tensor, most: int) -> Tensor:

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from fedmerge_peft.errors import WireError
+from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.sites.messages import (
     assignment_message,
     read_assignment,
@@ -15,7 +15,15 @@ from fedmerge_peft.sites.messages import (
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.hyperparameters import Hyperparameters
-from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Train, UpdatePrivacy
+from fedmerge_peft.training.plan import (
+    Alignment,
+    Choose,
+    InTurn,
+    MeasuredTrain,
+    Mixture,
+    Train,
+    UpdatePrivacy,
+)
 
 P = 5
 LAYOUT = "a" * 64
@@ -72,6 +80,18 @@ def test_every_plan_and_served_adapter_arrives_bit_by_bit(plan, served):
     assert plain(assignment.plan) == plain(plan)
     assert plain(assignment.served) == plain(served)
     assert assignment.base["layer.0"].tolist() == row(8, 2, 3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("plan", "fault"),
+    [
+        (MeasuredTrain(row(), statistics_shape=(2, 3, 4)), "sites return no class statistics"),
+        (Train(row(), alignment=Alignment(row(1, 3, 2), 1.0)), "sites do not align features"),
+    ],
+)
+def test_plans_that_need_features_are_refused(plan, fault):
+    with pytest.raises(FederateError, match=fault):
+        received(plan, None)
 
 
 @pytest.mark.parametrize(

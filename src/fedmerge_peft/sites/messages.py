@@ -128,6 +128,8 @@ def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
 
 
 def _train(job: Train, table: TensorTable) -> dict[str, Any]:
+    if job.alignment is not None:
+        raise FederateError("strategy: sites do not align features; use another strategy")
     privacy = job.privacy
     return {
         "row": table.add_adapters(job.row),

@@ -146,11 +146,11 @@ class Train(Plan):
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
     """The weight of each of the client's training examples, ``(n,)``; None for 1."""
-    alignment: Alignment | None = None
-    """Penalty on the features; None for none."""
     privacy: UpdatePrivacy | None = None
     """Clipping and noise of the update before it leaves the client; None to send it unchanged. The
     adapter that the client keeps is not changed."""
+    alignment: Alignment | None = None
+    """Penalty on the features; None for none."""
 
     @property
     def sent(self) -> Tensor:

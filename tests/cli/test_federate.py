@@ -122,9 +122,16 @@ def test_prepare_writes_a_kit_for_each_and_a_readme_for_each_site(kits):
 
 
 def test_only_the_authority_can_sign_and_keys_are_private(kits):
-    assert [path.parent.name for path in kits.rglob("cert.json")] == ["authority"]
-    assert all(path.stat().st_mode & 0o077 == 0 for path in kits.rglob("*.key"))
-    assert (kits / "authority").stat().st_mode & 0o077 == 0
+    keys = [path for path in kits.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
+    assert sorted(str(path.relative_to(kits)) for path in keys) == [
+        "authority/rootCA.key",
+        "operator/startup/client.key",
+        "server/startup/server.key",
+        "sites/north/startup/client.key",
+        "sites/south/startup/client.key",
+    ]
+    assert all(path.read_bytes().count(b"BEGIN") == 1 for path in keys)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (*keys, kits / "authority"))
 
 
 def test_prepare_overwrites_nothing(kits, fedmerge):

@@ -16,8 +16,8 @@ PROGRAM = Path(__file__).with_name("simulated.py")
 
 @pytest.mark.slow
 def test_a_job_in_the_simulator_equals_one_machine(tmp_path):
+    from fedmerge_peft.sites.flare.job_files import write_job
     from fedmerge_peft.sites.flare.names import CONTROLLER, EXECUTOR
-    from fedmerge_peft.sites.flare.operator import write_job
     from fedmerge_peft.sites.rehearse import prepare_rehearsal
 
     small = [

@@ -90,8 +90,8 @@ def prepare(
     folder = shlex.quote(str(out))
     print(
         printable(
-            f"wrote {out}: server, operator, sites; authority holds the signing key and copies of "
-            "all private keys: keep it off the network"
+            f"wrote {out}: server, operator, sites; authority holds the key that signs "
+            "certificates: keep it off the network"
         )
     )
     print("\nnext:")

@@ -40,6 +40,8 @@ OPERATOR = "operator@federation.local"
 ADDRESS_VARIABLE = "FEDMERGE_TRAINER"
 """Environment variable with the path of the trainer's socket; if unset, a job trains in its own
 process."""
+SOCKETS_VARIABLE = "FEDMERGE_SOCKETS"
+"""Environment variable with the folder of the sockets between a machine's processes."""
 KIT_VARIABLE = "FEDMERGE_KIT"
 """Environment variable with the path of the site's kit."""
 SETTINGS_VARIABLE = "FEDMERGE_SITE_SETTINGS"

@@ -23,6 +23,7 @@ from fedmerge_peft.sites.config import (
     KIT_VARIABLE,
     PERMANENT_FAILURE,
     SETTINGS_VARIABLE,
+    SOCKETS_VARIABLE,
     SiteSettings,
 )
 
@@ -140,8 +141,9 @@ def run_server(kit: Path) -> None:
         "server",
         str(kit.resolve()),
     ]
-    with _child_processes() as children:
-        children.append(ChildProcess("server", command, kit / "server.log", child_environment()))
+    with _socket_folder() as folder, _child_processes() as children:
+        environment = {**child_environment(), SOCKETS_VARIABLE: str(folder)}
+        children.append(ChildProcess("server", command, kit / "server.log", environment))
         _supervise(kit, children)
 
 
@@ -154,36 +156,45 @@ def run_site(kit: Path, site: str, settings: SiteSettings) -> None:
     """
     (kit / SHUTDOWN_FILE).unlink(missing_ok=True)
     kit = kit.resolve()
-    # a short path: the path of a socket is limited to about a hundred characters
-    folder = Path(tempfile.mkdtemp(prefix="fedmerge-"))
-    environment = {
-        **child_environment(),
-        KIT_VARIABLE: str(kit),
-        SETTINGS_VARIABLE: settings.model_dump_json(),
-    }
-    try:
-        with _child_processes() as children:
-            if settings.process == "attached":
-                environment[ADDRESS_VARIABLE] = str(folder / "trainer")
-                trainer = [
-                    sys.executable,
-                    "-u",
-                    "-m",
-                    "fedmerge_peft.sites.site.trainer_process",
-                    site,
-                ]
-                children.append(ChildProcess("trainer", trainer, None, environment))
-            client = [
+    with _socket_folder() as folder, _child_processes() as children:
+        environment = {
+            **child_environment(),
+            KIT_VARIABLE: str(kit),
+            SETTINGS_VARIABLE: settings.model_dump_json(),
+            SOCKETS_VARIABLE: str(folder),
+        }
+        if settings.process == "attached":
+            environment[ADDRESS_VARIABLE] = str(folder / "trainer")
+            trainer = [
                 sys.executable,
                 "-u",
                 "-m",
-                "fedmerge_peft.sites.flare.child",
-                "client",
-                str(kit),
+                "fedmerge_peft.sites.site.trainer_process",
                 site,
             ]
-            children.append(ChildProcess("connection", client, kit / "site.log", environment))
-            _supervise(kit, children)
+            children.append(ChildProcess("trainer", trainer, None, environment))
+        client = [
+            sys.executable,
+            "-u",
+            "-m",
+            "fedmerge_peft.sites.flare.child",
+            "client",
+            str(kit),
+            site,
+        ]
+        children.append(ChildProcess("connection", client, kit / "site.log", environment))
+        _supervise(kit, children)
+
+
+@contextmanager
+def _socket_folder() -> Iterator[Path]:
+    """Yield a new folder for sockets that only this user may open.
+
+    Its path is short, because the path of a socket is limited to about a hundred characters.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fedmerge-"))
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

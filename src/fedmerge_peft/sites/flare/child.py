@@ -1,7 +1,9 @@
-"""Processes of NVIDIA FLARE, which exit with the command that started them.
+"""Processes of NVIDIA FLARE, which exit with the process that started them.
 
 python -m fedmerge_peft.sites.flare.child server KIT
 python -m fedmerge_peft.sites.flare.child client KIT SITE
+python -m fedmerge_peft.sites.flare.child runner_process ARGUMENTS     (a job at the server)
+python -m fedmerge_peft.sites.flare.child worker_process ARGUMENTS     (a job at a site)
 """
 
 from __future__ import annotations
@@ -11,15 +13,48 @@ import sys
 
 from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 
+_JOBS = {
+    "runner_process": "nvflare.private.fed.app.server.runner_process",
+    "worker_process": "nvflare.private.fed.app.client.worker_process",
+}
+
 
 def main() -> None:
-    """Run the module that FLARE's start script would run."""
+    """Run the module that FLARE would run, behind the gate."""
     exit_with_parent()
-    kind, kit, *site = sys.argv[1:]
-    module = f"nvflare.private.fed.app.{kind}.{kind}_train"
+    from fedmerge_peft.sites.flare.gate import close_gate
+    from fedmerge_peft.sites.flare.local_sockets import use_local_sockets
+
+    use_local_sockets()
+    close_gate()
+    kind, *arguments = sys.argv[1:]
+    if kind in _JOBS:
+        run(_JOBS[kind], arguments)
+        return
+    if kind == "client":
+        from fedmerge_peft.sites.flare.site_requests import restrict_requests
+
+        restrict_requests()
+    run_main_process(kind, arguments)
+
+
+def run_main_process(kind: str, arguments: list[str]) -> None:
+    """Run FLARE's main process with the arguments of its start script.
+
+    Args:
+        kind: ``server`` or ``client``.
+        arguments: The kit, and the name of the site.
+    """
+    kit, *site = arguments
     names = [f"uid={site[0]}"] if site else []
     options = ["--set", "secure_train=true", *names, "org=federation", "config_folder=config"]
-    sys.argv = [module, "-m", kit, "-s", f"fed_{kind}.json", *options]
+    module = f"nvflare.private.fed.app.{kind}.{kind}_train"
+    run(module, ["-m", kit, "-s", f"fed_{kind}.json", *options])
+
+
+def run(module: str, arguments: list[str]) -> None:
+    """Run a module as the main program."""
+    sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -25,7 +25,8 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.sites.config import OPERATOR, Federation
-from fedmerge_peft.sites.flare.names import CONTROLLER, EXECUTOR, OUTCOME_FILE, TOPIC
+from fedmerge_peft.sites.flare.job_files import write_job
+from fedmerge_peft.sites.flare.names import OUTCOME_FILE, TOPIC
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ _SITE_CHECK_INTERVAL = 5.0
 """Seconds between two checks for sites that joined late."""
 _MAX_ATTEMPTS = 3
 """Jobs in a row that may end without an outcome."""
-_FETCH_INTERVAL = 0.2
-"""Seconds between two requests of a site for a task."""
 
 
 class ServerUnreachableError(FederateError):
@@ -299,40 +298,6 @@ def _running_jobs(session: Session) -> list[str]:
     """
     with _no_output():
         return [str(job.job_id) for job in session.get_system_info().job_info]
-
-
-def write_job(folder: Path) -> Path:
-    """Write a FLARE job and return its folder.
-
-    The job contains only the names of two classes; recipe and data are in the kits.
-    """
-    server = {
-        "format_version": 2,
-        "server": {"heart_beat_timeout": 600, "task_request_interval": _FETCH_INTERVAL},
-        "task_data_filters": [],
-        "task_result_filters": [],
-        "components": [],
-        "workflows": [{"id": "rounds", "path": CONTROLLER, "args": {}}],
-    }
-    client = {
-        "format_version": 2,
-        "executors": [{"tasks": ["*"], "executor": {"path": EXECUTOR, "args": {}}}],
-        "task_data_filters": [],
-        "task_result_filters": [],
-        "components": [],
-    }
-    meta = {
-        "name": "fedmerge",
-        "resource_spec": {},
-        "min_clients": 1,
-        "deploy_map": {"app": ["@ALL"]},
-    }
-    config = folder / "app" / "config"
-    config.mkdir(parents=True)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-    (config / "config_fed_server.json").write_text(json.dumps(server, indent=2), encoding="utf-8")
-    (config / "config_fed_client.json").write_text(json.dumps(client, indent=2), encoding="utf-8")
-    return folder
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -19,6 +20,8 @@ from fedmerge_peft.sites.config import OPERATOR, Federation
 ALLOWED_CLASSES = "fedmerge_peft.sites.flare."
 """Prefix of the classes that a job's configuration may name, at the server and at the sites."""
 PROJECT_FILE = "project.yml"
+AUTHORITY_CERTIFICATE, AUTHORITY_KEY = "rootCA.pem", "rootCA.key"
+"""Files of the authority: its certificate, and the key that signs all others."""
 _ORGANIZATION = "federation"
 _BUILDERS = [
     {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
@@ -69,7 +72,7 @@ def provision(federation: Federation, out: Path) -> None:
     """Create certificates and kits below ``out``.
 
     The folders are ``server``, ``operator``, ``sites/<name>``, and ``authority``, which holds the
-    signing key and the private keys of all participants.
+    signing key. Each private key is in one kit only, in a file of mode 0600.
 
     Raises:
         FederateError: FLARE refuses a name or the host.
@@ -100,14 +103,29 @@ def provision(federation: Federation, out: Path) -> None:
         }.items():
             (out / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(workspace / "prod_00" / name, out / place)
-        shutil.copytree(workspace / "state", out / "authority")
-    (out / "authority").chmod(0o700)
+        _keep_authority(workspace / "state" / "cert.json", out / "authority")
     (out / "authority" / PROJECT_FILE).write_text(
         yaml.safe_dump(project, sort_keys=False), encoding="utf-8"
     )
     for kit in (out / "server", *(out / "sites" / site for site in federation.sites)):
         (kit / "readme.txt").unlink(missing_ok=True)
         kit.chmod(0o700)
+
+
+def _keep_authority(state: Path, folder: Path) -> None:
+    """Write the authority's certificate and signing key into files of their own.
+
+    FLARE's state also has copies of all participants' private keys, which stay in their kits only.
+    """
+    certificates = json.loads(state.read_text(encoding="utf-8"))
+    folder.mkdir(mode=0o700)
+    for name, key in ((AUTHORITY_CERTIFICATE, "root_cert"), (AUTHORITY_KEY, "root_pri_key")):
+        with open(folder / name, "x", encoding="ascii", opener=_owner_only) as file:
+            file.write(certificates[key])
+
+
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _project(federation: Federation) -> dict[str, Any]:
@@ -148,8 +166,8 @@ def site_name(kit: Path) -> str:
 def write_local_policy(kit: Path, *, server: bool) -> None:
     """Write the policy of a kit's machine into ``local``.
 
-    Jobs may name only ``ALLOWED_CLASSES``, roles have the rights above, sites do not stream their
-    logs, and the server stores jobs inside the kit.
+    Jobs may name only ``ALLOWED_CLASSES``, and start behind the gate. Roles have the rights above,
+    sites do not stream their logs, and the server stores jobs inside the kit.
 
     Raises:
         FederateError: The kit is incomplete.
@@ -160,6 +178,10 @@ def write_local_policy(kit: Path, *, server: bool) -> None:
     except (OSError, ValueError) as error:
         raise FederateError(f"{kit}: incomplete kit ({error}); unpack it again") from error
     resources |= {"class_list_enforcement_mode": "enforce", "class_allow_list": [ALLOWED_CLASSES]}
+    launcher = "ServerJobLauncher" if server else "SiteJobLauncher"
+    for component in resources["components"]:
+        if component["id"] == "process_launcher":
+            component["path"] = f"{ALLOWED_CLASSES}launchers.{launcher}"
     if server:
         _store_inside(resources, kit.resolve() / "flare")
     else:

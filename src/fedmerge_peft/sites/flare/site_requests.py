@@ -1,0 +1,128 @@
+"""Administrative requests that a site executes for the server, and nothing else.
+
+FLARE's client executes about twenty requests, among them shell commands and the configuration of
+its logs. It checks the sender's rights only if the sender asks for it, and reads them from the
+sender's headers. A site therefore registers only the requests of this module. Their sender is
+checked by the gate, their job's name here. The job itself is the site's own: what the server
+deploys is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from nvflare.apis.job_def import JobMetaKey
+from nvflare.apis.workspace import Workspace
+from nvflare.private.admin_defs import Message, error_reply, ok_reply
+from nvflare.private.defs import RequestHeader, TrainingTopic
+from nvflare.private.fed.client.admin import RequestProcessor
+from nvflare.private.fed.client.client_engine_internal_spec import ClientEngineInternalSpec
+from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
+from nvflare.private.fed.client.scheduler_cmds import (
+    CancelResourceProcessor,
+    CheckResourceProcessor,
+    StartJobProcessor,
+)
+from nvflare.private.fed.client.training_cmds import (
+    AbortAppProcessor,
+    ClientStatusProcessor,
+    NotifyJobStatusProcessor,
+    ShutdownClientProcessor,
+)
+
+from fedmerge_peft.sites.flare.job_files import CLIENT_CONFIG, JOB_NAME
+
+_MAX_CLIENTS = 10_000
+"""Largest number of sites in a job's description."""
+
+
+class SiteRequest(RequestProcessor):  # type: ignore[misc]
+    """One of FLARE's requests, for a valid job only."""
+
+    def __init__(self, processor: RequestProcessor) -> None:
+        self._processor = processor
+
+    def get_topics(self) -> list[str]:
+        """Return the topics of FLARE's request."""
+        return list(self._processor.get_topics())
+
+    def process(self, req: Message, app_ctx: ClientEngineInternalSpec) -> Message:
+        """Execute the request with the site's own description of the job."""
+        job = req.get_header(RequestHeader.JOB_ID)
+        if job is not None:
+            if not is_job_id(job):
+                return error_reply("the job's id is not a UUID")
+            req.set_header(RequestHeader.JOB_META, job_description(req))
+        if req.topic in (TrainingTopic.CHECK_RESOURCE, TrainingTopic.START_JOB):
+            req.body = {}
+        reply: Message = self._processor.process(req, app_ctx)
+        return reply
+
+
+class Deploy(RequestProcessor):  # type: ignore[misc]
+    """Request to prepare a job: writes the site's own job, whatever the server has sent."""
+
+    def get_topics(self) -> list[str]:
+        """Return the topic of FLARE's request."""
+        return [TrainingTopic.DEPLOY]
+
+    def process(self, req: Message, app_ctx: ClientEngineInternalSpec) -> Message:
+        """Write the job's files."""
+        job = req.get_header(RequestHeader.JOB_ID)
+        if not is_job_id(job):
+            return error_reply("the job's id is not a UUID")
+        workspace = Workspace(app_ctx.args.workspace, site_name=app_ctx.get_client_name())
+        folder = Path(workspace.get_run_dir(job))
+        shutil.rmtree(folder, ignore_errors=True)
+        config = Path(workspace.get_app_dir(job)) / "config"
+        config.mkdir(parents=True)
+        (config / "config_fed_client.json").write_text(json.dumps(CLIENT_CONFIG), encoding="utf-8")
+        (folder / "fl_app.txt").write_text(JOB_NAME, encoding="utf-8")
+        description = json.dumps(job_description(req))
+        Path(workspace.get_job_meta_path(job)).write_text(description, encoding="utf-8")
+        return ok_reply(body=f"deployed {JOB_NAME}")
+
+
+def restrict_requests() -> None:
+    """Make this process execute the requests of this module only.
+
+    Call it before FLARE's client starts.
+    """
+    allowed = (
+        CheckResourceProcessor,
+        CancelResourceProcessor,
+        StartJobProcessor,
+        AbortAppProcessor,
+        ClientStatusProcessor,
+        NotifyJobStatusProcessor,
+        ShutdownClientProcessor,
+    )
+    ClientRequestProcessors.request_processors = [
+        Deploy(),
+        *(SiteRequest(processor()) for processor in allowed),
+    ]
+
+
+def is_job_id(value: object) -> bool:
+    """Return True for a UUID in its usual form, which cannot point outside a folder."""
+    try:
+        return isinstance(value, str) and str(UUID(value)) == value
+    except ValueError:
+        return False
+
+
+def job_description(request: Message) -> dict[str, Any]:
+    """Return the job's description in a request, without anything that could change its start."""
+    theirs = request.get_header(RequestHeader.JOB_META)
+    clients = theirs.get(JobMetaKey.JOB_CLIENTS.value) if isinstance(theirs, dict) else None
+    description = {
+        JobMetaKey.JOB_ID.value: request.get_header(RequestHeader.JOB_ID),
+        JobMetaKey.JOB_NAME.value: JOB_NAME,
+    }
+    if isinstance(clients, list) and len(clients) <= _MAX_CLIENTS:
+        description[JobMetaKey.JOB_CLIENTS.value] = clients
+    return description

@@ -214,7 +214,9 @@ class LocalEngine:
             turn = ready[position]
             with turn.clock():
                 size = self.recipe.evaluation.batch_size
-                return example_losses(self.runtime, row, turn.client.train, size)
+                rows = turn.client.train
+                offset = self.runtime.label_offset(self.recipe.training.logits, rows)
+                return example_losses(self.runtime, row, rows, size, offset)
 
         with timed("train"):
             results = run_plans(plans, partial(self._train, ready), losses)

@@ -78,6 +78,7 @@ def _key(job: Job) -> bytes:
             plan.proximal,
             plan.anchor,
             plan.example_weights,
+            plan.logits,
             *plan.phases,
         ]
     )

@@ -19,6 +19,7 @@ def accumulate(
     adapters: AdapterSlot | AdapterStack,
     steps: Sequence[Sequence[Indices]],
     example_weights: Sequence[Tensor | None] | None = None,
+    offsets: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
 
@@ -31,19 +32,25 @@ def accumulate(
         steps: For each adapter, the micro-batches of one step, as rows of the table.
         example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None for
             1.
+        offsets: For each adapter, what is added to the logits, ``(classes,)``; None for 0.
 
     Returns:
         The mean losses (nats), ``(K,)``.
     """
     weights = example_weights or [None] * len(steps)
+    shifts = offsets or [None] * len(steps)
     if isinstance(adapters, AdapterSlot):
-        ((step,), (own,)) = (steps, weights)
-        return _accumulate_one(runtime, adapters, step, own)[None]
-    return _accumulate_stack(runtime, adapters, steps, weights)
+        ((step,), (own,), (offset,)) = (steps, weights, shifts)
+        return _accumulate_one(runtime, adapters, step, own, offset)[None]
+    return _accumulate_stack(runtime, adapters, steps, weights, shifts)
 
 
 def _accumulate_one(
-    runtime: Runtime, slot: AdapterSlot, step: Sequence[Indices], weights: Tensor | None
+    runtime: Runtime,
+    slot: AdapterSlot,
+    step: Sequence[Indices],
+    weights: Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     batches = [runtime.collate(chunk) for chunk in step]
     count = sum(float(runtime.task.count_terms(batch["labels"])) for batch in batches)
@@ -51,7 +58,7 @@ def _accumulate_one(
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = runtime.to_device(batch)
         with runtime.forward_pass(chunk):
-            logits = slot.model(**inputs).logits
+            logits = shifted(slot.model(**inputs).logits, [offset])
         losses = runtime.task.losses(logits, labels)[0]
         if weights is not None:
             losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
@@ -66,6 +73,7 @@ def _accumulate_stack(
     stack: AdapterStack,
     steps: Sequence[Sequence[Indices]],
     example_weights: Sequence[Tensor | None],
+    offsets: Sequence[Tensor | None],
 ) -> Tensor:
     """Run the n-th micro-batches of all adapters in one pass.
 
@@ -92,9 +100,17 @@ def _accumulate_stack(
     for rows, batch, weights in passes:
         labels, inputs = runtime.to_device(batch)
         with runtime.forward_pass(rows):
-            logits = stack.model(**inputs).logits
+            logits = shifted(stack.model(**inputs).logits, offsets)
         losses = runtime.task.losses(logits, labels)[0].view(len(stack), -1)
         parts = (losses * (weights / divisors).to(losses)).sum(dim=1)
         stack.backward(parts.sum())
         means += parts.detach()
     return means
+
+
+def shifted(logits: Tensor, offsets: Sequence[Tensor | None]) -> Tensor:
+    """Add offset k ``(classes,)`` to part k of K equal parts of logits ``(K · width, classes)``."""
+    if all(offset is None for offset in offsets):
+        return logits
+    parts = zip(logits.chunk(len(offsets)), offsets, strict=True)
+    return torch.cat([part if offset is None else part + offset for part, offset in parts])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmerge_peft.recipe.schema import Logits
 from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
 from fedmerge_peft.util.seeds import derive
 from fedmerge_peft.util.vectors import tensor_mismatch
@@ -118,6 +119,8 @@ class Train(Plan):
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
     """The weight of each of the client's training examples, ``(n,)``; None for 1."""
+    logits: Logits | None = None
+    """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
     privacy: UpdatePrivacy | None = None
     """Clipping and noise of the update before it leaves the client; None to send it unchanged. The
     adapter that the client keeps is not changed."""

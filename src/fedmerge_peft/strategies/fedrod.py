@@ -39,7 +39,6 @@ class FedRoD(FedAvg):
     - P_i has free parameters. The paper also has a variant with a hypernetwork.
     """
 
-    trains_what_it_serves = False
     state_fields = (*FedAvg.state_fields, "personal")
 
     def __init__(self, recipe: recipes.FedRoDRecipe, context: StrategyContext) -> None:

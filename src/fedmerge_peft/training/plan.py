@@ -119,11 +119,11 @@ class Train(Plan):
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
     """The weight of each of the client's training examples, ``(n,)``; None for 1."""
-    logits: Logits | None = None
-    """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
     privacy: UpdatePrivacy | None = None
     """Clipping and noise of the update before it leaves the client; None to send it unchanged. The
     adapter that the client keeps is not changed."""
+    logits: Logits | None = None
+    """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
 
     @property
     def sent(self) -> Tensor:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         register_strategy,
         register_task,
     )
-    from fedmerge_peft.recipe.strategies import StrategyRecipe
+    from fedmerge_peft.recipe.strategy_base import StrategyRecipe
     from fedmerge_peft.recipe.tasks import TaskRecipe
     from fedmerge_peft.runs.record import RoundRecord, Scores
     from fedmerge_peft.serving.export import export_all, export_client, export_soup, push_to_hub
@@ -168,7 +168,7 @@ _HOMES = {
         "register_strategy",
         "register_task",
     ),
-    "recipe.strategies": ("StrategyRecipe",),
+    "recipe.strategy_base": ("StrategyRecipe",),
     "recipe.tasks": ("TaskRecipe",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

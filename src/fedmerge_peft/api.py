@@ -51,7 +51,7 @@ class Run(RunDirectory):
 
         Raises:
             RunError: An adapter or client does not exist, a share is negative or infinite, or all
-                shares are 0.
+                shares are 0; or an adapter is named, and parts of adapters are private to clients.
         """
         return mixed_adapter(self, shares, best=best)
 

@@ -22,7 +22,8 @@ from fedmerge_peft.federation.loop import Federation
 from fedmerge_peft.plugins import REGISTRIES, import_installed
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.registration import rebuild
-from fedmerge_peft.recipe.strategies import AnyStrategy, StrategyRecipe
+from fedmerge_peft.recipe.strategies import AnyStrategy
+from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 from fedmerge_peft.strategies import Reply, Strategy, StrategyContext, make_strategy
 from fedmerge_peft.training.execute import run_plan
 from fedmerge_peft.training.plan import Plan, Train, Trained

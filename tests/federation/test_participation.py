@@ -67,7 +67,7 @@ class Half:
             return expected
         if name in ("fedper", "fedrep", "fedsa_lora", "fedpac"):  # the private part of the start
             shared = ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
-            return torch.where(shared, self.rows[self.asked[0]], self.start)
+            return torch.where(shared, self.rows[0], self.start)
         return self.rows[0]
 
     def movable(self, name):
@@ -87,11 +87,10 @@ class Half:
         elif name == "fedalt":
             allowed[:] = rank_mask(self.layout, lambda rank: slice(rank // 2))
             allowed[own] = True
-        elif name in ("fedper", "fedrep", "fedsa_lora", "fedpac"):
+        elif name in ("fedper", "fedrep", "fedsa_lora", "fedpac"):  # others are own parts
             allowed[:] = (
                 ~self.head if name != "fedsa_lora" else suffix_mask(self.layout, A_SUFFIXES)
             )
-            allowed[own] = True
         elif name == "ifca":
             allowed[[reply.choice for reply in self.replies]] = True
         elif name in (

@@ -21,7 +21,8 @@ TINY = [
 ]
 
 VARIANTS = [
-    *({"name": name} for name in [entry.name for entry in STRATEGIES]),
+    *({"name": entry.name} for entry in STRATEGIES if entry.name != "femam"),
+    {"name": "femam", "levels": 2},  # as many as ranks
     {
         "name": "fedmerge",
         "adapters": 3,
@@ -47,6 +48,9 @@ VARIANTS = [
     },
     # with groups and heads that the run has decided on
     {"name": "fedmerge", "warm_rounds": 1, "own_head": 0.5},
+    {"name": "fedmerge", "warm_rounds": 1, "head": "private"},
+    {"name": "fedavg_ft", "head": "private"},
+    {"name": "fedex_lora", "head": "private"},
     {"name": "fedavg", "server_optimizer": "adam"},
     # stopped after its first round of finetuning
     {"name": "fedavg_ft", "fedavg_rounds": 1, "passes": 2},
@@ -63,6 +67,7 @@ MOMENTUM = (
     "ditto",
     "fedper",
     "fedrep",
+    "fedrod",
     "feddpa",
     "ffa_lora",
     "fedsa_lora",

@@ -61,7 +61,7 @@ def test_the_best_weights_seen_are_kept():
 
 def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, tickets):
     engine = newcomer(run, tickets)
-    comparison = _Comparison(engine, run.soup)
+    comparison = _Comparison(engine, run.soup, torch.zeros(run.soup.layout.size))
     rows, logits = (
         run.soup.rows + 0.1 * torch.randn_like(run.soup.rows),
         torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64),

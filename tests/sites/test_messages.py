@@ -40,6 +40,7 @@ TRAIN = Train(
     row(1),
     None,
     UpdatePrivacy(1.5, 0.1),
+    "adjusted",
 )
 MIXTURE = Mixture(row(3, 2, P), torch.tensor([0.3, 0.7]))
 PLANS = {
@@ -175,6 +176,19 @@ def test_a_malformed_message_is_refused(fields):
     with pytest.raises(WireError):
         read_assignment(
             Message("train", {**message.fields, **fields}, message.tensors), LAYOUT, P, "float32"
+        )
+
+
+@pytest.mark.parametrize("logits", ["balanced", 1, ["plain"]])
+def test_unknown_logits_are_refused(logits):
+    message = received(TRAIN, None)
+    plan = {**message.fields["plan"], "logits": logits}
+    with pytest.raises(WireError, match="unknown logits"):
+        read_assignment(
+            Message("train", {**message.fields, "plan": plan}, message.tensors),
+            LAYOUT,
+            P,
+            "float32",
         )
 
 

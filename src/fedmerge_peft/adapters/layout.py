@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
@@ -113,6 +113,22 @@ class AdapterLayout:
         """The matrix of the last layer of the head, ``(classes, features)``; None without one."""
         matrices = [e for e in self.entries if e.role == "head" and len(e.shape) == 2]
         return matrices[-1] if matrices else None
+
+    @cached_property
+    def classifier_bias(self) -> Entry | None:
+        """The bias of the last layer of the head, ``(classes,)``; None without one."""
+        if self.classifier is None:
+            return None
+        key, shape = self.classifier.key.removesuffix("weight") + "bias", self.classifier.shape[:1]
+        return next((e for e in self.entries if (e.key, e.shape) == (key, shape)), None)
+
+    def select(self, keep: Callable[[Entry], bool]) -> tuple[AdapterLayout, Tensor]:
+        """Return the layout of some of the tensors, and their columns here, a mask ``(P,)``."""
+        mask = torch.zeros(self.size, dtype=torch.bool)
+        for entry in self.entries:
+            mask[entry.columns] = keep(entry)
+        kept = [(entry.key, entry.shape, entry.role) for entry in self.entries if keep(entry)]
+        return AdapterLayout.from_tensors(kept), mask
 
     def to_json(self) -> str:
         """Serialize the layout as JSON, for the metadata of a file."""

@@ -24,12 +24,29 @@ class OwnParts:
     """Own parts of the clients' adapters, in some columns, such as those of the head.
 
     θ_i = Σ_j π_ij Θ_j + U_i, with U_i in the columns and 0 in the others.
+
+    Columns that are private to the clients are 0 in Θ, and U_i is the client's own part itself.
     """
 
     columns: Tensor
     """Columns of a row, ``(c,)`` int64."""
     residuals: Tensor
     """U, ``(m, c)`` float32."""
+    private: bool = False
+    """True if some of the columns are private, so that only clients have whole adapters."""
+
+    def plus(self, other: OwnParts) -> OwnParts:
+        """Return the sum of two own parts; columns of either are columns of the sum."""
+        columns = torch.unique(torch.cat([self.columns, other.columns]))
+        residuals = torch.zeros(len(self.residuals), len(columns))
+        for part in (self, other):
+            residuals[:, torch.searchsorted(columns, part.columns)] += part.residuals
+        return OwnParts(columns, residuals, self.private or other.private)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields as tensors, for a file."""
+        private = torch.tensor(self.private)
+        return {"columns": self.columns, "residuals": self.residuals, "private": private}
 
 
 @dataclass
@@ -72,7 +89,17 @@ class AdapterSoup:
             weights: π.
             clients: Weights of the clients' own parts, ``(m,)`` or ``(k, m)``, one-hot for a
                 client. None leaves these parts out.
+
+        Raises:
+            ValueError: The own parts are private, and the weights of the clients do not sum to 1.
         """
+        if self.own is not None and self.own.private:
+            total = torch.zeros(1) if clients is None else clients.sum(dim=-1)
+            if not torch.allclose(total, torch.ones_like(total), atol=1e-5):
+                raise ValueError(
+                    "parts of these adapters are private to the clients, so that only clients "
+                    "have whole adapters"
+                )
         merged = weights.to(self.rows) @ self.rows
         if self.own is not None and clients is not None:
             merged[..., self.own.columns] += clients.to(self.rows) @ self.own.residuals
@@ -92,7 +119,9 @@ class AdapterSoup:
             "rows": self.rows,
             **{_SHARED + key: value for key, value in self.shared.items()},
             **{_BASE + key: value for key, value in self.base.items()},
-            **({_OWN + key: value for key, value in vars(self.own).items()} if self.own else {}),
+            **{
+                _OWN + key: value for key, value in (self.own.tensors() if self.own else {}).items()
+            },
         }
         write_tensors(path, tensors, ("layout", self.layout.to_json()))
 
@@ -132,4 +161,4 @@ def _own_parts(tensors: Mapping[str, Tensor], layout: AdapterLayout) -> OwnParts
         or bool(((columns < 0) | (columns >= layout.size)).any())
     ):
         raise ValueError("its own parts do not fit its layout")
-    return OwnParts(columns, residuals)
+    return OwnParts(columns, residuals, bool(tensors.get("private", False)))

@@ -1,4 +1,4 @@
-"""Digest of tensors and numbers: equal digests mean bit-identical values."""
+"""Digest of tensors, numbers and texts: equal digests mean bit-identical values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def digest(parts: Iterable[Tensor | int | float | None]) -> bytes:
+def digest(parts: Iterable[Tensor | int | float | str | None]) -> bytes:
     """Compute a 16-byte BLAKE2b digest of values, dtypes and shapes, in their order."""
     state = blake2b(digest_size=16)
     for part in parts:

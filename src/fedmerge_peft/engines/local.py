@@ -215,7 +215,9 @@ class LocalEngine:
             turn = ready[position]
             with turn.clock():
                 size = self.recipe.evaluation.batch_size
-                return example_losses(self.runtime, row, turn.client.train, size)
+                rows = turn.client.train
+                offset = self.runtime.label_offset(self.recipe.training.logits, rows)
+                return example_losses(self.runtime, row, rows, size, offset)
 
         def statistics(position: int, row: Tensor) -> Tensor:
             turn = ready[position]

@@ -79,6 +79,7 @@ def _key(job: Job) -> bytes:
             plan.anchor,
             plan.example_weights,
             *([plan.alignment.centroids, plan.alignment.strength] if plan.alignment else [None]),
+            plan.logits,
             *plan.phases,
         ]
     )

@@ -27,6 +27,7 @@ from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies import Reply, Strategy, make_strategy, update_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.differential_privacy import PrivateAggregator, update_privacy
+from fedmerge_peft.strategies.label_prior import LabelPrior
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.util.profiling import timed
 from fedmerge_peft.util.seeds import derive
@@ -69,6 +70,9 @@ class Federation:
             label_counts=self._label_counts(),
         )
         self.strategy: Strategy = make_strategy(recipe.strategy, context)
+        if recipe.serving.label_prior:
+            balanced = recipe.training.logits == "adjusted"
+            self.strategy = LabelPrior(self.strategy, context, balanced=balanced)
         self.completed = 0
         """Completed rounds."""
         self.decisions = decisions

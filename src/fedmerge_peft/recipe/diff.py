@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmerge_peft.recipe.schema import Recipe
-from fedmerge_peft.recipe.strategies import ServerRecipe
+from fedmerge_peft.recipe.strategy_base import ServerRecipe
 
 _ABSENT = object()
 

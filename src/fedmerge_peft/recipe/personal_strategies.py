@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from fedmerge_peft.plugins import STRATEGIES
-from fedmerge_peft.recipe.strategies import ServerRecipe, StrategyRecipe
+from fedmerge_peft.recipe import strategies as _  # noqa: F401 (registered first, so listed first)
+from fedmerge_peft.recipe.strategy_base import ServerRecipe, StrategyRecipe
 
 
 class FedPACRecipe(ServerRecipe):

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat
 
 from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.section import Section
-from fedmerge_peft.recipe.strategies import StrategyRecipe
+from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 
 
 class PrivacyRecipe(Section):
@@ -39,5 +39,10 @@ class PrivacyRecipe(Section):
             return (
                 f"privacy.mode: {self.mode} does not protect everything that {strategy.name} "
                 f"shares; use one of the strategies {', '.join(known)}"
+            )
+        if strategy.private_head:
+            return (
+                "strategy.head: private is not possible with privacy, whose clipping and noise "
+                "would also change the private heads; use head: shared, or remove privacy"
             )
         return strategy.privacy_refusal(self.mode)

@@ -35,7 +35,7 @@ from fedmerge_peft.recipe.data import PartitionRecipe
 from fedmerge_peft.recipe.error_messages import field_annotation, variants
 from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.recipe.section import Section
-from fedmerge_peft.recipe.strategies import StrategyRecipe
+from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 from fedmerge_peft.recipe.tasks import TaskRecipe
 
 Code = TypeVar("Code", bound=Callable[..., object])

@@ -113,6 +113,9 @@ class LoraRecipe(Section):
 # --------------------------------------------------------------------------------------------------
 # Training, evaluation, run
 # --------------------------------------------------------------------------------------------------
+Logits = Literal["plain", "restricted", "adjusted"]
+
+
 class TrainingRecipe(Section):
     """Local training of a client in a round."""
 
@@ -151,6 +154,13 @@ class TrainingRecipe(Section):
     """Clip gradients to this L2 norm; null for no clipping."""
     proximal: NonNegativeFloat = 0.0
     """mu of the proximal term mu · ‖θ − θ_sent‖², as in FedMerge's code (FedProx has mu / 2)."""
+    logits: Logits = "plain"
+    """Logits of the training loss of a classifier. plain: the model's. restricted: those of the
+    labels that the client has training examples of, so that it does not change its scores of other
+    labels (after FedRS, KDD 2021). adjusted: also plus the logarithm of the label's frequency at
+    the client, so that the model itself learns no label frequencies (balanced softmax, arXiv
+    2007.10740). Clients count their own labels, and send no counts for this. Evaluation uses the
+    model's logits."""
     prefix_cache: NonNegativeFloat = 2.0
     """GB of device memory for the inputs of the first layer with an adapter
     (`lora.layers_to_transform`), so that the frozen layers below run once per example. If the
@@ -200,6 +210,17 @@ class EvaluationRecipe(Section):
     each round."""
 
 
+class ServingRecipe(Section):
+    """Adapters that clients are served with."""
+
+    label_prior: Boolean = False
+    """Add the logarithm of a client's label frequencies to the logits of its served adapter,
+    relative to the frequencies at all clients; with `training.logits: adjusted`, relative to equal
+    frequencies. It is part of the head's bias, so that exported adapters have it. It requires a
+    classifier with a bias and, at the server, the clients' label counts, which `privacy` rules
+    out. The adapters that clients train do not have it."""
+
+
 Tracker = Literal[
     "tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
 ]
@@ -237,6 +258,8 @@ class Recipe(Section):
     """Local training of a client in a round."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     """Evaluation during the run."""
+    serving: ServingRecipe = ServingRecipe()
+    """Adapters that clients are served with."""
     tracking: list[Tracker] = []
     """Experiment trackers that record each round, such as [tensorboard]. Their packages must be
     installed. Their files are written to the folder `tracking` of the run directory."""
@@ -286,6 +309,25 @@ class Recipe(Section):
             raise ValueError(
                 "privacy.mode: central requires means of updates clipped to privacy.clip, which "
                 "robustness replaces; remove robustness, or use local"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_may_be_counted(self) -> Recipe:
+        keys = {
+            f"training: logits: {self.training.logits}": self.training.logits != "plain",
+            "serving: label_prior": self.serving.label_prior,
+        }
+        for key, needs_labels in keys.items():
+            if needs_labels and self.task.label_column is None:
+                raise ValueError(
+                    f"{key} needs examples with labels, which the task {self.task.name} does not "
+                    "have; remove it"
+                )
+        if self.serving.label_prior and self.privacy.mode != "none":
+            raise ValueError(
+                "serving: label_prior needs the clients' label counts at the server, which "
+                f"privacy.mode: {self.privacy.mode} does not protect; remove one of them"
             )
         return self
 

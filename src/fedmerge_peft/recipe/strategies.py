@@ -1,4 +1,4 @@
-"""Sections of the strategies: their settings, and facts that are read without importing torch."""
+"""Sections of the built-in strategies."""
 
 from __future__ import annotations
 
@@ -15,76 +15,16 @@ from pydantic import (
 
 from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.registered import OneOf
-from fedmerge_peft.recipe.section import Fraction, Section
+from fedmerge_peft.recipe.section import Fraction
+from fedmerge_peft.recipe.strategy_base import HeadRecipe, ServerRecipe, StrategyRecipe
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
-
-
-class StrategyRecipe(Section):
-    """Base of a strategy's section: its settings as fields, and facts about it as class
-    attributes.
-    """
-
-    name: str = ""
-    """Name of the strategy."""
-
-    federated: ClassVar[bool] = True
-    """True if adapters are sent between server and clients; False for local training."""
-    single_adapter: ClassVar[bool] = True
-    """True if each client is served one adapter; False if the predictions of several are mixed."""
-    adds_to_backbone: ClassVar[bool] = False
-    """True if the server also changes the backbone's weights, so that the rank of an adapter's
-    update differs by layer."""
-    measures_features: ClassVar[bool] = False
-    """True if clients also return statistics of their features, which sites do not."""
-    shared_soup: ClassVar[bool] = False
-    """True if every adapter of the soup may be merged for any client, including newcomers."""
-    learned_merging: ClassVar[bool] = False
-    """True if clients are served weighted averages of the soup with learned weights. Tables and
-    figures then show these weights."""
-    dp_modes: ClassVar[frozenset[str]] = frozenset()
-    """Values of ``privacy.mode`` that protect everything that the strategy shares."""
-
-    def privacy_refusal(self, mode: str) -> str | None:
-        """Return the reason why these settings rule out a mode in ``dp_modes``; None if they do
-        not.
-        """
-        return None
-
-
-class ServerRecipe(StrategyRecipe):
-    """Server optimizer on the mean update (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
-
-    server_optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd: step along the mean update. adam: scale it elementwise by its moments (FedAdam)."""
-    server_lr: PositiveFloat | None = None
-    """Step size of the server. Default: 1 for sgd, as in FedAvg, and 0.01 for adam."""
-    server_momentum: Fraction | None = None
-    """Momentum of sgd (FedAvgM), default 0; or beta_1 of adam, default 0.9."""
-
-    @property
-    def lr(self) -> float:
-        """``server_lr``, or its default."""
-        return (
-            self.server_lr
-            if self.server_lr is not None
-            else {"sgd": 1.0, "adam": 0.01}[self.server_optimizer]
-        )
-
-    @property
-    def momentum(self) -> float:
-        """``server_momentum``, or its default."""
-        return (
-            self.server_momentum
-            if self.server_momentum is not None
-            else {"sgd": 0.0, "adam": 0.9}[self.server_optimizer]
-        )
 
 
 # --------------------------------------------------------------------------------------------------
 # Soups
 # --------------------------------------------------------------------------------------------------
-class FedMergeRecipe(ServerRecipe):
+class FedMergeRecipe(HeadRecipe, ServerRecipe):
     """A soup of adapters, merged for each client by learned weights (arXiv 2504.06768)."""
 
     shared_soup = True
@@ -157,6 +97,15 @@ class FedMergeRecipe(ServerRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _private_heads_are_not_merged(self) -> FedMergeRecipe:
+        if self.private_head and self.own_head not in ("auto", 0):
+            raise ValueError(
+                "own_head: with head: private, no head is shared that could be weighted against; "
+                "remove one of them"
+            )
+        return self
+
     def privacy_refusal(self, mode: str) -> str | None:
         moved = {
             "start: warm groups clients": self.start == "warm",
@@ -176,13 +125,13 @@ class FedMergeRecipe(ServerRecipe):
 # --------------------------------------------------------------------------------------------------
 # One model for all, or one for each
 # --------------------------------------------------------------------------------------------------
-class FedAvgRecipe(ServerRecipe):
+class FedAvgRecipe(HeadRecipe, ServerRecipe):
     """One global adapter for all clients (McMahan 2017; with LoRA, FedIT)."""
 
     dp_modes = frozenset({"local", "central"})
 
 
-class FedAvgFinetunedRecipe(ServerRecipe):
+class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
     """FedAvg; each client predicts with the global adapter after its last local training, or after
     rounds of finetuning at the end.
     """
@@ -203,7 +152,7 @@ class FedAvgFinetunedRecipe(ServerRecipe):
         return self
 
 
-class FedProxRecipe(ServerRecipe):
+class FedProxRecipe(HeadRecipe, ServerRecipe):
     """FedAvg with a proximal term in local training (Li et al. 2020, arXiv 1812.06127)."""
 
     dp_modes = frozenset({"local", "central"})
@@ -231,9 +180,17 @@ class FedPerRecipe(ServerRecipe):
     1912.00818).
     """
 
+    head: ClassVar[str] = "private"
+
 
 class FedRepRecipe(ServerRecipe):
     """A shared body and private heads, trained in turn (Collins et al. 2021, arXiv 2102.07078)."""
+
+
+class FedRoDRecipe(ServerRecipe):
+    """A generic head with a balanced loss, plus personal heads (Chen & Chao 2022, arXiv
+    2107.00778).
+    """
 
 
 class FedDPARecipe(ServerRecipe):
@@ -251,7 +208,7 @@ class FedALTRecipe(ServerRecipe):
 # --------------------------------------------------------------------------------------------------
 # Clusters and mixtures
 # --------------------------------------------------------------------------------------------------
-class IFCARecipe(StrategyRecipe):
+class IFCARecipe(HeadRecipe, StrategyRecipe):
     """Clusters: each client trains the adapter with the lowest loss on its data (Ghosh et al. 2020,
     arXiv 2006.04088).
     """
@@ -261,7 +218,7 @@ class IFCARecipe(StrategyRecipe):
     """Number of clusters. Each client receives the adapters of all clusters."""
 
 
-class FeSEMRecipe(StrategyRecipe):
+class FeSEMRecipe(HeadRecipe, StrategyRecipe):
     """Clusters: each client belongs to the center that is nearest to its trained adapter (Long et
     al. 2023, arXiv 2108.08647).
     """
@@ -272,7 +229,7 @@ class FeSEMRecipe(StrategyRecipe):
     """Number of clusters."""
 
 
-class FLHCRecipe(StrategyRecipe):
+class FLHCRecipe(HeadRecipe, StrategyRecipe):
     """Rounds of FedAvg, then hierarchical clustering of the updates, then FedAvg in each cluster
     (Briggs et al. 2020, arXiv 2004.11791).
     """
@@ -289,7 +246,7 @@ class FLHCRecipe(StrategyRecipe):
     """Distance between clusters."""
 
 
-class FedLEASERecipe(ServerRecipe):
+class FedLEASERecipe(HeadRecipe, ServerRecipe):
     """Clusters by the LoRA factors B after local training, whose number follows from the silhouette
     (Wang et al. 2025, arXiv 2509.15087).
     """
@@ -314,7 +271,7 @@ class FedEMRecipe(StrategyRecipe):
 # --------------------------------------------------------------------------------------------------
 # Other ways to aggregate LoRA
 # --------------------------------------------------------------------------------------------------
-class FFALoraRecipe(ServerRecipe):
+class FFALoraRecipe(HeadRecipe, ServerRecipe):
     """A is random and frozen; only B is trained and sent (Sun et al. 2024, arXiv 2403.12313)."""
 
     dp_modes = frozenset({"local", "central"})
@@ -324,7 +281,7 @@ class FedSALoraRecipe(ServerRecipe):
     """A is shared; B and the head are private (Guo et al. 2025, arXiv 2410.01463)."""
 
 
-class RoLoraRecipe(ServerRecipe):
+class RoLoraRecipe(HeadRecipe, ServerRecipe):
     """Rounds that train and average B alternate with rounds for A (Chen et al. 2025, arXiv
     2502.01755).
     """
@@ -332,7 +289,7 @@ class RoLoraRecipe(ServerRecipe):
     dp_modes = frozenset({"local", "central"})
 
 
-class FlexLoraRecipe(StrategyRecipe):
+class FlexLoraRecipe(HeadRecipe, StrategyRecipe):
     """The mean of the updates B A, reduced to each client's rank by SVD (Bai et al. 2024, arXiv
     2402.11505).
     """
@@ -341,7 +298,7 @@ class FlexLoraRecipe(StrategyRecipe):
     """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
 
 
-class FLoraRecipe(StrategyRecipe):
+class FLoraRecipe(HeadRecipe, StrategyRecipe):
     """Stacked factors are added to the backbone, and each round starts with new factors (Wang et
     al. 2024, arXiv 2409.05976).
     """
@@ -351,7 +308,7 @@ class FLoraRecipe(StrategyRecipe):
     """Ranks of the clients, repeated in cycles; at most lora.r. Default: lora.r for all clients."""
 
 
-class FedExLoraRecipe(StrategyRecipe):
+class FedExLoraRecipe(HeadRecipe, StrategyRecipe):
     """FedAvg of A and B, with the error of this average added to the backbone (Singhal et al. 2025,
     arXiv 2410.09432).
     """
@@ -368,8 +325,9 @@ _BUILT_IN = (
     ("fedprox", FedProxRecipe, "fedavg:FedProx"),
     ("local", LocalRecipe, "local:Local"),
     ("ditto", DittoRecipe, "ditto:Ditto"),
-    ("fedper", FedPerRecipe, "partly_shared:FedPer"),
+    ("fedper", FedPerRecipe, "fedavg:FedAvg"),
     ("fedrep", FedRepRecipe, "partly_shared:FedRep"),
+    ("fedrod", FedRoDRecipe, "fedrod:FedRoD"),
     ("feddpa", FedDPARecipe, "feddpa:FedDPA"),
     ("fedalt", FedALTRecipe, "fedalt:FedALT"),
     ("ifca", IFCARecipe, "ifca:IFCA"),

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
+
 from fedmerge_peft.adapters.exact_merge import add_base_update
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.errors import RunError
@@ -74,8 +76,8 @@ def export_all(
     soup, weights = run.state(best=best)
     scores, after = run.scores(best=best), run.round(best=best)
     adapters = [
-        MergedAdapter(run, client, soup, row, after, scores.get(client, {}))
-        for client, row in zip(run.client_names, weights, strict=True)
+        MergedAdapter(run, client, soup, row, after, scores.get(client, {}), own)
+        for client, row, own in zip(run.client_names, weights, torch.eye(len(weights)), strict=True)
     ]
     RunDirectory.check_free(folder)
     for merged in adapters:
@@ -99,10 +101,21 @@ def export_soup(
 ) -> Path:
     """Write the soup: d adapters, and ``weights.json`` to merge them on load.
 
-    Arguments, result and errors are those of ``export_client``.
+    Arguments, result and errors are those of ``export_client``. The own parts of the clients are
+    not part of the soup.
+
+    Raises:
+        RunError: As ``export_client``; or parts of the adapters are private to the clients, so that
+            the soup has no whole adapters.
     """
     folder = Path(folder)
     soup, weights = run.state(best=best)
+    if soup.own is not None and soup.own.private:
+        raise RunError(
+            f"{run.path}: parts of its adapters are private to the clients "
+            f"({run.recipe.strategy.name}), so that the soup has no whole adapters; export the "
+            "clients' adapters with --all"
+        )
     RunDirectory.check_free(folder)
     config = _config(run.adapter_config, run, base_model_id)
     for number, row in enumerate(soup.rows):
@@ -114,7 +127,7 @@ def export_soup(
     rows = {client: row.tolist() for client, row in zip(run.client_names, weights, strict=True)}
     write_json(folder / "weights.json", {"round": run.round(best=best), "clients": rows})
     base, hub = base_model(run, base_model_id)
-    card = soup_card(run, base, hub, str(folder), repo, adapters=len(soup), best=best)
+    card = soup_card(run, base, hub, str(folder), repo, soup=soup, best=best)
     write_text(folder / "README.md", str(card))
     return folder
 

@@ -197,6 +197,11 @@ def mixed_adapter(
         )
     if unknown := [key for key in shares if isinstance(key, int) and not 0 <= key < adapters]:
         raise RunError(f"{run.path} has no adapter {unknown[0]}; it has 0 to {adapters - 1}")
+    if soup.own is not None and soup.own.private and any(isinstance(key, int) for key in shares):
+        raise RunError(
+            f"{run.path}: parts of its adapters are private to the clients "
+            f"({run.recipe.strategy.name}), so that the soup has no whole adapters; name clients"
+        )
     rows = [
         torch.eye(adapters)[key] if isinstance(key, int) else run.weights_of(key, known)
         for key in shares

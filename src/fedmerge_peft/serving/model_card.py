@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import MergedAdapter
 from fedmerge_peft.tasks import task_type
@@ -25,7 +26,8 @@ _CLIENT = """---
 
 A LoRA adapter of `{{ base }}` for **{{ name }}**, one of {{ clients }} clients of a federated
 fine-tuning run ([FedMerge]({{ project }})). No client shared its data. The adapter is merged from
-{{ adapters }} shared adapters: θ = Σ_j π_j Θ_j. It is a plain PEFT adapter of rank {{ rank }}.
+{{ adapters }} shared adapters: θ = Σ_j π_j Θ_j{{ plus_own }}. It is a plain PEFT adapter of rank
+{{ rank }}.
 
 ```python
 {{ example }}
@@ -56,6 +58,9 @@ _SOUP = """---
 {{ adapters }} LoRA adapters of `{{ base }}`, and the merging weights of {{ clients }} clients in
 `weights.json` ([FedMerge]({{ project }})). A client's adapter is Σ_j π_j Θ_j, tensor by tensor.
 PEFT's `add_weighted_adapter` computes something else, so merge as follows:
+{%- if own %}
+The clients' own parts, such as heads or label priors, are not included; export clients for them.
+{%- endif %}
 
 ```python
 {{ example }}
@@ -117,6 +122,7 @@ def client_card(merged: MergedAdapter, base: str, hub_base: str | None, place: s
         round=merged.round,
         rank=run.adapter_config["r"],
         adapters=len(merged.soup),
+        plus_own="" if merged.soup.own is None else ", plus the client's own part",
         example=_example(run, base, load, ""),
     )  # fmt: skip
 
@@ -128,7 +134,7 @@ def soup_card(
     folder: str,
     repo: str | None,
     *,
-    adapters: int,
+    soup: AdapterSoup,
     best: bool,
 ) -> ModelCard:
     """Return the card of a soup.
@@ -139,7 +145,7 @@ def soup_card(
         hub_base: Hub id of the base model, or None.
         folder: The folder that the example loads from, unless ``repo`` is given.
         repo: The hub repository that the example loads from.
-        adapters: Number of adapters.
+        soup: The soup.
         best: Use the scores of the best round instead of the last.
     """
     clients = run.scores(best=best).values()
@@ -157,7 +163,8 @@ def soup_card(
         scores=_scores(means),
         round=run.round(best=best),
         rank=run.adapter_config["r"],
-        adapters=adapters,
+        adapters=len(soup),
+        own=soup.own is not None,
         example=_example(run, base, load, _SOUP_IMPORTS.format(fetch=fetch)),
     )  # fmt: skip
 

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.data import Client, Indices, load_splits
 from fedmerge_peft.data.partition import split_off
-from fedmerge_peft.errors import DataError
+from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.strategies.label_counts import LabelPriors
+from fedmerge_peft.strategies.label_prior import bias_columns
 from fedmerge_peft.tasks.classification import relabel
 from fedmerge_peft.util.seeds import derive
 
@@ -94,3 +99,31 @@ def _indices_by_split(
     else:
         return {"train": np.arange(len(table))}
     return {part: np.flatnonzero(np.isin(names, split)) for part, split in sources.items()}
+
+
+def newcomer_prior(
+    run: RunDirectory, layout: AdapterLayout, counts: list[list[int]] | None
+) -> Tensor:
+    """Return the newcomer's label prior, to add to an adapter, ``(P,)``; 0 if the run has none.
+
+    Args:
+        run: The run, whose clients have the other label distributions.
+        layout: Layout of the adapters.
+        counts: The newcomer's training examples by label, ``1 × classes``.
+
+    Raises:
+        RunError: The clients' label counts are missing.
+    """
+    prior = torch.zeros(layout.size)
+    if run.recipe.serving.label_prior and counts is not None:
+        known = run.label_counts
+        if known is None:
+            raise RunError(
+                f"{run.path}: labels.json is missing, so the newcomer's label prior is unknown; "
+                "run the recipe again to write it"
+            )
+        priors = LabelPriors.fit(torch.tensor(known.to_numpy()))
+        balanced = run.recipe.training.logits == "adjusted"
+        shifts = priors.shifts(torch.tensor(counts), balanced=balanced)
+        prior[bias_columns(layout, shifts.shape[1])] = shifts[0]
+    return prior

@@ -4,6 +4,9 @@ The soup Θ is fixed; only the newcomer's d logits w are learned, on its own exa
 min_w ℓ(softmax(w) Θ). With θ = Σ_j π_j Θ_j the chain rule gives
 ∂ℓ/∂w_j = π_j ⟨Θ_j − θ, ∂ℓ/∂θ⟩. FedMerge's server follows the same gradient (arXiv 2504.06768),
 estimated from a round's update; here it is exact.
+
+The loss ℓ has the run's ``training.logits``. With ``serving.label_prior``, the newcomer's own label
+prior is part of the adapter, as for the clients of the run.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
-from fedmerge_peft.serving.newcomer_data import read_newcomer
+from fedmerge_peft.serving.newcomer_data import newcomer_prior, read_newcomer
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.training.accelerator import choose_device, choose_precision
 from fedmerge_peft.training.evaluation import evaluate, example_losses
@@ -90,6 +93,8 @@ class Personalized:
     """Number of examples for training (``train``) and testing (``test``)."""
     config: Mapping[str, Any]
     """PEFT's configuration of the adapter."""
+    prior: Tensor
+    """The newcomer's label prior, to add to merged adapters, ``(P,)``; 0 without one."""
 
     @property
     def weights(self) -> Tensor:
@@ -98,8 +103,8 @@ class Personalized:
 
     @property
     def row(self) -> Tensor:
-        """θ = π Θ, ``(P,)``."""
-        return self.soup.merge(self.weights)
+        """θ = π Θ plus the label prior, ``(P,)``."""
+        return self.soup.merge(self.weights) + self.prior
 
     @property
     def adapter(self) -> dict[str, Tensor]:
@@ -172,14 +177,22 @@ def personalize(
     engine = LocalEngine.from_data(_recipe(run), FederatedData(table, [newcomer]))
     load_shared_state(engine.backbone, soup, run)
     clients = run.clients.index.tolist()
-    comparison = _Comparison(engine, soup)
+    prior = newcomer_prior(run, soup.layout, engine.label_counts())
+    comparison = _Comparison(engine, soup, prior)
     logits = comparison.learn(known, clients)
     if local:
         comparison.train_locally(seed)
     nearest = clients[int((known - torch.softmax(logits, dim=0)).abs().sum(dim=1).argmin())]
     sizes = {"train": newcomer.size, "test": len(newcomer.test)}
     return Personalized(
-        newcomer.name, soup, logits, tuple(comparison.methods), nearest, sizes, run.adapter_config
+        newcomer.name,
+        soup,
+        logits,
+        tuple(comparison.methods),
+        nearest,
+        sizes,
+        run.adapter_config,
+        prior,
     )
 
 
@@ -241,10 +254,16 @@ def distinct(known: Tensor, covered: Tensor, most: int = 16) -> list[int]:
 class _Comparison:
     """The methods evaluated so far on the newcomer's examples."""
 
-    def __init__(self, engine: LocalEngine, soup: AdapterSoup) -> None:
+    def __init__(self, engine: LocalEngine, soup: AdapterSoup, prior: Tensor) -> None:
         self.engine = engine
         self.newcomer = engine.clients[0]
         self.rows = soup.rows
+        self.prior = prior
+        """Label prior, ``(P,)``, which adapters have in tests."""
+        self.offset = engine.runtime.label_offset(
+            engine.recipe.training.logits, self.newcomer.train
+        )
+        """Offset of the logits in the training loss, ``(classes,)``, or None."""
         self.methods: list[Method] = []
         batches = (engine.runtime.collate(chunk)["labels"] for chunk in self._chunks())
         self._count = sum(engine.task.count_terms(labels) for labels in batches)
@@ -304,19 +323,19 @@ class _Comparison:
     def _add(self, name: str, detail: str, loss: float, row: Tensor, begin: float) -> None:
         seconds = time.perf_counter() - begin
         test, size = self.newcomer.test, self.engine.recipe.evaluation.batch_size
-        scores = evaluate(self.engine.runtime, row, test, size) if len(test) else {}
+        scores = evaluate(self.engine.runtime, row + self.prior, test, size) if len(test) else {}
         self.methods.append(Method(name, detail, loss, scores, seconds))
 
     def _loss(self, row: Tensor) -> float:
         # The batches of _objective, so that the losses are exactly comparable.
         size = self.engine.recipe.training.batch_size
-        losses = example_losses(self.engine.runtime, row, self.newcomer.train, size)
+        losses = example_losses(self.engine.runtime, row, self.newcomer.train, size, self.offset)
         return float(losses.double().sum()) / self._count
 
     def _objective(self, row: Tensor) -> tuple[float, Tensor]:
         slot = AdapterSlot(self.engine.backbone, row)
         self.engine.backbone.eval()
-        loss = accumulate(self.engine.runtime, slot, [self._chunks()])
+        loss = accumulate(self.engine.runtime, slot, [self._chunks()], offsets=[self.offset])
         return float(loss), slot.gradient[0].cpu()
 
     def _chunks(self) -> list[Indices]:
@@ -327,6 +346,11 @@ class _Comparison:
 
 def _check_mergeable(run: RunDirectory, soup: AdapterSoup) -> None:
     strategy = run.recipe.strategy
+    if soup.own is not None and soup.own.private:
+        raise RunError(
+            f"{run.path}: parts of its adapters are private to the clients ({strategy.name}), and "
+            "a new client has none; use a run with strategy.head: shared"
+        )
     sections = STRATEGIES.sections().items()
     mergeable = " or ".join(name for name, section in sections if section.shared_soup)
     if strategy.shared_soup:

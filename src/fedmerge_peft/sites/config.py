@@ -61,6 +61,7 @@ _SERVER_KEYS = (
     "baselines",
     "clients",
     "robustness",
+    "serving",
     "data",
 )
 """Parts of the recipe that the server may change: the recipes of sites and server may differ

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import FederateError, WireError
+from fedmerge_peft.recipe.schema import Logits
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.hyperparameters import Hyperparameters
@@ -136,6 +137,7 @@ def _train(job: Train, table: TensorTable) -> dict[str, Any]:
         "phases": [None if columns is None else table.add_mask(columns) for columns in job.phases],
         "proximal": job.proximal,
         "anchor": None if job.anchor is None else table.add_adapters(job.anchor),
+        "logits": job.logits,
         "privacy": privacy and {"clip": privacy.clip, "noise": privacy.noise},
     }
 
@@ -254,6 +256,13 @@ def read_reply(
     raise AssertionError  # the block returns or raises
 
 
+def _logits(logits: Any) -> Logits | None:
+    """Return a value of ``training.logits``, or None; raise ``ValueError`` for others."""
+    if logits not in (None, *get_args(Logits)):
+        raise ValueError(f"unknown logits {logits!r}")
+    return cast("Logits | None", logits)
+
+
 def _scores(scores: Any) -> dict[str, float] | None:
     return None if scores is None else {str(name): float(value) for name, value in scores.items()}
 
@@ -350,6 +359,7 @@ class _Reader:
             tuple(None if name is None else self.mask(name) for name in phases),
             None if fields["proximal"] is None else float(fields["proximal"]),
             None if fields["anchor"] is None else self.adapters(fields["anchor"], 1),
+            logits=_logits(fields["logits"]),
             privacy=None
             if privacy is None
             else UpdatePrivacy(float(privacy["clip"]), float(privacy["noise"])),

@@ -1,14 +1,16 @@
 """Server-side methods, one per module."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import PluginError, RecipeError
 from fedmerge_peft.plugins import STRATEGIES
-from fedmerge_peft.recipe.strategies import StrategyRecipe
+from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
+from fedmerge_peft.strategies.partly_shared import PrivateHeads
 from fedmerge_peft.strategies.server_step import fedmerge_step
 from fedmerge_peft.util.vectors import tensor_mismatch
 
@@ -29,6 +31,13 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
         RecipeError: The strategy does not support the adapter's settings or the robust aggregation.
         PluginError: The strategy has no soup, or weights or state of the wrong kind.
     """
+    if recipe.private_head:
+        return PrivateHeads(recipe.name, partial(_make_strategy, recipe), context)
+    return _make_strategy(recipe, context)
+
+
+def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
+    """Return a new strategy with a shared head; see ``make_strategy``."""
     entry = STRATEGIES[recipe.name]
     with entry.named_in_errors("strategy"):
         strategy: Strategy = entry.load()(recipe, context)

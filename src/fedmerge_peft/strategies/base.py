@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,7 +92,7 @@ class Strategy(Stateful, ABC):
     A strategy resumes after an interruption from its soup and its ``state_fields``.
     """
 
-    learns_weights: ClassVar[bool] = False
+    learns_weights: bool = False
     """True if π depends on the replies, so that its entropy and the adapter masses are
     informative."""
     trains_what_it_serves: bool = True
@@ -103,7 +102,7 @@ class Strategy(Stateful, ABC):
     training are not comparable.
     """
 
-    averages: ClassVar[bool] = True
+    averages: bool = True
     """True if the shared parameters are means of updates, which an ``Aggregator`` can make
     robust."""
 

@@ -6,12 +6,14 @@ Source: McMahan et al. 2017, arXiv 1602.05629. FedAvg with LoRA is also known as
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.recipe.strategy_base import ServerRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
@@ -21,9 +23,9 @@ from fedmerge_peft.training.plan import Plan, Train
 class FedAvg(Strategy):
     """θ ← θ − η Σ_i ρ_i δ_i with ρ_i = n_i / n over the clients that replied (algorithm 1)."""
 
-    state_fields = ("server",)
+    state_fields: ClassVar[tuple[str, ...]] = ("server",)
 
-    def __init__(self, recipe: recipes.ServerRecipe, context: StrategyContext) -> None:
+    def __init__(self, recipe: ServerRecipe, context: StrategyContext) -> None:
         self.soup = AdapterSoup(context.fresh_row(0)[None], context.layout, context.shared)
         self.server = ServerOptimizer(recipe, self.soup.rows)
         self.columns: Tensor | slice = slice(None)

@@ -16,14 +16,15 @@ from torch import Tensor
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.personal_strategies import FedPACRecipe
 from fedmerge_peft.strategies.base import Reply, StrategyContext
-from fedmerge_peft.strategies.partly_shared import PartialSharing
+from fedmerge_peft.strategies.fedavg import FedAvg
+from fedmerge_peft.strategies.partly_shared import PartlyShared
 from fedmerge_peft.training.plan import Alignment, MeasuredTrain, Plan
 
 _SMALLEST = 1e-3
 """Weights of other heads below this are set to zero."""
 
 
-class FedPAC(PartialSharing):
+class FedPAC(PartlyShared):
     """Shared body φ with features f_φ(x), and a linear head h_i for each client (algorithm 1).
 
     In each round a client trains, for the duration of ``training`` each,
@@ -56,8 +57,7 @@ class FedPAC(PartialSharing):
     - In the authors' program, the head trains for one epoch, with its own learning rate of 0.1.
     """
 
-    state_fields = (*PartialSharing.state_fields, "centroids")
-    averages = False
+    state_fields = (*PartlyShared.state_fields, "centroids")
 
     def __init__(self, recipe: FedPACRecipe, context: StrategyContext) -> None:
         entry = context.layout.classifier
@@ -69,11 +69,12 @@ class FedPAC(PartialSharing):
                 ]
             )
         layer = entry.key.rpartition(".")[0]
-        self.head = torch.zeros(context.layout.size, dtype=torch.bool)
-        for part in context.layout.entries:
-            if part.key.rpartition(".")[0] == layer:
-                self.head[part.columns] = True
-        super().__init__(recipe, context, ~self.head)
+        super().__init__(
+            lambda inner: FedAvg(recipe, inner),
+            context,
+            lambda part: part.key.rpartition(".")[0] != layer,
+        )
+        self.averages = False
         self.alignment = recipe.alignment
         self.centroids = torch.full(entry.shape, torch.nan)
         """c, ``(classes, d)``; nan for classes without one."""
@@ -83,7 +84,7 @@ class FedPAC(PartialSharing):
         known = not bool(self.centroids.isnan().all())
         return MeasuredTrain(
             self.adapter(client),
-            phases=(self.head, ~self.head),
+            phases=(~self.shared, self.shared),
             alignment=Alignment(self.centroids, self.alignment) if known else None,
             statistics_shape=(2, classes, width + 2),
         )
@@ -97,13 +98,11 @@ class FedPAC(PartialSharing):
         counts, sums = trained[..., 0].sum(dim=0), trained[..., 2:].sum(dim=0)
         means = (sums / counts[:, None]).float()  # nan for classes without examples
         self.centroids = torch.where(counts[:, None] > 0, means, self.centroids)
-        heads = self.soup.rows[clients][:, self.head]
-        self.soup.rows[torch.tensor(clients)[:, None], self.head.nonzero().T] = (
-            head_weights(sent).to(heads) @ heads
-        )
+        heads = self.private_rows[clients]
+        self.private_rows[clients] = head_weights(sent).to(heads) @ heads
 
     def traffic(self, client: int) -> tuple[int, int]:
-        size, centroids = self.soup.layout.size, self.centroids.numel()
+        size, centroids = self.layout.size, self.centroids.numel()
         known = not bool(self.centroids.isnan().all())
         return size + known * centroids, size + 2 * (centroids + 2 * len(self.centroids))
 

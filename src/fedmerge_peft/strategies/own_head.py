@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from fedmerge_peft.strategies.label_counts import fit_concentration
 from fedmerge_peft.util.stateful import Stateful
 
 
@@ -58,14 +57,10 @@ class OwnHead(Stateful):
 def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
     """Estimate how much of a client's label distribution is its own, within its group.
 
-    A client's labels are predicted by a Dirichlet-multinomial distribution around those of the
-    others in its group, with one concentration a for all clients:
-
-        p(c) = (n_ic + a p̄_ic) / (n_i + a)
-
-    The a with the highest leave-one-out likelihood gives the own counts a weight of
-    n_i / (n_i + a). If clients of a group have the same distribution, a is the number of the
-    others' examples: all examples count alike. The own share is what exceeds this.
+    ``fit_concentration`` predicts a client's labels from its own and those of the others in its
+    group, and gives the own counts a weight of n_i / (n_i + a). If clients of a group have the same
+    distribution, a is the number of the others' examples: all examples count alike. The own share
+    is what exceeds this.
 
     Args:
         counts: n, training examples of each client by label, ``(m, classes)``; at least one for
@@ -85,19 +80,9 @@ def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
     shared = amount > 0
     if not shared.any():
         return torch.zeros(len(counts)), 0.0
-    n, size, amount = counts[shared], size[shared, None], amount[shared, None]
-    uniform = 1 / counts.shape[1]
-    # Half of an example, spread evenly: a label that no other client has is possible.
-    mean = (others[shared] + uniform / 2) / (amount + 1 / 2)
-
-    def likelihood(a: Tensor | float) -> float:
-        return float((n * (((n - 1).clamp_min(0) + a * mean) / (size - 1 + a)).log()).sum())
-
-    grid = torch.logspace(-1, 5, 61, dtype=torch.float64).tolist()
-    best = max(grid, key=likelihood)
-    gain = likelihood(best) - likelihood(amount)
+    concentration, gain = fit_concentration(counts[shared], others[shared])
+    size, amount = size[shared], amount[shared]
+    own, pooled = size / (size + concentration), size / (size + amount)
     shares = torch.zeros(len(counts), dtype=torch.float64)
-    if gain > math.log(float(counts.sum())):
-        own, pooled = (size / (size + best))[:, 0], (size / (size + amount))[:, 0]
-        shares[shared] = ((own - pooled) / (1 - pooled)).clamp_min(0)
-    return shares.float(), max(gain, 0.0)
+    shares[shared] = ((own - pooled) / (1 - pooled)).clamp_min(0)
+    return shares.float(), gain

@@ -1,103 +1,190 @@
-"""Adapters with shared columns: FedPer, FedRep, FedSA-LoRA and FFA-LoRA.
+"""Adapters with shared and private tensors: private heads, FedRep, FedSA-LoRA; and FFA-LoRA.
 
-The other columns are private to each client (FedPer, FedRep, FedSA-LoRA), or frozen (FFA-LoRA).
+FFA-LoRA has frozen tensors instead of private ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.layout import Entry
 from fedmerge_peft.adapters.lora_factors import A_SUFFIXES, RANDOM_INIT_SUFFIXES, suffix_mask
-from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.adapters.soup import AdapterSoup, OwnParts
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
-from fedmerge_peft.strategies.base import Reply, StrategyContext
-from fedmerge_peft.strategies.fedavg import FedAvg, mean_delta
-from fedmerge_peft.strategies.one_hot import OneHotStrategy
-from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
-from fedmerge_peft.training.plan import Plan, Train
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
+from fedmerge_peft.strategies.fedavg import FedAvg
+from fedmerge_peft.strategies.wrapping import WrappedStrategy
+from fedmerge_peft.training.plan import Choose, Plan, Train
+from fedmerge_peft.util.row_buffer import RowBuffer
 
 
-class PartialSharing(OneHotStrategy):
-    """FedAvg on the shared columns and local training on the others:
+class PartlyShared(WrappedStrategy):
+    """Any strategy on some tensors φ of the adapter; the others, h_i, are private to each client.
 
-    shared:   θ ← θ − η Σ_i ρ_i δ_i
-    private:  θ_i ← θ_i − δ_i
+    In each round a client trains both at once, from φ as sent and its own last h_i:
 
-    The soup has one row for each client. All rows are equal in the shared columns. Only the shared
-    columns travel.
+        (φ_i, h_i) ← local training on ℓ_i(φ, h_i)
+
+    It returns φ − φ_i, from which the strategy computes the next φ. The private part neither
+    travels nor affects the server: the strategy's adapters do not contain it. With FedAvg and
+    h = head this is FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithm 1).
+
+    All h_i start from the first fresh adapter. A client that has not taken part yet still has it.
     """
 
-    state_fields = (*OneHotStrategy.state_fields, "server")
+    state_fields = (*WrappedStrategy.state_fields, "private_rows")
 
     def __init__(
-        self, recipe: recipes.ServerRecipe, context: StrategyContext, shared: Tensor
+        self,
+        make: Callable[[StrategyContext], Strategy],
+        context: StrategyContext,
+        shared: Callable[[Entry], bool],
     ) -> None:
-        """Create the initial soup; ``shared`` is a mask ``(P,)`` of the shared columns."""
-        self.shared = shared
-        self.soup = AdapterSoup(
-            context.fresh_row(0).repeat(context.clients, 1), context.layout, context.shared
+        """Create the strategy of the shared tensors.
+
+        Args:
+            make: Function that creates it, for a context with these tensors only.
+            context: Context with all tensors.
+            shared: Function that selects the shared tensors.
+        """
+        layout, self.shared = context.layout.select(shared)
+        self.layout, self.tensors = context.layout, context.shared
+
+        def fresh_row(number: int) -> Tensor:
+            return context.fresh_row(number)[self.shared]
+
+        super().__init__(make(replace(context, layout=layout, fresh_row=fresh_row)))
+        private = context.fresh_row(0)[~self.shared]
+        self.private_rows = private.repeat(context.clients, 1)
+        """h, ``(m, P_h)``."""
+
+    @property
+    def soup(self) -> AdapterSoup:
+        """The strategy's soup, with zeros in the private columns, and the clients' own parts."""
+        inner = self.inner.soup
+        rows = torch.zeros(len(inner), self.layout.size)
+        rows[:, self.shared] = inner.rows
+        own = OwnParts(torch.nonzero(~self.shared).flatten(), self.private_rows, private=True)
+        if inner.own is not None:
+            columns = torch.nonzero(self.shared).flatten()[inner.own.columns]
+            own = own.plus(OwnParts(columns, inner.own.residuals))
+        return AdapterSoup(rows, self.layout, self.tensors, inner.base, own)
+
+    @soup.setter
+    def soup(self, soup: AdapterSoup) -> None:
+        self.inner.soup = replace(self.inner.soup, rows=soup.rows[:, self.shared], base=soup.base)
+
+    def plan(self, client: int) -> Plan:
+        plan = self.inner.plan(client)
+        if isinstance(plan, Train):
+            anchor = None if plan.anchor is None else self._join(plan.anchor, client)
+            phases = tuple(self._trained(mask) for mask in plan.phases)
+            return replace(plan, row=self._join(plan.row, client), phases=phases, anchor=anchor)
+        if isinstance(plan, Choose):
+            return Choose(self._join(plan.rows, client))
+        raise RecipeError(
+            [
+                f"strategy.head: private needs clients that train one adapter in a round, but "
+                f"this strategy has {type(plan).__name__} plans; use head: shared"
+            ]
         )
-        self.server = ServerOptimizer(recipe, self.soup.rows[:1, shared])
-        self.assigned = torch.arange(context.clients)
+
+    def served(self, client: int) -> Tensor:
+        served = self.inner.served(client)
+        assert isinstance(served, Tensor)  # noqa: S101 (plans with mixtures are refused)
+        return self._join(served, client)
+
+    def adapter(self, client: int) -> Tensor:
+        return self._join(self.inner.adapter(client), client)
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
-        common = self.server.step(
-            self.soup.rows[:1, self.shared], mean_delta(replies, self.aggregator, self.shared)[None]
+        shared = RowBuffer(expected_calls=len(replies))
+        self.inner.update(
+            [
+                replace(reply, deltas=shared.append(reply.deltas[:, self.shared]))
+                for reply in replies
+            ]
         )
         for reply in replies:
-            self.soup.rows[reply.client] -= reply.delta
-        self.soup.rows[:, self.shared] = common
+            self.private_rows[reply.client] -= reply.delta[~self.shared]
 
-    def traffic(self, client: int) -> tuple[int, int]:
-        shared = int(self.shared.sum())
-        return shared, shared
+    def gap(self, reply: Reply, trained: Tensor) -> float:
+        shared = replace(reply, deltas=reply.deltas[:, self.shared])
+        return self.inner.gap(shared, trained[:, self.shared])
+
+    def _join(self, shared: Tensor, client: int) -> Tensor:
+        """Return rows ``(P,)`` or ``(k, P)`` with a client's private part."""
+        rows = shared.new_empty(*shared.shape[:-1], self.layout.size)
+        rows[..., self.shared] = shared
+        rows[..., ~self.shared] = self.private_rows[client]
+        return rows
+
+    def _trained(self, mask: Tensor | None) -> Tensor | None:
+        """Return the trained columns ``(P,)`` for those of the shared part; private ones train."""
+        if mask is None:
+            return None
+        trained = torch.ones(self.layout.size, dtype=torch.bool)
+        trained[self.shared] = mask
+        return trained
 
 
-class FedPer(PartialSharing):
-    """Shared body φ and private head h_i (Arivazhagan et al. 2019, arXiv 1912.00818, algorithm 1).
+class PrivateHeads(PartlyShared):
+    """Any strategy on the body of the adapter, with private heads.
 
-    In each round a client trains both at once, from φ as sent and its own last head:
-
-        (φ_i, h_i) ← local training on ℓ_i(φ, h_i),    φ ← φ − η Σ_i ρ_i (φ − φ_i)
-
-    The head consists of the modules that the recipe trains in full. The body is the rest of the
-    adapter.
+    The head consists of the modules that the recipe trains in full.
     """
 
-    def __init__(self, recipe: recipes.ServerRecipe, context: StrategyContext) -> None:
-        self.head = torch.zeros(context.layout.size, dtype=torch.bool)
-        self.head[context.layout.columns("head")] = True
-        if not self.head.any():
+    def __init__(
+        self, name: str, make: Callable[[StrategyContext], Strategy], context: StrategyContext
+    ) -> None:
+        """Create the strategy of the body.
+
+        Args:
+            name: Name of the strategy, for the error.
+            make: As in ``PartlyShared``.
+            context: As in ``PartlyShared``.
+
+        Raises:
+            RecipeError: The adapter has no head, or nothing but a head.
+        """
+        heads = [entry.role == "head" for entry in context.layout.entries]
+        if not any(heads):
             raise RecipeError(
                 [
-                    f"strategy.name: {recipe.name} keeps the head private, but this adapter has "
-                    "none; name one in lora.modules_to_save"
+                    f"strategy: {name} keeps the head private, but this adapter has none; "
+                    "name one in lora.modules_to_save"
                 ]
             )
-        super().__init__(recipe, context, ~self.head)
+        if all(heads):
+            raise RecipeError(
+                [f"strategy: {name} keeps the head private, but this adapter has nothing else"]
+            )
+        super().__init__(make, context, lambda entry: entry.role != "head")
 
 
-class FedRep(FedPer):
-    """FedPer whose clients train head and body in turn.
-
-    In each round a client trains
+class FedRep(PrivateHeads):
+    """FedAvg of the body φ with private heads h_i, which a client trains in turn:
 
         h_i on ℓ_i(φ, h) with φ as sent,    then φ on ℓ_i(φ, h_i) with the new head
 
-    for the duration of ``training`` each, and returns φ. Source: Collins et al. 2021, arXiv
-    2102.07078, algorithm 1.
+    for the duration of ``training`` each. Source: Collins et al. 2021, arXiv 2102.07078,
+    algorithm 1.
     """
 
+    def __init__(self, recipe: recipes.FedRepRecipe, context: StrategyContext) -> None:
+        super().__init__(recipe.name, lambda inner: FedAvg(recipe, inner), context)
+
     def plan(self, client: int) -> Plan:
-        return Train(self.adapter(client), phases=(self.head, ~self.head))
+        return Train(self.adapter(client), phases=(~self.shared, self.shared))
 
 
-class FedSALora(PartialSharing):
+class FedSALora(PartlyShared):
     """A ← mean of the clients' A, with private B_i and heads (Guo et al. 2025, arXiv 2410.01463).
 
     All of the adapter trains. Parameters that are neither factor nor head (trained biases, DoRA's
@@ -105,15 +192,18 @@ class FedSALora(PartialSharing):
     """
 
     def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:
-        shared = suffix_mask(context.layout, A_SUFFIXES)
-        if not shared.any():
+        if not suffix_mask(context.layout, A_SUFFIXES).any():
             raise RecipeError(
                 [
                     "strategy.name: fedsa_lora averages A, which is not trained in this adapter; "
                     "set lora.merge to factor"
                 ]
             )
-        super().__init__(recipe, context, shared)
+        super().__init__(
+            lambda inner: FedAvg(recipe, inner),
+            context,
+            lambda entry: entry.key.endswith(A_SUFFIXES),
+        )
 
 
 class FFALora(FedAvg):

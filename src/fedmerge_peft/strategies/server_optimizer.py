@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedmerge_peft.recipe.strategies import ServerRecipe
+from fedmerge_peft.recipe.strategy_base import ServerRecipe
 from fedmerge_peft.util.stateful import State, Stateful, checked_copy
 
 _SECOND_MOMENT_DECAY = 0.99

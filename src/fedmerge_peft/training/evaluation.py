@@ -58,15 +58,32 @@ def evaluate(
 
 
 @torch.no_grad()
-def example_losses(runtime: Runtime, row: Tensor, indices: Indices, batch_size: int) -> Tensor:
+def example_losses(
+    runtime: Runtime,
+    row: Tensor,
+    indices: Indices,
+    batch_size: int,
+    offset: Tensor | None = None,
+) -> Tensor:
     """Return each example's summed loss (nats) with an adapter, in the order of the indices.
 
-    ``(n,)`` float32 on the CPU.
+    Args:
+        runtime: Model, task and examples.
+        row: Adapter, ``(P,)``.
+        indices: Rows of the table.
+        batch_size: Examples in a pass.
+        offset: Added to the logits, ``(classes,)``; None for 0.
+
+    Returns:
+        Losses, ``(n,)`` float32 on the CPU.
     """
     order = _by_length(runtime.examples, indices)
     batches = _forward(runtime, row, indices[order], batch_size)
     losses = torch.cat(
-        [runtime.task.losses(logits, labels)[0].cpu() for _, logits, labels in batches]
+        [
+            runtime.task.losses(logits if offset is None else logits + offset, labels)[0].cpu()
+            for _, logits, labels in batches
+        ]
     )
     return losses[torch.from_numpy(np.argsort(order))]
 

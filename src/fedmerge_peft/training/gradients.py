@@ -23,6 +23,7 @@ def accumulate(
     steps: Sequence[Sequence[Indices]],
     example_weights: Sequence[Tensor | None] | None = None,
     alignments: Sequence[Alignment | None] | None = None,
+    offsets: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
 
@@ -36,20 +37,22 @@ def accumulate(
         example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None for
             1.
         alignments: For each adapter, the penalty on the features; None for none.
+        offsets: For each adapter, what is added to the logits, ``(classes,)``; None for 0.
 
     Returns:
         The mean losses (nats) without penalties, ``(K,)``.
     """
     weights = example_weights or [None] * len(steps)
     aligned = alignments or [None] * len(steps)
+    shifts = offsets or [None] * len(steps)
     with ExitStack() as stack:
         features: list[Tensor] = []
         if any(alignment is not None for alignment in aligned):
             features = stack.enter_context(captured_features(runtime.backbone))
         if isinstance(adapters, AdapterSlot):
-            ((step,), (own,), (alignment,)) = (steps, weights, aligned)
-            return _accumulate_one(runtime, adapters, step, own, alignment, features)[None]
-        return _accumulate_stack(runtime, adapters, steps, weights, aligned, features)
+            ((step,), (own,), (alignment,), (offset,)) = (steps, weights, aligned, shifts)
+            return _accumulate_one(runtime, adapters, step, own, alignment, features, offset)[None]
+        return _accumulate_stack(runtime, adapters, steps, weights, aligned, features, shifts)
 
 
 def _accumulate_one(
@@ -59,6 +62,7 @@ def _accumulate_one(
     weights: Tensor | None,
     alignment: Alignment | None,
     features: list[Tensor],
+    offset: Tensor | None,
 ) -> Tensor:
     batches = [runtime.collate(chunk) for chunk in step]
     count = sum(float(runtime.task.count_terms(batch["labels"])) for batch in batches)
@@ -66,7 +70,7 @@ def _accumulate_one(
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = runtime.to_device(batch)
         with runtime.forward_pass(chunk):
-            logits = slot.model(**inputs).logits
+            logits = shifted(slot.model(**inputs).logits, [offset])
         losses = runtime.task.losses(logits, labels)[0]
         if weights is not None:
             losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
@@ -86,6 +90,7 @@ def _accumulate_stack(
     example_weights: Sequence[Tensor | None],
     alignments: Sequence[Alignment | None],
     features: list[Tensor],
+    offsets: Sequence[Tensor | None],
 ) -> Tensor:
     """Run the n-th micro-batches of all adapters in one pass.
 
@@ -112,7 +117,7 @@ def _accumulate_stack(
     for rows, batch, weights in passes:
         labels, inputs = runtime.to_device(batch)
         with runtime.forward_pass(rows):
-            logits = stack.model(**inputs).logits
+            logits = shifted(stack.model(**inputs).logits, offsets)
         losses = runtime.task.losses(logits, labels)[0].view(len(stack), -1)
         shares = (weights / divisors).to(losses)
         parts = (losses * shares).sum(dim=1)
@@ -131,3 +136,11 @@ def _accumulate_stack(
         stack.backward(objective)
         means += parts.detach()
     return means
+
+
+def shifted(logits: Tensor, offsets: Sequence[Tensor | None]) -> Tensor:
+    """Add offset k ``(classes,)`` to part k of K equal parts of logits ``(K · width, classes)``."""
+    if all(offset is None for offset in offsets):
+        return logits
+    parts = zip(logits.chunk(len(offsets)), offsets, strict=True)
+    return torch.cat([part if offset is None else part + offset for part, offset in parts])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmerge_peft.recipe.schema import Logits
 from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
 from fedmerge_peft.util.seeds import derive
 from fedmerge_peft.util.vectors import tensor_mismatch
@@ -151,6 +152,8 @@ class Train(Plan):
     adapter that the client keeps is not changed."""
     alignment: Alignment | None = None
     """Penalty on the features; None for none."""
+    logits: Logits | None = None
+    """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
 
     @property
     def sent(self) -> Tensor:

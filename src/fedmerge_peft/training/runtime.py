@@ -16,7 +16,9 @@ from torch import Tensor
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.models.first_token import FirstToken
+from fedmerge_peft.recipe.schema import Logits
 from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.training.label_logits import client_offset
 from fedmerge_peft.training.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -61,6 +63,14 @@ class Runtime:
         """
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         return inputs.pop("labels"), inputs
+
+    def label_offset(self, logits: Logits, rows: Indices) -> Tensor | None:
+        """Return what the loss of a client with these examples adds to the logits.
+
+        Arguments, result and errors are those of ``label_logits.client_offset``.
+        """
+        offset = client_offset(logits, self.examples, rows, len(self.task.labels))
+        return None if offset is None else offset.to(self.device)
 
     @cached_property
     def _product_size(self) -> float:

@@ -1,0 +1,86 @@
+"""Bases of the strategies' sections: settings that several strategies share, and facts that are
+read without importing torch.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import PositiveFloat
+
+from fedmerge_peft.recipe.section import Fraction, Section
+
+
+class StrategyRecipe(Section):
+    """Base of a strategy's section: its settings as fields, and facts about it as class
+    attributes.
+    """
+
+    name: str = ""
+    """Name of the strategy."""
+
+    federated: ClassVar[bool] = True
+    """True if adapters are sent between server and clients; False for local training."""
+    single_adapter: ClassVar[bool] = True
+    """True if each client is served one adapter; False if the predictions of several are mixed."""
+    adds_to_backbone: ClassVar[bool] = False
+    """True if the server also changes the backbone's weights, so that the rank of an adapter's
+    update differs by layer."""
+    measures_features: ClassVar[bool] = False
+    """True if clients also return statistics of their features, which sites do not."""
+    shared_soup: ClassVar[bool] = False
+    """True if every adapter of the soup may be merged for any client, including newcomers."""
+    learned_merging: ClassVar[bool] = False
+    """True if clients are served weighted averages of the soup with learned weights. Tables and
+    figures then show these weights."""
+    dp_modes: ClassVar[frozenset[str]] = frozenset()
+    """Values of ``privacy.mode`` that protect everything that the strategy shares."""
+
+    @property
+    def private_head(self) -> bool:
+        """True if the method shares all of the adapter but its head."""
+        return bool(getattr(self, "head", "shared") == "private")
+
+    def privacy_refusal(self, mode: str) -> str | None:
+        """Return the reason why these settings rule out a mode in ``dp_modes``; None if they do
+        not.
+        """
+        return None
+
+
+class ServerRecipe(StrategyRecipe):
+    """Server optimizer on the mean update (FedOpt: Reddi et al. 2021, arXiv 2003.00295)."""
+
+    server_optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd: step along the mean update. adam: scale it elementwise by its moments (FedAdam)."""
+    server_lr: PositiveFloat | None = None
+    """Step size of the server. Default: 1 for sgd, as in FedAvg, and 0.01 for adam."""
+    server_momentum: Fraction | None = None
+    """Momentum of sgd (FedAvgM), default 0; or beta_1 of adam, default 0.9."""
+
+    @property
+    def lr(self) -> float:
+        """``server_lr``, or its default."""
+        return (
+            self.server_lr
+            if self.server_lr is not None
+            else {"sgd": 1.0, "adam": 0.01}[self.server_optimizer]
+        )
+
+    @property
+    def momentum(self) -> float:
+        """``server_momentum``, or its default."""
+        return (
+            self.server_momentum
+            if self.server_momentum is not None
+            else {"sgd": 0.0, "adam": 0.9}[self.server_optimizer]
+        )
+
+
+class HeadRecipe(Section):
+    """Choice between a shared head and private heads."""
+
+    head: Literal["shared", "private"] = "shared"
+    """shared: the head is averaged like the rest of the adapter. private: each client trains a head
+    of its own, which stays at the client, as in FedPer (Arivazhagan et al. 2019, arXiv
+    1912.00818). The method shares the rest of the adapter."""

@@ -1,0 +1,103 @@
+"""Label distributions of clients, estimated from their counts of training examples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+def fit_concentration(counts: Tensor, others: Tensor) -> tuple[float, float]:
+    """Estimate how similar the label distributions of clients are.
+
+    A client's labels are predicted by a Dirichlet-multinomial distribution around those of other
+    clients, with one concentration a for all clients:
+
+        p(c) = (n_ic + a p̄_ic) / (n_i + a)
+
+    a has the highest leave-one-out likelihood.
+
+    Args:
+        counts: n, training examples of each client by label, ``(m, classes)`` float64; at least one
+            for each client.
+        others: The same counts of the other clients, of which p̄ is the distribution.
+
+    Returns:
+        a, and the log-likelihood (nats) that it gains over one distribution for all clients. a is
+        infinite if the gain is at most the logarithm of the number of examples, as in the Bayesian
+        information criterion with two parameters.
+    """
+    size, amount = counts.sum(dim=1, keepdim=True), others.sum(dim=1, keepdim=True)
+    mean = smoothed_distribution(others)
+
+    def likelihood(a: Tensor | float) -> float:
+        predicted = ((counts - 1).clamp_min(0) + a * mean) / (size - 1 + a)
+        return float((counts * predicted.log()).sum())
+
+    grid = torch.logspace(-1, 5, 61, dtype=torch.float64).tolist()
+    best = max(grid, key=likelihood)
+    gain = likelihood(best) - likelihood(amount)
+    differ = gain > math.log(float(counts.sum()))
+    return (best if differ else math.inf), max(gain, 0.0)
+
+
+def smoothed_distribution(counts: Tensor) -> Tensor:
+    """Return the frequencies of labels ``(..., classes)``, with half an example spread evenly.
+
+    A label without examples is therefore possible.
+    """
+    counts = counts.double()
+    classes = counts.shape[-1]
+    return (counts + 0.5 / classes) / (counts.sum(dim=-1, keepdim=True) + 0.5)
+
+
+@dataclass(frozen=True)
+class LabelPriors:
+    """Label distributions of the clients of a federation, and of new ones."""
+
+    mean: Tensor
+    """p̄, the label distribution of all clients together, ``(classes,)`` float64."""
+    concentration: float
+    """a, from ``fit_concentration``; infinite if clients have one distribution."""
+
+    @classmethod
+    def fit(cls, counts: Tensor) -> Self:
+        """Estimate p̄ and a.
+
+        Args:
+            counts: Training examples of each client by label, ``(m, classes)``. Clients without
+                examples are not known yet.
+        """
+        counts = counts.double()
+        total = counts.sum(dim=0)
+        known = counts[(counts.sum(dim=1) > 0) & (counts.sum(dim=1) < total.sum())]
+        concentration = fit_concentration(known, total - known)[0] if len(known) else math.inf
+        return cls(smoothed_distribution(total), concentration)
+
+    def shifts(self, counts: Tensor, *, balanced: bool) -> Tensor:
+        """Compute the logarithms of label priors, to add to the logits of a classifier.
+
+        The prior of a client with counts n_c is
+
+            p̂_c = (n_c + a p̄_c) / (n + a)
+
+        A classifier that was trained on all clients' examples has learned p̄, and one that was
+        trained with balanced logits has learned no frequencies. The shift is therefore
+        log p̂ − log p̄, or log p̂.
+
+        Args:
+            counts: n, ``(k, classes)``. A client without examples has the prior p̄.
+            balanced: True if the classifier was trained with ``training.logits: adjusted``.
+
+        Returns:
+            The shifts, ``(k, classes)`` float32.
+        """
+        n, size = counts.double(), counts.double().sum(dim=1, keepdim=True)
+        if math.isinf(self.concentration):
+            prior = self.mean.expand_as(n)
+        else:
+            prior = (n + self.concentration * self.mean) / (size + self.concentration)
+        return (prior.log() if balanced else prior.log() - self.mean.log()).float()

@@ -1,0 +1,94 @@
+"""Label priors of the clients, in the bias of the adapters that they are served with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.layout import AdapterLayout
+from fedmerge_peft.adapters.soup import AdapterSoup, OwnParts
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.strategies.base import Strategy, StrategyContext
+from fedmerge_peft.strategies.label_counts import LabelPriors
+from fedmerge_peft.strategies.wrapping import WrappedStrategy
+from fedmerge_peft.training.plan import Mixture, Served
+
+
+class LabelPrior(WrappedStrategy):
+    """Any strategy, whose clients are served with their label prior:
+
+        z_i(x) + log p̂_i − log p̄
+
+    z_i are the logits of the adapter that the strategy serves, and ``LabelPriors.shifts`` has the
+    estimates p̂_i and p̄. The sum is exact: the logarithms are added to the bias of the head's last
+    layer. They are own parts of the clients' adapters in the soup, so that all exported adapters
+    have them. Clients train adapters without them.
+    """
+
+    def __init__(self, inner: Strategy, context: StrategyContext, *, balanced: bool) -> None:
+        """Wrap a strategy.
+
+        Args:
+            inner: The strategy.
+            context: Its context, with label counts.
+            balanced: As in ``LabelPriors.shifts``.
+
+        Raises:
+            RecipeError: There are no label counts, or the adapter's head has no bias.
+        """
+        super().__init__(inner)
+        self.trains_what_it_serves = False
+        if context.label_counts is None:
+            raise RecipeError(
+                ["serving.label_prior: this federation has no label counts; remove the key"]
+            )
+        self.columns = bias_columns(context.layout, context.label_counts.shape[1])
+        shifts = LabelPriors.fit(context.label_counts).shifts(
+            context.label_counts, balanced=balanced
+        )
+        self.own = OwnParts(self.columns, shifts)
+
+    @property
+    def soup(self) -> AdapterSoup:
+        """The strategy's soup, with the priors as own parts of the clients."""
+        inner = self.inner.soup
+        return replace(inner, own=self.own if inner.own is None else inner.own.plus(self.own))
+
+    @soup.setter
+    def soup(self, soup: AdapterSoup) -> None:
+        self.inner.soup = replace(self.inner.soup, rows=soup.rows, base=soup.base)
+
+    def served(self, client: int) -> Served:
+        served = self.inner.served(client)
+        if isinstance(served, Mixture):
+            return replace(served, rows=self._shifted(served.rows, client))
+        return self._shifted(served, client)
+
+    def adapter(self, client: int) -> Tensor:
+        return self._shifted(self.inner.adapter(client), client)
+
+    def _shifted(self, rows: Tensor, client: int) -> Tensor:
+        """Return a copy of rows ``(P,)`` or ``(k, P)`` with the client's prior."""
+        rows = rows.clone()
+        rows[..., self.columns] += self.own.residuals[client]
+        return rows
+
+
+def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
+    """Return the columns of the bias of the head's last layer, ``(classes,)`` int64.
+
+    Raises:
+        RecipeError: The adapter has no such bias.
+    """
+    matrix, bias = layout.classifier, layout.classifier_bias
+    if matrix is None:
+        reason = "this adapter has no head"
+    elif matrix.shape[0] != classes:
+        reason = f"the head ends in {matrix.key}, which has no row for each of {classes} labels"
+    elif bias is None:
+        reason = f"the last layer of the head has no bias ({matrix.key})"
+    else:
+        return torch.arange(bias.offset, bias.offset + bias.size)
+    raise RecipeError([f"serving.label_prior: {reason}, to which the prior could be added"])

@@ -40,7 +40,7 @@ TRAIN = Train(
     row(1),
     None,
     UpdatePrivacy(1.5, 0.1),
-    "adjusted",
+    logits="adjusted",
 )
 MIXTURE = Mixture(row(3, 2, P), torch.tensor([0.3, 0.7]))
 PLANS = {

@@ -44,8 +44,10 @@ def fit(
 ) -> None:
     """Train for a fixed time, with a learning rate that follows the clock (warmup, half cosine).
 
-    Muon (Jordan et al. 2024) trains the matrices of the layers; here it learns about twice as fast
-    as AdamW. AdamW trains all other parameters (embeddings, norms, biases, heads).
+    Muon (Jordan et al. 2024) trains the matrices of the layers; it learns about twice as fast as
+    AdamW. Its bfloat16 products are slow on processors that do not compute in bfloat16, where AdamW
+    trains the matrices as well. AdamW trains all other parameters (embeddings, norms, biases,
+    heads).
 
     Args:
         model: The model; its first ModuleList is the stack of layers.
@@ -61,8 +63,10 @@ def fit(
         for parameter in model.parameters()
         if all(parameter is not matrix for matrix in matrices)
     ]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05)
+        if BFLOAT16
+        else torch.optim.AdamW(matrices, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98)),
         torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98)),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]

@@ -318,6 +318,23 @@ def test_groups_that_larger_differences_hide_are_found_too():
     assert int(group_by_direction(deltas, 3, 0).groups.max()) <= 2
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_clients_of_a_group_have_of_their_own_divides_no_group(seed):
+    """Five groups of ten; among ten, k-means finds own parts that are alike by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.arange(50) % 5
+    group, axes = (
+        torch.randn(5, 400, generator=generator),
+        torch.randn(60, 400, generator=generator),
+    )
+    own = torch.randn(50, 60, generator=generator) @ axes / 60**0.5
+    noise = torch.randn(50, 400, generator=generator)
+    groups = group_by_direction(1 + group[truth] + 0.8 * own + 0.3 * noise, 50, seed).groups
+    assert all(
+        (groups[i] == groups[k]) == (truth[i] == truth[k]) for i in range(50) for k in range(50)
+    )
+
+
 def test_a_client_alone_is_one_group():
     assert group_by_direction(torch.ones(1, 5), 8, 0).groups.tolist() == [0]
 

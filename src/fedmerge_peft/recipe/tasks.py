@@ -46,7 +46,7 @@ METRICS.add(
 METRICS.add(
     "rougeL",
     f"{_ARITHMETIC}:rouge_l",
-    about="F-measure of the longest common subsequence of words.",
+    about="F-measure of the longest common subsequence of words, in any script.",
     of=("texts",),
 )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.recipe.tasks import compares_texts
+from fedmerge_peft.tasks.words import words
 
 if TYPE_CHECKING:
     from fedmerge_peft.tasks.base import Predictions
@@ -136,13 +137,16 @@ def exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
 def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
     """Compute the mean ROUGE-L F-measure (Lin 2004), without stemming.
 
-    ROUGE-L compares texts by their longest common subsequence of words.
+    ROUGE-L compares texts by their longest common subsequence of ``words``. Two texts without words
+    are compared as a whole.
     """
     scorer = _rouge_scorer()
     return float(
         np.mean(
             [
                 scorer.score(reference, text)["rougeL"].fmeasure
+                if words(reference) or words(text)
+                else float(text == reference)
                 for text, reference in zip(generated, references, strict=True)
             ]
         )
@@ -152,5 +156,10 @@ def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
 @cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import Tokenizer
 
-    return RougeScorer(["rougeL"])
+    class Words(Tokenizer):  # type: ignore[misc]
+        def tokenize(self, text: str) -> list[str]:
+            return words(text)
+
+    return RougeScorer(["rougeL"], tokenizer=Words())

@@ -17,7 +17,8 @@ from fedmerge_peft.sites.config import (
 )
 from fedmerge_peft.sites.flare.provision import ALLOWED_CLASSES
 from fedmerge_peft.sites.server.job import run_job
-from fedmerge_peft.sites.site.trainer import Trainer, strictest_privacy
+from fedmerge_peft.sites.site.release import strictest_privacy
+from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.sites.site_data import agree_on_labels
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.training.plan import Choose, Train, UpdatePrivacy
@@ -314,18 +315,18 @@ def test_a_server_cannot_request_less_privacy_than_the_kits_recipe(smoke, federa
     )
     row = torch.zeros(3)
     for weaker in (UpdatePrivacy(1e9, 0.0), UpdatePrivacy(0.1, 0.1)):
-        assert trainers["site-1"]._update_privacy(Train(row, privacy=weaker)) == UpdatePrivacy(
-            0.1, 0.5
-        )
-        assert trainers["site-2"]._update_privacy(Train(row, privacy=weaker)) == UpdatePrivacy(
-            0.1, 0.2
-        )
-    assert trainers["site-2"]._update_privacy(
+        assert trainers["site-1"].release.update_privacy(
+            Train(row, privacy=weaker)
+        ) == UpdatePrivacy(0.1, 0.5)
+        assert trainers["site-2"].release.update_privacy(
+            Train(row, privacy=weaker)
+        ) == UpdatePrivacy(0.1, 0.2)
+    assert trainers["site-2"].release.update_privacy(
         Train(row, privacy=UpdatePrivacy(0.05, 3.0))
     ) == UpdatePrivacy(0.05, 3.0)
     for plan in (Train(row), Choose(row[None])):
         with pytest.raises(RefusedError, match="the server requests updates without it"):
-            trainers["site-2"]._update_privacy(plan)
+            trainers["site-2"].release.update_privacy(plan)
 
 
 def test_a_trainer_without_data_is_refused(smoke, federation_of):

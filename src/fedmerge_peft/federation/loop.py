@@ -137,7 +137,7 @@ class Federation:
         replies = collected.replies
         served = self._scores((reply.client, reply.served) for reply in replies)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies)
-        complete = len(replies) == len(self.engine.clients)
+        complete = served is not None and len(served.clients) == len(self.engine.clients)
         if served is not None and complete and on_scores is not None:
             on_scores(self.completed, served)
         down = sum(self.strategy.traffic(client)[0] for client in cohort)
@@ -145,7 +145,10 @@ class Federation:
 
         known_norms = len(self.strategy.aggregator.norms)
         with timed("server"):
-            update_strategy(self.recipe.strategy.name, self.strategy, replies)
+            counted = (
+                [replace(reply, size=1) for reply in replies] if self._equal_sizes else replies
+            )
+            update_strategy(self.recipe.strategy.name, self.strategy, counted)
             for decision in self.strategy.decisions():
                 log.info("round %d: %s", number, decision)
             gap = fmean(
@@ -155,12 +158,11 @@ class Federation:
         weights = self.strategy.weights
         merges = self.strategy.learns_weights and weights.shape[1] > 1
         norms = self.strategy.aggregator.norms
-        examples = sum(reply.size for reply in replies)
         return RoundRecord(
             round=number,
             rounds=self.recipe.rounds,
             seconds=time.perf_counter() - begin,
-            train_loss=sum(reply.train_loss * reply.size for reply in replies) / examples,
+            train_loss=_mean_loss(replies),
             served=served,
             finetuned=finetuned if self.strategy.trains_what_it_serves else None,
             weights_entropy=merging_weights.entropy(weights) if merges else None,
@@ -231,6 +233,11 @@ class Federation:
                 log.warning("%s; skipped", scores)
         return self._scores(known.items())
 
+    @property
+    def _equal_sizes(self) -> bool:
+        """True if every client counts the same, because its size must stay private."""
+        return self.recipe.privacy.mode == "local" and self.recipe.strategy.federated
+
     def cohort(self, round: int) -> list[int]:
         """Return the indices of the clients selected for a round, ascending; at least one."""
         clients = len(self.engine.clients)
@@ -277,3 +284,11 @@ class Federation:
         names = self.engine.clients
         scores = {names[client].name: values for client, values in clients if values is not None}
         return Scores.of(self.engine.task.metrics[0], scores)
+
+
+def _mean_loss(replies: Sequence[Reply]) -> float | None:
+    """Return the mean training loss, weighted by size; None if no client reports it."""
+    losses = [(reply.train_loss, reply.size) for reply in replies if reply.train_loss is not None]
+    if not losses:
+        return None
+    return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)

@@ -35,7 +35,7 @@ def validate_reply(
     shape = (plan.returned_rows, plan.sent.shape[1])
     if (problem := tensor_mismatch(reply.deltas, shape)) is not None:
         return f"its update is {problem}"
-    if not math.isfinite(reply.train_loss):
+    if reply.train_loss is not None and not math.isfinite(reply.train_loss):
         return f"its training loss is {reply.train_loss}"
     if plan.statistics_shape is not None:
         if reply.statistics is None:

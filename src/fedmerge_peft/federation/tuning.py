@@ -97,9 +97,16 @@ def decide(recipe: Recipe, engine: Engine) -> Decisions:
     document: dict[str, dict[str, Any]] = {}
     keys = open_keys(recipe)
     if "epochs" in keys:
-        sizes = [client.size for client in engine.clients]
+        private = recipe.privacy.mode != "none"
+        sizes = [] if private else [client.size for client in engine.clients]
         epochs = automatic_epochs(recipe.training, recipe.rounds, sizes)
-        document["epochs"] = {"value": epochs, "reason": "from the clients' median size"}
+        reason = (
+            f"without the clients' sizes, which privacy.mode: {recipe.privacy.mode} would not cover"
+        )
+        document["epochs"] = {
+            "value": epochs,
+            "reason": reason if private else "from the clients' median size",
+        }
     if "learning_rate" in keys:
         epochs_only = Decisions(document).hyperparameters
         document["learning_rate"] = _learning_rate(recipe, engine, epochs_only)
@@ -270,7 +277,7 @@ class _RangeTest:
             size = self._engine.clients[reply.client].size
             if reply.client in losses and validate_reply(reply, plan, 0, size) is None:
                 trained[reply.client] = self._row - reply.delta
-                losses[reply.client] = reply.train_loss
+                losses[reply.client] = math.inf if reply.train_loss is None else reply.train_loss
         self._trials["training loss"][rate] = losses
         if self._start:
             self._trials["validation loss"][rate] = self._validation_losses(trained)

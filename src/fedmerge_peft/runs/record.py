@@ -65,8 +65,9 @@ class RoundRecord:
     seconds: float
     """Wall time of the round, including evaluation. Adapters and scores from the engine's caches
     take almost none."""
-    train_loss: float
-    """Mean loss of local training, nats, weighted by the clients' number of examples."""
+    train_loss: float | None
+    """Mean loss of local training, nats, weighted by the clients' number of examples. None if no
+    client reports it, as in a federation of private sites."""
     served: Scores | None
     """Scores of the models served at the start of this round; for most methods these are the
     adapters as sent, before any local training. None in rounds without evaluation."""
@@ -104,7 +105,9 @@ class RoundRecord:
 
     def __str__(self) -> str:
         width = len(str(self.rounds))
-        parts = [f"round {self.round:{width}}/{self.rounds}", f"loss {self.train_loss:.3f}"]
+        parts = [f"round {self.round:{width}}/{self.rounds}"]
+        if self.train_loss is not None:
+            parts.append(f"loss {self.train_loss:.3f}")
         if self.served is not None:
             parts.append(f"served {self.served.mean:.3f} (worst {self.served.worst:.3f})")
         if self.finetuned is not None:

@@ -163,7 +163,12 @@ class SitePrivacy(Section):
     clip: PositiveFloat | None = None
     """Largest L2 norm of an update. Default: only the recipe's bound."""
     noise: NonNegativeFloat = 0.0
-    """Standard deviation of the Gaussian noise on each number, seeded by the operating system."""
+    """Standard deviation of the Gaussian noise on each number, from the operating system's
+    generator. A site with noise sends no losses and no scores."""
+    epsilon: PositiveFloat | None = None
+    """Largest ε of a client, over all updates that it ever sends; further requests are refused. It
+    is counted in ``privacy.json`` at the δ of the recipe. Default: with ``privacy.mode: local``,
+    the ε of the kit's recipe with its baselines; otherwise no bound."""
 
 
 class SiteChecks(Section):

@@ -245,7 +245,7 @@ def read_reply(
             index,
             reader.adapters("deltas", 2),
             int(fields["num_examples"]),
-            float(fields["train_loss"]),
+            None if fields["train_loss"] is None else float(fields["train_loss"]),
             float(fields["seconds"]),
             _scores(fields["served"]),
             _scores(fields["finetuned"]),

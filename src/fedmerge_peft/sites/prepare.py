@@ -107,9 +107,7 @@ checks of the data, and limits on the recipe.
 
 ## Data that leaves the site
 
-Once, at the start: the names of the clients, the columns and the labels, and the number of examples
-of each label. In each round: an update of the adapter of each client, the number of its examples,
-its training loss and its scores. No message of the trainer contains an example. `audit.jsonl` gets
+{_leaving(recipe)} No message of the trainer contains an example. `audit.jsonl` gets
 one line for each message of the trainer: time, size in bytes, SHA-256 digest, and the norm of the
 update.
 
@@ -117,6 +115,17 @@ update.
 
 After the last round, `adapters/` holds a PEFT folder for each client of the site.
 """
+
+
+def _leaving(recipe: Recipe) -> str:
+    """Return sentences on the data that leave a site under the recipe's privacy."""
+    if recipe.privacy.mode == "local":
+        return """Once, at the start: the names of the clients, the columns and the labels. In each
+round: a clipped update of the adapter of each client, with noise. `privacy.json` counts these
+updates; the site refuses more when its budget (`privacy.epsilon` in `site.yaml`) is spent."""
+    return """Once, at the start: the names of the clients, the columns and the labels, and the number
+of examples of each label. In each round: an update of the adapter of each client, the number of its
+examples, its training loss and its scores."""
 
 
 _SITE_YAML = """# Settings of this site. The recipe sets everything else; other keys are refused.
@@ -129,6 +138,7 @@ process: attached         # attached: one trainer for all jobs; job: a new one f
 privacy:
   clip: null              # largest L2 norm of an update; null: only the recipe's bound
   noise: 0.0              # standard deviation of the noise on each number
+  epsilon: null           # largest epsilon of a client; null: that of the recipe, if it is private
 
 checks:
   min_examples: 1         # smallest number of training examples of a client

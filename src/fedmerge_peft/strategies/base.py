@@ -50,8 +50,9 @@ class Reply:
     plan."""
     size: int
     """n_i, the number of training examples."""
-    train_loss: float
-    """Mean loss (nats) over the round's training steps."""
+    train_loss: float | None
+    """Mean loss (nats) over the round's training steps. None from a private site, which sends no
+    losses and no scores."""
     seconds: float
     """Time of the client's work; a cached adapter counts the seconds of its original training."""
     served: dict[str, float] | None = None

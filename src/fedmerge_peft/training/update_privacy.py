@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fedmerge_peft.util.gaussian_noise import add_noise
 
 
 @dataclass(frozen=True)
@@ -14,20 +17,42 @@ class UpdatePrivacy:
     """Clipping δ · min(1, clip / ‖δ‖₂), plus Gaussian noise in the trained columns."""
 
     clip: float
-    """Bound on the L2 norm."""
+    """Bound on the L2 norm; infinite for none."""
     noise: float
     """Standard deviation of the noise on each value; 0 for none."""
 
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for numbers that would not protect the client."""
+        if not self.clip > 0:
+            raise ValueError(f"clip: found {self.clip}, expected a positive number")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise: found {self.noise}, expected a finite number from 0")
+
+    @property
+    def mu_squared(self) -> float:
+        """μ² of one update, (2 clip / noise)²: two clipped updates are at most 2 clip apart."""
+        mu = 2 * self.clip / self.noise if self.noise else math.inf
+        return mu * mu
+
 
 def apply_update_privacy(
-    delta: Tensor, privacy: UpdatePrivacy, phases: Sequence[Tensor | None], seed: int
+    delta: Tensor, privacy: UpdatePrivacy, phases: Sequence[Tensor | None], seed: int | None
 ) -> Tensor:
-    """Clip an update ``(P,)`` and add noise to the columns that are trained in any phase."""
+    """Clip an update ``(P,)`` and add noise to the columns that are trained in any phase.
+
+    All other columns of the result are zero.
+
+    Args:
+        delta: The update.
+        privacy: Clip and noise.
+        phases: Masks ``(P,)`` of the trained columns; None for all.
+        seed: Seed of a simulation's noise; None for the operating system's generator.
+    """
     norm = max(float(delta.double().norm()), torch.finfo(torch.float64).tiny)
-    delta = delta * min(1.0, privacy.clip / norm)
-    generator = torch.Generator().manual_seed(seed)
-    noise = privacy.noise * torch.randn(delta.shape, generator=generator)
+    noisy = add_noise(delta * min(1.0, privacy.clip / norm), privacy.noise, seed)
     masks = [columns for columns in phases if columns is not None]
     if len(masks) < len(phases):
-        return delta + noise
-    return torch.where(torch.stack(masks).any(dim=0), delta + noise, delta)
+        return noisy
+    if not masks:
+        return torch.zeros_like(delta)
+    return torch.where(torch.stack(masks).any(dim=0), noisy, 0.0)

@@ -148,9 +148,12 @@ class RemoteEngine:
         for site, message in _broadcast(transport, present, open_job, timeout, absent):
             with _failures_to(absent, site):
                 clients = summaries[site]["clients"]
-                roster.add_clients(
-                    clients, parse_label_counts(message.fields, clients, roster.labels)
+                counts = (
+                    None  # private sites send none
+                    if recipe.privacy.mode == "local"
+                    else parse_label_counts(message.fields, clients, roster.labels)
                 )
+                roster.add_clients(clients, counts)
         _require_sites([site for site in present if site not in absent], absent)
         for site, reason in absent.items():
             log.warning("site %s is excluded from this job: %s", site, reason)
@@ -172,9 +175,10 @@ class RemoteEngine:
     def label_counts(self) -> list[list[int]] | None:
         """Return the training examples of each label, clients × labels.
 
-        Rows of clients that have not enrolled yet are zero; None for a task without labels.
+        Rows of clients that have not enrolled yet are zero. None for a task without labels, and
+        with ``privacy.mode: local``.
         """
-        if not self.task.labels:
+        if not self.task.labels or self.recipe.privacy.mode == "local":
             return None
         unknown = {"counts": [0] * len(self.task.labels)}
         return [self._roster.clients.get(client.name, unknown)["counts"] for client in self.clients]
@@ -221,7 +225,8 @@ class RemoteEngine:
         payloads = {index: partial(payload, index) for index in lazily.clients}
         for index, reply in self._send_and_receive(payloads):
             try:
-                scores = _parse_reply(reply, "evaluated").fields.get("scores")
+                scores = _parse_reply(reply, "evaluated").fields.get("scores", ())
+                scores = {} if scores is None else scores  # a private site sends none
                 if not isinstance(scores, dict):
                     raise WireError("its scores are missing")
                 results[index] = {str(name): float(value) for name, value in scores.items()}

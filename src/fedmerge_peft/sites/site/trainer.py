@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.engines.assignments import Assignment
@@ -23,7 +19,6 @@ from fedmerge_peft.sites.config import (
     RECIPE_FILE,
     SITE_FILE,
     Federation,
-    SitePrivacy,
     SiteSettings,
     modules_refusal,
     recipe_refusal,
@@ -35,6 +30,7 @@ from fedmerge_peft.sites.messages import (
     reply_message,
 )
 from fedmerge_peft.sites.site.audit import AuditEntry, record
+from fedmerge_peft.sites.site.release import WITHHELD, ReleaseRules
 from fedmerge_peft.sites.site_data import (
     check_data,
     read_site_data,
@@ -42,10 +38,9 @@ from fedmerge_peft.sites.site_data import (
     with_label_ids,
 )
 from fedmerge_peft.sites.wire import Message
-from fedmerge_peft.strategies.differential_privacy import update_privacy as agreed_privacy
+from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.hyperparameters import Hyperparameters
-from fedmerge_peft.training.plan import InTurn, Plan, Train
-from fedmerge_peft.training.update_privacy import UpdatePrivacy, apply_update_privacy
+from fedmerge_peft.training.plan import Plan, Train
 from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.vectors import row_norms
 
@@ -77,6 +72,7 @@ class Trainer:
         if reason := recipe_refusal(agreed, agreed, settings.allow):
             raise RefusedError(f"the recipe in the kit exceeds the limits in {SITE_FILE}: {reason}")
         self.agreed = agreed
+        self.release = ReleaseRules(kit, settings.privacy, agreed)
         self.recipe = settings.apply_to(agreed)
         if settings.data is None:
             raise RefusedError(
@@ -87,6 +83,7 @@ class Trainer:
         check_data(self.data, settings.checks)
         self.summary = site_summary(self.data, self.recipe)
         self._open: tuple[object, LocalEngine] | None = None
+        self._adds_to_backbone = _adds_to_backbone(agreed)
 
     def handle(self, payload: bytes) -> bytes:
         """Execute a request and return the reply, which the audit log records before it is sent.
@@ -99,18 +96,18 @@ class Trainer:
             reason = error.cause if isinstance(error, ClientError) else str(error)
             log.warning("%s", error)
             refused = isinstance(error, RefusedError | WireError)
-            reply = Message("error", {"error": reason, "refused": refused})
+            sent = WITHHELD if self.release.private and not refused else reason
+            reply = Message("error", {"error": sent, "refused": refused})
             entry = AuditEntry("error", error=reason)
         except Exception as error:
             log.exception("a message could not be handled")
             name = type(error).__name__
-            reply = Message(
-                "error", {"error": f"{name} at the site; see the site's log", "refused": False}
-            )
+            text = WITHHELD if self.release.private else f"{name} at the site; see the site's log"
+            reply = Message("error", {"error": text, "refused": False})
             entry = AuditEntry("error", error=name)
-        sent = reply.to_bytes()
-        record(self.kit, entry, sent)
-        return sent
+        message = reply.to_bytes()
+        record(self.kit, entry, message)
+        return message
 
     def _dispatch(self, message: Message) -> tuple[Message, AuditEntry]:
         match message.kind:
@@ -141,7 +138,8 @@ class Trainer:
             raise WireError(
                 f"the server sends numbers in {dtype}, but the kit has {self.federation.wire_dtype}"
             )
-        return Message("enrolled", asdict(self.summary))
+        self._adds_to_backbone = _adds_to_backbone(requested)
+        return Message("enrolled", asdict(self.release.summary(self.summary)))
 
     def _open_job(self, message: Message) -> Message:
         fields = message.fields
@@ -182,10 +180,8 @@ class Trainer:
             raise WireError("the tensors shared by all adapters do not fit this layout")
         backbone.load_shared(shared)
         engine.clear_caches()  # their content depends on the shared tensors
-        return Message(
-            "opened",
-            {"layout": ours, "size": backbone.layout.size, "counts": engine.label_counts()},
-        )
+        counts = self.release.label_counts(engine.label_counts())
+        return Message("opened", {"layout": ours, "size": backbone.layout.size, "counts": counts})
 
     @property
     def is_open(self) -> bool:
@@ -210,47 +206,43 @@ class Trainer:
         if client not in names:
             raise WireError(f"an assignment for client {client!r}, which is not at this site")
         index = names.index(client)
+        if assignment.base and not self._adds_to_backbone:
+            raise RefusedError("the server adds to the backbone, which its recipe does not do")
         engine.backbone.set_base(assignment.base)
         if plan is None:
             reply = self._evaluate(engine, index, assignment)
             return reply, AuditEntry("evaluate", client, assignment.round)
-        privacy = self._update_privacy(plan)
-        plan_without_privacy = replace(plan, privacy=None) if isinstance(plan, Train) else plan
-        hyperparameters = assignment.hyperparameters
-        self._check_hyperparameters(hyperparameters)
-        local = Assignment(plan_without_privacy, assignment.served, hyperparameters)
+        self._check_hyperparameters(assignment.hyperparameters)
+        privacy = self.release.update_privacy(plan)
+        self.release.charge(client, plan, privacy)
+        local = self._local_assignment(plan, assignment)
         ((_, trained),) = engine.train_clients(assignment.round, [(index, local)])
-        if isinstance(trained, ClientError):
-            raise trained
-        norm = norm_unfiltered = float(row_norms(trained.deltas.reshape(1, -1)))
-        if privacy is not None:
-            deltas = filter_update(trained.deltas, plan_without_privacy, privacy)
-            trained = replace(trained, deltas=deltas)
-            norm = float(row_norms(deltas.reshape(1, -1)))
-        return reply_message(trained, client, layout, dtype), AuditEntry(
-            "train", client, assignment.round, norm, norm_unfiltered
+        released = self.release.reply(trained, index, plan, privacy)
+        norms = [
+            float(row_norms(one.deltas.reshape(1, -1))) if isinstance(one, Reply) else None
+            for one in (released, trained)
+        ]
+        entry = AuditEntry("train", client, assignment.round, *norms)
+        return reply_message(released, client, layout, dtype), entry
+
+    def _local_assignment(self, plan: Plan, assignment: RemoteAssignment) -> Assignment:
+        """Return the work of the client, without noise, and without scores that stay here."""
+        return Assignment(
+            replace(plan, privacy=None) if isinstance(plan, Train) else plan,
+            None if self.release.private else assignment.served,
+            assignment.hyperparameters,
         )
 
     def _evaluate(self, engine: LocalEngine, index: int, assignment: RemoteAssignment) -> Message:
         if assignment.served is None:
             raise WireError("an evaluate message without an adapter")
+        if self.release.private:
+            return Message("evaluated", {"client": assignment.client, "scores": None})
         served = [(index, assignment.served)]
         ((_, scores),) = engine.evaluate_clients(served, assignment.round)
         if isinstance(scores, ClientError):
             raise scores
         return Message("evaluated", {"client": assignment.client, "scores": scores})
-
-    def _update_privacy(self, plan: Plan) -> UpdatePrivacy | None:
-        """Return the smallest clip and largest noise of plan, kit's recipe and ``site.yaml``."""
-        requested = plan.privacy if isinstance(plan, Train) else None
-        if requested is None and self.agreed.privacy.mode != "none":
-            raise RefusedError(
-                f"privacy.mode is {self.agreed.privacy.mode} in the kit's recipe, "
-                "but the server requests updates without it"
-            )
-        return strictest_privacy(
-            self.settings.privacy, requested, agreed_privacy(self.agreed.privacy)
-        )
 
     def _check_hyperparameters(self, requested: Hyperparameters) -> None:
         """Check that the server sets the keys of ``training`` that the kit leaves open, only these.
@@ -307,32 +299,5 @@ class Trainer:
         }
 
 
-def strictest_privacy(site: SitePrivacy, *others: UpdatePrivacy | None) -> UpdatePrivacy | None:
-    """Return the smallest clip and the largest noise of several; None if all are empty."""
-    given = [privacy for privacy in others if privacy is not None]
-    clips = [clip for clip in (site.clip, *(privacy.clip for privacy in given)) if clip is not None]
-    noise = max([site.noise, *(privacy.noise for privacy in given)])
-    return UpdatePrivacy(min(clips, default=float("inf")), noise) if clips or noise else None
-
-
-def filter_update(deltas: Tensor, plan: Plan, privacy: UpdatePrivacy) -> Tensor:
-    """Clip each row of an update, and add noise to its trained columns.
-
-    Args:
-        deltas: The update, ``(k, P)``.
-        plan: The plan; its phases determine the trained columns.
-        privacy: Clip and noise; the noise is seeded by the operating system.
-
-    Returns:
-        The filtered update, ``(k, P)``.
-    """
-    if isinstance(plan, InTurn):
-        phases = [job.phases for job in plan.jobs]
-    else:
-        phases = [plan.phases if isinstance(plan, Train) else (None,)] * len(deltas)
-    return torch.stack(
-        [
-            apply_update_privacy(row, privacy, columns, secrets.randbits(63))
-            for row, columns in zip(deltas, phases, strict=True)
-        ]
-    )
+def _adds_to_backbone(recipe: Recipe) -> bool:
+    return any(strategy.adds_to_backbone for strategy in (recipe.strategy, *recipe.baselines))

@@ -1,0 +1,53 @@
+"""Gaussian noise from a seed, for simulations, or from the operating system's generator.
+
+A seeded generator is no protection: anyone with the seed, or with enough of its output, computes
+the rest. Noise that protects somebody comes from ``os.urandom``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_CHUNK = 1 << 20
+"""Numbers that are drawn at a time, which bounds memory."""
+
+
+def add_noise(values: Tensor, deviation: float, seed: int | None) -> Tensor:
+    """Return values plus independent noise N(0, σ²).
+
+    Args:
+        values: Any shape, on the CPU.
+        deviation: σ.
+        seed: Seed of a simulation. None to draw from the operating system; the sum is then computed
+            in float64 and rounded once, so that the last digits of the result do not depend on the
+            value below the noise (Mironov 2012, CCS).
+    """
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        return values + deviation * torch.randn(values.shape, generator=generator)
+    noise = torch.from_numpy(secret_normal(values.numel())).reshape(values.shape)
+    return (values.double() + deviation * noise).to(values.dtype)
+
+
+def secret_normal(count: int) -> NDArray[np.float64]:
+    """Draw standard normal numbers ``(count,)`` from the operating system's generator.
+
+    Box and Muller 1958: √(−2 ln u) · (cos 2πv, sin 2πv) for u in (0, 1] and v in [0, 1).
+    """
+    drawn = np.empty(count)
+    for start in range(0, count, _CHUNK):
+        part = drawn[start : start + _CHUNK]
+        pairs = -(-len(part) // 2)
+        bits = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64) >> np.uint64(11)
+        uniform = bits.astype(np.float64)
+        radius = np.sqrt(-2.0 * np.log((uniform[:pairs] + 1.0) / 2.0**53))
+        angle = (2.0 * math.pi / 2.0**53) * uniform[pairs:]
+        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        part[:] = both[: len(part)]
+    return drawn

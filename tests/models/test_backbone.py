@@ -353,27 +353,6 @@ def test_a_model_of_another_kind_is_one_error(make_backbone):
         make_backbone("vit", {"target_modules": ["q_proj"]}, TextTask())
 
 
-def test_a_folder_without_a_model_is_one_error(tmp_path):
-    from fedmerge_peft.models.pretrained import model_folder
-
-    with pytest.raises(BackboneError, match=r"not a model folder \(no config.json in"):
-        model_folder(str(tmp_path), tmp_path)
-
-
 def test_quantization_without_a_gpu_is_refused(make_backbone):
     with pytest.raises(BackboneError, match=r"quantization needs (a CUDA GPU|bitsandbytes)"):
         make_backbone("bert", {"target_modules": ["query"]}, quantization="4bit")
-
-
-def test_pickled_weights_are_refused(make_backbone, tiny_models, tmp_path):
-    import shutil
-
-    from fedmerge_peft.models.backbone import load_backbone
-    from fedmerge_peft.recipe.schema import BackboneRecipe
-
-    shutil.copytree(tiny_models / "bert", tmp_path / "pickled")
-    (tmp_path / "pickled" / "model.safetensors").unlink()
-    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
-    recipe = BackboneRecipe(model=str(tmp_path / "pickled"))
-    with pytest.raises(BackboneError, match="cannot be loaded"):
-        load_backbone(recipe, LoraRecipe(), LabelTask(), recipe.model, torch.device("cpu"), 0)

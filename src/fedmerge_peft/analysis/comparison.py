@@ -46,14 +46,23 @@ def compare(
     return Comparison.of(runs, metric=metric, target=target).methods
 
 
-def find_runs(paths: Iterable[PathLike[str] | str]) -> list[RunDirectory]:
+def find_runs(
+    runs: Iterable[RunDirectory | PathLike[str] | str], *, trust_remote_code: bool = False
+) -> list[RunDirectory]:
     """Return all runs at or below these paths, including baselines, finished or not.
+
+    Args:
+        runs: Runs, run directories, or folders with run directories at any depth.
+        trust_remote_code: Consent to import the plugins that their recipes list. Runs that are
+            opened already have their own.
 
     Raises:
         RunError: A path does not exist or holds no run.
     """
-    runs: dict[Path, RunDirectory] = {}
-    for path in map(Path, paths):
+    found: dict[Path, RunDirectory] = {}
+    for run in runs:
+        path = run.path if isinstance(run, RunDirectory) else Path(run)
+        consent = run.trust_remote_code if isinstance(run, RunDirectory) else trust_remote_code
         folders = sorted(file.parent for file in path.rglob("recipe.yaml"))
         if not folders:
             problem = "holds no run" if path.exists() else "does not exist"
@@ -62,8 +71,8 @@ def find_runs(paths: Iterable[PathLike[str] | str]) -> list[RunDirectory]:
                 "fedmerge sweep, or folders that contain such directories"
             )
         for folder in folders:
-            runs.setdefault(folder.resolve(), RunDirectory.open(folder))
-    return list(runs.values())
+            found.setdefault(folder.resolve(), RunDirectory.open(folder, trust_remote_code=consent))
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ class Comparison:
 
 def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDirectory]:
     """Return the runs that have final scores."""
-    candidates = find_runs(run.path if isinstance(run, RunDirectory) else run for run in runs)
+    candidates = find_runs(runs)
     ended = [run for run in candidates if (run.path / "summary.json").is_file()]
     scored = [run for run in ended if _final_scores(run)]
     _log_skipped("not finished", [run.path for run in candidates if run not in ended])

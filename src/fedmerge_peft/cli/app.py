@@ -46,6 +46,14 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Overrides, such as strategy.adapters=8."),
 ]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that the run's recipe names: plugins, and code that comes with a model.",
+    ),
+]
+
 
 def _print_version(requested: bool) -> None:
     if requested:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import app
+from fedmerge_peft.cli.app import TrustRemoteCode, app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +47,7 @@ def compare(
         Path | None,
         typer.Option(help="Draw a figure to this .png, .svg or .pdf file; overwritten."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare methods over seeds: scores, worst clients, gains, bytes, seconds.
 
@@ -58,6 +59,7 @@ def compare(
     from rich.console import Console
 
     from fedmerge_peft.analysis import Comparison
+    from fedmerge_peft.analysis.comparison import find_runs
     from fedmerge_peft.analysis.figures import check_suffix, plot
     from fedmerge_peft.analysis.reports import markdown as as_markdown
     from fedmerge_peft.util.logs import configure_logging
@@ -67,7 +69,8 @@ def compare(
         check_suffix(figure)
     console = wide_console()
     configure_logging(Console(stderr=True, highlight=False))
-    comparison = Comparison.of(runs, metric=metric, target=target)
+    found = find_runs(runs, trust_remote_code=trust_remote_code)
+    comparison = Comparison.of(found, metric=metric, target=target)
     print_tables(comparison, console)
     if csv is not None:
         _write(csv, comparison.methods.to_csv(index=False))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import app
+from fedmerge_peft.cli.app import TrustRemoteCode, app
 
 
 @app.command()
@@ -48,6 +48,7 @@ def export(
     private: Annotated[
         bool, typer.Option("--private/--public", help="Visibility of a new repository.")
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write adapters as plain PEFT folders with model cards.
 
@@ -76,7 +77,7 @@ def export(
     )
     from fedmerge_peft.util.text import printable
 
-    opened = Run.open(run)
+    opened = Run.open(run, trust_remote_code=trust_remote_code)
     base, hub = base_model(opened, base_model_id)
     if push is not None:
         check_repo(push)

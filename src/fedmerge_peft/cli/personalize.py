@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import app
+from fedmerge_peft.cli.app import TrustRemoteCode, app
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +62,7 @@ def personalize(
         int | None,
         typer.Option(min=0, help="Seed of the held-out examples. Default: the run's."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge a finished run's adapters for a new client.
 
@@ -78,7 +79,7 @@ def personalize(
     from fedmerge_peft.util.logs import configure_logging
     from fedmerge_peft.util.text import printable
 
-    opened = Run.open(run)
+    opened = Run.open(run, trust_remote_code=trust_remote_code)
     client = name if name is not None else data.stem
     if out is None and Path(client).name != client:
         raise RunError(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import app
+from fedmerge_peft.cli.app import TrustRemoteCode, app
 
 
 @app.command()
@@ -24,6 +24,7 @@ def report(
             help="Folder for the figures as PNG and SVG files; existing ones are overwritten."
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write one HTML page about runs: figures, worst clients, advice.
 
@@ -32,8 +33,10 @@ def report(
     Example: fedmerge report runs/first --out first.html
     """
     from fedmerge_peft.report.page import write_figures, write_report
+    from fedmerge_peft.runs.directory import RunDirectory
     from fedmerge_peft.util.text import printable
 
-    print(printable(f"wrote {write_report(runs, out)}"))
+    opened = [RunDirectory.open(run, trust_remote_code=trust_remote_code) for run in runs]
+    print(printable(f"wrote {write_report(opened, out)}"))
     if figures is not None:
-        print(printable(f"wrote {len(write_figures(runs, figures))} files to {figures}"))
+        print(printable(f"wrote {len(write_figures(opened, figures))} files to {figures}"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import Overrides, RecipeSource, app
+from fedmerge_peft.cli.app import Overrides, RecipeSource, TrustRemoteCode, app
 from fedmerge_peft.distributed import destroy_process_group, is_main
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def run(
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     with collect_timings() as timer:
-        finished = _run_stoppable(partial(federate, loaded, directory), directory, console, quiet)
+        opened = Run(directory, trust_remote_code=True)
+        finished = _run_stoppable(partial(federate, loaded, directory), opened, console, quiet)
     destroy_process_group()
     if not quiet and is_main():
         _print_results(finished, recipe, overrides or [], console)
@@ -87,6 +88,7 @@ def resume(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print only one line per round.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Resume an interrupted run, or extend a finished one by more rounds.
 
@@ -96,22 +98,21 @@ def resume(
     """
     from rich.console import Console
 
-    from fedmerge_peft.api import resume
+    from fedmerge_peft.api import Run, resume
     from fedmerge_peft.util.logs import configure_logging
 
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
-    finished = _run_stoppable(partial(resume, run, overrides or []), run, console, quiet)
+    start = partial(resume, run, overrides or [], trust_remote_code=trust_remote_code)
+    opened = Run(run, trust_remote_code=trust_remote_code)
+    finished = _run_stoppable(start, opened, console, quiet)
     destroy_process_group()
     if not quiet and is_main():
         _print_results(finished, str(run / "recipe.yaml"), [], console)
 
 
-def _run_stoppable(
-    start: Callable[..., Run], directory: Path, console: Console, quiet: bool
-) -> Run:
+def _run_stoppable(start: Callable[..., Run], run: Run, console: Console, quiet: bool) -> Run:
     """Run with a progress bar; if the run stops or fails, print the command that resumes it."""
-    from fedmerge_peft.api import Run
     from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.errors import (
         ClientError,
@@ -127,12 +128,12 @@ def _run_stoppable(
         try:
             return _run_with_progress(start, stop, console, quiet)
         except KeyboardInterrupt as interrupt:
-            if is_main() and (command := Run(directory).resume_command):
+            if is_main() and (command := run.resume_command):
                 print(printable(f"stopped; resume with: {command}"), file=sys.stderr)
             raise typer.Exit(getattr(interrupt, "code", 130)) from None
         except (ClientError, RankError, RunError, TooFewClientsError) as error:
             if not isinstance(error, (ResumeError, RunBusyError)) and (
-                command := Run(directory).resume_command
+                command := run.resume_command
             ):
                 error.add_note(f"To resume from the last finished round: {command}")
             raise

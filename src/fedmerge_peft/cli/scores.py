@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import app
+from fedmerge_peft.cli.app import TrustRemoteCode, app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @app.command()
 def scores(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print the final scores and merging weights of a finished run, and the command to repeat it.
 
@@ -31,7 +32,7 @@ def scores(
     from fedmerge_peft.runs.directory import RunDirectory
     from fedmerge_peft.util.text import printable
 
-    directory = RunDirectory.open(run)
+    directory = RunDirectory.open(run, trust_remote_code=trust_remote_code)
     if command := directory.resume_command:
         raise RunError(f"{run} has not ended; continue it with: {command}")
     console = Console(highlight=False)

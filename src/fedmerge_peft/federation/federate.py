@@ -50,15 +50,15 @@ def run_recipe(
 
 
 def resume_run(
-    path: Path | str,
+    run: RunDirectory,
     overrides: Iterable[str],
     *,
     engine: Engine | None,
     callbacks: Sequence[Callback],
 ) -> Path:
     """Resume an interrupted run; return its directory. Documented at ``api.resume``."""
-    run = RunDirectory.open(path)
-    recipe = _resumed_recipe(run, overrides)
+    saved = run.trusted_recipe if engine is None else run.recipe
+    recipe = _resumed_recipe(run, saved, overrides)
     check_trackers(recipe)
     if distributed.launched_processes() > 1:
         # Loading synchronizes the ranks, so all of them have read the directory before it changes.
@@ -84,15 +84,15 @@ def _check_unfinished(run: RunDirectory, rounds: int) -> None:
         )
 
 
-def _resumed_recipe(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
+def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) -> Recipe:
     """Return the run's recipe with the overrides.
 
     Raises:
         RecipeError: An override would change the clients' work, or the number of rounds is less
             than the number of completed rounds.
     """
-    recipe = run.recipe.replace(overrides)
-    changed = differing([flat(run.recipe), flat(recipe)])
+    recipe = saved.replace(overrides)
+    changed = differing([flat(saved), flat(recipe)])
     if refused := [key for key in changed if key not in RESUME_OVERRIDES]:
         raise RecipeError(
             [
@@ -100,7 +100,7 @@ def _resumed_recipe(run: RunDirectory, overrides: Iterable[str]) -> Recipe:
                 f"fedmerge run, or change only {', '.join(RESUME_OVERRIDES)}"
             ]
         )
-    for _, path in with_baselines(run.recipe, run.path):
+    for _, path in with_baselines(saved, run.path):
         done = len(RunDirectory(path).records)
         if done > recipe.rounds:
             raise RecipeError(

@@ -107,8 +107,9 @@ def _run_or_resume(
 ) -> None:
     """Resume an interrupted run; restart it if its checkpoints cannot be used."""
     try:
-        if RunDirectory(path).records:
-            resume_run(path, (), engine=engine, callbacks=callbacks)
+        run = RunDirectory(path)
+        if run.records:
+            resume_run(run, (), engine=engine, callbacks=callbacks)
             return
     except ResumeError as error:
         log.warning("starting over: %s", error)

@@ -7,9 +7,10 @@ torch.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_origin
 
 from pydantic import ValidationError
 
@@ -34,6 +35,16 @@ LARGEST = 256 * 1024
 """Maximum size of a recipe in bytes."""
 
 COMMAND_LINE = Mark("command line")
+
+CONSENT = (
+    "if you trust this run, allow it with --trust-remote-code, in Python with "
+    "trust_remote_code=True"
+)
+"""Advice in errors about code that a run directory names."""
+
+Plugins = Literal["import", "ignore", "refuse"]
+"""Treatment of the modules that a recipe lists under ``plugins``. An import runs code: text from
+somebody else must not cause one. ``refuse`` accepts modules that are already imported."""
 
 R = TypeVar("R", bound=Section)
 """Class of the recipe; an argument, so that this module need not import the schema."""
@@ -126,14 +137,19 @@ def _read(path: Path) -> str:
 # --------------------------------------------------------------------------------------------------
 # Recipes
 # --------------------------------------------------------------------------------------------------
-def load(model: type[R], source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> R:
+def load(
+    model: type[R],
+    source: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
+    plugins: Plugins = "import",
+) -> R:
     """Read a shipped recipe by name, or a YAML file by path, then apply the overrides.
 
     Raises ``RecipeError`` with all faults, each as
     ``file:line: dotted.path: found ..., expected ...``.
     """
     path = find(source)
-    return loads(model, _read(path), str(path), overrides)
+    return loads(model, _read(path), str(path), overrides, plugins=plugins)
 
 
 def loads(
@@ -142,7 +158,7 @@ def loads(
     source: str,
     overrides: Iterable[str] = (),
     *,
-    import_plugins: bool = True,
+    plugins: Plugins = "import",
 ) -> R:
     """Read YAML text, then apply the overrides.
 
@@ -151,8 +167,7 @@ def loads(
         text: YAML.
         source: Name of the file in error messages.
         overrides: ``key.sub=value``, applied in this order.
-        import_plugins: Import the modules that the recipe lists under ``plugins``. Set it to False
-            for untrusted text, because an import runs code.
+        plugins: Treatment of the modules that the recipe lists.
 
     Raises:
         RecipeError: As ``load``.
@@ -177,7 +192,7 @@ def loads(
                 ),
             ]
         )
-    return _validate(model, document, overrides, import_plugins)
+    return _validate(model, document, overrides, plugins)
 
 
 def override(recipe: R, overrides: Iterable[str]) -> R:
@@ -204,14 +219,14 @@ def dump(recipe: Section) -> str:
 
 
 def _validate(
-    model: type[R], document: Document, overrides: Iterable[str], import_plugins: bool = True
+    model: type[R], document: Document, overrides: Iterable[str], plugins: Plugins = "import"
 ) -> R:
     import_installed()
     chosen = [(text.partition("=")[0].strip() == "plugins", text) for text in overrides]
     for text in [text for first, text in chosen if first]:
         _apply(model, text, document)
-    if import_plugins:
-        _import_plugins(document)
+    if plugins != "ignore":
+        _import_plugins(document, plugins)
     for text in [text for first, text in chosen if not first]:
         _apply(model, text, document)
     try:
@@ -226,17 +241,24 @@ def _validate(
     return recipe
 
 
-def _import_plugins(document: Document) -> None:
-    """Import the modules that a recipe lists; raise ``RecipeError`` if some cannot be imported."""
+def _import_plugins(document: Document, plugins: Plugins) -> None:
+    """Import the modules that a recipe lists.
+
+    Raises ``RecipeError`` if some cannot be imported, or may not be.
+    """
     modules = document.value.get("plugins")
     faults = []
     for number, module in enumerate(modules if isinstance(modules, list) else ()):
         if not isinstance(module, str):
             continue  # reported by the validation
+        where = ("plugins", number)
+        if plugins == "refuse" and module not in sys.modules:
+            text = f"the import of {module!r} would run its code; {CONSENT}"
+            faults.append(Fault(document.mark(where), where, text))
+            continue
         try:
             import_modules([module])
         except PluginError as error:
-            where = ("plugins", number)
             faults.append(Fault(document.mark(where), where, str(error)))
     if faults:  # do not report the names that these modules would register
         raise refuse([*document.faults, *faults])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -27,6 +27,9 @@ from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.section import Boolean, Fraction, Section
 from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
 from fedmerge_peft.recipe.tasks import AnyTask, compares_texts
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe.loading import Plugins
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,15 +347,22 @@ class Recipe(Section):
         return self
 
     @classmethod
-    def load(cls, source: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    def load(
+        cls,
+        source: str | PathLike[str],
+        overrides: Sequence[str] = (),
+        *,
+        plugins: Plugins = "import",
+    ) -> Recipe:
         """Read a shipped recipe by name, or a YAML file by path, and apply overrides.
 
         Overrides (``key.sub=value``) take precedence over the file, and the file over the defaults.
-        Raises ``RecipeError`` with all faults.
+        ``plugins`` is the treatment of the modules that the recipe lists. Raises ``RecipeError``
+        with all faults.
         """
         from fedmerge_peft.recipe.loading import load
 
-        return load(cls, source, overrides)
+        return load(cls, source, overrides, plugins)
 
     def replace(self, overrides: Iterable[str]) -> Recipe:
         """Return a copy with ``key.sub=value`` overrides applied. Raises ``RecipeError``."""

@@ -15,6 +15,7 @@ from fedmerge_peft.plotting.palette import COLORS, DARK_COLORS, DASHES
 from fedmerge_peft.report.advice import advice, final_scores, percentile
 from fedmerge_peft.report.figures import figures
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.serving.export import folder_name
 from fedmerge_peft.tasks.metrics import greater_is_better
 from fedmerge_peft.util.files import write_text
 
@@ -67,7 +68,9 @@ def write_figures(runs: Iterable[RunDirectory | Path | str], folder: Path | str)
 
     opened = _open(runs)
     folders = [
-        Path(folder) / f"{number}-{run.recipe.name}" if len(opened) > 1 else Path(folder)
+        Path(folder) / folder_name(f"{number}-{run.recipe.name}")
+        if len(opened) > 1
+        else Path(folder)
         for number, run in enumerate(opened, 1)
     ]
     return [

@@ -1,9 +1,11 @@
-"""Recognize and remove the files of an interrupted run."""
+"""Recognize the files of a run directory, refuse links, remove what an interrupted run left."""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from fedmerge_peft.errors import RunError
@@ -19,6 +21,8 @@ _RUN_FILE = re.compile(
 """Every file of a run directory, as a path relative to it."""
 _TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
 """The temporary name of a file while it is written; the group is its final name."""
+_TRACKING = re.compile(r"((?:baselines/[^/]+/)*tracking)/.+")
+"""A file of a tracker, as a path relative to the run directory; the group is the folder."""
 _MAX_LISTED = 5
 """Files that a message names."""
 
@@ -31,6 +35,35 @@ def files_in(directory: Path) -> list[Path]:
         for name in [*folders, *names]
         if (path := Path(folder, name)).is_symlink() or not path.is_dir()
     ]
+
+
+def refuse_links(directory: Path) -> None:
+    """Raise ``RunError`` if the directory contains links or special files, at any depth.
+
+    A run directory from somebody else could use them to have files elsewhere read, overwritten or
+    deleted. Links of trackers inside their own folder are accepted. The directory itself may be a
+    link, because its path comes from the user.
+    """
+    for path in files_in(directory):
+        with suppress(FileNotFoundError):  # another process is writing the run
+            if stat.S_ISREG(path.lstat().st_mode) or _is_link_of_tracker(path, directory):
+                continue
+            kind = f"a link to {path.readlink()}" if path.is_symlink() else "no regular file"
+            raise RunError(
+                f"{path} is {kind}; a run directory contains only files and folders. Remove it, or "
+                "replace it by a copy of its target if you trust that"
+            )
+
+
+def _is_link_of_tracker(path: Path, directory: Path) -> bool:
+    """Return True for a link below ``tracking`` that leads to a place below the same folder."""
+    name = _TRACKING.fullmatch(path.relative_to(directory).as_posix())
+    if name is None or not path.is_symlink():
+        return False
+    try:
+        return path.resolve().is_relative_to((directory / name[1]).resolve())
+    except (OSError, RuntimeError):  # a loop
+        return False
 
 
 def is_temporary(name: str) -> bool:

@@ -35,9 +35,10 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
-from fedmerge_peft.errors import FedMergeError, RecipeError, RunError, RunExistsError
+from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.runs.cleanup import is_temporary
+from fedmerge_peft.recipe.loading import CONSENT, Plugins
+from fedmerge_peft.runs.cleanup import is_temporary, refuse_links
 from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.util.files import read_tensors
 
@@ -53,8 +54,10 @@ FORMAT = 2
 class RunDirectory:
     """Reader of a run directory; ``RunWriter`` writes one, ``api.Run`` adds conveniences."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
+        self.trust_remote_code = trust_remote_code
+        """Consent to run code that the recipe names: plugins, and code that comes with a model."""
 
     # ---- the directory ---------------------------------------------------------------------------
 
@@ -116,19 +119,27 @@ class RunDirectory:
     def resume_command(self) -> str | None:
         """The command that resumes the run; None if it has ended or there is no readable run."""
         try:
-            ended = RunDirectory.open(self.path).ended
+            run = RunDirectory.open(self.path, trust_remote_code=self.trust_remote_code)
+            ended, recipe = run.ended, run.recipe
         except (FedMergeError, ValueError, KeyError):
             return None
-        return None if ended else shlex.join(["fedmerge", "resume", str(self.path)])
+        needs_code = bool(recipe.plugins) or recipe.backbone.trust_remote_code
+        consent = ["--trust-remote-code"] if needs_code and self.trust_remote_code else []
+        return None if ended else shlex.join(["fedmerge", "resume", str(self.path), *consent])
 
     # ---- reading ---------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
+    def open(cls, path: Path | str, *, trust_remote_code: bool = False) -> Self:
         """Open a run, finished or not.
 
+        Args:
+            path: The run directory. It may come from somebody else.
+            trust_remote_code: Consent to run code that its recipe names.
+
         Raises:
-            RunError: There is no run, or another version of the package wrote it in another format.
+            RunError: There is no run, it contains links, or another version of the package wrote
+                it in another format.
         """
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
@@ -136,7 +147,8 @@ class RunDirectory:
                 f"{path} holds no run (no recipe.yaml); "
                 f"fedmerge run RECIPE --out {path} creates one"
             )
-        run = cls(path)
+        refuse_links(path)
+        run = cls(path, trust_remote_code=trust_remote_code)
         run._check_format()
         return run
 
@@ -157,8 +169,29 @@ class RunDirectory:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The run's recipe."""
-        return Recipe.load(self.path / "recipe.yaml")
+        """The run's recipe.
+
+        Raises:
+            RecipeError: It is invalid, or lists plugins that are not imported yet, without consent.
+        """
+        plugins: Plugins = "import" if self.trust_remote_code else "refuse"
+        return Recipe.load(self.path / "recipe.yaml", plugins=plugins)
+
+    @property
+    def trusted_recipe(self) -> Recipe:
+        """The run's recipe, to load its model.
+
+        Raises:
+            RecipeError: As ``recipe``.
+            BackboneError: The model would run code that comes with it, without consent.
+        """
+        recipe = self.recipe
+        if recipe.backbone.trust_remote_code and not self.trust_remote_code:
+            raise BackboneError(
+                f"{self.path / 'recipe.yaml'}: backbone.trust_remote_code: loading "
+                f"{recipe.backbone.model} may run code that comes with it; {CONSENT}"
+            )
+        return recipe
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -348,7 +381,7 @@ class RunDirectory:
             baseline.name: self.baseline_path(baseline.name) for baseline in self.recipe.baselines
         }
         return {
-            name: self.open(path)
+            name: self.open(path, trust_remote_code=self.trust_remote_code)
             for name, path in paths.items()
             if (path / "recipe.yaml").is_file()
         }

@@ -144,7 +144,7 @@ class MergedAdapter:
     def _folder(self) -> Iterator[str]:
         """Yield the folder or hub id of the backbone."""
         with TemporaryDirectory(prefix="fedmerge-") as scratch:
-            yield model_folder(self.run.recipe.backbone.model, Path(scratch))
+            yield model_folder(self.run.trusted_recipe.backbone.model, Path(scratch))
 
     def _model(self, folder: str, device: torch.device) -> Any:
         from peft import PeftModel

@@ -165,16 +165,17 @@ def personalize(
 
     Raises:
         RunError: The run has no adapters that a newcomer can merge, or they do not fit the model
-            that is loaded now.
+            that is loaded now, or the model would run its own code without consent (``load_run``).
         DataError: The data cannot be read, do not fit the task, or contain an unknown label.
         FedMergeError: The model or the device is not available.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
+    recipe = _recipe(run)
     soup, known = run.state(best=best)
     _check_mergeable(run, soup)
     seed = run.recipe.seed if seed is None else seed
     table, newcomer = read_newcomer(run, data, name, test_fraction, max_train, seed)
-    engine = LocalEngine.from_data(_recipe(run), FederatedData(table, [newcomer]))
+    engine = LocalEngine.from_data(recipe, FederatedData(table, [newcomer]))
     load_shared_state(engine.backbone, soup, run)
     clients = run.clients.index.tolist()
     prior = newcomer_prior(run, soup.layout, engine.label_counts())
@@ -372,7 +373,7 @@ def _recipe(run: RunDirectory) -> Recipe:
 
     fp16 is disabled, because its gradients would need a scaler.
     """
-    recipe, training = run.recipe, run.training
+    recipe, training = run.trusted_recipe, run.training
     if choose_precision(training.mixed_precision, choose_device(training.device)) == "fp16":
         training = training.model_copy(update={"mixed_precision": "no"})
     task = recipe.task.with_format(run.task["format"])

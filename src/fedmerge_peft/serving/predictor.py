@@ -73,7 +73,7 @@ class Predictor:
         rows = soup.merge(weights, torch.eye(len(weights)))
         self._adapters = dict(zip(run.client_names, rows, strict=True))
         self._labels: list[str] = run.task["labels"]
-        recipe = run.recipe.model_copy(
+        recipe = run.trusted_recipe.model_copy(
             update={"training": run.recipe.training.model_copy(update={"device": device})}
         )
         self._kind = task_type(recipe.task)

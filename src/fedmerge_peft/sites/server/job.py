@@ -130,7 +130,7 @@ def _continue_run(
     if directory.ended and directory.recipe.rounds >= recipe.rounds:
         return
     overrides = [f"rounds={recipe.rounds}"] if recipe.rounds > directory.recipe.rounds else []
-    resume_run(run, overrides, engine=engine, callbacks=callbacks)
+    resume_run(directory, overrides, engine=engine, callbacks=callbacks)
 
 
 def _send_adapters(

@@ -131,7 +131,7 @@ class Trainer:
     def _enroll(self, message: Message) -> Message:
         text = str(message.fields.get("recipe"))
         # Plugins of the server's recipe are not imported: a site only runs the code of its own kit.
-        requested = loads(Recipe, text, "the server's recipe", import_plugins=False)
+        requested = loads(Recipe, text, "the server's recipe", plugins="ignore")
         if reason := recipe_refusal(requested, self.agreed, self.settings.allow):
             raise RefusedError(reason)
         if (dtype := message.fields.get("dtype")) != self.federation.wire_dtype:

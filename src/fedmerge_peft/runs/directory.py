@@ -39,6 +39,7 @@ from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunE
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import CONSENT, Plugins
 from fedmerge_peft.runs.cleanup import is_temporary, refuse_links
+from fedmerge_peft.runs.frames import clients_frame, label_counts_frame, metrics_frame
 from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.util.files import read_tensors
 
@@ -254,35 +255,14 @@ class RunDirectory:
     @property
     def metrics(self) -> pd.DataFrame:
         """One row per round: losses, means and worst clients, entropy, bytes, seconds."""
-        import pandas as pd
-
-        columns = (
-            "round",
-            "seconds",
-            "train_loss",
-            "weights_entropy",
-            "gap",
-            "bytes_down",
-            "bytes_up",
-        )
-        rows = []
-        for record in self.records:
-            row = {key: record[key] for key in columns}
-            for kind in ("served", "finetuned"):
-                for value in ("mean", "worst", "validation_loss"):
-                    row[f"{kind}_{value}"] = record[kind][value] if record[kind] else None
-            rows.append(row)
-        return pd.DataFrame(rows).set_index("round") if rows else pd.DataFrame()
+        return metrics_frame(self.records)
 
     @property
     def clients(self) -> pd.DataFrame:
         """One row per client: group, numbers of examples and, after the end, final scores."""
-        import pandas as pd
-
-        frame = pd.DataFrame(self._clients).set_index("name")
-        if (self.path / "summary.json").exists() and (final := self.summary["final"]["served"]):
-            frame = frame.join(pd.DataFrame.from_dict(final["clients"], orient="index"))
-        return frame
+        ended = (self.path / "summary.json").exists()
+        final = self.summary["final"]["served"] if ended else None
+        return clients_frame(self._clients, final["clients"] if final else None)
 
     @property
     def client_names(self) -> list[str]:
@@ -292,13 +272,10 @@ class RunDirectory:
     @property
     def label_counts(self) -> pd.DataFrame | None:
         """Training examples, clients × labels; None if examples have no labels."""
-        import pandas as pd
-
         path = self.path / "labels.json"
         if not path.is_file():
             return None
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return pd.DataFrame(document["counts"], index=self.client_names, columns=document["labels"])
+        return label_counts_frame(json.loads(path.read_text(encoding="utf-8")), self.client_names)
 
     @property
     def weights(self) -> pd.DataFrame:

@@ -37,7 +37,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.loading import CONSENT, Plugins
+from fedmerge_peft.recipe.loading import CONSENT
 from fedmerge_peft.runs.cleanup import is_temporary, refuse_links
 from fedmerge_peft.runs.frames import clients_frame, label_counts_frame, metrics_frame
 from fedmerge_peft.training.hyperparameters import Hyperparameters
@@ -175,8 +175,9 @@ class RunDirectory:
         Raises:
             RecipeError: It is invalid, or lists plugins that are not imported yet, without consent.
         """
-        plugins: Plugins = "import" if self.trust_remote_code else "refuse"
-        return Recipe.load(self.path / "recipe.yaml", plugins=plugins)
+        return Recipe.load(
+            self.path / "recipe.yaml", plugins="import" if self.trust_remote_code else "refuse"
+        )
 
     @property
     def trusted_recipe(self) -> Recipe:
@@ -273,9 +274,8 @@ class RunDirectory:
     def label_counts(self) -> pd.DataFrame | None:
         """Training examples, clients × labels; None if examples have no labels."""
         path = self.path / "labels.json"
-        if not path.is_file():
-            return None
-        return label_counts_frame(json.loads(path.read_text(encoding="utf-8")), self.client_names)
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        return label_counts_frame(json.loads(text), self.client_names) if text else None
 
     @property
     def weights(self) -> pd.DataFrame:
@@ -354,9 +354,7 @@ class RunDirectory:
     @property
     def baselines(self) -> dict[str, Self]:
         """The runs of the recipe's baselines, by strategy."""
-        paths = {
-            baseline.name: self.baseline_path(baseline.name) for baseline in self.recipe.baselines
-        }
+        paths = {part.name: self.baseline_path(part.name) for part in self.recipe.baselines}
         return {
             name: self.open(path, trust_remote_code=self.trust_remote_code)
             for name, path in paths.items()

@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from comparison import HERE, Setting
 from provenance import RESULTS, stamp
 
 from fedmerge_peft import Recipe, Run, sweep
-from quality import HERE, Setting
 
 SETTINGS = {
     "cifar100_clusters": "five groups of ten clients",
@@ -27,7 +27,7 @@ ADAPTERS = (1, 2, 5, 10, 15, 50)
 
 def recipes(name: str, data: Path, seeds: list[str]) -> dict[str, Recipe]:
     setting = Setting(name, data)
-    start = ["strategy=fedmerge", "strategy.start=warm", "strategy.weights_lr=0.3"]
+    start = ["strategy=fedmerge", "strategy.start=warm", "training.learning_rate=0.005"]
     return {
         f"d{d}-seed{seed}": Recipe.load(
             setting.source,

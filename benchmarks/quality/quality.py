@@ -1,198 +1,191 @@
-"""Tune every method with the same budget, then compare the methods on other seeds.
+"""Tune every method alike, compare the methods on other seeds, and write the pages.
 
-    python benchmarks/quality/quality.py text_tasks --data DATA
-    python benchmarks/quality/quality.py text_tasks --data DATA --methods fedmerge,fedavg,local
+    python benchmarks/quality/quality.py plan  [SETTING ...]
+    python benchmarks/quality/quality.py run   [SETTING ...] --data DATA --hours 2
+    python benchmarks/quality/quality.py pages [SETTING ...]
 
-A setting is a YAML file beside this program: a shipped recipe, overrides, and the same number of
-candidates for each method. The candidate with the best mean validation score on the tuning seed is
-run with the other seeds. The page reports test scores of the served adapters after the last round.
-Runs are kept in benchmarks/quality/runs, so that the same command again runs only what is left.
-Several processes may share the work.
+A setting is a YAML file beside this program; ``comparison.yaml`` has the methods, and the ladders
+of values that ``search.py`` tries. Each method takes the values with the best mean validation score
+on the tuning seed, and is run with the seeds of the report. Scores are those of the served models
+after the last round.
+
+A finished run is one line of ``benchmarks/results/runs/SETTING.jsonl``, which is committed. The
+same command again, also on another machine, runs only what is left. Several processes may share the
+work; OMP_NUM_THREADS=1 keeps them apart. Interrupted runs are in ``benchmarks/quality/runs`` and
+are resumed. Pages and plan are made from the ledgers alone.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import replace
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 
-import yaml
-from provenance import RESULTS, stamp
+from comparison import HERE, Method, Setting, settings
+from ledger import Ledger, digest, failure, line_of
+from progress import Job, jobs, plan
+from provenance import RESULTS
+from tables import write_pages
 
-from fedmerge_peft import Comparison, Recipe, Run, sweep
-from fedmerge_peft.analysis import sharing
-from fedmerge_peft.analysis.figures import plot
-from fedmerge_peft.analysis.reports import markdown
-from fedmerge_peft.tasks.metrics import greater_is_better
+from fedmerge_peft import Run
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.errors import ClientError, FedMergeError, RunBusyError
+from fedmerge_peft.federation.sweep import run_or_resume
+from fedmerge_peft.runs.cleanup import remove_run
+from fedmerge_peft.runs.environment import environment_of
+from fedmerge_peft.util.files import locked_directory
 
-HERE = Path(__file__).resolve().parent
+_POLL_SECONDS = 5.0
+"""Seconds between checks of runs that other processes are doing."""
 
-
-class Setting:
-    """A recipe and the candidates of each method."""
-
-    def __init__(self, name: str, data: Path) -> None:
-        self.name = name
-        text = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))
-        self.base = [*text.get("overrides", []), f"data.path={data / text['data']}", "baselines=[]"]
-        self.source = text["recipe"]
-        self.tuning_seed: int | None = text.get("tuning_seed")
-        self.names_strategies = "methods" in text
-        """False if the candidates are variants of the recipe's own strategy, one per variant."""
-        self.candidates: dict[str, list[list[str]]] = text.get("methods") or {
-            name: [each] for name, each in text["variants"].items()
-        }
-        if len({len(each) for each in self.candidates.values()}) != 1:
-            raise SystemExit(
-                f"{name}.yaml: every method must have as many candidates as the others"
-            )
-
-    def recipe(self, method: str, candidate: int, seed: int) -> Recipe:
-        changes = self.candidates[method][candidate]
-        named = [f"strategy={method}"] if self.names_strategies else []
-        return Recipe.load(self.source, [*self.base, *named, f"seed={seed}", *changes])
+Part = tuple[Setting, list[Method], Ledger]
+"""A setting, those of its methods that are run, and its ledger."""
 
 
-def validation(run: Run) -> float:
-    """Return the clients' mean validation score by the first metric; greater is better."""
-    metric = run.recipe.task.metrics[0]
-    clients = run.summary["final"]["served"]["clients"].values()
-    return (1 if greater_is_better(metric) else -1) * fmean(
-        scores[f"validation_{metric}"] for scores in clients
-    )
+class Worker:
+    """A process that takes the next run that no other process is doing.
 
+    Runs with the same seed share data and model, with the outputs of the frozen layers.
 
-def shared(runs: Mapping[str, Run]) -> str:
-    """Return a table of the groups whose clients share an adapter, for the runs of fedmerge."""
-    lines = []
-    for name, run in runs.items():
-        if run.recipe.strategy.name == "fedmerge" and run.clients["group"].nunique() > 1:
-            found = sharing(run)
-            both = sorted(
-                {
-                    " + ".join(sorted([str(group), *others.split(", ")]))
-                    for group, others in found["others"].items()
-                    if others
-                }
-            )
-            on_it = (found["share"] * found["clients"]).sum() / found["clients"].sum()
-            lines.append(f"| {name} | {100 * on_it:.0f} % | {', '.join(both) or 'none'} |")
-    head = (
-        "| run | clients on the main adapter of their group | groups that share an adapter |\n"
-        "|---|---|---|\n"
-    )
-    return head + "\n".join(lines) + "\n\n" if lines else ""
+    Args:
+        parts: What is to be run, in this order.
+        folder: Folder of the run directories.
+        override: Overrides that do not change results, such as ``training.device=cuda``.
+    """
 
+    def __init__(self, parts: Sequence[Part], folder: Path, override: Sequence[str] = ()) -> None:
+        self.parts = parts
+        self.folder = folder
+        self.override = override
+        self.failures: dict[str, str] = {}
+        """Errors of runs that are not tried again by this process, by digest."""
+        self._engine: LocalEngine | None = None
 
-def report(name: str, run: Run, fresh: bool) -> None:
-    final = run.summary["final"]["served"]
-    print(
-        f"{name:28} {final['metric']} {final['mean']:.3f}  worst {final['worst']:.3f}"
-        f"{'' if fresh else '  (kept)'}",
-        flush=True,
-    )
+    def work(self, until: float, say: Callable[[str], None] = print) -> None:
+        """Do runs until none is left, or until this time of ``time.monotonic``."""
+        while time.monotonic() < until:
+            busy = False
+            for job, ledger in self._next():
+                try:
+                    said = self._attempt(job, ledger)
+                except RunBusyError:
+                    busy = True
+                    continue
+                if said:
+                    say(said)
+                break
+            else:
+                if not busy:
+                    return
+                time.sleep(_POLL_SECONDS)
 
+    def _next(self) -> Iterator[tuple[Job, Ledger]]:
+        """Yield the runs that may be done next, the most urgent first."""
+        for setting, methods, ledger in self.parts:
+            ledger.read()
+            for job in jobs(setting, methods, ledger):
+                if digest(job.values) not in self.failures:
+                    yield job, ledger
 
-def by_variant(comparison: Comparison, runs: Mapping[str, Run]) -> Comparison:
-    """Name methods by their variants instead of by all the keys in which they differ."""
-    variant = {str(run.path): name.rpartition("-seed")[0] for name, run in runs.items()}
-    names = {row.method: variant[str(row.path)] for row in comparison.runs.itertuples()}
-    frames = {
-        part: getattr(comparison, part).replace({"method": names})
-        for part in ("runs", "curves", "methods")
-    }
-    return replace(comparison, **frames)
+    def _attempt(self, job: Job, ledger: Ledger) -> str | None:
+        """Do a run and append its line; return a sentence about it.
+
+        Raises:
+            RunBusyError: Another process is doing it.
+        """
+        values = job.values
+        key = digest(values)
+        path = self.folder / job.setting.name / key
+        name = f"{job.setting.name} {job.method.name} {job.role} seed {job.seed}"
+        with locked_directory(path):
+            ledger.read()
+            if ledger.find(values):  # another process has done it meanwhile
+                return None
+            recipe = job.setting.recipe(job.method, job.choice, job.seed).replace(self.override)
+            begin = time.monotonic()
+            try:
+                engine = self._load(recipe)
+                begin = time.monotonic()
+                run_or_resume(recipe, path, engine, [])
+                line = line_of(Run.open(path), values, time.monotonic() - begin)
+                said = f"{line['mean']:.3f}  validation {line['validation'] or 0:.3f}"
+            except FedMergeError as error:
+                if not isinstance(error, ClientError) or "finite" not in str(error):
+                    self.failures[key] = f"{name}: {error}"
+                    return f"{name} failed: {error}"
+                line, said = failure(error, values, environment_of(engine)), str(error)
+            line = {
+                "method": job.method.name,
+                "settings": job.method.settings(job.choice),
+                "seed": job.seed,
+                "role": job.role,
+                **line,
+            }
+            ledger.append(line)
+            remove_run(path)
+            path.rmdir()
+        seconds = time.monotonic() - begin
+        chosen = " ".join(line["settings"])
+        return f"{datetime.now(UTC):%H:%M:%S}  {name}  {said}  {seconds:.0f} s  {chosen}"
+
+    def _load(self, recipe) -> LocalEngine:
+        """Return an engine for a recipe: the last one if data, model and seed are the same."""
+        shared = self._engine.with_recipe(recipe) if self._engine else None
+        if shared is None:
+            self._engine = None
+            gc.collect()  # before the next model and its cache are loaded
+        self._engine = shared or LocalEngine.from_recipe(recipe)
+        return self._engine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("setting", help="a YAML file beside this program, without .yaml")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
-    parser.add_argument(
-        "--methods", help="methods, separated by commas; default: all of the setting"
-    )
-    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
+    parser.add_argument("command", choices=["run", "plan", "pages"])
+    parser.add_argument("settings", nargs="*", help="default: those of comparison.yaml, in order")
+    parser.add_argument("--data", type=Path, help="folder with the data files")
+    parser.add_argument("--methods", help="methods, separated by commas; default: all")
+    parser.add_argument("--hours", type=float, default=1e9, help="start no run after this time")
+    parser.add_argument("--device", default="cpu", help="device of the runs; default: cpu")
+    parser.add_argument("--ledgers", type=Path, default=RESULTS / "runs", help="folder of ledgers")
     parser.add_argument("--runs", type=Path, default=HERE / "runs", help="folder of the runs")
-    parser.add_argument(
-        "--write", action="store_true", help="write page, table and figure to benchmarks/results"
-    )
+    parser.add_argument("--pages", type=Path, default=RESULTS, help="folder of the pages")
     arguments = parser.parse_args()
+    if arguments.command == "run" and arguments.data is None:
+        parser.error("run needs the folder of the data files; give it with --data")
+    until = time.monotonic() + 3600 * arguments.hours
 
-    setting = Setting(arguments.setting, arguments.data)
-    methods = arguments.methods.split(",") if arguments.methods else list(setting.candidates)
-    if unknown := [method for method in methods if method not in setting.candidates]:
-        raise SystemExit(
-            f"{setting.name}.yaml has no {', '.join(unknown)}; "
-            f"it has {', '.join(setting.candidates)}"
+    chosen = settings(arguments.settings, arguments.data)
+    named = arguments.methods.split(",") if arguments.methods else None
+    known = {method for setting in chosen for method in setting.methods}
+    if unknown := sorted(set(named or []) - known):
+        raise SystemExit(f"no method {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    ledgers = {each.name: Ledger(arguments.ledgers / f"{each.name}.jsonl") for each in chosen}
+    parts: list[Part] = [
+        (setting, methods, ledgers[setting.name])
+        for core in (True, False)  # the core of all settings first
+        for setting in chosen
+        if (
+            methods := [
+                method
+                for method in setting.methods.values()
+                if method.core == core and (named is None or method.name in named)
+            ]
         )
-    page_path = RESULTS / f"{setting.name}.md"
-    if arguments.write and page_path.exists():
-        written = [
-            method
-            for method in setting.candidates
-            if f"\n| {method} |" in page_path.read_text(encoding="utf-8")
-        ]
-        if lost := [method for method in written if method not in methods]:
-            raise SystemExit(
-                f"{page_path}: --write would remove {', '.join(lost)}; add them to --methods"
-            )
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    if setting.tuning_seed in seeds:
-        raise SystemExit(f"--seeds: {setting.tuning_seed} is the tuning seed; choose other seeds")
-    out = arguments.runs / setting.name
-
-    budget = range(len(setting.candidates[methods[0]]))
-    chosen_from = methods if len(budget) > 1 else []
-    trials = {
-        f"{method}-{number}": setting.recipe(method, number, setting.tuning_seed)
-        for method in chosen_from
-        for number in budget
-    }
-    tuned = sweep(trials, out / "tuning", on_run=report) if trials else {}
-    best = dict.fromkeys(methods, 0)
-    for method in methods if tuned else []:
-        best[method] = max(
-            budget, key=lambda number, method=method: validation(tuned[f"{method}-{number}"])
-        )
-    finals = {
-        f"{method}-seed{seed}": setting.recipe(method, best[method], seed)
-        for seed in seeds
-        for method in methods
-    }
-    runs = sweep(finals, out / "final", on_run=report)
-
-    comparison = Comparison.of(runs.values())
-    if not setting.names_strategies:
-        comparison = by_variant(comparison, runs)
-    left_out = ", ".join(method for method in setting.candidates if method not in methods)
-    missing = f"Not run yet: {left_out}. " if left_out else ""
-    chosen = "\n".join(
-        f"| {method} | {' '.join(setting.candidates[method][best[method]]) or 'defaults'} |"
-        for method in methods
-    )
-    tuning = (
-        f"Each method was tuned over {len(budget)} candidates by the mean validation score on seed "
-        f"{setting.tuning_seed}. "
-        if tuned
-        else ""
-    )
-    page = (
-        f"# {setting.name}\n\n{markdown(comparison)}\n"
-        f"{missing}"
-        f"{tuning}The table has seeds {arguments.seeds}.\n\n"
-        f"| method | settings |\n|---|---|\n{chosen}\n\n"
-        f"{shared(runs)}"
-        f"{stamp([*tuned.values(), *runs.values()])}\n"
-    )
-    print(f"\n{page}")
-    if arguments.write:
-        page_path.write_text(page, encoding="utf-8")
-        comparison.methods.to_csv(RESULTS / f"{setting.name}.csv", index=False)
-        plot(comparison, RESULTS / f"{setting.name}.svg")
+    ]
+    if arguments.command == "pages":
+        write_pages([(setting, ledgers[setting.name]) for setting in chosen], arguments.pages)
+    elif arguments.command == "plan":
+        print("\n".join(plan(*part, bool(arguments.settings)) for part in parts))
+    else:
+        worker = Worker(parts, arguments.runs, [f"training.device={arguments.device}"])
+        worker.work(until, lambda text: print(text, flush=True))
+        if worker.failures:
+            raise SystemExit("\n".join(worker.failures.values()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Benchmark pages name the runs behind their numbers and are not overwritten by partial runs."""
+"""Benchmark pages name the runs behind their numbers."""
 
 import importlib.util
 import json
@@ -66,10 +66,10 @@ def test_the_stamp_follows_from_the_runs(program, write_run, monkeypatch):
         ),
     ]
     monkeypatch.setattr(
-        sys, "argv", ["benchmarks/quality/quality.py", "text_tasks", "--seeds", "1, 2"]
+        sys, "argv", ["benchmarks/quality/over_seeds.py", "text_tasks", "--seeds", "1, 2"]
     )
     assert program("provenance").stamp(runs) == (
-        "`python benchmarks/quality/quality.py text_tasks --seeds '1, 2'`, newest run of "
+        "`python benchmarks/quality/over_seeds.py text_tasks --seeds '1, 2'`, newest run of "
         "2031-02-03, commit aaaaaaa, commit bbbbbbb (dirty), fedmerge-peft 0.1.0, torch 2.9, "
         "Some CPU with 1 thread."
     )
@@ -86,82 +86,7 @@ def test_runs_with_less_information_are_stamped(program, write_run):
     assert stamp_text.endswith("torch 2.9, of unknown version, CPU with 2 threads, unknown device.")
 
 
-@pytest.fixture
-def quality(program, write_run, tmp_path, monkeypatch, capsys):
-    """``quality("--write")``: run the program on a setting whose runs have all finished.
-
-    Return its output and the files that it wrote.
-    """
-    module = program("quality")
-    results = tmp_path / "results"
-    results.mkdir()
-    setting = {
-        "recipe": "smoke",
-        "data": "tickets.csv",
-        "overrides": [RUN[0], "rounds=1"],
-        "tuning_seed": 9,
-    }
-    (tmp_path / "mine.yaml").write_text(
-        json.dumps({**setting, "methods": {"local": [[]], "fedavg": [[]]}})
-    )
-    monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(module, "RESULTS", results)
-    for method in ("local", "fedavg"):
-        for seed in (0, 1):
-            write_run(
-                f"runs/mine/final/{method}-seed{seed}",
-                [*RUN, f"strategy={method}", f"seed={seed}"],
-                [[0.0], [0.5]],
-            )
-            folder = write_run(
-                f"runs/mine/tuning/{method}-{seed}",
-                [*RUN, f"strategy={method}", "seed=9"],
-                [[0.0], [0.5]],
-            )
-            summary = json.loads((folder / "summary.json").read_text())
-            summary["final"]["served"]["clients"]["client 0"]["validation_accuracy"] = 0.5
-            (folder / "summary.json").write_text(json.dumps(summary))
-
-    def run(*arguments):
-        command = [
-            "quality.py",
-            "mine",
-            "--data",
-            "data",
-            "--runs",
-            str(tmp_path / "runs"),
-            "--seeds",
-            "0,1",
-            *arguments,
-        ]
-        monkeypatch.setattr(sys, "argv", command)
-        module.main()
-        return capsys.readouterr().out, {path.name: path.read_bytes() for path in results.iterdir()}
-
-    return run
-
-
-def test_a_page_a_table_and_a_figure_are_written(quality):
-    out, written = quality("--write")
-    assert "| fedavg | 2 | 0.500" in out
-    assert "unknown commit" in out
-    assert sorted(written) == ["mine.csv", "mine.md", "mine.svg"]
-
-
-def test_some_methods_never_replace_a_table_of_more(quality):
-    assert quality("--methods", "fedavg")[1] == {}
-    before = quality("--write")[1]
-    with pytest.raises(SystemExit, match=r"^[^\n]*--write[^\n]*$"):
-        quality("--methods", "fedavg", "--write")
-    assert quality("--methods", "fedavg")[1] == before
-
-
-def test_an_unknown_method_is_one_message(quality):
-    with pytest.raises(SystemExit, match=r"^mine\.yaml has no nosuch; it has local, fedavg$"):
-        quality("--methods", "nosuch,fedavg")
-
-
-def test_the_two_programs_write_different_files(program, write_run, tmp_path, monkeypatch, capsys):
+def test_the_page_has_the_name_of_its_recipe(program, write_run, tmp_path, monkeypatch, capsys):
     module = program("over_seeds")
     write_run("out/smoke", ["seed=0"], [[0.0], [0.5]])
     monkeypatch.setattr(module, "RESULTS", tmp_path)

@@ -13,7 +13,7 @@ from fedmerge_peft import Recipe
 from fedmerge_peft.engines.local import LocalEngine
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
-SETTINGS = sorted(path.stem for path in QUALITY.glob("*.yaml"))
+SETTINGS = sorted(path.stem for path in QUALITY.glob("*.yaml") if path.stem != "comparison")
 SMALL = [
     "--hidden",
     "32",
@@ -29,16 +29,17 @@ SMALL = [
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_candidate_of_a_setting_is_a_recipe(name, monkeypatch):
+def test_every_method_of_a_setting_has_recipes(name, monkeypatch):
     monkeypatch.syspath_prepend(QUALITY)
-    from quality import Setting
+    from comparison import Setting
 
-    setting = Setting(name, Path("data"))
-    for method, candidates in setting.candidates.items():
-        for number in range(len(candidates)):
-            recipe = setting.recipe(method, number, seed=3)
+    setting = Setting(name)
+    for method in setting.methods.values():
+        for end in (0, -1):
+            candidate = tuple(axis.values[end] for axis in method.axes)
+            recipe = setting.recipe(method, candidate, seed=3)
             assert recipe.seed == 3
-            assert recipe.strategy.name == (method if setting.names_strategies else "fedmerge")
+            assert recipe.strategy.name == method.strategy
 
 
 @pytest.fixture

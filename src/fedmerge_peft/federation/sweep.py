@@ -64,7 +64,7 @@ def run_sweep(
                     return engine
                 engine = engine or LocalEngine.from_recipe(recipes[name])
                 callbacks = [] if on_round is None else [Callback(on_round=partial(on_round, name))]
-                _run_or_resume(recipes[name], paths[name], engine, callbacks)
+                run_or_resume(recipes[name], paths[name], engine, callbacks)
                 report(name, fresh=True)
         except RunBusyError:
             raise
@@ -102,7 +102,7 @@ def run_sweep(
     return paths
 
 
-def _run_or_resume(
+def run_or_resume(
     recipe: Recipe, path: Path, engine: LocalEngine, callbacks: Sequence[Callback]
 ) -> None:
     """Resume an interrupted run; restart it if its checkpoints cannot be used."""

@@ -208,7 +208,7 @@ class FedMerge(Strategy):
         means = updates.means()
         ones = torch.ones(len(means), 1)
         center = (
-            self.aggregator.combine(means, ones, ones[:, 0])
+            self.aggregator.combine(torch.nn.functional.normalize(means, dim=1), ones, ones[:, 0])
             if self.aggregator.recipe.defends
             else None
         )

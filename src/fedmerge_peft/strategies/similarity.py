@@ -44,11 +44,13 @@ def group_by_direction(
     center: Tensor | None = None,
     repeatability: Tensor | None = None,
 ) -> Grouping:
-    """Group clients by k-means of their centered and normalized updates.
+    """Group clients by k-means of the directions of their updates, without their common part.
 
-    All updates must start from the same adapter. The common part of the updates is then their mean.
-    The direction of the remainder distinguishes clients (Sattler et al. 2020, arXiv 1910.01991).
-    Its length depends on the amount of training and is ignored.
+    All updates must start from the same adapter. The directions are the updates at unit length,
+    and their common part is their mean. The direction of the remainder distinguishes clients
+    (Sattler et al. 2020, arXiv 1910.01991). The length of an update depends on the amount of
+    training and is ignored. In the mean of the updates themselves, clients with much training
+    would dominate, and those with little would then have the same remainder.
 
     The number of groups follows from the ``agreement`` of the clients with the others in their
     group, less that of clients without any similarity:
@@ -71,15 +73,20 @@ def group_by_direction(
         max_groups: Largest number of groups.
         seed: Seed of the starts of k-means.
         count: Number of groups; None to determine it.
-        center: Common part of the updates, ``(1, P)``; None for their mean.
+        center: Common part of the directions, ``(1, P)``; None for their mean.
         repeatability: Agreement of each client's updates of different rounds, ``(clients,)``
             (``MeanUpdates.repeatability``); None if it is unknown.
     """
-    directions, clients = cosines(deltas, center), len(deltas)
+    clients = len(deltas)
+    whole = cosines(deltas, torch.zeros(1, deltas.shape[1]))
+    directions = (
+        _recentered(whole)
+        if center is None
+        else cosines(torch.nn.functional.normalize(deltas, dim=1), center)
+    )
     if count is not None:
         groups = k_means(coordinates(directions), min(count, max_groups), seed)
         return Grouping(groups, "as set in the recipe")
-    whole = cosines(deltas, torch.zeros(1, deltas.shape[1]))
     groups, excess = _divide(whole, directions, max_groups, seed, _MIN_EXCESS)
     together = agreement(whole, torch.zeros(clients, dtype=torch.int64))
     compared = f"updates agree to {together:.2f} with those of all other clients"

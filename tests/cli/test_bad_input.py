@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from fedmerge_peft.cli import main
 
@@ -154,3 +155,23 @@ def test_images_of_any_mode_become_rgb(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["run", "mine.yaml", *overrides, "data.partition={scheme: iid, clients: 2}"])
     assert stopped.value.code == 0, capsys.readouterr().err
+
+
+def test_a_damaged_image_ends_with_its_row_and_file(folder, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        path = folder / "pictures" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    path.write_bytes(path.read_bytes()[:700])
+    message = fails(
+        capsys,
+        "mine.yaml",
+        "task={name: image-classification}",
+        "backbone.model=tiny:vit",
+        "lora.target_modules=all-linear",
+        "data={path: pictures, partition: {scheme: iid, clients: 2}}",
+    )
+    assert "5.png" in message
+    assert "cannot be decoded" in message
+    assert message.count("\n") <= 2

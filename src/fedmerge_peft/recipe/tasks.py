@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.registered import NameIn, OneOf
@@ -135,6 +135,9 @@ class ImageClassificationRecipe(TaskRecipe):
     """Column with the label: an integer from 0, or a name."""
     num_labels: PositiveInt | None = None
     """Number of labels. Default: inferred from the data."""
+    white: PositiveFloat | None = None
+    """Value of white in images with more than 8 bits per channel, such as 4095 for 12 bits or 1.0
+    for fractions. Default: 65535 in 16-bit images with values above 4095; others are refused."""
     metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
     """Metrics. Tables and log lines show the first."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,6 +22,7 @@ from fedmerge_peft.tasks.classification import (
     labeled_table,
     reject_nulls,
 )
+from fedmerge_peft.tasks.pixels import PixelCode, array_image, as_rgb
 from fedmerge_peft.tasks.tokenization import load_pretrained
 
 if TYPE_CHECKING:
@@ -30,13 +33,14 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.tasks import ImageClassificationRecipe
 
 _ROWS_AT_ONCE = 256
+_PIXELS, _TABLES = "pixel_values", "pixel_tables"
 
 
 class ImageClassificationTask(Classification):
     """Classification of images of any mode and size.
 
-    Images are decoded, converted to RGB and resized once, and stored as 3 · height · width bytes.
-    Each batch is rescaled and normalized with the settings of the model's image processor.
+    Images are decoded, converted to RGB and processed by the model's own image processor once.
+    Pixels are stored as 3 · height · width bytes if these restore them exactly (``PixelCode``).
 
     Args:
         recipe: Columns, labels and metrics.
@@ -121,91 +125,146 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
         return {"image_processor": processor}
 
     def encode(self, table: Dataset) -> Examples:
-        """Decode and resize every image to uint8 ``(3, height, width)``.
+        """Decode every image, and run the image processor on it alone.
 
         Raises:
-            DataError: An image is missing or cannot be decoded. The message names the row.
-            BackboneError: The image processor does not return one uint8 image of the same size for
-                each input.
+            DataError: An image is missing, cannot be decoded or processed, or its value of white is
+                unknown. The message names the row.
+            BackboneError: The image processor does not bring all images to one size.
         """
-        from datasets import Image
-
         labels = encode_labels(table, self.recipe.label, self.labels)
         column = table.select_columns([self.recipe.image]).with_format("arrow")
-        pixels: list[Tensor] = []
+        columns: dict[str, list[Tensor]] = {}
         for start in range(0, len(table), _ROWS_AT_ONCE):
             rows = column[start : start + _ROWS_AT_ONCE].column(self.recipe.image).combine_chunks()
             reject_nulls(rows, self.recipe.image, start)
-            try:
-                encoded = Image().cast_storage(rows).to_pylist()
-            except (TypeError, ValueError, NotImplementedError) as error:
-                raise DataError(
-                    f"task.image: column {self.recipe.image!r} has the type {rows.type}; "
-                    "images are encoded bytes, file paths, or a datasets Image"
-                ) from error
-            images = [
-                self._decode(Image(), value, start + row) for row, value in enumerate(encoded)
-            ]
-            pixels.extend(self._resize(images))
-        return Examples({"pixel_values": pixels, "labels": list(labels.unbind())})
+            for row, value in enumerate(self._encoded(rows), start):
+                image = self._decode(value, rows.type, row)
+                for name, tensor in self._process(image, row).items():
+                    columns.setdefault(name, []).append(tensor)
+        for name, tensors in columns.items():
+            self._reject_sizes(name, tensors)
+        return Examples({**columns, "labels": list(labels.unbind())})
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Stack examples.
 
         Returns:
-            ``pixel_values`` float32 ``(batch, 3, height, width)`` and ``labels`` ``(batch,)``.
+            The image processor's output, such as ``pixel_values`` float32 ``(batch, 3, height,
+            width)``, and ``labels`` ``(batch,)``.
         """
-        pixels = torch.stack([examples.columns["pixel_values"][index] for index in indices]).float()
-        if self.processor.do_rescale:
-            pixels *= self.processor.rescale_factor
-        if self.processor.do_normalize:
-            mean, deviation = (
-                torch.as_tensor(value).float().view(-1, 1, 1)
-                for value in (self.processor.image_mean, self.processor.image_std)
-            )
-            pixels = pixels.sub_(mean).div_(deviation)
-        return {
-            "pixel_values": pixels,
-            "labels": torch.stack([examples.columns["labels"][index] for index in indices]),
+        batch = {
+            name: torch.stack([tensors[index] for index in indices])
+            for name, tensors in examples.columns.items()
         }
+        if _TABLES in batch:
+            batch[_PIXELS] = PixelCode.decode(batch[_PIXELS], batch.pop(_TABLES))
+        return batch
 
-    def _decode(self, feature: Any, value: dict[str, Any], row: int) -> Image:
+    def _encoded(self, rows: Any) -> list[Any]:
+        """Return the values of an Arrow array: nested lists, or dicts with ``bytes`` and ``path``.
+
+        Raises:
+            DataError: The type is not one of images.
+        """
+        from datasets import Image
+
+        if isinstance(rows, pa.ExtensionArray):  # Array2D and Array3D of datasets
+            rows = rows.storage
         try:
-            return as_rgb(feature.decode_example(value))
+            kept = rows if _is_list(rows.type) else Image().cast_storage(rows)
+        except Exception as error:  # Arrow and datasets raise arbitrary errors for other types
+            raise DataError(
+                f"task.image: column {self.recipe.image!r} has the type {rows.type}; "
+                "images are encoded bytes, file paths, arrays, or a datasets Image"
+            ) from error
+        values: list[Any] = kept.to_pylist()
+        return values
+
+    def _decode(self, value: Any, kind: Any, row: int) -> Image:
+        """Decode one value of an Arrow type to RGB, upright by its EXIF orientation."""
+        from datasets import Image
+
+        try:
+            if isinstance(value, list):
+                return array_image(np.array(value, _number_type(kind)), self.recipe.white)
+            if value["bytes"] is None and Path(value["path"]).is_file():
+                # Pillow would leave a damaged file open.
+                value = {"path": value["path"], "bytes": Path(value["path"]).read_bytes()}
+            return as_rgb(Image().decode_example(value), self.recipe.white)
         except Exception as error:  # Pillow's decoders raise arbitrary errors for damaged bytes
-            source = value["path"] or f"{len(value['bytes'] or b'')} bytes"
+            source = (
+                str(kind)
+                if isinstance(value, list)
+                else value["path"] or f"{len(value['bytes'] or b'')} bytes"
+            )
             raise DataError(
                 f"row {row} (of the rows in use): the image in column {self.recipe.image!r} cannot "
-                f"be decoded ({source}): {error}"
+                f"be decoded ({source}): {_reason(error)}"
             ) from error
 
-    def _resize(self, images: list[Image]) -> list[Tensor]:
-        """Apply the image processor except for its rescaling and normalization."""
-        processed = self.processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
-        arrays = [np.asarray(image) for image in processed]
-        if any(
-            array.dtype != np.uint8 or array.shape != arrays[0].shape or array.ndim != 3
-            for array in arrays
-        ):
-            kinds = sorted({f"{array.dtype} {array.shape}" for array in arrays})
+    def _process(self, image: Image, row: int) -> dict[str, Tensor]:
+        """Run the image processor; return its outputs, with pixels as bytes if that is exact."""
+        try:
+            outputs = self._outputs(image)
+        except Exception as error:  # processors raise arbitrary errors
+            raise DataError(
+                f"row {row} (of the rows in use): {type(self.processor).__name__} fails on the "
+                f"image of {image.width} × {image.height} pixels: {_reason(error)}"
+            ) from error
+        pixels = outputs.get(_PIXELS)
+        code = None if pixels is None or pixels.ndim != 3 else self._pixel_code
+        if code is not None and (coded := code.encode(outputs[_PIXELS][None])) is not None:
+            outputs |= {_PIXELS: coded[0][0], _TABLES: coded[1]}
+        return outputs
+
+    def _outputs(self, image: Image) -> dict[str, Tensor]:
+        """Return the image processor's output on one image, without the axis of the batch."""
+        outputs = {}
+        for name, values in self.processor([image], return_tensors="np").items():
+            tensor = torch.from_numpy(np.array(values[0]))
+            real = tensor.is_floating_point() or name == _PIXELS
+            outputs[name] = tensor.float() if real else tensor
+        return outputs
+
+    @cached_property
+    def _pixel_code(self) -> PixelCode | None:
+        """Code of the processor's pixels, from its output on a black and a white image."""
+        from PIL.Image import new
+
+        black, white = (self._outputs(new("RGB", (64, 64), name)) for name in ("black", "white"))
+        middle = [
+            pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2]
+            for pixels in (black[_PIXELS], white[_PIXELS])
+        ]
+        return PixelCode(*middle)
+
+    def _reject_sizes(self, name: str, tensors: list[Tensor]) -> None:
+        sizes = {tuple(tensor.shape): row for row, tensor in reversed(list(enumerate(tensors)))}
+        if len(sizes) > 1:
+            (size, row), (other, another) = sorted(sizes.items(), key=lambda item: item[1])[:2]
             raise BackboneError(
-                f"{type(self.processor).__name__} does not resize images to one size before it "
-                f"normalizes them (it returns {join_values(kinds, 3)}); models that accept images "
-                "of any size are not supported"
+                f"{type(self.processor).__name__} does not bring images to one size ({name} of row "
+                f"{row} has the shape {size}, of row {another} {other}), so they do not fit a "
+                "batch; set a fixed size or a crop in preprocessor_config.json, or resize the "
+                "images before"
             )
-        return list(torch.from_numpy(np.stack(arrays)).unbind())
 
 
-def as_rgb(image: Image) -> Image:
-    """Convert an image of any Pillow mode to RGB.
+def _is_list(kind: Any) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
-    Transparency is dropped, gray is repeated, and 16 bits are scaled to 8.
-    """
-    if image.mode.startswith("I"):
-        from PIL.Image import fromarray
 
-        # Some releases of Pillow clip at 255 instead of scaling.
-        image = fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns about a direct conversion to RGB
-    return image.convert("RGB")
+def _number_type(kind: Any) -> Any:
+    """Return the numpy type of the numbers in nested lists."""
+    if isinstance(kind, pa.ExtensionType):
+        kind = kind.storage_type
+    while _is_list(kind):
+        kind = kind.value_type
+    return kind.to_pandas_dtype()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

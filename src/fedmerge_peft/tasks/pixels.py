@@ -1,0 +1,125 @@
+"""Pixels: conversion of images to 8-bit RGB, and exact storage of processed ones as bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+_WHITE_8, _WHITE_12, _WHITE_16 = 255, 4095, 65535
+
+
+def as_rgb(image: Image, white: float | None = None) -> Image:
+    """Convert an image of any Pillow mode to RGB.
+
+    Transparency is dropped, and gray is repeated. Images with more than 8 bits are scaled so that
+    ``white`` becomes 255.
+
+    Args:
+        image: Image.
+        white: Value of white in images with more than 8 bits. None for 65535 in 16-bit images.
+
+    Raises:
+        ValueError: The value of white is unknown, or a pixel exceeds it or is negative; Pillow
+            cannot convert the mode.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return array_image(np.asarray(image), white)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about a direct conversion to RGB
+    return image.convert("RGB")
+
+
+def array_image(values: NDArray[Any], white: float | None = None) -> Image:
+    """Convert an array to an RGB image.
+
+    Args:
+        values: ``(height, width)``, or ``(height, width, channels)`` with 1, 3 or 4 channels.
+        white: Value of white, as in ``as_rgb``. It is 255 in arrays of bytes.
+
+    Raises:
+        ValueError: The shape is another one, or as ``as_rgb``.
+    """
+    from PIL.Image import fromarray
+
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    fits = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    if not (fits and values.size):
+        raise ValueError(
+            f"it has the shape {values.shape}, not (height, width) or (height, width, channels)"
+        )
+    return fromarray(_to_bytes(values, white)).convert("RGB")
+
+
+def _to_bytes(values: NDArray[Any], white: float | None) -> NDArray[np.uint8]:
+    if values.dtype == np.uint8:
+        return values
+    integers = values.dtype.kind in "iu"
+    low, high = values.min(), values.max()
+    if white is None:
+        if (integers and _WHITE_12 < high <= _WHITE_16) or high == 0:
+            white = _WHITE_16
+        elif integers and values.ndim == 3 and high <= _WHITE_8:
+            white = _WHITE_8
+        else:  # 12 bits are often stored in 16, in which they would be almost black
+            raise ValueError(
+                f"its values are {values.dtype} from {low:g} to {high:g}, so the value of white is "
+                "not known; set task.white, such as 65535 for 16 bits, 4095 for 12, or 1.0"
+            )
+    if not (low >= 0 and high <= white):  # also false for NaN
+        raise ValueError(f"its values range from {low:g} to {high:g}, but white is {white:g}")
+    if integers and white == _WHITE_16:  # as Pillow reads 16-bit colors
+        return (values.astype(np.int64) >> 8).astype(np.uint8)
+    return np.rint(values.astype(np.float64) * (_WHITE_8 / white)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class PixelCode:
+    """Storage of processed pixels as bytes, in a quarter of the memory.
+
+    A processor maps each byte of a channel to one number. These numbers lie evenly between those of
+    black and white, up to rounding. A table by channel and byte restores them exactly.
+
+    Args:
+        black: Pixel values of a black image, by channel, ``(channels,)`` float32.
+        white: Pixel values of a white image.
+    """
+
+    black: Tensor
+    white: Tensor
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Convert pixels to bytes.
+
+        Args:
+            pixels: ``(images, channels, height, width)`` float32.
+
+        Returns:
+            uint8 codes of the same shape, and the pixel values by channel and code, ``(channels,
+            256)`` float32; None if they would not restore the pixels exactly.
+        """
+        low, step = (
+            values.view(-1, 1, 1) for values in (self.black, (self.white - self.black) / _WHITE_8)
+        )
+        numbers = ((pixels - low) / step).round_()
+        if not bool(((numbers >= 0) & (numbers <= _WHITE_8)).all()):  # also for NaN
+            return None
+        codes = numbers.to(torch.uint8)
+        table = torch.zeros(pixels.shape[1], _WHITE_8 + 1)
+        for values, own, channel in zip(table, codes.unbind(1), pixels.unbind(1), strict=True):
+            values[own.flatten().long()] = channel.flatten()
+        restored = self.decode(codes, table.expand(len(codes), -1, -1))
+        return (codes, table) if torch.equal(restored, pixels) else None
+
+    @staticmethod
+    def decode(codes: Tensor, tables: Tensor) -> Tensor:
+        """Return the pixels of codes, by the table of each image ``(images, channels, 256)``."""
+        return tables.gather(2, codes.flatten(2).long()).view(codes.shape)

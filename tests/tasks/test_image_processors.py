@@ -134,18 +134,41 @@ def test_pixels_take_one_byte_each(task_of):
     assert examples.lengths.tolist() == [3 * 32 * 32]
 
 
-def test_pixels_that_bytes_do_not_restore_are_refused_by_the_code():
+def test_pixels_that_bytes_do_not_restore_stay_as_they_are():
     code = PixelCode(torch.tensor([-1.0]), torch.tensor([1.0]))
-    levels = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
+    levels = torch.linspace(-1, 1, 256).view(1, 16, 16)
     codes, table = code.encode(levels)
-    assert torch.equal(code.decode(codes, table[None]), levels)
-    assert code.encode(levels + torch.finfo(torch.float32).eps * torch.rand(16, 16)) is not None
-    for other in (
-        levels * 2,
-        levels.expand(1, 1, 16, 16).repeat(1, 1, 2, 1) + 1e-4 * torch.rand(32, 16),
-    ):
-        assert code.encode(other) is None
-    assert code.encode(torch.full((1, 1, 2, 2), torch.nan)) is None
+    assert codes.dtype == torch.uint8
+    assert torch.equal(code.decode(codes, table), levels)
+    # one code would stand for two values
+    between = torch.cat([levels, levels + 1e-4], dim=1)
+    for other in (levels * 2, between):
+        kept, table = code.encode(other)
+        assert torch.equal(kept, other)
+        assert torch.equal(code.decode(kept, table), other)
+
+
+def test_a_batch_may_mix_images_with_and_without_a_code(task_of):
+    images = [picture(seed=0), picture(seed=1)]
+    table = table_of(images)
+    task = task_of("vit", table, name=NAME)
+    own, calls = task.processor, iter(range(9))
+
+    def uneven(images, **options):
+        """Return values of the second image that are not those of bytes."""
+        output = own(images, **options)
+        if np.asarray(images[0]).std() and next(calls):
+            output["pixel_values"] = np.sin(output["pixel_values"])
+        return output
+
+    task.processor = uneven
+    examples = task.encode(table)
+    kinds = [pixels.dtype for pixels in examples.columns["pixel_values"]]
+    assert kinds == [torch.uint8, torch.float32]
+    expected = own(images, return_tensors="np")["pixel_values"]
+    batch = task.collate(examples, np.array([1, 0]))
+    assert np.array_equal(batch["pixel_values"][0], np.sin(expected[1]))
+    assert np.array_equal(batch["pixel_values"][1], expected[0])
 
 
 def test_images_of_different_sizes_are_refused(task_of, tmp_path):

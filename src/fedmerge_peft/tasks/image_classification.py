@@ -24,6 +24,7 @@ from fedmerge_peft.tasks.classification import (
 )
 from fedmerge_peft.tasks.pixels import PixelCode, array_image, as_rgb
 from fedmerge_peft.tasks.tokenization import load_pretrained
+from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,8 +143,8 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
                 image = self._decode(value, rows.type, row)
                 for name, tensor in self._process(image, row).items():
                     columns.setdefault(name, []).append(tensor)
-        for name, tensors in columns.items():
-            self._reject_sizes(name, tensors)
+        for name in columns.keys() - {_TABLES}:
+            self._reject_sizes(name, columns[name])
         return Examples({**columns, "labels": list(labels.unbind())})
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
@@ -153,13 +154,14 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
             The image processor's output, such as ``pixel_values`` float32 ``(batch, 3, height,
             width)``, and ``labels`` ``(batch,)``.
         """
-        batch = {
-            name: torch.stack([tensors[index] for index in indices])
+        columns = {
+            name: [tensors[index] for index in indices]
             for name, tensors in examples.columns.items()
         }
-        if _TABLES in batch:
-            batch[_PIXELS] = PixelCode.decode(batch[_PIXELS], batch.pop(_TABLES))
-        return batch
+        if _TABLES in columns:
+            pairs = zip(columns[_PIXELS], columns.pop(_TABLES), strict=True)
+            columns[_PIXELS] = [PixelCode.decode(codes, table) for codes, table in pairs]
+        return {name: torch.stack(tensors) for name, tensors in columns.items()}
 
     def _encoded(self, rows: Any) -> list[Any]:
         """Return the values of an Arrow array: nested lists, or dicts with ``bytes`` and ``path``.
@@ -171,13 +173,13 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
 
         if isinstance(rows, pa.ExtensionArray):  # Array2D and Array3D of datasets
             rows = rows.storage
-        try:
+        with library_errors(
+            lambda reason: DataError(
+                f"task.image: column {self.recipe.image!r} has the type {rows.type}; images are "
+                f"encoded bytes, file paths, arrays, or a datasets Image ({reason})"
+            )
+        ):
             kept = rows if _is_list(rows.type) else Image().cast_storage(rows)
-        except Exception as error:  # Arrow and datasets raise arbitrary errors for other types
-            raise DataError(
-                f"task.image: column {self.recipe.image!r} has the type {rows.type}; "
-                "images are encoded bytes, file paths, arrays, or a datasets Image"
-            ) from error
         values: list[Any] = kept.to_pylist()
         return values
 
@@ -185,38 +187,33 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
         """Decode one value of an Arrow type to RGB, upright by its EXIF orientation."""
         from datasets import Image
 
-        try:
-            if isinstance(value, list):
+        listed = isinstance(value, list)
+        source = kind if listed else value["path"] or f"{len(value['bytes'] or b'')} bytes"
+        with library_errors(
+            lambda reason: DataError(
+                f"row {row} (of the rows in use): the image in column {self.recipe.image!r} cannot "
+                f"be decoded ({source}): {reason}"
+            )
+        ):
+            if listed:
                 return array_image(np.array(value, _number_type(kind)), self.recipe.white)
             if value["bytes"] is None and Path(value["path"]).is_file():
                 # Pillow would leave a damaged file open.
                 value = {"path": value["path"], "bytes": Path(value["path"]).read_bytes()}
             return as_rgb(Image().decode_example(value), self.recipe.white)
-        except Exception as error:  # Pillow's decoders raise arbitrary errors for damaged bytes
-            source = (
-                str(kind)
-                if isinstance(value, list)
-                else value["path"] or f"{len(value['bytes'] or b'')} bytes"
-            )
-            raise DataError(
-                f"row {row} (of the rows in use): the image in column {self.recipe.image!r} cannot "
-                f"be decoded ({source}): {_reason(error)}"
-            ) from error
 
     def _process(self, image: Image, row: int) -> dict[str, Tensor]:
         """Run the image processor; return its outputs, with pixels as bytes if that is exact."""
-        try:
-            outputs = self._outputs(image)
-        except Exception as error:  # processors raise arbitrary errors
-            raise DataError(
+        with library_errors(
+            lambda reason: DataError(
                 f"row {row} (of the rows in use): {type(self.processor).__name__} fails on the "
-                f"image of {image.width} × {image.height} pixels: {_reason(error)}"
-            ) from error
-        pixels = outputs.get(_PIXELS)
-        code = None if pixels is None or pixels.ndim != 3 else self._pixel_code
-        if code is not None and (coded := code.encode(outputs[_PIXELS][None])) is not None:
-            outputs |= {_PIXELS: coded[0][0], _TABLES: coded[1]}
-        return outputs
+                f"image of {image.width} × {image.height} pixels: {reason}"
+            )
+        ):
+            outputs = self._outputs(image)
+            if _PIXELS in outputs and outputs[_PIXELS].ndim == 3:
+                outputs[_PIXELS], outputs[_TABLES] = self._pixel_code.encode(outputs[_PIXELS])
+            return outputs
 
     def _outputs(self, image: Image) -> dict[str, Tensor]:
         """Return the image processor's output on one image, without the axis of the batch."""
@@ -228,7 +225,7 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
         return outputs
 
     @cached_property
-    def _pixel_code(self) -> PixelCode | None:
+    def _pixel_code(self) -> PixelCode:
         """Code of the processor's pixels, from its output on a black and a white image."""
         from PIL.Image import new
 
@@ -264,7 +261,3 @@ def _number_type(kind: Any) -> Any:
     while _is_list(kind):
         kind = kind.value_type
     return kind.to_pandas_dtype()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

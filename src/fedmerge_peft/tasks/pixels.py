@@ -96,30 +96,31 @@ class PixelCode:
     black: Tensor
     white: Tensor
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Convert pixels to bytes.
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Convert the pixels of one image to bytes.
 
         Args:
-            pixels: ``(images, channels, height, width)`` float32.
+            pixels: ``(channels, height, width)`` float32.
 
         Returns:
             uint8 codes of the same shape, and the pixel values by channel and code, ``(channels,
-            256)`` float32; None if they would not restore the pixels exactly.
+            256)`` float32; the pixels and an empty table if codes would not restore them exactly.
         """
         low, step = (
             values.view(-1, 1, 1) for values in (self.black, (self.white - self.black) / _WHITE_8)
         )
         numbers = ((pixels - low) / step).round_()
-        if not bool(((numbers >= 0) & (numbers <= _WHITE_8)).all()):  # also for NaN
-            return None
-        codes = numbers.to(torch.uint8)
-        table = torch.zeros(pixels.shape[1], _WHITE_8 + 1)
-        for values, own, channel in zip(table, codes.unbind(1), pixels.unbind(1), strict=True):
-            values[own.flatten().long()] = channel.flatten()
-        restored = self.decode(codes, table.expand(len(codes), -1, -1))
-        return (codes, table) if torch.equal(restored, pixels) else None
+        if bool(((numbers >= 0) & (numbers <= _WHITE_8)).all()):  # False for NaN
+            codes = numbers.to(torch.uint8)
+            table = torch.zeros(len(pixels), _WHITE_8 + 1)
+            table.scatter_(1, codes.flatten(1).long(), pixels.flatten(1))
+            if torch.equal(self.decode(codes, table), pixels):
+                return codes, table
+        return pixels, torch.empty(0)
 
     @staticmethod
-    def decode(codes: Tensor, tables: Tensor) -> Tensor:
-        """Return the pixels of codes, by the table of each image ``(images, channels, 256)``."""
-        return tables.gather(2, codes.flatten(2).long()).view(codes.shape)
+    def decode(codes: Tensor, table: Tensor) -> Tensor:
+        """Return the pixels that ``encode`` converted, ``(channels, height, width)`` float32."""
+        if not len(table):
+            return codes
+        return table.gather(1, codes.flatten(1).long()).view(codes.shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.compute as pc
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.text import closest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,8 +30,8 @@ def join_values(values: Iterable[object], limit: int = SHOWN_VALUES) -> str:
 
 def did_you_mean(wrong: object, names: Iterable[object]) -> str:
     """Return `` (did you mean x?)`` with the closest name, or an empty string."""
-    close = get_close_matches(str(wrong), [str(name) for name in names], n=1, cutoff=0.7)
-    return f" (did you mean {close[0]}?)" if close else ""
+    close = closest(str(wrong), map(str, names))
+    return "" if close is None else f" (did you mean {close}?)"
 
 
 def read_column(dataset: Dataset, name: str, key: str) -> Any:

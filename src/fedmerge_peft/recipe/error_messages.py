@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -14,7 +13,9 @@ from pydantic.fields import FieldInfo
 
 from fedmerge_peft.recipe.registered import names_in, one_of
 from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.synonyms import keys_meant, value_meant
 from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Where, dotted
+from fedmerge_peft.util.text import closest
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,9 +181,9 @@ def _cut(text: str) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return ``; did you mean '...'?`` with the most similar word; empty if none is similar."""
-    closest = get_close_matches(word.lower(), words, n=1)
-    return f"; did you mean '{closest[0]}'?" if closest else ""
+    """Return ``; did you mean '...'?`` with the word that is meant; empty if none is close."""
+    guess = value_meant(word, words)
+    return f"; did you mean '{guess}'?" if guess else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,17 +261,25 @@ def _unknown(where: Where, section: type[Section], root: type[Section]) -> str:
     siblings = [_kind(kind) for place, kind in places if place == here]
     if siblings:
         return f"not a key of {_kind(section)}, but of {' or '.join(siblings)}; remove it"
+    if guess := _key_meant(key, here, section):
+        return f"unknown key; did you mean '{guess}'?"
     if places:
         homes = dict.fromkeys(
             f"under {dotted(place)}" if place else "to the top level" for place, _ in places
         )
         return f"unknown key here; move it {' or '.join(homes)}"
-    if guess := did_you_mean(key, section.model_fields):
-        return f"unknown key{guess}"
     elsewhere = {name: dotted((*place, name)) for place, _, name in _keys(root)}
-    if closest := get_close_matches(key.lower(), elsewhere, n=1):
-        return f"unknown key; did you mean '{elsewhere[closest[0]]}'?"
+    if guess := next(iter(keys_meant(key)), None) or elsewhere.get(closest(key, elsewhere) or ""):
+        return f"unknown key; did you mean '{guess}'?"
     return f"unknown key; use one of {', '.join(section.model_fields)}"
+
+
+def _key_meant(key: str, here: Where, section: type[Section]) -> str | None:
+    """Return the key of this section that an unknown key stands for; None if none is close."""
+    meant = {place.rpartition(".")[::2] for place in keys_meant(key)}
+    synonyms = (name for place, name in meant if place == dotted(here))
+    known = next((name for name in synonyms if name in section.model_fields), None)
+    return known or closest(key, section.model_fields)
 
 
 def _kind(section: type[Section]) -> str:

@@ -1,6 +1,19 @@
-"""Text that a terminal can print safely."""
+"""Text that a terminal can print safely, and words that are spelled alike."""
 
 from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+_SHORTEST = 3
+"""Shortest word that is compared with others letter by letter."""
+
+_LONGEST = 200
+"""Longest such word."""
+
+_SEPARATORS = re.compile(r"[-_. ]")
+_PUNCTUATION = str.maketrans("", "", "-_. ")
 
 
 def printable(text: str) -> str:
@@ -13,3 +26,58 @@ def printable(text: str) -> str:
 def is_encodable(text: str) -> bool:
     """Return True if the text has no surrogates, which escapes and file names can introduce."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def closest(word: str, words: Iterable[str]) -> str | None:
+    """Return the word that a misspelled word most likely stands for; None if none is close.
+
+    Close words are equal except for case and punctuation, or differ by at most one edit in four
+    letters, or are the beginning of each other. An edit inserts, deletes or replaces a letter, or
+    exchanges two neighbors (optimal string alignment). Each part of a compound has to be close:
+    ``token-cat`` is not close to ``image-cat``.
+    """
+    candidates = list(dict.fromkeys(words))
+    for candidate in candidates:
+        if folded(word) == folded(candidate):
+            return candidate
+    ranked = [(_edits(word.casefold(), each.casefold()), each) for each in candidates]
+    edits, best = min(ranked, key=lambda pair: pair[0], default=(math.inf, ""))
+    if edits < math.inf:
+        return best
+    return next((each for each in candidates if _is_beginning(word, each)), None)
+
+
+def folded(word: str) -> str:
+    """Return a word without case, and without hyphens, underscores, dots and spaces."""
+    return word.casefold().translate(_PUNCTUATION)
+
+
+def _is_beginning(one: str, other: str) -> bool:
+    """Return True if a word of four letters or more begins one that is at most twice as long."""
+    short, long = sorted((one.casefold(), other.casefold()), key=len)
+    return long.startswith(short) and 4 <= len(short) and len(long) <= 2 * len(short)
+
+
+def _edits(one: str, other: str) -> float:
+    """Return the number of edits between two close words; infinite if they are not close."""
+    parts, others = (_SEPARATORS.split(word) for word in (one, other))
+    if len(parts) == len(others) > 1:
+        return sum(map(_edits, parts, others))
+    most = max(1, len(one) // 4) if _SHORTEST <= len(one) <= _LONGEST else 0
+    edits = _distance(one, other) if abs(len(one) - len(other)) <= most else math.inf
+    return edits if edits <= most else math.inf
+
+
+def _distance(one: str, other: str) -> int:
+    """Return the number of edits between two words."""
+    before: list[int] = []
+    above = list(range(len(other) + 1))
+    for i, letter in enumerate(one):
+        row = [i + 1]
+        for j, wanted in enumerate(other):
+            edits = min(above[j + 1] + 1, row[j] + 1, above[j] + (letter != wanted))
+            if i and j and letter == other[j - 1] and one[i - 1] == wanted:
+                edits = min(edits, before[j - 1] + 1)
+            row.append(edits)
+        before, above = above, row
+    return above[-1]

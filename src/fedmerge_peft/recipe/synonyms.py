@@ -1,0 +1,127 @@
+"""Words of other programs for keys and values of recipes, to suggest the right ones in errors.
+
+The words are those of transformers, PEFT, TRL and other programs of federated learning, without
+case and punctuation (``util.text.folded``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedmerge_peft.util.text import closest, folded
+
+_KEYS = {
+    "name": "run_name experiment experiment_name",
+    "seed": "random_seed random_state",
+    "rounds": "num_rounds n_rounds nrounds communication_rounds comm_rounds global_rounds",
+    "tracking": "report_to logger loggers trackers",
+    "strategy": "method algorithm algo aggregator",
+    "task.num_labels": "num_classes n_classes nclasses classes n_labels",
+    "task.max_length": "max_seq_length max_seq_len max_len seq_len model_max_length cutoff_len",
+    "task.max_new_tokens": "max_tokens generation_max_length",
+    "task.label": "label_column target target_column",
+    "task.text": "text_column sentence",
+    "task.image": "image_column",
+    "backbone.model": "model_name model_name_or_path base_model pretrained model_id checkpoint",
+    "backbone.tokenizer": "tokenizer_name tokenizer_name_or_path processor",
+    "backbone.dtype": "torch_dtype",
+    "backbone.attention": "attn_implementation",
+    "backbone.quantization": "load_in_4bit load_in_8bit quant bits",
+    "lora.r": "rank lora_r lora_rank",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.target_modules": "target targets modules lora_target_modules",
+    "lora.exclude_modules": "exclude excluded",
+    "lora.layers_to_transform": "layers",
+    "lora.use_rslora": "rslora",
+    "lora.use_dora": "dora",
+    "lora.init_lora_weights": "init",
+    "data.path": "dataset dataset_name data_path file files",
+    "data.config": "dataset_config dataset_config_name subset",
+    "data.validation_split": "val_split eval_split valid_split",
+    "data.partition": "partitioner",
+    "data.partition.scheme": "partition_by partition_method",
+    "data.partition.clients": "num_clients n_clients nclients client_num num_users",
+    "data.partition.alpha": "dirichlet_alpha concentration beta",
+    "strategy.adapters": "num_adapters n_adapters soup_size num_models num_clusters n_clusters k",
+    "strategy.temperature": "temp tau",
+    "strategy.server_lr": "server_learning_rate eta_s global_lr",
+    "strategy.weights_lr": "weights_learning_rate",
+    "training.learning_rate": "lr eta rate step_size local_lr client_lr",
+    "training.batch_size": "per_device_train_batch_size train_batch_size local_batch_size bs batch",
+    "training.gradient_accumulation": "gradient_accumulation_steps accumulation_steps grad_accum",
+    "training.epochs": "num_train_epochs num_epochs local_epochs local_ep",
+    "training.steps": "max_steps local_steps num_steps",
+    "training.schedule": "lr_scheduler_type lr_scheduler scheduler",
+    "training.warmup": "warmup_ratio warmup_steps",
+    "training.max_grad_norm": "clip grad_clip clip_grad gradient_clipping max_norm grad_norm",
+    "training.weight_decay": "wd decay l2",
+    "training.optimizer": "optim",
+    "training.proximal": "mu proximal_mu prox prox_mu",
+    "training.mixed_precision": "fp16 bf16 amp precision",
+    "evaluation.batch_size": "per_device_eval_batch_size eval_batch_size test_batch_size",
+    "evaluation.every": "eval_every eval_steps eval_interval",
+    "clients.fraction": "participation participation_rate client_fraction sample_fraction "
+    "fraction_fit sample_rate",
+    "clients.min_clients": "min_fit_clients min_available_clients",
+    "privacy.noise": "noise_multiplier sigma",
+    "privacy.clip": "clipping_norm clip_norm max_update_norm",
+    "robustness.aggregation": "defense defence aggregation_rule",
+}
+"""Words by the dotted key that they stand for."""
+
+_VALUES = {
+    "sequence-classification": "text-classification sentiment-analysis seq_cls classification "
+    "sentence-classification",
+    "causal-lm": "text-generation language-modeling language-modelling clm lm sft",
+    "image-classification": "vision img_cls image_cls",
+    "fedavg": "fedit average",
+    "local": "standalone individual",
+    "iid": "uniform random homogeneous",
+    "dirichlet": "dir lda non-iid noniid label-skew",
+    "shards": "pathological",
+    "natural": "column by_column user users",
+    "clusters": "grouped",
+    "adamw": "adam",
+    "float32": "fp32 float full",
+    "bfloat16": "bf16",
+    "float16": "fp16 half",
+    "bf16": "bfloat16",
+    "fp16": "float16 half",
+    "flash_attention_2": "flash flash_attention fa2",
+    "4bit": "int4 nf4 4",
+    "8bit": "int8 8",
+    "constant": "none",
+    "accuracy": "acc",
+    "perplexity": "ppl",
+    "rougeL": "rouge",
+    "exact_match": "em",
+    "matthews_correlation": "mcc mathews",
+    "f1": "f1_score f1_macro macro_f1",
+    "mean": "average fedavg",
+}
+"""Words by the value that they stand for."""
+
+
+def _by_word(table: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for target, words in table.items():
+        for word in words.split():
+            found.setdefault(folded(word), []).append(target)
+    return found
+
+
+_KEYS_BY_WORD, _VALUES_BY_WORD = _by_word(_KEYS), _by_word(_VALUES)
+
+
+def keys_meant(word: str) -> list[str]:
+    """Return the dotted keys that a word of another program stands for."""
+    return _KEYS_BY_WORD.get(folded(word), [])
+
+
+def value_meant(word: str, words: Iterable[str]) -> str | None:
+    """Return the one of several words that a wrong one stands for; None if none is close."""
+    known = list(words)
+    synonyms = [each for each in _VALUES_BY_WORD.get(folded(word), ()) if each in known]
+    exact = next((each for each in known if folded(each) == folded(word)), None)
+    return exact or next(iter(synonyms), None) or closest(word, known)

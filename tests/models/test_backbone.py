@@ -33,7 +33,7 @@ LORA_FIELDS = [
     {"init_lora_weights": "gaussian"},
     {"rank_pattern": {"encoder.*|.*h.*|.*layers.*": 2}},
     {"layers_to_transform": [1]},
-    {"exclude_modules": ["value", "v_proj", "h.0.attn.c_attn"]},
+    {"exclude_modules": r".*(value|v_proj|h\.0\.attn\.c_attn)"},
     {"merge": "shared_a"},
     {"dropout": 0.1},
 ]
@@ -320,15 +320,75 @@ def test_gradient_checkpointing_does_not_change_gradients(make_backbone):
         (
             "bert",
             {"target_modules": "nothing.*like.this"},
-            r"does not support this adapter: .*can adapt: query",
+            r"no module that matches the pattern 'nothing.*like.this' as a whole; .* are query",
+        ),
+        ("bert", {"target_modules": "query"}, r"pattern 'query' as a whole; write \[query\]"),
+        ("bert", {"target_modules": ["query", "classifier"]}, r"'classifier' adapts no module"),
+        (
+            "bert",
+            {"target_modules": ["query", "pooler.dense"], "layers_to_transform": [0]},
+            r"target_modules: 'pooler.dense' adapts no module",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "exclude_modules": ["valeu"]},
+            r"exclude_modules: .* has no module 'valeu' \(did you mean value\?\); choose from",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "exclude_modules": ".*valeu"},
+            r"exclude_modules: .* has no module that matches the pattern '.*valeu' as a whole",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "layers_to_transform": [1, 11]},
+            r"layers_to_transform: .* has no layer 11 with query; choose from 0, 1",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "layers_to_transform": -1},
+            r"layers_to_transform: .* has no layer -1 with query; choose from 0, 1",
+        ),
+        ("gpt2", {"layers_to_transform": 7}, r"no layer 7 with c_attn; choose from 0, 1"),
+        (
+            "bert",
+            {
+                "target_modules": ["value", "bert.encoder.layer.0.attention.self.query"],
+                "layers_to_transform": [1],
+            },
+            r"layers_to_transform: PEFT adapts bert.encoder.layer.0.*whole path",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "rank_pattern": {"qeury": 4}},
+            r"rank_pattern: 'qeury' matches no module .*did you mean query.*modules are query",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "rank_pattern": {"query": 4, "layer.0.*query": 2}},
+            r"rank_pattern: 'layer.0.\*query' matches no module .* of an earlier pattern",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "alpha_pattern": {"value": 4.0}},
+            r"alpha_pattern: 'value' matches no module with an adapter",
+        ),
+        (
+            "bert",
+            {"target_parameters": ["query.wieght"]},
+            r"target_parameters: .* has no parameter 'query.wieght' \(did you mean query.weight",
+        ),
+        (
+            "bert",
+            {"target_modules": ["query"], "trainable_token_indices": [-1]},
+            r"trainable_token_indices: .* has no token -1; choose from 0 to",
         ),
         ("vit", {}, r"no default for vit; name some of q_proj"),
         ("bert", {"target_modules": ["LayerNorm"]}, r"does not support this adapter"),
-        ("bert", {"target_modules": "qu(ery"}, r"does not support this adapter"),
         (
             "bert",
             {"target_modules": ["query"], "trainable_token_indices": [99999]},
-            r"does not support this adapter",
+            r"trainable_token_indices: .* has no token 99999; choose from 0 to",
         ),
         (
             "bert",

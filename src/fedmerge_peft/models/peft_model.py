@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedmerge_peft.adapters.lora_factors import RANDOM_INIT_SUFFIXES
 from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.models.adapter_names import adaptable_modules, check_matches, check_names
 from fedmerge_peft.recipe.schema import LoraRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.library_errors import library_errors
@@ -34,7 +35,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    adaptable = _adaptable(model)
+    adaptable = adaptable_modules(model)
     if (
         lora.target_modules is None
         and lora.target_parameters is None
@@ -44,15 +45,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
             f"lora.target_modules: PEFT has no default for {model.config.model_type}; "
             f"name some of {', '.join(adaptable)}, or all-linear"
         )
-    modules = [module for module, _ in model.named_modules()]
-    for field in ("target_modules", "modules_to_save"):
-        targets = getattr(lora, field)
-        for target in targets if isinstance(targets, list) else []:
-            if not any(module == target or module.endswith("." + target) for module in modules):
-                raise BackboneError(
-                    f"lora.{field}: {name} has no module {target!r}; "
-                    f"choose from {', '.join(adaptable)}"
-                )
+    check_names(model, lora, DEFAULTS.get(model.config.model_type, ()), name)
     if lora.bias != "none" and model.dtype != torch.float32:
         raise BackboneError(
             "lora.bias: trained biases are float32 and belong to the backbone's layers; "
@@ -80,19 +73,11 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         warnings.simplefilter("ignore", FutureWarning)
         # PEFT corrects fan_in_fan_out for each layer.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        return get_peft_model(model, config)
-
-
-def _adaptable(model: nn.Module) -> list[str]:
-    """Return the last names of the layers that LoRA can adapt, in order of appearance."""
-    kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
-    return list(
-        dict.fromkeys(
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if type(module).__name__ in kinds
-        )
-    )
+        # check_matches refuses what PEFT warns about.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
+        adapted = get_peft_model(model, config)
+    check_matches(adapted, lora)
+    return adapted
 
 
 def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]) -> list[str]:

@@ -55,7 +55,7 @@ def folded(word: str) -> str:
 def _is_beginning(one: str, other: str) -> bool:
     """Return True if a word of four letters or more begins one that is at most twice as long."""
     short, long = sorted((one.casefold(), other.casefold()), key=len)
-    return long.startswith(short) and 4 <= len(short) and len(long) <= 2 * len(short)
+    return long.startswith(short) and len(short) >= 4 and len(long) <= 2 * len(short)
 
 
 def _edits(one: str, other: str) -> float:

@@ -1,0 +1,167 @@
+"""Checks that every name and pattern in the section ``lora`` matches something in the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fedmerge_peft.data.columns import did_you_mean, join_values
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.recipe.schema import LoraRecipe
+
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+"""Path of a module up to the number of its layer, as PEFT reads it."""
+
+
+def adaptable_modules(model: Any) -> list[str]:
+    """Return the last names of the layers that LoRA can adapt, in order of appearance."""
+    kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
+    return _last_names(
+        name for name, module in model.named_modules() if type(module).__name__ in kinds
+    )
+
+
+def check_names(model: Any, lora: LoraRecipe, defaults: Iterable[str], name: str) -> None:
+    """Raise ``BackboneError`` if a name in ``lora`` is not in the model.
+
+    Args:
+        model: Transformers model, without an adapter.
+        lora: Adapter.
+        defaults: PEFT's target modules for the architecture, for adapters that name none.
+        name: Name of the model, for error messages.
+    """
+    modules = [path for path, _ in model.named_modules() if path]
+    parameters = [path for path, _ in model.named_parameters()]
+    adaptable = adaptable_modules(model)
+    trained = _last_names(path.rpartition(".")[0] for path in parameters)
+    experts = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in parameters))
+    _check(lora, "target_modules", modules, adaptable, f"{name} has no module")
+    _check(lora, "exclude_modules", modules, adaptable, f"{name} has no module")
+    _check(lora, "modules_to_save", modules, trained, f"{name} has no module")
+    _check(lora, "target_parameters", parameters, experts, f"{name} has no parameter")
+    if lora.layers_to_transform is not None and not isinstance(lora.target_modules, str):
+        _check_layers(lora, modules, lora.target_modules or list(defaults), name)
+    if lora.trainable_token_indices:
+        _check_tokens(model, lora.trainable_token_indices, name)
+
+
+def check_matches(model: Any, lora: LoraRecipe) -> None:
+    """Raise ``BackboneError`` if PEFT ignored a name, a pattern or a layer in ``lora``.
+
+    Args:
+        model: PEFT model.
+        lora: Its adapter.
+    """
+    from peft.utils.other import get_pattern_key
+
+    modules: list[str] = model.base_model.targeted_module_names
+    adapted = [*modules, *model.base_model.targeted_parameter_names]
+    there = join_values(_last_names(adapted))
+    paths = [path for path, _ in model.base_model.model.named_modules()]
+    for target in lora.target_modules if isinstance(lora.target_modules, list) else ():
+        if any(_is_named(path, target) for path in modules):
+            continue
+        if not all(_is_excluded(path, lora) for path in paths if _is_named(path, target)):
+            raise BackboneError(
+                f"lora.target_modules: {target!r} adapts no module, because the modules of this "
+                "name are trained in full, or outside the layers in lora.layers_to_transform "
+                f"(modules with an adapter: {there}); remove it"
+            )
+    if lora.layers_to_transform not in (None, []):
+        for path in modules:
+            if _layer(path) not in _listed(lora):
+                raise BackboneError(
+                    f"lora.layers_to_transform: PEFT adapts {path}, which lora.target_modules "
+                    "names by its whole path, in any case; use the last part of its name"
+                )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = list(getattr(lora, field))
+        used = {get_pattern_key(patterns, path) for path in adapted}
+        for pattern in patterns:
+            if pattern not in used:
+                raise BackboneError(
+                    f"lora.{field}: {pattern!r} matches no module with an adapter, or only those "
+                    f"of an earlier pattern{did_you_mean(pattern, _last_names(adapted))}; "
+                    f"the modules are {there}"
+                )
+
+
+def _check(
+    lora: LoraRecipe, field: str, paths: Sequence[str], there: Sequence[str], missing: str
+) -> None:
+    """Raise ``BackboneError`` unless each name or the pattern of a field matches a path."""
+    written = getattr(lora, field)
+    if isinstance(written, str):
+        linear = field == "target_modules" and written.lower() == "all-linear"
+        if linear or any(re.fullmatch(written, path) for path in paths):
+            return
+        named = any(_is_named(path, written) for path in paths)
+        hint = f"write [{written}] for the modules of this name" if named else ""
+        raise BackboneError(
+            f"lora.{field}: {missing} that matches the pattern {written!r} as a whole; "
+            + (hint or f"names of modules are {join_values(there)}")
+        )
+    for name in written or ():
+        if not any(_is_named(path, name) for path in paths):
+            raise BackboneError(
+                f"lora.{field}: {missing} {name!r}{did_you_mean(name, there)}; "
+                f"choose from {join_values(there)}"
+            )
+
+
+def _check_layers(
+    lora: LoraRecipe, modules: Sequence[str], targets: Sequence[str], name: str
+) -> None:
+    """Raise ``BackboneError`` unless each listed layer has a target module."""
+    named = (path for path in modules if any(_is_named(path, target) for target in targets))
+    layers = sorted({layer for layer in map(_layer, named) if layer is not None})
+    for layer in _listed(lora):
+        if layer not in layers:
+            raise BackboneError(
+                f"lora.layers_to_transform: {name} has no layer {layer} with "
+                f"{join_values(targets)}; choose from {join_values(layers) or 'other modules'}"
+            )
+
+
+def _check_tokens(model: Any, tokens: Iterable[int], name: str) -> None:
+    """Raise ``BackboneError`` unless the model has an embedding of each token."""
+    try:
+        count = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    except NotImplementedError:  # an image model
+        count = 0
+    for token in tokens:
+        if not 0 <= token < count:
+            there = f"choose from 0 to {count - 1}" if count else "it has no embeddings of tokens"
+            raise BackboneError(
+                f"lora.trainable_token_indices: {name} has no token {token}; {there}"
+            )
+
+
+def _listed(lora: LoraRecipe) -> list[int]:
+    layers = lora.layers_to_transform
+    return [layers] if isinstance(layers, int) else layers or []
+
+
+def _layer(path: str) -> int | None:
+    """Return the number of a module's layer; None for modules outside the layers."""
+    match = _LAYER.match(path)
+    return int(match[1]) if match else None
+
+
+def _is_named(path: str, name: str) -> bool:
+    """Return True if a name is a path, or the end of it."""
+    return path == name or path.endswith("." + name)
+
+
+def _is_excluded(path: str, lora: LoraRecipe) -> bool:
+    excluded = lora.exclude_modules or []
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, path) is not None
+    return any(_is_named(path, name) for name in excluded)
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    """Return the distinct last names of paths, in order of appearance, without numbers."""
+    names = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+    return [name for name in names if name and not name.isdecimal()]

@@ -201,6 +201,7 @@ class FormulaClients:
             task=SimpleNamespace(metrics=["accuracy"]),
             backbone=SimpleNamespace(set_base=lambda _: None),
             check_serves=lambda _: None,
+            simulated=True,
             strategy_context=self.strategy_context,
             label_counts=lambda: None,
             train_clients=lambda _round, assignments: (

@@ -40,6 +40,8 @@ class FormulaEngine:
     A loss of None is a failure.
     """
 
+    simulated = True
+
     def __init__(self, losses, start=1.0, validation=4, training=lambda rate: 1.0):
         self.clients = [client(number, validation=validation) for number in range(len(losses))]
         self.start, self._losses, self._training = start, losses, training

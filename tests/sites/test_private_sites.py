@@ -211,6 +211,39 @@ def test_a_clip_or_noise_that_protects_nothing_is_no_number(clip, noise, local_s
     assert (reply.kind, reply.fields["refused"]) == ("error", True)
 
 
+# ---- central privacy across sites ----------------------------------------------------------------
+
+
+def test_central_noise_across_sites_follows_from_no_seed(smoke, federation_of, connect):
+    rows = []
+    for name in ("one", "two"):
+        recipe = smoke("strategy=fedavg", "rounds=1", "privacy={mode: central, clip: 1, noise: 1}")
+        kit, trainers = federation_of(recipe, 2, name=name)
+        assert run_federation(kit, connect(trainers)).state == "ended"
+        run = Run.open(kit / "run")
+        assert [record["noise"] for record in run.records] == ["operating system"]
+        assert run.summary["privacy"]["noise"] == "operating system"
+        rows.append(run.soup.rows)
+    # two draws of N(0, (C/K)²) with K = 6 are √2/6 apart in each value
+    assert float((rows[0] - rows[1]).std()) == pytest.approx(2**0.5 / 6, rel=0.2)
+
+
+def test_a_round_that_fails_and_is_repeated_counts_twice(smoke, federation_of, connect):
+    recipe = smoke(
+        "strategy=fedavg", "rounds=2", "privacy={mode: central, noise: 2}", "clients.failures=raise"
+    )
+    kit, trainers = federation_of(recipe, 2)
+    transport = connect(trainers)
+    fails = iter([True])
+    transport.alter = lambda site, payload, reply: (
+        b"" if Message.from_bytes(reply).kind == "trained" and next(fails, False) else reply
+    )
+    assert run_federation(kit, transport).state == "failed"
+    assert run_federation(kit, transport).state == "ended"
+    epsilons = [record["epsilon"] for record in Run.open(kit / "run").records]
+    assert epsilons == [epsilon_of(2 / 4, 1e-5), epsilon_of(3 / 4, 1e-5)]
+
+
 # ---- the budget ----------------------------------------------------------------------------------
 
 

@@ -61,6 +61,12 @@ class Engine(Protocol):
         """Recipe for which the engine was loaded."""
 
     @property
+    def simulated(self) -> bool:
+        """True if all clients train on behalf of one party, so that noise may follow from the seed
+        of the recipe. Otherwise it comes from the operating system.
+        """
+
+    @property
     def clients(self) -> Sequence[Client]:
         """All clients of the federation, in the order of their indices."""
 

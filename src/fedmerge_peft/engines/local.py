@@ -59,6 +59,8 @@ class LocalEngine:
     serve several strategies.
     """
 
+    simulated = True
+
     def __init__(self, recipe: Recipe, clients: Sequence[Client], runtime: Runtime) -> None:
         self.recipe = recipe
         self.clients = clients

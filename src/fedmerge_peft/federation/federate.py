@@ -19,6 +19,7 @@ from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import PluginError, RecipeError, ResumeError
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.loop import Federation
+from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
 from fedmerge_peft.federation.tuning import Decisions
 from fedmerge_peft.plugins import CALLBACKS
 from fedmerge_peft.recipe import Recipe
@@ -114,10 +115,13 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callba
     own = [_callback(section) for section in recipe.callbacks]
     callbacks = Callbacks([*own, callbacks])
     decisions = distributed.on_rank_zero(partial(_decisions, directory))
+    ledger = PrivacyLedger(
+        recipe, len(engine.clients), simulated=engine.simulated, directory=directory
+    )
     for one, path in with_baselines(recipe, directory):
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
-        federation = Federation(one, engine, decisions)
+        federation = Federation(one, engine, decisions, ledger)
         run = RunWriter(path, one)
         run.begin(engine, federation.strategy)
         _restore(federation, run)
@@ -129,6 +133,8 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callba
             callbacks.on_start(federation, run)
             _run_rounds(federation, run, tracked, callbacks)
             callbacks.on_end(run)
+        if federation.private and path != directory and recipe.strategy.federated:
+            RunWriter(directory, recipe).update_privacy(ledger.document())
 
 
 def _callback(section: CallbackRecipe) -> Callback:
@@ -180,7 +186,9 @@ def _run_rounds(
             run.save_if_best(completed, scores, strategy)
 
     with timed("other"):
-        for record in federation.rounds(callbacks.on_client, save_if_best):
+        # The choice of the best round would follow from scores without noise.
+        on_scores = None if federation.private else save_if_best
+        for record in federation.rounds(callbacks.on_client, on_scores):
             with timed("save"):
                 run.append(record, strategy)
                 tracked.record(record)
@@ -188,8 +196,9 @@ def _run_rounds(
                     tracked.weights(strategy.weights, names, record.round)
             callbacks.on_round(record)
         final = federation.evaluate()
-        if final is not None and len(final.clients) == len(names):
-            save_if_best(federation.completed, final)
+        if final is not None and len(final.clients) == len(names) and on_scores is not None:
+            on_scores(federation.completed, final)
         with timed("save"):
-            served = run.finish(final)
+            privacy = federation.ledger.document() if federation.private else None
+            served = run.finish(final, privacy)
             tracked.final(served, federation.completed)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +17,8 @@ from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import ClientError, RecipeError
-from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
+from fedmerge_peft.federation.cohorts import cohort, cohort_size
+from fedmerge_peft.federation.privacy_ledger import PrivacyLedger, noise_source
 from fedmerge_peft.federation.replies import ReplyCollector, RoundReplies
 from fedmerge_peft.federation.tuning import Decisions, decide
 from fedmerge_peft.recipe import Recipe
@@ -47,7 +46,11 @@ class Federation:
     """
 
     def __init__(
-        self, recipe: Recipe, engine: Engine | None = None, decisions: Decisions | None = None
+        self,
+        recipe: Recipe,
+        engine: Engine | None = None,
+        decisions: Decisions | None = None,
+        ledger: PrivacyLedger | None = None,
     ) -> None:
         """Load data and model, unless an engine is given.
 
@@ -56,6 +59,7 @@ class Federation:
             engine: Engine that was loaded for the recipe. Default: a new one.
             decisions: Values for keys that are ``auto``, from an earlier start of the run. Default:
                 ``decide`` chooses them before the first round.
+            ledger: Releases of the run's methods. Default: those of this one, in memory.
 
         Raises:
             RecipeError: The engine was loaded for a recipe with other settings of the clients.
@@ -77,8 +81,10 @@ class Federation:
         """Completed rounds."""
         self.decisions = decisions
         """Values for keys that are ``auto``; None before they are chosen."""
-        self._privacy = PrivacyLedger(recipe.privacy, self.cohort)
-        self.epsilon(1)  # fail before the first round if the accountant is not installed
+        self.ledger = ledger or PrivacyLedger(
+            recipe, len(self.engine.clients), simulated=self.engine.simulated
+        )
+        """Releases, for ε; unused without differential privacy."""
         if recipe.evaluation.serve == "best" and not any(
             len(client.validation) for client in self.engine.clients
         ):
@@ -131,23 +137,24 @@ class Federation:
         self, number: int, on_client: OnClient | None, on_scores: OnScores | None
     ) -> RoundRecord:
         begin = time.perf_counter()
-        cohort = self.cohort(number)
+        selected = self.cohort(number)
+        if self.private:
+            self.ledger.charge(self.recipe.strategy.name, number)
         self.engine.backbone.set_base(self.strategy.base)
-        collected = self.collect_replies(number, cohort, on_client)
+        collected = self.collect_replies(number, selected, on_client)
         replies = collected.replies
         served = self._scores((reply.client, reply.served) for reply in replies)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies)
         complete = served is not None and len(served.clients) == len(self.engine.clients)
         if served is not None and complete and on_scores is not None:
             on_scores(self.completed, served)
-        down = sum(self.strategy.traffic(client)[0] for client in cohort)
+        down = sum(self.strategy.traffic(client)[0] for client in selected)
         up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
 
         known_norms = len(self.strategy.aggregator.norms)
         with timed("server"):
-            counted = (
-                [replace(reply, size=1) for reply in replies] if self._equal_sizes else replies
-            )
+            equal = self.private and self.recipe.privacy.mode == "local"  # sizes are private
+            counted = [replace(reply, size=1) for reply in replies] if equal else replies
             update_strategy(self.recipe.strategy.name, self.strategy, counted)
             for decision in self.strategy.decisions():
                 log.info("round %d: %s", number, decision)
@@ -171,7 +178,8 @@ class Federation:
             update_norm=norms[-1] if len(norms) > known_norms else None,
             bytes_down=4 * down,
             bytes_up=4 * up,
-            epsilon=self.epsilon(number),
+            epsilon=self.ledger.epsilon if self.private else None,
+            noise=noise_source(self.engine.simulated) if self.private else None,
             clients=[self.engine.clients[reply.client].name for reply in replies],
             failures=collected.failures,
             warnings=self.strategy.warnings(),
@@ -234,28 +242,13 @@ class Federation:
         return self._scores(known.items())
 
     @property
-    def _equal_sizes(self) -> bool:
-        """True if every client counts the same, because its size must stay private."""
-        return self.recipe.privacy.mode == "local" and self.recipe.strategy.federated
+    def private(self) -> bool:
+        """True if the clients share updates under differential privacy."""
+        return self.recipe.privacy.mode != "none" and self.recipe.strategy.federated
 
     def cohort(self, round: int) -> list[int]:
         """Return the indices of the clients selected for a round, ascending; at least one."""
-        clients = len(self.engine.clients)
-        size = max(1, math.floor(self.recipe.clients.fraction * clients + 0.5))
-        if size == clients:
-            return list(range(clients))
-        generator = np.random.default_rng(derive(self.recipe.seed, "cohort", round))
-        return sorted(int(client) for client in generator.choice(clients, size, replace=False))
-
-    def epsilon(self, rounds: int) -> float | None:
-        """Return ε after this number of rounds; None without differential privacy.
-
-        Raises:
-            RecipeError: The accountant is not installed.
-        """
-        if self.recipe.privacy.mode == "none" or not self.recipe.strategy.federated:
-            return None
-        return self._privacy.epsilon(rounds)
+        return cohort(self.recipe, len(self.engine.clients), round)
 
     def restore_progress(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Mark the rounds of these objects of ``metrics.jsonl`` as completed.
@@ -263,14 +256,17 @@ class Federation:
         The strategy must be in the state after the last of them.
         """
         self.completed = len(records)
+        if self.private:
+            self.ledger.begin(self.recipe.strategy.name, self.completed)
         norms = (record.get("update_norm") for record in records)
         self.strategy.aggregator.norms = [norm for norm in norms if norm is not None]
 
     def _aggregator(self) -> Aggregator:
         recipe = self.recipe
         if recipe.privacy.mode == "central":
-            cohort_size = len(self.cohort(1))
-            return PrivateAggregator(recipe.privacy, cohort_size, derive(recipe.seed, "privacy"))
+            size = cohort_size(recipe, len(self.engine.clients))
+            seed = derive(recipe.seed, "privacy") if self.engine.simulated else None
+            return PrivateAggregator(recipe.privacy, size, seed)
         return Aggregator(recipe.robustness)
 
     def _label_counts(self) -> Tensor | None:

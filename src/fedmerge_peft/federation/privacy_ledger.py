@@ -1,38 +1,119 @@
-"""Privacy loss ε of the clients so far."""
+"""Privacy loss ε of the clients in a run: every release of every method counts.
+
+A release is a round in which a client was selected. It is charged before the round starts, so that
+failed rounds count too. The methods of a run (its strategy and its baselines) train on the same
+examples, so their releases add up. Across sites, a round that is repeated after an interruption
+draws new noise and counts again. A simulation repeats the noise of its seed: the repetition is the
+same release, and counts once.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from fedmerge_peft.recipe.privacy import PrivacyRecipe
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmerge_peft import distributed
+from fedmerge_peft.errors import RunError
+from fedmerge_peft.federation.cohorts import cohort
+from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.differential_privacy import epsilon_spent
+from fedmerge_peft.util.files import write_json
+
+LEDGER_FILE = "privacy.json"
 
 
 class PrivacyLedger:
-    """Count of the rounds in which each client was selected; failed replies count too.
+    """Releases of a run's clients, over all of its methods.
+
+    On several ranks, every rank keeps the same counts, and rank 0 writes the file.
 
     Args:
-        recipe: Noise and δ.
-        cohort: ``cohort(round)`` returns the clients selected for a round.
+        recipe: Recipe of the run: noise, δ, and the clients of a round.
+        clients: Number of clients.
+        simulated: True if the noise follows from the recipe's seed.
+        directory: Run directory with the file of the ledger; None to keep it in memory.
     """
 
-    def __init__(self, recipe: PrivacyRecipe, cohort: Callable[[int], Sequence[int]]) -> None:
+    def __init__(
+        self, recipe: Recipe, clients: int, *, simulated: bool, directory: Path | None = None
+    ) -> None:
         self._recipe = recipe
-        self._cohort = cohort
-        self._selected = Counter[int]()
-        self._rounds = 0
+        self._clients = clients
+        self._simulated = simulated
+        self._path = directory / LEDGER_FILE if directory is not None else None
+        self._times: dict[str, list[int]] = distributed.on_rank_zero(partial(_read, self._path))
+        """Releases in each round from 1, by name of the method."""
+        self._selected = self._count()
+        """Releases of each client, ``(clients,)``."""
 
-    def epsilon(self, rounds: int) -> float:
-        """Return ε of the client that was selected most often in the first ``rounds`` rounds.
+    def begin(self, method: str, completed: int) -> None:
+        """Continue a method after its completed rounds."""
+        times = self._times.get(method, [])
+        if self._simulated:
+            times = [1] * completed
+        self._times[method] = times + [1] * (completed - len(times))
+        self._selected = self._count()
+
+    def charge(self, method: str, round: int) -> None:
+        """Count a round of a method, before it starts.
 
         Raises:
-            RecipeError: The accountant is not installed.
+            RunError: The file cannot be written; the round must not start.
         """
-        if rounds < self._rounds:
-            self._selected.clear()
-            self._rounds = 0
-        while self._rounds < rounds:
-            self._rounds += 1
-            self._selected.update(self._cohort(self._rounds))
-        return epsilon_spent(self._recipe, max(self._selected.values(), default=0))
+        times = self._times.setdefault(method, [])
+        times += [0] * (round - len(times))
+        if not (self._simulated and times[round - 1]):
+            times[round - 1] += 1
+            self._selected[cohort(self._recipe, self._clients, round)] += 1
+        if self._path is not None:
+            document = {**self.document(), "releases": self._times}
+            distributed.on_rank_zero(partial(write_json, self._path, document))
+
+    @property
+    def epsilon(self) -> float:
+        """ε of the client that was selected most often."""
+        return epsilon_spent(self._recipe.privacy, int(self._selected.max(initial=0)))
+
+    def document(self) -> dict[str, Any]:
+        """Return ε, δ and the source of the noise, for ``summary.json``."""
+        return {
+            "epsilon": self.epsilon,
+            "delta": self._recipe.privacy.delta,
+            "noise": noise_source(self._simulated),
+        }
+
+    def _count(self) -> NDArray[np.int64]:
+        selected = np.zeros(self._clients, dtype=np.int64)
+        for times in self._times.values():
+            for number, count in enumerate(times, start=1):
+                selected[cohort(self._recipe, self._clients, number)] += count
+        return selected
+
+
+def noise_source(simulated: bool) -> str:
+    """Return the name of the noise's source, as records state it."""
+    return "simulation" if simulated else "operating system"
+
+
+def _read(path: Path | None) -> dict[str, list[int]]:
+    if path is None or not path.exists():
+        return {}
+    try:
+        releases: Mapping[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))["releases"]
+        times = {
+            str(method): [int(count) for count in rounds] for method, rounds in releases.items()
+        }
+        if any(count < 0 for rounds in times.values() for count in rounds):
+            raise ValueError("negative counts")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} is damaged ({type(error).__name__}: {error}); without it ε is unknown. "
+            "Restore it from a backup"
+        ) from error
+    return times

@@ -301,6 +301,11 @@ class Recipe(Section):
                 f"round, but clients.fraction is {self.clients.fraction:g}; use serve: last, or "
                 "fraction 1"
             )
+        if self.evaluation.serve == "best" and self.privacy.mode != "none":
+            raise ValueError(
+                "evaluation: serve: best chooses a round by scores without noise, which "
+                f"privacy.mode: {self.privacy.mode} does not cover; use serve: last"
+            )
         return self
 
     @model_validator(mode="after")

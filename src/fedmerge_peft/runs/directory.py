@@ -16,6 +16,8 @@ soup.safetensors        the adapters after the last finished round, and the upda
                         added to the backbone; after the end, those of the round that is served
 weights.safetensors     π after the same round
 best/                   soup and weights at the lowest mean validation loss over all clients
+privacy.json            releases of the clients in each round of each method, and their ε; absent
+                        without differential privacy, and in the folders of baselines
 summary.json            scores after the last and the best round, written when the run ends; final
                         is the one of them that is served (``evaluation.serve``)
 tracking/               files of experiment trackers (tracking.py)

@@ -93,8 +93,11 @@ class RoundRecord:
     bytes_up: int
     """Bytes of adapters received in accepted replies."""
     epsilon: float | None
-    """Largest ε spent by any client so far, at ``privacy.delta``. None without differential
-    privacy."""
+    """Largest ε spent by any client so far, at ``privacy.delta``, by all methods of the run. None
+    without differential privacy."""
+    noise: str | None
+    """Source of the privacy's noise: "simulation" if it follows from the recipe's seed and protects
+    nobody, else "operating system". None without differential privacy."""
     clients: list[str]
     """Clients whose replies were accepted."""
     failures: dict[str, str] = field(default_factory=dict)

@@ -158,11 +158,14 @@ class RunWriter(RunDirectory):
         write_json(folder / "scores.json", self._best)
 
     @rank_zero
-    def finish(self, last_scores: Scores | None) -> Scores | None:
+    def finish(
+        self, last_scores: Scores | None, privacy: Mapping[str, Any] | None = None
+    ) -> Scores | None:
         """Write ``summary.json``, and serve the best round if the recipe asks for it.
 
         Args:
             last_scores: Scores after the last round; None if no client has any.
+            privacy: ε, δ and source of the noise; None without differential privacy.
 
         Returns:
             Scores of the round that is served.
@@ -184,9 +187,7 @@ class RunWriter(RunDirectory):
                 "seconds": sum(record["seconds"] for record in records),
                 "bytes_down": sum(record["bytes_down"] for record in records),
                 "bytes_up": sum(record["bytes_up"] for record in records),
-                "privacy": {"epsilon": records[-1]["epsilon"], "delta": self.recipe.privacy.delta}
-                if records[-1].get("epsilon")
-                else None,
+                "privacy": privacy,
                 "failures": dict(
                     Counter(name for record in records for name in record.get("failures", ()))
                 ),
@@ -197,6 +198,12 @@ class RunWriter(RunDirectory):
             },
         )
         return scores
+
+    @rank_zero
+    def update_privacy(self, privacy: Mapping[str, Any]) -> None:
+        """Update ε in ``summary.json`` after further releases of the run's clients."""
+        path = self.path / "summary.json"
+        write_json(path, {**_read(path), "privacy": privacy})
 
     def _write_metadata(self, recipe: Recipe, engine: Engine) -> None:
         """Write the files known before the first round. The recipe is first; it marks a run

@@ -5,29 +5,14 @@ Source: McMahan et al. 2018, arXiv 1710.06963. See docs/privacy.md.
 
 from __future__ import annotations
 
-import warnings
-
-import torch
 from torch import Tensor
 
-from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator, clipped
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
+from fedmerge_peft.util.gaussian_noise import add_noise
+from fedmerge_peft.util.gaussian_privacy import epsilon_of
 from fedmerge_peft.util.seeds import derive
-
-_ORDERS = [
-    1.01,
-    1.05,
-    *(1 + order / 10 for order in range(1, 100)),
-    *range(12, 64),
-    80,
-    128,
-    256,
-    512,
-    1024,
-]
-"""Orders α of Rényi differential privacy: opacus's defaults, extended for low and high noise."""
 
 
 def update_privacy(recipe: PrivacyRecipe) -> UpdatePrivacy | None:
@@ -56,13 +41,14 @@ class PrivateAggregator(Aggregator):
     denominator is K for any set of replies, and half of this bound suffices.
     """
 
-    def __init__(self, recipe: PrivacyRecipe, cohort_size: int, seed: int) -> None:
+    def __init__(self, recipe: PrivacyRecipe, cohort_size: int, seed: int | None) -> None:
         """Create an aggregator.
 
         Args:
             recipe: Clipping norm C and noise multiplier z.
             cohort_size: K.
-            seed: Seed of the noise. The number of previous rounds also enters each round's noise.
+            seed: Seed of a simulation's noise, which also depends on the number of previous rounds.
+                None for the operating system's generator.
         """
         super().__init__()
         self.privacy = recipe
@@ -84,36 +70,16 @@ class PrivateAggregator(Aggregator):
         adapters = weights.shape[1]
         shares = weights / weights.sum(dim=0).clamp_min(self.cohort_size / adapters)
         exact = shares.T.to(deltas) @ clipped(deltas, self.bound)
-        generator = torch.Generator().manual_seed(derive(self.seed, "noise", len(self.norms)))
-        return exact + self.privacy.noise * self.sensitivity(adapters) * torch.randn(
-            exact.shape, generator=generator
-        )
+        seed = None if self.seed is None else derive(self.seed, "noise", len(self.norms))
+        return add_noise(exact, self.privacy.noise * self.sensitivity(adapters), seed)
 
 
-def epsilon_spent(recipe: PrivacyRecipe, rounds: int) -> float:
-    """Compute ε at the recipe's δ for a client that took part in ``rounds`` rounds.
+def epsilon_spent(recipe: PrivacyRecipe, releases: int) -> float:
+    """Compute ε at the recipe's δ for a client with this number of releases.
 
-    Opacus's accountant of Rényi differential privacy counts each round as one Gaussian mechanism of
-    noise multiplier z. Random cohorts bring no amplification, because the cohorts follow from the
-    seed.
-
-    Raises:
-        RecipeError: The extra ``privacy`` is not installed.
+    Each is one Gaussian mechanism of noise multiplier z, so that together they are μ-GDP with
+    μ² = releases / z² (``util.gaussian_privacy``). Random cohorts bring no amplification, because
+    the cohorts follow from the seed.
     """
-    if rounds == 0:
-        return 0.0
-    try:
-        from opacus.accountants import RDPAccountant
-    except ImportError as error:
-        raise RecipeError(
-            [
-                "privacy.mode: opacus is required to compute epsilon: "
-                "pip install 'fedmerge-peft[privacy]'"
-            ]
-        ) from error
-    accountant = RDPAccountant()
-    accountant.history = [(recipe.noise, 1.0, rounds)]
-    with warnings.catch_warnings():
-        # Opacus warns if further orders could give a smaller ε. Any list of orders gives a bound.
-        warnings.simplefilter("ignore", UserWarning)
-        return float(accountant.get_epsilon(recipe.delta, alphas=_ORDERS))
+    mu = 1 / recipe.noise
+    return epsilon_of(releases * mu * mu, recipe.delta)

@@ -218,11 +218,11 @@ class Trainer:
         local = self._local_assignment(plan, assignment)
         ((_, trained),) = engine.train_clients(assignment.round, [(index, local)])
         released = self.release.reply(trained, index, plan, privacy)
-        norms = [
+        norm, unfiltered = (
             float(row_norms(one.deltas.reshape(1, -1))) if isinstance(one, Reply) else None
             for one in (released, trained)
-        ]
-        entry = AuditEntry("train", client, assignment.round, *norms)
+        )
+        entry = AuditEntry("train", client, assignment.round, norm, unfiltered)
         return reply_message(released, client, layout, dtype), entry
 
     def _local_assignment(self, plan: Plan, assignment: RemoteAssignment) -> Assignment:

@@ -4,8 +4,7 @@ recipe.yaml             the recipe with all defaults
 environment.json        format version, start, versions, git commit, device and precision; one more
                         entry under "resumed" for each time the run was resumed
 decisions.json          values that the run has chosen for training.learning_rate and
-                        training.epochs, with their reasons and the losses of the range test; absent
-                        if the recipe sets both
+                        training.epochs, with their reasons and the losses of the range test
 clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, and the text format
 labels.json             training examples of each client by label, if examples have labels
@@ -16,8 +15,7 @@ soup.safetensors        the adapters after the last finished round, and the upda
                         added to the backbone; after the end, those of the round that is served
 weights.safetensors     π after the same round
 best/                   soup and weights at the lowest mean validation loss over all clients
-privacy.json            releases of the clients in each round of each method, and their ε; absent
-                        without differential privacy, and in the folders of baselines
+privacy.json            releases of the clients, if the recipe has differential privacy
 summary.json            scores after the last and the best round, written when the run ends; final
                         is the one of them that is served (``evaluation.serve``)
 tracking/               files of experiment trackers (tracking.py)

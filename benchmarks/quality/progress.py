@@ -94,15 +94,33 @@ def jobs(setting: Setting, methods: Iterable[Method], ledger: Ledger) -> Iterato
     """Yield the runs that are to be done next: those of the searches, then one seed after another.
 
     All methods have a seed before any has the next, so that the finished seeds can be compared.
+    Runs at one learning rate follow each other, because they share what they train alike, such as
+    the rounds of FedAvg.
     """
     found = [progress(setting, method, ledger) for method in methods]
-    for each in found:
-        for choice in each.search.waiting:
-            yield Job(setting, each.method, choice, setting.tuning_seed, "tuning")
-    for seed in sorted({seed for each in found for seed in each.method.seeds}):
-        for each in found:
-            if not each.search.waiting and seed in each.missing:
-                yield Job(setting, each.method, each.search.best, seed, "report")
+    yield from sorted(
+        (
+            Job(setting, each.method, choice, setting.tuning_seed, "tuning")
+            for each in found
+            for choice in each.search.waiting
+        ),
+        key=_rate,
+    )
+    done = [each for each in found if not each.search.waiting]
+    for seed in sorted({seed for each in done for seed in each.missing}):
+        yield from sorted(
+            (
+                Job(setting, each.method, each.search.best, seed, "report")
+                for each in done
+                if seed in each.missing
+            ),
+            key=_rate,
+        )
+
+
+def _rate(job: Job) -> float:
+    """Return the value of the first axis, which is the learning rate; 0 without axes."""
+    return float(job.choice[0]) if job.choice else 0.0
 
 
 def plan(setting: Setting, methods: Iterable[Method], ledger: Ledger, each_method: bool) -> str:

@@ -30,7 +30,7 @@ from progress import Job, jobs, plan
 from provenance import RESULTS
 from tables import write_pages
 
-from fedmerge_peft import Run
+from fedmerge_peft import Recipe, Run
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import ClientError, FedMergeError, RunBusyError
 from fedmerge_peft.federation.sweep import run_or_resume
@@ -108,6 +108,7 @@ class Worker:
             begin = time.monotonic()
             try:
                 engine = self._load(recipe)
+                _remove_other(path, recipe)
                 begin = time.monotonic()
                 run_or_resume(recipe, path, engine, [])
                 line = line_of(Run.open(path), values, time.monotonic() - begin)
@@ -131,7 +132,7 @@ class Worker:
         chosen = " ".join(line["settings"])
         return f"{datetime.now(UTC):%H:%M:%S}  {name}  {said}  {seconds:.0f} s  {chosen}"
 
-    def _load(self, recipe) -> LocalEngine:
+    def _load(self, recipe: Recipe) -> LocalEngine:
         """Return an engine for a recipe: the last one if data, model and seed are the same."""
         shared = self._engine.with_recipe(recipe) if self._engine else None
         if shared is None:
@@ -139,6 +140,13 @@ class Worker:
             gc.collect()  # before the next model and its cache are loaded
         self._engine = shared or LocalEngine.from_recipe(recipe)
         return self._engine
+
+
+def _remove_other(path: Path, recipe: Recipe) -> None:
+    """Remove an interrupted run that cannot be resumed because it had another device or version."""
+    file = path / "recipe.yaml"
+    if file.is_file() and file.read_text(encoding="utf-8") != recipe.to_yaml():
+        remove_run(path)
 
 
 def main() -> None:

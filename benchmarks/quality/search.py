@@ -33,8 +33,11 @@ class Axis:
         return [value for value in beyond if value not in tried]
 
     def at_end(self, value: Any) -> bool:
-        """Return True if the ladder ends at this value."""
-        return value in (self.values[0], self.values[-1])
+        """Return True if further values might be better, but the ladder ends at this one.
+
+        An integer at the lower end has no value below it, such as no momentum or one pass.
+        """
+        return value == self.values[-1] or (value == self.values[0] and not isinstance(value, int))
 
 
 @dataclass(frozen=True)

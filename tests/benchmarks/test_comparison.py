@@ -67,6 +67,13 @@ def test_of_equal_scores_the_default_wins():
     assert searched([ladder()], lambda _: 0.5)[0] == (3,)
 
 
+def test_an_end_of_a_ladder_is_one_unless_nothing_lies_below():
+    from search import Axis
+
+    assert [value for value in (0, 0.5, 0.9) if Axis("", (0, 0.5, 0.9), ()).at_end(value)] == [0.9]
+    assert Axis("", (0.01, 0.1, 1), ()).at_end(0.01)
+
+
 def test_without_axes_there_is_one_candidate():
     assert searched([], None) == ((), [])
 
@@ -247,6 +254,23 @@ def test_a_comparison_resumes_and_is_written_from_its_ledger(quality, tmp_path, 
     assert "Missing" not in page
     assert "local" in (tmp_path / "pages" / "comparison_mine.csv").read_text()
     assert "[mine](comparison_mine.md)" in (tmp_path / "pages" / "comparison.md").read_text()
+
+
+def test_all_methods_have_a_seed_before_any_has_the_next(tmp_path, monkeypatch):
+    from comparison import Setting
+    from ledger import Ledger, digest
+    from progress import jobs
+
+    setting, ledger = Setting("quickstart"), Ledger(tmp_path / "a.jsonl")
+    methods = [setting.methods[name] for name in ("fedmerge", "fedavg", "local")]
+    first = list(jobs(setting, methods, ledger))
+    assert [job.role for job in first] == ["tuning"] * 6 + ["report"] * 5
+    assert [job.choice[0] for job in first[:6]] == [0.0015] * 2 + [0.005] * 2 + [0.015] * 2
+    while (job := next(jobs(setting, methods, ledger), None)) and job.seed in (100, 0):
+        ledger.append({"digest": digest(job.values), "recipe": job.values, "validation": 0.5})
+    waiting = [(job.method.name, job.seed) for job in jobs(setting, methods, ledger)]
+    names = [method.name for method in methods]
+    assert waiting == [(name, seed) for seed in (1, 2, 3, 4) for name in names]
 
 
 # ---- pages ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -17,6 +18,7 @@ METRICS.add(
     f"{_ARITHMETIC}:perplexity",
     about="exp of the mean loss; lower is better.",
     of=("loss",),
+    range=(0.0, math.inf),
     greater_is_better=False,
 )
 METRICS.add(
@@ -24,30 +26,35 @@ METRICS.add(
     f"{_ARITHMETIC}:accuracy",
     about="Fraction of the classes or tokens that are predicted correctly.",
     of=("classes", "tokens"),
+    range=(0.0, 1.0),
 )
 METRICS.add(
     "f1",
     f"{_ARITHMETIC}:f1",
     about="F1 of each class, averaged with equal weights (macro).",
     of=("classes",),
+    range=(0.0, 1.0),
 )
 METRICS.add(
     "matthews_correlation",
     f"{_ARITHMETIC}:matthews_correlation",
     about="Correlation of predicted and expected classes, from -1 to 1.",
     of=("classes",),
+    range=(-1.0, 1.0),
 )
 METRICS.add(
     "exact_match",
     f"{_ARITHMETIC}:exact_match",
     about="Fraction of the generated texts that equal the references.",
     of=("texts",),
+    range=(0.0, 1.0),
 )
 METRICS.add(
     "rougeL",
     f"{_ARITHMETIC}:rouge_l",
     about="F-measure of the longest common subsequence of words, in any script.",
     of=("texts",),
+    range=(0.0, 1.0),
 )
 
 ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes"}))]

@@ -8,25 +8,39 @@ masks are booleans.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.errors import FederateError, WireError
-from fedmerge_peft.recipe.schema import Logits
+from fedmerge_peft.sites.fields import (
+    AssignmentFields,
+    ChoosePlan,
+    InTurnPlan,
+    MixturePlan,
+    PlanFields,
+    ServedMixture,
+    ServedRow,
+    Trained,
+    TrainJob,
+    WireDtype,
+    read_fields,
+)
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Choose, InTurn, Mixture, Plan, Served, Train
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
+from fedmerge_peft.util.ranges import MAX_SCORE
 from fedmerge_peft.util.stateful import describe
+from fedmerge_peft.util.text import printable, shortened
+from fedmerge_peft.util.vectors import norm_fault
 
-WireDtype = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -164,14 +178,21 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
         "num_examples": reply.size,
         "train_loss": reply.train_loss,
         "seconds": reply.seconds,
-        "served": reply.served,
-        "finetuned": reply.finetuned,
+        "served": scores_in_range(reply.served),
+        "finetuned": scores_in_range(reply.finetuned),
         "choice": reply.choice,
     }
     tensors = {"deltas": reply.deltas.to(_DTYPES[dtype])}
     if reply.weights is not None:
         tensors["weights"] = reply.weights.float()
     return Message("trained", fields, tensors)
+
+
+def scores_in_range(scores: Mapping[str, float] | None) -> dict[str, float] | None:
+    """Return the scores that a message may hold: without NaN (no examples) and overflow."""
+    if scores is None:
+        return None
+    return {name: value for name, value in scores.items() if abs(value) <= MAX_SCORE}
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -201,26 +222,24 @@ def read_assignment(
         dtype: The agreed number format.
 
     Raises:
-        WireError: The layout, the number format, the hyperparameters or the form of the message is
-            wrong.
+        WireError: The layout, the number format, a field or a tensor is wrong or out of range.
     """
-    reader = _Reader(message, columns, dtype)
-    reader.check(layout)
-    with reader:
-        fields = message.fields
-        base = {str(module): reader.float32(name, None) for module, name in fields["base"].items()}
-        plan = None if fields["plan"] is None else reader.plan(fields["plan"])
-        served = None if fields["served"] is None else reader.served(fields["served"])
-        hyperparameters = Hyperparameters.parse(fields["hyperparameters"])
-        number, client = int(fields["round"]), str(fields["client"])
-        return RemoteAssignment(number, client, plan, served, base, hyperparameters)
-    raise AssertionError  # the block returns or raises
+    check_format(message, layout, dtype)
+    fields, reader = read_fields(AssignmentFields, message), _Reader(message, columns, dtype)
+    return RemoteAssignment(
+        fields.round,
+        fields.client,
+        None if fields.plan is None else reader.plan(fields.plan),
+        None if fields.served is None else reader.served(fields.served),
+        {module: reader.float32(name, 2) for module, name in fields.base.items()},
+        cast("Hyperparameters", fields.hyperparameters),
+    )
 
 
 def read_reply(
     message: Message, index: int, client: str, layout: str, columns: int, dtype: WireDtype
 ) -> Reply:
-    """Parse a client's reply. The round loop checks the values (``federation.reply_checks``).
+    """Parse a client's reply. The round loop compares it with its plan (``reply_checks``).
 
     Args:
         message: A message of kind ``trained``.
@@ -231,83 +250,54 @@ def read_reply(
         dtype: The agreed number format.
 
     Raises:
-        WireError: The reply belongs to another client, or its form is wrong.
+        WireError: The reply belongs to another client, or a field or a tensor is wrong or out of
+            range.
     """
-    reader = _Reader(message, columns, dtype)
-    reader.check(layout)
-    with reader:
-        fields = message.fields
-        if fields["client"] != client:
-            raise WireError(
-                f"the reply belongs to client {fields['client']!r}, expected {client!r}"
-            )
-        return Reply(
-            index,
-            reader.adapters("deltas", 2),
-            int(fields["num_examples"]),
-            None if fields["train_loss"] is None else float(fields["train_loss"]),
-            float(fields["seconds"]),
-            _scores(fields["served"]),
-            _scores(fields["finetuned"]),
-            int(fields["choice"]),
-            reader.float32("weights", 1) if "weights" in message.tensors else None,
-            int(fields["round"]),
+    check_format(message, layout, dtype)
+    fields, reader = read_fields(Trained, message), _Reader(message, columns, dtype)
+    if fields.client != client:
+        raise WireError(f"the reply belongs to client {fields.client!r}, expected {client!r}")
+    return Reply(
+        index,
+        reader.adapters("deltas", 2),
+        fields.num_examples,
+        fields.train_loss,
+        fields.seconds,
+        fields.served,
+        fields.finetuned,
+        fields.choice,
+        reader.float32("weights", 1) if "weights" in message.tensors else None,
+        fields.round,
+    )
+
+
+def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
+    """Raise ``WireError`` unless both ends have the same layout and number format."""
+    theirs, number_format = message.fields.get("layout"), message.fields.get("dtype")
+    if theirs != layout:
+        raise WireError(
+            f"the adapter has layout {printable(shortened(str(theirs), 13))}, expected "
+            f"{layout[:12]}; use the same model, lora section and package versions on the server "
+            "and all sites"
         )
-    raise AssertionError  # the block returns or raises
-
-
-def _logits(logits: Any) -> Logits | None:
-    """Return a value of ``training.logits``, or None; raise ``ValueError`` for others."""
-    if logits not in (None, *get_args(Logits)):
-        raise ValueError(f"unknown logits {logits!r}")
-    return cast("Logits | None", logits)
-
-
-def _scores(scores: Any) -> dict[str, float] | None:
-    return None if scores is None else {str(name): float(value) for name, value in scores.items()}
+    if number_format != dtype:
+        found = printable(shortened(str(number_format), 12))
+        raise WireError(f"the message has numbers in {found}, but the federation uses {dtype}")
 
 
 class _Reader:
-    """Checked access to a message's tensors and fields.
-
-    As a context manager it turns the errors of malformed fields into ``WireError``.
-    """
+    """Checked access to a message's tensors, and plans from checked fields."""
 
     def __init__(self, message: Message, columns: int, dtype: WireDtype) -> None:
         self.message = message
         self.columns = columns
         self.dtype = dtype
 
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        if isinstance(error, (KeyError, ValueError, TypeError, AttributeError, OverflowError)):
-            raise WireError(
-                f"a malformed {self.message.kind} message ({type(error).__name__}: {error})"
-            ) from error
-
-    def check(self, layout: str) -> None:
-        """Raise ``WireError`` unless both ends have the same layout and number format."""
-        theirs = self.message.fields.get("layout")
-        if theirs != layout:
-            short = theirs[:12] if isinstance(theirs, str) else theirs
-            raise WireError(
-                f"the adapter has layout {short}, expected {layout[:12]}; use the same model, lora "
-                "section and package versions on the server and all sites"
-            )
-        if (dtype := self.message.fields.get("dtype")) != self.dtype:
-            raise WireError(
-                f"the message has numbers in {dtype}, but the federation uses {self.dtype}"
-            )
-
     def adapters(self, name: str, dimensions: int) -> Tensor:
         """Return rows ``(P,)`` or ``(k, P)`` as float32."""
         return self._take(name, _DTYPES[self.dtype], dimensions, self.columns).float()
 
-    def float32(self, name: str, dimensions: int | None) -> Tensor:
+    def float32(self, name: str, dimensions: int) -> Tensor:
         """Return a float32 tensor."""
         return self._take(name, torch.float32, dimensions, None)
 
@@ -315,52 +305,57 @@ class _Reader:
         """Return a mask ``(P,)``."""
         return self._take(name, torch.bool, 1, self.columns)
 
-    def _take(
-        self, name: str, dtype: torch.dtype, dimensions: int | None, columns: int | None
-    ) -> Tensor:
-        tensor = self.message.tensors[name]
-        fits = (
-            tensor.dtype == dtype
-            and dimensions in (None, tensor.dim())
-            and (columns is None or tensor.shape[-1] == columns)
-        )
-        if not fits:
+    def _take(self, name: str, dtype: torch.dtype, dimensions: int, columns: int | None) -> Tensor:
+        tensor = self.message.tensors.get(name)
+        if tensor is None:
+            raise WireError(f"the message has no tensor {name}")
+        if (
+            tensor.dtype != dtype
+            or tensor.dim() != dimensions
+            or tensor.numel() == 0
+            or (columns is not None and tensor.shape[-1] != columns)
+        ):
             size = "" if columns is None else f" with {columns} columns"
             raise WireError(
-                f"{name} is {describe(tensor)}, expected {dimensions or 'any'} dimension(s) of "
+                f"{name} is {describe(tensor)}, expected {dimensions} dimension(s) of "
                 f"{str(dtype).removeprefix('torch.')}{size}"
             )
+        if tensor.is_floating_point() and (
+            fault := norm_fault(tensor.reshape(-1, tensor.shape[-1]))
+        ):
+            raise WireError(f"{name} is {fault}")
         return tensor
 
-    def plan(self, fields: Mapping[str, Any]) -> Plan:
-        match fields["name"]:
-            case "train":
+    def plan(self, fields: PlanFields) -> Plan:
+        match fields:
+            case TrainJob():
                 return self._train(fields)
-            case "in_turn":
-                return InTurn(tuple(self._train(job) for job in fields["jobs"]))
-            case "choose":
-                return Choose(self.adapters(fields["rows"], 2))
-            case "mixture":
+            case InTurnPlan():
+                return InTurn(tuple(self._train(job) for job in fields.jobs))
+            case ChoosePlan():
+                return Choose(self.adapters(fields.rows, 2))
+            case MixturePlan():
                 return self._mixture(fields)
-            case other:
-                raise WireError(f"an unknown plan {other!r}; install the same version everywhere")
 
-    def served(self, fields: Mapping[str, Any]) -> Served:
-        return self._mixture(fields) if "rows" in fields else self.adapters(fields["row"], 1)
+    def served(self, fields: ServedRow | ServedMixture) -> Served:
+        if isinstance(fields, ServedMixture):
+            return self._mixture(fields)
+        return self.adapters(fields.row, 1)
 
-    def _mixture(self, fields: Mapping[str, Any]) -> Mixture:
-        return Mixture(self.adapters(fields["rows"], 2), self.float32(fields["weights"], 1))
+    def _mixture(self, fields: ServedMixture) -> Mixture:
+        mixture = Mixture(self.adapters(fields.rows, 2), self.float32(fields.weights, 1))
+        sent = Mixture(mixture.rows, torch.empty(len(mixture.rows)))
+        if fault := sent.mismatch(0, mixture.weights):
+            raise WireError(f"a mixture of {len(mixture.rows)} adapters: {fault}")
+        return mixture
 
-    def _train(self, fields: Mapping[str, Any]) -> Train:
-        privacy = fields["privacy"]
-        phases: Sequence[str | None] = fields["phases"]
+    def _train(self, fields: TrainJob) -> Train:
+        privacy = fields.privacy
         return Train(
-            self.adapters(fields["row"], 1),
-            tuple(None if name is None else self.mask(name) for name in phases),
-            None if fields["proximal"] is None else float(fields["proximal"]),
-            None if fields["anchor"] is None else self.adapters(fields["anchor"], 1),
-            logits=_logits(fields["logits"]),
-            privacy=None
-            if privacy is None
-            else UpdatePrivacy(float(privacy["clip"]), float(privacy["noise"])),
+            self.adapters(fields.row, 1),
+            tuple(None if name is None else self.mask(name) for name in fields.phases),
+            fields.proximal,
+            None if fields.anchor is None else self.adapters(fields.anchor, 1),
+            logits=fields.logits,
+            privacy=None if privacy is None else UpdatePrivacy(privacy.clip, privacy.noise),
         )

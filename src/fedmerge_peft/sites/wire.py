@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedmerge_peft.errors import WireError
+from fedmerge_peft.util.text import printable, shortened
 
 PROTOCOL = 2
 """Version of the wire format; server and sites must use the same."""
 
 _HEADER = 8
 """Bytes at the start of a safetensors file that hold the length of its JSON header."""
+MAX_HEADER = 2**24
+"""Largest number of bytes of that header, which holds all fields of the message."""
+_MAX_KIND = 32
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,30 @@ class Message:
             header = _header(data)
             tensors = load(data)
             protocol, kind, fields = header["protocol"], header["kind"], header["fields"]
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except WireError:
+            raise
+        except Exception as error:  # safetensors and the JSON parser have many
             raise WireError(
                 f"{len(data)} bytes are not a message ({type(error).__name__})"
             ) from error
-        if protocol != PROTOCOL or not isinstance(kind, str) or not isinstance(fields, dict):
+        if protocol != PROTOCOL:
+            found = printable(shortened(repr(protocol), 20))
             raise WireError(
-                f"the message has protocol {protocol!r}, but this version uses {PROTOCOL}; "
+                f"the message has protocol {found}, but this version uses {PROTOCOL}; "
                 "install the same version on the server and all sites"
             )
+        if not isinstance(kind, str) or len(kind) > _MAX_KIND or not isinstance(fields, dict):
+            raise WireError("a message without a kind or without fields")
         return cls(kind, fields, tensors)
 
 
 def _header(data: bytes) -> Any:
-    """Parse the JSON header of a message."""
+    """Parse the JSON header of a message. Raises ``WireError`` if it is too long."""
     length = int.from_bytes(data[:_HEADER], "little")
+    if MAX_HEADER < length <= len(data):
+        raise WireError(
+            f"the fields of a message take {length} bytes, expected at most {MAX_HEADER}"
+        )
     return json.loads(json.loads(data[_HEADER : _HEADER + length])["__metadata__"]["fedmerge"])
 
 

@@ -8,7 +8,7 @@ if only one class is expected or predicted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,13 @@ import numpy as np
 from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.recipe.tasks import compares_texts
 from fedmerge_peft.tasks.words import words
+from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     from fedmerge_peft.tasks.base import Predictions
+
+_ROUNDING = 1e-6
+"""Rounding error by which a metric may leave its range."""
 
 
 def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
@@ -63,6 +67,29 @@ def greater_is_better(name: str) -> bool:
     if name == "loss":
         return False
     return name not in METRICS or bool(METRICS[name].facts.get("greater_is_better", True))
+
+
+def score_fault(
+    scores: Mapping[str, float], metrics: Sequence[str], lowest_loss: float
+) -> str | None:
+    """Return how scores from another machine differ from those of a task, or None.
+
+    Args:
+        scores: Values by name, such as ``test_accuracy``.
+        metrics: The task's metrics.
+        lowest_loss: Lower bound of the loss in nats; 0 for the loss of a discrete distribution.
+    """
+    ranges = {"loss": (lowest_loss, math.inf)} | {
+        name: METRICS[name].facts.get("range", (-math.inf, math.inf)) for name in metrics
+    }
+    for full_name, value in scores.items():
+        part, _, name = full_name.partition("_")
+        if part not in ("validation", "test") or name not in ranges:
+            return f"it has a score that the task does not have: {printable(full_name)}"
+        low, high = ranges[name]
+        if not low - _ROUNDING <= value <= high + _ROUNDING:
+            return f"{full_name} is {value:g}, expected a number from {low:g} to {high:g}"
+    return None
 
 
 @cache

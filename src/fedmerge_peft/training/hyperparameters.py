@@ -42,7 +42,7 @@ class Hyperparameters:
             raise ValueError(f"unknown hyperparameters {', '.join(sorted(map(str, unknown)))}")
         rate, epochs = fields.get("learning_rate"), fields.get("epochs")
         if rate is not None and not (
-            type(rate) in (int, float) and math.isfinite(rate) and 0 < rate <= MAX_LEARNING_RATE
+            type(rate) in (int, float) and 0 < rate <= MAX_LEARNING_RATE  # false for NaN
         ):
             raise ValueError(
                 f"learning_rate is {rate!r}, expected a number above 0 and at most "

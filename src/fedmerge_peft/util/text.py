@@ -28,6 +28,11 @@ def is_encodable(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def shortened(text: str, length: int) -> str:
+    """Return at most ``length`` characters of a text; … marks a text that was cut."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def closest(word: str, words: Iterable[str]) -> str | None:
     """Return the word that a misspelled word most likely stands for; None if none is close.
 

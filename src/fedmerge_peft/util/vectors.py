@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from fedmerge_peft.util.ranges import MAX_NORM
 from fedmerge_peft.util.stateful import describe
 
 _BLOCK = 1 << 10
@@ -36,6 +39,22 @@ def row_norms(rows: Tensor) -> Tensor:
     for number in unreliable.nonzero().flatten().tolist():
         norms[number] = rows[number].double().norm()
     return norms
+
+
+def norm_fault(rows: Tensor) -> str | None:
+    """Return how rows ``(k, P)`` leave the range of adapters and updates, or None.
+
+    The range is an L2 norm of at most ``MAX_NORM``. A row with a value that is not finite has no
+    finite norm.
+    """
+    if not len(rows):
+        return None
+    largest = float(row_norms(rows.float()).max())  # NaN if any norm is
+    if math.isfinite(largest) and largest <= MAX_NORM:
+        return None
+    if not all_finite(rows):
+        return "not finite"
+    return f"too large: its norm is {largest:.3g}, expected at most {MAX_NORM:g}"
 
 
 def tensor_mismatch(value: object, shape: tuple[int, ...]) -> str | None:

@@ -24,8 +24,8 @@ from fedmerge_peft.sites.config import Federation
 from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, OUTCOME_FILE, PAYLOAD, TOPIC
 from fedmerge_peft.sites.flare.workarounds import UniqueList, disable_payload_repr
-from fedmerge_peft.sites.server.engine import Request
 from fedmerge_peft.sites.server.job import State, run_job
+from fedmerge_peft.sites.server.transport import Request
 from fedmerge_peft.sites.wire import kind_of
 
 _POLL_INTERVAL = 0.05
@@ -58,7 +58,7 @@ class FlareTransport:
     def send_and_receive(
         self, requests: Mapping[str, Sequence[Request]], deadline: float
     ) -> Iterator[tuple[str, int, bytes | str]]:
-        """Send requests and yield replies; see ``server.engine.Transport``."""
+        """Send requests and yield replies; see ``server.transport.Transport``."""
         replies: Queue[tuple[Task, bytes | str]] = Queue()
         waiting = {site: deque(queue) for site, queue in requests.items() if queue}
         pending: dict[str, tuple[int, Task, float]] = {}

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Client
+from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
 from fedmerge_peft.errors import ClientError, FederateError, WireError
-from fedmerge_peft.models.backbone import Backbone, load_backbone
-from fedmerge_peft.models.pretrained import model_folder
+from fedmerge_peft.models.backbone import Backbone
+from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.fields import Enrolled, Evaluated, read_fields
 from fedmerge_peft.sites.messages import assignment_message, layout_digest, read_reply
-from fedmerge_peft.sites.server.roster import Roster, parse_label_counts, parse_site_summary
-from fedmerge_peft.sites.site_data import placeholder_table
+from fedmerge_peft.sites.server.enrollment import (
+    agree_and_load,
+    broadcast,
+    failures_to,
+    parse_reply,
+    require_sites,
+)
+from fedmerge_peft.sites.server.roster import (
+    NOT_ENROLLED,
+    Roster,
+    parse_label_counts,
+    parse_site_summary,
+)
+from fedmerge_peft.sites.server.transport import Request, Transport
 from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.strategies.base import Reply, StrategyContext
-from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task
+from fedmerge_peft.tasks.metrics import score_fault
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Plan, Served
@@ -38,30 +50,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
-
-Request = tuple[int, Callable[[], bytes]]
-"""Number of a request, and the function that serializes its message when it is sent."""
-
-
-class Transport(Protocol):
-    """Connection between the server and the sites of a job."""
-
-    @property
-    def sites(self) -> Sequence[str]:
-        """Names of the connected sites."""
-
-    def send_and_receive(
-        self, requests: Mapping[str, Sequence[Request]], deadline: float
-    ) -> Iterator[tuple[str, int, bytes | str]]:
-        """Send each site its requests, one after another, and yield the replies as they arrive.
-
-        Args:
-            requests: The requests of each site.
-            deadline: Seconds from now within which every request gets a reply or fails.
-
-        Yields:
-            Site, number of the request, and the bytes of the reply or the reason why there is none.
-        """
 
 
 @dataclass
@@ -129,15 +117,13 @@ class RemoteEngine:
         connected = [site for site in federation.sites if site in transport.sites]
         enroll = Message("enroll", {"recipe": recipe.to_yaml(), "dtype": federation.wire_dtype})
         timeout = federation.start_deadline
-        parsed: dict[str, dict[str, Any]] = {}
-        for site, message in _broadcast(transport, connected, enroll, timeout, absent):
-            with _failures_to(absent, site):
-                parsed[site] = parse_site_summary(message.fields, federation.sites[site], site)
+        parsed: dict[str, Enrolled] = {}
+        for site, message in broadcast(transport, connected, enroll, timeout, absent):
+            with failures_to(absent, site):
+                parsed[site] = parse_site_summary(message, federation.sites[site], site)
         summaries = {site: parsed[site] for site in connected if site in parsed}
-        absent |= roster.agree_on_format(summaries, recipe)
+        task, backbone = agree_and_load(recipe, roster, summaries, absent)
         present = [site for site in summaries if site not in absent]
-        _require_sites(present, absent)
-        task, backbone = _load(recipe, roster)
         open_job = Message(
             "open",
             {
@@ -147,16 +133,16 @@ class RemoteEngine:
             },
             backbone.shared,
         )
-        for site, message in _broadcast(transport, present, open_job, timeout, absent):
-            with _failures_to(absent, site):
-                clients = summaries[site]["clients"]
+        for site, message in broadcast(transport, present, open_job, timeout, absent):
+            with failures_to(absent, site):
+                clients = summaries[site].clients
                 counts = (
                     None  # private sites send none
                     if recipe.privacy.mode == "local"
-                    else parse_label_counts(message.fields, clients, roster.labels)
+                    else parse_label_counts(message, clients, roster.labels)
                 )
                 roster.add_clients(clients, counts)
-        _require_sites([site for site in present if site not in absent], absent)
+        require_sites([site for site in present if site not in absent], absent)
         for site, reason in absent.items():
             log.warning("site %s is excluded from this job: %s", site, reason)
         return cls(recipe, federation, roster, transport, task, backbone, absent)
@@ -182,8 +168,9 @@ class RemoteEngine:
         """
         if not self.task.labels or self.recipe.privacy.mode == "local":
             return None
-        unknown = {"counts": [0] * len(self.task.labels)}
-        return [self._roster.clients.get(client.name, unknown)["counts"] for client in self.clients]
+        unknown = [0] * len(self.task.labels)
+        entries = [self._roster.clients.get(client.name, NOT_ENROLLED) for client in self.clients]
+        return [entry["counts"] or unknown for entry in entries]
 
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]
@@ -209,8 +196,10 @@ class RemoteEngine:
             plan = plans.pop(index, None) or lazily.make(index).plan
             name = self.clients[index].name
             try:
-                message = _parse_reply(reply, "trained")
-                yield plan, read_reply(message, index, name, self.layout, columns, dtype)
+                message = parse_reply(reply, "trained")
+                answer = read_reply(message, index, name, self.layout, columns, dtype)
+                self._check_scores(answer.served, answer.finetuned)
+                yield plan, answer
             except FederateError as error:
                 yield plan, ClientError(name, round, str(error))
 
@@ -227,17 +216,24 @@ class RemoteEngine:
         payloads = {index: partial(payload, index) for index in lazily.clients}
         for index, reply in self._send_and_receive(payloads):
             try:
-                scores = _parse_reply(reply, "evaluated").fields.get("scores", ())
-                if scores is None:  # from a private site
+                answer = read_fields(Evaluated, parse_reply(reply, "evaluated"))
+                if answer.scores is None:  # from a private site
                     continue
-                if not isinstance(scores, dict):
-                    raise WireError("its scores are missing")
-                results[index] = {str(name): float(value) for name, value in scores.items()}
-            except (FederateError, TypeError, ValueError) as error:
+                self._check_scores(answer.scores)
+                results[index] = answer.scores
+            except FederateError as error:
                 results[index] = ClientError(
                     self.clients[index].name, completed, f"evaluation after the round: {error}"
                 )
         yield from sorted(results.items(), key=lambda result: result[0])
+
+    def _check_scores(self, *scores: Mapping[str, float] | None) -> None:
+        """Raise ``WireError`` for scores that the task does not have, or out of their ranges."""
+        name = self.recipe.task.name
+        lowest_loss = 0.0 if TASKS[name].origin == "built-in" else -math.inf
+        for values in scores:
+            if fault := score_fault(values or {}, self.task.metrics, lowest_loss):
+                raise WireError(fault)
 
     def send_adapter(
         self, client: str, tensors: Mapping[str, Tensor], documents: Mapping[str, str]
@@ -253,7 +249,7 @@ class RemoteEngine:
         index = self.federation.clients.index(client)
         for _, reply in self._send_and_receive({index: message.to_bytes}):
             try:
-                _parse_reply(reply, "adapter_stored")
+                parse_reply(reply, "adapter_stored")
             except FederateError as error:
                 return str(error)
         return None
@@ -287,84 +283,24 @@ class RemoteEngine:
             yield index, reply
 
 
-def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
-    """Load task and model on the CPU; the task is built from a table without real examples."""
-    recipe = recipe.model_copy(update={"task": recipe.task.with_format(roster.format)})
-    with ExitStack() as stack:
-        folder = model_folder(
-            recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
-        )
-        task = make_task(
-            recipe, placeholder_table(recipe, roster.labels or (), roster.columns), folder
-        )
-        return task, load_backbone(
-            recipe.backbone, recipe.lora, task, folder, torch.device("cpu"), recipe.seed
-        )
-
-
 def _clients(federation: Federation, roster: Roster) -> list[Client]:
     """Return all clients with their reported sizes; zero for clients that have not enrolled."""
-    unknown = {"group": "", "train": 0, "validation": 0, "test": 0}
-    clients = []
-    for name in federation.clients:
-        known = roster.clients.get(name, unknown)
-        train, validation, test = (
-            np.arange(known[part], dtype=np.int64) for part in ("train", "validation", "test")
+    entries = [(name, roster.clients.get(name, NOT_ENROLLED)) for name in federation.clients]
+    return [
+        Client(
+            name,
+            _indices(entry["train"]),
+            _indices(entry["validation"]),
+            _indices(entry["test"]),
+            entry["group"],
         )
-        clients.append(Client(name, train, validation, test, known["group"]))
-    return clients
+        for name, entry in entries
+    ]
 
 
-def _broadcast(
-    transport: Transport,
-    sites: Sequence[str],
-    message: Message,
-    deadline: float,
-    absent: dict[str, str],
-) -> list[tuple[str, Message]]:
-    """Send one message to all sites; return the replies, and add failing sites to ``absent``."""
-    payload = message.to_bytes()
-    expected = {"enroll": "enrolled", "open": "opened"}[message.kind]
-    replies: list[tuple[str, Message]] = []
-    for site, _, reply in transport.send_and_receive(
-        {site: [(0, lambda: payload)] for site in sites}, deadline
-    ):
-        with _failures_to(absent, site):
-            replies.append((site, _parse_reply(reply, expected)))
-    return replies
+def _indices(number: int) -> Indices:
+    """Return placeholders for rows that are at a site: only their number is used.
 
-
-def _parse_reply(reply: bytes | str, kind: str) -> Message:
-    """Parse a reply of the transport.
-
-    Args:
-        reply: The bytes of a message, or the reason why there is none.
-        kind: The expected kind.
-
-    Raises:
-        FederateError: There is no reply, or the site reports an error.
-        WireError: The bytes are not a message of this kind.
+    They take no memory, whatever number a site has declared.
     """
-    if isinstance(reply, str):
-        raise FederateError(reply)
-    message = Message.from_bytes(reply)
-    if message.kind == "error":
-        raise FederateError(str(message.fields.get("error")))
-    if message.kind != kind:
-        raise WireError(f"it sent a message of kind {message.kind!r}, expected {kind!r}")
-    return message
-
-
-@contextmanager
-def _failures_to(absent: dict[str, str], site: str) -> Iterator[None]:
-    """Catch a ``FederateError`` of the block and record it as the reason for the site's absence."""
-    try:
-        yield
-    except FederateError as error:
-        absent[site] = str(error)
-
-
-def _require_sites(present: Sequence[str], absent: Mapping[str, str]) -> None:
-    if not present:
-        reasons = "\n".join(f"  {site}: {reason}" for site, reason in absent.items())
-        raise FederateError(f"no site can take part:\n{reasons}")
+    return np.broadcast_to(np.int64(0), number)

@@ -21,8 +21,9 @@ from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.serving.export import export_client
 from fedmerge_peft.sites.config import RECIPE_FILE, RUN_FOLDER, Federation
-from fedmerge_peft.sites.server.engine import RemoteEngine, Transport
+from fedmerge_peft.sites.server.engine import RemoteEngine
 from fedmerge_peft.sites.server.roster import Roster, update_run_clients
+from fedmerge_peft.sites.server.transport import Transport
 
 log = logging.getLogger(__name__)
 

@@ -2,152 +2,217 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, TypeVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.sites.config import Federation, read_json
+from fedmerge_peft.sites.fields import (
+    MAX_LABELS,
+    Enrolled,
+    EnrolledClient,
+    Labels,
+    Opened,
+    TextFormat,
+    read_fields,
+)
 from fedmerge_peft.sites.site_data import agree_on_labels
+from fedmerge_peft.sites.wire import Message
 from fedmerge_peft.util.files import write_json
+from fedmerge_peft.util.ranges import Count, Name, first_fault
 
 ROSTER_FILE = "roster.json"
 _SPLITS = ("train", "validation", "test")
+
+
+class RosterEntry(TypedDict):
+    """A client in the roster."""
+
+    group: Name
+    train: Count
+    validation: Count
+    test: Count
+    counts: list[Count] | None
+    """Training examples by label; None for a task without labels."""
+
+
+NOT_ENROLLED = RosterEntry(group="", train=0, validation=0, test=0, counts=None)
+"""Entry of a client whose site has not enrolled yet."""
 
 
 @dataclass
 class Roster:
     """Clients and labels of the federation, stored in the server's kit across restarts."""
 
-    labels: list[str] | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    labels: Labels | None = None
     """Names of the labels in the order of their ids; fixed by the sites of the first job."""
-    format: str | None = None
+    format: TextFormat | None = None
     """Text format of the federation."""
-    columns: list[str] = field(default_factory=list)
+    columns: Annotated[list[Name], Field(max_length=1000)] = field(default_factory=list)
     """Columns of the data."""
-    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Entries by client name: ``group``; the numbers of examples ``train``, ``validation`` and
-    ``test``; and ``counts``, the training examples by label."""
+    clients: dict[str, RosterEntry] = field(default_factory=dict)
+    """Entries by client name."""
 
     @classmethod
     def read(cls, kit: Path) -> Roster:
         """Read a server kit's roster; empty before the first job. Raises ``FederateError``."""
         document = read_json(kit / ROSTER_FILE)
         try:
-            return cls() if document is None else cls(**document)
-        except TypeError as error:
+            return cls() if document is None else TypeAdapter(cls).validate_python(document)
+        except ValidationError as invalid:
             raise FederateError(
-                f"{kit / ROSTER_FILE}: written by another version ({error})"
-            ) from error
+                f"{kit / ROSTER_FILE}: damaged, or written by another version "
+                f"({first_fault(invalid)}); restore it from a backup"
+            ) from None
 
     def write(self, kit: Path) -> None:
         """Write the roster into the server's kit. Raises ``RunError``."""
         write_json(kit / ROSTER_FILE, asdict(self))
 
-    def agree_on_format(
-        self, summaries: Mapping[str, Mapping[str, Any]], recipe: Recipe
-    ) -> dict[str, str]:
-        """Fix labels and text format in the first job; afterwards check the sites against them.
+    def agree_on_format(self, summaries: Mapping[str, Enrolled], recipe: Recipe) -> dict[str, str]:
+        """Fix columns, labels and text format in the first job; then check the sites against them.
+
+        Columns and format are those of most sites, and of the first of them if several are equally
+        frequent.
 
         Args:
-            summaries: The parsed summary of each site.
+            summaries: The summary of each site.
             recipe: Recipe of the federation.
 
         Returns:
             The reason, by site, for each site that does not match.
-
-        Raises:
-            FederateError: The sites have more labels than the recipe.
         """
-        refused: dict[str, str] = {}
         texts = recipe.task.label_column is None
-        if not self.columns and summaries:
-            first = next(iter(summaries.values()))
-            self.columns, self.format = list(first["columns"]), first["format"]
-            if not texts:
-                self.labels = agree_on_labels(
-                    [summary["labels"] for summary in summaries.values()],
-                    getattr(recipe.task, "num_labels", None),
-                )
+        refused: dict[str, str] = {}
         for site, summary in summaries.items():
-            if texts and summary["format"] != self.format:
+            if (summary.labels is None) != texts or (summary.format is None) == texts:
+                expected = "a text format and no labels" if texts else "labels and no text format"
+                refused[site] = f"its summary of the data must have {expected}"
+        fitting = {site: summary for site, summary in summaries.items() if site not in refused}
+        if not self.columns and fitting:
+            columns = _most_frequent([tuple(summary.columns) for summary in fitting.values()])
+            self.columns = list(columns)
+            self.format = _most_frequent([summary.format for summary in fitting.values()])
+            if not texts:
+                number = getattr(recipe.task, "num_labels", None)
+                named = {site: summary.labels or [] for site, summary in fitting.items()}
+                refused |= (excess := sites_beyond(named, number))
+                kept = [labels for site, labels in named.items() if site not in excess]
+                self.labels = agree_on_labels(kept, number) if kept else None
+        for site, summary in fitting.items():
+            if site in refused:
+                continue
+            if summary.format != self.format:
                 refused[site] = (
-                    f"its texts have the format {summary['format']}, "
+                    f"its texts have the format {summary.format}, "
                     f"and the federation uses {self.format}"
                 )
-            elif not texts and (unknown := sorted(set(summary["labels"]) - set(self.labels or ()))):
+            elif unknown := sorted(set(summary.labels or ()) - set(self.labels or ())):
                 refused[site] = (
-                    f"its data have labels that the federation does not have: {', '.join(unknown)}"
+                    "its data have labels that the federation does not have: "
+                    f"{join_values(unknown)}"
                 )
         return refused
 
     def add_clients(
-        self, clients: Sequence[Mapping[str, Any]], counts: Sequence[Sequence[int]] | None
+        self, clients: Sequence[EnrolledClient], counts: Sequence[Sequence[int]] | None
     ) -> None:
         """Add a site's clients. Raises ``WireError`` if a client has changed its counts."""
+        added: dict[str, RosterEntry] = {}
         for position, client in enumerate(clients):
-            entry = {key: client[key] for key in ("group", *_SPLITS)}
-            entry["counts"] = None if counts is None else list(counts[position])
-            known = self.clients.setdefault(str(client["name"]), entry)
+            entry = RosterEntry(
+                group=client.group,
+                train=client.train,
+                validation=client.validation,
+                test=client.test,
+                counts=None if counts is None else list(counts[position]),
+            )
+            known = self.clients.get(client.name, entry)
             if known != entry:
                 before, now = (
-                    ", ".join(f"{values[split]} {split}" for split in _SPLITS)
+                    f"{values['train']} train, {values['validation']} validation, "
+                    f"{values['test']} test"
                     for values in (known, entry)
                 )
                 raise WireError(
-                    f"client {client['name']} enrolled with {before} examples, but now has {now}, "
+                    f"client {client.name} enrolled with {before} examples, but now has {now}, "
                     "or different label counts; data must not change within a federation"
                 )
+            added[client.name] = entry
+        self.clients |= added
 
 
-def parse_site_summary(
-    fields: Mapping[str, Any], clients: Sequence[str], site: str
-) -> dict[str, Any]:
+T = TypeVar("T")
+
+
+def _most_frequent(values: Sequence[T]) -> T:
+    """Return the most frequent value, the first of equally frequent ones."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def sites_beyond(labels: Mapping[str, Sequence[str]], number: int | None) -> dict[str, str]:
+    """Choose sites to leave out until the others together have an allowed number of labels.
+
+    The site with the most labels that no other site has is the next to be left out; of equal ones,
+    the one with the most labels.
+
+    Args:
+        labels: Names of the labels of each site.
+        number: ``task.num_labels``; None for at most ``MAX_LABELS``.
+
+    Returns:
+        The reason, by site, for each site that is left out.
+    """
+    kept = {site: set(names) for site, names in labels.items()}
+    limit = number or MAX_LABELS
+    reasons: dict[str, str] = {}
+    while len(set().union(*kept.values())) > limit:
+        holders = Counter(name for names in kept.values() for name in names)
+        alone = {site: sum(holders[name] == 1 for name in names) for site, names in kept.items()}
+        site = max(kept, key=lambda site: (alone[site], len(kept[site])))
+        key = "task.num_labels" if number else "the limit without task.num_labels"
+        reasons[site] = (
+            f"{alone[site]} of the {len(kept[site])} labels of its data occur at no other site; "
+            f"{key} is {limit}"
+        )
+        del kept[site]
+    return reasons
+
+
+def parse_site_summary(message: Message, clients: Sequence[str], site: str) -> Enrolled:
     """Check and return the ``SiteSummary`` in a message.
 
     Args:
-        fields: Fields of the ``enrolled`` message.
+        message: A message of kind ``enrolled``.
         clients: Names of the site's clients in the federation.
         site: Name of the site.
 
     Raises:
-        WireError: The summary is malformed, or describes other clients.
+        WireError: A field is out of range, or the summary describes other clients.
     """
-    try:
-        entries: list[dict[str, Any]] = [
-            {
-                "name": str(entry["name"]),
-                "group": str(entry["group"]),
-                **{split: _count(entry[split]) for split in _SPLITS},
-            }
-            for entry in fields["clients"]
-        ]
-        labels, text_format = fields["labels"], fields["format"]
-        columns = [str(name) for name in fields["columns"]]
-        labels = None if labels is None else [str(label) for label in labels]
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"its summary of the data is malformed ({type(error).__name__})") from error
-    if [entry["name"] for entry in entries] != list(clients):
+    summary = read_fields(Enrolled, message)
+    if [client.name for client in summary.clients] != list(clients):
         raise WireError(f"the clients in its summary differ from those of the federation at {site}")
-    if any(entry["train"] < 1 for entry in entries):
-        raise WireError("its summary has a client without training examples")
-    return {
-        "clients": entries,
-        "labels": labels,
-        "format": None if text_format is None else str(text_format),
-        "columns": columns,
-    }
+    return summary
 
 
 def parse_label_counts(
-    fields: Mapping[str, Any], clients: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
+    message: Message, clients: Sequence[EnrolledClient], labels: Sequence[str] | None
 ) -> list[list[int]] | None:
     """Check and return the training examples of each label, clients × labels.
 
     Args:
-        fields: Fields of the ``opened`` message.
+        message: A message of kind ``opened``.
         clients: The clients in the site's summary.
         labels: The federation's labels.
 
@@ -155,15 +220,13 @@ def parse_label_counts(
         The counts; None for a task without labels.
 
     Raises:
-        WireError: The counts are malformed, or do not sum to the training examples.
+        WireError: A field is out of range, or the counts do not sum to the training examples.
     """
+    counts = read_fields(Opened, message).counts
     if not labels:
         return None
-    try:
-        counts = [[_count(number) for number in row] for row in fields["counts"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"its counts of labels are malformed ({type(error).__name__})") from error
-    if [sum(row) for row in counts] != [client["train"] for client in clients] or any(
+    counts = counts or []
+    if [sum(row) for row in counts] != [client.train for client in clients] or any(
         len(row) != len(labels) for row in counts
     ):
         raise WireError("its counts of labels do not add up to its examples")
@@ -182,15 +245,9 @@ def update_run_clients(run: Path, federation: Federation, roster: Roster) -> Non
     for entry in clients:
         known = roster.clients.get(entry["name"])
         if known is not None and entry["train"] == 0:
-            entry |= {key: known[key] for key in ("group", *_SPLITS)}
+            entry |= {key: known[key] for key in ("group", *_SPLITS)}  # type: ignore[literal-required]
             if labels is not None:
                 labels["counts"][federation.clients.index(entry["name"])] = known["counts"]
     write_json(run / "clients.json", clients)
     if labels is not None:
         write_json(run / "labels.json", labels)
-
-
-def _count(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a count")
-    return value

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
@@ -23,11 +25,13 @@ from fedmerge_peft.sites.config import (
     modules_refusal,
     recipe_refusal,
 )
+from fedmerge_peft.sites.fields import Enroll, Open, StoreAdapter, read_fields
 from fedmerge_peft.sites.messages import (
     RemoteAssignment,
     layout_digest,
     read_assignment,
     reply_message,
+    scores_in_range,
 )
 from fedmerge_peft.sites.site.audit import AuditEntry, record
 from fedmerge_peft.sites.site.release import WITHHELD, ReleaseRules
@@ -42,12 +46,11 @@ from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.training.plan import Plan, Train
 from fedmerge_peft.util.files import write_text
-from fedmerge_peft.util.vectors import row_norms
+from fedmerge_peft.util.ranges import MAX_REASON
+from fedmerge_peft.util.text import shortened
+from fedmerge_peft.util.vectors import norm_fault, row_norms
 
 log = logging.getLogger(__name__)
-
-_MAX_DOCUMENT = 2**18
-"""Largest number of characters in a document that the server sends with an adapter."""
 
 
 class Trainer:
@@ -97,7 +100,8 @@ class Trainer:
             log.warning("%s", error)
             refused = isinstance(error, RefusedError | WireError)
             sent = WITHHELD if self.release.private and not refused else reason
-            reply = Message("error", {"error": sent, "refused": refused})
+            text = shortened(sent, MAX_REASON)
+            reply = Message("error", {"error": text, "refused": refused})
             entry = AuditEntry("error", error=reason)
         except Exception as error:
             log.exception("a message could not be handled")
@@ -118,8 +122,9 @@ class Trainer:
             case "train" | "evaluate":
                 return self._train_or_evaluate(message)
             case "adapter":
-                client = str(message.fields.get("client"))
-                return self._store_adapter(message), AuditEntry("adapter", client)
+                fields = read_fields(StoreAdapter, message)
+                self._store_adapter(fields, message.tensors)
+                return Message("adapter_stored"), AuditEntry("adapter", fields.client)
             case other:
                 raise WireError(
                     f"a message of unknown kind {other!r}; "
@@ -129,26 +134,27 @@ class Trainer:
     # ---- start of a job --------------------------------------------------------------------------
 
     def _enroll(self, message: Message) -> Message:
-        text = str(message.fields.get("recipe"))
+        fields = read_fields(Enroll, message)
         # Plugins of the server's recipe are not imported: a site only runs the code of its own kit.
-        requested = loads(Recipe, text, "the server's recipe", plugins="ignore")
+        requested = loads(Recipe, fields.recipe, "the server's recipe", plugins="ignore")
         if reason := recipe_refusal(requested, self.agreed, self.settings.allow):
             raise RefusedError(reason)
-        if (dtype := message.fields.get("dtype")) != self.federation.wire_dtype:
+        if fields.dtype != self.federation.wire_dtype:
             raise WireError(
-                f"the server sends numbers in {dtype}, but the kit has {self.federation.wire_dtype}"
+                f"the server sends numbers in {fields.dtype}, but the kit has "
+                f"{self.federation.wire_dtype}"
             )
         self._adds_to_backbone = _adds_to_backbone(requested)
         return Message("enrolled", asdict(self.release.summary(self.summary)))
 
     def _open_job(self, message: Message) -> Message:
-        fields = message.fields
-        labels, layout = fields.get("labels"), fields.get("layout")
-        key = (labels, fields.get("format"))
+        fields = read_fields(Open, message)
+        labels, layout = fields.labels, fields.layout
+        key = (labels, fields.format)
         if self._open is None or self._open[0] != key:
             self._open = None  # frees the memory of the previous engine
             data = with_label_ids(self.data, self.recipe, labels or ())
-            task = self.recipe.task.with_format(fields.get("format"))
+            task = self.recipe.task.with_format(fields.format)
             recipe = self.recipe.model_copy(update={"task": task})
             self._open = (key, LocalEngine.from_data(recipe, data))
         engine = self._engine
@@ -165,7 +171,7 @@ class Trainer:
         ours = layout_digest(backbone.layout, backbone.shared)
         if layout != ours:
             raise WireError(
-                f"the server's adapters have layout {str(layout)[:12]}, and this site's have "
+                f"the server's adapters have layout {layout[:12]}, and this site's have "
                 f"{ours[:12]}: model, PEFT or fedmerge-peft differ; use the same model and the "
                 "same versions on the server and all sites"
             )
@@ -178,6 +184,9 @@ class Trainer:
             name: value.shape for name, value in backbone.shared.items()
         }:
             raise WireError("the tensors shared by all adapters do not fit this layout")
+        for name, value in shared.items():
+            if fault := norm_fault(value.reshape(1, -1)):
+                raise WireError(f"{name} is {fault}")
         backbone.load_shared(shared)
         engine.clear_caches()  # their content depends on the shared tensors
         counts = self.release.label_counts(engine.label_counts())
@@ -242,7 +251,9 @@ class Trainer:
         ((_, scores),) = engine.evaluate_clients(served, assignment.round)
         if isinstance(scores, ClientError):
             raise scores
-        return Message("evaluated", {"client": assignment.client, "scores": scores})
+        return Message(
+            "evaluated", {"client": assignment.client, "scores": scores_in_range(scores)}
+        )
 
     def _check_hyperparameters(self, requested: Hyperparameters) -> None:
         """Check that the server sets the keys of ``training`` that the kit leaves open, only these.
@@ -265,24 +276,21 @@ class Trainer:
 
     # ---- end of the run --------------------------------------------------------------------------
 
-    def _store_adapter(self, message: Message) -> Message:
+    def _store_adapter(self, fields: StoreAdapter, tensors: Mapping[str, Tensor]) -> None:
         """Write a client's adapter as a PEFT folder, with the configuration of this site."""
-        client, backbone = message.fields.get("client"), self._engine.backbone
+        client, backbone = fields.client, self._engine.backbone
         if client not in [local.name for local in self.data.clients]:
             raise WireError(f"an adapter for client {client!r}, which is not at this site")
         expected = {entry.key: entry.shape for entry in backbone.layout.entries} | {
             name: tuple(tensor.shape) for name, tensor in backbone.shared.items()
         }
-        if {name: tuple(tensor.shape) for name, tensor in message.tensors.items()} != expected:
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
             raise WireError("an adapter that does not fit this layout")
         folder = self.kit / "adapters" / folder_name(client)
-        write_adapter(folder, message.tensors, self._config)
-        for name in ("README.md", "weights.json"):
-            text = message.fields.get(name)
-            if isinstance(text, str) and len(text) <= _MAX_DOCUMENT:
-                write_text(folder / name, text)
+        write_adapter(folder, tensors, self._config)
+        write_text(folder / "README.md", fields.readme)
+        write_text(folder / "weights.json", fields.weights)
         log.warning("the adapter of %s is in %s", client, folder)
-        return Message("adapter_stored")
 
     @cached_property
     def _config(self) -> Mapping[str, object]:

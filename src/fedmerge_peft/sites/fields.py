@@ -1,0 +1,246 @@
+"""Fields of every message between server and sites, with the ranges of their values.
+
+``read_fields`` is the only reader. Each end checks the whole message with it before it uses a
+value. ``messages`` checks the tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from fedmerge_peft.errors import WireError
+from fedmerge_peft.recipe.schema import Logits
+from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.sites.wire import Message
+from fedmerge_peft.training.hyperparameters import Hyperparameters
+from fedmerge_peft.util.ranges import (
+    MAX_REASON,
+    MAX_SCORE,
+    Count,
+    Loss,
+    Name,
+    Seconds,
+    first_fault,
+    real,
+)
+
+MAX_LABELS = 1000
+"""Most labels of a federation whose recipe has no ``task.num_labels``."""
+MAX_DOCUMENT = 2**20
+_MAX_CLIENTS = 100_000
+
+WireDtype = Literal["float32", "bfloat16"]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+TensorName = Annotated[str, Field(pattern="^[a-z0-9]{1,16}$")]
+"""Name of a tensor in the same message."""
+TextFormat = Literal["text", "messages", "prompt-completion", "instruction"]
+Labels = Annotated[list[Name], Field(max_length=2**16)]
+Document = Annotated[str, Field(max_length=MAX_DOCUMENT)]
+Index = Annotated[int, Field(ge=0, le=9_999)]
+"""Number of an adapter."""
+
+
+class Fields(Section):
+    """Fields of one kind of message. Unknown fields are refused."""
+
+
+# ---- start of a job ------------------------------------------------------------------------------
+
+
+class Enroll(Fields):
+    """``enroll``, from the server."""
+
+    recipe: Annotated[str, Field(max_length=2**20)]
+    dtype: WireDtype
+
+
+class EnrolledClient(Fields):
+    """A client in ``enrolled``."""
+
+    name: Name
+    group: Name
+    train: Annotated[Count, Field(ge=1)]
+    validation: Count
+    test: Count
+
+
+class Enrolled(Fields):
+    """``enrolled``, from a site: the ``SiteSummary``."""
+
+    clients: Annotated[list[EnrolledClient], Field(min_length=1, max_length=_MAX_CLIENTS)]
+    labels: Labels | None
+    format: TextFormat | None
+    columns: Annotated[list[Name], Field(max_length=1000)]
+
+
+class Open(Fields):
+    """``open``, from the server."""
+
+    labels: Labels | None
+    format: TextFormat | None
+    layout: Digest
+
+
+class Opened(Fields):
+    """``opened``, from a site."""
+
+    layout: Digest
+    size: Count
+    counts: (
+        Annotated[
+            list[Annotated[list[Count], Field(max_length=2**16)]], Field(max_length=_MAX_CLIENTS)
+        ]
+        | None
+    )
+
+
+# ---- assignments ---------------------------------------------------------------------------------
+
+
+class Privacy(Fields):
+    """Clipping and noise that a plan requests."""
+
+    clip: Annotated[float, Field(gt=0.0, le=1e9)]
+    noise: Annotated[float, Field(ge=0.0, le=1e9)]
+
+
+class TrainJob(Fields):
+    """Training of one adapter."""
+
+    row: TensorName
+    phases: Annotated[list[TensorName | None], Field(min_length=1, max_length=64)]
+    proximal: Annotated[float, Field(ge=0.0, le=1e6)] | None
+    anchor: TensorName | None
+    logits: Logits | None
+    privacy: Privacy | None
+
+
+class TrainPlan(TrainJob):
+    """Plan ``train``."""
+
+    name: Literal["train"]
+
+
+class InTurnPlan(Fields):
+    """Plan ``in_turn``."""
+
+    name: Literal["in_turn"]
+    jobs: Annotated[list[TrainJob], Field(min_length=1, max_length=8)]
+
+
+class ChoosePlan(Fields):
+    """Plan ``choose``."""
+
+    name: Literal["choose"]
+    rows: TensorName
+
+
+class ServedMixture(Fields):
+    """Mixture that a client predicts with."""
+
+    rows: TensorName
+    weights: TensorName
+
+
+class MixturePlan(ServedMixture):
+    """Plan ``mixture``."""
+
+    name: Literal["mixture"]
+
+
+class ServedRow(Fields):
+    """Adapter that a client predicts with."""
+
+    row: TensorName
+
+
+PlanFields = TrainPlan | InTurnPlan | ChoosePlan | MixturePlan
+
+
+class AssignmentFields(Fields):
+    """``train`` and ``evaluate``, from the server."""
+
+    round: Count
+    client: Name
+    layout: Digest
+    dtype: WireDtype
+    plan: Annotated[PlanFields, Field(discriminator="name")] | None
+    served: ServedRow | ServedMixture | None
+    hyperparameters: Annotated[
+        dict[str, object], Field(max_length=2), AfterValidator(Hyperparameters.parse)
+    ]
+    base: Annotated[dict[Name, TensorName], Field(max_length=10_000)]
+
+
+# ---- replies -------------------------------------------------------------------------------------
+
+Scores = Annotated[
+    dict[Annotated[Name, Field(max_length=64)], Annotated[float, real(-MAX_SCORE, MAX_SCORE)]],
+    Field(max_length=64),
+]
+"""Scores by name. The server also compares them with its task (``score_fault``)."""
+
+
+class Trained(Fields):
+    """``trained``, from a site."""
+
+    round: Count
+    client: Name
+    layout: Digest
+    dtype: WireDtype
+    num_examples: Count
+    train_loss: Loss | None
+    seconds: Seconds
+    served: Scores | None
+    finetuned: Scores | None
+    choice: Index
+
+
+class Evaluated(Fields):
+    """``evaluated``, from a site."""
+
+    client: Name
+    scores: Scores | None
+
+
+class Failure(Fields):
+    """``error``, from a site."""
+
+    error: Annotated[str, Field(max_length=MAX_REASON)]
+    refused: bool
+
+
+# ---- end of the run ------------------------------------------------------------------------------
+
+
+class StoreAdapter(Fields):
+    """``adapter``, from the server."""
+
+    client: Name
+    readme: Annotated[Document, Field(alias="README.md")]
+    weights: Annotated[Document, Field(alias="weights.json")]
+
+
+class AdapterStored(Fields):
+    """``adapter_stored``, from a site."""
+
+
+F = TypeVar("F", bound=Fields)
+
+
+def read_fields(kind: type[F], message: Message) -> F:
+    """Return the fields of a message after checking all of them.
+
+    Args:
+        kind: The expected fields.
+        message: The message as received.
+
+    Raises:
+        WireError: A field is missing, unknown, of another type, or out of its range.
+    """
+    try:
+        return kind.model_validate(dict(message.fields))
+    except ValidationError as invalid:
+        raise WireError(f"its {message.kind} message is refused: {first_fault(invalid)}") from None

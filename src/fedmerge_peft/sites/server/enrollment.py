@@ -1,0 +1,128 @@
+"""Start of a job at the server: what the sites have in common, and the replies that they send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from fedmerge_peft.errors import DataError, FederateError, WireError
+from fedmerge_peft.models.backbone import Backbone, load_backbone
+from fedmerge_peft.models.pretrained import model_folder
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.sites.config import printable_lines
+from fedmerge_peft.sites.fields import Enrolled, Failure, read_fields
+from fedmerge_peft.sites.server.roster import Roster
+from fedmerge_peft.sites.server.transport import Transport
+from fedmerge_peft.sites.site_data import placeholder_table
+from fedmerge_peft.sites.wire import Message
+from fedmerge_peft.tasks import make_task
+from fedmerge_peft.tasks.base import Task
+from fedmerge_peft.util.ranges import MAX_REASON
+from fedmerge_peft.util.text import shortened
+
+
+def agree_and_load(
+    recipe: Recipe, roster: Roster, summaries: Mapping[str, Enrolled], absent: dict[str, str]
+) -> tuple[Task, Backbone]:
+    """Agree on the format of the data, and load task and model.
+
+    Sites whose data do not match are added to ``absent``. In the first job, these are also the
+    sites whose columns the task refuses, so that one of them does not end the job.
+
+    Raises:
+        FederateError: No site can take part.
+        FedMergeError: The server cannot load the model.
+    """
+    first = not roster.columns
+    while True:
+        present = {site: parsed for site, parsed in summaries.items() if site not in absent}
+        absent |= roster.agree_on_format(present, recipe)
+        require_sites([site for site in present if site not in absent], absent)
+        try:
+            return _load(recipe, roster)
+        except DataError as error:
+            refused = [site for site in present if present[site].columns == roster.columns]
+            if not first or not refused:
+                raise
+            absent |= dict.fromkeys(refused, str(error))
+            roster.labels, roster.format, roster.columns = None, None, []
+
+
+def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
+    """Load task and model on the CPU; the task is built from a table without real examples."""
+    recipe = recipe.model_copy(update={"task": recipe.task.with_format(roster.format)})
+    with ExitStack() as stack:
+        folder = model_folder(
+            recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
+        )
+        task = make_task(
+            recipe, placeholder_table(recipe, roster.labels or (), roster.columns), folder
+        )
+        return task, load_backbone(
+            recipe.backbone, recipe.lora, task, folder, torch.device("cpu"), recipe.seed
+        )
+
+
+def broadcast(
+    transport: Transport,
+    sites: Sequence[str],
+    message: Message,
+    deadline: float,
+    absent: dict[str, str],
+) -> list[tuple[str, Message]]:
+    """Send one message to all sites; return the replies, and add failing sites to ``absent``."""
+    payload = message.to_bytes()
+    expected = {"enroll": "enrolled", "open": "opened"}[message.kind]
+    replies: list[tuple[str, Message]] = []
+    for site, _, reply in transport.send_and_receive(
+        {site: [(0, lambda: payload)] for site in sites}, deadline
+    ):
+        with failures_to(absent, site):
+            replies.append((site, parse_reply(reply, expected)))
+    return replies
+
+
+def parse_reply(reply: bytes | str, kind: str) -> Message:
+    """Parse a reply of the transport.
+
+    Args:
+        reply: The bytes of a message, or the reason why there is none.
+        kind: The expected kind.
+
+    Raises:
+        FederateError: There is no reply, or the site reports an error.
+        WireError: The bytes are not a message of this kind.
+    """
+    if isinstance(reply, str):
+        raise FederateError(_reason(reply))
+    message = Message.from_bytes(reply)
+    if message.kind == "error":
+        raise FederateError(_reason(read_fields(Failure, message).error))
+    if message.kind != kind:
+        raise WireError(f"it sent a message of kind {message.kind!r}, expected {kind!r}")
+    return message
+
+
+def _reason(text: str) -> str:
+    """Return a site's reason for a failure, with control characters escaped."""
+    return printable_lines(shortened(text, MAX_REASON).split("\n"))
+
+
+@contextmanager
+def failures_to(absent: dict[str, str], site: str) -> Iterator[None]:
+    """Catch a ``FederateError`` of the block and record it as the reason for the site's absence."""
+    try:
+        yield
+    except FederateError as error:
+        absent[site] = str(error)
+
+
+def require_sites(present: Sequence[str], absent: Mapping[str, str]) -> None:
+    """Raise ``FederateError``, with the reason of each site, if no site is present."""
+    if not present:
+        reasons = "\n".join(f"  {site}: {reason}" for site, reason in absent.items())
+        raise FederateError(f"no site can take part:\n{reasons}")

@@ -219,7 +219,7 @@ def test_broken_files_and_empty_folders_are_refused_with_the_cause(tmp_path):
         faults(tmp_path / "rows.parquet"),
     )
     (tmp_path / "empty").mkdir()
-    assert "empty cannot be loaded: EmptyDatasetError" in faults(tmp_path / "empty")
+    assert "empty has no table (.csv, .tsv, " in faults(tmp_path / "empty")
 
 
 def test_unknown_embedded_data_are_named():

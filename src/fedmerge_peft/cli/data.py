@@ -33,8 +33,8 @@ def data(
     from fedmerge_peft.util.text import printable
 
     loaded = Recipe.load(recipe, overrides or [])
-    label = getattr(loaded.task, "label", None)
-    federated = federate_data(loaded.data, label, loaded.seed)
+    label = loaded.task.label_column
+    federated = federate_data(loaded.data, label, loaded.seed, loaded.task.image_column)
     console = Console(highlight=False)
     console.print(terminal_chart(federated, by or label, width=console.width))
     if figure is not None:

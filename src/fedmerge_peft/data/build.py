@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> FederatedData:
+def federate_data(
+    recipe: DataRecipe, label: str | None, seed: int, image: str | None = None
+) -> FederatedData:
     """Load the data of a recipe and partition them among clients.
 
     Validation and test splits are partitioned like the training split. A client gets the same
@@ -35,6 +37,8 @@ def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> Federated
         label: Label column of the task, or None if examples have no label.
         seed: Seed of the recipe. The clients depend on the seed only, not on random numbers drawn
             in training.
+        image: Image column of the task, or None. Its relative paths are looked for beside the
+            table first.
 
     Returns:
         Table with training rows first, in which every row belongs to a client, and the clients in
@@ -45,7 +49,7 @@ def federate_data(recipe: DataRecipe, label: str | None, seed: int) -> Federated
             the splits differ; there are fewer examples than clients; a client has no training rows;
             the validation and test fractions leave no training rows.
     """
-    splits = load_splits(recipe)
+    splits = load_splits(recipe, image)
     _check_columns(splits)
     if label is not None:
         encode_classes(splits, label, "task.label")

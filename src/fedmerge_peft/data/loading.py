@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from glob import escape
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,9 @@ from fedmerge_peft.data.columns import (
     matching_rows,
     value_names,
 )
+from fedmerge_peft.data.local_files import read_local
+from fedmerge_peft.data.tables import TABLES, is_table, reading
+from fedmerge_peft.data.text_files import COMPRESSIONS
 from fedmerge_peft.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,25 +34,20 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"support-tickets": "support_tickets.csv"}
 
-# Only an empty cell is a missing value. "None" and "NA" are text.
-_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", _CSV | {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-_OTHER_FILES = {".arrow", ".gz", ".ndjson", ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
+_OTHER_FILES = {*COMPRESSIONS, ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
 """Suffixes of unsupported files. A path with one of them is a file, not a hub id."""
 
 
-def load_splits(recipe: DataRecipe) -> dict[str, Dataset]:
+def load_splits(recipe: DataRecipe, image: str | None = None) -> dict[str, Dataset]:
     """Load the data of a recipe, select its splits, and apply its filter.
 
     A default split (``validation``, ``test``) is omitted if it already serves as the other
     evaluation split, or if the filter removes all of its rows. A fraction of the training examples
     then takes its place.
+
+    Args:
+        recipe: Source of the examples.
+        image: Column with images, whose relative paths are looked for beside the table first.
 
     Returns:
         Data sets by split: ``train``, which is never empty, and ``validation`` and ``test`` if they
@@ -61,7 +58,7 @@ def load_splits(recipe: DataRecipe) -> dict[str, Dataset]:
             exist; the filter removes all training rows, or names a value that does not occur.
     """
     with no_progress_bars():
-        splits = _read(recipe)
+        splits = _read(recipe, image)
     if recipe.split_column is not None:
         splits = _split_by_column(recipe.split_column, splits)
     chosen = _select_splits(recipe, splits)
@@ -74,65 +71,43 @@ def load_splits(recipe: DataRecipe) -> dict[str, Dataset]:
     return chosen
 
 
-def _read(recipe: DataRecipe) -> dict[str, Dataset]:
+def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
     """Load all splits by name. A single table is named ``train``, as in ``datasets``."""
     if recipe.path.startswith("embedded:"):
-        return {"train": _read_embedded(recipe.path.removeprefix("embedded:"))}
+        return _read_embedded(recipe.path.removeprefix("embedded:"), recipe)
     path = Path(recipe.path).expanduser()
-    if path.is_file() and path.suffix.lower() not in _READERS:
+    if path.is_file() and not is_table(path):
         raise DataError(
             f"data.path: {path} has an unsupported format; convert it to one of "
-            f"{join_values(_READERS)}, or name a folder or a hub id"
+            f"{join_values(TABLES)}, or name a folder or a hub id"
         )
     if not path.exists() and _looks_local(recipe.path):
         raise DataError(
             f"data.path: {path.absolute()} does not exist; write data.path=FILE "
-            f"({join_values(_READERS)}), data.path=FOLDER, a hub id such as data.path=owner/name, "
+            f"({join_values(TABLES)}), data.path=FOLDER, a hub id such as data.path=owner/name, "
             f"or data.path=embedded:{next(iter(EMBEDDED))}"
         )
-    try:
-        loaded = _read_local(path) if path.exists() else _read_hub(recipe)
-    except Exception as error:  # readers raise arbitrary errors for broken files and networks
-        source = path if path.exists() else f"the hub's data set {recipe.path}"
-        raise DataError(
-            f"data.path: {source} cannot be loaded: {_describe_error(error)}"
-        ) from error
-    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    return {name: dataset.with_format(None) for name, dataset in splits.items()}
+    loaded = read_local(path, recipe, image) if path.exists() else _read_hub(recipe)
+    return {name: dataset.with_format(None) for name, dataset in loaded.items()}
 
 
-def _read_embedded(name: str) -> Dataset:
-    import pandas
-    from datasets import Dataset
-
+def _read_embedded(name: str, recipe: DataRecipe) -> dict[str, Dataset]:
     if name not in EMBEDDED:
         raise DataError(
             f"data.path: there is no embedded:{name}{did_you_mean(name, EMBEDDED)}; "
             f"the embedded data sets are {join_values(EMBEDDED)}"
         )
-    with (resources.files("fedmerge_peft.data") / "embedded" / EMBEDDED[name]).open(
-        encoding="utf-8"
-    ) as file:
-        return Dataset.from_pandas(
-            pandas.read_csv(file, keep_default_na=False), preserve_index=False
-        )
+    file = resources.files("fedmerge_peft.data") / "embedded" / EMBEDDED[name]
+    with resources.as_file(file) as path:
+        return read_local(path, recipe, None)
 
 
-def _read_local(path: Path) -> Any:
+def _read_hub(recipe: DataRecipe) -> dict[str, Dataset]:
     import datasets
 
-    if path.is_file():
-        reader, options = _READERS[path.suffix.lower()]
-        return datasets.load_dataset(reader, data_files=escape(str(path)), **options)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(str(path))
-
-
-def _read_hub(recipe: DataRecipe) -> Any:
-    import datasets
-
-    return datasets.load_dataset(recipe.path, recipe.config, revision=recipe.revision)
+    with reading(f"the hub's data set {recipe.path}"):
+        loaded = datasets.load_dataset(recipe.path, recipe.config, revision=recipe.revision)
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
 def _looks_local(path: str) -> bool:
@@ -140,16 +115,8 @@ def _looks_local(path: str) -> bool:
     return (
         path.startswith((".", "~", "/", os.sep))
         or separators > 1
-        or Path(path).suffix.lower() in {*_READERS, *_OTHER_FILES}
+        or Path(path).suffix.lower() in {*TABLES, *_OTHER_FILES}
     )
-
-
-def _describe_error(error: BaseException) -> str:
-    """Return the underlying error as one line, without ``DatasetGenerationError``."""
-    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def _split_by_column(column: str, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:

@@ -76,7 +76,9 @@ class LocalEngine:
             FedMergeError: Data, model or device are missing, or do not match the recipe.
         """
         make_accelerator(recipe.training)  # fail before loading the data if the device is missing
-        data = federate_data(recipe.data, recipe.task.label_column, recipe.seed)
+        data = federate_data(
+            recipe.data, recipe.task.label_column, recipe.seed, recipe.task.image_column
+        )
         return cls.from_data(recipe, data)
 
     @classmethod

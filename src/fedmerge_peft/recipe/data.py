@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from fedmerge_peft.plugins import PARTITIONS
 from fedmerge_peft.recipe.registered import OneOf
 from fedmerge_peft.recipe.section import Fraction, Scalar, Section
+
+Quoting = Literal["auto", "double", "none"]
+
+
+def _known_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        raise ValueError(
+            f"{name!r} is no text encoding of Python; write utf-8, utf-16, cp1252 or another one"
+        ) from None
+    return name
+
+
+def _one_character(value: str) -> str:
+    character = "\t" if value in (r"\t", "tab") else value
+    if len(character) != 1 or character in '"\r\n\0':
+        raise ValueError(
+            f'{value!r} cannot separate fields; write one character, such as ";", or tab'
+        )
+    return character
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+Separator = Annotated[str, AfterValidator(_one_character)]
 
 
 class PartitionRecipe(Section):
@@ -110,8 +140,18 @@ class DataRecipe(Section):
     """The source of the examples, and their partition among the clients."""
 
     path: str
-    """A hub id, a local csv, json, jsonl or parquet file, an image folder, a save_to_disk folder,
-    or embedded:support-tickets."""
+    """A hub id, a local csv, tsv, json, jsonl, parquet or arrow file, a folder of tables or images,
+    a save_to_disk folder, or embedded:support-tickets."""
+    separator: Separator | None = None
+    """Character between the fields of csv and tsv files, such as ";". Default: a comma for .csv, a
+    tab for .tsv."""
+    quoting: Quoting = "auto"
+    """Quotation marks in csv and tsv files. With double, they enclose fields, and are written twice
+    inside. With none, they are text. With auto, they enclose fields, but are text in a file with
+    tabs that cannot be read otherwise; an ambiguous file is an error."""
+    encoding: Encoding | None = None
+    """Encoding of csv, tsv and json files, such as cp1252. Default: utf-8, or the encoding that a
+    byte order mark names."""
     config: str | None = None
     """Configuration (subset) of a data set on the hub."""
     revision: str | None = None

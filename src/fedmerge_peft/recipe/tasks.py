@@ -75,6 +75,11 @@ class TaskRecipe(Section):
         """Column with the labels; None for tasks whose examples have none."""
         return getattr(self, "label", None)
 
+    @property
+    def image_column(self) -> str | None:
+        """Column with images, which may be paths of files; None for tasks without images."""
+        return getattr(self, "image", None)
+
     def with_format(self, format: str | None) -> Self:
         """Return a copy with the text format set, if the task has several."""
         fixed = "format" in type(self).model_fields

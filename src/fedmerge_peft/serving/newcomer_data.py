@@ -66,7 +66,7 @@ def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
     if not path.exists():
         raise DataError(
             f"{path.absolute()} does not exist; "
-            "give the new client's examples as a csv, json, jsonl or parquet file"
+            "give the new client's examples as a csv, tsv, json, jsonl, parquet or arrow file"
         )
     usual_splits = {
         "train_split": "train",
@@ -75,7 +75,8 @@ def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
         "split_column": None,
     }
     source: dict[str, Any] = {"path": str(path), "config": None, "revision": None, "filter": {}}
-    return load_splits(recipe.data.model_copy(update={**usual_splits, **source}))
+    data = recipe.data.model_copy(update={**usual_splits, **source})
+    return load_splits(data, recipe.task.image_column)
 
 
 def _indices_by_split(

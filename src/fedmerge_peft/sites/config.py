@@ -25,6 +25,7 @@ from pydantic import (
 
 from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.recipe import Recipe, yaml_document
+from fedmerge_peft.recipe.data import Encoding, Quoting, Separator
 from fedmerge_peft.recipe.diff import differing, flat, written
 from fedmerge_peft.recipe.section import Boolean, Fraction, Scalar, Section
 from fedmerge_peft.recipe.yaml_document import Mark, dotted
@@ -139,8 +140,16 @@ class SiteData(Section):
     """Location of a site's examples; everything else about the data is in the recipe."""
 
     path: str
-    """A csv, tsv, json, jsonl or parquet file, a folder, or a hub id, with the columns of the
-    recipe's task."""
+    """A csv, tsv, json, jsonl, parquet or arrow file, a folder, or a hub id, with the columns of
+    the recipe's task."""
+    separator: Separator | None = None
+    """Character between the fields of csv and tsv files. Default: a comma for .csv, a tab for
+    .tsv."""
+    quoting: Quoting = "auto"
+    """Quotation marks in csv and tsv files: auto, double (they enclose fields) or none (text)."""
+    encoding: Encoding | None = None
+    """Encoding of csv, tsv and json files. Default: utf-8, or the one that a byte order mark
+    names."""
     client_column: str | None = None
     """Column with the client of each row, for a site with several clients. Default: all rows
     belong to one client."""

@@ -37,7 +37,9 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
         FederateError: As for ``prepare``.
     """
     recipe = federated_recipe(recipe)
-    data = federate_data(recipe.data, recipe.task.label_column, recipe.seed)
+    data = federate_data(
+        recipe.data, recipe.task.label_column, recipe.seed, recipe.task.image_column
+    )
     settings = {"project": "rehearsal", "host": "localhost", "port": free_port(), **options}
     federation = Federation(sites=split_clients(data, sites), **settings)
     prepare(recipe, federation, out)

@@ -69,6 +69,9 @@ def read_site_data(
     }
     overrides = {
         "path": str(in_folder) if in_folder.exists() else data.path,
+        "separator": data.separator,
+        "quoting": data.quoting,
+        "encoding": data.encoding,
         "split_column": data.split_column,
         "filter": data.filter,
     }
@@ -93,6 +96,7 @@ def read_site_data(
         recipe.data.model_copy(update={**defaults, **overrides, "partition": scheme}),
         label,
         recipe.seed,
+        recipe.task.image_column,
     )
     if column is None:
         (client,) = site_data.clients

@@ -1,0 +1,161 @@
+"""Types of columns, told from all rows of all files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fedmerge_peft.data.json_rows import kind
+from fedmerge_peft.errors import DataError
+
+_LARGEST_EXACT = 2**53
+"""Integers beyond it are not exact as float64."""
+
+
+def type_texts(texts: Any) -> Any:
+    """Convert a ``pyarrow.ChunkedArray`` of text to booleans or numbers if that loses nothing.
+
+    Each value must be written as it would be written from its number, so codes such as 007, 1.10 or
+    +1 stay text, as do dates, and integers beyond 64 bits.
+    """
+    if texts.null_count == len(texts):
+        return texts
+    for target in (pa.bool_(), pa.int64(), pa.float64()):
+        try:
+            values = texts.cast(target)
+        except pa.ArrowInvalid:
+            continue
+        if _written(values).equals(texts):
+            return values
+    return texts
+
+
+def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -> Any:
+    """Convert the JSON values of a column to an Arrow array of one type.
+
+    Lists and objects whose contents have different types become text, as JSON.
+
+    Args:
+        values: Values; None is a missing value.
+        name: Column, for error messages.
+        place: Returns the place of a row for error messages, such as ``rows.jsonl:7``.
+
+    Raises:
+        DataError: Values have different types, are too large for an exact number, or are no valid
+            text.
+    """
+    known = next((row for row, value in enumerate(values) if value is not None), None)
+    if known is None:
+        return pa.nulls(len(values), pa.string())
+    expected = kind(values[known])
+    for row, value in enumerate(values):
+        if value is not None and kind(value) != expected:
+            raise DataError(
+                f"data.path: {place(row)}: the column {name!r} is {kind(value)} "
+                f"({_shown(value)}), but {expected} ({_shown(values[known])}) in {place(known)}; "
+                "write one type in all rows"
+            )
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
+        if expected == "a number":
+            row = max(range(len(values)), key=lambda row: abs(values[row] or 0))
+            fault = f"has {_shown(values[row])}, which is too large for an exact number"
+        elif expected == "text":
+            row = next(row for row, text in enumerate(values) if text and not _is_valid(text))
+            fault = "has half of a character (an unpaired surrogate)"
+        else:
+            texts = [None if value is None else json.dumps(value) for value in values]
+            return pa.array(texts, pa.string())
+        raise DataError(
+            f"data.path: {place(row)}: the column {name!r} {fault}; correct the value, or write "
+            "the column as text"
+        ) from error
+
+
+def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
+    """Convert a ``pyarrow.ChunkedArray`` of a type that other code does not expect.
+
+    Views, dictionaries and runs become plain values. Arrow's JSON is parsed. Other extension types
+    become their storage.
+
+    Raises:
+        DataError: A JSON column has values of different types (``json_column``).
+    """
+    if isinstance(column.type, pa.JsonType):
+        texts = column.cast(column.type.storage_type).to_pylist()
+        values = [None if text is None else json.loads(text) for text in texts]
+        return pa.chunked_array([json_column(values, name, place)])
+    if column.type == pa.uuid():
+        texts = [None if value is None else str(value) for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.string())])
+    if pa.types.is_run_end_encoded(column.type):
+        decoded = [pc.run_end_decode(chunk) for chunk in column.chunks]
+        return plain_column(pa.chunked_array(decoded, column.type.value_type), name, place)
+    plain = _plain_type(column.type)
+    if plain == column.type:
+        return column
+    if pa.types.is_nested(plain):  # Arrow's casts of list views are invalid
+        return pa.chunked_array([pa.array(column.to_pylist(), plain)])
+    return column.cast(plain)
+
+
+def whole_numbers(columns: Sequence[Any]) -> list[Any]:
+    """Convert floating-point columns to int64 if all of their values are whole.
+
+    Pandas writes integers with missing values as 1.0. NaN becomes a null.
+
+    Args:
+        columns: ``pyarrow.ChunkedArray`` of each split. All or none are converted.
+    """
+    if not all(pa.types.is_floating(column.type) for column in columns):
+        return list(columns)
+    known = [pc.if_else(pc.is_nan(column), None, column) for column in columns]
+    try:
+        converted = [column.cast(pa.int64()) for column in known]
+    except pa.ArrowInvalid:  # fractions, infinities
+        return list(columns)
+    exact = all(
+        pc.all(pc.less(pc.abs(column), _LARGEST_EXACT), min_count=0).as_py() for column in converted
+    )
+    return converted if exact else list(columns)
+
+
+def _written(values: Any) -> Any:
+    """Return values as text, as Python and JSON write them."""
+    if not pa.types.is_floating(values.type):
+        return values.cast(pa.string())
+    texts = [None if value is None else repr(value) for value in values.to_pylist()]
+    finite = pc.all(pc.is_finite(values), min_count=0).as_py()
+    return pa.chunked_array([pa.array(texts if finite else [], pa.string())])
+
+
+def _plain_type(type: Any) -> Any:
+    if isinstance(type, pa.BaseExtensionType):
+        return _plain_type(type.storage_type)
+    if pa.types.is_dictionary(type):
+        return _plain_type(type.value_type)
+    if pa.types.is_string_view(type):
+        return pa.string()
+    if pa.types.is_binary_view(type):
+        return pa.binary()
+    if pa.types.is_list_view(type) or pa.types.is_list(type):
+        return pa.list_(type.value_field.with_type(_plain_type(type.value_type)))
+    if pa.types.is_large_list_view(type) or pa.types.is_large_list(type):
+        return pa.large_list(type.value_field.with_type(_plain_type(type.value_type)))
+    if pa.types.is_struct(type):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in type])
+    return type
+
+
+def _is_valid(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:36]} ..."

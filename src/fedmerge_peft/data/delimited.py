@@ -1,0 +1,162 @@
+"""Reading of csv and tsv files: every row, or an error with its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe.data import Quoting
+
+logger = logging.getLogger(__name__)
+
+_SEPARATORS = (",", ";", "\t", "|")
+
+
+class _Record(NamedTuple):
+    """Fields of one row, and its first and last line in the file, from 1."""
+
+    first: int
+    last: int
+    fields: list[str]
+
+
+def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> pa.Table:
+    """Split the text of a file into columns of text.
+
+    The first row has the names of the columns. Empty fields are nulls. Rows without any value are
+    skipped. If spaces precede names in the first row, spaces after separators are ignored.
+
+    With ``quoting: auto``, quotation marks enclose fields, as RFC 4180 defines. A file with tabs in
+    which that is impossible has no quoted fields: its quotation marks are text. If a field spans
+    several lines, but each line is also a complete row, the file is ambiguous.
+
+    Args:
+        path: File, for error messages.
+        text: Its content.
+        separator: Character between fields.
+        quoting: Meaning of quotation marks.
+
+    Raises:
+        DataError: A row has more or fewer fields than the first, a quoted field does not end, the
+            file is ambiguous, or two columns have the same name. The message names the line.
+    """
+    records = _records(path, text, separator, quoting)
+    if not records:
+        raise DataError(f"data.path: {path} is empty; its first row names the columns")
+    header, *rows = records
+    names = [name.strip() or f"Unnamed: {number}" for number, name in enumerate(header.fields)]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DataError(
+            f"data.path: {path}:{header.first}: two columns are named {repeated!r}; rename one"
+        )
+    columns = zip(*(record.fields for record in rows), strict=True) if rows else [()] * len(names)
+    return pa.table(
+        [pa.array([field or None for field in column], pa.string()) for column in columns],
+        names=names,
+    )
+
+
+def _records(path: Path, text: str, separator: str, quoting: Quoting) -> list[_Record]:
+    """Return the rows of a file that have a value, all with the same number of fields."""
+    if quoting == "none":
+        return _parse(path, text, separator, quoted=False)
+    try:
+        records = _parse(path, text, separator, quoted=True)
+    except DataError:
+        if quoting == "double" or separator != "\t":
+            raise
+        records = _parse(path, text, separator, quoted=False)
+        logger.warning("%s: quotation marks are read as text (data.quoting=none)", path)
+        return records
+    long = next((record for record in records if record.last > record.first), None)
+    if quoting == "double" or long is None or len(long.fields) == 1:
+        return records
+    try:
+        _parse(path, text, separator, quoted=False)
+    except DataError:
+        return records
+    raise DataError(
+        f"data.path: {path}:{long.first}: a quotation mark opens a field that ends in line "
+        f"{long.last}, but each of these lines is also a complete row; set data.quoting=none if "
+        "quotation marks are text, or data.quoting=double if fields may span lines"
+    )
+
+
+def _parse(path: Path, text: str, separator: str, *, quoted: bool) -> list[_Record]:
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        skipinitialspace=f"{separator} " in next(iter(text.splitlines()), ""),
+        strict=True,
+    )
+    records: list[_Record] = []
+    last = 0
+    with _no_field_limit():
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return records
+            except csv.Error as error:
+                raise DataError(
+                    f"data.path: {path}:{last + 1}: {_reason(error)}; write a quotation mark "
+                    "inside a quoted field twice, or set data.quoting=none if quotation marks are "
+                    "text"
+                ) from error
+            first, last = last + 1, reader.line_num
+            if any(fields):
+                records.append(_Record(first, last, fields))
+                if len(records) == 1 and len(fields) == 1:
+                    _reject_other_separator(path, first, fields[0], separator)
+                _check_width(path, records, separator)
+
+
+def _check_width(path: Path, records: Sequence[_Record], separator: str) -> None:
+    """Raise ``DataError`` if the last row has another number of fields than the first."""
+    names, row = records[0].fields, records[-1]
+    if len(row.fields) != len(names):
+        raise DataError(
+            f"data.path: {path}:{row.first}: the row has {len(row.fields)} fields, but the first "
+            f"row names {len(names)} columns; enclose fields that contain {separator!r} in "
+            'quotation marks, or set data.separator (such as data.separator=";")'
+        )
+
+
+def _reason(error: csv.Error) -> str:
+    if "unexpected end" in str(error):
+        return "a quotation mark opens a field that does not end"
+    if "expected after" in str(error):
+        return "a quoted field is followed by text"
+    return str(error)
+
+
+def _reject_other_separator(path: Path, line: int, name: str, separator: str) -> None:
+    others = [other for other in _SEPARATORS if other in name]
+    if others:
+        raise DataError(
+            f"data.path: {path}:{line}: with the separator {separator!r}, the first row is a "
+            f"single field, {name!r}; if {others[0]!r} separates the fields, set "
+            f"data.separator={others[0]!r}"
+        )
+
+
+@contextmanager
+def _no_field_limit() -> Iterator[None]:
+    """Lift csv's limit of 128 KiB per field inside the context."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)

@@ -1,0 +1,147 @@
+"""Files of a folder: their splits, and the labels of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.errors import DataError
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
+
+Splits = dict[str, list[Path]]
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder in sorted order, without hidden ones. Links are followed."""
+    visited = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(parent)
+        if real in visited:  # a link to a folder above it
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
+    """Assign tables to splits by the names of the files or folders at the top.
+
+    They are splits if each name begins or ends with that of a split (``train.csv``, ``test/``,
+    ``tickets_train.csv``, ``train-00000-of-00002.parquet``). Otherwise all files are the training
+    split.
+
+    Raises:
+        DataError: Some names are those of splits for evaluation, others of no split.
+    """
+    while len(entries := _by_entry(folder, files)) == 1:
+        (entry,) = entries
+        if not (folder / entry).is_dir() or _words(entry)[-1] in _SPLIT_OF:
+            break
+        folder /= entry
+    words = {entry: _words(entry) for entry in entries}
+    splits = {
+        entry: _SPLIT_OF[name]
+        for entry, (*_, last) in words.items()
+        if (name := last if last in _SPLIT_OF else words[entry][0]) in _SPLIT_OF
+    }
+    if len(splits) == len(entries):
+        return _collect(entries, splits)
+    # A first word alone is no evidence: train-station.csv.
+    named = {
+        entry: _SPLIT_OF[words[entry][-1]] for entry in splits if words[entry][-1] in _SPLIT_OF
+    }
+    exact = {entry: split for entry, split in named.items() if len(words[entry]) == 1}
+    if set(exact.values()) - {"train"} or {"train"} < set(named.values()):
+        _reject_some(folder, named, entries)
+    return {"train": list(files)}
+
+
+def split_images(folder: Path, files: Sequence[Path]) -> Splits:
+    """Assign images to splits if each folder at the top is named as a split.
+
+    Raises:
+        DataError: Folders are named as the training split and as another one, and others are not.
+    """
+    entries = _by_entry(folder, files)
+    splits = {
+        entry: _SPLIT_OF[entry.lower()]
+        for entry in entries
+        if entry.lower() in _SPLIT_OF and (folder / entry).is_dir()
+    }
+    if len(splits) == len(entries):
+        return _collect(entries, splits)
+    if {"train"} < set(splits.values()):
+        _reject_some(folder, splits, entries)
+    return {"train": list(files)}
+
+
+def image_labels(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """Return the label of each image by split: the name of its folder.
+
+    Raises:
+        DataError: Images lie at different depths, or in no folder of a label.
+    """
+    files = [path for paths in splits.values() for path in paths]
+    tops = {path.relative_to(folder).parts[0].lower() for path in files}
+    levels = 1 if tops <= _SPLIT_OF.keys() else 0
+    depths = {len(path.relative_to(folder).parts) - levels: path for path in files}
+    if len(depths) > 1:
+        raise DataError(
+            f"data.path: images lie at different depths ({join_values(depths.values(), 3)}); put "
+            "each into a folder that is named by its label"
+        )
+    if 1 in depths:
+        raise DataError(
+            f"data.path: the images in {folder} have no labels, such as {depths[1]}; put each into "
+            "a folder that is named by its label, or add a metadata.csv with the columns file_name "
+            "and label"
+        )
+    return {split: [path.parent.name for path in paths] for split, paths in splits.items()}
+
+
+def _by_entry(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Group files by the name of the file or folder at the top."""
+    entries: dict[str, list[Path]] = {}
+    for path in files:
+        entries.setdefault(path.relative_to(folder).parts[0], []).append(path)
+    return entries
+
+
+def _words(entry: str) -> list[str]:
+    """Return the words of a name, without the numbers of its parts (train-00000-of-00002)."""
+    words = entry.partition(".")[0].lower().replace("-", "_").split("_")
+    while len(words) > 1 and (words[-1].isdecimal() or words[-1] == "of"):
+        words.pop()
+    return words
+
+
+def _collect(entries: Mapping[str, Sequence[Path]], splits: Mapping[str, str]) -> Splits:
+    parts = {
+        split: [
+            path for entry, files in entries.items() if splits[entry] == split for path in files
+        ]
+        for split in _SPLITS
+    }
+    return {split: files for split, files in parts.items() if files}
+
+
+def _reject_some(folder: Path, splits: Mapping[str, str], entries: Mapping[str, object]) -> None:
+    rest = [entry for entry in entries if entry not in splits]
+    raise DataError(
+        f"data.path: {folder} has {join_values(splits, 5)}, which are named as splits, beside "
+        f"{join_values(rest, 5)}; name all files or folders as splits (train, validation, test), "
+        "or none"
+    )
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,147 @@
+"""Reading of local files and folders into data sets by split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.data.folders import image_labels, split_images, split_tables, walk
+from fedmerge_peft.data.tables import TABLES, is_table, read_tables, reading
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.data import DataRecipe
+
+logger = logging.getLogger(__name__)
+
+
+def read_local(path: Path, recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
+    """Read a table, a folder of tables, a folder of images, or a saved data set.
+
+    Args:
+        path: File or folder.
+        recipe: Separator, quoting and encoding of text files.
+        image: Column with images. Its relative paths are looked for beside the table first.
+
+    Raises:
+        DataError: The files cannot be read. The message names the file and, for text, the line.
+    """
+    import datasets
+
+    with reading(path):
+        if path.is_file():
+            return _read_tables({"train": [path]}, recipe, image)
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            return dict(saved) if isinstance(saved, dict) else {"train": saved}
+        if _describes_files(path / "README.md"):
+            return dict(datasets.load_dataset(str(path), recipe.config))
+        return _read_folder(path, recipe, image)
+
+
+def _describes_files(card: Path) -> bool:
+    """Return True if a data set card names the files of its splits, as on the hub."""
+    from huggingface_hub import DatasetCard
+
+    if not card.is_file():
+        return False
+    try:
+        return "configs" in DatasetCard.load(card).data.to_dict()
+    except (ValueError, OSError):  # no valid card
+        return False
+
+
+def _read_folder(folder: Path, recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
+    files = list(walk(folder))
+    tables = [path for path in files if is_table(path)]
+    pictures = [path for path in files if path.suffix.lower() in _image_suffixes()]
+    if tables:
+        described = [path for path in tables if _describes_images(path)] if pictures else []
+        used = described or tables
+        read = _read_tables(split_tables(folder, used), recipe, image)
+        used = [*used, *_image_paths(read, "image" if described else image)]
+    elif pictures:
+        used = pictures
+        read = _read_images(folder, split_images(folder, pictures))
+    else:
+        found = f"; it has {join_values((path.name for path in files), 5)}" if files else ""
+        raise DataError(
+            f"data.path: {folder} has no table ({join_values(TABLES)}) and no image{found}"
+        )
+    if others := sorted(set(files) - set(used)):
+        names = join_values((path.relative_to(folder) for path in others), 10)
+        logger.warning("%s: not read (%d of %d files): %s", folder, len(others), len(files), names)
+    return read
+
+
+def _read_tables(
+    splits: Mapping[str, Sequence[Path]], recipe: DataRecipe, image: str | None
+) -> dict[str, Dataset]:
+    from datasets import Dataset
+
+    tables = read_tables([path for paths in splits.values() for path in paths], recipe)
+    return {
+        split: Dataset(
+            pa.concat_tables([_with_images(tables[path], path, image) for path in paths])
+        )
+        for split, paths in splits.items()
+    }
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def _image_suffixes() -> set[str]:
+    from PIL.Image import OPEN, registered_extensions
+
+    return {suffix for suffix, kind in registered_extensions().items() if kind in OPEN}
+
+
+def _read_images(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str, Dataset]:
+    """Read images in one folder per label; all splits have the same list of labels."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    labels = image_labels(folder, splits)
+    names = sorted({label for column in labels.values() for label in column})
+    features = Features(image=Image(), label=ClassLabel(names=names))
+    return {
+        split: Dataset.from_dict(
+            {"image": [str(path.absolute()) for path in paths], "label": labels[split]},
+            features=features,
+        )
+        for split, paths in splits.items()
+    }
+
+
+def _describes_images(path: Path) -> bool:
+    """Return True for ``metadata.csv`` and the like, whose column ``file_name`` names images."""
+    return path.name.partition(".")[0] == "metadata"
+
+
+def _with_images(table: pa.Table, path: Path, image: str | None) -> pa.Table:
+    """Replace relative image paths by those of existing files in the folder of the table."""
+    if _describes_images(path) and "file_name" in table.column_names:
+        image = "image"
+        table = table.rename_columns({"file_name": image})
+    if image not in table.column_names or not pa.types.is_string(table.schema.field(image).type):
+        return table
+    values = [_beside(value, path.parent) for value in table.column(image).to_pylist()]
+    number = table.column_names.index(image)
+    return table.set_column(number, image, pa.array(values, pa.string()))
+
+
+def _beside(value: str | None, folder: Path) -> str | None:
+    beside = None if not value else (folder / value).absolute()
+    return str(beside) if beside is not None and beside.is_file() else value
+
+
+def _image_paths(splits: Mapping[str, Dataset], image: str | None) -> list[Path]:
+    columns: list[Any] = [table[image][:] for table in splits.values() if image in table.features]
+    return [Path(value) for column in columns for value in column if isinstance(value, str)]

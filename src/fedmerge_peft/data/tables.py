@@ -1,0 +1,235 @@
+"""Reading of tables of all formats, with the same columns and types in all files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from fedmerge_peft.data.column_types import json_column, plain_column, type_texts
+from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.data.delimited import read_delimited
+from fedmerge_peft.data.json_rows import JsonRow, read_json
+from fedmerge_peft.data.text_files import format_suffix, read_text
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe.data import DataRecipe
+
+logger = logging.getLogger(__name__)
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_JSON = (".json", ".jsonl", ".ndjson")
+_BINARY = (".parquet", ".arrow", ".feather")
+TABLES = (*_SEPARATORS, *_JSON, *_BINARY)
+"""Suffixes of tables. Those of text may be followed by a compression: ``.csv.gz``."""
+MAX_COLUMNS = 5_000
+_ABOUT = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+"""Files about a data set."""
+
+
+def is_table(path: Path) -> bool:
+    """Return True if a file has the suffix of a table."""
+    suffix = format_suffix(path)
+    compressed = path.suffix.lower() != suffix
+    return suffix in TABLES and path.name not in _ABOUT and not (compressed and suffix in _BINARY)
+
+
+def read_tables(files: Sequence[Path], recipe: DataRecipe) -> dict[Path, pa.Table]:
+    """Read tables. The types of text and JSON columns are told from all files together.
+
+    Args:
+        files: One or more files with the suffix of a table.
+        recipe: Separator, quoting and encoding of text files.
+
+    Returns:
+        Table of each file, all with the same schema.
+
+    Raises:
+        DataError: A file cannot be read, or files have different columns. The message names the
+            file and, for text, the line.
+    """
+    tables: dict[Path, pa.Table] = {}
+    for suffixes, read in _READERS:
+        paths = [path for path in files if format_suffix(path) in suffixes]
+        tables |= zip(paths, read(paths, recipe) if paths else [], strict=True)
+    schema = _common_schema({path: tables[path].schema for path in files})
+    for path, table in tables.items():
+        with reading(path):
+            tables[path] = table.select(schema.names).cast(schema)
+    return tables
+
+
+@contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Convert every error of a reader to a ``DataError`` that names the source."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # readers raise arbitrary errors for broken files and networks
+        raise DataError(
+            f"data.path: {source} cannot be loaded: {_describe_error(error)}"
+        ) from error
+
+
+def _describe_error(error: BaseException) -> str:
+    """Return the underlying error as one line, without ``DatasetGenerationError``."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _delimited(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
+    texts: dict[Path, pa.Table] = {}
+    for path in paths:
+        with reading(path):
+            separator = recipe.separator or _SEPARATORS[format_suffix(path)]
+            text = read_text(path, recipe.encoding)
+            texts[path] = read_delimited(path, text, separator, recipe.quoting)
+            _check_names(path, texts[path].column_names)
+    names = _common_schema({path: table.schema for path, table in texts.items()}).names
+    together = pa.concat_tables([table.select(names) for table in texts.values()])
+    typed = pa.table([type_texts(column) for column in together.columns], names=names)
+    return _cut(typed, [len(table) for table in texts.values()])
+
+
+def _json(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
+    rows: list[JsonRow] = []
+    sizes = []
+    for path in paths:
+        with reading(path):
+            read = read_json(path, read_text(path, recipe.encoding))
+            _check_names(path, list(dict.fromkeys(name for row in read for name in row.values)))
+        rows += read
+        sizes.append(len(read))
+    columns = {
+        name: json_column(
+            [row.values.get(name) for row in rows], name, lambda number: rows[number].place
+        )
+        for name in dict.fromkeys(name for row in rows for name in row.values)
+    }
+    return _cut(pa.table(columns), sizes)
+
+
+def _binary(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
+    tables = []
+    for path in paths:
+        with reading(path):
+            table = _read_parquet(path) if format_suffix(path) == ".parquet" else _read_arrow(path)
+            _check_names(path, table.column_names)
+            tables.append(_plain_table(table, path))
+    return tables
+
+
+_READERS: tuple[tuple[Sequence[str], Any], ...] = (
+    (tuple(_SEPARATORS), _delimited),
+    (_JSON, _json),
+    (_BINARY, _binary),
+)
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(path).read()
+
+
+def _read_arrow(path: Path) -> pa.Table:
+    from pyarrow import ipc
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            return ipc.open_file(source).read_all()
+        except pa.ArrowInvalid:  # the format of streams
+            source.seek(0)
+            return ipc.open_stream(source).read_all()
+
+
+def _plain_table(table: pa.Table, path: Path) -> pa.Table:
+    """Convert columns to types that ``datasets`` supports, and leave out those of other types."""
+    from datasets import Features
+
+    for number, field in enumerate(table.schema):
+        column = plain_column(
+            table.column(number), field.name, lambda row: f"{path}, row {row + 1}"
+        )
+        if column.type != field.type:
+            table = table.set_column(number, pa.field(field.name, column.type), column)
+    for field in table.schema:
+        try:
+            Features.from_arrow_schema(pa.schema([field]))
+        except ValueError:
+            logger.warning(
+                "%s: the column %s is left out, as its type is not supported: %s",
+                path,
+                field.name,
+                field.type,
+            )
+            table = table.drop_columns(field.name)
+    return table
+
+
+def _cut(table: pa.Table, sizes: Sequence[int]) -> list[pa.Table]:
+    """Cut a table into the parts of its files."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    return [table.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if len(names) > MAX_COLUMNS:
+        raise DataError(
+            f"data.path: {path} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
+            "supported; keep the columns that the recipe names"
+        )
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"data.path: {path}: two columns are named {repeated!r}; rename one")
+
+
+def _common_schema(schemas: Mapping[Path, pa.Schema]) -> pa.Schema:
+    """Return the schema to which all files can be converted.
+
+    Raises:
+        DataError: Files have different columns, or types of a column without a common type.
+    """
+    (first, schema), *others = schemas.items()
+    for path, other in others:
+        if differ := sorted(set(schema.names) ^ set(other.names)):
+            raise DataError(
+                f"data.path: {path} and {first} have different columns ({join_values(differ, 5)} "
+                "in one of them only); give them the same, or move one out of the folder"
+            )
+        for name in schema.names:
+            pair = [schema.field(name), other.field(name)]
+            if _class_names(schema, name) == _class_names(other, name):
+                try:
+                    pa.unify_schemas([pa.schema([f]) for f in pair], promote_options="permissive")
+                    continue
+                except pa.ArrowException:
+                    pass
+            raise DataError(
+                f"data.path: the column {name!r} is {_type(schema, name)} in {first}, but "
+                f"{_type(other, name)} in {path}; give it one type, or move one file out of the "
+                "folder"
+            )
+        schema = pa.unify_schemas([schema, other], promote_options="permissive")
+    return schema
+
+
+def _class_names(schema: pa.Schema, name: str) -> list[str] | None:
+    from datasets import Features
+
+    if not schema.metadata or b"huggingface" not in schema.metadata:
+        return None
+    return getattr(Features.from_arrow_schema(schema)[name], "names", None)
+
+
+def _type(schema: pa.Schema, name: str) -> str:
+    names = _class_names(schema, name)
+    return str(schema.field(name).type) if names is None else f"ClassLabel({join_values(names, 5)})"

@@ -1,0 +1,61 @@
+"""Reading of text files: decompression and encodings."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+import pyarrow as pa
+
+from fedmerge_peft.errors import DataError
+
+COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
+"""Suffixes of compressed files, after the suffix of the format: ``.csv.gz``."""
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark begins it
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def format_suffix(path: Path) -> str:
+    """Return the suffix of a file's format, without that of its compression."""
+    name = path.name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    return Path(name.removesuffix(compression)).suffix
+
+
+def read_text(path: Path, encoding: str | None) -> str:
+    """Decompress and decode a file.
+
+    Args:
+        path: File.
+        encoding: Name of the encoding. None is UTF-8, or the encoding that a byte order mark names.
+
+    Raises:
+        DataError: The bytes are not text in this encoding. The message names the line.
+    """
+    with pa.input_stream(str(path), compression="detect") as stream:
+        content: bytes = stream.read()
+    name = encoding or next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(name)
+    except UnicodeError as error:
+        line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        remedy = (
+            "save the file as UTF-8, or name its encoding, such as data.encoding=cp1252"
+            if encoding is None
+            else "name another encoding in data.encoding"
+        )
+        raise DataError(
+            f"data.path: {path}:{line}: the bytes are not valid {name} ({error}); {remedy}"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            f"data.path: {path}:{line}: the text has a NUL character, as UTF-16 without a byte "
+            "order mark has; name the encoding, such as data.encoding=utf-16-le"
+        )
+    return text.removeprefix("\ufeff")

@@ -262,3 +262,64 @@ def test_cifar_clusters_see_thirty_classes_each(shared_data):
         mine = [client for client in data.clients if client.group == f"cluster-{group}"]
         assert len(mine) == 10
         assert len(set(labels[np.concatenate([client.train for client in mine])])) == 30
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def labeled(labels, test=None, **keys):
+    """Save splits with these labels, and build their clients."""
+    splits = {"train": labels} if test is None else {"train": labels, "test": test}
+    tables = {
+        split: datasets.Dataset.from_dict({"text": ["a"] * len(part), "label": part})
+        for split, part in splits.items()
+    }
+
+    def build(folder):
+        datasets.DatasetDict(tables).save_to_disk(str(folder))
+        partition = {"scheme": "natural", "by": "label"}
+        return federate_data(DataRecipe(path=str(folder), partition=partition), "label", 0, **keys)
+
+    return build
+
+
+def test_one_label_is_refused_except_at_a_site(tmp_path):
+    with pytest.raises(DataError, match=r"all training examples have the same value .*'parcel'"):
+        labeled(["parcel"] * 6)(tmp_path / "one")
+    assert len(labeled(["parcel"] * 6, whole=False)(tmp_path / "site").clients) == 1
+
+
+def test_labels_of_a_split_that_training_lacks_are_counted_or_refused(tmp_path, caplog):
+    with pytest.raises(DataError, match="no value of the column label in the split test occurs"):
+        labeled(["1", "2"] * 3, ["01", "02"])(tmp_path / "all")
+    labeled(["1", "2"] * 3, ["1", "02"])(tmp_path / "some")
+    assert "1 of 2 test examples have a label that no training example has" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([1.0, 2.0, 2.0], ["1", "2"]),
+        ([1.5, 2.0, 2.0], ["1.5", "2.0"]),
+        ([True, False, True], ["False", "True"]),
+    ],
+)
+def test_whole_numbers_are_named_without_a_fraction(tmp_path, labels, names):
+    assert [client.name for client in labeled(labels)(tmp_path / "rows").clients] == names
+
+
+def test_whole_numbers_are_told_from_all_splits(tmp_path):
+    clients = labeled([1.0, 2.0], [1.0, 2.5])(tmp_path / "rows").clients
+    assert [(client.name, len(client.test)) for client in clients] == [("1.0", 1), ("2.0", 0)]
+
+
+def test_numbers_that_stand_for_several_integers_are_refused(tmp_path):
+    with pytest.raises(DataError, match="to which several integers are rounded"):
+        labeled([2.0**53, 1.0])(tmp_path / "rows")
+
+
+def test_missing_and_binary_values_are_refused(tmp_path):
+    with pytest.raises(DataError, match="the column label is empty in 1 of the 3 train rows"):
+        labeled([1.0, float("nan"), 2.0])(tmp_path / "nan")
+    with pytest.raises(DataError, match="the column label has the type binary"):
+        labeled([b"a", b"b"])(tmp_path / "bytes")

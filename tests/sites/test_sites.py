@@ -284,6 +284,8 @@ def test_labels_are_matched_by_name():
     assert agree_on_labels([["a"], ["b"]], 3) == ["a", "b", "LABEL_2"]
     with pytest.raises(FederateError, match="3 labels"):
         agree_on_labels([["a", "b"], ["c"]], 2)
+    with pytest.raises(FederateError, match="the examples of all sites have the label a"):
+        agree_on_labels([["a"], ["a"]], None)
 
 
 def test_a_job_names_only_allowed_classes():

@@ -64,7 +64,17 @@ def test_integers_count_from_zero_to_the_largest_or_to_num_labels(task_of):
         "1",
         "LABEL_2",
     ]
-    assert task_of("bert", table_of([True, False]), name=NAME).labels == ["0", "1"]
+    assert task_of("bert", table_of([True, False]), name=NAME).labels == ["False", "True"]
+
+
+def test_labels_that_start_at_1_or_are_whole_numbers_keep_their_names(task_of, caplog):
+    task = task_of("bert", table_of([1.0, 3.0]), name=NAME)
+    assert task.labels == ["0", "1", "2", "3"]
+    assert task.collate(task.encode(table_of([3.0, 1.0])), np.arange(2))["labels"].tolist() == [
+        3,
+        1,
+    ]
+    assert "no row has 0, 2 in column 'label', of 4 labels" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,9 +22,16 @@ from fedmerge_peft.recipe.data import DataRecipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 
 def federate_data(
-    recipe: DataRecipe, label: str | None, seed: int, image: str | None = None
+    recipe: DataRecipe,
+    label: str | None,
+    seed: int,
+    image: str | None = None,
+    *,
+    whole: bool = True,
 ) -> FederatedData:
     """Load the data of a recipe and partition them among clients.
 
@@ -39,6 +47,8 @@ def federate_data(
             in training.
         image: Image column of the task, or None. Its relative paths are looked for beside the
             table first.
+        whole: Whether these are the examples of all clients, which have several labels. Those of
+            one site may have one.
 
     Returns:
         Table with training rows first, in which every row belongs to a client, and the clients in
@@ -46,13 +56,17 @@ def federate_data(
 
     Raises:
         DataError: The data cannot be loaded; a column does not exist or has nulls; the columns of
-            the splits differ; there are fewer examples than clients; a client has no training rows;
+            the splits differ; all training examples have one label; no label of a split occurs in
+            training; there are fewer examples than clients; a client has no training rows;
             the validation and test fractions leave no training rows.
     """
     splits = load_splits(recipe, image)
     _check_columns(splits)
     if label is not None:
-        encode_classes(splits, label, "task.label")
+        numbers, names = encode_classes(splits, label, "task.label")
+        if whole:
+            _reject_one_label(names, label)
+        _check_unseen_labels(numbers, label)
     partitioned = _partition(recipe, splits, label, seed)
     validation = 0.0 if "validation" in partitioned else recipe.validation_fraction
     test = 0.0 if "test" in partitioned else recipe.test_fraction
@@ -105,6 +119,34 @@ def _partition(
         shifted[split] = [client._replace(rows=client.rows + start) for client in per_split[split]]
         start += len(dataset)
     return shifted
+
+
+def _reject_one_label(names: Sequence[str], label: str) -> None:
+    if len(names) == 1:
+        raise DataError(
+            f"task.label: all training examples have the same value in the column {label}, "
+            f"{names[0]!r}, so there is nothing to learn; name the column with the labels in "
+            "task.label, or relax data.filter"
+        )
+
+
+def _check_unseen_labels(numbers: Mapping[str, Indices], label: str) -> None:
+    """Reject splits without any label of the training split, and count unseen labels of others."""
+    for split, labels in numbers.items():
+        unseen = int((labels < 0).sum())
+        if unseen and unseen == len(labels):
+            raise DataError(
+                f"task.label: no value of the column {label} in the split {split} occurs in the "
+                "training examples; write labels in the same way in all splits"
+            )
+        if unseen:
+            logger.warning(
+                "%d of %d %s examples have a label that no training example has (column %s)",
+                unseen,
+                len(labels),
+                split,
+                label,
+            )
 
 
 def _check_columns(splits: Mapping[str, Dataset]) -> None:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from fedmerge_peft.data.json_rows import kind
 from fedmerge_peft.errors import DataError
 
-_LARGEST_EXACT = 2**53
+LARGEST_EXACT = 2**53
 """Integers beyond it are not exact as float64."""
 
 
@@ -114,15 +114,16 @@ def whole_numbers(columns: Sequence[Any]) -> list[Any]:
     """
     if not all(pa.types.is_floating(column.type) for column in columns):
         return list(columns)
-    known = [pc.if_else(pc.is_nan(column), None, column) for column in columns]
+    exact = [column.cast(pa.float64()) for column in columns]
+    known = [
+        pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column) for column in exact
+    ]
     try:
         converted = [column.cast(pa.int64()) for column in known]
     except pa.ArrowInvalid:  # fractions, infinities
         return list(columns)
-    exact = all(
-        pc.all(pc.less(pc.abs(column), _LARGEST_EXACT), min_count=0).as_py() for column in converted
-    )
-    return converted if exact else list(columns)
+    small = (pc.all(pc.less(pc.abs(column), LARGEST_EXACT), min_count=0) for column in converted)
+    return converted if all(each.as_py() for each in small) else list(columns)
 
 
 def _written(values: Any) -> Any:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.data.column_types import LARGEST_EXACT, plain_column, whole_numbers
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.util.text import closest
 
@@ -43,7 +44,8 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
         key: Recipe key that names the column, for error messages.
 
     Raises:
-        DataError: The column does not exist, or its entries are lists or records.
+        DataError: The column does not exist, or its entries are lists, records or bytes, or have
+            several types.
     """
     if name not in dataset.column_names:
         raise DataError(
@@ -51,12 +53,21 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
             f"the data have {join_values(dataset.column_names)}"
         )
     column = dataset.select_columns([name]).with_format("arrow")[:].column(name)
-    if pa.types.is_nested(column.type):
+    column = plain_column(column, name, lambda row: f"{key}: row {row}")
+    if pa.types.is_nested(column.type) or _is_bytes(column.type):
         raise DataError(
             f"{key}: the column {name} has the type {column.type}; "
             "choose a column of plain values (text, numbers)"
         )
     return column
+
+
+def _is_bytes(kind: Any) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def value_name(dataset: Dataset, column: str, value: object) -> str:
@@ -89,7 +100,7 @@ def encode_classes(
         not occur in the training split has the number -1.
 
     Raises:
-        DataError: The column does not exist, is nested, or has nulls.
+        DataError: The column does not exist, is nested, or has nulls or inexact numbers.
     """
     columns = {split: read_column(dataset, column, key) for split, dataset in splits.items()}
     for split, entries in columns.items():
@@ -100,12 +111,26 @@ def encode_classes(
                 f"{split} rows; fill in the values, or remove the rows "
                 "(data.filter selects rows by value)"
             )
+    columns = dict(zip(columns, whole_numbers(list(columns.values())), strict=True))
+    for entries in columns.values():
+        _reject_inexact(entries, column, key)
     values = _distinct(columns["train"])
     numbers = {
         split: _to_numpy(pc.fill_null(pc.index_in(entries, value_set=values), -1))
         for split, entries in columns.items()
     }
     return numbers, [value_name(splits["train"], column, value) for value in values.to_pylist()]
+
+
+def _reject_inexact(entries: Any, column: str, key: str) -> None:
+    """Raise ``DataError`` for floating-point numbers to which several integers are rounded."""
+    if pa.types.is_floating(entries.type):
+        inexact = entries.filter(pc.greater_equal(pc.abs(entries), float(LARGEST_EXACT)))
+        if len(inexact):
+            raise DataError(
+                f"{key}: the column {column} has {inexact[0].as_py()!r} as {entries.type}, to "
+                "which several integers are rounded; store the column as integers or text"
+            )
 
 
 def matching_rows(

@@ -94,7 +94,7 @@ class SequenceClassificationRecipe(TaskRecipe):
     text_pair: str | None = None
     """Column with the second text of a pair."""
     label: str = "label"
-    """Column with the label: an integer from 0, or a name."""
+    """Column with the label: an integer from 0, a boolean, or a name."""
     num_labels: PositiveInt | None = None
     """Number of labels. Default: inferred from the data."""
     max_length: PositiveInt | None = None
@@ -144,7 +144,7 @@ class ImageClassificationRecipe(TaskRecipe):
     image: str = "image"
     """Column with the image: a datasets Image, encoded bytes, or the path of a file."""
     label: str = "label"
-    """Column with the label: an integer from 0, or a name."""
+    """Column with the label: an integer from 0, a boolean, or a name."""
     num_labels: PositiveInt | None = None
     """Number of labels. Default: inferred from the data."""
     white: PositiveFloat | None = None

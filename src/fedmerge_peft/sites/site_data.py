@@ -97,6 +97,7 @@ def read_site_data(
         label,
         recipe.seed,
         recipe.task.image_column,
+        whole=False,
     )
     if column is None:
         (client,) = site_data.clients
@@ -166,10 +167,15 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
         num_labels: Number of labels in the recipe; None if it sets none.
 
     Raises:
-        FederateError: There are more labels than ``num_labels``.
+        FederateError: There are more labels than ``num_labels``, or only one.
     """
     longest = max((list(labels) for labels in site_labels), key=len)
     union = {label for labels in site_labels for label in labels}
+    if len(union) == 1:
+        raise FederateError(
+            f"task.label: the examples of all sites have the label {join_values(union)}, so there "
+            "is nothing to learn; correct task.label, or the sites' data.filter"
+        )
     labels = longest if union == set(longest) else sorted(union)
     if num_labels is None:
         return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedmerge_peft.data.column_types import whole_numbers
 from fedmerge_peft.data.columns import did_you_mean, join_values, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 class Classification(Task):
@@ -72,8 +76,9 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
     """Infer the names of the labels, in the order of their ids.
 
     A ``ClassLabel`` column has names. Text labels are sorted. Integer labels are named ``0`` to the
-    largest integer. If ``num_labels`` exceeds the number of labels in the data, the additional
-    labels are named ``LABEL_3`` and so on.
+    largest integer; a warning names those that do not occur. Booleans are ``False`` and ``True``.
+    If ``num_labels`` exceeds the number of labels in the data, the additional labels are named
+    ``LABEL_3`` and so on.
 
     Args:
         table: Training, validation and test rows of all clients.
@@ -98,8 +103,10 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
         ids = _integer_labels(values, column)
         if num_labels is not None:
             _reject_out_of_range(ids, column, num_labels)
-        names = getattr(table.features[column], "names", None) or _numeric_names(
-            ids, column, num_labels
+        names = getattr(table.features[column], "names", None) or (
+            ["False", "True"]
+            if pa.types.is_boolean(values.type)
+            else _numeric_names(ids, column, num_labels)
         )
     if num_labels is None:
         return list(names)
@@ -178,7 +185,7 @@ def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
 
 
 def _label_column(table: Dataset, column: str) -> Any:
-    values = read_column(table, column, "task.label")
+    (values,) = whole_numbers([read_column(table, column, "task.label")])
     reject_nulls(values, column)
     return values
 
@@ -214,7 +221,15 @@ def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) 
             f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is too large "
             "for a label id; if it is correct, set task.num_labels"
         )
-    return [str(label) for label in range(int(ids[row]) + 1)]
+    names = [str(label) for label in range(int(ids[row]) + 1)]
+    if num_labels is None and (absent := sorted(set(range(len(names))) - set(ids.tolist()))):
+        logger.warning(
+            "labels are integers from 0, and no row has %s in column %r, of %d labels",
+            join_values(absent, 5),
+            column,
+            len(names),
+        )
+    return names
 
 
 def _reject_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -> None:

@@ -7,8 +7,10 @@ import torch
 
 from equality import tolerance
 from fedmerge_peft import Federation
+from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.plan import Train
 
 
 def losses_on(engine, row, indices):
@@ -58,6 +60,25 @@ def test_dittos_clients_are_served_their_trained_adapters_in_the_next_round(
             assert now.served.clients[name]["test_loss"] != pytest.approx(
                 scores["test_loss"], rel=1e-3
             )
+
+
+@pytest.mark.equality
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_validation_losses_are_those_before_and_after_training(smoke, fraction):
+    recipe = smoke(f"data.validation_fraction={fraction}")
+    engine = LocalEngine.from_recipe(recipe)
+    row = engine.strategy_context().fresh_row(0)
+    assigned = Assignments.of([(0, Assignment(Train(row), validated=True))])
+    ((_, reply),) = engine.train_clients(1, assigned)
+    if not fraction:
+        assert reply.validation is None
+        return
+    expected = [
+        evaluate(engine.runtime, sent, engine.clients[0].validation, 4)["loss"]
+        for sent in (row, row - reply.delta)
+    ]
+    assert reply.validation == pytest.approx(expected, rel=tolerance(torch.float32))
+    assert reply.served is None
 
 
 @pytest.mark.parametrize(("strategy", "scored"), [("local", 6 + 4 * 6), ("fedavg", 4 * 12 + 6)])

@@ -21,6 +21,8 @@ class Assignment:
     """Adapter or mixture to be scored before any training; None to score nothing."""
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     """Values for the keys of ``training`` that are auto."""
+    validated: bool = False
+    """True to report the loss on the client's validation examples before and after training."""
 
 
 class Assignments(Generic[T]):

@@ -38,7 +38,7 @@ from fedmerge_peft.training.execute import run_plans
 from fedmerge_peft.training.features import class_statistics
 from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.loop import Job, train
-from fedmerge_peft.training.plan import Plan, Served, Trained, TrainRequest
+from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.profiling import timed
@@ -233,6 +233,8 @@ class LocalEngine:
             results = run_plans(plans, partial(self._train, ready), losses, statistics)
         for turn, result in zip(ready, results, strict=True):
             turn.finish(result)
+            if turn.result is not None and turn.assignment.validated:
+                turn.validation = turn.attempt(partial(self._validate, turn))
             finetuned = turn.before is not None and self.recipe.evaluation.finetuned
             if turn.result is not None and finetuned:
                 turn.after = turn.attempt(partial(self._scores, turn.client, turn.result.trained))
@@ -311,6 +313,22 @@ class LocalEngine:
         known = self.training_cache.get_or_train(job, work)
         turn.seconds += known.seconds
         return known.trained
+
+    def _validate(self, turn: ClientTurn) -> tuple[float, float] | None:
+        """Return the mean validation losses of the adapter as sent and as trained."""
+        rows = turn.client.validation
+        if turn.result is None or not len(rows):
+            return None
+        plan, trained = turn.assignment.plan, turn.result.trained
+        if not isinstance(plan, Train) or not isinstance(trained, Tensor):
+            return None
+        size = self.recipe.evaluation.batch_size
+        with timed("evaluate"):
+            before, after = (
+                float(example_losses(self.runtime, row, rows, size).double().mean())
+                for row in (plan.row, trained)
+            )
+        return before, after
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
         with timed("evaluate"):

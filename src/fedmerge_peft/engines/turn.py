@@ -38,6 +38,8 @@ class ClientTurn:
     result: ClientResult | None = None
     after: dict[str, float] | None = None
     """Scores after local training."""
+    validation: tuple[float, float] | None = None
+    """Mean loss (nats) of a validation example, before and after local training."""
     error: ClientError | None = None
     """The first failure, which ends the turn."""
 
@@ -85,6 +87,7 @@ class ClientTurn:
             choice=self.result.choice,
             weights=self.result.weights,
             statistics=self.result.statistics,
+            validation=self.validation,
             round=self.round,
         )
 

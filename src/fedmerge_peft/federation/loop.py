@@ -215,11 +215,12 @@ class Federation:
             plan = self.strategy.plan(client)
             if isinstance(plan, Train) and self.recipe.strategy.federated:
                 plan = replace(plan, privacy=update_privacy(self.recipe.privacy))
+            validated = self.strategy.validates() and self.recipe.privacy.mode == "none"
             if not scored:
-                return Assignment(plan)
+                return Assignment(plan, validated=validated)
             if isinstance(plan, Train) and self.strategy.trains_what_it_serves:
-                return Assignment(plan, plan.row)  # merged once
-            return Assignment(plan, self.strategy.served(client))
+                return Assignment(plan, plan.row, validated=validated)  # merged once
+            return Assignment(plan, self.strategy.served(client), validated=validated)
 
     def evaluate(self) -> Scores | None:
         """Score the served models of all clients, without training.

@@ -172,6 +172,7 @@ class AssignmentFields(Fields):
         dict[str, object], Field(max_length=2), AfterValidator(Hyperparameters.parse)
     ]
     base: Annotated[dict[Name, TensorName], Field(max_length=10_000)]
+    validated: Annotated[bool, Field(strict=True)]
 
 
 # ---- replies -------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class Trained(Fields):
     served: Scores | None
     finetuned: Scores | None
     choice: Index
+    validation: Annotated[list[Loss], Field(min_length=2, max_length=2)] | None
 
 
 class Evaluated(Fields):

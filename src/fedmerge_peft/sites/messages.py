@@ -98,6 +98,7 @@ def assignment_message(
     layout: str,
     dtype: WireDtype,
     hyperparameters: Hyperparameters | None = None,
+    validated: bool = False,
 ) -> Message:
     """Write a client's assignment: kind ``train`` with a plan, ``evaluate`` without one.
 
@@ -110,6 +111,7 @@ def assignment_message(
         layout: The ``layout_digest``.
         dtype: Number format of the adapters.
         hyperparameters: Values for the keys of ``training`` that are auto. Default: none.
+        validated: True to ask for the validation losses before and after training.
     """
     table = TensorTable(dtype)
     fields = {
@@ -121,6 +123,7 @@ def assignment_message(
         "served": None if served is None else _served(served, table),
         "hyperparameters": (hyperparameters or Hyperparameters()).to_dict(),
         "base": {module: table.add_float32(update) for module, update in base.items()},
+        "validated": validated,
     }
     return Message("evaluate" if plan is None else "train", fields, table.tensors)
 
@@ -181,6 +184,7 @@ def reply_message(reply: Reply, client: str, layout: str, dtype: WireDtype) -> M
         "served": scores_in_range(reply.served),
         "finetuned": scores_in_range(reply.finetuned),
         "choice": reply.choice,
+        "validation": losses_in_range(reply.validation),
     }
     tensors = {"deltas": reply.deltas.to(_DTYPES[dtype])}
     if reply.weights is not None:
@@ -193,6 +197,13 @@ def scores_in_range(scores: Mapping[str, float] | None) -> dict[str, float] | No
     if scores is None:
         return None
     return {name: value for name, value in scores.items() if abs(value) <= MAX_SCORE}
+
+
+def losses_in_range(losses: tuple[float, float] | None) -> list[float] | None:
+    """Return the two losses, or None if one of them is not in the range of a message."""
+    if losses is None or not all(abs(loss) <= MAX_SCORE for loss in losses):
+        return None
+    return list(losses)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -208,6 +219,7 @@ class RemoteAssignment:
     served: Served | None
     base: Mapping[str, Tensor]
     hyperparameters: Hyperparameters
+    validated: bool
 
 
 def read_assignment(
@@ -233,6 +245,7 @@ def read_assignment(
         None if fields.served is None else reader.served(fields.served),
         {module: reader.float32(name, 2) for module, name in fields.base.items()},
         cast("Hyperparameters", fields.hyperparameters),
+        fields.validated,
     )
 
 
@@ -268,6 +281,7 @@ def read_reply(
         fields.choice,
         reader.float32("weights", 1) if "weights" in message.tensors else None,
         fields.round,
+        validation=fields.validation and (fields.validation[0], fields.validation[1]),
     )
 
 

@@ -68,6 +68,9 @@ class Reply:
     """Round of the plan, from 1. If None, it is not checked."""
     statistics: Tensor | None = None
     """Class statistics ``(rows, classes, d + 2)``, if the plan measures adapters."""
+    validation: tuple[float, float] | None = None
+    """Mean loss (nats) of a validation example, before and after local training, in rounds in which
+    ``Strategy.validates``. None without validation examples, and from a private site."""
 
     @property
     def delta(self) -> Tensor:
@@ -132,6 +135,10 @@ class Strategy(Stateful, ABC):
     def served(self, client: int) -> Served:
         """Return the model with which the client predicts."""
         return self.adapter(client)
+
+    def validates(self) -> bool:
+        """Return True if the replies of the next round are to have validation losses."""
+        return False
 
     def traffic(self, client: int) -> tuple[int, int]:
         """Return the numbers of values that the client receives and returns in a round."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ from fedmerge_peft.strategies.reseeding import Reseeding
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.strategies.similarity import group_by_direction, nearest_row
+from fedmerge_peft.strategies.validation_trial import TRIAL_ROUNDS, ValidationTrial
 
 _ADAPTERS = 5
 """d with ``adapters: auto`` if the clients are not grouped; the default of the authors' code."""
@@ -55,6 +56,7 @@ class FedMerge(Strategy):
         "own_head",
         "joined",
         "rounds",
+        "trial",
     )
     learns_weights = True
 
@@ -85,6 +87,13 @@ class FedMerge(Strategy):
         self.joined = torch.full((context.clients,), self._warming is None)
         """True for clients whose weights no longer are the initial ones, ``(m,)``."""
         self.rounds = 0
+        automatic = recipe.groups is None and recipe.adapters == "auto"
+        self.trial = (
+            ValidationTrial(context.clients)
+            if automatic and self._warming is not None and context.clients > 1
+            else None
+        )
+        """Trial of the groups after the grouping; None if there is none, or when it is over."""
         self._decided: list[str] = []
 
     def _set_weights(self, adapters: int) -> None:
@@ -126,18 +135,31 @@ class FedMerge(Strategy):
     def decisions(self) -> list[str]:
         return self._decided
 
+    def validates(self) -> bool:
+        return self.trial is not None and self.rounds >= self._trial_round - 2
+
+    @property
+    def _trial_round(self) -> int:
+        """Round in which the trial ends. Its losses come from this round and the one before."""
+        return self.recipe.warm_rounds + TRIAL_ROUNDS
+
     def _softmax(self, logits: Tensor) -> Tensor:
         return torch.softmax(
             (logits / self.recipe.temperature).double() + self.shifts, dim=-1
         ).float()
 
     def update(self, replies: Iterable[Reply]) -> None:
+        replies = list(replies)
         clients, deltas, sizes = stack_replies(replies)
         deltas = self.aggregator.clip(deltas)
         own = self._warming is not None or self.own_head is not None
         served = self._served_heads(clients) if own else None
         self._decided = []
         self.rounds += 1
+        if self.trial is not None and self.rounds == self._trial_round:
+            self._end_trial(self.trial, replies)
+        elif self.trial is not None:
+            self.trial.store(replies)
         if self._warming is not None:
             self._warming.add(clients, deltas)
             if self.rounds == self.recipe.warm_rounds:
@@ -225,8 +247,29 @@ class FedMerge(Strategy):
             self.resize(int(found.groups.max()) + 1)
         self._assign(updates.clients, found.groups)
         number = int(found.groups.max()) + 1
+        if number == self.context.clients:
+            self.trial = None
         self._decided = [f"{number} group{'s' * (number > 1)} of clients: {found.reason}"]
         self._decide_own_heads(updates.clients, found.groups)
+
+    def _end_trial(self, trial: ValidationTrial, replies: Sequence[Reply]) -> None:
+        """Give each client an adapter if merging harms: a row for what it was sent."""
+        self.trial = None
+        found = trial.compare(replies)
+        if found is None:
+            return
+        losses = f"{found.own:.3g} after own training, {found.merged:.3g} after merging"
+        if not found.own_is_better:
+            self._decided.append(f"merging kept: validation loss {losses}")
+            return
+        everyone = range(self.context.clients)
+        rows = torch.stack([self.adapter(client) for client in everyone])
+        self.soup = AdapterSoup(rows, self.soup.layout, self.soup.shared)
+        self.server = ServerOptimizer(self.recipe, self.soup.rows)
+        self._set_weights(len(rows))
+        self.own_head = None
+        self._assign(torch.tensor(everyone), torch.tensor(everyone))
+        self._decided.append(f"an adapter for each client: validation loss {losses}")
 
     def _join(self, clients: Tensor, deltas: Tensor) -> None:
         """Assign clients that missed the grouping to the group that their first update points to.

@@ -54,6 +54,9 @@ class WrappedStrategy(Strategy):
     def resize(self, adapters: int) -> None:
         self.inner.resize(adapters)
 
+    def validates(self) -> bool:
+        return self.inner.validates()
+
     def decisions(self) -> list[str]:
         return self.inner.decisions()
 

@@ -187,7 +187,8 @@ class RemoteEngine:
                 index,
                 assignment.plan,
                 assignment.served,
-                hyperparameters=assignment.hyperparameters,
+                assignment.hyperparameters,
+                assignment.validated,
             )
 
         columns, dtype = self._model.layout.size, self.federation.wire_dtype
@@ -260,12 +261,13 @@ class RemoteEngine:
         index: int,
         plan: Plan | None,
         served: Served | None,
-        **options: Hyperparameters,
+        hyperparameters: Hyperparameters | None = None,
+        validated: bool = False,
     ) -> bytes:
         """Serialize a client's assignment."""
         name, base, dtype = self.clients[index].name, self.backbone.base, self.federation.wire_dtype
         return assignment_message(
-            round, name, plan, served, base, self.layout, dtype, **options
+            round, name, plan, served, base, self.layout, dtype, hyperparameters, validated
         ).to_bytes()
 
     def _send_and_receive(

@@ -148,6 +148,7 @@ class ReleaseRules:
             seconds=0.0,
             served=None,
             finetuned=None,
+            validation=None,
         )
 
 

@@ -240,6 +240,7 @@ class Trainer:
             replace(plan, privacy=None) if isinstance(plan, Train) else plan,
             None if self.release.private else assignment.served,
             assignment.hyperparameters,
+            assignment.validated and not self.release.private,
         )
 
     def _evaluate(self, engine: LocalEngine, index: int, assignment: RemoteAssignment) -> Message:

@@ -1,0 +1,127 @@
+"""FedMerge's trial of its groups: merged adapters against own ones, on validation examples."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from equality import assert_near
+from fedmerge_peft.strategies import Reply
+from fedmerge_peft.strategies.validation_trial import TRIAL_ROUNDS, ValidationTrial
+from fedmerge_peft.testing import FormulaClients
+
+CLIENTS, WARM = 6, 2
+END = WARM + TRIAL_ROUNDS
+"""Round in which the trial ends."""
+
+
+def grouped_clients():
+    """Return clients in two groups of three, with small differences inside."""
+    clients = FormulaClients(CLIENTS)
+    clients.centres = clients.centres[[0, 0, 0, 1, 1, 1]] + 0.1 * clients.centres
+    return clients
+
+
+def reply(client, before, after):
+    return Reply(client, torch.zeros(1, 2), 1, 0.0, 0.0, validation=(before, after))
+
+
+def compared(own, merged):
+    trial = ValidationTrial(len(own))
+    trial.store([reply(client, 9.0, loss) for client, loss in enumerate(own)])
+    return trial.compare([reply(client, loss, 9.0) for client, loss in enumerate(merged)])
+
+
+def play(strategy, clients, rounds, own=1.0, merged=1.0):
+    """Run rounds in which each client reports these losses when it is asked for them."""
+    for _ in range(rounds):
+        asked = strategy.validates()
+        losses = (merged, own) if asked else None
+        strategy.update([replace(one, validation=losses) for one in clients.replies(strategy)])
+
+
+def test_a_comparison_has_the_means_and_the_error_of_their_difference():
+    found = compared([1.0, 2.0, 3.0, 2.0], [2.5, 1.5, 3.5, 2.5])
+    assert (found.own, found.merged) == (2.0, 2.5)
+    assert found.error == pytest.approx((2 / 3) ** 0.5 / 2)  # of 1.5, −.5, .5, .5
+    assert not found.own_is_better  # .5 is less than two errors
+    assert compared([1.0, 2.0, 3.0, 2.0], [1.5, 2.5, 3.5, 2.5]).own_is_better
+
+
+@pytest.mark.parametrize(
+    ("merged", "better"), [(1.0, False), (1.01, False), (1.03, True), (0.5, False)]
+)
+def test_differences_below_two_percent_are_chance(merged, better):
+    assert compared([1.0] * 4, [merged] * 4).own_is_better is better
+
+
+def test_no_comparison_without_half_of_the_clients():
+    trial = ValidationTrial(5)
+    trial.store([reply(client, 1.0, 1.0) for client in range(3)])
+    asked = [reply(client, 2.0, 1.0) for client in range(5)]
+    assert trial.compare(asked[:2]) is None
+    assert trial.compare([replace(one, validation=None) for one in asked]) is None
+    assert trial.compare([replace(one, validation=(float("inf"), 1.0)) for one in asked]) is None
+    assert trial.compare(asked).merged == 2.0  # of the three that have both
+
+
+def test_only_two_rounds_report_validation_losses():
+    clients = grouped_clients()
+    strategy = clients.strategy("fedmerge", warm_rounds=WARM)
+    asked = []
+    for _ in range(END + 2):
+        asked.append(strategy.validates())
+        play(strategy, clients, 1)
+    assert [number for number, one in enumerate(asked, 1) if one] == [END - 1, END]
+    for settings in ({"groups": 2}, {"adapters": 3}, {"start": "independent"}):
+        assert not any(
+            clients.strategy("fedmerge", warm_rounds=1, **settings).validates() for _ in range(3)
+        )
+
+
+@pytest.mark.parametrize("merged", [1.0, 0.8])
+def test_groups_stay_if_merging_does_not_harm(merged):
+    clients = grouped_clients()
+    tried, other = (clients.strategy("fedmerge", warm_rounds=WARM) for _ in range(2))
+    play(tried, clients, END, merged=merged)
+    for _ in range(END):
+        clients.round(other)  # reports no losses
+    assert torch.equal(tried.soup.rows, other.soup.rows)
+    assert torch.equal(tried.weights, other.weights)
+    assert tried.decisions() == [
+        f"merging kept: validation loss 1 after own training, {merged:g} after merging"
+    ]
+    assert other.decisions() == []
+
+
+def test_each_client_gets_an_adapter_if_merging_harms():
+    """Its row starts from what it was sent: Θ_i = θ_i, then the soup step with the new weights."""
+    clients = grouped_clients()
+    strategy = clients.strategy("fedmerge", warm_rounds=WARM, warm_weight=0.9, weights_lr=0.0)
+    play(strategy, clients, END - 1, merged=2.0)
+    sent = torch.stack([strategy.adapter(client) for client in range(CLIENTS)])
+    play(strategy, clients, 1, merged=2.0)
+    assert strategy.decisions() == [
+        "an adapter for each client: validation loss 1 after own training, 2 after merging"
+    ]
+    weights = torch.full((CLIENTS, CLIENTS), 0.1 / (CLIENTS - 1)).fill_diagonal_(0.9)
+    assert_near(strategy.weights, weights)
+    shares = weights / weights.sum(dim=0)  # q of clients with equal sizes; columns sum to 1
+    assert_near(strategy.soup.rows, sent - shares.T @ (sent - clients.centres))
+    assert strategy.own_head is None
+    assert not strategy.validates()
+
+
+def test_a_federation_resumes_during_and_after_its_trial():
+    clients = grouped_clients()
+    whole = clients.strategy("fedmerge", warm_rounds=WARM)
+    play(whole, clients, END + 2, merged=2.0)
+    for stop in (END - 1, END, END + 1):
+        first, second = (clients.strategy("fedmerge", warm_rounds=WARM) for _ in range(2))
+        play(first, clients, stop, merged=2.0)
+        second.resize(len(first.soup))
+        second.soup = first.soup
+        second.load_state_dict(first.state_dict())
+        play(second, clients, END + 2 - stop, merged=2.0)
+        assert torch.equal(second.soup.rows, whole.soup.rows)
+        assert torch.equal(second.weights, whole.weights)

@@ -22,7 +22,8 @@ from fedmerge_peft import (
 )
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.federation import tuning
-from fedmerge_peft.federation.tuning import Decisions, decide, drawn_clients, lowest, smallest_tied
+from fedmerge_peft.federation.rate_choice import lowest, smallest_tied
+from fedmerge_peft.federation.tuning import Decisions, decide, drawn_clients
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.hyperparameters import Hyperparameters, automatic_epochs
 
@@ -117,6 +118,20 @@ def test_the_grid_is_extended_while_the_best_rate_is_at_its_end(best, tested):
     engine = FormulaEngine([valley(best)] * 2)
     assert chosen(engine)[0] == best
     assert engine.rates == tested
+
+
+@pytest.mark.parametrize(
+    ("alone", "training", "value"),
+    [
+        (1.5e-3, 5e-2, (1.5e-3 * 1.5e-2) ** 0.5),  # the training loss is lowest two rates above
+        (5e-3, 5e-2, (5e-3 * 1.5e-2) ** 0.5),
+        (1.5e-2, 5e-2, 1.5e-2),
+        (1.5e-2, 5e-3, 1.5e-2),  # higher than the rate by training loss, which bounds nothing
+    ],
+)
+def test_a_rate_at_which_clients_alone_overfit_is_not_too_high(alone, training, value):
+    engine = FormulaEngine([valley(alone)] * 4, training=valley(training))
+    assert chosen(engine)[0] == pytest.approx(value)
 
 
 def test_sgd_has_higher_rates():

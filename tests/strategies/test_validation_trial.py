@@ -49,9 +49,9 @@ def test_a_comparison_has_the_means_and_the_error_of_their_difference():
 
 
 @pytest.mark.parametrize(
-    ("merged", "better"), [(1.0, False), (1.01, False), (1.03, True), (0.5, False)]
+    ("merged", "better"), [(1.0, False), (1.005, False), (1.02, True), (0.5, False)]
 )
-def test_differences_below_two_percent_are_chance(merged, better):
+def test_differences_below_one_percent_are_chance(merged, better):
     assert compared([1.0] * 4, [merged] * 4).own_is_better is better
 
 

@@ -10,6 +10,11 @@ client's own start:
 ℓ_i is the loss of the validation examples. If no client has any, or if no rate reduces their loss
 by more than its noise, ℓ_i is the mean training loss, and the denominator is its value at the
 smallest rate, which hardly changes the adapter.
+
+A client overfits alone at a lower rate than in a federation, where means of updates average out
+what only one client has learned. Rates higher than the chosen one may therefore be better. The
+training loss bounds them: it is lowest just below the rates that diverge. If the rate one below it
+is higher than the rate by validation loss, their geometric mean is used.
 """
 
 from __future__ import annotations
@@ -29,6 +34,12 @@ from fedmerge_peft.data import Client
 from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.errors import ClientError, RecipeError
+from fedmerge_peft.federation.rate_choice import (
+    below_lowest,
+    lowest,
+    reduces_loss,
+    smallest_tied,
+)
 from fedmerge_peft.federation.reply_checks import validate_reply
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.training.hyperparameters import Hyperparameters, automatic_epochs
@@ -145,6 +156,11 @@ def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> d
     if conclusive:
         by = ", by their training loss" if measure == "training loss" else ""
         value, reason = rates[smallest_tied(ratios, best)], f"chosen from {tested}{by}"
+        if measure == "validation loss":
+            highest = below_lowest(rates, test.ratios(rates, "training loss"))
+            if highest > value:
+                value = math.sqrt(value * highest)
+                reason = f"between the best of {tested} and {highest:g}, by their training loss"
     else:
         middle = rates.index(ladder[_MIDDLE])
         value = rates[middle] if np.isfinite(ratios[middle]).all() else rates[best]
@@ -176,50 +192,6 @@ def _extended(
             test.run(rates[0])
         else:
             return rates, ratios
-
-
-# ---- the choice ----------------------------------------------------------------------------------
-
-
-def lowest(ratios: NDArray[np.float64]) -> int:
-    """Return the row with the lowest mean, the first of equal ones.
-
-    Args:
-        ratios: ρ, rates × clients, the rates ascending; inf for a failure.
-    """
-    return int(ratios.mean(axis=1).argmin())
-
-
-def smallest_tied(ratios: NDArray[np.float64], best: int) -> int:
-    """Return the smallest rate whose mean is within one standard error of the best rate's mean.
-
-    The standard error is that of the paired differences ρ_ir − ρ_i,best over the clients; 0 for one
-    client. This is the one-standard-error rule (Breiman et al. 1984, Classification and Regression
-    Trees, section 3.4.3). The smaller rate is preferred, because a rate that is too large diverges
-    later, while one that is slightly too small only needs more rounds.
-
-    Args:
-        ratios: As for ``lowest``.
-        best: Row of the best rate.
-    """
-    for row in range(best):
-        differences = ratios[row] - ratios[best]
-        if np.isfinite(differences).all() and differences.mean() <= _standard_error(differences):
-            return row
-    return best
-
-
-def reduces_loss(ratios: NDArray[np.float64]) -> bool:
-    """Return whether a rate reduces the clients' loss by more than two standard errors.
-
-    Args:
-        ratios: ρ at this rate, one number for each client.
-    """
-    return bool(np.isfinite(ratios).all() and (1 - ratios).mean() > 2 * _standard_error(ratios))
-
-
-def _standard_error(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 # ---- the clients' work ---------------------------------------------------------------------------

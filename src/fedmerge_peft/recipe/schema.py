@@ -131,10 +131,11 @@ class TrainingRecipe(Section):
     learning_rate: PositiveFloat | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
     adapter on up to four clients at each of several rates, and chooses the rate with the lowest
-    validation loss. If no rate reduces it by more than its noise, or if there are no validation
-    examples, the training loss decides. The baselines of the run use the same rate. With
-    `privacy`, there is no test, because its replies would not be private: the rate is 5e-3 for
-    adamw and 0.1 for sgd."""
+    validation loss, or a higher one if the training loss falls well beyond it: a client alone
+    overfits at a lower rate than a federation. If no rate reduces the validation loss by more than
+    its noise, or if there are no validation examples, the training loss decides. The baselines of
+    the run use the same rate. With `privacy`, there is no test, because its replies would not be
+    private: the rate is 5e-3 for adamw and 0.1 for sgd."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled for adamw, an L2 gradient for sgd."""
     momentum: Fraction = 0.0

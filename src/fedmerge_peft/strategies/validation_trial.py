@@ -15,7 +15,7 @@ TRIAL_ROUNDS = 3
 """Rounds after the grouping at whose end the comparison is made. Right after the grouping, a
 client's own update is ahead of any mean, because both have far to go. In trials, real groups were
 ahead by 1 to 13 % of the loss in the third round."""
-_LEAST_GAIN = 0.02
+_LEAST_GAIN = 0.01
 """Least relative gain in validation loss, below which a difference is put down to chance."""
 
 
@@ -32,7 +32,7 @@ class Comparison:
 
     @property
     def own_is_better(self) -> bool:
-        """True if merging raised the loss by more than chance: two standard errors, and 2 %."""
+        """True if merging raised the loss by more than chance: two standard errors, and 1 %."""
         return self.merged - self.own > max(2 * self.error, _LEAST_GAIN * self.own)
 
 

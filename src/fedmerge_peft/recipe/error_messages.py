@@ -174,7 +174,7 @@ def found(value: Any) -> str:
         case bool() | int() | float():
             return _cut(json.dumps(value)).replace("NaN", ".nan").replace("Infinity", ".inf")
         case _:
-            return _cut(repr(value))
+            return _cut(" ".join(repr(value).split()))
 
 
 def _cut(text: str) -> str:

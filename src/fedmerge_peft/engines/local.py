@@ -37,6 +37,7 @@ from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.execute import run_plans
 from fedmerge_peft.training.features import class_statistics
 from fedmerge_peft.training.first_token import cut_to_first_token
+from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
@@ -92,6 +93,7 @@ class LocalEngine:
             backbone = load_backbone(
                 recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed
             )
+        try_inputs(task, backbone, accelerator, recipe.backbone.model)
         runtime = Runtime(backbone, task, accelerator, task.encode(data.table))
         rows = _rows_held(data.clients)
         if len(rows):

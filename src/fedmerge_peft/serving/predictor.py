@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from fedmerge_peft.data import Indices
 from fedmerge_peft.data.columns import join_values
-from fedmerge_peft.errors import DataError, RunError
+from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.models.pretrained import model_folder
-from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.tasks import Examples, make_task, task_type
-from fedmerge_peft.tasks.base import reject_inputs
+from fedmerge_peft.tasks.base import reject_inputs, split_batch
 from fedmerge_peft.training.accelerator import make_accelerator
+from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.util.seeds import seeded
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class Predictor:
         self._kind = task_type(recipe.task)
         if self._kind.completes:
             generating = {"format": "prompt-completion", "metrics": ["exact_match"]}
+            if run.task.get("format") == "messages":  # prompts are rendered with the template
+                generating |= {"special_tokens": "tokens"}
             recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update=generating)})
         self._recipe = recipe
         self._accelerator = make_accelerator(recipe.training)
@@ -96,10 +98,11 @@ class Predictor:
                 self._accelerator.device,
                 recipe.seed,
             )
+        try_inputs(self._task, self._backbone, self._accelerator, recipe.backbone.model)
         load_shared_state(self._backbone, soup, run)
 
     def __call__(
-        self, inputs: Mapping[str, Iterable[Any]], *, batch_size: int | None = None
+        self, inputs: Mapping[str, Sequence[Any]], *, batch_size: int | None = None
     ) -> dict[str, list[Prediction]]:
         """Predict with each client's own adapter.
 
@@ -115,10 +118,8 @@ class Predictor:
 
         Raises:
             RunError: The run has no such client.
-            DataError: The task does not accept an input, or a client has one input instead of a
-                list of them.
+            DataError: The task does not accept an input.
         """
-        inputs = _lists(inputs)
         if unknown := [client for client in inputs if client not in self._adapters]:
             raise RunError(
                 f"the run has no client {unknown[0]!r}; it has {join_values(self._adapters)}"
@@ -146,7 +147,10 @@ class Predictor:
 
         Shared passes give the same predictions up to rounding.
         """
-        reason = stacking_obstacle(self._backbone) or self._stacking_error()
+        if {"none", "alone"} & {self._task.padding, self._task.prompt_padding}:
+            reason: str | None = "the model sees padding, so not all inputs share a pass"
+        else:
+            reason = stacking_obstacle(self._backbone) or self._stacking_error()
         if reason is not None:
             log.info("predicting for one client at a time: %s", reason)
         return reason
@@ -177,10 +181,11 @@ class Predictor:
         for client in clients:
             indices = indices_of[client]
             indices = indices[np.argsort(-examples.lengths[indices], kind="stable")]
-            chunks += [
-                _Chunk(self._adapters[client], indices[start : start + size])
-                for start in range(0, len(indices), size)
-            ]
+            parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+            if not self._kind.completes:  # prompts have their own padding
+                padding = self._task.padding
+                parts = [own for part in parts for own in split_batch(padding, examples, part)]
+            chunks += [_Chunk(self._adapters[client], part) for part in parts]
         chunks.sort(
             key=lambda chunk: (-len(chunk.indices), -int(examples.lengths[chunk.indices].max()))
         )
@@ -270,29 +275,3 @@ class Predictor:
                     "different way"
                 )
         return None
-
-
-def _lists(inputs: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
-    """Return the inputs of each client as a list.
-
-    Raises:
-        DataError: There is no mapping, or one input instead of several. A text would otherwise be
-            taken for its letters, and a table for the names of its columns.
-    """
-    if not isinstance(inputs, Mapping):
-        raise DataError(
-            f'inputs: found {found(inputs)}, expected lists by client, such as {{"north": ["..."]}}'
-        )
-    lists = {}
-    for client, items in inputs.items():
-        several = isinstance(items, Iterable) and not hasattr(items, "columns")
-        if not several or isinstance(items, str | bytes | bytearray | Mapping | Set):
-            raise DataError(
-                f"{client}: found {found(items)}, expected a list of inputs; "
-                "put a single input into a list"
-            )
-        try:
-            lists[client] = list(items)
-        except TypeError:  # an array without dimensions
-            raise DataError(f"{client}: found {found(items)}, expected a list of inputs") from None
-    return lists

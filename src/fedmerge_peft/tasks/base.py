@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
+
+Padding = Literal["right", "left", "none", "alone"]
+"""Side on which shorter examples are padded. none: a pass has examples of one length; alone: one
+example."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,10 @@ class Task(ABC):
     """Tokenizer or image processor of the backbone."""
     generates: bool = False
     """True if a metric needs generated text."""
+    padding: Padding = "right"
+    """Padding of batches. ``training/input_trial.py`` chooses it for the loaded model."""
+    prompt_padding: Padding = "left"
+    """Padding of prompts for generation, chosen in the same way."""
 
     def __init__(  # noqa: B027 - a task may have nothing to prepare
         self, recipe: Any, backbone: BackboneRecipe, table: Dataset, model_folder: str
@@ -118,6 +126,29 @@ class Task(ABC):
         Returns:
             Two float32 tensors ``(batch,)``: sum of the losses in nats, and number of terms.
         """
+
+    def match_inputs(self, model: Any) -> None:  # noqa: B027 - most tasks have nothing to match
+        """Adapt the encoding to the loaded model, and check them against each other.
+
+        Raises:
+            BackboneError: Model and tokenizer do not match.
+        """
+
+    def probe(self) -> Examples | None:
+        """Return a short example, a long one and another long one, to try the model; None for none.
+
+        All have the same length if the task has no padding.
+        """
+        return None
+
+    def next_logits(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> Tensor:
+        """Return logits of the first two generated tokens, ``(batch, 2, vocabulary)``.
+
+        Only for tasks that generate text.
+        """
+        raise TypeError(f"{type(self).__name__} does not generate text")
 
     def count_terms(self, labels: Tensor) -> int:
         """Count the loss terms of a batch with these labels, without a forward pass."""
@@ -169,6 +200,14 @@ class Task(ABC):
             TypeError: The task does not generate text.
         """
         raise TypeError(f"{type(self).__name__} does not generate text")
+
+
+def split_batch(padding: Padding, examples: Examples, indices: NDArray[Any]) -> list[NDArray[Any]]:
+    """Split a batch into the parts that may share a pass of the model, in order."""
+    if padding in ("right", "left"):
+        return [indices]
+    lengths = examples.lengths[indices] if padding == "none" else np.arange(len(indices))
+    return [indices[lengths == length] for length in dict.fromkeys(lengths.tolist())]
 
 
 def reject_inputs(invalid: Sequence[Any], expected: str) -> None:

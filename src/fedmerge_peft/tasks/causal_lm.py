@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
-from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
+from fedmerge_peft.tasks.generation import first_logits, generate_tokens
 from fedmerge_peft.tasks.text_formats import infer_format, parse_template, read_row_texts
+from fedmerge_peft.tasks.text_tokens import TextTokens
 from fedmerge_peft.tasks.tokenization import (
-    chunks,
     get_pad_token_id,
     load_tokenizer,
     pad,
@@ -25,6 +27,7 @@ from fedmerge_peft.tasks.tokenization import (
     resolve_max_length,
     token_limit,
 )
+from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,6 +89,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             )
         if self.format == "instruction":
             parse_template(recipe.template)
+        self._model = backbone.model
+        self._vocabulary: int | None = None
         self.processor, config = load_tokenizer(backbone, model_folder)
         self.pad_token_id = get_pad_token_id(self.processor)
         limit = token_limit(self.processor, config)
@@ -98,8 +103,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a "
                 f"prompt; the model's limit is {limit} tokens"
             )
-        eos = self.processor.eos_token_id
-        self._adds_eos = eos is not None and self.processor("a")["input_ids"][-1:] == [eos]
+        # A chat template writes special tokens.
+        reading = "tokens" if self.format == "messages" else recipe.special_tokens
+        self._tokens = TextTokens(self.processor, reading)
 
     # ----------------------------------------------------------------------------------------------
     # Rows to tensors
@@ -120,6 +126,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     ) -> dict[str, Any]:
         tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
         tokenizer.padding_side = "left"
+        tokenizer.split_special_tokens = recipe.special_tokens == "text"
         return {"tokenizer": tokenizer, "max_new_tokens": recipe.max_new_tokens}
 
     def encode(self, table: Dataset) -> Examples:
@@ -140,14 +147,15 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         )
         rows: list[tuple[list[int], list[int]]]
         if texts.prompts is None:
-            rows = [
-                ([], ids)
-                for ids in self._tokenize(
-                    texts.targets, special=self.format == "text", end=self.format == "text"
-                )
-            ]
+            self._tokens.reject_special(texts.targets if self.format == "text" else ())
+            plain = self._tokens.rows(
+                texts.targets, special=self.format == "text", end=self.format == "text"
+            )
+            rows = [([], texts.tokens.get(row, ids)) for row, ids in enumerate(plain)]
         else:
-            rows = self._tokenize_pairs(texts.prompts, texts.targets)
+            self._tokens.reject_special(texts.prompts)
+            self._tokens.reject_special(texts.targets)
+            rows = self._tokens.pairs(texts.prompts, texts.targets)
         length = self.max_length
         if truncated := sum(len(prompt) + len(target) > length for prompt, target in rows):
             logger.warning(
@@ -159,7 +167,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         inputs, labels = [], []
         for row, (prompt, target) in enumerate(rows):
             # Prediction of the first token of a completion needs one token before it.
-            context = self._truncate_left(prompt, max(length - len(target), min(1, len(prompt))))
+            context = self._tokens.truncate_left(
+                prompt, max(length - len(target), min(1, len(prompt)))
+            )
             target = target[: length - len(context)]
             inputs.append(context + target)
             labels.append([IGNORED] * len(context) + target)
@@ -170,113 +180,44 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                     f"row {row} (of the rows in use): {len(inputs[row])} token(s) leave nothing to "
                     f"predict: {texts.targets[row][:80]!r}"
                 )
+        reject_unknown_ids(inputs, self._vocabulary)
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         if self.generates:
             prompts, references = [prompt for prompt, _ in rows], texts.targets
             if texts.final_turns is not None:
-                prompts, references = (
-                    self._tokenize([prompt for prompt, _ in texts.final_turns], special=False),
-                    [text for _, text in texts.final_turns],
+                turns = self._tokens.rows(
+                    [prompt for prompt, _ in texts.final_turns], special=False
                 )
+                prompts = [texts.turn_tokens.get(row, ids) for row, ids in enumerate(turns)]
+                references = [text for _, text in texts.final_turns]
             columns["prompt"] = ragged(
-                [self._truncate_left(ids, self.max_prompt) for ids in prompts]
+                [self._tokens.truncate_left(ids, self.max_prompt) for ids in prompts]
             )
             columns["reference"] = ragged([text.encode() for text in references])
         return Examples(columns)
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """Return ``input_ids``, ``attention_mask`` and ``labels``, ``(batch, longest)``.
-
-        Rows are padded on the right.
-        """
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, ``(batch, longest)``."""
         inputs = [examples.columns["input_ids"][index] for index in indices]
+        labels = [examples.columns["labels"][index] for index in indices]
+        side: Literal["left", "right"] = "left" if self.padding == "left" else "right"
         return {
-            "input_ids": pad(inputs, self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(ids) for ids in inputs], 0),
-            "labels": pad([examples.columns["labels"][index] for index in indices], IGNORED),
+            "input_ids": pad(inputs, self.pad_token_id, side),
+            "attention_mask": pad([torch.ones_like(ids) for ids in inputs], 0, side),
+            "labels": pad(labels, IGNORED, side),
         }
 
-    def _tokenize(
-        self, texts: Sequence[str], *, special: bool = True, end: bool = False
-    ) -> list[list[int]]:
-        """Tokenize texts.
-
-        Args:
-            texts: Texts.
-            special: Add the tokenizer's initial special tokens.
-            end: Append the end-of-sequence token.
-        """
-        eos = self.processor.eos_token_id
-        rows: list[list[int]] = []
-        for (chunk,) in chunks(texts):
-            for ids in self.processor(list(chunk), add_special_tokens=special, verbose=False)[
-                "input_ids"
-            ]:
-                tokens = ids[:-1] if special and self._adds_eos else ids
-                rows.append([*tokens, eos] if end and eos is not None else list(tokens))
-        return rows
-
-    def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokenize prompts.
-
-        An empty prompt is replaced by the begin-of-sequence token, because the model predicts the
-        first token of a completion from the token before it.
-        """
-        bos = self.processor.bos_token_id
-        rows = [ids or ([] if bos is None else [bos]) for ids in self._tokenize(prompts)]
-        empty = next((row for row, ids in enumerate(rows) if not ids), None)
-        if empty is not None:
-            raise DataError(
-                f"row {empty} (of the rows in use): the prompt is empty, and the tokenizer has no "
-                "begin-of-sequence token to replace it; fill in the prompt, or remove the row"
-            )
-        return rows
-
-    def _tokenize_pairs(
-        self, prompts: Sequence[str], completions: Sequence[str]
-    ) -> list[tuple[list[int], list[int]]]:
-        """Tokenize prompts and their completions, which end with the end-of-sequence token."""
-        starts = self._tokenize_prompts(prompts)
-        joined = self._tokenize(
-            [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
-            end=True,
+    def match_inputs(self, model: Any) -> None:
+        """Check the tokenizer against the model."""
+        self._vocabulary = check_vocabulary(
+            self.processor, model, self._model, reads_end=self.generates
         )
-        # An empty prompt was replaced by a begin-of-sequence token, which not all tokenizers add to
-        # prompt + completion.
-        mismatched = [
-            row
-            for row, start in enumerate(starts)
-            if prompts[row] and joined[row][: len(start)] != start
-        ]
-        separate = sorted({*mismatched, *(row for row, prompt in enumerate(prompts) if not prompt)})
-        alone = dict(
-            zip(
-                separate,
-                self._tokenize([completions[row] for row in separate], special=False, end=True),
-                strict=True,
-            )
-        )
-        if mismatched:
-            logger.warning(
-                "in %d of %d rows the prompt's tokens are not a prefix of the tokens of prompt + "
-                "completion (first: row %d); both were tokenized separately. Often the prompt ends "
-                "with a space that belongs to the completion",
-                len(mismatched),
-                len(starts),
-                mismatched[0],
-            )
-        return [
-            (start, alone[row] if row in alone else joined[row][len(start) :])
-            for row, start in enumerate(starts)
-        ]
 
-    def _truncate_left(self, prompt: list[int], length: int) -> list[int]:
-        """Truncate a prompt on the left to ``length`` tokens; keep a begin-of-sequence token."""
-        if len(prompt) <= length:
-            return prompt
-        if length > 0 and prompt[0] == self.processor.bos_token_id:
-            return [prompt[0], *prompt[len(prompt) - length + 1 :]]
-        return prompt[len(prompt) - length :]
+    def probe(self) -> Examples:
+        texts = ["a short text", "another text, which is longer than the first one"]
+        ids = [row[: self.max_prompt] for row in self._tokens.rows(texts)]
+        columns = ragged([*ids, [*ids[1][:1], *ids[1][:0:-1]]])
+        return Examples({"input_ids": columns, "labels": columns, "prompt": columns})
 
     # ----------------------------------------------------------------------------------------------
     # Logits to numbers
@@ -320,8 +261,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             {
                 "prompt": ragged(
                     [
-                        self._truncate_left(ids, self.max_prompt)
-                        for ids in self._tokenize_prompts(prompts)
+                        self._tokens.truncate_left(ids, self.max_prompt)
+                        for ids in self._tokens.prompts(prompts)
                     ]
                 )
             }
@@ -335,7 +276,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             "attention_mask": pad([torch.ones_like(ids) for ids in prompts], 0, "left"),
         }
 
-    @torch.no_grad()
     def complete(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> list[str]:
@@ -350,32 +290,33 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         Returns:
             Completions without surrounding whitespace.
         """
-        from transformers import GenerationConfig
+        prompts = Examples({"prompt": [examples.columns["prompt"][row] for row in indices]})
+        order = np.arange(len(indices))
+        texts: dict[int, str] = {}
+        for part in split_batch(self.prompt_padding, prompts, order):
+            batch = self._prompts_on(device, examples, indices[part])
+            tokens = generate_tokens(
+                model,
+                batch,
+                pad=self.pad_token_id,
+                ends=self._end_token_ids(model),
+                max_new_tokens=self.recipe.max_new_tokens,
+            )[:, batch["input_ids"].shape[1] :]
+            decoded = self.processor.batch_decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            texts |= dict(zip(part.tolist(), decoded, strict=True))
+        return [texts[row].strip() for row in order.tolist()]
 
-        batch = {
-            name: tensor.to(device)
-            for name, tensor in self.collate_prompts(examples, indices).items()
-        }
-        # These override the sampling settings of the model's generation_config.json.
-        settings = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            use_cache=True,
-            max_new_tokens=self.recipe.max_new_tokens,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self._end_token_ids(model) or None,
-        )
-        tokens = model.generate(**batch, generation_config=settings)[
-            :, batch["input_ids"].shape[1] :
-        ]
-        texts = self.processor.batch_decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return [text.strip() for text in texts]
+    def next_logits(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> Tensor:
+        prompts = self._prompts_on(device, examples, indices)
+        return first_logits(model, prompts, pad=self.pad_token_id, ends=self._end_token_ids(model))
+
+    def _prompts_on(self, device: torch.device, examples: Examples, indices: NDArray[Any]) -> Batch:
+        prompts = self.collate_prompts(examples, indices)
+        return {name: tensor.to(device) for name, tensor in prompts.items()}
 
     def generate(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device

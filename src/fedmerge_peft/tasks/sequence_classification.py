@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from fedmerge_peft.tasks.classification import (
     labeled_table,
 )
 from fedmerge_peft.tasks.tokenization import (
-    chunks,
+    SpecialTokens,
     get_pad_token_id,
     load_tokenizer,
     pad,
@@ -26,7 +27,9 @@ from fedmerge_peft.tasks.tokenization import (
     read_texts,
     resolve_max_length,
     token_limit,
+    tokenized,
 )
+from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 class SequenceClassificationTask(Classification):
-    """Classification of texts, truncated to the model's limit and padded on the right.
+    """Classification of texts, truncated to the model's limit.
+
+    Special tokens that are written in a text, such as ``</s>``, are characters like all others.
 
     Args:
         recipe: Columns, labels, length and metrics.
@@ -78,14 +83,21 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         self.recipe = recipe
         self.metrics = recipe.metrics
         self.labels = infer_labels(table, recipe.label, recipe.num_labels)
+        self._model = backbone.model
         self.processor, config = load_tokenizer(backbone, model_folder)
+        self.processor.split_special_tokens = True
         self.pad_token_id = get_pad_token_id(self.processor)
         self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
-        # Some tokenizers return token types for models without token types. GPT-2 would add their
-        # word embeddings.
-        has_token_types = (getattr(config, "type_vocab_size", None) or 0) > 1
-        has_token_types &= "token_type_ids" in self.processor.model_input_names
-        self._columns = ["input_ids", *(["token_type_ids"] if has_token_types else [])]
+        self._vocabulary: int | None = None
+        self._columns = ["input_ids"]
+        # RoBERTa has one type of tokens, but its tokenizers may return two.
+        self._types = getattr(config, "type_vocab_size", None)
+        if (self._types or 0) > 1 and self._returns_types:
+            self._columns.append("token_type_ids")
+
+    @property
+    def _returns_types(self) -> bool:
+        return "token_type_ids" in self.processor.model_input_names
 
     @classmethod
     def probe_inputs(cls, recipe: SequenceClassificationRecipe) -> list[Any]:
@@ -117,6 +129,7 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         cls, recipe: SequenceClassificationRecipe, backbone: BackboneRecipe, folder: str
     ) -> dict[str, Any]:
         tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
+        tokenizer.split_special_tokens = True
         return {"tokenizer": tokenizer, "truncation": True}
 
     def encode(self, table: Dataset) -> Examples:
@@ -130,27 +143,14 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         texts = [read_texts(table, self.recipe.text, "task.text")]
         if self.recipe.text_pair is not None:
             texts.append(read_texts(table, self.recipe.text_pair, "task.text_pair"))
-        tokens: dict[str, list[list[int]]] = {name: [] for name in self._columns}
-        truncated = 0
-        for chunk in chunks(*texts):
-            encoded = self.processor(*chunk, verbose=False)
-            for row, ids in enumerate(encoded["input_ids"]):
-                columns = {name: encoded[name][row] for name in self._columns}
-                if self.max_length is not None and len(ids) > self.max_length:
-                    columns = self.processor(
-                        *(column[row] for column in chunk),
-                        truncation=True,
-                        max_length=self.max_length,
-                    )
-                    truncated += 1
-                for name in self._columns:
-                    tokens[name].append(columns[name])
+        tokens, truncated = self._tokenize(texts)
         empty = next((row for row, ids in enumerate(tokens["input_ids"]) if not ids), None)
         if empty is not None:
             raise DataError(
                 f"row {empty} (of the rows in use): the text in column {self.recipe.text!r} has no "
                 f"tokens: {texts[0][empty]!r}"
             )
+        reject_unknown_ids(tokens["input_ids"], self._vocabulary)
         if truncated:
             logger.warning(
                 "%d of %d texts are longer than %d tokens and were truncated",
@@ -165,6 +165,62 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
             }
         )
 
+    def _tokenize(self, texts: Sequence[Sequence[str]]) -> tuple[dict[str, list[list[int]]], int]:
+        """Tokenize columns of texts; return the model's columns and the number of truncated rows.
+
+        Raises:
+            DataError: The tokenizer fails on a text, or takes a part of it for a special token.
+        """
+        tokens: dict[str, list[list[int]]] = {name: [] for name in self._columns}
+        special = SpecialTokens(self.processor)
+        usual = special.count(self.processor(*["a"] * len(texts))["input_ids"])
+        truncated = 0
+        for row, encoded in enumerate(tokenized(self.processor, *texts)):
+            if self.max_length is not None and len(encoded["input_ids"]) > self.max_length:
+                encoded = self.processor(
+                    *(column[row] for column in texts), truncation=True, max_length=self.max_length
+                )
+                truncated += 1
+            written = next(filter(None, (special.first_in(column[row]) for column in texts)), None)
+            if written and special.count(encoded["input_ids"]) > usual:
+                raise DataError(
+                    f"row {row} (of the rows in use): the tokenizer takes {written!r} in the text "
+                    "for a special token; remove it from the text"
+                )
+            for name in self._columns:
+                tokens[name].append(encoded[name])
+        return tokens, truncated
+
+    def match_inputs(self, model: Any) -> None:
+        """Check the tokenizer against the model, and find out if the model reads token types.
+
+        Some models take them for words (GPT-2), so types that are all 0 must not change the output.
+        """
+        reads_end = bool(getattr(model.config, "is_encoder_decoder", False))
+        self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=reads_end)
+        if self._types is not None or not self._returns_types:
+            return
+        ids = torch.tensor([self.processor("a")["input_ids"]], device=model.device)
+        with torch.no_grad():
+            try:
+                without = model(input_ids=ids).logits
+                with_zeros = model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+            except Exception:  # the model does not know them; if it does not run, the trial says so
+                return
+        if torch.allclose(without, with_zeros, rtol=1e-3, atol=1e-5):
+            self._columns.append("token_type_ids")
+
+    def probe(self) -> Examples:
+        texts = ["a short text", "another text, which is longer than the first one"]
+        pairs = [texts] if self.recipe.text_pair is None else [texts, texts]
+        tokens, _ = self._tokenize(pairs)
+        ids = tokens["input_ids"]
+        inner = slice(1, -1)  # special tokens keep their places
+        mirrored = [*ids[1][:1], *ids[1][inner][::-1], *ids[1][1:][-1:]]
+        columns = {name: ragged([*rows, rows[1]]) for name, rows in tokens.items()}
+        columns["input_ids"] = ragged([*ids, mirrored])
+        return Examples({**columns, "labels": list(torch.zeros(3, dtype=torch.int64).unbind())})
+
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Pad and stack examples.
 
@@ -175,11 +231,13 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         rows = {
             name: [column[index] for index in indices] for name, column in examples.columns.items()
         }
+        side: Literal["left", "right"] = "left" if self.padding == "left" else "right"
         batch = {
-            "input_ids": pad(rows["input_ids"], self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(ids) for ids in rows["input_ids"]], 0),
+            "input_ids": pad(rows["input_ids"], self.pad_token_id, side),
+            "attention_mask": pad([torch.ones_like(ids) for ids in rows["input_ids"]], 0, side),
             "labels": torch.stack(rows["labels"]),
         }
         if "token_type_ids" in rows:
-            batch["token_type_ids"] = pad(rows["token_type_ids"], self.processor.pad_token_type_id)
+            type_of_padding = self.processor.pad_token_type_id
+            batch["token_type_ids"] = pad(rows["token_type_ids"], type_of_padding, side)
         return batch

@@ -5,14 +5,17 @@ Column names and their meaning follow TRL's data set formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.tokenization import read_texts
+from fedmerge_peft.tasks.tokenization import SpecialTokens, read_texts
+from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +36,10 @@ class RowTexts:
     """Texts without loss before the targets. None for texts and chats."""
     final_turns: Sequence[tuple[str, str]] | None = None
     """Chats up to the last message, and the content of this message, for generation."""
+    tokens: Mapping[int, list[int]] = dataclass_field(default_factory=dict)
+    """Token ids of the targets of chats in which special tokens are written as text, by row."""
+    turn_tokens: Mapping[int, list[int]] = dataclass_field(default_factory=dict)
+    """Token ids of the final turns of such chats."""
 
 
 def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
@@ -166,24 +173,46 @@ def _chats(rows: Sequence[Any], column: str, tokenizer: Any, *, final_turns: boo
             "name the tokenizer of an instruct or chat model in backbone.tokenizer, or use prompt "
             "and completion columns"
         )
+    check_template(tokenizer)
+    special = SpecialTokens(tokenizer)
     targets: list[str] = []
     turns: list[tuple[str, str]] = []
+    tokens: dict[int, list[int]] = {}
+    turn_tokens: dict[int, list[int]] = {}
     for row, messages in enumerate(rows):
         chat = _messages(messages, row, column)
+        written = any(special.first_in(value) for each in chat for value in _strings(each))
         targets.append(_render(tokenizer, chat, row, column))
+        if written:
+            tokens[row] = _ids(tokenizer, chat, row, column)
         if final_turns:
             if chat[-1]["role"] != "assistant":
                 raise DataError(
                     f"row {row} (of the rows in use): the last message in {column!r} has the role "
                     f"{chat[-1]['role']}; generation needs the role assistant"
                 )
+            prompt = {"add_generation_prompt": True}
             turns.append(
-                (
-                    _render(tokenizer, chat[:-1], row, column, add_generation_prompt=True),
-                    chat[-1]["content"],
-                )
+                (_render(tokenizer, chat[:-1], row, column, **prompt), chat[-1]["content"])
             )
-    return RowTexts(targets, final_turns=turns if final_turns else None)
+            if written:
+                turn_tokens[row] = _ids(tokenizer, chat[:-1], row, column, **prompt)
+    return RowTexts(targets, None, turns if final_turns else None, tokens, turn_tokens)
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise ``DataError`` if a tokenizer has several chat templates and none is the default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise DataError(
+            "task.format: messages needs a chat template, but the tokenizer has several "
+            f"({join_values(sorted(templates))}) and none is called default; save the tokenizer "
+            "with one of them as its chat_template, and name it in backbone.tokenizer"
+        )
+
+
+def _strings(message: Mapping[str, Any]) -> Iterator[str]:
+    return (value for value in message.values() if isinstance(value, str))
 
 
 def _messages(messages: Any, row: int, column: str) -> list[dict[str, Any]]:
@@ -209,12 +238,26 @@ def _messages(messages: Any, row: int, column: str) -> list[dict[str, Any]]:
 def _render(
     tokenizer: Any, chat: list[dict[str, Any]], row: int, column: str, **options: bool
 ) -> str:
-    from jinja2 import TemplateError
-
-    try:
+    with _template_errors(row, column):
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
-    except TemplateError as error:
-        raise DataError(
+
+
+def _ids(
+    tokenizer: Any, chat: list[dict[str, Any]], row: int, column: str, **options: bool
+) -> list[int]:
+    """Tokenize a chat; only the template's own special tokens are tokens."""
+    with _template_errors(row, column):
+        return list(
+            tokenizer.apply_chat_template(
+                chat, sanitize_control_tokens=True, return_dict=False, **options
+            )
+        )
+
+
+def _template_errors(row: int, column: str) -> AbstractContextManager[None]:
+    return library_errors(
+        lambda reason: DataError(
             f"row {row} (of the rows in use): the chat template rejects the messages in "
-            f"{column!r}: {error}"
-        ) from error
+            f"{column!r}: {reason}"
+        )
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.classification import is_text, reject_nulls
+from fedmerge_peft.tasks.vocabulary import position_limit, special_strings
+from fedmerge_peft.util.library_errors import STOPS, library_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,9 +27,6 @@ _ROWS_PER_CALL = 1000
 
 _NO_LIMIT = 1_000_000
 """Lengths from here on mean no limit. Tokenizers without a limit have ``model_max_length`` 1e30."""
-
-_OFFSET_POSITIONS = {"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"}
-"""Architectures that reserve the first two positions, so that two fewer tokens fit."""
 
 
 def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, Any]:
@@ -60,16 +60,15 @@ def load_pretrained(
     Raises:
         BackboneError: Transformers cannot load the object.
     """
-    try:
+    with library_errors(
+        lambda reason: BackboneError(
+            f"{auto.__name__.removeprefix('Auto')} of {source} cannot be loaded: {reason}; "
+            "backbone.tokenizer may name another folder or hub id"
+        )
+    ):
         return auto.from_pretrained(
             source, revision=revision, trust_remote_code=backbone.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        kind, reason = auto.__name__.removeprefix("Auto"), str(error).strip().partition("\n")[0]
-        raise BackboneError(
-            f"{kind} of {source} cannot be loaded: {reason}; backbone.tokenizer may name another "
-            "folder or hub id"
-        ) from error
 
 
 def get_pad_token_id(tokenizer: Any) -> int:
@@ -95,10 +94,8 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     limits = [
         limit for limit in (tokenizer.model_max_length,) if limit is not None and limit < _NO_LIMIT
     ]
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions - 2 if config.model_type in _OFFSET_POSITIONS else positions)
-    return min(limits, default=None)
+    positions = position_limit(config)
+    return min([*limits, *([] if positions is None else [positions])], default=None)
 
 
 def pipeline_tokenizer(backbone: BackboneRecipe, folder: str, max_length: int | None) -> Any:
@@ -155,10 +152,67 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
     return texts
 
 
-def chunks(*columns: Sequence[Any]) -> Iterator[tuple[Sequence[Any], ...]]:
-    """Yield chunks of parallel columns, each for one call of a tokenizer."""
+def tokenized(tokenizer: Any, *columns: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+    """Tokenize parallel columns of texts; yield the columns of each row, such as ``input_ids``.
+
+    Args:
+        tokenizer: Tokenizer.
+        columns: Texts, or first and second texts of pairs.
+        options: Arguments of the tokenizer.
+
+    Raises:
+        DataError: The tokenizer fails on a text. The message names the row.
+    """
     for start in range(0, len(columns[0]), _ROWS_PER_CALL):
-        yield tuple(column[start : start + _ROWS_PER_CALL] for column in columns)
+        chunk = [list(column[start : start + _ROWS_PER_CALL]) for column in columns]
+        try:
+            encoded = tokenizer(*chunk, verbose=False, **options)
+        except STOPS:
+            raise
+        except BaseException:  # one at a time, to find the row; Rust's panics are no Exception
+            yield from (
+                _tokenized_row(tokenizer, start + row, texts, options)
+                for row, texts in enumerate(zip(*chunk, strict=True))
+            )
+            continue
+        for row in range(len(chunk[0])):
+            yield {name: values[row] for name, values in encoded.items()}
+
+
+def _tokenized_row(
+    tokenizer: Any, row: int, texts: tuple[str, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    with library_errors(
+        lambda reason: DataError(
+            f"row {row} (of the rows in use): the tokenizer fails on {texts[0][:80]!r}: {reason}"
+        )
+    ):
+        return dict(tokenizer(*texts, verbose=False, **options))
+
+
+class SpecialTokens:
+    """Recognizes special tokens that are written in texts, such as ``</s>``.
+
+    Args:
+        tokenizer: Tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        strings = special_strings(tokenizer)
+        self._written = re.compile("|".join(map(re.escape, strings))) if strings else None
+        self._ids = set(tokenizer.all_special_ids) | {
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._ids.discard(tokenizer.unk_token_id)
+
+    def first_in(self, text: str) -> str | None:
+        """Return the first special token that is written in a text, or None."""
+        found = self._written.search(text) if self._written else None
+        return found.group() if found else None
+
+    def count(self, ids: Sequence[int]) -> int:
+        """Count the special tokens among ids, without those for unknown text."""
+        return sum(token_id in self._ids for token_id in ids)
 
 
 def ragged(rows: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -44,6 +44,8 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
         return 1
     if runtime.accelerator.scaler is not None:
         reason: str | None = "fp16 needs one loss scale for all clients (training.mixed_precision)"
+    elif runtime.task.padding in ("none", "alone"):
+        reason = "the model sees padding, so not all examples share a pass"
     else:
         reason = stacking_obstacle(runtime.backbone) or _disagreement(runtime, rows)
     if reason is not None:

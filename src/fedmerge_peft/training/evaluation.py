@@ -103,8 +103,7 @@ def _forward(
     backbone = runtime.backbone
     backbone.eval()
     rows = (served.rows if isinstance(served, Mixture) else served[None]).to(backbone.device)
-    for start in range(0, len(indices), batch_size):
-        chunk = indices[start : start + batch_size]
+    for chunk in runtime.batches(indices, batch_size):
         labels, inputs = runtime.to_device(runtime.collate(chunk))
         logits = []
         for row in rows:

@@ -96,8 +96,7 @@ def class_statistics(runtime: Runtime, row: Tensor, indices: Indices, batch_size
     backbone.load_row(row.to(backbone.device))
     labels, features = [], []
     with captured_features(backbone) as captured:
-        for start in range(0, len(indices), batch_size):
-            chunk = indices[start : start + batch_size]
+        for chunk in runtime.batches(indices, batch_size):
             targets, inputs = runtime.to_device(runtime.collate(chunk))
             with runtime.forward_pass(chunk):
                 backbone.model(**inputs)

@@ -64,6 +64,7 @@ def _accumulate_one(
     features: list[Tensor],
     offset: Tensor | None,
 ) -> Tensor:
+    step = [part for chunk in step for part in runtime.parts(chunk)]
     batches = [runtime.collate(chunk) for chunk in step]
     count = sum(float(runtime.task.count_terms(batch["labels"])) for batch in batches)
     total = torch.zeros((), device=runtime.device)

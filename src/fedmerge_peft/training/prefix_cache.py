@@ -32,7 +32,8 @@ class PrefixCache:
     the cache. If it does not, or if the states would exceed the memory limit, every batch runs all
     layers.
 
-    Batches must be padded on the right to their longest example. All tasks do this.
+    Batches must be padded on the right to their longest example, or hold one length. Otherwise, the
+    trial disables the cache.
 
     Args:
         backbone: Model whose ``prefix`` is not None.
@@ -96,7 +97,8 @@ class PrefixCache:
             The reason why the cache cannot be used, or None.
         """
         sizes = self._examples.lengths[self._client_rows]
-        rows = self._client_rows[[int(sizes.argmin()), int(sizes.argmax())]]
+        trial = [int(sizes.argmin()), int(sizes.argmax())]
+        rows = self._client_rows[trial[1:] if self._task.padding in ("none", "alone") else trial]
         inputs = {
             name: tensor.to(self._backbone.device)
             for name, tensor in self._task.collate(self._examples, rows).items()

@@ -17,7 +17,7 @@ from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.models.first_token import FirstToken
 from fedmerge_peft.recipe.schema import Logits
-from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
 from fedmerge_peft.training.label_logits import client_offset
 from fedmerge_peft.training.prefix_cache import PrefixCache
 
@@ -55,6 +55,15 @@ class Runtime:
     def collate(self, rows: Indices) -> Batch:
         """Stack and pad these examples, on the CPU."""
         return self.task.collate(self.examples, rows)
+
+    def parts(self, rows: Indices) -> list[Indices]:
+        """Split a batch into the parts that may share a pass (``task.padding``)."""
+        return split_batch(self.task.padding, self.examples, rows)
+
+    def batches(self, rows: Indices, batch_size: int) -> list[Indices]:
+        """Split rows into batches of at most ``batch_size``, each for one pass."""
+        starts = range(0, len(rows), batch_size)
+        return [part for start in starts for part in self.parts(rows[start : start + batch_size])]
 
     def to_device(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a batch's labels and the model's inputs, on the device.

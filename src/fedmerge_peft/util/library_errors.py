@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from fedmerge_peft.errors import FedMergeError
 
-_STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""Requests to stop, which are no errors of a library."""
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def library_errors(describe: Callable[[str], FedMergeError]) -> Iterator[None]:
     """
     try:
         yield
-    except (*_STOPS, FedMergeError):
+    except (*STOPS, FedMergeError):
         raise
     except BaseException as error:
         raise describe(reason_of(error)) from error

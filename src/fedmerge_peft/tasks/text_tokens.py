@@ -1,0 +1,130 @@
+"""Token ids of texts, and of prompts with completions, for causal language modeling."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.tokenization import SpecialTokens, tokenized
+
+logger = logging.getLogger(__name__)
+
+
+class TextTokens:
+    """Tokenizes texts with the special tokens that language models expect.
+
+    Args:
+        tokenizer: Tokenizer.
+        reading: Reading of special tokens that are written in texts: as characters, as tokens, or
+            None to refuse them (``reject_special``).
+    """
+
+    def __init__(self, tokenizer: Any, reading: Literal["text", "tokens"] | None) -> None:
+        self._tokenizer = tokenizer
+        self._reading = reading
+        tokenizer.split_special_tokens = reading != "tokens"
+        eos = tokenizer.eos_token_id
+        self._adds_eos = eos is not None and tokenizer("a")["input_ids"][-1:] == [eos]
+
+    def reject_special(self, texts: Sequence[str]) -> None:
+        """Raise ``DataError`` for a text with special tokens if the recipe does not read them."""
+        if self._reading == "tokens":
+            return
+        special = SpecialTokens(self._tokenizer)
+        for row, text in enumerate(texts):
+            written = special.first_in(text)
+            if written is None:
+                continue
+            where = (
+                f"row {row} (of the rows in use): the text contains the special token {written!r}"
+            )
+            if self._reading is None:
+                raise DataError(
+                    f"{where}; set task.special_tokens=text to read it as characters, or =tokens "
+                    "if the texts were rendered with a chat template before"
+                )
+            (ids,) = self.rows([text], special=False)
+            if special.count(ids):
+                raise DataError(f"{where}, which this tokenizer does not read as characters")
+
+    def rows(
+        self, texts: Sequence[str], *, special: bool = True, end: bool = False
+    ) -> list[list[int]]:
+        """Tokenize texts.
+
+        Args:
+            texts: Texts.
+            special: Add the tokenizer's initial special tokens.
+            end: Append the end-of-sequence token.
+        """
+        eos = self._tokenizer.eos_token_id
+        rows: list[list[int]] = []
+        for encoded in tokenized(self._tokenizer, texts, add_special_tokens=special):
+            ids = encoded["input_ids"]
+            tokens = ids[:-1] if special and self._adds_eos else ids
+            rows.append([*tokens, eos] if end and eos is not None else list(tokens))
+        return rows
+
+    def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokenize prompts.
+
+        An empty prompt is replaced by the begin-of-sequence token, because the model predicts the
+        first token of a completion from the token before it.
+        """
+        bos = self._tokenizer.bos_token_id
+        rows = [ids or ([] if bos is None else [bos]) for ids in self.rows(prompts)]
+        empty = next((row for row, ids in enumerate(rows) if not ids), None)
+        if empty is not None:
+            raise DataError(
+                f"row {empty} (of the rows in use): the prompt is empty, and the tokenizer has no "
+                "begin-of-sequence token to replace it; fill in the prompt, or remove the row"
+            )
+        return rows
+
+    def pairs(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Tokenize prompts and their completions, which end with the end-of-sequence token."""
+        starts = self.prompts(prompts)
+        joined = self.rows(
+            [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
+            end=True,
+        )
+        # An empty prompt was replaced by a begin-of-sequence token, which not all tokenizers add to
+        # prompt + completion.
+        mismatched = [
+            row
+            for row, start in enumerate(starts)
+            if prompts[row] and joined[row][: len(start)] != start
+        ]
+        separate = sorted({*mismatched, *(row for row, prompt in enumerate(prompts) if not prompt)})
+        alone = dict(
+            zip(
+                separate,
+                self.rows([completions[row] for row in separate], special=False, end=True),
+                strict=True,
+            )
+        )
+        if mismatched:
+            logger.warning(
+                "in %d of %d rows the prompt's tokens are not a prefix of the tokens of prompt + "
+                "completion (first: row %d); both were tokenized separately. Often the prompt ends "
+                "with a space that belongs to the completion",
+                len(mismatched),
+                len(starts),
+                mismatched[0],
+            )
+        return [
+            (start, alone[row] if row in alone else joined[row][len(start) :])
+            for row, start in enumerate(starts)
+        ]
+
+    def truncate_left(self, prompt: list[int], length: int) -> list[int]:
+        """Truncate a prompt on the left to ``length`` tokens; keep a begin-of-sequence token."""
+        if len(prompt) <= length:
+            return prompt
+        if length > 0 and prompt[0] == self._tokenizer.bos_token_id:
+            return [prompt[0], *prompt[len(prompt) - length + 1 :]]
+        return prompt[len(prompt) - length :]

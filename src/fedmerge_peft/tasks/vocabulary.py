@@ -1,0 +1,170 @@
+"""Checks of tokenizer, configuration and model against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmerge_peft.errors import BackboneError, DataError
+
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls")
+"""Special tokens that are added to texts, or replace parts of them."""
+_MOST_RESERVED = 8
+"""Largest number of rows that a table of positions has beyond ``max_position_embeddings``."""
+
+
+def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) -> int | None:
+    """Return the number of token ids that the model knows; None if it has no table of tokens.
+
+    Args:
+        tokenizer: Tokenizer.
+        model: Model of transformers, with or without an adapter.
+        name: Name of the model, for error messages.
+        reads_end: The task generates texts, or the model reads its output at the end token.
+
+    Raises:
+        BackboneError: The tokenizer has tokens that the model does not know; the model takes
+            ordinary tokens for the end of a text, or for padding.
+    """
+    size = _vocabulary_size(model)
+    if size is not None and (beyond := _tokens_from(tokenizer, size)):
+        token, token_id = beyond[-1]
+        raise BackboneError(
+            f"backbone.tokenizer: the tokenizer has {len(tokenizer)} tokens, such as {token!r} "
+            f"({token_id}), but {name} has embeddings for {size}; name the model's own tokenizer, "
+            "or resize the model with resize_token_embeddings and save it"
+        )
+    ends = set(_end_ids(model))
+    if reads_end and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        for token_id in sorted(ends):
+            if _is_ordinary(tokenizer, token_id):
+                token = tokenizer.convert_ids_to_tokens(token_id)
+                raise BackboneError(
+                    f"backbone.model: {name} takes {token!r} ({token_id}) for the end of a text, "
+                    f"but the end token of the tokenizer is {tokenizer.eos_token!r} "
+                    f"({tokenizer.eos_token_id}); correct eos_token_id in the model's config.json "
+                    "and generation_config.json, or name another tokenizer in backbone.tokenizer"
+                )
+    for _, table in _position_tables(model):
+        padding = getattr(table, "padding_idx", None)
+        if padding is not None and _is_ordinary(tokenizer, padding):
+            token = tokenizer.convert_ids_to_tokens(padding)
+            raise BackboneError(
+                f"backbone.model: {name} gives no position to {token!r} ({padding}), which it "
+                "takes for padding, but it is an ordinary token of the tokenizer; correct "
+                "pad_token_id in config.json, or name another tokenizer in backbone.tokenizer"
+            )
+    return size
+
+
+def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
+    """Raise ``DataError`` for the first row with a token id that the model does not know."""
+    if size is None:
+        return
+    for row, ids in enumerate(rows):
+        if ids and (highest := max(ids)) >= size:
+            raise DataError(
+                f"row {row} (of the rows in use): token {highest} is not among the {size} that the "
+                "model knows; the text or the chat template has a special token without an "
+                "embedding"
+            )
+
+
+def special_strings(tokenizer: Any) -> list[str]:
+    """Return the special tokens of a tokenizer as they are written, the longest first."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(found, key=lambda token: (-len(token), token))
+
+
+def position_limit(config: Any) -> int | None:
+    """Return the number of tokens that have positions, or None for no limit.
+
+    RoBERTa and its relatives number positions from behind the padding id, so that fewer tokens fit
+    than ``max_position_embeddings`` says. The tables of a model without weights show it.
+    """
+    positions = getattr(_text_config(config), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModel.from_config(config)
+    except Exception:  # a model without a base class, or whose code is missing
+        return positions
+    limits = [positions]
+    for size, table in _position_tables(model):
+        if positions <= size <= positions + _MOST_RESERVED:
+            padding = getattr(table, "padding_idx", None)
+            reserved = getattr(table, "offset", 0) if padding is None else padding + 1
+            limits.append(size - reserved)
+    return min(limits)
+
+
+def _position_tables(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """Yield tables of absolute positions with their numbers of rows."""
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        weight = getattr(module, "weight", None)
+        named = ("position" in last or last == "wpe") and not isinstance(module, nn.Linear)
+        if named and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+            yield len(weight), module
+
+
+def _text_config(config: Any) -> Any:
+    try:
+        return config.get_text_config()
+    except ValueError:  # several, such as an encoder's and a decoder's
+        return config
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    """Return the number of rows of the token embeddings."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    if table is None:
+        return None
+    # An adapter may wrap the table.
+    sizes = [part.num_embeddings for part in table.modules() if isinstance(part, nn.Embedding)]
+    return min(sizes, default=None)
+
+
+def _tokens_from(tokenizer: Any, size: int) -> list[tuple[str, int]]:
+    """Return the tokens with ids from ``size`` on that a text without special tokens may have.
+
+    Additional special tokens do not count, such as the image token of a model for texts.
+    """
+    named = {getattr(tokenizer, f"{name}_token_id", None) for name in _NAMED}
+    spare = {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    } - named
+    beyond = [
+        (token_id, token)
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= size and token_id not in spare
+    ]
+    return [(token, token_id) for token_id, token in sorted(beyond)]
+
+
+def _end_ids(model: Any) -> Iterator[int]:
+    """Yield the end tokens of a model's configurations."""
+    for config in (
+        model.config,
+        _text_config(model.config),
+        getattr(model, "generation_config", None),
+    ):
+        ids = getattr(config, "eos_token_id", None)
+        yield from ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+
+
+def _is_ordinary(tokenizer: Any, token_id: int) -> bool:
+    """Return True for a token of the vocabulary that is not special."""
+    if token_id in tokenizer.all_special_ids or not 0 <= token_id < len(tokenizer):
+        return False
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    return added is None or not added.special

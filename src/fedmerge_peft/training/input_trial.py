@@ -1,0 +1,142 @@
+"""Trial of the loaded model on two examples: does it process a batch as it processes one example?
+
+Models differ in their reading of padding. Some have no attention mask, some read the last position,
+some number the positions of the padding, and recurrent decoders run through it. The trial compares
+passes with and without padding, and chooses how batches are formed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.models.backbone import Backbone
+from fedmerge_peft.tasks.base import Examples, Padding, Task
+from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.seeds import seeded
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE, _HALF_TOLERANCE = 3e-4, 0.05
+"""Largest relative difference of logits in float32, and in half precision."""
+
+Outputs = list[Tensor]
+"""Logits of each example at its own positions."""
+Run = Callable[[Indices], Outputs]
+
+
+@torch.no_grad()
+def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: str) -> None:
+    """Set ``task.padding`` and ``task.prompt_padding``, and the model's inputs.
+
+    Call it before ``task.encode``.
+
+    Args:
+        task: Task of the model.
+        backbone: Model. Its slot keeps its adapter.
+        accelerator: Precision of the passes.
+        name: Name of the model, for error messages.
+
+    Raises:
+        BackboneError: The model does not run on an example of the task.
+    """
+    task.match_inputs(backbone.model)
+    examples = task.probe()
+    if examples is None:
+        return
+    exact = accelerator.mixed_precision == "no" and backbone.model.dtype == torch.float32
+    tolerance = _TOLERANCE if exact else _HALF_TOLERANCE
+
+    def logits(rows: Indices) -> Outputs:
+        batch = task.collate(examples, rows)
+        inputs = {key: value.to(backbone.device) for key, value in batch.items() if key != "labels"}
+        with accelerator.autocast():
+            return _own_positions(backbone.model(**inputs).logits, batch.get("attention_mask"))
+
+    def next_tokens(rows: Indices) -> Outputs:
+        with accelerator.autocast():
+            return list(task.next_logits(backbone.model, examples, rows, backbone.device).unbind())
+
+    backbone.eval()
+    held = backbone.row()
+    with seeded(0, backbone.device):
+        noise = 0.05 * torch.randn(len(held))
+    try:
+        backbone.load_row((held + noise).to(backbone.device))  # no factor and no head is zero
+
+        def set_padding(padding: Padding) -> None:
+            task.padding = padding
+
+        def set_prompt_padding(padding: Padding) -> None:
+            task.prompt_padding = padding
+
+        _choose(logits, set_padding, ("right", "left", "none", "alone"), examples, tolerance, name)
+        if task.generates:
+            sides: tuple[Padding, ...] = ("left", "none", "alone")
+            _choose(next_tokens, set_prompt_padding, sides, examples, tolerance, name)
+    finally:
+        backbone.load_row(held.to(backbone.device))
+
+
+def _choose(
+    run: Run,
+    set_padding: Callable[[Padding], None],
+    choices: Sequence[Padding],
+    examples: Examples,
+    tolerance: float,
+    name: str,
+) -> None:
+    """Set the first padding with which examples have the same outputs as alone.
+
+    The last choice is alone.
+    """
+    rows = np.arange(3)  # a short and a long example, and another one of the same length
+    with library_errors(
+        lambda reason: BackboneError(
+            f"backbone.model: {name} does not run on the inputs of this task: {reason}; choose "
+            "another model, or another tokenizer or image processor in backbone.tokenizer"
+        )
+    ):
+        alone = [run(rows[[row]])[0] for row in rows]
+    for padding in choices:
+        set_padding(padding)
+        if padding == "alone":
+            break
+        company = rows[1:] if padding == "none" else rows
+        try:
+            together = run(company)
+        except Exception as error:  # a model that does not bear padding raises any error
+            log.info("padding %s: %s: %s", padding, type(error).__name__, error)
+            continue
+        expected = [alone[row] for row in company]
+        pairs = zip(together, expected, strict=True)
+        if all(_agree(found, wanted, tolerance) for found, wanted in pairs):
+            break
+    if padding != choices[0]:
+        log.info("a text's outputs depend on the others in its batch; padding: %s", padding)
+
+
+def _own_positions(logits: Tensor, mask: Tensor | None) -> Outputs:
+    """Return each example's logits, ``(classes,)`` or ``(length, vocabulary)`` without padding."""
+    if logits.ndim != 3 or mask is None:
+        return list(logits.unbind())
+    return [
+        each[inside.bool()] for each, inside in zip(logits, mask.to(logits.device), strict=True)
+    ]
+
+
+def _agree(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    difference = (found.float() - wanted.float()).norm()
+    return bool(difference <= tolerance * wanted.float().norm())

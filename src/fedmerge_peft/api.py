@@ -56,7 +56,7 @@ class Run(RunDirectory):
         return mixed_adapter(self, shares, best=best)
 
     def predict(
-        self, inputs: Mapping[str, Sequence[Any]], *, best: bool = False, device: str = "auto"
+        self, inputs: Mapping[str, Iterable[Any]], *, best: bool = False, device: str = "auto"
     ) -> dict[str, list[Prediction]]:
         """Predict with each client's own adapter: ``run.predict({"north-clinic": ["..."]})``.
 

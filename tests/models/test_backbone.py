@@ -7,7 +7,7 @@ from tests.conftest import ImageTask, LabelTask, TextTask
 from equality import assert_near
 from fedmerge_peft import BackboneError
 from fedmerge_peft.models.pretrained import align_weights
-from fedmerge_peft.recipe.schema import LoraRecipe
+from fedmerge_peft.recipe.lora import LoraRecipe
 
 
 def inputs(kind):

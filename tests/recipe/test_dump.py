@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge_peft.recipe.loading import shipped
+from fedmerge_peft.recipe.patterns import pattern_fault
 from fedmerge_peft.recipe.schema import Recipe
 
 TEXT = st.one_of(
@@ -37,7 +38,8 @@ TEXT = st.one_of(
     ),
     st.from_regex(r"[-+0-9.eE_:xo]{1,8}", fullmatch=True),
 )
-NUMBERS = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+RATES = st.floats(0, 100, exclude_min=True)
+PATTERNS = TEXT.filter(lambda text: pattern_fault(text) is None)
 SCALARS = st.one_of(
     TEXT,
     st.integers(-(2**63), 2**63 - 1),
@@ -52,9 +54,9 @@ RECIPES = st.fixed_dictionaries(
         "backbone": st.fixed_dictionaries({"model": TEXT}),
         "lora": st.fixed_dictionaries(
             {
-                "alpha": NUMBERS,
-                "target_modules": st.one_of(TEXT, st.lists(TEXT), st.none()),
-                "rank_pattern": st.dictionaries(TEXT, st.integers(1, 9)),
+                "alpha": st.floats(1e-6, 10_000),
+                "target_modules": st.one_of(PATTERNS, st.lists(TEXT), st.none()),
+                "rank_pattern": st.dictionaries(PATTERNS, st.integers(1, 9)),
             }
         ),
         "data": st.fixed_dictionaries(
@@ -64,7 +66,7 @@ RECIPES = st.fixed_dictionaries(
                 "partition": st.fixed_dictionaries({"scheme": st.just("natural"), "by": TEXT}),
             }
         ),
-        "training": st.fixed_dictionaries({"learning_rate": NUMBERS}),
+        "training": st.fixed_dictionaries({"learning_rate": RATES}),
     }
 )
 
@@ -121,9 +123,10 @@ def test_keys_are_in_the_schemas_order_with_defaults_written_out(minimal, recipe
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [("1e-4", "0.0001"), ("1e-5", "1.0e-05"), ("1e20", "1.0e+20"), ("3", "3.0")]
+    ("number", "text"),
+    [("1e-4", "0.0001"), ("1e-5", "1.0e-05"), ("1e20", "1.0e+20"), ("3.0", "3.0")],
 )
 def test_small_and_large_numbers_are_numbers_in_every_yaml(number, text, minimal, recipe_file):
-    written = Recipe.load(recipe_file(minimal), [f"training.learning_rate={number}"]).to_yaml()
-    assert f"learning_rate: {text}\n" in written
-    assert yaml.safe_load(written)["training"]["learning_rate"] == float(number)
+    written = Recipe.load(recipe_file(minimal), [f"data.filter.size={number}"]).to_yaml()
+    assert f"size: {text}\n" in written
+    assert yaml.safe_load(written)["data"]["filter"]["size"] == float(number)

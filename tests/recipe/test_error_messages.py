@@ -30,15 +30,15 @@ TWO_LISTS = (
         ),
         (
             "training: {learning_rate: .inf}",
-            "training.learning_rate: found .inf, expected a number above 0 or auto",
+            "training.learning_rate: found .inf, expected a number above 0 and at most 100 or auto",
         ),
         (
             "training: {learning_rate: fast}",
-            "training.learning_rate: found text 'fast', expected a number above 0 or auto",
+            "found text 'fast', expected a number above 0 and at most 100 or auto",
         ),
         (
             "training: {epochs: 0.5}",
-            "training.epochs: found 0.5, expected a whole number above 0 or auto",
+            "found 0.5, expected a whole number above 0 and at most 1000000 or auto",
         ),
         ("training: {device: 3}", "training.device: found 3, expected text"),
         ("training: 3", "training: found 3, expected a section (indented lines of key: value)"),
@@ -159,7 +159,7 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
             "client: 4",
             (
                 "recipe.yaml:8: data.partition.clients: this required key is "
-                "missing; expected a whole number above 0: "
+                "missing; expected a whole number above 0 and at most 1000000: "
                 "Number of clients."
             ),
         ),

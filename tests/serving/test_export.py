@@ -78,7 +78,9 @@ def test_an_export_is_a_plain_peft_folder_of_the_runs_rank(finished, tmp_path):
 def test_all_clients_have_a_folder_each(finished, tmp_path):
     made = finished("sequence-classification")
     folder = export_all(made.run, tmp_path / "all")
-    assert sorted(path.name for path in folder.iterdir()) == ["client 0", "client 1", "client 2"]
+    names = ["client 0", "client 1", "client 2"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names
+    assert json.loads((folder / "clients.json").read_text()) == dict(zip(names, names, strict=True))
     for client in ("client 0", "client 2"):
         assert_near(
             loaded(folder / client / "README.md")(**made.inputs).logits.detach(),
@@ -198,6 +200,17 @@ def test_an_unknown_client_writes_no_files(finished, tmp_path):
 )
 def test_folder_names_are_safe_and_distinct(name, folder):
     assert folder_name(name) == folder
+
+
+@pytest.mark.parametrize("letter", ["a", "ü", "漢", "/", "\n", "😀", "\ud800"])
+def test_names_of_any_length_are_folder_names(letter, tmp_path):
+    names = [letter * count for count in range(1, 700, 7)]
+    folders = {folder_name(name) for name in names}
+    assert len(folders) == len(names)
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        assert "/" not in folder
+    assert all("%" not in folder[-19:] for folder in map(folder_name, names[-5:]))
 
 
 @pytest.mark.parametrize(

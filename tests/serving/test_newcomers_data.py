@@ -86,6 +86,23 @@ def test_unknown_labels_are_refused(values, labels, message):
         relabel(Dataset.from_dict({"label": values}), "label", labels)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (["a text"], "found a list, expected the path of a file or a datasets.Dataset"),
+        ({"text": ["a"]}, "found a section, expected the path"),
+        (b"a text", "found b'a text', expected the path"),
+        (None, "found nothing, expected the path"),
+        ("", "does not exist"),
+        ("a text" * 1000, "does not exist"),
+        ("a\0b", "does not exist"),
+    ],
+)
+def test_data_that_are_no_table_are_refused(data, message, run):
+    with pytest.raises(DataError, match=message):
+        personalize(run, data, local=False)
+
+
 def test_a_newcomer_with_an_unseen_label_is_refused(run, tickets):
     table = tickets.map(
         lambda row, number: {"queue": "green" if number == 2 else row["queue"]}, with_indices=True
@@ -133,7 +150,7 @@ def test_the_recipes_split_column_selects_the_test_rows(tmp_path, tickets):
         ("nowhere.csv", {}, "nowhere.csv does not exist"),
         ("here.csv", {"test_fraction": 1.0}, "test_fraction: 1 leaves no training examples"),
         ("here.csv", {}, r"there is no column 'queue'"),
-        ("empty.csv", {}, "cannot be loaded"),
+        ("empty.csv", {}, r"empty.csv is empty; its first row names the columns"),
         ("here.txt", {}, "has an unsupported format"),
     ],
 )

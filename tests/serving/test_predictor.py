@@ -2,6 +2,8 @@
 
 import logging
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -236,6 +238,40 @@ def test_invalid_inputs_are_refused(task, given, error, message, predictor):
         return
     with pytest.raises(error, match=message):
         predictor(task)(given)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        "one text",
+        b"one text",
+        {"text": "one"},
+        {"one", "two"},
+        pd.DataFrame({"text": ["one"]}),
+        np.array("one"),
+        Image.new("RGB", (8, 8)),
+        None,
+        3,
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_one_input_is_no_list_of_inputs(one, predictor):
+    with pytest.raises(DataError, match=r"client 0: found .*, expected a list of inputs"):
+        predictor("sequence-classification")({"client 0": one})
+
+
+@pytest.mark.parametrize("inputs", ["client 0", ["a"], None, [("client 0", ["a"])]])
+def test_inputs_are_by_client(inputs, predictor):
+    with pytest.raises(DataError, match=r"inputs: found .*, expected lists by client"):
+        predictor("sequence-classification")(inputs)
+
+
+def test_inputs_may_be_any_sequence(predictor):
+    predict, texts = predictor("sequence-classification"), TEXTS["client 1"]
+    expected = predict({"client 0": texts})
+    for several in (tuple(texts), iter(texts), (t for t in texts), np.array(texts)):
+        assert predict({"client 0": several}) == expected
+    assert predict({"client 0": pd.Series(texts)}) == expected
 
 
 def test_fedem_has_no_single_adapter(smoke, smoke_engine, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedmerge_peft.data.columns import did_you_mean, join_values
 from fedmerge_peft.errors import BackboneError
-from fedmerge_peft.recipe.schema import LoraRecipe
+from fedmerge_peft.recipe.lora import LoraRecipe
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """Path of a module up to the number of its layer, as PEFT reads it."""

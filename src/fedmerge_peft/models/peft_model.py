@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedmerge_peft.adapters.lora_factors import RANDOM_INIT_SUFFIXES
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.adapter_names import adaptable_modules, check_matches, check_names
-from fedmerge_peft.recipe.schema import LoraRecipe
+from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.library_errors import library_errors
 

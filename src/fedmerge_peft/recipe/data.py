@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from fedmerge_peft.plugins import PARTITIONS
 from fedmerge_peft.recipe.registered import OneOf
-from fedmerge_peft.recipe.section import Fraction, Scalar, Section
+from fedmerge_peft.recipe.section import Count, Fraction, Labels, Scalar, Section
 
 Quoting = Literal["auto", "double", "none"]
 
@@ -55,18 +50,18 @@ class PartitionRecipe(Section):
 class IidRecipe(PartitionRecipe):
     """Random assignment of the examples, in equal parts."""
 
-    clients: PositiveInt
+    clients: Count
     """Number of clients."""
 
 
 class DirichletRecipe(PartitionRecipe):
     """Each class is distributed over the clients by a Dirichlet distribution (Yurochkin 2019)."""
 
-    clients: PositiveInt
+    clients: Count
     """Number of clients."""
-    alpha: PositiveFloat = 0.1
+    alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 0.1
     """Concentration. Smaller values concentrate each class at fewer clients."""
-    min_examples: PositiveInt = 10
+    min_examples: Count = 10
     """Repeat the draw until each client has this many training examples."""
     by: str | None = None
     """Column whose values are distributed. Default: the label."""
@@ -75,11 +70,11 @@ class DirichletRecipe(PartitionRecipe):
 class ClustersRecipe(PartitionRecipe):
     """Groups of clients, each with a random subset of the classes (FedMerge's cluster setting)."""
 
-    clients: PositiveInt
+    clients: Count
     """Number of clients in all groups together."""
-    groups: PositiveInt = 5
+    groups: Count = 5
     """Number of groups."""
-    classes_per_group: PositiveInt = 30
+    classes_per_group: Labels = 30
     """Number of classes per group. Groups may share classes."""
     by: str | None = None
     """Column whose values are the classes. Default: the label."""
@@ -99,7 +94,7 @@ class NaturalRecipe(PartitionRecipe):
 
     by: str
     """Column whose values are the clients, or sets of clients (clients_per_value)."""
-    clients_per_value: PositiveInt = 1
+    clients_per_value: Count = 1
     """Number of clients that share the examples of one value, in equal parts."""
     group: str | None = None
     """Column with the group of a client, for reports only. Default: `by`."""
@@ -114,9 +109,9 @@ class NaturalRecipe(PartitionRecipe):
 class ShardsRecipe(PartitionRecipe):
     """Examples sorted by label and cut into shards, a few per client (McMahan 2017)."""
 
-    clients: PositiveInt
+    clients: Count
     """Number of clients."""
-    shards_per_client: PositiveInt = 2
+    shards_per_client: Count = 2
     """Number of shards per client, about the number of its classes."""
     by: str | None = None
     """Column to sort by. Default: the label."""
@@ -134,6 +129,9 @@ for _name, _recipe in _BUILT_IN:
 
 AnyPartition = Annotated[PartitionRecipe, OneOf(PARTITIONS, shorthand=False)]
 """A section of any registered partition scheme."""
+
+
+Examples = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 class DataRecipe(Section):
@@ -172,9 +170,9 @@ class DataRecipe(Section):
     """Part of each client's training examples used for validation if there is no such split."""
     test_fraction: Fraction = 0.2
     """Part of each client's training examples used for testing if there is no such split."""
-    max_train: PositiveInt | None = None
+    max_train: Examples | None = None
     """Maximum number of a client's training examples, including those set aside for validation."""
-    max_test: PositiveInt | None = None
+    max_test: Examples | None = None
     """Maximum number of a client's test examples."""
     partition: AnyPartition
     """Assignment of examples to clients."""

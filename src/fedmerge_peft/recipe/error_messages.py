@@ -11,10 +11,11 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.registered import names_in, one_of
 from fedmerge_peft.recipe.section import Section
 from fedmerge_peft.recipe.synonyms import keys_meant, value_meant
-from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Where, dotted
+from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Mark, Where, dotted, refuse
 from fedmerge_peft.util.text import closest
 
 
@@ -173,7 +174,7 @@ def found(value: Any) -> str:
         case bool() | int() | float():
             return _cut(json.dumps(value)).replace("NaN", ".nan").replace("Infinity", ".inf")
         case _:
-            return _cut(repr(value))
+            return _cut(" ".join(repr(value).split()))
 
 
 def _cut(text: str) -> str:
@@ -189,6 +190,11 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Faults
 # --------------------------------------------------------------------------------------------------
+def refuse_values(root: type[Section], values: Any, error: ValidationError) -> RecipeError:
+    """Return the error for values from Python, which have no lines."""
+    return refuse(explain(error, Document(values, {(): Mark(root.__name__)}), root))
+
+
 def explain(error: ValidationError, document: Document, root: type[Section]) -> list[Fault]:
     """Return one fault for each invalid value, even if pydantic reports several errors for it."""
     faults: dict[Where, Fault] = {}
@@ -200,6 +206,8 @@ def explain(error: ValidationError, document: Document, root: type[Section]) -> 
             where, text = _own_words(where, annotation, str(detail["ctx"]["error"]))
         elif detail["type"] == "extra_forbidden":
             text = _unknown(where, section, root)
+        elif detail["type"] == "invalid_key":
+            text = f"found the key {found(where[-1])}, expected text"
         elif detail["type"] == "missing":
             about = section.model_fields[str(where[-1])].description
             text = f"this required key is missing; expected {expected(annotation)}: {about}"
@@ -221,7 +229,7 @@ def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
 
 def _unfit(where: Where, annotation: Any, problem: str, value: Any) -> tuple[Where, str]:
     for step in where:
-        value = value[step]
+        value = getattr(value, str(step)) if isinstance(value, Section) else value[step]
     if (kinds := kinds_of(annotation)) and isinstance(value, str | dict):
         names = f"expected {_choice(kinds)}"
         if problem == "union_tag_not_found":

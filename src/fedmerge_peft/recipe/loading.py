@@ -230,7 +230,7 @@ def _validate(
     for text in [text for first, text in chosen if not first]:
         _apply(model, text, document)
     try:
-        recipe = model.model_validate(document.value)
+        recipe: R = model.__pydantic_validator__.validate_python(document.value)
     except ValidationError as error:
         known = {fault.where for fault in document.faults}
         document.faults += [

@@ -126,8 +126,12 @@ def _bounds(field: Schema) -> str:
     if field["type"] == "integer" and "exclusiveMinimum" in field:
         field = {**field, "minimum": field["exclusiveMinimum"] + 1}
         del field["exclusiveMinimum"]
-    bounds = [f"{sign} {field[bound]:g}" for bound, sign in signs.items() if bound in field]
+    bounds = [f"{sign} {_number(field[bound])}" for bound, sign in signs.items() if bound in field]
     return " " + " and ".join(bounds) if bounds else ""
+
+
+def _number(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) and bound < 10**9 else f"{bound:g}"
 
 
 def _default(field: Schema) -> str:

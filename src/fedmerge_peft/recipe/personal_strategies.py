@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field
 
 from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe import strategies as _  # noqa: F401 (registered first, so listed first)
+from fedmerge_peft.recipe.section import Adapters, Coefficient, Count
 from fedmerge_peft.recipe.strategy_base import ServerRecipe, StrategyRecipe
 
 
@@ -17,7 +18,7 @@ class FedPACRecipe(ServerRecipe):
     """
 
     measures_features = True
-    alignment: NonNegativeFloat = 1.0
+    alignment: Coefficient = 1.0
     """lambda of the term lambda / d · ‖features − centroid of the class‖²."""
 
 
@@ -26,13 +27,13 @@ class FeMAMRecipe(StrategyRecipe):
     its own (Chen et al. 2026, arXiv 2405.16472).
     """
 
-    levels: Annotated[int, Field(ge=2)] = 3
+    levels: Annotated[int, Field(ge=2, le=100)] = 3
     """Number of levels. Each has its own part of the ranks, so lora.r is at least this number."""
-    clusters: PositiveInt = 5
+    clusters: Adapters = 5
     """Number of clusters of each level between the first and the last."""
-    global_rounds: PositiveInt = 10
+    global_rounds: Count = 10
     """Rounds of the first level, whose model is the same for all clients."""
-    level_rounds: PositiveInt = 5
+    level_rounds: Count = 5
     """Rounds of each level between the first and the last. The last level, a model for each client,
     has the remaining rounds."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from fedmerge_peft.plugins import STRATEGIES
-from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.section import Norm, Section
 from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 
 
@@ -18,9 +18,9 @@ class PrivacyRecipe(Section):
     """local: each client clips its update and adds noise before sending it; the server is not
     trusted. central: each client clips its update, and the server adds noise to the sums that
     update the adapters; clients trust the server and its records, but not each other."""
-    clip: PositiveFloat = 1.0
+    clip: Norm = 1.0
     """C, the L2 norm to which updates are clipped."""
-    noise: PositiveFloat = 1.0
+    noise: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """z, the standard deviation of the noise in units of its sensitivity to one client (local: 2 C;
     central: docs/privacy.md). The noise of a simulated run follows from the recipe's seed, so that
     the run can be repeated. Anyone with the seed can subtract that noise; sites draw their noise

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from fedmerge_peft.plugins import AGGREGATIONS
 from fedmerge_peft.recipe.registered import NameIn
-from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.section import Norm, Section
 
 _RULES = {
     "mean": "Weighted mean; one client can move it anywhere.",
@@ -39,9 +39,9 @@ class RobustnessRecipe(Section):
     of clients that may be malicious."""
     malicious: Minority = 0.2
     """Fraction of an adapter's users that krum and multi_krum assume to be malicious."""
-    norm_bound: PositiveFloat | None = None
+    norm_bound: Norm | None = None
     """Clip updates to this L2 norm; null for no bound."""
-    norm_multiple: PositiveFloat | None = None
+    norm_multiple: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """Clip updates to this multiple of their typical L2 norm, which is the median of the last five
     rounds' median norms. null for no relative bound."""
 

@@ -10,21 +10,26 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 import fedmerge_peft.recipe.personal_strategies  # registers strategies  # noqa: F401
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
+from fedmerge_peft.recipe.error_messages import refuse_values
+from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.recipe.presets import with_preset
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
-from fedmerge_peft.recipe.section import Boolean, Fraction, Section
+from fedmerge_peft.recipe.section import (
+    BatchSize,
+    Boolean,
+    Coefficient,
+    Count,
+    Fraction,
+    Norm,
+    Rate,
+    Section,
+)
 from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
 from fedmerge_peft.recipe.tasks import AnyTask, compares_texts
 
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------------------------------
-# Backbone and adapters
+# Backbone
 # --------------------------------------------------------------------------------------------------
 class BackboneRecipe(Section):
     """The frozen pretrained model, the same for all clients."""
@@ -57,62 +62,6 @@ class BackboneRecipe(Section):
     """Run Python code that comes with the model. Enable it only for code that you have read."""
 
 
-class LoraRecipe(Section):
-    """The adapter: settings of PEFT's LoraConfig, and the way to merge adapters."""
-
-    r: PositiveInt = 8
-    """Rank."""
-    alpha: PositiveFloat = 16.0
-    """Numerator of the scaling (lora_alpha): the update is alpha / r · B A."""
-    dropout: Fraction = 0.0
-    """Dropout of the adapter's input in training."""
-    target_modules: list[str] | str | None = None
-    """Module names, a regular expression, or all-linear. Default: PEFT's choice for the
-    architecture, if it has one."""
-    exclude_modules: list[str] | str | None = None
-    """Module names, or a regular expression, to exclude."""
-    modules_to_save: list[str] | None = None
-    """Modules that are trained in full and are part of the adapter. Classification tasks add their
-    head."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Bias terms to train."""
-    use_rslora: Boolean = False
-    """Scale the update by alpha / sqrt(r) instead of alpha / r."""
-    use_dora: Boolean = False
-    """Weight-decomposed LoRA. Merging averages the magnitudes, which is not exact in any mode."""
-    init_lora_weights: bool | str = True
-    """Initialization of the factors: true (A random, B zero) or gaussian. Initializations that
-    change the backbone are rejected."""
-    rank_pattern: dict[str, PositiveInt] = {}
-    """Ranks that differ from r, by module name or regular expression."""
-    alpha_pattern: dict[str, PositiveFloat] = {}
-    """Values that differ from alpha, by module name or regular expression."""
-    layers_to_transform: list[int] | int | None = None
-    """Indices of the layers with an adapter. Default: all."""
-    trainable_token_indices: list[int] | None = None
-    """Ids of tokens whose embeddings are trained."""
-    target_parameters: list[str] | None = None
-    """Names of parameters (not modules) to adapt, for mixture-of-experts layers."""
-    merge: Literal["factor", "shared_a"] = "factor"
-    """factor: average A and B separately, as the paper averages parameters. shared_a: all adapters
-    share a random, frozen A; only B and the head are trained and sent, and the average is exact."""
-
-    @model_validator(mode="after")
-    def _mergeable(self) -> LoraRecipe:
-        if self.init_lora_weights not in (True, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights: {self.init_lora_weights!r} is not supported: merging requires "
-                "unchanged pretrained weights and B = 0 at the start, unlike pissa, olora, corda, "
-                "loftq and eva; use true or gaussian"
-            )
-        if self.merge == "shared_a" and self.use_dora:
-            raise ValueError(
-                "merge: shared_a requires an exact merge, which use_dora rules out; "
-                "choose one of them"
-            )
-        return self
-
-
 # --------------------------------------------------------------------------------------------------
 # Training, evaluation, run
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +77,7 @@ class TrainingRecipe(Section):
     """Autocast in training. auto: bf16 (or fp16) on a CUDA GPU, no on other devices."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimizer. Its state is new for each client and round."""
-    learning_rate: PositiveFloat | Literal["auto"] = "auto"
+    learning_rate: Rate | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
     adapter on up to four clients at each of several rates, and chooses the rate with the lowest
     validation loss, or a higher one if the training loss falls well beyond it: a client alone
@@ -136,27 +85,27 @@ class TrainingRecipe(Section):
     its noise, or if there are no validation examples, the training loss decides. The baselines of
     the run use the same rate. With `privacy`, there is no test, because its replies would not be
     private: the rate is 5e-3 for adamw and 0.1 for sgd."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Decoupled for adamw, an L2 gradient for sgd."""
     momentum: Fraction = 0.0
     """Momentum of sgd."""
-    batch_size: PositiveInt = 8
+    batch_size: BatchSize = 8
     """Examples per micro-batch. The default is small, because clients often have fewer than a
     hundred examples, and small batches give them enough optimizer steps."""
-    gradient_accumulation: PositiveInt = 1
+    gradient_accumulation: BatchSize = 1
     """Micro-batches per optimizer step. Their mean is exact, even if their label counts differ."""
-    epochs: PositiveInt | Literal["auto"] = "auto"
+    epochs: Count | Literal["auto"] = "auto"
     """Passes over a client's examples per round. auto: 1 to 4 passes, so that a client of median
     size takes about 200 optimizer steps in the run, and at least 10 per round."""
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """Optimizer steps per round, instead of epochs."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate within a round."""
     warmup: Fraction = 0.0
     """Part of a round's steps in which the learning rate rises from zero."""
-    max_grad_norm: PositiveFloat | None = 1.0
+    max_grad_norm: Norm | None = 1.0
     """Clip gradients to this L2 norm; null for no clipping."""
-    proximal: NonNegativeFloat = 0.0
+    proximal: Coefficient = 0.0
     """mu of the proximal term mu · ‖θ − θ_sent‖², as in FedMerge's code (FedProx has mu / 2)."""
     logits: Logits = "plain"
     """Logits of the training loss of a classifier. plain: the model's. restricted: those of the
@@ -165,12 +114,12 @@ class TrainingRecipe(Section):
     the client, so that the model itself learns no label frequencies (balanced softmax, arXiv
     2007.10740). Clients count their own labels, and send no counts for this. Evaluation uses the
     model's logits."""
-    prefix_cache: NonNegativeFloat = 2.0
+    prefix_cache: Annotated[float, Field(ge=0, le=1e6)] = 2.0
     """GB of device memory for the inputs of the first layer with an adapter
     (`lora.layers_to_transform`), so that the frozen layers below run once per example. If the
     memory does not suffice, or if the value is 0, these layers run in each pass. The results are
     the same."""
-    clients_per_batch: PositiveInt | Literal["auto"] = "auto"
+    clients_per_batch: Count | Literal["auto"] = "auto"
     """Number of clients that train in one forward pass, each with its own adapter and batch.
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to
     16 clients, to reach 8 examples per pass on a CPU and 256 on a GPU, else 1. With unsupported
@@ -188,10 +137,10 @@ class ClientsRecipe(Section):
     fails if its training raises an error, if its reply is not finite or has another shape, dtype or
     layout than requested, if it replies for another round or more than once, or if it exceeds the
     timeout."""
-    min_clients: PositiveInt = 1
+    min_clients: Count = 1
     """Minimum number of clients with valid replies, with `failures: skip`. A round with fewer
     changes nothing and ends the run, which can be resumed."""
-    timeout: PositiveFloat | None = None
+    timeout: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
     """Maximum time in seconds that a client takes for a round, including evaluation; null for no
     limit. Clients that train in this process are not interrupted; their time is checked afterwards,
     and clients that share a pass share its time. A run is not reproducible if clients take about as
@@ -201,9 +150,9 @@ class ClientsRecipe(Section):
 class EvaluationRecipe(Section):
     """Evaluation during a run."""
 
-    batch_size: PositiveInt = 64
+    batch_size: BatchSize = 64
     """Examples per batch in evaluation."""
-    every: PositiveInt = 1
+    every: Count = 1
     """Evaluate in every n-th round, and in the first and last."""
     finetuned: Boolean = True
     """Also evaluate the locally trained adapters. The difference is the gain of local finetuning,
@@ -235,9 +184,9 @@ class Recipe(Section):
 
     name: str
     """Name of the run. Its directory is runs/NAME unless --out is given."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random choices, together with the round and the client."""
-    rounds: PositiveInt = 20
+    rounds: Count = 20
     """Number of rounds."""
     task: AnyTask
     """Kind of examples, their columns, and metrics."""
@@ -351,6 +300,14 @@ class Recipe(Section):
                 "use perplexity or accuracy, or another strategy"
             )
         return self
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Recipe:
+        """Check the values of keys, as ``Recipe(**values)``. Raises ``RecipeError``."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise refuse_values(cls, obj, error) from error
 
     @classmethod
     def load(

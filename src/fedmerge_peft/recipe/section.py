@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 def _yaml_boolean(value: object) -> object:
@@ -18,6 +18,23 @@ Boolean = Annotated[
     BeforeValidator(_yaml_boolean, json_schema_input_type=bool | Literal["yes", "no", "on", "off"]),
 ]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Adapters = Annotated[int, Field(gt=0, le=1_000)]
+"""Number of adapters on the server."""
+BatchSize = Annotated[int, Field(gt=0, le=65_536)]
+Coefficient = Annotated[float, Field(ge=0, le=1_000)]
+"""Weight of a term of the loss."""
+PositiveCoefficient = Annotated[float, Field(gt=0, le=1_000)]
+Count = Annotated[int, Field(gt=0, le=1_000_000)]
+"""Number of rounds, steps, clients or tokens."""
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
+Labels = Annotated[int, Field(gt=0, le=100_000)]
+"""Number of classes."""
+Norm = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""L2 norm of a gradient or an update."""
+Rank = Annotated[int, Field(gt=0, le=4_096)]
+"""Rank of an adapter."""
+Rate = Annotated[float, Field(gt=0, le=100)]
+"""Step size of an optimizer."""
 Scalar = str | int | float | bool
 
 
@@ -31,3 +48,15 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    def __init__(self, **values: Any) -> None:
+        """Check the values of keys. Raises ``RecipeError`` with all faults."""
+        from fedmerge_peft.recipe.error_messages import refuse_values
+
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise refuse_values(type(self), values, error) from error
+
+    # Sections within sections are checked with the outermost one, which reports their faults.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.registered import OneOf
-from fedmerge_peft.recipe.section import Fraction
+from fedmerge_peft.recipe.section import (
+    Adapters,
+    Coefficient,
+    Count,
+    CountOrZero,
+    Fraction,
+    PositiveCoefficient,
+    Rank,
+)
 from fedmerge_peft.recipe.strategy_base import HeadRecipe, ServerRecipe, StrategyRecipe
 
-Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
+Ranks = Annotated[list[Rank], Field(min_length=1)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -35,14 +36,14 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     set: 500 rounds; adapters 5, rule paper, start independent; SGD with learning rate 0.01, batches
     of 32, 2 epochs, proximal 0.01 and no clipping; the round of the lowest validation loss
     (evaluation.serve)."""
-    adapters: PositiveInt | Literal["auto"] = "auto"
+    adapters: Adapters | Literal["auto"] = "auto"
     """d, the number of adapters in the soup. auto: with `start: warm`, the number of groups that
     the clients' updates show, which may be one; with other starts 5, at most the number of
     clients."""
     rule: Literal["normalized", "adam", "gradient", "paper"] = "normalized"
     """Update rule of the weights: normalized (each client's gradient divided by its largest
     absolute entry), adam, gradient (plain), or paper."""
-    weights_lr: NonNegativeFloat | None = None
+    weights_lr: Coefficient | None = None
     """Step size of the merging logits. Default: 0.3; 1.0 for gradient; 0.01 for paper."""
     weights_columns: Literal["all", "head"] | None = None
     """Parameters in the inner product of the weights' gradient: the whole adapter, or the head
@@ -50,9 +51,9 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     weights_memory: Fraction = 0.0
     """Decay of the exponential average of the weights' gradient over a client's rounds. 0 uses only
     the current round."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """The merging weights are softmax(W / temperature). Values below 1 sharpen them."""
-    balance_rounds: NonNegativeInt = 0
+    balance_rounds: CountOrZero = 0
     """Number of rounds in which the use of the adapters is balanced (Sinkhorn), with decreasing
     strength, so that no adapter is unused in the first rounds."""
     start: Literal["independent", "noise", "warm", "identical"] = "warm"
@@ -60,11 +61,11 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     direction of their updates, and each group gets an adapter. independent: random and different,
     as in the paper; required for central privacy. noise: equal, plus noise on all parameters.
     identical: equal. Equal adapters never specialize, so this value is for tests only."""
-    start_noise: PositiveFloat = 0.02
+    start_noise: Annotated[float, Field(gt=0, le=10)] = 0.02
     """Standard deviation of the noise of `start: noise`."""
-    warm_rounds: PositiveInt = 3
+    warm_rounds: Count = 3
     """Rounds of `start: warm` before the grouping."""
-    groups: PositiveInt | None = None
+    groups: Adapters | None = None
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
     adapters if that is set."""
     warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.8
@@ -75,7 +76,7 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     from the soup has the rest. auto: what the label distributions of a group's clients do not have
     in common, which is 0 if they are alike. It needs the clients' label counts, and is 0 with
     differential privacy."""
-    reseed_after: PositiveInt | None = None
+    reseed_after: Count | None = None
     """Rounds without use after which an adapter is reassigned to part of the clients of the most
     used adapter. Default: never."""
 
@@ -136,11 +137,11 @@ class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
     rounds of finetuning at the end.
     """
 
-    fedavg_rounds: PositiveInt | None = None
+    fedavg_rounds: Count | None = None
     """Rounds of FedAvg, after which each client finetunes the global adapter for the remaining
     rounds. Default: all rounds are FedAvg, and a client predicts with its adapter of its last one,
     as it was before the aggregation."""
-    passes: PositiveInt = 1
+    passes: Count = 1
     """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
 
     @model_validator(mode="after")
@@ -156,7 +157,7 @@ class FedProxRecipe(HeadRecipe, ServerRecipe):
     """FedAvg with a proximal term in local training (Li et al. 2020, arXiv 1812.06127)."""
 
     dp_modes = frozenset({"local", "central"})
-    mu: PositiveFloat = 0.1
+    mu: PositiveCoefficient = 0.1
     """mu of the term mu / 2 · ‖θ − θ_sent‖², which replaces training.proximal."""
 
 
@@ -171,7 +172,7 @@ class DittoRecipe(ServerRecipe):
     2012.04221).
     """
 
-    regularization: PositiveFloat = 0.1
+    regularization: PositiveCoefficient = 0.1
     """lambda of the term lambda / 2 · ‖private − global‖²."""
 
 
@@ -214,7 +215,7 @@ class IFCARecipe(HeadRecipe, StrategyRecipe):
     """
 
     shared_soup = True
-    adapters: PositiveInt = 5
+    adapters: Adapters = 5
     """Number of clusters. Each client receives the adapters of all clusters."""
 
 
@@ -225,7 +226,7 @@ class FeSEMRecipe(HeadRecipe, StrategyRecipe):
 
     shared_soup = True
     dp_modes = frozenset({"local"})
-    adapters: PositiveInt = 5
+    adapters: Adapters = 5
     """Number of clusters."""
 
 
@@ -236,9 +237,9 @@ class FLHCRecipe(HeadRecipe, StrategyRecipe):
 
     shared_soup = True
     dp_modes = frozenset({"local"})
-    adapters: PositiveInt = 5
+    adapters: Adapters = 5
     """Number of clusters."""
-    warm_rounds: PositiveInt = 2
+    warm_rounds: Count = 2
     """Rounds of FedAvg before the clustering."""
     metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """Distance between updates."""
@@ -252,9 +253,9 @@ class FedLEASERecipe(HeadRecipe, ServerRecipe):
     """
 
     shared_soup = True
-    adapters: PositiveInt = 5
+    adapters: Adapters = 5
     """Largest number of clusters."""
-    warm_passes: PositiveInt = 1
+    warm_passes: Count = 1
     """Passes of local training before the clustering. A pass has training.epochs."""
 
 
@@ -264,7 +265,7 @@ class FedEMRecipe(StrategyRecipe):
     """
 
     single_adapter = False
-    adapters: PositiveInt = 3
+    adapters: Adapters = 3
     """Number of components. Each client receives, trains and returns all of them."""
 
 

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import PositiveFloat
-
-from fedmerge_peft.recipe.section import Fraction, Section
+from fedmerge_peft.recipe.section import Fraction, Rate, Section
 
 
 class StrategyRecipe(Section):
@@ -53,7 +51,7 @@ class ServerRecipe(StrategyRecipe):
 
     server_optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd: step along the mean update. adam: scale it elementwise by its moments (FedAdam)."""
-    server_lr: PositiveFloat | None = None
+    server_lr: Rate | None = None
     """Step size of the server. Default: 1 for sgd, as in FedAvg, and 0.01 for adam."""
     server_momentum: Fraction | None = None
     """Momentum of sgd (FedAvgM), default 0; or beta_1 of adam, default 0.9."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.registered import NameIn, OneOf
-from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.section import Count, Labels, Section
 
 _ARITHMETIC = "fedmerge_peft.tasks.metrics"
 METRICS.add(
@@ -95,9 +95,9 @@ class SequenceClassificationRecipe(TaskRecipe):
     """Column with the second text of a pair."""
     label: str = "label"
     """Column with the label: an integer from 0, a boolean, or a name."""
-    num_labels: PositiveInt | None = None
+    num_labels: Labels | None = None
     """Number of labels. Default: inferred from the data."""
-    max_length: PositiveInt | None = None
+    max_length: Count | None = None
     """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
     the model's limit."""
     metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
@@ -128,14 +128,14 @@ class CausalLMRecipe(TaskRecipe):
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     """Template of the prompt, with instruction and input as fields in Python's format syntax. A
     paragraph whose only field is empty is omitted."""
-    max_length: PositiveInt | None = None
+    max_length: Count | None = None
     """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
     the model's limit, at most 1024."""
     special_tokens: Literal["text", "tokens"] | None = None
     """Reading of special tokens that are written in texts, prompts and completions, such as </s>:
     as characters, or as tokens, for texts that were rendered with a chat template before. Default:
     such rows are refused. In messages they are characters."""
-    max_new_tokens: PositiveInt = 32
+    max_new_tokens: Count = 32
     """Maximum number of generated tokens, for exact_match and rougeL."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
     """Metrics. Tables and log lines show the first. exact_match and rougeL generate text
@@ -149,9 +149,9 @@ class ImageClassificationRecipe(TaskRecipe):
     """Column with the image: a datasets Image, encoded bytes, or the path of a file."""
     label: str = "label"
     """Column with the label: an integer from 0, a boolean, or a name."""
-    num_labels: PositiveInt | None = None
+    num_labels: Labels | None = None
     """Number of labels. Default: inferred from the data."""
-    white: PositiveFloat | None = None
+    white: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Value of white in images with more than 8 bits per channel, such as 4095 for 12 bits or 1.0
     for fractions. Default: 65535 in 16-bit images with values above 4095; others are refused."""
     metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]

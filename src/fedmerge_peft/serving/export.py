@@ -2,13 +2,15 @@
 
 client   adapter_config.json, adapter_model.safetensors, README.md (the model card) and weights.json
          (the client's row of π)
-all      one such folder per client
+all      one such folder per client, and clients.json (the folder of each client)
 soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), to merge on load
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +27,10 @@ from fedmerge_peft.util.files import write_json, write_text
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of vLLM's ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
+
+
+_LONGEST = 200
+"""Maximum length of a folder's name in bytes; file systems allow 255."""
 
 
 def export_client(
@@ -70,6 +76,8 @@ def export_all(
 ) -> Path:
     """Write the adapters of all clients, each to a subfolder named by ``folder_name``.
 
+    ``clients.json`` has the subfolder of each client.
+
     Arguments, result and errors are those of ``export_client``.
     """
     folder = Path(folder)
@@ -80,14 +88,16 @@ def export_all(
         for client, row, own in zip(run.client_names, weights, torch.eye(len(weights)), strict=True)
     ]
     RunDirectory.check_free(folder)
+    folders = {merged.name: folder_name(merged.name) for merged in adapters}
     for merged in adapters:
-        subfolder = folder / folder_name(merged.name)
+        subfolder = folder / folders[merged.name]
         _write_client(
             merged,
             subfolder,
             base_model_id,
             repr(str(subfolder)) if repo is None else f"{repo!r}, subfolder={subfolder.name!r}",
         )
+    write_json(folder / "clients.json", folders)
     return folder
 
 
@@ -232,13 +242,20 @@ def vllm_support(run: RunDirectory) -> str:
 
 
 def folder_name(client: str) -> str:
-    """Return a client's name as a folder name, percent-encoding unsafe characters."""
+    """Return a client's name as a folder name, percent-encoding unsafe characters.
+
+    Names of more than ``_LONGEST`` bytes are cut and end in a digest.
+    """
     encoded = "".join(
         character
         if character.isprintable() and character not in '%/\\:*?"<>|'
         else quote(character, safe="", errors="surrogatepass")
         for character in client
     )
+    if len(encoded.encode()) > _LONGEST:
+        digest = blake2b(client.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        begin = encoded.encode()[: _LONGEST - len(digest) - 1].decode(errors="ignore")
+        return f"{re.sub('%.?$', '', begin)}-{digest}"
     return encoded if encoded.strip(".") else encoded.replace(".", "%2E") or "%"
 
 

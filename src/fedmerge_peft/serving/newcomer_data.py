@@ -15,11 +15,13 @@ from fedmerge_peft.data import Client, Indices, load_splits
 from fedmerge_peft.data.partition import split_off
 from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.strategies.label_counts import LabelPriors
 from fedmerge_peft.strategies.label_prior import bias_columns
 from fedmerge_peft.tasks.classification import relabel
 from fedmerge_peft.util.seeds import derive
+from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +46,11 @@ def read_newcomer(
             f"test_fraction: {test_fraction:g} leaves no training examples; "
             "give a number from 0 to below 1"
         )
+    if not isinstance(data, Dataset | str | Path):
+        raise DataError(
+            f"found {found(data)}, expected the path of a file or a datasets.Dataset; "
+            "Dataset.from_pandas, Dataset.from_list and Dataset.from_dict make one"
+        )
     if isinstance(data, Dataset):
         splits, name = {"train": data}, name or "newcomer"
     else:
@@ -63,9 +70,13 @@ def read_newcomer(
 
 def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
     """Load a file or folder without filtering; return its splits by their standard names."""
-    if not path.exists():
+    try:
+        there = path != Path() and path.exists()
+    except (OSError, ValueError):  # not a valid file name
+        there = False
+    if not there:
         raise DataError(
-            f"{path.absolute()} does not exist; "
+            f"{printable(str(path.absolute()))[:300]} does not exist; "
             "give the new client's examples as a csv, tsv, json, jsonl, parquet or arrow file"
         )
     usual_splits = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fedmerge_peft.data import Indices
 from fedmerge_peft.data.columns import join_values
-from fedmerge_peft.errors import RunError
+from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
 from fedmerge_peft.models.pretrained import model_folder
+from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.tasks import Examples, make_task, task_type
@@ -102,7 +103,7 @@ class Predictor:
         load_shared_state(self._backbone, soup, run)
 
     def __call__(
-        self, inputs: Mapping[str, Sequence[Any]], *, batch_size: int | None = None
+        self, inputs: Mapping[str, Iterable[Any]], *, batch_size: int | None = None
     ) -> dict[str, list[Prediction]]:
         """Predict with each client's own adapter.
 
@@ -118,8 +119,10 @@ class Predictor:
 
         Raises:
             RunError: The run has no such client.
-            DataError: The task does not accept an input.
+            DataError: The task does not accept an input, or a client has one input instead of a
+                list of them.
         """
+        inputs = _lists(inputs)
         if unknown := [client for client in inputs if client not in self._adapters]:
             raise RunError(
                 f"the run has no client {unknown[0]!r}; it has {join_values(self._adapters)}"
@@ -275,3 +278,29 @@ class Predictor:
                     "different way"
                 )
         return None
+
+
+def _lists(inputs: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
+    """Return the inputs of each client as a list.
+
+    Raises:
+        DataError: There is no mapping, or one input instead of several. A text would otherwise be
+            taken for its letters, and a table for the names of its columns.
+    """
+    if not isinstance(inputs, Mapping):
+        raise DataError(
+            f'inputs: found {found(inputs)}, expected lists by client, such as {{"north": ["..."]}}'
+        )
+    lists = {}
+    for client, items in inputs.items():
+        several = isinstance(items, Iterable) and not hasattr(items, "columns")
+        if not several or isinstance(items, str | bytes | bytearray | Mapping | Set):
+            raise DataError(
+                f"{client}: found {found(items)}, expected a list of inputs; "
+                "put a single input into a list"
+            )
+        try:
+            lists[client] = list(items)
+        except TypeError:  # an array without dimensions
+            raise DataError(f"{client}: found {found(items)}, expected a list of inputs") from None
+    return lists

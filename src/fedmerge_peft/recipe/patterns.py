@@ -1,0 +1,62 @@
+"""Regular expressions of recipes, refused if a backtracking engine may take forever on them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from re import _constants as op  # type: ignore[attr-defined]
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any
+
+_LENGTH = 64
+"""Characters of a module's name that the estimate assumes."""
+
+_MOST = float(_LENGTH**4)
+"""Maximum number of ways to match; four parts of any length."""
+
+
+def pattern_fault(pattern: str) -> str | None:
+    """Return the reason why a recipe cannot use a regular expression; None if it can."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of sets within sets
+            ways = _ways(parser.parse(pattern))
+    except (re.error, FutureWarning, RecursionError, OverflowError) as error:
+        return f"{pattern!r} is not a regular expression: {error or type(error).__name__}"
+    if ways > _MOST:
+        return (
+            f"{pattern!r} may take forever, because its repetitions can divide a name in too many "
+            "ways; use at most four such as .* or \\d+, and none within another"
+        )
+    return None
+
+
+def _ways(pattern: Any) -> float:
+    """Bound the number of ways in which an expression matches a name of ``_LENGTH`` characters.
+
+    The parts of a sequence multiply, the alternatives of a choice add, and k repetitions of an
+    expression with w ways have wᵏ. An assertion is left once it has matched, so it counts as one.
+    """
+    total = 1.0
+    for kind, value in pattern:
+        if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
+            least, most, repeated = value
+            total *= _repeated(_ways(repeated), least, min(most, _LENGTH))
+        elif kind is op.BRANCH:
+            total *= sum(_ways(choice) for choice in value[1])
+        elif kind is op.SUBPATTERN:
+            total *= _ways(value[-1])
+        elif kind is op.ATOMIC_GROUP:
+            total *= _ways(value)
+        elif kind in (op.ASSERT, op.ASSERT_NOT):
+            total = max(total, _ways(value[1]))
+        elif kind is op.GROUPREF_EXISTS:
+            total *= sum(_ways(choice) for choice in value[1:] if choice is not None)
+    return total
+
+
+def _repeated(ways: float, least: int, most: int) -> float:
+    """Return the number of ways to match ``least`` to ``most`` repetitions."""
+    if ways == 1 or most <= 1:
+        return max(1.0, (most - least + 1) if ways == 1 else ways + (least == 0))
+    return min(ways, _MOST) ** min(most, 40)

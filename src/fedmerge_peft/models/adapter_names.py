@@ -9,6 +9,7 @@ from typing import Any
 from fedmerge_peft.data.columns import did_you_mean, join_values
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.recipe.lora import LoraRecipe
+from fedmerge_peft.util.memory import shortage
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """Path of a module up to the number of its layer, as PEFT reads it."""
@@ -44,6 +45,25 @@ def check_names(model: Any, lora: LoraRecipe, defaults: Iterable[str], name: str
         _check_layers(lora, modules, lora.target_modules or list(defaults), name)
     if lora.trainable_token_indices:
         _check_tokens(model, lora.trainable_token_indices, name)
+
+
+def check_rank(model: Any, lora: LoraRecipe) -> None:
+    """Raise ``BackboneError`` if the factors do not fit into memory, before they are allocated.
+
+    The factors of a layer have r · (inputs + outputs) numbers. If the target modules are not a
+    list, the smallest layer counts, so that no adapter is refused that fits.
+    """
+    targets = lora.target_modules
+    widths = [
+        sum(getattr(module, size, 0) for size in ("in_features", "out_features", "nx", "nf"))
+        for path, module in model.named_modules()
+        if not isinstance(targets, list) or any(_is_named(path, name) for name in targets)
+    ]
+    numbers = lora.r * (
+        sum(widths) if isinstance(targets, list) else min(filter(None, widths), default=0)
+    )
+    if lack := shortage(numbers):
+        raise BackboneError(f"lora.r: the factors of rank {lora.r} {lack}; lower lora.r")
 
 
 def check_matches(model: Any, lora: LoraRecipe) -> None:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from fedmerge_peft.adapters.lora_factors import RANDOM_INIT_SUFFIXES
 from fedmerge_peft.errors import BackboneError
-from fedmerge_peft.models.adapter_names import adaptable_modules, check_matches, check_names
+from fedmerge_peft.models.adapter_names import (
+    adaptable_modules,
+    check_matches,
+    check_names,
+    check_rank,
+)
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.library_errors import library_errors
@@ -46,6 +51,7 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
             f"name some of {', '.join(adaptable)}, or all-linear"
         )
     check_names(model, lora, DEFAULTS.get(model.config.model_type, ()), name)
+    check_rank(model, lora)
     if lora.bias != "none" and model.dtype != torch.float32:
         raise BackboneError(
             "lora.bias: trained biases are float32 and belong to the backbone's layers; "

@@ -12,6 +12,7 @@ from fedmerge_peft.recipe.strategy_base import StrategyRecipe
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
 from fedmerge_peft.strategies.partly_shared import PrivateHeads
 from fedmerge_peft.strategies.server_step import fedmerge_step
+from fedmerge_peft.util.memory import shortage
 from fedmerge_peft.util.vectors import tensor_mismatch
 
 __all__ = [
@@ -28,9 +29,11 @@ def make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy:
     """Return a new strategy for a recipe.
 
     Raises:
-        RecipeError: The strategy does not support the adapter's settings or the robust aggregation.
+        RecipeError: The strategy does not support the adapter's settings or the robust aggregation,
+            or its adapters do not fit into memory.
         PluginError: The strategy has no soup, or weights or state of the wrong kind.
     """
+    _check_memory(recipe, context)
     if recipe.private_head:
         return PrivateHeads(recipe.name, partial(_make_strategy, recipe), context)
     return _make_strategy(recipe, context)
@@ -49,6 +52,19 @@ def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy
     if fault := _interface_fault(strategy, context):
         raise PluginError(f"the strategy {recipe.name!r} of {entry.module}: {fault}")
     return strategy
+
+
+def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
+    """Raise ``RecipeError`` if the soup does not fit into memory, before it is allocated."""
+    for key in ("adapters", "clusters"):
+        count = getattr(recipe, key, None)
+        if isinstance(count, int) and (lack := shortage(count * context.layout.size)):
+            raise RecipeError(
+                [
+                    f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
+                    f"lower strategy.{key} or lora.r"
+                ]
+            )
 
 
 def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> None:

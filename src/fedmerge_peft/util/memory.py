@@ -1,0 +1,37 @@
+"""Memory that this machine has left."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_MEMINFO = Path("/proc/meminfo")
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that can be allocated: those available, or a container's limit.
+
+    On systems without ``/proc``, all of the machine's memory counts.
+    """
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path, pattern, unit in (
+        (_MEMINFO, r"MemAvailable:\s*(\d+) kB", 1024),
+        (_LIMIT, r"(\d+)", 1),
+    ):
+        try:
+            found = re.search(pattern, path.read_text())
+        except OSError:
+            continue
+        if found:
+            bounds.append(int(found[1]) * unit)
+    return min(bounds)
+
+
+def shortage(numbers: int) -> str | None:
+    """Return why this many float32 numbers do not fit into memory; None if they do."""
+    needed, available = 4 * numbers, available_memory()
+    if needed <= available:
+        return None
+    return f"need {needed / 1e9:,.1f} GB of memory, but {available / 1e9:,.1f} GB are available"

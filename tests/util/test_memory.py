@@ -1,0 +1,41 @@
+"""What does not fit into memory is refused with both numbers, before it is allocated."""
+
+import pytest
+
+from fedmerge_peft import AdapterLayout, BackboneError, RecipeError
+from fedmerge_peft.strategies import StrategyContext, make_strategy
+from fedmerge_peft.testing import strategy_recipe
+from fedmerge_peft.util import memory
+
+
+def test_memory_is_that_of_this_machine():
+    assert 10**6 < memory.available_memory() < 10**15
+
+
+def test_a_shortage_has_both_numbers(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * 10**9)
+    assert memory.shortage(10**9) is None
+    assert memory.shortage(2 * 10**9) == "need 8.0 GB of memory, but 4.0 GB are available"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [(name, "adapters") for name in ("fedmerge", "ifca", "fesem", "flhc", "fedlease", "fedem")]
+    + [("femam", "clusters")],
+)
+def test_soups_that_do_not_fit_are_refused_before_they_are_made(name, key, monkeypatch):
+    layout = AdapterLayout.from_tensors([("a.lora_A.weight", (2, 3), "lora")])
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * 6 * 999)
+
+    def fresh_row(number):
+        raise AssertionError("an adapter was made")
+
+    context = StrategyContext(5, layout, fresh_row)
+    with pytest.raises(RecipeError, match=rf"strategy.{key}: 1000 adapters of 6 numbers need"):
+        make_strategy(strategy_recipe(name, **{key: 1000}), context)
+
+
+def test_ranks_that_do_not_fit_are_refused(make_backbone, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(BackboneError, match=r"lora.r: the factors of rank 4096 need 0.0 GB"):
+        make_backbone("bert", {"r": 4096, "target_modules": ["query"]})

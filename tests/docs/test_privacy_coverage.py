@@ -106,6 +106,11 @@ def observed(mode, kind, path):
     ledger = PrivacyLedger(recipe, 2, simulated=engine.simulated)
     for _ in range(2):
         ledger.charge("fedavg", 1)
+    poisson = recipe.replace(["clients={sampling: poisson, fraction: 0.5}"])
+    ledgers = [PrivacyLedger(one, 1, simulated=False) for one in (poisson, recipe)]
+    for one in ledgers:
+        one.charge("fedavg", 1)
+    sampled, whole = (one.epsilon for one in ledgers)
     final = run.summary["final"]["served"]
     counts = engine.label_counts()
     sent = [reply.size == sizes[engine.clients[reply.client].name] for reply in replies]
@@ -133,6 +138,7 @@ def observed(mode, kind, path):
         "baselines in ε": "counted"
         if run.summary["privacy"]["epsilon"] == epsilon_spent(recipe.privacy, 2)
         else "left out",
+        "effect of clients.sampling: poisson on ε": "smaller" if sampled < whole else "none",
         "repeated round in ε": {1: "same release", 2: "counted"}[
             round(ledger.epsilon / epsilon_spent(recipe.privacy, 1) > 1) + 1
         ],

@@ -26,7 +26,7 @@ from fedmerge_peft.util.seeds import derive
 FEATURES, CLASSES, EXAMPLES, CLIENTS = 4, 2, 5, 2
 TARGET = 0
 ROUNDS, NOISE, CLIP = 2, 3.0, 0.1
-SEEDS = 400
+SEEDS = 1200
 MU_SQUARED = ROUNDS / NOISE**2
 BOUND = delta_of(0.0, MU_SQUARED)
 """Advantage that the guarantee allows: 0.186."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 
 import numpy as np
 
@@ -10,21 +11,44 @@ from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.util.seeds import derive
 
 
-def cohort_size(recipe: Recipe, clients: int) -> int:
-    """Return the number of clients in a round, at least one."""
-    return max(1, math.floor(recipe.clients.fraction * clients + 0.5))
+def cohort_size(recipe: Recipe, clients: int) -> float:
+    """Return the number of clients in a round, or its mean with ``clients.sampling: poisson``."""
+    expected = recipe.clients.fraction * clients
+    if recipe.clients.sampling == "poisson":
+        return expected
+    return max(1, math.floor(expected + 0.5))
 
 
-def cohort(recipe: Recipe, clients: int, round: int) -> list[int]:
+def cohort(recipe: Recipe, clients: int, round: int, *, secret: bool = False) -> list[int]:
     """Return the indices of the clients selected for a round, ascending.
 
     Args:
-        recipe: Fraction of clients, and seed.
+        recipe: Fraction of clients, sampling, and seed.
         clients: Number of clients.
         round: Number of the round, from 1.
+        secret: True to draw a Poisson sample from the operating system's generator, which gives
+            another sample in each call.
     """
-    size = cohort_size(recipe, clients)
+    if recipe.clients.fraction == 1:
+        return list(range(clients))
+    seed = derive(recipe.seed, "cohort", round)
+    generator = np.random.default_rng(seed)
+    if recipe.clients.sampling == "poisson":
+        draws = (
+            [secrets.randbits(53) / 2.0**53 for _ in range(clients)]
+            if secret
+            else generator.random(clients).tolist()
+        )
+        return [client for client in range(clients) if draws[client] < recipe.clients.fraction]
+    size = int(cohort_size(recipe, clients))
     if size == clients:
         return list(range(clients))
-    generator = np.random.default_rng(derive(recipe.seed, "cohort", round))
     return sorted(int(client) for client in generator.choice(clients, size, replace=False))
+
+
+def amplified(recipe: Recipe) -> bool:
+    """Return whether secret sampling reduces ε: Poisson samples, drawn by a trusted server."""
+    clients = recipe.clients
+    return (
+        recipe.privacy.mode == "central" and clients.sampling == "poisson" and clients.fraction < 1
+    )

@@ -94,11 +94,13 @@ class Federation:
                     "raise data.validation_fraction, or use serve: last"
                 ]
             )
-        selected = len(self.cohort(1))
-        if recipe.clients.min_clients > selected:
+        if self.private:
+            self.ledger.check()
+        selected = cohort_size(recipe, len(self.engine.clients))
+        if recipe.clients.min_clients > max(1, selected):
             raise RecipeError(
                 [
-                    f"clients.min_clients: {recipe.clients.min_clients} exceeds the {selected} "
+                    f"clients.min_clients: {recipe.clients.min_clients} exceeds the {selected:g} "
                     "clients of a round; lower it, or raise clients.fraction"
                 ]
             )
@@ -141,7 +143,9 @@ class Federation:
         if self.private:
             self.ledger.charge(self.recipe.strategy.name, number)
         self.engine.backbone.set_base(self.strategy.base)
-        collected = self.collect_replies(number, selected, on_client)
+        collected = (
+            self.collect_replies(number, selected, on_client) if selected else self._nothing(number)
+        )
         replies = collected.replies
         served = self._scores((reply.client, reply.served) for reply in replies)
         finetuned = self._scores((reply.client, reply.finetuned) for reply in replies)
@@ -149,7 +153,7 @@ class Federation:
         if served is not None and complete and on_scores is not None:
             on_scores(self.completed, served)
         down = sum(self.strategy.traffic(client)[0] for client in selected)
-        up = sum(self.strategy.traffic(reply.client)[1] for reply in replies)
+        up = sum(self.strategy.traffic(reply.client)[1] for reply in replies if selected)
 
         known_norms = len(self.strategy.aggregator.norms)
         with timed("server"):
@@ -180,11 +184,18 @@ class Federation:
             bytes_up=4 * up,
             epsilon=self.ledger.epsilon if self.private else None,
             noise=noise_source(self.engine.simulated) if self.private else None,
-            clients=[self.engine.clients[reply.client].name for reply in replies],
+            clients=[self.engine.clients[reply.client].name for reply in replies if selected],
             failures=collected.failures,
             warnings=self.strategy.warnings(),
             decisions=self.strategy.decisions(),
         )
+
+    def _nothing(self, number: int) -> RoundReplies:
+        """Return an update of zero, for a round without clients: it releases noise alone."""
+        plan = self.strategy.plan(0)
+        zero = torch.zeros(plan.returned_rows, plan.sent.shape[1])
+        reply = Reply(0, zero, 1, None, 0.0, round=number)
+        return RoundReplies([reply], {0: self.strategy.trained_rows(plan, reply)})
 
     def collect_replies(
         self, number: int, cohort: Sequence[int], on_client: OnClient | None
@@ -248,8 +259,12 @@ class Federation:
         return self.recipe.privacy.mode != "none" and self.recipe.strategy.federated
 
     def cohort(self, round: int) -> list[int]:
-        """Return the indices of the clients selected for a round, ascending; at least one."""
-        return cohort(self.recipe, len(self.engine.clients), round)
+        """Return the indices of the clients selected for a round, ascending.
+
+        Across sites, a Poisson sample is secret, and another one in each call.
+        """
+        secret = not self.engine.simulated
+        return cohort(self.recipe, len(self.engine.clients), round, secret=secret)
 
     def restore_progress(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Mark the rounds of these objects of ``metrics.jsonl`` as completed.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedmerge_peft import distributed
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.federation.cohorts import cohort
+from fedmerge_peft.federation.cohorts import amplified, cohort
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.differential_privacy import epsilon_spent
 from fedmerge_peft.util.files import write_json
@@ -52,6 +52,11 @@ class PrivacyLedger:
         self._selected = self._count()
         """Releases of each client, ``(clients,)``."""
 
+    def check(self) -> None:
+        """Raise ``RecipeError`` if ε of a first round cannot be computed."""
+        rate = self._recipe.clients.fraction if amplified(self._recipe) else 1.0
+        epsilon_spent(self._recipe.privacy, 1, rate)
+
     def begin(self, method: str, completed: int) -> None:
         """Continue a method after its completed rounds."""
         times = self._times.get(method, [])
@@ -70,15 +75,16 @@ class PrivacyLedger:
         times += [0] * (round - len(times))
         if not (self._simulated and times[round - 1]):
             times[round - 1] += 1
-            self._selected[cohort(self._recipe, self._clients, round)] += 1
+            self._selected[self._cohort(round)] += 1
         if self._path is not None:
             document = {**self.document(), "releases": self._times}
             distributed.on_rank_zero(partial(write_json, self._path, document))
 
     @property
     def epsilon(self) -> float:
-        """ε of the client that was selected most often."""
-        return epsilon_spent(self._recipe.privacy, int(self._selected.max(initial=0)))
+        """ε of the client that was selected most often; of every client if the sample is secret."""
+        rate = self._recipe.clients.fraction if amplified(self._recipe) else 1.0
+        return epsilon_spent(self._recipe.privacy, int(self._selected.max(initial=0)), rate)
 
     def document(self) -> dict[str, Any]:
         """Return ε, δ and the source of the noise, for ``summary.json``."""
@@ -92,8 +98,15 @@ class PrivacyLedger:
         selected = np.zeros(self._clients, dtype=np.int64)
         for times in self._times.values():
             for number, count in enumerate(times, start=1):
-                selected[cohort(self._recipe, self._clients, number)] += count
+                selected[self._cohort(number)] += count
         return selected
+
+    def _cohort(self, round: int) -> list[int]:
+        """Return the clients that a round counts for; all of them if the sample is secret."""
+        secret = self._recipe.clients.sampling == "poisson" and not self._simulated
+        if secret or amplified(self._recipe):
+            return list(range(self._clients))
+        return cohort(self._recipe, self._clients, round)
 
 
 def noise_source(simulated: bool) -> str:

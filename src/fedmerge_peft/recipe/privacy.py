@@ -23,8 +23,8 @@ class PrivacyRecipe(Section):
     noise: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """z, the standard deviation of the noise in units of its sensitivity to one client (local: 2 C;
     central: docs/privacy.md). The noise of a simulated run follows from the recipe's seed, so that
-    the run can be repeated. Anyone with the seed can subtract that noise; sites draw their noise
-    from the system's random source."""
+    the run can be repeated. Anyone with the seed can subtract that noise. Across sites, the noise
+    comes from the operating system's generator."""
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
     """δ of the reported (ε, δ). Choose less than 1 / (number of clients)."""
 

@@ -131,6 +131,11 @@ class ClientsRecipe(Section):
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Part of the clients that is drawn at random for each round, at least one client."""
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    """fixed: each round has the same number of clients. poisson: each client is drawn independently
+    with the probability `fraction`, so that a round may have no clients and then changes nothing
+    but for its noise. With `privacy.mode: central`, poisson reduces epsilon (privacy.md); across
+    sites, the server then draws from the operating system's generator."""
     failures: Literal["raise", "skip"] = "raise"
     """raise: a failed client ends the run, which can be resumed. skip: the log and the round's
     record name the client, and the round continues as if the client had not been selected. A client

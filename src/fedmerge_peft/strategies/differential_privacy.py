@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator, clipped
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
 from fedmerge_peft.util.gaussian_noise import add_noise
 from fedmerge_peft.util.gaussian_privacy import epsilon_of
 from fedmerge_peft.util.seeds import derive
+
+_EPSILON_ERROR = 0.01
+"""Largest amount by which the accountant of sampled mechanisms overestimates ε."""
 
 
 def update_privacy(recipe: PrivacyRecipe) -> UpdatePrivacy | None:
@@ -41,12 +45,12 @@ class PrivateAggregator(Aggregator):
     denominator is K for any set of replies, and half of this bound suffices.
     """
 
-    def __init__(self, recipe: PrivacyRecipe, cohort_size: int, seed: int | None) -> None:
+    def __init__(self, recipe: PrivacyRecipe, cohort_size: float, seed: int | None) -> None:
         """Create an aggregator.
 
         Args:
             recipe: Clipping norm C and noise multiplier z.
-            cohort_size: K.
+            cohort_size: K, or its mean if clients are drawn independently.
             seed: Seed of a simulation's noise, which also depends on the number of previous rounds.
                 None for the operating system's generator.
         """
@@ -68,18 +72,43 @@ class PrivateAggregator(Aggregator):
     ) -> Tensor:
         weights = weights.double()
         adapters = weights.shape[1]
-        shares = weights / weights.sum(dim=0).clamp_min(self.cohort_size / adapters)
+        totals = weights.sum(dim=0).clamp_min(self.cohort_size / adapters)
+        shares = weights / (totals if adapters > 1 else self.cohort_size)
         exact = shares.T.to(deltas) @ clipped(deltas, self.bound)
         seed = None if self.seed is None else derive(self.seed, "noise", len(self.norms))
         return add_noise(exact, self.privacy.noise * self.sensitivity(adapters), seed)
 
 
-def epsilon_spent(recipe: PrivacyRecipe, releases: int) -> float:
+def epsilon_spent(recipe: PrivacyRecipe, releases: int, rate: float = 1.0) -> float:
     """Compute ε at the recipe's δ for a client with this number of releases.
 
     Each is one Gaussian mechanism of noise multiplier z, so that together they are μ-GDP with
-    μ² = releases / z² (``util.gaussian_privacy``). Random cohorts bring no amplification, because
-    the cohorts follow from the seed.
+    μ² = releases / z² (``util.gaussian_privacy``). If each round draws a secret Poisson sample,
+    opacus's accountant composes the privacy loss distributions of the sampled mechanism (Gopi et
+    al. 2021, arXiv 2106.02848); the result is its upper bound.
+
+    Args:
+        recipe: Noise and δ.
+        releases: Number of rounds in which the client took part; with a rate below 1, number of
+            rounds.
+        rate: Probability with which a client is drawn for a round, if the sample is secret.
+
+    Raises:
+        RecipeError: The rate is below 1, and the extra ``privacy`` is not installed.
     """
     mu = 1 / recipe.noise
-    return epsilon_of(releases * mu * mu, recipe.delta)
+    exact = epsilon_of(releases * mu * mu, recipe.delta)
+    if rate == 1 or releases == 0:
+        return exact
+    try:
+        from opacus.accountants import PRVAccountant
+    except ImportError as error:
+        raise RecipeError(
+            [
+                "clients.sampling: poisson with privacy needs opacus to compute epsilon: "
+                "pip install 'fedmerge-peft[privacy]'"
+            ]
+        ) from error
+    accountant = PRVAccountant()
+    accountant.history = [(recipe.noise, rate, releases)]
+    return min(exact, float(accountant.get_epsilon(recipe.delta, eps_error=_EPSILON_ERROR)))

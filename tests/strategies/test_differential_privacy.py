@@ -419,7 +419,9 @@ def test_a_round_without_clients_releases_noise_alone(formulas):
 
 def test_one_adapter_is_divided_by_the_mean_size_of_a_poisson_sample():
     rule = PrivateAggregator(
-        PrivacyRecipe(mode="central", noise=1e-12, clip=1.0), cohort_size=2.5, seed=0
+        PrivacyRecipe(mode="central", noise=1e-3, clip=1.0), cohort_size=2.5, seed=0
     )
     deltas = torch.full((5, 1), 1.0)
-    assert float(rule.combine(deltas, torch.ones(5, 1), torch.ones(5))) == pytest.approx(2.0)
+    assert float(rule.combine(deltas, torch.ones(5, 1), torch.ones(5))) == pytest.approx(
+        2, rel=0.01
+    )

@@ -197,15 +197,13 @@ def test_local_noise_is_in_units_of_how_far_two_clipped_updates_can_be_apart():
 def test_a_client_moves_all_sums_together_by_no_more_than_their_sensitivity(
     clients, adapters, seed, sharpness
 ):
-    """‖f(all) − f(all but one)‖ ≤ S for every missing client, without the noise."""
+    """‖f(all) − f(all but one)‖ ≤ S for every missing client; both have the same noise."""
     generator = torch.Generator().manual_seed(seed)
     deltas = clipped(5 * torch.randn(clients, 6, generator=generator), 1.0)
     weights = torch.softmax(
         sharpness * torch.randn(clients, adapters, generator=generator).double(), dim=1
     )
-    rule = PrivateAggregator(
-        PrivacyRecipe(mode="central", noise=1e-12), cohort_size=clients, seed=0
-    )
+    rule = PrivateAggregator(PrivacyRecipe(mode="central", noise=1e-3), cohort_size=clients, seed=0)
     whole = rule.combine(deltas, weights, torch.ones(clients))
     for missing in range(clients):
         rest = [client for client in range(clients) if client != missing]
@@ -239,10 +237,10 @@ def test_each_round_has_its_own_noise():
 def test_with_little_noise_and_a_wide_bound_the_result_is_the_mean(formulas, name, mode):
     case = formulas(4)
     private = case.federation(
-        f"strategy={name}", mode, "privacy.clip=1e4", "privacy.noise=1e-9", "rounds=2"
+        f"strategy={name}", mode, "privacy.clip=30", "privacy.noise=1e-3", "rounds=2"
     )
     list(private.rounds())
-    torch.testing.assert_close(private.strategy.soup.rows[0], case.mean(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(private.strategy.soup.rows[0], case.mean(), rtol=0, atol=0.2)
 
 
 # ---- supported methods ---------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_the_own_groups_weight_is_warm_weight_at_any_temperature(temperature):
 
 
 def test_more_groups_than_adapters_are_refused():
-    with pytest.raises(ValueError, match="4 groups need 4 adapters"):
+    with pytest.raises(RecipeError, match="4 groups need 4 adapters"):
         FedMergeRecipe(name="fedmerge", adapters=3, groups=4)
 
 

@@ -15,6 +15,7 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balancing import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
+from fedmerge_peft.strategies.group_weights import affinities, first_logits
 from fedmerge_peft.strategies.logit_steps import LogitSteps
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
 from fedmerge_peft.strategies.own_head import OwnHead, own_shares
@@ -245,8 +246,12 @@ class FedMerge(Strategy):
         )
         if adapters == "auto":
             self.resize(int(found.groups.max()) + 1)
-        self._assign(updates.clients, found.groups)
         number = int(found.groups.max()) + 1
+        self._assign(updates.clients, found.groups)
+        if number == len(self.soup):
+            similar = affinities(found.directions, found.groups)
+            first = first_logits(similar, found.groups, self.recipe.warm_weight)
+            self.merging.logits[updates.clients] = (self.recipe.temperature * first).float()
         if number == self.context.clients:
             self.trial = None
         self._decided = [f"{number} group{'s' * (number > 1)} of clients: {found.reason}"]

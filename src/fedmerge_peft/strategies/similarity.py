@@ -33,6 +33,8 @@ class Grouping:
     """Group of each client, ``(clients,)`` int64, from 0."""
     reason: str
     """The reason, without the number: a clause that follows it."""
+    directions: Tensor
+    """Cosines of the clients' centered directions, ``(clients, clients)`` float64."""
 
 
 def group_by_direction(
@@ -86,21 +88,20 @@ def group_by_direction(
     )
     if count is not None:
         groups = k_means(coordinates(directions), min(count, max_groups), seed)
-        return Grouping(groups, "as set in the recipe")
+        return Grouping(groups, "as set in the recipe", directions)
     groups, excess = _divide(whole, directions, max_groups, seed, _MIN_EXCESS)
     together = agreement(whole, torch.zeros(clients, dtype=torch.int64))
     compared = f"updates agree to {together:.2f} with those of all other clients"
     if bool(groups.any()):
         groups = _divide_further(directions, groups, max_groups, seed)
         reason = f"{compared}, and within groups by {excess:.2f} more than by chance"
-        return Grouping(groups, reason)
+        return Grouping(groups, reason, directions)
     own = 0.0 if repeatability is None else float(repeatability.mean())
     if 1 < clients <= max_groups and together < _ALONE * own:
         reason = f"{compared}, but to {own:.2f} with the client's own of other rounds"
-        return Grouping(torch.arange(clients), reason)
-    return Grouping(
-        groups, f"{compared}, and within groups by only {excess:.2f} more than by chance"
-    )
+        return Grouping(torch.arange(clients), reason, directions)
+    reason = f"{compared}, and within groups by only {excess:.2f} more than by chance"
+    return Grouping(groups, reason, directions)
 
 
 def _divide(

@@ -1,0 +1,63 @@
+"""First merging weights after the grouping."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from fedmerge_peft.strategies.group_weights import affinities, first_logits
+from fedmerge_peft.testing import FormulaClients
+
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])
+
+
+def directions(spread=0.4):
+    """Unit vectors in two groups and one alone, ``(6, 30)`` float64."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, 30, generator=generator, dtype=torch.float64)
+    noise = torch.randn(6, 30, generator=generator, dtype=torch.float64)
+    return normalize(centres[GROUPS] + spread * noise, dim=1)
+
+
+def test_affinities_equal_a_slow_recomputation():
+    units = directions()
+    found = affinities(units @ units.T, GROUPS)
+    for client in range(6):
+        for group in range(3):
+            others = [k for k in range(6) if GROUPS[k] == group and k != client]
+            mean = units[others].mean(dim=0) if others else units[client]
+            expected = float(units[client] @ mean / mean.norm())
+            assert float(found[client, group]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.4, 0.8, 0.95])
+def test_the_mean_weight_of_the_own_groups_is_as_given(weight):
+    units = directions()
+    logits = first_logits(affinities(units @ units.T, GROUPS), GROUPS, weight)
+    own = torch.softmax(logits, dim=1).gather(1, GROUPS[:, None])
+    assert float(own.mean()) == pytest.approx(weight)
+    assert logits.gather(1, GROUPS[:, None]).abs().max() == 0
+
+
+def test_a_client_between_two_groups_starts_between_them():
+    similar = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.4]], dtype=torch.float64)
+    groups = torch.tensor([0, 1, 0])
+    weights = torch.softmax(first_logits(similar, groups, 0.8), dim=1)
+    assert float(weights[0, 0]) == pytest.approx(float(weights[1, 1]))
+    assert 0.5 < float(weights[2, 0]) < float(weights[0, 0])
+
+
+def test_clients_that_are_equally_similar_to_all_groups_start_evenly():
+    similar = torch.ones(4, 2, dtype=torch.float64)
+    assert first_logits(similar, torch.tensor([0, 1, 0, 1]), 0.8).tolist() == [[0.0, 0.0]] * 4
+
+
+def test_fedmerge_starts_its_groups_with_these_weights():
+    clients = FormulaClients(6)
+    clients.centres = clients.centres[[0, 0, 0, 1, 1, 1]] + 0.3 * clients.centres
+    strategy = clients.strategy("fedmerge", warm_rounds=1, warm_weight=0.7)
+    clients.round(strategy)
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    assert strategy.weights.argmax(dim=1).tolist() == groups.tolist()
+    own = strategy.weights.gather(1, groups[:, None])
+    assert float(own.mean()) == pytest.approx(0.7, abs=1e-6)
+    assert float(own.max() - own.min()) > 1e-4  # clients differ in their similarity

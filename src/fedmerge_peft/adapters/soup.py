@@ -62,7 +62,8 @@ class AdapterSoup:
     """``(d, P)``, float32."""
     layout: AdapterLayout
     shared: Mapping[str, Tensor] = field(default_factory=dict)
-    """Frozen tensors that all adapters share, by PEFT's saved name: A with ``merge: shared_a``."""
+    """Frozen tensors that all adapters share, by PEFT's saved name: A with ``merge: shared_a``, and
+    the buffers of heads, such as running statistics."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Updates ΔW ``(out, in)`` of the backbone's own weights, by module name.
 

@@ -13,6 +13,7 @@ from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.frozen_prefix import find_prefix
 from fedmerge_peft.models.peft_model import (
     add_adapter,
+    check_reload,
     is_random_init,
     prepare_heads,
     reinitialize,
@@ -48,7 +49,8 @@ class Backbone:
         """PEFT model. Only ``set_base`` changes its frozen weights."""
         self.layout = layout
         self.shared = shared
-        """Frozen tensors that all adapters share. Empty unless ``merge: shared_a``."""
+        """Frozen tensors that all adapters share: A with ``merge: shared_a``, and the buffers of
+        heads."""
         self.prefix = find_prefix(model)
         """Layers before the first trainable layer, or None."""
         self.trainable = trainable
@@ -215,6 +217,7 @@ def load_backbone(
             if is_random_init(name):
                 parameter.requires_grad_(False)
     peft_model.eval()
+    check_reload(peft_model)
     return _with_layout(peft_model)
 
 
@@ -234,12 +237,8 @@ def _with_layout(model: Any) -> Backbone:
         if isinstance(module, ParamWrapper)
         for p in module.parameters()
     }
-    heads = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, ModulesToSaveWrapper)
-        for p in module.parameters()
-    }
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    heads = {id(p) for module in wrappers for p in module.parameters()}
     trainable = [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
@@ -248,10 +247,17 @@ def _with_layout(model: Any) -> Backbone:
             f"lora: PEFT would train but not save {lost[0]}, so it could not be merged; "
             "remove the option that makes it trainable"
         )
-    shared = {
-        saved[parameter.data_ptr()]: parameter.detach().to("cpu", torch.float32, copy=True)
+    frozen = [
+        parameter
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and is_random_init(name) and parameter.data_ptr() in saved
+        if not parameter.requires_grad and is_random_init(name)
+    ]
+    # PEFT does not load a head without its buffers, such as running statistics.
+    frozen += [buffer for module in wrappers for buffer in module.buffers()]
+    shared = {
+        saved[tensor.data_ptr()]: tensor.detach().to("cpu", torch.float32, copy=True)
+        for tensor in frozen
+        if tensor.data_ptr() in saved
     }
 
     def role(parameter: nn.Parameter) -> Role:

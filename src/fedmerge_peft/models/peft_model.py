@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -59,6 +60,11 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         )
     fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
     heads = _heads(model, task, lora.modules_to_save or [], missing)
+    if lora.target_modules == "all-linear":
+        # PEFT takes a module such as pre_classifier for a head, too, and trains it as a whole.
+        last = {module.rpartition(".")[2] for module, _ in model.named_modules()}
+        if whole := sorted(name for name in last - {*heads} if name.endswith(tuple(heads))):
+            fields["exclude_modules"] = _excluding(lora.exclude_modules, whole)
     config = LoraConfig(
         **{**fields, "modules_to_save": heads or None},
         lora_alpha=lora.alpha,
@@ -84,6 +90,75 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         adapted = get_peft_model(model, config)
     check_matches(adapted, lora)
     return adapted
+
+
+def _excluding(patterns: str | list[str] | None, names: list[str]) -> str | list[str]:
+    """Return ``lora.exclude_modules`` with further last names of modules."""
+    if not isinstance(patterns, str):
+        return [*(patterns or []), *names]
+    return rf"(?:{patterns})|(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+
+
+def check_reload(model: Any) -> None:
+    """Check that PEFT loads the tensors of an adapter that it saves.
+
+    PEFT renames the tensors of some models when it saves or loads them, and ignores those that it
+    does not know. An export would then predict something else.
+
+    Args:
+        model: PEFT model. Its tensors keep their values.
+
+    Raises:
+        BackboneError: PEFT fails, or loads other values than it saves.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = [tensor.detach().clone() for tensor in tensors]
+    with (
+        library_errors(
+            lambda reason: BackboneError(
+                f"lora: PEFT does not load the adapter that it saves of this model: {reason}; "
+                "name other modules in lora.target_modules or lora.modules_to_save"
+            )
+        ),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(1 + number)  # exact in half precision up to 256, and different from 0
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = {key: value.detach().clone() for key, value in state.items()}
+        for tensor in tensors:
+            tensor.zero_()
+        set_peft_model_state_dict(model, state)
+        lost = [
+            names[id(tensor)]
+            for number, tensor in enumerate(tensors)
+            if not torch.equal(tensor, torch.full_like(tensor, 1 + number))
+        ]
+        for tensor, value in zip(tensors, held, strict=True):
+            tensor.copy_(value)
+    if lost:
+        module = lost[0].removeprefix("base_model.model.").partition(".lora_")[0]
+        raise BackboneError(
+            f"lora: PEFT saves the adapter of {module}, but does not load it again "
+            f"({len(lost)} tensors); name it in lora.exclude_modules"
+        )
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Return the last names of the layers that LoRA can adapt, in order of appearance."""
+    kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
+    return list(
+        dict.fromkeys(
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if type(module).__name__ in kinds
+        )
+    )
 
 
 def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]) -> list[str]:
@@ -157,10 +232,13 @@ def reinitialize(model: Any) -> None:
             for parameter, value in frozen:  # a shared A keeps its values
                 parameter.copy_(value)
         elif isinstance(module, ModulesToSaveWrapper) and module.fedmerge_fresh:
+            buffers = [(b, b.clone()) for b in module.buffers()]
             for part in module.modules_to_save["default"].modules():
                 for parameter in part.parameters(recurse=False):
                     parameter._is_hf_initialized = False  # otherwise, transformers skips it
                 base._init_weights(part)
+            for buffer, value in buffers:  # all adapters share running statistics
+                buffer.copy_(value)
 
 
 def is_random_init(name: str) -> bool:

@@ -190,6 +190,6 @@ def test_other_encodings_are_refused_until_they_are_named(read, encoding):
 
 def test_compressed_files_are_read_and_damaged_ones_refused(read):
     raw = gzip.compress(TEXT.encode())
-    assert read(raw, "rows.csv.gz") == {"name": ["José"], "größe": [1]}
+    assert read(raw, "ROWS.CSV.GZ") == read(raw, "rows.csv.gz") == {"name": ["José"], "größe": [1]}
     assert "rows.csv.gz cannot be loaded: " in fault(read, raw[:-10], "rows.csv.gz")
     assert "rows.parquet.gz has an unsupported format" in fault(read, raw, "rows.parquet.gz")

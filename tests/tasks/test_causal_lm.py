@@ -192,8 +192,8 @@ def test_only_paragraphs_with_one_empty_field_are_left_out():
             r"row 1 \(of the rows in use\): column 'prompt' is empty \(null\)",
         ),
         (
-            {"prompt": ["a", "b"], "completion": [1, 2]},
-            r"task.completion: column 'completion' has the type int64, not text",
+            {"prompt": ["a", "b"], "completion": [1.5, 2]},
+            r"task.completion: column 'completion' has the type double, not text",
         ),
         ({"text": ["a", None]}, r"row 1 \(of the rows in use\): column 'text' is empty \(null\)"),
         (
@@ -206,6 +206,21 @@ def test_unsuitable_columns_are_refused(task_of, columns, message):
     table = Dataset.from_dict(columns)
     with pytest.raises(DataError, match=message):
         task_of("llama", table, name=NAME).encode(table)
+
+
+@pytest.mark.parametrize(
+    ("answers", "texts"), [([42, -1], ["42", "-1"]), ([True, False], ["true", "false"])]
+)
+def test_integers_and_booleans_are_read_as_the_file_has_them(task_of, caplog, answers, texts):
+    rows = {"prompt": ["a", "b"], "completion": answers}
+    read = [
+        task.encode(table).columns["input_ids"]
+        for column in (answers, texts)
+        for table in [Dataset.from_dict(rows | {"completion": column})]
+        for task in [task_of("llama", table, name=NAME)]
+    ]
+    assert [ids.tolist() for ids in read[0]] == [ids.tolist() for ids in read[1]]
+    assert "and is read as text" in caplog.text
 
 
 # --- tokens ---------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def type_texts(texts: Any) -> Any:
             values = texts.cast(target)
         except pa.ArrowInvalid:
             continue
-        if _written(values).equals(texts):
+        finite = target != pa.float64() or pc.all(pc.is_finite(values), min_count=0).as_py()
+        if finite and as_text(values).equals(texts):
             return values
     return texts
 
@@ -104,6 +105,14 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
     return column.cast(plain)
 
 
+def as_text(values: Any) -> Any:
+    """Convert a ``pyarrow.ChunkedArray`` of booleans or numbers to text, as JSON has it."""
+    if not pa.types.is_floating(values.type):
+        return values.cast(pa.string())
+    texts = [None if value is None else repr(value) for value in values.to_pylist()]
+    return pa.chunked_array([pa.array(texts, pa.string())])
+
+
 def whole_numbers(columns: Sequence[Any]) -> list[Any]:
     """Convert floating-point columns to int64 if all of their values are whole.
 
@@ -124,15 +133,6 @@ def whole_numbers(columns: Sequence[Any]) -> list[Any]:
         return list(columns)
     small = (pc.all(pc.less(pc.abs(column), LARGEST_EXACT), min_count=0) for column in converted)
     return converted if all(each.as_py() for each in small) else list(columns)
-
-
-def _written(values: Any) -> Any:
-    """Return values as text, as Python and JSON write them."""
-    if not pa.types.is_floating(values.type):
-        return values.cast(pa.string())
-    texts = [None if value is None else repr(value) for value in values.to_pylist()]
-    finite = pc.all(pc.is_finite(values), min_count=0).as_py()
-    return pa.chunked_array([pa.array(texts if finite else [], pa.string())])
 
 
 def _plain_type(type: Any) -> Any:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from fedmerge_peft.errors import DataError
 
-COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 """Suffixes of compressed files, after the suffix of the format: ``.csv.gz``."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -37,7 +37,7 @@ def read_text(path: Path, encoding: str | None) -> str:
     Raises:
         DataError: The bytes are not text in this encoding. The message names the line.
     """
-    with pa.input_stream(str(path), compression="detect") as stream:
+    with pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as stream:
         content: bytes = stream.read()
     name = encoding or next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:

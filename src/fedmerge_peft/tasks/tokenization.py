@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedmerge_peft.data.column_types import as_text
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.classification import is_text, reject_nulls
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedmerge_peft.recipe.schema import BackboneRecipe
+
+logger = logging.getLogger(__name__)
 
 _ROWS_PER_CALL = 1000
 
@@ -131,7 +136,7 @@ def resolve_max_length(
 
 
 def read_texts(table: Dataset, column: str, key: str) -> list[str]:
-    """Read a column of text.
+    """Read a column of text. A warning says that integers or booleans are read as text.
 
     Args:
         table: Rows.
@@ -142,6 +147,11 @@ def read_texts(table: Dataset, column: str, key: str) -> list[str]:
         DataError: The column does not exist, is not text, or has nulls.
     """
     values = read_column(table, column, key)
+    if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
+        logger.warning(
+            "%s: column %r has the type %s, and is read as text", key, column, values.type
+        )
+        values = as_text(values)
     if not is_text(values.type) and len(values):
         raise DataError(
             f"{key}: column {column!r} has the type {values.type}, not text, "

@@ -109,17 +109,31 @@ def formulas():
     return FormulaClients
 
 
+@pytest.fixture(scope="session")
+def write_records():
+    """``write_records(path, records)``: write a ``metrics.jsonl``."""
+    from fedmerge_peft.util import checked
+
+    def write(path, records):
+        path.unlink(missing_ok=True)
+        digest = ""
+        path.touch()
+        for record in records:
+            _, digest = checked.append_record(path, record, digest)
+
+    return write
+
+
 @pytest.fixture
-def write_run(tmp_path):
+def write_run(tmp_path, write_records):
     """``write_run("a", ["seed=1"], [[.1, .3], [.2, .4]])``: a finished run of ``smoke``.
 
     The lists are the clients' accuracies after 0, 1, ... rounds; the last are the final scores.
     Each round took two seconds, and 100 bytes down and 40 up for each client.
     """
-    import json
-
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.runs.directory import FORMAT
+    from fedmerge_peft.runs.formats import FORMAT
+    from fedmerge_peft.util import checked
 
     def write(
         name, overrides, scores, metric="test_accuracy", finished=True, finetuned=None, gaps=None
@@ -136,10 +150,9 @@ def write_run(tmp_path):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         rounds = len(scores) - 1
-        (folder / "recipe.yaml").write_text(
-            Recipe.load("smoke", ["baselines=[]", f"rounds={rounds}", *overrides]).to_yaml()
-        )
-        (folder / "environment.json").write_text(json.dumps({"format": FORMAT}))
+        recipe = Recipe.load("smoke", ["baselines=[]", f"rounds={rounds}", *overrides])
+        checked.write_text(folder / "recipe.yaml", recipe.to_yaml())
+        checked.write_document(folder / "environment.json", {"format": FORMAT})
         records = [
             {
                 "round": done + 1,
@@ -149,9 +162,7 @@ def write_run(tmp_path):
             }
             for done in range(rounds)
         ]
-        (folder / "metrics.jsonl").write_text(
-            "".join(json.dumps(record) + "\n" for record in records)
-        )
+        write_records(folder / "metrics.jsonl", records)
         if finished:
             clients = len(scores[-1])
             cost = {
@@ -167,7 +178,7 @@ def write_run(tmp_path):
                 "last": last,
                 "warnings": [],
             }
-            (folder / "summary.json").write_text(json.dumps(summary))
+            checked.write_document(folder / "summary.json", summary)
         return folder
 
     return write
@@ -185,7 +196,11 @@ def left_behind():
 
     def timeless(value):
         if isinstance(value, dict):
-            return {key: timeless(inner) for key, inner in value.items() if key != "seconds"}
+            return {
+                key: timeless(inner)
+                for key, inner in value.items()
+                if key not in ("seconds", "sha256")
+            }
         return value
 
     def content(path):
@@ -203,7 +218,8 @@ def left_behind():
             return numbers
         read = checkpoint.read(path.parent, int(path.stem.removeprefix("round-")))
         # seconds have more or fewer digits, a header's keys have no order
-        return numbers, {**asdict(read.manifest), "metrics_bytes": 0, "soup_sha256": ""}
+        varying = {"metrics_bytes": 0, "metrics_sha256": ""}
+        return numbers, {**asdict(read.manifest), **varying}
 
     def read(folder):
         names = {

@@ -1,7 +1,6 @@
 """Benchmark pages name the runs behind their numbers."""
 
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedmerge_peft import Run
-from fedmerge_peft.runs.directory import FORMAT
+from fedmerge_peft.runs.formats import FORMAT
+from fedmerge_peft.util import checked
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 RUN = ["evaluation.finetuned=false", "data.path=data/tickets.csv", "baselines=[]"]
@@ -31,7 +31,7 @@ def program(monkeypatch):
 
 
 def say(folder, **environment):
-    (folder / "environment.json").write_text(json.dumps({"format": FORMAT, **environment}))
+    checked.write_document(folder / "environment.json", {"format": FORMAT, **environment})
     return Run.open(folder)
 
 

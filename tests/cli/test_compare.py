@@ -4,6 +4,7 @@ import pandas
 import pytest
 
 from fedmerge_peft.cli import main
+from fedmerge_peft.util import checked
 
 
 @pytest.fixture
@@ -116,14 +117,29 @@ def test_bad_input_is_one_message(runs, write_run, fedmerge, tmp_path, arguments
 
 
 def test_a_summary_of_another_version_is_named(runs, fedmerge, tmp_path):
-    (tmp_path / "runs" / "local-0" / "summary.json").write_text('{"final": {"merged": null}}')
+    path = tmp_path / "runs" / "local-0" / "summary.json"
+    checked.write_document(path, {"final": {"merged": None}})
     code, _, err = fedmerge("runs")
     assert code == 2
     assert "runs/local-0/summary.json cannot be read (KeyError('served'))" in err
 
 
 def test_a_recipe_that_cannot_be_read_is_named(runs, fedmerge, tmp_path):
-    (tmp_path / "runs" / "local-0" / "recipe.yaml").write_text("rounds: many\n")
+    checked.write_text(tmp_path / "runs" / "local-0" / "recipe.yaml", "rounds: many\n")
     code, _, err = fedmerge("runs")
     assert code == 2
     assert "runs/local-0/recipe.yaml:1: rounds" in err
+
+
+def test_names_in_the_csv_are_no_formulas(write_run, fedmerge, tmp_path):
+    write_run("runs/a", ["name='=HYPERLINK(1)'", "task.text='+text\u202e'"], [[0.0], [0.5]])
+    code, _, _ = fedmerge("runs", "--csv", "table.csv")
+    assert code == 0
+    text = (tmp_path / "table.csv").read_text()
+    import csv
+
+    cells = [cell for row in csv.reader(text.splitlines()) for cell in row]
+    assert len(cells) > 20
+    for cell in cells:
+        assert not cell.startswith(("=", "+", "@"))
+        assert "\u202e" not in cell

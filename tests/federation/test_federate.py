@@ -107,7 +107,8 @@ def test_without_git_there_is_no_commit(monkeypatch):
 
 
 def test_metrics_hold_one_object_per_round(run):
-    records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert [record["round"] for record in records] == [1, 2, 3]
     expected = {
         "seconds",
@@ -241,10 +242,10 @@ def test_a_failure_in_the_middle_loses_no_finished_round(tmp_path, engine, monke
 def test_a_full_disk_is_one_error_and_loses_no_finished_round(tmp_path, engine, monkeypatch):
     from fedmerge_peft.util import files as module
 
-    def full(tensors, path, **_):
+    def full(tensors, path, **settings):
         if path.name.startswith(".round-00002"):
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, **settings)
 
     save_file = module.save_file
     monkeypatch.setattr(module, "save_file", full)
@@ -285,6 +286,11 @@ def test_a_torn_last_line_of_metrics_is_left_out(tmp_path, engine):
     run = federate(recipe(), tmp_path / "run", engine=engine)
     path = run.path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: it lacks finished rounds"):
+        load_run(run.path).records  # noqa: B018
+    for name in ("round-00002.safetensors", "round-00002.soup.safetensors"):
+        (run.path / "checkpoint" / name).unlink()
+    (run.path / "summary.json").unlink()
     assert [record["round"] for record in load_run(run.path).records] == [1]
 
 

@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmerge_peft import Callback, RecipeError, ResumeError, Run, RunExistsError, federate, resume
+from fedmerge_peft import (
+    Callback,
+    RecipeError,
+    ResumeError,
+    Run,
+    RunError,
+    RunExistsError,
+    federate,
+    resume,
+)
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.recipe.strategies import STRATEGIES
+from fedmerge_peft.util import checked
 from fedmerge_peft.util.stateful import Stateful
 
 TINY = [
@@ -334,8 +344,12 @@ def test_fewer_rounds_than_are_done_are_refused(tiny, engine, tmp_path):
 
 def test_an_edited_recipe_is_refused(tiny, engine, tmp_path):
     path = interrupted(tiny("strategy=ditto"), tmp_path / "run", engine)
-    text = (path / "recipe.yaml").read_text()
-    (path / "recipe.yaml").write_text(text.replace("regularization: 0.1", "regularization: 0.2"))
+    text = checked.read_text(path / "recipe.yaml")
+    changed = text.replace("regularization: 0.1", "regularization: 0.2")
+    (path / "recipe.yaml").write_text(changed)
+    with pytest.raises(RunError, match=r"recipe\.yaml is damaged"):
+        resume(path, engine=engine)
+    checked.write_text(path / "recipe.yaml", changed)
     with pytest.raises(
         ResumeError,
         match=(
@@ -344,14 +358,14 @@ def test_an_edited_recipe_is_refused(tiny, engine, tmp_path):
         ),
     ):
         resume(path, engine=engine)
-    (path / "recipe.yaml").write_text(text)
+    checked.write_text(path / "recipe.yaml", text)
     resume(path, engine=engine)
 
 
 def test_other_clients_are_refused(tiny, engine, tmp_path):
     path = interrupted(tiny(), tmp_path / "run", engine)
-    clients = json.loads((path / "clients.json").read_text())
-    (path / "clients.json").write_text(json.dumps(clients[1:]))
+    clients = checked.read_document(path / "clients.json")["clients"]
+    checked.write_document(path / "clients.json", {"clients": clients[1:]})
     with pytest.raises(
         ResumeError, match=r"the data have changed and no longer match clients\.json"
     ):

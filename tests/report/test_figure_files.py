@@ -1,6 +1,5 @@
 """Figures as files: the same as on the page, legible with many clients."""
 
-import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -9,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from fedmerge_peft import Run, RunError, federate
 from fedmerge_peft.cli import main
 from fedmerge_peft.plotting.render import draw
 from fedmerge_peft.report.figures import figures
 from fedmerge_peft.report.page import write_figures
+from fedmerge_peft.util import checked
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +88,12 @@ def test_names_of_two_hundred_clients_do_not_overlap(run, tmp_path):
     clients = [
         {"name": name, "group": None, "train": 9, "validation": 1, "test": 4} for name in names
     ]
-    (big.path / "clients.json").write_text(json.dumps(clients))
+    checked.write_document(big.path / "clients.json", {"clients": clients})
     labels = [f"label {number}" for number in range(150)]
-    (big.path / "labels.json").write_text(
-        json.dumps({"labels": labels, "counts": np.eye(200, 150, dtype=int).tolist()})
-    )
+    counts = np.eye(200, 150, dtype=int).tolist()
+    checked.write_document(big.path / "labels.json", {"labels": labels, "counts": counts})
     for path in [big.path / "weights.safetensors", *(big.path / "weights").iterdir()]:
-        save_file({"weights": torch.softmax(3 * torch.randn(200, 50), dim=1)}, path)
+        checked.write_tensors(path, {"weights": torch.softmax(3 * torch.randn(200, 50), dim=1)})
     for name in ("weights", "labels", "similarity", "weights-by-round"):
         figure = drawn(Run(big.path), name)
         figure.draw_without_rendering()

@@ -12,6 +12,7 @@ from fedmerge_peft.cli import main
 from fedmerge_peft.report.advice import advice
 from fedmerge_peft.report.figures import figures, similar_order, similarity
 from fedmerge_peft.report.page import render, write_report
+from fedmerge_peft.util import checked
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -54,12 +55,21 @@ def rename(run, tmp_path, names):
     import shutil
 
     shutil.copytree(run.path, tmp_path / "renamed")
-    old = [client["name"] for client in json.loads((run.path / "clients.json").read_text())]
-    for path in (tmp_path / "renamed").rglob("*.json*"):
-        text = path.read_text()
+    old = run.client_names
+
+    def renamed(document):
+        text = json.dumps(document)
         for before, after in zip(old, names, strict=False):
             text = text.replace(json.dumps(before), json.dumps(after))
-        path.write_text(text)
+        return json.loads(text)
+
+    for path in (tmp_path / "renamed").rglob("*.json"):
+        checked.write_document(path, renamed(checked.read_document(path)))
+    for path in (tmp_path / "renamed").rglob("*.jsonl"):
+        records, digest = checked.read_records(path).records, ""
+        path.unlink()
+        for record in records:
+            _, digest = checked.append_record(path, renamed(record), digest)
     return load_run(tmp_path / "renamed")
 
 
@@ -142,28 +152,20 @@ def test_a_run_without_a_round_shows_the_command_that_resumes_it(run, tmp_path):
 def test_two_hundred_clients_and_many_labels_keep_the_pages_width(run, tmp_path):
     """Every coordinate lies within the figure, and no figure exceeds its width."""
     import torch
-    from safetensors.torch import save_file
 
     big = rename(run, tmp_path, [])
     names = [f"the hospital on the hill, number {number}" for number in range(200)]
-    (big.path / "clients.json").write_text(
-        json.dumps(
-            [
-                {"name": name, "group": None, "train": 9, "validation": 1, "test": 4}
-                for name in names
-            ]
-        )
-    )
-    (big.path / "labels.json").write_text(
-        json.dumps(
-            {
-                "labels": [f"label {number}" for number in range(150)],
-                "counts": np.eye(200, 150, dtype=int).tolist(),
-            }
-        )
-    )
+    clients = [
+        {"name": name, "group": None, "train": 9, "validation": 1, "test": 4} for name in names
+    ]
+    checked.write_document(big.path / "clients.json", {"clients": clients})
+    labels = {
+        "labels": [f"label {number}" for number in range(150)],
+        "counts": np.eye(200, 150, dtype=int).tolist(),
+    }
+    checked.write_document(big.path / "labels.json", labels)
     for path in [big.path / "weights.safetensors", *(big.path / "weights").iterdir()]:
-        save_file({"weights": torch.softmax(3 * torch.randn(200, 50), dim=1)}, path)
+        checked.write_tensors(path, {"weights": torch.softmax(3 * torch.randn(200, 50), dim=1)})
     text = render([big.path])
     Page(text)
     for width, height, inner in re.findall(
@@ -209,7 +211,7 @@ def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp
         {"name": f"client {number}", "group": None, "train": 9, "validation": 1, "test": 40}
         for number in range(3)
     ]
-    (path / "clients.json").write_text(json.dumps(clients))
+    checked.write_document(path / "clients.json", {"clients": clients})
     from fedmerge_peft.report.advice import _worse_than_baselines
 
     found = [each.finding for each in _worse_than_baselines(load_run(path))]
@@ -220,26 +222,25 @@ def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp
 
 
 @pytest.fixture
-def advised(write_run):
+def advised(write_run, write_records):
     """``advised(overrides, ...)``: findings and actions on a run of a round for each loss."""
 
     def find(overrides=(), losses=(1.0, 1.0), groups=("",) * 4, labels="abcd", **files):
         scores = [[0.5] * len(groups)] * (len(losses) + 1)
         path = write_run("run", ["baselines=[]", *overrides], scores)
-        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        lines = [
-            json.dumps({**record, "train_loss": loss, "warnings": files.get("warnings", [])})
-            for record, loss in zip(records, losses, strict=True)
+        records = [
+            {**record, "train_loss": loss, "warnings": files.get("warnings", [])}
+            for record, loss in zip(load_run(path).records, losses, strict=True)
         ]
-        (path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        (path / "task.json").write_text(json.dumps({"labels": list(labels), "format": None}))
+        write_records(path / "metrics.jsonl", records)
+        checked.write_document(path / "task.json", {"labels": list(labels), "format": None})
         clients = [
             {"name": f"client {number}", "group": group, "train": 9, "validation": 1, "test": 40}
             for number, group in enumerate(groups)
         ]
-        (path / "clients.json").write_text(json.dumps(clients))
+        checked.write_document(path / "clients.json", {"clients": clients})
         if decisions := files.get("decisions"):
-            (path / "decisions.json").write_text(json.dumps(decisions))
+            checked.write_document(path / "decisions.json", decisions)
         return {each.finding: each.action for each in advice(load_run(path))}
 
     return find
@@ -301,8 +302,8 @@ def test_the_page_shows_learning_rate_and_epochs(run, tmp_path):
 
     copytree(run.path, tmp_path / "run")
     recipe = run.recipe.replace(["training.learning_rate=auto"])
-    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
-    (tmp_path / "run" / "decisions.json").write_text(json.dumps(chosen("chosen from 5 rates")))
+    checked.write_text(tmp_path / "run" / "recipe.yaml", recipe.to_yaml())
+    checked.write_document(tmp_path / "run" / "decisions.json", chosen("chosen from 5 rates"))
     assert "0.003, chosen from 5 rates" in Page(render([tmp_path / "run"])).text
 
 
@@ -337,3 +338,12 @@ def test_bad_input_is_one_message(runs, out, message, run, tmp_path, monkeypatch
 def test_a_report_without_runs_is_refused(tmp_path):
     with pytest.raises(RunError, match="no run to report on"):
         write_report([], tmp_path / "page.html")
+
+
+def test_control_and_direction_characters_of_names_are_escaped(run, tmp_path):
+    names = ["north\u202eclinic", "bell\x07 and escape\x1b[31m", "line\nfeed", "<b>bold</b>"]
+    text = render([rename(run, tmp_path, names)])
+    for character in "\u202e\x07\x1b":
+        assert character not in text
+    assert "north\\u202eclinic" in text
+    assert "<b>bold" not in text

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from fedmerge_peft import Callback, ResumeError, Run, RunError, federate, resume
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.runs import checkpoint
+from fedmerge_peft.util import checked
 
 TINY = [
     "data.max_train=4",
@@ -132,10 +133,7 @@ def test_missing_metrics_are_detected(run, engine, caplog, left_behind, uninterr
 def test_a_checkpoint_of_another_adapter_is_refused(run, tiny, engine):
     found = checkpoint.read(run / "checkpoint", 3)
     tensors = {"clusters": torch.zeros(7, dtype=torch.int64)}
-    text = json.dumps({**vars(found.manifest)})
-    document = {"sha256": checkpoint._digest(tensors, text), "manifest": json.loads(text)}
-    metadata = {"checkpoint": json.dumps(document)}
-    (run / "checkpoint" / THIRD).write_bytes(save(tensors, metadata))
+    checked.write_tensors(run / "checkpoint" / THIRD, tensors, json.dumps({**vars(found.manifest)}))
     with pytest.raises(
         ResumeError,
         match=r"clusters: expected a int64 tensor \(6,\), got a int64 tensor \(7,\)",

@@ -6,16 +6,25 @@ import re
 import pytest
 
 from fedmerge_peft import RunError, load_run
-from fedmerge_peft.runs.directory import FORMAT
+from fedmerge_peft.runs.formats import FORMAT
+from fedmerge_peft.util import checked
 
 
 @pytest.mark.parametrize(
     ("document", "version"),
-    [({}, "1"), ({"format": 1}, "1"), ({"format": FORMAT + 1}, str(FORMAT + 1)), ([], "None")],
+    [({}, "1"), ({"format": 1}, "1"), ({"format": 2}, "2")],
 )
-def test_another_format_is_refused_in_one_sentence(write_run, document, version):
+def test_a_run_of_a_version_without_sums_is_refused_in_one_sentence(write_run, document, version):
     path = write_run("a", [], [[0.1], [0.2]])
     (path / "environment.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match=rf"^{re.escape(str(path))} has run format {version}, but"):
+        load_run(path)
+
+
+@pytest.mark.parametrize(("document", "version"), [({}, "None"), ({"format": 9}, "9")])
+def test_another_format_is_refused_in_one_sentence(write_run, document, version):
+    path = write_run("a", [], [[0.1], [0.2]])
+    checked.write_document(path / "environment.json", document)
     text = (
         f"{path} has run format {version}, but this version reads format {FORMAT}: "
         "run its recipe again, or read it with the version that wrote it"
@@ -27,7 +36,9 @@ def test_another_format_is_refused_in_one_sentence(write_run, document, version)
 def test_an_unreadable_environment_is_refused(write_run):
     path = write_run("a", [], [[0.1], [0.2]])
     (path / "environment.json").write_text("{")
-    with pytest.raises(RunError, match=r"environment\.json cannot be read"):
+    with pytest.raises(
+        RunError, match=r"environment\.json is damaged: it does not end with its SHA-256 sum"
+    ):
         load_run(path)
 
 

@@ -12,6 +12,7 @@ from fedmerge_peft.models import tiny
 from fedmerge_peft.runs.cleanup import files_in
 from fedmerge_peft.serving.personalize import personalize
 from fedmerge_peft.serving.predictor import Predictor
+from fedmerge_peft.util import checked
 
 TINY = ["data.max_train=4", "data.max_test=2", "evaluation.finetuned=false", "rounds=2"]
 COMMANDS = ("resume", "personalize", "export", "scores", "report", "compare")
@@ -30,7 +31,7 @@ def run(finished, tmp_path):
 
 
 def change_recipe(run, *overrides):
-    (run / "recipe.yaml").write_text(Run.open(run).recipe.replace(overrides).to_yaml())
+    checked.write_text(run / "recipe.yaml", Run.open(run).recipe.replace(overrides).to_yaml())
 
 
 def arguments(command, run, folder):
@@ -54,9 +55,10 @@ def fedmerge(*arguments):
 def plugin(run, tmp_path, monkeypatch):
     """A module that the run's recipe lists; importing it leaves a file."""
     change_recipe(run, "name=foreign")
-    text = (run / "recipe.yaml").read_text()
+    text = checked.read_text(run / "recipe.yaml")
     assert "plugins: []" in text
-    (run / "recipe.yaml").write_text(text.replace("plugins: []", "plugins: [hostile_module]"))
+    text = text.replace("plugins: []", "plugins: [hostile_module]")
+    checked.write_text(run / "recipe.yaml", text)
     mark = tmp_path / "imported"
     modules = tmp_path / "modules"
     modules.mkdir()

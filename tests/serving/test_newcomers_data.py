@@ -9,6 +9,7 @@ from peft import PeftModel
 from equality import assert_near
 from fedmerge_peft import DataError, Personalized, RunError, federate, personalize
 from fedmerge_peft.tasks.classification import relabel
+from fedmerge_peft.util import checked
 from serving.newcomer import QUEUES, newcomer, numbers, recipe
 
 # ---- data and labels -----------------------------------------------------------------------------
@@ -207,8 +208,8 @@ def test_a_newcomer_may_merge_the_adapters_of_clusters(tmp_path, engine, tickets
 
 
 def test_adapters_that_do_not_fit_the_model_are_refused(copy, tickets):
-    text = (copy.path / "recipe.yaml").read_text()
-    (copy.path / "recipe.yaml").write_text(text.replace("  r: 2\n", "  r: 4\n"))
+    text = checked.read_text(copy.path / "recipe.yaml")
+    checked.write_text(copy.path / "recipe.yaml", text.replace("  r: 2\n", "  r: 4\n"))
     with pytest.raises(RunError, match="its adapters do not fit tiny:bert as loaded here"):
         personalize(copy.path, tickets)
 

@@ -124,9 +124,7 @@ def test_kills_late_sites_and_missed_deadlines_cost_no_completed_round(federatio
     fedmerge("federate", "stop", processes.out)
     assert processes.operator.wait(120) == 0
     assert "stopped: " in "".join(processes.lines)
-    assert [
-        client["train"] > 0 for client in json.loads((run.path / "clients.json").read_text())
-    ] == [True] * 6
+    assert [train > 0 for train in run.clients["train"]] == [True] * 6
 
 
 def test_a_site_with_another_authoritys_certificate_cannot_connect(federation_processes):

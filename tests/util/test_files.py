@@ -30,7 +30,7 @@ def write_all(folder):
         folder / "soup.safetensors"
     )
     checkpoint.write_soup(folder / "checkpoint", 1, strategy.soup)
-    checkpoint.commit(folder / "checkpoint", 1, strategy, Recipe.load("smoke"), 100)
+    checkpoint.commit(folder / "checkpoint", 1, strategy, Recipe.load("smoke"), (100, ""))
     write_tensors(folder / "tensors.safetensors", {"a": rows, "b": rows[0] + 1})
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.util.checked import damaged, read_tensors
 from fedmerge_peft.util.stateful import Stateful
 
 UNUSED_SHARE = 0.25
@@ -32,6 +34,17 @@ class MergingWeights(Stateful):
     def softmax(self) -> Tensor:
         """Return π, ``(clients, adapters)``, whose rows sum to 1."""
         return torch.softmax(self.logits, dim=1)
+
+
+def read_weights(path: Path) -> Tensor:
+    """Return the weights π ``(clients, adapters)`` of a file of a run.
+
+    Raises ``RunError`` if the file is missing or damaged.
+    """
+    tensors, _ = read_tensors(path)
+    if "weights" not in tensors or tensors["weights"].ndim != 2:
+        raise damaged(path, "it has no weights")
+    return tensors["weights"]
 
 
 def entropy(weights: Tensor) -> float:

@@ -14,7 +14,7 @@ from fedmerge_peft.util.files import translated_write_errors, write_json, write_
 def write_adapter(
     folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **documents: Any
 ) -> Path:
-    """Write a folder that ``PeftModel.from_pretrained`` loads.
+    """Write the files that ``PeftModel.from_pretrained`` loads.
 
     Args:
         folder: Destination. Created if it does not exist.

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
-from fedmerge_peft.errors import RunError
-from fedmerge_peft.util.files import write_tensors
+from fedmerge_peft.util.checked import damaged, read_tensors, write_tensors
 
 _SHARED = "shared."
 _BASE = "base."
@@ -111,7 +109,7 @@ class AdapterSoup:
         return {**self.layout.state_dict(row), **self.shared}
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with the layout in its metadata.
+        """Write a safetensors file with the layout and a SHA-256 sum in its metadata.
 
         Raises:
             RunError: The file cannot be written.
@@ -124,20 +122,18 @@ class AdapterSoup:
                 _OWN + key: value for key, value in (self.own.tensors() if self.own else {}).items()
             },
         }
-        write_tensors(path, tensors, ("layout", self.layout.to_json()))
+        write_tensors(path, tensors, self.layout.to_json())
 
     @classmethod
     def load(cls, path: Path) -> AdapterSoup:
         """Read the output of ``save``.
 
         Raises:
-            RunError: The file is missing, unreadable, or not a soup.
+            RunError: The file is missing, damaged, or not a soup.
         """
+        tensors, note = read_tensors(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                layout = AdapterLayout.from_json((file.metadata() or {})["layout"])
-                # safe_open is not a mapping.
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            layout = AdapterLayout.from_json(note)
             shared, base, own = (
                 {
                     key.removeprefix(prefix): value
@@ -148,8 +144,8 @@ class AdapterSoup:
             )
             parts = _own_parts(own, layout) if own else None
             return cls(tensors["rows"], layout, shared, base, parts)
-        except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
-            raise RunError(f"{path}: not a readable soup ({error})") from error
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise damaged(path, f"it is no soup ({error})") from error
 
 
 def _own_parts(tensors: Mapping[str, Tensor], layout: AdapterLayout) -> OwnParts:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmerge_peft.analysis.comparison import REFERENCES, TARGET, Comparison
-from fedmerge_peft.util.text import printable
+from fedmerge_peft.util.text import printable, spreadsheet_cell
 
 if TYPE_CHECKING:
     import pandas
@@ -49,6 +49,14 @@ def tables(comparison: Comparison, width: int) -> Iterator[Table | Text]:
             table.add_row(*map(Text, row))
         yield table
     yield Text(_legend(columns, comparison), style="dim")
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return ``comparison.methods`` as CSV, in which names are no formulas."""
+    frame = comparison.methods.map(
+        lambda value: spreadsheet_cell(value) if isinstance(value, str) else value
+    )
+    return str(frame.rename(columns=spreadsheet_cell).to_csv(index=False))
 
 
 def markdown(comparison: Comparison) -> str:

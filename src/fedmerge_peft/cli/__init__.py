@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run,
             scores,
             sweep,
+            verify,
         )
         from fedmerge_peft.cli.app import app
 

@@ -61,6 +61,7 @@ def compare(
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.analysis.comparison import find_runs
     from fedmerge_peft.analysis.figures import check_suffix, plot
+    from fedmerge_peft.analysis.reports import as_csv
     from fedmerge_peft.analysis.reports import markdown as as_markdown
     from fedmerge_peft.util.logs import configure_logging
     from fedmerge_peft.util.text import printable
@@ -73,7 +74,7 @@ def compare(
     comparison = Comparison.of(found, metric=metric, target=target)
     print_tables(comparison, console)
     if csv is not None:
-        _write(csv, comparison.methods.to_csv(index=False))
+        _write(csv, as_csv(comparison))
     if markdown is not None:
         _write(markdown, as_markdown(comparison))
     if figure is not None:

@@ -140,6 +140,7 @@ def _run_stoppable(start: Callable[..., Run], run: Run, console: Console, quiet:
 
 
 def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, quiet: bool) -> Run:
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -149,6 +150,7 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
     )
 
     from fedmerge_peft.federation.callbacks import Callback
+    from fedmerge_peft.util.text import printable
 
     columns = (
         TextColumn("{task.description}"),
@@ -189,10 +191,11 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
             def on_round(self, record: RoundRecord) -> None:
                 progress.print(str(record), soft_wrap=True)
                 for decision in record.decisions:
-                    progress.print(f"  {decision}", soft_wrap=True)
+                    progress.print(printable(f"  {decision}"), soft_wrap=True, markup=False)
                 if record.round == record.rounds:
                     for warning in record.warnings:
-                        progress.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+                        text = escape(printable(warning))
+                        progress.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
                 progress.advance(rounds)
                 progress.reset(clients)
                 stop.check()

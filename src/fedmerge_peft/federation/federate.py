@@ -102,7 +102,7 @@ def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) 
             ]
         )
     for _, path in with_baselines(saved, run.path):
-        done = len(RunDirectory(path).records)
+        done = RunDirectory(path).rounds_on_disk
         if done > recipe.rounds:
             raise RecipeError(
                 [f"rounds: {recipe.rounds} is less than the {done} completed rounds of {path}"]

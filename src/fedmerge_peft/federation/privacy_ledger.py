@@ -9,7 +9,6 @@ same release, and counts once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from fedmerge_peft.errors import RunError
 from fedmerge_peft.federation.cohorts import amplified, cohort
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.differential_privacy import epsilon_spent
-from fedmerge_peft.util.files import write_json
+from fedmerge_peft.util import checked
 
 LEDGER_FILE = "privacy.json"
 
@@ -78,7 +77,7 @@ class PrivacyLedger:
             self._selected[self._cohort(round)] += 1
         if self._path is not None:
             document = {**self.document(), "releases": self._times}
-            distributed.on_rank_zero(partial(write_json, self._path, document))
+            distributed.on_rank_zero(partial(checked.write_document, self._path, document))
 
     @property
     def epsilon(self) -> float:
@@ -118,13 +117,13 @@ def _read(path: Path | None) -> dict[str, list[int]]:
     if path is None or not path.exists():
         return {}
     try:
-        releases: Mapping[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))["releases"]
+        releases: Mapping[str, list[int]] = checked.read_document(path)["releases"]
         times = {
             str(method): [int(count) for count in rounds] for method, rounds in releases.items()
         }
         if any(count < 0 for rounds in times.values() for count in rounds):
             raise ValueError("negative counts")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} is damaged ({type(error).__name__}: {error}); without it ε is unknown. "
             "Restore it from a backup"

@@ -108,7 +108,7 @@ def run_or_resume(
     """Resume an interrupted run; restart it if its checkpoints cannot be used."""
     try:
         run = RunDirectory(path)
-        if run.records:
+        if run.rounds_on_disk:
             resume_run(run, (), engine=engine, callbacks=callbacks)
             return
     except ResumeError as error:

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Line, Lines, Strip
+from fedmerge_peft.util.text import printable
 
 WIDTH = 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 104, 10, 40
@@ -283,7 +284,8 @@ def _rect(left: float, wide: float, tall: float) -> str:
 
 def _svg(parts: Sequence[str], height: float, label: str) -> Markup:
     attributes = f'viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}"'
-    return Markup(f"<svg {attributes}>{''.join(parts)}</svg>")  # noqa: S704 (escaped)
+    markup = f"<svg {attributes}>{''.join(parts)}</svg>"
+    return Markup("\n".join(map(printable, markup.split("\n"))))  # noqa: S704 (escaped)
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.plotting.palette import COLORS, DARK_COLORS, DASHES
@@ -18,6 +19,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.export import folder_name
 from fedmerge_peft.tasks.metrics import greater_is_better
 from fedmerge_peft.util.files import write_text
+from fedmerge_peft.util.text import printable
 
 _WORST_CLIENTS = 10
 """Rows of the table of worst clients."""
@@ -89,7 +91,11 @@ def render(runs: Iterable[RunDirectory | Path | str]) -> str:
     if not opened:
         raise RunError("no run to report on; create one with fedmerge run")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
     )
 
     template = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -103,6 +109,11 @@ def render(runs: Iterable[RunDirectory | Path | str]) -> str:
         line_width=_LINE_WIDTH,
         dashes=[" ".join(f"{_LINE_WIDTH * part:.1f}" for part in dash) for dash in DASHES],
     )
+
+
+def _printable(value: Any) -> Any:
+    """Escape control and direction characters of text that is no markup yet."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _open(runs: Iterable[RunDirectory | Path | str]) -> list[RunDirectory]:

@@ -2,7 +2,8 @@
 
 checkpoint/round-00007.soup.safetensors   the soup; soup.safetensors is a hard link to the latest
 checkpoint/round-00007.safetensors        the strategy's state and a manifest: counters, the length
-                                          of metrics.jsonl, the recipe, SHA-256 sums
+                                          of metrics.jsonl, the recipe, the SHA-256 sums of the soup
+                                          and of metrics.jsonl
 
 The second file is written last, after all other files of the round including the metrics. A round
 is complete if this file exists. Reading verifies both files; if one is damaged, the previous
@@ -15,14 +16,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
@@ -30,7 +27,8 @@ from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
 from fedmerge_peft.strategies.base import Strategy
-from fedmerge_peft.util.files import translated_write_errors, write_tensors
+from fedmerge_peft.util import checked, strict_json
+from fedmerge_peft.util.files import translated_write_errors
 from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
@@ -50,8 +48,10 @@ class Manifest:
     """Number of completed rounds."""
     metrics_bytes: int
     """Length of ``metrics.jsonl`` after this round, bytes."""
+    metrics_sha256: str
+    """SHA-256 sum of the last line of ``metrics.jsonl`` after this round."""
     soup_sha256: str
-    """SHA-256 of the soup's file."""
+    """SHA-256 sum of the soup."""
     counters: dict[str, int | None]
     """Entries of the strategy's state that are not tensors."""
     recipe: dict[str, Any]
@@ -102,7 +102,7 @@ def write_soup(folder: Path, round: int, soup: AdapterSoup) -> Path:
 
 
 def commit(
-    folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics_bytes: int
+    folder: Path, round: int, strategy: Strategy, recipe: Recipe, metrics: tuple[int, str]
 ) -> None:
     """Write the second file of a checkpoint, which completes the round; prune older checkpoints.
 
@@ -111,7 +111,7 @@ def commit(
         round: Number of completed rounds.
         strategy: The strategy after that round.
         recipe: The run's recipe.
-        metrics_bytes: Length of ``metrics.jsonl`` with that round's line, bytes.
+        metrics: Length of ``metrics.jsonl`` with that round's line in bytes, and the line's sum.
 
     Raises:
         RunError: A file cannot be written.
@@ -121,17 +121,14 @@ def commit(
         name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)
     }
     counters = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    with translated_write_errors(folder):
-        manifest = Manifest(
-            round,
-            metrics_bytes,
-            _file_digest(_soup_path(folder, round)),
-            counters,
-            _fixed_values(recipe),
-        )
-        text = json.dumps(asdict(manifest), default=str)
-        document = {"sha256": _digest(tensors, text), "manifest": json.loads(text)}
-        write_tensors(_path(folder, round), tensors, ("checkpoint", json.dumps(document)))
+    manifest = Manifest(
+        round,
+        *metrics,
+        checked.stored_sum(_soup_path(folder, round)),
+        counters,
+        _fixed_values(recipe),
+    )
+    checked.write_tensors(_path(folder, round), tensors, strict_json.dumps(asdict(manifest)))
     prune(folder, round)
 
 
@@ -160,19 +157,13 @@ def rounds_in(folder: Path) -> list[int]:
 def read(folder: Path, round: int) -> Checkpoint:
     """Read and verify a round's checkpoint. Raises ``RunError`` if a file is missing or damaged."""
     path, soup = _path(folder, round), _soup_path(folder, round)
+    tensors, note = checked.read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys = file.keys()
-            tensors = {key: file.get_tensor(key) for key in keys}
-        document = json.loads(metadata["checkpoint"])
-        if _digest(tensors, json.dumps(document["manifest"])) != document["sha256"]:
-            raise RunError(f"{path} is damaged: its SHA-256 sum differs from the stored one")
-        manifest = Manifest(**document["manifest"])
-        if manifest.soup_sha256 != _file_digest(soup):
-            raise RunError(f"{soup} is damaged: its SHA-256 sum differs from the stored one")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        manifest = Manifest(**strict_json.loads(note))
+    except (ValueError, TypeError) as error:
+        raise checked.damaged(path, f"its manifest cannot be read ({error})") from error
+    if manifest.soup_sha256 != checked.stored_sum(soup):
+        raise checked.damaged(soup, "it belongs to another round or run")
     return Checkpoint(manifest, soup, AdapterSoup.load(soup), tensors)
 
 
@@ -197,12 +188,7 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
             continue  # interrupted before this round was done
         try:
             checkpoint = read(folder, number)
-            size = checkpoint.manifest.metrics_bytes
-            if metrics[:size].count(b"\n") != number or len(metrics) < size:
-                raise RunError(
-                    f"{_path(folder, number)} cannot be used: metrics.jsonl does not "
-                    f"contain all of its {number} rounds"
-                )
+            _check_metrics(folder, checkpoint.manifest, metrics)
         except RunError as error:
             faults.append(str(error))
             continue
@@ -219,6 +205,19 @@ def read_latest(folder: Path, recipe: Recipe, metrics: bytes) -> Checkpoint | No
     for fault in faults:
         log.warning("%s. Restarting from the first round", fault)
     return None
+
+
+def _check_metrics(folder: Path, manifest: Manifest, metrics: bytes) -> None:
+    """Raise ``RunError`` unless the metrics are those of the checkpoint's run, undamaged."""
+    path = folder.parent / "metrics.jsonl"
+    if len(metrics) < manifest.metrics_bytes:
+        raise RunError(
+            f"{_path(folder, manifest.round)} cannot be used: {path.name} does not "
+            f"contain all of its {manifest.round} rounds"
+        )
+    found = checked.read_records(path, metrics[: manifest.metrics_bytes])
+    if (len(found.records), found.sha256) != (manifest.round, manifest.metrics_sha256):
+        raise checked.damaged(path, "it belongs to another run")
 
 
 def _check_recipe(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
@@ -248,17 +247,3 @@ def _fixed_values(recipe: Recipe) -> dict[str, Any]:
         for key, value in flat(recipe).items()
         if key not in RESUME_OVERRIDES and key.partition(".")[0] != "baselines"
     }
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Return the SHA-256 sum of a text and of the tensors' names, dtypes, shapes and values."""
-    digest = sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from fedmerge_peft.util.files import translated_write_errors
 _RUN_FILE = re.compile(
     r"(baselines/[^/]+/)*"
     r"((recipe\.yaml|metrics\.jsonl|weights/round-\d+\.safetensors"
-    r"|(environment|clients|task|labels|adapter_config|summary)\.json)"
+    r"|(environment|decisions|clients|task|labels|adapter_config|privacy|summary)\.json)"
     r"|(best/)?(soup|weights)\.safetensors|best/scores\.json"
     r"|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
 )
@@ -69,6 +69,16 @@ def _is_link_of_tracker(path: Path, directory: Path) -> bool:
 def is_temporary(name: str) -> bool:
     """Return True for the relative path of a partially written file of a run directory."""
     return bool(_TEMPORARY.search(name)) and bool(_RUN_FILE.fullmatch(_final_name(name)))
+
+
+def is_run_file(name: str) -> bool:
+    """Return True for the relative path of a file that belongs to a run."""
+    return bool(_RUN_FILE.fullmatch(name))
+
+
+def is_tracked(name: str) -> bool:
+    """Return True for the relative path of a file of an experiment tracker."""
+    return bool(_TRACKING.fullmatch(name))
 
 
 def check_only_run_files(directory: Path) -> None:

@@ -25,7 +25,7 @@ baselines/<strategy>/   a run directory for each baseline
 
 from __future__ import annotations
 
-import json
+import logging
 import shlex
 from collections.abc import Iterator
 from functools import cached_property
@@ -34,22 +34,24 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from fedmerge_peft.adapters.merging_weights import read_weights
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.loading import CONSENT
+from fedmerge_peft.recipe.loading import CONSENT, Plugins, loads
 from fedmerge_peft.runs.cleanup import is_temporary, refuse_links
+from fedmerge_peft.runs.formats import check_format
 from fedmerge_peft.runs.frames import clients_frame, label_counts_frame, metrics_frame
+from fedmerge_peft.runs.record import restore_scores
 from fedmerge_peft.training.hyperparameters import Hyperparameters
-from fedmerge_peft.util.files import read_tensors
+from fedmerge_peft.util import checked
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedmerge_peft.recipe.schema import TrainingRecipe
 
-FORMAT = 2
-"""Version of the run directory's format, stored in ``environment.json``."""
+log = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -110,11 +112,17 @@ class RunDirectory:
 
     @property
     def final_round(self) -> int | None:
-        """Number of rounds after which the run ended, without baselines; None before the end."""
-        path = self.path / "summary.json"
-        return (
-            int(json.loads(path.read_text(encoding="utf-8"))["rounds"]) if path.is_file() else None
-        )
+        """Number of rounds after which the run ended, without baselines; None before the end.
+
+        A damaged summary counts as missing, because resuming writes it again.
+        """
+        try:
+            return int(self.summary["rounds"])
+        except checked.DamagedError as error:
+            log.warning("%s. fedmerge resume writes it again", error)
+        except RunError:  # not ended
+            pass
+        return None
 
     @property
     def resume_command(self) -> str | None:
@@ -149,24 +157,8 @@ class RunDirectory:
                 f"fedmerge run RECIPE --out {path} creates one"
             )
         refuse_links(path)
-        run = cls(path, trust_remote_code=trust_remote_code)
-        run._check_format()
-        return run
-
-    def _check_format(self) -> None:
-        """Raise ``RunError`` for another format; accept a run without environment.json."""
-        path = self.path / "environment.json"
-        if path.is_file():
-            try:
-                document = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise RunError(f"{path} cannot be read ({error})") from error
-            version = document.get("format", 1) if isinstance(document, dict) else None
-            if version != FORMAT:
-                raise RunError(
-                    f"{self.path} has run format {version}, but this version reads format "
-                    f"{FORMAT}: run its recipe again, or read it with the version that wrote it"
-                )
+        check_format(path)
+        return cls(path, trust_remote_code=trust_remote_code)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -175,9 +167,9 @@ class RunDirectory:
         Raises:
             RecipeError: It is invalid, or lists plugins that are not imported yet, without consent.
         """
-        return Recipe.load(
-            self.path / "recipe.yaml", plugins="import" if self.trust_remote_code else "refuse"
-        )
+        path = self.path / "recipe.yaml"
+        plugins: Plugins = "import" if self.trust_remote_code else "refuse"
+        return loads(Recipe, checked.read_text(path), str(path), plugins=plugins)
 
     @property
     def trusted_recipe(self) -> Recipe:
@@ -199,14 +191,23 @@ class RunDirectory:
     def records(self) -> list[dict[str, Any]]:
         """The objects of ``metrics.jsonl``, one per finished round."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        return [json.loads(line) for line in lines[:-1]]  # a last line without line feed is partial
+        records = [*map(restore_scores, checked.read_records(path).records)]
+        checkpoints = (self.path / "checkpoint").glob("round-*[0-9].safetensors")
+        if len(records) < max(map(round_of, checkpoints), default=0):
+            raise checked.damaged(path, "it lacks finished rounds")
+        return records
+
+    @property
+    def rounds_on_disk(self) -> int:
+        """Number of lines of ``metrics.jsonl``, also if the file is damaged."""
+        path = self.path / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     @property
     def environment(self) -> dict[str, Any]:
         """The content of ``environment.json``: format, start, versions, commit, device."""
         path = self.path / "environment.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return checked.read_document(path) if path.is_file() else {}
 
     @cached_property
     def decisions(self) -> dict[str, dict[str, Any]]:
@@ -219,14 +220,14 @@ class RunDirectory:
         if not path.is_file():
             return {}
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = checked.read_document(path)
             Hyperparameters.parse({key: entry["value"] for key, entry in document.items()})
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (RunError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise RunError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); remove it, so that "
                 "the same test chooses the values again"
             ) from error
-        return dict(document)
+        return document
 
     @property
     def training(self) -> TrainingRecipe:
@@ -243,7 +244,7 @@ class RunDirectory:
                 f"{self.path} has not ended: "
                 f"{len(self.records)} of {self.recipe.rounds} rounds are done"
             )
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return restore_scores(checked.read_document(path))
 
     @property
     def last_scores(self) -> dict[str, Any] | None:
@@ -261,8 +262,7 @@ class RunDirectory:
     @property
     def clients(self) -> pd.DataFrame:
         """One row per client: group, numbers of examples and, after the end, final scores."""
-        ended = (self.path / "summary.json").exists()
-        final = self.summary["final"]["served"] if ended else None
+        final = self.summary["final"]["served"] if (self.path / "summary.json").exists() else None
         return clients_frame(self._clients, final["clients"] if final else None)
 
     @property
@@ -274,21 +274,21 @@ class RunDirectory:
     def label_counts(self) -> pd.DataFrame | None:
         """Training examples, clients × labels; None if examples have no labels."""
         path = self.path / "labels.json"
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
-        return label_counts_frame(json.loads(text), self.client_names) if text else None
+        document = checked.read_document(path) if path.is_file() else None
+        return label_counts_frame(document, self.client_names) if document else None
 
     @property
     def weights(self) -> pd.DataFrame:
         """π after the last finished round: clients × adapters."""
         import pandas as pd
 
-        weights = read_tensors(self.path / "weights.safetensors")["weights"]
+        weights = read_weights(self.path / "weights.safetensors")
         return pd.DataFrame(weights.numpy(), index=self.client_names)
 
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each finished round and π ``(clients, adapters)`` after it."""
         for path in sorted((self.path / "weights").glob("round-*.safetensors")):
-            yield round_of(path), read_tensors(path)["weights"]
+            yield round_of(path), read_weights(path)
 
     @property
     def soup(self) -> AdapterSoup:
@@ -307,7 +307,7 @@ class RunDirectory:
                 f"{self.path} has no best round: its clients have no validation examples, or no "
                 "round was evaluated; use the last round"
             )
-        weights = read_tensors(folder / "weights.safetensors")["weights"]
+        weights = read_weights(folder / "weights.safetensors")
         return AdapterSoup.load(folder / "soup.safetensors"), weights
 
     def weights_of(self, client: str, weights: Tensor) -> Tensor:
@@ -344,12 +344,12 @@ class RunDirectory:
             raise RunError(
                 f"{path} is missing, so label names are unknown; run the recipe again to write it"
             )
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return checked.read_document(path)
 
     @property
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's configuration of the adapters."""
-        return dict(json.loads((self.path / "adapter_config.json").read_text(encoding="utf-8")))
+        return checked.read_document(self.path / "adapter_config.json")
 
     @property
     def baselines(self) -> dict[str, Self]:
@@ -371,12 +371,12 @@ class RunDirectory:
 
     @cached_property
     def _clients(self) -> list[dict[str, Any]]:
-        return list(json.loads((self.path / "clients.json").read_text(encoding="utf-8")))
+        return list(checked.read_document(self.path / "clients.json")["clients"])
 
     @cached_property
     def _best(self) -> dict[str, Any] | None:
         path = self.path / "best" / "scores.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return restore_scores(checked.read_document(path)) if path.exists() else None
 
 
 def round_of(path: Path) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedmerge_peft import distributed
-from fedmerge_peft.runs.directory import FORMAT
+from fedmerge_peft.runs.formats import FORMAT
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine

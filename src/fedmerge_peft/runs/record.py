@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -52,6 +53,26 @@ class Scores:
             validation_loss=fmean(losses) if losses else None,
             clients={name: dict(scores) for name, scores in clients.items()},
         )
+
+
+def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
+    """Turn null back into nan in all scores of a document, in place; return the document.
+
+    Files contain null for numbers that are not finite, such as the loss of a diverged model.
+    """
+    for value in document.values():
+        if not isinstance(value, dict):
+            continue
+        if not isinstance(clients := value.get("clients"), dict):
+            restore_scores(value)
+            continue
+        for scores, keys in [
+            (value, ("mean", "worst")),
+            *((each, each) for each in clients.values()),
+        ]:
+            for key in [key for key in keys if scores.get(key, 0) is None]:
+                scores[key] = math.nan
+    return document
 
 
 @dataclass(frozen=True)

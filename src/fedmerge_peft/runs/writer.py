@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +16,8 @@ from fedmerge_peft.runs.directory import RunDirectory, round_of
 from fedmerge_peft.runs.environment import environment_of
 from fedmerge_peft.runs.record import RoundRecord, Scores
 from fedmerge_peft.strategies.base import Strategy
-from fedmerge_peft.util.files import (
-    hardlink,
-    translated_write_errors,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from fedmerge_peft.util import checked, strict_json
+from fedmerge_peft.util.files import hardlink, translated_write_errors, write_atomically
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine
@@ -43,6 +36,8 @@ class RunWriter(RunDirectory):
         self.__dict__["recipe"] = recipe
         self.completed = 0
         """Rounds on disk."""
+        self._metrics_sum = ""
+        """Sum of the last line of ``metrics.jsonl``."""
 
     @rank_zero
     def begin(self, engine: Engine, strategy: Strategy) -> None:
@@ -72,8 +67,8 @@ class RunWriter(RunDirectory):
         path, recipe = self.path, self.recipe
         documents = _metadata(recipe, engine)
         for name in ("clients.json", "task.json"):
-            if (path / name).is_file() and _read(path / name) != json.loads(
-                json.dumps(documents[name], default=str)
+            if (path / name).is_file() and checked.read_document(path / name) != strict_json.loads(
+                strict_json.dumps(documents[name])
             ):
                 raise ResumeError(
                     f"{path} cannot be resumed: the data have changed and no longer match {name}"
@@ -93,14 +88,14 @@ class RunWriter(RunDirectory):
         self._roll_back(checkpoint)
         self._write_metadata(recipe, engine)
         if checkpoint is not None:
-            write_tensors(path / "weights.safetensors", {"weights": strategy.weights})
+            checked.write_tensors(path / "weights.safetensors", {"weights": strategy.weights})
 
     @rank_zero
     def write_decisions(self, document: Mapping[str, Any]) -> None:
         """Write ``decisions.json``, unless it exists or the document is empty."""
         path = self.path / "decisions.json"
         if document and not path.is_file():
-            write_json(path, document)
+            checked.write_document(path, document)
 
     @rank_zero
     def append(self, record: RoundRecord, strategy: Strategy) -> None:
@@ -111,7 +106,7 @@ class RunWriter(RunDirectory):
         """
         with translated_write_errors(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
-        write_tensors(
+        checked.write_tensors(
             self.path / "weights" / f"round-{record.round:05}.safetensors",
             {"weights": strategy.weights},
         )
@@ -119,16 +114,12 @@ class RunWriter(RunDirectory):
             checkpoints.write_soup(self.path / "checkpoint", record.round, strategy.soup),
             self.path / "soup.safetensors",
         )
-        write_tensors(self.path / "weights.safetensors", {"weights": strategy.weights})
-        with (
-            translated_write_errors(self.path / "metrics.jsonl") as path,
-            path.open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps(record.to_dict(), ensure_ascii=False, default=float) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        checkpoints.commit(self.path / "checkpoint", record.round, strategy, self.recipe, size)
+        checked.write_tensors(self.path / "weights.safetensors", {"weights": strategy.weights})
+        metrics = checked.append_record(
+            self.path / "metrics.jsonl", record.to_dict(), self._metrics_sum
+        )
+        checkpoints.commit(self.path / "checkpoint", record.round, strategy, self.recipe, metrics)
+        self._metrics_sum = metrics[1]
         self.completed = record.round
 
     @rank_zero
@@ -153,9 +144,11 @@ class RunWriter(RunDirectory):
             hardlink(self.path / "soup.safetensors", folder / "soup.safetensors")
         else:
             strategy.soup.save(folder / "soup.safetensors")
-        write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
+        checked.write_tensors(folder / "weights.safetensors", {"weights": strategy.weights})
         self.__dict__["_best"] = {"after_round": completed, "served": vars(scores)}
-        write_json(folder / "scores.json", self._best)
+        checked.write_document(
+            folder / "scores.json", {"after_round": completed, "served": vars(scores)}
+        )
 
     @rank_zero
     def finish(
@@ -180,7 +173,7 @@ class RunWriter(RunDirectory):
             served, scores = self._best, Scores(**self._best["served"])
             for name in ("soup.safetensors", "weights.safetensors"):
                 hardlink(self.path / "best" / name, self.path / name)
-        write_json(
+        checked.write_document(
             self.path / "summary.json",
             {
                 "rounds": self.completed,
@@ -203,7 +196,7 @@ class RunWriter(RunDirectory):
     def update_privacy(self, privacy: Mapping[str, Any]) -> None:
         """Update ε in ``summary.json`` after further releases of the run's clients."""
         path = self.path / "summary.json"
-        write_json(path, {**_read(path), "privacy": privacy})
+        checked.write_document(path, {**checked.read_document(path), "privacy": privacy})
 
     def _write_metadata(self, recipe: Recipe, engine: Engine) -> None:
         """Write the files known before the first round. The recipe is first; it marks a run
@@ -212,14 +205,14 @@ class RunWriter(RunDirectory):
         On resume the recipe is replaced, the environment gets a ``resumed`` entry, and all other
         files are kept.
         """
-        write_text(self.path / "recipe.yaml", recipe.to_yaml())
+        checked.write_text(self.path / "recipe.yaml", recipe.to_yaml())
         first, current = self.environment, environment_of(engine)
         resumed = [*first.get("resumed", []), {"after_round": self.completed, **current}]
         environment = {**first, "resumed": resumed} if first else current
-        write_json(self.path / "environment.json", environment)
+        checked.write_document(self.path / "environment.json", environment)
         for name, document in _metadata(recipe, engine).items():
-            if not (self.path / name).is_file():
-                write_json(self.path / name, document)
+            if not _is_readable(self.path / name):
+                checked.write_document(self.path / name, document)
 
     def _roll_back(self, checkpoint: checkpoints.Checkpoint | None) -> None:
         """Remove what was written after this checkpoint. An interrupted rollback is repeatable."""
@@ -234,14 +227,23 @@ class RunWriter(RunDirectory):
         with translated_write_errors(self.path):
             for path in [self.path / "summary.json", *stale]:
                 path.unlink(missing_ok=True)
-        metrics, folder = self.path / "metrics.jsonl", self.path / "checkpoint"
-        if metrics.exists():
-            with translated_write_errors(metrics), metrics.open("r+b") as file:
-                file.truncate(checkpoint.manifest.metrics_bytes if checkpoint is not None else 0)
-                os.fsync(file.fileno())
-        checkpoints.prune(folder, self.completed)
+        # The checkpoints first: until then, metrics.jsonl contains all of their rounds.
+        checkpoints.prune(self.path / "checkpoint", self.completed)
+        self._truncate_metrics(checkpoint.manifest if checkpoint is not None else None)
         if checkpoint is not None:
             hardlink(checkpoint.path, self.path / "soup.safetensors")
+
+    def _truncate_metrics(self, manifest: checkpoints.Manifest | None) -> None:
+        """Keep the lines of ``metrics.jsonl`` up to a checkpoint.
+
+        The file is replaced, so that another name of it (a hard link) keeps its content.
+        """
+        path = self.path / "metrics.jsonl"
+        kept = manifest.metrics_bytes if manifest is not None else 0
+        self._metrics_sum = manifest.metrics_sha256 if manifest is not None else ""
+        if path.exists():
+            content = path.read_bytes()[:kept]
+            write_atomically(path, lambda temporary: _write_bytes(temporary, content))
 
 
 def _metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
@@ -261,7 +263,7 @@ def _metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
         for client in engine.clients
     ]
     documents: dict[str, Any] = {
-        "clients.json": clients,
+        "clients.json": {"clients": clients},
         "task.json": {
             "labels": list(engine.task.labels),
             "format": getattr(engine.task, "format", None),
@@ -277,8 +279,14 @@ def _metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
     return documents
 
 
-def _read(path: Path) -> Any:
+def _is_readable(path: Path) -> bool:
+    """Return False for a document that is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error})") from error
+        checked.read_document(path)
+    except RunError:
+        return False
+    return True
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -4,6 +4,8 @@ client   adapter_config.json, adapter_model.safetensors, README.md (the model ca
          (the client's row of π)
 all      one such folder per client, and clients.json (the folder of each client)
 soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), to merge on load
+
+A folder is written whole or not at all, with the SHA-256 sums of its files in ``SHA256SUMS``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import MergedAdapter, client_adapter
 from fedmerge_peft.serving.model_card import client_card, soup_card
 from fedmerge_peft.util.files import write_json, write_text
+from fedmerge_peft.util.folders import whole_folder, write_sums
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of vLLM's ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
@@ -63,7 +66,9 @@ def export_client(
     folder = Path(folder)
     merged = client_adapter(run, client, best=best)
     RunDirectory.check_free(folder)
-    return _write_client(merged, folder, base_model_id, repr(repo or str(folder)))
+    with whole_folder(folder) as partial:
+        _write_client(merged, partial, base_model_id, repr(repo or str(folder)))
+    return folder
 
 
 def export_all(
@@ -89,15 +94,13 @@ def export_all(
     ]
     RunDirectory.check_free(folder)
     folders = {merged.name: folder_name(merged.name) for merged in adapters}
-    for merged in adapters:
-        subfolder = folder / folders[merged.name]
-        _write_client(
-            merged,
-            subfolder,
-            base_model_id,
-            repr(str(subfolder)) if repo is None else f"{repo!r}, subfolder={subfolder.name!r}",
-        )
-    write_json(folder / "clients.json", folders)
+    with whole_folder(folder) as partial:
+        for merged in adapters:
+            name = folders[merged.name]
+            place = repr(str(folder / name)) if repo is None else f"{repo!r}, subfolder={name!r}"
+            _write_client(merged, partial / name, base_model_id, place)
+            write_sums(partial / name)
+        write_json(partial / "clients.json", folders)
     return folder
 
 
@@ -128,17 +131,18 @@ def export_soup(
         )
     RunDirectory.check_free(folder)
     config = _config(run.adapter_config, run, base_model_id)
-    for number, row in enumerate(soup.rows):
-        state = soup.state_dict(row)
-        write_adapter(
-            folder / f"adapter-{number}",
-            *(add_base_update(state, config, soup.base) if soup.base else (state, config)),
-        )
-    rows = {client: row.tolist() for client, row in zip(run.client_names, weights, strict=True)}
-    write_json(folder / "weights.json", {"round": run.round(best=best), "clients": rows})
     base, hub = base_model(run, base_model_id)
+    rows = {client: row.tolist() for client, row in zip(run.client_names, weights, strict=True)}
     card = soup_card(run, base, hub, str(folder), repo, soup=soup, best=best)
-    write_text(folder / "README.md", str(card))
+    with whole_folder(folder) as partial:
+        for number, row in enumerate(soup.rows):
+            state = soup.state_dict(row)
+            write_adapter(
+                partial / f"adapter-{number}",
+                *(add_base_update(state, config, soup.base) if soup.base else (state, config)),
+            )
+        write_json(partial / "weights.json", {"round": run.round(best=best), "clients": rows})
+        write_text(partial / "README.md", str(card))
     return folder
 
 
@@ -261,7 +265,7 @@ def folder_name(client: str) -> str:
 
 def _write_client(
     merged: MergedAdapter, folder: Path, base_model_id: str | None, place: str
-) -> Path:
+) -> None:
     state, config = merged.peft_state()
     weights = {"client": merged.name, "round": merged.round, "weights": merged.weights.tolist()}
     write_adapter(folder, state, _config(config, merged.run, base_model_id), weights=weights)
@@ -269,7 +273,6 @@ def _write_client(
         folder / "README.md",
         str(client_card(merged, *base_model(merged.run, base_model_id), place)),
     )
-    return folder
 
 
 def _config(

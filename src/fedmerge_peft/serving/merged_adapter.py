@@ -21,6 +21,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks import task_type
 from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer
 from fedmerge_peft.training.accelerator import choose_device
+from fedmerge_peft.util.folders import whole_folder
 
 if TYPE_CHECKING:
     from fedmerge_peft.models.backbone import Backbone
@@ -92,14 +93,19 @@ class MergedAdapter:
         """Write a folder that ``PeftModel.from_pretrained`` loads; create it if needed.
 
         Args:
-            folder: The folder.
+            folder: A new or empty folder. It is written whole or not at all.
             exact: As in ``peft_state``.
 
         Raises:
+            RunExistsError: The folder is not empty.
             RunError: The folder cannot be written.
             ValueError: As ``peft_state``.
         """
-        return write_adapter(Path(folder), *self.peft_state(exact=exact))
+        folder, state = Path(folder), self.peft_state(exact=exact)
+        RunDirectory.check_free(folder)
+        with whole_folder(folder) as partial:
+            write_adapter(partial, *state)
+        return folder
 
     def model(self, device: str = "auto") -> Any:
         """Load the run's backbone with this adapter as a ``PeftModel`` in evaluation mode.

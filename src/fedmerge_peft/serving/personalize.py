@@ -40,6 +40,7 @@ from fedmerge_peft.training.gradients import accumulate
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.optimization import count_steps
 from fedmerge_peft.training.plan import Train
+from fedmerge_peft.util.folders import whole_folder
 from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ class Personalized:
             "nearest": self.nearest,
             "methods": [asdict(method) for method in self.methods],
         }
-        return write_adapter(folder, self.adapter, self.config, weights=document)
+        with whole_folder(folder) as partial:
+            write_adapter(partial, self.adapter, self.config, weights=document)
+        return folder
 
 
 def personalize(

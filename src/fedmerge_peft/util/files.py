@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +12,11 @@ from typing import Any
 
 from filelock import lock_descriptor
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmerge_peft.errors import RunBusyError, RunError
+from fedmerge_peft.util import strict_json
 
 _LOCKED: ContextVar[frozenset[Path]] = ContextVar("locked", default=frozenset())
 """Directories that this thread has locked."""
@@ -137,8 +137,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; other types are converted to text. Raise ``RunError`` on failure."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """Write JSON atomically; other types become text, and numbers that are not finite null.
+
+    Raises ``RunError`` on failure.
+    """
+    write_text(path, strict_json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(
@@ -163,11 +166,3 @@ def write_tensors(
         temporary.chmod(mode)
 
     write_atomically(path, write)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raise ``RunError`` on failure."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} is not readable ({error})") from error

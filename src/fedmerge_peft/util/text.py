@@ -23,6 +23,15 @@ def printable(text: str) -> str:
     )
 
 
+def spreadsheet_cell(text: str) -> str:
+    """Return text that a spreadsheet shows as it is, instead of evaluating it as a formula.
+
+    Texts that begin like a formula get an apostrophe in front, as OWASP recommends for CSV.
+    """
+    cell = printable(text)
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+
+
 def is_encodable(text: str) -> bool:
     """Return True if the text has no surrogates, which escapes and file names can introduce."""
     return not any("\ud800" <= c <= "\udfff" for c in text)

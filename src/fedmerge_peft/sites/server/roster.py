@@ -26,6 +26,7 @@ from fedmerge_peft.sites.fields import (
 )
 from fedmerge_peft.sites.site_data import agree_on_labels
 from fedmerge_peft.sites.wire import Message
+from fedmerge_peft.util import checked
 from fedmerge_peft.util.files import write_json
 from fedmerge_peft.util.ranges import Count, Name, first_fault
 
@@ -237,17 +238,19 @@ def update_run_clients(run: Path, federation: Federation, roster: Roster) -> Non
     """Enter the counts of sites that joined late into a run directory.
 
     Raises:
-        FederateError: A file of the run directory cannot be read.
+        RunError: A file of the run directory is damaged.
     """
-    clients, labels = read_json(run / "clients.json"), read_json(run / "labels.json")
-    if clients is None:
+    if not (run / "clients.json").is_file():
         return
-    for entry in clients:
+    clients = checked.read_document(run / "clients.json")
+    labels_path = run / "labels.json"
+    labels = checked.read_document(labels_path) if labels_path.is_file() else None
+    for entry in clients["clients"]:
         known = roster.clients.get(entry["name"])
         if known is not None and entry["train"] == 0:
             entry |= {key: known[key] for key in ("group", *_SPLITS)}  # type: ignore[literal-required]
             if labels is not None:
                 labels["counts"][federation.clients.index(entry["name"])] = known["counts"]
-    write_json(run / "clients.json", clients)
+    checked.write_document(run / "clients.json", clients)
     if labels is not None:
-        write_json(run / "labels.json", labels)
+        checked.write_document(labels_path, labels)

@@ -1,0 +1,39 @@
+"""The version of the run directory's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedmerge_peft.errors import RunError
+from fedmerge_peft.util import checked, strict_json
+
+FORMAT = 3
+"""Version that this package writes and reads, stored in ``environment.json``."""
+
+
+def check_format(directory: Path) -> None:
+    """Raise ``RunError`` for another format; accept a run without environment.json."""
+    path = directory / "environment.json"
+    if not path.is_file():
+        return
+    try:
+        version = checked.read_document(path).get("format")
+    except RunError:
+        version = _unchecked_format(path)
+        if version in (None, FORMAT):
+            raise
+    if version != FORMAT:
+        raise RunError(
+            f"{directory} has run format {version}, but this version reads format "
+            f"{FORMAT}: run its recipe again, or read it with the version that wrote it"
+        )
+
+
+def _unchecked_format(path: Path) -> int | None:
+    """Return the format of a run whose version wrote no sums; None if it is not readable."""
+    try:
+        document = strict_json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    version = document.get("format", 1) if isinstance(document, dict) else None
+    return version if isinstance(version, int) and "sha256" not in document else None

@@ -1,0 +1,97 @@
+"""Compare the files of a run directory or an export with their SHA-256 sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.errors import RunError
+from fedmerge_peft.runs import checkpoint
+from fedmerge_peft.runs.cleanup import files_in, is_run_file, is_temporary, is_tracked
+from fedmerge_peft.runs.directory import RunDirectory, round_of
+from fedmerge_peft.util import checked
+from fedmerge_peft.util.folders import SUMS, faults
+
+_ALWAYS = ("environment.json", "clients.json", "task.json", "adapter_config.json")
+"""Files that every run with a finished round has, besides the recipe."""
+
+
+def verify(path: Path) -> int:
+    """Verify a run directory with its baselines and exports, or an export.
+
+    Files of experiment trackers and remains of interrupted writes are not covered.
+
+    Args:
+        path: A run directory, or a folder that ``fedmerge export`` has written.
+
+    Returns:
+        The number of files that agree with their sums.
+
+    Raises:
+        RunError: Files are damaged, missing, or not part of the run; one line for each. Or there is
+            neither a run nor an export.
+    """
+    if not (path / "recipe.yaml").is_file():
+        if not (path / SUMS).is_file():
+            raise RunError(f"{path} holds neither a run (recipe.yaml) nor an export ({SUMS})")
+        found, count = faults(path), len(files_in(path))
+    else:
+        RunDirectory.open(path)
+        found, count = _verify_run(path)
+    if found:
+        raise RunError("\n".join(found))
+    return count
+
+
+def _verify_run(path: Path) -> tuple[list[str], int]:
+    """Return a sentence for each fault of a run directory, and the number of its files."""
+    found: list[str] = []
+    exports = {file.parent for file in path.rglob(SUMS)}
+    exports -= {folder for folder in exports if exports & set(folder.parents)}
+    files = [
+        file
+        for file in sorted(files_in(path))
+        if not is_temporary(name := file.relative_to(path).as_posix()) and not is_tracked(name)
+    ]
+    for file in files:
+        if exports & set(file.parents):
+            continue
+        if not is_run_file(file.relative_to(path).as_posix()):
+            found.append(f"{file} does not belong to the run, and has no SHA-256 sum")
+            continue
+        try:
+            _verify_file(file)
+        except RunError as error:
+            found.append(str(error))
+    for recipe in path.rglob("recipe.yaml"):
+        if not exports & set(recipe.parents):
+            found += _missing(recipe.parent)
+    for folder in sorted(exports):
+        found += faults(folder)
+    return found, len(files)
+
+
+def _verify_file(file: Path) -> None:
+    """Read a file of a run directory. Raises ``RunError`` if it is damaged."""
+    if file.name == "recipe.yaml":
+        checked.read_text(file)
+    elif file.name == "metrics.jsonl":
+        RunDirectory(file.parent).records  # noqa: B018 (reading verifies)
+    elif file.suffix == ".json":
+        checked.read_document(file)
+    elif file.name.endswith("soup.safetensors"):
+        AdapterSoup.load(file)
+    elif file.parent.name == "checkpoint":
+        checkpoint.read(file.parent, round_of(file))
+    else:
+        checked.read_tensors(file)
+
+
+def _missing(run: Path) -> list[str]:
+    """Return a sentence for each file that a run with finished rounds must have and lacks."""
+    rounds = RunDirectory(run).rounds_on_disk
+    if not rounds:
+        return []
+    weights = [f"weights/round-{number:05}.safetensors" for number in range(1, rounds + 1)]
+    names = [*_ALWAYS, "soup.safetensors", "weights.safetensors", *weights]
+    return [f"{run / name} is missing" for name in names if not (run / name).is_file()]

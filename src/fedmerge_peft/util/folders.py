@@ -1,0 +1,119 @@
+"""Folders that are written whole or not at all, with the SHA-256 sums of their files.
+
+The sums are in ``SHA256SUMS``, in the format of ``sha256sum``. A subfolder with sums of its own is
+covered by the sum of its ``SHA256SUMS``, so that it can also be passed on alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import file_digest, sha256
+from pathlib import Path
+
+from fedmerge_peft.util.files import locked_directory, translated_write_errors, write_text
+
+SUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder so that it has all of its files or does not exist.
+
+    The context yields a temporary folder next to it, which is then renamed. The remains of an
+    earlier process that was killed are removed.
+
+    Args:
+        folder: A new or empty folder.
+
+    Raises:
+        RunBusyError: Another process is writing the same folder.
+        RunError: The folder cannot be written.
+    """
+    target = folder.resolve()
+    short = sha256(os.fsencode(target.name)).hexdigest()[:16]  # names may not get longer
+    partial = target.with_name(f".{short}.partial")
+    with translated_write_errors(folder):
+        if partial.is_symlink():
+            partial.unlink()
+    with locked_directory(partial):
+        try:
+            with translated_write_errors(folder):
+                _clear(partial)
+            yield partial
+            write_sums(partial)
+            with translated_write_errors(folder):
+                if target.exists():
+                    target.rmdir()
+                partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def write_sums(folder: Path) -> None:
+    """Write ``SHA256SUMS`` of a folder. Raise ``RunError`` on failure."""
+    lines = [f"{_digest(folder / name)}  {name}\n" for name in _covered(folder)]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def faults(folder: Path) -> list[str]:
+    """Return one sentence for each file that does not agree with ``SHA256SUMS``."""
+    path = folder / SUMS
+    if path.is_symlink() or not path.is_file():
+        return [f"{path} is missing"]
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except UnicodeDecodeError:
+        return [f"{path} is damaged: it is not UTF-8"]
+    found, listed = [], {}
+    for number, line in enumerate(lines, 1):
+        if match := _LINE.fullmatch(line):
+            listed[match[2]] = match[1]
+        else:
+            found.append(f"{path}:{number} is damaged: it is no SHA-256 sum with a name")
+    present = _covered(folder)
+    found += [f"{folder / name} is missing" for name in listed if name not in present]
+    for name in present:
+        if (folder / name).is_symlink():
+            found.append(f"{folder / name} is a link")
+        elif name not in listed:
+            found.append(f"{folder / name} is not listed in {path}")
+        elif listed[name] != _digest(folder / name):
+            found.append(f"{folder / name} is damaged: its SHA-256 sum differs from {path}")
+        elif name.endswith(f"/{SUMS}"):
+            found += faults((folder / name).parent)
+    return found
+
+
+def _covered(folder: Path) -> list[str]:
+    """Return the files that the sums of a folder cover, as paths relative to it."""
+    names: list[str] = []
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
+        inner = here != folder and SUMS in files
+        links = [name for name in folders if (here / name).is_symlink()]
+        names += [
+            (here / name).relative_to(folder).as_posix()
+            for name in ([SUMS] if inner else [*files, *links])
+            if inner or (here, name) != (folder, SUMS)
+        ]
+        folders[:] = [] if inner else sorted(folders)
+    return sorted(names)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

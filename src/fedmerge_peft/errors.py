@@ -16,6 +16,7 @@
     │   └── WireError      a message between server and site is malformed
     ├── ClientError        a client failed; names client and round
     ├── TooFewClientsError too few clients of a round sent valid replies
+    ├── DivergedError      an update would leave soup or weights without finite values
     └── RankError          another rank of a distributed run failed or exited
 
 The command line prints an error as one message on standard error and exits with code 2.
@@ -137,6 +138,13 @@ class ClientError(FedMergeError):
 
 class TooFewClientsError(FedMergeError):
     """Round with fewer valid replies than ``clients.min_clients``.
+
+    The round has no effect. The results of earlier rounds are kept.
+    """
+
+
+class DivergedError(FedMergeError):
+    """Round whose update would leave the soup or the weights infinite, NaN or too large.
 
     The round has no effect. The results of earlier rounds are kept.
     """

@@ -16,10 +16,11 @@ from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
-from fedmerge_peft.errors import ClientError, RecipeError
+from fedmerge_peft.errors import ClientError, DivergedError, RecipeError
 from fedmerge_peft.federation.cohorts import cohort, cohort_size
 from fedmerge_peft.federation.privacy_ledger import PrivacyLedger, noise_source
 from fedmerge_peft.federation.replies import ReplyCollector, RoundReplies
+from fedmerge_peft.federation.reply_checks import largest_updates
 from fedmerge_peft.federation.tuning import Decisions, decide
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.record import RoundRecord, Scores
@@ -27,6 +28,7 @@ from fedmerge_peft.strategies import Reply, Strategy, make_strategy, update_stra
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.differential_privacy import PrivateAggregator, update_privacy
 from fedmerge_peft.strategies.label_prior import LabelPrior
+from fedmerge_peft.strategies.saved_state import SavedState
 from fedmerge_peft.training.plan import Train
 from fedmerge_peft.util.profiling import timed
 from fedmerge_peft.util.seeds import derive
@@ -68,15 +70,7 @@ class Federation:
         self.recipe = recipe
         self.engine: Engine = engine or load_engine(recipe)
         self.engine.check_serves(recipe)
-        context = replace(
-            self.engine.strategy_context(),
-            aggregator=self._aggregator(),
-            label_counts=self._label_counts(),
-        )
-        self.strategy: Strategy = make_strategy(recipe.strategy, context)
-        if recipe.serving.label_prior:
-            balanced = recipe.training.logits == "adjusted"
-            self.strategy = LabelPrior(self.strategy, context, balanced=balanced)
+        self.strategy = self._new_strategy()
         self.completed = 0
         """Completed rounds."""
         self.decisions = decisions
@@ -105,6 +99,19 @@ class Federation:
                 ]
             )
 
+    def _new_strategy(self) -> Strategy:
+        """Return the strategy in its state before the first round."""
+        context = replace(
+            self.engine.strategy_context(),
+            aggregator=self._aggregator(),
+            label_counts=self._label_counts(),
+        )
+        strategy = make_strategy(self.recipe.strategy, context)
+        if not self.recipe.serving.label_prior:
+            return strategy
+        balanced = self.recipe.training.logits == "adjusted"
+        return LabelPrior(strategy, context, balanced=balanced)
+
     def decide(self) -> Decisions:
         """Return the values for the recipe's keys that are ``auto``; choose them if needed.
 
@@ -130,6 +137,7 @@ class Federation:
         Raises:
             ClientError: A client failed, and ``clients.failures`` is raise.
             TooFewClientsError: There are fewer valid replies than ``clients.min_clients``.
+            DivergedError: The update would leave soup or weights without finite values.
         """
         self.decide()
         while self.completed < self.recipe.rounds:
@@ -159,7 +167,7 @@ class Federation:
         with timed("server"):
             equal = self.private and self.recipe.privacy.mode == "local"  # sizes are private
             counted = [replace(reply, size=1) for reply in replies] if equal else replies
-            update_strategy(self.recipe.strategy.name, self.strategy, counted)
+            self._update(number, counted)
             for decision in self.strategy.decisions():
                 log.info("round %d: %s", number, decision)
             gap = fmean(
@@ -196,6 +204,25 @@ class Federation:
         zero = torch.zeros(plan.returned_rows, plan.sent.shape[1])
         reply = Reply(0, zero, 1, None, 0.0, round=number)
         return RoundReplies([reply], {0: self.strategy.trained_rows(plan, reply)})
+
+    def _update(self, number: int, replies: Sequence[Reply]) -> None:
+        """Update the strategy, or leave it as it was if that fails.
+
+        Raises:
+            DivergedError: Soup or weights would not be finite.
+            PluginError: A plugin's strategy failed.
+        """
+        saved, norms = SavedState.of(self.strategy), list(self.strategy.aggregator.norms)
+        try:
+            update_strategy(self.recipe.strategy.name, self.strategy, replies)
+            if fault := saved.fault_of_next(self.strategy):
+                names = [client.name for client in self.engine.clients]
+                raise DivergedError(f"round {number}: {fault}. {largest_updates(replies, names)}")
+        except Exception:
+            self.strategy = self._new_strategy()
+            saved.restore(self.strategy)
+            self.strategy.aggregator.norms = norms
+            raise
 
     def collect_replies(
         self, number: int, cohort: Sequence[int], on_client: OnClient | None

@@ -1,17 +1,18 @@
 """Validation of replies against their plans, before a strategy processes them.
 
-An invalid reply has no effect on soup, weights and private states. Only the form of a reply is
-checked. Robust aggregation (``strategies/aggregation.py``) handles updates of valid form with
-malicious values.
+An invalid reply has no effect on soup, weights and private states. The form of a reply is checked,
+and the range of its numbers: an update whose norm exceeds ``MAX_NORM`` could overflow a sum. Robust
+aggregation (``strategies/aggregation.py``) handles updates of valid form with malicious values.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.plan import Plan
-from fedmerge_peft.util.vectors import tensor_mismatch
+from fedmerge_peft.util.ranges import MAX_SCORE, MAX_SECONDS
+from fedmerge_peft.util.vectors import norm_fault, row_norms, tensor_mismatch
 
 
 def validate_reply(
@@ -30,12 +31,16 @@ def validate_reply(
         return f"its reply belongs to round {reply.round}"
     if timeout is not None and not reply.seconds <= timeout:
         return f"it took {reply.seconds:.1f} s, but clients.timeout is {timeout:g} s"
+    if not 0 <= reply.seconds <= MAX_SECONDS:
+        return f"it took {reply.seconds} s"
     if reply.size != size:
         return f"it reports {reply.size} examples, but has {size}"
     shape = (plan.returned_rows, plan.sent.shape[1])
     if (problem := tensor_mismatch(reply.deltas, shape)) is not None:
         return f"its update is {problem}"
-    if reply.train_loss is not None and not math.isfinite(reply.train_loss):
+    if (problem := norm_fault(reply.deltas)) is not None:
+        return f"its update is {problem}"
+    if reply.train_loss is not None and not abs(reply.train_loss) <= MAX_SCORE:
         return f"its training loss is {reply.train_loss}"
     if plan.statistics_shape is not None:
         if reply.statistics is None:
@@ -47,3 +52,15 @@ def validate_reply(
             total = float(counts.sum(dim=1).max())
             return f"its class statistics count {total:g} examples, but it has {size}"
     return plan.mismatch(reply.choice, reply.weights)
+
+
+def largest_updates(replies: Sequence[Reply], names: Sequence[str]) -> str:
+    """Name the clients with the largest updates, for the error about a round that diverged."""
+    norms = sorted((float(row_norms(reply.deltas).max()), reply.client) for reply in replies)
+    middle = norms[len(norms) // 2][0]
+    largest = ", ".join(f"{names[client]} ({norm:.3g})" for norm, client in norms[:-4:-1])
+    return (
+        f"The round had no effect. The largest updates, by L2 norm, are those of {largest}; the "
+        f"median norm is {middle:.3g}. Resume to repeat the round, or start a run with bounded "
+        "updates (robustness.norm_multiple) or with smaller step sizes of the strategy"
+    )

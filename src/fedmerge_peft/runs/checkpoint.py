@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
 from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.strategies.saved_state import SavedState
 from fedmerge_peft.util import checked, strict_json
 from fedmerge_peft.util.files import translated_write_errors
-from fedmerge_peft.util.stateful import describe
 
 log = logging.getLogger(__name__)
 
@@ -70,23 +70,7 @@ class Checkpoint:
 
     def restore(self, strategy: Strategy) -> None:
         """Load this state into a new strategy. Raises ``ValueError`` if the shapes differ."""
-        saved = self.soup
-        if len(saved) != len(strategy.soup):
-            strategy.resize(len(saved))
-        expected = strategy.soup
-        if (saved.layout, saved.rows.shape, saved.base.keys()) != (
-            expected.layout,
-            expected.rows.shape,
-            expected.base.keys(),
-        ):
-            raise ValueError(
-                f"its soup is {describe(saved.rows)}, or has different parts, but "
-                f"{describe(expected.rows)} was expected"
-            )
-        # Cloned: kernels may round differently on memory that torch did not align.
-        base = {module: tensor.clone() for module, tensor in saved.base.items()}
-        strategy.soup = replace(expected, rows=saved.rows.clone(), base=base)
-        strategy.load_state_dict({**self.tensors, **self.manifest.counters})
+        SavedState(self.soup, {**self.tensors, **self.manifest.counters}).restore(strategy)
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -281,7 +281,9 @@ def read_reply(
         fields.choice,
         reader.float32("weights", 1) if "weights" in message.tensors else None,
         fields.round,
-        validation=fields.validation and (fields.validation[0], fields.validation[1]),
+        validation=None
+        if fields.validation is None
+        else (fields.validation[0], fields.validation[1]),
     )
 
 

@@ -88,6 +88,15 @@ class Aggregator:
         )
         return min(multiple, math.inf if self.recipe.norm_bound is None else self.recipe.norm_bound)
 
+    def votes(self, sizes: Tensor) -> Tensor:
+        """Return the clients' votes ``(k,)``: their sizes n, with a defense at most their median.
+
+        The server cannot verify the number of examples that a client declares. Without a defense,
+        a client can therefore outvote all others. The median of the sizes is at most the largest
+        honest one while liars are in the minority.
+        """
+        return sizes.clamp_max(sizes.median()) if self.recipe.defends else sizes
+
     def combine(
         self, deltas: Tensor, weights: Tensor, sizes: Tensor, *, normalize: bool = True
     ) -> Tensor:
@@ -97,11 +106,12 @@ class Aggregator:
             deltas: δ, ``(k, P)``.
             weights: π ≥ 0, the weight of each client for each adapter, ``(k, d)``. It is multiplied
                 by the client's size.
-            sizes: n, ``(k,)``, in any unit.
+            sizes: n, ``(k,)``, in any unit. ``votes`` takes their place.
             normalize: If True, q_ij = π_ij n_i / Σ_i' π_i'j n_i', so that Q_j = 1. Otherwise
                 q_ij = π_ij n_i / n.
         """
-        shares = (sizes / sizes.sum()).double()
+        votes = self.votes(sizes)
+        shares = (votes / votes.sum()).double()
         mixing = soup_shares(weights, shares) if normalize else weights.double() * shares[:, None]
         if self.recipe.aggregation == "mean":
             return mixing.T.to(deltas) @ deltas

@@ -185,7 +185,8 @@ class FedMerge(Strategy):
             self.soup.rows, before, deltas, self.steps.columns, self.aggregator.update_norms
         )
         gradient /= self.recipe.temperature
-        shares = sizes / sizes.sum()
+        votes = self.aggregator.votes(sizes)
+        shares = votes / votes.sum()
         self.merging.logits[clients] -= self.steps.compute(clients, gradient, shares).float()
         if self._reseeding is not None:
             self._reseeding.apply(

@@ -1,0 +1,86 @@
+"""Copy of a strategy's state, from which a new strategy continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.strategies.base import Strategy
+from fedmerge_peft.util.row_buffer import RowBuffer
+from fedmerge_peft.util.stateful import describe
+from fedmerge_peft.util.vectors import all_finite, row_norms
+
+_MAX_SOUP_NORM = 1e18
+"""Largest L2 norm of an adapter on the server. Its square fits into float32."""
+_SMALL = 2**20
+"""Largest number of values that are always copied in memory."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Soup and state of a strategy after a round."""
+
+    soup: AdapterSoup
+    state: Mapping[str, Tensor | int | None]
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> Self:
+        """Copy the state of a strategy; large tensors go to a temporary file (``RowBuffer``)."""
+        buffer = RowBuffer()
+
+        def copied(value: Tensor) -> Tensor:
+            large = value.dtype == torch.float32 and value.numel() > _SMALL
+            return buffer.append(value) if large else value.clone()
+
+        soup = strategy.soup
+        base = {module: copied(update) for module, update in soup.base.items()}
+        state = {
+            name: copied(value) if isinstance(value, Tensor) else value
+            for name, value in strategy.state_dict().items()
+        }
+        return cls(replace(soup, rows=copied(soup.rows), base=base), state)
+
+    def restore(self, strategy: Strategy) -> None:
+        """Load this state into a new strategy. Raises ``ValueError`` if the shapes differ."""
+        saved = self.soup
+        if len(saved) != len(strategy.soup):
+            strategy.resize(len(saved))
+        expected = strategy.soup
+        if (saved.layout, saved.rows.shape, saved.base.keys()) != (
+            expected.layout,
+            expected.rows.shape,
+            expected.base.keys(),
+        ):
+            raise ValueError(
+                f"its soup is {describe(saved.rows)}, or has different parts, but "
+                f"{describe(expected.rows)} was expected"
+            )
+        # Cloned: kernels may round differently on memory that torch did not align.
+        base = {module: tensor.clone() for module, tensor in saved.base.items()}
+        strategy.soup = replace(expected, rows=saved.rows.clone(), base=base)
+        strategy.load_state_dict(self.state)
+
+    def fault_of_next(self, strategy: Strategy) -> str | None:
+        """Return which part of the strategy an update has made unusable, or None.
+
+        Soup, additions to the backbone, weights, and what was finite in the state before must be
+        finite. The squared norms of adapters must fit into float32.
+        """
+        soup = strategy.soup
+        parts = {"the soup": soup.rows, "the weights": strategy.weights, **soup.base}
+        for name, value in strategy.state_dict().items():
+            before = self.state.get(name)
+            if isinstance(value, Tensor) and (not isinstance(before, Tensor) or all_finite(before)):
+                parts[name] = value
+        for name, value in parts.items():
+            if not all_finite(value):
+                return f"{name} would not be finite"
+        largest = float(row_norms(soup.rows).max())
+        if largest > _MAX_SOUP_NORM:
+            return f"an adapter would have the norm {largest:.3g}"
+        return None

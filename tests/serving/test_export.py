@@ -65,6 +65,7 @@ def test_an_export_is_a_plain_peft_folder_of_the_runs_rank(finished, tmp_path):
         "adapter_model.safetensors",
         "weights.json",
         "README.md",
+        "SHA256SUMS",
     }
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
     assert all(

@@ -33,9 +33,9 @@ def test_each_finished_run_has_a_line_and_the_comparison_comes_last(fedmerge, tm
     assert code == 0
     lines = out.splitlines()
     assert [re.sub(r"\d\.\d+", "#", line) for line in lines[:3]] == [
-        "[1/3] strategy.adapters=2  served # (worst #)  # s",
-        "[2/3] strategy.adapters=3  served # (worst #)  # s",
-        "[3/3] strategy=fedavg  served # (worst #)  # s",
+        "[1/3] strategy.adapters=2  served # (worst client #)  # s",
+        "[2/3] strategy.adapters=3  served # (worst client #)  # s",
+        "[3/3] strategy=fedavg  served # (worst client #)  # s",
     ]
     assert (tmp_path / "sweeps" / "smoke" / "strategy=fedavg" / "summary.json").exists()
     assert lines[-1].strip() == "fedmerge compare sweeps/smoke --figure methods.png"

@@ -93,7 +93,7 @@ def test_served_scores_are_of_sent_adapters_and_finetuned_scores_of_trained_ones
     values = [scores["test_accuracy"] for scores in record.served.clients.values()]
     assert record.served.mean == pytest.approx(sum(values) / 6)
     assert (
-        record.served.worst
+        record.served.worst_client_score
         == min(values)
         == record.served.clients[record.served.worst_client]["test_accuracy"]
     )

@@ -113,7 +113,7 @@ def test_the_worst_client_comes_first_with_its_numbers(run):
     worst = min(run.clients["test_accuracy"])
     after = page.text.split("Clients with the worst scores")[1]
     first = min(run.clients.index, key=after.index)
-    assert run.clients.loc[first, "test_accuracy"] == worst == scores["worst"]
+    assert run.clients.loc[first, "test_accuracy"] == worst == scores["worst_client_score"]
     assert f"{scores['mean']:.3f}" in page.text
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from fedmerge_peft.analysis.methods import methods
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.runs.record import worst_tenth
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 if TYPE_CHECKING:
@@ -223,10 +224,10 @@ def _results(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dic
     def of_all(served: dict[str, Any] | None) -> bool:
         return served is not None and len(served["clients"]) == clients
 
-    greater = greater_is_better(metric.partition("_")[2])
+    name = metric.partition("_")[2]
     scores = pandas.Series(
         [client[metric] for client in final["clients"].values() if metric in client]
-    ).sort_values(ascending=greater)
+    )
     last_tenth = records[-math.ceil(len(records) / 10) :]
     finetuning = [
         mean(record["finetuned"]) - mean(record["served"])
@@ -239,9 +240,10 @@ def _results(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dic
         "path": run.path,
         "metric": metric,
         "mean": scores.mean(),
-        "worst_tenth": scores.head(math.ceil(len(scores) / 10)).mean(),
+        "worst_tenth": worst_tenth(name, scores),
         "spread": spread,
-        "finetuning": (1 if greater else -1) * pandas.Series(finetuning, dtype=float).mean(),
+        "finetuning": (1 if greater_is_better(name) else -1)
+        * pandas.Series(finetuning, dtype=float).mean(),
         "gap": pandas.Series([record.get("gap") for record in last_tenth], dtype=float).mean(),
         "bytes_down": summary["bytes_down"] / clients,
         "bytes_up": summary["bytes_up"] / clients,

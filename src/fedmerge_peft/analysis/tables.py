@@ -64,9 +64,8 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
         table.add_row(f"... and {len(clients) - most} more")
     table.add_section()
     table.add_row("mean", "", "", "", *cells([scores["mean"] for scores in final.values()]))
-    table.add_row(
-        "worst client", "", "", "", *cells([scores["worst"] for scores in final.values()])
-    )
+    worst = [scores["worst_client_score"] for scores in final.values()]
+    table.add_row("worst client", "", "", "", *cells(worst))
     return table
 
 

@@ -117,7 +117,9 @@ def _sweep(
             summary = run.summary
             served = summary["final"]["served"]
             scores = (
-                f"served {served['mean']:.3f} (worst {served['worst']:.3f})  " if served else ""
+                f"served {served['mean']:.3f} (worst client {served['worst_client_score']:.3f})  "
+                if served
+                else ""
             )
             duration = f"{summary['seconds']:.1f} s" if fresh else "finished before"
             print_result(name, scores + duration)

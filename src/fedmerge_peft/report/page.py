@@ -135,15 +135,15 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         tiles += [
             (f"mean {metric}", _number(scores["mean"])),
             (f"{percent}th percentile of clients", _number(percentile(scores, percent))),
-            (f"worst client, {scores['worst_client']}", _number(scores["worst"])),
+            ("worst tenth of clients", _number(scores["worst"])),
+            (f"worst client, {scores['worst_client']}", _number(scores["worst_client_score"])),
         ]
     seconds = sum(record["seconds"] for record in run.records)
     tiles += [("MB sent per client", _number(sent)), ("seconds", _number(seconds))]
-    results = (
-        [scores["metric"].replace("_", " "), _number(scores["mean"]), _number(scores["worst"])]
-        if scores
-        else ["", "–", "–"]
-    )
+    results = ["", "–", "–"]
+    if scores:
+        means = [_number(scores[key]) for key in ("mean", "worst_client_score")]
+        results = [scores["metric"].replace("_", " "), *means]
     commit = str(environment.get("commit", ""))[:10]
     facts = {
         "method": recipe.strategy.name + (f", {_adapters(run)}" if run.records else ""),

@@ -256,7 +256,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """One row per round: losses, means and worst clients, entropy, bytes, seconds."""
+        """One row per round: losses, means and worst tenths, entropy, bytes, seconds."""
         return metrics_frame(self.records)
 
     @property

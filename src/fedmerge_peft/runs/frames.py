@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def metrics_frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row per record of a round: losses, means and worst clients, bytes, seconds."""
+    """Return one row per record of a round: losses, means and worst tenths, bytes, seconds."""
     import pandas as pd
 
     rows = []

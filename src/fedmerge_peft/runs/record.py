@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
 from fedmerge_peft.tasks.metrics import greater_is_better
+
+
+def worst_tenth(metric: str, scores: Iterable[float]) -> float:
+    """Return the mean of the worst tenth of some scores, at least one; nan without scores.
+
+    Args:
+        metric: A task's metric, without ``test_`` or ``validation_``; it tells which end is worse.
+        scores: One score per client.
+    """
+    known = (score for score in scores if not math.isnan(score))
+    ranked = sorted(known, reverse=not greater_is_better(metric))
+    return fmean(ranked[: math.ceil(len(ranked) / 10)]) if ranked else math.nan
 
 
 @dataclass(frozen=True)
@@ -20,8 +32,10 @@ class Scores:
     mean: float
     """Unweighted mean over clients."""
     worst: float
-    """The worst client's score."""
+    """Mean over the worst tenth of the clients, rounded up; see ``worst_tenth``."""
     worst_client: str
+    """The single client with the worst score, the first of equal ones."""
+    worst_client_score: float
     validation_loss: float | None
     """Mean over clients, nats; it selects the best round. None without validation examples."""
     clients: dict[str, dict[str, float]]
@@ -48,8 +62,9 @@ class Scores:
         return cls(
             metric=key,
             mean=fmean(values.values()),
-            worst=values[worst],
+            worst=worst_tenth(metric, values.values()),
             worst_client=worst,
+            worst_client_score=values[worst],
             validation_loss=fmean(losses) if losses else None,
             clients={name: dict(scores) for name, scores in clients.items()},
         )
@@ -133,7 +148,8 @@ class RoundRecord:
         if self.train_loss is not None:
             parts.append(f"loss {self.train_loss:.3f}")
         if self.served is not None:
-            parts.append(f"served {self.served.mean:.3f} (worst {self.served.worst:.3f})")
+            worst = f"worst client {self.served.worst_client_score:.3f}"
+            parts.append(f"served {self.served.mean:.3f} ({worst})")
         if self.finetuned is not None:
             parts.append(f"finetuned {self.finetuned.mean:.3f}")
         if self.weights_entropy is not None:

@@ -107,6 +107,7 @@ def test_nothing_but_updates_with_noise_leaves_a_site_under_local_privacy(
             "seconds": 0.0,
             "served": None,
             "finetuned": None,
+            "validation": None,
             "choice": 0,
         }
         assert set(message.tensors) == {"deltas"}

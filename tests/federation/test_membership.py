@@ -112,7 +112,8 @@ def advantage(recipe, seeds):
         [[released_loss(recipe, member, seed) for seed in range(seeds)] for member in (True, False)]
     )
     half = seeds // 2
-    thresholds = scores[:, :half].flatten()
+    known = scores[:, :half].flatten().sort().values
+    thresholds = (known[1:] + known[:-1]) / 2
     rates = (scores[:, :half, None] <= thresholds).float().mean(dim=1)
     threshold = thresholds[(rates[0] - rates[1]).argmax()]
     true, false = (scores[:, half:] <= threshold).float().mean(dim=1)

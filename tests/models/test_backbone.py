@@ -6,6 +6,7 @@ from tests.conftest import ImageTask, LabelTask, TextTask
 
 from equality import assert_near
 from fedmerge_peft import BackboneError
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.models.pretrained import align_weights
 from fedmerge_peft.recipe.lora import LoraRecipe
 
@@ -404,7 +405,7 @@ def test_unknown_modules_are_refused_with_the_known_ones(make_backbone, kind, lo
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq", "eva", "corda", False])
 def test_starts_that_alter_the_backbone_are_refused(init):
-    with pytest.raises(ValueError, match="is not supported: merging requires"):
+    with pytest.raises(RecipeError, match="is not supported: merging requires"):
         LoraRecipe(init_lora_weights=init)
 
 

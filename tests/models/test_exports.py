@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +24,7 @@ from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.pretrained import quiet_transformers
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
-from models.architectures import HEADS, build, config_of
+from models.architectures import HEADS, SPECIAL_PROCESSORS, build, config_of
 
 WORDS = ["where", "is", "my", "parcel", "please", "refund", "the", "second", "charge", "now"]
 ROWS = np.arange(4)
@@ -169,3 +172,42 @@ def test_an_adapter_that_peft_does_not_load_again_is_refused(
     monkeypatch.setattr("peft.set_peft_model_state_dict", load)
     with pytest.raises(BackboneError, match=message):
         engine_of(task, tmp_path, processors[task])
+
+
+def documented():
+    """Return the architectures that ``docs/models.md`` lists as not exported, by task."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Exports\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    listed = {task: set() for task in HEADS}
+    for task, architectures, _ in rows:
+        listed[task.strip(" `")] |= set(re.findall(r"`([^`]+)`", architectures))
+    return listed
+
+
+def test_the_documented_exceptions_are_architectures_of_transformers():
+    for task, kinds in documented().items():
+        assert kinds
+        assert kinds <= set(HEADS[task][1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # each model has its own
+@pytest.mark.parametrize(("task", "least"), list(zip(HEADS, (60, 60, 15), strict=True)))
+def test_exports_of_all_architectures_hold_everything(task, least, tmp_path, processors):
+    """Every architecture exports all, or is one of the documented exceptions."""
+    exceptions, passed, failed = documented()[task], set(), {}
+    for kind in sorted(set(HEADS[task][1]) - exceptions):
+        folder = tmp_path / kind
+        try:
+            save_model(task, kind, folder)
+            processor = processors[task]
+            if kind in SPECIAL_PROCESSORS:
+                processor = folder / "processor"
+                SPECIAL_PROCESSORS[kind]().save_pretrained(processor)
+            compare_export(task, folder, processor)
+            passed.add(kind)
+        except Exception as error:  # models raise arbitrary errors
+            failed[kind] = f"{type(error).__name__}: {error}"
+    assert not failed
+    assert len(passed) >= least

@@ -7,12 +7,12 @@ import torch
 
 from equality import assert_near
 from fedmerge_peft.strategies import Reply
-from fedmerge_peft.strategies.validation_trial import TRIAL_ROUNDS, ValidationTrial
+from fedmerge_peft.strategies.validation_trial import FIRST, LAST, ValidationTrial
 from fedmerge_peft.testing import FormulaClients
 
 CLIENTS, WARM = 6, 2
-END = WARM + TRIAL_ROUNDS
-"""Round in which the trial ends."""
+END = WARM + FIRST
+"""First round in which the trial may end."""
 
 
 def grouped_clients():
@@ -65,18 +65,47 @@ def test_no_comparison_without_half_of_the_clients():
     assert trial.compare(asked).merged == 2.0  # of the three that have both
 
 
-def test_only_two_rounds_report_validation_losses():
+@pytest.mark.parametrize(("reporting", "last"), [(True, END), (False, WARM + LAST)])
+def test_clients_report_validation_losses_until_the_trial_ends(reporting, last):
     clients = grouped_clients()
     strategy = clients.strategy("fedmerge", warm_rounds=WARM)
     asked = []
-    for _ in range(END + 2):
+    for _ in range(WARM + LAST + 2):
         asked.append(strategy.validates())
-        play(strategy, clients, 1)
-    assert [number for number, one in enumerate(asked, 1) if one] == [END - 1, END]
+        if reporting:
+            play(strategy, clients, 1)
+        else:
+            clients.round(strategy)
+    assert [number for number, one in enumerate(asked, 1) if one] == list(range(WARM + 1, last + 1))
+
+
+def test_groups_whose_harm_shrinks_are_tried_on():
+    clients = grouped_clients()
+    strategy = clients.strategy("fedmerge", warm_rounds=WARM)
+    play(strategy, clients, WARM)
+    for merged in (1.0, 1.5, 1.3, 1.15, 1.08):
+        play(strategy, clients, 1, merged=merged)
+        assert (strategy.validates(), strategy.decisions()) == (True, [])
+    play(strategy, clients, 1, merged=1.0)
+    assert "merging kept" in strategy.decisions()[0]
+
+
+def test_groups_whose_harm_lasts_end_after_it_had_shrunk():
+    clients = grouped_clients()
+    strategy = clients.strategy("fedmerge", warm_rounds=WARM)
+    play(strategy, clients, WARM)
+    for merged in (1.0, 1.5, 1.3, 1.1):
+        play(strategy, clients, 1, merged=merged)
+    play(strategy, clients, 1, merged=1.09)
+    assert "an adapter for each client" in strategy.decisions()[0]
+
+
+def test_other_settings_have_no_trial():
+    clients = grouped_clients()
     for settings in ({"groups": 2}, {"adapters": 3}, {"start": "independent"}):
-        assert not any(
-            clients.strategy("fedmerge", warm_rounds=1, **settings).validates() for _ in range(3)
-        )
+        strategy = clients.strategy("fedmerge", warm_rounds=1, **settings)
+        clients.round(strategy)
+        assert not strategy.validates()
 
 
 @pytest.mark.parametrize("merged", [1.0, 0.8])

@@ -23,7 +23,7 @@ from fedmerge_peft.strategies.reseeding import Reseeding
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.strategies.similarity import group_by_direction, nearest_row
-from fedmerge_peft.strategies.validation_trial import TRIAL_ROUNDS, ValidationTrial
+from fedmerge_peft.strategies.validation_trial import FIRST, LAST, ValidationTrial
 
 _ADAPTERS = 5
 """d with ``adapters: auto`` if the clients are not grouped; the default of the authors' code."""
@@ -137,12 +137,7 @@ class FedMerge(Strategy):
         return self._decided
 
     def validates(self) -> bool:
-        return self.trial is not None and self.rounds >= self._trial_round - 2
-
-    @property
-    def _trial_round(self) -> int:
-        """Round in which the trial ends. Its losses come from this round and the one before."""
-        return self.recipe.warm_rounds + TRIAL_ROUNDS
+        return self.trial is not None and self.rounds >= self.recipe.warm_rounds
 
     def _softmax(self, logits: Tensor) -> Tensor:
         return torch.softmax(
@@ -157,10 +152,8 @@ class FedMerge(Strategy):
         served = self._served_heads(clients) if own else None
         self._decided = []
         self.rounds += 1
-        if self.trial is not None and self.rounds == self._trial_round:
-            self._end_trial(self.trial, replies)
-        elif self.trial is not None:
-            self.trial.store(replies)
+        if self.trial is not None and self._warming is None:
+            self._try_groups(self.trial, replies)
         if self._warming is not None:
             self._warming.add(clients, deltas)
             if self.rounds == self.recipe.warm_rounds:
@@ -258,16 +251,26 @@ class FedMerge(Strategy):
         self._decided = [f"{number} group{'s' * (number > 1)} of clients: {found.reason}"]
         self._decide_own_heads(updates.clients, found.groups)
 
-    def _end_trial(self, trial: ValidationTrial, replies: Sequence[Reply]) -> None:
-        """Give each client an adapter if merging harms: a row for what it was sent."""
-        self.trial = None
-        found = trial.compare(replies)
-        if found is None:
+    def _try_groups(self, trial: ValidationTrial, replies: Sequence[Reply]) -> None:
+        """Keep the groups if merging does not harm; end them if its harm lasts."""
+        number, found = self.rounds - self.recipe.warm_rounds, trial.compare(replies)
+        trial.store(replies)
+        lasts = found is not None and trial.lasting(found)
+        if number >= LAST:
+            self.trial = None
+        if found is None or number < FIRST:
             return
         losses = f"{found.own:.3g} after own training, {found.merged:.3g} after merging"
         if not found.own_is_better:
+            self.trial = None
             self._decided.append(f"merging kept: validation loss {losses}")
-            return
+        elif lasts:
+            self.trial = None
+            self._separate()
+            self._decided.append(f"an adapter for each client: validation loss {losses}")
+
+    def _separate(self) -> None:
+        """Give each client an adapter, which starts from what the client was sent."""
         everyone = range(self.context.clients)
         rows = torch.stack([self.adapter(client) for client in everyone])
         self.soup = AdapterSoup(rows, self.soup.layout, self.soup.shared)
@@ -275,7 +278,6 @@ class FedMerge(Strategy):
         self._set_weights(len(rows))
         self.own_head = None
         self._assign(torch.tensor(everyone), torch.tensor(everyone))
-        self._decided.append(f"an adapter for each client: validation loss {losses}")
 
     def _join(self, clients: Tensor, deltas: Tensor) -> None:
         """Assign clients that missed the grouping to the group that their first update points to.

@@ -254,7 +254,9 @@ ENROLMENTS = {
 
 
 def test_sites_that_enroll_with_extreme_values_are_left_out_by_name(smoke, federation_of, connect):
-    kit, trainers = federation_of(smoke("rounds=1", "clients.failures=skip"), 6)
+    kit, trainers = federation_of(
+        smoke("rounds=1", "data.max_train=32", "clients.failures=skip"), 6
+    )
     transport = connect(trainers)
 
     def alter(site, payload, reply):
@@ -289,7 +291,9 @@ REPLIES = [
 
 
 def test_clients_that_reply_with_extreme_values_are_left_out_by_name(smoke, federation_of, connect):
-    kit, trainers = federation_of(smoke("rounds=2", "clients.failures=skip"), 6)
+    kit, trainers = federation_of(
+        smoke("rounds=2", "data.max_train=32", "clients.failures=skip"), 6
+    )
     transport = connect(trainers)
     attacked = []
 

@@ -16,6 +16,7 @@ from fedmerge_peft.serving.merged_adapter import MergedAdapter, client_adapter, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedmerge_peft.data.in_memory import Data
     from fedmerge_peft.engines.base import Engine
     from fedmerge_peft.errors import FedMergeError
     from fedmerge_peft.runs.record import RoundRecord
@@ -102,6 +103,7 @@ def federate(
     recipe: Recipe,
     out: Path | str | None = None,
     *,
+    data: Data | None = None,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -113,6 +115,9 @@ def federate(
         recipe: The recipe.
         out: The run directory. Default: ``runs/<name>``. Baselines are written to
             ``<out>/baselines/<strategy>``.
+        data: Examples, instead of those at ``data.path``: a ``datasets.Dataset``, a pandas frame, a
+            ``DatasetDict`` or a pair (train, test), which the recipe partitions among clients; or a
+            dictionary of these by client. The run stores their fingerprint.
         engine: Loaded data and model. Default: load those of the recipe.
         callbacks: Callbacks in addition to those of the recipe.
 
@@ -124,7 +129,7 @@ def federate(
         RunBusyError: Another process is writing it. Nothing was changed.
         FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
     """
-    path = running.run_recipe(recipe, out, engine=engine, callbacks=callbacks)
+    path = running.run_recipe(recipe, out, data=data, engine=engine, callbacks=callbacks)
     return Run(path, trust_remote_code=True)  # it has just run the caller's recipe
 
 
@@ -132,6 +137,7 @@ def resume(
     path: Path | str,
     overrides: Iterable[str] = (),
     *,
+    data: Data | None = None,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
     trust_remote_code: bool = False,
@@ -143,6 +149,7 @@ def resume(
     Args:
         path: The run directory.
         overrides: New values of ``rounds``, ``evaluation.every`` or ``tracking``.
+        data: The examples that the run was given in memory (``federate``); others are refused.
         engine: Loaded data and model. Default: load those of the run's recipe.
         callbacks: Callbacks in addition to those of the recipe.
         trust_remote_code: As in ``load_run``.
@@ -158,7 +165,7 @@ def resume(
         FedMergeError: As ``federate``.
     """
     run = Run.open(path, trust_remote_code=trust_remote_code)
-    running.resume_run(run, overrides, engine=engine, callbacks=callbacks)
+    running.resume_run(run, overrides, data=data, engine=engine, callbacks=callbacks)
     return Run(run.path, trust_remote_code=trust_remote_code)
 
 
@@ -166,6 +173,7 @@ def sweep(
     recipes: Mapping[str, Recipe],
     out: Path | str,
     *,
+    data: Data | None = None,
     on_run: Callable[[str, Run, bool], None] | None = None,
     on_failure: Callable[[str, FedMergeError], None] | None = None,
     on_round: Callable[[str, RoundRecord], None] | None = None,
@@ -180,6 +188,7 @@ def sweep(
     Args:
         recipes: Recipes by the names of their run directories; ``expand`` returns such a mapping.
         out: The folder of the run directories, created if needed.
+        data: Examples of all recipes, as in ``federate``.
         on_run: Called with the name, the run, and True if this call has run it. Runs that had
             already ended come first.
         on_failure: Called with the name and the error of a recipe that failed. The others continue.
@@ -200,5 +209,5 @@ def sweep(
         if on_run is not None:
             on_run(name, Run(path, trust_remote_code=True), fresh)
 
-    paths = sweeping.run_sweep(recipes, out, report, on_failure, on_round)
+    paths = sweeping.run_sweep(recipes, out, report, on_failure, on_round, data)
     return {name: Run(path, trust_remote_code=True) for name, path in paths.items()}

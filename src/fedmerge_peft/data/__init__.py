@@ -1,12 +1,14 @@
 """Examples and their partition among clients.
 
-``federate_data`` turns a recipe into clients. ``loading`` reads the splits. ``partition`` assigns
+``federate_data`` turns a recipe into clients. ``loading`` reads the splits;
+``in_memory`` takes those that Python passes. ``partition`` assigns
 row numbers to clients with numpy alone. ``build`` combines both into one table with its clients.
 ``summary`` shows the rows of each client.
 """
 
 from fedmerge_peft.data.build import federate_data
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
+from fedmerge_peft.data.in_memory import take_data
 from fedmerge_peft.data.loading import load_splits
 from fedmerge_peft.data.summary import client_table, plot, terminal_chart
 
@@ -17,6 +19,7 @@ __all__ = [
     "client_table",
     "federate_data",
     "load_splits",
+    "take_data",
     "terminal_chart",
     "plot",
 ]

@@ -32,6 +32,7 @@ def federate_data(
     image: str | None = None,
     *,
     whole: bool = True,
+    splits: Mapping[str, Dataset] | None = None,
 ) -> FederatedData:
     """Load the data of a recipe and partition them among clients.
 
@@ -49,6 +50,7 @@ def federate_data(
             table first.
         whole: Whether these are the examples of all clients, which have several labels. Those of
             one site may have one.
+        splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
 
     Returns:
         Table with training rows first, in which every row belongs to a client, and the clients in
@@ -60,7 +62,7 @@ def federate_data(
             training; there are fewer examples than clients; a client has no training rows;
             the validation and test fractions leave no training rows.
     """
-    splits = load_splits(recipe, image)
+    splits = load_splits(recipe, image, splits)
     _check_columns(splits)
     if label is not None:
         numbers, names = encode_classes(splits, label, "task.label")

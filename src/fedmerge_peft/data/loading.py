@@ -33,12 +33,18 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.data import DataRecipe
 
 EMBEDDED = {"support-tickets": "support_tickets.csv"}
+IN_MEMORY = "memory"
+"""``data.path`` of examples that Python passes, followed by their fingerprint in a run."""
 
 _OTHER_FILES = {*COMPRESSIONS, ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip"}
 """Suffixes of unsupported files. A path with one of them is a file, not a hub id."""
 
 
-def load_splits(recipe: DataRecipe, image: str | None = None) -> dict[str, Dataset]:
+def load_splits(
+    recipe: DataRecipe,
+    image: str | None = None,
+    splits: Mapping[str, Dataset] | None = None,
+) -> dict[str, Dataset]:
     """Load the data of a recipe, select its splits, and apply its filter.
 
     A default split (``validation``, ``test``) is omitted if it already serves as the other
@@ -48,6 +54,7 @@ def load_splits(recipe: DataRecipe, image: str | None = None) -> dict[str, Datas
     Args:
         recipe: Source of the examples.
         image: Column with images, whose relative paths are looked for beside the table first.
+        splits: Splits in memory, instead of those at ``recipe.path``.
 
     Returns:
         Data sets by split: ``train``, which is never empty, and ``validation`` and ``test`` if they
@@ -57,8 +64,9 @@ def load_splits(recipe: DataRecipe, image: str | None = None) -> dict[str, Datas
         DataError: The data do not exist or cannot be read; a split or column of the recipe does not
             exist; the filter removes all training rows, or names a value that does not occur.
     """
-    with no_progress_bars():
-        splits = _read(recipe, image)
+    if splits is None:
+        with no_progress_bars():
+            splits = _read(recipe, image)
     if recipe.split_column is not None:
         splits = _split_by_column(recipe.split_column, splits)
     chosen = _select_splits(recipe, splits)
@@ -75,6 +83,11 @@ def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
     """Load all splits by name. A single table is named ``train``, as in ``datasets``."""
     if recipe.path.startswith("embedded:"):
         return _read_embedded(recipe.path.removeprefix("embedded:"), recipe)
+    if recipe.path.partition(":")[0] == IN_MEMORY:
+        raise DataError(
+            f"data.path: {recipe.path}: the examples are those of a Python program and are not "
+            "stored; pass them there: federate(recipe, data=...), resume(run, data=...)"
+        )
     path = Path(recipe.path).expanduser()
     if path.is_file() and not is_table(path):
         raise DataError(

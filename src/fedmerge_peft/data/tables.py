@@ -57,7 +57,7 @@ def read_tables(files: Sequence[Path], recipe: DataRecipe) -> dict[Path, pa.Tabl
     for suffixes, read in _READERS:
         paths = [path for path in files if format_suffix(path) in suffixes]
         tables |= zip(paths, read(paths, recipe) if paths else [], strict=True)
-    schema = _common_schema({path: tables[path].schema for path in files})
+    schema = common_schema({path: tables[path].schema for path in files})
     for path, table in tables.items():
         with reading(path):
             tables[path] = table.select(schema.names).cast(schema)
@@ -92,8 +92,8 @@ def _delimited(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
             separator = recipe.separator or _SEPARATORS[format_suffix(path)]
             text = read_text(path, recipe.encoding)
             texts[path] = read_delimited(path, text, separator, recipe.quoting)
-            _check_names(path, texts[path].column_names)
-    names = _common_schema({path: table.schema for path, table in texts.items()}).names
+            check_names(path, texts[path].column_names)
+    names = common_schema({path: table.schema for path, table in texts.items()}).names
     together = pa.concat_tables([table.select(names) for table in texts.values()])
     typed = pa.table([type_texts(column) for column in together.columns], names=names)
     return _cut(typed, [len(table) for table in texts.values()])
@@ -105,7 +105,7 @@ def _json(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
     for path in paths:
         with reading(path):
             read = read_json(path, read_text(path, recipe.encoding))
-            _check_names(path, list(dict.fromkeys(name for row in read for name in row.values)))
+            check_names(path, list(dict.fromkeys(name for row in read for name in row.values)))
         rows += read
         sizes.append(len(read))
     columns = {
@@ -122,8 +122,8 @@ def _binary(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
     for path in paths:
         with reading(path):
             table = _read_parquet(path) if format_suffix(path) == ".parquet" else _read_arrow(path)
-            _check_names(path, table.column_names)
-            tables.append(_plain_table(table, path))
+            check_names(path, table.column_names)
+            tables.append(plain_table(table, path))
     return tables
 
 
@@ -151,8 +151,16 @@ def _read_arrow(path: Path) -> pa.Table:
             return ipc.open_stream(source).read_all()
 
 
-def _plain_table(table: pa.Table, path: Path) -> pa.Table:
-    """Convert columns to types that ``datasets`` supports, and leave out those of other types."""
+def plain_table(table: pa.Table, path: Path | str) -> pa.Table:
+    """Convert columns to types that ``datasets`` supports, and leave out those of other types.
+
+    Args:
+        table: The table.
+        path: The table's file or name, for error messages.
+
+    Raises:
+        DataError: A column of JSON has values of different types.
+    """
     from datasets import Features
 
     for number, field in enumerate(table.schema):
@@ -181,7 +189,8 @@ def _cut(table: pa.Table, sizes: Sequence[int]) -> list[pa.Table]:
     return [table.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _check_names(path: Path, names: Sequence[str]) -> None:
+def check_names(path: Path | str, names: Sequence[str]) -> None:
+    """Raise ``DataError`` if there are too many columns, or two with the same name."""
     if len(names) > MAX_COLUMNS:
         raise DataError(
             f"data.path: {path} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
@@ -192,7 +201,7 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         raise DataError(f"data.path: {path}: two columns are named {repeated!r}; rename one")
 
 
-def _common_schema(schemas: Mapping[Path, pa.Schema]) -> pa.Schema:
+def common_schema(schemas: Mapping[Any, pa.Schema]) -> pa.Schema:
     """Return the schema to which all files can be converted.
 
     Raises:
@@ -203,7 +212,7 @@ def _common_schema(schemas: Mapping[Path, pa.Schema]) -> pa.Schema:
         if differ := sorted(set(schema.names) ^ set(other.names)):
             raise DataError(
                 f"data.path: {path} and {first} have different columns ({join_values(differ, 5)} "
-                "in one of them only); give them the same, or move one out of the folder"
+                "in one of them only); give them the same, or leave one out"
             )
         for name in schema.names:
             pair = [schema.field(name), other.field(name)]
@@ -215,8 +224,7 @@ def _common_schema(schemas: Mapping[Path, pa.Schema]) -> pa.Schema:
                     pass
             raise DataError(
                 f"data.path: the column {name!r} is {_type(schema, name)} in {first}, but "
-                f"{_type(other, name)} in {path}; give it one type, or move one file out of the "
-                "folder"
+                f"{_type(other, name)} in {path}; give it one type, or leave one out"
             )
         schema = pa.unify_schemas([schema, other], promote_options="permissive")
     return schema

@@ -7,6 +7,7 @@ from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +16,16 @@ from fedmerge_peft import distributed
 from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.engines.turn import ClientTurn
-from fedmerge_peft.errors import ClientError
+from fedmerge_peft.errors import ClientError, DataError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.hyperparameters import automatic_epochs
 from fedmerge_peft.training.plan import Plan, Served
 from fedmerge_peft.util.row_buffer import RowBuffer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -130,16 +134,23 @@ class RankedEngine(LocalEngine):
         return float(self.runtime.examples.lengths[rows].sum())
 
 
-def load_engine(recipe: Recipe) -> LocalEngine:
+def load_engine(recipe: Recipe, splits: Mapping[str, Dataset] | None = None) -> LocalEngine:
     """Load data and model for this process, or for its rank if a launcher started several.
 
+    Args:
+        recipe: The recipe.
+        splits: Examples in memory, instead of those at ``data.path``; the same on all ranks.
+
     Raises:
+        DataError: Ranks have different examples in memory.
         FedMergeError: See ``LocalEngine.from_recipe``.
     """
     if distributed.launched_processes() == 1:
-        return LocalEngine.from_recipe(recipe)
+        return LocalEngine.from_recipe(recipe, splits)
     make_accelerator(recipe.training)  # initializes the process group
-    return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe))
+    if len(set(distributed.all_gather(lambda: recipe.data.path))) > 1:
+        raise DataError("data: the ranks have different examples; pass the same data on every rank")
+    return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe, splits))
 
 
 def balanced(work: Sequence[float], ranks: int) -> list[int]:

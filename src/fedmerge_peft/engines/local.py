@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from functools import cached_property, partial
@@ -47,6 +47,7 @@ from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +71,25 @@ class LocalEngine:
         self.training_cache = TrainingCache()
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> LocalEngine:
+    def from_recipe(
+        cls, recipe: Recipe, splits: Mapping[str, Dataset] | None = None
+    ) -> LocalEngine:
         """Load data and model.
+
+        Args:
+            recipe: The recipe.
+            splits: Examples in memory, instead of those at ``data.path``.
 
         Raises:
             FedMergeError: Data, model or device are missing, or do not match the recipe.
         """
         make_accelerator(recipe.training)  # fail before loading the data if the device is missing
         data = federate_data(
-            recipe.data, recipe.task.label_column, recipe.seed, recipe.task.image_column
+            recipe.data,
+            recipe.task.label_column,
+            recipe.seed,
+            recipe.task.image_column,
+            splits=splits,
         )
         return cls.from_data(recipe, data)
 

@@ -11,12 +11,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft import distributed
+from fedmerge_peft.data.in_memory import take_data
+from fedmerge_peft.data.loading import IN_MEMORY
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
-from fedmerge_peft.errors import PluginError, RecipeError, ResumeError
+from fedmerge_peft.errors import DataError, PluginError, RecipeError, ResumeError
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.loop import Federation
 from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
@@ -34,15 +36,26 @@ from fedmerge_peft.runs.writer import RunWriter
 from fedmerge_peft.util.files import locked_directory
 from fedmerge_peft.util.profiling import timed
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.data.in_memory import Data
+
 
 def run_recipe(
-    recipe: Recipe, out: Path | str | None, *, engine: Engine | None, callbacks: Sequence[Callback]
+    recipe: Recipe,
+    out: Path | str | None,
+    *,
+    data: Data | None = None,
+    engine: Engine | None,
+    callbacks: Sequence[Callback],
 ) -> Path:
     """Run a recipe and its baselines; return the run directory. Documented at ``api.federate``."""
+    recipe, splits = with_data(recipe, data, engine)
     directory = Path(out) if out is not None else RunDirectory.default_path(recipe)
     check_trackers(recipe)
     RunDirectory.check_free(directory)
-    engine = engine or load_engine(recipe)
+    engine = engine or load_engine(recipe, splits)
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, directory))
         distributed.on_rank_zero(partial(RunDirectory.check_free, directory))
@@ -54,23 +67,70 @@ def resume_run(
     run: RunDirectory,
     overrides: Iterable[str],
     *,
+    data: Data | None = None,
     engine: Engine | None,
     callbacks: Sequence[Callback],
 ) -> Path:
     """Resume an interrupted run; return its directory. Documented at ``api.resume``."""
     saved = run.trusted_recipe if engine is None else run.recipe
     recipe = _resumed_recipe(run, saved, overrides)
+    splits = _same_data(run, recipe, data, engine)
     check_trackers(recipe)
     if distributed.launched_processes() > 1:
         # Loading synchronizes the ranks, so all of them have read the directory before it changes.
-        engine = engine or load_engine(recipe)
+        engine = engine or load_engine(recipe, splits)
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, run.path))
         distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
-        engine = engine or load_engine(recipe)
+        engine = engine or load_engine(recipe, splits)
         distributed.on_rank_zero(partial(remove_temporary_files, run.path))
         _federate(recipe, run.path, engine, Callbacks(callbacks))
     return run.path
+
+
+def with_data(
+    recipe: Recipe, data: Data | None, engine: Engine | None = None
+) -> tuple[Recipe, dict[str, Dataset] | None]:
+    """Return a recipe of examples in memory, and their splits; the recipe as it is without them.
+
+    Raises:
+        DataError: The examples cannot be used (``take_data``), or the engine has its own.
+    """
+    if data is None:
+        return recipe, None
+    if engine is not None:
+        raise DataError("data: the engine has its own examples; pass either data or engine")
+    section, splits = take_data(recipe.data, data, recipe.task.label_column)
+    return recipe.model_copy(update={"data": section}), splits
+
+
+def _same_data(
+    run: RunDirectory, recipe: Recipe, data: Data | None, engine: Engine | None
+) -> dict[str, Dataset] | None:
+    """Return the run's examples in memory by split; None if it has read them from elsewhere.
+
+    Raises:
+        ResumeError: The examples are missing, or are not those of the run.
+    """
+    in_memory = recipe.data.path.partition(":")[0] == IN_MEMORY
+    if data is None and engine is None and in_memory:
+        raise ResumeError(
+            f"{run.path} cannot be resumed without its examples, which a Python program passed and "
+            f"the run does not store; in Python, pass them again: resume({str(run.path)!r}, "
+            "data=...)"
+        )
+    if data is not None and not in_memory:
+        raise ResumeError(
+            f"{run.path} has its examples from data.path: {recipe.data.path}; resume it without "
+            "data"
+        )
+    given, splits = with_data(recipe, data, engine)
+    if given.data != recipe.data:
+        raise ResumeError(
+            f"{run.path} cannot be resumed with other examples: it had {recipe.data.path}, these "
+            f"are {given.data.path}; pass the same data"
+        )
+    return splits
 
 
 def _lock(stack: ExitStack, directory: Path) -> None:

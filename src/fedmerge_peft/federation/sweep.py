@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import sleep
+from typing import TYPE_CHECKING
 
 from fedmerge_peft import distributed
 from fedmerge_peft.engines.local import LocalEngine
@@ -19,13 +20,16 @@ from fedmerge_peft.errors import (
     SweepError,
 )
 from fedmerge_peft.federation.callbacks import Callback
-from fedmerge_peft.federation.federate import resume_run, run_recipe
+from fedmerge_peft.federation.federate import resume_run, run_recipe, with_data
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat, written
 from fedmerge_peft.runs.cleanup import check_only_run_files, files_in, remove_run
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.util.files import locked_directory, translated_write_errors
+
+if TYPE_CHECKING:
+    from fedmerge_peft.data.in_memory import Data
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +45,13 @@ def run_sweep(
     on_run: Callable[[str, Path, bool], None] | None = None,
     on_failure: Callable[[str, FedMergeError], None] | None = None,
     on_round: Callable[[str, RoundRecord], None] | None = None,
+    data: Data | None = None,
 ) -> dict[str, Path]:
     """Run each recipe into ``out/<name>``; return the directories. Documented at ``api.sweep``."""
     distributed.require_single_process("a sweep")
     paths = {name: _run_path(Path(out), name) for name in recipes}
+    examples = {name: with_data(recipe, data) for name, recipe in recipes.items()}
+    recipes = {name: recipe for name, (recipe, _) in examples.items()}
     with translated_write_errors(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)
     failures: dict[str, str] = {}
@@ -62,7 +69,7 @@ def run_sweep(
                 ):  # another process has run it meanwhile
                     report(name, fresh=False)
                     return engine
-                engine = engine or LocalEngine.from_recipe(recipes[name])
+                engine = engine or LocalEngine.from_recipe(*examples[name])
                 callbacks = [] if on_round is None else [Callback(on_round=partial(on_round, name))]
                 run_or_resume(recipes[name], paths[name], engine, callbacks)
                 report(name, fresh=True)

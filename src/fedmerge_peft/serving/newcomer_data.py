@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.data import Client, Indices, load_splits
+from fedmerge_peft.data.in_memory import read_parts
 from fedmerge_peft.data.partition import split_off
 from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.error_messages import found
+from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.strategies.label_counts import LabelPriors
 from fedmerge_peft.strategies.label_prior import bias_columns
@@ -26,10 +27,12 @@ from fedmerge_peft.util.text import printable
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from fedmerge_peft.data.in_memory import Parts
+
 
 def read_newcomer(
     run: RunDirectory,
-    data: Path | str | Dataset,
+    data: Path | str | Parts,
     name: str | None,
     test_fraction: float,
     max_train: int | None,
@@ -39,22 +42,19 @@ def read_newcomer(
 
     Arguments and errors are those of ``personalize``.
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import concatenate_datasets
 
     if not 0 <= test_fraction < 1:
         raise DataError(
             f"test_fraction: {test_fraction:g} leaves no training examples; "
             "give a number from 0 to below 1"
         )
-    if not isinstance(data, Dataset | str | Path):
-        raise DataError(
-            f"found {found(data)}, expected the path of a file or a datasets.Dataset; "
-            "Dataset.from_pandas, Dataset.from_list and Dataset.from_dict make one"
-        )
-    if isinstance(data, Dataset):
-        splits, name = {"train": data}, name or "newcomer"
-    else:
+    if isinstance(data, str | Path):
         splits, name = _load(run.recipe, Path(data).expanduser()), name or Path(data).stem
+    else:
+        splits, name = read_parts(data, _usual_splits(run.recipe)), name or "newcomer"
+        if not any(map(len, splits.values())):
+            raise DataError("data: there are no rows; pass a table with examples")
     table = concatenate_datasets(list(splits.values()))
     if (label := run.recipe.task.label_column) is not None:
         table = relabel(table, label, run.task["labels"])
@@ -79,15 +79,20 @@ def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
             f"{printable(str(path.absolute()))[:300]} does not exist; "
             "give the new client's examples as a csv, tsv, json, jsonl, parquet or arrow file"
         )
-    usual_splits = {
+    source: dict[str, Any] = {"path": str(path), "config": None, "revision": None, "filter": {}}
+    data = _usual_splits(recipe).model_copy(update=source)
+    return load_splits(data, recipe.task.image_column)
+
+
+def _usual_splits(recipe: Recipe) -> DataRecipe:
+    """Return the recipe's data section with the standard names of splits."""
+    names = {
         "train_split": "train",
         "validation_split": None,
         "test_split": None,
         "split_column": None,
     }
-    source: dict[str, Any] = {"path": str(path), "config": None, "revision": None, "filter": {}}
-    data = recipe.data.model_copy(update={**usual_splits, **source})
-    return load_splits(data, recipe.task.image_column)
+    return recipe.data.model_copy(update=names)
 
 
 def _indices_by_split(

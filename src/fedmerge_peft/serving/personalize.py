@@ -44,7 +44,7 @@ from fedmerge_peft.util.folders import whole_folder
 from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from fedmerge_peft.data.in_memory import Parts
 
 
 _PATIENCE = 5
@@ -138,7 +138,7 @@ class Personalized:
 
 def personalize(
     run: RunDirectory | Path | str,
-    data: Path | str | Dataset,
+    data: Path | str | Parts,
     *,
     name: str | None = None,
     best: bool = False,
@@ -155,8 +155,9 @@ def personalize(
         run: A run of a strategy with a ``shared_soup``. With a single adapter, there are no weights
             to learn; it is only compared with the alternatives.
         data: The newcomer's examples: a csv, tsv, json, jsonl or parquet file, a folder as in a
-            recipe's ``data.path``, or a ``datasets.Dataset``. The columns are those of the run's
-            task; the recipe's filter is not applied.
+            recipe's ``data.path``; or a ``datasets.Dataset``, a pandas frame, a ``DatasetDict`` or
+            a pair (train, test). The columns are those of the run's task; the recipe's filter is
+            not applied.
         name: The newcomer's name. Default: the file's name without its suffix.
         best: Use the soup of the best round instead of the last.
         test_fraction: Fraction of the examples held out for testing; 0 for none. It is ignored if

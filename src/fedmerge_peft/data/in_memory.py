@@ -1,0 +1,230 @@
+"""Examples that a Python program passes, as the splits that files would have given.
+
+One table, splits of a table, or a mapping from clients to their tables. Tables get the checks and
+the types of files. A recipe names the examples by their fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pyarrow as pa
+
+from fedmerge_peft.data.columns import encode_classes, join_values
+from fedmerge_peft.data.loading import IN_MEMORY, no_progress_bars
+from fedmerge_peft.data.tables import check_names, common_schema, plain_table, reading
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.recipe.data import DataRecipe, NaturalRecipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset, DatasetDict, Features
+
+    Table: TypeAlias = Dataset | pd.DataFrame | pa.Table
+    Parts: TypeAlias = Table | DatasetDict | tuple[Table, Table]
+    Data: TypeAlias = Parts | Mapping[str, Parts]
+    """One table, a pair (train, test) or a ``DatasetDict``; or these by client."""
+
+_CLIENT = "client"
+"""Column with the clients of a mapping, unless the recipe's partition names another."""
+_BATCH = 1_000
+"""Rows that are converted to Python at a time."""
+
+
+def take_data(
+    recipe: DataRecipe, data: Data, label: str | None = None
+) -> tuple[DataRecipe, dict[str, Dataset]]:
+    """Convert examples in memory to splits.
+
+    The keys of a mapping are its clients, in place of the recipe's partition. They become a column:
+    that of ``partition.by`` with the natural scheme, else ``client``.
+
+    Args:
+        recipe: Names of the splits, and the partition.
+        data: The examples.
+        label: Label column of the task, to name the client whose labels are missing.
+
+    Returns:
+        The recipe with the fingerprint of the examples as ``path``, and the splits by name.
+
+    Raises:
+        DataError: A table has another type than these, an unsupported column or no rows; tables of
+            clients differ in columns or splits. The message names the client.
+    """
+    with no_progress_bars():
+        if isinstance(data, Mapping) and not _is_dataset_dict(data):
+            recipe, splits = _join_clients(recipe, data, label)
+        else:
+            splits = read_parts(data, recipe)
+            if not any(map(len, splits.values())):
+                raise DataError("data: there are no rows; pass a table with examples")
+        return recipe.model_copy(update={"path": f"{IN_MEMORY}:{fingerprint(splits)}"}), splits
+
+
+def read_parts(parts: Parts, recipe: DataRecipe, source: str = "data") -> dict[str, Dataset]:
+    """Convert a table, a pair (train, test) or a ``DatasetDict`` to data sets by split.
+
+    Args:
+        parts: The tables.
+        recipe: Names of the splits.
+        source: Name of the tables in error messages.
+
+    Raises:
+        DataError: A table has another type, or an unsupported column.
+    """
+    if isinstance(parts, tuple) and len(parts) == 2:
+        names = (recipe.train_split, recipe.test_split or "test")
+        pairs = zip(names, parts, strict=True)
+        return {name: _read(part, f"{source}: {name}") for name, part in pairs}
+    if _is_dataset_dict(parts):
+        return {name: _read(part, f"{source}: {name}") for name, part in dict(parts).items()}
+    return {recipe.train_split: _read(parts, source)}
+
+
+def fingerprint(splits: Mapping[str, Dataset]) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 sum of all values, by split and column.
+
+    Neither the order of columns nor the types of Arrow matter. A path counts as text; its file is
+    not read.
+    """
+    digest = sha256()
+    for split, table in sorted(splits.items()):
+        for column in sorted(table.column_names):
+            names = getattr(table.features[column], "names", None)
+            digest.update(repr((split, column, len(table), names)).encode())
+            for values in _values(table, column):
+                digest.update(repr(values).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def _values(table: Dataset, column: str) -> Iterator[list[Any]]:
+    for batch in table.select_columns([column]).with_format("arrow").iter(_BATCH):
+        yield batch.column(column).to_pylist()
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def _read(table: Any, source: str) -> Dataset:
+    import pandas as pd
+    from datasets import Dataset
+
+    if isinstance(table, Dataset):
+        return table.with_format(None)
+    if not isinstance(table, pd.DataFrame | pa.Table):
+        raise DataError(
+            f"{source}: a {type(table).__name__} is not supported; pass a datasets.Dataset, a "
+            "pandas frame, a DatasetDict, a pair (train, test), or a dictionary of these by client"
+        )
+    with reading(source):
+        check_names(source, [str(name) for name in table.columns])
+        arrow = (
+            pa.Table.from_pandas(table, preserve_index=False)
+            if isinstance(table, pd.DataFrame)
+            else table
+        )
+        return Dataset(plain_table(arrow, source))
+
+
+def _is_dataset_dict(data: object) -> bool:
+    from datasets import DatasetDict
+
+    return isinstance(data, DatasetDict)
+
+
+# ---- clients -------------------------------------------------------------------------------------
+
+
+def _join_clients(
+    recipe: DataRecipe, data: Mapping[str, Parts], label: str | None
+) -> tuple[DataRecipe, dict[str, Dataset]]:
+    """Join the tables of clients, with a column that names the client of each row."""
+    from datasets import concatenate_datasets
+
+    _check_clients(recipe, data)
+    scheme = recipe.partition
+    by = scheme.by if isinstance(scheme, NaturalRecipe) else _CLIENT
+    parts: dict[str, list[Dataset]] = {}
+    for (_, split), table in _aligned(_client_tables(recipe, data, by, label)).items():
+        parts.setdefault(split, []).append(table)
+    if not isinstance(scheme, NaturalRecipe):
+        recipe = recipe.model_copy(update={"partition": NaturalRecipe(scheme="natural", by=by)})
+    return recipe, {split: concatenate_datasets(tables) for split, tables in parts.items()}
+
+
+def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
+    names = {str(key) for key in data}
+    splits = {"train", "validation", "test", recipe.train_split}
+    if not names:
+        raise DataError("data: the dictionary is empty; its keys are the clients")
+    if len(names) < len(data):
+        raise DataError("data: two clients have the same name; give each its own")
+    if names <= splits:
+        raise DataError(
+            f"data: {join_values(sorted(names))} are names of splits, but the keys of a dictionary "
+            "are clients; pass splits as datasets.DatasetDict or as a pair (train, test)"
+        )
+
+
+def _client_tables(
+    recipe: DataRecipe, data: Mapping[str, Parts], by: str, label: str | None
+) -> dict[tuple[str, str], Dataset]:
+    """Return the tables by source and split, in the order of the clients."""
+    tables: dict[tuple[str, str], Dataset] = {}
+    expected: dict[str, Dataset] = {}
+    for key, parts in data.items():
+        source = f"data[{key!r}]"
+        splits = read_parts(parts, recipe, source)
+        expected = expected or splits
+        if splits.keys() != expected.keys():
+            raise DataError(
+                f"{source} has the splits {join_values(splits)}, but another client has "
+                f"{join_values(expected)}; give all clients the same splits"
+            )
+        if not len(splits.get(recipe.train_split, ())) and recipe.train_split in splits:
+            raise DataError(f"{source} has no training rows; add some, or leave the client out")
+        if label is not None and not recipe.filter and "train" in splits:
+            encode_classes(splits, label, f"{source}: task.label")
+        for split, table in splits.items():
+            tables[source, split] = _with_client(table, by, str(key), source)
+    return tables
+
+
+def _with_client(table: Dataset, column: str, name: str, source: str) -> Dataset:
+    """Add the column of clients, or check that it has no other client."""
+    if column in table.column_names:
+        for values in _values(table, column):
+            if other := next((value for value in values if str(value) != name), None):
+                raise DataError(
+                    f"{source}: the column {column} has {other!r}; it names the client, so write "
+                    f"{name!r} in all rows, or remove the column"
+                )
+        return table
+    return table.add_column(column, [name] * len(table))
+
+
+def _aligned(tables: Mapping[tuple[str, str], Dataset]) -> dict[tuple[str, str], Dataset]:
+    """Convert all tables to common types of columns. Raises ``DataError`` if there are none."""
+    from datasets import Features
+
+    sources = {
+        f"{source}: {split}": table.features.arrow_schema
+        for (source, split), table in tables.items()
+    }
+    schema = common_schema(sources)
+    first = next(iter(tables.values())).features
+
+    def feature(name: str) -> Any:
+        if all(table.features[name] == first[name] for table in tables.values()):
+            return first[name]
+        return Features.from_arrow_schema(pa.schema([schema.field(name)]))[name]
+
+    features = Features({name: feature(name) for name in schema.names})
+    return {key: _cast(table, features) for key, table in tables.items()}
+
+
+def _cast(table: Dataset, features: Features) -> Dataset:
+    table = table.select_columns(list(features))
+    return table if table.features == features else table.cast(features)

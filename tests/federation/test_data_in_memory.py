@@ -176,17 +176,20 @@ def test_a_newcomer_may_be_in_memory(from_file):
 # ---- faults --------------------------------------------------------------------------------------
 
 
+def nameless():
+    return tickets().drop(columns="organisation")
+
+
 def faulty(**changes):
     """Clients a and b; b's frame has other columns."""
-    frame = tickets().drop(columns="organisation")
-    return {"a": frame[:8], "b": frame[8:16].assign(**changes)}
+    return {"a": nameless()[:8], "b": nameless()[8:16].assign(**changes)}
 
 
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
-        ([1], "data: a list is not supported; pass a datasets.Dataset, a pandas frame"),
-        ({"a": {"text": ["x"]}}, "data['a']: a dict is not supported"),
+        ([1], "data: found a list, expected a datasets.Dataset, a pandas frame"),
+        ({"a": {"text": ["x"]}}, "data['a']: found a section, expected a datasets.Dataset"),
         (lambda: tickets()[:0], "data: there are no rows"),
         ({}, "the dictionary is empty"),
         (lambda: {1: tickets(), "1": tickets()}, "two clients have the same name"),
@@ -194,16 +197,16 @@ def faulty(**changes):
             lambda: {"train": tickets(), "test": tickets()},
             "test, train are names of splits, but the keys of a dictionary are clients",
         ),
-        (lambda: {"a": tickets(), "b": tickets()[:0]}, "data['b'] has no training rows"),
+        (lambda: {"a": nameless(), "b": nameless()[:0]}, "data['b'] has no training rows"),
         (
-            lambda: {"a": tickets(), "b": (tickets(), tickets())},
+            lambda: {"a": nameless(), "b": (nameless(), nameless())},
             "data['b'] has the splits train, test, but another client has train",
         ),
         (
             lambda: faulty(age=3),
             "data['b']: train and data['a']: train have different columns (age",
         ),
-        (lambda: faulty(queue=3), "the column 'queue' is string in data['a']: train, but int64"),
+        (lambda: faulty(queue=3), "string in data['a']: train, but int64 in data['b']: train"),
         (
             lambda: faulty(queue=[None, *["red"] * 7]),
             "data['b']: task.label: the column queue is empty in 1 of the 8 train rows",
@@ -222,7 +225,9 @@ def faulty(**changes):
 )
 def test_faults_name_client_and_column(data, fault, tmp_path):
     with pytest.raises(DataError, match=re.escape(fault)):
-        federate(recipe(), tmp_path / "run", data=data() if callable(data) else data)
+        federate(
+            recipe("data.filter={}"), tmp_path / "run", data=data() if callable(data) else data
+        )
     assert not (tmp_path / "run").exists()
 
 

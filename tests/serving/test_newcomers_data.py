@@ -90,10 +90,10 @@ def test_unknown_labels_are_refused(values, labels, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (["a text"], "found a list, expected the path of a file or a datasets.Dataset"),
-        ({"text": ["a"]}, "found a section, expected the path"),
-        (b"a text", "found b'a text', expected the path"),
-        (None, "found nothing, expected the path"),
+        (["a text"], "data: found a list, expected a datasets.Dataset"),
+        ({"text": ["a"]}, "found a section, expected a datasets.Dataset"),
+        (b"a text", "found b'a text', expected a datasets"),
+        (None, "found nothing, expected a datasets"),
         ("", "does not exist"),
         ("a text" * 1000, "does not exist"),
         ("a\0b", "does not exist"),

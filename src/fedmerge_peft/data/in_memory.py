@@ -17,6 +17,7 @@ from fedmerge_peft.data.loading import IN_MEMORY, no_progress_bars
 from fedmerge_peft.data.tables import check_names, common_schema, plain_table, reading
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.recipe.data import DataRecipe, NaturalRecipe
+from fedmerge_peft.recipe.error_messages import found
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,8 +116,8 @@ def _read(table: Any, source: str) -> Dataset:
         return table.with_format(None)
     if not isinstance(table, pd.DataFrame | pa.Table):
         raise DataError(
-            f"{source}: a {type(table).__name__} is not supported; pass a datasets.Dataset, a "
-            "pandas frame, a DatasetDict, a pair (train, test), or a dictionary of these by client"
+            f"{source}: found {found(table)}, expected a datasets.Dataset, a pandas frame, an "
+            "Arrow table, a DatasetDict, a pair (train, test), or a dictionary of these by client"
         )
     with reading(source):
         check_names(source, [str(name) for name in table.columns])

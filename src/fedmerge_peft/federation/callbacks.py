@@ -19,8 +19,9 @@ class Callback:
     """Hooks of a run: override methods, or pass functions (``Callback(on_round=print)``).
 
     The recipe's strategy and each of its baselines are separate runs; each has a start and an end.
-    On several ranks, every rank calls the hooks. An exception from a hook ends the run, which can
-    be resumed.
+    ``stop`` ends the run after its current round, with final scores. On several ranks, every rank
+    calls the hooks, and ``stop`` on one rank is enough. An exception from a hook ends the run,
+    which can be resumed.
     """
 
     def __init__(self, **hooks: Callable[..., object]) -> None:
@@ -29,6 +30,13 @@ class Callback:
             if not name.startswith("on_") or not hasattr(Callback, name):
                 raise TypeError(f"a callback has no hook {name!r}")
             setattr(self, name, hook)
+
+    stopped = False
+    """True if the callback has asked to stop the present run."""
+
+    def stop(self) -> None:
+        """End the run after its current round, as after its last. Baselines run on their own."""
+        self.stopped = True
 
     def on_start(self, federation: Federation, run: RunDirectory) -> None:
         """Called before the first remaining round."""
@@ -50,7 +58,14 @@ class Callbacks(Callback):
         super().__init__()
         self._callbacks = list(callbacks)
 
+    def any_stopped(self) -> bool:
+        """Return True if a callback on any rank has asked to stop the run."""
+        stopped = any(callback.stopped for callback in self._callbacks)
+        return any(distributed.all_gather(lambda: stopped))
+
     def on_start(self, federation: Federation, run: RunDirectory) -> None:
+        for callback in self._callbacks:
+            callback.stopped = False
         self._each(lambda callback: callback.on_start(federation, run))
 
     def on_client(self, reply: Reply) -> None:

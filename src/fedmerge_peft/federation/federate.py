@@ -6,6 +6,7 @@ writes the directory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +21,7 @@ from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import DataError, PluginError, RecipeError, ResumeError
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
+from fedmerge_peft.federation.early_stopping import EarlyStopping
 from fedmerge_peft.federation.loop import Federation
 from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
 from fedmerge_peft.federation.tuning import Decisions
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.data.in_memory import Data
 
+log = logging.getLogger(__name__)
+
 
 def run_recipe(
     recipe: Recipe,
@@ -59,7 +63,7 @@ def run_recipe(
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, directory))
         distributed.on_rank_zero(partial(RunDirectory.check_free, directory))
-        _federate(recipe, directory, engine, Callbacks(callbacks))
+        _federate(recipe, directory, engine, callbacks)
     return directory
 
 
@@ -84,7 +88,7 @@ def resume_run(
         distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
         engine = engine or load_engine(recipe, splits)
         distributed.on_rank_zero(partial(remove_temporary_files, run.path))
-        _federate(recipe, run.path, engine, Callbacks(callbacks))
+        _federate(recipe, run.path, engine, callbacks)
     return run.path
 
 
@@ -139,9 +143,14 @@ def _lock(stack: ExitStack, directory: Path) -> None:
 
 def _check_unfinished(run: RunDirectory, rounds: int) -> None:
     if RunDirectory.open(run.path).ended and rounds == run.recipe.rounds:
+        stopped = run.summary.get("stopped")
+        more = " stop.patience=null" if run.recipe.stop.patience is not None else ""
+        done = f"all of its {rounds} rounds are done"
+        if stopped:
+            done = f"{stopped['reason']}, after {run.summary['rounds']} of {rounds} rounds"
         raise ResumeError(
-            f"{run.path} has ended: all of its {rounds} rounds are done. "
-            f"For more rounds: fedmerge resume {run.path} rounds=N"
+            f"{run.path} has ended: {done}. "
+            f"For more rounds: fedmerge resume {run.path} rounds=N{more}"
         )
 
 
@@ -170,10 +179,10 @@ def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) 
     return recipe
 
 
-def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callback) -> None:
+def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[Callback]) -> None:
     """Run the unfinished part of a recipe and its baselines."""
     own = [_callback(section) for section in recipe.callbacks]
-    callbacks = Callbacks([*own, callbacks])
+    callbacks = Callbacks([*own, *given])
     decisions = distributed.on_rank_zero(partial(_decisions, directory))
     ledger = PrivacyLedger(
         recipe, len(engine.clients), simulated=engine.simulated, directory=directory
@@ -184,14 +193,15 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, callbacks: Callba
         federation = Federation(one, engine, decisions, ledger)
         run = RunWriter(path, one)
         run.begin(engine, federation.strategy)
-        _restore(federation, run)
+        stopping = EarlyStopping(one.stop)
+        _restore(federation, run, stopping)
         decisions = federation.decide()  # the baselines use the same values
         run.write_decisions(decisions.document)
         with ExitStack() as stack:
             trackers = tracking(one, path, engine.accelerator)
             tracked = distributed.on_all_ranks(partial(stack.enter_context, trackers))
             callbacks.on_start(federation, run)
-            _run_rounds(federation, run, tracked, callbacks)
+            _run_rounds(federation, run, tracked, callbacks, stopping)
             callbacks.on_end(run)
         if federation.private and path != directory and recipe.strategy.federated:
             RunWriter(directory, recipe).update_privacy(ledger.document())
@@ -216,10 +226,10 @@ def _decisions(directory: Path) -> Decisions | None:
 
 
 def _has_ended(path: Path, rounds: int) -> bool:
-    return RunDirectory(path).final_round == rounds
+    return RunDirectory(path).ended_for == rounds
 
 
-def _restore(federation: Federation, run: RunWriter) -> None:
+def _restore(federation: Federation, run: RunWriter, stopping: EarlyStopping) -> None:
     """Restore all ranks to the state that rank 0 has read from the run directory."""
     strategy = federation.strategy
     records: list[dict[str, Any]] = distributed.on_rank_zero(lambda: run.records)
@@ -232,12 +242,18 @@ def _restore(federation: Federation, run: RunWriter) -> None:
             strategy.soup = replace(strategy.soup, rows=rows.clone(), base=base)
             strategy.load_state_dict(state)
     federation.restore_progress(records)
+    for record in records:
+        stopping.observe((record["served"] or {}).get("clients"))
 
 
 def _run_rounds(
-    federation: Federation, run: RunWriter, tracked: Tracking, callbacks: Callback
+    federation: Federation,
+    run: RunWriter,
+    tracked: Tracking,
+    callbacks: Callbacks,
+    stopping: EarlyStopping,
 ) -> None:
-    """Run the remaining rounds, then compute the final scores."""
+    """Run the remaining rounds, or until the run is stopped; then compute the final scores."""
     strategy = federation.strategy
     names = [client.name for client in federation.engine.clients]
 
@@ -248,17 +264,26 @@ def _run_rounds(
     with timed("other"):
         # The choice of the best round would follow from scores without noise.
         on_scores = None if federation.private else save_if_best
-        for record in federation.rounds(callbacks.on_client, on_scores):
+        reason = stopping.reason
+        rounds = federation.rounds(callbacks.on_client, on_scores)
+        while reason is None and (record := next(rounds, None)) is not None:
             with timed("save"):
                 run.append(record, strategy)
                 tracked.record(record)
                 if strategy.learns_weights:
                     tracked.weights(strategy.weights, names, record.round)
             callbacks.on_round(record)
+            stopping.observe(record.served.clients if record.served is not None else None)
+            asked = "a callback has stopped it" if callbacks.any_stopped() else None
+            reason = stopping.reason or asked
+        if federation.completed == federation.recipe.rounds:
+            reason = None
+        if reason is not None:
+            log.info("stopped after round %d: %s", federation.completed, reason)
         final = federation.evaluate()
         if final is not None and len(final.clients) == len(names) and on_scores is not None:
             on_scores(federation.completed, final)
         with timed("save"):
             privacy = federation.ledger.document() if federation.private else None
-            served = run.finish(final, privacy)
+            served = run.finish(final, privacy, reason)
             tracked.final(served, federation.completed)

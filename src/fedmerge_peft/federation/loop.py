@@ -88,6 +88,15 @@ class Federation:
                     "raise data.validation_fraction, or use serve: last"
                 ]
             )
+        if recipe.stop.patience is not None and not any(
+            len(client.validation) for client in self.engine.clients
+        ):
+            raise RecipeError(
+                [
+                    "stop.patience needs validation examples, but no client has any; raise "
+                    "data.validation_fraction, or remove stop"
+                ]
+            )
         if self.private:
             self.ledger.check()
         selected = cohort_size(recipe, len(self.engine.clients))

@@ -30,6 +30,7 @@ from fedmerge_peft.recipe.section import (
     Rate,
     Section,
 )
+from fedmerge_peft.recipe.stopping import StopRecipe
 from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
 from fedmerge_peft.recipe.tasks import AnyTask, compares_texts
 
@@ -216,6 +217,8 @@ class Recipe(Section):
     """Local training of a client in a round."""
     evaluation: EvaluationRecipe = EvaluationRecipe()
     """Evaluation during the run."""
+    stop: StopRecipe = StopRecipe()
+    """Early stopping."""
     serving: ServingRecipe = ServingRecipe()
     """Adapters that clients are served with."""
     tracking: list[Tracker] = []
@@ -260,6 +263,26 @@ class Recipe(Section):
             raise ValueError(
                 "evaluation: serve: best chooses a round by scores without noise, which "
                 f"privacy.mode: {self.privacy.mode} does not cover; use serve: last"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stopped_by_comparable_scores(self) -> Recipe:
+        metrics = ("loss", *self.task.metrics)
+        if self.stop.metric not in metrics:
+            raise ValueError(
+                f"stop: metric: {self.stop.metric} is not evaluated; use one of "
+                f"{', '.join(metrics)}, or add it to task.metrics"
+            )
+        if self.stop.patience is not None and self.clients.fraction < 1:
+            raise ValueError(
+                "stop: patience compares the validation scores of all clients in each round, but "
+                f"clients.fraction is {self.clients.fraction:g}; remove stop, or use fraction 1"
+            )
+        if self.stop.patience is not None and self.privacy.mode != "none":
+            raise ValueError(
+                "stop: patience ends a run by scores without noise, which "
+                f"privacy.mode: {self.privacy.mode} does not cover; remove stop"
             )
         return self
 

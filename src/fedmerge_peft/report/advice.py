@@ -52,7 +52,7 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
     for warning in run.records[-1]["warnings"] if run.records else []:
         finding, _, remedy = warning.partition(". ")
         if finding.startswith("until "):  # ends by itself, unless the run ends first
-            if _trained_after_warm_rounds(run) and run.final_round is not None:
+            if _trained_after_warm_rounds(run) and run.ended_for is not None:
                 yield Advice(finding, "use more rounds, or a larger clients.fraction")
             continue
         yield Advice(

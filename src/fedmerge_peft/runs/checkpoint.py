@@ -33,7 +33,16 @@ from fedmerge_peft.util.files import translated_write_errors
 
 log = logging.getLogger(__name__)
 
-RESUME_OVERRIDES = ("name", "rounds", "evaluation.every", "tracking", "callbacks", "plugins")
+RESUME_OVERRIDES = (
+    "name",
+    "rounds",
+    "evaluation.every",
+    "stop.patience",
+    "stop.metric",
+    "tracking",
+    "callbacks",
+    "plugins",
+)
 """Recipe keys that may change on resume: they do not affect what clients compute."""
 KEEP_LAST = 2
 """Number of checkpoints that are kept."""

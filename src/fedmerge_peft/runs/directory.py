@@ -104,20 +104,21 @@ class RunDirectory:
 
     @property
     def ended(self) -> bool:
-        """True if all rounds of the run and of its baselines are done."""
+        """True if the run and its baselines have ended, after all rounds or stopped before."""
         return all(
-            RunDirectory(path).final_round == recipe.rounds
+            RunDirectory(path).ended_for == recipe.rounds
             for recipe, path in with_baselines(self.recipe, self.path)
         )
 
     @property
-    def final_round(self) -> int | None:
-        """Number of rounds after which the run ended, without baselines; None before the end.
+    def ended_for(self) -> int | None:
+        """The recipe's rounds if the run has ended, after these or fewer; else None.
 
         A damaged summary counts as missing, because resuming writes it again.
         """
         try:
-            return int(self.summary["rounds"])
+            stopped = self.summary.get("stopped")
+            return int(stopped["planned"] if stopped else self.summary["rounds"])
         except checked.DamagedError as error:
             log.warning("%s. fedmerge resume writes it again", error)
         except RunError:  # not ended

@@ -152,13 +152,17 @@ class RunWriter(RunDirectory):
 
     @rank_zero
     def finish(
-        self, last_scores: Scores | None, privacy: Mapping[str, Any] | None = None
+        self,
+        last_scores: Scores | None,
+        privacy: Mapping[str, Any] | None = None,
+        stopped: str | None = None,
     ) -> Scores | None:
         """Write ``summary.json``, and serve the best round if the recipe asks for it.
 
         Args:
             last_scores: Scores after the last round; None if no client has any.
             privacy: ε, δ and source of the noise; None without differential privacy.
+            stopped: Reason to end before the last round; None after all rounds.
 
         Returns:
             Scores of the round that is served.
@@ -177,6 +181,7 @@ class RunWriter(RunDirectory):
             self.path / "summary.json",
             {
                 "rounds": self.completed,
+                "stopped": stopped and {"reason": stopped, "planned": self.recipe.rounds},
                 "seconds": sum(record["seconds"] for record in records),
                 "bytes_down": sum(record["bytes_down"] for record in records),
                 "bytes_up": sum(record["bytes_up"] for record in records),

@@ -148,7 +148,7 @@ def resume(
 
     Args:
         path: The run directory.
-        overrides: New values of ``rounds``, ``evaluation.every`` or ``tracking``.
+        overrides: New values of ``rounds``, ``stop``, ``evaluation.every`` or ``tracking``.
         data: The examples that the run was given in memory (``federate``); others are refused.
         engine: Loaded data and model. Default: load those of the run's recipe.
         callbacks: Callbacks in addition to those of the recipe.

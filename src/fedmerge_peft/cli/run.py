@@ -82,7 +82,7 @@ def resume(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Overrides of rounds, evaluation.every or tracking."
+            metavar="KEY=VALUE", help="Overrides of rounds, stop, evaluation.every or tracking."
         ),
     ] = None,
     quiet: Annotated[

@@ -55,6 +55,7 @@ _SERVER_KEYS = (
     "name",
     "rounds",
     "evaluation.every",
+    "stop",
     "tracking",
     "callbacks",
     "plugins",

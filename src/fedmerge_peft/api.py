@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.errors import FedMergeError
     from fedmerge_peft.runs.record import RoundRecord
     from fedmerge_peft.serving.predictor import Prediction
+    from fedmerge_peft.tasks.base import ComputeMetrics
 
 
 class Run(RunDirectory):
@@ -104,6 +105,7 @@ def federate(
     out: Path | str | None = None,
     *,
     data: Data | None = None,
+    metrics: ComputeMetrics | None = None,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -118,6 +120,9 @@ def federate(
         data: Examples, instead of those at ``data.path``: a ``datasets.Dataset``, a pandas frame, a
             ``DatasetDict`` or a pair (train, test), which the recipe partitions among clients; or a
             dictionary of these by client. The run stores their fingerprint.
+        metrics: ``compute_metrics(predictions, references)``, which returns further scores by name.
+            Its arguments are texts if the recipe has a metric of generated texts, else class or
+            token ids.
         engine: Loaded data and model. Default: load those of the recipe.
         callbacks: Callbacks in addition to those of the recipe.
 
@@ -129,7 +134,9 @@ def federate(
         RunBusyError: Another process is writing it. Nothing was changed.
         FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
     """
-    path = running.run_recipe(recipe, out, data=data, engine=engine, callbacks=callbacks)
+    path = running.run_recipe(
+        recipe, out, data=data, metrics=metrics, engine=engine, callbacks=callbacks
+    )
     return Run(path, trust_remote_code=True)  # it has just run the caller's recipe
 
 
@@ -138,6 +145,7 @@ def resume(
     overrides: Iterable[str] = (),
     *,
     data: Data | None = None,
+    metrics: ComputeMetrics | None = None,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
     trust_remote_code: bool = False,
@@ -150,6 +158,7 @@ def resume(
         path: The run directory.
         overrides: New values of ``rounds``, ``stop``, ``evaluation.every`` or ``tracking``.
         data: The examples that the run was given in memory (``federate``); others are refused.
+        metrics: As in ``federate``. The run does not store the function.
         engine: Loaded data and model. Default: load those of the run's recipe.
         callbacks: Callbacks in addition to those of the recipe.
         trust_remote_code: As in ``load_run``.
@@ -165,7 +174,9 @@ def resume(
         FedMergeError: As ``federate``.
     """
     run = Run.open(path, trust_remote_code=trust_remote_code)
-    running.resume_run(run, overrides, data=data, engine=engine, callbacks=callbacks)
+    running.resume_run(
+        run, overrides, data=data, metrics=metrics, engine=engine, callbacks=callbacks
+    )
     return Run(run.path, trust_remote_code=trust_remote_code)
 
 

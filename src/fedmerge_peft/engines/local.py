@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
+    from fedmerge_peft.tasks.base import ComputeMetrics
+
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +71,11 @@ class LocalEngine:
         self.runtime = runtime
         self.score_cache = ScoreCache()
         self.training_cache = TrainingCache()
+
+    def add_metrics(self, compute_metrics: ComputeMetrics) -> None:
+        """Evaluate the metrics of a function too."""
+        self.task.compute_metrics = compute_metrics
+        self.score_cache = ScoreCache()
 
     @classmethod
     def from_recipe(

@@ -7,7 +7,7 @@ writes the directory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedmerge_peft.data.in_memory import Data
+    from fedmerge_peft.tasks.base import ComputeMetrics
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def run_recipe(
     out: Path | str | None,
     *,
     data: Data | None = None,
+    metrics: ComputeMetrics | None = None,
     engine: Engine | None,
     callbacks: Sequence[Callback],
 ) -> Path:
@@ -59,7 +61,7 @@ def run_recipe(
     directory = Path(out) if out is not None else RunDirectory.default_path(recipe)
     check_trackers(recipe)
     RunDirectory.check_free(directory)
-    engine = engine or load_engine(recipe, splits)
+    engine = _loaded(recipe, splits, engine, metrics)
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, directory))
         distributed.on_rank_zero(partial(RunDirectory.check_free, directory))
@@ -72,6 +74,7 @@ def resume_run(
     overrides: Iterable[str],
     *,
     data: Data | None = None,
+    metrics: ComputeMetrics | None = None,
     engine: Engine | None,
     callbacks: Sequence[Callback],
 ) -> Path:
@@ -80,16 +83,37 @@ def resume_run(
     recipe = _resumed_recipe(run, saved, overrides)
     splits = _same_data(run, recipe, data, engine)
     check_trackers(recipe)
-    if distributed.launched_processes() > 1:
+    if distributed.launched_processes() > 1 and engine is None:
         # Loading synchronizes the ranks, so all of them have read the directory before it changes.
-        engine = engine or load_engine(recipe, splits)
+        engine, metrics = _loaded(recipe, splits, engine, metrics), None
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, run.path))
         distributed.on_rank_zero(partial(_check_unfinished, run, recipe.rounds))
-        engine = engine or load_engine(recipe, splits)
+        engine = _loaded(recipe, splits, engine, metrics)
         distributed.on_rank_zero(partial(remove_temporary_files, run.path))
         _federate(recipe, run.path, engine, callbacks)
     return run.path
+
+
+def _loaded(
+    recipe: Recipe,
+    splits: Mapping[str, Dataset] | None,
+    engine: Engine | None,
+    metrics: ComputeMetrics | None,
+) -> Engine:
+    """Return the engine, or load one that evaluates the metrics too.
+
+    Raises:
+        RecipeError: Both are given.
+    """
+    if engine is not None:
+        if metrics is not None:
+            raise RecipeError(["metrics: the engine is loaded; use engine.add_metrics(function)"])
+        return engine
+    loaded = load_engine(recipe, splits)
+    if metrics is not None:
+        loaded.add_metrics(metrics)
+    return loaded
 
 
 def with_data(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.recipe.schema import BackboneRecipe
 
+ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
+"""``compute_metrics(predictions, references)``, which returns numbers by name."""
 Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
 
@@ -82,6 +84,8 @@ class Task(ABC):
     """Names of the metrics. Tables show the first one."""
     labels: Sequence[str]
     """Names of the labels. Empty for tasks without labels."""
+    compute_metrics: ComputeMetrics | None = None
+    """Function that computes further metrics; None for none."""
     processor: Any
     """Tokenizer or image processor of the backbone."""
     generates: bool = False

@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.plugins import METRICS
+from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.recipe.tasks import compares_texts
 from fedmerge_peft.tasks.words import words
 from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
-    from fedmerge_peft.tasks.base import Predictions
+    from fedmerge_peft.tasks.base import ComputeMetrics, Predictions
 
 _ROUNDING = 1e-6
 """Rounding error by which a metric may leave its range."""
@@ -53,6 +56,36 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         # longer than the computation, for every client, split and round.
         scores[name] = _compute(name, outputs, references) if len(references) else math.nan
     return scores
+
+
+def own_scores(
+    compute: ComputeMetrics, names: Iterable[str], predictions: Predictions
+) -> dict[str, float]:
+    """Compute the metrics of a function that a Python program passes.
+
+    Args:
+        compute: The function. Its arguments are texts if a metric of the task needs generated
+            texts, else class or token ids.
+        names: Metrics of the task, whose names it must not use.
+        predictions: Ids and texts.
+
+    Raises:
+        RecipeError: The result is no dictionary of numbers by name.
+    """
+    generated = predictions.generated, predictions.references
+    result = compute(
+        *(generated if generated[1] else (predictions.predicted, predictions.expected))
+    )
+    if not isinstance(result, Mapping):
+        raise RecipeError(
+            [f"metrics: the function returned {found(result)}, expected numbers by name"]
+        )
+    for name, value in result.items():
+        if not isinstance(name, str) or name in ("loss", *names):
+            raise RecipeError([f"metrics: {name!r} is not a free name; choose another"])
+        if not isinstance(value, Real):
+            raise RecipeError([f"metrics: {name} is {found(value)}, expected a number"])
+    return {name: float(value) for name, value in result.items()}
 
 
 def _compute(name: str, *arguments: Any) -> float:

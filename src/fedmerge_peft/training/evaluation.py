@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.tasks.base import Examples, Predictions
-from fedmerge_peft.tasks.metrics import score
+from fedmerge_peft.tasks.metrics import own_scores, score
 from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.training.runtime import Runtime
 
@@ -22,6 +22,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss (nats) and the task's metrics: ``{"loss": ..., "accuracy": ...}``.
 
+    Metrics of ``task.compute_metrics`` are added.
+
     Args:
         runtime: Model, task and examples.
         served: An adapter ``(P,)`` or a mixture.
@@ -29,7 +31,8 @@ def evaluate(
         batch_size: Examples in a pass.
 
     Raises:
-        RecipeError: A metric needs generated text, which mixtures do not support.
+        RecipeError: A metric needs generated text, which mixtures do not support, or
+            ``compute_metrics`` returned no numbers by name.
     """
     task, predictions = runtime.task, Predictions()
     rows = indices[_by_length(runtime.examples, indices)]
@@ -54,7 +57,10 @@ def evaluate(
                 )
             predictions.generated += generated
             predictions.references += references
-    return score(task.metrics, predictions)
+    scores = score(task.metrics, predictions)
+    if task.compute_metrics is not None and predictions.expected:
+        scores |= own_scores(task.compute_metrics, task.metrics, predictions)
+    return scores
 
 
 @torch.no_grad()

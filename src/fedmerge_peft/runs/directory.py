@@ -112,10 +112,8 @@ class RunDirectory:
 
     @property
     def ended_for(self) -> int | None:
-        """The recipe's rounds if the run has ended, after these or fewer; else None.
-
-        A damaged summary counts as missing, because resuming writes it again.
-        """
+        """The recipe's rounds if the run has ended, after these or fewer; else None. A damaged
+        summary counts as missing, because resuming writes it again."""
         try:
             stopped = self.summary.get("stopped")
             return int(stopped["planned"] if stopped else self.summary["rounds"])
@@ -367,8 +365,8 @@ class RunDirectory:
         return self.path / "baselines" / strategy
 
     def __repr__(self) -> str:
-        progress = f"{len(self.records)} of {self.recipe.rounds} rounds"
-        return f"Run({str(self.path)!r}, {self.recipe.strategy.name}, {progress})"
+        done = f"{len(self.records)} of {self.recipe.rounds} rounds"
+        return f"Run({str(self.path)!r}, {self.recipe.strategy.name}, {done})"
 
     @cached_property
     def _clients(self) -> list[dict[str, Any]]:

@@ -113,7 +113,8 @@ class RunDirectory:
     @property
     def ended_for(self) -> int | None:
         """The recipe's rounds if the run has ended, after these or fewer; else None. A damaged
-        summary counts as missing, because resuming writes it again."""
+        summary counts as missing, because resuming writes it again.
+        """
         try:
             stopped = self.summary.get("stopped")
             return int(stopped["planned"] if stopped else self.summary["rounds"])

@@ -73,7 +73,7 @@ def own_scores(
         RecipeError: The result is no dictionary of numbers by name.
     """
     generated = predictions.generated, predictions.references
-    result = compute(
+    result: Any = compute(
         *(generated if generated[1] else (predictions.predicted, predictions.expected))
     )
     if not isinstance(result, Mapping):

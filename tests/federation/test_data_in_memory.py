@@ -213,6 +213,8 @@ def faulty(**changes):
         ),
         (lambda: faulty(text=[3, *["red"] * 7]), "data['b'] cannot be loaded: Arrow"),
         (lambda: faulty(organisation="c"), "data['b']: the column organisation has 'c'"),
+        (lambda: faulty(organisation=""), "data['b']: the column organisation has ''"),
+        (lambda: faulty(organisation=None), "data['b']: the column organisation has None"),
         (
             lambda: pd.concat([tickets(), tickets()], axis=1),
             "data: two columns are named 'organisation'",

@@ -197,9 +197,9 @@ def _with_client(table: Dataset, column: str, name: str, source: str) -> Dataset
     """Add the column of clients, or check that it has no other client."""
     if column in table.column_names:
         for values in _values(table, column):
-            if other := next((value for value in values if str(value) != name), None):
+            if others := [value for value in values if str(value) != name]:
                 raise DataError(
-                    f"{source}: the column {column} has {other!r}; it names the client, so write "
+                    f"{source}: the column {column} has {others[0]!r}; it names the client, so write "
                     f"{name!r} in all rows, or remove the column"
                 )
         return table

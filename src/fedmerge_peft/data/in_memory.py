@@ -199,8 +199,8 @@ def _with_client(table: Dataset, column: str, name: str, source: str) -> Dataset
         for values in _values(table, column):
             if others := [value for value in values if str(value) != name]:
                 raise DataError(
-                    f"{source}: the column {column} has {others[0]!r}; it names the client, so write "
-                    f"{name!r} in all rows, or remove the column"
+                    f"{source}: the column {column} has {others[0]!r}; it names the client, "
+                    f"so write {name!r} in all rows, or remove the column"
                 )
         return table
     return table.add_column(column, [name] * len(table))

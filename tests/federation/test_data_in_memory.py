@@ -200,7 +200,7 @@ def faulty(**changes):
         (lambda: {"a": nameless(), "b": nameless()[:0]}, "data['b'] has no training rows"),
         (
             lambda: {"a": nameless(), "b": (nameless(), nameless())},
-            "data['b'] has the splits train, test, but another client has train",
+            "data['b'] has the splits train, test, but data['a'] has train",
         ),
         (
             lambda: faulty(age=3),

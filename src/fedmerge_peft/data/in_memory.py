@@ -6,32 +6,33 @@ the types of files. A recipe names the examples by their fingerprint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 
+from fedmerge_peft.data.client_tables import (
+    ClientTables,
+    client_column,
+    column_values,
+    join_clients,
+)
 from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.loading import IN_MEMORY, no_progress_bars
-from fedmerge_peft.data.tables import check_names, common_schema, plain_table, reading
+from fedmerge_peft.data.tables import check_names, plain_table, reading
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.recipe.data import DataRecipe, NaturalRecipe
 from fedmerge_peft.recipe.error_messages import found
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, DatasetDict
 
     Table: TypeAlias = Dataset | pd.DataFrame | pa.Table
     Parts: TypeAlias = Table | DatasetDict | tuple[Table, Table]
     Data: TypeAlias = Parts | Mapping[str, Parts]
     """One table, a pair (train, test) or a ``DatasetDict``; or these by client."""
-
-_CLIENT = "client"
-"""Column with the clients of a mapping, unless the recipe's partition names another."""
-_BATCH = 1_000
-"""Rows that are converted to Python at a time."""
 
 
 def take_data(
@@ -95,14 +96,9 @@ def fingerprint(splits: Mapping[str, Dataset]) -> str:
         for column in sorted(table.column_names):
             names = getattr(table.features[column], "names", None)
             digest.update(repr((split, column, len(table), names)).encode())
-            for values in _values(table, column):
+            for values in column_values(table, column):
                 digest.update(repr(values).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
-
-
-def _values(table: Dataset, column: str) -> Iterator[list[Any]]:
-    for batch in table.select_columns([column]).with_format("arrow").iter(_BATCH):
-        yield batch.column(column).to_pylist()
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -142,17 +138,13 @@ def _join_clients(
     recipe: DataRecipe, data: Mapping[str, Parts], label: str | None
 ) -> tuple[DataRecipe, dict[str, Dataset]]:
     """Join the tables of clients, with a column that names the client of each row."""
-    from datasets import concatenate_datasets
-
     _check_clients(recipe, data)
     scheme = recipe.partition
-    by = scheme.by if isinstance(scheme, NaturalRecipe) else _CLIENT
-    parts: dict[str, list[Dataset]] = {}
-    for (_, split), table in _aligned(_client_tables(recipe, data, by, label)).items():
-        parts.setdefault(split, []).append(table)
+    by = client_column(recipe)
+    splits = join_clients(_client_tables(recipe, data, label), by)
     if not isinstance(scheme, NaturalRecipe):
         recipe = recipe.model_copy(update={"partition": NaturalRecipe(scheme="natural", by=by)})
-    return recipe, {split: concatenate_datasets(tables) for split, tables in parts.items()}
+    return recipe, splits
 
 
 def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
@@ -170,62 +162,16 @@ def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
 
 
 def _client_tables(
-    recipe: DataRecipe, data: Mapping[str, Parts], by: str, label: str | None
-) -> dict[tuple[str, str], Dataset]:
-    """Return the tables by source and split, in the order of the clients."""
-    tables: dict[tuple[str, str], Dataset] = {}
-    expected: dict[str, Dataset] = {}
+    recipe: DataRecipe, data: Mapping[str, Parts], label: str | None
+) -> list[ClientTables]:
+    """Convert the tables of each client, and check its training rows and labels."""
+    tables = []
     for key, parts in data.items():
         source = f"data[{key!r}]"
         splits = read_parts(parts, recipe, source)
-        expected = expected or splits
-        if splits.keys() != expected.keys():
-            raise DataError(
-                f"{source} has the splits {join_values(splits)}, but another client has "
-                f"{join_values(expected)}; give all clients the same splits"
-            )
         if not len(splits.get(recipe.train_split, ())) and recipe.train_split in splits:
             raise DataError(f"{source} has no training rows; add some, or leave the client out")
         if label is not None and not recipe.filter and "train" in splits:
             encode_classes(splits, label, f"{source}: task.label")
-        for split, table in splits.items():
-            tables[source, split] = _with_client(table, by, str(key), source)
+        tables.append(ClientTables(str(key), source, splits))
     return tables
-
-
-def _with_client(table: Dataset, column: str, name: str, source: str) -> Dataset:
-    """Add the column of clients, or check that it has no other client."""
-    if column in table.column_names:
-        for values in _values(table, column):
-            if others := [value for value in values if str(value) != name]:
-                raise DataError(
-                    f"{source}: the column {column} has {others[0]!r}; it names the client, "
-                    f"so write {name!r} in all rows, or remove the column"
-                )
-        return table
-    return table.add_column(column, [name] * len(table))
-
-
-def _aligned(tables: Mapping[tuple[str, str], Dataset]) -> dict[tuple[str, str], Dataset]:
-    """Convert all tables to common types of columns. Raises ``DataError`` if there are none."""
-    from datasets import Features
-
-    sources = {
-        f"{source}: {split}": table.features.arrow_schema
-        for (source, split), table in tables.items()
-    }
-    schema = common_schema(sources)
-    first = next(iter(tables.values())).features
-
-    def feature(name: str) -> Any:
-        if all(table.features[name] == first[name] for table in tables.values()):
-            return first[name]
-        return Features.from_arrow_schema(pa.schema([schema.field(name)]))[name]
-
-    features = Features({name: feature(name) for name in schema.names})
-    return {key: _cast(table, features) for key, table in tables.items()}
-
-
-def _cast(table: Dataset, features: Features) -> Dataset:
-    table = table.select_columns(list(features))
-    return table if table.features == features else table.cast(features)

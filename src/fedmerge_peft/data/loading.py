@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedmerge_peft.data.client_files import is_pattern, read_clients
 from fedmerge_peft.data.columns import (
     did_you_mean,
     encode_classes,
@@ -89,6 +90,8 @@ def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
             "stored; pass them there: federate(recipe, data=...), resume(run, data=...)"
         )
     path = Path(recipe.path).expanduser()
+    if is_pattern(path):
+        return read_clients(path, recipe, image)
     if path.is_file() and not is_table(path):
         raise DataError(
             f"data.path: {path} has an unsupported format; convert it to one of "

@@ -84,15 +84,24 @@ def _read_folder(folder: Path, recipe: DataRecipe, image: str | None) -> dict[st
 def _read_tables(
     splits: Mapping[str, Sequence[Path]], recipe: DataRecipe, image: str | None
 ) -> dict[str, Dataset]:
-    from datasets import Dataset
+    from datasets import concatenate_datasets
 
-    tables = read_tables([path for paths in splits.values() for path in paths], recipe)
+    files = [path for paths in splits.values() for path in paths]
+    tables = read_table_files(files, recipe, image)
     return {
-        split: Dataset(
-            pa.concat_tables([_with_images(tables[path], path, image) for path in paths])
-        )
+        split: concatenate_datasets([tables[path] for path in paths])
         for split, paths in splits.items()
     }
+
+
+def read_table_files(
+    files: Sequence[Path], recipe: DataRecipe, image: str | None
+) -> dict[Path, Dataset]:
+    """Read tables with types that are told from all of them. Arguments as in ``read_local``."""
+    from datasets import Dataset
+
+    tables = read_tables(files, recipe)
+    return {path: Dataset(_with_images(table, path, image)) for path, table in tables.items()}
 
 
 # ---- images --------------------------------------------------------------------------------------

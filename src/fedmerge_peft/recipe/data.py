@@ -139,8 +139,8 @@ class DataRecipe(Section):
 
     path: str
     """A hub id, a local csv, tsv, json, jsonl, parquet or arrow file, a folder of tables or images,
-    a save_to_disk folder, embedded:support-tickets, or memory for examples that Python passes with
-    data=."""
+    a save_to_disk folder, a pattern for one file or folder a client (clients/*.csv),
+    embedded:support-tickets, or memory for examples that Python passes with data=."""
     separator: Separator | None = None
     """Character between the fields of csv and tsv files, such as ";". Default: a comma for .csv, a
     tab for .tsv."""

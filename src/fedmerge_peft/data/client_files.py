@@ -1,0 +1,89 @@
+"""Files and folders of single clients: ``clients/*.csv``, ``hospitals/*/``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmerge_peft.data.client_tables import ClientTables, client_column, join_clients
+from fedmerge_peft.data.local_files import read_local, read_table_files
+from fedmerge_peft.data.tables import TABLES, is_table, reading
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.data import DataRecipe
+
+
+def is_pattern(path: Path) -> bool:
+    """Return True for a path with wildcards, unless it exists."""
+    return any(character in str(path) for character in "*?[") and not path.exists()
+
+
+def read_clients(pattern: Path, recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
+    """Read one file or folder for each client; its name without suffixes is the client's name.
+
+    A column with the clients is added (``client_column``). Folders are read as single ones are;
+    labels of folders of images become text.
+
+    Raises:
+        DataError: There is none, files cannot be read, two have the same name, or they differ in
+            splits or columns.
+    """
+    paths = _matches(pattern)
+    if all(path.is_dir() for path in paths.values()):
+        folders = {
+            name: _with_label_names(read_local(path, recipe, image)) for name, path in paths.items()
+        }
+        clients = [ClientTables(name, str(paths[name]), parts) for name, parts in folders.items()]
+    else:
+        files = [path for path in paths.values() if path.is_file()]
+        if others := [path for path in paths.values() if path not in files or not is_table(path)]:
+            raise DataError(
+                f"data.path: {others[0]} is no table, beside tables that match {pattern}; let the "
+                f"pattern match files of the same kind ({', '.join(TABLES)}), or folders"
+            )
+        with reading(pattern):
+            tables = read_table_files(files, recipe, image)
+        clients = [
+            ClientTables(name, str(path), {"train": tables[path]}) for name, path in paths.items()
+        ]
+    for client in clients:
+        if not any(map(len, client.splits.values())):
+            raise DataError(f"data.path: {client.source} has no rows; add some, or remove it")
+    return join_clients(clients, client_column(recipe))
+
+
+def _matches(pattern: Path) -> dict[str, Path]:
+    """Return the files or folders by client, in the order of their paths."""
+    paths = [Path(path) for path in sorted(glob(str(pattern)))]  # noqa: PTH207 - absolute too
+    if not paths:
+        raise DataError(f"data.path: no file matches {pattern.absolute()}; correct the pattern")
+    named: dict[str, Path] = {}
+    for path in paths:
+        name = path.name if path.is_dir() else path.name.partition(".")[0]
+        if name in named:
+            raise DataError(
+                f"data.path: {named[name]} and {path} are both of the client {name}; rename one"
+            )
+        named[name] = path
+    return named
+
+
+def _with_label_names(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """Replace class numbers, which differ between folders, by their names."""
+    from datasets import Value
+
+    named = {}
+    for split, table in splits.items():
+        for column, feature in table.features.items():
+            if hasattr(feature, "names"):
+                names = [feature.names[number] for number in table[column]]
+                position = table.column_names
+                table = table.remove_columns(column).add_column(column, names)
+                table = table.select_columns(position).cast_column(column, Value("string"))
+        named[split] = table
+    return named

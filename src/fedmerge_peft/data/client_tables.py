@@ -1,0 +1,104 @@
+"""Tables of single clients, joined into one table with a column of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.data.tables import common_schema
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.recipe.data import DataRecipe, NaturalRecipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+_BATCH = 1_000
+"""Rows that are converted to Python at a time."""
+
+
+@dataclass(frozen=True)
+class ClientTables:
+    """Tables of one client by split."""
+
+    name: str
+    source: str
+    """Name of the tables in error messages."""
+    splits: Mapping[str, Dataset]
+
+
+def client_column(recipe: DataRecipe) -> str:
+    """Return the column that names clients: that of the natural scheme, else ``client``."""
+    scheme = recipe.partition
+    return scheme.by if isinstance(scheme, NaturalRecipe) else "client"
+
+
+def join_clients(clients: Sequence[ClientTables], column: str) -> dict[str, Dataset]:
+    """Join the tables of clients by split, with a column that names the client of each row.
+
+    Raises:
+        DataError: Clients have different splits or columns, or rows name another client.
+    """
+    from datasets import concatenate_datasets
+
+    first = clients[0]
+    tables: dict[tuple[str, str], Dataset] = {}
+    for client in clients:
+        if client.splits.keys() != first.splits.keys():
+            raise DataError(
+                f"{client.source} has the splits {join_values(client.splits)}, but {first.source} "
+                f"has {join_values(first.splits)}; give all clients the same splits"
+            )
+        for split, table in client.splits.items():
+            tables[client.source, split] = _with_client(table, column, client)
+    parts: dict[str, list[Dataset]] = {}
+    for (_, split), table in _aligned(tables).items():
+        parts.setdefault(split, []).append(table)
+    return {split: concatenate_datasets(pieces) for split, pieces in parts.items()}
+
+
+def column_values(table: Dataset, column: str) -> Iterator[list[Any]]:
+    """Yield the values of a column, in pieces. Images are not decoded."""
+    for batch in table.select_columns([column]).with_format("arrow").iter(_BATCH):
+        yield batch.column(column).to_pylist()
+
+
+def _with_client(table: Dataset, column: str, client: ClientTables) -> Dataset:
+    """Add the column of clients, or check that it has no other client."""
+    if column in table.column_names:
+        for values in column_values(table, column):
+            if others := [value for value in values if str(value) != client.name]:
+                raise DataError(
+                    f"{client.source}: the column {column} has {others[0]!r}; it names the client, "
+                    f"so write {client.name!r} in all rows, or remove the column"
+                )
+        return table
+    return table.add_column(column, [client.name] * len(table))
+
+
+def _aligned(tables: Mapping[tuple[str, str], Dataset]) -> dict[tuple[str, str], Dataset]:
+    """Convert all tables to common types of columns. Raises ``DataError`` if there are none."""
+    from datasets import Features
+
+    sources = {
+        f"{source}: {split}": table.features.arrow_schema
+        for (source, split), table in tables.items()
+    }
+    schema = common_schema(sources)
+    first = next(iter(tables.values())).features
+
+    def feature(name: str) -> Any:
+        if all(table.features[name] == first[name] for table in tables.values()):
+            return first[name]
+        return Features.from_arrow_schema(pa.schema([schema.field(name)]))[name]
+
+    features = Features({name: feature(name) for name in schema.names})
+    return {key: _cast(table, features) for key, table in tables.items()}
+
+
+def _cast(table: Dataset, features: Features) -> Dataset:
+    table = table.select_columns(list(features))
+    return table if table.features == features else table.cast(features)

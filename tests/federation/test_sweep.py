@@ -37,9 +37,9 @@ def loads(monkeypatch):
     seen = []
     load = LocalEngine.from_recipe.__func__
 
-    def counted(cls, recipe):
+    def counted(cls, recipe, splits=None):
         seen.append(recipe)
-        return load(cls, recipe)
+        return load(cls, recipe, splits)
 
     monkeypatch.setattr(LocalEngine, "from_recipe", classmethod(counted))
     return seen

@@ -35,7 +35,7 @@ def test_the_mean_weight_of_the_own_groups_is_as_given(weight):
     logits = first_logits(affinities(units @ units.T, GROUPS), GROUPS, weight)
     own = torch.softmax(logits, dim=1).gather(1, GROUPS[:, None])
     assert float(own.mean()) == pytest.approx(weight)
-    assert logits.gather(1, GROUPS[:, None]).abs().max() == 0
+    assert torch.allclose(torch.exp(logits).sum(dim=1), torch.ones(6, dtype=torch.float64))
 
 
 def test_a_client_between_two_groups_starts_between_them():
@@ -48,7 +48,17 @@ def test_a_client_between_two_groups_starts_between_them():
 
 def test_clients_that_are_equally_similar_to_all_groups_start_evenly():
     similar = torch.ones(4, 2, dtype=torch.float64)
-    assert first_logits(similar, torch.tensor([0, 1, 0, 1]), 0.8).tolist() == [[0.0, 0.0]] * 4
+    logits = first_logits(similar, torch.tensor([0, 1, 0, 1]), 0.8)
+    assert torch.softmax(logits, dim=1).tolist() == [[0.5, 0.5]] * 4
+
+
+def test_clear_clients_have_even_weights_for_other_groups():
+    similar = torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0]] * 0.9 + 0.05
+    similar[:, 2] += torch.tensor([0.3, 0.0, 0.0, 0.3])  # clients 0 and 3 resemble group 2 a bit
+    groups = torch.tensor([0, 1, 2, 0])
+    weights = torch.softmax(first_logits(similar, groups, 0.8), dim=1)
+    alone = torch.softmax(20 * similar, dim=1)
+    assert float(weights[0, 1]) > 0.04 > float(alone[0, 1])  # about λ / 3
 
 
 def test_fedmerge_starts_its_groups_with_these_weights():

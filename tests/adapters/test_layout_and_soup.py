@@ -85,7 +85,7 @@ def test_a_soup_survives_its_file(tmp_path):
 )
 def test_a_file_that_is_no_soup_is_refused(tmp_path, content):
     (tmp_path / "soup.safetensors").write_bytes(content)
-    with pytest.raises(RunError, match="not a readable soup"):
+    with pytest.raises(RunError, match="is damaged: "):
         AdapterSoup.load(tmp_path / "soup.safetensors")
 
 

@@ -27,7 +27,7 @@ VERBS = (
         "data",
         "personalize",
     ),
-    *("export", "report", "doctor"),
+    *("export", "report", "doctor", "verify"),
 )
 HEAVY = {
     "torch",
@@ -162,8 +162,9 @@ def test_bad_input_ends_with_code_2_and_a_message(arguments, fedmerge):
 def test_every_error_has_a_line_of_its_own(fedmerge):
     _, _, err = fedmerge("validate", "smoke", "seed=x", "rounds=0")
     assert err.splitlines() == [
-        "command line: seed: found text 'x', expected a whole number at least 0",
-        "command line: rounds: found 0, expected a whole number above 0",
+        "command line: seed: found text 'x', expected a whole number at least 0 and below "
+        "9223372036854775808",
+        "command line: rounds: found 0, expected a whole number above 0 and at most 1000000",
     ]
 
 
@@ -207,7 +208,10 @@ def test_the_installed_program_reports_errors_without_a_traceback():
         [*PROGRAM, "validate", "smoke", "seed=x"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "command line: seed: found text 'x', expected a whole number at least 0\n"
+    assert done.stderr == (
+        "command line: seed: found text 'x', expected a whole number at least 0 and below "
+        "9223372036854775808\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,12 @@ def test_a_client_that_cannot_be_evaluated_is_named_with_the_completed_rounds(en
 def test_an_adapter_that_is_not_finite_never_reaches_the_soup():
     federation = Federation(
         recipe(
-            "training.learning_rate=1e30", "training.optimizer=sgd", "training.max_grad_norm=null"
+            "training.learning_rate=100",
+            "training.optimizer=sgd",
+            "training.momentum=0.99",
+            "training.weight_decay=10",
+            "training.epochs=20",
+            "training.max_grad_norm=null",
         )
     )
     with pytest.raises(

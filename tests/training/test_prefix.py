@@ -125,7 +125,6 @@ def test_the_frozen_prefix_has_no_dropout_in_training(make_bench):
         {"trainable_token_indices": [5, 6]},
         {"bias": "all"},
         {"modules_to_save": ["word_embeddings"]},
-        {"modules_to_save": ["embeddings"]},
     ],
     ids=str,
 )

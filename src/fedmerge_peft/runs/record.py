@@ -71,9 +71,10 @@ class Scores:
 
 
 def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
-    """Turn null back into nan in all scores of a document, in place; return the document.
+    """Turn all scores of a document back into numbers, in place; return the document.
 
-    Files contain null for numbers that are not finite, such as the loss of a diverged model.
+    Files contain null for nan and a text for infinity (``strict_json``), such as the perplexity of
+    a diverged model.
     """
     for value in document.values():
         if not isinstance(value, dict):
@@ -82,11 +83,14 @@ def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
             restore_scores(value)
             continue
         for scores, keys in [
-            (value, ("mean", "worst")),
+            (value, ("mean", "worst", "worst_client_score", "validation_loss")),
             *((each, each) for each in clients.values()),
         ]:
-            for key in [key for key in keys if scores.get(key, 0) is None]:
-                scores[key] = math.nan
+            for key in [key for key in keys if key in scores]:
+                if scores[key] in ("Infinity", "-Infinity"):
+                    scores[key] = float(scores[key])
+                elif scores[key] is None and key != "validation_loss":
+                    scores[key] = math.nan
     return document
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def dumps(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] = str) -> str:
-    """Return JSON. Numbers that are not finite become null.
+    """Return JSON. NaN becomes null, and infinity the text "Infinity" or "-Infinity".
 
     Args:
         value: Value.
@@ -50,7 +50,9 @@ def loads(text: str | bytes) -> Any:
 
 def _finite(value: Any, default: Callable[[Any], Any]) -> Any:
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        if math.isfinite(value):
+            return value
+        return None if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
     if isinstance(value, str | int | None):
         return value
     if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import FederateError, WireError

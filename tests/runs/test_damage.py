@@ -242,7 +242,7 @@ def test_json_that_is_written_has_no_extensions():
     }
     assert json.loads(strict_json.dumps(values, default=float), parse_constant=pytest.fail) == {
         "a": None,
-        "b": [None, 1.5],
+        "b": ["Infinity", 1.5],
         "c": None,
         "d": 2.0,
     }

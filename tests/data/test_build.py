@@ -294,6 +294,8 @@ def test_labels_of_a_split_that_training_lacks_are_counted_or_refused(tmp_path, 
         labeled(["1", "2"] * 3, ["01", "02"])(tmp_path / "all")
     labeled(["1", "2"] * 3, ["1", "02"])(tmp_path / "some")
     assert "1 of 2 test examples have a label that no training example has" in caplog.text
+    labeled(["1", "2"] * 3, ["3", "4"], whole=False)(tmp_path / "site")
+    assert "2 of 2 test examples have a label that no training example has" in caplog.text
 
 
 @pytest.mark.parametrize(

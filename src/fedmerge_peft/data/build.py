@@ -48,8 +48,8 @@ def federate_data(
             in training.
         image: Image column of the task, or None. Its relative paths are looked for beside the
             table first.
-        whole: Whether these are the examples of all clients, which have several labels. Those of
-            one site may have one.
+        whole: Whether these are the examples of all clients, which have several labels, and the
+            same ones in all splits. Those of one site may have one.
         splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
 
     Returns:
@@ -68,7 +68,7 @@ def federate_data(
         numbers, names = encode_classes(splits, label, "task.label")
         if whole:
             _reject_one_label(names, label)
-        _check_unseen_labels(numbers, label)
+        _check_unseen_labels(numbers, label, reject=whole)
     partitioned = _partition(recipe, splits, label, seed)
     validation = 0.0 if "validation" in partitioned else recipe.validation_fraction
     test = 0.0 if "test" in partitioned else recipe.test_fraction
@@ -132,11 +132,14 @@ def _reject_one_label(names: Sequence[str], label: str) -> None:
         )
 
 
-def _check_unseen_labels(numbers: Mapping[str, Indices], label: str) -> None:
-    """Reject splits without any label of the training split, and count unseen labels of others."""
+def _check_unseen_labels(numbers: Mapping[str, Indices], label: str, *, reject: bool) -> None:
+    """Count labels that no training example has; reject splits of the whole that have no others.
+
+    A site's few examples may well have none in common.
+    """
     for split, labels in numbers.items():
         unseen = int((labels < 0).sum())
-        if unseen and unseen == len(labels):
+        if reject and unseen and unseen == len(labels):
             raise DataError(
                 f"task.label: no value of the column {label} in the split {split} occurs in the "
                 "training examples; write labels in the same way in all splits"

@@ -30,33 +30,43 @@ def test_affinities_equal_a_slow_recomputation():
 
 
 @pytest.mark.parametrize("weight", [0.4, 0.8, 0.95])
-def test_the_mean_weight_of_the_own_groups_is_as_given(weight):
+def test_the_mean_of_the_highest_weights_is_as_given(weight):
     units = directions()
-    logits = first_logits(affinities(units @ units.T, GROUPS), GROUPS, weight)
-    own = torch.softmax(logits, dim=1).gather(1, GROUPS[:, None])
-    assert float(own.mean()) == pytest.approx(weight)
+    similar = affinities(units @ units.T, GROUPS)
+    logits = first_logits(similar, weight)
+    weights = torch.softmax(logits, dim=1)
+    assert weights.argmax(dim=1).tolist() == similar.argmax(dim=1).tolist()
+    assert float(weights.max(dim=1).values.mean()) == pytest.approx(weight)
     assert torch.allclose(torch.exp(logits).sum(dim=1), torch.ones(6, dtype=torch.float64))
 
 
 def test_a_client_between_two_groups_starts_between_them():
     similar = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.4]], dtype=torch.float64)
-    groups = torch.tensor([0, 1, 0])
-    weights = torch.softmax(first_logits(similar, groups, 0.8), dim=1)
+    weights = torch.softmax(first_logits(similar, 0.8), dim=1)
     assert float(weights[0, 0]) == pytest.approx(float(weights[1, 1]))
     assert 0.5 < float(weights[2, 0]) < float(weights[0, 0])
 
 
 def test_clients_that_are_equally_similar_to_all_groups_start_evenly():
     similar = torch.ones(4, 2, dtype=torch.float64)
-    logits = first_logits(similar, torch.tensor([0, 1, 0, 1]), 0.8)
+    logits = first_logits(similar, 0.8)
     assert torch.softmax(logits, dim=1).tolist() == [[0.5, 0.5]] * 4
+
+
+@pytest.mark.parametrize("weight", [0.2, 0.8, 0.99])
+@pytest.mark.parametrize("clear", [0, 1, 3])
+def test_weights_are_positive_even_if_no_sharpness_reaches_the_mean(weight, clear):
+    """Clients that resemble two groups equally, beside others that resemble one."""
+    similar = torch.tensor([[0.9, -0.9, -0.9]] * clear + [[0.3, 0.3, -0.9]] * 3)
+    logits = first_logits(similar.double(), weight)
+    assert logits.isfinite().all()
+    assert float(torch.softmax(logits, dim=1).min()) >= (1 - weight) / 6 - 1e-12
 
 
 def test_clear_clients_have_even_weights_for_other_groups():
     similar = torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0]] * 0.9 + 0.05
     similar[:, 2] += torch.tensor([0.3, 0.0, 0.0, 0.3])  # clients 0 and 3 resemble group 2 a bit
-    groups = torch.tensor([0, 1, 2, 0])
-    weights = torch.softmax(first_logits(similar, groups, 0.8), dim=1)
+    weights = torch.softmax(first_logits(similar, 0.8), dim=1)
     alone = torch.softmax(20 * similar, dim=1)
     assert float(weights[0, 1]) > 0.04 > float(alone[0, 1])  # about λ / 3
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from equality import assert_near
-from fedmerge_peft.strategies import Reply
+from fedmerge_peft.recipe.robustness import RobustnessRecipe
+from fedmerge_peft.strategies import Reply, make_strategy
+from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.validation_trial import FIRST, LAST, ValidationTrial
-from fedmerge_peft.testing import FormulaClients
+from fedmerge_peft.testing import FormulaClients, strategy_recipe
 
 CLIENTS, WARM = 6, 2
 END = WARM + FIRST
@@ -53,6 +55,20 @@ def test_a_comparison_has_the_means_and_the_error_of_their_difference():
 )
 def test_differences_below_one_percent_are_chance(merged, better):
     assert compared([1.0] * 4, [merged] * 4).own_is_better is better
+
+
+def test_a_loss_of_zero_is_a_loss():
+    trial = ValidationTrial(2)
+    trial.store([reply(0, 1.0, 0.0), reply(1, 1.0, 0.0)])
+    found = trial.compare([reply(0, 0.0, 0.0), reply(1, 0.0, 0.0)])
+    assert (found.harm, found.own_is_better) == (0.0, False)
+    assert not trial.lasting(found)
+
+
+def test_a_liar_cannot_end_groups():
+    """Its loss raises the mean, and the error of the mean as much."""
+    honest = [1.0] * 11
+    assert not compared([*honest, 0.0], [*honest, 1e30]).own_is_better
 
 
 def test_no_comparison_without_half_of_the_clients():
@@ -102,10 +118,25 @@ def test_groups_whose_harm_lasts_end_after_it_had_shrunk():
 
 def test_other_settings_have_no_trial():
     clients = grouped_clients()
-    for settings in ({"groups": 2}, {"adapters": 3}, {"start": "independent"}):
+    for settings in (
+        {"groups": 2},
+        {"adapters": 3},
+        {"start": "independent"},
+        {"own_head": 0.3},
+    ):
         strategy = clients.strategy("fedmerge", warm_rounds=1, **settings)
         clients.round(strategy)
         assert not strategy.validates()
+
+
+def test_a_robust_federation_believes_no_losses():
+    clients = grouped_clients()
+    context = replace(
+        clients.strategy_context(), aggregator=Aggregator(RobustnessRecipe(norm_multiple=2.0))
+    )
+    strategy = make_strategy(strategy_recipe("fedmerge", warm_rounds=1), context)
+    clients.round(strategy)
+    assert not strategy.validates()
 
 
 @pytest.mark.parametrize("merged", [1.0, 0.8])

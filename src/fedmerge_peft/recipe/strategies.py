@@ -69,9 +69,9 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
     adapters if that is set."""
     warm_weight: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    """Mean merging weight of the clients' own groups after the grouping. A client has more for its
-    group, and less for the others, the more it resembles its group. With more adapters than
-    groups, each client has this weight, and the other adapters share the rest evenly."""
+    """Mean merging weight of the groups that clients resemble most, after the grouping. A client
+    that resembles several groups starts between them. With more adapters than groups, each client
+    has this weight for its group, and the other adapters share the rest evenly."""
     own_head: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Weight of a client's own head after the grouping of `start: warm`; the head that is merged
     from the soup has the rest. auto: what the label distributions of a group's clients do not have

@@ -45,6 +45,9 @@ class FedMerge(Strategy):
 
     If the clients of a group have different labels, each also gets a head of its own
     (``own_head.py``). It is a second block of merging weights, for the columns of the head.
+
+    A few rounds later, validation losses tell whether merging harms (``validation_trial.py``). Then
+    each client gets an adapter of its own, which the others share with small weights.
     """
 
     state_fields = (
@@ -88,12 +91,13 @@ class FedMerge(Strategy):
         self.joined = torch.full((context.clients,), self._warming is None)
         """True for clients whose weights no longer are the initial ones, ``(m,)``."""
         self.rounds = 0
-        automatic = recipe.groups is None and recipe.adapters == "auto"
-        self.trial = (
-            ValidationTrial(context.clients)
-            if automatic and self._warming is not None and context.clients > 1
-            else None
+        automatic = (
+            self._warming is not None
+            and (recipe.adapters, recipe.groups) == ("auto", None)
+            and recipe.own_head in ("auto", 0)
+            and not context.aggregator.recipe.defends  # losses are what clients say
         )
+        self.trial = ValidationTrial(context.clients) if automatic else None
         """Trial of the groups after the grouping; None if there is none, or when it is over."""
         self._decided: list[str] = []
 
@@ -244,7 +248,7 @@ class FedMerge(Strategy):
         self._assign(updates.clients, found.groups)
         if number == len(self.soup):
             similar = affinities(found.directions, found.groups)
-            first = first_logits(similar, found.groups, self.recipe.warm_weight)
+            first = first_logits(similar, self.recipe.warm_weight)
             self.merging.logits[updates.clients] = (self.recipe.temperature * first).float()
         if number == self.context.clients:
             self.trial = None

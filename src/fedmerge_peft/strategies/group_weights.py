@@ -33,33 +33,34 @@ def affinities(cosines: Tensor, groups: Tensor) -> Tensor:
     return similar
 
 
-def first_logits(similar: Tensor, groups: Tensor, weight: float) -> Tensor:
-    """Return the logarithms of first weights π ``(m, groups)`` float64, with g client i's group:
+def first_logits(similar: Tensor, weight: float) -> Tensor:
+    """Return the logarithms of first weights π, ``(m, groups)`` float64:
 
         π_ij = (1 − λ) softmax_j(κ s_ij) + λ / groups
 
-    κ and λ are such that the mean over the clients of softmax_j(κ s_ij)_g is half way between
-    ``weight`` and 1, and that of π_ig is ``weight``. A client that resembles several groups, such
-    as one with few examples, thus starts between them, and its weights can still learn where it
-    belongs. Clear clients have about even weights for all other groups: in trials, weights for
+    κ and λ are such that the mean of max_j softmax_j(κ s_ij) over the clients is half way between
+    ``weight`` and 1, and that of max_j π_ij is ``weight``. A client that resembles several groups,
+    such as one with few examples, thus starts between them, and its weights can still learn where
+    it belongs. Clear clients have about even weights for all other groups: in trials, weights for
     similar groups alone were worse for them.
 
     Args:
         similar: s of ``affinities``, ``(m, groups)``.
-        groups: Group of each client, ``(m,)`` int64.
-        weight: Mean weight, from 1 / groups to 1.
+        weight: Mean weight of the most similar groups, from 1 / groups to 1.
     """
 
-    def own(weights: Tensor) -> float:
-        return float(weights.gather(1, groups[:, None]).mean())
+    def highest(weights: Tensor) -> float:
+        return float(weights.max(dim=1).values.mean())
 
-    target = (1 + weight) / 2
+    target, even = (1 + weight) / 2, 1 / similar.shape[1]
     low, high = 0.0, _LARGEST
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        below = own(torch.softmax(middle * similar, dim=1)) < target
+        below = highest(torch.softmax(middle * similar, dim=1)) < target
         low, high = (middle, high) if below else (low, middle)
-    soft, even = torch.softmax(low * similar, dim=1), 1 / similar.shape[1]
-    reached = own(soft)
-    mixed = min(max((reached - weight) / (reached - even), 0.0), 1.0) if reached > even else 1.0
+    soft = torch.softmax(low * similar, dim=1)
+    reached = highest(soft)
+    # Below the target if clients resemble groups equally; some λ keeps all weights positive.
+    mixed = (reached - weight) / (reached - even) if reached > even else 1.0
+    mixed = min(max(mixed, (1 - weight) / 2), 1.0)
     return ((1 - mixed) * soft + mixed * even).log()

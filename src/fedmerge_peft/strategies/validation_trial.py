@@ -33,12 +33,12 @@ class Comparison:
     @property
     def own_is_better(self) -> bool:
         """True if merging raised the loss by more than chance: two standard errors, and 1 %."""
-        return self.merged - self.own > max(2 * self.error, _LEAST_HARM * self.own)
+        return self.harm > max(2 * self.error, _LEAST_HARM * self.own)
 
     @property
     def harm(self) -> float:
-        """Rise of the loss by merging, relative to the loss of the own adapters."""
-        return self.merged / self.own - 1
+        """Rise of the loss (nats) by merging."""
+        return self.merged - self.own
 
 
 class ValidationTrial(Stateful):
@@ -61,10 +61,10 @@ class ValidationTrial(Stateful):
         self.losses = torch.full((clients,), torch.nan, dtype=torch.float64)
         """L_i of the client's trained adapter, ``(m,)``; nan if unknown."""
         self.harm = torch.tensor(torch.inf, dtype=torch.float64)
-        """Harm in the round before, ``()``."""
+        """Harm in the round before, ``()`` float64; infinite before the first comparison."""
 
     def lasting(self, found: Comparison) -> bool:
-        """Return whether this harm is about that of the round before; then remember it."""
+        """Return whether this harm is at least 0.8 times that of the round before; remember it."""
         before, self.harm = float(self.harm), torch.tensor(found.harm, dtype=torch.float64)
         return found.harm >= _LASTING * before
 

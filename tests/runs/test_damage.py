@@ -2,34 +2,21 @@
 
 import json
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
+from tests.runs.conftest import TINY
 
-from fedmerge_peft import FedMergeError, RunError, federate, load_run, resume
+from fedmerge_peft import FedMergeError, RunError, load_run, resume
 from fedmerge_peft.cli import main
 from fedmerge_peft.runs.cleanup import files_in
 from fedmerge_peft.runs.verify import verify
 from fedmerge_peft.serving.export import export_all, export_soup
 from fedmerge_peft.util import checked, strict_json
 
-TINY = ["data.max_train=4", "data.max_test=2", "evaluation.finetuned=false", "rounds=2"]
 FLIPS = 500
 DAMAGED = 300
-
-
-@pytest.fixture(scope="module")
-def finished(smoke, smoke_engine, tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "run"
-    recipe = smoke(*TINY)
-    return federate(recipe, path, engine=smoke_engine.with_recipe(recipe)).path
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def reading(path):

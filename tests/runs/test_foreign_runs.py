@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fedmerge_peft import BackboneError, RecipeError, Run, RunError, federate, load_run, resume
+from fedmerge_peft import BackboneError, RecipeError, Run, RunError, load_run, resume
 from fedmerge_peft.cli import main
 from fedmerge_peft.models import tiny
 from fedmerge_peft.runs.cleanup import files_in
@@ -14,20 +14,7 @@ from fedmerge_peft.serving.personalize import personalize
 from fedmerge_peft.serving.predictor import Predictor
 from fedmerge_peft.util import checked
 
-TINY = ["data.max_train=4", "data.max_test=2", "evaluation.finetuned=false", "rounds=2"]
 COMMANDS = ("resume", "personalize", "export", "scores", "report", "compare")
-
-
-@pytest.fixture(scope="module")
-def finished(smoke, smoke_engine, tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "run"
-    recipe = smoke(*TINY)
-    return federate(recipe, path, engine=smoke_engine.with_recipe(recipe)).path
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def change_recipe(run, *overrides):

@@ -48,7 +48,7 @@ def federate_data(
             in training.
         image: Image column of the task, or None. Its relative paths are looked for beside the
             table first.
-        whole: Whether these are the examples of all clients, which have several labels, and the
+        whole: True if these are the examples of all clients, which have several labels, and the
             same ones in all splits. Those of one site may have one.
         splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
 

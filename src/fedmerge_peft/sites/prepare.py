@@ -125,7 +125,7 @@ round: a clipped update of the adapter of each client, with noise. `privacy.json
 updates; the site refuses more when its budget (`privacy.epsilon` in `site.yaml`) is spent."""
     return """Once, at the start: the names of the clients, the columns and the labels, and the
 number of examples of each label. In each round: an update of the adapter of each client, the number
-of its examples, its training loss and its scores."""
+of its examples, its training and validation losses, and its scores."""
 
 
 _SITE_YAML = """# Settings of this site. The recipe sets everything else; other keys are refused.

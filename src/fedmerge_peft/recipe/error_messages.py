@@ -8,12 +8,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.registered import names_in, one_of
-from fedmerge_peft.recipe.section import Section
 from fedmerge_peft.recipe.synonyms import keys_meant, value_meant
 from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Mark, Where, dotted, refuse
 from fedmerge_peft.util.text import closest
@@ -40,7 +39,7 @@ class Kinds(NamedTuple):
     what: str
     key: str
     names: tuple[str, ...]
-    sections: tuple[type[Section], ...]
+    sections: tuple[type[BaseModel], ...]
 
 
 def kinds_of(annotation: Any) -> Kinds | None:
@@ -52,12 +51,14 @@ def kinds_of(annotation: Any) -> Kinds | None:
     return Kinds(registry.kind, registry.key, tuple(sections), tuple(sections.values()))
 
 
-def variants(annotation: Any) -> tuple[type[Section], ...]:
+def variants(annotation: Any) -> tuple[type[BaseModel], ...]:
     """Return the section classes that a field may hold; empty if it holds no section."""
     if kinds := kinds_of(annotation):
         return kinds.sections
     annotation = required(annotation)
-    return (annotation,) if isinstance(annotation, type) and issubclass(annotation, Section) else ()
+    return (
+        (annotation,) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ()
+    )
 
 
 def field_annotation(info: FieldInfo) -> Any:
@@ -65,7 +66,9 @@ def field_annotation(info: FieldInfo) -> Any:
     return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
 
 
-def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, Any, type[Section]]:
+def _written(
+    loc: tuple[int | str, ...], root: type[BaseModel]
+) -> tuple[Where, Any, type[BaseModel]]:
     """Translate the location of a pydantic error to keys of the recipe.
 
     Pydantic's locations include tags and names of types, such as ``iid`` in
@@ -91,7 +94,7 @@ def _written(loc: tuple[int | str, ...], root: type[Section]) -> tuple[Where, An
     return where, annotation, section
 
 
-def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[Section], str]]:
+def _keys(annotation: Any, where: Where = ()) -> Iterator[tuple[Where, type[BaseModel], str]]:
     """Yield all keys of a recipe as (place of the section, class of the section, key)."""
     for section in variants(annotation):
         for key, info in section.model_fields.items():
@@ -190,12 +193,12 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Faults
 # --------------------------------------------------------------------------------------------------
-def refuse_values(root: type[Section], values: Any, error: ValidationError) -> RecipeError:
+def refuse_values(root: type[BaseModel], values: Any, error: ValidationError) -> RecipeError:
     """Return the error for values from Python, which have no lines."""
     return refuse(explain(error, Document(values, {(): Mark(root.__name__)}), root))
 
 
-def explain(error: ValidationError, document: Document, root: type[Section]) -> list[Fault]:
+def explain(error: ValidationError, document: Document, root: type[BaseModel]) -> list[Fault]:
     """Return one fault for each invalid value, even if pydantic reports several errors for it."""
     faults: dict[Where, Fault] = {}
     for detail in error.errors(include_url=False):
@@ -229,7 +232,7 @@ def _own_words(where: Where, section: Any, text: str) -> tuple[Where, str]:
 
 def _unfit(where: Where, annotation: Any, problem: str, value: Any) -> tuple[Where, str]:
     for step in where:
-        value = getattr(value, str(step)) if isinstance(value, Section) else value[step]
+        value = getattr(value, str(step)) if isinstance(value, BaseModel) else value[step]
     if (kinds := kinds_of(annotation)) and isinstance(value, str | dict):
         names = f"expected {_choice(kinds)}"
         if problem == "union_tag_not_found":
@@ -261,7 +264,7 @@ def _closest(value: Any, words: Iterable[str]) -> str:
     return did_you_mean(value, words) if isinstance(value, str) else ""
 
 
-def _unknown(where: Where, section: type[Section], root: type[Section]) -> str:
+def _unknown(where: Where, section: type[BaseModel], root: type[BaseModel]) -> str:
     key, here = str(where[-1]), where[:-1]
     if here[:1] == ("baselines",):
         here = ("strategy",)
@@ -282,7 +285,7 @@ def _unknown(where: Where, section: type[Section], root: type[Section]) -> str:
     return f"unknown key; use one of {', '.join(section.model_fields)}"
 
 
-def _key_meant(key: str, here: Where, section: type[Section]) -> str | None:
+def _key_meant(key: str, here: Where, section: type[BaseModel]) -> str | None:
     """Return the key of this section that an unknown key stands for; None if none is close."""
     meant = {place.rpartition(".")[::2] for place in keys_meant(key)}
     synonyms = (name for place, name in meant if place == dotted(here))
@@ -290,5 +293,5 @@ def _key_meant(key: str, here: Where, section: type[Section]) -> str | None:
     return known or closest(key, section.model_fields)
 
 
-def _kind(section: type[Section]) -> str:
+def _kind(section: type[BaseModel]) -> str:
     return str(next(iter(section.model_fields.values())).default)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from inspect import isclass
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import create_model
+from pydantic import BaseModel, create_model
 
 from fedmerge_peft.errors import PluginError
 from fedmerge_peft.plugins import (
@@ -190,7 +190,7 @@ def _check_name(registry: Registry, name: object) -> None:
         )
 
 
-def rebuild(section: type[Section]) -> None:
+def rebuild(section: type[BaseModel]) -> None:
     """Build the schemas of a section and all sections in it from the current registries."""
     for info in section.model_fields.values():
         for inner in variants(field_annotation(info)):

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from fedmerge_peft.recipe.error_messages import refuse_values
+
 
 def _yaml_boolean(value: object) -> object:
     """Convert YAML 1.1's words for booleans, such as ``yes``; in other fields they remain text."""
@@ -51,8 +53,6 @@ class Section(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         """Check the values of keys. Raises ``RecipeError`` with all faults."""
-        from fedmerge_peft.recipe.error_messages import refuse_values
-
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -41,14 +41,14 @@ check: $(INSTALLED_DEV)  ## formatting, lint, types, imports between rooms, docs
 	$(BIN)/python tools/docstrings.py
 
 docs: $(INSTALLED_DEV)  ## the site, into build/site; warnings are errors, nothing is fetched
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/properdocs build --strict --quiet
 
 dist: $(INSTALLED_DEV)  ## sdist and wheel, after the wheel was tried in an empty environment
 	$(BIN)/python -m pytest -m slow tests/test_distribution.py
 	$(BIN)/python -m hatchling build
 
 notebooks: $(INSTALLED_DEV)  ## run the notebooks as they are
-	$(BIN)/python -m pytest -m slow tests/test_notebooks.py
+	$(BIN)/python -m pytest -m slow tests/docs/test_notebooks.py
 
 outputs: $(INSTALLED_DEV)  ## run the notebooks, and keep what they show in them
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

@@ -86,7 +86,7 @@ def test_the_sdist_has_the_files_for_tests_and_site(built):
         "CHANGELOG.md",
         "constraints.txt",
         "Makefile",
-        "mkdocs.yml",
+        "properdocs.yml",
         "docs/index.md",
         "tests/conftest.py",
     ):

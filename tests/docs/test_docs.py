@@ -1,11 +1,9 @@
-"""Commands, programs and recipes of docs/ run, and the site loads nothing from elsewhere."""
+"""Commands, programs and recipes of docs/ run."""
 
 import json
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,42 +115,3 @@ def test_every_code_block_names_its_language():
         assert all(language for language in re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]), (
             page
         )
-
-
-def test_every_page_is_in_the_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
-    assert {page for page in PAGES if f" {page}\n" not in navigation} == set()
-
-
-@pytest.mark.skipif(
-    shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None,
-    reason="needs the extra docs",
-)
-def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--site-dir",
-        str(tmp_path / "site"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for page in PAGES:
-        html = (tmp_path / "site" / page.replace(".md", ".html")).read_text(encoding="utf-8")
-        fetched = re.findall(
-            r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]*)"|<link[^>]*stylesheet[^>]*href="(https?:[^"]*)"',
-            html,
-        )
-        assert not fetched, page
-        assert "arithmatex" not in html, f"{page}: an equation is still LaTeX"
-        assert html.count("<math ") >= PAGES[page].count("$$") // 2
-    method = (tmp_path / "site" / "method.html").read_text(encoding="utf-8")
-    assert re.search(r'<math [^>]*display="block"', method)
-    style = (tmp_path / "site" / "stylesheets" / "math.css").read_text(encoding="utf-8")
-    (font,) = re.findall(r'url\("(.*?)"\)', style)
-    assert (tmp_path / "site" / "stylesheets" / font).is_file()
-    speed = (tmp_path / "site" / "speed.html").read_text(encoding="utf-8")
-    assert 'href="results/speed.html"' in speed

@@ -281,7 +281,7 @@ def stop(
 
     from fedmerge_peft.sites.flare.operator import stop
 
-    print(stop(kit, now=now, everything=everything))
+    stop(kit, _reporter(quiet=False), now=now, everything=everything)
 
 
 @federate.command()
@@ -345,6 +345,8 @@ def _print_outcome(outcome: dict[str, Any], run: str, resume: str) -> None:
     from fedmerge_peft.util.text import printable
 
     done = f"{outcome['rounds']} of {outcome['total']} rounds are done"
+    if outcome["rounds"] is None:
+        done = "all rounds that had ended are done"
     if outcome["state"] == "failed":
         raise FederateError(f"{outcome['error']}\n{done}; to continue: {resume}")
     print(printable(f"{outcome['state']}: {done}. Run directory: {run}"))

@@ -25,7 +25,7 @@ from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, OUTCOME_FILE, PAYLOAD, TOPIC
 from fedmerge_peft.sites.flare.workarounds import UniqueList, disable_payload_repr
 from fedmerge_peft.sites.server.job import State, run_job
-from fedmerge_peft.sites.server.transport import Request
+from fedmerge_peft.sites.server.transport import JobStopped, Request
 from fedmerge_peft.sites.wire import kind_of
 
 _POLL_INTERVAL = 0.05
@@ -76,6 +76,8 @@ class FlareTransport:
                 finished, reply = replies.get(timeout=_POLL_INTERVAL)
             except Empty:
                 finished, reply = None, ""
+            if self._abort.triggered:  # also the cause of replies such as "its job ended"
+                raise JobStopped
             for site, (number, task, sent) in list(pending.items()):
                 if task is finished:
                     del pending[site]
@@ -94,8 +96,6 @@ class FlareTransport:
         self, site: str, task: Task, sent: float, end: float, deadline: float
     ) -> str | None:
         """Return the reason to give up waiting for a site; None to keep waiting."""
-        if self._abort.triggered:
-            return "the job was stopped"
         now, fetch_timeout = time.monotonic(), self._fetch_timeouts.get(site, deadline)
         if now > end:
             self._fetch_timeouts[site] = _BUSY_FETCH_TIMEOUT

@@ -6,65 +6,51 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from nvflare.fuel.flare_api.api_spec import (
     InternalError,
+    JobNotDone,
     JobNotFound,
     JobNotRunning,
     NoConnection,
     NoReply,
-    SessionClosed,
 )
-from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.fuel.flare_api.flare_api import Session
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import OPERATOR, Federation
+from fedmerge_peft.sites.config import Federation
 from fedmerge_peft.sites.flare.job_files import write_job
 from fedmerge_peft.sites.flare.names import OUTCOME_FILE, TOPIC
+from fedmerge_peft.sites.flare.session import (
+    ConnectionLostError,
+    ServerUnreachableError,
+    no_output,
+    open_session,
+)
 
 log = logging.getLogger(__name__)
 
+_ABORTED = "FINISHED:ABORTED"
+"""Status of a job that the operator has stopped at once."""
 _POLL_INTERVAL = 0.5
 """Seconds between two checks of a job."""
 _SITE_CHECK_INTERVAL = 5.0
 """Seconds between two checks for sites that joined late."""
 _MAX_ATTEMPTS = 3
 """Jobs in a row that may end without an outcome."""
-
-
-class ServerUnreachableError(FederateError):
-    """The server does not respond."""
+_FETCH_TIME = 3.0
+"""Seconds before a shutdown in which ``run`` fetches the outcome of a job that has just ended."""
+_END_TIMEOUT = 120.0
+"""Seconds that a job may take to end after its last round."""
 
 
 class _NoOutcomeError(FederateError):
     """A job ended without an outcome: its process failed to start, or was killed."""
-
-
-@contextmanager
-def open_session(kit: Path, timeout: float = 10.0) -> Iterator[Session]:
-    """Connect to the server as the operator. Raises ``ServerUnreachableError``."""
-    federation = Federation.read(kit)
-    with _no_output():
-        try:
-            session = new_secure_session(
-                OPERATOR, str(kit.resolve()), timeout=timeout, auto_login_max_tries=2
-            )
-        except Exception as error:
-            raise ServerUnreachableError(
-                f"{federation.host}:{federation.port}: no server of this federation responds "
-                f"({_first_line(error)}); start it with: fedmerge federate server DIR"
-            ) from error
-    try:
-        yield session
-    finally:
-        with _no_output():
-            session.close()
 
 
 def run(
@@ -110,14 +96,14 @@ def run(
             if time.monotonic() - last_contact > reconnect_timeout:
                 raise
             time.sleep(_POLL_INTERVAL)
-        except (NoConnection, SessionClosed) as error:
-            report(f"the server does not respond ({_first_line(error)}); waiting for it")
+        except ConnectionLostError as error:
+            report(f"{error}; waiting for it")
             last_contact = time.monotonic()
 
 
 def federation_status(kit: Path) -> dict[str, Any]:
     """Return the connected sites, the running job, and its state. Raises ``FederateError``."""
-    with open_session(kit) as session, _no_output():
+    with open_session(kit) as session, no_output():
         jobs = _running_jobs(session)
         state = _send_command(session, jobs[0], {"command": "status"}) if jobs else {}
         return {
@@ -127,32 +113,67 @@ def federation_status(kit: Path) -> dict[str, Any]:
         }
 
 
-def stop(kit: Path, *, now: bool, everything: bool) -> str:
-    """Stop the running job; return a description of the actions.
+def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: bool) -> None:
+    """Stop the unfinished jobs.
 
     Args:
         kit: The operator's kit.
+        report: Called with a line of text for each action.
         now: Stop at once, without waiting for the end of the round.
-        everything: Shut down the server and all sites too.
+        everything: Shut down the server and all sites too, when the jobs have ended.
 
     Raises:
-        FederateError: The server does not respond.
+        FederateError: The server does not respond, or a job does not end in time; then nothing is
+            shut down.
     """
-    actions = []
-    with open_session(kit) as session, _no_output():
-        for job in _running_jobs(session):
-            if now:
-                session.abort_job(job)
-            else:
-                session.do_app_command(job, TOPIC, {"command": "stop"})
-            actions.append(f"job {job} stops {'at once' if now else 'after this round'}")
+    with open_session(kit) as session:
+        jobs = _unfinished_jobs(session)
+        end = time.monotonic() + Federation.read(kit).deadline + _END_TIMEOUT
+        for job in jobs:
+            _ask_to_stop(session, job, end, now=now)
+            report(f"job {job} stops {'at once' if now else 'after this round'}")
+        if not jobs:
+            report("no job is running")
         if everything:
-            deadline = time.monotonic() + Federation.read(kit).deadline
-            while _running_jobs(session) and time.monotonic() < deadline:
-                time.sleep(_POLL_INTERVAL)
+            for job in jobs:
+                _await(partial(_has_finished, session, job), f"job {job} still runs", end)
+            time.sleep(_FETCH_TIME if jobs else 0.0)
+            _await(lambda: _shut_down(session), "the server still ends a job", end)
+            report("server and sites shut down")
+
+
+def _ask_to_stop(session: Session, job: str, end: float, *, now: bool) -> None:
+    """Ask a job to stop, as soon as it has started. Raises ``FederateError``."""
+
+    def asked() -> bool:
+        if now:
+            with no_output():
+                session.abort_job(job)
+            return True
+        return bool(_send_command(session, job, {"command": "stop"})) or _has_finished(session, job)
+
+    _await(asked, f"job {job} does not reply", end)
+
+
+def _shut_down(session: Session) -> bool:
+    """Shut down the server and all sites; return False if the server still ends a job."""
+    try:
+        with no_output():
             session.shutdown("all", wait=False)
-            actions.append("server and sites shut down")
-    return "; ".join(actions) or "no job is running"
+    except JobNotDone:
+        return False
+    return True
+
+
+def _await(condition: Callable[[], bool], otherwise: str, end: float) -> None:
+    """Wait for a condition. Raises ``FederateError`` after the time ``end``."""
+    while not condition():
+        if time.monotonic() > end:
+            raise FederateError(
+                f"{otherwise}; server and sites were not shut down. Repeat the command, or add "
+                "--now, which loses the current round"
+            )
+        time.sleep(_POLL_INTERVAL)
 
 
 def _run_segment(
@@ -169,7 +190,7 @@ def _run_segment(
         report(f"waiting for job {job}, which is already running")
         _follow_job(session, job, server_start, federation, report, on_poll)
     _await_sites(session, federation, report, wait, min_sites, on_poll)
-    with TemporaryDirectory(prefix="fedmerge-") as scratch, _no_output():
+    with TemporaryDirectory(prefix="fedmerge-") as scratch, no_output():
         job = session.submit_job(str(write_job(Path(scratch) / federation.project)))
     reported = _follow_job(session, job, server_start, federation, report, on_poll)
     outcome = _fetch_outcome(session, job)
@@ -220,8 +241,7 @@ def _follow_job(
     reported, last_check = 0, time.monotonic()
     while True:
         on_poll()
-        with _no_output():
-            status = str(session.get_job_meta(job).get("status", ""))
+        status = _job_status(session, job)
         if status.startswith("FINISHED"):
             return reported
         if _server_start_time(session) != server_start:
@@ -247,7 +267,7 @@ def _follow_job(
 
 def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[str, Any]:
     """Return a job's reply to a command; empty if the job is starting or has just ended."""
-    with _no_output():
+    with no_output():
         try:
             return dict(session.do_app_command(job, TOPIC, command))
         except (InternalError, JobNotFound, JobNotRunning, NoReply) as error:
@@ -258,10 +278,12 @@ def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[s
 def _fetch_outcome(session: Session, job: str) -> dict[str, Any]:
     """Download a job's outcome. Raises ``FederateError`` if there is none."""
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
-        with _no_output():
+        with no_output():
             status = session.get_job_meta(job).get("status", "")
             folder = session.download_job_result(job, scratch)
         path = next(Path(folder).rglob(OUTCOME_FILE), None) if folder else None
+        if path is None and status == _ABORTED:
+            return {"state": "stopped", "rounds": None, "total": None, "events": []}
         if path is None:
             raise _NoOutcomeError(
                 f"job {job} ended as {status} without {OUTCOME_FILE}; see the server's log.txt"
@@ -272,13 +294,13 @@ def _fetch_outcome(session: Session, job: str) -> dict[str, Any]:
 
 
 def _connected_sites(session: Session) -> list[str]:
-    with _no_output():
+    with no_output():
         return [client.name for client in session.get_connected_client_list()]
 
 
 def _idle_sites(session: Session) -> list[str]:
     """Return connected sites without a job: they joined late, or were restarted."""
-    with _no_output():
+    with no_output():
         return [
             str(status["client_name"])
             for status in session.get_client_job_status() or []
@@ -287,8 +309,27 @@ def _idle_sites(session: Session) -> list[str]:
 
 
 def _server_start_time(session: Session) -> float:
-    with _no_output():
+    with no_output():
         return float(session.get_system_info().server_info.start_time)
+
+
+def _job_status(session: Session, job: str) -> str:
+    with no_output():
+        return str(session.get_job_meta(job).get("status", ""))
+
+
+def _has_finished(session: Session, job: str) -> bool:
+    return _job_status(session, job).startswith("FINISHED")
+
+
+def _unfinished_jobs(session: Session) -> list[str]:
+    """Return the jobs that the server runs now, and those that it will run."""
+    with no_output():
+        submitted = [
+            str(job["job_id"]) for job in session.list_jobs() if job["status"] == "SUBMITTED"
+        ]
+    running = _running_jobs(session)
+    return running + [job for job in submitted if job not in running]
 
 
 def _running_jobs(session: Session) -> list[str]:
@@ -296,16 +337,5 @@ def _running_jobs(session: Session) -> list[str]:
 
     The server's job list cannot be used: it includes jobs that ran when the server was killed.
     """
-    with _no_output():
+    with no_output():
         return [str(job.job_id) for job in session.get_system_info().job_info]
-
-
-@contextmanager
-def _no_output() -> Iterator[None]:
-    """Discard the output of FLARE's client within a block."""
-    with redirect_stdout(StringIO()):
-        yield
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

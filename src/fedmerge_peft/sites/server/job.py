@@ -23,7 +23,7 @@ from fedmerge_peft.serving.export import export_client
 from fedmerge_peft.sites.config import RECIPE_FILE, RUN_FOLDER, Federation
 from fedmerge_peft.sites.server.engine import RemoteEngine
 from fedmerge_peft.sites.server.roster import Roster, update_run_clients
-from fedmerge_peft.sites.server.transport import Transport
+from fedmerge_peft.sites.server.transport import JobStopped, Transport
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def run_job(
             return _outcome(kit, end.state, absent=absent)
         adapters = _send_adapters(RunDirectory.open(run), engine, report)
         return _outcome(kit, "ended", absent=absent, adapters=adapters)
+    except JobStopped:
+        return _outcome(kit, "stopped", absent=absent)
     except FedMergeError as error:
         return _outcome(kit, "failed", error=str(error), absent=absent)
     except Exception as error:

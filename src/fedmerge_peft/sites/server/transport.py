@@ -9,6 +9,10 @@ Request = tuple[int, Callable[[], bytes]]
 """Number of a request, and the function that serializes its message when it is sent."""
 
 
+class JobStopped(Exception):  # noqa: N818 (a normal end, not an error)
+    """The operator stops the job at once, so that the current round has no effect."""
+
+
 class Transport(Protocol):
     """Connection between the server and the sites of a job."""
 
@@ -27,4 +31,7 @@ class Transport(Protocol):
 
         Yields:
             Site, number of the request, and the bytes of the reply or the reason why there is none.
+
+        Raises:
+            JobStopped: The job stops at once.
         """

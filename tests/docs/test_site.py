@@ -10,6 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import fedmerge_peft
+
 pytest.importorskip("properdocs", reason="needs the extra docs")
 
 ROOT = Path(__file__).parents[2]
@@ -108,3 +110,17 @@ def test_a_notebook_is_a_page_with_its_outputs(site, notebook):
 
 def test_pages_are_of_sensible_size(pages):
     assert {path.name: path.stat().st_size for path in pages if path.stat().st_size > LARGEST} == {}
+
+
+def test_every_public_name_is_in_the_reference():
+    """Each name of ``fedmerge_peft.__all__`` has one place in docs/api."""
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md"))
+    documented = re.findall(r"^::: fedmerge_peft\.(\w+)$", text, re.MULTILINE)
+    assert sorted(documented) == sorted(fedmerge_peft.__all__)
+
+
+def test_the_reference_shows_signatures_and_docstrings(site):
+    html = (site / "api" / "running.html").read_text(encoding="utf-8")
+    assert 'id="fedmerge_peft.federate"' in html
+    assert "Run a recipe and its baselines." in html
+    assert "The directory is not empty. Nothing was changed." in html

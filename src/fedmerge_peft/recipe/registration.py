@@ -48,8 +48,8 @@ def register_strategy(
 ) -> Callable[[Code], Code]:
     """Register a subclass of ``Strategy`` under a name.
 
-    @register_strategy("mine", recipe=MineRecipe)
-    class Mine(Strategy): ...
+        @register_strategy("mine", recipe=MineRecipe)
+        class Mine(Strategy): ...
 
     Args:
         name: The value of ``strategy.name`` in recipes.
@@ -99,8 +99,8 @@ def register_metric(
 ) -> Callable[[Code], Code]:
     """Register a function that scores predictions under a name, for the list ``task.metrics``.
 
-    @register_metric("balanced_accuracy")
-    def balanced_accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float: ...
+        @register_metric("balanced_accuracy")
+        def balanced_accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float: ...
 
     Args:
         name: The name in recipes, tables and files.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -253,6 +255,46 @@ def test_dirichlet_stops_after_many_draws_with_advice():
         ),
     ):
         dirichlet(np.zeros(100, dtype=np.int64), 10, 0.01, 9, generator(0, "train"))
+
+
+def hands(holdings, classes):
+    """Return the classes of each group, in the order of the groups."""
+    groups = dict.fromkeys(holding.group for holding in holdings)
+    return [
+        np.unique(classes[held_rows([each for each in holdings if each.group == group])])
+        for group in groups
+    ]
+
+
+def test_groups_have_the_classes_of_a_deck_once_before_any_has_one_again():
+    classes = np.repeat(np.arange(10), 30)
+    for seed in range(20):
+        holdings = clusters(classes, 5, 5, 4, generator(seed, "train"), deck=True)
+        dealt = hands(holdings, classes)
+        assert [len(hand) for hand in dealt] == [4] * 5  # all different within a group
+        assert len(np.unique(np.concatenate(dealt[:2]))) == 8
+        assert set(np.concatenate(dealt[:3])) == set(range(10))
+        np.testing.assert_array_equal(np.bincount(np.concatenate(dealt)), [2] * 10)
+
+
+def test_sizes_of_groups_spread_about_their_mean():
+    classes = np.zeros(500, dtype=np.int64)
+    seen = set()
+    for seed in range(50):
+        holdings = clusters(classes, 50, 5, 1, generator(seed, "train"), size_spread=0.3)
+        sizes = Counter(holding.group for holding in holdings)
+        assert (len(sizes), len(holdings)) == (5, 50)
+        seen |= set(sizes.values())
+    assert seen == {7, 8, 9, 10, 11, 12, 13}
+
+
+@pytest.mark.parametrize(("clients", "groups"), [(3, 3), (7, 3), (100, 99)])
+def test_each_group_has_a_client_at_any_spread(clients, groups):
+    classes = np.zeros(500, dtype=np.int64)
+    for seed in range(20):
+        holdings = clusters(classes, clients, groups, 1, generator(seed, "train"), size_spread=0.99)
+        assert len({holding.group for holding in holdings}) == groups
+        assert len(holdings) == clients
 
 
 def test_clusters_of_more_classes_than_there_are_are_refused():

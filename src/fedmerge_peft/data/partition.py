@@ -7,7 +7,8 @@ returns disjoint, sorted row numbers of the training split for each client. ``as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -89,13 +90,32 @@ def dirichlet(
 
 
 def clusters(
-    classes: Indices, clients: int, groups: int, classes_per_group: int, rng: np.random.Generator
+    classes: Indices,
+    clients: int,
+    groups: int,
+    classes_per_group: int,
+    rng: np.random.Generator,
+    *,
+    size_spread: float = 0.0,
+    deck: bool = False,
 ) -> list[ClientRows]:
     """Assign a random subset of the classes to each group of clients.
 
-    This is FedMerge's cluster setting (arXiv 2504.06768, experiments). Each group draws classes
-    without replacement, independently of other groups. The clients of all groups that drew a class
-    share its rows evenly. A class that no group drew is unused. Group g is named ``cluster-g``.
+    This is FedMerge's cluster setting (arXiv 2504.06768, experiments). The clients of all groups
+    that have a class share its rows evenly. A class that no group has is unused. Group g is named
+    ``cluster-g``.
+
+    Args:
+        classes: Class number of each row, ``(rows,)``.
+        clients: Number of clients in all groups together.
+        groups: Number of groups.
+        classes_per_group: Number of classes of a group, drawn without replacement.
+        rng: Generator of all draws.
+        size_spread: s; a group has ``clients / groups`` clients, up to s of it more or fewer, at
+            random. With 0, sizes are equal, but for a remainder.
+        deck: Deal the classes to one group after another from one shuffled deck, and shuffle anew
+            when it runs out, so that groups share as few classes as possible. Default: each group
+            draws from all classes.
 
     Raises:
         DataError: There are fewer classes than ``classes_per_group``.
@@ -107,17 +127,48 @@ def clusters(
             f"the training examples have {count}; "
             f"write data.partition.classes_per_group={count} or less"
         )
-    group_sizes = [len(part) for part in np.array_split(np.arange(clients), groups)]
+    if size_spread:
+        group_sizes = _random_sizes(clients, groups, size_spread, rng)
+    else:
+        group_sizes = [len(part) for part in np.array_split(np.arange(clients), groups)]
+    hands = _hands_of_deck(count, classes_per_group, rng) if deck else None
     shares = np.zeros((clients, count), dtype=np.int64)
     names: list[str] = []
     labels: list[str] = []
     for group, size in zip(_numbered("cluster", groups, 1), group_sizes, strict=True):
-        shares[
-            len(names) : len(names) + size, rng.choice(count, classes_per_group, replace=False)
-        ] = 1
+        hand = next(hands) if hands else rng.choice(count, classes_per_group, replace=False)
+        shares[len(names) : len(names) + size, hand] = 1
         names += client_names(size, f"{group}-client")
         labels += [group] * size
     return _client_rows(names, assign_by_class(classes, shares, rng), labels)
+
+
+def _random_sizes(total: int, groups: int, spread: float, rng: np.random.Generator) -> list[int]:
+    """Draw positive sizes that add up to ``total``, each within ±spread of the mean.
+
+    One group after another is drawn uniformly from the sizes that leave a possible rest, then the
+    order is shuffled.
+    """
+    mean = total / groups
+    least, most = max(1, math.floor(mean * (1 - spread))), math.ceil(mean * (1 + spread))
+    sizes: list[int] = []
+    for left in range(groups - 1, -1, -1):
+        rest = total - sum(sizes)
+        low, high = max(least, rest - left * most), min(most, rest - left * least)
+        sizes.append(int(rng.integers(low, high + 1)))
+    return [int(size) for size in rng.permutation(sizes)]
+
+
+def _hands_of_deck(count: int, size: int, rng: np.random.Generator) -> Iterator[Indices]:
+    """Deal hands of different numbers below ``count`` from a deck; shuffle anew when it is out."""
+    deck = rng.permutation(count)
+    while True:
+        hand, deck = deck[:size], deck[size:]
+        if len(hand) < size:
+            fresh = rng.permutation(count)
+            others = fresh[~np.isin(fresh, hand)][: size - len(hand)]
+            hand, deck = np.concatenate([hand, others]), fresh[~np.isin(fresh, others)]
+        yield hand
 
 
 def natural(

@@ -170,6 +170,8 @@ def clusters(recipe: ClustersRecipe, splits: Splits) -> Assigned:
             recipe.groups,
             recipe.classes_per_group,
             splits.rng("train"),
+            size_spread=recipe.size_spread,
+            deck=recipe.deck,
         )
     }
 

@@ -76,6 +76,12 @@ class ClustersRecipe(PartitionRecipe):
     """Number of groups."""
     classes_per_group: Labels = 30
     """Number of classes per group. Groups may share classes."""
+    size_spread: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Sizes of the groups differ at random by up to this fraction. With 0.3, ten groups of 100
+    clients have 7 to 13 each, as in the program of FedMerge's authors."""
+    deck: bool = False
+    """Deal the classes from one deck, as FedMerge's authors do, so that groups share as few as
+    possible. With false, each group draws from all classes."""
     by: str | None = None
     """Column whose values are the classes. Default: the label."""
 

@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 comma := ,
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_RELEASE := $(VENV)/.installed-release
 
 # Install, and print pip's lines on downloads above 1 MB and on the last step; errors go to stderr.
 # A pipe has the exit status of its last command, so the stamp file records that pip succeeded.
@@ -14,7 +15,7 @@ install = rm -f $@; { PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --progress
 	| grep --line-buffered -oE '(Downloading|Using cached) .*\([0-9.]+ [MG]B\)|^Installing collected'; \
 	test -e $@
 
-.PHONY: quickstart test equality coverage slow check docs dist notebooks outputs clean
+.PHONY: quickstart test equality coverage slow check docs dist lock sbom notebooks outputs clean
 
 quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show its result
 	@if [ ! -e runs/quickstart/recipe.yaml ]; then $(BIN)/fedmerge run quickstart; \
@@ -47,6 +48,15 @@ dist: $(INSTALLED_DEV)  ## sdist and wheel, after the wheel was tried in an empt
 	$(BIN)/python -m pytest -m slow tests/test_distribution.py
 	$(BIN)/python -m hatchling build
 
+lock: $(INSTALLED_RELEASE)  ## constraints-hashed.txt: all versions for all platforms, with SHA-256 sums
+	$(BIN)/uv pip compile pyproject.toml constraints.txt --all-extras --universal --generate-hashes \
+		--python-version 3.11.5 --no-annotate --no-header --quiet --output-file constraints-hashed.txt
+
+sbom: $(INSTALLED_RELEASE)  ## bill of materials of the environment (CycloneDX), into dist/
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --mc-type library \
+		--output-reproducible --output-file dist/fedmerge-peft.cdx.json
+
 notebooks: $(INSTALLED_DEV)  ## run the notebooks as they are
 	$(BIN)/python -m pytest -m slow tests/docs/test_notebooks.py
 
@@ -65,3 +75,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "Installing what the tests, the linters and the docs need into $(VENV)/."
 	@$(call install,.[demo$(comma)dev])
+
+$(INSTALLED_RELEASE): $(INSTALLED_DEV)
+	@echo "Installing what a release needs into $(VENV)/."
+	@$(call install,.[demo$(comma)dev$(comma)release])

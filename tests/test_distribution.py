@@ -85,6 +85,7 @@ def test_the_sdist_has_the_files_for_tests_and_site(built):
         "LICENSE",
         "CHANGELOG.md",
         "constraints.txt",
+        "constraints-hashed.txt",
         "Makefile",
         "properdocs.yml",
         "docs/index.md",

@@ -8,6 +8,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from fedmerge_peft import __version__
 
@@ -52,6 +54,20 @@ def test_every_dependency_is_pinned():
     extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
     declared = {name_of(line) for line in [*PROJECT["dependencies"], *extras]}
     assert declared - pinned <= {"fedmerge-peft", "bitsandbytes"}  # itself; for GPUs alone
+
+
+def test_the_hashed_constraints_are_the_same_versions_with_sums():
+    text = (ROOT / "constraints-hashed.txt").read_text()
+    hashed = {}
+    for block in re.split(r"(?<!\\)\n", text.strip()):
+        first, *sums = (line.strip() for line in block.split(" \\\n"))
+        requirement = Requirement(first)
+        assert sums, first
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", line) for line in sums), first
+        hashed[canonicalize_name(requirement.name)] = str(requirement.specifier)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    pinned = {canonicalize_name(one.name): str(one.specifier) for one in map(Requirement, lines)}
+    assert {name: hashed.get(name) for name in pinned} == pinned
 
 
 def test_the_version_has_one_source():

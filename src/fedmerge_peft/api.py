@@ -11,10 +11,12 @@ from fedmerge_peft.federation import sweep as sweeping
 from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.runs.passed_model import check_model, with_model
 from fedmerge_peft.serving.merged_adapter import MergedAdapter, client_adapter, mixed_adapter
+from fedmerge_peft.tasks.in_memory import take_model
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fedmerge_peft.data.in_memory import Data
     from fedmerge_peft.engines.base import Engine
@@ -22,10 +24,17 @@ if TYPE_CHECKING:
     from fedmerge_peft.runs.record import RoundRecord
     from fedmerge_peft.serving.predictor import Prediction
     from fedmerge_peft.tasks.base import ComputeMetrics
+    from fedmerge_peft.tasks.in_memory import PassedModel
 
 
 class Run(RunDirectory):
     """A run directory with methods to predict, merge and save adapters."""
+
+    def __init__(
+        self, path: Path, *, trust_remote_code: bool = False, model: PassedModel | None = None
+    ) -> None:
+        super().__init__(path, trust_remote_code=trust_remote_code)
+        self._model = model  # kept alive for predictions
 
     def client(self, name: str, *, best: bool = False) -> MergedAdapter:
         """Return the adapter that a client is served with, ready to use.
@@ -86,18 +95,36 @@ class Run(RunDirectory):
         return f"<p>{escape(repr(self))}</p>{rounds}{clients}"
 
 
-def load_run(path: Path | str, *, trust_remote_code: bool = False) -> Run:
+def load_run(
+    path: Path | str,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    trust_remote_code: bool = False,
+) -> Run:
     """Open a run directory.
 
     Args:
         path: The run directory. It may come from somebody else.
+        model: The model that the run was given in memory (``federate``), to predict or train with
+            it. Tables, reports and exports do not need it.
+        tokenizer: As in ``federate``.
+        processor: As in ``federate``.
         trust_remote_code: Consent to run code that the run's recipe names: the modules under
             ``plugins``, and code that comes with a model (``backbone.trust_remote_code``).
 
     Raises:
         RunError: There is no run.
+        ResumeError: The run had another model.
+        BackboneError: The model cannot be used (``federate``).
     """
-    return Run.open(path, trust_remote_code=trust_remote_code)
+    passed = take_model(model, tokenizer, processor)
+    run = Run.open(path, trust_remote_code=trust_remote_code)
+    if passed is not None:
+        check_model(run, with_model(run.recipe, passed))
+        run = Run(run.path, trust_remote_code=trust_remote_code, model=passed)
+    return run
 
 
 def federate(
@@ -105,6 +132,9 @@ def federate(
     out: Path | str | None = None,
     *,
     data: Data | None = None,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
     metrics: ComputeMetrics | None = None,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
@@ -120,6 +150,12 @@ def federate(
         data: Examples, instead of those at ``data.path``: a ``datasets.Dataset``, a pandas frame, a
             ``DatasetDict`` or a pair (train, test), which the recipe partitions among clients; or a
             dictionary of these by client. The run stores their fingerprint.
+        model: A loaded model, instead of ``backbone.model``: one of transformers, or a module whose
+            ``forward(**batch)`` returns logits. Runs train on copies; the run stores the model's
+            fingerprint.
+        tokenizer: The model's tokenizer, for texts.
+        processor: The model's image processor, or a function from a PIL image to an array
+            ``(channels, height, width)``.
         metrics: ``compute_metrics(predictions, references)``, which returns further scores by name.
             Its arguments are texts if the recipe has a metric of generated texts, else class or
             token ids.
@@ -132,12 +168,15 @@ def federate(
     Raises:
         RunExistsError: The directory is not empty. Nothing was changed.
         RunBusyError: Another process is writing it. Nothing was changed.
+        BackboneError: The model cannot be loaded, or the one that is passed cannot be used.
         FedMergeError: Any other error; finished rounds are kept and ``resume`` continues.
     """
+    passed = take_model(model, tokenizer, processor)
     path = running.run_recipe(
-        recipe, out, data=data, metrics=metrics, engine=engine, callbacks=callbacks
+        recipe, out, data=data, model=passed, metrics=metrics, engine=engine, callbacks=callbacks
     )
-    return Run(path, trust_remote_code=True)  # it has just run the caller's recipe
+    # It has just run the caller's recipe.
+    return Run(path, trust_remote_code=True, model=passed)
 
 
 def resume(
@@ -145,6 +184,9 @@ def resume(
     overrides: Iterable[str] = (),
     *,
     data: Data | None = None,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
     metrics: ComputeMetrics | None = None,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
@@ -158,6 +200,9 @@ def resume(
         path: The run directory.
         overrides: New values of ``rounds``, ``stop``, ``evaluation.every`` or ``tracking``.
         data: The examples that the run was given in memory (``federate``); others are refused.
+        model: The model that the run was given (``federate``); others are refused.
+        tokenizer: As in ``federate``.
+        processor: As in ``federate``.
         metrics: As in ``federate``. The run does not store the function.
         engine: Loaded data and model. Default: load those of the run's recipe.
         callbacks: Callbacks in addition to those of the recipe.
@@ -174,10 +219,17 @@ def resume(
         FedMergeError: As ``federate``.
     """
     run = Run.open(path, trust_remote_code=trust_remote_code)
+    passed = take_model(model, tokenizer, processor)
     running.resume_run(
-        run, overrides, data=data, metrics=metrics, engine=engine, callbacks=callbacks
+        run,
+        overrides,
+        data=data,
+        model=passed,
+        metrics=metrics,
+        engine=engine,
+        callbacks=callbacks,
     )
-    return Run(run.path, trust_remote_code=trust_remote_code)
+    return Run(run.path, trust_remote_code=trust_remote_code, model=passed)
 
 
 def sweep(
@@ -185,6 +237,9 @@ def sweep(
     out: Path | str,
     *,
     data: Data | None = None,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
     on_run: Callable[[str, Run, bool], None] | None = None,
     on_failure: Callable[[str, FedMergeError], None] | None = None,
     on_round: Callable[[str, RoundRecord], None] | None = None,
@@ -200,6 +255,9 @@ def sweep(
         recipes: Recipes by the names of their run directories; ``expand`` returns such a mapping.
         out: The folder of the run directories, created if needed.
         data: Examples of all recipes, as in ``federate``.
+        model: Model of all recipes, with its tokenizer or processor, as in ``federate``.
+        tokenizer: As in ``federate``.
+        processor: As in ``federate``.
         on_run: Called with the name, the run, and True if this call has run it. Runs that had
             already ended come first.
         on_failure: Called with the name and the error of a recipe that failed. The others continue.
@@ -218,7 +276,8 @@ def sweep(
 
     def report(name: str, path: Path, fresh: bool) -> None:
         if on_run is not None:
-            on_run(name, Run(path, trust_remote_code=True), fresh)
+            on_run(name, Run(path, trust_remote_code=True, model=passed), fresh)
 
-    paths = sweeping.run_sweep(recipes, out, report, on_failure, on_round, data)
-    return {name: Run(path, trust_remote_code=True) for name, path in paths.items()}
+    passed = take_model(model, tokenizer, processor)
+    paths = sweeping.run_sweep(recipes, out, report, on_failure, on_round, data, passed)
+    return {name: Run(path, trust_remote_code=True, model=passed) for name, path in paths.items()}

@@ -16,7 +16,7 @@ from fedmerge_peft import distributed
 from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.engines.turn import ClientTurn
-from fedmerge_peft.errors import ClientError, DataError
+from fedmerge_peft.errors import BackboneError, ClientError, DataError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply
 from fedmerge_peft.training.accelerator import make_accelerator
@@ -143,6 +143,7 @@ def load_engine(recipe: Recipe, splits: Mapping[str, Dataset] | None = None) -> 
 
     Raises:
         DataError: Ranks have different examples in memory.
+        BackboneError: Ranks have different models in memory.
         FedMergeError: See ``LocalEngine.from_recipe``.
     """
     if distributed.launched_processes() == 1:
@@ -150,6 +151,11 @@ def load_engine(recipe: Recipe, splits: Mapping[str, Dataset] | None = None) -> 
     make_accelerator(recipe.training)  # initializes the process group
     if len(set(distributed.all_gather(lambda: recipe.data.path))) > 1:
         raise DataError("data: the ranks have different examples; pass the same data on every rank")
+    if len(set(distributed.all_gather(lambda: recipe.backbone.model))) > 1:
+        raise BackboneError(
+            "model: the ranks have different models; pass the same model on every rank, with the "
+            "same weights (torch.manual_seed)"
+        )
     return distributed.on_all_ranks(partial(RankedEngine.from_recipe, recipe, splits))
 
 

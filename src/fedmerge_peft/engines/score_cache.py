@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedmerge_peft.engines.digest import digest
 from fedmerge_peft.training.plan import Mixture, Served
+from fedmerge_peft.util.digest import digest
 
 _SCORES_PER_CLIENT = 8
 """Enough for one run that scores three rounds, each before and after training, and its end."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedmerge_peft.engines.digest import digest
 from fedmerge_peft.training.loop import Job
 from fedmerge_peft.training.plan import Trained
+from fedmerge_peft.util.digest import digest
 
 MAX_BYTES = 2**28
 """Default size of the trained adapters that a cache holds."""

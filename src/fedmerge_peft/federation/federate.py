@@ -32,6 +32,7 @@ from fedmerge_peft.recipe.diff import differing, flat
 from fedmerge_peft.runs.checkpoint import RESUME_OVERRIDES
 from fedmerge_peft.runs.cleanup import remove_temporary_files
 from fedmerge_peft.runs.directory import RunDirectory, with_baselines
+from fedmerge_peft.runs.passed_model import check_model, with_model
 from fedmerge_peft.runs.record import Scores
 from fedmerge_peft.runs.tracking import Tracking, check_trackers, tracking
 from fedmerge_peft.runs.writer import RunWriter
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.data.in_memory import Data
     from fedmerge_peft.tasks.base import ComputeMetrics
+    from fedmerge_peft.tasks.in_memory import PassedModel
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +54,13 @@ def run_recipe(
     out: Path | str | None,
     *,
     data: Data | None = None,
+    model: PassedModel | None = None,
     metrics: ComputeMetrics | None = None,
     engine: Engine | None,
     callbacks: Sequence[Callback],
 ) -> Path:
     """Run a recipe and its baselines; return the run directory. Documented at ``api.federate``."""
-    recipe, splits = with_data(recipe, data, engine)
+    recipe, splits = with_data(with_model(recipe, model, engine), data, engine)
     directory = Path(out) if out is not None else RunDirectory.default_path(recipe)
     check_trackers(recipe)
     RunDirectory.check_free(directory)
@@ -74,6 +77,7 @@ def resume_run(
     overrides: Iterable[str],
     *,
     data: Data | None = None,
+    model: PassedModel | None = None,
     metrics: ComputeMetrics | None = None,
     engine: Engine | None,
     callbacks: Sequence[Callback],
@@ -82,6 +86,7 @@ def resume_run(
     saved = run.trusted_recipe if engine is None else run.recipe
     recipe = _resumed_recipe(run, saved, overrides)
     splits = _same_data(run, recipe, data, engine)
+    check_model(run, with_model(recipe, model, engine), needed=engine is None)
     check_trackers(recipe)
     if distributed.launched_processes() > 1 and engine is None:
         # Loading synchronizes the ranks, so all of them have read the directory before it changes.

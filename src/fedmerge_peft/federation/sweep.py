@@ -25,11 +25,13 @@ from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat, written
 from fedmerge_peft.runs.cleanup import check_only_run_files, files_in, remove_run
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.runs.passed_model import with_model
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.util.files import locked_directory, translated_write_errors
 
 if TYPE_CHECKING:
     from fedmerge_peft.data.in_memory import Data
+    from fedmerge_peft.tasks.in_memory import PassedModel
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,14 @@ def run_sweep(
     on_failure: Callable[[str, FedMergeError], None] | None = None,
     on_round: Callable[[str, RoundRecord], None] | None = None,
     data: Data | None = None,
+    model: PassedModel | None = None,
 ) -> dict[str, Path]:
     """Run each recipe into ``out/<name>``; return the directories. Documented at ``api.sweep``."""
     distributed.require_single_process("a sweep")
     paths = {name: _run_path(Path(out), name) for name in recipes}
-    examples = {name: with_data(recipe, data) for name, recipe in recipes.items()}
+    examples = {
+        name: with_data(with_model(recipe, model), data) for name, recipe in recipes.items()
+    }
     recipes = {name: recipe for name, (recipe, _) in examples.items()}
     with translated_write_errors(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)

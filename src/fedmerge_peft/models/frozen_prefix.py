@@ -97,13 +97,18 @@ def find_prefix(model: nn.Module) -> Prefix | None:
 
     A model has a prefix if exactly one ``ModuleList`` has layers with trainable tensors, its first
     layer has none, and all other trainable tensors belong to heads after it. These conditions are
-    necessary only; ``PrefixCache`` verifies the prefix by running the model.
+    necessary only; ``PrefixCache`` verifies the prefix by running the model. Modules that are not
+    of transformers have no prefix, because nothing shows the order in which their parts run.
 
     Returns:
         The prefix, or None.
     """
+    from peft import PeftModel
     from peft.utils import ModulesToSaveWrapper
+    from transformers import PreTrainedModel
 
+    if isinstance(model, PeftModel) and not isinstance(model.get_base_model(), PreTrainedModel):
+        return None
     stacks = {
         name: module
         for name, module in model.named_modules()

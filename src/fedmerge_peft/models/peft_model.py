@@ -17,6 +17,7 @@ from fedmerge_peft.models.adapter_names import (
     check_names,
     check_rank,
 )
+from fedmerge_peft.models.in_memory import linear_layers, output_layer
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.library_errors import library_errors
@@ -40,18 +41,24 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+    from transformers import PreTrainedModel
 
     adaptable = adaptable_modules(model)
-    if (
-        lora.target_modules is None
-        and lora.target_parameters is None
-        and model.config.model_type not in DEFAULTS
-    ):
+    head = _output_head(model, lora, task)
+    if not isinstance(model, PreTrainedModel):
+        lora = _with_targets(model, lora, head, task)
+    heads = _heads(model, task, lora.modules_to_save or [], missing)
+    if head is not None:
+        # PEFT takes each module for a head whose path ends like this, such as lora_dropout for out.
+        heads.append(f"base_model.model.{head}")
+    model_type = getattr(model.config, "model_type", "") or type(model).__name__
+    defaults = DEFAULTS.get(model_type, ())
+    if lora.target_modules is None and lora.target_parameters is None and not defaults:
         raise BackboneError(
-            f"lora.target_modules: PEFT has no default for {model.config.model_type}; "
+            f"lora.target_modules: PEFT has no default for {model_type}; "
             f"name some of {', '.join(adaptable)}, or all-linear"
         )
-    check_names(model, lora, DEFAULTS.get(model.config.model_type, ()), name)
+    check_names(model, lora, defaults, name)
     check_rank(model, lora)
     if lora.bias != "none" and model.dtype != torch.float32:
         raise BackboneError(
@@ -59,7 +66,6 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
             "use backbone.dtype=float32"
         )
     fields = lora.model_dump(exclude={"alpha", "dropout", "merge"}, exclude_none=True)
-    heads = _heads(model, task, lora.modules_to_save or [], missing)
     if lora.target_modules == "all-linear":
         # PEFT takes a module such as pre_classifier for a head, too, and trains it as a whole.
         last = {module.rpartition(".")[2] for module, _ in model.named_modules()}
@@ -69,7 +75,8 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         **{**fields, "modules_to_save": heads or None},
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        task_type=task.peft_task_type,
+        # PEFT's classes for tasks pass arguments that other modules do not take.
+        task_type=task.peft_task_type if isinstance(model, PreTrainedModel) else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     with (
@@ -90,6 +97,35 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         adapted = get_peft_model(model, config)
     check_matches(adapted, lora)
     return adapted
+
+
+def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
+    """Return the path of the head of a module that is not of transformers, or None.
+
+    It is the output layer, unless the recipe or the module's names determine the head.
+    """
+    from transformers import PreTrainedModel
+
+    named = any(isinstance(getattr(model, name, None), nn.Module) for name in _HEADS)
+    if isinstance(model, PreTrainedModel) or named or lora.modules_to_save or not task.labels:
+        return None
+    head = output_layer(model, len(task.labels))
+    targets = lora.target_modules if isinstance(lora.target_modules, list) else []
+    return None if any(f".{head}".endswith(f".{name}") for name in targets) else head
+
+
+def _with_targets(model: nn.Module, lora: LoraRecipe, head: str | None, task: Task) -> LoraRecipe:
+    """Return the adapter of a module that is not of transformers, with the paths of its layers.
+
+    PEFT has no defaults for it. LoRA adapts all linear layers outside the heads, unless the recipe
+    names others.
+    """
+    unnamed = lora.target_modules is None and lora.target_parameters is None
+    if not unnamed and lora.target_modules != "all-linear":
+        return lora
+    heads = [*(_HEADS if task.labels else ()), *(lora.modules_to_save or ())]
+    targets = linear_layers(model, [*heads, *filter(None, [head])])
+    return lora.model_copy(update={"target_modules": targets})
 
 
 def _excluding(patterns: str | list[str] | None, names: list[str]) -> str | list[str]:
@@ -147,18 +183,6 @@ def check_reload(model: Any) -> None:
             f"lora: PEFT saves the adapter of {module}, but does not load it again "
             f"({len(lost)} tensors); name it in lora.exclude_modules"
         )
-
-
-def _adaptable(model: nn.Module) -> list[str]:
-    """Return the last names of the layers that LoRA can adapt, in order of appearance."""
-    kinds = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
-    return list(
-        dict.fromkeys(
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if type(module).__name__ in kinds
-        )
-    )
 
 
 def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]) -> list[str]:

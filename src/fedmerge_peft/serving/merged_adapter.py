@@ -132,6 +132,7 @@ class MergedAdapter:
             options: Arguments for ``transformers.pipeline``; they override those above.
 
         Raises:
+            RunError: The model is not one of transformers.
             FedMergeError: As ``model``.
         """
         import transformers
@@ -140,6 +141,11 @@ class MergedAdapter:
         kind = task_type(recipe.task)
         with self._folder() as folder:
             model = self._model(folder, choose_device(device))
+            if not isinstance(model.get_base_model(), transformers.PreTrainedModel):
+                raise RunError(
+                    f"pipeline: transformers has none for {type(model.get_base_model()).__name__}, "
+                    "which a Python program passed; use run.predict or .model()"
+                )
             defaults = kind.pipeline_options(recipe.task, recipe.backbone, folder)
             with quiet_transformers():
                 return transformers.pipeline(

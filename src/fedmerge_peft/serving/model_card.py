@@ -11,6 +11,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import MergedAdapter
 from fedmerge_peft.tasks import task_type
+from fedmerge_peft.tasks.in_memory import is_passed
 from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ The clients' own parts, such as heads or label priors, are not included; export 
 """
 
 _CLIENT_LOAD = "model = PeftModel.from_pretrained(base, {place}).eval()"
+_PASSED_BASE = "base = ...  # the model that the run was given, for example by federate(model=...)"
 _SOUP_LOAD = """folder = {place}
 weights = json.loads(Path(folder, "weights.json").read_text(encoding="utf-8"))["clients"][{client}]
 paths = [f"{{folder}}/adapter-{{j}}/adapter_model.safetensors" for j in range(len(weights))]
@@ -224,6 +226,8 @@ def _scores(scores: Mapping[str, float]) -> dict[str, str]:
 
 def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
     recipe, labels = run.recipe, run.task["labels"]
+    if is_passed(base):
+        return f"{imports}from peft import PeftModel\n\n{_PASSED_BASE}\n{load}"
     revision = (
         "" if recipe.backbone.revision is None else f", revision={recipe.backbone.revision!r}"
     )

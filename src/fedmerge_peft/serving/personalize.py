@@ -31,9 +31,11 @@ from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.runs.passed_model import check_model, with_model
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.serving.newcomer_data import newcomer_prior, read_newcomer
 from fedmerge_peft.strategies.server_step import weights_gradient
+from fedmerge_peft.tasks.in_memory import take_model
 from fedmerge_peft.training.accelerator import choose_device, choose_precision
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.gradients import accumulate
@@ -44,6 +46,8 @@ from fedmerge_peft.util.folders import whole_folder
 from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedmerge_peft.data.in_memory import Parts
 
 
@@ -146,6 +150,9 @@ def personalize(
     max_train: int | None = None,
     local: bool = True,
     seed: int | None = None,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
 ) -> Personalized:
     """Learn a newcomer's merging weights on its own examples, and compare with alternatives.
 
@@ -166,14 +173,20 @@ def personalize(
         max_train: Limit on training examples, drawn at random. Default: no limit.
         local: Also train an adapter from scratch, over the recipe's rounds.
         seed: Seed of the held-out examples and of local training. Default: the recipe's.
+        model: The model that the run was given in memory (``federate``), unless ``run`` has it.
+        tokenizer: As in ``federate``.
+        processor: As in ``federate``.
 
     Raises:
         RunError: The run has no adapters that a newcomer can merge, or they do not fit the model
-            that is loaded now, or the model would run its own code without consent (``load_run``).
+            that is loaded now, or the model would run its own code without consent (``load_run``),
+            or another model is passed.
         DataError: The data cannot be read, do not fit the task, or contain an unknown label.
         FedMergeError: The model or the device is not available.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
+    passed = take_model(model, tokenizer, processor)
+    check_model(run, with_model(run.recipe, passed))
     recipe = _recipe(run)
     soup, known = run.state(best=best)
     _check_mergeable(run, soup)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.errors import DataError, RecipeError
+from fedmerge_peft.errors import BackboneError, DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
 from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
 from fedmerge_peft.tasks.generation import first_logits, generate_tokens
@@ -331,7 +331,12 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     def _end_token_ids(self, model: Any) -> list[int]:
         """Return the end tokens of the tokenizer and the model, such as the end of a turn."""
-        ids = model.generation_config.eos_token_id
+        if (settings := getattr(model, "generation_config", None)) is None:
+            raise BackboneError(
+                "model: it does not generate text (it has no generation_config), so neither "
+                "predictions nor metrics of texts are possible; use perplexity or accuracy"
+            )
+        ids = settings.eos_token_id
         return sorted(
             {*(ids if isinstance(ids, list) else [ids]), self.processor.eos_token_id} - {None}
         )

@@ -22,6 +22,7 @@ from fedmerge_peft.tasks.classification import (
     labeled_table,
     reject_nulls,
 )
+from fedmerge_peft.tasks.in_memory import passed_processor
 from fedmerge_peft.tasks.pixels import PixelCode, array_image, as_rgb
 from fedmerge_peft.tasks.tokenization import load_pretrained
 from fedmerge_peft.util.library_errors import library_errors
@@ -76,8 +77,6 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
         table: Dataset,
         model_folder: str,
     ) -> None:
-        from transformers import AutoImageProcessor
-
         self.recipe = recipe
         self.metrics = recipe.metrics
         if recipe.image not in table.column_names:
@@ -86,15 +85,7 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
                 f"the data have {join_values(table.column_names)}"
             )
         self.labels = infer_labels(table, recipe.label, recipe.num_labels)
-        separate = backbone.tokenizer is not None
-        # The Pillow backend gives the same pixels on machines with and without torchvision.
-        self.processor = load_pretrained(
-            AutoImageProcessor,
-            backbone.tokenizer or model_folder,
-            backbone,
-            None if separate else backbone.revision,
-            backend="pil",
-        )
+        self.processor = load_image_processor(backbone, model_folder)
 
     @classmethod
     def probe_inputs(cls, recipe: ImageClassificationRecipe) -> list[Any]:
@@ -118,12 +109,7 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
     def pipeline_options(
         cls, recipe: ImageClassificationRecipe, backbone: BackboneRecipe, folder: str
     ) -> dict[str, Any]:
-        from transformers import AutoImageProcessor
-
-        elsewhere = backbone.tokenizer is not None
-        source, revision = backbone.tokenizer or folder, None if elsewhere else backbone.revision
-        processor = load_pretrained(AutoImageProcessor, source, backbone, revision, backend="pil")
-        return {"image_processor": processor}
+        return {"image_processor": load_image_processor(backbone, folder)}
 
     def encode(self, table: Dataset) -> Examples:
         """Decode every image, and run the image processor on it alone.
@@ -246,6 +232,22 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
                 "batch; set a fixed size or a crop in preprocessor_config.json, or resize the "
                 "images before"
             )
+
+
+def load_image_processor(backbone: BackboneRecipe, folder: str) -> Any:
+    """Return the model's image processor, or the one that a Python program has passed with it.
+
+    Raises:
+        BackboneError: It cannot be loaded.
+    """
+    from transformers import AutoImageProcessor
+
+    if (passed := passed_processor(backbone.model)) is not None:
+        return passed
+    separate = backbone.tokenizer is not None
+    source, revision = backbone.tokenizer or folder, None if separate else backbone.revision
+    # The Pillow backend gives the same pixels on machines with and without torchvision.
+    return load_pretrained(AutoImageProcessor, source, backbone, revision, backend="pil")
 
 
 def _is_list(kind: Any) -> bool:

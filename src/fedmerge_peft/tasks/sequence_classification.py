@@ -200,7 +200,9 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=reads_end)
         if self._types is not None or not self._returns_types:
             return
-        ids = torch.tensor([self.processor("a")["input_ids"]], device=model.device)
+        ids = torch.tensor(
+            [self.processor("a")["input_ids"]], device=next(model.parameters()).device
+        )
         with torch.no_grad():
             try:
                 without = model(input_ids=ids).logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ from fedmerge_peft.data.column_types import as_text
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.classification import is_text, reject_nulls
+from fedmerge_peft.tasks.in_memory import passed_model, passed_processor
 from fedmerge_peft.tasks.vocabulary import position_limit, special_strings
 from fedmerge_peft.util.library_errors import STOPS, library_errors
 
@@ -47,6 +49,13 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if (passed := passed_model(backbone.model)) is not None:
+        tokenizer = passed_processor(backbone.model)
+        if not hasattr(tokenizer, "get_vocab"):
+            raise BackboneError(
+                f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers"
+            )
+        return tokenizer, deepcopy(getattr(passed.model, "config", None))
     separate = backbone.tokenizer is not None
     tokenizer = load_pretrained(
         AutoTokenizer,

@@ -117,7 +117,8 @@ def _position_tables(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 def _text_config(config: Any) -> Any:
     try:
         return config.get_text_config()
-    except ValueError:  # several, such as an encoder's and a decoder's
+    # Several, such as an encoder's and a decoder's; or a module that is not of transformers.
+    except (AttributeError, ValueError):
         return config
 
 

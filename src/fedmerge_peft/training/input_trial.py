@@ -61,7 +61,14 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         batch = task.collate(examples, rows)
         inputs = {key: value.to(backbone.device) for key, value in batch.items() if key != "labels"}
         with accelerator.autocast():
-            return _own_positions(backbone.model(**inputs).logits, batch.get("attention_mask"))
+            outputs: Tensor = backbone.model(**inputs).logits
+        if task.labels and outputs.shape[1:] != (len(task.labels),):
+            raise BackboneError(
+                f"backbone.model: {name} has logits of shape {tuple(outputs.shape)} for "
+                f"{len(rows)} example(s), but the data have {len(task.labels)} labels; it must "
+                "return one logit per label"
+            )
+        return _own_positions(outputs, batch.get("attention_mask"))
 
     def next_tokens(rows: Indices) -> Outputs:
         with accelerator.autocast():

@@ -1,0 +1,141 @@
+"""Copies of models that a Python program passes (``tasks/in_memory.py``).
+
+A model of transformers as the library builds it is saved to a scratch folder, and loaded from there
+like any other. Any other module is copied as it is. The contract of such a module is small:
+
+    forward(**batch)   takes the outputs of the tokenizer or image processor by name, and returns
+                       logits, or an object or a dictionary with them
+    config             optional, as in transformers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.util.library_errors import library_errors
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.tasks.in_memory import PassedModel
+
+_NEEDS_TRANSFORMERS = ("attention", "quantization", "gradient_checkpointing")
+
+
+def save_stock(model: nn.Module, folder: Path) -> None:
+    """Save a model with transformers, unless it has a structure of its own."""
+    if not _is_stock(model):
+        return
+    held: Any = model
+    settings = {name: getattr(held, name, None) for name in ("config", "generation_config")}
+    try:  # save_pretrained writes into them
+        for name, value in settings.items():
+            setattr(held, name, deepcopy(value))
+        held.save_pretrained(folder)
+    finally:
+        for name, value in settings.items():
+            setattr(held, name, value)
+
+
+def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.device) -> Any:
+    """Return a copy of a module, with the attributes of a model of transformers that runs need.
+
+    Its forward pass returns an object with ``logits``.
+
+    Raises:
+        BackboneError: The module cannot be copied, or the recipe has options for which only
+            transformers has code.
+    """
+    for option in _NEEDS_TRANSFORMERS:
+        if getattr(backbone, option):
+            raise BackboneError(
+                f"backbone.{option}: needs a model as transformers builds it, not the "
+                f"{type(passed.model).__name__} that was passed; remove it"
+            )
+    with library_errors(
+        lambda reason: BackboneError(
+            f"model: the {type(passed.model).__name__} cannot be copied, so runs could change it: "
+            f"{reason}"
+        )
+    ):
+        copy: Any = deepcopy(passed.model)
+    copy = copy.to(device, getattr(torch, backbone.dtype))
+    if not hasattr(copy, "config"):
+        from transformers import PretrainedConfig
+
+        copy.config = PretrainedConfig()
+    for name, value in (("dtype", getattr(torch, backbone.dtype)), ("device", device)):
+        if not hasattr(copy, name):
+            setattr(copy, name, value)
+    copy.register_forward_hook(_with_logits)
+    return copy
+
+
+def linear_layers(model: nn.Module, heads: Sequence[str]) -> list[str]:
+    """Return the paths of all linear layers outside the heads, for LoRA.
+
+    Raises:
+        BackboneError: There are none.
+    """
+    paths = [
+        path for path, _ in _linear(model) if not any(f".{head}." in f".{path}." for head in heads)
+    ]
+    if not paths:
+        raise BackboneError(
+            f"lora.target_modules: {type(model).__name__} has no linear layers besides its head; "
+            "name modules for LoRA"
+        )
+    return paths
+
+
+def output_layer(model: nn.Module, labels: int) -> str | None:
+    """Return the path of the last linear layer if it has one output per label: the head."""
+    path, layer = next(reversed(list(_linear(model))), (None, None))
+    return path if getattr(layer, "out_features", None) == labels else None
+
+
+def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if path and type(module).__name__ in ("Linear", "Conv1D"):
+            yield path, module
+
+
+def _is_stock(model: nn.Module) -> bool:
+    """Return True for a model of transformers with the modules that its configuration describes."""
+    from transformers import PreTrainedModel
+
+    kind = type(model)
+    if not isinstance(model, PreTrainedModel) or not kind.__module__.startswith("transformers."):
+        return False
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            built = kind(deepcopy(model.config))
+    except Exception:  # a configuration that the program has changed
+        return False
+    return _structure(built) == _structure(model)
+
+
+def _structure(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    return modules, [(name, tensor.shape) for name, tensor in model.named_parameters()]
+
+
+def _with_logits(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Return the output with its logits as an attribute."""
+    if isinstance(output, Tensor):
+        return SimpleNamespace(logits=output)
+    if isinstance(output, Mapping) and "logits" in output and not hasattr(output, "logits"):
+        return SimpleNamespace(**output)
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output
+    raise BackboneError(
+        f"model: forward() of {type(module).__name__} returns {type(output).__name__}; it must "
+        "return logits, or an object or a dictionary with logits"
+    )

@@ -1,0 +1,54 @@
+"""The model of a run whose program has passed it: the same one must be passed again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedmerge_peft.errors import BackboneError, ResumeError
+from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.tasks.in_memory import is_here, is_passed
+
+if TYPE_CHECKING:
+    from fedmerge_peft.engines.base import Engine
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.tasks.in_memory import PassedModel
+
+
+def with_model(recipe: Recipe, model: PassedModel | None, engine: Engine | None = None) -> Recipe:
+    """Return a recipe of a model in memory; the recipe as it is without one.
+
+    Raises:
+        BackboneError: The engine has its own model.
+    """
+    if model is None:
+        return recipe
+    if engine is not None:
+        raise BackboneError("model: the engine has its own model; pass either model or engine")
+    own = {"model": model.name, "revision": None, "tokenizer": None, "trust_remote_code": False}
+    return recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update=own)})
+
+
+def check_model(run: RunDirectory, given: Recipe, *, needed: bool = True) -> None:
+    """Raise ``ResumeError`` unless a recipe has the run's model, and a model in memory is here.
+
+    Args:
+        run: The run.
+        given: The run's recipe, with the model that a program has passed now.
+        needed: The model is loaded next.
+    """
+    expected, now = run.recipe.backbone.model, given.backbone.model
+    if expected != now and not is_passed(expected):
+        raise ResumeError(
+            f"{run.path} has its model from backbone.model: {expected}; pass none with it"
+        )
+    if expected != now:
+        raise ResumeError(
+            f"{run.path} cannot continue with another model: it had {expected}, this is {now} "
+            "(digests of structure, configuration, weights and tokenizer or image processor); pass "
+            "the same model, unchanged"
+        )
+    if needed and is_passed(expected) and not is_here(expected):
+        raise ResumeError(
+            f"{run.path} needs its model, which a Python program passed and the run does not "
+            f"store; in Python, pass it again with model=..., and tokenizer=... or processor=..."
+        )

@@ -1,0 +1,182 @@
+"""Models that a Python program passes, with their tokenizer or image processor.
+
+A recipe names such a model by its fingerprint, ``backbone.model: memory:DIGEST``. The process keeps
+the objects for as long as the program does. They are never changed: runs train on copies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.recipe.error_messages import found
+from fedmerge_peft.util.digest import digest
+
+IN_MEMORY = "memory"
+"""Value of ``backbone.model``, up to a colon, for a model that a Python program passes."""
+_VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Entries of a configuration that do not change what a model computes."""
+
+
+@dataclass(frozen=True, eq=False)
+class PassedModel:
+    """A model and its tokenizer or image processor, as a Python program passes them."""
+
+    model: nn.Module
+    processor: Any
+    name: str
+    """``memory:`` and the model's fingerprint."""
+
+    def check_unchanged(self) -> None:
+        """Raise ``BackboneError`` if the model has changed since it was passed."""
+        if _name(self.model, self.processor) != self.name:
+            raise BackboneError(
+                f"model: the {type(self.model).__name__} has changed since it was passed "
+                f"({self.name}); pass the unchanged model again, or start a new run with this one"
+            )
+
+
+_PASSED: WeakValueDictionary[str, PassedModel] = WeakValueDictionary()
+
+
+def take_model(
+    model: nn.Module | None, tokenizer: Any = None, processor: Any = None
+) -> PassedModel | None:
+    """Return a model with its tokenizer or image processor; None if no model is passed.
+
+    Args:
+        model: A model of transformers, or any module whose ``forward(**batch)`` returns an object
+            with ``logits``, or the logits themselves.
+        tokenizer: Tokenizer of a model for texts.
+        processor: Image processor of transformers, or a function from a PIL image to an array or
+            tensor ``(channels, height, width)``.
+
+    Raises:
+        BackboneError: The model is no module, holds a PEFT adapter or has no weights in memory; not
+            one of tokenizer and processor is passed with it.
+    """
+    given = [each for each in (tokenizer, processor) if each is not None]
+    if model is None:
+        if given:
+            raise BackboneError("tokenizer, processor: pass the model, too: model=...")
+        return None
+    if not isinstance(model, nn.Module):
+        raise BackboneError(
+            f"model: found {found(model)}, expected a loaded model of transformers or a "
+            "torch.nn.Module; a hub id or a folder belongs in the recipe (backbone.model)"
+        )
+    if len(given) != 1:
+        raise BackboneError(
+            "model: pass its tokenizer=... (texts) or its processor=... (images), one of them"
+        )
+    if hasattr(model, "peft_config"):
+        raise BackboneError(
+            "model: it holds a PEFT adapter; pass the base model alone, or merge the adapter into "
+            "it first (merge_and_unload())"
+        )
+    name = _name(model, given[0])
+    passed = _PASSED.get(name)
+    if passed is None or _name(passed.model, passed.processor) != name:
+        _PASSED[name] = passed = PassedModel(model, given[0], name)
+    return passed
+
+
+def is_passed(name: str) -> bool:
+    """Return True if ``backbone.model`` names a model that a Python program passes."""
+    return name.partition(":")[0] == IN_MEMORY
+
+
+def is_here(name: str) -> bool:
+    """Return True if the program holds the model of this name."""
+    return name in _PASSED
+
+
+def passed_model(name: str) -> PassedModel | None:
+    """Return the model in memory that ``backbone.model`` names; None if it names another one.
+
+    Raises:
+        BackboneError: The program does not hold the model (any more), or has changed it.
+    """
+    if not is_passed(name):
+        return None
+    passed = _PASSED.get(name)
+    if passed is None:
+        raise BackboneError(
+            f"backbone.model: {name} is a model that a Python program passes: "
+            "federate(recipe, model=..., tokenizer=...). For a run, pass the same model again: "
+            "load_run(path, model=..., tokenizer=...)"
+        )
+    passed.check_unchanged()
+    return passed
+
+
+def passed_processor(name: str) -> Any:
+    """Return a copy of the processor of a model in memory; None for any other model."""
+    passed = passed_model(name)
+    if passed is None:
+        return None
+    if not hasattr(passed.processor, "save_pretrained") and callable(passed.processor):
+        return ImageFunction(passed.processor)
+    return deepcopy(passed.processor)
+
+
+class ImageFunction:
+    """A function from a PIL image to ``(channels, height, width)``, as an image processor."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __call__(self, images: list[Any], return_tensors: str = "np") -> dict[str, list[Any]]:
+        """Return ``pixel_values``, one per image."""
+        outputs = map(self._function, images)
+        return {
+            "pixel_values": [
+                output.detach().cpu().numpy() if isinstance(output, Tensor) else output
+                for output in outputs
+            ]
+        }
+
+
+# ---- fingerprint ---------------------------------------------------------------------------------
+
+
+def _name(model: nn.Module, processor: Any) -> str:
+    parts = digest(_parts(model, processor)).hex()
+    return f"{IN_MEMORY}:{parts[:16]}"
+
+
+def _parts(model: nn.Module, processor: Any) -> Iterator[Tensor | str]:
+    """Yield structure, configuration, weights and processor of a model."""
+    yield from (f"{name} {type(module).__name__}" for name, module in model.named_modules())
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        entries = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+        yield json.dumps(entries, sort_keys=True, default=str)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta:
+            raise BackboneError(
+                f"model: {name} has no values in memory (it is on the meta device); load the model "
+                "without offloading"
+            )
+        yield name
+        yield tensor
+    yield _description(processor)
+
+
+def _description(processor: Any) -> str:
+    """Return a tokenizer's tokens, or the settings of an image processor."""
+    if hasattr(processor, "get_vocab"):
+        tokens = sorted(processor.get_vocab().items())
+        return repr((tokens, sorted(map(str, processor.all_special_tokens))))
+    if hasattr(processor, "to_json_string"):
+        return str(processor.to_json_string())
+    return type(processor).__qualname__

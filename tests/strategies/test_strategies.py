@@ -335,6 +335,19 @@ def test_what_clients_of_a_group_have_of_their_own_divides_no_group(seed):
     )
 
 
+@pytest.mark.parametrize("copies", [6, 9])
+def test_clients_with_identical_updates_are_one_group_and_others_keep_theirs(copies):
+    """The remainders of identical updates, beyond their mean, are zero or rounding errors."""
+    generator = torch.Generator().manual_seed(copies)
+    truth, centres = torch.arange(12) % 2, torch.randn(3, 200, generator=generator)
+    honest = centres[truth] + 0.5 * torch.randn(12, 200, generator=generator)
+    deltas = torch.cat([honest, centres[2].expand(copies, 200)])
+    groups = group_by_direction(deltas, len(deltas), 0).groups
+    truth = torch.cat([truth, torch.full((copies,), 2)])
+    same = truth[:, None] == truth
+    assert torch.equal(groups[:, None] == groups, same)
+
+
 def test_a_client_alone_is_one_group():
     assert group_by_direction(torch.ones(1, 5), 8, 0).groups.tolist() == [0]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from fedmerge_peft.util import row_buffer
@@ -164,7 +167,7 @@ def _divide_further(directions: Tensor, groups: Tensor, max_groups: int, seed: i
 def _recentered(cosines: Tensor) -> Tensor:
     """Return the cosines of unit vectors after their mean is subtracted, ``(m, m)``."""
     products = cosines - cosines.mean(dim=0) - cosines.mean(dim=1, keepdim=True) + cosines.mean()
-    return _normalized(products)
+    return _normalized(products, 64 * len(cosines) * torch.finfo(torch.float64).eps)
 
 
 def split_by_direction(deltas: Tensor, seed: int) -> Tensor:
@@ -228,10 +231,14 @@ def cosines(deltas: Tensor, center: Tensor | None = None) -> Tensor:
     return _normalized(inner_products(deltas, center))
 
 
-def _normalized(products: Tensor) -> Tensor:
-    """Return cosines from inner products, ``(m, m)``."""
-    lengths = products.diagonal().clamp_min(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    return products / lengths[:, None] / lengths
+def _normalized(products: Tensor, rounding: float = 0.0) -> Tensor:
+    """Return cosines from inner products, ``(m, m)``.
+
+    The cosines of a vector are 0 if its squared length is at most ``rounding``.
+    """
+    squares = products.diagonal()
+    inverse = torch.where(squares > rounding, squares.clamp_min(0).rsqrt(), 0.0)
+    return products * inverse[:, None] * inverse
 
 
 def inner_products(vectors: Tensor, center: Tensor | None = None) -> Tensor:
@@ -268,11 +275,14 @@ def k_means(points: Tensor, groups: int, seed: int) -> Tensor:
 
     Args:
         points: One row for each point, ``(m, n)`` float64.
-        groups: Largest number of groups.
+        groups: Largest number of groups. Points that coincide are in one group.
         seed: Seed of the starts.
 
     Returns:
-        Group of each point, ``(m,)`` int64.
+        Group of each point, ``(m,)`` int64, from 0.
     """
     model = KMeans(min(groups, len(points)), n_init=20, random_state=seed % 2**32)
-    return torch.from_numpy(model.fit_predict(points.numpy())).long()
+    with warnings.catch_warnings():  # of fewer distinct points than groups
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        _, found = np.unique(model.fit_predict(points.numpy()), return_inverse=True)
+    return torch.from_numpy(found).long()

@@ -24,7 +24,7 @@ from fedmerge_peft.strategies.saved_state import SavedState
 SKIP = "clients.failures=skip"
 DEFENDED = [entry.name for entry in STRATEGIES if entry.load().averages and entry.name != "fedpac"]
 """Strategies with a mean of updates that a defense can bound."""
-RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"]
+RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter", "similarity_filter"]
 
 
 def altered(found, culprit, change):

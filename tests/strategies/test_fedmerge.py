@@ -7,6 +7,7 @@ import torch
 
 from equality import assert_near
 from fedmerge_peft import AdapterLayout
+from fedmerge_peft.plugins import AGGREGATIONS
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedAvgRecipe, FedMergeRecipe
 from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
@@ -233,10 +234,7 @@ def sent_by(recipe, rounds, cohorts, robustness):
     [
         {},
         {"norm_multiple": 0.7},
-        *(
-            {"aggregation": rule}
-            for rule in ("median", "trimmed_mean", "krum", "multi_krum", "cosine_filter")
-        ),
+        *({"aggregation": entry.name} for entry in AGGREGATIONS if entry.name != "mean"),
     ],
     ids=str,
 )

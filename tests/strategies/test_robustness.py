@@ -24,7 +24,7 @@ from fedmerge_peft.strategies.aggregation import (
 
 pytestmark = pytest.mark.equality
 
-RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter"]
+RULES = ["median", "trimmed_mean", "krum", "multi_krum", "cosine_filter", "similarity_filter"]
 SIZE = 12
 LAYOUT = AdapterLayout.from_tensors(
     [("a.lora_A.weight", (2, 3), "lora"), ("head.weight", (2, 3), "head")]

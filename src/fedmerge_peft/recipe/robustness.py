@@ -20,6 +20,11 @@ _RULES = {
 }
 for _name, _about in _RULES.items():
     AGGREGATIONS.add(_name, f"fedmerge_peft.strategies.aggregation:{_name}", about=_about)
+AGGREGATIONS.add(
+    "similarity_filter",
+    "fedmerge_peft.strategies.similarity_filter:similarity_filter",
+    about="The cosine filter, with one vote for clients with unusually similar updates.",
+)
 
 Minority = Annotated[float, Field(ge=0.0, lt=0.5)]
 
@@ -33,7 +38,8 @@ class RobustnessRecipe(Section):
     update nearest to its neighbors; multi_krum: the mean of the nearest ones (Blanchard et al.
     2017, arXiv 1703.02757). cosine_filter: the weighted mean of the updates with a positive cosine
     to the sum of the others (after Cao et al. 2021, arXiv 2012.13995, which compares with an update
-    from the server's own data)."""
+    from the server's own data). similarity_filter: the same, except that clients with more similar
+    updates than usual share one vote (after Fung et al. 2020, arXiv 1808.04866)."""
     trim: Minority = 0.2
     """Fraction of the weight that trimmed_mean removes at each end. Choose more than the fraction
     of clients that may be malicious."""

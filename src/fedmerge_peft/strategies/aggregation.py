@@ -18,6 +18,8 @@ multi_krum     Weighted mean of the n − f clients with the smallest such sums.
 cosine_filter  Weighted mean of the clients with cos(δ_i, Σ_i'≠i w_i' δ_i' / ‖δ_i'‖) > 0. Every
                client votes for a direction with a vector of length 1. An update that opposes the
                vote of the other clients is removed.
+similarity_filter  The cosine filter, with one vote for all clients whose updates are more similar
+               than usual (``similarity_filter.py``).
 
 Median and trimmed mean are the weighted forms of definitions 1 and 2 of Yin et al. 2018, arXiv
 1803.01498; equal weights give the original definitions. Krum is from Blanchard et al. 2017, arXiv
@@ -233,7 +235,7 @@ def krum_weights(deltas: Tensor, weights: Tensor, malicious: float, multiple: bo
         malicious: f as a fraction of the users.
         multiple: Keep the n − f best clients with their weights, instead of the best one.
     """
-    users = _users(weights)
+    users = adapter_users(weights)
     if (count := len(users)) > 2:
         hostile = math.floor(malicious * count)
         rows = deltas[users].double()
@@ -255,7 +257,7 @@ def cosine_filter_weights(similarities: Tensor, weights: Tensor) -> Tensor:
         similarities: Cosines of all pairs of updates, ``(k, k)`` float64.
         weights: ``(k,)`` float64; sums to 1, or is zero.
     """
-    users = _users(weights)
+    users = adapter_users(weights)
     if len(users) < 3:
         return weights
     votes = torch.zeros_like(weights)
@@ -265,6 +267,6 @@ def cosine_filter_weights(similarities: Tensor, weights: Tensor) -> Tensor:
     return kept / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _users(weights: Tensor) -> Tensor:
+def adapter_users(weights: Tensor) -> Tensor:
     """Return the indices of an adapter's users, given its weights ``(k,)`` that sum to 1 or 0."""
     return torch.nonzero(weights * len(weights) >= _MIN_USER_SHARE).flatten()

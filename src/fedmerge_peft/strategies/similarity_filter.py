@@ -1,0 +1,75 @@
+"""Aggregation rule against colluders: clients with similar updates share one vote.
+
+Clients that send the same vector, or almost the same, can outvote the honest ones in every rule
+that treats clients alike. FoolsGold (Fung et al. 2020, arXiv 1808.04866) weights clients by their
+similarity instead: honest updates differ, because data differ, while those of colluders have one
+objective. FoolsGold reduces the weight of similar clients to zero, also that of a small group of
+honest clients with similar data. Here, similar clients share the weight of one.
+
+For each adapter, let c_ik = cos(δ_i, δ_k) be the cosines of its users, and w_i their weights. The
+usual similarity t is the 0.75 quantile of c_ik over all pairs i ≠ k, at least 0: colluders form
+less than a quarter of the pairs as long as they are less than half of the users. Similarity beyond
+the usual one, and the votes that remain, are
+
+    κ_ik = max(0, c_ik − t) / (1 − t),    κ_ii = 1
+    s_i  = w_i / Σ_k κ_ik
+
+Identical updates have κ = 1, so that n colluders have one vote. Clients that are as similar as most
+pairs have κ = 0, and keep their votes. Then updates that oppose the votes of the clients that are
+not similar to them are removed, as in the cosine filter (``aggregation.py``):
+
+    Δ = Σ_i a_i s_i δ_i / Σ_i a_i s_i,    a_i = 1 if Σ_k (1 − κ_ik) s_k c_ik > 0, else 0
+
+With fewer than three users no client can be outvoted, and the result is their weighted mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.recipe.robustness import RobustnessRecipe
+from fedmerge_peft.strategies.aggregation import adapter_users
+from fedmerge_peft.strategies.similarity import cosines
+
+_USUAL = 0.75
+"""Quantile of the cosines of all pairs: 1 − f² for a fraction f = 1/2 of colluders."""
+_ROUNDING = 1e-9
+"""Differences of cosines that are rounding errors."""
+
+
+def similarity_filter(deltas: Tensor, weights: Tensor, recipe: RobustnessRecipe) -> Tensor:
+    """Weighted mean in which similar updates share one vote, without updates that oppose it."""
+    between = cosines(deltas, torch.zeros(1, 1).expand(1, deltas.shape[1]))
+    rows = [similarity_filter_weights(between, column) for column in weights.T]
+    return torch.stack(rows).to(deltas) @ deltas
+
+
+def similarity_filter_weights(between: Tensor, weights: Tensor) -> Tensor:
+    """Compute the weights of the mean, ``(k,)`` float64, with the sum of ``weights``.
+
+    The weights are all zero if every update opposes the others.
+
+    Args:
+        between: c, cosines of all pairs of updates, ``(k, k)`` float64.
+        weights: w, ``(k,)`` float64; sums to 1, or is zero.
+    """
+    users = adapter_users(weights)
+    if len(users) < 3:
+        return weights
+    c = between[users][:, users]
+    excess = excess_similarity(c)
+    votes = weights[users] / excess.sum(dim=1)
+    agree = ((1 - excess) * c) @ votes > 0
+    kept = torch.zeros_like(weights)
+    kept[users] = torch.where(agree, votes, 0.0)
+    return kept / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def excess_similarity(c: Tensor) -> Tensor:
+    """Compute κ ``(k, k)``, the similarity beyond the usual one, from 0 to 1, from cosines."""
+    others = ~torch.eye(len(c), dtype=torch.bool)
+    usual = c[others].quantile(_USUAL).clamp(0, 1)
+    excess = c - usual
+    excess = torch.where(excess > _ROUNDING, excess / (1 - usual).clamp_min(_ROUNDING), 0.0)
+    return excess.clamp(0, 1).fill_diagonal_(1.0)

@@ -114,11 +114,12 @@ def test_chats_generate_their_last_message(task_of, tiny_models):
 
 
 def test_a_chat_that_ends_with_the_user_cannot_be_generated(task_of):
-    table = Dataset.from_dict({"messages": [[{"role": "user", "content": "Hello"}]]})
+    chat = [*CHATS[0]["messages"], {"role": "user", "content": "Hello"}]
+    table = Dataset.from_dict({"messages": [chat]})
     task = task_of("llama", table, name=NAME, metrics=["rougeL"])
     with pytest.raises(
         DataError,
-        match=r"row 0 \(of the rows in use\): the last message in 'messages' has the role user",
+        match=r"row 0 \(of the rows in use\): the last message has the role user",
     ):
         task.encode(table)
 

@@ -138,7 +138,7 @@ def test_a_template_that_fails_is_one_line_and_code_2(tmp_path, tiny_models, cap
         main(["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")])
     assert code.value.code == 2
     written = capsys.readouterr().err
-    assert "chat template rejects the messages in 'messages': TypeError: " in written
+    assert "chat template rejects the messages: TypeError: " in written
     assert "Traceback" not in written
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.registered import NameIn, OneOf
@@ -61,6 +63,33 @@ ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes"}))
 LanguageMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tokens", "texts", "loss"}))]
 
 
+def _template_text(value: str) -> str:
+    """Return the text of a chat template, which may be in a file, or the name of a template.
+
+    A recipe holds the text itself, so that a run does not depend on the file.
+    """
+    if "{" in value:
+        return value
+    path = Path(value).expanduser()
+    try:
+        if path.is_file():
+            with path.open(encoding="utf-8") as file:
+                text = file.read(LARGEST_TEMPLATE + 1)
+            if "{" in text and len(text) <= LARGEST_TEMPLATE:
+                return text
+            raise ValueError(f"{value} does not hold a chat template in Jinja")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{value} cannot be read as text ({error})") from error
+    if re.fullmatch(r"\w[\w-]*", value):
+        return value
+    raise ValueError(f"{path.absolute()} does not exist; name a file with a chat template in Jinja")
+
+
+LARGEST_TEMPLATE = 256 * 1024
+"""Maximum size of a chat template, in characters."""
+ChatTemplate = Annotated[str, AfterValidator(_template_text)]
+
+
 class TaskRecipe(Section):
     """Base of a task's section."""
 
@@ -110,21 +139,33 @@ class CausalLMRecipe(TaskRecipe):
     format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
     """Format of a row. Default: the first of messages, prompt-completion, instruction and text
     whose columns exist."""
+    loss: Literal["assistant", "completion", "all"] | None = None
+    """Tokens with a loss: those of the assistant in chats, those of the completion (in chats of one
+    column, the last message), or all but the first. Default: assistant for chats, completion for
+    rows with a prompt and a completion, all for text."""
     text: str = "text"
-    """Column with plain text. All tokens have a loss."""
+    """Column with plain text."""
     messages: str = "messages"
-    """Column with a list of {role, content}, formatted by the tokenizer's chat template. All tokens
-    have a loss."""
+    """Column with a list of {role, content}, formatted by the chat template. If there is none, the
+    column conversations of ShareGPT is read, with {from, value}."""
+    tools: str = "tools"
+    """Column with the tools of a chat, for chat templates that take them: a list of JSON schemas,
+    or its JSON. It may be missing or empty."""
+    system_prompt: str | None = None
+    """System prompt of chats that have none."""
+    chat_template: ChatTemplate | None = None
+    """Chat template: Jinja text, a file with it, or the name of one of the tokenizer's templates.
+    Default: the tokenizer's."""
     prompt: str = "prompt"
-    """Column with the prompt. Its tokens have no loss."""
+    """Column with the prompt: a text, or a list of messages."""
     completion: str = "completion"
-    """Column with the completion. Only its tokens have a loss."""
+    """Column with the completion: a text, or a list of messages."""
     instruction: str = "instruction"
     """Column with the instruction, for the template."""
     input: str = "input"
     """Column with the instruction's input, for the template. It may be missing or empty."""
     output: str = "output"
-    """Column with the answer. Only its tokens have a loss."""
+    """Column with the answer to an instruction, its completion."""
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     """Template of the prompt, with instruction and input as fields in Python's format syntax. A
     paragraph whose only field is empty is omitted."""

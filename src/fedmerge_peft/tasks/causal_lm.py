@@ -15,8 +15,10 @@ from torch.nn import functional
 from fedmerge_peft.errors import BackboneError, DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
 from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
+from fedmerge_peft.tasks.chat_messages import Chat, chat_columns, read_chats
+from fedmerge_peft.tasks.chat_tokens import ChatTokens, Loss, Row, name_template
 from fedmerge_peft.tasks.generation import first_logits, generate_tokens
-from fedmerge_peft.tasks.text_formats import infer_format, parse_template, read_row_texts
+from fedmerge_peft.tasks.text_formats import infer_format, parse_template, read_pairs
 from fedmerge_peft.tasks.text_tokens import TextTokens
 from fedmerge_peft.tasks.tokenization import (
     get_pad_token_id,
@@ -24,6 +26,7 @@ from fedmerge_peft.tasks.tokenization import (
     pad,
     pipeline_tokenizer,
     ragged,
+    read_texts,
     resolve_max_length,
     token_limit,
 )
@@ -103,9 +106,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 f"task.max_new_tokens: {recipe.max_new_tokens} new tokens leave no room for a "
                 f"prompt; the model's limit is {limit} tokens"
             )
+        if recipe.chat_template is not None:
+            self.processor.chat_template = name_template(self.processor, recipe.chat_template)
+        self.loss = self._loss(table)
         # A chat template writes special tokens.
         reading = "tokens" if self.format == "messages" else recipe.special_tokens
         self._tokens = TextTokens(self.processor, reading)
+        self._chats = ChatTokens(self.processor)
 
     # ----------------------------------------------------------------------------------------------
     # Rows to tensors
@@ -129,72 +136,120 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         tokenizer.split_special_tokens = recipe.special_tokens == "text"
         return {"tokenizer": tokenizer, "max_new_tokens": recipe.max_new_tokens}
 
+    def _loss(self, table: Dataset) -> Loss:
+        """Return the part of an example with a loss, by default that of the format."""
+        loss = self.recipe.loss
+        chats = self.format == "messages"
+        if loss == "assistant" and not chats:
+            raise RecipeError(
+                [
+                    f"task.loss: assistant needs chats, but the data have the format {self.format};"
+                    " use completion or all, or data with messages"
+                ]
+            )
+        if loss == "completion" and self.format == "text":
+            raise RecipeError(
+                [
+                    "task.loss: completion needs prompts and completions, or chats, but the data "
+                    "are plain text; use all, or other data"
+                ]
+            )
+        if loss is not None or self.format == "text":
+            return loss or "all"
+        single = chats and len(chat_columns(self.recipe, table)) == 1
+        return "assistant" if single else "completion"
+
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 
         An end-of-sequence token is appended to texts and completions. The end of a chat follows its
-        template. Long texts and chats are truncated on the right. Long prompts are truncated on the
-        left, after their begin-of-sequence token, so completions are kept. If a prompt's tokens are
-        not a prefix of the tokens of prompt + completion, both are tokenized separately.
-        Warnings count truncated and separately tokenized rows.
+        template. If a prompt's tokens are not a prefix of the tokens of prompt + completion, both
+        are tokenized separately. Warnings count truncated and separately tokenized rows.
 
         Raises:
             DataError: A column does not exist, has the wrong type, or has nulls; a row has no token
                 to predict.
         """
-        texts = read_row_texts(
-            self.recipe, self.format, table, self.processor, final_turns=self.generates
-        )
-        rows: list[tuple[list[int], list[int]]]
-        if texts.prompts is None:
-            self._tokens.reject_special(texts.targets if self.format == "text" else ())
-            plain = self._tokens.rows(
-                texts.targets, special=self.format == "text", end=self.format == "text"
-            )
-            rows = [([], texts.tokens.get(row, ids)) for row, ids in enumerate(plain)]
+        columns: dict[str, Sequence[Tensor]] = {}
+        if self.format == "messages":
+            chats = read_chats(self.recipe, table)
+            rows = self._chats.rows(chats, self.loss)
+            if self.generates:
+                columns = self._final_turns(chats)
         else:
-            self._tokens.reject_special(texts.prompts)
-            self._tokens.reject_special(texts.targets)
-            rows = self._tokens.pairs(texts.prompts, texts.targets)
-        length = self.max_length
-        if truncated := sum(len(prompt) + len(target) > length for prompt, target in rows):
+            rows, prompts, references = self._text_rows(table)
+            if self.generates:
+                columns = self._references(prompts, references)
+        if truncated := sum(len(ids) > self.max_length for ids, _ in rows):
             logger.warning(
                 "%d of %d examples are longer than %d tokens and were truncated",
                 truncated,
                 len(rows),
-                length,
+                self.max_length,
             )
         inputs, labels = [], []
-        for row, (prompt, target) in enumerate(rows):
-            # Prediction of the first token of a completion needs one token before it.
-            context = self._tokens.truncate_left(
-                prompt, max(length - len(target), min(1, len(prompt)))
+        for row, example in enumerate(rows):
+            ids, labeled = self._tokens.truncate(
+                *example, self.max_length, whole=self.loss == "completion"
             )
-            target = target[: length - len(context)]
-            inputs.append(context + target)
-            labels.append([IGNORED] * len(context) + target)
+            inputs.append(ids)
             # The first token is not predicted. Without its label, labels count the loss terms.
-            labels[row][:1] = [IGNORED]
+            labels.append(
+                [
+                    token if with_loss and place else IGNORED
+                    for place, (token, with_loss) in enumerate(zip(ids, labeled, strict=True))
+                ]
+            )
             if all(label == IGNORED for label in labels[row]):
                 raise DataError(
-                    f"row {row} (of the rows in use): {len(inputs[row])} token(s) leave nothing to "
-                    f"predict: {texts.targets[row][:80]!r}"
+                    f"row {row} (of the rows in use): {len(ids)} token(s) leave nothing to "
+                    f"predict: {self.processor.decode(example[0])[:80]!r}"
                 )
         reject_unknown_ids(inputs, self._vocabulary)
-        columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
-        if self.generates:
-            prompts, references = [prompt for prompt, _ in rows], texts.targets
-            if texts.final_turns is not None:
-                turns = self._tokens.rows(
-                    [prompt for prompt, _ in texts.final_turns], special=False
+        return Examples({"input_ids": ragged(inputs), "labels": ragged(labels)} | columns)
+
+    def _text_rows(self, table: Dataset) -> tuple[list[Row], list[list[int]], Sequence[str]]:
+        """Return the examples of plain texts and pairs, prompts and reference completions."""
+        if self.format == "text":
+            texts = read_texts(table, self.recipe.text, "task.text")
+            self._tokens.reject_special(texts)
+            rows = self._tokens.rows(texts, end=True)
+            return [(ids, [True] * len(ids)) for ids in rows], [], []
+        prompts, completions = read_pairs(self.recipe, self.format, table)
+        self._tokens.reject_special(prompts)
+        self._tokens.reject_special(completions)
+        pairs = self._tokens.pairs(prompts, completions)
+        of_prompt = self.loss == "all"
+        return (
+            [
+                (prompt + target, [of_prompt] * len(prompt) + [True] * len(target))
+                for prompt, target in pairs
+            ],
+            [prompt for prompt, _ in pairs],
+            completions,
+        )
+
+    def _final_turns(self, chats: Sequence[Chat]) -> dict[str, Sequence[Tensor]]:
+        """Return chats without their last message, and this message, for generation."""
+        for row, chat in enumerate(chats):
+            if chat.roles[-1] != "assistant":
+                raise self._chats.error(
+                    row,
+                    f"the last message has the role {chat.roles[-1]}; generation needs the role "
+                    "assistant",
                 )
-                prompts = [texts.turn_tokens.get(row, ids) for row, ids in enumerate(turns)]
-                references = [text for _, text in texts.final_turns]
-            columns["prompt"] = ragged(
-                [self._tokens.truncate_left(ids, self.max_prompt) for ids in prompts]
-            )
-            columns["reference"] = ragged([text.encode() for text in references])
-        return Examples(columns)
+        last = [Chat(chat.messages, len(chat.messages) - 1, chat.tools) for chat in chats]
+        return self._references(
+            self._chats.prompts(last), [chat.messages[-1]["content"] for chat in chats]
+        )
+
+    def _references(
+        self, prompts: Sequence[list[int]], references: Sequence[str]
+    ) -> dict[str, Sequence[Tensor]]:
+        return {
+            "prompt": ragged([self._tokens.truncate_left(ids, self.max_prompt) for ids in prompts]),
+            "reference": ragged([text.encode() for text in references]),
+        }
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Return ``input_ids``, ``attention_mask`` and ``labels``, ``(batch, longest)``."""

@@ -128,3 +128,29 @@ class TextTokens:
         if length > 0 and prompt[0] == self._tokenizer.bos_token_id:
             return [prompt[0], *prompt[len(prompt) - length + 1 :]]
         return prompt[len(prompt) - length :]
+
+    def truncate(
+        self, ids: list[int], labeled: list[bool], length: int, *, whole: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Truncate an example so that tokens with a loss remain.
+
+        Examples are truncated on the right. If that removes all tokens with a loss, the tokens
+        before the first of them are truncated on the left instead, as far as the first part with a
+        loss needs. One token remains before it, from which the next is predicted.
+
+        Args:
+            ids: Token ids.
+            labeled: True for tokens with a loss.
+            length: Maximum length.
+            whole: Keep the part with a loss as a whole, at the cost of the tokens before it.
+        """
+        if len(ids) <= length:
+            return ids, labeled
+        if (not whole and any(labeled[1:length])) or not any(labeled):
+            return ids[:length], labeled[:length]
+        begin = labeled.index(True)
+        end = labeled.index(False, begin) if False in labeled[begin:] else len(ids)
+        context, target = ids[:begin], ids[begin:end]
+        context = self.truncate_left(context, max(length - len(target), min(1, len(context))))
+        target = target[: length - len(context)]
+        return context + target, [False] * len(context) + [True] * len(target)

@@ -1,0 +1,214 @@
+"""Chats as rows of a table: messages, prompts with completions, and ShareGPT's conversations.
+
+Column names and their meaning follow TRL's data set formats. Every row becomes a list of messages
+as chat templates expect them: ``role``, ``content`` as text, and possibly ``tool_calls``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.tasks import CausalLMRecipe
+
+Message = dict[str, Any]
+"""``role``, ``content``, and whatever else the chat template reads."""
+
+CONVERSATIONS = "conversations"
+"""Column of ShareGPT's format, which is read if there is no column of messages."""
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+"""Roles of chat templates, by those of ShareGPT."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages of one row."""
+
+    messages: list[Message]
+    prompt: int
+    """Number of messages before the completion, which is the last message unless the row has a
+    completion of its own."""
+    tools: list[Any] | None = None
+    """Descriptions of the tools that the assistant may call."""
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles of the messages."""
+        return [message["role"] for message in self.messages]
+
+
+def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
+    """Return the columns with a row's chat: one, or prompt and completion; empty if there are none.
+
+    Prompt and completion are chats if their entries are lists.
+    """
+    for column in (recipe.messages, CONVERSATIONS):
+        if column in table.column_names and recipe.format != "prompt-completion":
+            return [column]
+    pair = [recipe.prompt, recipe.completion]
+    lists = [
+        column in table.column_names and hasattr(table.features[column], "feature")
+        for column in pair
+    ]
+    if lists == [True, True]:
+        return pair
+    if any(lists) and set(pair) <= set(table.column_names):
+        chat, other = pair if lists[0] else reversed(pair)
+        raise DataError(
+            f"task.format: the column {chat!r} has lists of messages, but {other!r} has not; "
+            "both must be texts, or both lists of {role, content}"
+        )
+    return []
+
+
+def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
+    """Read the chats of all rows.
+
+    Args:
+        recipe: Names of the columns, and the system prompt.
+        table: Rows with ``chat_columns``.
+
+    Raises:
+        DataError: A row is no list of messages, or a message has no role or no text.
+    """
+    columns = chat_columns(recipe, table)
+    read = [*columns, *([recipe.tools] if recipe.tools in table.column_names else [])]
+    entries = table.select_columns(read).with_format(None)[:]
+    chats = []
+    for row in range(len(table)):
+        where = f"row {row} (of the rows in use): "
+        parts = [parse_messages(entries[column][row], column, where) for column in columns]
+        messages = add_system(recipe, [message for part in parts for message in part])
+        prompt = len(messages) - (1 if len(parts) == 1 else len(parts[1]))
+        tools = (
+            _tools(entries[recipe.tools][row], recipe.tools, where)
+            if len(read) > len(columns)
+            else None
+        )
+        chats.append(Chat(messages, prompt, tools))
+    return chats
+
+
+def add_system(recipe: CausalLMRecipe, messages: list[Message]) -> list[Message]:
+    """Put the recipe's system prompt before messages that do not begin with one."""
+    if recipe.system_prompt is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": recipe.system_prompt}, *messages]
+
+
+def parse_messages(value: Any, column: str, where: str) -> list[Message]:
+    """Convert one chat to the messages that chat templates expect.
+
+    ``from`` and ``value`` become ``role`` and ``content``. Parts of a content are joined if all are
+    text. Arguments of tool calls that are JSON become objects. Keys without a value, which Arrow
+    adds from other chats, are removed.
+
+    Args:
+        value: List of messages, or its JSON text.
+        column: Column, for error messages.
+        where: Beginning of error messages, such as the row.
+
+    Raises:
+        DataError: There is no list of messages, or a message has no role or no text.
+    """
+    if isinstance(value, str):
+        value = _parsed(value)
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(
+            f"{where}{column!r} must be a list of at least one {{role, content}}, not {value!r}"
+        )
+    return [_message(message, column, where) for message in value]
+
+
+def _message(message: Any, column: str, where: str) -> Message:
+    cleaned = _without_nulls(message) if isinstance(message, dict) else {}
+    if "from" in cleaned and "role" not in cleaned:
+        role = cleaned.pop("from")
+        cleaned = {"role": _ROLES.get(role, role), "content": cleaned.pop("value", None), **cleaned}
+    content = cleaned.get("content")
+    if isinstance(content, list):
+        content = _joined(content, column, where)
+    if "tool_calls" in cleaned:
+        cleaned["tool_calls"] = _tool_calls(cleaned["tool_calls"], column, where)
+        content = "" if content is None else content
+    if not isinstance(cleaned.get("role"), str) or not isinstance(content, str):
+        raise DataError(
+            f"{where}a message in {column!r} needs a role and a content, both text, not {message!r}"
+        )
+    return {**cleaned, "content": content}
+
+
+def _joined(parts: Sequence[Any], column: str, where: str) -> str:
+    """Join the parts of a content."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text" or not isinstance(text, str):
+            raise DataError(
+                f"{where}a message in {column!r} has a part of the type {kind!r}; only parts of "
+                "text are supported"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
+    """Check tool calls, and parse arguments that are the JSON of an object."""
+    calls = _parsed(calls) if isinstance(calls, str) else calls
+    checked = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{where}a tool call in {column!r} needs a function with a name, not {call!r}"
+            )
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str) and isinstance(parsed := _parsed(arguments), dict):
+            arguments = parsed
+        function = {**function, "arguments": arguments}
+        checked.append(
+            {"type": "function", **call, "function": function} if "function" in call else function
+        )
+    return checked
+
+
+def _tools(value: Any, column: str, where: str) -> list[Any] | None:
+    """Return the descriptions of tools, which may be written as JSON."""
+    tools = _parsed(value) if isinstance(value, str) else value
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"{where}{column!r} must be a list of tools, or its JSON, not {value!r}")
+    return [_without_nulls(_parsed(tool) if isinstance(tool, str) else tool) for tool in tools]
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON; other text remains as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove keys without a value, at all depths."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,377 @@
+"""Token ids of chats, and which of the tokens have a loss."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.chat_messages import Chat, Message
+from fedmerge_peft.tasks.chat_turns import (
+    Span,
+    TurnError,
+    begin_of_turn,
+    common_prefix,
+    find_begin,
+    find_end,
+    same_turns,
+)
+from fedmerge_peft.tasks.tokenization import SpecialTokens, tokenized
+from fedmerge_peft.util.library_errors import library_errors
+
+logger = logging.getLogger(__name__)
+
+Loss = Literal["assistant", "completion", "all"]
+"""Part of a chat with a loss."""
+Row = tuple[list[int], list[bool]]
+"""Token ids of an example, and True for each token with a loss."""
+
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_NOT_FOUND = (
+    "the chat template renders the assistant's turns differently without the messages after them, "
+    "so they are not found in the chat; put {% generation %} and {% endgeneration %} around them "
+    "in task.chat_template, or set task.loss=all"
+)
+
+
+class ChatTokens:
+    """Renders chats with the tokenizer's chat template, and tokenizes them.
+
+    Special tokens that are written in messages are read as characters.
+
+    Args:
+        tokenizer: Tokenizer.
+        item: Name of an item in error messages.
+    """
+
+    def __init__(self, tokenizer: Any, item: str = "row {} (of the rows in use)") -> None:
+        self._tokenizer = tokenizer
+        self._item = item
+        self._special = SpecialTokens(tokenizer)
+
+    def rows(self, chats: Sequence[Chat], loss: Loss) -> list[Row]:
+        """Tokenize chats.
+
+        Args:
+            chats: Chats.
+            loss: assistant for all turns of the assistant, as the template marks them or, without
+                marks, as ``chat_turns`` finds them; completion for the messages from
+                ``chat.prompt`` on; all for all tokens.
+
+        Returns:
+            Token ids, and which of them have a loss.
+
+        Raises:
+            DataError: There is no chat template, or it rejects a chat or leaves out its tools; a
+                chat has no turn to learn, or the turn is not found.
+        """
+        check_template(self._tokenizer)
+        texts = [self._render(row, chat, chat.messages) for row, chat in enumerate(chats)]
+        self._check_contents(chats, texts)
+        written = [self._writes_tokens(chat.messages) for chat in chats]
+        spans: list[list[Span]] = []
+        disagreeing = []
+        for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+            own, agree = ([], True) if written[row] else self._spans(row, chat, text, loss)
+            spans.append(own)
+            disagreeing += [] if agree else [row]
+        if disagreeing:
+            logger.warning(
+                "in %d of %d chats the chat template marks other text for generation than the "
+                "assistant's messages (first: row %d); the marks decide which tokens have a loss",
+                len(disagreeing),
+                len(chats),
+                disagreeing[0],
+            )
+        with self._reading_tokens():
+            rows = [(ids, [False] * len(ids)) for ids in self._ids(texts)]
+            pieces = [(row, piece) for row, own in enumerate(spans) for piece in own]
+            begins = self._ids([texts[row][:begin] for row, (begin, _) in pieces])
+            ends = self._ids([texts[row][:end] for row, (_, end) in pieces])
+            for (row, _), before, until in zip(pieces, begins, ends, strict=True):
+                _label(rows[row], before, until)
+            self._warn_about_prompts(rows, chats, written, loss)
+            return [
+                self._sanitized_row(row, chats[row], loss) if written[row] else rows[row]
+                for row in range(len(chats))
+            ]
+
+    def _warn_about_prompts(
+        self, rows: Sequence[Row], chats: Sequence[Chat], written: Sequence[bool], loss: Loss
+    ) -> None:
+        """Count the chats before whose last turn something else stands than for generation."""
+        if loss == "all":
+            return
+        last = {
+            row: self._turns(row, chat, loss)[-1][0]
+            for row, chat in enumerate(chats)
+            if not written[row]
+        }
+        prompts = self._ids(
+            [
+                self._render(row, chats[row], chats[row].messages[:turn], generation_prompt=True)
+                for row, turn in last.items()
+                if turn
+            ]
+        )
+        other = [
+            row
+            for row, prompt in zip(
+                (row for row, turn in last.items() if turn), prompts, strict=True
+            )
+            if rows[row][0][: len(prompt)] != prompt
+        ]
+        if other:
+            logger.warning(
+                "in %d of %d chats other tokens stand before the assistant's last turn than the "
+                "generation prompt (first: row %d), so generation starts differently from "
+                "training; another task.chat_template may mend it",
+                len(other),
+                len(chats),
+                other[0],
+            )
+
+    def prompts(self, chats: Sequence[Chat]) -> list[list[int]]:
+        """Tokenize the messages before the completions, with the generation prompt.
+
+        Raises:
+            DataError: There is no chat template, or it rejects a chat.
+        """
+        check_template(self._tokenizer)
+        prompts = [chat.messages[: chat.prompt] for chat in chats]
+        texts = [
+            self._render(row, chat, prompt, generation_prompt=True)
+            for row, (chat, prompt) in enumerate(zip(chats, prompts, strict=True))
+        ]
+        with self._reading_tokens():
+            return [
+                self._sanitized(row, chats[row], prompts[row], generation_prompt=True)
+                if self._writes_tokens(prompts[row])
+                else ids
+                for row, ids in enumerate(self._ids(texts))
+            ]
+
+    def error(self, row: int, fault: str) -> DataError:
+        """Return the error for a chat."""
+        return DataError(f"{self._item.format(row)}: {fault}")
+
+    # ---- turns -----------------------------------------------------------------------------------
+    def _turns(self, row: int, chat: Chat, loss: Loss) -> list[tuple[int, int]]:
+        """Return the first and the last message of each part of a chat with a loss."""
+        if loss == "all":
+            return [(0, len(chat.messages) - 1)]
+        if loss == "completion":
+            return [(chat.prompt, len(chat.messages) - 1)]
+        turns = [(index, index) for index, role in enumerate(chat.roles) if role == "assistant"]
+        if not turns:
+            raise self.error(
+                row,
+                f"no message has the role assistant (roles: {join_values(chat.roles)}), so there "
+                "is nothing to learn; remove the row, or set task.loss=all",
+            )
+        return turns
+
+    def _spans(self, row: int, chat: Chat, text: str, loss: Loss) -> tuple[list[Span], bool]:
+        """Return the parts of a rendered chat with a loss, and False if marks and turns differ."""
+        if loss == "all":
+            return [(0, len(text))], True
+
+        def render(messages: list[Message], *, generation_prompt: bool = False) -> str:
+            return self._render(row, chat, messages, generation_prompt=generation_prompt)
+
+        marked = self._marked(chat) if loss == "assistant" else []
+        try:
+            found = [
+                (
+                    find_begin(chat.messages, first, text, render),
+                    find_end(chat.messages, last, text, render),
+                )
+                for first, last in self._turns(row, chat, loss)
+            ]
+        except TurnError:
+            if not marked:
+                raise self.error(row, _NOT_FOUND) from None
+            return marked, True
+        if any(end <= begin for begin, end in found) and not marked:
+            raise self.error(row, _NOT_FOUND)
+        return marked or found, not marked or same_turns(text, marked, found)
+
+    def _marked(self, chat: Chat) -> list[Span]:
+        """Return the parts of a rendered chat that the template marks; empty without marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._tokenizer.get_chat_template(None, chat.tools)
+        if not _MARKS.search(template):
+            return []
+        _, (spans,) = render_jinja_template(
+            [chat.messages],
+            tools=chat.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return [(begin, end) for begin, end in spans if begin < end]
+
+    def _check_contents(self, chats: Sequence[Chat], texts: Sequence[str]) -> None:
+        """Check that the template writes the tools and, with a warning, the messages."""
+        lost = []
+        for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+            for name in _tool_names(chat):
+                if name not in text:
+                    raise self.error(
+                        row,
+                        f"the chat template does not write the tool {name!r}; set "
+                        "task.chat_template to one that takes tools, or remove the tools",
+                    )
+            contents = (message["content"].rpartition("</think>")[2] for message in chat.messages)
+            if not all(content.strip() in text for content in contents):
+                lost.append(row)
+        if lost:
+            logger.warning(
+                "in %d of %d chats the chat template leaves out or changes the text of messages "
+                "(first: row %d); fedmerge data RECIPE --show 3 shows what became of them",
+                len(lost),
+                len(chats),
+                lost[0],
+            )
+
+    # ---- the template ----------------------------------------------------------------------------
+    def _render(
+        self, row: int, chat: Chat, messages: list[Message], *, generation_prompt: bool = False
+    ) -> str:
+        with library_errors(self._rejection(row)):
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=chat.tools,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                )
+            )
+
+    def _rejection(self, row: int) -> Callable[[str], DataError]:
+        return lambda reason: self.error(row, f"the chat template rejects the messages: {reason}")
+
+    # ---- tokens ----------------------------------------------------------------------------------
+    @contextmanager
+    def _reading_tokens(self) -> Iterator[None]:
+        """Let the tokenizer read the special tokens that the template writes as tokens."""
+        before = getattr(self._tokenizer, "split_special_tokens", False)
+        self._tokenizer.split_special_tokens = False
+        try:
+            yield
+        finally:
+            self._tokenizer.split_special_tokens = before
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [
+            list(encoded["input_ids"])
+            for encoded in tokenized(self._tokenizer, texts, add_special_tokens=False)
+        ]
+
+    def _writes_tokens(self, messages: Sequence[Message]) -> bool:
+        """Return True if the text of a message has a special token."""
+        return any(self._special.first_in(text) for each in messages for text in _strings(each))
+
+    def _sanitized(
+        self, row: int, chat: Chat, messages: list[Message], *, generation_prompt: bool = False
+    ) -> list[int]:
+        """Tokenize messages; only the template's own special tokens are tokens."""
+        with library_errors(self._rejection(row)):
+            return list(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=chat.tools,
+                    add_generation_prompt=generation_prompt,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                )
+            )
+
+    def _sanitized_row(self, row: int, chat: Chat, loss: Loss) -> Row:
+        """Tokenize a chat in which special tokens are written; turns are differences of tokens."""
+        ids = self._sanitized(row, chat, chat.messages)
+        labeled = [loss == "all"] * len(ids)
+        for first, last in self._turns(row, chat, loss) if loss != "all" else ():
+            before, until = chat.messages[:first], chat.messages[: last + 1]
+            begin = begin_of_turn(
+                ids,
+                self._sanitized(row, chat, before) if before else None,
+                self._sanitized(row, chat, before, generation_prompt=True) if before else None,
+            )
+            end = self._sanitized(row, chat, until)
+            if begin is None or ids[: len(end)] != end:
+                raise self.error(row, f"a message contains a special token, and {_NOT_FOUND}")
+            labeled[begin : len(end)] = [True] * (len(end) - begin)
+        return ids, labeled
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise ``DataError`` if a tokenizer has no chat template, or several and none by default."""
+    templates = tokenizer.chat_template
+    if not templates:
+        raise DataError(
+            "task.format: messages needs a tokenizer with a chat template, but this one has none; "
+            "set task.chat_template, name the tokenizer of an instruct or chat model in "
+            "backbone.tokenizer, or use prompt and completion columns of plain text"
+        )
+    if isinstance(templates, dict) and "default" not in templates:
+        raise DataError(
+            "task.format: messages needs a chat template, but the tokenizer has several "
+            f"({join_values(sorted(templates))}) and none is called default; set "
+            "task.chat_template to the name of one of them"
+        )
+
+
+def name_template(tokenizer: Any, template: str) -> str:
+    """Return the chat template of a recipe, or that of the tokenizer with this name.
+
+    Raises:
+        DataError: The tokenizer has no template with this name.
+    """
+    if "{" in template:
+        return template
+    templates = tokenizer.chat_template
+    named = templates if isinstance(templates, dict) else {}
+    if template not in named:
+        raise DataError(
+            f"task.chat_template: there is no file {template}, and the tokenizer has "
+            f"{'the templates ' + join_values(sorted(named)) if named else 'no named templates'}"
+        )
+    return str(named[template])
+
+
+def _label(row: Row, before: Sequence[int], until: Sequence[int]) -> None:
+    """Label the tokens of a part of a text, including tokens that only begin or end in it.
+
+    Args:
+        row: Token ids and labels of the text.
+        before: Token ids of the text before the part.
+        until: Token ids of the text up to the end of the part.
+    """
+    ids, labeled = row
+    begin, end = common_prefix(ids, before), common_prefix(ids, until)
+    end = min(end + (end < len(until)), len(ids))
+    labeled[begin:end] = [True] * (end - begin)
+
+
+def _tool_names(chat: Chat) -> Iterator[str]:
+    """Yield the names of the tools that a chat describes or calls."""
+    calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
+    for tool in (*(chat.tools or ()), *calls):
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        if isinstance(name := function.get("name"), str):
+            yield name
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all texts in a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)

@@ -1,0 +1,159 @@
+"""Position of the assistant's turns in a rendered chat.
+
+A turn is what the model writes: it begins behind the generation prompt and ends with the template's
+end of a turn. Templates can mark turns (``{% generation %}``). Otherwise turns are the difference
+between renderings of the first i and the first i + 1 messages:
+
+    begin = length of render(messages[:i], generation prompt)
+    end   = length of render(messages[:i + 1])
+
+if both are prefixes of the rendered chat. Some templates render a message differently if others
+follow it: Qwen 3 removes the reasoning of earlier turns, Mistral moves the system prompt to the
+last question. There the content is found by rendering the chat with another content, and the end
+of the turn is what follows the content if the turn is the last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.chat_messages import Message
+
+Render = Callable[..., str]
+"""``render(messages, generation_prompt=False)``, which returns the text of a chat. It raises
+``DataError`` if the template rejects the messages."""
+Span = tuple[int, int]
+"""Begin and end of a part of a text."""
+
+_MARKER = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
+_LONGEST_MARKER = 64
+_OTHER_CONTENTS = ("0 other 1", "Z words z")
+"""Contents with different first and last letters, so that one of them differs from any text."""
+
+
+class TurnError(Exception):
+    """A turn cannot be found in the rendered chat."""
+
+
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return the length of the longest common prefix of two texts or two lists of tokens.
+
+    A prefix of texts does not end inside of a marker, such as <|user|> or [INST].
+    """
+    shortest = min(len(first), len(second))
+    if first[:shortest] == second[:shortest]:
+        return shortest
+    pairs = zip(first, second, strict=False)
+    length = next(place for place, (one, other) in enumerate(pairs) if one != other)
+    if not isinstance(first, str) or not isinstance(second, str):
+        return length
+    markers = (
+        marker.start()
+        for text in (first, second)
+        for marker in _MARKER.finditer(text, max(0, length - _LONGEST_MARKER))
+        if marker.start() < length < marker.end()
+    )
+    return min(markers, default=length)
+
+
+def begin_of_turn(
+    whole: Sequence[Any], before: Sequence[Any] | None, prompt: Sequence[Any] | None
+) -> int | None:
+    """Return the begin of a turn; None if the messages before it are rendered differently.
+
+    Args:
+        whole: Rendered chat, as text or tokens.
+        before: Rendered messages before the turn.
+        prompt: The same with the generation prompt. It may be longer than what the chat has there,
+            such as with the begin of reasoning that DeepSeek R1 removes from chats.
+    """
+    if prompt is not None and whole[: len(prompt)] == prompt:
+        return len(prompt)
+    if prompt is not None and before is not None and whole[: len(before)] == before:
+        return common_prefix(whole, prompt)
+    return None
+
+
+def find_begin(messages: Sequence[Message], index: int, whole: str, render: Render) -> int:
+    """Find the begin of the assistant's turn ``messages[index]`` in the rendered chat.
+
+    Args:
+        messages: Chat.
+        index: Index of the turn.
+        whole: ``render(messages)``.
+        render: Renders messages.
+
+    Raises:
+        TurnError: The turn is not found.
+    """
+    before = _try(render, messages[:index])
+    prompt = _try(render, messages[:index], generation_prompt=True)
+    begin = begin_of_turn(whole, before, prompt)
+    return _find_content(messages, index, whole, render)[0] if begin is None else begin
+
+
+def find_end(messages: Sequence[Message], index: int, whole: str, render: Render) -> int:
+    """Find the end of the turn ``messages[index]``, in the same way."""
+    if index == len(messages) - 1:
+        return len(whole)
+    alone = _try(render, messages[: index + 1])
+    if alone is not None and whole.startswith(alone):
+        return len(alone)
+    _, end = _find_content(messages, index, whole, render)
+    if alone is None:
+        return end
+    _, end_alone = _find_content(messages[: index + 1], index, alone, render)
+    return end + common_prefix(whole[end:], alone[end_alone:])
+
+
+def _find_content(messages: Sequence[Message], index: int, whole: str, render: Render) -> Span:
+    """Find the part of a rendered chat that changes with the content of a message."""
+    begin, end = len(whole), 0
+    for content in _OTHER_CONTENTS:
+        changed = [*messages]
+        changed[index] = _with_content(messages[index], content)
+        other = _try(render, changed)
+        if other is None:
+            raise TurnError
+        first = common_prefix(whole, other)
+        last = common_prefix(whole[first:][::-1], other[first:][::-1])
+        begin, end = min(begin, first), max(end, len(whole) - last)
+    if end <= begin:
+        raise TurnError
+    return begin, end
+
+
+def _with_content(message: Message, content: str) -> Message:
+    """Return a message with another content or, if it only calls tools, another name of a tool."""
+    if message["content"].strip() or not message.get("tool_calls"):
+        return {**message, "content": content}
+    *calls, last = message["tool_calls"]
+    function = last.get("function")
+    other = (
+        {**last, "name": content}
+        if function is None
+        else {**last, "function": {**function, "name": content}}
+    )
+    return {**message, "tool_calls": [*calls, other]}
+
+
+def _try(render: Render, messages: Sequence[Message], **options: bool) -> str | None:
+    """Render messages; None if there are none, or if the template rejects them."""
+    if not messages:
+        return None
+    try:
+        return render(list(messages), **options)
+    except DataError:
+        return None
+
+
+def same_turns(whole: str, first: Sequence[Span], second: Sequence[Span]) -> bool:
+    """Return True if spans cover the same characters of a text, except for whitespace."""
+    covered = [
+        {place for begin, end in spans for place in range(begin, end) if not whole[place].isspace()}
+        for spans in (first, second)
+    ]
+    return covered[0] == covered[1]

@@ -6,10 +6,15 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import fedmerge_peft
 from fedmerge_peft import Run
+from fedmerge_peft.runs.environment import processor, source
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -17,13 +22,27 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def stamp(runs: Iterable[Run]) -> str:
     """Return one line of Markdown: this program's command line, and the provenance of the runs."""
     runs = list(runs)
-    made = [run.environment for run in runs]
+    return _line([run.environment for run in runs], max(map(_day, runs)))
 
+
+def stamp_process() -> str:
+    """Return the line of ``stamp`` for a page whose numbers were made in this process, today."""
+    environment = {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "packages": {name: version(name) for name in ("fedmerge-peft", "torch")},
+        **source(Path(fedmerge_peft.__file__).parent),
+    }
+    return _line([environment], f"{datetime.now(UTC):%Y-%m-%d}")
+
+
+def _line(made: list[dict[str, Any]], newest: str) -> str:
     def each(of: Callable[[dict[str, Any]], str]) -> str:
         return ", ".join(sorted({of(environment) for environment in made}))
 
     return (
-        f"`{shlex.join(['python', *sys.argv])}`, newest run of {max(map(_day, runs))}, "
+        f"`{shlex.join(['python', *sys.argv])}`, newest run of {newest}, "
         f"{each(_commit)}, fedmerge-peft {each(_version('fedmerge-peft'))}, "
         f"torch {each(_version('torch'))}, {each(_machine)}."
     )

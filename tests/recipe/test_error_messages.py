@@ -111,6 +111,15 @@ TWO_LISTS = (
             "baselines: duplicate strategies local",
         ),
         (
+            "lora: {target_modules: all-linear, layers_to_transform: [1]}",
+            "lora.layers_to_transform: selects layers of modules that are listed by name, but "
+            "target_modules is 'all-linear'; list names",
+        ),
+        (
+            "lora: {trainable_token_indices: []}",
+            "lora.trainable_token_indices: found an empty list, expected",
+        ),
+        (
             "lora: {init_lora_weights: pissa}",
             "lora.init_lora_weights: 'pissa' is not supported: merging requires",
         ),

@@ -41,6 +41,7 @@ from fedmerge_peft.federation.rate_choice import (
     smallest_tied,
 )
 from fedmerge_peft.federation.reply_checks import validate_reply
+from fedmerge_peft.federation.work import check_work
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.training.hyperparameters import Hyperparameters, automatic_epochs
 from fedmerge_peft.training.optimization import count_steps
@@ -103,7 +104,8 @@ def decide(recipe: Recipe, engine: Engine) -> Decisions:
         engine: Clients. On several ranks, every rank calls this function.
 
     Raises:
-        RecipeError: The range test gives no finite loss, because all of its clients failed.
+        RecipeError: The range test gives no finite loss, because all of its clients failed; the run
+            takes too many steps (``check_work``).
     """
     document: dict[str, dict[str, Any]] = {}
     keys = open_keys(recipe)
@@ -118,8 +120,9 @@ def decide(recipe: Recipe, engine: Engine) -> Decisions:
             "value": epochs,
             "reason": reason if private else "from the clients' median size",
         }
+    epochs_only = Decisions(document).hyperparameters
+    check_work(recipe, [client.size for client in engine.clients], epochs_only)
     if "learning_rate" in keys:
-        epochs_only = Decisions(document).hyperparameters
         document["learning_rate"] = _learning_rate(recipe, engine, epochs_only)
         log.info("%s", describe(document)[0])
     return Decisions(document)

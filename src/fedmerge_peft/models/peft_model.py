@@ -71,14 +71,6 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         last = {module.rpartition(".")[2] for module, _ in model.named_modules()}
         if whole := sorted(name for name in last - {*heads} if name.endswith(tuple(heads))):
             fields["exclude_modules"] = _excluding(lora.exclude_modules, whole)
-    config = LoraConfig(
-        **{**fields, "modules_to_save": heads or None},
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        # PEFT's classes for tasks pass arguments that other modules do not take.
-        task_type=task.peft_task_type if isinstance(model, PreTrainedModel) else None,
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-    )
     with (
         library_errors(
             lambda reason: BackboneError(
@@ -94,6 +86,14 @@ def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: se
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         # check_matches refuses what PEFT warns about.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys")
+        config = LoraConfig(
+            **{**fields, "modules_to_save": heads or None},
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            # PEFT's classes for tasks pass arguments that other modules do not take.
+            task_type=task.peft_task_type if isinstance(model, PreTrainedModel) else None,
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        )
         adapted = get_peft_model(model, config)
     check_matches(adapted, lora)
     return adapted

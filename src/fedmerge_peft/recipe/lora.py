@@ -44,7 +44,7 @@ class LoraRecipe(Section):
     """Values that differ from alpha, by module name or regular expression."""
     layers_to_transform: list[int] | int | None = None
     """Indices of the layers with an adapter. Default: all."""
-    trainable_token_indices: list[int] | None = None
+    trainable_token_indices: Annotated[list[int], Field(min_length=1)] | None = None
     """Ids of tokens whose embeddings are trained."""
     target_parameters: list[str] | None = None
     """Names of parameters (not modules) to adapt, for mixture-of-experts layers."""
@@ -64,6 +64,16 @@ class LoraRecipe(Section):
             raise ValueError(
                 "merge: shared_a requires an exact merge, which use_dora rules out; "
                 "choose one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_of_named_modules(self) -> LoraRecipe:
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform: selects layers of modules that are listed by name, but "
+                f"target_modules is {self.target_modules!r}; list names, such as [query, value], "
+                "or remove one of them"
             )
         return self
 

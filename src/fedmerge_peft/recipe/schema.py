@@ -193,7 +193,8 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random choices, together with the round and the client."""
     rounds: Count = 20
-    """Number of rounds."""
+    """Number of rounds. A run of more than 10 million optimizer steps of all clients together is
+    warned about, and one of more than 10 billion is refused."""
     task: AnyTask
     """Kind of examples, their columns, and metrics."""
     backbone: BackboneRecipe

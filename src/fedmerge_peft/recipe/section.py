@@ -33,6 +33,8 @@ Labels = Annotated[int, Field(gt=0, le=100_000)]
 """Number of classes."""
 Norm = Annotated[float, Field(ge=1e-9, le=1e9)]
 """L2 norm of a gradient or an update."""
+Passes = Annotated[int, Field(gt=0, le=1_000)]
+"""Passes of local training in one round."""
 Rank = Annotated[int, Field(gt=0, le=4_096)]
 """Rank of an adapter."""
 Rate = Annotated[float, Field(gt=0, le=100)]

@@ -14,6 +14,7 @@ from fedmerge_peft.recipe.section import (
     Count,
     CountOrZero,
     Fraction,
+    Passes,
     PositiveCoefficient,
     Rank,
 )
@@ -142,7 +143,7 @@ class FedAvgFinetunedRecipe(HeadRecipe, ServerRecipe):
     """Rounds of FedAvg, after which each client finetunes the global adapter for the remaining
     rounds. Default: all rounds are FedAvg, and a client predicts with its adapter of its last one,
     as it was before the aggregation."""
-    passes: Count = 1
+    passes: Passes = 1
     """Passes of local training in each round after `fedavg_rounds`. A pass has training.epochs."""
 
     @model_validator(mode="after")
@@ -256,7 +257,7 @@ class FedLEASERecipe(HeadRecipe, ServerRecipe):
     shared_soup = True
     adapters: Adapters = 5
     """Largest number of clusters."""
-    warm_passes: Count = 1
+    warm_passes: Passes = 1
     """Passes of local training before the clustering. A pass has training.epochs."""
 
 

@@ -129,7 +129,7 @@ def test_truncated_texts_are_counted_in_a_warning(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["run", "mine.yaml"])
     assert stopped.value.code == 0
-    assert "1 of 24 texts" in capsys.readouterr().err.replace("\n", " ")
+    assert "1 of 24 examples are longer" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_images_of_any_mode_become_rgb(folder, capsys):

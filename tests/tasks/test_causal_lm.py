@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.base import warn_of_cuts
 from fedmerge_peft.tasks.text_formats import fill_template, parse_template
 from tasks.causal_lm_tables import CHATS, NAME, PAIRS
 
@@ -257,19 +259,42 @@ def test_a_long_prompt_is_truncated_on_the_left_so_that_the_completion_survives(
     task = task_of("llama", table, name=NAME, max_length=20)
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
+        warn_of_cuts(examples, {"training": np.array([0]), "test": np.array([1])})
     whole, learned = decoded(task, examples, 0)
     assert len(examples.columns["input_ids"][0]) == 20
     assert learned == " done</s>"
     assert whole.startswith("<s>")
     assert whole.endswith("x end done</s>")
-    assert "1 of 2 examples are longer than 20 tokens and were truncated" in caplog.text
+    assert caplog.messages == [
+        "1 of 2 examples are longer than 20 tokens and were truncated "
+        "(1 of 1 training, 0 of 1 test)"
+    ]
 
 
 def test_a_completion_that_fills_the_length_keeps_one_token_before_it(task_of):
     table = Dataset.from_dict({"prompt": ["start"], "completion": [" x" * 200]})
     examples = task_of("llama", table, name=NAME, max_length=10).encode(table)
+    assert examples.cuts == {
+        "are longer than 10 tokens and were truncated": [0],
+        "lost tokens that have a loss, because 10 tokens do not hold them": [0],
+    }
     assert examples.columns["input_ids"][0][0] == 2
     assert (examples.columns["labels"][0] != -100).tolist() == [False] + [True] * 9
+
+
+@pytest.mark.parametrize("columns", [["text"], ["prompt", "completion"]], ids=len)
+def test_a_cut_that_leaves_nothing_to_learn_names_the_length(columns, task_of):
+    table = Dataset.from_dict({column: ["a b c d"] for column in columns})
+    with pytest.raises(DataError, match=r"row 0 .*nothing to predict: .*raise task.max_length"):
+        task_of("llama", table, name=NAME, max_length=1).encode(table)
+
+
+def test_prompts_that_are_cut_to_leave_room_for_a_generated_text_are_counted(task_of):
+    table = Dataset.from_dict({"prompt": ["a " * 100, "b"], "completion": ["c", "d"]})
+    task = task_of("llama", table, name=NAME, max_new_tokens=100, metrics=["exact_match"])
+    wanted = {"have a prompt of more than 28 tokens, cut on the left to generate": [0]}
+    assert wanted.items() <= task.encode(table).cuts.items()
+    assert task.encode_prompts(table["prompt"][:]).cuts == wanted
 
 
 def test_a_long_text_is_truncated_on_the_right(task_of):

@@ -10,6 +10,7 @@ import transformers as hf
 from datasets import ClassLabel, Dataset, Features, Value
 
 from fedmerge_peft.errors import BackboneError, DataError
+from fedmerge_peft.tasks.base import warn_of_cuts
 
 NAME = "sequence-classification"
 TEXTS = ["Where is my parcel?", "I was charged twice, please refund me.", "It crashes."]
@@ -156,9 +157,24 @@ def test_long_texts_are_truncated_and_counted(task_of, caplog):
     task = task_of("bert", table, name=NAME)
     with caplog.at_level(logging.WARNING):
         examples = task.encode(table)
+        warn_of_cuts(examples, {"": np.arange(4)}, "inputs")
+        warn_of_cuts(examples, {"": np.array([1, 3])})
+        warn_of_cuts(examples, {"training": np.array([0, 1, 0]), "test": np.array([3])})
     assert [len(ids) for ids in examples.columns["input_ids"]] == [128, 3, 128, 3]
     assert examples.columns["input_ids"][0][-1] == task.processor.sep_token_id
-    assert "2 of 4 texts are longer than 128 tokens and were truncated" in caplog.text
+    predicate = "are longer than 128 tokens and were truncated"
+    assert caplog.messages == [
+        f"2 of 4 inputs {predicate}",
+        f"1 of 3 examples {predicate} (1 of 2 training, 0 of 1 test)",
+    ]
+
+
+@pytest.mark.parametrize(("pair", "length"), [(None, 1), (None, 2), ("pair", 3)])
+def test_a_length_without_room_for_texts_is_refused(pair, length, task_of):
+    table = table_of([0, 1]).add_column("pair", ["a", "b"])
+    message = rf"task.max_length: {length} tokens leave no room for texts"
+    with pytest.raises(DataError, match=message):
+        task_of("bert", table, name=NAME, text_pair=pair, max_length=length)
 
 
 def test_max_length_beyond_the_model_is_refused_with_its_limit(task_of):

@@ -30,7 +30,7 @@ from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
-from fedmerge_peft.tasks.base import Task
+from fedmerge_peft.tasks.base import Task, warn_of_cuts
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.evaluation import evaluate, example_losses
@@ -113,6 +113,7 @@ class LocalEngine:
             )
         try_inputs(task, backbone, accelerator, recipe.backbone.model)
         runtime = Runtime(backbone, task, accelerator, task.encode(data.table))
+        warn_of_cuts(runtime.examples, _rows_by_split(data.clients))
         rows = _rows_held(data.clients)
         if len(rows):
             runtime.first_token = cut_to_first_token(runtime, rows)
@@ -368,7 +369,15 @@ class LocalEngine:
         return scores
 
 
+def _rows_by_split(clients: Sequence[Client]) -> dict[str, Indices]:
+    """Return the rows of the table that clients hold, by split."""
+    return {
+        "training": np.concatenate([client.train for client in clients]),
+        "validation": np.concatenate([client.validation for client in clients]),
+        "test": np.concatenate([client.test for client in clients]),
+    }
+
+
 def _rows_held(clients: Sequence[Client]) -> Indices:
     """Return the rows of the table that belong to clients, ascending."""
-    parts = [rows for client in clients for rows in (client.train, client.validation, client.test)]
-    return np.unique(np.concatenate(parts))
+    return np.unique(np.concatenate(list(_rows_by_split(clients).values())))

@@ -24,7 +24,7 @@ from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.tasks import Examples, make_task, task_type
-from fedmerge_peft.tasks.base import reject_inputs, split_batch
+from fedmerge_peft.tasks.base import reject_inputs, split_batch, warn_of_cuts
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.util.seeds import seeded
@@ -131,6 +131,7 @@ class Predictor:
         if not all_inputs:
             return {client: [] for client in inputs}
         examples = self._encode(all_inputs)
+        warn_of_cuts(examples, {"": np.arange(len(all_inputs))}, "inputs")
         indices_of, start = {}, 0
         for client, items in inputs.items():
             indices_of[client] = np.arange(start, start := start + len(items))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.recipe.schema import BackboneRecipe
 
+logger = logging.getLogger(__name__)
+
 ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 """``compute_metrics(predictions, references)``, which returns numbers by name."""
 Batch = dict[str, Tensor]
@@ -35,6 +38,8 @@ class Examples:
     """Encoded examples, created once before the first round: one tensor per example and column."""
 
     columns: Mapping[str, Sequence[Tensor]]
+    cuts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Examples of which a part was left out, by predicate: ``have more than 32 tokens and ...``."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -45,6 +50,28 @@ class Examples:
         return np.array(
             [tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64
         )
+
+
+def warn_of_cuts(
+    examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
+) -> None:
+    """Log each kind of cut as a warning, with its numbers of examples in all and by part.
+
+    Args:
+        examples: Encoded examples.
+        parts: Numbers of the examples in use, by a name such as ``training``. An example that
+            several clients hold counts once.
+        name: Noun for the examples.
+    """
+    held = {part: set(rows.tolist()) for part, rows in parts.items() if len(rows)}
+    total = len(set().union(*held.values()))
+    for predicate, rows in examples.cuts.items():
+        counts = {part: len(own.intersection(rows)) for part, own in held.items()}
+        if not (cut := len(set().union(*held.values()).intersection(rows))):
+            continue
+        each = ", ".join(f"{counts[part]:,} of {len(own):,} {part}" for part, own in held.items())
+        by_part = f" ({each})" if len(held) > 1 else ""
+        logger.warning("%s of %s %s %s%s", f"{cut:,}", f"{total:,}", name, predicate, by_part)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.recipe.schema import BackboneRecipe
     from fedmerge_peft.recipe.tasks import CausalLMRecipe
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 1024
 """Maximum length in tokens if the recipe has no ``max_length`` and the model's limit is larger."""
@@ -164,35 +161,31 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
         An end-of-sequence token is appended to texts and completions. The end of a chat follows its
         template. If a prompt's tokens are not a prefix of the tokens of prompt + completion, both
-        are tokenized separately. Warnings count truncated and separately tokenized rows.
+        are tokenized separately, and a warning counts them. ``Examples.cuts`` has truncated rows.
 
         Raises:
             DataError: A column does not exist, has the wrong type, or has nulls; a row has no token
                 to predict.
         """
-        columns: dict[str, Sequence[Tensor]] = {}
+        generation = Examples({})
         if self.format == "messages":
             chats = read_chats(self.recipe, table)
             rows = self._chats.rows(chats, self.loss)
             if self.generates:
-                columns = self._final_turns(chats)
+                generation = self._final_turns(chats)
         else:
             rows, prompts, references = self._text_rows(table)
             if self.generates:
-                columns = self._references(prompts, references)
-        if truncated := sum(len(ids) > self.max_length for ids, _ in rows):
-            logger.warning(
-                "%d of %d examples are longer than %d tokens and were truncated",
-                truncated,
-                len(rows),
-                self.max_length,
-            )
+                generation = self._references(prompts, references)
         inputs, labels = [], []
+        length = self.max_length
+        long = [row for row, (ids, _) in enumerate(rows) if len(ids) > length]
+        unlearned: list[int] = []
         for row, example in enumerate(rows):
-            ids, labeled = self._tokens.truncate(
-                *example, self.max_length, whole=self.loss == "completion"
-            )
+            ids, labeled = self._tokens.truncate(*example, length, whole=self.loss == "completion")
             inputs.append(ids)
+            if self.loss != "all" and sum(labeled) < sum(example[1]):
+                unlearned.append(row)
             # The first token is not predicted. Without its label, labels count the loss terms.
             labels.append(
                 [
@@ -204,9 +197,15 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 raise DataError(
                     f"row {row} (of the rows in use): {len(ids)} token(s) leave nothing to "
                     f"predict: {self.processor.decode(example[0])[:80]!r}"
+                    + ("; raise task.max_length" if len(example[0]) > length else "")
                 )
         reject_unknown_ids(inputs, self._vocabulary)
-        return Examples({"input_ids": ragged(inputs), "labels": ragged(labels)} | columns)
+        columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
+        cuts = {
+            f"are longer than {length} tokens and were truncated": long,
+            f"lost tokens that have a loss, because {length} tokens do not hold them": unlearned,
+        }
+        return Examples({**columns, **generation.columns}, {**cuts, **generation.cuts})
 
     def _text_rows(self, table: Dataset) -> tuple[list[Row], list[list[int]], Sequence[str]]:
         """Return the examples of plain texts and pairs, prompts and reference completions."""
@@ -229,7 +228,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             completions,
         )
 
-    def _final_turns(self, chats: Sequence[Chat]) -> dict[str, Sequence[Tensor]]:
+    def _final_turns(self, chats: Sequence[Chat]) -> Examples:
         """Return chats without their last message, and this message, for generation."""
         for row, chat in enumerate(chats):
             if chat.roles[-1] != "assistant":
@@ -243,13 +242,19 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             self._chats.prompts(last), [chat.messages[-1]["content"] for chat in chats]
         )
 
-    def _references(
-        self, prompts: Sequence[list[int]], references: Sequence[str]
-    ) -> dict[str, Sequence[Tensor]]:
-        return {
-            "prompt": ragged([self._tokens.truncate_left(ids, self.max_prompt) for ids in prompts]),
-            "reference": ragged([text.encode() for text in references]),
-        }
+    def _references(self, prompts: Sequence[list[int]], references: Sequence[str]) -> Examples:
+        examples = self._prompts(prompts)
+        reference = ragged([text.encode() for text in references])
+        return Examples({**examples.columns, "reference": reference}, examples.cuts)
+
+    def _prompts(self, prompts: Sequence[list[int]]) -> Examples:
+        """Truncate prompts on the left, to generate."""
+        length = self.max_prompt
+        cut = [row for row, ids in enumerate(prompts) if len(ids) > length]
+        return Examples(
+            {"prompt": ragged([self._tokens.truncate_left(ids, length) for ids in prompts])},
+            {f"have a prompt of more than {length} tokens, cut on the left to generate": cut},
+        )
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Return ``input_ids``, ``attention_mask`` and ``labels``, ``(batch, longest)``."""
@@ -312,16 +317,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         Raises:
             DataError: A prompt is empty, and the tokenizer has no begin-of-sequence token.
         """
-        return Examples(
-            {
-                "prompt": ragged(
-                    [
-                        self._tokens.truncate_left(ids, self.max_prompt)
-                        for ids in self._tokens.prompts(prompts)
-                    ]
-                )
-            }
-        )
+        return self._prompts(self._tokens.prompts(prompts))
 
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Return ``input_ids`` and ``attention_mask``, ``(batch, longest)``, padded on the left."""

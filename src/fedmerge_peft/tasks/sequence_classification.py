@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.recipe.schema import BackboneRecipe
     from fedmerge_peft.recipe.tasks import SequenceClassificationRecipe
-
-logger = logging.getLogger(__name__)
 
 
 class SequenceClassificationTask(Classification):
@@ -88,6 +85,12 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         self.processor.split_special_tokens = True
         self.pad_token_id = get_pad_token_id(self.processor)
         self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
+        special = self.processor.num_special_tokens_to_add(recipe.text_pair is not None)
+        if self.max_length is not None and self.max_length <= special:
+            raise DataError(
+                f"task.max_length: {self.max_length} tokens leave no room for texts, because the "
+                f"tokenizer adds {special}; raise task.max_length"
+            )
         self._vocabulary: int | None = None
         self._columns = ["input_ids"]
         # RoBERTa has one type of tokens, but its tokenizers may return two.
@@ -133,7 +136,7 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         return {"tokenizer": tokenizer, "truncation": True}
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize every row. A warning counts truncated texts.
+        """Tokenize every row. ``Examples.cuts`` has the truncated ones.
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; a text has no tokens; a
@@ -151,22 +154,18 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
                 f"tokens: {texts[0][empty]!r}"
             )
         reject_unknown_ids(tokens["input_ids"], self._vocabulary)
-        if truncated:
-            logger.warning(
-                "%d of %d texts are longer than %d tokens and were truncated",
-                truncated,
-                len(table),
-                self.max_length,
-            )
         return Examples(
             {
                 **{name: ragged(rows) for name, rows in tokens.items()},
                 "labels": list(labels.unbind()),
-            }
+            },
+            {f"are longer than {self.max_length} tokens and were truncated": truncated},
         )
 
-    def _tokenize(self, texts: Sequence[Sequence[str]]) -> tuple[dict[str, list[list[int]]], int]:
-        """Tokenize columns of texts; return the model's columns and the number of truncated rows.
+    def _tokenize(
+        self, texts: Sequence[Sequence[str]]
+    ) -> tuple[dict[str, list[list[int]]], list[int]]:
+        """Tokenize columns of texts; return the model's columns and the truncated rows.
 
         Raises:
             DataError: The tokenizer fails on a text, or takes a part of it for a special token.
@@ -174,13 +173,13 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         tokens: dict[str, list[list[int]]] = {name: [] for name in self._columns}
         special = SpecialTokens(self.processor)
         usual = special.count(self.processor(*["a"] * len(texts))["input_ids"])
-        truncated = 0
+        truncated = []
         for row, encoded in enumerate(tokenized(self.processor, *texts)):
             if self.max_length is not None and len(encoded["input_ids"]) > self.max_length:
                 encoded = self.processor(
                     *(column[row] for column in texts), truncation=True, max_length=self.max_length
                 )
-                truncated += 1
+                truncated.append(row)
             written = next(filter(None, (special.first_in(column[row]) for column in texts)), None)
             if written and special.count(encoded["input_ids"]) > usual:
                 raise DataError(

@@ -24,14 +24,14 @@ TARGETS = {"bert": ["query", "output.dense"], "llama": ["q_proj"], "vit": ["q_pr
 def make_runtime(tiny_models, table_and_task):
     """``make_runtime("bert")``: a tiny model with dropout, and its recipe."""
 
-    def make(kind):
+    def make(kind, **options):
         table, task = table_and_task(kind, COUNT)
         model = str(tiny_models / kind.partition("-")[0])
         recipe = Recipe.model_validate(
             {
                 "name": "bench",
                 "task": task,
-                "backbone": {"model": model},
+                "backbone": {"model": model, **options},
                 "lora": {"r": 2, "target_modules": TARGETS[kind.partition("-")[0]]},
                 "data": {"path": "unused", "partition": {"scheme": "iid", "clients": 1}},
                 "training": {
@@ -49,6 +49,17 @@ def make_runtime(tiny_models, table_and_task):
         return Runtime(backbone, task, accelerator, task.encode(table)), recipe.training
 
     return make
+
+
+def test_checkpointed_layers_are_not_cut_because_they_run_again_without_it(make_runtime):
+    plain, training = make_runtime("bert")
+    saving, _ = make_runtime("bert", gradient_checkpointing=True)
+    saving.first_token = cut_to_first_token(saving, ROWS)
+    assert saving.first_token is None
+    (expected,), (found,) = (
+        train(runtime, training, jobs(runtime, 1)) for runtime in (plain, saving)
+    )
+    assert_near(found.row, expected.row, plain.backbone.fresh_row(0))
 
 
 def jobs(runtime, count):

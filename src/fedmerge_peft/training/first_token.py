@@ -32,6 +32,8 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     layer = _last_layer(runtime.backbone.model)
     if layer is None or runtime.task.padding != "right":
         return None
+    if getattr(layer, "gradient_checkpointing", False):  # would be computed again without the cut
+        return None
     sizes = runtime.examples.lengths[rows]
     chunk = rows[[int(sizes.argmin()), int(sizes.argmax())]]
     runtime.backbone.eval()

@@ -122,6 +122,26 @@ def test_files_with_other_columns_are_refused(tmp_path):
         load(tmp_path)
 
 
+def test_splits_within_the_folders_of_a_folder_are_joined(tmp_path):
+    write(tmp_path, "en/train.csv", "en/test.csv", "de/train/0000.csv", "de/test/0000.csv")
+    loaded = load(tmp_path)
+    assert {split: sorted(table["text"][:]) for split, table in loaded.items()} == {
+        "train": ["de/train/0000.csv", "en/train.csv"],
+        "test": ["de/test/0000.csv", "en/test.csv"],
+    }
+
+
+def test_folders_with_splits_beside_others_without_are_refused(tmp_path):
+    write(tmp_path, "en/train.csv", "en/test.csv", "de/north.csv")
+    with pytest.raises(DataError, match=r"has en with files that are named as splits, beside de"):
+        load(tmp_path)
+
+
+def test_one_training_folder_within_folders_is_no_split(tmp_path):
+    write(tmp_path, "en/train.csv", "de/north.csv", "fr/training/a.csv")
+    assert len(load(tmp_path)["train"]) == 3
+
+
 def test_links_to_folders_above_do_not_repeat_files(tmp_path):
     write(tmp_path, "a/north.csv", "b/south.csv")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
@@ -138,6 +158,19 @@ def test_a_data_set_card_decides_if_it_names_files(tmp_path):
         "train": ["north.csv"],
         "test": ["south.csv"],
     }
+
+
+def test_tables_that_a_card_names_have_the_types_of_files(tmp_path):
+    (tmp_path / "data").mkdir()
+    Path(tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - {split: train, path: data/train-*}\n  - {split: test, path: data/test-*}\n---\n"
+    )
+    (tmp_path / "data" / "train-00000-of-00001.csv").write_text("code,text\n007,a\n012,b\n")
+    (tmp_path / "data" / "test-00000-of-00001.csv").write_text("code,text\n100,c\n")
+    loaded = load(tmp_path)
+    assert loaded["train"]["code"][:] == ["007", "012"]
+    assert loaded["test"]["code"][:] == ["100"]
 
 
 def test_relative_paths_of_images_are_looked_for_beside_the_table_first(tmp_path, monkeypatch):

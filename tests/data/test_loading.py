@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import re
+from functools import partial
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -186,23 +189,78 @@ def test_hub_failures_give_the_cause_in_one_line(monkeypatch, path):
     def offline(*_, **__):
         raise ConnectionError("Couldn't reach\nthe Hub (offline)")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     assert faults(path) == (
         f"data.path: the hub's data set {path} cannot be loaded: ConnectionError: "
         "Couldn't reach the Hub (offline)"
     )
 
 
-def test_hub_data_are_loaded_with_configuration_and_revision(monkeypatch, table):
-    asked = []
+@pytest.fixture
+def hub(monkeypatch):
+    """``hub(folder)``: a folder in place of all hub data sets; returns what is asked of it."""
 
-    def hub(*names, **keys):
-        asked.append((names, keys))
-        return datasets.DatasetDict(train=table)
+    def stand_in(folder):
+        asked = []
+        build, load = datasets.load_dataset_builder, datasets.load_dataset
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    assert len(load("owner/name", config="small", revision="main")["train"]) == 60
-    assert asked == [(("owner/name", "small"), {"revision": "main"})]
+        def download(name, **options):
+            asked.append((name, options["repo_type"], options["revision"]))
+            return str(folder)
+
+        def described(function, name, config, *, revision):
+            asked.append((name, config, revision))
+            return function(str(folder), config)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(datasets, "load_dataset_builder", partial(described, build))
+        monkeypatch.setattr(datasets, "load_dataset", partial(described, load))
+        return asked
+
+    return stand_in
+
+
+def test_hub_data_without_a_card_are_read_as_folders_are(hub, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00002.csv").write_text("code,text\n007,a\n")
+    (tmp_path / "data" / "train-00001-of-00002.csv").write_text("code,text\n010,b\n")
+    (tmp_path / "data" / "test-00000-of-00001.csv").write_text("code,text\n008,c\n")
+    asked = hub(tmp_path)
+    loaded = load("owner/name", revision="main")
+    assert loaded["train"]["code"][:] == ["007", "010"]
+    assert loaded["test"]["code"][:] == ["008"]
+    assert asked == [("owner/name", "dataset", "main")] * 2
+
+
+def test_hub_data_are_loaded_with_configuration_and_revision(hub, tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: small, data_files: rows.csv, sep: ';'}\n"
+        "- {config_name: large, data_files: other.csv}\n---\n"
+    )
+    (tmp_path / "rows.csv").write_text("code;text\n007;a\n")
+    asked = hub(tmp_path)
+    assert load("owner/name", config="small", revision="main")["train"]["code"][:] == ["007"]
+    assert asked[-1] == ("owner/name", "small", "main")
+    assert "BuilderConfig 'big' not found" in faults("owner/name", config="big")
+
+
+def test_types_that_a_card_declares_are_those_of_the_data(hub, tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - {name: code, dtype: string}\n"
+        "  - {name: label, dtype: {class_label: {names: {'0': low, '1': high}}}}\n"
+        "configs:\n- {config_name: default, data_files: rows.csv}\n---\n"
+    )
+    (tmp_path / "rows.csv").write_text("code,label\n007,1\n1.0,0\n")
+    hub(tmp_path)
+    for path in ("owner/name", str(tmp_path)):
+        table = load(path)["train"]
+        assert table[:] == {"code": ["007", "1.0"], "label": [1, 0]}
+        assert table.features["label"].names == ["low", "high"]
+
+
+def test_a_configuration_of_a_folder_without_a_card_is_refused(parquet):
+    folder = Path(parquet).parent
+    assert "has no README.md that names the files" in faults(folder, config="small")
 
 
 def test_pickles_and_other_files_are_refused(tmp_path):

@@ -36,12 +36,18 @@ def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     """Assign tables to splits by the names of the files or folders at the top.
 
     They are splits if each name begins or ends with that of a split (``train.csv``, ``test/``,
-    ``tickets_train.csv``, ``train-00000-of-00002.parquet``). Otherwise all files are the training
-    split.
+    ``tickets_train.csv``, ``train-00000-of-00002.parquet``). If no name at the top is, the rule
+    applies within each folder there (``en/train.csv``, ``de/train.csv``). Otherwise all files are
+    the training split.
 
     Raises:
         DataError: Some names are those of splits for evaluation, others of no split.
     """
+    return _split_within(folder, files) or {"train": list(files)}
+
+
+def _split_within(folder: Path, files: Sequence[Path]) -> Splits | None:
+    """Return the files by split, or None if no names are those of splits."""
     while len(entries := _by_entry(folder, files)) == 1:
         (entry,) = entries
         if not (folder / entry).is_dir() or _words(entry)[-1] in _SPLIT_OF:
@@ -62,7 +68,33 @@ def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     exact = {entry: split for entry, split in named.items() if len(words[entry]) == 1}
     if set(exact.values()) - {"train"} or {"train"} < set(named.values()):
         _reject_some(folder, named, entries)
-    return {"train": list(files)}
+    return None if exact else _merged(folder, entries)
+
+
+def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | None:
+    """Return the files of all folders at the top by the splits within each; None if none has any.
+
+    Raises:
+        DataError: Some of the folders have splits for evaluation, others have no splits.
+    """
+    within = {
+        entry: (_split_within(folder / entry, files) if (folder / entry).is_dir() else None)
+        for entry, files in entries.items()
+    }
+    known = {entry: splits for entry, splits in within.items() if splits}
+    if not any(splits.keys() - {"train"} for splits in known.values()):
+        return None
+    if rest := [entry for entry in entries if entry not in known]:
+        raise DataError(
+            f"data.path: {folder} has {join_values(known, 5)} with files that are named as splits, "
+            f"beside {join_values(rest, 5)} without; name the files of all as splits (train, "
+            "validation, test), or of none"
+        )
+    merged = {
+        split: [path for splits in known.values() for path in splits.get(split, ())]
+        for split in _SPLITS
+    }
+    return {split: paths for split, paths in merged.items() if paths}
 
 
 def split_images(folder: Path, files: Sequence[Path]) -> Splits:

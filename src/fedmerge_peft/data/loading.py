@@ -23,8 +23,8 @@ from fedmerge_peft.data.columns import (
     matching_rows,
     value_names,
 )
-from fedmerge_peft.data.local_files import read_local
-from fedmerge_peft.data.tables import TABLES, is_table, reading
+from fedmerge_peft.data.local_files import read_hub, read_local
+from fedmerge_peft.data.tables import TABLES, is_table
 from fedmerge_peft.data.text_files import COMPRESSIONS
 from fedmerge_peft.errors import DataError
 
@@ -103,7 +103,7 @@ def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
             f"({join_values(TABLES)}), data.path=FOLDER, a hub id such as data.path=owner/name, "
             f"or data.path=embedded:{next(iter(EMBEDDED))}"
         )
-    loaded = read_local(path, recipe, image) if path.exists() else _read_hub(recipe)
+    loaded = read_local(path, recipe, image) if path.exists() else read_hub(recipe, image)
     return {name: dataset.with_format(None) for name, dataset in loaded.items()}
 
 
@@ -116,14 +116,6 @@ def _read_embedded(name: str, recipe: DataRecipe) -> dict[str, Dataset]:
     file = resources.files("fedmerge_peft.data") / "embedded" / EMBEDDED[name]
     with resources.as_file(file) as path:
         return read_local(path, recipe, None)
-
-
-def _read_hub(recipe: DataRecipe) -> dict[str, Dataset]:
-    import datasets
-
-    with reading(f"the hub's data set {recipe.path}"):
-        loaded = datasets.load_dataset(recipe.path, recipe.config, revision=recipe.revision)
-    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
 def _looks_local(path: str) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from fedmerge_peft.data import data_cards
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.data.folders import image_labels, split_images, split_tables, walk
 from fedmerge_peft.data.tables import TABLES, is_table, read_tables, reading
@@ -41,21 +42,49 @@ def read_local(path: Path, recipe: DataRecipe, image: str | None) -> dict[str, D
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
             return dict(saved) if isinstance(saved, dict) else {"train": saved}
-        if _describes_files(path / "README.md"):
-            return dict(datasets.load_dataset(str(path), recipe.config))
+        if data_cards.has_files(path / "README.md"):
+            return _read_described(str(path), recipe, image)
+        if recipe.config is not None:
+            raise DataError(
+                f"data.config: {path} has no README.md that names the files of the configuration "
+                f"{recipe.config!r}; remove data.config, or name the files in data.path"
+            )
         return _read_folder(path, recipe, image)
 
 
-def _describes_files(card: Path) -> bool:
-    """Return True if a data set card names the files of its splits, as on the hub."""
-    from huggingface_hub import DatasetCard
+def read_hub(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
+    """Read a data set on the hub. Its splits and types follow the rules of folders.
 
-    if not card.is_file():
-        return False
-    try:
-        return "configs" in DatasetCard.load(card).data.to_dict()
-    except (ValueError, OSError):  # no valid card
-        return False
+    Raises:
+        DataError: The data set cannot be loaded.
+    """
+    name, revision = recipe.path, recipe.revision
+    with reading(f"the hub's data set {name}"):
+        card = data_cards.download_card(name, revision) / "README.md"
+        if recipe.config is not None or data_cards.has_files(card):
+            return _read_described(name, recipe, image)
+        folder = data_cards.download_tables(name, revision, sorted(_image_suffixes()))
+        saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+        if saved or not any(path.name != "README.md" for path in walk(folder)):
+            return data_cards.load_described(name, None, revision)
+        return read_local(folder, recipe, image)
+
+
+def _read_described(source: str, recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
+    """Read the splits that a data set card names."""
+    described = data_cards.described_files(source, recipe.config, recipe.revision)
+    if described is None:
+        return data_cards.load_described(source, recipe.config, recipe.revision)
+    recipe = recipe.model_copy(update={"separator": recipe.separator or described.separator})
+    features = described.features or {}
+    texts = {name for name, kind in features.items() if getattr(kind, "dtype", "") == "string"}
+    tables = _read_tables(described.splits, recipe, image, texts)
+    if not features:
+        return tables
+    return {
+        split: table.select_columns(list(features)).cast(features)
+        for split, table in tables.items()
+    }
 
 
 def _read_folder(folder: Path, recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
@@ -82,12 +111,15 @@ def _read_folder(folder: Path, recipe: DataRecipe, image: str | None) -> dict[st
 
 
 def _read_tables(
-    splits: Mapping[str, Sequence[Path]], recipe: DataRecipe, image: str | None
+    splits: Mapping[str, Sequence[Path]],
+    recipe: DataRecipe,
+    image: str | None,
+    texts: Set[str] = frozenset(),
 ) -> dict[str, Dataset]:
     from datasets import concatenate_datasets
 
     files = [path for paths in splits.values() for path in paths]
-    tables = read_table_files(files, recipe, image)
+    tables = read_table_files(files, recipe, image, texts)
     return {
         split: concatenate_datasets([tables[path] for path in paths])
         for split, paths in splits.items()
@@ -95,12 +127,12 @@ def _read_tables(
 
 
 def read_table_files(
-    files: Sequence[Path], recipe: DataRecipe, image: str | None
+    files: Sequence[Path], recipe: DataRecipe, image: str | None, texts: Set[str] = frozenset()
 ) -> dict[Path, Dataset]:
-    """Read tables with types that are told from all of them. Arguments as in ``read_local``."""
+    """Read tables with types that are told from all of them. Arguments as in ``read_tables``."""
     from datasets import Dataset
 
-    tables = read_tables(files, recipe)
+    tables = read_tables(files, recipe, texts)
     return {path: Dataset(_with_images(table, path, image)) for path, table in tables.items()}
 
 

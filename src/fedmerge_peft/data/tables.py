@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +39,15 @@ def is_table(path: Path) -> bool:
     return suffix in TABLES and path.name not in _ABOUT and not (compressed and suffix in _BINARY)
 
 
-def read_tables(files: Sequence[Path], recipe: DataRecipe) -> dict[Path, pa.Table]:
+def read_tables(
+    files: Sequence[Path], recipe: DataRecipe, texts: Set[str] = frozenset()
+) -> dict[Path, pa.Table]:
     """Read tables. The types of text and JSON columns are told from all files together.
 
     Args:
         files: One or more files with the suffix of a table.
         recipe: Separator, quoting and encoding of text files.
+        texts: Columns of csv and tsv files that stay text.
 
     Returns:
         Table of each file, all with the same schema.
@@ -56,7 +59,7 @@ def read_tables(files: Sequence[Path], recipe: DataRecipe) -> dict[Path, pa.Tabl
     tables: dict[Path, pa.Table] = {}
     for suffixes, read in _READERS:
         paths = [path for path in files if format_suffix(path) in suffixes]
-        tables |= zip(paths, read(paths, recipe) if paths else [], strict=True)
+        tables |= zip(paths, read(paths, recipe, texts) if paths else [], strict=True)
     schema = common_schema({path: tables[path].schema for path in files})
     for path, table in tables.items():
         with reading(path):
@@ -85,21 +88,24 @@ def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _delimited(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
-    texts: dict[Path, pa.Table] = {}
+def _delimited(paths: Sequence[Path], recipe: DataRecipe, texts: Set[str]) -> list[pa.Table]:
+    read: dict[Path, pa.Table] = {}
     for path in paths:
         with reading(path):
             separator = recipe.separator or _SEPARATORS[format_suffix(path)]
             text = read_text(path, recipe.encoding)
-            texts[path] = read_delimited(path, text, separator, recipe.quoting)
-            check_names(path, texts[path].column_names)
-    names = common_schema({path: table.schema for path, table in texts.items()}).names
-    together = pa.concat_tables([table.select(names) for table in texts.values()])
-    typed = pa.table([type_texts(column) for column in together.columns], names=names)
-    return _cut(typed, [len(table) for table in texts.values()])
+            read[path] = read_delimited(path, text, separator, recipe.quoting)
+            check_names(path, read[path].column_names)
+    names = common_schema({path: table.schema for path, table in read.items()}).names
+    together = pa.concat_tables([table.select(names) for table in read.values()])
+    columns = [
+        column if name in texts else type_texts(column)
+        for name, column in zip(names, together.columns, strict=True)
+    ]
+    return _cut(pa.table(columns, names=names), [len(table) for table in read.values()])
 
 
-def _json(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
+def _json(paths: Sequence[Path], recipe: DataRecipe, texts: Set[str]) -> list[pa.Table]:
     rows: list[JsonRow] = []
     sizes = []
     for path in paths:
@@ -117,7 +123,7 @@ def _json(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
     return _cut(pa.table(columns), sizes)
 
 
-def _binary(paths: Sequence[Path], recipe: DataRecipe) -> list[pa.Table]:
+def _binary(paths: Sequence[Path], recipe: DataRecipe, texts: Set[str]) -> list[pa.Table]:
     tables = []
     for path in paths:
         with reading(path):

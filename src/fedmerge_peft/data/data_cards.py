@@ -1,0 +1,128 @@
+"""Data sets on the hub, and folders with a data set card that names the files of their splits.
+
+Tables are read as other files are, so that codes with leading zeros stay text in all of them. If
+the card sets further options of a reader, or declares the types of files that have types of their
+own, ``datasets`` reads the files as it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmerge_peft.data.tables import TABLES, is_table
+from fedmerge_peft.data.text_files import COMPRESSIONS
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+_READERS = {"CsvConfig", "JsonConfig", "ParquetConfig", "ArrowConfig"}
+_NO_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
+"""Fields of a reader's configuration that do not change how rows are read, and the separator."""
+
+
+def has_files(card: Path) -> bool:
+    """Return True if a data set card names the files of its splits."""
+    from huggingface_hub import DatasetCard
+
+    if not card.is_file():
+        return False
+    try:
+        return "configs" in DatasetCard.load(card).data.to_dict()
+    except (ValueError, OSError):  # no valid card
+        return False
+
+
+@dataclass(frozen=True)
+class DescribedFiles:
+    """Tables that a data set card names."""
+
+    splits: dict[str, list[Path]]
+    """Files of each split."""
+    separator: str | None
+    """Character between fields, if the card sets it."""
+    features: Features | None
+    """Declared types of the columns of csv files."""
+
+
+def described_files(source: str, config: str | None, revision: str | None) -> DescribedFiles | None:
+    """Return the tables that a card names; None if ``datasets`` must read them.
+
+    Args:
+        source: Folder or hub id.
+        config: Configuration, or None for the default one.
+        revision: Branch, tag or commit on the hub.
+    """
+    import datasets
+
+    builder = datasets.load_dataset_builder(source, config, revision=revision)
+    options = builder.config
+    kind, features = type(options).__name__, builder.info.features
+    if kind not in _READERS or _changed(options) - _NO_OPTIONS:
+        return None
+    if features is not None and kind != "CsvConfig":
+        return None
+    named: Mapping[Any, Sequence[Any]] = options.data_files
+    if not all(is_table(Path(str(file))) for files in named.values() for file in files):
+        return None
+    separator = getattr(options, "sep", ",")
+    splits = {str(split): [_local(str(file)) for file in files] for split, files in named.items()}
+    return DescribedFiles(splits, None if separator == "," else separator, features)
+
+
+def load_described(source: str, config: str | None, revision: str | None) -> dict[str, Dataset]:
+    """Load the splits as the card says, with the readers of ``datasets``."""
+    import datasets
+
+    loaded = datasets.load_dataset(source, config, revision=revision)
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def download_card(name: str, revision: str | None) -> Path:
+    """Download the card of a data set on the hub; return the folder, in which it may be missing."""
+    return _download(name, revision, ["README.md"])
+
+
+def download_tables(name: str, revision: str | None, images: Sequence[str]) -> Path:
+    """Download the tables and images of a data set on the hub; return their folder.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit.
+        images: Suffixes of image files.
+    """
+    compressed = [f"{suffix}{ending}" for suffix in TABLES for ending in COMPRESSIONS]
+    return _download(name, revision, [f"*{end}" for end in (*TABLES, *compressed, *images)])
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    )
+
+
+def _changed(options: Any) -> set[str]:
+    usual = type(options)()
+    return {
+        field.name
+        for field in fields(options)
+        if getattr(options, field.name) != getattr(usual, field.name)
+    }
+
+
+def _local(file: str) -> Path:
+    """Return the path of a file, downloaded if it is on the hub (``hf://datasets/...``)."""
+    if "://" not in file:
+        return Path(file)
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    place: Any = HfFileSystem().resolve_path(file)
+    return Path(
+        hf_hub_download(
+            place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision
+        )
+    )

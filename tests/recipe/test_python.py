@@ -49,6 +49,52 @@ def test_each_fault_has_the_words_of_a_recipe(make, values, fault):
     assert found.startswith(fault)
 
 
+def test_dictionaries_keywords_and_dotted_keys_are_one_recipe():
+    recipe = Recipe(**VALID, rounds=3, training={"epochs": 2, "batch_size": 4})
+    assert Recipe(VALID, rounds=3, training={"epochs": 2, "batch_size": 4}) == recipe
+    dotted = {**VALID, "rounds": 3, "training.epochs": 2, "training.batch_size": 4}
+    assert Recipe(dotted) == Recipe(**dotted) == Recipe.model_validate(dotted) == recipe
+    mixed = {**VALID, "rounds": 3, "training": {"epochs": 2}, "training.batch_size": 4}
+    assert Recipe(mixed) == recipe
+    assert mixed["training"] == {"epochs": 2}
+
+
+def test_names_within_sections_keep_their_dots():
+    recipe = Recipe(VALID, lora={"rank_pattern": {"layer.1": 2}}, **{"data.filter": {"a.b": ["c"]}})
+    assert recipe.lora.rank_pattern == {"layer.1": 2}
+    assert list(recipe.data.filter) == ["a.b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "faults"),
+    [
+        ({"training.epoch": 2}, ["Recipe: training.epoch: unknown key; did you mean 'epochs'?"]),
+        (
+            {"training": {"epochs": 2}, "training.epochs": 3, "strategy": "local", "strategy.x": 1},
+            [
+                "Recipe: training.epochs: is given twice: 2 and 3",
+                "Recipe: strategy.x: strategy is text 'local' here; write it as a dictionary with "
+                "all its keys",
+            ],
+        ),
+        ({"data.partition.clients": 0}, ["Recipe: data.partition.clients: is given twice: 4"]),
+    ],
+)
+def test_faults_of_dotted_keys_have_the_words_of_a_recipe(values, faults):
+    with pytest.raises(RecipeError) as caught:
+        Recipe({**VALID, **values})
+    assert len(caught.value.faults) == len(faults)
+    for found, fault in zip(caught.value.faults, faults, strict=True):
+        assert found.startswith(fault)
+
+
+def test_what_is_no_dictionary_is_refused():
+    with pytest.raises(RecipeError, match=r"text 'quickstart'.*Recipe\.load reads files"):
+        Recipe("quickstart")
+    with pytest.raises(RecipeError, match="Recipe: name: is given twice"):
+        Recipe(VALID, name="y")
+
+
 def test_all_faults_are_listed():
     with pytest.raises(RecipeError) as caught:
         Recipe(lora={"r": 0}, rounds=0)

@@ -6,19 +6,21 @@ messages, so they address users who edit a recipe. This module does not import t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 import fedmerge_peft.recipe.personal_strategies  # registers strategies  # noqa: F401
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
-from fedmerge_peft.recipe.error_messages import refuse_values
+from fedmerge_peft.recipe.error_messages import found, refuse_values
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.recipe.presets import with_preset
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
+from fedmerge_peft.recipe.python_values import nested
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.section import (
     BatchSize,
@@ -233,6 +235,26 @@ class Recipe(Section):
     strategies, tasks, partition schemes, metrics, aggregation rules or callbacks. A module must be
     installed, or in a folder on PYTHONPATH."""
 
+    def __init__(self, values: Mapping[str, Any] | None = None, /, **keys: Any) -> None:
+        """Check the values of a dictionary and of keywords; both may have dotted keys.
+
+        ``Recipe(values, rounds=3)`` and ``Recipe(**values, **{"training.epochs": 2})``. Raises
+        ``RecipeError`` with all faults.
+        """
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping):
+            hint = (
+                "; Recipe.load reads files and shipped recipes" if isinstance(values, str) else ""
+            )
+            raise RecipeError([f"Recipe: found {found(values)}, expected a dictionary{hint}"])
+        if repeated := sorted(values.keys() & keys):
+            raise RecipeError([f"Recipe: {key}: is given twice" for key in repeated])
+        super().__init__(**nested({**values, **keys}, "Recipe"))
+
+    # Files are checked without this constructor, with their lines.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
@@ -332,7 +354,8 @@ class Recipe(Section):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Recipe:
-        """Check the values of keys, as ``Recipe(**values)``. Raises ``RecipeError``."""
+        """Check the values of keys, as ``Recipe(values)``. Raises ``RecipeError``."""
+        obj = nested(obj, cls.__name__) if isinstance(obj, Mapping) else obj
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:

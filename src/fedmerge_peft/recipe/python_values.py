@@ -25,8 +25,9 @@ def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
     result = {key: value for key, value in values.items() if not _is_dotted(key)}
     faults = []
     for key in filter(_is_dotted, values):
-        *sections, last = where = tuple(key.split("."))
-        part, text = _section(result, sections)
+        where = tuple(key.split("."))
+        part, text = _section(result, where[:-1])
+        last = where[-1]
         if last in part:
             text = f"is given twice: {found(part[last])} and {found(values[key])}"
         if text:

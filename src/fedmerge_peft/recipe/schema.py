@@ -235,7 +235,7 @@ class Recipe(Section):
     strategies, tasks, partition schemes, metrics, aggregation rules or callbacks. A module must be
     installed, or in a folder on PYTHONPATH."""
 
-    def __init__(self, values: Mapping[str, Any] | None = None, /, **keys: Any) -> None:
+    def __init__(self, values: Any = None, /, **keys: Any) -> None:
         """Check the values of a dictionary and of keywords; both may have dotted keys.
 
         ``Recipe(values, rounds=3)`` and ``Recipe(**values, **{"training.epochs": 2})``. Raises

@@ -21,10 +21,18 @@ def data(
         Path | None,
         typer.Option(help="Draw clients and labels to this PNG or SVG file; overwritten."),
     ] = None,
+    show: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Show what this many training examples became: their tokens, and which of them "
+            "have a loss. Loads the tokenizer.",
+        ),
+    ] = 0,
 ) -> None:
     """Show each client's number of examples and its labels.
 
-    Example: fedmerge data quickstart --figure clients.png
+    Example: fedmerge data quickstart --figure clients.png --show 3
     """
     from rich.console import Console
 
@@ -40,3 +48,7 @@ def data(
     if figure is not None:
         plot(federated, by or label, figure)
         console.print(printable(f"figure: {figure}"), markup=False)
+    if show:
+        from fedmerge_peft.cli.shown_examples import show_examples
+
+        show_examples(loaded, federated, show, console)

@@ -33,6 +33,15 @@ class Client:
         return len(self.train)
 
 
+def rows_by_split(clients: Sequence[Client]) -> dict[str, Indices]:
+    """Return the rows of the table that clients hold, by split."""
+    return {
+        "training": np.concatenate([client.train for client in clients]),
+        "validation": np.concatenate([client.validation for client in clients]),
+        "test": np.concatenate([client.test for client in clients]),
+    }
+
+
 @dataclass(frozen=True)
 class FederatedData:
     """Table of examples and the clients that hold its rows."""

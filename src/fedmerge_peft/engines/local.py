@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Client, FederatedData, federate_data
-from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.data.clients import Indices, rows_by_split
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
 from fedmerge_peft.engines.score_cache import ScoreCache
@@ -113,7 +113,7 @@ class LocalEngine:
             )
         try_inputs(task, backbone, accelerator, recipe.backbone.model)
         runtime = Runtime(backbone, task, accelerator, task.encode(data.table))
-        warn_of_cuts(runtime.examples, _rows_by_split(data.clients))
+        warn_of_cuts(runtime.examples, rows_by_split(data.clients))
         rows = _rows_held(data.clients)
         if len(rows):
             runtime.first_token = cut_to_first_token(runtime, rows)
@@ -369,15 +369,6 @@ class LocalEngine:
         return scores
 
 
-def _rows_by_split(clients: Sequence[Client]) -> dict[str, Indices]:
-    """Return the rows of the table that clients hold, by split."""
-    return {
-        "training": np.concatenate([client.train for client in clients]),
-        "validation": np.concatenate([client.validation for client in clients]),
-        "test": np.concatenate([client.test for client in clients]),
-    }
-
-
 def _rows_held(clients: Sequence[Client]) -> Indices:
     """Return the rows of the table that belong to clients, ascending."""
-    return np.unique(np.concatenate(list(_rows_by_split(clients).values())))
+    return np.unique(np.concatenate(list(rows_by_split(clients).values())))

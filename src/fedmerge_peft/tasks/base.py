@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.shown import ShownExample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,10 +53,10 @@ class Examples:
         )
 
 
-def warn_of_cuts(
+def count_cuts(
     examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
-) -> None:
-    """Log each kind of cut as a warning, with its numbers of examples in all and by part.
+) -> list[str]:
+    """Describe each kind of cut, with its numbers of examples in all and by part.
 
     Args:
         examples: Encoded examples.
@@ -65,13 +66,23 @@ def warn_of_cuts(
     """
     held = {part: set(rows.tolist()) for part, rows in parts.items() if len(rows)}
     total = len(set().union(*held.values()))
+    lines = []
     for predicate, rows in examples.cuts.items():
         counts = {part: len(own.intersection(rows)) for part, own in held.items()}
         if not (cut := len(set().union(*held.values()).intersection(rows))):
             continue
         each = ", ".join(f"{counts[part]:,} of {len(own):,} {part}" for part, own in held.items())
         by_part = f" ({each})" if len(held) > 1 else ""
-        logger.warning("%s of %s %s %s%s", f"{cut:,}", f"{total:,}", name, predicate, by_part)
+        lines.append(f"{cut:,} of {total:,} {name} {predicate}{by_part}")
+    return lines
+
+
+def warn_of_cuts(
+    examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
+) -> None:
+    """Log what ``count_cuts`` returns as warnings."""
+    for line in count_cuts(examples, parts, name):
+        logger.warning("%s", line)
 
 
 @dataclass
@@ -141,6 +152,14 @@ class Task(ABC):
         Raises:
             DataError: The rows do not match the recipe.
         """
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        """Return what each row becomes, for ``fedmerge data --show``.
+
+        Raises:
+            DataError: The task does not read texts, or the rows do not match the recipe.
+        """
+        raise DataError("only examples of text can be shown; this task does not read texts")
 
     @abstractmethod
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:

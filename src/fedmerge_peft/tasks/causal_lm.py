@@ -14,10 +14,12 @@ from torch.nn import functional
 from fedmerge_peft.errors import BackboneError, DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
 from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
-from fedmerge_peft.tasks.chat_messages import Chat, chat_columns, read_chats
-from fedmerge_peft.tasks.chat_tokens import ChatTokens, Loss, Row, name_template
+from fedmerge_peft.tasks.chat_messages import Chat, read_chats
+from fedmerge_peft.tasks.chat_template import name_template
+from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
 from fedmerge_peft.tasks.generation import first_logits, generate_tokens
-from fedmerge_peft.tasks.text_formats import infer_format, parse_template, read_pairs
+from fedmerge_peft.tasks.shown import ShownExample, split_into_segments
+from fedmerge_peft.tasks.text_formats import infer_format, infer_loss, parse_template, read_pairs
 from fedmerge_peft.tasks.text_tokens import TextTokens
 from fedmerge_peft.tasks.tokenization import (
     get_pad_token_id,
@@ -105,7 +107,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             )
         if recipe.chat_template is not None:
             self.processor.chat_template = name_template(self.processor, recipe.chat_template)
-        self.loss = self._loss(table)
+        self.loss = infer_loss(recipe, self.format, table)
         # A chat template writes special tokens.
         reading = "tokens" if self.format == "messages" else recipe.special_tokens
         self._tokens = TextTokens(self.processor, reading)
@@ -133,29 +135,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         tokenizer.split_special_tokens = recipe.special_tokens == "text"
         return {"tokenizer": tokenizer, "max_new_tokens": recipe.max_new_tokens}
 
-    def _loss(self, table: Dataset) -> Loss:
-        """Return the part of an example with a loss, by default that of the format."""
-        loss = self.recipe.loss
-        chats = self.format == "messages"
-        if loss == "assistant" and not chats:
-            raise RecipeError(
-                [
-                    f"task.loss: assistant needs chats, but the data have the format {self.format};"
-                    " use completion or all, or data with messages"
-                ]
-            )
-        if loss == "completion" and self.format == "text":
-            raise RecipeError(
-                [
-                    "task.loss: completion needs prompts and completions, or chats, but the data "
-                    "are plain text; use all, or other data"
-                ]
-            )
-        if loss is not None or self.format == "text":
-            return loss or "all"
-        single = chats and len(chat_columns(self.recipe, table)) == 1
-        return "assistant" if single else "completion"
-
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
 
@@ -182,22 +161,19 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         long = [row for row, (ids, _) in enumerate(rows) if len(ids) > length]
         unlearned: list[int] = []
         for row, example in enumerate(rows):
-            ids, labeled = self._tokens.truncate(*example, length, whole=self.loss == "completion")
-            inputs.append(ids)
-            if self.loss != "all" and sum(labeled) < sum(example[1]):
+            ids, labeled = example
+            kept = self._kept(example)
+            inputs.append([ids[place] for place in kept])
+            labels.append([ids[place] if labeled[place] else IGNORED for place in kept])
+            if self.loss != "all" and sum(labeled[place] for place in kept) < sum(labeled):
                 unlearned.append(row)
             # The first token is not predicted. Without its label, labels count the loss terms.
-            labels.append(
-                [
-                    token if with_loss and place else IGNORED
-                    for place, (token, with_loss) in enumerate(zip(ids, labeled, strict=True))
-                ]
-            )
+            labels[row][:1] = [IGNORED]
             if all(label == IGNORED for label in labels[row]):
                 raise DataError(
-                    f"row {row} (of the rows in use): {len(ids)} token(s) leave nothing to "
-                    f"predict: {self.processor.decode(example[0])[:80]!r}"
-                    + ("; raise task.max_length" if len(example[0]) > length else "")
+                    f"row {row} (of the rows in use): {len(kept)} token(s) leave nothing to "
+                    f"predict: {self.processor.decode(ids)[:80]!r}"
+                    + ("; raise task.max_length" if len(ids) > length else "")
                 )
         reject_unknown_ids(inputs, self._vocabulary)
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
@@ -206,6 +182,25 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             f"lost tokens that have a loss, because {length} tokens do not hold them": unlearned,
         }
         return Examples({**columns, **generation.columns}, {**cuts, **generation.cuts})
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        if self.format == "messages":
+            chats = read_chats(self.recipe, table)
+            rows = self._chats.rows(chats, self.loss)
+            roles = self._chats.roles(chats, rows)
+        else:
+            rows, _, _ = self._text_rows(table)
+            names = ("text", "text") if self.loss == "all" else ("prompt", "completion")
+            roles = [[names[has_loss] for has_loss in labeled] for _, labeled in rows]
+        return [
+            ShownExample(
+                split_into_segments(self.processor, row[0], roles_of, row[1], self._kept(row))
+            )
+            for row, roles_of in zip(rows, roles, strict=True)
+        ]
+
+    def _kept(self, row: Row) -> list[int]:
+        return self._tokens.kept(*row, self.max_length, whole=self.loss == "completion")
 
     def _text_rows(self, table: Dataset) -> tuple[list[Row], list[list[int]], Sequence[str]]:
         """Return the examples of plain texts and pairs, prompts and reference completions."""

@@ -6,11 +6,13 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.chat_messages import Chat, Message
+from fedmerge_peft.tasks.chat_template import check_template, strings, tool_names
 from fedmerge_peft.tasks.chat_turns import (
     Span,
     TurnError,
@@ -155,6 +157,35 @@ class ChatTokens:
                 for row, ids in enumerate(self._ids(texts))
             ]
 
+    def roles(self, chats: Sequence[Chat], rows: Sequence[Row]) -> list[list[str]]:
+        """Return the role of the message to which each token of the examples belongs.
+
+        Messages whose end is not found in the chat belong to the next one.
+        """
+        roles = []
+        with self._reading_tokens():
+            for row, (chat, (ids, _)) in enumerate(zip(chats, rows, strict=True)):
+                own: list[str] = []
+                for index, role in enumerate(chat.roles):
+                    end = self._end_of_message(row, chat, index, ids)
+                    own += [role] * (end - len(own))
+                roles.append(own)
+        return roles
+
+    def _end_of_message(self, row: int, chat: Chat, index: int, ids: Sequence[int]) -> int:
+        """Return the number of tokens up to the end of a message; 0 if it is not found."""
+        messages = chat.messages
+        if index == len(messages) - 1:
+            return len(ids)
+        try:
+            if self._writes_tokens(messages):
+                return common_prefix(ids, self._sanitized(row, chat, messages[: index + 1]))
+            text = self._render(row, chat, messages)
+            end = find_end(messages, index, text, partial(self._render, row, chat))
+        except (DataError, TurnError):
+            return 0
+        return common_prefix(ids, self._ids([text[:end]])[0])
+
     def error(self, row: int, fault: str) -> DataError:
         """Return the error for a chat."""
         return DataError(f"{self._item.format(row)}: {fault}")
@@ -180,8 +211,7 @@ class ChatTokens:
         if loss == "all":
             return [(0, len(text))], True
 
-        def render(messages: list[Message], *, generation_prompt: bool = False) -> str:
-            return self._render(row, chat, messages, generation_prompt=generation_prompt)
+        render = partial(self._render, row, chat)
 
         marked = self._marked(chat) if loss == "assistant" else []
         try:
@@ -220,7 +250,7 @@ class ChatTokens:
         """Check that the template writes the tools and, with a warning, the messages."""
         lost = []
         for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-            for name in _tool_names(chat):
+            for name in tool_names(chat):
                 if name not in text:
                     raise self.error(
                         row,
@@ -275,7 +305,7 @@ class ChatTokens:
 
     def _writes_tokens(self, messages: Sequence[Message]) -> bool:
         """Return True if the text of a message has a special token."""
-        return any(self._special.first_in(text) for each in messages for text in _strings(each))
+        return any(self._special.first_in(text) for each in messages for text in strings(each))
 
     def _sanitized(
         self, row: int, chat: Chat, messages: list[Message], *, generation_prompt: bool = False
@@ -310,41 +340,6 @@ class ChatTokens:
         return ids, labeled
 
 
-def check_template(tokenizer: Any) -> None:
-    """Raise ``DataError`` if a tokenizer has no chat template, or several and none by default."""
-    templates = tokenizer.chat_template
-    if not templates:
-        raise DataError(
-            "task.format: messages needs a tokenizer with a chat template, but this one has none; "
-            "set task.chat_template, name the tokenizer of an instruct or chat model in "
-            "backbone.tokenizer, or use prompt and completion columns of plain text"
-        )
-    if isinstance(templates, dict) and "default" not in templates:
-        raise DataError(
-            "task.format: messages needs a chat template, but the tokenizer has several "
-            f"({join_values(sorted(templates))}) and none is called default; set "
-            "task.chat_template to the name of one of them"
-        )
-
-
-def name_template(tokenizer: Any, template: str) -> str:
-    """Return the chat template of a recipe, or that of the tokenizer with this name.
-
-    Raises:
-        DataError: The tokenizer has no template with this name.
-    """
-    if "{" in template:
-        return template
-    templates = tokenizer.chat_template
-    named = templates if isinstance(templates, dict) else {}
-    if template not in named:
-        raise DataError(
-            f"task.chat_template: there is no file {template}, and the tokenizer has "
-            f"{'the templates ' + join_values(sorted(named)) if named else 'no named templates'}"
-        )
-    return str(named[template])
-
-
 def _label(row: Row, before: Sequence[int], until: Sequence[int]) -> None:
     """Label the tokens of a part of a text, including tokens that only begin or end in it.
 
@@ -357,21 +352,3 @@ def _label(row: Row, before: Sequence[int], until: Sequence[int]) -> None:
     begin, end = common_prefix(ids, before), common_prefix(ids, until)
     end = min(end + (end < len(until)), len(ids))
     labeled[begin:end] = [True] * (end - begin)
-
-
-def _tool_names(chat: Chat) -> Iterator[str]:
-    """Yield the names of the tools that a chat describes or calls."""
-    calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
-    for tool in (*(chat.tools or ()), *calls):
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if isinstance(name := function.get("name"), str):
-            yield name
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield all texts in a message."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)

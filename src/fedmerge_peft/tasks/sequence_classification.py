@@ -16,6 +16,7 @@ from fedmerge_peft.tasks.classification import (
     infer_labels,
     labeled_table,
 )
+from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import (
     SpecialTokens,
     get_pad_token_id,
@@ -161,6 +162,17 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
             },
             {f"are longer than {self.max_length} tokens and were truncated": truncated},
         )
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        examples = self.encode(table)
+        rows = zip(examples.columns["input_ids"], examples.columns["labels"], strict=True)
+        return [
+            ShownExample(
+                [Segment("text", [self.processor.decode([token]) for token in ids.tolist()])],
+                self.labels[int(label)] if label >= 0 else None,
+            )
+            for ids, label in rows
+        ]
 
     def _tokenize(
         self, texts: Sequence[Sequence[str]]

@@ -10,8 +10,9 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import join_values
-from fedmerge_peft.errors import DataError
+from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.tasks.chat_messages import chat_columns
+from fedmerge_peft.tasks.chat_tokens import Loss
 from fedmerge_peft.tasks.tokenization import read_texts
 
 if TYPE_CHECKING:
@@ -58,6 +59,34 @@ def infer_format(recipe: CausalLMRecipe, table: Dataset) -> str:
         f"task.format: the data have {join_values(table.column_names)}, which match no format "
         f"({choices}); name the columns in the recipe"
     )
+
+
+def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
+    """Return the part of an example with a loss, by default that of the format.
+
+    Raises:
+        RecipeError: The format has no such part.
+    """
+    loss = recipe.loss
+    chats = format == "messages"
+    if loss == "assistant" and not chats:
+        raise RecipeError(
+            [
+                f"task.loss: assistant needs chats, but the data have the format {format}; use "
+                "completion or all, or data with messages"
+            ]
+        )
+    if loss == "completion" and format == "text":
+        raise RecipeError(
+            [
+                "task.loss: completion needs prompts and completions, or chats, but the data are "
+                "plain text; use all, or other data"
+            ]
+        )
+    if loss is not None or format == "text":
+        return loss or "all"
+    single = chats and len(chat_columns(recipe, table)) == 1
+    return "assistant" if single else "completion"
 
 
 def read_pairs(

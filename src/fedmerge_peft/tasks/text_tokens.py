@@ -129,14 +129,15 @@ class TextTokens:
             return [prompt[0], *prompt[len(prompt) - length + 1 :]]
         return prompt[len(prompt) - length :]
 
-    def truncate(
-        self, ids: list[int], labeled: list[bool], length: int, *, whole: bool
-    ) -> tuple[list[int], list[bool]]:
-        """Truncate an example so that tokens with a loss remain.
+    def kept(
+        self, ids: Sequence[int], labeled: Sequence[bool], length: int, *, whole: bool
+    ) -> list[int]:
+        """Return the places of the tokens of an example that truncation keeps, in order.
 
         Examples are truncated on the right. If that removes all tokens with a loss, the tokens
-        before the first of them are truncated on the left instead, as far as the first part with a
-        loss needs. One token remains before it, from which the next is predicted.
+        before the first of them are truncated on the left instead, after their begin-of-sequence
+        token, as far as the first part with a loss needs. One token remains before it, from which
+        the next is predicted.
 
         Args:
             ids: Token ids.
@@ -144,13 +145,12 @@ class TextTokens:
             length: Maximum length.
             whole: Keep the part with a loss as a whole, at the cost of the tokens before it.
         """
-        if len(ids) <= length:
-            return ids, labeled
-        if (not whole and any(labeled[1:length])) or not any(labeled):
-            return ids[:length], labeled[:length]
+        if len(ids) <= length or (not whole and any(labeled[1:length])) or not any(labeled):
+            return list(range(min(len(ids), length)))
         begin = labeled.index(True)
         end = labeled.index(False, begin) if False in labeled[begin:] else len(ids)
-        context, target = ids[:begin], ids[begin:end]
-        context = self.truncate_left(context, max(length - len(target), min(1, len(context))))
-        target = target[: length - len(context)]
-        return context + target, [False] * len(context) + [True] * len(target)
+        room = min(begin, max(length - (end - begin), min(1, begin)))
+        context = list(range(begin - room, begin))
+        if context and ids[0] == self._tokenizer.bos_token_id:
+            context[0] = 0
+        return [*context, *range(begin, min(end, begin + length - len(context)))]

@@ -1,0 +1,63 @@
+"""The chat template of a tokenizer, and what it has to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.chat_messages import Chat
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise ``DataError`` if a tokenizer has no chat template, or several and none by default."""
+    templates = tokenizer.chat_template
+    if not templates:
+        raise DataError(
+            "task.format: messages needs a tokenizer with a chat template, but this one has none; "
+            "set task.chat_template, name the tokenizer of an instruct or chat model in "
+            "backbone.tokenizer, or use prompt and completion columns of plain text"
+        )
+    if isinstance(templates, dict) and "default" not in templates:
+        raise DataError(
+            "task.format: messages needs a chat template, but the tokenizer has several "
+            f"({join_values(sorted(templates))}) and none is called default; set "
+            "task.chat_template to the name of one of them"
+        )
+
+
+def name_template(tokenizer: Any, template: str) -> str:
+    """Return the chat template of a recipe, or that of the tokenizer with this name.
+
+    Raises:
+        DataError: The tokenizer has no template with this name.
+    """
+    if "{" in template:
+        return template
+    templates = tokenizer.chat_template
+    named = templates if isinstance(templates, dict) else {}
+    if template not in named:
+        raise DataError(
+            f"task.chat_template: there is no file {template}, and the tokenizer has "
+            f"{'the templates ' + join_values(sorted(named)) if named else 'no named templates'}"
+        )
+    return str(named[template])
+
+
+def tool_names(chat: Chat) -> Iterator[str]:
+    """Yield the names of the tools that a chat describes or calls."""
+    calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
+    for tool in (*(chat.tools or ()), *calls):
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        if isinstance(name := function.get("name"), str):
+            yield name
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield all texts in a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)

@@ -1,0 +1,66 @@
+"""Examples as a person reads them: their tokens, and which of them have a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of an example that are treated alike."""
+
+    role: str
+    """Role of the message, or another name for this part of the example."""
+    tokens: list[str]
+    """Text of each token."""
+    has_loss: bool = False
+    is_cut: bool = False
+    """True for tokens that truncation removes."""
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """What a row became."""
+
+    segments: list[Segment]
+    label: str | None = None
+    """Label of the row, for tasks with labels."""
+
+    def count(self, *, has_loss: bool | None = None, is_cut: bool = False) -> int:
+        """Count tokens, by default all that remain."""
+        return sum(
+            len(segment.tokens)
+            for segment in self.segments
+            if segment.is_cut == is_cut and has_loss in (None, segment.has_loss)
+        )
+
+
+def split_into_segments(
+    tokenizer: Any,
+    ids: Sequence[int],
+    roles: Sequence[str],
+    labeled: Sequence[bool],
+    kept: Sequence[int],
+) -> list[Segment]:
+    """Split an example into segments.
+
+    Args:
+        tokenizer: Tokenizer.
+        ids: Token ids, before truncation.
+        roles: Role of each token.
+        labeled: True for each token with a loss.
+        kept: Places of the tokens that truncation keeps. The first of them has no loss.
+    """
+    remaining = set(kept)
+
+    def kind(place: int) -> tuple[str, bool, bool]:
+        has_loss = labeled[place] and place in remaining and place != kept[0]
+        return roles[place], has_loss, place not in remaining
+
+    return [
+        Segment(role, [tokenizer.decode([ids[place]]) for place in places], has_loss, is_cut)
+        for (role, has_loss, is_cut), places in groupby(range(len(ids)), key=kind)
+    ]

@@ -1,0 +1,116 @@
+"""``fedmerge data --show``: what rows became."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from fedmerge_peft.cli import main
+
+CHAT = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "Me"},
+    {"role": "user", "content": "Why"},
+    {"role": "assistant", "content": "So"},
+]
+
+
+@pytest.fixture
+def shown(tmp_path, capsys, monkeypatch):
+    """``shown(rows, task, *arguments)``: output of the command."""
+    monkeypatch.setenv("COLUMNS", "900")
+
+    def show(rows, task, *arguments, model="tiny:llama"):
+        (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        recipe = {
+            "name": "shown",
+            "task": task,
+            "backbone": {"model": model},
+            "lora": {"target_modules": "all-linear"},
+            "data": {
+                "path": str(tmp_path / "data.jsonl"),
+                "partition": {"scheme": "natural", "by": "site"},
+            },
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        with pytest.raises(SystemExit) as code:
+            main(["data", str(tmp_path / "recipe.yaml"), "--show", *arguments])
+        assert code.value.code == 0
+        return capsys.readouterr().out
+
+    return show
+
+
+def rows_of(values):
+    return [{**values, "site": f"s{number % 2}"} for number in range(8)]
+
+
+def segments(output):
+    """Return mark, role and text of each segment."""
+    lines = re.findall(r"^(loss|cut |    )  (\S+) +(.*)$", output, re.MULTILINE)
+    return [(mark.strip(), role, text.replace("│", "").strip()) for mark, role, text in lines]
+
+
+def test_a_chat_shows_roles_tokens_and_losses(shown):
+    output = shown(rows_of({"messages": CHAT}), {"name": "causal-lm"}, "1")
+    assert segments(output) == [
+        ("", "user", "<s>[user] Who?</s>"),
+        ("", "assistant", "[assistant]"),
+        ("loss", "assistant", "Me</s>"),
+        ("", "user", "[user] Why</s>"),
+        ("", "assistant", "[assistant]"),
+        ("loss", "assistant", "So</s>"),
+    ]
+    assert "none of 8 examples is cut" in output
+
+
+def test_cut_tokens_are_shown_and_examples_counted(shown):
+    rows = rows_of({"prompt": "abc" * 20, "completion": "xyz"})
+    output = shown(rows, {"name": "causal-lm", "max_length": 20}, "3")
+    assert (
+        len(
+            re.findall(r"^row \d+, client s[01]: 20 tokens, \d with a loss, \d+ cut$", output, re.M)
+        )
+        == 3
+    )
+    assert {"client s0", "client s1"} <= set(re.findall(r"client s\d", output))
+    marks = [(mark, role) for mark, role, _ in segments(output)]
+    assert marks[:4] == [("", "prompt"), ("cut", "prompt"), ("", "prompt"), ("loss", "completion")]
+    assert (
+        "8 of 8 examples are longer than 20 tokens and were truncated (4 of 4 training, 2 of 2"
+        in output
+    )
+
+
+def test_classification_shows_the_label(shown):
+    rows = [
+        {**row, "label": ["no", "yes"][number // 4]}
+        for number, row in enumerate(rows_of({"text": "fine"}))
+    ]
+    output = shown(rows, {"name": "sequence-classification"}, "1", model="tiny:bert")
+    assert segments(output) == [("", "text", "[CLS]fine[SEP]")]
+    assert "none of 8 examples is cut" in output
+    assert re.search(r"^row \d, client s[01]: \d+ tokens, label (no|yes)$", output, re.M)
+
+
+def test_images_cannot_be_shown(tmp_path, capsys):
+    recipe = {
+        "name": "images",
+        "task": {"name": "image-classification"},
+        "backbone": {"model": "tiny:vit"},
+        "lora": {"target_modules": "all-linear"},
+        "data": {
+            "path": str(tmp_path / "data.jsonl"),
+            "partition": {"scheme": "iid", "clients": 2},
+        },
+    }
+    image = [[[0, 0, 0], [9, 9, 9]], [[0, 0, 0], [9, 9, 9]]]
+    rows = [{"image": image, "label": number % 2} for number in range(12)]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(SystemExit) as code:
+        main(["data", str(tmp_path / "recipe.yaml"), "--show", "1"])
+    assert code.value.code == 2
+    assert "only examples of text can be shown" in capsys.readouterr().err

@@ -18,8 +18,8 @@ install = rm -f $@; { PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --progress
 .PHONY: quickstart test equality coverage slow check docs dist lock sbom notebooks outputs clean
 
 quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show its result
-	@if [ ! -e runs/quickstart/recipe.yaml ]; then $(BIN)/fedmerge run quickstart; \
-	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null || $(BIN)/fedmerge resume runs/quickstart; fi
+	@if [ ! -e runs/quickstart/recipe.yaml ]; then $(BIN)/fedmerge run quickstart --workers auto; \
+	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null || $(BIN)/fedmerge resume runs/quickstart --workers auto; fi
 
 test: $(INSTALLED_DEV)  ## the fast tests
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"

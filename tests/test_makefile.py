@@ -44,8 +44,8 @@ def make(tmp_path):
 @pytest.mark.parametrize(
     ("begun", "ended", "calls"),
     [
-        (False, False, ["run quickstart"]),
-        (True, False, ["scores runs/quickstart", "resume runs/quickstart"]),
+        (False, False, ["run quickstart --workers auto"]),
+        (True, False, ["scores runs/quickstart", "resume runs/quickstart --workers auto"]),
         (True, True, ["scores runs/quickstart"]),
     ],
     ids=["new", "interrupted", "ended"],

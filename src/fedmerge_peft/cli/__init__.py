@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None if a shell closed it with >&-
-            stream.reconfigure(errors="backslashreplace")
+            # Lines appear at once in pipes and files too.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         from fedmerge_peft.cli import (  # noqa: F401 (each import adds its commands)
             compare,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmerge_peft.cli.app import Overrides, RecipeSource, TrustRemoteCode, app
+from fedmerge_peft.cli.workers import Workers, number_of_workers, run_on_workers
 from fedmerge_peft.distributed import destroy_process_group, is_main
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Print a breakdown of the rounds' time at the end.")
     ] = False,
+    workers: Workers = "1",
 ) -> None:
     """Run a recipe's federation and its baselines.
 
@@ -64,6 +66,10 @@ def run(
             ["fedmerge", "run", recipe, *(overrides or []), "--out", str(error.free)]
         )
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
+    if (count := number_of_workers(workers)) > 1:
+        options = ["--out", str(directory), *["--quiet"] * quiet, *["--profile"] * profile]
+        run_on_workers(count, ["run", *options, "--", recipe, *(overrides or [])])
+        return
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     with collect_timings() as timer:
@@ -89,6 +95,7 @@ def resume(
         bool, typer.Option("--quiet", "-q", help="Print only one line per round.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    workers: Workers = "1",
 ) -> None:
     """Resume an interrupted run, or extend a finished one by more rounds.
 
@@ -101,6 +108,10 @@ def resume(
     from fedmerge_peft.api import Run, resume
     from fedmerge_peft.util.logs import configure_logging
 
+    if (count := number_of_workers(workers)) > 1:
+        options = [*["--quiet"] * quiet, *["--trust-remote-code"] * trust_remote_code]
+        run_on_workers(count, ["resume", *options, "--", str(run), *(overrides or [])])
+        return
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     start = partial(resume, run, overrides or [], trust_remote_code=trust_remote_code)

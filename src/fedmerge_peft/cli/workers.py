@@ -1,0 +1,98 @@
+"""Several processes on this machine that share the clients of a round, by torch's launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from fedmerge_peft.distributed import launched_processes
+from fedmerge_peft.errors import DeviceError
+
+Workers = Annotated[
+    str,
+    typer.Option(
+        metavar="N",
+        help="Processes that share the clients of a round, each on its GPU or its share of the "
+        "CPU cores. auto: one for each GPU, or for each core, but at most 4.",
+    ),
+]
+
+_MOST_ON_CPU = 4
+"""Largest number with ``auto``: each process loads the backbone and the data."""
+_SECONDS_TO_STOP = 600
+"""Time that a signal leaves the processes to finish their round."""
+
+
+def number_of_workers(requested: str) -> int:
+    """Return the number of processes for the option ``--workers``.
+
+    Raises:
+        DeviceError: The value is no number from 1, or a launcher has started this process.
+    """
+    if requested == "1" or (requested == "auto" and launched_processes() > 1):
+        return 1
+    if launched_processes() > 1:
+        raise DeviceError(
+            f"--workers {requested}: a launcher has already started {launched_processes()} "
+            "processes; leave --workers out"
+        )
+    if requested == "auto":
+        import torch
+
+        return torch.cuda.device_count() or min(_cores(), _MOST_ON_CPU)
+    if not requested.isdecimal() or int(requested) < 1:
+        raise DeviceError(f"--workers {requested}: write a number of processes from 1, or auto")
+    return int(requested)
+
+
+def run_on_workers(count: int, arguments: Sequence[str]) -> None:
+    """Run ``fedmerge`` with these arguments on several ranks.
+
+    Unless ``OMP_NUM_THREADS`` is set, each process gets an equal share of the CPU cores as threads.
+
+    Raises:
+        typer.Exit: The program failed or was stopped; the code is that of the rank that ended
+            first.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_STOP))
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # the ranks report their errors themselves
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    with TemporaryDirectory(prefix="fedmerge-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "fedmerge_peft", *arguments)
+        except ChildFailedError as error:
+            _, first = error.get_first_failure()
+            code = first.exitcode
+            raise typer.Exit(code if code >= 0 else 128 - code) from None
+        except SignalException as stopped:
+            raise typer.Exit(128 + stopped.sigval) from None
+
+
+def _cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             doctor,
             export,
             federate,
+            init,
             personalize,
             recipes,
             report,

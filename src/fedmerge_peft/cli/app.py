@@ -6,6 +6,7 @@ imports only typer at the top, so that ``fedmerge --help`` is fast; the command 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,24 @@ def shipped_names(incomplete: str) -> list[str]:
     from fedmerge_peft.recipe.loading import shipped
 
     return [recipe.name for recipe in shipped() if recipe.name.startswith(incomplete)]
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a recipe to a new file. Raises ``RecipeError`` if it exists or cannot be written."""
+    from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.util.text import printable
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(
+            [printable(f"{path}: already exists and was not changed; give another name")]
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            [printable(f"{path}: cannot be written: {getattr(error, 'strerror', error)}")]
+        ) from None
 
 
 RecipeSource = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmerge_peft.cli.app import Overrides, RecipeSource, app, shipped_names
+from fedmerge_peft.cli.app import Overrides, RecipeSource, app, shipped_names, write_new
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe import Recipe
@@ -106,17 +106,7 @@ def cp(
     target = dest or Path(f"{name}.yaml")
     if target.is_dir():
         target /= f"{name}.yaml"
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(recipes[name].read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise RecipeError(
-            [printable(f"{target}: already exists and was not changed; give another name")]
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            [printable(f"{target}: cannot be written: {getattr(error, 'strerror', error)}")]
-        ) from None
+    write_new(target, recipes[name].read_text(encoding="utf-8"))
     print(printable(f"Wrote {target}. Next: edit it, then fedmerge run {shlex.quote(str(target))}"))
 
 

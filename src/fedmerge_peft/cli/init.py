@@ -1,0 +1,221 @@
+"""``fedmerge init``: a recipe for a table, from a few questions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedmerge_peft.cli.app import app, write_new
+
+if TYPE_CHECKING:
+    from fedmerge_peft.data.guesses import Column
+    from fedmerge_peft.recipe.draft import Answers
+
+_TASKS = ("sequence-classification", "causal-lm", "image-classification")
+_NONE = "none"
+"""Answer for no column of clients."""
+
+
+class _Questions:
+    """Asks on the terminal, unless an option has the answer or all suggestions are taken."""
+
+    def __init__(self, *, ask: bool) -> None:
+        self._ask = ask
+
+    def text(self, option: str, question: str, given: str | None, suggested: str | None) -> str:
+        """Return an option, the answer, or the suggestion. Raises ``RecipeError`` without any."""
+        from fedmerge_peft.errors import RecipeError
+
+        if given is not None:
+            return given
+        if not self._ask:
+            if suggested is None:
+                raise RecipeError([f"init: {question} is not clear from the table; give {option}"])
+            return suggested
+        try:
+            return str(typer.prompt(question, default=suggested)).strip()
+        except typer.Abort:
+            if sys.stdin.isatty():
+                raise KeyboardInterrupt from None
+            raise RecipeError(
+                ["init: no answer, so nothing was written; --yes takes the suggestions"]
+            ) from None
+
+    def choice(
+        self,
+        option: str,
+        question: str,
+        given: str | None,
+        suggested: str | None,
+        choices: Sequence[str],
+    ) -> str:
+        """Return one of several answers; ask again for others."""
+        from fedmerge_peft.data.columns import did_you_mean, join_values
+        from fedmerge_peft.errors import RecipeError
+        from fedmerge_peft.util.text import printable
+
+        while (answer := self.text(option, question, given, suggested)) not in choices:
+            fault = printable(
+                f"{question}: {answer!r} is not among {join_values(choices)}"
+                f"{did_you_mean(answer, choices)}"
+            )
+            if given is not None or not self._ask:
+                raise RecipeError([f"init: {option}: {fault}"])
+            print(fault)
+        return answer
+
+
+@app.command()
+def init(
+    table: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TABLE", help="File, folder, one file per client ('clients/*.csv'), or hub id."
+        ),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help=f"Task: {', '.join(_TASKS)}.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
+    image: Annotated[str | None, typer.Option(help="Column with the image or its path.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Column that names the client; none for random clients.")
+    ] = None,
+    clients: Annotated[
+        int | None, typer.Option(help="Number of random clients, without a column of them.", min=1)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of the model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; never overwritten. Default: TABLE.yaml.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Take all suggestions.")] = False,
+) -> None:
+    """Write a recipe for your own table, from a few questions.
+
+    The suggestions in brackets come from the table. Options answer questions in advance.
+
+    Example: fedmerge init tickets.csv --client office --yes
+    """
+    import shlex
+
+    from fedmerge_peft.data import federate_data
+    from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe.draft import draft
+    from fedmerge_peft.recipe.loading import loads
+    from fedmerge_peft.util.text import printable
+
+    if clients is not None and client not in (None, _NONE):
+        raise RecipeError(["init: --clients is for random clients; remove it, or --client"])
+    questions = _Questions(ask=not yes)
+    path = questions.text("TABLE", "Table (a file, a folder or a hub id)", table, None)
+    target = out or Path(f"{_name(path)}.yaml")
+    if target.exists():
+        raise RecipeError([printable(f"{target}: already exists; choose another --out")])
+    chosen = {"task": task, "text": text, "label": label, "image": image, "client": client}
+    if clients is not None:
+        chosen["client"] = _NONE
+    answers = _answers(questions, path, target, chosen, clients, model)
+    content = draft(answers)
+    recipe = loads(Recipe, content, str(target))
+    section = recipe.task
+    federated = federate_data(recipe.data, section.label_column, recipe.seed, section.image_column)
+    write_new(target, content)
+    file = shlex.quote(str(target))
+    print(printable(f"Wrote {target}: {len(federated.clients)} clients, {recipe.backbone.model}"))
+    print(printable(f"Next: fedmerge data {file}, then fedmerge run {file}"))
+
+
+def _answers(
+    questions: _Questions,
+    path: str,
+    target: Path,
+    given: dict[str, str | None],
+    clients: int | None,
+    model: str | None,
+) -> Answers:
+    """Read the table, ask the questions, and return the answers."""
+    from fedmerge_peft.data import guesses
+    from fedmerge_peft.data.loading import load_splits
+    from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.recipe.data import DataRecipe, IidRecipe
+    from fedmerge_peft.recipe.draft import MODELS, Answers
+    from fedmerge_peft.util.text import printable
+
+    source = DataRecipe(path=path, partition=IidRecipe(scheme="iid", clients=1))
+    rows = load_splits(source)["train"]
+    columns = guesses.describe(rows)
+    print(f"{len(rows):,} rows with {len(columns)} columns:")
+    for column in columns:
+        print(printable(f"  {column}"))
+    names = [column.name for column in columns]
+    guess = guesses.guess_task(columns, len(rows))
+    task = questions.choice("--task", "Task", given["task"], guess, _TASKS)
+    roles: dict[str, Any] = _columns(questions, task, columns, len(rows), given)
+    split = guesses.guess_split(rows)
+    taken = [*roles.values(), *filter(None, [split])]
+    found = guesses.guess_client(columns, len(rows), taken) or _NONE
+    question = f"Column that names the client ({_NONE} for random clients)"
+    client = questions.choice("--client", question, given["client"], found, [*names, _NONE])
+    count = 4
+    if client == _NONE:
+        number = questions.text(
+            "--clients", "Number of clients", None if clients is None else str(clients), "4"
+        )
+        if not number.isdecimal() or not int(number):
+            raise RecipeError([printable(f"init: {number!r} is no number of clients above 0")])
+        count = int(number)
+    chosen = questions.text("--model", "Model (a hub id or a folder)", model, MODELS[task])
+    return Answers(
+        name=_name(path),
+        file=str(target),
+        task=task,
+        path=path,
+        model=chosen,
+        columns=roles,
+        client=None if client == _NONE else client,
+        clients=count,
+        split=split,
+    )
+
+
+def _columns(
+    questions: _Questions,
+    task: str,
+    columns: Sequence[Column],
+    rows: int,
+    given: dict[str, str | None],
+) -> dict[str, str]:
+    """Return the task's columns by key."""
+    from fedmerge_peft.data import guesses
+
+    names = [column.name for column in columns]
+    roles: dict[str, str] = {}
+
+    def ask(key: str, question: str, suggested: str | None) -> None:
+        roles[key] = questions.choice(f"--{key}", question, given[key], suggested, names)
+
+    if task == "image-classification":
+        ask("image", "Column with the images", guesses.guess_image(columns))
+    elif task == "sequence-classification":
+        ask("text", "Column with the texts", guesses.guess_text(columns, _given(given, "label")))
+    elif not {"prompt", "completion", "messages", "conversations", "instruction"} & set(names):
+        ask("text", "Column with the texts", guesses.guess_text(columns, ()))
+    if task != "causal-lm":
+        taken = [*roles.values(), *_given(given, "client")]
+        ask("label", "Column with the labels", guesses.guess_label(columns, rows, taken))
+    return roles
+
+
+def _given(given: dict[str, str | None], key: str) -> list[str]:
+    return [value] if (value := given[key]) is not None else []
+
+
+def _name(path: str) -> str:
+    """Return the name of a table without folders and suffixes, or that of its folder."""
+    parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
+    name = Path(parts[-1]).name.partition(".")[0] if parts else ""
+    return name.split(":")[-1] or "recipe"

@@ -27,7 +27,7 @@ VERBS = (
         "data",
         "personalize",
     ),
-    *("export", "report", "doctor", "verify"),
+    *("export", "init", "report", "doctor", "verify"),
 )
 HEAVY = {
     "torch",

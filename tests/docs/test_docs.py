@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
 }
-ELSEWHERE = {"extending.md"}
+ELSEWHERE = {"extending.md", "two_hospitals.md", "troubleshooting.md"}
 """Pages that have a test of their own."""
 TRAINING = [
     "backbone.model=tiny:bert",

@@ -31,7 +31,7 @@ def drawn(run, name):
 def test_each_figure_of_the_page_is_a_png_and_an_svg(run, tmp_path):
     written = write_figures([run], tmp_path / "figures")
     names = [figure.name for figure in figures(run)]
-    assert len(set(names)) == len(names) == 11
+    assert len(set(names)) == len(names) == 15
     assert {path.name for path in written} == {
         f"{name}{suffix}" for name in names for suffix in (".png", ".svg")
     }
@@ -53,10 +53,11 @@ def test_titles_and_axes_name_quantities_and_units(run):
     assert scores.get_suptitle() == "Test accuracy, mean over clients, by round"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rounds completed", "test accuracy")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "served",
+        "fedmerge",
         "finetuned",
         "fedavg",
         "local",
+        "guessing",
     ]
     assert [each.get_ylabel() for each in drawn(run, "weights").axes][
         1
@@ -72,7 +73,8 @@ def test_figures_show_the_runs_numbers(run):
         sorted(run.weights.max(axis=1)), abs=1e-6
     )
     learned, held = (
-        np.asarray(panel.images[0].get_array()) for panel in drawn(run, "similarity").axes[:2]
+        np.asarray(drawn(run, name).axes[0].images[0].get_array())
+        for name in ("similarity", "similarity-labels")
     )
     assert np.diag(learned) == pytest.approx(1)
     assert not np.allclose(learned, held)
@@ -107,7 +109,9 @@ def test_names_of_two_hundred_clients_do_not_overlap(run, tmp_path):
 
 def test_several_runs_have_a_folder_each(run, tmp_path):
     written = write_figures([run, run.baselines["fedavg"]], tmp_path)
-    assert {path.parent.name for path in written} == {"1-smoke", "2-smoke"}
+    shared = tmp_path.name
+    assert {path.parent.name for path in written} == {shared, "1-smoke"}  # fedavg has one adapter
+    assert {path.name for path in written if path.parent == tmp_path} >= {"gains.png", "time.svg"}
 
 
 def test_the_command_writes_figures(run, tmp_path, capsys):
@@ -123,12 +127,12 @@ def test_the_command_writes_figures(run, tmp_path, capsys):
             ]
         )
     assert not stopped.value.code
-    assert capsys.readouterr().out.splitlines()[1] == f"wrote 22 files to {tmp_path / 'figures'}"
+    assert capsys.readouterr().out.splitlines()[1] == f"wrote 30 files to {tmp_path / 'figures'}"
 
 
 def test_a_folder_that_cannot_be_created_is_one_message(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"scores\.png cannot be written"):
+    with pytest.raises(RunError, match=r"clients\.png cannot be written"):
         write_figures([run], tmp_path / "file")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.plotting.palette import COLORMAP, COLORS, DASHES
-from fedmerge_peft.plotting.specs import Bars, Drawing, Heat, Lines, Strip
+from fedmerge_peft.plotting.specs import Bars, Drawing, Dumbbell, Heat, Lines, Spread, Strip
+from fedmerge_peft.plotting.svg_clients import is_logarithmic
 from fedmerge_peft.util.text import printable
 
 SUFFIXES = (".png", ".svg")
@@ -63,6 +65,13 @@ def draw(drawing: Drawing, title: str) -> Any:
         case Lines():
             figure, axes = _blank(6.4, _LINES_HEIGHT, title)
             _lines(axes, drawing)
+        case Dumbbell():
+            rows = len(drawing.names)
+            figure, axes = _blank(6.4, min(max(1.6, 0.24 * rows), 1.5 * _MAX_HEIGHT) + 1.2, title)
+            _dumbbell(axes, drawing)
+        case Spread():
+            figure, axes = _blank(6.4, 1.2 + 0.4 * len(drawing.methods), title)
+            _spread(axes, drawing)
         case Heat():
             height = min(max(2.2, _ROW_HEIGHT * len(drawing.values)), _MAX_HEIGHT)
             width = min(max(4.8, 2.2 + 0.3 * drawing.values.shape[1]), 9.0)
@@ -98,6 +107,8 @@ def _lines(axes: Any, drawing: Lines) -> None:
 
     for line in drawing.series:
         color, dashes = COLORS[line.style % len(COLORS)], DASHES[line.style % len(DASHES)]
+        if line.kind != "main":
+            color, dashes = (color, (1, 2)) if line.kind == "second" else ("gray", (5, 3))
         x, y = np.asarray(line.x, float), np.asarray(line.y, float)
         finite = np.isfinite(y)
         axes.plot(
@@ -105,7 +116,8 @@ def _lines(axes: Any, drawing: Lines) -> None:
             y[finite],
             color=color,
             linestyle=(0, dashes) if dashes else "-",
-            marker="o",
+            linewidth=1.6 if line.kind == "main" else 1.1,
+            marker="o" if line.kind == "main" else "",
             markersize=3.5,
             label=line.name,
         )
@@ -130,6 +142,54 @@ def _lines(axes: Any, drawing: Lines) -> None:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
+def _dumbbell(axes: Any, drawing: Dumbbell) -> None:
+    methods = drawing.methods
+    rows = np.arange(len(drawing.names))
+    first, second = (np.asarray(method.values, float) for method in methods[:2])
+    wins = (first >= second) if drawing.greater_is_better else (first <= second)
+    winners = [COLORS[methods[0 if won else 1].style] for won in wins]
+    axes.hlines(rows, first, second, colors=winners, linewidth=3, alpha=0.35)
+    if drawing.intervals:
+        low, high = np.asarray(drawing.intervals, float).T
+        axes.hlines(rows, low, high, colors="gray", linewidth=0.8, label="95 % interval")
+    for shape, method in reversed(list(zip("ooD^", methods, strict=False))):
+        color = COLORS[method.style]
+        face = color if method is methods[0] else "white"
+        style = {"color": color, "markerfacecolor": face, "markersize": 5, "linestyle": ""}
+        axes.plot(method.values, rows, marker=shape, label=method.name, **style)
+    _names(axes.yaxis, drawing.names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    scores = [*first, *second, *drawing.span]
+    if drawing.span:
+        margin = 0.03 * (max(drawing.span) - min(drawing.span))
+        axes.set_xlim(min(drawing.span) - margin, max(drawing.span) + margin)
+    _score_axis(axes, scores, drawing.x, drawing.greater_is_better)
+    style = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
+    axes.legend(*(each[::-1] for each in axes.get_legend_handles_labels()), ncols=4, **style)
+
+
+def _spread(axes: Any, drawing: Spread) -> None:
+    for row, method in enumerate(drawing.methods):
+        color = COLORS[method.style]
+        values = np.asarray(method.values, float)
+        shift = 0.14 * np.sin(2.4 * np.arange(len(values)))  # apart if equal
+        axes.plot(values, row + shift, "o", color=color, alpha=0.4, markersize=4)
+        axes.vlines(values.mean(), row - 0.35, row + 0.35, colors=color, linewidth=2)
+    names = [printable(method.name) for method in drawing.methods]
+    axes.set_yticks(range(len(names)), labels=names, parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    scores = [value for method in drawing.methods for value in method.values]
+    _score_axis(axes, scores, drawing.x, drawing.greater_is_better)
+
+
+def _score_axis(axes: Any, values: Sequence[float], title: str, greater_is_better: bool) -> None:
+    if is_logarithmic(values, greater_is_better=greater_is_better):
+        axes.set_xscale("log")
+    better = "right" if greater_is_better else "left"
+    axes.set_xlabel(f"{title} (further {better} is better)")
+    axes.grid(alpha=0.3, axis="x")
+
+
 def _heat(figure: Any, axes: Any, drawing: Heat) -> None:
     values = np.ma.masked_less_equal(np.nan_to_num(drawing.values), 0)
     image = axes.imshow(
@@ -137,7 +197,19 @@ def _heat(figure: Any, axes: Any, drawing: Heat) -> None:
     )
     _names(axes.yaxis, drawing.rows)
     _names(axes.xaxis, drawing.columns, turned=max(map(len, drawing.columns), default=0) > 3)
+    for row, (above, below) in enumerate(pairwise(drawing.groups)):
+        if above != below:
+            axes.axhline(row + 0.5, color="gray", linewidth=0.8)
     axes.set_xlabel(drawing.x)
+    if drawing.groups:
+        middles = {
+            group: np.flatnonzero(np.array(drawing.groups) == group).mean()
+            for group in drawing.groups
+            if group
+        }
+        side = axes.secondary_yaxis("right")
+        _names(side.yaxis, list(middles), positions=list(middles.values()))
+        side.tick_params(length=0)
     figure.colorbar(image, ax=axes, label=drawing.label)
 
 
@@ -169,7 +241,8 @@ def _strip(drawing: Strip, title: str) -> Any:
 def _bars(axes: Any, drawing: Bars) -> None:
     positions = np.arange(len(drawing.names))
     values = [value if math.isfinite(value) else 0.0 for value in drawing.values]
-    rectangles = axes.barh(positions, values, color=COLORS[0])
+    colors = [COLORS[style] for style in drawing.styles] or COLORS[0]
+    rectangles = axes.barh(positions, values, color=colors)
     axes.bar_label(
         rectangles, labels=[f"{value:.3g} {drawing.unit}" for value in drawing.values], padding=3
     )
@@ -180,12 +253,18 @@ def _bars(axes: Any, drawing: Bars) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _names(axis: Any, names: Sequence[str], *, turned: bool = False) -> None:
+def _names(
+    axis: Any,
+    names: Sequence[str],
+    *,
+    positions: Sequence[float] | None = None,
+    turned: bool = False,
+) -> None:
     """Label every n-th tick, so that labels do not overlap."""
     step = -(-max(len(names), 1) // _MAX_NAMES)
     labels = [_short(name) for name in names[::step]]
     axis.set_ticks(
-        range(0, len(names), step),
+        (range(len(names)) if positions is None else positions)[::step],
         labels=labels,
         fontsize="small",
         parse_math=False,

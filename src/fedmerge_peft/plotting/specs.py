@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -20,6 +20,9 @@ class Line:
     high: Sequence[float] | None = None
     style: int = 0
     """Index into the palette's colors and dashes, 0 to 5."""
+    kind: Literal["main", "second", "reference"] = "main"
+    """second: thin and dotted, another quantity of the method with the same style. reference: gray,
+    a constant to compare with."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,44 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """The scores of one method."""
+
+    name: str
+    values: Sequence[float]
+    """One per client; those that are not finite are omitted."""
+    style: int
+    """Index into the palette's colors."""
+
+
+@dataclass(frozen=True)
+class Dumbbell:
+    """Scores of a few methods, one row per client, in the order given."""
+
+    names: Sequence[str]
+    """Clients."""
+    methods: Sequence[Scores]
+    """The method of interest, then one to three others. A bar connects the first two."""
+    x: str
+    """Title of the scores, with their unit."""
+    greater_is_better: bool = True
+    intervals: Sequence[tuple[float, float]] | None = None
+    """Confidence interval of each score of the first method; nan for none."""
+    span: Sequence[float] = ()
+    """Scores that the axis must include, so that several charts have the same one."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Scores of methods, one row per method and one dot per client."""
+
+    methods: Sequence[Scores]
+    x: str
+    """Title of the scores, with their unit."""
+    greater_is_better: bool = True
+
+
+@dataclass(frozen=True)
 class Heat:
     """A heat map of values from 0 to ``top``; 0 is blank."""
 
@@ -45,12 +86,15 @@ class Heat:
     """``(rows, columns)``."""
     rows: Sequence[str]
     columns: Sequence[str]
+    """Names; empty for none."""
     x: str
     """Title of the columns."""
     label: str
     """Meaning of the values, with their unit."""
     top: float = 1.0
     """Value of the strongest color."""
+    groups: Sequence[str] = ()
+    """Group of each row. Rows of a group are adjacent. Empty if there are no groups."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +120,8 @@ class Bars:
     unit: str
     label: str
     """Meaning of the values, with their unit."""
+    styles: Sequence[int] = ()
+    """Indices into the palette's colors, one per bar. Default: the first color."""
 
 
-Drawing = Lines | Heat | Strip | Bars
+Drawing = Lines | Dumbbell | Spread | Heat | Strip | Bars

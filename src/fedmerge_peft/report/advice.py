@@ -1,4 +1,4 @@
-"""Findings about a run that deserve attention, each with advice."""
+"""Findings about a run that deserve attention, each with its cause and advice."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from fedmerge_peft.analysis.intervals import score_intervals
+from fedmerge_peft.report.learning_figures import losses
+from fedmerge_peft.report.methods import final_scores, readable
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_is_better
 
 _MIN_TEST_EXAMPLES = 30
 """With fewer, one example changes a client's score by more than three points."""
 _MIN_GAIN = 0.05
-"""Gain of finetuning above which the served adapters have not converged."""
+"""Gain of finetuning above which the served adapters have not converged; relative to the score for
+metrics that are better when lower."""
 _MAX_LISTED = 5
 """Clients that a finding names."""
 _CHANCE = 0.9
 """Share of the loss of guessing above which a training loss is near chance."""
 
+_SOLVED = 0.1
+"""Training loss of the first round, nats, below which there is little left to learn."""
+
 
 @dataclass(frozen=True)
 class Advice:
-    """A finding and the recommended action."""
+    """A finding, its likely cause, and the recommended action, each a sentence without a period."""
 
     finding: str
+    cause: str
     action: str
 
 
@@ -45,7 +51,11 @@ def _unfinished(run: RunDirectory) -> Iterator[Advice]:
             if done < rounds
             else "its rounds are done, but those of its baselines are not"
         )
-        yield Advice(f"the run has not ended: {progress}", command)
+        yield Advice(
+            f"the run has not ended: {progress}",
+            "it is still running, or was interrupted",
+            f"if it was interrupted, continue it: {command}",
+        )
 
 
 def _warnings(run: RunDirectory) -> Iterator[Advice]:
@@ -53,10 +63,15 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
         finding, _, remedy = warning.partition(". ")
         if finding.startswith("until "):  # ends by itself, unless the run ends first
             if _trained_after_warm_rounds(run) and run.ended_for is not None:
-                yield Advice(finding, "use more rounds, or a larger clients.fraction")
+                yield Advice(
+                    finding,
+                    "the run ended before all clients had taken part",
+                    "use more rounds, or a larger clients.fraction",
+                )
             continue
         yield Advice(
             finding,
+            "the weights have not settled, or there are more adapters than the clients need",
             remedy
             or "use fewer adapters (strategy.adapters), or more rounds so that W settles "
             "(strategy.weights_lr)",
@@ -74,37 +89,46 @@ def _only_warm_rounds(run: RunDirectory) -> Iterator[Advice]:
     if not _trained_after_warm_rounds(run):
         name, rounds = run.recipe.strategy.name, run.recipe.rounds
         yield Advice(
-            f"all {rounds} rounds are warm rounds, in which {name} equals FedAvg: no adapter was "
-            "trained for a group",
+            f"all {rounds} rounds are warm rounds, in which {name} equals FedAvg",
+            "clients are grouped after the warm rounds, so no adapter was trained for a group",
             f"use more than {getattr(run.recipe.strategy, 'warm_rounds', 0)} rounds, better twice "
             "as many, or a smaller strategy.warm_rounds",
         )
 
 
-def _loss_near_chance(run: RunDirectory) -> Iterator[Advice]:
-    """Compare the last training loss with log L, the loss of guessing one of L labels evenly."""
-    labels = run.task["labels"] if (run.path / "task.json").is_file() else ()
-    loss = run.records[-1].get("train_loss") if run.records else None
-    if len(labels) < 2 or loss is None or loss < _CHANCE * math.log(len(labels)):
+def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
+    """Compare the training losses with each other, and with that of guessing evenly."""
+    found = losses(run)
+    loss = found.training[-1][1] if found.training else math.nan
+    if found.chance is not None and loss >= _CHANCE * found.chance:
+        finding = (
+            f"the training loss of the last round is {loss:.2f}, near that of guessing one of "
+            f"{len(run.task['labels'])} labels ({found.chance:.2f})"
+        )
+    elif found.flat and found.training[0][1] > _SOLVED:
+        finding = (
+            f"the training loss is flat: {found.training[0][1]:.3g} in the first round, "
+            f"{loss:.3g} in the last"
+        )
+    else:
         return
     chosen = run.decisions.get("learning_rate")
     if chosen is None:
+        cause = f"training.learning_rate ({run.recipe.training.learning_rate}) may be too small"
         action = (
             "leave training.learning_rate at auto, which tests several rates, or raise it; "
             "use more rounds or training.epochs"
         )
     elif chosen["reason"].startswith("chosen"):
+        cause = "training was too short, as the learning rate was chosen by a test"
         action = "use more rounds or training.epochs"
     else:
+        cause = "no learning rate reduced the loss, so the adapters cannot fit the examples"
         action = (
-            "no learning rate reduced the loss: check that labels belong to their inputs, train "
-            "more modules (lora.target_modules), or use another backbone"
+            "check that labels belong to their inputs, train more modules (lora.target_modules), "
+            "or use another backbone"
         )
-    yield Advice(
-        f"the training loss of the last round is {loss:.2f}, near that of guessing one of "
-        f"{len(labels)} labels ({math.log(len(labels)):.2f})",
-        action,
-    )
+    yield Advice(finding, cause, action)
 
 
 def _fewer_adapters_than_groups(run: RunDirectory) -> Iterator[Advice]:
@@ -114,35 +138,59 @@ def _fewer_adapters_than_groups(run: RunDirectory) -> Iterator[Advice]:
     if run.recipe.strategy.shared_soup and isinstance(adapters, int) and adapters < groups:
         yield Advice(
             f"{groups} known groups of clients share {adapters} adapters",
+            "groups with different tasks that share an adapter pull it apart",
             f"set strategy.adapters to {groups} or more",
         )
 
 
 def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
+    own = final_scores(run)
     for name, baseline in run.baselines.items():
-        if not ((own := final_scores(run)) and (other := final_scores(baseline))):
+        other = final_scores(baseline)
+        if own is None or other is None or own["metric"] != other["metric"]:
             continue
+        metric = readable(own["metric"])
         sign = 1 if greater_is_better(own["metric"].partition("_")[2]) else -1
         if sign * (other["mean"] - own["mean"]) > 0:
             yield Advice(
-                f"{name} has the better mean score: {other['mean']:.3f} against {own['mean']:.3f}",
+                f"{name} has the better mean {metric}: {other['mean']:.3f} against "
+                f"{own['mean']:.3f}",
+                f"the clients gain less from {run.recipe.strategy.name} than its training in "
+                "fewer, shared adapters or in groups costs them, or the difference is chance",
                 "try more rounds, or another strategy.warm_rounds or strategy.weights_lr; "
                 f"otherwise use {name}",
             )
         if not baseline.recipe.strategy.federated:
-            own_values, other_values = _values(own), _values(other)
-            worse = [
-                client
-                for client, value in own_values.items()
-                if sign * (other_values.get(client, math.nan) - value) > 0
-            ]
-            if worse:
-                yield Advice(
-                    f"{len(worse)} of {len(own_values)} clients score lower than with local "
-                    f"training alone: {_listed(worse)}",
-                    "serve these clients their local adapters, or finetune: strategy=ditto and "
-                    "strategy=fedrep keep a private part",
-                )
+            yield from _below_local(run, own, other, sign, name)
+
+
+def _below_local(
+    run: RunDirectory, own: dict[str, Any], other: dict[str, Any], sign: int, name: str
+) -> Iterator[Advice]:
+    own_values, other_values = _values(own), _values(other)
+    worse = [
+        client
+        for client, value in own_values.items()
+        if sign * (other_values.get(client, math.nan) - value) > 0
+    ]
+    if not worse:
+        return
+    limits = score_intervals(run, own)
+    clear = [
+        client
+        for client in worse
+        if limits is not None
+        and client in limits
+        and not limits[client][0] <= other_values[client] <= limits[client][1]
+    ]
+    certain = f" ({len(clear)} of them by more than the 95 % interval)" if limits else ""
+    yield Advice(
+        f"{len(worse)} of {len(own_values)} clients have a worse {readable(own['metric'])} than "
+        f"with {name} training alone{certain}: {_listed(clear or worse)}",
+        "their data differ from those that they share adapters with, or are enough by themselves",
+        f"serve these clients their {name} adapters, or finetune: strategy=ditto and "
+        "strategy=fedrep keep a private part",
+    )
 
 
 def _finetuning_gain(run: RunDirectory) -> Iterator[Advice]:
@@ -150,71 +198,70 @@ def _finetuning_gain(run: RunDirectory) -> Iterator[Advice]:
         (record for record in reversed(run.records) if record["served"] and record["finetuned"]),
         None,
     )
-    if record is None or not greater_is_better(record["served"]["metric"].partition("_")[2]):
+    if record is None or record["served"]["metric"] != record["finetuned"]["metric"]:
         return
-    gain = record["finetuned"]["mean"] - record["served"]["mean"]
-    if gain > _MIN_GAIN:
+    metric, served = record["served"]["metric"], record["served"]["mean"]
+    rises = greater_is_better(metric.partition("_")[2])
+    gain = (1 if rises else -1) * (record["finetuned"]["mean"] - served)
+    if math.isfinite(gain) and gain > (_MIN_GAIN if rises else _MIN_GAIN * abs(served)):
+        change = "raises" if rises else "lowers"
         yield Advice(
-            f"one round of local training still gains {gain:.3f} in round {record['round']}",
-            "use more rounds or more adapters",
+            f"one round of local training still {change} the {readable(metric)} by {gain:.3g} in "
+            f"round {record['round']}",
+            "the served adapters have not converged, or are too few to fit every client",
+            "use more rounds or more adapters (strategy.adapters), or finetune at the clients",
         )
 
 
-def _best_round_is_earlier(run: RunDirectory) -> Iterator[Advice]:
-    rounds = len(run.records)
-    if (run.path / "best" / "scores.json").is_file() and rounds > 0:
-        best = run.round(best=True)
-        if best < run.round():
-            yield Advice(
-                f"the validation loss was lowest after round {best} of {rounds}",
-                f"fedmerge export {shlex.quote(str(run.path))} --all --best, use fewer rounds, or "
-                "set evaluation.serve: best",
-            )
+def _overfitting(run: RunDirectory) -> Iterator[Advice]:
+    rounds, found = len(run.records), losses(run)
+    saved = (run.path / "best" / "scores.json").is_file()
+    best = run.round(best=True) if saved and rounds else rounds
+    if best < run.round():
+        falls = len(found.training) > 1 and found.training[-1][1] < found.training[0][1]
+        yield Advice(
+            f"the validation loss was lowest after round {best} of {rounds}",
+            "overfitting: the training loss went on falling while the validation loss rose"
+            if falls
+            else "later rounds made the adapters worse: the learning rate may be too high",
+            f"fedmerge export {shlex.quote(str(run.path))} --all --best, use fewer rounds or "
+            "epochs, set evaluation.serve: best, or stop early (stop.patience)",
+        )
 
 
 def _few_test_examples(run: RunDirectory) -> Iterator[Advice]:
     few = run.clients[run.clients["test"] < _MIN_TEST_EXAMPLES]
-    if len(few):
-        least = int(few["test"].min())
-        effect = (
-            f"one more correct answer changes a score by up to {1 / least:.2f}"
-            if least
-            else "some have none"
-        )
-        yield Advice(
-            f"{len(few)} of {len(run.clients)} clients have fewer than {_MIN_TEST_EXAMPLES} test "
-            f"examples (minimum {least}): {effect}",
-            "do not rely on single clients; compare means over several seeds with fedmerge sweep",
-        )
+    scores = final_scores(run)
+    if not len(few) or scores is None:
+        return
+    least = int(few["test"].min())
+    share = score_intervals(run, scores) is not None
+    effect = (
+        "some have none, so they have no score"
+        if not least
+        else f"one more correct answer changes a score by up to {1 / least:.2f}"
+        if share
+        else "a few unusual examples decide a client's score"
+    )
+    yield Advice(
+        f"{len(few)} of {len(run.clients)} clients have fewer than {_MIN_TEST_EXAMPLES} test "
+        f"examples (minimum {least})",
+        effect,
+        "do not rely on single clients; compare means over several seeds with fedmerge sweep",
+    )
 
 
 _CHECKS: tuple[Callable[[RunDirectory], Iterator[Advice]], ...] = (
     _unfinished,
-    _loss_near_chance,
+    _flat_loss,
     _only_warm_rounds,
     _warnings,
     _fewer_adapters_than_groups,
     _worse_than_baselines,
     _finetuning_gain,
-    _best_round_is_earlier,
+    _overfitting,
     _few_test_examples,
 )
-
-
-def final_scores(run: RunDirectory) -> dict[str, Any] | None:
-    """Return the final scores of all clients.
-
-    Before the run ends, these are the scores of the last evaluated round; None without any.
-    """
-    if (run.path / "summary.json").is_file():
-        return run.summary["final"]["served"]  # type: ignore[no-any-return]
-    return next((record["served"] for record in reversed(run.records) if record["served"]), None)
-
-
-def percentile(scores: dict[str, Any], percent: float) -> float:
-    """Return a percentile of the clients' scores; nan if there are none."""
-    values = [value for value in _values(scores).values() if math.isfinite(value)]
-    return float(np.percentile(values, percent)) if values else math.nan
 
 
 def _values(scores: dict[str, Any]) -> dict[str, float]:

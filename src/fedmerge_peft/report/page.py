@@ -1,30 +1,36 @@
-"""HTML page about runs, without scripts or network access, for any screen size and color scheme."""
+"""HTML page about runs, without network access, for any screen size and color scheme.
+
+Its only script sorts tables. The page's policy admits no other, whatever names contain.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.plotting.palette import COLORS, DARK_COLORS, DASHES
-from fedmerge_peft.report.advice import advice, final_scores, percentile
-from fedmerge_peft.report.figures import figures
+from fedmerge_peft.report import client_figures, cost_figures, learning_figures, sharing_figures
+from fedmerge_peft.report.advice import Advice, advice
+from fedmerge_peft.report.figure import Figure
+from fedmerge_peft.report.figures import drawn, figures, run_figures, shared_figures
+from fedmerge_peft.report.methods import Method, Setting, readable, settings
+from fedmerge_peft.report.tables import client_table, number, run_table, worst_percentile
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.export import folder_name
-from fedmerge_peft.tasks.metrics import greater_is_better
 from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.text import printable
 
-_WORST_CLIENTS = 10
-"""Rows of the table of worst clients."""
 _MAX_CLIENTS = 1000
-"""Limit on rows of the table of all clients."""
+"""Limit on rows of the table of clients, the worst ones."""
+_MAX_NAMES = 5
+"""Methods that the subtitle names."""
 _LINE_WIDTH = 2.2
 """Width of lines in figures, CSS pixels."""
 
@@ -57,8 +63,8 @@ def write_figures(runs: Iterable[RunDirectory | Path | str], folder: Path | str)
 
     Args:
         runs: As for ``write_report``.
-        folder: Folder of the files, created if needed; with several runs, each has a subfolder,
-            ``1-quickstart`` and so on.
+        folder: Folder of the files, created if needed. With several runs, it has the figures that
+            they share, and each run's own ones are in a subfolder, ``1-quickstart`` and so on.
 
     Returns:
         The files.
@@ -66,20 +72,28 @@ def write_figures(runs: Iterable[RunDirectory | Path | str], folder: Path | str)
     Raises:
         RunError: A run does not exist, or a file cannot be written.
     """
+    opened = _open(runs)
+    if len(opened) == 1:
+        return _save(figures(opened[0]), Path(folder))
+    found = settings(opened)
+    written = []
+    for place, setting in enumerate(found, 1):
+        shared = folder_name(f"{place}-{setting.name}") if len(found) > 1 else ""
+        written += _save(shared_figures(setting), Path(folder) / shared)
+    for place, run in enumerate(opened, 1):
+        method = next(each for setting in found for each in setting.runs if each.run is run)
+        subfolder = Path(folder) / folder_name(f"{place}-{run.recipe.name}")
+        written += _save(run_figures(method), subfolder)
+    return written
+
+
+def _save(found: Sequence[Figure], folder: Path) -> list[Path]:
     from fedmerge_peft.plotting import render
 
-    opened = _open(runs)
-    folders = [
-        Path(folder) / folder_name(f"{number}-{run.recipe.name}")
-        if len(opened) > 1
-        else Path(folder)
-        for number, run in enumerate(opened, 1)
-    ]
     return [
         path
-        for run, subfolder in zip(opened, folders, strict=True)
-        for figure in figures(run)
-        for path in render.save(figure.drawing, figure.title, subfolder / figure.name)
+        for figure in found
+        for path in render.save(figure.drawing, figure.title, folder / figure.name)
     ]
 
 
@@ -97,18 +111,44 @@ def render(runs: Iterable[RunDirectory | Path | str]) -> str:
         lstrip_blocks=True,
         finalize=_printable,
     )
-
-    template = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    title = opened[0].recipe.name if len(opened) == 1 else f"{len(opened)} runs"
-    return environment.from_string(template).render(
+    found = settings(opened)
+    script = _part("sorting.js")
+    title = found[0].runs[0].run.recipe.name if len(opened) == 1 else f"{len(opened)} runs"
+    return environment.from_string(_part("page.html.j2")).render(
         title=title,
-        runs=[_context(run) for run in opened],
-        max_clients=_MAX_CLIENTS,
-        colors=COLORS,
-        dark_colors=DARK_COLORS,
-        line_width=_LINE_WIDTH,
-        dashes=[" ".join(f"{_LINE_WIDTH * part:.1f}" for part in dash) for dash in DASHES],
+        settings=[_setting(setting) for setting in found],
+        style=Markup(_colors() + _part("page.css")),  # noqa: S704 (part of the package)
+        script=Markup(script),  # noqa: S704 (part of the package)
+        script_digest=b64encode(sha256(script.encode()).digest()).decode(),
+        zip=zip,
     )
+
+
+def _part(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _colors() -> str:
+    """Return the style sheet's part with the palette."""
+
+    def variables(colors: Sequence[str]) -> str:
+        return " ".join(f"--c{number}: {color};" for number, color in enumerate(colors))
+
+    rules = [
+        f":root {{ {variables(COLORS)} }}",
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK_COLORS)} }} }}",
+        f".line {{ stroke-width: {_LINE_WIDTH}; }}",
+    ]
+    for style, dash in enumerate(DASHES):
+        color = f"var(--c{style})"
+        lengths = " ".join(f"{_LINE_WIDTH * part:.1f}" for part in dash) or "none"
+        kinds = ", ".join(f".{kind}.s{style}" for kind in ("line", "bar", "mean"))
+        rules += [
+            f"{kinds}, .hollow.s{style} {{ stroke: {color}; }}",
+            f".line.s{style}:not(.second) {{ stroke-dasharray: {lengths}; }}",
+            f".band.s{style}, .dot.s{style}, .speck.s{style} {{ fill: {color}; }}",
+        ]
+    return "\n".join([*rules, ""])
 
 
 def _printable(value: Any) -> Any:
@@ -120,30 +160,76 @@ def _open(runs: Iterable[RunDirectory | Path | str]) -> list[RunDirectory]:
     return [run if isinstance(run, RunDirectory) else RunDirectory.open(run) for run in runs]
 
 
-def _context(run: RunDirectory) -> dict[str, Any]:
+def _setting(setting: Setting) -> dict[str, Any]:
+    """Return the template's variables for one setting."""
+    client_columns, client_rows = client_table(setting)
+    run_columns, run_rows = run_table(setting)
+    runs = [_run(method) for method in setting.runs]
+    return {
+        "name": setting.name,
+        "subtitle": _subtitle(setting),
+        "tiles": _tiles(setting) if len(runs) == 1 else [],
+        "findings": sum(len(run["advice"]) for run in runs),
+        "runs": runs,
+        "run_columns": run_columns,
+        "run_rows": run_rows,
+        "better": client_figures.answer(setting),
+        "client_figures": drawn(client_figures.client_figures(setting)),
+        "client_columns": client_columns,
+        "client_rows": client_rows[:_MAX_CLIENTS],
+        "clients": len(client_rows),
+        "learned": learning_figures.answer(setting),
+        "learning_figures": drawn(learning_figures.learning_figures(setting)),
+        "cost": cost_figures.answer(setting),
+        "cost_figures": drawn(cost_figures.cost_figures(setting)),
+    }
+
+
+def _run(method: Method) -> dict[str, Any]:
     """Return the template's variables for one run."""
-    recipe, scores, environment = run.recipe, final_scores(run), run.environment
-    clients, (columns, rows) = run.clients, _table(run)
-    sent = sum(record["bytes_down"] for record in run.records) / max(len(clients), 1) / 1e6
+    found: list[Advice] = advice(method.run)
+    return {
+        "name": method.name,
+        "sharing": sharing_figures.answer(method),
+        "figures": run_figures(method),
+        "advice": found,
+        "facts": _facts(method.run),
+    }
+
+
+def _subtitle(setting: Setting) -> str:
+    recipe = setting.methods[0].run.recipe
+    known = setting.methods
+    few = len(known) <= _MAX_NAMES
+    names = ", ".join(method.name for method in known) if few else f"{len(known)} methods and seeds"
+    seed = f", seed {recipe.seed}" if len({each.run.recipe.seed for each in known}) == 1 else ""
+    return f"{names} on {len(setting.clients)} clients, {recipe.task.name}{seed}"
+
+
+def _tiles(setting: Setting) -> list[tuple[str, str]]:
+    """Return names and values of a run's main results."""
+    method = setting.runs[0]
+    run, scores = method.run, method.scores
     tiles = [
-        ("rounds done", f"{len(run.records)} of {recipe.rounds}"),
-        ("clients", str(len(clients))),
+        ("rounds done", f"{len(run.records)} of {run.recipe.rounds}"),
+        ("clients", str(len(setting.clients))),
     ]
     if scores is not None:
-        metric = scores["metric"].replace("_", " ")
-        percent = 10 if greater_is_better(scores["metric"].partition("_")[2]) else 90
+        metric, percent = scores["metric"], worst_percentile(scores["metric"])
+        spread = learning_figures.percentile(scores, percent)
         tiles += [
-            (f"mean {metric}", _number(scores["mean"])),
-            (f"{percent}th percentile of clients", _number(percentile(scores, percent))),
-            ("worst tenth of clients", _number(scores["worst"])),
-            (f"worst client, {scores['worst_client']}", _number(scores["worst_client_score"])),
+            (f"mean {readable(metric)}", number(scores["mean"])),
+            (f"{percent}th percentile of clients", number(spread)),
+            ("worst tenth of clients", number(scores["worst"])),
+            (f"worst client, {scores['worst_client']}", number(scores["worst_client_score"])),
         ]
-    seconds = sum(record["seconds"] for record in run.records)
-    tiles += [("MB sent per client", _number(sent)), ("seconds", _number(seconds))]
-    results = ["", "–", "–"]
-    if scores:
-        means = [_number(scores[key]) for key in ("mean", "worst_client_score")]
-        results = [scores["metric"].replace("_", " "), *means]
+    costs = cost_figures.traffic(method, "bytes_down"), cost_figures.seconds(method)
+    return [*tiles, ("MB sent per client", number(costs[0])), ("seconds", number(costs[1]))]
+
+
+def _facts(run: RunDirectory) -> dict[str, str]:
+    """Return the settings of a run."""
+    recipe, environment = run.recipe, run.environment
     commit = str(environment.get("commit", ""))[:10]
     facts = {
         "method": recipe.strategy.name + (f", {_adapters(run)}" if run.records else ""),
@@ -160,18 +246,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "commit": commit + (" (modified)" if environment.get("dirty") else "") if commit else "",
         "directory": str(run.path),
     }
-    return {
-        "name": recipe.name,
-        "comparison": [*results, _number(sent), _number(seconds)],
-        "tiles": tiles,
-        "facts": {key: value for key, value in facts.items() if value},
-        "advice": advice(run),
-        "figures": figures(run),
-        "columns": columns,
-        "worst_clients": rows[:_WORST_CLIENTS],
-        "all_clients": rows[:_MAX_CLIENTS],
-        "clients": len(clients),
-    }
+    return {key: value for key, value in facts.items() if value}
 
 
 def _adapters(run: RunDirectory) -> str:
@@ -190,69 +265,3 @@ def _training_facts(run: RunDirectory) -> dict[str, str]:
         else f"{value}"
         for key, value in values.items()
     }
-
-
-def _table(run: RunDirectory) -> tuple[list[str], list[list[str]]]:
-    """Return headings and one row per client, the worst first.
-
-    A row has the client's scores under the run's method and under each baseline.
-    """
-    scores, clients = final_scores(run), run.clients
-    if scores is None:
-        return [], []
-    metric = scores["metric"]
-    runs = {run.recipe.strategy.name: run, **run.baselines}
-    columns = {
-        name: final["clients"]
-        for name, method in runs.items()
-        if (final := final_scores(method)) is not None
-    }
-    finetuned: dict[Any, dict[str, float]] = next(
-        (record["finetuned"]["clients"] for record in reversed(run.records) if record["finetuned"]),
-        {},
-    )
-    weights = run.weights.to_numpy() if run.records else np.zeros((len(clients), 0))
-    sign = 1 if greater_is_better(metric.partition("_")[2]) else -1
-    merged = weights.shape[1] > 1
-    headings = [
-        "client",
-        "group",
-        "train",
-        "test",
-        *columns,
-        "finetuned",
-        *(["adapter", "weight"] if merged else []),
-    ]
-    rows = []
-    for number, (name, client) in enumerate(clients.iterrows()):
-        values = [column.get(name, {}).get(metric, math.nan) for column in columns.values()]
-        after = finetuned.get(name, {}).get(metric, math.nan)
-        numbers = [_number(value) for value in (*values, after)]
-        row = weights[number]
-        largest = [str(int(row.argmax())), _number(row.max())] if merged else []
-        group = (
-            ""
-            if client["group"] is None or client["group"] != client["group"]
-            else str(client["group"])
-        )
-        rows.append(
-            (
-                sign * values[0],
-                [str(name), group, str(client["train"]), str(client["test"]), *numbers, *largest],
-            )
-        )
-    rows.sort(key=lambda row: (math.isnan(row[0]), row[0]))
-    return headings, [row for _, row in rows]
-
-
-def _number(value: float) -> str:
-    """Format a number with three significant digits; nan as a dash."""
-    if not math.isfinite(value):
-        return "∞" if value == math.inf else "–"
-    return (
-        f"{value:.3f}"
-        if abs(value) < 1
-        else f"{value:.1f}"
-        if abs(value) < 1000
-        else f"{value:,.0f}"
-    )

@@ -1,0 +1,46 @@
+"""Confidence intervals of scores on few examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedmerge_peft.runs.directory import RunDirectory
+
+LEVEL = 0.95
+"""Confidence level."""
+
+
+def score_intervals(
+    run: RunDirectory, scores: dict[str, Any]
+) -> dict[str, tuple[float, float]] | None:
+    """Return the Wilson interval of each client's score, at a confidence of ``LEVEL``.
+
+    With s of n examples right and z = Φ⁻¹(0.975), the interval is (Wilson 1927)
+
+    (s + z²/2 ± z √(s (n − s) / n + z²/4)) / (n + z²).
+
+    Args:
+        run: The run.
+        scores: Its scores, such as ``summary["final"]["served"]``.
+
+    Returns:
+        Lower and upper limit by client, without clients that have no examples. None if the metric
+        is no share of right examples. Runs do not store the scores of single examples, so other
+        metrics have no interval.
+    """
+    from scipy.stats import binomtest
+
+    split, _, name = scores["metric"].partition("_")
+    labeled = run.recipe.task.label_column is not None
+    if name != "exact_match" and not (name == "accuracy" and labeled):
+        return None  # the accuracy of texts is one of tokens
+    sizes = run.clients[split]
+    intervals = {}
+    for client, values in scores["clients"].items():
+        size = int(sizes.get(client, 0))
+        score = values.get(scores["metric"])
+        if size and score is not None and 0 <= score <= 1:
+            test = binomtest(round(score * size), size)
+            interval = test.proportion_ci(confidence_level=LEVEL, method="wilson")
+            intervals[client] = (float(interval.low), float(interval.high))
+    return intervals

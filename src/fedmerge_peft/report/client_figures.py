@@ -1,0 +1,139 @@
+"""Is it better for each client? Scores of every client under the methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from fedmerge_peft.analysis.intervals import LEVEL, score_intervals
+from fedmerge_peft.plotting.specs import Dumbbell, Scores, Spread
+from fedmerge_peft.plotting.svg_clients import MAX_CLIENTS
+from fedmerge_peft.report.figure import Figure
+from fedmerge_peft.report.methods import Method, Setting, readable
+
+_MAX_METHODS = 4
+"""Methods of a dumbbell chart."""
+_MAX_ROWS = 30
+"""Clients up to which they are in one chart, else in two."""
+_MAX_INTERVALS = 160
+"""Clients up to which intervals are drawn."""
+_CERTAIN = 100
+"""Test examples above which scores have no interval."""
+
+
+def client_figures(setting: Setting) -> Iterator[Figure]:
+    """Yield the clients' scores by method, and each client's scores side by side."""
+    metric = setting.metric
+    if metric is None:
+        return
+    scores = [
+        Scores(method.name, method.values(metric, setting.clients), method.style)
+        for method in setting.methods
+        if method.scores
+    ]
+    yield Figure(
+        "clients",
+        f"{_title(metric)} of all clients, by method",
+        Spread(scores, readable(metric), setting.greater_is_better),
+        "Each dot is a client, and the line is their mean. Dots are shifted up and down only to "
+        "separate them.",
+    )
+    if setting.reference is not None:
+        yield from _dumbbells(setting, metric, setting.reference)
+
+
+def answer(setting: Setting) -> str:
+    """Return for how many clients the first method is better than the others."""
+    metric = setting.metric
+    if metric is None:
+        return "There are no scores yet: no round has been evaluated."
+    first = setting.methods[0]
+    others = setting.rivals[:_MAX_METHODS]
+    if not others:
+        return (
+            f"This page has no method to compare {first.name} with. Run the recipe with "
+            "baselines=[local, fedavg] to see which clients it helps."
+        )
+    own = np.array(first.values(metric, setting.clients))
+    sign = 1 if setting.greater_is_better else -1
+    parts = []
+    for method in others:
+        gains = sign * (own - np.array(method.values(metric, setting.clients)))
+        known = int(np.isfinite(gains).sum())
+        equal = int((gains == 0).sum())
+        ties = f" ({equal} equal)" if equal else ""
+        parts.append(f"than {method.name} for {int((gains > 0).sum())} of {known} clients{ties}")
+    return f"{first.name} is better {_enumerated(parts)}."
+
+
+def _enumerated(parts: list[str]) -> str:
+    return ", and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def _dumbbells(setting: Setting, metric: str, reference: Method) -> Iterator[Figure]:
+    """Yield the clients in the order of their gain over the reference, in one or two charts."""
+    first, clients = setting.methods[0], setting.clients
+    chosen = [first, *setting.rivals][:_MAX_METHODS]
+    values = {method.name: np.array(method.values(metric, clients)) for method in chosen}
+    sign = 1 if setting.greater_is_better else -1
+    own = sign * values[first.name]
+    gains = own - sign * values[reference.name]
+    order = np.lexsort((-own, -gains))  # nan comes last
+    order = order[np.isfinite(gains[order])]
+    if not len(order):
+        return
+    parts = np.array_split(order, 2 if len(order) > _MAX_ROWS else 1)
+    spans = _intervals(first, metric) if len(order) <= _MAX_INTERVALS else {}
+    caption = (
+        f"Clients in the order of their gain over {reference.name}. The bar has the color of the "
+        "better of these two."
+    )
+    if spans:
+        caption += (
+            f" Thin lines are {100 * LEVEL:.0f} % intervals of {first.name} (Wilson), for clients "
+            f"with at most {_CERTAIN} {metric.partition('_')[0]} examples."
+        )
+    if (step := math.ceil(len(parts[0]) / MAX_CLIENTS)) > 1:
+        caption += f" Every {step}th client is shown."
+    if len(setting.methods) > len(chosen):
+        caption += " The table has other methods too."
+    none = (math.nan, math.nan)
+    finite = [value for each in values.values() for value in each if math.isfinite(value)]
+    finite += [limit for span in spans.values() for limit in span]
+    place = 1
+    for number, rows in enumerate(parts):
+        names = [clients[row] for row in rows]
+        place, begin = place + len(rows), place
+        yield Figure(
+            "gains" if number == 0 else "gains-2",
+            f"{_title(metric)} of each client"
+            + (f", {begin} to {place - 1} by gain" if len(parts) > 1 else ""),
+            Dumbbell(
+                names,
+                [
+                    Scores(method.name, values[method.name][rows].tolist(), method.style)
+                    for method in chosen
+                ],
+                readable(metric),
+                setting.greater_is_better,
+                [spans.get(name, none) for name in names] if spans else None,
+                [min(finite), max(finite)],
+            ),
+            caption if number == len(parts) - 1 else "",
+        )
+
+
+def _intervals(method: Method, metric: str) -> dict[str, tuple[float, float]]:
+    """Return the intervals of clients with few examples."""
+    if method.scores is None or method.scores["metric"] != metric:
+        return {}
+    sizes = method.run.clients[metric.partition("_")[0]]
+    found = score_intervals(method.run, method.scores) or {}
+    return {client: span for client, span in found.items() if sizes[client] <= _CERTAIN}
+
+
+def _title(metric: str) -> str:
+    name = readable(metric)
+    return name[:1].upper() + name[1:]

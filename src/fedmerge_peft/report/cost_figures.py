@@ -1,0 +1,61 @@
+"""What did it cost? Traffic and time of all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedmerge_peft.plotting.specs import Bars
+from fedmerge_peft.report.figure import Figure
+from fedmerge_peft.report.methods import Method, Setting
+
+
+def cost_figures(setting: Setting) -> Iterator[Figure]:
+    """Yield the traffic of a client in each direction, and the time of all rounds."""
+    methods = [method for method in setting.methods if method.run.records]
+    if not methods:
+        return
+    names, styles = [method.name for method in methods], [method.style for method in methods]
+    for direction, text in (("down", "sent to a client"), ("up", "received from a client")):
+        megabytes = [traffic(method, f"bytes_{direction}") for method in methods]
+        yield Figure(
+            f"traffic-{direction}",
+            f"Traffic: data {text} in the whole run",
+            Bars(names, megabytes, unit="MB", label=f"data {text} (MB)", styles=styles),
+            "Adapters in float32, mean over clients.",
+        )
+    yield Figure(
+        "time",
+        "Time: wall clock of all rounds",
+        Bars(
+            names,
+            [seconds(method) for method in methods],
+            unit="s",
+            label="wall clock of all rounds (s)",
+            styles=styles,
+        ),
+        "Evaluation included. Work that an earlier method of the run has done on the same adapters "
+        "takes no time again.",
+    )
+
+
+def answer(setting: Setting) -> str:
+    """Return the costs of the first method."""
+    first = setting.methods[0]
+    if not first.run.records:
+        return "No round is done yet."
+    down, up = (traffic(first, f"bytes_{direction}") for direction in ("down", "up"))
+    return (
+        f"{first.name} sent {down:.3g} MB to each client and received {up:.3g} MB from it, in "
+        f"{len(first.run.records)} rounds that took {seconds(first):.3g} s."
+    )
+
+
+def traffic(method: Method, key: str) -> float:
+    """Return a client's mean traffic in the whole run, MB."""
+    clients = max(len(method.run.client_names), 1)
+    return float(sum(record[key] for record in method.run.records) / clients / 1e6)
+
+
+def seconds(method: Method) -> float:
+    """Return the wall time of all rounds."""
+    return float(sum(record["seconds"] for record in method.run.records))

@@ -1,0 +1,227 @@
+"""Did it learn? Losses and scores by round, against chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fedmerge_peft.analysis import local_global_gap
+from fedmerge_peft.plotting.specs import Line, Lines
+from fedmerge_peft.report.figure import Figure
+from fedmerge_peft.report.methods import Setting, readable
+from fedmerge_peft.runs.directory import RunDirectory
+
+_FLAT = 0.02
+"""Relative fall of the training loss below which it counts as flat."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of a run by round, nats, and what it takes to guess."""
+
+    training: list[tuple[int, float]]
+    """Pairs of round and mean loss of local training in it."""
+    validation: list[tuple[int, float]]
+    """Pairs of completed rounds and mean validation loss of the served models."""
+    chance: float | None
+    """log L, the loss of guessing evenly among L labels; None for other tasks."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether the training loss has hardly fallen."""
+        first, last = (self.training[end][1] for end in (0, -1)) if self.training else (0.0, 0.0)
+        return len(self.training) > 1 and first - last < _FLAT * abs(first)
+
+    @property
+    def turning(self) -> tuple[int, float] | None:
+        """The completed rounds and loss of the lowest validation loss, if it has risen since."""
+        if len(self.validation) < 2:
+            return None
+        best = min(self.validation, key=lambda point: point[1])
+        return best if best[0] < self.validation[-1][0] else None
+
+
+def losses(run: RunDirectory) -> Losses:
+    """Read the losses of a run."""
+    records = run.records
+    training = [
+        (record["round"], record["train_loss"])
+        for record in records
+        if record.get("train_loss") is not None and math.isfinite(record["train_loss"])
+    ]
+    validation = [
+        (rounds, scores["validation_loss"])
+        for rounds, scores in served(run)
+        if scores.get("validation_loss") is not None and math.isfinite(scores["validation_loss"])
+    ]
+    labels = run.task["labels"] if (run.path / "task.json").is_file() else ()
+    return Losses(training, validation, math.log(len(labels)) if len(labels) > 1 else None)
+
+
+def served(run: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
+    """Return pairs of rounds completed and the scores served at that time."""
+    points = [(record["round"] - 1, record["served"]) for record in run.records if record["served"]]
+    if (run.path / "summary.json").is_file() and (scores := run.last_scores):
+        points.append((len(run.records), scores))
+    return points
+
+
+def learning_figures(setting: Setting) -> Iterator[Figure]:
+    """Yield losses, scores and local-global gaps by round, of all methods."""
+    yield from _losses(setting)
+    yield from _scores(setting)
+    gaps = []
+    for method in setting.methods:
+        gap = local_global_gap(method.run)
+        if len(gap) and not gap["distance"].isna().all():
+            gap = gap[gap["distance"].notna()]
+            x, y = [int(number) for number in gap.index], gap["distance"].astype(float).tolist()
+            gaps.append(Line(method.name, x, y, style=method.style))
+    if gaps:
+        yield Figure(
+            "gap",
+            "Local-global gap: distance between trained and next served adapters",
+            Lines(gaps, x="round", y="distance ‖trained − sent next‖₂", floor=0),
+            "‖θ trained − θ sent next‖₂ between adapter parameters (flora, fedex_lora and "
+            "flexlora: between weight updates), mean over clients. A smaller gap means that "
+            "merging preserves more of a client's training.",
+        )
+
+
+def answer(setting: Setting) -> str:
+    """Return how the first method's losses have changed."""
+    name, found = setting.methods[0].name, losses(setting.methods[0].run)
+    if not found.training and not found.validation:
+        return "There are no losses yet."
+    sentences = []
+    if found.training:
+        first, last = found.training[0][1], found.training[-1][1]
+        change = "rose" if last > first else "hardly fell:" if found.flat else "fell"
+        start = f"The training loss of {name} {change} from {first:.2f} to {last:.2f}"
+        if len(found.training) == 1:
+            start = f"The training loss of {name} was {last:.2f} in its only round"
+        guess = f"; guessing evenly gives {found.chance:.2f}" if found.chance is not None else ""
+        sentences.append(f"{start}{guess}.")
+    if found.turning is not None:
+        rounds, best = found.turning
+        sentences.append(
+            f"Its validation loss was lowest after round {rounds} ({best:.2f}) and is "
+            f"{found.validation[-1][1]:.2f} at the end."
+        )
+    elif len(found.validation) > 1:
+        first, last = found.validation[0][1], found.validation[-1][1]
+        sentences.append(f"Its validation loss fell from {first:.2f} to {last:.2f}.")
+    return " ".join(sentences)
+
+
+def _losses(setting: Setting) -> Iterator[Figure]:
+    series = []
+    for method in setting.methods:
+        found = losses(method.run)
+        if found.validation:
+            x, y = zip(*found.validation, strict=True)
+            series.append(Line(f"{method.name}, validation", x, y, style=method.style))
+        if found.training and (method is setting.methods[0] or not found.validation):
+            x, y = zip(*((number - 1, loss) for number, loss in found.training), strict=True)
+            kind: Literal["main", "second"] = "second" if found.validation else "main"
+            name = f"{method.name}, training"
+            series.append(Line(name, x, y, style=method.style, kind=kind))
+    if not series:
+        return
+    chance = losses(setting.methods[0].run).chance
+    if chance is not None:
+        series.append(_constant("guessing", chance, series))
+    elif losses(setting.methods[0].run).validation:
+        series.append(_constant("before training", series[0].y[0], series))
+    yield Figure(
+        "loss",
+        "Loss by round, mean over clients",
+        Lines(series, x="rounds completed", y="loss (nats)", floor=None),
+        "Validation: loss of the served adapters on examples that clients do not train on. "
+        "Training: mean loss during the round that follows. If training falls while validation "
+        "rises, the adapters learn their examples by heart.",
+    )
+
+
+def _scores(setting: Setting) -> Iterator[Figure]:
+    metric = setting.metric
+    if metric is None:
+        return
+    series = []
+    for method in setting.methods:
+        points = [(x, scores) for x, scores in served(method.run) if scores["metric"] == metric]
+        if not points:
+            continue
+        x = [completed for completed, _ in points]
+        means = [scores["mean"] for _, scores in points]
+        first = method is setting.methods[0]
+        bands = [
+            [percentile(scores, percent) for _, scores in points] if first else None
+            for percent in (10, 90)
+        ]
+        series.append(Line(method.name, x, means, bands[0], bands[1], method.style))
+        trained = [
+            (record["round"] - 1, record["finetuned"]["mean"])
+            for record in method.run.records
+            if record["finetuned"] and record["finetuned"]["metric"] == metric
+        ]
+        if first and trained:
+            rounds, values = zip(*trained, strict=True)
+            series.append(Line("finetuned", rounds, values, style=method.style, kind="second"))
+    if not series:
+        return
+    guess = _most_frequent(setting.methods[0].run) if metric.endswith("accuracy") else None
+    if guess is not None:
+        series.append(_constant("guessing", guess, series))
+    name = readable(metric)
+    bounded = not metric.endswith(("perplexity", "loss", "correlation"))
+    yield Figure(
+        "scores",
+        f"{name[:1].upper()}{name[1:]}, mean over clients, by round",
+        Lines(
+            series,
+            x="rounds completed",
+            y=name + ("" if setting.greater_is_better else " (lower is better)"),
+            floor=0 if bounded else None,
+            ceiling=1 if bounded else None,
+        ),
+        f"The band covers the middle 80 % of the clients of {setting.methods[0].name}."
+        + (
+            " finetuned: its score after one more round of local training; if the two are close, "
+            "clients need no finetuning."
+            if any(line.kind == "second" for line in series)
+            else ""
+        )
+        + (
+            " guessing: the share of each client's most frequent training label."
+            if guess is not None
+            else ""
+        ),
+    )
+
+
+def _constant(name: str, value: float, series: list[Line]) -> Line:
+    x = [value for line in series for value in line.x]
+    return Line(name, [min(x), max(x)], [value, value], kind="reference")
+
+
+def _most_frequent(run: RunDirectory) -> float | None:
+    """Return the mean share of the clients' most frequent label in their training examples."""
+    counts = run.label_counts
+    if counts is None or not len(counts):
+        return None
+    numbers = counts.to_numpy()
+    known = numbers[numbers.sum(axis=1) > 0]
+    return float((known.max(axis=1) / known.sum(axis=1)).mean()) if len(known) else None
+
+
+def percentile(scores: dict[str, Any], percent: float) -> float:
+    """Return a percentile of the clients' scores; nan if there are none."""
+    metric = scores["metric"]
+    values = [each[metric] for each in scores["clients"].values() if metric in each]
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.percentile(finite, percent)) if finite else math.nan

@@ -1,0 +1,156 @@
+"""The methods of a page: its runs and their baselines, with a name and a style for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmerge_peft.analysis.methods import methods as method_names
+from fedmerge_peft.plotting.palette import method_styles
+from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.tasks.metrics import greater_is_better
+
+
+@dataclass(frozen=True)
+class Method:
+    """A run under the name and in the style that it has in all figures of the page."""
+
+    name: str
+    run: RunDirectory
+    style: int
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """Final scores of all clients, or those of the last evaluated round; None without any."""
+        return final_scores(self.run)
+
+    def values(self, metric: str, clients: Sequence[str]) -> list[float]:
+        """Return the clients' scores, nan for those that have none."""
+        scores = self.scores
+        if scores is None:
+            return [math.nan] * len(clients)
+        return [scores["clients"].get(client, {}).get(metric, math.nan) for client in clients]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Methods on the same task, backbone and data, which share charts."""
+
+    name: str
+    runs: Sequence[Method]
+    """The runs that the page is about."""
+    methods: Sequence[Method]
+    """These runs and their baselines. The first is compared with the others."""
+
+    @property
+    def metric(self) -> str | None:
+        """Score of the first method that has any, such as ``test_accuracy``."""
+        return next((each.scores["metric"] for each in self.methods if each.scores), None)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether larger scores are better."""
+        return greater_is_better((self.metric or "").partition("_")[2])
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients' names, in the order of the first run."""
+        return self.methods[0].run.client_names
+
+    @property
+    def rivals(self) -> list[Method]:
+        """The methods to compare the first one with: those of its seed, if there are any. local and
+        fedavg come before others.
+        """
+        order = {"local": 0, "fedavg": 1}
+        seed = self.methods[0].run.recipe.seed
+        scored = [each for each in self.methods[1:] if each.scores]
+        paired = [each for each in scored if each.run.recipe.seed == seed]
+        return sorted(
+            paired or scored,
+            key=lambda each: order.get(each.run.recipe.strategy.name, len(order)),
+        )
+
+    @property
+    def reference(self) -> Method | None:
+        """The first of these."""
+        return next(iter(self.rivals), None)
+
+
+def settings(runs: Iterable[RunDirectory]) -> list[Setting]:
+    """Group runs by task, backbone and data.
+
+    A baseline is omitted if an earlier run has the same method and seed.
+    """
+    given = {run.path.resolve(): run for run in runs}
+    found = dict(given)
+    for run in given.values():
+        for baseline in run.baselines.values():
+            found.setdefault(baseline.path.resolve(), baseline)
+    order = [path for run in given.values() for path in _with_baselines(run)]
+    order = list(dict.fromkeys(order))
+    opened = [found[path] for path in order]
+    frame = method_names([run.recipe for run in opened])
+    own = [row for row, path in enumerate(order) if path in given]
+    repeated = frame.duplicated(["setting", "method", "seed"])
+    frame = frame[~repeated | np.isin(np.arange(len(order)), own)]
+    return [
+        _setting(str(name), [opened[row] for row in same.index], [*same["method"]], given)
+        for name, same in frame.groupby("setting", sort=False)
+    ]
+
+
+def _with_baselines(run: RunDirectory) -> list[Path]:
+    return [each.path.resolve() for each in (run, *run.baselines.values())]
+
+
+def _setting(
+    name: str,
+    runs: Sequence[RunDirectory],
+    names: Sequence[str],
+    given: Mapping[Path, RunDirectory],
+) -> Setting:
+    styles = method_styles(
+        {name: run.recipe.strategy.name for name, run in reversed([*zip(names, runs, strict=True)])}
+    )
+    methods = [
+        Method(unique, run, styles[name])
+        for unique, name, run in zip(_distinct(names, runs), names, runs, strict=True)
+    ]
+    own = [method for method in methods if method.run.path.resolve() in given]
+    return Setting(name, own, methods)
+
+
+def _distinct(names: Sequence[str], runs: Sequence[RunDirectory]) -> list[str]:
+    """Add the seed, the name of the folder, or its path, to names that several runs have."""
+    for suffixes in (
+        [f", seed {run.recipe.seed}" for run in runs],
+        [f" ({run.path.name})" for run in runs],
+        [f" ({run.path})" for run in runs],
+    ):
+        repeated = {name for name in names if names.count(name) > 1}
+        names = [
+            name + suffix if name in repeated else name
+            for name, suffix in zip(names, suffixes, strict=True)
+        ]
+    return list(names)
+
+
+def final_scores(run: RunDirectory) -> dict[str, Any] | None:
+    """Return the final scores of all clients.
+
+    Before the run ends, these are the scores of the last evaluated round; None without any.
+    """
+    if (run.path / "summary.json").is_file():
+        return run.summary["final"]["served"]  # type: ignore[no-any-return]
+    return next((record["served"] for record in reversed(run.records) if record["served"]), None)
+
+
+def readable(metric: str) -> str:
+    """Return a score's name without underscores: ``test accuracy``."""
+    return metric.replace("_", " ")

@@ -21,6 +21,7 @@ from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.clients import Indices, rows_by_split
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
+from fedmerge_peft.engines.digest import digest
 from fedmerge_peft.engines.score_cache import ScoreCache
 from fedmerge_peft.engines.training_cache import TrainingCache
 from fedmerge_peft.engines.turn import ClientTurn, client_error
@@ -71,6 +72,19 @@ class LocalEngine:
         self.runtime = runtime
         self.score_cache = ScoreCache()
         self.training_cache = TrainingCache()
+
+    @cached_property
+    def examples_digest(self) -> str:
+        """Digest of all encoded examples, by client and split."""
+        columns = self.runtime.examples.columns
+        encoded = (tensor for name in sorted(columns) for tensor in columns[name])
+        rows = (
+            torch.as_tensor(np.asarray(split))
+            for client in self.clients
+            for split in (client.train, client.validation, client.test)
+        )
+        names = (client.name for client in self.clients)
+        return digest([*names, *rows, *encoded]).hex()
 
     def add_metrics(self, compute_metrics: ComputeMetrics) -> None:
         """Evaluate the metrics of a function too."""

@@ -20,6 +20,7 @@ from fedmerge_peft.data.loading import IN_MEMORY
 from fedmerge_peft.engines.base import Engine
 from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import DataError, PluginError, RecipeError, ResumeError
+from fedmerge_peft.federation import reuse
 from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.federation.early_stopping import EarlyStopping
 from fedmerge_peft.federation.loop import Federation
@@ -64,6 +65,7 @@ def run_recipe(
     directory = Path(out) if out is not None else RunDirectory.default_path(recipe)
     check_trackers(recipe)
     RunDirectory.check_free(directory)
+    reuse.reusable(recipe, directory)
     engine = _loaded(recipe, splits, engine, metrics)
     with ExitStack() as stack:
         distributed.on_rank_zero(partial(_lock, stack, directory))
@@ -212,11 +214,14 @@ def _federate(recipe: Recipe, directory: Path, engine: Engine, given: Sequence[C
     """Run the unfinished part of a recipe and its baselines."""
     own = [_callback(section) for section in recipe.callbacks]
     callbacks = Callbacks([*own, *given])
-    decisions = distributed.on_rank_zero(partial(_decisions, directory))
+    reused = distributed.on_rank_zero(partial(_reused, recipe, directory, engine))
+    decisions = distributed.on_rank_zero(partial(_decisions, directory, reused))
     ledger = PrivacyLedger(
         recipe, len(engine.clients), simulated=engine.simulated, directory=directory
     )
     for one, path in with_baselines(recipe, directory):
+        if path != directory and one.strategy.name in reused:
+            distributed.on_rank_zero(partial(reuse.copy_run, reused[one.strategy.name], path))
         if distributed.on_rank_zero(partial(_has_ended, path, recipe.rounds)):
             continue
         federation = Federation(one, engine, decisions, ledger)
@@ -248,9 +253,16 @@ def _callback(section: CallbackRecipe) -> Callback:
     return callback
 
 
-def _decisions(directory: Path) -> Decisions | None:
-    """Return the values that the run has chosen at an earlier start; None if it has not."""
-    document = RunDirectory(directory).decisions
+def _reused(recipe: Recipe, directory: Path, engine: Engine) -> dict[str, RunDirectory]:
+    """Return the earlier runs to reuse, by strategy. Raises ``RecipeError`` if they differ."""
+    found = reuse.reusable(recipe, directory)
+    reuse.check_data(recipe, engine, found)
+    return found
+
+
+def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions | None:
+    """Return the values that the run, or those that it reuses, have chosen; None if none has."""
+    document = RunDirectory(directory).decisions or reuse.earlier_decisions(reused)
     return Decisions(document) if document else None
 
 

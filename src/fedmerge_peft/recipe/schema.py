@@ -210,6 +210,10 @@ class Recipe(Section):
     baselines: list[AnyStrategy] = []
     """Strategies to run as well, with the same clients and seed. Each has a subdirectory of the run
     directory. The run's own strategy is skipped."""
+    baselines_from: str | None = None
+    """Directory of an earlier run whose finished baselines this run takes over instead of running
+    them again. Refused if data, model, seed, rounds or any other setting of them differs. The run
+    also uses the learning rate and epochs that they have chosen."""
     clients: ClientsRecipe = ClientsRecipe()
     """Participation of clients in a round."""
     robustness: RobustnessRecipe = RobustnessRecipe()
@@ -306,6 +310,20 @@ class Recipe(Section):
             raise ValueError(
                 "stop: patience ends a run by scores without noise, which "
                 f"privacy.mode: {self.privacy.mode} does not cover; remove stop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reused_baselines_are_not_private(self) -> Recipe:
+        if self.baselines_from is not None and self.privacy.mode != "none":
+            raise ValueError(
+                "baselines_from: the privacy of a run counts the releases of its baselines, which "
+                "an earlier run has counted; remove it"
+            )
+        if self.baselines_from is not None and not self.baselines:
+            raise ValueError(
+                "baselines_from: there are no baselines to reuse; name them, such as "
+                "baselines: [local, fedavg]"
             )
         return self
 

@@ -7,6 +7,7 @@ decisions.json          values that the run has chosen for training.learning_rat
                         training.epochs, with their reasons and the losses of the range test
 clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, and the text format
+examples.json           digest of the encoded examples, if the recipe has baselines
 labels.json             training examples of each client by label, if examples have labels
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object per round
@@ -386,15 +387,12 @@ def round_of(path: Path) -> int:
 
 def with_baselines(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
     """Return a recipe and its baselines, as separate recipes, each with its run directory."""
-    run = RunDirectory(path)
+    run, alone = RunDirectory(path), {"baselines": [], "baselines_from": None}
     return [
         (recipe, path),
         *(
-            (
-                recipe.model_copy(update={"strategy": baseline, "baselines": []}),
-                run.baseline_path(baseline.name),
-            )
-            for baseline in recipe.baselines
-            if baseline.name != recipe.strategy.name
+            (recipe.model_copy(update={**alone, "strategy": part}), run.baseline_path(part.name))
+            for part in recipe.baselines
+            if part.name != recipe.strategy.name
         ),
     ]

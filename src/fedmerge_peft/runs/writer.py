@@ -65,7 +65,7 @@ class RunWriter(RunDirectory):
 
     def _reopen(self, engine: Engine, strategy: Strategy) -> None:
         path, recipe = self.path, self.recipe
-        documents = _metadata(recipe, engine)
+        documents = metadata(recipe, engine)
         for name in ("clients.json", "task.json"):
             if (path / name).is_file() and checked.read_document(path / name) != strict_json.loads(
                 strict_json.dumps(documents[name])
@@ -215,7 +215,7 @@ class RunWriter(RunDirectory):
         resumed = [*first.get("resumed", []), {"after_round": self.completed, **current}]
         environment = {**first, "resumed": resumed} if first else current
         checked.write_document(self.path / "environment.json", environment)
-        for name, document in _metadata(recipe, engine).items():
+        for name, document in metadata(recipe, engine).items():
             if not _is_readable(self.path / name):
                 checked.write_document(self.path / name, document)
 
@@ -251,7 +251,7 @@ class RunWriter(RunDirectory):
             write_atomically(path, lambda temporary: _write_bytes(temporary, content))
 
 
-def _metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
+def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
     """Return the descriptions of clients, task and adapter by file name."""
     config = {
         key: sorted(value) if isinstance(value, set) else value
@@ -279,6 +279,9 @@ def _metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
             "inference_mode": True,
         },
     }
+    digest = getattr(engine, "examples_digest", None)  # engines across sites have no examples
+    if engine.recipe.baselines and digest is not None:
+        documents["examples.json"] = {"digest": digest}
     if (counts := engine.label_counts()) is not None:
         documents["labels.json"] = {"labels": list(engine.task.labels), "counts": counts}
     return documents

@@ -1,0 +1,146 @@
+"""Baselines of an earlier run, reused instead of run again (``baselines_from``)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmerge_peft.errors import RecipeError, RunError
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.diff import differing, flat, written
+from fedmerge_peft.runs.directory import RunDirectory, with_baselines
+from fedmerge_peft.runs.writer import metadata
+from fedmerge_peft.util import checked, strict_json
+from fedmerge_peft.util.files import hardlink, translated_write_errors
+
+if TYPE_CHECKING:
+    from fedmerge_peft.engines.base import Engine
+
+log = logging.getLogger(__name__)
+
+_IRRELEVANT = (
+    "name",
+    "baselines",
+    "baselines_from",
+    "tracking",
+    "evaluation.batch_size",
+    "training.device",
+    "training.prefix_cache",
+    "training.clients_per_batch",
+)
+"""Keys that change nothing about a baseline's results but rounding."""
+
+
+def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
+    """Return the earlier run of each baseline that is missing and that ``baselines_from`` has.
+
+    Raises:
+        RecipeError: There is no such run, it has not ended, or its recipe would not give the same
+            baselines.
+    """
+    missing = {
+        part.strategy.name: part
+        for part, path in with_baselines(recipe, directory)
+        if path != directory and not (path / "recipe.yaml").is_file()
+    }
+    if recipe.baselines_from is None or not missing:
+        return {}
+    try:
+        run = RunDirectory.open(recipe.baselines_from)
+        earlier = {run.recipe.strategy.name: run, **run.baselines}
+    except RunError as error:
+        raise RecipeError([f"baselines_from: {error}"]) from error
+    found = {}
+    for name, part in missing.items():
+        if name in earlier:
+            _check(part, earlier[name])
+            found[name] = earlier[name]
+        else:
+            log.info("%s has no %s, which therefore runs", run.path, name)
+    if not found:
+        raise RecipeError(
+            [
+                f"baselines_from: {run.path} has no {' or '.join(missing)}; it has "
+                f"{', '.join(earlier)}. Name another run, or remove baselines_from"
+            ]
+        )
+    return found
+
+
+def _check(recipe: Recipe, earlier: RunDirectory) -> None:
+    """Raise ``RecipeError`` unless the earlier run has ended under the same recipe."""
+    if earlier.ended_for is None:
+        raise RecipeError([f"baselines_from: {earlier.path} has not ended; resume it first"])
+    flat_own, flat_earlier = (
+        {
+            key: value
+            for key, value in flat(each).items()
+            if not f"{key}.".startswith(tuple(f"{name}." for name in _IRRELEVANT))
+        }
+        for each in (recipe, earlier.recipe)
+    )
+    if keys := differing([flat_earlier, flat_own]):
+        changes = "; ".join(
+            f"{key} was {written(flat_earlier.get(key))}, is {written(flat_own.get(key))}"
+            for key in keys
+        )
+        raise RecipeError(
+            [
+                f"baselines_from: {earlier.path} is no baseline of this recipe: {changes}. Run the "
+                "baselines again (remove baselines_from), or restore these values"
+            ]
+        )
+
+
+def earlier_decisions(found: dict[str, RunDirectory]) -> dict[str, dict[str, Any]]:
+    """Return the values that the earlier runs have chosen, which this run uses too.
+
+    Raises:
+        RecipeError: They have chosen different values.
+    """
+    chosen = {run.path: run.decisions for run in found.values()}
+    first, *others = chosen.values() or [{}]
+    values = {key: entry["value"] for key, entry in first.items()}
+    for other in others:
+        if {key: entry["value"] for key, entry in other.items()} != values:
+            paths = " and ".join(map(str, chosen))
+            raise RecipeError([f"baselines_from: {paths} have chosen different values"])
+    return first
+
+
+def check_data(recipe: Recipe, engine: Engine, found: dict[str, RunDirectory]) -> None:
+    """Raise ``RecipeError`` unless clients, examples and adapters are those of the earlier runs."""
+    documents = metadata(recipe, engine) if found else {}
+    if found and "examples.json" not in documents:
+        raise RecipeError(["baselines_from: this engine's examples are unknown; remove the key"])
+    for run in found.values():
+        for name, document in documents.items():
+            path = run.path / name
+            saved = checked.read_document(path) if path.is_file() else None
+            if saved != strict_json.loads(strict_json.dumps(document)):
+                problem = "differs" if saved is not None else "is missing"
+                raise RecipeError(
+                    [
+                        f"baselines_from: {path} {problem}: the data or the model may have "
+                        "changed. Run the baselines again (remove baselines_from)"
+                    ]
+                )
+
+
+def copy_run(run: RunDirectory, path: Path) -> None:
+    """Copy a baseline, as hard links where possible. Raises ``RunError``.
+
+    The recipe comes last, because it marks a run directory.
+    """
+    with translated_write_errors(path):
+        files = sorted(
+            (file for file in run.path.rglob("*") if file.is_file()),
+            key=lambda file: file == run.path / "recipe.yaml",
+        )
+        for file in files:
+            part = file.relative_to(run.path)
+            if part.parts[0] not in ("baselines", "tracking"):
+                (path / part).parent.mkdir(parents=True, exist_ok=True)
+                hardlink(file, path / part)
+    log.info("reusing %s of %s", run.recipe.strategy.name, run.path)

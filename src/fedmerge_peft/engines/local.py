@@ -21,7 +21,6 @@ from fedmerge_peft.data import Client, FederatedData, federate_data
 from fedmerge_peft.data.clients import Indices, rows_by_split
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
-from fedmerge_peft.engines.digest import digest
 from fedmerge_peft.engines.score_cache import ScoreCache
 from fedmerge_peft.engines.training_cache import TrainingCache
 from fedmerge_peft.engines.turn import ClientTurn, client_error
@@ -43,6 +42,7 @@ from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.runtime import Runtime
+from fedmerge_peft.util.digest import digest
 from fedmerge_peft.util.profiling import timed
 from fedmerge_peft.util.seeds import derive
 

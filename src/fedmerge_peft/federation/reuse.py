@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
         )
 
 
-def earlier_decisions(found: dict[str, RunDirectory]) -> dict[str, dict[str, Any]]:
+def earlier_decisions(found: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
     """Return the values that the earlier runs have chosen, which this run uses too.
 
     Raises:

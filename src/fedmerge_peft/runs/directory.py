@@ -387,7 +387,8 @@ def round_of(path: Path) -> int:
 
 def with_baselines(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
     """Return a recipe and its baselines, as separate recipes, each with its run directory."""
-    run, alone = RunDirectory(path), {"baselines": [], "baselines_from": None}
+    run = RunDirectory(path)
+    alone: dict[str, Any] = {"baselines": [], "baselines_from": None}
     return [
         (recipe, path),
         *(

@@ -17,6 +17,7 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.error_messages import found, refuse_values
+from fedmerge_peft.recipe.evaluation import EvaluationRecipe, ServingRecipe
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.recipe.presets import with_preset
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
@@ -153,33 +154,6 @@ class ClientsRecipe(Section):
     limit. Clients that train in this process are not interrupted; their time is checked afterwards,
     and clients that share a pass share its time. A run is not reproducible if clients take about as
     long as this limit."""
-
-
-class EvaluationRecipe(Section):
-    """Evaluation during a run."""
-
-    batch_size: BatchSize = 64
-    """Examples per batch in evaluation."""
-    every: Count = 1
-    """Evaluate in every n-th round, and in the first and last."""
-    finetuned: Boolean = True
-    """Also evaluate the locally trained adapters. The difference is the gain of local finetuning,
-    which is small if the merged adapters fit their clients."""
-    serve: Literal["last", "best"] = "last"
-    """Round whose adapters and scores are the result of the run: the last one, or the one with the
-    lowest mean validation loss over all clients. best needs validation examples, and all clients in
-    each round."""
-
-
-class ServingRecipe(Section):
-    """Adapters that clients are served with."""
-
-    label_prior: Boolean = False
-    """Add the logarithm of a client's label frequencies to the logits of its served adapter,
-    relative to the frequencies at all clients; with `training.logits: adjusted`, relative to equal
-    frequencies. It is part of the head's bias, so that exported adapters have it. It requires a
-    classifier with a bias and, at the server, the clients' label counts, which `privacy` rules
-    out. The adapters that clients train do not have it."""
 
 
 Tracker = Literal[

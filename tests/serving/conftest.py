@@ -14,6 +14,11 @@ from fedmerge_peft.data import load_splits
 from fedmerge_peft.engines.local import LocalEngine
 from serving.newcomer import recipe
 
+SECTIONS = {
+    "causal-lm": """{name: causal-lm, chat_template: "{% for m in messages %}{{ m.role + ': ' + \
+m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"}"""
+}
+"""Sections of tasks that differ from their names: GPT-2 has no chat template of its own."""
 TASKS = ("sequence-classification", "causal-lm", "image-classification")
 
 
@@ -69,7 +74,8 @@ def finished(tiny_models, tmp_path_factory):
             DatasetDict({"train": table(task)}).save_to_disk(folder / "data")
             model, targets = models[task]
             (folder / "mine.yaml").write_text(
-                f"name: mine\ntask: {task}\nrounds: 2\nbackbone: {{model: {tiny_models / model}}}\n"
+                f"name: mine\ntask: {SECTIONS.get(task, task)}\nrounds: 2\n"
+                f"backbone: {{model: {tiny_models / model}}}\n"
                 f"lora: {{r: 2, target_modules: {targets}}}\n"
                 f"data:\n  path: {folder / 'data'}\n  test_fraction: 0.25\n"
                 "  partition: {scheme: natural, by: by}\n"

@@ -113,6 +113,44 @@ def test_a_decoder_completes_as_its_pipeline(finished, predictor):
         assert predictions == found
 
 
+@pytest.mark.equality
+def test_a_decoder_answers_chats_as_its_pipeline(finished, predictor):
+    run = finished("causal-lm").run
+    chats = [
+        [{"role": "user", "content": text}, *more]
+        for text, more in [
+            ("Hello", []),
+            (
+                "My order",
+                [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "So"}],
+            ),
+        ]
+    ]
+    answers = predictor("causal-lm")({client: [*chats, "Hello"] for client in TEXTS})
+    assert len({tuple(each) for each in answers.values()}) > 1
+    for client, own in answers.items():
+        pipeline = run.client(client).pipeline("cpu", do_sample=False)
+        assert own == [
+            pipeline(each, return_full_text=False)[0]["generated_text"].strip()
+            for each in (*chats, "Hello")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ({"role": "user", "content": "Hello"}, "an input must be a text or a list of messages"),
+        ([{"role": "user"}], "input 1: a message in 'messages' needs a role and a content"),
+        ([{"role": "assistant", "content": "a"}], "input 1: the last message is the assistant's"),
+        ([], "input 1: 'messages' must be a list of at least one"),
+    ],
+)
+def test_chats_that_cannot_be_answered_are_refused(predictor, chat, message):
+    client = next(iter(TEXTS))
+    with pytest.raises(DataError, match=message):
+        predictor("causal-lm")({client: ["Hello", chat]})
+
+
 def test_predictions_of_clients_differ(predictor):
     """The fixture's clients have different adapters, so that mixing them up is detected."""
     predict = predictor("sequence-classification")
@@ -229,7 +267,12 @@ def test_many_inputs_are_split_into_passes(predictor, passes):
             DataError,
             "an input must be a PIL image, or the path of a file, found 0",
         ),
-        ("causal-lm", {"client 0": [0]}, DataError, "an input must be a text, found 0"),
+        (
+            "causal-lm",
+            {"client 0": [0]},
+            DataError,
+            "an input must be a text or a list of messages, found 0",
+        ),
     ],
 )
 def test_invalid_inputs_are_refused(task, given, error, message, predictor):

@@ -24,7 +24,7 @@ from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.tasks import Examples, make_task, task_type
-from fedmerge_peft.tasks.base import reject_inputs, split_batch, warn_of_cuts
+from fedmerge_peft.tasks.base import split_batch, warn_of_cuts
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.util.seeds import seeded
@@ -80,7 +80,7 @@ class Predictor:
         )
         self._kind = task_type(recipe.task)
         if self._kind.completes:
-            generating = {"format": "prompt-completion", "metrics": ["exact_match"]}
+            generating = {"format": "prompt-completion", "metrics": ["exact_match"], "loss": None}
             if run.task.get("format") == "messages":  # prompts are rendered with the template
                 generating |= {"special_tokens": "tokens"}
             recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update=generating)})
@@ -109,7 +109,8 @@ class Predictor:
 
         Args:
             inputs: Inputs by client: texts, or pairs of texts if the task has pairs; PIL images or
-                paths of image files; for a language model, prompts formatted as in training.
+                paths of image files; for a language model, prompts formatted as in training, or
+                chats: lists of messages, which the chat template formats.
             batch_size: Inputs per forward pass. Default: the recipe's ``evaluation.batch_size``.
 
         Returns:
@@ -163,7 +164,6 @@ class Predictor:
 
     def _encode(self, inputs: list[Any]) -> Examples:
         if self._kind.completes:
-            reject_inputs([item for item in inputs if not isinstance(item, str)], "a text")
             return self._task.encode_prompts(inputs)
         return self._task.encode(self._table(inputs))
 

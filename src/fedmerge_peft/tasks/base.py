@@ -226,8 +226,11 @@ class Task(ABC):
         """Return arguments of ``transformers.pipeline`` for the tokenizer or image processor."""
         return {}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Examples:
-        """Encode prompts without completions. Only for tasks with ``completes``."""
+    def encode_prompts(self, prompts: Sequence[Any]) -> Examples:
+        """Encode prompts without completions. Only for tasks with ``completes``.
+
+        Raises ``DataError`` for a prompt that the task does not accept.
+        """
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import BackboneError, DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
-from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
-from fedmerge_peft.tasks.chat_messages import Chat, read_chats
+from fedmerge_peft.tasks.base import Batch, Examples, Task, reject_inputs, split_batch
+from fedmerge_peft.tasks.chat_messages import parse_prompt, read_chats
 from fedmerge_peft.tasks.chat_template import name_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
 from fedmerge_peft.tasks.generation import first_logits, generate_tokens
@@ -112,6 +112,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         reading = "tokens" if self.format == "messages" else recipe.special_tokens
         self._tokens = TextTokens(self.processor, reading)
         self._chats = ChatTokens(self.processor)
+        self._prompted = ChatTokens(self.processor, "input {}")
 
     # ----------------------------------------------------------------------------------------------
     # Rows to tensors
@@ -133,6 +134,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
         tokenizer.padding_side = "left"
         tokenizer.split_special_tokens = recipe.special_tokens == "text"
+        if recipe.chat_template is not None:
+            tokenizer.chat_template = name_template(tokenizer, recipe.chat_template)
         return {"tokenizer": tokenizer, "max_new_tokens": recipe.max_new_tokens}
 
     def encode(self, table: Dataset) -> Examples:
@@ -151,7 +154,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             chats = read_chats(self.recipe, table)
             rows = self._chats.rows(chats, self.loss)
             if self.generates:
-                generation = self._final_turns(chats)
+                generation = self._references(*self._chats.final_turns(chats))
         else:
             rows, prompts, references = self._text_rows(table)
             if self.generates:
@@ -223,20 +226,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             completions,
         )
 
-    def _final_turns(self, chats: Sequence[Chat]) -> Examples:
-        """Return chats without their last message, and this message, for generation."""
-        for row, chat in enumerate(chats):
-            if chat.roles[-1] != "assistant":
-                raise self._chats.error(
-                    row,
-                    f"the last message has the role {chat.roles[-1]}; generation needs the role "
-                    "assistant",
-                )
-        last = [Chat(chat.messages, len(chat.messages) - 1, chat.tools) for chat in chats]
-        return self._references(
-            self._chats.prompts(last), [chat.messages[-1]["content"] for chat in chats]
-        )
-
     def _references(self, prompts: Sequence[list[int]], references: Sequence[str]) -> Examples:
         examples = self._prompts(prompts)
         reference = ragged([text.encode() for text in references])
@@ -306,13 +295,32 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         targets = labels[:, 1:]
         return logits[:, :-1].argmax(dim=-1)[targets != IGNORED], targets[targets != IGNORED]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Examples:
+    def encode_prompts(self, prompts: Sequence[Any]) -> Examples:
         """Tokenize prompts for ``complete``. Long prompts are truncated on the left.
 
+        Args:
+            prompts: Texts as in training, or lists of messages, which the chat template formats.
+
         Raises:
-            DataError: A prompt is empty, and the tokenizer has no begin-of-sequence token.
+            DataError: A prompt is neither text nor messages; a text is empty, and the tokenizer has
+                no begin-of-sequence token; there is no chat template, or it rejects a chat.
         """
-        return self._prompts(self._tokens.prompts(prompts))
+        texts = [place for place, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        chats = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list | tuple)]
+        ids: dict[int, list[int]] = {}
+        if chats:
+            parsed = [
+                parse_prompt(self.recipe, prompts[place], f"input {place}: ") for place in chats
+            ]
+            ids |= dict(zip(chats, self._prompted.prompts(parsed), strict=True))
+        ids |= dict(
+            zip(texts, self._tokens.prompts([prompts[each] for each in texts]), strict=True)
+        )
+        reject_inputs(
+            [prompt for place, prompt in enumerate(prompts) if place not in ids],
+            "a text or a list of messages",
+        )
+        return self._prompts([ids[place] for place in range(len(prompts))])
 
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Return ``input_ids`` and ``attention_mask``, ``(batch, longest)``, padded on the left."""

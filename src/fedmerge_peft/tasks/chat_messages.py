@@ -66,9 +66,11 @@ def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
         column in table.column_names and hasattr(table.features[column], "feature")
         for column in pair
     ]
-    if lists == [True, True]:
+    both = set(pair) <= set(table.column_names)
+    # the format is known to be that of chats where the table has no rows
+    if all(lists) or (both and recipe.format == "messages"):
         return pair
-    if any(lists) and set(pair) <= set(table.column_names):
+    if any(lists) and both:
         chat, other = pair if lists[0] else reversed(pair)
         raise DataError(
             f"task.format: the column {chat!r} has lists of messages, but {other!r} has not; "
@@ -103,6 +105,26 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
         )
         chats.append(Chat(messages, prompt, tools))
     return chats
+
+
+def parse_prompt(recipe: CausalLMRecipe, value: Any, where: str) -> Chat:
+    """Convert messages to a chat that the assistant is to continue.
+
+    Args:
+        recipe: System prompt.
+        value: List of messages.
+        where: Beginning of error messages.
+
+    Raises:
+        DataError: There is no list of messages, or the last one is the assistant's.
+    """
+    messages = add_system(recipe, parse_messages(value, "messages", where))
+    if messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"{where}the last message is the assistant's, so there is nothing to answer; end with "
+            "a message of the user"
+        )
+    return Chat(messages, len(messages))
 
 
 def add_system(recipe: CausalLMRecipe, messages: list[Message]) -> list[Message]:

@@ -157,6 +157,22 @@ class ChatTokens:
                 for row, ids in enumerate(self._ids(texts))
             ]
 
+    def final_turns(self, chats: Sequence[Chat]) -> tuple[list[list[int]], list[str]]:
+        """Return the tokens before the last message of each chat, and the content of this message.
+
+        Raises:
+            DataError: The last message is not the assistant's; as ``prompts``.
+        """
+        for row, chat in enumerate(chats):
+            if chat.roles[-1] != "assistant":
+                raise self.error(
+                    row,
+                    f"the last message has the role {chat.roles[-1]}; generation needs the role "
+                    "assistant",
+                )
+        last = [Chat(chat.messages, len(chat.messages) - 1, chat.tools) for chat in chats]
+        return self.prompts(last), [chat.messages[-1]["content"] for chat in chats]
+
     def roles(self, chats: Sequence[Chat], rows: Sequence[Row]) -> list[list[str]]:
         """Return the role of the message to which each token of the examples belongs.
 

@@ -37,6 +37,10 @@ DEFENSES = {
         "robustness.norm_multiple=1",
         "robustness.aggregation=cosine_filter",
     ],
+    "norm bound and similarity filter": [
+        "robustness.norm_multiple=1",
+        "robustness.aggregation=similarity_filter",
+    ],
     "norm bound and median": ["robustness.norm_multiple=1", "robustness.aggregation=median"],
     "norm bound and trimmed mean": [
         "robustness.norm_multiple=1",

@@ -15,10 +15,13 @@ the usual one, and the votes that remain, are
     s_i  = w_i / Σ_k κ_ik
 
 Identical updates have κ = 1, so that n colluders have one vote. Clients that are as similar as most
-pairs have κ = 0, and keep their votes. Then updates that oppose the votes of the clients that are
-not similar to them are removed, as in the cosine filter (``aggregation.py``):
+pairs have κ = 0, and keep their votes. Then updates that oppose the votes of the other clients are
+removed, as in the cosine filter (``aggregation.py``):
 
-    Δ = Σ_i a_i s_i δ_i / Σ_i a_i s_i,    a_i = 1 if Σ_k (1 − κ_ik) s_k c_ik > 0, else 0
+    Δ = Σ_i a_i s_i δ_i / Σ_i a_i s_i,    a_i = 1 if Σ_k≠i s_k c_ik > 0, else 0
+
+Similar clients still support each other with the vote that they share. A small group of honest
+clients therefore keeps an adapter of its own against few others.
 
 With fewer than three users no client can be outvoted, and the result is their weighted mean.
 """
@@ -58,9 +61,8 @@ def similarity_filter_weights(between: Tensor, weights: Tensor) -> Tensor:
     if len(users) < 3:
         return weights
     c = between[users][:, users]
-    excess = excess_similarity(c)
-    votes = weights[users] / excess.sum(dim=1)
-    agree = ((1 - excess) * c) @ votes > 0
+    votes = weights[users] / excess_similarity(c).sum(dim=1)
+    agree = c @ votes - c.diagonal() * votes > 0
     kept = torch.zeros_like(weights)
     kept[users] = torch.where(agree, votes, 0.0)
     return kept / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)

@@ -146,6 +146,7 @@ def write_run(tmp_path, write_records):
                 "worst": sum(sorted(values)[: -(-len(values) // 10)]) / -(-len(values) // 10),
                 "worst_client": f"client {values.index(min(values))}",
                 "worst_client_score": min(values),
+                "validation_loss": None,
                 "clients": clients,
             }
 
@@ -158,9 +159,20 @@ def write_run(tmp_path, write_records):
         records = [
             {
                 "round": done + 1,
+                "rounds": rounds,
+                "seconds": 2.0,
+                "train_loss": None,
                 "served": of(scores[done]),
                 "finetuned": finetuned and of(finetuned[done]),
                 "gap": gaps and gaps[done],
+                "weights_entropy": None,
+                "adapter_mass": None,
+                "update_norm": None,
+                "bytes_down": 100 * len(scores[done]),
+                "bytes_up": 40 * len(scores[done]),
+                "epsilon": None,
+                "noise": None,
+                "clients": [f"client {number}" for number in range(len(scores[done]))],
             }
             for done in range(rounds)
         ]

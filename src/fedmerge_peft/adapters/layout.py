@@ -10,7 +10,11 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+
+from fedmerge_peft.util import strict_json
+from fedmerge_peft.util.ranges import Text, Whole, first_fault
 
 Role = Literal["lora", "expert", "head"]
 
@@ -19,10 +23,10 @@ Role = Literal["lora", "expert", "head"]
 class Entry:
     """Trainable tensor and its columns in a row."""
 
-    key: str
+    key: Text
     """Name in PEFT's saved form: ``base_model.model.<module>.lora_A.weight``."""
-    shape: tuple[int, ...]
-    offset: int
+    shape: tuple[Whole, ...]
+    offset: Whole
     """First column of the tensor in a row."""
     role: Role
     """Kind of the tensor.
@@ -40,6 +44,9 @@ class Entry:
     def columns(self) -> slice:
         """Columns of the tensor in a row."""
         return slice(self.offset, self.offset + self.size)
+
+
+_ENTRIES = TypeAdapter(tuple[Entry, ...])
 
 
 @dataclass(frozen=True)
@@ -139,15 +146,18 @@ class AdapterLayout:
         """Deserialize the output of ``to_json``.
 
         Raises:
-            ValueError: The offsets do not match the shapes.
+            ValueError: A field is invalid, a key is given twice, or the offsets do not match the
+                shapes.
         """
-        layout = cls.from_tensors(
-            (entry["key"], tuple(entry["shape"]), entry["role"]) for entry in json.loads(text)
-        )
-        if [entry.offset for entry in layout.entries] != [
-            entry["offset"] for entry in json.loads(text)
-        ]:
+        try:
+            entries = _ENTRIES.validate_python(strict_json.loads(text))
+        except ValidationError as invalid:
+            raise ValueError(first_fault(invalid)) from invalid
+        layout = cls.from_tensors((entry.key, entry.shape, entry.role) for entry in entries)
+        if layout.entries != entries:
             raise ValueError("the layout's offsets do not match its shapes")
+        if len({entry.key for entry in entries}) < len(entries):
+            raise ValueError("the layout has two tensors of the same name")
         return layout
 
     def _check(self, row: Tensor) -> None:

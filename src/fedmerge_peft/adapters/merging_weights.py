@@ -42,9 +42,12 @@ def read_weights(path: Path) -> Tensor:
     Raises ``RunError`` if the file is missing or damaged.
     """
     tensors, _ = read_tensors(path)
-    if "weights" not in tensors or tensors["weights"].ndim != 2:
+    weights = tensors.get("weights")
+    if weights is None or weights.ndim != 2 or not weights.is_floating_point():
         raise damaged(path, "it has no weights")
-    return tensors["weights"]
+    if not bool(weights.isfinite().all()) or weights.numel() == 0:
+        raise damaged(path, "its weights are not finite")
+    return weights
 
 
 def entropy(weights: Tensor) -> float:

@@ -143,6 +143,7 @@ class AdapterSoup:
                 for prefix in (_SHARED, _BASE, _OWN)
             )
             parts = _own_parts(own, layout) if own else None
+            _check_parts(tensors, shared, base, layout)
             return cls(tensors["rows"], layout, shared, base, parts)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise damaged(path, f"it is no soup ({error})") from error
@@ -153,9 +154,26 @@ def _own_parts(tensors: Mapping[str, Tensor], layout: AdapterLayout) -> OwnParts
     columns, residuals = tensors["columns"], tensors["residuals"]
     if (
         columns.dtype != torch.int64
+        or columns.ndim != 1
+        or residuals.dtype != torch.float32
         or residuals.ndim != 2
         or residuals.shape[1:] != columns.shape
         or bool(((columns < 0) | (columns >= layout.size)).any())
     ):
         raise ValueError("its own parts do not fit its layout")
     return OwnParts(columns, residuals, bool(tensors.get("private", False)))
+
+
+def _check_parts(
+    tensors: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    layout: AdapterLayout,
+) -> None:
+    """Raise ``ValueError`` unless the tensors of a file have the types and names of a soup."""
+    if tensors["rows"].dtype != torch.float32 or len(tensors["rows"]) == 0:
+        raise ValueError("its rows are not float32, or there are none")
+    if twice := shared.keys() & {entry.key for entry in layout.entries}:
+        raise ValueError(f"{min(twice)} is both shared and part of a row")
+    if any(update.ndim != 2 or not update.is_floating_point() for update in base.values()):
+        raise ValueError("an update of the backbone is no matrix")

@@ -9,7 +9,6 @@ same release, and counts once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fedmerge_peft import distributed
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.federation.cohorts import amplified, cohort
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.runs import documents
 from fedmerge_peft.strategies.differential_privacy import epsilon_spent
 from fedmerge_peft.util import checked
 
@@ -117,15 +117,7 @@ def _read(path: Path | None) -> dict[str, list[int]]:
     if path is None or not path.exists():
         return {}
     try:
-        releases: Mapping[str, list[int]] = checked.read_document(path)["releases"]
-        times = {
-            str(method): [int(count) for count in rounds] for method, rounds in releases.items()
-        }
-        if any(count < 0 for rounds in times.values() for count in rounds):
-            raise ValueError("negative counts")
-    except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path} is damaged ({type(error).__name__}: {error}); without it ε is unknown. "
-            "Restore it from a backup"
-        ) from error
+        times: dict[str, list[int]] = documents.read(path)["releases"]
+    except RunError as error:
+        raise RunError(f"{error}; without it ε is unknown") from error
     return times

@@ -18,18 +18,21 @@ import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import flat, written
+from fedmerge_peft.runs.documents import check
 from fedmerge_peft.strategies.base import Strategy
 from fedmerge_peft.strategies.saved_state import SavedState
 from fedmerge_peft.util import checked, strict_json
 from fedmerge_peft.util.files import translated_write_errors
+from fedmerge_peft.util.ranges import Text, Whole
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +56,17 @@ _NAME = re.compile(r"round-(\d{5,})(\.soup)?\.safetensors")
 class Manifest:
     """Metadata of a checkpoint, stored with its tensors."""
 
-    round: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    round: Whole
     """Number of completed rounds."""
-    metrics_bytes: int
+    metrics_bytes: Whole
     """Length of ``metrics.jsonl`` after this round, bytes."""
-    metrics_sha256: str
+    metrics_sha256: Text
     """SHA-256 sum of the last line of ``metrics.jsonl`` after this round."""
-    soup_sha256: str
+    soup_sha256: Text
     """SHA-256 sum of the soup."""
-    counters: dict[str, int | None]
+    counters: dict[str, Annotated[int, Field(strict=True)] | None]
     """Entries of the strategy's state that are not tensors."""
     recipe: dict[str, Any]
     """Recipe values by dotted key, without ``RESUME_OVERRIDES`` and baselines."""
@@ -152,9 +157,11 @@ def read(folder: Path, round: int) -> Checkpoint:
     path, soup = _path(folder, round), _soup_path(folder, round)
     tensors, note = checked.read_tensors(path)
     try:
-        manifest = Manifest(**strict_json.loads(note))
-    except (ValueError, TypeError) as error:
+        document = strict_json.loads(note)
+    except ValueError as error:
         raise checked.damaged(path, f"its manifest cannot be read ({error})") from error
+    check(path, document, Manifest)
+    manifest = Manifest(**document)
     if manifest.soup_sha256 != checked.stored_sum(soup):
         raise checked.damaged(soup, "it belongs to another round or run")
     return Checkpoint(manifest, soup, AdapterSoup.load(soup), tensors)

@@ -35,15 +35,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
-from fedmerge_peft.adapters.merging_weights import read_weights
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import CONSENT, Plugins, loads
+from fedmerge_peft.runs import documents
 from fedmerge_peft.runs.cleanup import is_temporary, refuse_links
 from fedmerge_peft.runs.formats import check_format
 from fedmerge_peft.runs.frames import clients_frame, label_counts_frame, metrics_frame
-from fedmerge_peft.runs.record import restore_scores
+from fedmerge_peft.runs.states import read_client_weights, read_state
 from fedmerge_peft.training.hyperparameters import Hyperparameters
 from fedmerge_peft.util import checked
 
@@ -192,7 +192,7 @@ class RunDirectory:
     def records(self) -> list[dict[str, Any]]:
         """The objects of ``metrics.jsonl``, one per finished round."""
         path = self.path / "metrics.jsonl"
-        records = [*map(restore_scores, checked.read_records(path).records)]
+        records = documents.read_rounds(path)
         checkpoints = (self.path / "checkpoint").glob("round-*[0-9].safetensors")
         if len(records) < max(map(round_of, checkpoints), default=0):
             raise checked.damaged(path, "it lacks finished rounds")
@@ -208,7 +208,7 @@ class RunDirectory:
     def environment(self) -> dict[str, Any]:
         """The content of ``environment.json``: format, start, versions, commit, device."""
         path = self.path / "environment.json"
-        return checked.read_document(path) if path.is_file() else {}
+        return documents.read(path) if path.is_file() else {}
 
     @cached_property
     def decisions(self) -> dict[str, dict[str, Any]]:
@@ -221,13 +221,11 @@ class RunDirectory:
         if not path.is_file():
             return {}
         try:
-            document = checked.read_document(path)
+            document = documents.read(path)
             Hyperparameters.parse({key: entry["value"] for key, entry in document.items()})
-        except (RunError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); remove it, so that "
-                "the same test chooses the values again"
-            ) from error
+        except (RunError, ValueError) as error:
+            reason = "remove it, so that the same test chooses the values again"
+            raise RunError(f"{path} cannot be read ({error}); {reason}") from error
         return document
 
     @property
@@ -245,7 +243,7 @@ class RunDirectory:
                 f"{self.path} has not ended: "
                 f"{len(self.records)} of {self.recipe.rounds} rounds are done"
             )
-        return restore_scores(checked.read_document(path))
+        return documents.read(path)
 
     @property
     def last_scores(self) -> dict[str, Any] | None:
@@ -275,21 +273,24 @@ class RunDirectory:
     def label_counts(self) -> pd.DataFrame | None:
         """Training examples, clients × labels; None if examples have no labels."""
         path = self.path / "labels.json"
-        document = checked.read_document(path) if path.is_file() else None
-        return label_counts_frame(document, self.client_names) if document else None
+        if not path.is_file():
+            return None
+        return label_counts_frame(
+            documents.read_labels(path, len(self._clients)), self.client_names
+        )
 
     @property
     def weights(self) -> pd.DataFrame:
         """π after the last finished round: clients × adapters."""
         import pandas as pd
 
-        weights = read_weights(self.path / "weights.safetensors")
+        weights = read_client_weights(self.path / "weights.safetensors", len(self._clients))
         return pd.DataFrame(weights.numpy(), index=self.client_names)
 
     def weights_by_round(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each finished round and π ``(clients, adapters)`` after it."""
         for path in sorted((self.path / "weights").glob("round-*.safetensors")):
-            yield round_of(path), read_weights(path)
+            yield round_of(path), read_client_weights(path, len(self._clients))
 
     @property
     def soup(self) -> AdapterSoup:
@@ -308,8 +309,7 @@ class RunDirectory:
                 f"{self.path} has no best round: its clients have no validation examples, or no "
                 "round was evaluated; use the last round"
             )
-        weights = read_weights(folder / "weights.safetensors")
-        return AdapterSoup.load(folder / "soup.safetensors"), weights
+        return read_state(folder, len(self._clients))
 
     def weights_of(self, client: str, weights: Tensor) -> Tensor:
         """Return a client's row of π. Raises ``RunError`` if the run has no such client."""
@@ -345,12 +345,12 @@ class RunDirectory:
             raise RunError(
                 f"{path} is missing, so label names are unknown; run the recipe again to write it"
             )
-        return checked.read_document(path)
+        return documents.read(path)
 
     @property
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's configuration of the adapters."""
-        return checked.read_document(self.path / "adapter_config.json")
+        return documents.read(self.path / "adapter_config.json")
 
     @property
     def baselines(self) -> dict[str, Self]:
@@ -372,12 +372,12 @@ class RunDirectory:
 
     @cached_property
     def _clients(self) -> list[dict[str, Any]]:
-        return list(checked.read_document(self.path / "clients.json")["clients"])
+        return list(documents.read(self.path / "clients.json")["clients"])
 
     @cached_property
     def _best(self) -> dict[str, Any] | None:
         path = self.path / "best" / "scores.json"
-        return restore_scores(checked.read_document(path)) if path.exists() else None
+        return documents.read(path) if path.exists() else None
 
 
 def round_of(path: Path) -> int:

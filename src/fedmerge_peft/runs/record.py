@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fedmerge_peft.tasks.metrics import greater_is_better
+from fedmerge_peft.util.ranges import Number, Text, Whole
 
 
 def worst_tenth(metric: str, scores: Iterable[float]) -> float:
@@ -27,18 +28,18 @@ def worst_tenth(metric: str, scores: Iterable[float]) -> float:
 class Scores:
     """Scores of one kind of adapter (served or finetuned) on each client's own examples."""
 
-    metric: str
+    metric: Text
     """The score that ``mean`` and ``worst`` refer to, such as ``test_accuracy``."""
-    mean: float
+    mean: Number
     """Unweighted mean over clients."""
-    worst: float
+    worst: Number
     """Mean over the worst tenth of the clients, rounded up; see ``worst_tenth``."""
-    worst_client: str
+    worst_client: Text
     """The single client with the worst score, the first of equal ones."""
-    worst_client_score: float
-    validation_loss: float | None
+    worst_client_score: Number
+    validation_loss: Number | None
     """Mean over clients, nats; it selects the best round. None without validation examples."""
-    clients: dict[str, dict[str, float]]
+    clients: dict[Text, dict[Text, Number]]
     """All scores by client: ``validation_loss``, ``test_loss``, ``test_accuracy`` and so on."""
 
     @classmethod
@@ -70,12 +71,21 @@ class Scores:
         )
 
 
+_INFINITE = ("Infinity", "-Infinity")
+_NUMBERS = ("seconds", "train_loss", "gap", "weights_entropy", "update_norm", "epsilon")
+
+
 def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
     """Turn all scores of a document back into numbers, in place; return the document.
 
     Files contain null for nan and a text for infinity (``strict_json``), such as the perplexity of
-    a diverged model.
+    a diverged model. Values of other types are left as they are.
     """
+    for key in _NUMBERS:
+        if document.get(key) in _INFINITE:
+            document[key] = float(document[key])
+    if "gap" in document and document["gap"] is None:
+        document["gap"] = math.nan
     for value in document.values():
         if not isinstance(value, dict):
             continue
@@ -84,10 +94,10 @@ def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
             continue
         for scores, keys in [
             (value, ("mean", "worst", "worst_client_score", "validation_loss")),
-            *((each, each) for each in clients.values()),
+            *((each, each) for each in clients.values() if isinstance(each, dict)),
         ]:
             for key in [key for key in keys if key in scores]:
-                if scores[key] in ("Infinity", "-Infinity"):
+                if scores[key] in _INFINITE:
                     scores[key] = float(scores[key])
                 elif scores[key] is None and key != "validation_loss":
                     scores[key] = math.nan
@@ -98,14 +108,14 @@ def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
 class RoundRecord:
     """One round: the server sent adapters, clients trained them, the server aggregated."""
 
-    round: int
+    round: Whole
     """Number of the round, from 1."""
-    rounds: int
+    rounds: Whole
     """Number of rounds in the recipe."""
-    seconds: float
+    seconds: Number
     """Wall time of the round, including evaluation. Adapters and scores from the engine's caches
     take almost none."""
-    train_loss: float | None
+    train_loss: Number | None
     """Mean loss of local training, nats, weighted by the clients' number of examples. None if no
     client reports it, as in a federation of private sites."""
     served: Scores | None
@@ -115,35 +125,35 @@ class RoundRecord:
     """Scores after this round's local training; the difference to ``served`` is the gain of
     finetuning. None for methods whose training does not start from the served model
     (``fedavg_ft``)."""
-    gap: float
+    gap: Number
     """Local-global gap: distance ‖·‖₂ between a client's trained adapter and the adapter that it
     would be sent next, mean over clients. For flora, fedex_lora and flexlora the distance is
     between updates ΔW, because their factors are not comparable across rounds."""
-    weights_entropy: float | None
+    weights_entropy: Number | None
     """Mean entropy of π after the round, in units of log d: 1 is uniform, 0 is one adapter per
     client. None if the strategy learns no weights, or has a single adapter."""
-    adapter_mass: list[float] | None
+    adapter_mass: list[Number] | None
     """Each adapter's share of the clients' weight after the round; sums to 1. None as for
     ``weights_entropy``."""
-    update_norm: float | None
+    update_norm: Number | None
     """Median over clients of ‖δ_i‖₂ of the shared part of their updates. None for methods that
     share no mean."""
-    bytes_down: int
+    bytes_down: Whole
     """Bytes of adapters sent by the server to all clients."""
-    bytes_up: int
+    bytes_up: Whole
     """Bytes of adapters received in accepted replies."""
-    epsilon: float | None
+    epsilon: Number | None
     """Largest ε spent by any client so far, at ``privacy.delta``, by all methods of the run. None
     without differential privacy."""
-    noise: str | None
+    noise: Text | None
     """Source of the privacy's noise: "simulation" if it follows from the recipe's seed and protects
     nobody, else "operating system". None without differential privacy."""
-    clients: list[str]
+    clients: list[Text]
     """Clients whose replies were accepted."""
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[Text, Text] = field(default_factory=dict)
     """Reason of failure by client, for clients skipped under ``clients.failures: skip``."""
-    warnings: list[str] = field(default_factory=list)
-    decisions: list[str] = field(default_factory=list)
+    warnings: list[Text] = field(default_factory=list)
+    decisions: list[Text] = field(default_factory=list)
     """Decisions of the strategy in this round, a sentence each, such as the number of groups."""
 
     def __str__(self) -> str:

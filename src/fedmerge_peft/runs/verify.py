@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.runs import checkpoint
+from fedmerge_peft.runs import checkpoint, documents
 from fedmerge_peft.runs.cleanup import files_in, is_run_file, is_temporary, is_tracked
 from fedmerge_peft.runs.directory import RunDirectory, round_of
 from fedmerge_peft.util import checked
@@ -68,6 +68,10 @@ def _verify_run(path: Path) -> tuple[list[str], int]:
             found += _missing(recipe.parent)
     for folder in sorted(exports):
         found += faults(folder)
+    if not found:
+        for recipe in path.rglob("recipe.yaml"):
+            if not exports & set(recipe.parents):
+                found += _inconsistent(recipe.parent)
     return found, len(files)
 
 
@@ -78,13 +82,28 @@ def _verify_file(file: Path) -> None:
     elif file.name == "metrics.jsonl":
         RunDirectory(file.parent).records  # noqa: B018 (reading verifies)
     elif file.suffix == ".json":
-        checked.read_document(file)
+        documents.read(file)
     elif file.name.endswith("soup.safetensors"):
         AdapterSoup.load(file)
     elif file.parent.name == "checkpoint":
         checkpoint.read(file.parent, round_of(file))
     else:
         checked.read_tensors(file)
+
+
+def _inconsistent(run: Path) -> list[str]:
+    """Return the fault of a run's files whose numbers of clients or adapters differ, if any."""
+    directory = RunDirectory(run)
+    if not directory.rounds_on_disk:
+        return []
+    try:
+        directory.label_counts  # noqa: B018 (reading verifies)
+        for _ in directory.weights_by_round():
+            pass
+        directory.state()
+    except RunError as error:
+        return [str(error)]
+    return []
 
 
 def _missing(run: Path) -> list[str]:

@@ -12,6 +12,7 @@ from fedmerge_peft.distributed import rank_zero
 from fedmerge_peft.errors import ResumeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs import checkpoint as checkpoints
+from fedmerge_peft.runs import documents
 from fedmerge_peft.runs.directory import RunDirectory, round_of
 from fedmerge_peft.runs.environment import environment_of
 from fedmerge_peft.runs.record import RoundRecord, Scores
@@ -201,7 +202,7 @@ class RunWriter(RunDirectory):
     def update_privacy(self, privacy: Mapping[str, Any]) -> None:
         """Update ε in ``summary.json`` after further releases of the run's clients."""
         path = self.path / "summary.json"
-        checked.write_document(path, {**checked.read_document(path), "privacy": privacy})
+        checked.write_document(path, {**documents.read(path), "privacy": privacy})
 
     def _write_metadata(self, recipe: Recipe, engine: Engine) -> None:
         """Write the files known before the first round. The recipe is first; it marks a run
@@ -290,7 +291,7 @@ def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
 def _is_readable(path: Path) -> bool:
     """Return False for a document that is missing or damaged."""
     try:
-        checked.read_document(path)
+        documents.read(path)
     except RunError:
         return False
     return True

@@ -42,6 +42,12 @@ Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 """Number of examples, rounds or values."""
 Name = Annotated[str, Field(strict=True, max_length=MAX_NAME), AfterValidator(_without_control)]
 """Name of a client, group, label or column, without control and direction characters."""
+Number = Annotated[float, Field(strict=True)]
+"""Number of a file, which may be infinite or nan, such as a score of a diverged model."""
+Whole = Annotated[int, Field(strict=True, ge=0, le=2**62)]
+"""Number of rounds, examples, values or bytes of a file."""
+Text = Annotated[str, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 Loss = Annotated[float, real(-MAX_SCORE, MAX_SCORE)]
 """Loss in nats; negative for densities."""
 Seconds = Annotated[float, real(0.0, MAX_SECONDS)]
@@ -51,6 +57,8 @@ def first_fault(invalid: ValidationError) -> str:
     """Describe the first of the faults that pydantic found: the field, its value, the range."""
     fault = invalid.errors(include_url=False, include_context=False)[0]
     where = printable(shortened(".".join(map(str, fault["loc"])), 120))
+    if not where and fault["type"] == "value_error":
+        return printable(fault["msg"].removeprefix("Value error, "))
     match fault["type"]:
         case "missing":
             return f"{where} is missing"
@@ -60,4 +68,4 @@ def first_fault(invalid: ValidationError) -> str:
     expected = expected.replace("Input should be", "expected").replace("should have", "may have")
     value = printable(shortened(repr(fault["input"]), 60))
     expected = printable(shortened(f"{expected[:1].lower()}{expected[1:]}", 200))
-    return f"{where} is {value}: {expected}"
+    return f"{where or 'the document'} is {value}: {expected}"

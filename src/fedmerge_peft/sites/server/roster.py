@@ -14,6 +14,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.runs import documents
 from fedmerge_peft.sites.config import Federation, read_json
 from fedmerge_peft.sites.fields import (
     MAX_LABELS,
@@ -242,9 +243,9 @@ def update_run_clients(run: Path, federation: Federation, roster: Roster) -> Non
     """
     if not (run / "clients.json").is_file():
         return
-    clients = checked.read_document(run / "clients.json")
+    clients = documents.read(run / "clients.json")
     labels_path = run / "labels.json"
-    labels = checked.read_document(labels_path) if labels_path.is_file() else None
+    labels = documents.read(labels_path) if labels_path.is_file() else None
     for entry in clients["clients"]:
         known = roster.clients.get(entry["name"])
         if known is not None and entry["train"] == 0:

@@ -1,0 +1,260 @@
+"""JSON documents of a run directory: their fields with types and ranges, and their reading.
+
+A SHA-256 sum shows that a file is as it was written. It does not show who wrote it: a document may
+have been edited by hand, or come from another version or a stranger. Every document is therefore
+checked when it is read, and a fault is one error that names the file and the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from fedmerge_peft.recipe.lora import LoraRecipe
+from fedmerge_peft.runs.record import RoundRecord, Scores, restore_scores
+from fedmerge_peft.util import checked
+from fedmerge_peft.util.ranges import Flag, Number, Text, Whole, first_fault
+
+
+@dataclass(frozen=True)
+class State:
+    """``best/scores.json``, and the rounds in ``summary.json``."""
+
+    after_round: Whole
+    served: Scores | None
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Early end of a run."""
+
+    reason: Text
+    planned: Annotated[Whole, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Privacy in ``summary.json``."""
+
+    epsilon: Number
+    delta: Number
+    noise: Text | None
+
+
+@dataclass(frozen=True)
+class Releases(Privacy):
+    """``privacy.json``: counts of releases in each round, by method."""
+
+    releases: dict[str, list[Whole]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``summary.json``."""
+
+    rounds: Whole
+    seconds: Number
+    bytes_down: Whole
+    bytes_up: Whole
+    final: State
+    last: State
+    warnings: list[Text]
+    best: State | None = None
+    stopped: Stopped | None = None
+    privacy: Privacy | None = None
+    failures: dict[str, Whole] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """``environment.json``."""
+
+    format: Whole
+    started: Text = ""
+    python: Text = ""
+    platform: Text = ""
+    processor: Text = ""
+    device: Text = ""
+    mixed_precision: Text = "no"
+    threads: Whole = 0
+    ranks: Whole = 1
+    packages: dict[str, Text] = field(default_factory=dict)
+    commit: Text = ""
+    dirty: Flag = False
+    resumed: list[Environment] = field(default_factory=list)
+
+
+Losses = dict[str, Number | Literal["Infinity", "-Infinity"] | None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate of the range test, with the losses of its clients."""
+
+    learning_rate: Number
+    validation_loss: Losses | None = None
+    training_loss: Losses | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Entry of ``decisions.json``."""
+
+    value: Number
+    reason: Text
+    measure: Text = ""
+    start: Losses = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    seconds: Number = 0.0
+
+
+@dataclass(frozen=True)
+class Client:
+    """Entry of ``clients.json``."""
+
+    name: Text
+    group: Text | None
+    train: Whole
+    validation: Whole
+    test: Whole
+
+
+@dataclass(frozen=True)
+class Clients:
+    """``clients.json``."""
+
+    clients: Annotated[list[Client], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if len({client.name for client in self.clients}) < len(self.clients):
+            raise ValueError("two clients have the same name")
+
+
+@dataclass(frozen=True)
+class Task:
+    """``task.json``."""
+
+    labels: list[Text]
+    format: Text | None
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """``labels.json``."""
+
+    labels: list[Text]
+    counts: list[list[Whole]]
+    """Clients × labels."""
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.labels) for row in self.counts):
+            raise ValueError("a client has not one count for each label")
+
+
+SCHEMAS: Mapping[str, Any] = {
+    "environment.json": Environment,
+    "decisions.json": dict[str, Decision],
+    "clients.json": Clients,
+    "task.json": Task,
+    "labels.json": LabelCounts,
+    "summary.json": Summary,
+    "scores.json": State,
+    "privacy.json": Releases,
+}
+"""Schema by file name, besides that of ``adapter_config.json``."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a document, whose file name determines its schema.
+
+    Infinite scores and scores without value are numbers again (``restore_scores``).
+
+    Raises:
+        RunError: The file is missing or damaged, or a field is missing or has an invalid value.
+    """
+    document = restore_scores(checked.read_document(path))
+    if path.name == "adapter_config.json":
+        _check_adapter_config(path, document)
+    else:
+        check(path, document, SCHEMAS[path.name])
+    return document
+
+
+def read_labels(path: Path, clients: int) -> dict[str, Any] | None:
+    """Read ``labels.json`` of a run with this number of clients; None if there is none.
+
+    Raises:
+        RunError: The file is damaged, or has another number of clients.
+    """
+    if not path.is_file():
+        return None
+    document = read(path)
+    if len(document["counts"]) != clients:
+        raise checked.damaged(path, f"it has {len(document['counts'])} clients, expected {clients}")
+    return document
+
+
+def check(path: Path, document: object, schema: Any) -> None:
+    """Raise ``RunError`` unless a document of this file follows a schema."""
+    try:
+        _adapter(schema).validate_python(document)
+    except ValidationError as invalid:
+        raise checked.damaged(path, first_fault(invalid)) from invalid
+
+
+def read_rounds(path: Path, content: bytes | None = None) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``: one object per finished round.
+
+    Raises:
+        RunError: A line is damaged, has an invalid field, or is not that of its round.
+    """
+    records = [*map(restore_scores, checked.read_records(path, content).records)]
+    for number, record in enumerate(records, 1):
+        place = Path(f"{path}:{number}")
+        check(place, record, RoundRecord)
+        if record["round"] != number:
+            raise checked.damaged(place, f"round is {record['round']}: expected {number}")
+    return records
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+# ---- PEFT's configuration ------------------------------------------------------------------------
+_OF_RECIPE = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""PEFT's name of a key of the recipe's section ``lora``, where the two differ."""
+_FREE = {"peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
+
+
+def _check_adapter_config(path: Path, document: Mapping[str, Any]) -> None:
+    """Raise ``RunError`` unless a configuration is one that a recipe can have.
+
+    PEFT trusts its configurations: some keys name modules that it imports, and some values are
+    regular expressions that may take forever. Keys that a recipe sets follow the recipe's rules;
+    all others have PEFT's defaults.
+    """
+    from peft import LoraConfig
+
+    names = {key: _OF_RECIPE.get(key, key) for key in LoraRecipe.model_fields if key != "merge"}
+    if missing := [name for name in (*names.values(), "peft_type") if name not in document]:
+        raise checked.damaged(path, f"{missing[0]} is missing")
+    try:
+        LoraRecipe.model_validate({key: document[name] for key, name in names.items()})
+    except ValidationError as invalid:
+        raise checked.damaged(path, first_fault(invalid)) from invalid
+    defaults = LoraConfig().to_dict()
+    for name in defaults.keys() & document.keys() - {*names.values(), *_FREE}:
+        value = document[name]
+        fine = type(value) is bool if name == "fan_in_fan_out" else value == defaults[name]
+        if not fine:
+            raise checked.damaged(path, f"{name} is {value!r}: no recipe sets it")
+    for name in _FREE & document.keys():
+        if not isinstance(document[name], str | bool | None):
+            raise checked.damaged(path, f"{name} is {document[name]!r}: expected text")

@@ -121,7 +121,7 @@ def test_a_summary_of_another_version_is_named(runs, fedmerge, tmp_path):
     checked.write_document(path, {"final": {"merged": None}})
     code, _, err = fedmerge("runs")
     assert code == 2
-    assert "runs/local-0/summary.json cannot be read (KeyError('served'))" in err
+    assert "runs/local-0/summary.json is damaged: rounds is missing" in err
 
 
 def test_a_recipe_that_cannot_be_read_is_named(runs, fedmerge, tmp_path):

@@ -272,12 +272,8 @@ class RunDirectory:
     @property
     def label_counts(self) -> pd.DataFrame | None:
         """Training examples, clients × labels; None if examples have no labels."""
-        path = self.path / "labels.json"
-        if not path.is_file():
-            return None
-        return label_counts_frame(
-            documents.read_labels(path, len(self._clients)), self.client_names
-        )
+        document = documents.read_labels(self.path / "labels.json", len(self._clients))
+        return label_counts_frame(document, self.client_names) if document else None
 
     @property
     def weights(self) -> pd.DataFrame:

@@ -9,8 +9,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import typer
 
 import fedmerge_peft
+from fedmerge_peft.cli.federate import federate as federate_app
 
 pytest.importorskip("properdocs", reason="needs the extra docs")
 
@@ -106,6 +108,14 @@ def test_a_notebook_is_a_page_with_its_outputs(site, notebook):
     assert html.count(f'src="{notebook.stem}_') == pictures
     tables = ["".join(each["text/html"]).strip() for each in data if "text/html" in each]
     assert [table for table in tables if table not in html] == []
+
+
+def test_every_command_is_in_the_reference(site):
+    html = (site / "commands.html").read_text(encoding="utf-8")
+    group = typer.main.get_command(federate_app)
+    for name in ("run", "export", "doctor", *(f"federate {each}" for each in group.commands)):
+        assert f'id="fedmerge-{name.replace(" ", "-")}"' in html, name
+    assert "<code>--trust-remote-code</code>" in html
 
 
 def test_pages_are_of_sensible_size(pages):

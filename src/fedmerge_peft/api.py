@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fedmerge_peft.federation import federate as running
 from fedmerge_peft.federation import sweep as sweeping
 from fedmerge_peft.federation.callbacks import Callback
+from fedmerge_peft.federation.notebook_progress import notebook_callbacks
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.report.notebook import run_html
+from fedmerge_peft.report.run_plots import RunPlots
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.passed_model import check_model, with_model
 from fedmerge_peft.serving.merged_adapter import MergedAdapter, client_adapter, mixed_adapter
@@ -88,11 +91,16 @@ class Run(RunDirectory):
         """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads."""
         return self.client(client, best=best).save(folder, exact=exact)
 
-    def _repr_html_(self) -> str:
-        from html import escape
+    @property
+    def plot(self) -> RunPlots:
+        """Figures of the run: ``run.plot.accuracy()``, ``weights()``, ``clients()``, ``traffic()``.
 
-        rounds, clients = self.metrics.tail(5).to_html(), self.clients.head(50).to_html()
-        return f"<p>{escape(repr(self))}</p>{rounds}{clients}"
+        Notebooks show them; ``save`` writes them to a file.
+        """
+        return RunPlots(self)
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
 
 def load_run(
@@ -160,7 +168,7 @@ def federate(
             Its arguments are texts if the recipe has a metric of generated texts, else class or
             token ids.
         engine: Loaded data and model. Default: load those of the recipe.
-        callbacks: Callbacks in addition to those of the recipe.
+        callbacks: Callbacks in addition to those of the recipe. Notebooks also show the progress.
 
     Returns:
         The run of the recipe's own strategy; ``run.baselines`` has the others.
@@ -173,7 +181,13 @@ def federate(
     """
     passed = take_model(model, tokenizer, processor)
     path = running.run_recipe(
-        recipe, out, data=data, model=passed, metrics=metrics, engine=engine, callbacks=callbacks
+        recipe,
+        out,
+        data=data,
+        model=passed,
+        metrics=metrics,
+        engine=engine,
+        callbacks=[*notebook_callbacks(), *callbacks],
     )
     # It has just run the caller's recipe.
     return Run(path, trust_remote_code=True, model=passed)
@@ -205,7 +219,7 @@ def resume(
         processor: As in ``federate``.
         metrics: As in ``federate``. The run does not store the function.
         engine: Loaded data and model. Default: load those of the run's recipe.
-        callbacks: Callbacks in addition to those of the recipe.
+        callbacks: Callbacks in addition to those of the recipe. Notebooks also show the progress.
         trust_remote_code: As in ``load_run``.
 
     Returns:
@@ -227,7 +241,7 @@ def resume(
         model=passed,
         metrics=metrics,
         engine=engine,
-        callbacks=callbacks,
+        callbacks=[*notebook_callbacks(), *callbacks],
     )
     return Run(run.path, trust_remote_code=trust_remote_code, model=passed)
 

@@ -7,7 +7,6 @@ import pandas
 import pytest
 
 from fedmerge_peft import Comparison, Run, RunError, compare
-from fedmerge_peft.analysis.figures import plot
 from fedmerge_peft.analysis.reports import markdown
 
 FEDMERGE, FEDAVG, LOCAL = "strategy=fedmerge", "strategy=fedavg", "strategy=local"
@@ -183,7 +182,7 @@ def test_scores_of_some_of_the_clients_are_left_out(write_run):
     assert comparison.methods["rounds_to_target"].item() == 2
     assert math.isnan(comparison.methods["finetuning"].item())
     assert comparison.methods["gap"].item() == 2.0
-    plot(comparison, run / "figure.png")
+    comparison.plot().save(run / "figure.png")
 
 
 def test_a_round_without_finetuning_is_accepted(write_run):
@@ -197,7 +196,7 @@ def test_an_infinite_score_is_accepted(write_run, tmp_path):
     comparison = Comparison.of([tmp_path])
     assert list(comparison.methods["mean"]) == [3.0, math.inf]
     assert "| fedavg | 1 | inf | inf |" in markdown(comparison)
-    plot(comparison, tmp_path / "figure.png")
+    comparison.plot().save(tmp_path / "figure.png")
 
 
 def test_missing_scores_are_nan(write_run):
@@ -369,7 +368,7 @@ def test_figures_of_any_number_of_methods_and_settings_are_drawn(
             [[0.0], [0.5]],
         )
     path = tmp_path / f"figure{suffix}"
-    plot(Comparison.of([three_methods]), path)
+    Comparison.of([three_methods]).plot().save(path)
     assert path.stat().st_size > 5_000
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.util.checked import damaged, read_tensors, write_tensors
+from fedmerge_peft.util.html import page, table
 
 _SHARED = "shared."
 _BASE = "base."
 _OWN = "own."
+_MAX_SHOWN = 50
+"""Adapters that a notebook shows."""
 
 
 @dataclass
@@ -77,6 +80,20 @@ class AdapterSoup:
                 f"a soup of this layout has shape (d, {self.layout.size}), "
                 f"got {tuple(self.rows.shape)}"
             )
+
+    def _repr_html_(self) -> str:
+        megabytes = 4 * self.layout.size / 1e6
+        title = f"{len(self.rows)} adapters of {self.layout.size:,} parameters ({megabytes:.2f} MB)"
+        if len(self.rows) == 1:
+            title = title.replace("adapters", "adapter", 1)
+        mean = self.rows.mean(dim=0)
+        rows = [
+            (str(number), f"{row.norm():.3g}", f"{(row - mean).norm():.3g}")
+            for number, row in enumerate(self.rows[:_MAX_SHOWN])
+        ]
+        more = len(self.rows) - len(rows)
+        note = f"<p>and {more} more</p>" if more else ""
+        return page(title, table(["adapter", "‖Θ_j‖₂", "‖Θ_j − mean‖₂"], rows), note)
 
     def __len__(self) -> int:
         return len(self.rows)

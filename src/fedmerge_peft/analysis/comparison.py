@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmerge_peft.analysis.methods import methods
+from fedmerge_peft.analysis.pictures import ComparisonPicture, comparison_html
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.record import worst_tenth
@@ -174,6 +175,13 @@ class Comparison:
             frame["target"].notna()
         )
         return cls(frame.drop(columns="rest"), curves, _over_seeds(frame), target)
+
+    def plot(self) -> ComparisonPicture:
+        """Return the scores by round and the final scores of each setting, for notebooks."""
+        return ComparisonPicture(self.methods, self.curves)
+
+    def _repr_html_(self) -> str:
+        return comparison_html(self.methods)
 
 
 def _finished(runs: Iterable[RunDirectory | PathLike[str] | str]) -> list[RunDirectory]:

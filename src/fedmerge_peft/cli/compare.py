@@ -60,7 +60,7 @@ def compare(
 
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.analysis.comparison import find_runs
-    from fedmerge_peft.analysis.figures import check_suffix, plot
+    from fedmerge_peft.analysis.pictures import check_suffix
     from fedmerge_peft.analysis.reports import as_csv
     from fedmerge_peft.analysis.reports import markdown as as_markdown
     from fedmerge_peft.util.logs import configure_logging
@@ -78,7 +78,7 @@ def compare(
     if markdown is not None:
         _write(markdown, as_markdown(comparison))
     if figure is not None:
-        plot(comparison, figure)
+        comparison.plot().save(figure)
     for path in (csv, markdown, figure):
         if path is not None:
             console.print(printable(f"wrote {path}"), markup=False, soft_wrap=True)

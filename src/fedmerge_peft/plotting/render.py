@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,37 @@ def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
             except OSError as error:
                 raise RunError(f"{file} cannot be written: {error.strerror or error}") from error
     return paths
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that notebooks show."""
+
+    drawing: Drawing
+    title: str
+
+    def draw(self) -> Any:
+        """Return a new ``matplotlib.figure.Figure``, to change before it is saved."""
+        return draw(self.drawing, self.title)
+
+    def save(self, path: Path | str) -> Path:
+        """Write a PNG, SVG or PDF file, by its suffix. Raises ``RunError``."""
+        path = Path(path)
+        try:
+            self.draw().savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be written: {error}") from error
+        return path
+
+    def _repr_png_(self) -> bytes:
+        return png(self.draw())
+
+
+def png(figure: Any) -> bytes:
+    """Return a figure of matplotlib as a PNG."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, facecolor="white")
+    return buffer.getvalue()
 
 
 def draw(drawing: Drawing, title: str) -> Any:

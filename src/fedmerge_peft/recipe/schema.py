@@ -382,3 +382,8 @@ class Recipe(Section):
         from fedmerge_peft.recipe.loading import dump
 
         return dump(self)
+
+    def _repr_html_(self) -> str:
+        from fedmerge_peft.recipe.notebook import recipe_html
+
+        return recipe_html(self)

@@ -23,8 +23,11 @@ _CERTAIN = 100
 """Test examples above which scores have no interval."""
 
 
-def client_figures(setting: Setting) -> Iterator[Figure]:
-    """Yield the clients' scores by method, and each client's scores side by side."""
+def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figure]:
+    """Yield the clients' scores by method, and each client's scores side by side.
+
+    The latter are in one or two parts, by default two if there are many clients.
+    """
     metric = setting.metric
     if metric is None:
         return
@@ -41,7 +44,7 @@ def client_figures(setting: Setting) -> Iterator[Figure]:
         "separate them.",
     )
     if setting.reference is not None:
-        yield from _dumbbells(setting, metric, setting.reference)
+        yield from _dumbbells(setting, metric, setting.reference, parts)
 
 
 def answer(setting: Setting) -> str:
@@ -72,7 +75,9 @@ def _enumerated(parts: list[str]) -> str:
     return ", and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
-def _dumbbells(setting: Setting, metric: str, reference: Method) -> Iterator[Figure]:
+def _dumbbells(
+    setting: Setting, metric: str, reference: Method, count: int | None
+) -> Iterator[Figure]:
     """Yield the clients in the order of their gain over the reference, in one or two charts."""
     first, clients = setting.methods[0], setting.clients
     chosen = [first, *setting.rivals][:_MAX_METHODS]
@@ -84,7 +89,7 @@ def _dumbbells(setting: Setting, metric: str, reference: Method) -> Iterator[Fig
     order = order[np.isfinite(gains[order])]
     if not len(order):
         return
-    parts = np.array_split(order, 2 if len(order) > _MAX_ROWS else 1)
+    parts = np.array_split(order, count or (2 if len(order) > _MAX_ROWS else 1))
     spans = _intervals(first, metric) if len(order) <= _MAX_INTERVALS else {}
     caption = (
         f"Clients in the order of their gain over {reference.name}. The bar has the color of the "

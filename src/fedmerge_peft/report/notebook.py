@@ -1,0 +1,37 @@
+"""A run as notebooks show it."""
+
+from __future__ import annotations
+
+from fedmerge_peft.report import client_figures
+from fedmerge_peft.report.methods import settings
+from fedmerge_peft.report.tables import Cell, Column, client_table, run_table
+from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.util.html import details, page, table, text
+
+_MAX_CLIENTS = 200
+"""Limit on rows of the table of clients."""
+
+
+def run_html(run: RunDirectory) -> str:
+    """Return the methods' scores and costs, the answer for the clients, and a table of these."""
+    done, rounds = len(run.records), run.recipe.rounds
+    clients = len(run.client_names) if (run.path / "clients.json").is_file() else 0
+    title = f"{run.recipe.name}: {done} of {rounds} rounds, {clients} clients"
+    place = f"<p>{text(run.path)}</p>"
+    if not done:
+        return page(title, place)
+    (setting,) = settings([run])
+    columns, rows = client_table(setting)
+    more = f", the worst {_MAX_CLIENTS}" if len(rows) > _MAX_CLIENTS else ", the worst first"
+    return page(
+        title,
+        _table(*run_table(setting)),
+        f"<p>{text(client_figures.answer(setting))}</p>",
+        details(f"{len(rows)} clients{more}", _table(columns, rows[:_MAX_CLIENTS])) if rows else "",
+        place,
+    )
+
+
+def _table(columns: list[Column], rows: list[list[Cell]]) -> str:
+    names = [column.name for column in columns]
+    return table(names, [[cell.text for cell in row] for row in rows])

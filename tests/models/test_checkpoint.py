@@ -43,7 +43,7 @@ def load(model, folder, task=None, **config):
 def load_saved(folder, task=None):
     recipe = BackboneRecipe(model=str(folder))
     return load_model(
-        recipe, task or LabelTask(), model_folder(recipe.model, folder), torch.device("cpu")
+        recipe, task or LabelTask(), model_folder(recipe, folder), torch.device("cpu")
     )
 
 
@@ -197,7 +197,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 def test_a_folder_without_a_model_is_one_error(tmp_path):
     with pytest.raises(BackboneError, match=r"not a model folder \(no config.json in"):
-        model_folder(str(tmp_path), tmp_path)
+        model_folder(BackboneRecipe(model=str(tmp_path)), tmp_path)
 
 
 def adapter(model, folder):
@@ -214,7 +214,7 @@ def test_a_model_folder_with_an_adapter_is_refused(with_model, tmp_path):
         model.save_pretrained(tmp_path)
     adapter(model, tmp_path)
     with pytest.raises(BackboneError, match=r"holds a PEFT adapter .*merge_and_unload"):
-        model_folder(str(tmp_path), tmp_path)
+        model_folder(BackboneRecipe(model=str(tmp_path)), tmp_path)
 
 
 def test_an_adapter_that_transformers_loads_with_the_model_is_refused(tmp_path):

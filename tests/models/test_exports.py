@@ -21,7 +21,7 @@ from fedmerge_peft.data.build import FederatedData
 from fedmerge_peft.data.clients import Client
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import BackboneError
-from fedmerge_peft.models.pretrained import quiet_transformers
+from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Train
 from models.architectures import HEADS, SPECIAL_PROCESSORS, build, config_of

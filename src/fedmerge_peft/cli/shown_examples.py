@@ -38,7 +38,8 @@ def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Cons
     from rich.text import Text
 
     from fedmerge_peft.data.clients import rows_by_split
-    from fedmerge_peft.models.pretrained import model_folder, quiet_transformers
+    from fedmerge_peft.models.pretrained import model_folder
+    from fedmerge_peft.models.quiet import quiet_transformers
     from fedmerge_peft.tasks import make_task
     from fedmerge_peft.tasks.base import count_cuts
 
@@ -46,7 +47,7 @@ def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Cons
     turns = chain.from_iterable(zip_longest(*own))
     chosen = [each for each in turns if each is not None][:count]
     with TemporaryDirectory(prefix="fedmerge-") as scratch, quiet_transformers():
-        folder = model_folder(recipe.backbone.model, Path(scratch))
+        folder = model_folder(recipe.backbone, Path(scratch))
         task = make_task(recipe, data.table, folder)
         shown = task.show(data.table.select([int(row) for _, row in chosen]))
         examples = task.encode(data.table)

@@ -120,7 +120,7 @@ class LocalEngine:
         accelerator = make_accelerator(recipe.training)
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
-            folder = model_folder(recipe.backbone.model, scratch)
+            folder = model_folder(recipe.backbone, scratch)
             task = make_task(recipe, data.table, folder)
             backbone = load_backbone(
                 recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed

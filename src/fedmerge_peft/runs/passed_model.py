@@ -24,7 +24,13 @@ def with_model(recipe: Recipe, model: PassedModel | None, engine: Engine | None 
         return recipe
     if engine is not None:
         raise BackboneError("model: the engine has its own model; pass either model or engine")
-    own = {"model": model.name, "revision": None, "tokenizer": None, "trust_remote_code": False}
+    own = {
+        "model": model.name,
+        "revision": None,
+        "gguf_file": None,
+        "tokenizer": None,
+        "trust_remote_code": False,
+    }
     return recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update=own)})
 
 

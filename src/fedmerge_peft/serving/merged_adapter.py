@@ -16,7 +16,8 @@ from fedmerge_peft.adapters.exact_merge import add_base_update, concat
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.models.pretrained import load_model, model_folder, quiet_transformers
+from fedmerge_peft.models.pretrained import load_model, model_folder
+from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks import task_type
 from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer
@@ -156,7 +157,7 @@ class MergedAdapter:
     def _folder(self) -> Iterator[str]:
         """Yield the folder or hub id of the backbone."""
         with TemporaryDirectory(prefix="fedmerge-") as scratch:
-            yield model_folder(self.run.trusted_recipe.backbone.model, Path(scratch))
+            yield model_folder(self.run.trusted_recipe.backbone, Path(scratch))
 
     def _model(self, folder: str, device: torch.device) -> Any:
         from peft import PeftModel

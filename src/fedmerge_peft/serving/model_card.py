@@ -233,6 +233,7 @@ def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
     )
     tokenizer = recipe.backbone.tokenizer or base
     public = base != recipe.backbone.model  # then no local path may appear
+    gguf = "" if recipe.backbone.gguf_file is None else f", gguf_file={recipe.backbone.gguf_file!r}"
     trust = ", trust_remote_code=True" if recipe.backbone.trust_remote_code else ""
     return (
         task_type(recipe.task)
@@ -240,8 +241,10 @@ def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
             imports=imports,
             labels=_wrapped(labels),
             base=repr(base),
-            options=f'dtype="{recipe.backbone.dtype}"{revision}{trust}',
-            processor=repr(_portable(tokenizer) if public else tokenizer) + trust,
+            options=f'dtype="{recipe.backbone.dtype}"{revision}{gguf}{trust}',
+            processor=repr(_portable(tokenizer) if public else tokenizer)
+            + (gguf if tokenizer == base else "")
+            + trust,
             load=load,
         )
         .strip()

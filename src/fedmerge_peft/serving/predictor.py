@@ -87,7 +87,7 @@ class Predictor:
         self._recipe = recipe
         self._accelerator = make_accelerator(recipe.training)
         with TemporaryDirectory(prefix="fedmerge-") as scratch:
-            folder = model_folder(recipe.backbone.model, Path(scratch))
+            folder = model_folder(recipe.backbone, Path(scratch))
             self._task = make_task(
                 recipe, self._table(self._kind.probe_inputs(recipe.task)), folder
             )

@@ -57,7 +57,7 @@ def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
     recipe = recipe.model_copy(update={"task": recipe.task.with_format(roster.format)})
     with ExitStack() as stack:
         folder = model_folder(
-            recipe.backbone.model, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
+            recipe.backbone, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
         )
         task = make_task(
             recipe, placeholder_table(recipe, roster.labels or (), roster.columns), folder

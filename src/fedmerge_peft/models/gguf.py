@@ -1,0 +1,112 @@
+"""GGUF files as backbones: dequantized once, into a folder that transformers loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.models.quiet import quiet_transformers
+from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.util.library_errors import library_errors
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return the folder for dequantized models: FEDMERGE_CACHE, or below the user's cache."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FEDMERGE_CACHE") or Path(user) / "fedmerge-peft")
+
+
+def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -> Path:
+    """Return a folder with the weights and the tokenizer of a GGUF file, as safetensors.
+
+    The folder is written once for each file, as its path, size and time tell it, and number format.
+
+    Args:
+        backbone: Number format of the weights.
+        folder: Folder of the file.
+        gguf_file: Name of the file.
+
+    Raises:
+        BackboneError: There is no such file, it cannot be loaded, or gguf is not installed.
+    """
+    path = folder / gguf_file
+    if not path.is_file():
+        found = ", ".join(sorted(each.name for each in folder.glob("*.gguf"))[:5]) or "none"
+        raise BackboneError(
+            f"backbone.gguf_file: there is no file {path.absolute()} (GGUF files there: {found})"
+        )
+    if find_spec("gguf") is None:
+        raise BackboneError(
+            f"backbone.model: {path.name} is a GGUF file, which needs gguf: "
+            "pip install 'fedmerge-peft[gguf]'"
+        )
+    facts = path.stat()
+    key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {backbone.dtype}"
+    target = cache_folder() / "gguf" / sha256(os.fsencode(key)).hexdigest()[:32]
+    if not (target / "config.json").is_file():
+        log.info(
+            "%s is dequantized to %s, and kept in %s; training and predictions use these weights",
+            path.name,
+            backbone.dtype,
+            target,
+        )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=".partial-", dir=target.parent) as partial:
+                _dequantize(backbone, path, Path(partial) / "model")
+                if not target.exists():  # else another process was faster
+                    (Path(partial) / "model").rename(target)
+        except OSError as error:
+            raise BackboneError(
+                f"backbone.model: {path.name} cannot be dequantized into {target.parent} "
+                f"({error.strerror or error}); FEDMERGE_CACHE names another folder"
+            ) from error
+    return target
+
+
+def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
+    """Write the causal language model of a GGUF file, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"gguf_file": path.name}
+    with (
+        quiet_transformers(),
+        library_errors(
+            lambda reason: BackboneError(
+                f"backbone.model: {path} cannot be loaded as a GGUF file: {reason}"
+            )
+        ),
+        torch.random.fork_rng(devices=[]),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            dtype=getattr(torch, backbone.dtype),
+            output_loading_info=True,
+            **source,
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise BackboneError(
+                f"backbone.model: {path.name} lacks {len(missing)} of the tensors of "
+                f"{type(loaded).__name__}, such as {missing[0]}"
+            )
+        # The model remembers that it was quantized. A new one with the same weights does not.
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = type(loaded)._from_config(config, dtype=loaded.dtype)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        model.should_save_on_this_rank = lambda _: True
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,6 +1,7 @@
 """The commands that list, show, copy and validate recipes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,22 +53,22 @@ def test_ls_names_every_shipped_recipe_with_its_first_line(fedmerge):
 
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
 def test_validate_summarizes_a_shipped_recipe_in_one_line(recipe, fedmerge):
-    (line,) = fedmerge("validate", recipe.name).splitlines()
+    line, _ = fedmerge("validate", recipe.name).splitlines()
     assert line.startswith(f"{recipe.name} is valid: fedmerge with ")
 
 
 def test_validate_shows_what_overrides_change(fedmerge):
-    line = fedmerge(
+    line, _ = fedmerge(
         "validate", "smoke", "strategy=fedavg", "baselines=[]", "rounds=1", 'name="\\e[31m"'
-    )
+    ).splitlines()
     assert line == (
         "\\x1b[31m is valid: fedavg, 1 round of sequence-classification on tiny:bert, "
-        "data embedded:support-tickets (one client for each organisation)\n"
+        "data embedded:support-tickets (one client for each organisation)"
     )
 
 
 def test_validate_shows_the_resolved_values_of_a_preset(fedmerge):
-    line, values = fedmerge(
+    line, values, _ = fedmerge(
         "validate", "smoke", "strategy={name: fedmerge, preset: paper}", "rounds=3"
     ).splitlines()
     assert line.startswith("smoke is valid: fedmerge with 5 adapters, 3 rounds")
@@ -157,3 +158,27 @@ def test_the_json_schema_agrees_with_validate(fedmerge):
     )
     assert not validator.is_valid({**short, "strategy": "fedavgg"})
     assert not validator.is_valid({**short, "sead": 1})
+
+
+def test_validate_states_what_it_checked(fedmerge):
+    assert "keys and values; not the data" in fedmerge("validate", "smoke")
+    out = fedmerge("validate", "smoke", "--data")
+    assert re.search(r"checked: keys, values, and data \(\d+ clients; \d+ train, ", out)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.text=body"], "task.text: there is no column 'body'"),
+        (["task.label=lable"], "task.label: there is no column 'lable'"),
+        (["data.partition.by=site"], "data.partition.by: there is no column 'site'"),
+        (["task={name: causal-lm, text: body}"], "prompt-completion"),
+        (["task={name: image-classification, label: queue}"], "there is no column 'image'"),
+    ],
+)
+def test_validate_finds_wrong_columns_before_a_run(overrides, message, fedmerge, capsys):
+    fedmerge("validate", "smoke", *overrides)
+    with pytest.raises(SystemExit) as stopped:
+        main(["validate", "smoke", *overrides, "--data"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

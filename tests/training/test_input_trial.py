@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from PIL.Image import fromarray
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from equality import assert_near
 from fedmerge_peft import BackboneError, Recipe
@@ -179,3 +187,57 @@ def test_a_model_that_does_not_run_on_texts_is_one_error(tiny_models):
     fail.named_modules = runtime.backbone.model.named_modules
     with pytest.raises(BackboneError, match=r"the model does not run on .*: KeyError: 'bbox'"):
         try_inputs(runtime.task, broken, runtime.accelerator, "the model")
+
+
+def image_classifier(folder, **changes):
+    """Write a ViT for images of 32 × 32 pixels and an image processor, and load both."""
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, **changes)
+    processor.save_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), dtype=np.uint8)
+    images = [fromarray(image) for image in pixels]
+    table = Dataset.from_dict({"image": images, "label": [0, 1, 2]})
+    return load(folder, table, {"name": "image-classification"})
+
+
+def vit(folder, **changes):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    config = ViTConfig(**{**sizes, **changes})
+    ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_image_model_is_tried_on_the_images_of_its_processor(tmp_path, caplog):
+    runtime = image_classifier(vit(tmp_path))
+    assert runtime.task.padding == "right"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "reason"),
+    [
+        (
+            {},
+            {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}},
+            "Input image size",
+        ),
+        ({"num_channels": 1}, {}, "channel"),
+    ],
+    ids=["size", "channels"],
+)
+def test_images_that_do_not_fit_the_model_are_refused_at_load(config, processor, reason, tmp_path):
+    with pytest.raises(
+        BackboneError, match=rf"does not run on the inputs of this task: .*{reason}"
+    ):
+        image_classifier(vit(tmp_path, **config), **processor)
+
+
+def test_pixels_that_are_not_scaled_are_warned_about(tmp_path, caplog):
+    image_classifier(vit(tmp_path), do_rescale=False, do_normalize=False)
+    assert "does not scale pixels: they are up to 2" in caplog.text
+
+
+def test_processors_that_keep_the_sizes_of_images_are_tried_in_training(tmp_path):
+    task = image_classifier(vit(tmp_path)).task
+    task.processor.do_resize = False
+    assert task.probe() is None

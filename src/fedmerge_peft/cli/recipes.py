@@ -111,13 +111,19 @@ def cp(
 
 
 @app.command()
-def validate(recipe: RecipeSource, overrides: Overrides = None) -> None:
+def validate(
+    recipe: RecipeSource,
+    overrides: Overrides = None,
+    data: Annotated[
+        bool, typer.Option("--data", help="Read the data, too, and check columns and clients.")
+    ] = False,
+) -> None:
     """Check a recipe and summarize it in one line.
 
-    With a preset, a second line has the values of the preset's keys. No data and no model are
-    loaded.
+    With a preset, a further line has the values of the preset's keys. The last line states what was
+    checked. No model is loaded, and the data only with --data.
 
-    Example: fedmerge validate quickstart strategy.adapters=4
+    Example: fedmerge validate quickstart strategy.adapters=4 --data
     """
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.recipe.diff import written
@@ -130,6 +136,10 @@ def validate(recipe: RecipeSource, overrides: Overrides = None) -> None:
         preset = getattr(loaded.strategy, "preset", None)
         settings = " ".join(f"{key}={written(value)}" for key, value in values.items())
         print(printable(f"preset {preset}: {settings}"))
+    if not data:
+        print("checked: keys and values; not the data (--data checks them) and the model")
+        return
+    print(printable(_check_data(loaded)))
 
 
 @app.command()
@@ -193,6 +203,25 @@ def schema(
         raise RecipeError(
             [printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")]
         ) from None
+
+
+def _check_data(recipe: Recipe) -> str:
+    """Read the data of a recipe, and check its columns; return a summary in one line."""
+    from fedmerge_peft.data import federate_data
+    from fedmerge_peft.tasks import task_type
+
+    task = recipe.task
+    federated = federate_data(recipe.data, task.label_column, recipe.seed, task.image_column)
+    task_type(task).check_table(task, federated.table)
+    sizes = {
+        split: sum(len(getattr(client, split)) for client in federated.clients)
+        for split in ("train", "validation", "test")
+    }
+    counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+    return (
+        f"checked: keys, values, and data ({len(federated.clients):,} clients; {counts} examples); "
+        "not the model"
+    )
 
 
 def _summary(recipe: Recipe) -> str:

@@ -209,6 +209,19 @@ class Task(ABC):
         """Return predicted and true class or token ids at labeled positions, both flat."""
 
     @classmethod
+    def check_table(cls, recipe: Any, table: Dataset) -> None:
+        """Check the columns of a table, without a tokenizer or a model.
+
+        Args:
+            recipe: The task's section.
+            table: All rows of the federation.
+
+        Raises:
+            DataError: A column does not exist, has another type, or has missing values.
+        """
+        return
+
+    @classmethod
     def probe_inputs(cls, recipe: Any) -> list[Any]:
         """Return two different inputs that all models of the task accept."""
         raise TypeError(f"{cls.__name__} does not predict single inputs")

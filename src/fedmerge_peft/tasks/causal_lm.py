@@ -118,6 +118,16 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     # Rows to tensors
     # ----------------------------------------------------------------------------------------------
     @classmethod
+    def check_table(cls, recipe: CausalLMRecipe, table: Dataset) -> None:
+        found = infer_format(recipe, table)
+        if found == "messages":
+            read_chats(recipe, table)
+        elif found == "text":
+            read_texts(table, recipe.text, "task.text")
+        else:
+            read_pairs(recipe, found, table)
+
+    @classmethod
     def probe_inputs(cls, recipe: CausalLMRecipe) -> list[Any]:
         return ["a", "another text, which is longer"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,7 +35,14 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.schema import BackboneRecipe
     from fedmerge_peft.recipe.tasks import ImageClassificationRecipe
 
+logger = logging.getLogger(__name__)
+
 _ROWS_AT_ONCE = 256
+_PROBES = ((48, 64), (64, 48), (56, 40))
+"""Heights and widths of images that try a model."""
+_WHITE = 255
+_LARGEST = 50
+"""Largest absolute value of scaled and normalized pixels, with a wide margin."""
 _PIXELS, _TABLES = "pixel_values", "pixel_tables"
 
 
@@ -79,13 +87,18 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
     ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
+        self.check_table(recipe, table)
+        self.labels = infer_labels(table, recipe.label, recipe.num_labels)
+        self.processor = load_image_processor(backbone, model_folder)
+
+    @classmethod
+    def check_table(cls, recipe: ImageClassificationRecipe, table: Dataset) -> None:
         if recipe.image not in table.column_names:
             raise DataError(
                 f"task.image: there is no column {recipe.image!r}; "
                 f"the data have {join_values(table.column_names)}"
             )
-        self.labels = infer_labels(table, recipe.label, recipe.num_labels)
-        self.processor = load_image_processor(backbone, model_folder)
+        encode_labels(table, recipe.label, infer_labels(table, recipe.label, recipe.num_labels))
 
     @classmethod
     def probe_inputs(cls, recipe: ImageClassificationRecipe) -> list[Any]:
@@ -110,6 +123,44 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
         cls, recipe: ImageClassificationRecipe, backbone: BackboneRecipe, folder: str
     ) -> dict[str, Any]:
         return {"image_processor": load_image_processor(backbone, folder)}
+
+    def probe(self) -> Examples | None:
+        """Return three processed images; None if the processor keeps the sizes of images.
+
+        A warning names pixels that are not scaled.
+
+        Raises:
+            BackboneError: The image processor fails on an image.
+        """
+        from PIL.Image import fromarray
+
+        random = np.random.default_rng(0)
+        columns: dict[str, list[Tensor]] = {}
+        for height, width in _PROBES:
+            pixels = random.integers(0, _WHITE + 1, (height, width, 3), dtype=np.uint8)
+            with library_errors(
+                lambda reason: BackboneError(
+                    f"backbone.model: {type(self.processor).__name__} does not process images: "
+                    f"{reason}; name another image processor in backbone.tokenizer"
+                )
+            ):
+                outputs = self._outputs(fromarray(pixels))
+            for name, tensor in outputs.items():
+                columns.setdefault(name, []).append(tensor)
+        if any(len({tensor.shape for tensor in tensors}) > 1 for tensors in columns.values()):
+            return None
+        largest = max(
+            float(pixels.abs().max()) for pixels in columns.get(_PIXELS, [torch.zeros(1)])
+        )
+        if largest > _LARGEST:
+            logger.warning(
+                "%s does not scale pixels: they are up to %g, and models usually expect values "
+                "near 1 (do_rescale and do_normalize in preprocessor_config.json)",
+                type(self.processor).__name__,
+                largest,
+            )
+        labels = torch.zeros(len(_PROBES), dtype=torch.int64)
+        return Examples({**columns, "labels": list(labels.unbind())})
 
     def encode(self, table: Dataset) -> Examples:
         """Decode every image, and run the image processor on it alone.

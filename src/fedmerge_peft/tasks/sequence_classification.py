@@ -104,6 +104,13 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         return "token_type_ids" in self.processor.model_input_names
 
     @classmethod
+    def check_table(cls, recipe: SequenceClassificationRecipe, table: Dataset) -> None:
+        read_texts(table, recipe.text, "task.text")
+        if recipe.text_pair is not None:
+            read_texts(table, recipe.text_pair, "task.text_pair")
+        encode_labels(table, recipe.label, infer_labels(table, recipe.label, recipe.num_labels))
+
+    @classmethod
     def probe_inputs(cls, recipe: SequenceClassificationRecipe) -> list[Any]:
         texts = ["a", "another text, which is longer"]
         return texts if recipe.text_pair is None else [(text, text) for text in texts]

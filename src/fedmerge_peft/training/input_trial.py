@@ -130,7 +130,7 @@ def _choose(
         if all(_agree(found, wanted, tolerance) for found, wanted in pairs):
             break
     if padding != choices[0]:
-        log.info("a text's outputs depend on the others in its batch; padding: %s", padding)
+        log.info("an example's outputs depend on the others in its batch; padding: %s", padding)
 
 
 def _own_positions(logits: Tensor, mask: Tensor | None) -> Outputs:

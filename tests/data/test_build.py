@@ -325,3 +325,35 @@ def test_missing_and_binary_values_are_refused(tmp_path):
         labeled([1.0, float("nan"), 2.0])(tmp_path / "nan")
     with pytest.raises(DataError, match="the column label has the type binary"):
         labeled([b"a", b"b"])(tmp_path / "bytes")
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [("label", "task.label: labels"), ("task", "data.partition: clients")]
+)
+def test_names_that_look_alike_are_warned_about(column, kind, tmp_path, caplog):
+    rows = {"label": ["a", "b"] * 6, "task": ["one", "two", "three"] * 4}
+    rows[column] = [name if number else f"{name} " for number, name in enumerate(rows[column])]
+    datasets.Dataset.from_dict(rows).to_csv(tmp_path / "rows.csv")
+    federate_data(
+        DataRecipe(path=str(tmp_path / "rows.csv"), partition={"scheme": "natural", "by": "task"}),
+        "label",
+        0,
+    )
+    found = "'a' and 'a '" if column == "label" else "'one' and 'one '"
+    assert f"{kind} that look alike are counted as different ones: {found}" in caplog.text
+
+
+def test_rows_of_clients_without_training_examples_are_counted(tmp_path, caplog):
+    (tmp_path / "train.csv").write_text("label,task\na,x\nb,x\na,y\nb,y\n")
+    (tmp_path / "test.csv").write_text("label,task\na,x\nb,z\n")
+    partition = {"scheme": "natural", "by": "task"}
+    federate_data(DataRecipe(path=str(tmp_path), partition=partition), "label", 0)
+    assert "1 of 2 test examples belong to no client, because no training example" in caplog.text
+
+
+def test_data_that_leave_nothing_to_score_are_warned_about(tmp_path, caplog):
+    (tmp_path / "rows.csv").write_text("label,task\na,x\nb,x\na,y\nb,y\n")
+    partition = {"scheme": "natural", "by": "task"}
+    recipe = DataRecipe(path=str(tmp_path / "rows.csv"), partition=partition)
+    federate_data(recipe, "label", 0)
+    assert "no client has validation or test examples" in caplog.text

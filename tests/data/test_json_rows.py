@@ -111,3 +111,9 @@ def test_other_texts_are_one_error_with_the_line(read, text, expected):
     with pytest.raises(DataError) as raised:
         read(text)
     assert expected in str(raised.value)
+
+
+def test_columns_in_one_object_are_refused_with_the_form_of_rows(read):
+    columns = {"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": 0}}
+    with pytest.raises(DataError, match=r"one object of columns.*orient='records'"):
+        read(json.dumps(columns), "rows.json")

@@ -169,6 +169,12 @@ def test_long_texts_are_truncated_and_counted(task_of, caplog):
     ]
 
 
+def test_empty_texts_are_counted(task_of, caplog):
+    table = table_of([0, 1, 0], ["a", " ", ""])
+    warn_of_cuts(task_of("bert", table, name=NAME).encode(table), {"": np.arange(3)})
+    assert caplog.messages == ["2 of 3 examples have an empty text"]
+
+
 @pytest.mark.parametrize(("pair", "length"), [(None, 1), (None, 2), ("pair", 3)])
 def test_a_length_without_room_for_texts_is_refused(pair, length, task_of):
     table = table_of([0, 1]).add_column("pair", ["a", "b"])

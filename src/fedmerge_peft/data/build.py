@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmerge_peft.data import partition
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
-from fedmerge_peft.data.columns import encode_classes, join_values
+from fedmerge_peft.data.columns import encode_classes, join_values, warn_of_lookalikes
 from fedmerge_peft.data.loading import load_splits
 from fedmerge_peft.data.partition import ClientRows, generator
 from fedmerge_peft.data.schemes import Splits, assignment_fault, partition_alike
@@ -66,6 +66,7 @@ def federate_data(
     _check_columns(splits)
     if label is not None:
         numbers, names = encode_classes(splits, label, "task.label")
+        warn_of_lookalikes(names, "task.label", "labels")
         if whole:
             _reject_one_label(names, label)
         _check_unseen_labels(numbers, label, reject=whole)
@@ -91,6 +92,12 @@ def federate_data(
             test_rows = np.sort(rng.choice(test_rows, recipe.max_test, replace=False))
         clients.append(Client(name, train_rows, validation_rows, test_rows, group))
     _check_no_empty_client(clients)
+    warn_of_lookalikes((client.name for client in clients), "data.partition", "clients")
+    if not any(len(client.validation) + len(client.test) for client in clients):
+        logger.warning(
+            "no client has validation or test examples, so no model is scored; a client needs "
+            "three examples or more, or name a split (data.test_split)"
+        )
     return _drop_unused_rows(FederatedData(_join(splits), clients))
 
 
@@ -105,7 +112,8 @@ def _partition(
             f"data.partition.clients: {clients:,} clients, but {examples:,} training "
             "examples; lower data.partition.clients, or relax data.filter"
         )
-    tables = Splits(splits, label, seed, getattr(scheme, "by", None))
+    by = getattr(scheme, "by", None)
+    tables = Splits(splits, label, seed, by)
     entry = PARTITIONS[scheme.scheme]
     with entry.named_in_errors("partition scheme"):
         per_split = entry.load()(scheme, tables)
@@ -113,6 +121,8 @@ def _partition(
         raise DataError(
             f"data.partition: the scheme {entry.name!r} of {entry.module} returned {fault}"
         )
+    if by is not None:
+        _count_without_client(tables.classes, by)
     if per_split.keys() != splits.keys():
         per_split = partition_alike(tables, per_split["train"])
     shifted: dict[str, list[ClientRows]] = {}
@@ -121,6 +131,19 @@ def _partition(
         shifted[split] = [client._replace(rows=client.rows + start) for client in per_split[split]]
         start += len(dataset)
     return shifted
+
+
+def _count_without_client(classes: Mapping[str, Indices], by: str) -> None:
+    for split, numbers in classes.items():
+        if unseen := int((numbers < 0).sum()):
+            logger.warning(
+                "%d of %d %s examples belong to no client, because no training example has their "
+                "value of the column %s",
+                unseen,
+                len(numbers),
+                split,
+                by,
+            )
 
 
 def _reject_one_label(names: Sequence[str], label: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,14 @@ import pyarrow.compute as pc
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.data.column_types import LARGEST_EXACT, plain_column, whole_numbers
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.util.text import closest
+from fedmerge_peft.util.text import closest, lookalikes, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedmerge_peft.recipe.section import Scalar
+
+logger = logging.getLogger(__name__)
 
 SHOWN_VALUES = 20
 
@@ -32,7 +36,38 @@ def join_values(values: Iterable[object], limit: int = SHOWN_VALUES) -> str:
 def did_you_mean(wrong: object, names: Iterable[object]) -> str:
     """Return `` (did you mean x?)`` with the closest name, or an empty string."""
     close = closest(str(wrong), map(str, names))
-    return "" if close is None else f" (did you mean {close}?)"
+    if close is None:
+        return ""
+    if unicodedata.normalize("NFC", close) == unicodedata.normalize("NFC", str(wrong)):
+        return f" (did you mean {close!a}, which only looks the same as {str(wrong)!a}?)"
+    return f" (did you mean {close}?)"
+
+
+def no_client(name: object, names: Iterable[str]) -> str:
+    """Describe a client that a run does not have, after the name of the run."""
+    known = list(names)
+    return f"has no client {name!r}{did_you_mean(name, known)}; it has {join_values(known)}"
+
+
+def warn_of_lookalikes(names: Iterable[str], key: str, kind: str) -> None:
+    """Log a warning if names differ only in case, spaces or invisible characters.
+
+    Args:
+        names: Names of labels or clients.
+        key: Recipe key that names their column.
+        kind: Plural noun for the names.
+    """
+    if groups := lookalikes(names):
+        shown = "; ".join(" and ".join(map(ascii, group[:3])) for group in groups[:3])
+        more = f", and {len(groups) - 3:,} more" if len(groups) > 3 else ""
+        logger.warning(
+            "%s: %s that look alike are counted as different ones: %s%s; write them in the same "
+            "way if they are the same",
+            key,
+            kind,
+            shown,
+            more,
+        )
 
 
 def read_column(dataset: Dataset, name: str, key: str) -> Any:
@@ -56,7 +91,7 @@ def read_column(dataset: Dataset, name: str, key: str) -> Any:
     column = plain_column(column, name, lambda row: f"{key}: row {row}")
     if pa.types.is_nested(column.type) or _is_bytes(column.type):
         raise DataError(
-            f"{key}: the column {name} has the type {column.type}; "
+            f"{key}: the column {name} has the type {shortened(str(column.type), 80)}; "
             "choose a column of plain values (text, numbers)"
         )
     return column

@@ -31,6 +31,11 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
     if len(values) == 1 and isinstance(values[0], list):
         (values,) = values
         places = [f"{path}, row {number}" for number in range(1, len(values) + 1)]
+    if len(values) == 1 and _has_columns(values[0]):
+        raise DataError(
+            f"data.path: {path} has one object of columns, not of one row; write one object per "
+            "row (in pandas: to_json(path, orient='records'))"
+        )
     for value, place in zip(values, places, strict=True):
         if not isinstance(value, dict):
             raise DataError(
@@ -38,6 +43,18 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
                 "objects, or one object per line"
             )
     return [JsonRow(place, value) for value, place in zip(values, places, strict=True)]
+
+
+def _has_columns(value: object) -> bool:
+    """Return True for columns as pandas writes them: ``{"text": {"0": ..., "1": ...}}``."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            isinstance(column, dict) and column and all(row.isdecimal() for row in column)
+            for column in value.values()
+        )
+    )
 
 
 def kind(value: object) -> str:

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.data.columns import no_client
 from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import CONSENT, Plugins, loads
@@ -311,7 +312,7 @@ class RunDirectory:
         """Return a client's row of π. Raises ``RunError`` if the run has no such client."""
         names = self.client_names
         if client not in names:
-            raise RunError(f"{self.path} has no client {client!r}; it has {', '.join(names)}")
+            raise RunError(f"{self.path} {no_client(client, names)}")
         return weights[names.index(client)]
 
     def round(self, *, best: bool = False) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Indices
-from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.data.columns import no_client
 from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.models.backbone import load_backbone
@@ -125,9 +125,7 @@ class Predictor:
         """
         inputs = _lists(inputs)
         if unknown := [client for client in inputs if client not in self._adapters]:
-            raise RunError(
-                f"the run has no client {unknown[0]!r}; it has {join_values(self._adapters)}"
-            )
+            raise RunError(f"the run {no_client(unknown[0], self._adapters)}")
         all_inputs = [item for items in inputs.values() for item in items]
         if not all_inputs:
             return {client: [] for client in inputs}

@@ -40,7 +40,8 @@ class Examples:
 
     columns: Mapping[str, Sequence[Tensor]]
     cuts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Examples of which a part was left out, by predicate: ``have more than 32 tokens and ...``."""
+    """Examples of which a part was left out, or that are empty, by predicate: ``have more than 32
+    tokens and ...``."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -153,7 +153,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
         An end-of-sequence token is appended to texts and completions. The end of a chat follows its
         template. If a prompt's tokens are not a prefix of the tokens of prompt + completion, both
-        are tokenized separately, and a warning counts them. ``Examples.cuts`` has truncated rows.
+        are tokenized separately, which a warning counts. ``Examples.cuts`` has truncated rows.
 
         Raises:
             DataError: A column does not exist, has the wrong type, or has nulls; a row has no token

@@ -144,7 +144,7 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         return {"tokenizer": tokenizer, "truncation": True}
 
     def encode(self, table: Dataset) -> Examples:
-        """Tokenize every row. ``Examples.cuts`` has the truncated ones.
+        """Tokenize every row. ``Examples.cuts`` has truncated and empty ones.
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; a text has no tokens; a
@@ -167,7 +167,14 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
                 **{name: ragged(rows) for name, rows in tokens.items()},
                 "labels": list(labels.unbind()),
             },
-            {f"are longer than {self.max_length} tokens and were truncated": truncated},
+            {
+                f"are longer than {self.max_length} tokens and were truncated": truncated,
+                "have an empty text": [
+                    row
+                    for row, parts in enumerate(zip(*texts, strict=True))
+                    if not any(part.strip() for part in parts)
+                ],
+            },
         )
 
     def show(self, table: Dataset) -> list[ShownExample]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
+from unicodedata import category
 
 _SHORTEST = 3
 """Shortest word that is compared with others letter by letter."""
@@ -42,6 +44,23 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
+def folded_form(name: str) -> str:
+    """Return a name without case, invisible characters and surplus spaces, in Unicode's form NFC.
+
+    Names with equal results look alike, such as ``Zürich`` in the forms NFC and NFD.
+    """
+    visible = "".join(c for c in unicodedata.normalize("NFC", name) if category(c) != "Cf")
+    return " ".join(visible.casefold().split())
+
+
+def lookalikes(names: Iterable[str]) -> list[list[str]]:
+    """Return the groups of different names that look alike (``folded_form``)."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault(folded_form(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def closest(word: str, words: Iterable[str]) -> str | None:
     """Return the word that a misspelled word most likely stands for; None if none is close.
 
@@ -52,7 +71,7 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     """
     candidates = list(dict.fromkeys(words))
     for candidate in candidates:
-        if folded(word) == folded(candidate):
+        if folded(word) == folded(candidate) or folded_form(word) == folded_form(candidate):
             return candidate
     ranked = [(_edits(word.casefold(), each.casefold()), each) for each in candidates]
     edits, best = min(ranked, key=lambda pair: pair[0], default=(math.inf, ""))

@@ -1,0 +1,17 @@
+"""Names that look alike."""
+
+import unicodedata
+
+from fedmerge_peft.util.text import closest, lookalikes
+
+COMPOSED = "Zürich"
+DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
+
+
+def test_names_that_differ_in_case_spaces_or_invisible_characters_look_alike():
+    names = [COMPOSED, "Bern", DECOMPOSED, "bern ", "B\u200bern", "Basel", "Basel"]
+    assert lookalikes(names) == [[COMPOSED, DECOMPOSED], ["Bern", "bern ", "B\u200bern"]]
+
+
+def test_a_name_in_another_form_of_unicode_is_close():
+    assert closest(DECOMPOSED, ["Bern", COMPOSED]) == COMPOSED

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.library_errors import library_errors, reason_of
 
 BUILTIN = [
     kind
@@ -148,3 +148,8 @@ def test_several_templates_without_a_default_are_refused(task_of):
     task.processor.chat_template = {"tool_use": template, "rag": template}
     with pytest.raises(DataError, match=r"several \(rag, tool_use\) and none is called default"):
         task.encode(CHATS)
+
+
+def test_reasons_name_no_addresses_of_objects():
+    error = ValueError("cannot identify image file <_io.BytesIO object at 0x7f8653802980>")
+    assert reason_of(error) == "cannot identify image file"

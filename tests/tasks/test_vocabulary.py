@@ -10,7 +10,7 @@ from torch import nn
 
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.models.pretrained import set_pad_token_id
-from fedmerge_peft.tasks.vocabulary import check_vocabulary, position_limit
+from fedmerge_peft.tasks.vocabulary import check_vocabulary, position_limit, warn_of_unknown
 from made_models import config_of, tokenizer_of, write
 
 CLASSIFICATION, LANGUAGE = "sequence-classification", "causal-lm"
@@ -34,6 +34,22 @@ def tokenizer(tiny_models):
 
 def test_a_vocabulary_of_the_same_size_passes(tokenizer):
     assert check_vocabulary(tokenizer, knowing(400), "x", reads_end=False) == 400
+
+
+def test_a_tokenizer_without_its_files_is_refused(tmp_path):
+    hf.BertTokenizer().save_pretrained(tmp_path)
+    empty = hf.AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"tokenizer of x has no tokens but special ones"):
+        check_vocabulary(empty, knowing(400), "x", reads_end=False)
+
+
+def test_many_unknown_tokens_are_warned_about(tiny_models, caplog):
+    tokenizer = tokenizer_of(tiny_models, "bert")
+    unknown, other = tokenizer.unk_token_id, 42
+    warn_of_unknown([[unknown, other, other, other, other, other]], tokenizer)
+    assert not caplog.records
+    warn_of_unknown([[tokenizer.cls_token_id, unknown, other], [other, unknown]], tokenizer)
+    assert "does not know 50 % of the texts' tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL.Image import fromarray
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -230,6 +231,15 @@ def test_images_that_do_not_fit_the_model_are_refused_at_load(config, processor,
         BackboneError, match=rf"does not run on the inputs of this task: .*{reason}"
     ):
         image_classifier(vit(tmp_path, **config), **processor)
+
+
+def test_models_that_return_nan_are_refused_at_load(tmp_path):
+    path = vit(tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    weights["embeddings.cls_token"][:] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(BackboneError, match="returns NaN on the inputs of this task"):
+        image_classifier(tmp_path)
 
 
 def test_pixels_that_are_not_scaled_are_warned_about(tmp_path, caplog):

@@ -19,19 +19,26 @@ from fedmerge_peft.tasks.chat_template import name_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
 from fedmerge_peft.tasks.generation import first_logits, generate_tokens
 from fedmerge_peft.tasks.shown import ShownExample, split_into_segments
-from fedmerge_peft.tasks.text_formats import infer_format, infer_loss, parse_template, read_pairs
+from fedmerge_peft.tasks.text_formats import (
+    check_columns,
+    infer_format,
+    infer_loss,
+    parse_template,
+    read_pairs,
+)
 from fedmerge_peft.tasks.text_tokens import TextTokens
 from fedmerge_peft.tasks.tokenization import (
     get_pad_token_id,
     load_tokenizer,
     pad,
+    pad_tokens,
     pipeline_tokenizer,
     ragged,
     read_texts,
     resolve_max_length,
     token_limit,
 )
-from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids
+from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -119,13 +126,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     # ----------------------------------------------------------------------------------------------
     @classmethod
     def check_table(cls, recipe: CausalLMRecipe, table: Dataset) -> None:
-        found = infer_format(recipe, table)
-        if found == "messages":
-            read_chats(recipe, table)
-        elif found == "text":
-            read_texts(table, recipe.text, "task.text")
-        else:
-            read_pairs(recipe, found, table)
+        check_columns(recipe, table)
 
     @classmethod
     def probe_inputs(cls, recipe: CausalLMRecipe) -> list[Any]:
@@ -189,6 +190,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                     + ("; raise task.max_length" if len(ids) > length else "")
                 )
         reject_unknown_ids(inputs, self._vocabulary)
+        warn_of_unknown(inputs, self.processor)
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         cuts = {
             f"are longer than {length} tokens and were truncated": long,
@@ -255,11 +257,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         inputs = [examples.columns["input_ids"][index] for index in indices]
         labels = [examples.columns["labels"][index] for index in indices]
         side: Literal["left", "right"] = "left" if self.padding == "left" else "right"
-        return {
-            "input_ids": pad(inputs, self.pad_token_id, side),
-            "attention_mask": pad([torch.ones_like(ids) for ids in inputs], 0, side),
-            "labels": pad(labels, IGNORED, side),
-        }
+        batch = pad_tokens(inputs, self.pad_token_id, side)
+        return {**batch, "labels": pad(labels, IGNORED, side)}
 
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model."""
@@ -335,10 +334,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Return ``input_ids`` and ``attention_mask``, ``(batch, longest)``, padded on the left."""
         prompts = [examples.columns["prompt"][index] for index in indices]
-        return {
-            "input_ids": pad(prompts, self.pad_token_id, "left"),
-            "attention_mask": pad([torch.ones_like(ids) for ids in prompts], 0, "left"),
-        }
+        return pad_tokens(prompts, self.pad_token_id, "left")
 
     def complete(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
@@ -386,12 +382,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> tuple[list[str], list[str]]:
         """Return completions and references, without surrounding whitespace."""
-        references = [
-            bytes(examples.columns["reference"][index].tolist()).decode() for index in indices
-        ]
-        return self.complete(model, examples, indices, device), [
-            text.strip() for text in references
-        ]
+        held = examples.columns["reference"]
+        references = [bytes(held[index].tolist()).decode().strip() for index in indices]
+        return self.complete(model, examples, indices, device), references
 
     def _end_token_ids(self, model: Any) -> list[int]:
         """Return the end tokens of the tokenizer and the model, such as the end of a turn."""

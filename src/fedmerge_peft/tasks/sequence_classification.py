@@ -22,6 +22,7 @@ from fedmerge_peft.tasks.tokenization import (
     get_pad_token_id,
     load_tokenizer,
     pad,
+    pad_tokens,
     pipeline_tokenizer,
     ragged,
     read_texts,
@@ -29,7 +30,7 @@ from fedmerge_peft.tasks.tokenization import (
     token_limit,
     tokenized,
 )
-from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids
+from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -162,6 +163,7 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
                 f"tokens: {texts[0][empty]!r}"
             )
         reject_unknown_ids(tokens["input_ids"], self._vocabulary)
+        warn_of_unknown(tokens["input_ids"], self.processor)
         return Examples(
             {
                 **{name: ragged(rows) for name, rows in tokens.items()},
@@ -259,11 +261,8 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
             name: [column[index] for index in indices] for name, column in examples.columns.items()
         }
         side: Literal["left", "right"] = "left" if self.padding == "left" else "right"
-        batch = {
-            "input_ids": pad(rows["input_ids"], self.pad_token_id, side),
-            "attention_mask": pad([torch.ones_like(ids) for ids in rows["input_ids"]], 0, side),
-            "labels": torch.stack(rows["labels"]),
-        }
+        batch = pad_tokens(rows["input_ids"], self.pad_token_id, side)
+        batch["labels"] = torch.stack(rows["labels"])
         if "token_type_ids" in rows:
             type_of_padding = self.processor.pad_token_type_id
             batch["token_type_ids"] = pad(rows["token_type_ids"], type_of_padding, side)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError, RecipeError
-from fedmerge_peft.tasks.chat_messages import chat_columns
+from fedmerge_peft.tasks.chat_messages import chat_columns, read_chats
 from fedmerge_peft.tasks.chat_tokens import Loss
 from fedmerge_peft.tasks.tokenization import read_texts
 
@@ -87,6 +87,17 @@ def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
         return loss or "all"
     single = chats and len(chat_columns(recipe, table)) == 1
     return "assistant" if single else "completion"
+
+
+def check_columns(recipe: CausalLMRecipe, table: Dataset) -> None:
+    """Raise ``DataError`` if the columns of a table match no format, or values are missing."""
+    found = infer_format(recipe, table)
+    if found == "messages":
+        read_chats(recipe, table)
+    elif found == "text":
+        read_texts(table, recipe.text, "task.text")
+    else:
+        read_pairs(recipe, found, table)
 
 
 def read_pairs(

@@ -244,3 +244,13 @@ def ragged(rows: Sequence[Sequence[int]]) -> list[Tensor]:
 def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"] = "right") -> Tensor:
     """Pad rows with ``value`` and stack them, ``(batch, longest)``."""
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
+def pad_tokens(
+    rows: Sequence[Tensor], pad_token_id: int, side: Literal["left", "right"]
+) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` of rows of token ids, ``(batch, longest)``."""
+    return {
+        "input_ids": pad(rows, pad_token_id, side),
+        "attention_mask": pad([torch.ones_like(ids) for ids in rows], 0, side),
+    }

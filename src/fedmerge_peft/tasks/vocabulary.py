@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import nn
 
 from fedmerge_peft.errors import BackboneError, DataError
 
+logger = logging.getLogger(__name__)
+
+_MANY_UNKNOWN = 0.2
+"""Share of unknown tokens that a warning names."""
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls")
 """Special tokens that are added to texts, or replace parts of them."""
 _MOST_RESERVED = 8
@@ -26,9 +31,15 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) 
         reads_end: The task generates texts, or the model reads its output at the end token.
 
     Raises:
-        BackboneError: The tokenizer has tokens that the model does not know; the model takes
-            ordinary tokens for the end of a text, or for padding.
+        BackboneError: The tokenizer has no ordinary tokens, or tokens that the model does not know;
+            the model takes ordinary tokens for the end of a text, or for padding.
     """
+    if not any(_is_ordinary(tokenizer, token_id) for token_id in range(len(tokenizer))):
+        raise BackboneError(
+            f"backbone.tokenizer: the tokenizer of {name} has no tokens but special ones, so its "
+            "files (tokenizer.json, vocab.txt, ...) are probably missing; add them, or name "
+            "another tokenizer in backbone.tokenizer"
+        )
     size = _vocabulary_size(model)
     if size is not None and (beyond := _tokens_from(tokenizer, size)):
         token, token_id = beyond[-1]
@@ -71,6 +82,27 @@ def reject_unknown_ids(rows: Sequence[Sequence[int]], size: int | None) -> None:
                 "model knows; the text or the chat template has a special token without an "
                 "embedding"
             )
+
+
+def warn_of_unknown(rows: Sequence[list[int]], tokenizer: Any) -> None:
+    """Log a warning if a tokenizer does not know a fifth of the tokens of texts or more.
+
+    Tokenizers that have no token for unknown text only, such as those of bytes, know all.
+    """
+    unknown = tokenizer.unk_token_id
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if unknown is None or unknown in others:
+        return
+    special = set(tokenizer.all_special_ids) - {unknown}
+    total = sum(token_id not in special for ids in rows for token_id in ids)
+    count = sum(ids.count(unknown) for ids in rows)
+    if count >= _MANY_UNKNOWN * max(1, total):
+        logger.warning(
+            "the tokenizer does not know %.0f %% of the texts' tokens, which become %s; another "
+            "model, or the right one in backbone.tokenizer, may know their language",
+            100 * count / total,
+            tokenizer.unk_token,
+        )
 
 
 def special_strings(tokenizer: Any) -> list[str]:

@@ -115,6 +115,11 @@ def _choose(
         )
     ):
         alone = [run(rows[[row]])[0] for row in rows]
+        if any(bool(outputs.isnan().any()) for outputs in alone):
+            raise BackboneError(
+                f"backbone.model: {name} returns NaN on the inputs of this task; its weights are "
+                "damaged, or exceed the range of backbone.dtype"
+            )
     for padding in choices:
         set_padding(padding)
         if padding == "alone":

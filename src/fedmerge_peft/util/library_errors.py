@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fedmerge_peft.errors import FedMergeError
 
+_OBJECT = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
+"""Objects as Python names those without a name of their own."""
 STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """Requests to stop, which are no errors of a library."""
 
@@ -37,4 +40,5 @@ def reason_of(error: BaseException) -> str:
         return kind
     # Libraries name the types of their own errors after what the message says.
     telling = type(error).__module__ != "builtins" or isinstance(error, OSError | ValueError)
-    return lines[0] if telling else f"{kind}: {lines[0]}"
+    line = _OBJECT.sub("", lines[0])
+    return line if telling else f"{kind}: {line}"

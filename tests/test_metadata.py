@@ -90,3 +90,10 @@ def test_pre_commit_runs_the_pinned_ruff():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (revision,) = (repo["rev"] for repo in hooks if "ruff" in repo["repo"])
     assert f"ruff=={revision.removeprefix('v')}" in (ROOT / "constraints.txt").read_text()
+
+
+def test_tab_completion_shows_public_names_only():
+    import fedmerge_peft
+
+    shown = {name for name in dir(fedmerge_peft) if not name.startswith("__")}
+    assert shown == set(fedmerge_peft.__all__)

@@ -185,4 +185,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    dunder = [name for name in globals() if name.startswith("__")]
+    return sorted([*dunder, *__all__])

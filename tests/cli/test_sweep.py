@@ -32,7 +32,8 @@ def test_each_finished_run_has_a_line_and_the_comparison_comes_last(fedmerge, tm
     code, out, _ = fedmerge("sweep", "smoke", "strategy.adapters=2,3", *TINY)
     assert code == 0
     lines = out.splitlines()
-    assert [re.sub(r"\d\.\d+", "#", line) for line in lines[:3]] == [
+    ended = [line for line in lines if line.startswith("[")]
+    assert [re.sub(r"\d\.\d+", "#", line) for line in ended] == [
         "[1/3] strategy.adapters=2  served # (worst client #)  # s",
         "[2/3] strategy.adapters=3  served # (worst client #)  # s",
         "[3/3] strategy=fedavg  served # (worst client #)  # s",
@@ -43,6 +44,12 @@ def test_each_finished_run_has_a_line_and_the_comparison_comes_last(fedmerge, tm
     assert fedmerge("compare", "sweeps/smoke")[1] == table
     code, out, _ = fedmerge("sweep", "smoke", "strategy.adapters=2,3", *TINY)
     assert (code, out.count("finished before"), table in out) == (0, 3, True)
+
+
+def test_a_log_without_a_terminal_has_a_line_for_each_round(fedmerge):
+    _, out, _ = fedmerge("sweep", "smoke", "strategy.adapters=2,3", "baselines=[]", *TINY)
+    told = re.findall(r"^strategy\.adapters=(\d)  round 1/1  loss", out, re.MULTILINE)
+    assert told == ["2", "3"]
 
 
 def test_failures_are_listed_at_the_end_with_code_2(fedmerge):

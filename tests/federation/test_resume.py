@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from federation.small_recipe import recipe
 from fedmerge_peft import (
     Callback,
     RecipeError,
@@ -379,3 +380,10 @@ def test_an_unfinished_run_is_refused_with_the_command_that_resumes_it(tiny, eng
         match=r"already holds a run; .* resume it: fedmerge resume '.*my run'\. Or choose .* --out",
     ):
         federate(tiny(), path, engine=engine)
+
+
+def test_a_run_that_was_open_before_shows_the_new_rounds(tmp_path):
+    run = federate(recipe("rounds=1"), tmp_path / "run")
+    assert "1 of 1 rounds" in repr(run)
+    resume(run.path, ["rounds=2"])
+    assert "2 of 2 rounds" in repr(run)

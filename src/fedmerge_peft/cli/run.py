@@ -247,13 +247,18 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
 
     def rerun(override: str, suffix: str) -> str:
         out = f"{run.path}-{suffix}"
-        return shlex.join(["fedmerge", "run", recipe, *overrides, override, "--out", out])
+        key = override.partition("=")[0]
+        others = [each for each in overrides if each.partition("=")[0].strip() != key]
+        return shlex.join(["fedmerge", "run", recipe, *others, override, "--out", out])
 
     commands = [
         (f"fedmerge report {shlex.quote(str(run.path))}", "figures, the worst clients, advice")
     ]
     if run.recipe.strategy.learned_merging:
-        commands.append((rerun("strategy.adapters=3", "3"), "a smaller soup"))
+        adapters = len(run.soup)
+        if adapters > 1:
+            fewer = (adapters + 1) // 2
+            commands.append((rerun(f"strategy.adapters={fewer}", str(fewer)), "a smaller soup"))
     else:
         commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))
     if any(recipe == entry.name for entry in shipped()):

@@ -129,6 +129,8 @@ def _sweep(
             print_result(name, f"failed: {str(error).splitlines()[0]}")
 
         def on_round(name: str, record: RoundRecord) -> None:
+            if not console.is_terminal:  # a log, without a bar
+                console.print(printable(f"{name}  {record}"), soft_wrap=True, markup=False)
             progress.update(
                 rounds, description=printable(name), completed=record.round, total=record.rounds
             )

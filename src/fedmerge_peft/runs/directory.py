@@ -63,8 +63,7 @@ class RunDirectory:
         self.path = path
         self.trust_remote_code = trust_remote_code
         """Consent to run code that the recipe names: plugins, and code that comes with a model."""
-
-    # ---- the directory ---------------------------------------------------------------------------
+        self._recipes: dict[str, Recipe] = {}
 
     @staticmethod
     def default_path(recipe: Recipe) -> Path:
@@ -138,8 +137,6 @@ class RunDirectory:
         consent = ["--trust-remote-code"] if needs_code and self.trust_remote_code else []
         return None if ended else shlex.join(["fedmerge", "resume", str(self.path), *consent])
 
-    # ---- reading ---------------------------------------------------------------------------------
-
     @classmethod
     def open(cls, path: Path | str, *, trust_remote_code: bool = False) -> Self:
         """Open a run, finished or not.
@@ -162,16 +159,18 @@ class RunDirectory:
         check_format(path)
         return cls(path, trust_remote_code=trust_remote_code)
 
-    @cached_property
+    @property
     def recipe(self) -> Recipe:
-        """The run's recipe.
+        """The run's recipe, read again if it has changed: ``resume`` may add rounds.
 
         Raises:
             RecipeError: It is invalid, or lists plugins that are not imported yet, without consent.
         """
-        path = self.path / "recipe.yaml"
-        plugins: Plugins = "import" if self.trust_remote_code else "refuse"
-        return loads(Recipe, checked.read_text(path), str(path), plugins=plugins)
+        text = checked.read_text(path := self.path / "recipe.yaml")
+        if text not in self._recipes:
+            plugins: Plugins = "import" if self.trust_remote_code else "refuse"
+            self._recipes = {text: loads(Recipe, text, str(path), plugins=plugins)}
+        return self._recipes[text]
 
     @property
     def trusted_recipe(self) -> Recipe:

@@ -34,11 +34,16 @@ class RunWriter(RunDirectory):
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         super().__init__(path)
-        self.__dict__["recipe"] = recipe
+        self._given = recipe
         self.completed = 0
         """Rounds on disk."""
         self._metrics_sum = ""
         """Sum of the last line of ``metrics.jsonl``."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the writer was given; its file may not be there yet."""
+        return self._given
 
     @rank_zero
     def begin(self, engine: Engine, strategy: Strategy) -> None:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_TOLD = ("federation.tuning", "sites.site.trainer")
+"""Modules whose results users should see: chosen values, and the place of a site's adapters."""
+
+
 class _PrintableFormatter(logging.Formatter):
     """Escape control characters, which names of clients and columns may contain."""
 
@@ -38,8 +42,8 @@ def configure_logging(console: Console, *, engines_only: bool = False) -> None:
     package = logging.getLogger("fedmerge_peft")
     package.handlers = [handler]
     package.propagate = False
-    # the choice of the learning rate takes a while, and users should see its result
-    logging.getLogger("fedmerge_peft.federation.tuning").setLevel(logging.INFO)
+    for name in _TOLD:
+        logging.getLogger(f"fedmerge_peft.{name}").setLevel(logging.INFO)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets|torch)\b"
     )

@@ -291,7 +291,7 @@ class Trainer:
         write_adapter(folder, tensors, self._config)
         write_text(folder / "README.md", fields.readme)
         write_text(folder / "weights.json", fields.weights)
-        log.warning("the adapter of %s is in %s", client, folder)
+        log.info("the adapter of %s is in %s", client, folder)
 
     @cached_property
     def _config(self) -> Mapping[str, object]:

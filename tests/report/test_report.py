@@ -454,7 +454,7 @@ def test_finetuning_that_lowers_the_perplexity_is_found(tmp_path):
 def test_overfitting_names_its_cause(tmp_path):
     made = family(tmp_path / "run", NAMES)
     (made.path / "best").mkdir()
-    best = {"after_round": 3, "served": {"metric": "test_accuracy", "clients": {}}}
+    best = {"after_round": 3, "served": made.summary["final"]["served"]}
     checked.write_document(made.path / "best" / "scores.json", best)
     (found,) = [each for each in advice(load_run(made.path)) if "lowest" in each.finding]
     assert found.cause.startswith("overfitting: the training loss went on falling")

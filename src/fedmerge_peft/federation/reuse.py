@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from fedmerge_peft.errors import RecipeError, RunError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat, written
+from fedmerge_peft.runs import documents
 from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.writer import metadata
-from fedmerge_peft.util import checked, strict_json
+from fedmerge_peft.util import strict_json
 from fedmerge_peft.util.files import hardlink, translated_write_errors
 
 if TYPE_CHECKING:
@@ -112,13 +113,13 @@ def earlier_decisions(found: Mapping[str, RunDirectory]) -> dict[str, dict[str, 
 
 def check_data(recipe: Recipe, engine: Engine, found: dict[str, RunDirectory]) -> None:
     """Raise ``RecipeError`` unless clients, examples and adapters are those of the earlier runs."""
-    documents = metadata(recipe, engine) if found else {}
-    if found and "examples.json" not in documents:
+    own = metadata(recipe, engine) if found else {}
+    if found and "examples.json" not in own:
         raise RecipeError(["baselines_from: this engine's examples are unknown; remove the key"])
     for run in found.values():
-        for name, document in documents.items():
+        for name, document in own.items():
             path = run.path / name
-            saved = checked.read_document(path) if path.is_file() else None
+            saved = documents.read(path) if path.is_file() else None
             if saved != strict_json.loads(strict_json.dumps(document)):
                 problem = "differs" if saved is not None else "is missing"
                 raise RecipeError(

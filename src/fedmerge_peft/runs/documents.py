@@ -156,12 +156,20 @@ class LabelCounts:
             raise ValueError("a client has not one count for each label")
 
 
+@dataclass(frozen=True)
+class ExamplesDigest:
+    """``examples.json``."""
+
+    digest: Text
+
+
 SCHEMAS: Mapping[str, Any] = {
     "environment.json": Environment,
     "decisions.json": dict[str, Decision],
     "clients.json": Clients,
     "task.json": Task,
     "labels.json": LabelCounts,
+    "examples.json": ExamplesDigest,
     "summary.json": Summary,
     "scores.json": State,
     "privacy.json": Releases,

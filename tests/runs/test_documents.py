@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from fedmerge_peft import RunError, load_run
+from fedmerge_peft import FedMergeError, RunError, load_run
 from fedmerge_peft.adapters.soup import AdapterSoup, OwnParts
 from fedmerge_peft.runs import checkpoint, documents
 from fedmerge_peft.runs.verify import verify
@@ -249,3 +249,9 @@ def test_each_field_of_a_checkpoint_is_checked(run):
         assert not fault or "round-00002" in fault
         refused += bool(fault)
     assert refused > 8 * len(set(places(document)))
+
+
+def test_a_recipe_of_any_length_is_refused_quickly(run):
+    checked.write_text(run / "recipe.yaml", f"name: {'x' * 2**21}\n")
+    with pytest.raises(FedMergeError, match=r"recipe\.yaml: exceeds the limit of 1048576 "):
+        load_run(run).recipe  # noqa: B018

@@ -23,6 +23,9 @@ Where = tuple[str | int, ...]
 DEEPEST = 32
 """Maximum depth of nesting."""
 
+LONGEST = 2**20
+"""Maximum number of characters. The file of a recipe is shorter; that of a run has all defaults."""
+
 MOST = 50
 """Maximum number of faults that one error lists."""
 
@@ -139,6 +142,8 @@ def parse(text: str, mark: Mark) -> Document:
     Raises ``RecipeError`` for text that is not one YAML document. Other faults (duplicate keys,
     numbers that are too large) are added to the document's ``faults``.
     """
+    if len(text) > LONGEST:
+        raise refuse([Fault(Mark(mark.source), (), f"exceeds the limit of {LONGEST} characters")])
     try:
         node = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:

@@ -203,7 +203,7 @@ def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[st
         EvalResult(
             pipeline,
             dataset_type="private",
-            dataset_name=name,
+            dataset_name=printable(name),
             metric_type=metric.removeprefix("test_"),
             metric_value=value,
         )
@@ -215,7 +215,7 @@ def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[st
         library_name="peft",
         pipeline_tag=pipeline,
         tags=["lora", "federated-learning", "model-merging", "fedmerge-peft"],
-        model_name=name if results else None,
+        model_name=printable(name) if results else None,
         eval_results=results or None,
     )
 

@@ -1,0 +1,50 @@
+"""Names from somebody else's run are shown literally, in cards and notebooks."""
+
+import shutil
+
+import pytest
+
+from fedmerge_peft import load_run
+from fedmerge_peft.serving.export import export_client
+from fedmerge_peft.util import checked
+
+NAMES = ["<script>alert(1)</script>", "\x1b[31mred\x07", "\u202eabc", "](javascript:alert(1))\n# a"]
+
+
+@pytest.fixture
+def renamed(finished, tmp_path):
+    """``renamed(name)``: a run whose first client has this name, in all of its documents."""
+
+    def rename(name):
+        run = load_run(
+            shutil.copytree(finished("sequence-classification").run.path, tmp_path / "run")
+        )
+        old = run.client_names[0]
+
+        def changed(value):
+            if isinstance(value, dict):
+                return {name if key == old else key: changed(one) for key, one in value.items()}
+            if isinstance(value, list):
+                return [changed(one) for one in value]
+            return name if value == old else value
+
+        for file in ("clients.json", "summary.json"):
+            path = run.path / file
+            checked.write_document(path, changed(checked.read_document(path)))
+        return load_run(run.path)
+
+    return rename
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_clients_change_no_card_and_no_notebook(renamed, name, tmp_path):
+    run = renamed(name)
+    assert name in run.client_names
+    card = (export_client(run, name, tmp_path / "export") / "README.md").read_text()
+    body = card.partition("\n---\n")[2].partition("```")[0]
+    page = run._repr_html_()
+    for text in (card, page):
+        assert all(line.isprintable() for line in text.split("\n"))
+    assert "<script>" not in body + page
+    assert "](javascript" not in body
+    assert "\n# a" not in card

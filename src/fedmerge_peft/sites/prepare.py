@@ -67,7 +67,10 @@ def check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("nvflare") is None:
-        raise FederateError("nvflare is not installed: pip install 'fedmerge-peft[federate]'")
+        raise FederateError(
+            "nvflare is not installed; install the extra federate: pip install -e '.[federate]' "
+            "in a checkout, or pip install 'WHEEL[federate]'"
+        )
 
 
 def site_readme(federation: Federation, site: str, recipe: Recipe) -> str:
@@ -94,8 +97,12 @@ Task: {task.name}{f", columns {columns}" if columns else ""}.
 
 ## The commands
 
+Install the package from the wheel that the organizers of the federation give you, after a look at
+its SHA-256 sum. Do not install it by its name: the project is not on the package index, where
+anyone may register the name.
+
 ```bash
-pip install "fedmerge-peft[federate]"
+pip install "{_wheel()}[federate]"
 fedmerge federate site . --data {data}
 ```
 
@@ -115,6 +122,13 @@ update.
 
 After the last round, `adapters/` holds a PEFT folder for each client of the site.
 """
+
+
+def _wheel() -> str:
+    """Return the path of the wheel of this version, for a user to complete."""
+    from fedmerge_peft import __version__
+
+    return f"./fedmerge_peft-{__version__}-py3-none-any.whl"
 
 
 def _leaving(recipe: Recipe) -> str:

@@ -125,7 +125,8 @@ _WINDOWS = {
     "window_size": 2,
     "patch_size": 4,
 }
-_LATENT = {"head_dim": 16}
+_LATENT = {"num_key_value_heads": 4}
+_HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _MIXED = {"num_hidden_layers": 4}
 _MIXED_TEXT = {"text_config": _MIXED}
 _NARROW = {**_STAGES, "embedding_size": 8, "num_groups": 4}
@@ -162,6 +163,11 @@ SPECIAL = {
         _MIXED,
     ),
     **dict.fromkeys(["qwen3_5", "qwen3_5_moe", "qwen4_exp"], _MIXED_TEXT),
+    "bamba": {**_HYBRID, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_HYBRID, "layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "dots1": {"num_key_value_heads": 4, "n_shared_experts": 1},
+    "zaya": {"num_experts_per_tok": 1},
     "jamba": {"num_hidden_layers": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "esmc": {"num_key_value_heads": 4},

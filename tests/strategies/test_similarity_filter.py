@@ -103,6 +103,14 @@ def test_clients_with_one_common_update_all_count():
     assert_near(found, one)
 
 
+@pytest.mark.slow
+def test_an_adapter_may_have_thousands_of_users():
+    """Quantiles of more than 2²⁴ numbers are an error in torch."""
+    c = torch.eye(4098, dtype=torch.float64)
+    c[0, 1] = c[1, 0] = 0.5
+    assert_near(excess_similarity(c), c)
+
+
 @given(st.integers(3, 12), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
 def test_similarity_is_a_share(count, seed):

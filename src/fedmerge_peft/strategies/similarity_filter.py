@@ -28,6 +28,7 @@ With fewer than three users no client can be outvoted, and the result is their w
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def similarity_filter_weights(between: Tensor, weights: Tensor) -> Tensor:
 def excess_similarity(c: Tensor) -> Tensor:
     """Compute κ ``(k, k)``, the similarity beyond the usual one, from 0 to 1, from cosines."""
     others = ~torch.eye(len(c), dtype=torch.bool)
-    usual = c[others].quantile(_USUAL).clamp(0, 1)
+    usual = min(1.0, max(0.0, float(np.quantile(c[others].numpy(), _USUAL))))
     excess = c - usual
-    excess = torch.where(excess > _ROUNDING, excess / (1 - usual).clamp_min(_ROUNDING), 0.0)
+    excess = torch.where(excess > _ROUNDING, excess / max(1 - usual, _ROUNDING), 0.0)
     return excess.clamp(0, 1).fill_diagonal_(1.0)

@@ -147,7 +147,8 @@ def test_the_card_has_no_local_path_if_the_base_model_is_named(finished, tmp_pat
 def test_a_local_tokenizer_is_named_without_its_folder(finished, tmp_path, monkeypatch):
     run = finished("causal-lm").run
     backbone = run.recipe.backbone.model_copy(update={"tokenizer": str(tmp_path)})
-    monkeypatch.setitem(vars(run), "recipe", run.recipe.model_copy(update={"backbone": backbone}))
+    changed = run.recipe.model_copy(update={"backbone": backbone})
+    monkeypatch.setattr(type(run), "recipe", property(lambda self: changed))
     folder = export_client(
         run, CLIENT, tmp_path / "mine", base_model_id="acme/base", repo="acme/mine"
     )

@@ -17,5 +17,7 @@ def digest(parts: Iterable[Tensor | int | float | str | None]) -> bytes:
             state.update(f"{part!r};".encode())
             continue
         state.update(f"{part.dtype}{tuple(part.shape)};".encode())
-        state.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # A tensor with one number may be contiguous with a stride of 0, as after expand.
+        plain = part.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+        state.update(plain.view(torch.uint8).numpy().data)
     return state.digest()

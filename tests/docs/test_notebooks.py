@@ -1,10 +1,45 @@
-"""The notebooks run from top to bottom as they are committed."""
+"""The notebooks run from top to bottom as they are committed, with public names only."""
 
+import ast
+import importlib
+import json
 from pathlib import Path
 
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def cells(path, kind):
+    return [
+        (cell, "".join(cell["source"]))
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_opens_with_a_line_on_how_to_start_it(path):
+    first = cells(path, "markdown")[0][1]
+    assert f"jupyter lab notebooks/{path.name}" in first
+    assert ".[demo,notebook]" in first
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_uses_public_names_only(path):
+    for _, source in cells(path, "code"):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("fedmerge_peft"):
+                public = importlib.import_module(node.module).__all__
+                assert {alias.name for alias in node.names} <= set(public), node.module
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_outputs_are_stored_without_red_warnings(path):
+    outputs = [output for cell, _ in cells(path, "code") for output in cell["outputs"]]
+    assert outputs
+    assert not [each for each in outputs if each["output_type"] == "error"]
+    assert not [each for each in outputs if each.get("name") == "stderr"]
 
 
 @pytest.mark.slow

@@ -163,12 +163,12 @@ def test_a_site_reports_errors_before_it_connects(kits, fedmerge, tmp_path):
 
 
 def test_an_unreachable_server_is_one_message(kits, fedmerge, monkeypatch):
-    from fedmerge_peft.sites.flare import operator
+    from fedmerge_peft.sites.flare import session
 
     def unreachable(*arguments, **options):
         raise ConnectionRefusedError("connection refused")
 
-    monkeypatch.setattr(operator, "new_secure_session", unreachable)
+    monkeypatch.setattr(session, "new_secure_session", unreachable)
     code, _, err = fedmerge("federate", "status", kits)
     assert code == 2
     assert "no server of this federation responds" in err

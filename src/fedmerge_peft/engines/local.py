@@ -75,16 +75,18 @@ class LocalEngine:
 
     @cached_property
     def examples_digest(self) -> str:
-        """Digest of all encoded examples, by client and split."""
+        """Digest of the clients' encoded examples, wherever they stand in the table."""
         columns = self.runtime.examples.columns
-        encoded = (tensor for name in sorted(columns) for tensor in columns[name])
-        rows = (
-            torch.as_tensor(np.asarray(split))
+        return digest(
+            part
             for client in self.clients
             for split in (client.train, client.validation, client.test)
-        )
-        names = (client.name for client in self.clients)
-        return digest([*names, *rows, *encoded]).hex()
+            for part in (
+                client.name,
+                len(split),
+                *(columns[name][row] for name in sorted(columns) for row in split),
+            )
+        ).hex()
 
     def add_metrics(self, compute_metrics: ComputeMetrics) -> None:
         """Evaluate the metrics of a function too."""

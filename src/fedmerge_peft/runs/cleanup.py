@@ -14,7 +14,7 @@ from fedmerge_peft.util.files import translated_write_errors
 _RUN_FILE = re.compile(
     r"(baselines/[^/]+/)*"
     r"((recipe\.yaml|metrics\.jsonl|weights/round-\d+\.safetensors"
-    r"|(environment|decisions|clients|task|labels|adapter_config|privacy|summary)\.json)"
+    r"|(environment|decisions|clients|examples|task|labels|adapter_config|privacy|summary)\.json)"
     r"|(best/)?(soup|weights)\.safetensors|best/scores\.json"
     r"|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
 )

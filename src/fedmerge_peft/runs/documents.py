@@ -108,7 +108,7 @@ class Decision:
     value: Number
     reason: Text
     measure: Text = ""
-    start: Losses = field(default_factory=dict)
+    start: Losses | None = None
     trials: list[Trial] = field(default_factory=list)
     seconds: Number = 0.0
 

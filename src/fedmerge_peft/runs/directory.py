@@ -41,6 +41,7 @@ from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunE
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.loading import CONSENT, Plugins, loads
 from fedmerge_peft.runs import documents
+from fedmerge_peft.runs.cached_files import CachedFiles
 from fedmerge_peft.runs.cleanup import is_temporary, refuse_links
 from fedmerge_peft.runs.formats import check_format
 from fedmerge_peft.runs.frames import clients_frame, label_counts_frame, metrics_frame
@@ -63,7 +64,7 @@ class RunDirectory:
         self.path = path
         self.trust_remote_code = trust_remote_code
         """Consent to run code that the recipe names: plugins, and code that comes with a model."""
-        self._recipes: dict[str, Recipe] = {}
+        self._files = CachedFiles()
 
     @staticmethod
     def default_path(recipe: Recipe) -> Path:
@@ -166,11 +167,12 @@ class RunDirectory:
         Raises:
             RecipeError: It is invalid, or lists plugins that are not imported yet, without consent.
         """
-        text = checked.read_text(path := self.path / "recipe.yaml")
-        if text not in self._recipes:
-            plugins: Plugins = "import" if self.trust_remote_code else "refuse"
-            self._recipes = {text: loads(Recipe, text, str(path), plugins=plugins)}
-        return self._recipes[text]
+        recipe: Recipe = self._files.get(self.path / "recipe.yaml", self._load_recipe)
+        return recipe
+
+    def _load_recipe(self, path: Path) -> Recipe:
+        plugins: Plugins = "import" if self.trust_remote_code else "refuse"
+        return loads(Recipe, checked.read_text(path), str(path), plugins=plugins)
 
     @property
     def trusted_recipe(self) -> Recipe:
@@ -192,7 +194,7 @@ class RunDirectory:
     def records(self) -> list[dict[str, Any]]:
         """The objects of ``metrics.jsonl``, one per finished round."""
         path = self.path / "metrics.jsonl"
-        records = documents.read_rounds(path)
+        records: list[dict[str, Any]] = self._files.get(path, documents.read_rounds)
         checkpoints = (self.path / "checkpoint").glob("round-*[0-9].safetensors")
         if len(records) < max(map(round_of, checkpoints), default=0):
             raise checked.damaged(path, "it lacks finished rounds")
@@ -243,7 +245,7 @@ class RunDirectory:
                 f"{self.path} has not ended: "
                 f"{len(self.records)} of {self.recipe.rounds} rounds are done"
             )
-        return documents.read(path)
+        return self._files.get(path, documents.read)  # type: ignore[no-any-return]
 
     @property
     def last_scores(self) -> dict[str, Any] | None:

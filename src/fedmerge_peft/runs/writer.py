@@ -71,10 +71,10 @@ class RunWriter(RunDirectory):
 
     def _reopen(self, engine: Engine, strategy: Strategy) -> None:
         path, recipe = self.path, self.recipe
-        documents = metadata(recipe, engine)
+        expected = metadata(recipe, engine)
         for name in ("clients.json", "task.json"):
             if (path / name).is_file() and checked.read_document(path / name) != strict_json.loads(
-                strict_json.dumps(documents[name])
+                strict_json.dumps(expected[name])
             ):
                 raise ResumeError(
                     f"{path} cannot be resumed: the data have changed and no longer match {name}"

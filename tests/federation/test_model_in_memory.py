@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from tokenizers import normalizers
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -25,7 +26,9 @@ from fedmerge_peft import (
     resume,
     sweep,
 )
+from fedmerge_peft.models.in_memory import save_stock
 from fedmerge_peft.report.page import write_report
+from fedmerge_peft.tasks.in_memory import take_model
 
 LABELS = ["access", "billing"]
 
@@ -206,6 +209,71 @@ def test_the_output_layer_is_the_head_and_all_others_get_lora(run):
     assert set(config["target_modules"]) == {"layers.0.dense", "layers.1.dense"}
 
 
+class Negated(TextNet):
+    def forward(self, input_ids, attention_mask):
+        return -super().forward(input_ids, attention_mask)
+
+
+def rows_of(tmp_path, name, model, tokenizer):
+    run = federate(
+        text_recipe(rounds=1), tmp_path / name, data=frame(), model=model, tokenizer=tokenizer
+    )
+    return run, run.soup.rows
+
+
+def test_the_code_of_a_module_is_part_of_its_fingerprint(tokenizer, tmp_path):
+    first, rows = rows_of(tmp_path, "first", TextNet(), tokenizer)
+    Negated.__name__ = "TextNet"  # as in a notebook whose cell has run again
+    second, others = rows_of(tmp_path, "second", Negated(), tokenizer)
+    assert first.recipe.backbone.model != second.recipe.backbone.model
+    assert not torch.equal(rows, others)
+
+
+@pytest.mark.parametrize("change", ["normalizer", "model_max_length"])
+def test_the_settings_of_a_tokenizer_are_part_of_the_fingerprint(change, tokenizer, tmp_path):
+    other = deepcopy(tokenizer)
+    if change == "normalizer":
+        other.backend_tokenizer.normalizer = normalizers.Replace("a", "e")
+    else:
+        other.model_max_length = 4
+    first, rows = rows_of(tmp_path, "first", TextNet(), tokenizer)
+    second, others = rows_of(tmp_path, "second", TextNet(), other)
+    assert first.recipe.backbone.model != second.recipe.backbone.model
+    assert not torch.equal(rows, others)
+
+
+def test_objects_replace_earlier_ones_with_the_same_fingerprint():
+    values = [1.0, 2.0]
+    functions = [lambda image, value=value: value for value in values]
+    net = TextNet()
+    first, second = (take_model(net, processor=function) for function in functions)
+    assert first is second
+    assert second.processor is functions[1]
+
+
+@pytest.mark.parametrize("change", ["none", "hook", "setting", "forward"])
+def test_a_model_of_transformers_that_computes_something_else_is_copied(change, bert, tmp_path):
+    layer = bert.bert.encoder.layer[0]
+    if change == "hook":
+        layer.intermediate.register_forward_hook(lambda module, inputs, output: output * 0)
+    elif change == "setting":
+        layer.output.LayerNorm.eps = 1.0
+    elif change == "forward":
+        layer.intermediate.forward = torch.nn.functional.relu
+    save_stock(bert, tmp_path / "model")
+    assert (tmp_path / "model").exists() == (change == "none")
+
+
+def test_hooks_of_a_model_run_in_training(tiny_models, tokenizer, tmp_path):
+    calls = []
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_models / "bert", num_labels=2)
+    model.bert.pooler.register_forward_hook(lambda *_: calls.append("hook"))
+    federate(
+        text_recipe(rounds=1), tmp_path / "run", data=frame(), model=model, tokenizer=tokenizer
+    )
+    assert calls
+
+
 def test_a_function_prepares_the_images_of_a_module(tmp_path):
     images = [Image.new("RGB", (2, 2), color) for color in ("black", "white")] * 16
     folder = tmp_path / "images"
@@ -332,10 +400,19 @@ def test_a_module_that_does_not_fit_is_refused(net, changes, message, tokenizer,
         )
 
 
-def test_a_model_with_an_adapter_is_refused(tokenizer, tmp_path):
-    adapted = get_peft_model(TextNet(), LoraConfig(target_modules=["out"]))
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential])
+def test_a_model_with_an_adapter_is_refused(wrap, tokenizer, tmp_path):
+    adapted = wrap(get_peft_model(TextNet(), LoraConfig(target_modules=["out"])))
     with pytest.raises(BackboneError, match="it holds a PEFT adapter"):
         federate(text_recipe(), tmp_path / "run", model=adapted, tokenizer=tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_refused(tokenizer, tmp_path):
+    with pytest.raises(BackboneError, match="pass the module that was compiled"):
+        federate(
+            text_recipe(), tmp_path / "run", model=torch.compile(TextNet()), tokenizer=tokenizer
+        )
 
 
 def test_a_recipe_without_its_model_says_so(tmp_path):

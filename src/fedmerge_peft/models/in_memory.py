@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.tasks.in_memory import attached, behavior
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -108,11 +109,16 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_stock(model: nn.Module) -> bool:
-    """Return True for a model of transformers with the modules that its configuration describes."""
+    """Return True for a model of transformers that computes what its configuration describes.
+
+    A model with other modules or settings, or with hooks of a program, is not one.
+    """
     from transformers import PreTrainedModel
 
     kind = type(model)
     if not isinstance(model, PreTrainedModel) or not kind.__module__.startswith("transformers."):
+        return False
+    if any(attached(module) for module in model.modules()):
         return False
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -123,7 +129,7 @@ def _is_stock(model: nn.Module) -> bool:
 
 
 def _structure(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    modules = [(name, type(module)) for name, module in model.named_modules()]
+    modules = [(name, type(module), behavior(module)) for name, module in model.named_modules()]
     return modules, [(name, tensor.shape) for name, tensor in model.named_parameters()]
 
 

@@ -6,6 +6,7 @@ the objects for as long as the program does. They are never changed: runs train 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -23,11 +24,18 @@ IN_MEMORY = "memory"
 """Value of ``backbone.model``, up to a colon, for a model that a Python program passes."""
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Entries of a configuration that do not change what a model computes."""
+_SETTINGS = ("padding_side", "truncation_side", "model_max_length", "chat_template")
+_STEPS = ("normalizer", "pre_tokenizer", "model", "post_processor")
+"""Parts of a fast tokenizer that determine its tokens."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PassedModel:
-    """A model and its tokenizer or image processor, as a Python program passes them."""
+    """A model and its tokenizer or image processor, as a Python program passed them last.
+
+    A fingerprint cannot show everything that a forward pass depends on, such as the values that a
+    function has captured. The objects that were passed last therefore replace those before them.
+    """
 
     model: nn.Module
     processor: Any
@@ -59,8 +67,8 @@ def take_model(
             tensor ``(channels, height, width)``.
 
     Raises:
-        BackboneError: The model is no module, holds a PEFT adapter or has no weights in memory; not
-            one of tokenizer and processor is passed with it.
+        BackboneError: The model is no module, is compiled, holds a PEFT adapter or has no weights
+            in memory; not one of tokenizer and processor is passed with it.
     """
     given = [each for each in (tokenizer, processor) if each is not None]
     if model is None:
@@ -76,15 +84,19 @@ def take_model(
         raise BackboneError(
             "model: pass its tokenizer=... (texts) or its processor=... (images), one of them"
         )
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "_orig_mod"):
+        raise BackboneError(
+            "model: torch.compile has wrapped it; pass the module that was compiled "
+            "(model._orig_mod)"
+        )
+    if hasattr(model, "peft_config") or any(map(_is_adapted, model.modules())):
         raise BackboneError(
             "model: it holds a PEFT adapter; pass the base model alone, or merge the adapter into "
             "it first (merge_and_unload())"
         )
     name = _name(model, given[0])
-    passed = _PASSED.get(name)
-    if passed is None or _name(passed.model, passed.processor) != name:
-        _PASSED[name] = passed = PassedModel(model, given[0], name)
+    passed = _PASSED.setdefault(name, PassedModel(model, given[0], name))
+    passed.model, passed.processor = model, given[0]
     return passed
 
 
@@ -153,8 +165,9 @@ def _name(model: nn.Module, processor: Any) -> str:
 
 
 def _parts(model: nn.Module, processor: Any) -> Iterator[Tensor | str]:
-    """Yield structure, configuration, weights and processor of a model."""
-    yield from (f"{name} {type(module).__name__}" for name, module in model.named_modules())
+    """Yield structure, code, configuration, weights and processor of a model."""
+    for name, module in model.named_modules():
+        yield f"{name} {type(module).__name__} {' '.join(behavior(module))}"
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         entries = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
@@ -172,11 +185,48 @@ def _parts(model: nn.Module, processor: Any) -> Iterator[Tensor | str]:
     yield _description(processor)
 
 
+def behavior(module: nn.Module) -> list[str]:
+    """Return what a module computes besides its weights, as far as texts show it.
+
+    These are its hooks, the settings of torch's own layers, and the source of other forward passes.
+    """
+    library = type(module).__module__.partition(".")[0]
+    settings = [module.extra_repr()] if library == "torch" else []
+    own = [] if library in ("torch", "transformers") else [type(module).forward]
+    return settings + [_source(function) for function in (*own, *attached(module))]
+
+
+def attached(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the functions that a program has attached to one module: hooks, and another forward.
+
+    Those by which accelerate places the weights on devices do not count.
+    """
+    if hasattr(module, "_hf_hook"):
+        return []
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [*hooks, *([vars(module)["forward"]] if "forward" in vars(module) else [])]
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "peft_config") or hasattr(module, "adapter_layer_names")
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """Return the source of a function; without any, its name or that of its type."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 def _description(processor: Any) -> str:
-    """Return a tokenizer's tokens, or the settings of an image processor."""
+    """Return a tokenizer's tokens and settings, those of an image processor, or a source."""
     if hasattr(processor, "get_vocab"):
         tokens = sorted(processor.get_vocab().items())
-        return repr((tokens, sorted(map(str, processor.all_special_tokens))))
+        settings = [str(getattr(processor, name, None)) for name in _SETTINGS]
+        parts = [getattr(getattr(processor, "_tokenizer", None), name, None) for name in _STEPS]
+        states = [part and part.__getstate__() for part in parts]
+        return repr((tokens, sorted(map(str, processor.all_special_tokens)), settings, states))
     if hasattr(processor, "to_json_string"):
         return str(processor.to_json_string())
-    return type(processor).__qualname__
+    return _source(processor)

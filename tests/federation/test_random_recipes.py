@@ -1,6 +1,7 @@
 """Random valid recipes end with finite adapters and scores, or are refused with one error."""
 
 import math
+import os
 import random
 import signal
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from federation.random_recipes import SCHEMA, random_recipe
 from fedmerge_peft import federate
 from fedmerge_peft.errors import FedMergeError
 
-QUICK, ALL = range(8), range(8, 200)
+QUICK, ALL = range(8), range(8, int(os.environ.get("FEDMERGE_RANDOM_RECIPES", "100")))
+"""Numbers of recipes. After a new key of recipes, try 1000."""
 SECONDS = 120
 """Processor time of a run; usual ones take two."""
 INPUTS = {

@@ -64,6 +64,13 @@ def test_figures_without_data_are_refused(run):
         run.baselines["fedavg"].plot.weights()
 
 
+def test_pictures_without_a_known_suffix_are_refused(run, tmp_path):
+    for picture in (run.plot.accuracy(), Comparison.of([run]).plot()):
+        with pytest.raises(RunError, match=r"figures are written as \.png, \.svg, \.pdf"):
+            picture.save(tmp_path / "figure")
+    assert not any(tmp_path.iterdir())
+
+
 def test_all_clients_are_in_one_figure_without_baselines_too(run, tmp_path):
     names = [f"client {number}" for number in range(40)]
     assert len(family(tmp_path / "many", names).plot.clients().drawing.names) == 40

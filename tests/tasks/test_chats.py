@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from fedmerge_peft.errors import DataError, RecipeError
+from fedmerge_peft.tasks.chat_messages import parse_messages
 from tasks.causal_lm_tables import CHATS, NAME, PAIRS
 from tasks.chat_templates import CHAT, CHATML, FORMS, MISTRAL, QWEN3, TOOLS
 
@@ -320,3 +321,12 @@ def test_the_last_message_is_kept_whole_if_only_it_has_a_loss(task_of):
     whole, learned = decoded(task, task.encode(table))
     assert learned == "Five</s>"
     assert whole.startswith("<s>")
+
+
+@pytest.mark.parametrize(
+    "value", ["[" * 100_000, [{"from": ["human"], "value": "Hi."}]], ids=["deep", "role"]
+)
+def test_messages_of_no_known_form_are_refused_in_short(value):
+    with pytest.raises(DataError) as refused:
+        parse_messages(value, "messages", "row 0: ")
+    assert len(str(refused.value)) < 400

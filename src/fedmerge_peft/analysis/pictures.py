@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedmerge_peft.errors import RunError
 from fedmerge_peft.plotting.palette import COLORS, method_styles
-from fedmerge_peft.plotting.render import png
+from fedmerge_peft.plotting.render import Picture
 from fedmerge_peft.util.html import page, table, text
 
 if TYPE_CHECKING:
     import pandas
 
-SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def check_suffix(path: PathLike[str] | str) -> None:
-    """Raise ``RunError`` unless figures can be written with the file's suffix."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise RunError(
-            f"{path}: figures are written as {', '.join(SUFFIXES)}; use one of these suffixes"
-        )
-
 
 @dataclass(frozen=True)
-class ComparisonPicture:
+class ComparisonPicture(Picture):
     """For each setting, the mean score by round, and the final mean and worst tenth per method.
 
     Bands and error bars are one standard deviation over runs.
@@ -42,24 +29,7 @@ class ComparisonPicture:
     """``Comparison.curves``."""
 
     def draw(self) -> Any:
-        """Return a new ``matplotlib.figure.Figure``, to change before it is saved."""
         return _draw(self.methods, self.curves)
-
-    def save(self, path: PathLike[str] | str) -> None:
-        """Write the file; its suffix, one of ``SUFFIXES``, selects the format.
-
-        Raises:
-            RunError: The suffix is not supported, or the file cannot be written.
-        """
-        check_suffix(path)
-        form = Path(path).suffix.lower().removeprefix(".")
-        try:
-            self.draw().savefig(path, format=form, dpi=150)
-        except OSError as error:
-            raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-
-    def _repr_png_(self) -> bytes:
-        return png(self.draw())
 
 
 def comparison_html(methods: pandas.DataFrame) -> str:

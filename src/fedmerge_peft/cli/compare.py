@@ -60,9 +60,9 @@ def compare(
 
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.analysis.comparison import find_runs
-    from fedmerge_peft.analysis.pictures import check_suffix
     from fedmerge_peft.analysis.reports import as_csv
     from fedmerge_peft.analysis.reports import markdown as as_markdown
+    from fedmerge_peft.plotting.render import check_suffix
     from fedmerge_peft.util.logs import configure_logging
     from fedmerge_peft.util.text import printable
 

@@ -1,4 +1,4 @@
-"""Guesses what the columns of a table are for: texts, labels, clients, splits."""
+"""Guesses of the purpose of a table's columns: texts, labels, clients, splits."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> s
     fit = [
         each
         for each in _free(columns, taken)
-        if 2 <= each.distinct <= min(_MOST_LABELS, rows / 2) and each.name not in _CLIENTS
+        if 2 <= each.distinct <= min(_MOST_LABELS, rows / 2) and each.name.lower() not in _CLIENTS
     ]
     fewest = min(((each.distinct, each.name) for each in fit), default=(0, None))[1]
     return _named(fit, _LABELS) or fewest

@@ -137,15 +137,15 @@ def _bar(name: str, done: int, total: int) -> str:
 def _styles() -> str:
     """Return the style of the curve, whose gray is legible on light and dark pages."""
     rules = [
-        ".curve svg { width: 420px; max-width: 100%; overflow: visible; }",
-        ".curve text { font: 11px sans-serif; fill: currentColor; }",
-        ".curve .grid { stroke: #8884; }",
-        ".curve .line { fill: none; stroke-width: 2; }",
+        ".fedmerge .curve svg { width: 420px; max-width: 100%; overflow: visible; }",
+        ".fedmerge .curve text { font: 11px sans-serif; fill: currentColor; }",
+        ".fedmerge .curve .grid { stroke: #8884; }",
+        ".fedmerge .curve .line { fill: none; stroke-width: 2; }",
     ]
     for style, color in enumerate(COLORS):
         rules += [
-            f".curve .line.s{style} {{ stroke: {color}; }}",
-            f".curve .dot.s{style} {{ fill: {color}; }}",
+            f".fedmerge .curve .line.s{style} {{ stroke: {color}; }}",
+            f".fedmerge .curve .dot.s{style} {{ fill: {color}; }}",
         ]
     return f"<style>{' '.join(rules)}</style>"
 

@@ -29,7 +29,8 @@ def cache_folder() -> Path:
 def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -> Path:
     """Return a folder with the weights and the tokenizer of a GGUF file, as safetensors.
 
-    The folder is written once for each file, as its path, size and time tell it, and number format.
+    The folder is written once for each file and number format. A file counts as another one if its
+    path, size or time of change differs.
 
     Args:
         backbone: Number format of the weights.
@@ -64,8 +65,11 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
             target.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix=".partial-", dir=target.parent) as partial:
                 _dequantize(backbone, path, Path(partial) / "model")
-                if not target.exists():  # else another process was faster
+                try:
                     (Path(partial) / "model").rename(target)
+                except OSError:
+                    if not target.is_dir():  # else another process was faster
+                        raise
         except OSError as error:
             raise BackboneError(
                 f"backbone.model: {path.name} cannot be dequantized into {target.parent} "
@@ -107,6 +111,7 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
         model = type(loaded)._from_config(config, dtype=loaded.dtype)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
+        # Each rank writes a folder of its own; transformers would save on rank 0 alone.
         model.should_save_on_this_rank = lambda _: True
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

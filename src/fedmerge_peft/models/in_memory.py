@@ -66,8 +66,7 @@ def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.dev
             f"{reason}"
         )
     ):
-        copy: Any = deepcopy(passed.model)
-    copy = copy.to(device, getattr(torch, backbone.dtype))
+        copy: Any = deepcopy(passed.model).to(device, getattr(torch, backbone.dtype))
     if not hasattr(copy, "config"):
         from transformers import PretrainedConfig
 

@@ -40,10 +40,11 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
 
     Raises:
         BackboneError: The folder does not hold a model or holds an adapter, KIND is unknown, or no
-            program passes the model.
+            program passes the model, or has changed it since.
     """
     model = backbone.model
     if (passed := passed_model(model)) is not None:
+        passed.check_unchanged()
         with quiet_transformers():
             save_stock(passed.model, scratch)
         return str(scratch)

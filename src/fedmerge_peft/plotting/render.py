@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from fedmerge_peft.plotting.specs import Bars, Drawing, Dumbbell, Heat, Lines, S
 from fedmerge_peft.plotting.svg_clients import is_logarithmic
 from fedmerge_peft.util.text import printable
 
-SUFFIXES = (".png", ".svg")
+SUFFIXES = (".png", ".svg", ".pdf")
+"""Formats of pictures."""
+_PAGE_SUFFIXES = (".png", ".svg")
+"""Formats of each figure of a page."""
 _ROW_HEIGHT = 0.19
 """Height of a named row of a heat map, inches."""
 _MAX_HEIGHT = 8.0
@@ -32,7 +37,7 @@ _MAX_CHARACTERS = 30
 
 
 def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
-    """Write one file per suffix of ``SUFFIXES``; create the folder and overwrite existing files.
+    """Write a PNG and an SVG file; create the folder and overwrite existing files.
 
     Args:
         drawing: The figure.
@@ -47,7 +52,7 @@ def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
     """
     from matplotlib import rc_context
 
-    paths = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+    paths = [path.with_name(path.name + suffix) for suffix in _PAGE_SUFFIXES]
     # SVG text stays text, and the same figure gives the same bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
         figure = draw(drawing, title)
@@ -61,35 +66,50 @@ def save(drawing: Drawing, title: str, path: Path) -> list[Path]:
     return paths
 
 
-@dataclass(frozen=True)
-class Picture:
+def check_suffix(path: PathLike[str] | str) -> None:
+    """Raise ``RunError`` unless pictures can be written with the file's suffix."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise RunError(
+            f"{path}: figures are written as {', '.join(SUFFIXES)}; use one of these suffixes"
+        )
+
+
+class Picture(ABC):
     """A figure that notebooks show."""
+
+    @abstractmethod
+    def draw(self) -> Any:
+        """Return a new ``matplotlib.figure.Figure``, to change before it is saved."""
+
+    def save(self, path: PathLike[str] | str) -> Path:
+        """Write a file in the format of its suffix, one of ``SUFFIXES``; return its path.
+
+        Raises:
+            RunError: The suffix is not supported, or the file cannot be written.
+        """
+        check_suffix(path)
+        path = Path(path)
+        try:
+            self.draw().savefig(path, format=path.suffix.lower().removeprefix("."), dpi=150)
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+        return path
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        self.draw().savefig(buffer, format="png", dpi=110, facecolor="white")
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class DrawingPicture(Picture):
+    """A drawing of a report as a picture."""
 
     drawing: Drawing
     title: str
 
     def draw(self) -> Any:
-        """Return a new ``matplotlib.figure.Figure``, to change before it is saved."""
         return draw(self.drawing, self.title)
-
-    def save(self, path: Path | str) -> Path:
-        """Write a PNG, SVG or PDF file, by its suffix. Raises ``RunError``."""
-        path = Path(path)
-        try:
-            self.draw().savefig(path, dpi=150)
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be written: {error}") from error
-        return path
-
-    def _repr_png_(self) -> bytes:
-        return png(self.draw())
-
-
-def png(figure: Any) -> bytes:
-    """Return a figure of matplotlib as a PNG."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, facecolor="white")
-    return buffer.getvalue()
 
 
 def draw(drawing: Drawing, title: str) -> Any:

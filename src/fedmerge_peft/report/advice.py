@@ -24,7 +24,6 @@ _MAX_LISTED = 5
 """Clients that a finding names."""
 _CHANCE = 0.9
 """Share of the loss of guessing above which a training loss is near chance."""
-
 _SOLVED = 0.1
 """Training loss of the first round, nats, below which there is little left to learn."""
 
@@ -79,7 +78,7 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
 
 
 def _trained_after_warm_rounds(run: RunDirectory) -> bool:
-    """Return whether the recipe has rounds after the warm ones, or no warm rounds."""
+    """Return True if the recipe has rounds after the warm ones, or no warm rounds."""
     strategy = run.recipe.strategy
     warm = getattr(strategy, "start", "warm") == "warm"
     return not warm or run.recipe.rounds > getattr(strategy, "warm_rounds", 0)

@@ -1,4 +1,4 @@
-"""Is it better for each client? Scores of every client under the methods."""
+"""Scores of every client under the methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What did it cost? Traffic and time of all methods."""
+"""Costs of a run: traffic and time of all methods."""
 
 from __future__ import annotations
 

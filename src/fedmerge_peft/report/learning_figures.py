@@ -1,4 +1,4 @@
-"""Did it learn? Losses and scores by round, against chance."""
+"""Learning of the methods: losses and scores by round, against chance."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Losses:
 
     @property
     def flat(self) -> bool:
-        """Whether the training loss has hardly fallen."""
+        """True if the training loss has hardly fallen."""
         first, last = (self.training[end][1] for end in (0, -1)) if self.training else (0.0, 0.0)
         return len(self.training) > 1 and first - last < _FLAT * abs(first)
 

@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def greater_is_better(self) -> bool:
-        """Whether larger scores are better."""
+        """True if larger scores are better."""
         return greater_is_better((self.metric or "").partition("_")[2])
 
     @property
@@ -64,8 +64,9 @@ class Setting:
 
     @property
     def rivals(self) -> list[Method]:
-        """The methods to compare the first one with: those of its seed, if there are any. local and
-        fedavg come before others.
+        """The methods to compare the first one with: those of its seed, if there are any.
+
+        local and fedavg come before others.
         """
         order = {"local": 0, "fedavg": 1}
         seed = self.methods[0].run.recipe.seed
@@ -78,7 +79,7 @@ class Setting:
 
     @property
     def reference(self) -> Method | None:
-        """The first of these."""
+        """The first of the rivals; None without any."""
         return next(iter(self.rivals), None)
 
 

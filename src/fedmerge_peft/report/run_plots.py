@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.plotting.render import Picture
+from fedmerge_peft.plotting.render import DrawingPicture, Picture
 from fedmerge_peft.plotting.specs import Bars
 from fedmerge_peft.report.client_figures import client_figures
 from fedmerge_peft.report.cost_figures import traffic
@@ -59,14 +59,14 @@ class RunPlots:
             raise RunError(f"{self._run.path} has no round yet")
         names, values, styles = zip(*rows, strict=True)
         bars = Bars(names, values, unit="MB", label="data of a client (MB)", styles=styles)
-        return Picture(bars, "Traffic of a client in the whole run")
+        return DrawingPicture(bars, "Traffic of a client in the whole run")
 
 
 def _picture(figures: Iterable[Figure], *names: str) -> Picture:
     found = {figure.name: figure for figure in figures}
     for name in names:
         if name in found:
-            return Picture(found[name].drawing, found[name].title)
+            return DrawingPicture(found[name].drawing, found[name].title)
     raise RunError(
         "the run has no data for this figure: no round was evaluated, or all clients share one "
         "adapter"

@@ -1,4 +1,4 @@
-"""Who shares with whom? Merging weights, and the similarity of clients."""
+"""Sharing of adapters: merging weights, and the similarity of clients."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -153,7 +154,8 @@ def parse_messages(value: Any, column: str, where: str) -> list[Message]:
         value = _parsed(value)
     if not isinstance(value, list | tuple) or not value:
         raise DataError(
-            f"{where}{column!r} must be a list of at least one {{role, content}}, not {value!r}"
+            f"{where}{column!r} must be a list of at least one {{role, content}}, not "
+            f"{_shown(value)}"
         )
     return [_message(message, column, where) for message in value]
 
@@ -162,7 +164,11 @@ def _message(message: Any, column: str, where: str) -> Message:
     cleaned = _without_nulls(message) if isinstance(message, dict) else {}
     if "from" in cleaned and "role" not in cleaned:
         role = cleaned.pop("from")
-        cleaned = {"role": _ROLES.get(role, role), "content": cleaned.pop("value", None), **cleaned}
+        cleaned = {
+            "role": _ROLES.get(str(role), role),
+            "content": cleaned.pop("value", None),
+            **cleaned,
+        }
     content = cleaned.get("content")
     if isinstance(content, list):
         content = _joined(content, column, where)
@@ -171,7 +177,8 @@ def _message(message: Any, column: str, where: str) -> Message:
         content = "" if content is None else content
     if not isinstance(cleaned.get("role"), str) or not isinstance(content, str):
         raise DataError(
-            f"{where}a message in {column!r} needs a role and a content, both text, not {message!r}"
+            f"{where}a message in {column!r} needs a role and a content, both text, not "
+            f"{_shown(message)}"
         )
     return {**cleaned, "content": content}
 
@@ -199,7 +206,7 @@ def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(
-                f"{where}a tool call in {column!r} needs a function with a name, not {call!r}"
+                f"{where}a tool call in {column!r} needs a function with a name, not {_shown(call)}"
             )
         arguments = function.get("arguments", {})
         if isinstance(arguments, str) and isinstance(parsed := _parsed(arguments), dict):
@@ -217,15 +224,21 @@ def _tools(value: Any, column: str, where: str) -> list[Any] | None:
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise DataError(f"{where}{column!r} must be a list of tools, or its JSON, not {value!r}")
+        raise DataError(
+            f"{where}{column!r} must be a list of tools, or its JSON, not {_shown(value)}"
+        )
     return [_without_nulls(_parsed(tool) if isinstance(tool, str) else tool) for tool in tools]
+
+
+def _shown(value: Any) -> str:
+    return shortened(repr(value), 200)
 
 
 def _parsed(text: str) -> Any:
     """Parse JSON; other text remains as it is."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
         return text
 
 

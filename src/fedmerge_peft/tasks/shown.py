@@ -23,7 +23,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """What a row became."""
+    """Row after tokenization and truncation."""
 
     segments: list[Segment]
     label: str | None = None

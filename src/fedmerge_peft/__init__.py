@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from fedmerge_peft.runs.record import RoundRecord, Scores
     from fedmerge_peft.serving.export import export_all, export_client, export_soup, push_to_hub
     from fedmerge_peft.serving.merged_adapter import MergedAdapter
-    from fedmerge_peft.serving.personalize import Personalized, personalize
+    from fedmerge_peft.serving.personalize import personalize
+    from fedmerge_peft.serving.personalized import Personalized
     from fedmerge_peft.serving.predictor import Predictor
     from fedmerge_peft.strategies import Reply, Strategy, StrategyContext, fedmerge_step
     from fedmerge_peft.tasks import Task
@@ -151,7 +152,8 @@ _HOMES = {
     "federation.callbacks": ("Callback",),
     "federation.loop": ("Federation",),
     "serving.merged_adapter": ("MergedAdapter",),
-    "serving.personalize": ("Personalized", "personalize"),
+    "serving.personalize": ("personalize",),
+    "serving.personalized": ("Personalized",),
     "serving.predictor": ("Predictor",),
     "recipe": ("Recipe",),
     "runs.record": ("RoundRecord", "Scores"),

@@ -88,7 +88,7 @@ class Run(RunDirectory):
     def save_adapter(
         self, client: str, folder: Path | str, *, best: bool = False, exact: bool = False
     ) -> Path:
-        """Write a client's merged adapter as a folder that ``PeftModel.from_pretrained`` loads."""
+        """Write a client's merged adapter as a PEFT folder with a model card."""
         return self.client(client, best=best).save(folder, exact=exact)
 
     @property

@@ -65,6 +65,7 @@ def test_the_command_prints_scores_and_weights_and_saves_a_peft_folder(run, file
         "adapter_config.json",
         "adapter_model.safetensors",
         "weights.json",
+        "README.md",
         "SHA256SUMS",
     }
     assert json.loads((folder / "weights.json").read_text())["examples"] == {"train": 8, "test": 4}

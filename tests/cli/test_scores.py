@@ -36,6 +36,7 @@ def test_an_ended_run_shows_its_final_tables_again(fedmerge):
     assert "worst client" in tables
     assert "learned merging weights" in tables
     assert tables in shown
+    assert "\nto run it again: fedmerge run runs/smoke/recipe.yaml --out runs/smoke-2\n" in again
 
 
 def test_the_printed_command_repeats_the_run_elsewhere(fedmerge):

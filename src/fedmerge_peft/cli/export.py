@@ -66,7 +66,6 @@ def export(
         raise RunError("choose what to export: give exactly one of --client NAME, --all and --soup")
 
     from fedmerge_peft.serving.export import (
-        base_model,
         check_repo,
         export_all,
         export_client,
@@ -75,6 +74,7 @@ def export(
         push_to_hub,
         vllm_support,
     )
+    from fedmerge_peft.serving.model_card import base_model
     from fedmerge_peft.util.text import printable
 
     opened = Run.open(run, trust_remote_code=trust_remote_code)

@@ -12,7 +12,7 @@ from fedmerge_peft.cli.app import TrustRemoteCode, app
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedmerge_peft.serving.personalize import Personalized
+    from fedmerge_peft.serving.personalized import Personalized
 
 
 @app.command()

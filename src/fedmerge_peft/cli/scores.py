@@ -38,13 +38,12 @@ def scores(
     console = Console(highlight=False)
     print_tables(directory, console)
     again = ["fedmerge", "run", str(run / "recipe.yaml"), "--out", str(RunDirectory.free_path(run))]
-    for line in describe(directory.decisions):
+    for line in (
+        *describe(directory.decisions),
+        f"run directory: {run}",
+        f"to run it again: {shlex.join(again)}",
+    ):
         console.print(printable(line), soft_wrap=True, markup=False)
-    console.print(
-        printable(f"run directory: {run}\nto run it again: {shlex.join(again)}"),
-        soft_wrap=True,
-        markup=False,
-    )
 
 
 def print_tables(run: RunDirectory, console: Console) -> None:

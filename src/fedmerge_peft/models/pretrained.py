@@ -86,6 +86,12 @@ def _packaged(model: str) -> tuple[Path, str | None] | None:
     return Path(spec.submodule_search_locations[0]) / folder, gguf_file
 
 
+def gguf_source(backbone: BackboneRecipe) -> str | None:
+    """Return the name of the GGUF file that the weights are dequantized from, or None."""
+    packaged = _packaged(backbone.model)
+    return packaged[1] if packaged else backbone.gguf_file
+
+
 class ModelRequirements(Protocol):
     """Attributes of a task that determine how the model is loaded."""
 

@@ -24,7 +24,7 @@ from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import MergedAdapter, client_adapter
-from fedmerge_peft.serving.model_card import client_card, soup_card
+from fedmerge_peft.serving.model_card import base_model, soup_card
 from fedmerge_peft.util.files import write_json, write_text
 from fedmerge_peft.util.folders import whole_folder, write_sums
 
@@ -195,22 +195,6 @@ def check_repo(repo: str) -> None:
         ) from error
 
 
-def base_model(run: RunDirectory, base_model_id: str | None = None) -> tuple[str, str | None]:
-    """Return the base model's name, and its hub id or None.
-
-    The hub id is None for a local folder and for a generated model.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    name = base_model_id or run.recipe.backbone.model
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return name, None
-    return name, None if base_model_id is None and Path(name).exists() else name
-
-
 def vllm_support(run: RunDirectory) -> str:
     """Return one line with the vLLM options for the run's adapters, or the reasons against vLLM.
 
@@ -269,10 +253,8 @@ def _write_client(
     state, config = merged.peft_state()
     weights = {"client": merged.name, "round": merged.round, "weights": merged.weights.tolist()}
     write_adapter(folder, state, _config(config, merged.run, base_model_id), weights=weights)
-    write_text(
-        folder / "README.md",
-        str(client_card(merged, *base_model(merged.run, base_model_id), place)),
-    )
+    card = merged.card(place, base_model_id, rank=config["r"])
+    write_text(folder / "README.md", str(card))
 
 
 def _config(

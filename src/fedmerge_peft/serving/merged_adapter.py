@@ -19,13 +19,21 @@ from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.pretrained import load_model, model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.serving.model_card import adapter_card
 from fedmerge_peft.tasks import task_type
 from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer
 from fedmerge_peft.training.accelerator import choose_device
+from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.folders import whole_folder
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
     from fedmerge_peft.models.backbone import Backbone
+
+
+_EXAMPLES = {"training": "train", "validation": "validation", "test": "test"}
+"""Columns of ``run.clients``, by kind of example."""
 
 
 class _ModelHead(NamedTuple):
@@ -91,7 +99,7 @@ class MergedAdapter:
         return add_base_update(state, config, self.soup.base) if self.soup.base else (state, config)
 
     def save(self, folder: Path | str, *, exact: bool = False) -> Path:
-        """Write a folder that ``PeftModel.from_pretrained`` loads; create it if needed.
+        """Write a folder, with a model card, that ``PeftModel.from_pretrained`` loads.
 
         Args:
             folder: A new or empty folder. It is written whole or not at all.
@@ -102,11 +110,32 @@ class MergedAdapter:
             RunError: The folder cannot be written.
             ValueError: As ``peft_state``.
         """
-        folder, state = Path(folder), self.peft_state(exact=exact)
+        folder, (state, config) = Path(folder), self.peft_state(exact=exact)
         RunDirectory.check_free(folder)
         with whole_folder(folder) as partial:
-            write_adapter(partial, *state)
+            write_adapter(partial, state, config)
+            write_text(partial / "README.md", str(self.card(repr(str(folder)), rank=config["r"])))
         return folder
+
+    def card(self, place: str, base_model_id: str | None = None, *, rank: int) -> ModelCard:
+        """Return the model card of the adapter at a LoRA rank; see ``adapter_card``."""
+        if self.name in self.run.client_names:
+            role, own = "one of {clients} of a federated fine-tuning run", "the client's own part"
+            row = self.run.clients.loc[self.name]
+            examples = {part: int(row[column]) for part, column in _EXAMPLES.items()}
+        else:
+            role, own = "a mixture from a federated fine-tuning run of {clients}", "the own parts"
+            examples = {}
+        return adapter_card(
+            self.run, self.name, place, base_model_id,
+            role=role,
+            weights=self.weights,
+            scores=self.scores,
+            examples=examples,
+            round=self.round,
+            rank=rank,
+            own=None if self.soup.own is None else own,
+        )  # fmt: skip
 
     def model(self, device: str = "auto") -> Any:
         """Load the run's backbone with this adapter as a ``PeftModel`` in evaluation mode.
@@ -172,9 +201,8 @@ class MergedAdapter:
         head = _ModelHead(task_type(recipe.task).auto_model, labels, pad)
         base, _ = load_model(recipe.backbone, head, folder, device)
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
-            return PeftModel.from_pretrained(
-                base, self.save(adapter), torch_device=str(device)
-            ).eval()
+            folder = str(write_adapter(Path(adapter), *self.peft_state()))
+            return PeftModel.from_pretrained(base, folder, torch_device=str(device)).eval()
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:.2f}" for weight in self.weights.tolist())

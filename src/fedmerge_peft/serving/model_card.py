@@ -1,4 +1,4 @@
-"""Model cards: the ``README.md`` of exported folders, with metadata for the hub."""
+"""Model cards: the ``README.md`` of adapter folders, with metadata for the hub."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.models.pretrained import gguf_source
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.serving.merged_adapter import MergedAdapter
 from fedmerge_peft.tasks import task_type
 from fedmerge_peft.tasks.in_memory import is_passed
 from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+    from torch import Tensor
 
 _PROJECT = "https://arxiv.org/abs/2504.06768"
 
@@ -25,10 +26,10 @@ _CLIENT = """---
 
 # {{ title }}
 
-A LoRA adapter of `{{ base }}` for **{{ name }}**, one of {{ clients }} clients of a federated
-fine-tuning run ([FedMerge]({{ project }})). No client shared its data. The adapter is merged from
-{{ adapters }} shared adapters: θ = Σ_j π_j Θ_j{{ plus_own }}. It is a plain PEFT adapter of rank
-{{ rank }}.
+A LoRA adapter of `{{ base }}` for **{{ name }}**, {{ role }}
+([FedMerge]({{ project }})). No client shared its data. The adapter is merged from
+{{ adapters }} shared adapter{{ "s" if adapters > 1 }}: θ = Σ_j π_j Θ_j{{ plus_own }}. It is a plain
+PEFT adapter of rank {{ rank }}.
 
 ```python
 {{ example }}
@@ -37,9 +38,15 @@ fine-tuning run ([FedMerge]({{ project }})). No client shared its data. The adap
 | | |
 |---|---|
 | base model | `{{ base }}` |
+{%- if gguf %}
+| base weights | dequantized from `{{ gguf }}` to {{ dtype }} |
+{%- endif %}
 | method | `{{ method }}` |
 | round | {{ round }} |
 | merging weights π | {{ weights }} |
+{%- for part, number in examples.items() %}
+| {{ part }} examples | {{ number }} |
+{%- endfor %}
 {%- for metric, value in scores.items() %}
 | {{ metric }}, on this client's own examples | {{ value }} |
 {%- endfor %}
@@ -70,6 +77,12 @@ The clients' own parts, such as heads or label priors, are not included; export 
 | | |
 |---|---|
 | base model | `{{ base }}` |
+{%- if gguf %}
+| base weights | dequantized from `{{ gguf }}` to {{ dtype }} |
+{%- endif %}
+{%- if gguf %}
+| base weights | dequantized from `{{ gguf }}` to {{ dtype }} |
+{%- endif %}
 | method | `{{ method }}` |
 | round | {{ round }} |
 | adapters | {{ adapters }}, of rank {{ rank }} |
@@ -102,30 +115,52 @@ from safetensors.torch import load_file
 """
 
 
-def client_card(merged: MergedAdapter, base: str, hub_base: str | None, place: str) -> ModelCard:
-    """Return the card of one client's adapter.
+def adapter_card(
+    run: RunDirectory,
+    name: str,
+    place: str,
+    base_model_id: str | None = None,
+    *,
+    role: str,
+    weights: Tensor,
+    scores: Mapping[str, float],
+    examples: Mapping[str, int],
+    round: int,
+    rank: int,
+    own: str | None = None,
+) -> ModelCard:
+    """Return the card of one adapter that is merged from a run's soup.
 
     Args:
-        merged: The client's adapter.
-        base: Public name of the base model.
-        hub_base: Hub id of the base model, or None.
+        run: The run.
+        name: The client's name, or a description of the mixture.
         place: Arguments, in Python syntax, from which the example loads the adapter.
+        base_model_id: Public name of the base model. Default: the recipe's ``backbone.model``.
+        role: The client's relation to the run; ``{clients}`` becomes their number.
+        weights: π, ``(d,)``.
+        scores: Scores on the client's own examples, such as ``test_accuracy``.
+        examples: Number of examples by kind: ``training``, ``validation``, ``test``.
+        round: Number of completed rounds after which the soup was saved.
+        rank: The LoRA rank of the adapter.
+        own: The part that is added to the merged adapter, if any.
     """
-    run = merged.run
-    data = _data(run, hub_base, f"{run.recipe.name}: {merged.name}", merged.scores)
-    load = _CLIENT_LOAD.format(place=place)
-    weights = enumerate(merged.weights.tolist())
+    base, hub_base = base_model(run, base_model_id)
+    title = f"{run.recipe.name}: {name}"
+    count = len(run.client_names)
+    shares = enumerate(weights.tolist())
     return _card(
-        _CLIENT, data, run, base,
-        name=plain(merged.name),
-        title=plain(f"{run.recipe.name}: {merged.name}"),
-        weights=", ".join(f"adapter {number}: {weight:.3f}" for number, weight in weights),
-        scores=_scores(merged.scores),
-        round=merged.round,
-        rank=run.adapter_config["r"],
-        adapters=len(merged.soup),
-        plus_own="" if merged.soup.own is None else ", plus the client's own part",
-        example=_example(run, base, load, ""),
+        _CLIENT, _data(run, hub_base, title, scores), run, base,
+        name=plain(name),
+        title=plain(title),
+        role=role.format(clients=f"{count} client{'s' * (count > 1)}"),
+        weights=", ".join(f"adapter {number}: {share:.3f}" for number, share in shares),
+        adapters=len(weights),
+        scores=_scores(scores),
+        examples=examples,
+        round=round,
+        rank=rank,
+        plus_own="" if own is None else f", plus {own}",
+        example=_example(run, base, _CLIENT_LOAD.format(place=place), ""),
     )  # fmt: skip
 
 
@@ -171,6 +206,22 @@ def soup_card(
     )  # fmt: skip
 
 
+def base_model(run: RunDirectory, base_model_id: str | None = None) -> tuple[str, str | None]:
+    """Return the base model's name, and its hub id or None.
+
+    The hub id is None for a local folder and for a generated model.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    name = base_model_id or run.recipe.backbone.model
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return name, None
+    return name, None if base_model_id is None and Path(name).exists() else name
+
+
 def plain(text: str) -> str:
     """Escape a name from the data, so that Markdown shows it literally."""
     return "".join(
@@ -186,6 +237,8 @@ def _card(template: str, data: Any, run: RunDirectory, base: str, **fields: Any)
         data,
         template_str=template,
         base=base,
+        gguf=gguf_source(run.recipe.backbone),
+        dtype=run.recipe.backbone.dtype,
         method=run.recipe.strategy.name,
         clients=len(run.client_names),
         project=_PROJECT,

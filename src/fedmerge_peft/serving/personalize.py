@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.data import FederatedData, Indices
 from fedmerge_peft.engines.local import LocalEngine
@@ -34,6 +32,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.passed_model import check_model, with_model
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.serving.newcomer_data import newcomer_prior, read_newcomer
+from fedmerge_peft.serving.personalized import LEARNED, Method, Personalized
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.tasks.in_memory import take_model
 from fedmerge_peft.training.accelerator import choose_device, choose_precision
@@ -42,7 +41,6 @@ from fedmerge_peft.training.gradients import accumulate
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.optimization import count_steps
 from fedmerge_peft.training.plan import Train
-from fedmerge_peft.util.folders import whole_folder
 from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
@@ -65,79 +63,6 @@ _MIN_WEIGHT = 1e-6
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]
 """Map an adapter ``(P,)`` to the mean training loss (nats) and its gradient ``(P,)``."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """Method to obtain an adapter for the newcomer, with its scores."""
-
-    name: str
-    detail: str
-    """The adapter or client chosen; may be empty."""
-    train_loss: float
-    """Mean loss on the training examples, nats."""
-    test: Mapping[str, float]
-    """Loss (nats) and metrics on the test examples, by name; empty without test examples."""
-    seconds: float
-    """Wall time to obtain the adapter, without the test."""
-
-
-@dataclass(frozen=True)
-class Personalized:
-    """A newcomer's adapter, and the scores of the alternatives."""
-
-    name: str
-    soup: AdapterSoup
-    logits: Tensor
-    """w, ``(d,)`` float32."""
-    methods: tuple[Method, ...]
-    """Alternatives on the same examples; ``learned weights`` is the one of this adapter."""
-    nearest: str
-    """The federation's client with the most similar weights, by ½ ‖π − π'‖₁."""
-    examples: Mapping[str, int]
-    """Number of examples for training (``train``) and testing (``test``)."""
-    config: Mapping[str, Any]
-    """PEFT's configuration of the adapter."""
-    prior: Tensor
-    """The newcomer's label prior, to add to merged adapters, ``(P,)``; 0 without one."""
-
-    @property
-    def weights(self) -> Tensor:
-        """π = softmax(w), ``(d,)``."""
-        return torch.softmax(self.logits, dim=0)
-
-    @property
-    def row(self) -> Tensor:
-        """θ = π Θ plus the label prior, ``(P,)``."""
-        return self.soup.merge(self.weights) + self.prior
-
-    @property
-    def adapter(self) -> dict[str, Tensor]:
-        """The adapter as PEFT's state dict."""
-        return self.soup.state_dict(self.row)
-
-    def save(self, folder: Path | str) -> Path:
-        """Write a new folder that ``PeftModel.from_pretrained`` loads.
-
-        Its ``weights.json`` holds the logits, π and the methods' scores.
-
-        Raises:
-            RunExistsError: The folder is not empty.
-            RunError: It cannot be written.
-        """
-        folder = Path(folder)
-        RunDirectory.check_free(folder)
-        document = {
-            "name": self.name,
-            "examples": dict(self.examples),
-            "logits": self.logits.tolist(),
-            "weights": self.weights.tolist(),
-            "nearest": self.nearest,
-            "methods": [asdict(method) for method in self.methods],
-        }
-        with whole_folder(folder) as partial:
-            write_adapter(partial, self.adapter, self.config, weights=document)
-        return folder
 
 
 def personalize(
@@ -203,6 +128,8 @@ def personalize(
     nearest = clients[int((known - torch.softmax(logits, dim=0)).abs().sum(dim=1).argmin())]
     sizes = {"train": newcomer.size, "test": len(newcomer.test)}
     return Personalized(
+        run,
+        run.round(best=best),
         newcomer.name,
         soup,
         logits,
@@ -310,7 +237,7 @@ class _Comparison:
             logits, loss = start.double().clamp_min(_MIN_WEIGHT).log(), lowest
         logits = (logits - logits.mean()).float()
         row = torch.softmax(logits, dim=0).to(self.rows) @ self.rows
-        self._add("learned weights", "", loss, row, begin)
+        self._add(LEARNED, "", loss, row, begin)
         return logits
 
     def train_locally(self, seed: int) -> None:

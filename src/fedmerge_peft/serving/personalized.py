@@ -1,0 +1,114 @@
+"""A newcomer's adapter, and its comparison with alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.peft_folder import write_adapter
+from fedmerge_peft.adapters.soup import AdapterSoup
+from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.serving.model_card import adapter_card
+from fedmerge_peft.util.files import write_text
+from fedmerge_peft.util.folders import whole_folder
+
+LEARNED = "learned weights"
+"""Name of the method whose adapter is saved."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Method to obtain an adapter for the newcomer, with its scores."""
+
+    name: str
+    detail: str
+    """The adapter or client chosen; may be empty."""
+    train_loss: float
+    """Mean loss on the training examples, nats."""
+    test: Mapping[str, float]
+    """Loss (nats) and metrics on the test examples, by name; empty without test examples."""
+    seconds: float
+    """Wall time to obtain the adapter, without the test."""
+
+
+@dataclass(frozen=True)
+class Personalized:
+    """A newcomer's adapter, and the scores of the alternatives."""
+
+    run: RunDirectory
+    round: int
+    """Number of completed rounds after which the soup was saved."""
+    name: str
+    soup: AdapterSoup
+    logits: Tensor
+    """w, ``(d,)`` float32."""
+    methods: tuple[Method, ...]
+    """Alternatives on the same examples; ``LEARNED`` is the one of this adapter."""
+    nearest: str
+    """The federation's client with the most similar weights, by ½ ‖π − π'‖₁."""
+    examples: Mapping[str, int]
+    """Number of examples for training (``train``) and testing (``test``)."""
+    config: Mapping[str, Any]
+    """PEFT's configuration of the adapter."""
+    prior: Tensor
+    """The newcomer's label prior, to add to merged adapters, ``(P,)``; 0 without one."""
+
+    @property
+    def weights(self) -> Tensor:
+        """π = softmax(w), ``(d,)``."""
+        return torch.softmax(self.logits, dim=0)
+
+    @property
+    def row(self) -> Tensor:
+        """θ = π Θ plus the label prior, ``(P,)``."""
+        return self.soup.merge(self.weights) + self.prior
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Loss (nats) and metrics of this adapter on the test examples, such as ``test_loss``."""
+        (learned,) = (method for method in self.methods if method.name == LEARNED)
+        return {f"test_{metric}": value for metric, value in learned.test.items()}
+
+    @property
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter as PEFT's state dict."""
+        return self.soup.state_dict(self.row)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write a new folder, with a model card, that ``PeftModel.from_pretrained`` loads.
+
+        Its ``weights.json`` holds the logits, π and the methods' scores.
+
+        Raises:
+            RunExistsError: The folder is not empty.
+            RunError: It cannot be written.
+        """
+        folder = Path(folder)
+        RunDirectory.check_free(folder)
+        document = {
+            "name": self.name,
+            "examples": dict(self.examples),
+            "logits": self.logits.tolist(),
+            "weights": self.weights.tolist(),
+            "nearest": self.nearest,
+            "methods": [asdict(method) for method in self.methods],
+        }
+        with whole_folder(folder) as partial:
+            write_adapter(partial, self.adapter, self.config, weights=document)
+            card = adapter_card(
+                self.run, self.name, repr(str(folder)),
+                role="a newcomer to a federated fine-tuning run of {clients}",
+                weights=self.weights,
+                scores=self.scores,
+                examples={"training": self.examples["train"], "test": self.examples["test"]},
+                round=self.round,
+                rank=self.config["r"],
+                own="the newcomer's label prior" if bool(self.prior.any()) else None,
+            )  # fmt: skip
+            write_text(partial / "README.md", str(card))
+        return folder

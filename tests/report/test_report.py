@@ -290,6 +290,22 @@ def test_infinite_perplexities_are_shown(tmp_path):
     assert page.text.count("∞") >= len(NAMES)
 
 
+def test_means_are_over_the_clients_that_have_a_score(tmp_path):
+    made = family(tmp_path / "run", NAMES)
+    summary = made.summary
+    for state in ("final", "last"):
+        del summary[state]["served"]["clients"][NAMES[0]]["test_accuracy"]
+    checked.write_document(made.path / "summary.json", summary)
+    (chart,) = [each for each in figures(load_run(made.path)) if each.name == "clients"]
+    known = [
+        each["test_accuracy"]
+        for each in summary["final"]["served"]["clients"].values()
+        if "test_accuracy" in each
+    ]
+    assert chart.drawing.methods[0].mean == pytest.approx(sum(known) / len(known))
+    assert chart.markup.count('class="mean') == 3
+
+
 @pytest.mark.parametrize("strategy", ["local", "fedem", "flora", "fedavg"])
 def test_other_methods_have_a_page_too(strategy, smoke, smoke_engine, tmp_path):
     made = federate(

@@ -227,7 +227,8 @@ def _spread(axes: Any, drawing: Spread) -> None:
         values = np.asarray(method.values, float)
         shift = 0.14 * np.sin(2.4 * np.arange(len(values)))  # apart if equal
         axes.plot(values, row + shift, "o", color=color, alpha=0.4, markersize=4)
-        axes.vlines(values.mean(), row - 0.35, row + 0.35, colors=color, linewidth=2)
+        if math.isfinite(method.mean):
+            axes.vlines(method.mean, row - 0.35, row + 0.35, colors=color, linewidth=2)
     names = [printable(method.name) for method in drawing.methods]
     axes.set_yticks(range(len(names)), labels=names, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,6 +50,8 @@ class Scores:
     """One per client; those that are not finite are omitted."""
     style: int
     """Index into the palette's colors."""
+    mean: float = math.nan
+    """Mean over the clients that have a score; used by ``Spread``."""
 
 
 @dataclass(frozen=True)

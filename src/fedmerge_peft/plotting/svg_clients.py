@@ -114,7 +114,6 @@ def spread(drawing: Spread) -> Markup:
     parts = [*_grid(across, marks, 18, bottom), text("num", WIDTH, 10, "mean", anchor="end")]
     for index, (method, finite) in enumerate(rows):
         y = 24 + height * (index + 0.5)
-        mean = sum(method.values) / len(method.values)
         shift = [4.5 * math.sin(2.4 * number) for number in range(len(finite))]  # apart if equal
         parts += [
             label(left - 4, y, wrapped(method.name, left - 8)),
@@ -123,18 +122,16 @@ def spread(drawing: Spread) -> Markup:
                 f'cy="{y + move:.1f}" r="2.8"/>'
                 for value, move in zip(finite, shift, strict=True)
             ),
-            text("num", WIDTH, y + 4, _digits(mean), anchor="end"),
+            text("num", WIDTH, y + 4, _digits(method.mean), anchor="end"),
         ]
-        if math.isfinite(mean):
-            x = f'x1="{across(mean):.1f}" x2="{across(mean):.1f}"'
+        if math.isfinite(method.mean):
+            x = f'x1="{across(method.mean):.1f}" x2="{across(method.mean):.1f}"'
             parts.append(
                 f'<line class="mean s{method.style}" {x} y1="{y - 11:.1f}" y2="{y + 11:.1f}"/>'
             )
     better = "right" if drawing.greater_is_better else "left"
     parts.append(_title(drawing.x, better, left, right, bottom + 32))
-    means = "; ".join(
-        f"{method.name} {number(sum(finite) / len(finite))}" for method, finite in rows
-    )
+    means = "; ".join(f"{method.name} {number(method.mean)}" for method, _ in rows)
     return svg(parts, bottom + 40, f"{drawing.x}, means: {means}")
 
 

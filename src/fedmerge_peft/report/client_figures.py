@@ -32,7 +32,12 @@ def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figur
     if metric is None:
         return
     scores = [
-        Scores(method.name, method.values(metric, setting.clients), method.style)
+        Scores(
+            method.name,
+            method.values(metric, setting.clients),
+            method.style,
+            method.mean(metric),
+        )
         for method in setting.methods
         if method.scores
     ]

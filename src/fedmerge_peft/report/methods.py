@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ class Method:
         if scores is None:
             return [math.nan] * len(clients)
         return [scores["clients"].get(client, {}).get(metric, math.nan) for client in clients]
+
+    def mean(self, metric: str) -> float:
+        """Return the mean over the clients that have this score; nan without any."""
+        clients = self.scores["clients"].values() if self.scores else ()
+        values = [scores[metric] for scores in clients if metric in scores]
+        return fmean(values) if values else math.nan
 
 
 @dataclass(frozen=True)

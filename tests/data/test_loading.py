@@ -99,6 +99,16 @@ def test_a_split_column_assigns_the_rows_of_a_single_file(parquet):
     assert set(splits["test"]["split"]) == {"test"}
 
 
+@pytest.mark.parametrize(("first", "second"), [("TRAIN", "train"), ("train", "train ")])
+def test_split_names_that_differ_only_in_case_or_spaces_are_refused(tmp_path, first, second):
+    path = tmp_path / "table.jsonl"
+    path.write_text("".join(f'{{"split": "{name}"}}\n' for name in (first, second, "test")))
+    assert faults(path, split_column="split") == (
+        f"data.split_column: the column split has both {first!r} and {second!r}, which would be "
+        "two splits; write one name in all rows"
+    )
+
+
 def test_split_columns_may_use_other_names(parquet):
     splits = load(parquet, split_column="task", train_split="trec6", validation_split="subj")
     assert {name: set(split["task"]) for name, split in splits.items()} == {

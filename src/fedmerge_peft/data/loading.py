@@ -135,6 +135,13 @@ def _split_by_column(column: str, splits: Mapping[str, Dataset]) -> dict[str, Da
         )
     (table,) = splits.values()
     numbers, names = encode_classes({"train": table}, column, "data.split_column")
+    seen: dict[str, str] = {}
+    for name in names:
+        if (first := seen.setdefault(name.strip().casefold(), name)) != name:
+            raise DataError(
+                f"data.split_column: the column {column} has both {first!r} and {name!r}, which "
+                "would be two splits; write one name in all rows"
+            )
     return {
         name: table.select(np.flatnonzero(numbers["train"] == number))
         for number, name in enumerate(names)

@@ -140,12 +140,12 @@ def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> s
 
 
 def guess_client(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
-    """Return the column of clients: one with a usual name, or that with the most values."""
+    """Return the column of clients: one with a usual name, or the text with the most values."""
     fit = [
         each for each in _free(columns, taken) if 2 <= each.distinct <= max(2, rows / _FEWEST_ROWS)
     ]
-    most = max(((each.distinct, each.name) for each in fit), default=(0, None))[1]
-    return _named(fit, _CLIENTS) or most
+    texts = ((each.distinct, each.name) for each in fit if each.kind == "text")
+    return _named(fit, _CLIENTS) or max(texts, default=(0, None))[1]
 
 
 def guess_split(table: Dataset) -> str | None:

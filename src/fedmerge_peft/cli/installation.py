@@ -104,6 +104,11 @@ def _extras() -> Iterator[Check]:
             "federate",
             "pip install 'fedmerge-peft[federate]', to federate across sites",
         ),
+        "gguf": ("gguf", "pip install 'fedmerge-peft[gguf]', for backbones in GGUF files"),
+        "ipywidgets": (
+            "notebook",
+            "pip install 'fedmerge-peft[notebook]', for Jupyter without warnings",
+        ),
     }
     for module, (extra, remedy) in extras.items():
         if find_spec(module) is not None:

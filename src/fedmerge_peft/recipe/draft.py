@@ -13,7 +13,7 @@ from fedmerge_peft.util.text import printable
 
 MODELS = {
     "sequence-classification": "sentence-transformers/all-MiniLM-L6-v2",
-    "causal-lm": "HuggingFaceTB/SmolLM2-135M",
+    "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "image-classification": "google/vit-base-patch16-224-in21k",
 }
 """A small model of each task."""
@@ -22,7 +22,7 @@ _TEMPLATE = """# {name}: {about}
 #
 # Every setting of the run is here or has its default; docs/recipes.md lists all of them.
 #   fedmerge data {file}           shows the examples of each client
-#   fedmerge run {file} rounds=2   is a short trial
+#   fedmerge run {file} rounds=4   is a short trial
 name: {name_value}
 rounds: 6
 

@@ -74,7 +74,9 @@ def test_the_weights_equal_a_slow_recomputation():
     deltas[6] *= -1
     w = w / w.sum()
     c = [[along(a, b) for b in deltas] for a in deltas]
-    pairs = torch.tensor([c[i][k] for i in range(7) for k in range(7) if i != k]).double()
+    pairs = torch.tensor(
+        [c[i][k] for i in range(7) for k in range(7) if i != k], dtype=torch.float64
+    )
     t = max(0.0, float(pairs.quantile(0.75)))
     kappa = [
         [1.0 if i == k else max(0.0, c[i][k] - t) / (1 - t) for k in range(7)] for i in range(7)
@@ -83,9 +85,10 @@ def test_the_weights_equal_a_slow_recomputation():
     for i in range(7):
         if sum(abs(s[k]) * c[i][k] for k in range(7) if k != i) <= 0:
             s[i] = -s[i]
-    kept = torch.tensor([max(0.0, share) for share in s]).double()
+    kept = torch.tensor([max(0.0, share) for share in s], dtype=torch.float64)
     assert [i for i in range(7) if s[i] < 0] == [6]
-    assert_near(similarity_filter_weights(torch.tensor(c).double(), w), kept / kept.sum())
+    found = similarity_filter_weights(torch.tensor(c, dtype=torch.float64), w)
+    assert_near(found, kept / kept.sum())
 
 
 @pytest.mark.parametrize("copies", [2, 3, 4])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from fedmerge_peft import Run
@@ -118,3 +119,20 @@ def test_a_signal_lets_the_ranks_finish_their_round(tmp_path, number):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert Run.open(path).ended
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_one_message(tmp_path):
+    path = tmp_path / "run"
+    process = start("run", *TINY, "rounds=1000", "--out", str(path), "--quiet", "--workers", "2")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.match(r"round +2/", line):
+            ranks = psutil.Process(process.pid).children()
+            next(rank for rank in ranks if rank.environ().get("RANK") == "0").kill()
+            break
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert re.search(r"process 0 of 2 was killed \(SIGKILL\)|rank 1 lost the connection", errors)
+    assert len(Run.open(path).records) >= 2

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fedmerge_peft.distributed import launched_processes
-from fedmerge_peft.errors import DeviceError
+from fedmerge_peft.errors import DeviceError, RankError
 
 Workers = Annotated[
     str,
@@ -57,6 +57,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
     Unless ``OMP_NUM_THREADS`` is set, each process gets an equal share of the CPU cores as threads.
 
     Raises:
+        RankError: A process was killed.
         typer.Exit: The program failed or was stopped; the code is that of the rank that ended
             first.
     """
@@ -84,9 +85,14 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
         try:
             elastic_launch(config, sys.executable)("-m", "fedmerge_peft", *arguments)
         except ChildFailedError as error:
-            _, first = error.get_first_failure()
-            code = first.exitcode
-            raise typer.Exit(code if code >= 0 else 128 - code) from None
+            number, first = error.get_first_failure()
+            if first.exitcode < 0:  # it could not report anything itself
+                raise RankError(
+                    f"process {number} of {count} was killed ({first.signal_name()}), as by a "
+                    "system that runs out of memory; use fewer workers. fedmerge resume continues "
+                    "from the last finished round"
+                ) from None
+            raise typer.Exit(first.exitcode) from None
         except SignalException as stopped:
             raise typer.Exit(128 + stopped.sigval) from None
 

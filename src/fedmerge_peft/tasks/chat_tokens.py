@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -289,18 +289,25 @@ class ChatTokens:
     def _render(
         self, row: int, chat: Chat, messages: list[Message], *, generation_prompt: bool = False
     ) -> str:
-        with library_errors(self._rejection(row)):
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=chat.tools,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                )
-            )
+        return str(self._apply(row, chat, messages, generation_prompt, tokenize=False))
 
-    def _rejection(self, row: int) -> Callable[[str], DataError]:
-        return lambda reason: self.error(row, f"the chat template rejects the messages: {reason}")
+    def _apply(
+        self,
+        row: int,
+        chat: Chat,
+        messages: list[Message],
+        generation_prompt: bool,
+        **options: bool,
+    ) -> Any:
+        """Apply the chat template. Raises ``DataError`` if it rejects the messages."""
+
+        def rejected(reason: str) -> DataError:
+            return self.error(row, f"the chat template rejects the messages: {reason}")
+
+        with library_errors(rejected):
+            return self._tokenizer.apply_chat_template(
+                messages, tools=chat.tools, add_generation_prompt=generation_prompt, **options
+            )
 
     # ---- tokens ----------------------------------------------------------------------------------
     @contextmanager
@@ -327,16 +334,8 @@ class ChatTokens:
         self, row: int, chat: Chat, messages: list[Message], *, generation_prompt: bool = False
     ) -> list[int]:
         """Tokenize messages; only the template's own special tokens are tokens."""
-        with library_errors(self._rejection(row)):
-            return list(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=chat.tools,
-                    add_generation_prompt=generation_prompt,
-                    sanitize_control_tokens=True,
-                    return_dict=False,
-                )
-            )
+        options = {"sanitize_control_tokens": True, "return_dict": False}
+        return list(self._apply(row, chat, messages, generation_prompt, **options))
 
     def _sanitized_row(self, row: int, chat: Chat, loss: Loss) -> Row:
         """Tokenize a chat in which special tokens are written; turns are differences of tokens."""

@@ -20,7 +20,7 @@ from fedmerge_peft.analysis.pictures import ComparisonPicture, comparison_html
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.record import worst_tenth
-from fedmerge_peft.tasks.metrics import greater_is_better
+from fedmerge_peft.tasks.metrics import greater_is_better, greater_score_is_better
 
 if TYPE_CHECKING:
     import pandas
@@ -286,9 +286,7 @@ def _check_metrics(runs: pandas.DataFrame) -> None:
 
 def _sign(runs: pandas.DataFrame) -> pandas.Series:
     """Return 1 for runs whose metric is better when greater, else -1."""
-    return runs["metric"].map(
-        lambda metric: 1 if greater_is_better(metric.partition("_")[2]) else -1
-    )
+    return runs["metric"].map(lambda metric: 1 if greater_score_is_better(metric) else -1)
 
 
 def _counterpart(runs: pandas.DataFrame, strategy: str) -> pandas.Series:

@@ -13,7 +13,7 @@ from fedmerge_peft.analysis.intervals import score_intervals
 from fedmerge_peft.report.learning_figures import losses
 from fedmerge_peft.report.methods import final_scores, readable
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.tasks.metrics import greater_is_better
+from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 _MIN_TEST_EXAMPLES = 30
 """With fewer, one example changes a client's score by more than three points."""
@@ -149,7 +149,7 @@ def _worse_than_baselines(run: RunDirectory) -> Iterator[Advice]:
         if own is None or other is None or own["metric"] != other["metric"]:
             continue
         metric = readable(own["metric"])
-        sign = 1 if greater_is_better(own["metric"].partition("_")[2]) else -1
+        sign = 1 if greater_score_is_better(own["metric"]) else -1
         if sign * (other["mean"] - own["mean"]) > 0:
             yield Advice(
                 f"{name} has the better mean {metric}: {other['mean']:.3f} against "
@@ -200,7 +200,7 @@ def _finetuning_gain(run: RunDirectory) -> Iterator[Advice]:
     if record is None or record["served"]["metric"] != record["finetuned"]["metric"]:
         return
     metric, served = record["served"]["metric"], record["served"]["mean"]
-    rises = greater_is_better(metric.partition("_")[2])
+    rises = greater_score_is_better(metric)
     gain = (1 if rises else -1) * (record["finetuned"]["mean"] - served)
     if math.isfinite(gain) and gain > (_MIN_GAIN if rises else _MIN_GAIN * abs(served)):
         change = "raises" if rises else "lowers"

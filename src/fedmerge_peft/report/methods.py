@@ -14,7 +14,7 @@ import numpy as np
 from fedmerge_peft.analysis.methods import methods as method_names
 from fedmerge_peft.plotting.palette import method_styles
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.tasks.metrics import greater_is_better
+from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Setting:
     @property
     def greater_is_better(self) -> bool:
         """True if larger scores are better."""
-        return greater_is_better((self.metric or "").partition("_")[2])
+        return greater_score_is_better(self.metric or "")
 
     @property
     def clients(self) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmerge_peft.report.cost_figures import seconds, traffic
 from fedmerge_peft.report.methods import Setting, readable
-from fedmerge_peft.tasks.metrics import greater_is_better
+from fedmerge_peft.tasks.metrics import greater_score_is_better
 
 _MAX_METHODS = 4
 """Methods in the table of clients."""
@@ -117,7 +117,7 @@ def run_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
 
 def worst_percentile(metric: str) -> int:
     """Return 10, or 90 for metrics that are better when lower."""
-    return 10 if greater_is_better(metric.partition("_")[2]) else 90
+    return 10 if greater_score_is_better(metric) else 90
 
 
 def _count(value: Any) -> Cell:

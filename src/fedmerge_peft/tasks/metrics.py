@@ -102,6 +102,11 @@ def greater_is_better(name: str) -> bool:
     return name not in METRICS or bool(METRICS[name].facts.get("greater_is_better", True))
 
 
+def greater_score_is_better(name: str) -> bool:
+    """Return True if larger values of a score, such as ``test_accuracy``, are better."""
+    return greater_is_better(name.partition("_")[2])
+
+
 def score_fault(
     scores: Mapping[str, float], metrics: Sequence[str], lowest_loss: float
 ) -> str | None:

@@ -18,6 +18,8 @@ TEXTS = [
 ]
 """Overrides of a recipe with perplexities."""
 
+NAMES = [f"{place} clinic" for place in "abcdefghijkl"]
+
 
 def write(folder, overrides, names, scores, metric, groups=None, labels="abcd", tests=20) -> Run:
     """Write a run: final and earlier scores ``(rounds + 1, clients)``, of a metric."""
@@ -144,3 +146,7 @@ def family(folder, names, *, groups=None, perplexity=False, tests=20, rounds=8, 
         labels = "" if perplexity else ["billing", "returns", "delivery", "complaints"]
         write(path, overrides, names, values, metric, groups, labels, tests)
     return load_run(folder)
+
+
+def chosen(reason):
+    return {"learning_rate": {"value": 0.003, "reason": reason}}

@@ -1,63 +1,28 @@
 """The report of a run: self-contained, equal to the run's files, well-formed for any names."""
 
 import json
-import math
 import re
 from base64 import b64encode
 from hashlib import sha256
-from html.parser import HTMLParser
-from itertools import groupby, permutations
 
 import numpy as np
 import pytest
 
 from fedmerge_peft import RunError, federate, load_run
-from fedmerge_peft.analysis.intervals import score_intervals
 from fedmerge_peft.cli import main
-from fedmerge_peft.plotting.palette import method_styles
-from fedmerge_peft.plotting.specs import Bars, Dumbbell, Lines, Spread
 from fedmerge_peft.report.advice import advice
 from fedmerge_peft.report.figures import figures
 from fedmerge_peft.report.page import render, write_report
 from fedmerge_peft.report.sharing_figures import similar_order, similarity
 from fedmerge_peft.util import checked
-from report.made_runs import family
-
-NAMES = [f"{place} clinic" for place in "abcdefghijkl"]
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+from report.made_runs import chosen
+from report.parsed_page import Page
 
 
 @pytest.fixture(scope="module")
 def run(smoke, smoke_engine, tmp_path_factory):
     recipe = smoke("strategy.adapters=3", "rounds=3", "baselines=[fedavg, local]")
     return federate(recipe, tmp_path_factory.mktemp("runs") / "first", engine=smoke_engine)
-
-
-class Page(HTMLParser):
-    """Check that elements nest; collect text and attributes."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.text, self.attributes, self.tags = [], "", [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def rename(run, tmp_path, names):
@@ -165,147 +130,6 @@ def test_the_page_answers_five_questions_in_this_order(run):
     assert f"fedmerge is better than local for {better} of {len(own)} clients" in text
 
 
-def test_several_runs_of_one_setting_share_their_charts(tmp_path):
-    one = family(tmp_path / "one", NAMES)
-    two = family(tmp_path / "two", NAMES, adapters=3)
-    page = Page(render([one, two]))
-    assert page.tags.count("section") == 1
-    assert page.text.count("Test accuracy of each client") == 1
-    assert page.text.count("Merging weights π of each client") == 2
-    for name in ("fedmerge adapters=4", "fedmerge adapters=3", "fedavg", "local"):
-        assert f"\n{name}\n" in page.text
-    assert str(tmp_path) not in page.text.split("Run settings")[0]
-
-
-def test_runs_of_other_data_have_a_section_of_their_own(tmp_path):
-    texts = family(tmp_path / "texts", NAMES, perplexity=True)
-    page = Page(render([family(tmp_path / "labels", NAMES), texts]))
-    assert page.tags.count("section") == 2
-    assert page.text.count("Test perplexity of each client") == 1
-
-
-def test_repeated_runs_are_told_apart_by_their_seeds_and_folders(tmp_path):
-    runs = [family(tmp_path / name, NAMES, seed=seed) for name, seed in [("a", 0), ("b", 1)]]
-    text = Page(render(runs)).text
-    assert "fedmerge, seed 0" in text
-    assert "fedmerge, seed 1" in text
-    again = family(tmp_path / "c", NAMES)
-    text = Page(render([runs[0], again])).text
-    assert "fedmerge, seed 0 (a)" in text
-    assert "fedmerge, seed 0 (c)" in text
-
-
-@pytest.mark.parametrize("perplexity", [False, True])
-def test_clients_are_in_the_order_of_their_gain_over_local(tmp_path, perplexity):
-    made = family(tmp_path / "run", NAMES, perplexity=perplexity)
-    (chart,) = [each.drawing for each in figures(made) if each.name == "gains"]
-    assert [method.name for method in chart.methods] == ["fedmerge", "local", "fedavg"]
-    sign = -1 if perplexity else 1
-    own, local = (np.array(method.values) for method in chart.methods[:2])
-    assert (np.diff(sign * (own - local)) <= 0).all()
-    by_name = made.clients[f"test_{'perplexity' if perplexity else 'accuracy'}"]
-    assert list(own) == [by_name[name] for name in chart.names]
-    assert (chart.intervals is None) == perplexity
-
-
-def test_intervals_are_those_of_wilson(tmp_path):
-    made = family(tmp_path / "run", NAMES, tests=20)
-    found = score_intervals(made, made.summary["final"]["served"])
-    for name, right in (made.clients["test_accuracy"] * 20).items():
-        z, n = 1.959964, 20
-        middle = (right + z**2 / 2) / (n + z**2)
-        half = z * math.sqrt(right * (n - right) / n + z**2 / 4) / (n + z**2)
-        assert found[name] == pytest.approx((middle - half, middle + half), abs=1e-5)
-
-
-def test_rows_of_weights_are_grouped_and_groups_named(tmp_path):
-    groups = ["north", "south", "east"] * 4
-    made = family(tmp_path / "run", NAMES, groups=groups)
-    (chart,) = [each for each in figures(made) if each.name == "weights"]
-    assert [name for name, _ in groupby(chart.drawing.groups)] in map(
-        list, permutations(["north", "south", "east"])
-    )
-    known = dict(zip(NAMES, groups, strict=True))
-    assert [known[name] for name in chart.drawing.rows] == list(chart.drawing.groups)
-    for group in set(groups):
-        assert f">{group}</text>" in chart.markup
-
-
-def test_a_method_has_one_color_in_all_figures(tmp_path):
-    made = family(tmp_path / "run", NAMES)
-    styles = {"fedmerge": 0, "fedavg": 1, "local": 2}
-    assert method_styles({"ditto": "ditto", "local": "local", "b": "fedmerge"}) == {
-        "b": 0,
-        "local": 2,
-        "ditto": 3,
-    }
-    for figure in figures(made):
-        match figure.drawing:
-            case Lines(series=series):
-                named = [(line.name.partition(",")[0], line.style) for line in series]
-            case Spread(methods=methods) | Dumbbell(methods=methods):
-                named = [(method.name, method.style) for method in methods]
-            case Bars(names=names, styles=found):
-                named = list(zip(names, found, strict=True))
-            case _:
-                named = []
-        assert all(styles.get(name, style) == style for name, style in named), figure.name
-
-
-def test_losses_are_compared_with_chance(tmp_path):
-    (chart,) = [
-        each.drawing for each in figures(family(tmp_path / "a", NAMES)) if each.name == "loss"
-    ]
-    lines = {line.name: line for line in chart.series}
-    assert set(lines["guessing"].y) == {math.log(4)}
-    assert {"fedmerge, validation", "fedmerge, training", "local, validation"} < set(lines)
-    texts = family(tmp_path / "b", NAMES, perplexity=True)
-    (chart,) = [each.drawing for each in figures(texts) if each.name == "loss"]
-    assert "before training" in [line.name for line in chart.series]
-
-
-@pytest.mark.parametrize(("count", "perplexity"), [(12, False), (50, True), (200, False)])
-def test_figures_of_any_number_of_clients_stay_within_their_width(tmp_path, count, perplexity):
-    names = [f"hospital, ward {number}" for number in range(count)]
-    made = family(tmp_path / "run", names, groups=["a", "b"] * (count // 2), perplexity=perplexity)
-    text = render([made])
-    Page(text)
-    sizes = re.findall(r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*?)</svg>', text, re.DOTALL)
-    assert len(sizes) > 10
-    for width, height, inner in sizes:
-        assert int(height) < 1300
-        assert all(
-            0 <= float(x) <= int(width) for x in re.findall(r'\b(?:x1|x2|cx)="(-?[\d.]+)"', inner)
-        )
-    assert text.count('data-name="client"') == min(count, 1000)
-
-
-def test_infinite_perplexities_are_shown(tmp_path):
-    made = family(tmp_path / "run", NAMES, perplexity=True)
-    summary = made.summary
-    for scores in summary["final"]["served"]["clients"].values():
-        scores["test_perplexity"] = math.inf
-    checked.write_document(made.path / "summary.json", summary)
-    page = Page(render([made.path]))
-    assert page.text.count("∞") >= len(NAMES)
-
-
-def test_means_are_over_the_clients_that_have_a_score(tmp_path):
-    made = family(tmp_path / "run", NAMES)
-    summary = made.summary
-    for state in ("final", "last"):
-        del summary[state]["served"]["clients"][NAMES[0]]["test_accuracy"]
-    checked.write_document(made.path / "summary.json", summary)
-    (chart,) = [each for each in figures(load_run(made.path)) if each.name == "clients"]
-    known = [
-        each["test_accuracy"]
-        for each in summary["final"]["served"]["clients"].values()
-        if "test_accuracy" in each
-    ]
-    assert chart.drawing.methods[0].mean == pytest.approx(sum(known) / len(known))
-    assert chart.markup.count('class="mean') == 3
-
-
 @pytest.mark.parametrize("strategy", ["local", "fedem", "flora", "fedavg"])
 def test_other_methods_have_a_page_too(strategy, smoke, smoke_engine, tmp_path):
     made = federate(
@@ -373,134 +197,6 @@ def test_warnings_come_with_advice(run):
     assert found
     assert all(each.finding and each.cause and each.action for each in found)
     assert any("fewer than 30 test examples" in each.finding for each in found)
-
-
-def test_clients_that_local_training_would_serve_better_are_named(write_run, tmp_path):
-    path = write_run("mine", ["baselines=[local]"], [[0.1, 0.1, 0.1], [0.6, 0.4, 0.5]])
-    local = write_run("other", ["strategy=local"], [[0.1, 0.1, 0.1], [0.5, 0.7, 0.7]])
-    (path / "baselines").mkdir()
-    local.rename(path / "baselines" / "local")
-    clients = [
-        {"name": f"client {number}", "group": None, "train": 9, "validation": 1, "test": 40}
-        for number in range(3)
-    ]
-    checked.write_document(path / "clients.json", {"clients": clients})
-    from fedmerge_peft.report.advice import _worse_than_baselines
-
-    found = [each.finding for each in _worse_than_baselines(load_run(path))]
-    assert found[0].startswith("local has the better mean test accuracy: 0.633 against 0.500")
-    assert found[1] == (
-        "2 of 3 clients have a worse test accuracy than with local training alone (2 of them by "
-        "more than the 95 % interval): client 1, client 2"
-    )
-
-
-@pytest.fixture
-def advised(write_run, write_records):
-    """``advised(overrides, ...)``: findings and actions on a run of a round for each loss."""
-
-    def find(overrides=(), losses=(1.0, 1.0), groups=("",) * 4, labels="abcd", **files):
-        scores = [[0.5] * len(groups)] * (len(losses) + 1)
-        path = write_run("run", ["baselines=[]", *overrides], scores)
-        records = [
-            {**record, "train_loss": loss, "warnings": files.get("warnings", [])}
-            for record, loss in zip(load_run(path).records, losses, strict=True)
-        ]
-        write_records(path / "metrics.jsonl", records)
-        checked.write_document(path / "task.json", {"labels": list(labels), "format": None})
-        clients = [
-            {"name": f"client {number}", "group": group, "train": 9, "validation": 1, "test": 40}
-            for number, group in enumerate(groups)
-        ]
-        checked.write_document(path / "clients.json", {"clients": clients})
-        if decisions := files.get("decisions"):
-            checked.write_document(path / "decisions.json", decisions)
-        return {each.finding: each.action for each in advice(load_run(path))}
-
-    return find
-
-
-def chosen(reason):
-    return {"learning_rate": {"value": 0.003, "reason": reason}}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "decisions", "action"),
-    [
-        ([], None, "leave training.learning_rate at auto"),
-        (["training.learning_rate=auto"], chosen("chosen from 5 rates"), "use more rounds"),
-        (["training.learning_rate=auto"], chosen("the middle of 5"), "check that labels"),
-    ],
-)
-def test_a_training_loss_near_that_of_guessing_is_found(advised, overrides, decisions, action):
-    found = advised(overrides, losses=(1.4, 1.3), decisions=decisions)
-    finding = "the training loss of the last round is 1.30, near that of guessing one of 4 labels"
-    (advice_on_it,) = [found[each] for each in found if each.startswith(finding)]
-    assert advice_on_it.startswith(action)
-
-
-def test_a_training_loss_below_that_of_guessing_is_no_finding(advised):
-    assert not [finding for finding in advised(losses=(1.4, 1.2)) if "guessing" in finding]
-
-
-@pytest.mark.parametrize(
-    ("losses", "found"), [((2.0, 1.99), True), ((2.0, 1.5), False), ((0.01, 0.01), False)]
-)
-def test_a_flat_training_loss_is_found_without_labels(advised, losses, found):
-    findings = advised(losses=losses, labels="")
-    assert any(each.startswith("the training loss is flat") for each in findings) == found
-
-
-def test_advice_on_perplexities_takes_lower_ones_for_better(tmp_path):
-    made = family(tmp_path / "run", NAMES, perplexity=True)
-    found = [f"{each.finding}: {each.cause}; {each.action}" for each in advice(made)]
-    local = made.baselines["local"].clients["test_perplexity"]
-    worse = (made.clients["test_perplexity"] > local).sum()
-    assert f"{worse} of {len(NAMES)} clients have a worse test perplexity" in "\n".join(found)
-    for words in ("correct answer", "score lower", "interval", "accuracy"):
-        assert words not in "\n".join(found)
-
-
-def test_finetuning_that_lowers_the_perplexity_is_found(tmp_path):
-    made = family(tmp_path / "run", NAMES, perplexity=True, rounds=2)
-    (found,) = [each for each in advice(made) if "round of local training" in each.finding]
-    assert "still lowers the test perplexity" in found.finding
-
-
-def test_overfitting_names_its_cause(tmp_path):
-    made = family(tmp_path / "run", NAMES)
-    (made.path / "best").mkdir()
-    best = {"after_round": 3, "served": made.summary["final"]["served"]}
-    checked.write_document(made.path / "best" / "scores.json", best)
-    (found,) = [each for each in advice(load_run(made.path)) if "lowest" in each.finding]
-    assert found.cause.startswith("overfitting: the training loss went on falling")
-
-
-@pytest.mark.parametrize(
-    ("strategy", "found"),
-    [
-        ("{name: fedmerge, start: warm, warm_rounds: 2}", True),
-        ("{name: fedmerge, start: warm, warm_rounds: 1}", False),
-        ("{name: fedmerge, start: independent, warm_rounds: 2}", False),
-        ("{name: flhc, warm_rounds: 2}", True),
-        ("fedavg", False),
-    ],
-)
-def test_a_run_that_ends_with_its_warm_rounds_is_found(advised, strategy, found):
-    warnings = ["until clients are grouped after round 2, all equals FedAvg"]
-    findings = advised([f"strategy={strategy}"], warnings=warnings)
-    assert any("all 2 rounds are warm rounds" in each for each in findings) == found
-    assert any("until clients are grouped" in each for each in findings) != found
-
-
-@pytest.mark.parametrize(
-    ("adapters", "groups", "found"),
-    [(2, "aabbcc", True), (3, "aabbcc", False), (2, "aabbcd", False), (2, "abcdef", False)],
-)
-def test_fewer_adapters_than_known_groups_are_found(advised, adapters, groups, found):
-    strategy = f"strategy={{name: ifca, adapters: {adapters}}}"
-    findings = advised([strategy], groups=groups)
-    assert ("3 known groups of clients share 2 adapters" in findings) == found
 
 
 def test_the_page_shows_learning_rate_and_epochs(run, tmp_path):

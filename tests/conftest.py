@@ -255,6 +255,8 @@ class LabelTask:
 
     auto_model = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
+    heads = ("classifier", "score")
+    config_options = {}
     labels = ("a", "b", "c")
     pad_token_id = 0
 
@@ -267,6 +269,8 @@ class ImageTask(LabelTask):
 class TextTask:
     auto_model = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
+    heads = ()
+    config_options = {}
     labels = ()
     pad_token_id = 0
 

@@ -255,15 +255,7 @@ def test_a_pretrained_head_with_the_right_labels_is_kept(make_backbone, tmp_path
     again = load_backbone(
         BackboneRecipe(model=str(tmp_path)),
         LoraRecipe(target_modules=["query"]),
-        type(
-            "T",
-            (),
-            {
-                "auto_model": "AutoModelForSequenceClassification",
-                "peft_task_type": "SEQ_CLS",
-                "labels": ("a", "b", "c"),
-            },
-        )(),
+        LabelTask(),
         str(tmp_path),
         torch.device("cpu"),
         0,

@@ -211,7 +211,7 @@ def load_backbone(
         # Only reentrant checkpoints need gradients of the inputs. Without them, no gradient flows
         # through frozen layers.
         model.disable_input_require_grads()
-    prepare_heads(peft_model, missing)
+    prepare_heads(peft_model, missing, task.heads)
     if lora.merge == "shared_a":
         for name, parameter in peft_model.named_parameters():
             if is_random_init(name):

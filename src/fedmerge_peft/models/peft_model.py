@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,6 @@ from fedmerge_peft.models.in_memory import linear_layers, output_layer
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.library_errors import library_errors
-
-_HEADS = ("classifier", "score")
-"""Names of classification heads in transformers."""
 
 
 def add_adapter(model: Any, lora: LoraRecipe, task: Task, name: str, missing: set[str]) -> Any:
@@ -106,7 +104,7 @@ def _output_head(model: nn.Module, lora: LoraRecipe, task: Task) -> str | None:
     """
     from transformers import PreTrainedModel
 
-    named = any(isinstance(getattr(model, name, None), nn.Module) for name in _HEADS)
+    named = any(isinstance(getattr(model, name, None), nn.Module) for name in task.heads)
     if isinstance(model, PreTrainedModel) or named or lora.modules_to_save or not task.labels:
         return None
     head = output_layer(model, len(task.labels))
@@ -123,7 +121,7 @@ def _with_targets(model: nn.Module, lora: LoraRecipe, head: str | None, task: Ta
     unnamed = lora.target_modules is None and lora.target_parameters is None
     if not unnamed and lora.target_modules != "all-linear":
         return lora
-    heads = [*(_HEADS if task.labels else ()), *(lora.modules_to_save or ())]
+    heads = [*task.heads, *(lora.modules_to_save or ())]
     targets = linear_layers(model, [*heads, *filter(None, [head])])
     return lora.model_copy(update={"target_modules": targets})
 
@@ -188,24 +186,23 @@ def check_reload(model: Any) -> None:
 def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]) -> list[str]:
     """Return the modules to train fully.
 
-    These are the requested ones, classification heads, and all modules without pretrained weights.
+    These are the requested ones, the task's heads, and all modules without pretrained weights.
     A module without pretrained weights must be part of the adapter. Otherwise its random values
     would differ each time the adapter is loaded.
     """
     heads = list(requested)
-    if task.labels:
-        heads += [
-            name
-            for name in _HEADS
-            if isinstance(getattr(model, name, None), nn.Module) and name not in heads
-        ]
+    heads += [
+        name
+        for name in task.heads
+        if isinstance(getattr(model, name, None), nn.Module) and name not in heads
+    ]
     for owner in sorted({key.rpartition(".")[0] for key in missing}):
         if any(
             owner == head or owner.startswith(head + ".") or owner.endswith("." + head)
             for head in heads
         ):
             continue
-        if not task.labels or list(model.get_submodule(owner).children()):
+        if not task.heads or list(model.get_submodule(owner).children()):
             raise BackboneError(
                 f"backbone.model: the model lacks weights of {owner}; choose a model that has them"
             )
@@ -213,8 +210,14 @@ def _heads(model: nn.Module, task: Task, requested: list[str], missing: set[str]
     return heads
 
 
-def prepare_heads(model: Any, missing: set[str]) -> None:
-    """Convert heads to float32, and mark those without pretrained weights (``fedmerge_fresh``)."""
+def prepare_heads(model: Any, missing: set[str], outputs: Sequence[str]) -> None:
+    """Convert heads to float32, and mark those without pretrained weights (``fedmerge_fresh``).
+
+    Args:
+        model: PEFT model.
+        missing: Names of tensors that are not pretrained.
+        outputs: Names of heads whose results are float32.
+    """
     from peft.utils import ModulesToSaveWrapper
 
     for name, module in model.named_modules():
@@ -225,7 +228,7 @@ def prepare_heads(model: Any, missing: set[str]) -> None:
             head = module.modules_to_save["default"]
             head.float()
             head.register_forward_pre_hook(_as_float32)
-            if name.removeprefix("base_model.model.") not in _HEADS:
+            if name.removeprefix("base_model.model.") not in outputs:
                 # The backbone's next layers expect its number format.
                 head.register_forward_hook(lambda module, inputs, output: output.to(model.dtype))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +103,14 @@ class ModelRequirements(Protocol):
     def labels(self) -> Sequence[str]:
         """Names of the labels in the order of their ids. Empty for tasks without labels."""
 
+    @property
+    def heads(self) -> Sequence[str]:
+        """Names of heads that the checkpoint may lack."""
+
+    @property
+    def config_options(self) -> Mapping[str, Any]:
+        """Further values of the configuration."""
+
 
 def load_model(
     backbone: BackboneRecipe, task: ModelRequirements, folder: str, device: torch.device
@@ -148,6 +156,7 @@ def load_model(
             "id2label": dict(enumerate(task.labels)),
             "label2id": {label: index for index, label in enumerate(task.labels)},
         }
+    options |= task.config_options
     auto_model = getattr(transformers, task.auto_model)
     with (
         library_errors(
@@ -162,7 +171,7 @@ def load_model(
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BackboneError(adapter_found(backbone.model))
-    missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.labels))
+    missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.heads))
     if not backbone.quantization:
         model = model.to(device)
     return _prepared(model, task), missing

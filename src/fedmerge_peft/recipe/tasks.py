@@ -114,6 +114,10 @@ class TaskRecipe(Section):
         fixed = "format" in type(self).model_fields
         return self.model_copy(update={"format": format}) if fixed else self
 
+    def to_predict(self, format: str | None) -> Self:
+        """Return a copy for predictions of single inputs, after a run with this text format."""
+        return self
+
 
 class SequenceClassificationRecipe(TaskRecipe):
     """Classification of texts or pairs of texts."""
@@ -181,6 +185,13 @@ class CausalLMRecipe(TaskRecipe):
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
     """Metrics. Tables and log lines show the first. exact_match and rougeL generate text
     (slower)."""
+
+    def to_predict(self, format: str | None) -> Self:
+        """Return a copy that completes prompts."""
+        completing = {"format": "prompt-completion", "metrics": ["exact_match"], "loss": None}
+        if format == "messages":  # prompts are rendered with the template
+            completing["special_tokens"] = "tokens"
+        return self.model_copy(update=completing)
 
 
 class ImageClassificationRecipe(TaskRecipe):

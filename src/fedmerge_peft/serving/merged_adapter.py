@@ -41,6 +41,8 @@ class _ModelHead(NamedTuple):
 
     auto_model: str
     labels: tuple[str, ...]
+    heads: tuple[str, ...]
+    config_options: Mapping[str, Any]
     pad_token_id: int | None
 
 
@@ -154,21 +156,27 @@ class MergedAdapter:
     def pipeline(self, device: str = "auto", **options: Any) -> Any:
         """Return a transformers pipeline with this adapter.
 
-        It is a text-classification, text-generation or image-classification pipeline. Texts are
-        truncated to the run's ``task.max_length``; generation ends after ``task.max_new_tokens``.
+        It is the pipeline of the run's task, such as text-classification. Texts are truncated to
+        the run's ``task.max_length``; generation ends after ``task.max_new_tokens``.
 
         Args:
             device: As in ``model``.
             options: Arguments for ``transformers.pipeline``; they override those above.
 
         Raises:
-            RunError: The model is not one of transformers.
+            RunError: The model is not one of transformers, or transformers has no pipeline for the
+                task.
             FedMergeError: As ``model``.
         """
         import transformers
 
         recipe = self.run.recipe
         kind = task_type(recipe.task)
+        if not kind.pipeline:
+            raise RunError(
+                f"pipeline: transformers {transformers.__version__} has none for "
+                f"{recipe.task.name}; use run.predict or .model()"
+            )
         with self._folder() as folder:
             model = self._model(folder, choose_device(device))
             if not isinstance(model.get_base_model(), transformers.PreTrainedModel):
@@ -192,13 +200,13 @@ class MergedAdapter:
         from peft import PeftModel
 
         recipe = self.run.recipe
-        labels = tuple(self.run.task["labels"])
+        kind, labels = task_type(recipe.task), tuple(self.run.task["labels"])
         pad = (
             get_pad_token_id(load_tokenizer(recipe.backbone, folder)[0])
-            if task_type(recipe.task).reads_last_token
+            if kind.reads_last_token
             else None
         )
-        head = _ModelHead(task_type(recipe.task).auto_model, labels, pad)
+        head = _ModelHead(kind.auto_model, labels, kind.heads, kind.config_options, pad)
         base, _ = load_model(recipe.backbone, head, folder, device)
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
             folder = str(write_adapter(Path(adapter), *self.peft_state()))

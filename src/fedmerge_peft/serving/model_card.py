@@ -254,7 +254,7 @@ def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[st
     pipeline = task_type(run.recipe.task).pipeline
     results = [
         EvalResult(
-            pipeline,
+            pipeline or run.recipe.task.name,
             dataset_type="private",
             dataset_name=printable(name),
             metric_type=metric.removeprefix("test_"),
@@ -266,7 +266,7 @@ def _data(run: RunDirectory, hub_base: str | None, name: str, scores: Mapping[st
     return ModelCardData(
         base_model=hub_base,
         library_name="peft",
-        pipeline_tag=pipeline,
+        pipeline_tag=pipeline or None,
         tags=["lora", "federated-learning", "model-merging", "fedmerge-peft"],
         model_name=printable(name) if results else None,
         eval_results=results or None,

@@ -75,15 +75,14 @@ class Predictor:
         rows = soup.merge(weights, torch.eye(len(weights)))
         self._adapters = dict(zip(run.client_names, rows, strict=True))
         self._labels: list[str] = run.task["labels"]
-        recipe = run.trusted_recipe.model_copy(
-            update={"training": run.recipe.training.model_copy(update={"device": device})}
+        recipe = run.trusted_recipe
+        recipe = recipe.model_copy(
+            update={
+                "training": recipe.training.model_copy(update={"device": device}),
+                "task": recipe.task.to_predict(run.task.get("format")),
+            }
         )
         self._kind = task_type(recipe.task)
-        if self._kind.completes:
-            generating = {"format": "prompt-completion", "metrics": ["exact_match"], "loss": None}
-            if run.task.get("format") == "messages":  # prompts are rendered with the template
-                generating |= {"special_tokens": "tokens"}
-            recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update=generating)})
         self._recipe = recipe
         self._accelerator = make_accelerator(recipe.training)
         with TemporaryDirectory(prefix="fedmerge-") as scratch:

@@ -111,6 +111,13 @@ class Task(ABC):
     """Transformers class that loads the backbone, such as AutoModelForCausalLM."""
     peft_task_type: ClassVar[str | None]
     """PEFT task type. SEQ_CLS adds the classification head to the adapter."""
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Names of the task's heads in transformers. They belong to the adapter, and the checkpoint may
+    lack them. Empty for tasks that use the pretrained output layer."""
+    config_options: ClassVar[Mapping[str, Any]] = {}
+    """Values of the model's configuration, such as ``problem_type``."""
+    in_batch: ClassVar[bool] = False
+    """True if the loss of an example depends on the other examples of its client's batch."""
     pipeline: ClassVar[str] = ""
     """Pipeline of transformers, also the task's name on the hub; empty if there is none."""
     reads_last_token: ClassVar[bool] = False
@@ -166,12 +173,29 @@ class Task(ABC):
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Stack and pad examples into the model's keyword arguments and ``labels``, on the CPU."""
 
+    def forward(self, model: Any, inputs: Batch) -> Tensor:
+        """Run the model on a batch without ``labels``; return what ``losses`` and ``predict`` read.
+
+        The first dimension follows that of the batch, which K adapters share in K equal parts.
+        """
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    def own_outputs(self, logits: Tensor, batch: Batch) -> list[Tensor]:
+        """Return the output of ``forward`` for each example, without padding."""
+        mask = batch.get("attention_mask")
+        if logits.ndim != 3 or mask is None:
+            return list(logits.unbind())
+        inside = mask.to(logits.device).bool()
+        return [each[own] for each, own in zip(logits, inside, strict=True)]
+
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the summed loss and the number of loss terms of each example.
 
         Args:
-            logits: ``(batch, classes)`` or ``(batch, length, vocabulary)``.
+            logits: Output of ``forward``: ``(batch, classes)``, ``(batch, length, vocabulary)`` or
+                another.
             labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
 
         Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 class Classification(Task):
     """Task with one label per example. The loss is the unweighted cross-entropy, not smoothed."""
+
+    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the cross-entropy ``-log softmax(logits)[label]`` of each example in float32.

@@ -115,7 +115,7 @@ def _forward(
         for row in rows:
             backbone.load_row(row)
             with runtime.forward_pass(chunk):  # entered for each row: autocast caches weights
-                logits.append(backbone.model(**inputs).logits)
+                logits.append(runtime.task.forward(backbone.model, inputs))
         mixed = _mixed(logits, served.weights) if isinstance(served, Mixture) else logits[0]
         yield chunk, mixed, labels
 

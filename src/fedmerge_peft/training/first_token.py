@@ -86,7 +86,7 @@ def _is_like_berts(layer: nn.Module) -> bool:
 def _losses(runtime: Runtime, chunk: Indices) -> Tensor:
     labels, inputs = runtime.to_device(runtime.collate(chunk))
     with runtime.accelerator.autocast():
-        return runtime.task.losses(runtime.backbone.model(**inputs).logits, labels)[0]
+        return runtime.task.losses(runtime.task.forward(runtime.backbone.model, inputs), labels)[0]
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:

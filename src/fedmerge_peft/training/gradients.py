@@ -71,7 +71,7 @@ def _accumulate_one(
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = runtime.to_device(batch)
         with runtime.forward_pass(chunk):
-            logits = shifted(slot.model(**inputs).logits, [offset])
+            logits = shifted(runtime.task.forward(slot.model, inputs), [offset])
         losses = runtime.task.losses(logits, labels)[0]
         if weights is not None:
             losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
@@ -118,8 +118,8 @@ def _accumulate_stack(
     for rows, batch, weights in passes:
         labels, inputs = runtime.to_device(batch)
         with runtime.forward_pass(rows):
-            logits = shifted(stack.model(**inputs).logits, offsets)
-        losses = runtime.task.losses(logits, labels)[0].view(len(stack), -1)
+            logits = shifted(runtime.task.forward(stack.model, inputs), offsets)
+        losses = _losses_by_adapter(runtime, logits, labels, len(stack))
         shares = (weights / divisors).to(losses)
         parts = (losses * shares).sum(dim=1)
         objective = parts.sum()
@@ -137,6 +137,14 @@ def _accumulate_stack(
         stack.backward(objective)
         means += parts.detach()
     return means
+
+
+def _losses_by_adapter(runtime: Runtime, logits: Tensor, labels: Tensor, adapters: int) -> Tensor:
+    """Return the losses of K equal parts of a batch, ``(K, width)``."""
+    if not runtime.task.in_batch:
+        return runtime.task.losses(logits, labels)[0].view(adapters, -1)
+    parts = zip(logits.chunk(adapters), labels.chunk(adapters), strict=True)
+    return torch.stack([runtime.task.losses(own, targets)[0] for own, targets in parts])
 
 
 def shifted(logits: Tensor, offsets: Sequence[Tensor | None]) -> Tensor:

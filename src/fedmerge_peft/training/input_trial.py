@@ -61,14 +61,14 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         batch = task.collate(examples, rows)
         inputs = {key: value.to(backbone.device) for key, value in batch.items() if key != "labels"}
         with accelerator.autocast():
-            outputs: Tensor = backbone.model(**inputs).logits
+            outputs = task.forward(backbone.model, inputs)
         if task.labels and outputs.shape[1:] != (len(task.labels),):
             raise BackboneError(
                 f"backbone.model: {name} has logits of shape {tuple(outputs.shape)} for "
                 f"{len(rows)} example(s), but the data have {len(task.labels)} labels; it must "
                 "return one logit per label"
             )
-        return _own_positions(outputs, batch.get("attention_mask"))
+        return task.own_outputs(outputs, batch)
 
     def next_tokens(rows: Indices) -> Outputs:
         with accelerator.autocast():
@@ -88,6 +88,11 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
             task.prompt_padding = padding
 
         _choose(logits, set_padding, ("right", "left", "none", "alone"), examples, tolerance, name)
+        if task.in_batch and task.padding in ("none", "alone"):
+            raise BackboneError(
+                f"backbone.model: {name} sees the padding of a batch, so texts of several lengths "
+                "cannot be compared in one pass, as this task needs; choose another model"
+            )
         if task.generates:
             sides: tuple[Padding, ...] = ("left", "none", "alone")
             _choose(next_tokens, set_prompt_padding, sides, examples, tolerance, name)
@@ -136,15 +141,6 @@ def _choose(
             break
     if padding != choices[0]:
         log.info("an example's outputs depend on the others in its batch; padding: %s", padding)
-
-
-def _own_positions(logits: Tensor, mask: Tensor | None) -> Outputs:
-    """Return each example's logits, ``(classes,)`` or ``(length, vocabulary)`` without padding."""
-    if logits.ndim != 3 or mask is None:
-        return list(logits.unbind())
-    return [
-        each[inside.bool()] for each, inside in zip(logits, mask.to(logits.device), strict=True)
-    ]
 
 
 def _agree(found: Tensor, wanted: Tensor, tolerance: float) -> bool:

@@ -104,6 +104,8 @@ class PrefixCache:
             for name, tensor in self._task.collate(self._examples, rows).items()
         }
         labels = inputs.pop("labels")
+        if "decoder_input_ids" in inputs:
+            return "the decoder has positions of its own"
         with self._trial():
             losses, entering = self._run(prefix, inputs, labels)
             self._backbone.train()
@@ -130,7 +132,7 @@ class PrefixCache:
                 return "training.prefix_cache is too small"
             self._store = states.new_zeros(positions, states.shape[2])
             with self._recording(prefix, self._store, rows):
-                self._backbone.model(**inputs)
+                self._task.forward(self._backbone.model, inputs)
             try:
                 with prefix.replay(self._read(self._store, rows)):
                     replayed = self._losses(inputs, labels)
@@ -171,7 +173,9 @@ class PrefixCache:
             return self._losses(inputs, labels), entering
 
     def _losses(self, inputs: Batch, labels: Tensor) -> Tensor:
-        return self._task.losses(self._backbone.model(**inputs).logits, labels)[0].detach()
+        return self._task.losses(self._task.forward(self._backbone.model, inputs), labels)[
+            0
+        ].detach()
 
     def _lay_out(self, inputs: Batch, rows: Indices, states: Tensor) -> bool:
         """Assign rows of the store to each example.

@@ -47,15 +47,14 @@ def test_an_engine_takes_metrics_before_the_run(tmp_path):
     ],
 )
 def test_other_results_are_refused(result, fault):
-    predictions = Predictions(predicted=[0], expected=[1])
+    predictions = Predictions(outputs={"classes": ([0], [1])})
     with pytest.raises(RecipeError, match=f"metrics: {fault}"):
         own_scores(lambda *_: result, ["accuracy"], predictions)
 
 
 def test_generated_texts_take_the_place_of_ids():
-    predictions = Predictions(
-        predicted=[0, 1], expected=[1, 1], generated=["yes"], references=["no"]
-    )
+    outputs = {"tokens": ([0, 1], [1, 1]), "texts": (["yes"], ["no"])}
+    predictions = Predictions(outputs=outputs)
     seen = []
     own_scores(lambda *both: seen.append(both) or {}, [], predictions)
     assert seen == [(["yes"], ["no"])]

@@ -128,7 +128,7 @@ def test_a_strategy_that_could_not_run_or_resume_is_refused_at_its_start(change,
 
 
 def test_a_metric_registered_again_replaces_the_first_and_its_failure_is_named():
-    predictions = Predictions(loss_sum=1.0, count=1, predicted=[1], expected=[1])
+    predictions = Predictions(1.0, 1.0, {"classes": ([1], [1])})
     for value in (0.25, 0.75):
         register_metric("cell")(lambda predicted, expected, value=value: value)
         assert score(["cell"], predictions)["cell"] == value

@@ -5,7 +5,7 @@ import numpy as np
 from fedmerge_peft import Recipe
 from fedmerge_peft.data import Client, FederatedData
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.tasks.classification import relabel
+from fedmerge_peft.tasks.labels import relabel
 
 QUEUES = ["amber", "blue", "coral", "denim", "emerald", "fuchsia"]
 SMALL = [

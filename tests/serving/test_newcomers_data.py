@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from equality import assert_near
 from fedmerge_peft import DataError, Personalized, RunError, federate, personalize
-from fedmerge_peft.tasks.classification import relabel
+from fedmerge_peft.tasks.labels import relabel
 from fedmerge_peft.util import checked
 from serving.newcomer import QUEUES, newcomer, numbers, recipe
 

@@ -146,9 +146,11 @@ def test_the_bias_is_that_of_the_heads_last_layer():
 
 def test_no_prior_without_labels_or_with_privacy():
     prior = "serving.label_prior=true"
-    with pytest.raises(RecipeError, match="label_prior needs examples with labels"):
+    with pytest.raises(RecipeError, match="label_prior needs examples with one label each"):
         Recipe.load("smoke", ["task={name: causal-lm}", prior])
     with pytest.raises(RecipeError, match=r"privacy\.mode: local does not protect"):
         Recipe.load("smoke", ["strategy=fedavg", "privacy.mode=local", prior])
-    with pytest.raises(RecipeError, match="logits: restricted needs examples with labels"):
+    with pytest.raises(RecipeError, match="logits: restricted needs examples with one label each"):
         Recipe.load("smoke", ["task={name: causal-lm}", "training.logits=restricted"])
+    with pytest.raises(RecipeError, match="fedpac needs examples with one label each"):
+        Recipe.load("smoke", ["task={name: causal-lm}", "baselines=[fedpac]"])

@@ -17,7 +17,7 @@ TEXTS = ["exact_match", "rougeL"]
 
 
 def predictions_of(predicted: list[int], expected: list[int]) -> Predictions:
-    return Predictions(loss_sum=1.0, count=2.0, predicted=predicted, expected=expected)
+    return Predictions(1.0, 2.0, {"classes": (predicted, expected)})
 
 
 def test_known_answers():
@@ -63,9 +63,7 @@ def test_clients_with_one_class_have_defined_scores_without_warnings(
 
 
 def test_texts_are_compared_whole_and_by_words():
-    predictions = Predictions(
-        1.0, 1.0, generated=["the cat sat", "yes"], references=["the cat", "yes"]
-    )
+    predictions = Predictions(1.0, 1.0, {"texts": (["the cat sat", "yes"], ["the cat", "yes"])})
     assert score(TEXTS, predictions) == pytest.approx(
         {"loss": 1.0, "exact_match": 0.5, "rougeL": (0.8 + 1.0) / 2}
     )

@@ -12,7 +12,7 @@ from fedmerge_peft.tasks.words import words
 
 
 def rouge_l(generated: str, reference: str) -> float:
-    predictions = Predictions(1.0, 1.0, generated=[generated], references=[reference])
+    predictions = Predictions(1.0, 1.0, {"texts": ([generated], [reference])})
     return score(["rougeL"], predictions)["rougeL"]
 
 

@@ -192,8 +192,8 @@ class LocalEngine:
         return make_strategy_context(self.backbone, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Count training examples by label, clients × labels; None if there are no labels."""
-        if not self.task.labels:
+        """Count training examples by label, clients × labels; None if they have not one each."""
+        if self.recipe.task.label_column is None:
             return None
         ids = torch.stack(list(self.runtime.examples.columns["labels"])).numpy()
         labels = len(self.task.labels)

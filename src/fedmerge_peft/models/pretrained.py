@@ -101,7 +101,7 @@ class ModelRequirements(Protocol):
 
     @property
     def labels(self) -> Sequence[str]:
-        """Names of the labels in the order of their ids. Empty for tasks without labels."""
+        """Names of the outputs of the head. Empty for models without one."""
 
     @property
     def heads(self) -> Sequence[str]:

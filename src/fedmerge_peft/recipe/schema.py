@@ -321,12 +321,16 @@ class Recipe(Section):
         keys = {
             f"training: logits: {self.training.logits}": self.training.logits != "plain",
             "serving: label_prior": self.serving.label_prior,
+            **{
+                f"the strategy {each.name}": each.measures_features
+                for each in (self.strategy, *self.baselines)
+            },
         }
         for key, needs_labels in keys.items():
             if needs_labels and self.task.label_column is None:
                 raise ValueError(
-                    f"{key} needs examples with labels, which the task {self.task.name} does not "
-                    "have; remove it"
+                    f"{key} needs examples with one label each, which the task {self.task.name} "
+                    "does not have; remove it"
                 )
         if self.serving.label_prior and self.privacy.mode != "none":
             raise ValueError(

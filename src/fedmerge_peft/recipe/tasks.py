@@ -101,8 +101,18 @@ class TaskRecipe(Section):
 
     @property
     def label_column(self) -> str | None:
-        """Column with the labels; None for tasks whose examples have none."""
+        """Column with one label per example; None for tasks whose examples have none or several."""
         return getattr(self, "label", None)
+
+    @property
+    def has_labels(self) -> bool:
+        """True if the data have names of labels, on which sites must agree."""
+        return self.label_column is not None
+
+    @property
+    def has_formats(self) -> bool:
+        """True if texts may have several formats, on one of which sites must agree."""
+        return "format" in type(self).model_fields
 
     @property
     def image_column(self) -> str | None:
@@ -111,8 +121,7 @@ class TaskRecipe(Section):
 
     def with_format(self, format: str | None) -> Self:
         """Return a copy with the text format set, if the task has several."""
-        fixed = "format" in type(self).model_fields
-        return self.model_copy(update={"format": format}) if fixed else self
+        return self.model_copy(update={"format": format}) if self.has_formats else self
 
     def to_predict(self, format: str | None) -> Self:
         """Return a copy for predictions of single inputs, after a run with this text format."""

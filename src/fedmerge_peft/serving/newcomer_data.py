@@ -20,7 +20,7 @@ from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.strategies.label_counts import LabelPriors
 from fedmerge_peft.strategies.label_prior import bias_columns
-from fedmerge_peft.tasks.classification import relabel
+from fedmerge_peft.tasks.labels import relabel
 from fedmerge_peft.util.seeds import derive
 from fedmerge_peft.util.text import printable
 

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Prediction = dict[str, Any] | str
-"""``{"label": name, "score": probability}``, or the completion of a language model."""
+"""What ``Task.answers`` returns, such as ``{"label": name, "score": probability}``, or the
+completion of a language model."""
 
 _MAX_CLIENTS = 16
 """Clients per forward pass; beyond it, the adapters' memory outweighs the time saved."""
@@ -213,7 +214,8 @@ class Predictor:
                     )
                 ]
             else:
-                predictions = [*self._labeled(self._logits(examples, batch))]
+                logits = self._logits(examples, batch)
+                predictions = [*self._task.answers(logits, examples, batch)]
         return {
             int(index): predictions[number * width + position]
             for number, chunk in enumerate(chunks)
@@ -228,7 +230,7 @@ class Predictor:
         return nullcontext()
 
     def _logits(self, examples: Examples, indices: Indices) -> Tensor:
-        """Return class logits ``(batch, classes)`` or next-token logits ``(batch, vocabulary)``."""
+        """Return the task's logits, or next-token logits ``(batch, vocabulary)``."""
         collate = self._task.collate_prompts if self._kind.completes else self._task.collate
         batch = collate(examples, indices)
         inputs = {
@@ -236,13 +238,10 @@ class Predictor:
             for name, tensor in batch.items()
             if name != "labels"
         }
-        logits: Tensor = self._backbone.model(**inputs).logits.float()
-        return logits[:, -1] if self._kind.completes else logits
-
-    def _labeled(self, logits: Tensor) -> Iterator[dict[str, Any]]:
-        scores, labels = torch.softmax(logits, dim=-1).max(dim=-1)
-        for label, score in zip(labels.tolist(), scores.tolist(), strict=True):
-            yield {"label": self._labels[label], "score": score}
+        if self._kind.completes:
+            last: Tensor = self._backbone.model(**inputs).logits[:, -1].float()
+            return last
+        return self._task.forward(self._backbone.model, inputs).float()
 
     @torch.no_grad()
     def _stacking_error(self) -> str | None:

@@ -15,10 +15,8 @@ from fedmerge_peft.data.loading import no_progress_bars
 from fedmerge_peft.errors import DataError, FederateError, RefusedError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.data import IidRecipe, NaturalRecipe
-from fedmerge_peft.recipe.tasks import CausalLMRecipe
 from fedmerge_peft.sites.config import SITE_FILE, SiteChecks, SiteData
-from fedmerge_peft.tasks.classification import infer_labels, relabel
-from fedmerge_peft.tasks.text_formats import infer_format
+from fedmerge_peft.tasks import task_type
 from fedmerge_peft.util.files import write_text
 
 if TYPE_CHECKING:
@@ -148,12 +146,14 @@ def site_summary(data: FederatedData, recipe: Recipe) -> SiteSummary:
         }
         for client in data.clients
     )
-    columns = tuple(data.table.column_names)
-    if isinstance(recipe.task, CausalLMRecipe):
-        return SiteSummary(clients, None, infer_format(recipe.task, data.table), columns)
-    label = recipe.task.label_column
-    labels = None if label is None else tuple(infer_labels(data.table, label, None))
-    return SiteSummary(clients, labels, None, columns)
+    kind = task_type(recipe.task)
+    labels = kind.labels_in(recipe.task, data.table)
+    return SiteSummary(
+        clients,
+        None if labels is None else tuple(labels),
+        kind.format_in(recipe.task, data.table),
+        tuple(data.table.column_names),
+    )
 
 
 def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None) -> list[str]:
@@ -189,27 +189,8 @@ def agree_on_labels(site_labels: Sequence[Sequence[str]], num_labels: int | None
 
 def with_label_ids(data: FederatedData, recipe: Recipe, labels: Sequence[str]) -> FederatedData:
     """Return the data with the federation's label ids. Raises ``DataError`` for other labels."""
-    if (label := recipe.task.label_column) is None:
-        return data
-    return FederatedData(relabel(data.table, label, labels), data.clients)
-
-
-def placeholder_table(recipe: Recipe, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
-    """Return a table with the labels and columns of the federation and no real examples.
-
-    The server builds its task from this table, because it has no data.
-    """
-    from datasets import ClassLabel, Dataset, Features, Value
-
-    names = [name for name in columns if not labels or name != recipe.task.label_column]
-    if not labels:
-        return Dataset.from_dict({name: [""] for name in names})
-    label = recipe.task.label_column or "label"
-    features = Features(
-        {**{name: Value("string") for name in names}, label: ClassLabel(names=list(labels))}
-    )
-    values: dict[str, list[Any]] = {name: [""] * len(labels) for name in names}
-    return Dataset.from_dict({**values, label: list(range(len(labels)))}, features=features)
+    table = task_type(recipe.task).relabel(recipe.task, data.table, labels)
+    return FederatedData(table, data.clients)
 
 
 # ---- rehearsals ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.labels import infer_labels, relabel
 from fedmerge_peft.tasks.shown import ShownExample
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
 
+Compared = tuple[Sequence[Any], Sequence[Any]]
+"""Outputs and references, one pair per example or token."""
 Padding = Literal["right", "left", "none", "alone"]
 """Side on which shorter examples are padded. none: a pass has examples of one length; alone: one
 example."""
@@ -94,14 +97,15 @@ class Predictions:
     """Sum of the losses, in nats."""
     count: float = 0.0
     """Number of terms in ``loss_sum``: examples, or labeled tokens."""
-    predicted: list[int] = field(default_factory=list)
-    """Predicted class or token ids."""
-    expected: list[int] = field(default_factory=list)
-    """True class or token ids."""
-    generated: list[str] = field(default_factory=list)
-    """Generated texts."""
-    references: list[str] = field(default_factory=list)
-    """Reference texts."""
+    outputs: dict[str, tuple[list[Any], list[Any]]] = field(default_factory=dict)
+    """Outputs and references by the kind that metrics name (``of``), such as ``classes``."""
+
+    def add(self, compared: Mapping[str, Compared]) -> None:
+        """Append outputs and references of a batch, by kind."""
+        for kind, (predicted, expected) in compared.items():
+            known = self.outputs.setdefault(kind, ([], []))
+            known[0].extend(predicted)
+            known[1].extend(expected)
 
 
 class Task(ABC):
@@ -118,6 +122,8 @@ class Task(ABC):
     """Values of the model's configuration, such as ``problem_type``."""
     in_batch: ClassVar[bool] = False
     """True if the loss of an example depends on the other examples of its client's batch."""
+    per_token: ClassVar[bool] = False
+    """True if a model with labels has logits for each token; False for one vector per example."""
     pipeline: ClassVar[str] = ""
     """Pipeline of transformers, also the task's name on the hub; empty if there is none."""
     reads_last_token: ClassVar[bool] = False
@@ -129,7 +135,7 @@ class Task(ABC):
     metrics: Sequence[str]
     """Names of the metrics. Tables show the first one."""
     labels: Sequence[str]
-    """Names of the labels. Empty for tasks without labels."""
+    """Names of the outputs of the model's head, one logit each. Empty for models without one."""
     compute_metrics: ComputeMetrics | None = None
     """Function that computes further metrics; None for none."""
     processor: Any
@@ -230,8 +236,36 @@ class Task(ABC):
         return int((labels != -100).sum())
 
     @abstractmethod
-    def predict(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return predicted and true class or token ids at labeled positions, both flat."""
+    def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
+        """Return outputs and references of a batch, by the kind that metrics name (``of``).
+
+        Arguments are those of ``losses``.
+        """
+
+    def mix(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return the logits of a mixture of models, log Σ_k π_k softmax(logits_k).
+
+        Args:
+            logits: Those of each model, of the shape that ``losses`` takes.
+            weights: π, ``(K,)``.
+        """
+        parts = [
+            torch.log_softmax(component.float(), dim=-1) + weight.log().to(component.device)
+            for component, weight in zip(logits, weights, strict=True)
+        ]
+        return torch.logsumexp(torch.stack(parts), dim=0)
+
+    def answers(
+        self, logits: Tensor, examples: Examples, indices: NDArray[Any]
+    ) -> Sequence[dict[str, Any]]:
+        """Return what ``run.predict`` returns for each example; not for tasks with ``completes``.
+
+        Args:
+            logits: Output of the model, float32, for the batch of these examples.
+            examples: Output of ``encode``.
+            indices: Examples of the batch.
+        """
+        raise TypeError(f"{type(self).__name__} does not predict single inputs")
 
     @classmethod
     def check_table(cls, recipe: Any, table: Dataset) -> None:
@@ -245,6 +279,45 @@ class Task(ABC):
             DataError: A column does not exist, has another type, or has missing values.
         """
         return
+
+    @classmethod
+    def labels_in(cls, recipe: Any, table: Dataset) -> list[str] | None:
+        """Return the names of the labels in a table; None for a task without named labels.
+
+        Raises ``DataError`` if the rows do not match the recipe.
+        """
+        column = recipe.label_column
+        return None if column is None else infer_labels(table, column, None)
+
+    @classmethod
+    def format_in(cls, recipe: Any, table: Dataset) -> str | None:
+        """Return the text format of a table; None for a task that has one format only."""
+        return None
+
+    @classmethod
+    def relabel(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Dataset:
+        """Return rows from elsewhere with these labels in the order of their ids.
+
+        Raises ``DataError`` for a label that is not one of them.
+        """
+        column = recipe.label_column
+        return table if column is None else relabel(table, column, labels)
+
+    @classmethod
+    def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
+        """Return a table with these columns that has every label, and no real examples.
+
+        A server without data builds its task from it.
+        """
+        from datasets import ClassLabel, Dataset, Features, Value
+
+        label = recipe.label_column
+        features = Features({name: Value("string") for name in columns if name != label})
+        values: dict[str, list[Any]] = {name: [""] * max(1, len(labels)) for name in features}
+        if label is not None:
+            features[label] = ClassLabel(names=list(labels))
+            values[label] = list(range(len(labels)))
+        return Dataset.from_dict(values, features=features)
 
     @classmethod
     def probe_inputs(cls, recipe: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import BackboneError, DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
-from fedmerge_peft.tasks.base import Batch, Examples, Task, reject_inputs, split_batch
+from fedmerge_peft.tasks.base import Batch, Compared, Examples, Task, reject_inputs, split_batch
 from fedmerge_peft.tasks.chat_messages import parse_prompt, read_chats
 from fedmerge_peft.tasks.chat_template import name_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
@@ -272,9 +272,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = ragged([*ids, [*ids[1][:1], *ids[1][:0:-1]]])
         return Examples({"input_ids": columns, "labels": columns, "prompt": columns})
 
-    # ----------------------------------------------------------------------------------------------
-    # Logits to numbers
-    # ----------------------------------------------------------------------------------------------
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum ``-log softmax(logits[t - 1])[label[t]]`` over the labeled tokens t of an example.
 
@@ -294,15 +291,14 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         ).view_as(targets)
         return losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
 
-    def predict(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the most likely token and the label at each labeled position, both flat.
-
-        The tensors are empty if no metric needs them.
-        """
+    def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
+        """Return the most likely token and the label at each labeled position, if needed."""
         if "accuracy" not in self.metrics:
-            return labels.new_empty(0), labels.new_empty(0)
+            return {}
         targets = labels[:, 1:]
-        return logits[:, :-1].argmax(dim=-1)[targets != IGNORED], targets[targets != IGNORED]
+        labeled = targets != IGNORED
+        predicted = logits[:, :-1].argmax(dim=-1)[labeled]
+        return {"tokens": (predicted.tolist(), targets[labeled].tolist())}
 
     def encode_prompts(self, prompts: Sequence[Any]) -> Examples:
         """Tokenize prompts for ``complete``. Long prompts are truncated on the left.
@@ -377,6 +373,10 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def _prompts_on(self, device: torch.device, examples: Examples, indices: NDArray[Any]) -> Batch:
         prompts = self.collate_prompts(examples, indices)
         return {name: tensor.to(device) for name, tensor in prompts.items()}
+
+    @classmethod
+    def format_in(cls, recipe: CausalLMRecipe, table: Dataset) -> str | None:
+        return infer_format(recipe, table)
 
     def generate(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device

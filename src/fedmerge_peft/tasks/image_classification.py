@@ -16,14 +16,14 @@ from torch import Tensor
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
-from fedmerge_peft.tasks.classification import (
-    Classification,
+from fedmerge_peft.tasks.classification import Classification
+from fedmerge_peft.tasks.in_memory import passed_processor
+from fedmerge_peft.tasks.labels import (
     encode_labels,
     infer_labels,
     labeled_table,
     reject_nulls,
 )
-from fedmerge_peft.tasks.in_memory import passed_processor
 from fedmerge_peft.tasks.pixels import PixelCode, array_image, as_rgb
 from fedmerge_peft.tasks.tokenization import load_pretrained
 from fedmerge_peft.util.library_errors import library_errors

@@ -34,7 +34,7 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
 
     Args:
         names: Registered metrics.
-        predictions: Loss, and the ids and texts that the metrics compare.
+        predictions: Loss, and the outputs and references that the metrics compare.
 
     Returns:
         ``loss`` (mean in nats) and the metrics by name. Metrics are fractions from 0 to 1, except
@@ -47,14 +47,11 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         if METRICS[name].facts["of"] == ("loss",):
             scores[name] = _compute(name, loss)
             continue
-        outputs, references = (
-            (predictions.generated, predictions.references)
-            if compares_texts(name)
-            else (predictions.predicted, predictions.expected)
-        )
+        known = predictions.outputs
+        outputs = next((known[kind] for kind in METRICS[name].facts["of"] if kind in known), None)
         # metric(name).compute writes the ids to an Arrow table first. That takes about 3 ms, much
         # longer than the computation, for every client, split and round.
-        scores[name] = _compute(name, outputs, references) if len(references) else math.nan
+        scores[name] = _compute(name, *outputs) if outputs and outputs[1] else math.nan
     return scores
 
 
@@ -65,17 +62,15 @@ def own_scores(
 
     Args:
         compute: The function. Its arguments are texts if a metric of the task needs generated
-            texts, else class or token ids.
+            texts, else the first outputs of ``Task.predict``, such as class ids.
         names: Metrics of the task, whose names it must not use.
-        predictions: Ids and texts.
+        predictions: Outputs and references.
 
     Raises:
         RecipeError: The result is no dictionary of numbers by name.
     """
-    generated = predictions.generated, predictions.references
-    result: Any = compute(
-        *(generated if generated[1] else (predictions.predicted, predictions.expected))
-    )
+    outputs = predictions.outputs
+    result: Any = compute(*(outputs.get("texts") or next(iter(outputs.values()))))
     if not isinstance(result, Mapping):
         raise RecipeError(
             [f"metrics: the function returned {found(result)}, expected numbers by name"]

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
-from fedmerge_peft.tasks.classification import (
-    Classification,
+from fedmerge_peft.tasks.classification import Classification
+from fedmerge_peft.tasks.labels import (
     encode_labels,
     infer_labels,
     labeled_table,

@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from fedmerge_peft.data.column_types import as_text
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.tasks.classification import is_text, reject_nulls
 from fedmerge_peft.tasks.in_memory import passed_model, passed_processor
+from fedmerge_peft.tasks.labels import is_text, reject_nulls
 from fedmerge_peft.tasks.vocabulary import position_limit, special_strings
 from fedmerge_peft.util.library_errors import STOPS, library_errors
 

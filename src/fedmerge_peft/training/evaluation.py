@@ -38,11 +38,9 @@ def evaluate(
     rows = indices[_by_length(runtime.examples, indices)]
     for chunk, logits, labels in _forward(runtime, served, rows, batch_size):
         sums, counts = task.losses(logits, labels)
-        predicted, expected = task.predict(logits, labels)
         predictions.loss_sum += float(sums.double().sum())
         predictions.count += float(counts.sum())
-        predictions.predicted += predicted.tolist()
-        predictions.expected += expected.tolist()
+        predictions.add(task.predict(logits, labels))
         if task.generates:
             if isinstance(served, Mixture):
                 raise RecipeError(
@@ -52,13 +50,12 @@ def evaluate(
                     ]
                 )
             with runtime.accelerator.autocast():
-                generated, references = task.generate(
+                texts = task.generate(
                     runtime.backbone.model, runtime.examples, chunk, runtime.device
                 )
-            predictions.generated += generated
-            predictions.references += references
+            predictions.add({"texts": texts})
     scores = score(task.metrics, predictions)
-    if task.compute_metrics is not None and predictions.expected:
+    if task.compute_metrics is not None and predictions.outputs:
         scores |= own_scores(task.compute_metrics, task.metrics, predictions)
     return scores
 
@@ -105,7 +102,7 @@ def _by_length(examples: Examples, indices: Indices) -> Indices:
 def _forward(
     runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> Iterator[tuple[Indices, Tensor, Tensor]]:
-    """Yield rows, logits and labels of each batch. A mixture's logits are log-probabilities."""
+    """Yield rows, logits and labels of each batch. A mixture's logits are those of ``mix``."""
     backbone = runtime.backbone
     backbone.eval()
     rows = (served.rows if isinstance(served, Mixture) else served[None]).to(backbone.device)
@@ -116,14 +113,7 @@ def _forward(
             backbone.load_row(row)
             with runtime.forward_pass(chunk):  # entered for each row: autocast caches weights
                 logits.append(runtime.task.forward(backbone.model, inputs))
-        mixed = _mixed(logits, served.weights) if isinstance(served, Mixture) else logits[0]
-        yield chunk, mixed, labels
-
-
-def _mixed(logits: list[Tensor], weights: Tensor) -> Tensor:
-    """Return the mixture's log-probabilities, log Σ_k π_k softmax(logits_k)."""
-    parts = [
-        torch.log_softmax(component.float(), dim=-1) + weight.log().to(component.device)
-        for component, weight in zip(logits, weights, strict=True)
-    ]
-    return torch.logsumexp(torch.stack(parts), dim=0)
+        if isinstance(served, Mixture):
+            yield chunk, runtime.task.mix(logits, served.weights), labels
+        else:
+            yield chunk, logits[0], labels

@@ -62,11 +62,12 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         inputs = {key: value.to(backbone.device) for key, value in batch.items() if key != "labels"}
         with accelerator.autocast():
             outputs = task.forward(backbone.model, inputs)
-        if task.labels and outputs.shape[1:] != (len(task.labels),):
+        positions = batch["labels"].shape[1:] if task.per_token else ()
+        if task.labels and outputs.shape[1:] != (*positions, len(task.labels)):
             raise BackboneError(
                 f"backbone.model: {name} has logits of shape {tuple(outputs.shape)} for "
                 f"{len(rows)} example(s), but the data have {len(task.labels)} labels; it must "
-                "return one logit per label"
+                f"return one logit per label{' for each token' if task.per_token else ''}"
             )
         return task.own_outputs(outputs, batch)
 

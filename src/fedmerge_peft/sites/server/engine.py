@@ -163,10 +163,10 @@ class RemoteEngine:
     def label_counts(self) -> list[list[int]] | None:
         """Return the training examples of each label, clients × labels.
 
-        Rows of clients that have not enrolled yet are zero. None for a task without labels, and
-        with ``privacy.mode: local``.
+        Rows of clients that have not enrolled yet are zero. None for a task whose examples have
+        not one label each, and with ``privacy.mode: local``.
         """
-        if not self.task.labels or self.recipe.privacy.mode == "local":
+        if self.recipe.task.label_column is None or self.recipe.privacy.mode == "local":
             return None
         unknown = [0] * len(self.task.labels)
         entries = [self._roster.clients.get(client.name, NOT_ENROLLED) for client in self.clients]

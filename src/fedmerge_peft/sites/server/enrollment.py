@@ -17,9 +17,8 @@ from fedmerge_peft.sites.config import printable_lines
 from fedmerge_peft.sites.fields import Enrolled, Failure, read_fields
 from fedmerge_peft.sites.server.roster import Roster
 from fedmerge_peft.sites.server.transport import Transport
-from fedmerge_peft.sites.site_data import placeholder_table
 from fedmerge_peft.sites.wire import Message
-from fedmerge_peft.tasks import make_task
+from fedmerge_peft.tasks import make_task, task_type
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.util.ranges import MAX_REASON
 from fedmerge_peft.util.text import shortened
@@ -59,9 +58,8 @@ def _load(recipe: Recipe, roster: Roster) -> tuple[Task, Backbone]:
         folder = model_folder(
             recipe.backbone, Path(stack.enter_context(TemporaryDirectory(prefix="fedmerge-")))
         )
-        task = make_task(
-            recipe, placeholder_table(recipe, roster.labels or (), roster.columns), folder
-        )
+        table = task_type(recipe.task).placeholder(recipe.task, roster.labels or (), roster.columns)
+        task = make_task(recipe, table, folder)
         return task, load_backbone(
             recipe.backbone, recipe.lora, task, folder, torch.device("cpu"), recipe.seed
         )

@@ -94,18 +94,22 @@ class Roster:
         Returns:
             The reason, by site, for each site that does not match.
         """
-        texts = recipe.task.label_column is None
+        task = recipe.task
         refused: dict[str, str] = {}
         for site, summary in summaries.items():
-            if (summary.labels is None) != texts or (summary.format is None) == texts:
-                expected = "a text format and no labels" if texts else "labels and no text format"
-                refused[site] = f"its summary of the data must have {expected}"
+            found = summary.labels is not None, summary.format is not None
+            if found != (task.has_labels, task.has_formats):
+                labels = "labels" if task.has_labels else "no labels"
+                refused[site] = (
+                    f"its summary of the data must have {labels} and "
+                    f"{'a' if task.has_formats else 'no'} text format"
+                )
         fitting = {site: summary for site, summary in summaries.items() if site not in refused}
         if not self.columns and fitting:
             columns = _most_frequent([tuple(summary.columns) for summary in fitting.values()])
             self.columns = list(columns)
             self.format = _most_frequent([summary.format for summary in fitting.values()])
-            if not texts:
+            if task.has_labels:
                 number = getattr(recipe.task, "num_labels", None)
                 named = {site: summary.labels or [] for site, summary in fitting.items()}
                 refused |= (excess := sites_beyond(named, number))

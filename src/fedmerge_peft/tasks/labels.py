@@ -1,0 +1,219 @@
+"""Labels of examples, one in each row of a column: their names and ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmerge_peft.data.column_types import whole_numbers
+from fedmerge_peft.data.columns import did_you_mean, join_values, read_column
+from fedmerge_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def labeled_table(
+    columns: dict[str, Any], rows: Sequence[Sequence[Any]], label: str, labels: Sequence[str]
+) -> Dataset:
+    """Convert rows to a table with these feature types; each row gets the first label."""
+    from datasets import ClassLabel, Dataset, Features
+
+    features = Features({**columns, label: ClassLabel(names=list(labels))})
+    listed = [{**dict(zip(columns, row, strict=True)), label: 0} for row in rows]
+    return Dataset.from_list(listed, features=features)
+
+
+def reject_nulls(values: Any, column: str, first: int = 0) -> None:
+    """Raise ``DataError`` if an Arrow array has nulls.
+
+    Args:
+        values: Arrow array.
+        column: Name of the column, for the error message.
+        first: Row number of the first entry.
+    """
+    if values.null_count:
+        row = first + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError(
+            f"row {row} (of the rows in use): column {column!r} is empty (null); "
+            "fill in the values, or remove the rows"
+        )
+
+
+def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[str]:
+    """Infer the names of the labels, in the order of their ids.
+
+    A ``ClassLabel`` column has names. Text labels are sorted. Integer labels are named ``0`` to the
+    largest integer; a warning names those that do not occur. Booleans are ``False`` and ``True``.
+    If ``num_labels`` exceeds the number of labels in the data, the additional labels are named
+    ``LABEL_3`` and so on.
+
+    Args:
+        table: Training, validation and test rows of all clients.
+        column: Label column.
+        num_labels: Number of labels in the recipe, or None.
+
+    Raises:
+        DataError: The column does not exist; it has nulls, or negative or fractional numbers; there
+            are more labels than ``num_labels``.
+    """
+    values = _label_column(table, column)
+    if not len(values):
+        raise DataError(f"column {column!r}: the data have no rows to infer labels from")
+    if is_text(values.type):
+        names = sorted(values.unique().to_pylist())
+        if num_labels is not None and len(names) > num_labels:
+            raise DataError(
+                f"column {column!r} has {len(names)} labels, but task.num_labels is {num_labels}: "
+                f"{join_values(names)}"
+            )
+    else:
+        ids = _integer_labels(values, column)
+        if num_labels is not None:
+            _reject_out_of_range(ids, column, num_labels)
+        names = getattr(table.features[column], "names", None) or (
+            ["False", "True"]
+            if pa.types.is_boolean(values.type)
+            else _numeric_names(ids, column, num_labels)
+        )
+    if num_labels is None:
+        return list(names)
+    return [*names[:num_labels], *(f"LABEL_{label}" for label in range(len(names), num_labels))]
+
+
+def encode_labels(table: Dataset, column: str, labels: Sequence[str]) -> Tensor:
+    """Convert labels to ids, int64 ``(rows,)``.
+
+    Raises:
+        DataError: A label is not one of ``labels``. The message names row, value and column.
+    """
+    values = _label_column(table, column)
+    if not is_text(values.type):
+        ids = _integer_labels(values, column)
+        _reject_out_of_range(ids, column, len(labels))
+        return torch.from_numpy(ids)
+    known = {name: label for label, name in enumerate(labels)}
+    names = values.to_pylist()
+    for row, name in enumerate(names):
+        if name not in known:
+            raise DataError(
+                f"row {row} (of the rows in use): {name!r} in column {column!r} is not a known "
+                f"label; the labels are {join_values(labels)}"
+            )
+    return torch.tensor([known[name] for name in names], dtype=torch.int64)
+
+
+def relabel(table: Dataset, column: str, labels: Sequence[str]) -> Dataset:
+    """Convert the label column to a ``ClassLabel`` with the names ``labels``.
+
+    Text labels and ``ClassLabel`` names are looked up by name. An integer is an id. If some names
+    are integers that differ from their ids, such as 1, 2, 3, an integer is looked up as a name.
+
+    Args:
+        table: Rows that are not part of the federation. They may have a subset of the labels.
+        column: Label column.
+        labels: Names of all labels, in the order of their ids.
+
+    Returns:
+        The same rows in the same order.
+
+    Raises:
+        DataError: A label is not one of ``labels``; the column does not exist, or has nulls, or
+            negative or fractional numbers.
+    """
+    from datasets import ClassLabel, Dataset, DatasetInfo
+
+    values = _label_column(table, column)
+    if is_text(values.type):
+        row_labels = values.to_pylist()
+    else:
+        ids = _integer_labels(values, column).tolist()
+        ordered = all(
+            not name.isdecimal() or name == str(label) for label, name in enumerate(labels)
+        )
+        names = getattr(table.features[column], "names", None) or (labels if ordered else ())
+        row_labels = [names[label] if label < len(names) else str(label) for label in ids]
+    known = {name: label for label, name in enumerate(labels)}
+    for row, name in enumerate(row_labels):
+        if name not in known:
+            hint = did_you_mean(name, labels)
+            raise DataError(
+                f"row {row}: {name!r} in column {column!r} is not a known label{hint}; "
+                f"the labels are {join_values(labels)}"
+            )
+    rows = table.with_format("arrow")[:]
+    rows = rows.set_column(
+        rows.column_names.index(column),
+        column,
+        pa.array([known[name] for name in row_labels], pa.int64()),
+    )
+    features = table.features.copy()
+    features[column] = ClassLabel(names=list(labels))
+    return Dataset(rows, info=DatasetInfo(features=features))
+
+
+def _label_column(table: Dataset, column: str) -> Any:
+    (values,) = whole_numbers([read_column(table, column, "task.label")])
+    reject_nulls(values, column)
+    return values
+
+
+def is_text(kind: Any) -> bool:
+    """Return True if an Arrow type is text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
+    """Convert integer labels from 0, or booleans, to int64; raise ``DataError`` for others."""
+    if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
+        first = f", such as {values[0].as_py()!r} in row 0" if len(values) else ""
+        raise DataError(
+            f"column {column!r} has the type {values.type}{first}; a label is an integer from 0, "
+            "or a name: cast the column"
+        )
+    ids: NDArray[np.int64] = values.to_numpy().astype(np.int64)
+    if (ids < 0).any():
+        row = int((ids < 0).argmax())
+        raise DataError(
+            f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is negative, "
+            "which marks rows without a label on the hub; remove these rows"
+        )
+    return ids
+
+
+def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
+    """Create label names ``0`` to the largest id."""
+    row = int(ids.argmax())
+    if num_labels is None and ids[row] >= max(1000, len(ids)):
+        raise DataError(
+            f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is too large "
+            "for a label id; if it is correct, set task.num_labels"
+        )
+    names = [str(label) for label in range(int(ids[row]) + 1)]
+    if num_labels is None and (absent := sorted(set(range(len(names))) - set(ids.tolist()))):
+        logger.warning(
+            "labels are integers from 0, and no row has %s in column %r, of %d labels",
+            join_values(absent, 5),
+            column,
+            len(names),
+        )
+    return names
+
+
+def _reject_out_of_range(ids: NDArray[np.int64], column: str, num_labels: int) -> None:
+    if (ids >= num_labels).any():
+        row = int((ids >= num_labels).argmax())
+        raise DataError(
+            f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is too large "
+            f"for {num_labels} labels, 0 to {num_labels - 1}; set task.num_labels, or correct the "
+            "data"
+        )

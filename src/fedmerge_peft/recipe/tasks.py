@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import AfterValidator, Field
 
 from fedmerge_peft.plugins import METRICS, TASKS
+from fedmerge_peft.recipe.generation import GenerationSettings
 from fedmerge_peft.recipe.registered import NameIn, OneOf
 from fedmerge_peft.recipe.section import Count, Labels, Section
 
@@ -146,7 +147,7 @@ class SequenceClassificationRecipe(TaskRecipe):
     """Metrics. Tables and log lines show the first."""
 
 
-class CausalLMRecipe(TaskRecipe):
+class CausalLMRecipe(GenerationSettings, TaskRecipe):
     """Causal language modeling of plain texts, chats, prompts with completions, or instructions."""
 
     format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
@@ -189,8 +190,6 @@ class CausalLMRecipe(TaskRecipe):
     """Reading of special tokens that are written in texts, prompts and completions, such as </s>:
     as characters, or as tokens, for texts that were rendered with a chat template before. Default:
     such rows are refused. In messages they are characters."""
-    max_new_tokens: Count = 32
-    """Maximum number of generated tokens, for exact_match and rougeL."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
     """Metrics. Tables and log lines show the first. exact_match and rougeL generate text
     (slower)."""

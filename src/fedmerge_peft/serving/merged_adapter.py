@@ -21,6 +21,7 @@ from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.model_card import adapter_card
 from fedmerge_peft.tasks import task_type
+from fedmerge_peft.tasks.generation import end_tokens
 from fedmerge_peft.tasks.tokenization import get_pad_token_id, load_tokenizer
 from fedmerge_peft.training.accelerator import choose_device
 from fedmerge_peft.util.files import write_text
@@ -157,7 +158,8 @@ class MergedAdapter:
         """Return a transformers pipeline with this adapter.
 
         It is the pipeline of the run's task, such as text-classification. Texts are truncated to
-        the run's ``task.max_length``; generation ends after ``task.max_new_tokens``.
+        the run's ``task.max_length``. Text is generated with the settings of the recipe, and chats
+        are formatted with its chat template and system prompt.
 
         Args:
             device: As in ``model``.
@@ -185,6 +187,8 @@ class MergedAdapter:
                     "which a Python program passed; use run.predict or .model()"
                 )
             defaults = kind.pipeline_options(recipe.task, recipe.backbone, folder)
+            if kind.completes:
+                defaults["eos_token_id"] = end_tokens(defaults["tokenizer"], model) or None
             with quiet_transformers():
                 return transformers.pipeline(
                     kind.pipeline, model=model, device=model.device, **{**defaults, **options}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -115,8 +115,8 @@ class Predictor:
 
         Returns:
             Predictions by client, in the order of its inputs: ``{"label": name, "score":
-            probability}`` of the most likely label; for a language model the greedy completion of
-            at most ``task.max_new_tokens`` tokens.
+            probability}`` of the most likely label; for a language model the completion, generated
+            with the recipe's settings. Sampled completions are the same in each call.
 
         Raises:
             RunError: The run has no such client.
@@ -143,6 +143,31 @@ class Predictor:
             client: [predictions[index] for index in indices.tolist()]
             for client, indices in indices_of.items()
         }
+
+    def stream(self, client: str, prompt: Any, on_text: Callable[[str], None]) -> str:
+        """Complete one prompt with a client's adapter, and pass on its text while it is generated.
+
+        Args:
+            client: The client's name.
+            prompt: A text, or a list of messages.
+            on_text: Called with each further part of the completion.
+
+        Returns:
+            The completion, which is all parts joined. Sampling uses torch's random state.
+
+        Raises:
+            RunError: The run has no such client, or its task does not generate text.
+            DataError: The task does not accept the prompt.
+        """
+        if client not in self._adapters:
+            raise RunError(f"the run {no_client(client, self._adapters)}")
+        if not self._kind.completes:
+            raise RunError(f"the task {self._recipe.task.name} does not generate text")
+        examples = self._encode([prompt])
+        warn_of_cuts(examples, {"": np.arange(1)}, "prompts")
+        self._backbone.eval()
+        with self._applied(self._adapters[client][None]), self._accelerator.autocast():
+            return self._task.stream(self._backbone.model, examples, on_text, self._backbone.device)
 
     @cached_property
     def sequential_reason(self) -> str | None:

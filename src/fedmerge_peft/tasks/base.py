@@ -354,6 +354,19 @@ class Task(ABC):
         """Return a completion of each prompt. Only for tasks with ``completes``."""
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 
+    def stream(
+        self,
+        model: Any,
+        examples: Examples,
+        on_text: Callable[[str], None],
+        device: torch.device,
+    ) -> str:
+        """Complete the only prompt of ``examples``, and return the completion.
+
+        ``on_text`` is called with each further part of it. Only for tasks with ``completes``.
+        """
+        raise TypeError(f"{type(self).__name__} does not complete prompts")
+
     @torch.no_grad()
     def generate(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device

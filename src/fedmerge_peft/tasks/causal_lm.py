@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.errors import BackboneError, DataError, RecipeError
+from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
 from fedmerge_peft.tasks.base import Batch, Compared, Examples, Task, reject_inputs, split_batch
 from fedmerge_peft.tasks.chat_messages import parse_prompt, read_chats
-from fedmerge_peft.tasks.chat_template import name_template
+from fedmerge_peft.tasks.chat_template import name_template, set_chat_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
-from fedmerge_peft.tasks.generation import first_logits, generate_tokens
+from fedmerge_peft.tasks.generation import TextGenerator, generation_options
 from fedmerge_peft.tasks.shown import ShownExample, split_into_segments
 from fedmerge_peft.tasks.text_formats import (
     check_columns,
@@ -114,6 +114,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             )
         if recipe.chat_template is not None:
             self.processor.chat_template = name_template(self.processor, recipe.chat_template)
+        self._generator = TextGenerator(self.processor, self.pad_token_id, recipe)
         self.loss = infer_loss(recipe, self.format, table)
         # A chat template writes special tokens.
         reading = "tokens" if self.format == "messages" else recipe.special_tokens
@@ -145,9 +146,11 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
         tokenizer.padding_side = "left"
         tokenizer.split_special_tokens = recipe.special_tokens == "text"
-        if recipe.chat_template is not None:
-            tokenizer.chat_template = name_template(tokenizer, recipe.chat_template)
-        return {"tokenizer": tokenizer, "max_new_tokens": recipe.max_new_tokens}
+        set_chat_template(tokenizer, recipe)
+        options = generation_options(recipe)
+        if stop := options.pop("stop_strings", None):
+            options["stop_sequence"] = stop
+        return {"tokenizer": tokenizer, **options}
 
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row.
@@ -335,7 +338,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def complete(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> list[str]:
-        """Complete prompts greedily, up to an end-of-sequence token or ``max_new_tokens``.
+        """Complete prompts, up to an end-of-sequence token, a stop string or ``max_new_tokens``.
+
+        Sampling is seeded with the indices.
 
         Args:
             model: Model in evaluation mode.
@@ -350,25 +355,27 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         order = np.arange(len(indices))
         texts: dict[int, str] = {}
         for part in split_batch(self.prompt_padding, prompts, order):
-            batch = self._prompts_on(device, examples, indices[part])
-            tokens = generate_tokens(
-                model,
-                batch,
-                pad=self.pad_token_id,
-                ends=self._end_token_ids(model),
-                max_new_tokens=self.recipe.max_new_tokens,
-            )[:, batch["input_ids"].shape[1] :]
-            decoded = self.processor.batch_decode(
-                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            completed = self._generator.complete(
+                model, self._prompts_on(device, examples, indices[part]), indices[part].tolist()
             )
-            texts |= dict(zip(part.tolist(), decoded, strict=True))
-        return [texts[row].strip() for row in order.tolist()]
+            texts |= dict(zip(part.tolist(), completed, strict=True))
+        return [texts[row] for row in order.tolist()]
+
+    def stream(
+        self,
+        model: Any,
+        examples: Examples,
+        on_text: Callable[[str], None],
+        device: torch.device,
+    ) -> str:
+        return self._generator.stream(
+            model, self._prompts_on(device, examples, np.zeros(1, dtype=int)), on_text
+        )
 
     def next_logits(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
     ) -> Tensor:
-        prompts = self._prompts_on(device, examples, indices)
-        return first_logits(model, prompts, pad=self.pad_token_id, ends=self._end_token_ids(model))
+        return self._generator.first_logits(model, self._prompts_on(device, examples, indices))
 
     def _prompts_on(self, device: torch.device, examples: Examples, indices: NDArray[Any]) -> Batch:
         prompts = self.collate_prompts(examples, indices)
@@ -385,15 +392,3 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         held = examples.columns["reference"]
         references = [bytes(held[index].tolist()).decode().strip() for index in indices]
         return self.complete(model, examples, indices, device), references
-
-    def _end_token_ids(self, model: Any) -> list[int]:
-        """Return the end tokens of the tokenizer and the model, such as the end of a turn."""
-        if (settings := getattr(model, "generation_config", None)) is None:
-            raise BackboneError(
-                "model: it does not generate text (it has no generation_config), so neither "
-                "predictions nor metrics of texts are possible; use perplexity or accuracy"
-            )
-        ids = settings.eos_token_id
-        return sorted(
-            {*(ids if isinstance(ids, list) else [ids]), self.processor.eos_token_id} - {None}
-        )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.chat_messages import Chat
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
 
 def check_template(tokenizer: Any) -> None:
@@ -43,6 +47,31 @@ def name_template(tokenizer: Any, template: str) -> str:
             f"{'the templates ' + join_values(sorted(named)) if named else 'no named templates'}"
         )
     return str(named[template])
+
+
+def set_chat_template(tokenizer: Any, recipe: CausalLMRecipe) -> None:
+    """Give a tokenizer the recipe's chat template, and its system prompt for chats without one.
+
+    The tokenizer alone then renders chats as the task does.
+
+    Raises:
+        DataError: The tokenizer has no template with the recipe's name.
+    """
+    if recipe.chat_template is not None:
+        tokenizer.chat_template = name_template(tokenizer, recipe.chat_template)
+    if recipe.system_prompt is None or not (template := tokenizer.chat_template):
+        return
+    prompt = json.dumps(recipe.system_prompt)
+    begin = (
+        "{% if messages[0]['role'] not in ['system', 'developer'] %}"
+        "{% set messages = [{'role': 'system', 'content': " + prompt + "}] + messages %}"
+        "{% endif %}"
+    )
+    tokenizer.chat_template = (
+        {name: begin + text for name, text in template.items()}
+        if isinstance(template, dict)
+        else begin + template
+    )
 
 
 def tool_names(chat: Chat) -> Iterator[str]:

@@ -1,61 +1,176 @@
-"""Greedy generation, without the sampling settings that models come with."""
+"""Generation of text with a recipe's settings, regardless of those that models come with."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.tasks.base import Batch
+from fedmerge_peft.util.seeds import derive, seeded
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe.generation import GenerationSettings
 
 
-@torch.no_grad()
-def generate_tokens(
-    model: Any, prompts: Batch, *, pad: int, ends: list[int], max_new_tokens: int, **options: Any
-) -> Any:
-    """Complete prompts greedily, up to an end token or ``max_new_tokens``.
+def generation_options(settings: GenerationSettings) -> dict[str, Any]:
+    """Return the values of ``GenerationConfig`` that a recipe sets.
 
-    Args:
-        model: Model in evaluation mode.
-        prompts: ``input_ids`` and ``attention_mask``, ``(batch, longest)``, on the model's device.
-        pad: Padding id.
-        ends: End tokens.
-        max_new_tokens: Largest number of new tokens.
-        options: Further settings of ``GenerationConfig``.
-
-    Returns:
-        The output of ``model.generate``: prompts and new tokens ``(batch, length)``, by default.
+    The others are neutral, so that a model's ``generation_config.json`` has no effect.
     """
-    from transformers import GenerationConfig
-
-    # These override the settings of the model's generation_config.json.
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=ends or None,
-        **options,
-    )
-    return model.generate(**prompts, generation_config=settings)
+    stop = {"stop_strings": settings.stop_strings} if settings.stop_strings else {}
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "do_sample": settings.do_sample,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": 0 if settings.do_sample else 50,  # transformers warns of others without sampling
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        **stop,
+    }
 
 
-def first_logits(model: Any, prompts: Batch, *, pad: int, ends: list[int]) -> Tensor:
-    """Return the logits of the first two generated tokens, ``(batch, 2, vocabulary)``."""
-    output = generate_tokens(
-        model,
-        prompts,
-        pad=pad,
-        ends=ends,
-        max_new_tokens=2,
-        min_new_tokens=2,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return torch.stack(output.logits, dim=1)
+@dataclass(frozen=True)
+class TextGenerator:
+    """Completions of tokenized prompts."""
+
+    tokenizer: Any
+    pad: int
+    """Padding id."""
+    settings: GenerationSettings
+
+    def complete(self, model: Any, prompts: Batch, seed: Sequence[int]) -> list[str]:
+        """Complete prompts up to an end token, a stop string or ``max_new_tokens``.
+
+        Args:
+            model: Model in evaluation mode.
+            prompts: ``input_ids`` and ``attention_mask``, ``(batch, longest)``, on the model's
+                device.
+            seed: Numbers from which the random choices of sampling are derived.
+
+        Returns:
+            Completions without stop strings and surrounding whitespace.
+
+        Raises:
+            BackboneError: The model does not generate text.
+        """
+        with seeded(derive(0, "generation", *seed), prompts["input_ids"].device):
+            output = self._generate(model, prompts, **generation_options(self.settings))
+        texts = self.tokenizer.batch_decode(
+            output[:, prompts["input_ids"].shape[1] :],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return [self._before_stop(text).strip() for text in texts]
+
+    def stream(self, model: Any, prompt: Batch, on_text: Callable[[str], None]) -> str:
+        """Complete one prompt, and pass on its text while it is generated.
+
+        Sampling uses torch's current random state.
+
+        Args:
+            model: Model in evaluation mode.
+            prompt: ``input_ids`` and ``attention_mask``, ``(1, length)``, on the model's device.
+            on_text: Called with each further part of the completion.
+
+        Returns:
+            The completion, which is all parts joined.
+
+        Raises:
+            BackboneError: The model does not generate text.
+        """
+        stream = _Stream(self, on_text)
+        self._generate(model, prompt, streamer=stream, **generation_options(self.settings))
+        return stream.text
+
+    def first_logits(self, model: Any, prompts: Batch) -> Tensor:
+        """Return the logits of the first two generated tokens, ``(batch, 2, vocabulary)``."""
+        output = self._generate(
+            model,
+            prompts,
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(output.logits, dim=1)
+
+    @torch.no_grad()
+    def _generate(self, model: Any, prompts: Batch, streamer: Any = None, **options: Any) -> Any:
+        from transformers import GenerationConfig
+
+        # These override the settings of the model's generation_config.json.
+        neutral = {"num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        settings = GenerationConfig(
+            **{**neutral, "repetition_penalty": 1.0, **options},
+            use_cache=True,
+            pad_token_id=self.pad,
+            eos_token_id=end_tokens(self.tokenizer, model) or None,
+        )
+        return model.generate(
+            **prompts, generation_config=settings, tokenizer=self.tokenizer, streamer=streamer
+        )
+
+    def _before_stop(self, text: str) -> str:
+        """Return the text before the first stop string."""
+        places = (text.find(stop) for stop in self.settings.stop_strings)
+        return text[: min((place for place in places if place >= 0), default=None)]
+
+
+class _Stream:
+    """Streamer of ``model.generate`` that passes on text as soon as it can no longer change.
+
+    Text that may be the begin of a stop string, whitespace that may be the last, and incomplete
+    characters are held back.
+    """
+
+    def __init__(self, generator: TextGenerator, on_text: Callable[[str], None]) -> None:
+        self._generator, self._on_text = generator, on_text
+        self._ids: list[int] | None = None
+        self.text = ""
+
+    def put(self, ids: Tensor) -> None:
+        """Take the prompt, then each generated token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += ids.flatten().tolist()
+        longest = max(map(len, self._generator.settings.stop_strings), default=1)
+        text = self._decoded()
+        self._pass_on(text[: len(text) - longest + 1].rstrip().rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def end(self) -> None:
+        """Pass on what was held back."""
+        self._pass_on(self._decoded())
+
+    def _decoded(self) -> str:
+        decoded = self._generator.tokenizer.decode(
+            self._ids or [], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return self._generator._before_stop(decoded).strip()
+
+    def _pass_on(self, text: str) -> None:
+        if len(text) > len(self.text):
+            self._on_text(text[len(self.text) :])
+            self.text = text
+
+
+def end_tokens(tokenizer: Any, model: Any) -> list[int]:
+    """Return the end tokens of the tokenizer and the model, such as the end of a turn.
+
+    Raises:
+        BackboneError: The model does not generate text.
+    """
+    if (settings := getattr(model, "generation_config", None)) is None:
+        raise BackboneError(
+            "model: it does not generate text (it has no generation_config), so neither "
+            "predictions nor metrics of texts are possible; use perplexity or accuracy"
+        )
+    ids = settings.eos_token_id
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})

@@ -1,0 +1,37 @@
+"""Settings of generated text, for tasks whose models complete prompts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from fedmerge_peft.recipe.section import Boolean, Count, Section
+
+StopString = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class GenerationSettings(Section):
+    """Settings of generated text, by their names in transformers' GenerationConfig."""
+
+    max_new_tokens: Count = 32
+    """Maximum number of generated tokens, in metrics of texts, predictions and exports."""
+    do_sample: Boolean = False
+    """Draw each token at random instead of taking the most likely one. Metrics and predictions draw
+    the same tokens each time."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Temperature of sampled tokens: below 1 for more likely ones."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the most likely tokens, whose probabilities add up to this value."""
+    stop_strings: Annotated[list[StopString], Field(max_length=100)] = []
+    """Texts before which a generated text ends."""
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Self:
+        for key in ("temperature", "top_p"):
+            if not self.do_sample and getattr(self, key) != 1:
+                raise ValueError(
+                    f"{key}: has an effect on sampled tokens only; set do_sample: true, or remove "
+                    f"{key}"
+                )
+        return self

@@ -84,6 +84,23 @@ def test_cut_tokens_are_shown_and_examples_counted(shown):
     )
 
 
+def test_the_middle_of_long_examples_is_left_out(shown):
+    """A chat of 40 messages, the first of which is long: 160 tokens are not shown as 1,000."""
+    long = [{**CHAT[0], "content": "Who? " * 400}, *CHAT[1:], *CHAT * 9]
+    output = shown(rows_of({"messages": long}), {"name": "causal-lm", "max_length": 4000}, "1")
+    rows = segments(output)
+    assert len(rows) == 16
+    (first,) = [text for _, role, text in rows if "tokens not shown]" in text]
+    hidden = int(first.split("[")[-1].split(" ")[0].replace(",", ""))
+    assert first.count("Who?") < 100
+    left_out = re.search(r"\[([\d,]+) parts with ([\d,]+) tokens not shown\]", output)
+    assert left_out is not None
+    assert int(left_out[1]) == 60 - 16  # a turn of the assistant has two parts
+    total = int(re.search(r": ([\d,]+) tokens,", output)[1].replace(",", ""))
+    assert 160 + hidden + int(left_out[2].replace(",", "")) < total
+    assert "So</s>" in rows[-1][2]
+
+
 def test_classification_shows_the_label(shown):
     rows = [
         {**row, "label": ["no", "yes"][number // 4]}

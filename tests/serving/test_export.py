@@ -10,14 +10,13 @@ from safetensors.torch import load_file
 from equality import assert_near
 from fedmerge_peft import RunError, RunExistsError
 from fedmerge_peft.serving.export import (
-    VLLM_RANKS,
     export_all,
     export_client,
     export_soup,
     folder_name,
-    vllm_support,
 )
 from fedmerge_peft.serving.model_card import plain
+from fedmerge_peft.serving.vllm import VLLM_RANKS, vllm_support
 
 from .conftest import TASKS
 
@@ -61,6 +60,7 @@ def test_the_soups_card_merges_the_clients_served_model_on_load(task, finished, 
 def test_an_export_is_a_plain_peft_folder_of_the_runs_rank(finished, tmp_path):
     folder = export_client(finished("causal-lm").run, CLIENT, tmp_path / "mine")
     assert {path.name for path in folder.iterdir()} == {
+        "generation_config.json",
         "adapter_config.json",
         "adapter_model.safetensors",
         "weights.json",

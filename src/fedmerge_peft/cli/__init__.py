@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         from fedmerge_peft.cli import (  # noqa: F401 (each import adds its commands)
+            chat,
             compare,
             data,
             doctor,

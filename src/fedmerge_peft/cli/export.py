@@ -26,6 +26,12 @@ def export(
             help="Export the shared adapters and all merging weights, to merge on load.",
         ),
     ] = False,
+    vllm: Annotated[
+        bool,
+        typer.Option(
+            "--vllm", help="With --all, also write serve.sh, which serves all clients with vLLM."
+        ),
+    ] = False,
     to: Annotated[
         Path | None, typer.Option("--to", "--out", help="A new folder. Default: RUN/exported/NAME.")
     ] = None,
@@ -65,6 +71,9 @@ def export(
     if sum([client is not None, all_clients, soup]) != 1:
         raise RunError("choose what to export: give exactly one of --client NAME, --all and --soup")
 
+    if vllm and not all_clients:
+        raise RunError("--vllm serves all clients; give it together with --all")
+
     from fedmerge_peft.serving.export import (
         check_repo,
         export_all,
@@ -72,9 +81,9 @@ def export(
         export_soup,
         folder_name,
         push_to_hub,
-        vllm_support,
     )
     from fedmerge_peft.serving.model_card import base_model
+    from fedmerge_peft.serving.vllm import vllm_support
     from fedmerge_peft.util.text import printable
 
     opened = Run.open(run, trust_remote_code=trust_remote_code)
@@ -89,7 +98,7 @@ def export(
     if client is not None:
         write, name = partial(export_client, client=client), folder_name(client)
     elif all_clients:
-        write, name = partial(export_all), "all"
+        write, name = partial(export_all, vllm=vllm), "all"
     else:
         write, name = partial(export_soup), "soup"
     folder = to if to is not None else run / "exported" / name
@@ -110,4 +119,6 @@ def export(
         subfolder = folder_name(opened.client_names[0]) if all_clients else "."
         card = shlex.quote(str(written / subfolder / "README.md"))
         print("\nnext:")
+        if vllm:
+            print(printable(f"  sh {shlex.quote(str(written / 'serve.sh'))}   # vLLM's server"))
         print(printable(f"  cat {card}   # code to load it with peft and transformers only"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.util.text import printable
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _STYLES = {"loss": "bold green", "cut": "strike red", "": ""}
 """Styles of tokens with a loss, of those that truncation removes, and of the others."""
+
+_SEGMENTS, _TOKENS = 16, 160
+"""Numbers of segments of an example, and of tokens of a segment, that are shown."""
 
 
 def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Console) -> None:
@@ -67,7 +70,12 @@ def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Cons
         )
         grid = Table.grid(padding=(0, 2))
         grid.add_column(min_width=4, style="dim")
-        for segment in example.segments:
+        for segment in _ends(example.segments, _SEGMENTS):
+            if isinstance(segment, list):
+                tokens = sum(len(each.tokens) for each in segment)
+                left_out = f"[{len(segment):,} parts with {tokens:,} tokens not shown]"
+                grid.add_row("", "", Text(left_out, style="dim"))
+                continue
             mark = _mark(segment)
             grid.add_row(mark, Text(printable(segment.role), style="cyan"), _tokens(segment, mark))
         console.print(grid)
@@ -86,7 +94,18 @@ def _tokens(segment: Segment, mark: str) -> Text:
     from rich.text import Text
 
     line = Text()
-    for number, token in enumerate(segment.tokens):
+    for number, token in enumerate(_ends(segment.tokens, _TOKENS)):
         line.append("│" if number else "", style="dim")
-        line.append(printable(token), style=_STYLES[mark])
+        if isinstance(token, list):
+            line.append(f"[{len(token):,} tokens not shown]", style="dim")
+        else:
+            line.append(printable(token), style=_STYLES[mark])
     return line
+
+
+def _ends(items: list[Any], most: int) -> list[Any]:
+    """Return the first and last items of a long list, and those between them as one list."""
+    if len(items) <= most:
+        return [*items]
+    begin, end = most // 2, len(items) - most // 2
+    return [*items[:begin], items[begin:end], *items[end:]]

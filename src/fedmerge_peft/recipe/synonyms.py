@@ -19,6 +19,8 @@ _KEYS = {
     "task.num_labels": "num_classes n_classes nclasses classes n_labels",
     "task.max_length": "max_seq_length max_seq_len max_len seq_len model_max_length cutoff_len",
     "task.max_new_tokens": "max_tokens generation_max_length",
+    "task.do_sample": "sample sampling",
+    "task.stop_strings": "stop_sequence stop_sequences",
     "task.loss": "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt",
     "task.system_prompt": "system system_message default_system",
     "task.chat_template": "chat_template_path template_path",

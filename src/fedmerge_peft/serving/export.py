@@ -1,7 +1,7 @@
 """Export adapters as plain PEFT folders with model cards, to disk or to the Hugging Face hub.
 
-client   adapter_config.json, adapter_model.safetensors, README.md (the model card) and weights.json
-         (the client's row of π)
+client   adapter_config.json, adapter_model.safetensors, README.md (the model card), weights.json
+         (the client's row of π) and, if the model generates text, ``generation_files``
 all      one such folder per client, and clients.json (the folder of each client)
 soup     adapter-0, adapter-1, ... and weights.json (each client's row of π), to merge on load
 
@@ -23,14 +23,12 @@ from fedmerge_peft.adapters.exact_merge import add_base_update
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.serving.generation_files import generation_writer
 from fedmerge_peft.serving.merged_adapter import MergedAdapter, client_adapter
 from fedmerge_peft.serving.model_card import base_model, soup_card
+from fedmerge_peft.serving.vllm import serve_script
 from fedmerge_peft.util.files import write_json, write_text
 from fedmerge_peft.util.folders import whole_folder, write_sums
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Valid values of vLLM's ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
-
 
 _LONGEST = 200
 """Maximum length of a folder's name in bytes; file systems allow 255."""
@@ -66,8 +64,10 @@ def export_client(
     folder = Path(folder)
     merged = client_adapter(run, client, best=best)
     RunDirectory.check_free(folder)
+    write_generation = generation_writer(run)
     with whole_folder(folder) as partial:
         _write_client(merged, partial, base_model_id, repr(repo or str(folder)))
+        write_generation(partial)
     return folder
 
 
@@ -78,12 +78,17 @@ def export_all(
     best: bool = False,
     base_model_id: str | None = None,
     repo: str | None = None,
+    vllm: bool = False,
 ) -> Path:
     """Write the adapters of all clients, each to a subfolder named by ``folder_name``.
 
-    ``clients.json`` has the subfolder of each client.
+    ``clients.json`` has the subfolder of each client. With ``vllm``, ``serve.sh`` starts vLLM's
+    server with all of them.
 
-    Arguments, result and errors are those of ``export_client``.
+    Other arguments, result and errors are those of ``export_client``.
+
+    Raises:
+        RunError: As ``export_client``; or vLLM does not support the adapters.
     """
     folder = Path(folder)
     soup, weights = run.state(best=best)
@@ -94,13 +99,18 @@ def export_all(
     ]
     RunDirectory.check_free(folder)
     folders = {merged.name: folder_name(merged.name) for merged in adapters}
+    script = serve_script(run, folders, base_model_id) if vllm else None
+    write_generation = generation_writer(run)
     with whole_folder(folder) as partial:
         for merged in adapters:
             name = folders[merged.name]
             place = repr(str(folder / name)) if repo is None else f"{repo!r}, subfolder={name!r}"
             _write_client(merged, partial / name, base_model_id, place)
+            write_generation(partial / name)
             write_sums(partial / name)
         write_json(partial / "clients.json", folders)
+        if script is not None:
+            write_text(partial / "serve.sh", script)
     return folder
 
 
@@ -134,6 +144,7 @@ def export_soup(
     base, hub = base_model(run, base_model_id)
     rows = {client: row.tolist() for client, row in zip(run.client_names, weights, strict=True)}
     card = soup_card(run, base, hub, str(folder), repo, soup=soup, best=best)
+    write_generation = generation_writer(run)
     with whole_folder(folder) as partial:
         for number, row in enumerate(soup.rows):
             state = soup.state_dict(row)
@@ -143,6 +154,7 @@ def export_soup(
             )
         write_json(partial / "weights.json", {"round": run.round(best=best), "clients": rows})
         write_text(partial / "README.md", str(card))
+        write_generation(partial)
     return folder
 
 
@@ -193,40 +205,6 @@ def check_repo(repo: str) -> None:
         raise RunError(
             f"{repo!r} is not a valid repository id: {str(error).splitlines()[0]}"
         ) from error
-
-
-def vllm_support(run: RunDirectory) -> str:
-    """Return one line with the vLLM options for the run's adapters, or the reasons against vLLM.
-
-    The rules are those of vllm/lora/peft_helper.py and vllm/config/lora.py.
-    """
-    config = run.adapter_config
-    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
-    enough = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)
-    reasons = {
-        "it trains whole modules (modules_to_save), such as a classification head": config.get(
-            "modules_to_save"
-        ),
-        "it uses DoRA": config.get("use_dora"),
-        "it trains biases": config.get("bias", "none") != "none",
-        "it trains token embeddings (trainable_token_indices)": config.get(
-            "trainable_token_indices"
-        ),
-        "it adapts expert parameters (target_parameters)": config.get("target_parameters"),
-        "its layers have different scalings (rank_pattern, alpha_pattern)": (
-            config.get("rank_pattern") or config.get("alpha_pattern")
-        ),
-        "the method updates the backbone, so ranks differ by layer": (
-            run.recipe.strategy.adds_to_backbone
-        ),
-        f"its rank {max(ranks)} is above {VLLM_RANKS[-1]}": enough is None,
-    }
-    if unsupported := [reason for reason, applies in reasons.items() if applies]:
-        return f"vLLM cannot serve this adapter: {'; '.join(unsupported)}"
-    return (
-        f"vLLM, if it supports LoRA for this model: --enable-lora --max-lora-rank {enough} "
-        f"(rank {max(ranks)}; with the same base model name)"
-    )
 
 
 def folder_name(client: str) -> str:

@@ -19,6 +19,7 @@ from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.pretrained import load_model, model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.serving.generation_files import generation_writer
 from fedmerge_peft.serving.model_card import adapter_card
 from fedmerge_peft.tasks import task_type
 from fedmerge_peft.tasks.generation import end_tokens
@@ -115,8 +116,10 @@ class MergedAdapter:
         """
         folder, (state, config) = Path(folder), self.peft_state(exact=exact)
         RunDirectory.check_free(folder)
+        write_generation = generation_writer(self.run)
         with whole_folder(folder) as partial:
             write_adapter(partial, state, config)
+            write_generation(partial)
             write_text(partial / "README.md", str(self.card(repr(str(folder)), rank=config["r"])))
         return folder
 

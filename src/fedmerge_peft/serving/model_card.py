@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.models.pretrained import gguf_source
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.serving.generation_files import carries_tokenizer, usage_code
 from fedmerge_peft.tasks import task_type
 from fedmerge_peft.tasks.in_memory import is_passed
 from fedmerge_peft.util.text import printable
@@ -77,9 +78,6 @@ The clients' own parts, such as heads or label priors, are not included; export 
 | | |
 |---|---|
 | base model | `{{ base }}` |
-{%- if gguf %}
-| base weights | dequantized from `{{ gguf }}` to {{ dtype }} |
-{%- endif %}
 {%- if gguf %}
 | base weights | dequantized from `{{ gguf }}` to {{ dtype }} |
 {%- endif %}
@@ -160,7 +158,7 @@ def adapter_card(
         round=round,
         rank=rank,
         plus_own="" if own is None else f", plus {own}",
-        example=_example(run, base, _CLIENT_LOAD.format(place=place), ""),
+        example=_example(run, base, _CLIENT_LOAD.format(place=place), place, ""),
     )  # fmt: skip
 
 
@@ -202,7 +200,7 @@ def soup_card(
         rank=run.adapter_config["r"],
         adapters=len(soup),
         own=soup.own is not None,
-        example=_example(run, base, load, _SOUP_IMPORTS.format(fetch=fetch)),
+        example=_example(run, base, load, "folder", _SOUP_IMPORTS.format(fetch=fetch)),
     )  # fmt: skip
 
 
@@ -277,7 +275,16 @@ def _scores(scores: Mapping[str, float]) -> dict[str, str]:
     return {metric.replace("_", " "): f"{value:.4g}" for metric, value in scores.items()}
 
 
-def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
+def _example(run: RunDirectory, base: str, load: str, place: str, imports: str) -> str:
+    """Return Python code that loads an adapter, and generates text if the model does.
+
+    Args:
+        run: The run.
+        base: Public name of the base model.
+        load: Code that loads the adapter.
+        place: Arguments, in Python syntax, with the place of the folder with the adapter.
+        imports: Further imports.
+    """
     recipe, labels = run.recipe, run.task["labels"]
     if is_passed(base):
         return f"{imports}from peft import PeftModel\n\n{_PASSED_BASE}\n{load}"
@@ -288,20 +295,17 @@ def _example(run: RunDirectory, base: str, load: str, imports: str) -> str:
     public = base != recipe.backbone.model  # then no local path may appear
     gguf = "" if recipe.backbone.gguf_file is None else f", gguf_file={recipe.backbone.gguf_file!r}"
     trust = ", trust_remote_code=True" if recipe.backbone.trust_remote_code else ""
-    return (
-        task_type(recipe.task)
-        .loading_code.format(
-            imports=imports,
-            labels=_wrapped(labels),
-            base=repr(base),
-            options=f'dtype="{recipe.backbone.dtype}"{revision}{gguf}{trust}',
-            processor=repr(_portable(tokenizer) if public else tokenizer)
-            + (gguf if tokenizer == base else "")
-            + trust,
-            load=load,
-        )
-        .strip()
+    processor = repr(_portable(tokenizer) if public else tokenizer)
+    processor += gguf if tokenizer == base else ""
+    loading = task_type(recipe.task).loading_code.format(
+        imports=imports,
+        labels=_wrapped(labels),
+        base=repr(base),
+        options=f'dtype="{recipe.backbone.dtype}"{revision}{gguf}{trust}',
+        processor=(place if carries_tokenizer(run) else processor) + trust,
+        load=load,
     )
+    return (loading + usage_code(run)).strip()
 
 
 def _wrapped(labels: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmerge_peft.adapters.peft_folder import write_adapter
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.serving.generation_files import generation_writer
 from fedmerge_peft.serving.model_card import adapter_card
 from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.folders import whole_folder
@@ -90,6 +91,7 @@ class Personalized:
         """
         folder = Path(folder)
         RunDirectory.check_free(folder)
+        write_generation = generation_writer(self.run)
         document = {
             "name": self.name,
             "examples": dict(self.examples),
@@ -100,6 +102,7 @@ class Personalized:
         }
         with whole_folder(folder) as partial:
             write_adapter(partial, self.adapter, self.config, weights=document)
+            write_generation(partial)
             card = adapter_card(
                 self.run, self.name, repr(str(folder)),
                 role="a newcomer to a federated fine-tuning run of {clients}",

@@ -75,8 +75,8 @@ class CausalLMTask(Task):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base}, {options})
-tokenizer = AutoTokenizer.from_pretrained({processor})
 {load}
+tokenizer = AutoTokenizer.from_pretrained({processor})
 """
     labels = ()
 

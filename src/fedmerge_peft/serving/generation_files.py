@@ -1,0 +1,100 @@
+"""Files with which other programs generate text as a run does, next to an exported adapter.
+
+generation_config.json   settings of generated text, which GenerationConfig.from_pretrained loads
+tokenizer files          only if the recipe sets a chat template or a system prompt: the tokenizer
+                         of the base model with this template, which AutoTokenizer loads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fedmerge_peft.models.pretrained import model_folder
+from fedmerge_peft.models.quiet import quiet_transformers
+from fedmerge_peft.recipe.tasks import CausalLMRecipe
+from fedmerge_peft.tasks.chat_template import set_chat_template
+from fedmerge_peft.tasks.generation import generation_options
+from fedmerge_peft.tasks.in_memory import is_passed
+from fedmerge_peft.tasks.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from fedmerge_peft.runs.directory import RunDirectory
+
+
+def carries_tokenizer(run: RunDirectory) -> bool:
+    """Return True if exports of a run need a tokenizer of their own.
+
+    That of a model that a Python program passed is not written, because the model is not either.
+    """
+    task = run.recipe.task
+    return (
+        isinstance(task, CausalLMRecipe)
+        and run.task.get("format") == "messages"
+        and (task.chat_template is not None or task.system_prompt is not None)
+        and not is_passed(run.recipe.backbone.model)
+    )
+
+
+def usage_code(run: RunDirectory) -> str:
+    """Return Python code for model cards that generates text; empty for other tasks."""
+    task = run.recipe.task
+    if not isinstance(task, CausalLMRecipe):
+        return ""
+    given: dict[str, float] = {"max_new_tokens": task.max_new_tokens, "do_sample": task.do_sample}
+    if task.do_sample:
+        given |= {"temperature": task.temperature, "top_p": task.top_p}
+    options = "".join(f", {key}={value}" for key, value in given.items())
+    if task.stop_strings:
+        options += f",\n    stop_strings={task.stop_strings!r}, tokenizer=tokenizer"
+    return (_CHAT if run.task.get("format") == "messages" else _PROMPT) + _GENERATE.format(
+        options=options
+    )
+
+
+_CHAT = """
+messages = [{"role": "user", "content": "Hello"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
+_PROMPT = """
+prompt = "Hello"  # formatted as in training
+inputs = tokenizer(prompt, return_tensors="pt")"""
+_GENERATE = """
+output = model.generate(**inputs{options})
+answer = output[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+"""
+
+
+def generation_writer(run: RunDirectory) -> Callable[[Path], None]:
+    """Return a function that writes the files to an existing folder.
+
+    Raises:
+        BackboneError: The tokenizer cannot be loaded.
+    """
+    task = run.recipe.task
+    if not isinstance(task, CausalLMRecipe):
+        return lambda folder: None
+    from transformers import GenerationConfig
+
+    with quiet_transformers():
+        settings = GenerationConfig(**generation_options(task))
+    tokenizer = _tokenizer(run, task) if carries_tokenizer(run) else None
+
+    def write(folder: Path) -> None:
+        settings.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def _tokenizer(run: RunDirectory, task: CausalLMRecipe) -> Any:
+    backbone = run.trusted_recipe.backbone
+    with TemporaryDirectory(prefix="fedmerge-") as scratch, quiet_transformers():
+        tokenizer, _ = load_tokenizer(backbone, model_folder(backbone, Path(scratch)))
+    set_chat_template(tokenizer, task)
+    return tokenizer

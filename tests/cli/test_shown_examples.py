@@ -85,19 +85,15 @@ def test_cut_tokens_are_shown_and_examples_counted(shown):
 
 
 def test_the_middle_of_long_examples_is_left_out(shown):
-    """A chat of 40 messages, the first of which is long: 160 tokens are not shown as 1,000."""
+    """A chat of 40 messages, the first of which is long, of which 128 tokens are kept."""
     long = [{**CHAT[0], "content": "Who? " * 400}, *CHAT[1:], *CHAT * 9]
-    output = shown(rows_of({"messages": long}), {"name": "causal-lm", "max_length": 4000}, "1")
+    output = shown(rows_of({"messages": long}), {"name": "causal-lm"}, "1")
     rows = segments(output)
     assert len(rows) == 16
-    (first,) = [text for _, role, text in rows if "tokens not shown]" in text]
-    hidden = int(first.split("[")[-1].split(" ")[0].replace(",", ""))
-    assert first.count("Who?") < 100
-    left_out = re.search(r"\[([\d,]+) parts with ([\d,]+) tokens not shown\]", output)
-    assert left_out is not None
-    assert int(left_out[1]) == 60 - 16  # a turn of the assistant has two parts
-    total = int(re.search(r": ([\d,]+) tokens,", output)[1].replace(",", ""))
-    assert 160 + hidden + int(left_out[2].replace(",", "")) < total
+    (first,) = [text for _, _, text in rows if "tokens not shown]" in text]
+    assert int(first.split("[")[-1].split(" ")[0].replace(",", "")) > 200
+    assert 10 < first.count("Who?") < 100
+    assert re.search(r"\[[\d,]+ parts with [\d,]+ tokens not shown\]", output)
     assert "So</s>" in rows[-1][2]
 
 

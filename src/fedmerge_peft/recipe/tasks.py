@@ -147,7 +147,24 @@ class SequenceClassificationRecipe(TaskRecipe):
     """Metrics. Tables and log lines show the first."""
 
 
-class CausalLMRecipe(GenerationSettings, TaskRecipe):
+class CompletionRecipe(GenerationSettings, TaskRecipe):
+    """Base of tasks whose models complete prompts, as texts or as chats."""
+
+    system_prompt: str | None = None
+    """System prompt of chats that have none."""
+    chat_template: ChatTemplate | None = None
+    """Chat template: Jinja text, a file with it, or the name of one of the tokenizer's templates.
+    Default: the tokenizer's."""
+    max_length: Count | None = None
+    """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
+    the model's limit, at most 1024."""
+    special_tokens: Literal["text", "tokens"] | None = None
+    """Reading of special tokens that are written in texts, prompts and completions, such as </s>:
+    as characters, or as tokens, for texts that were rendered with a chat template before. Default:
+    such rows are refused. In messages they are characters."""
+
+
+class CausalLMRecipe(CompletionRecipe):
     """Causal language modeling of plain texts, chats, prompts with completions, or instructions."""
 
     format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
@@ -165,11 +182,6 @@ class CausalLMRecipe(GenerationSettings, TaskRecipe):
     tools: str = "tools"
     """Column with the tools of a chat, for chat templates that take them: a list of JSON schemas,
     or its JSON. It may be missing or empty."""
-    system_prompt: str | None = None
-    """System prompt of chats that have none."""
-    chat_template: ChatTemplate | None = None
-    """Chat template: Jinja text, a file with it, or the name of one of the tokenizer's templates.
-    Default: the tokenizer's."""
     prompt: str = "prompt"
     """Column with the prompt: a text, or a list of messages."""
     completion: str = "completion"
@@ -183,13 +195,6 @@ class CausalLMRecipe(GenerationSettings, TaskRecipe):
     template: str = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     """Template of the prompt, with instruction and input as fields in Python's format syntax. A
     paragraph whose only field is empty is omitted."""
-    max_length: Count | None = None
-    """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
-    the model's limit, at most 1024."""
-    special_tokens: Literal["text", "tokens"] | None = None
-    """Reading of special tokens that are written in texts, prompts and completions, such as </s>:
-    as characters, or as tokens, for texts that were rendered with a chat template before. Default:
-    such rows are refused. In messages they are characters."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
     """Metrics. Tables and log lines show the first. exact_match and rougeL generate text
     (slower)."""

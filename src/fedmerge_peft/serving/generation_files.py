@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
-from fedmerge_peft.recipe.tasks import CausalLMRecipe
+from fedmerge_peft.recipe.tasks import CompletionRecipe
 from fedmerge_peft.tasks.chat_template import set_chat_template
 from fedmerge_peft.tasks.generation import generation_options
 from fedmerge_peft.tasks.in_memory import is_passed
@@ -31,7 +31,7 @@ def carries_tokenizer(run: RunDirectory) -> bool:
     """
     task = run.recipe.task
     return (
-        isinstance(task, CausalLMRecipe)
+        isinstance(task, CompletionRecipe)
         and run.task.get("format") == "messages"
         and (task.chat_template is not None or task.system_prompt is not None)
         and not is_passed(run.recipe.backbone.model)
@@ -41,7 +41,7 @@ def carries_tokenizer(run: RunDirectory) -> bool:
 def usage_code(run: RunDirectory) -> str:
     """Return Python code for model cards that generates text; empty for other tasks."""
     task = run.recipe.task
-    if not isinstance(task, CausalLMRecipe):
+    if not isinstance(task, CompletionRecipe):
         return ""
     given: dict[str, float] = {"max_new_tokens": task.max_new_tokens, "do_sample": task.do_sample}
     if task.do_sample:
@@ -76,7 +76,7 @@ def generation_writer(run: RunDirectory) -> Callable[[Path], None]:
         BackboneError: The tokenizer cannot be loaded.
     """
     task = run.recipe.task
-    if not isinstance(task, CausalLMRecipe):
+    if not isinstance(task, CompletionRecipe):
         return lambda folder: None
     from transformers import GenerationConfig
 
@@ -92,7 +92,7 @@ def generation_writer(run: RunDirectory) -> Callable[[Path], None]:
     return write
 
 
-def _tokenizer(run: RunDirectory, task: CausalLMRecipe) -> Any:
+def _tokenizer(run: RunDirectory, task: CompletionRecipe) -> Any:
     backbone = run.trusted_recipe.backbone
     with TemporaryDirectory(prefix="fedmerge-") as scratch, quiet_transformers():
         tokenizer, _ = load_tokenizer(backbone, model_folder(backbone, Path(scratch)))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedmerge_peft.errors import RunError
-from fedmerge_peft.recipe.tasks import CausalLMRecipe
+from fedmerge_peft.recipe.tasks import CompletionRecipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import carries_tokenizer
 from fedmerge_peft.tasks.in_memory import is_passed
@@ -62,11 +62,11 @@ def serve_script(
     """
     base, task = base_model_id or run.recipe.backbone.model, run.recipe.task
     unsupported = _reasons(run)
-    if not isinstance(task, CausalLMRecipe):
+    if not isinstance(task, CompletionRecipe):
         unsupported.append(f"the task {task.name} does not generate text")
     if is_passed(base) or base.startswith("tiny:"):
         unsupported.append(f"it cannot load the base model {base}; name it with --base-model-id")
-    if unsupported or not isinstance(task, CausalLMRecipe):
+    if unsupported or not isinstance(task, CompletionRecipe):
         raise RunError(f"vLLM cannot serve {run.path}: {'; '.join(unsupported)}")
     model = str(Path(base).expanduser().absolute()) if Path(base).exists() else base
     sampling = {

@@ -11,7 +11,7 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.chat_messages import Chat
 
 if TYPE_CHECKING:
-    from fedmerge_peft.recipe.tasks import CausalLMRecipe
+    from fedmerge_peft.recipe.tasks import CompletionRecipe
 
 
 def check_template(tokenizer: Any) -> None:
@@ -49,7 +49,7 @@ def name_template(tokenizer: Any, template: str) -> str:
     return str(named[template])
 
 
-def set_chat_template(tokenizer: Any, recipe: CausalLMRecipe) -> None:
+def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
     """Give a tokenizer the recipe's chat template, and its system prompt for chats without one.
 
     The tokenizer alone then renders chats as the task does.

@@ -11,6 +11,8 @@ import pytest
 
 # before any Hugging Face library is imported: no test needs the hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# a test that keeps states on disk names a folder for them
+os.environ.setdefault("FEDMERGE_PREFIX_DISK", "0")
 # several threads on each processor are slower than one
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

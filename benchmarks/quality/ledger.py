@@ -34,6 +34,7 @@ _IRRELEVANT = (
     "clients.timeout",
     "training.device",
     "training.prefix_cache",
+    "training.prefix_disk",
     "training.clients_per_batch",
     "evaluation.batch_size",
     "evaluation.every",

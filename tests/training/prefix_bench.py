@@ -37,6 +37,7 @@ class Bench:
         metrics=None,
         cached=True,
         gigabytes=1.0,
+        disk=None,
         **training,
     ):
         table, task = table_and_task(kind, COUNT)
@@ -73,7 +74,7 @@ class Bench:
         self.examples = self.task.encode(table)
         self.row = self.backbone.fresh_row(1)
         self.cache = (
-            PrefixCache(self.backbone, self.task, self.examples, ROWS, gigabytes)
+            PrefixCache(self.backbone, self.task, self.examples, [ROWS], gigabytes, disk)
             if cached
             else None
         )
@@ -107,4 +108,4 @@ class Bench:
 
     @property
     def used(self):
-        return self.cache._store is not None
+        return self.cache.used

@@ -72,7 +72,7 @@ class Bench:
                 module.p = 0.0
         self.examples = self.task.encode(table)
         self.cache = (
-            PrefixCache(self.backbone, self.task, self.examples, ROWS, 1.0) if cached else None
+            PrefixCache(self.backbone, self.task, self.examples, [ROWS], 1.0) if cached else None
         )
 
     def row(self, seed):

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     import pandas
 
 _SETTING = {"task": True, "backbone": True, "data": True}
-_SPEED = ("training.device", "training.prefix_cache", "training.clients_per_batch")
+_SPEED = (
+    "training.device",
+    "training.prefix_cache",
+    "training.prefix_disk",
+    "training.clients_per_batch",
+)
 _IRRELEVANT = (
     "name",
     "seed",

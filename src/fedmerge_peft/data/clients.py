@@ -42,6 +42,12 @@ def rows_by_split(clients: Sequence[Client]) -> dict[str, Indices]:
     }
 
 
+def held_parts(clients: Sequence[Client]) -> list[Indices]:
+    """Return the training, validation and test rows of each client, without empty ones."""
+    parts = (part for client in clients for part in (client.train, client.validation, client.test))
+    return [part for part in parts if len(part)]
+
+
 @dataclass(frozen=True)
 class FederatedData:
     """Table of examples and the clients that hold its rows."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedmerge_peft.data import Client, FederatedData, federate_data
-from fedmerge_peft.data.clients import Indices, rows_by_split
+from fedmerge_peft.data.clients import Indices, held_parts, rows_by_split
 from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.base import check_same_work, make_strategy_context
 from fedmerge_peft.engines.score_cache import ScoreCache
@@ -41,6 +41,7 @@ from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
+from fedmerge_peft.training.prefix_disk import disk_cache
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.digest import digest
 from fedmerge_peft.util.profiling import timed
@@ -135,7 +136,8 @@ class LocalEngine:
             runtime.first_token = cut_to_first_token(runtime, rows)
         gigabytes = recipe.training.prefix_cache
         if backbone.prefix is not None and gigabytes > 0:
-            runtime.cache = PrefixCache(backbone, task, runtime.examples, rows, gigabytes)
+            groups, disk = held_parts(data.clients), disk_cache(recipe)
+            runtime.cache = PrefixCache(backbone, task, runtime.examples, groups, gigabytes, disk)
         return cls(recipe, data.clients, runtime)
 
     def clear_caches(self) -> None:
@@ -174,7 +176,7 @@ class LocalEngine:
         sections = ("seed", "task", "backbone", "lora", "data")
         if any(getattr(ours, section) != getattr(theirs, section) for section in sections):
             return None
-        keys = ("device", "mixed_precision", "prefix_cache")
+        keys = ("device", "mixed_precision", "prefix_cache", "prefix_disk")
         if any(getattr(ours.training, key) != getattr(theirs.training, key) for key in keys):
             return None
         engine = copy(self)

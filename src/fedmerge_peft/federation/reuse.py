@@ -29,6 +29,7 @@ _IRRELEVANT = (
     "evaluation.batch_size",
     "training.device",
     "training.prefix_cache",
+    "training.prefix_disk",
     "training.clients_per_batch",
 )
 """Keys that change nothing about a baseline's results but rounding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,28 @@ class Prefix:
             for handle in handles:
                 handle.remove()
 
+    def states(self, run: Callable[[], object]) -> Tensor:
+        """Return the input of layer l in a forward pass, which ends there.
+
+        Args:
+            run: Function that runs the forward pass.
+
+        Raises:
+            RuntimeError: The pass did not reach layer l.
+        """
+
+        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(_states(args, kwargs))
+
+        handle = self.first.register_forward_pre_hook(end, with_kwargs=True)
+        try:
+            run()
+        except _Reached as reached:
+            return reached.states
+        finally:
+            handle.remove()
+        raise RuntimeError("the model did not run its first trainable layer")
+
     @contextmanager
     def replay(self, states: Tensor) -> Iterator[None]:
         """Skip the prefix and pass ``states`` to layer l in forward passes inside the context.
@@ -90,6 +113,44 @@ class Prefix:
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
+
+
+class _Reached(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass at layer l."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def prefix_identity(model: nn.Module, prefix: Prefix) -> Iterator[Tensor | str]:
+    """Yield all that determines the states that enter layer l, except for inputs and rounding.
+
+    These are the class and the configuration of the model, the number of layers before l, and the
+    tensors of all modules that run before l or contain it.
+
+    Args:
+        model: PEFT model of a model of transformers, without code of its own.
+        prefix: The model's prefix.
+    """
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    names = {id(module): name for name, module in model.named_modules()}
+    frozen = tuple(f"{names[id(module)]}." for module in prefix.frozen)
+    first = f"{names[id(prefix.first)]}."
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # The folder of the model is not part of its content.
+    settings = {
+        key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"
+    }
+    yield f"{type(base).__module__}.{type(base).__qualname__} {len(prefix.layers)}"
+    yield str(getattr(base.config, "_attn_implementation", None))
+    yield json.dumps(settings, sort_keys=True, default=str)
+    for name, tensor in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
+        owner = name.rpartition(".")[0]
+        contains = not owner or first.startswith(f"{owner}.")
+        if name not in trainable and (contains or name.startswith(frozen)):
+            yield name
+            yield tensor
 
 
 def find_prefix(model: nn.Module) -> Prefix | None:

@@ -16,14 +16,9 @@ from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe
 from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.tensor_cache import cache_folder
 
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return the folder for dequantized models: FEDMERGE_CACHE, or below the user's cache."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FEDMERGE_CACHE") or Path(user) / "fedmerge-peft")
 
 
 def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -> Path:

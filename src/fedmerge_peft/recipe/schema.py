@@ -126,6 +126,10 @@ class TrainingRecipe(Section):
     (`lora.layers_to_transform`), so that the frozen layers below run once per example. If the
     memory does not suffice, or if the value is 0, these layers run in each pass. The results are
     the same."""
+    prefix_disk: Annotated[float, Field(ge=0, le=1e6)] = 10.0
+    """GB of disk for these inputs in the cache folder (models.md), for later runs with the same
+    model and examples; 0 for none. Texts can be reconstructed from them (privacy.md). The variable
+    `FEDMERGE_PREFIX_DISK` replaces the value. The results are the same, bit for bit."""
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Number of clients that train in one forward pass, each with its own adapter and batch.
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to

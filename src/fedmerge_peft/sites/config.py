@@ -266,10 +266,13 @@ class SiteSettings(Section):
     def apply_to(self, recipe: Recipe) -> Recipe:
         """Return the recipe with this site's device and batch size.
 
+        States of examples are not kept on the site's disk, unless its environment allows it
+        (``FEDMERGE_PREFIX_DISK``): the recipe is not the site's own.
+
         Raises:
             FederateError: The batch size does not divide the examples of a step.
         """
-        training = recipe.training
+        training = recipe.training.model_copy(update={"prefix_disk": 0.0})
         if self.device is not None:
             training = training.model_copy(update={"device": self.device})
         if self.batch_size is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> li
     backbone = runtime.backbone
     if runtime.cache is not None:
         with runtime.accelerator.autocast():
-            runtime.cache.prepare()  # the trial of the cache uses a single adapter
+            runtime.cache.prepare(np.concatenate([job.indices for job in jobs]))
     states = [_start(runtime, training, job) for job in jobs]
     backbone.train()
     first, *others = (job.seed for job in jobs)

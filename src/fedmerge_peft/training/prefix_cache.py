@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge_peft.models.backbone import Backbone
-from fedmerge_peft.models.frozen_prefix import Prefix
-from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.models.frozen_prefix import Prefix, prefix_identity
+from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
+from fedmerge_peft.training.prefix_disk import computation
+from fedmerge_peft.util.digest import digest
 from fedmerge_peft.util.seeds import seeded
+from fedmerge_peft.util.tensor_cache import TensorCache
 
 if TYPE_CHECKING:
     from fedmerge_peft.data.clients import Indices
 
 log = logging.getLogger(__name__)
 
+_POSITIONS = 4096
+"""Positions of a batch whose states are computed in one pass."""
+
 
 class PrefixCache:
     """Cache of the hidden states that enter layer l, the first trainable layer.
 
-    The cache covers the clients' examples. It stores an example's states on the example's first
-    forward pass. Later passes skip the layers before l.
+    The cache covers the clients' examples. Passes on them skip the layers before l. The states of a
+    group of examples are computed together, before the first pass on one of them, in batches of
+    similar lengths. They therefore depend on the group alone, not on the passes, and on the disk
+    they have the same bits as in memory.
 
     A trial batch of the shortest and the longest example first checks whether the model supports
     the cache. If it does not, or if the states would exceed the memory limit, every batch runs all
@@ -39,66 +48,135 @@ class PrefixCache:
         backbone: Model whose ``prefix`` is not None.
         task: Task that collates batches and computes losses.
         examples: Encoded table.
-        rows: Rows of the table that belong to clients.
+        groups: Rows of the table that one client holds for one purpose, for example its training
+            examples.
         gigabytes: Largest size of the stored states, on the model's device.
+        disk: Cache on disk of states from earlier runs; None for none.
     """
 
     def __init__(
-        self, backbone: Backbone, task: Task, examples: Examples, rows: Indices, gigabytes: float
+        self,
+        backbone: Backbone,
+        task: Task,
+        examples: Examples,
+        groups: Sequence[Indices],
+        gigabytes: float,
+        disk: TensorCache | None = None,
     ) -> None:
         self._backbone = backbone
         self._task = task
         self._examples = examples
-        self._client_rows = rows
+        self._groups = groups
         self._max_gigabytes = gigabytes
-        self._prepared = False
-        self._store: Tensor | None = None
-        """States of all examples one after another, ``(1 + positions, width)``; row 0 is zero and
-        stands for padding."""
+        self._disk = disk
+        self._tried = False
+        self.used = False
+        """True after a trial that found the cache to be exact."""
         self._lengths = np.zeros(len(examples), dtype=np.int64)
+        """Positions of each example."""
+        self._parts: list[Indices] = []
+        """Rows of the batches whose states are computed in one pass."""
+        self._states: dict[int, Tensor] = {}
+        """States of each part that was needed so far, its examples one after another,
+        ``(positions, width)``."""
+        self._part_of = np.full(len(examples), -1)
+        """Part of each example; -1 for examples of no client."""
         self._starts = np.zeros(len(examples), dtype=np.int64)
-        """First row of each example in the store; 0 for examples of no client."""
-        self._stored = np.zeros(len(examples), dtype=bool)
+        """First position of each example in the states of its part."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states in memory."""
+        return sum(states.nbytes for states in self._states.values())
 
     def batch_context(self, rows: Indices) -> AbstractContextManager[None]:
         """Return a context in which a forward pass on the batch of these rows uses the cache.
 
         Enter it under the autocast of the pass.
         """
-        self.prepare()
+        self.prepare(rows)
         prefix = self._backbone.prefix
-        if prefix is None or self._store is None or not (self._starts[rows] > 0).all():
+        if prefix is None or not self.used or (self._part_of[rows] < 0).any():
             return nullcontext()
-        if self._stored[rows].all():
-            return prefix.replay(self._read(self._store, rows))
-        return self._recording(prefix, self._store, rows)
+        return prefix.replay(self._read(rows))
 
-    def prepare(self) -> None:
-        """On the first call, check whether the model supports the cache, and allocate the store.
+    def prepare(self, rows: Indices) -> None:
+        """Provide the states of these examples; the first call tries the model.
 
-        Call it under the autocast of the passes.
+        Call it under the autocast of the passes. Several adapters share passes later: computing
+        states needs the model with a single adapter.
         """
-        if self._prepared:
-            return
-        self._prepared = True
         prefix = self._backbone.prefix
-        if prefix is None:
-            reason: str | None = "no layers precede the first trainable layer"
-        else:
-            reason = self._try_model(prefix)
-        if reason is not None:
-            self._store = None
-            log.info("the prefix cache is disabled; every pass runs all layers: %s", reason)
+        if not self._tried:
+            self._tried = True
+            if prefix is None:
+                reason: str | None = "no layers precede the first trainable layer"
+            else:
+                reason = self._try_model(prefix)
+            self.used = reason is None
+            if reason is not None:
+                log.info("the prefix cache is disabled; every pass runs all layers: %s", reason)
+        if prefix is None or not self.used:
+            return
+        for part in np.unique(self._part_of[rows]).tolist():
+            if part >= 0 and part not in self._states:
+                self._states[part] = self._load_or_compute(prefix, self._parts[part])
+
+    # ---- the states of one part ------------------------------------------------------------------
+
+    def _load_or_compute(self, prefix: Prefix, rows: Indices) -> Tensor:
+        """Return the states of these examples one after another, ``(positions, width)``."""
+        inputs = self._task.collate(self._examples, rows)
+        del inputs["labels"]
+        if self._disk is None:
+            return self._compute(prefix, inputs, rows)
+        key = self._key(inputs)
+        shape = (int(self._lengths[rows].sum()), self._width)
+        states = self._disk.get(key, shape, self._dtype)
+        if states is None:
+            computed = self._compute(prefix, inputs, rows)
+            self._disk.put(key, computed)
+            # A mapped file is shared with other processes, and can be evicted from memory.
+            states = self._disk.get(key, shape, self._dtype)
+            if states is None:
+                return computed
+        return states.to(self._backbone.device)
+
+    def _compute(self, prefix: Prefix, inputs: Batch, rows: Indices) -> Tensor:
+        on_device = {name: tensor.to(self._backbone.device) for name, tensor in inputs.items()}
+        with torch.no_grad():
+            states = prefix.states(lambda: self._task.forward(self._backbone.model, on_device))
+        pairs = zip(states, self._lengths[rows].tolist(), strict=True)
+        return torch.cat([own[:length] for own, length in pairs])
+
+    def _key(self, inputs: Batch) -> str:
+        """Return a digest of all that the bits of the states depend on."""
+        content = [part for name in sorted(inputs) for part in (name, inputs[name])]
+        return digest([self._identity, *computation(self._backbone.device), *content]).hex()
+
+    def _read(self, rows: Indices) -> Tensor:
+        """Return the states of a batch, ``(batch, length, width)``; zeros for padding."""
+        places = zip(
+            self._part_of[rows].tolist(),
+            self._starts[rows].tolist(),
+            self._lengths[rows].tolist(),
+            strict=True,
+        )
+        views = [self._states[part][start : start + length] for part, start, length in places]
+        return pad_sequence(views, batch_first=True)
+
+    # ---- the trial -------------------------------------------------------------------------------
 
     def _try_model(self, prefix: Prefix) -> str | None:
-        """Try the cache on two examples and allocate the store for all.
+        """Try the cache on two examples and divide all examples into parts.
 
         Returns:
             The reason why the cache cannot be used, or None.
         """
-        sizes = self._examples.lengths[self._client_rows]
+        held = np.unique(np.concatenate(list(self._groups)))
+        sizes = self._examples.lengths[held]
         trial = [int(sizes.argmin()), int(sizes.argmax())]
-        rows = self._client_rows[trial[1:] if self._task.padding in ("none", "alone") else trial]
+        rows = held[trial[1:] if self._task.padding in ("none", "alone") else trial]
         inputs = {
             name: tensor.to(self._backbone.device)
             for name, tensor in self._task.collate(self._examples, rows).items()
@@ -118,10 +196,10 @@ class PrefixCache:
                 return "trainable parameters precede the frozen layers"
             if not torch.equal(states, in_training[0]):
                 return "the frozen layers have dropout that cannot be disabled"
-            if not self._lay_out(inputs, rows, states):
+            inside = self._positions(inputs, states, held, rows)
+            if inside is None:
                 return "the model's positions are not the batch's tokens"
-            positions = 1 + int(self._lengths[self._client_rows].sum())
-            needed = positions * states.shape[2] * states.element_size() / 1e9
+            needed = int(self._lengths[held].sum()) * states.shape[2] * states.element_size() / 1e9
             if needed > self._max_gigabytes:
                 log.warning(
                     "the frozen layers' states need %.2g GB, "
@@ -130,11 +208,8 @@ class PrefixCache:
                     self._max_gigabytes,
                 )
                 return "training.prefix_cache is too small"
-            self._store = states.new_zeros(positions, states.shape[2])
-            with self._recording(prefix, self._store, rows):
-                self._task.forward(self._backbone.model, inputs)
             try:
-                with prefix.replay(self._read(self._store, rows)):
+                with prefix.replay(states.masked_fill(~inside[:, :, None], 0)):
                     replayed = self._losses(inputs, labels)
             except (
                 Exception
@@ -145,6 +220,11 @@ class PrefixCache:
                 )
             if not torch.allclose(replayed, losses, rtol=1e-3, atol=1e-3):
                 return "the later layers need more than the output of the first layers"
+        self._divide()
+        self._width, self._dtype = states.shape[2], states.dtype
+        if self._disk is not None:
+            self._identity = digest(prefix_identity(self._backbone.model, prefix)).hex()
+            log.info("the frozen layers' states are kept in %s", self._disk.folder)
         log.info("the frozen layers' states need up to %.2g GB", needed)
         return None
 
@@ -173,53 +253,37 @@ class PrefixCache:
             return self._losses(inputs, labels), entering
 
     def _losses(self, inputs: Batch, labels: Tensor) -> Tensor:
-        return self._task.losses(self._task.forward(self._backbone.model, inputs), labels)[
-            0
-        ].detach()
+        logits = self._task.forward(self._backbone.model, inputs)
+        return self._task.losses(logits, labels)[0].detach()
 
-    def _lay_out(self, inputs: Batch, rows: Indices, states: Tensor) -> bool:
-        """Assign rows of the store to each example.
+    def _positions(
+        self, inputs: Batch, states: Tensor, held: Indices, rows: Indices
+    ) -> Tensor | None:
+        """Determine the number of positions of each example.
 
         Returns:
-            False if the positions of the batch are not its tokens, padded on the right.
+            Positions of the batch that are no padding, ``(batch, length)``; None if its positions
+            are not its tokens, padded on the right.
         """
         mask = inputs.get("attention_mask")
-        if mask is None:
-            self._lengths[self._client_rows] = states.shape[1]
-        else:
-            self._lengths[self._client_rows] = self._examples.lengths[self._client_rows]
-        self._starts[self._client_rows] = (
-            1 + np.cumsum(self._lengths[self._client_rows]) - self._lengths[self._client_rows]
-        )
-        inside = self._store_rows(rows) > 0
-        return states.shape[:2] == inside.shape and (
-            mask is None or torch.equal(mask.bool(), inside)
-        )
+        lengths = states.shape[1] if mask is None else self._examples.lengths[held]
+        self._lengths[held] = lengths
+        own = self._lengths[rows][:, None]
+        inside = torch.from_numpy(np.arange(own.max()) < own).to(states.device)
+        fits = states.shape[:2] == inside.shape and (mask is None or torch.equal(mask > 0, inside))
+        return inside if fits else None
 
-    def _store_rows(self, rows: Indices) -> Tensor:
-        """Return the store's row of each position, ``(batch, length)`` int64; 0 for padding."""
-        lengths = self._lengths[rows][:, None]
-        positions = np.arange(lengths.max())
-        store_rows = np.where(positions < lengths, self._starts[rows][:, None] + positions, 0)
-        return torch.from_numpy(store_rows).to(self._backbone.device, non_blocking=True)
-
-    def _read(self, store: Tensor, rows: Indices) -> Tensor:
-        """Return the states of a batch, ``(batch, length, width)``; zeros for padding."""
-        store_rows = self._store_rows(rows)
-        return store.index_select(0, store_rows.flatten()).view(*store_rows.shape, -1)
-
-    def _recording(
-        self, prefix: Prefix, store: Tensor, rows: Indices
-    ) -> AbstractContextManager[None]:
-        """Return a context in which the model runs all layers and the states are stored."""
-
-        def record(states: Tensor) -> None:
-            store_rows = self._store_rows(rows)
-            repeated = np.ones(len(rows), dtype=bool)
-            repeated[np.unique(rows, return_index=True)[1]] = False
-            store_rows[torch.from_numpy(repeated)] = 0  # store a repeated example once
-            inside = store_rows > 0
-            store[store_rows[inside]] = states.detach()[inside]
-            self._stored[rows] = True
-
-        return prefix.record(record)
+    def _divide(self) -> None:
+        """Divide each group into parts of similar lengths, the longest examples first."""
+        for group in self._groups:
+            own = np.unique(group)
+            own = own[self._part_of[own] < 0]  # an example of several groups belongs to the first
+            own = own[np.argsort(-self._lengths[own], kind="stable")]
+            while len(own):
+                count = max(1, _POSITIONS // int(self._lengths[own[0]]))
+                for part in split_batch(self._task.padding, self._examples, own[:count]):
+                    self._part_of[part] = len(self._parts)
+                    lengths = self._lengths[part]
+                    self._starts[part] = np.cumsum(lengths) - lengths
+                    self._parts.append(part)
+                own = own[count:]

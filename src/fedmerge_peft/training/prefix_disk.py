@@ -1,0 +1,71 @@
+"""Place of the prefix cache on disk, and the conditions under which states have the same bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.util.tensor_cache import TensorCache, cache_folder
+
+DISK_VARIABLE = "FEDMERGE_PREFIX_DISK"
+_FORMAT = 1
+"""Version of the meaning of stored states."""
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def disk_cache(recipe: Recipe) -> TensorCache | None:
+    """Return the cache on disk for this recipe; None if it is switched off.
+
+    ``FEDMERGE_PREFIX_DISK`` replaces the recipe's limit. Models that bring code of their own have
+    no cache on disk, because their weights and settings do not determine their states.
+
+    Raises:
+        RecipeError: The variable is not a number of gigabytes.
+    """
+    gigabytes = recipe.training.prefix_disk
+    if text := os.environ.get(DISK_VARIABLE):
+        try:
+            gigabytes = float(text)
+        except ValueError:
+            gigabytes = -1.0
+        if not 0 <= gigabytes <= 1e6:
+            raise RecipeError(
+                [f"{DISK_VARIABLE}: expected a number of GB from 0 to 1e6, found {text!r}"]
+            )
+    own_code = recipe.backbone.trust_remote_code or recipe.backbone.model.startswith("memory:")
+    if gigabytes == 0 or own_code:
+        return None
+    return TensorCache(cache_folder() / "prefix", gigabytes * 1e9)
+
+
+def computation(device: torch.device) -> list[str]:
+    """Return the properties of libraries, processor and settings that affect rounding."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    autocast = torch.is_autocast_enabled(device.type)
+    return [
+        f"format {_FORMAT}",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+        f"{device.type} {name}",
+        f"{torch.get_num_threads()} threads",
+        f"autocast {torch.get_autocast_dtype(device.type) if autocast else None}",
+        f"matmul precision {torch.get_float32_matmul_precision()}",
+        f"deterministic {torch.are_deterministic_algorithms_enabled()}",
+    ]
+
+
+def _processor() -> str:
+    """Return the processor's model, as far as the system states it, and its vector instructions."""
+    model = platform.processor()
+    if _CPUINFO.is_file():
+        found = re.search(r"model name\s*:\s*(.+)", _CPUINFO.read_text())
+        model = found[1] if found else model
+    return f"{platform.machine()} {model} {torch.backends.cpu.get_cpu_capability()}"

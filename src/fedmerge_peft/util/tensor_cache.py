@@ -1,0 +1,153 @@
+"""Cache of tensors on disk, which processes and runs share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_TENSOR, _SUM = "tensor", "blake2b"
+_RESERVE = 10**9
+"""Bytes of the disk that stay free."""
+_SMALL = 2**20
+"""Bytes below which a tensor is copied: a process has a limited number of mappings."""
+_RESCANS = 20
+"""Parts of the limit after which the folder is read again, because other processes write too."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of all caches: FEDMERGE_CACHE, or below the user's cache."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FEDMERGE_CACHE") or Path(user) / "fedmerge-peft")
+
+
+class TensorCache:
+    """Tensors by key, one safetensors file each, with a checksum that every read verifies.
+
+    Files are written under another name and renamed, so that processes can read and write at the
+    same time. A damaged file counts as missing. The least recently used files are removed to stay
+    within the limit, but none that this object has read or written. The permissions of files and
+    folders follow the umask. A failure to write is logged and ends writing.
+
+    Args:
+        folder: Folder, created on the first write.
+        max_bytes: Limit on the bytes of all files.
+    """
+
+    def __init__(self, folder: Path, max_bytes: float) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self._writes = True
+        self._used: set[str] = set()
+        """Names of the files that this object has read or written."""
+        self._total: int | None = None
+        """Bytes of all files, as far as known; None before the first write."""
+        self._unscanned = 0
+        """Bytes written since the folder was last read."""
+
+    def get(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """Return a tensor on the CPU, memory-mapped if it is large; None if there is none.
+
+        Args:
+            key: Letters and digits.
+            shape: Shape that the tensor must have.
+            dtype: Data type that the tensor must have.
+        """
+        path = self._path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(_TENSOR)
+                expected = (file.metadata() or {}).get(_SUM)
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, ValueError) as error:
+            self._discard(path, str(error))
+            return None
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            self._discard(path, f"it has {tensor.dtype} {tuple(tensor.shape)}")
+            return None
+        if _checksum(tensor) != expected:
+            self._discard(path, "its checksum differs")
+            return None
+        with suppress(OSError):  # a folder that cannot be written
+            os.utime(path)
+        self._used.add(path.name)
+        return tensor.clone() if tensor.nbytes < _SMALL else tensor
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Store a tensor, unless there is no room for it."""
+        if not self._writes:
+            return
+        stored = tensor.detach().cpu().contiguous()
+        path = self._path(key)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._has_room(stored.nbytes):
+                self._writes = False
+                log.info("%s is full", self.folder)
+                return
+            try:
+                temporary.touch()
+                mode = temporary.stat().st_mode  # from the umask; safetensors would use 0600
+                save_file({_TENSOR: stored}, temporary, metadata={_SUM: _checksum(stored)})
+                temporary.chmod(mode)
+                temporary.replace(path)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            self._writes = False
+            log.warning("%s cannot be written, and is not used further: %s", self.folder, error)
+            return
+        self._used.add(path.name)
+        self._total = (self._total or 0) + stored.nbytes
+        self._unscanned += stored.nbytes
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _discard(self, path: Path, reason: str) -> None:
+        log.warning("%s is damaged and will be replaced: %s", path, reason)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+    def _has_room(self, size: int) -> bool:
+        """Return True if ``size`` more bytes fit, after the removal of files if necessary."""
+        if shutil.disk_usage(self.folder).free < size + _RESERVE:
+            return False
+        stale = self._total is None or self._unscanned > self._max_bytes / _RESCANS
+        if not stale and (self._total or 0) + size <= self._max_bytes:
+            return True
+        found = []
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # another process has removed it
+                facts = path.stat()
+                found.append((facts.st_mtime, facts.st_size, path))
+        total = sum(length for _, length, _ in found)
+        for _, length, path in sorted(found):
+            if total + size <= self._max_bytes:
+                break
+            if path.name not in self._used:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    total -= length
+        self._total, self._unscanned = total, 0
+        return total + size <= self._max_bytes
+
+
+def _checksum(tensor: Tensor) -> str:
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    return blake2b(data.data, digest_size=16).hexdigest()

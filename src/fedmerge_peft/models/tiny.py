@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from os import PathLike
 
-KINDS = ("bert", "llama", "gpt2", "vit")
+KINDS = ("bert", "llama", "gpt2", "vit", "t5")
 """Architectures that ``write`` supports."""
 
 _SEED = 20250409
@@ -55,12 +55,12 @@ def write(kind: str, folder: str | PathLike[str]) -> Path:
     400 tokens, and 128 positions. The image model takes 32 × 32 pixels in patches of 8 × 8.
     ``bert`` and ``vit`` have no head. ``llama`` is a causal language model with an untied output
     matrix and a chat template. ``gpt2`` is a causal language model with a tied output matrix and no
-    pad token, as the original.
+    pad token, as the original. ``t5`` has an encoder and a decoder.
 
     The state of torch's random generators is preserved.
 
     Args:
-        kind: bert, llama, gpt2 or vit.
+        kind: bert, llama, gpt2, vit or t5.
         folder: Destination. Created if it does not exist.
 
     Returns:
@@ -107,6 +107,19 @@ def _model(kind: str, processor: Any) -> Any:
                 **_WIDTH, **sizes, **special, num_key_value_heads=2, tie_word_embeddings=False
             )
         )
+    if kind == "t5":
+        sizes = {"d_model": _WIDTH["hidden_size"], "d_kv": 8, "d_ff": _WIDTH["intermediate_size"]}
+        return hf.T5ForConditionalGeneration(
+            hf.T5Config(
+                **sizes,
+                num_layers=_WIDTH["num_hidden_layers"],
+                num_heads=_WIDTH["num_attention_heads"],
+                vocab_size=len(processor),
+                pad_token_id=special["pad_token_id"],
+                eos_token_id=special["eos_token_id"],
+                decoder_start_token_id=special["pad_token_id"],
+            )
+        )
     width = {
         "n_embd": _WIDTH["hidden_size"],
         "n_layer": _WIDTH["num_hidden_layers"],
@@ -139,6 +152,7 @@ def _tokenizer(kind: str) -> Any:
             "bos_token": "<|endoftext|>",
             "eos_token": "<|endoftext|>",
         },
+        "t5": {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"},
     }
     names = special[kind]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -154,6 +168,7 @@ def _tokenizer(kind: str) -> Any:
     layout = {
         "bert": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ("[CLS]", "[SEP]")),
         "llama": ("<s> $A", "<s> $A <s>:1 $B:1", ("<s>",)),
+        "t5": ("$A </s>", "$A </s> $B:1 </s>:1", ("</s>",)),
     }
     if kind in layout:
         single, pair, added = layout[kind]

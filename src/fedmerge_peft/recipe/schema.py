@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-import fedmerge_peft.recipe.personal_strategies  # registers strategies  # noqa: F401
 from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe import personal_strategies, text_tasks  # register parts  # noqa: F401
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.error_messages import found, refuse_values

@@ -263,10 +263,8 @@ class Predictor:
             for name, tensor in batch.items()
             if name != "labels"
         }
-        if self._kind.completes:
-            last: Tensor = self._backbone.model(**inputs).logits[:, -1].float()
-            return last
-        return self._task.forward(self._backbone.model, inputs).float()
+        run = self._task.prompt_logits if self._kind.completes else self._task.forward
+        return run(self._backbone.model, inputs).float()
 
     @torch.no_grad()
     def _stacking_error(self) -> str | None:

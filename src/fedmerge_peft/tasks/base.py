@@ -146,6 +146,8 @@ class Task(ABC):
     """Padding of batches. ``training/input_trial.py`` chooses it for the loaded model."""
     prompt_padding: Padding = "left"
     """Padding of prompts for generation, chosen in the same way."""
+    prompt_paddings: ClassVar[Sequence[Padding]] = ("left", "none", "alone")
+    """Choices for ``prompt_padding``, the best first."""
 
     def __init__(  # noqa: B027 - a task may have nothing to prepare
         self, recipe: Any, backbone: BackboneRecipe, table: Dataset, model_folder: str
@@ -345,8 +347,13 @@ class Task(ABC):
         raise TypeError(f"{type(self).__name__} does not complete prompts")
 
     def collate_prompts(self, examples: Examples, indices: NDArray[Any]) -> Batch:
-        """Stack prompts, padded on the left. Only for tasks with ``completes``."""
+        """Stack prompts, padded for generation. Only for tasks with ``completes``."""
         raise TypeError(f"{type(self).__name__} does not complete prompts")
+
+    def prompt_logits(self, model: Any, prompts: Batch) -> Tensor:
+        """Return the logits of the token after each prompt, ``(batch, vocabulary)``."""
+        logits: Tensor = model(**prompts).logits
+        return logits[:, -1]
 
     def complete(
         self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device

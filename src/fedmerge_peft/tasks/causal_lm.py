@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
-from fedmerge_peft.tasks.base import Batch, Compared, Examples, Task, reject_inputs, split_batch
+from fedmerge_peft.tasks.base import Batch, Compared, Examples, reject_inputs
 from fedmerge_peft.tasks.chat_messages import parse_prompt, read_chats
 from fedmerge_peft.tasks.chat_template import name_template, set_chat_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
@@ -25,6 +22,13 @@ from fedmerge_peft.tasks.text_formats import (
     infer_loss,
     parse_template,
     read_pairs,
+)
+from fedmerge_peft.tasks.text_generation import (
+    DEFAULT_LENGTH,
+    IGNORED,
+    TextGeneration,
+    as_references,
+    token_losses,
 )
 from fedmerge_peft.tasks.text_tokens import TextTokens
 from fedmerge_peft.tasks.tokenization import (
@@ -46,13 +50,8 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.schema import BackboneRecipe
     from fedmerge_peft.recipe.tasks import CausalLMRecipe
 
-DEFAULT_LENGTH = 1024
-"""Maximum length in tokens if the recipe has no ``max_length`` and the model's limit is larger."""
-IGNORED = -100
-"""Label of a position without loss."""
 
-
-class CausalLMTask(Task):
+class CausalLMTask(TextGeneration):
     """Next-token prediction on texts, chats, or prompts with completions.
 
     Args:
@@ -70,7 +69,6 @@ class CausalLMTask(Task):
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     pipeline: ClassVar[str] = "text-generation"
-    completes: ClassVar[bool] = True
     loading_code: ClassVar[str] = """{imports}from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,6 +126,10 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     @classmethod
     def check_table(cls, recipe: CausalLMRecipe, table: Dataset) -> None:
         check_columns(recipe, table)
+
+    @classmethod
+    def format_in(cls, recipe: CausalLMRecipe, table: Dataset) -> str | None:
+        return infer_format(recipe, table)
 
     @classmethod
     def probe_inputs(cls, recipe: CausalLMRecipe) -> list[Any]:
@@ -243,8 +245,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     def _references(self, prompts: Sequence[list[int]], references: Sequence[str]) -> Examples:
         examples = self._prompts(prompts)
-        reference = ragged([text.encode() for text in references])
-        return Examples({**examples.columns, "reference": reference}, examples.cuts)
+        return Examples({**examples.columns, **as_references(references)}, examples.cuts)
 
     def _prompts(self, prompts: Sequence[list[int]]) -> Examples:
         """Truncate prompts on the left, to generate."""
@@ -285,14 +286,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         Returns:
             Sum in nats and number of labeled tokens, both float32 ``(batch,)``.
         """
-        targets = labels[:, 1:]
-        losses = functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1),
-            targets.flatten(),
-            ignore_index=IGNORED,
-            reduction="none",
-        ).view_as(targets)
-        return losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
+        return token_losses(logits[:, :-1], labels[:, 1:])
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
         """Return the most likely token and the label at each labeled position, if needed."""
@@ -334,61 +328,3 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Return ``input_ids`` and ``attention_mask``, ``(batch, longest)``, padded on the left."""
         prompts = [examples.columns["prompt"][index] for index in indices]
         return pad_tokens(prompts, self.pad_token_id, "left")
-
-    def complete(
-        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
-    ) -> list[str]:
-        """Complete prompts, up to an end-of-sequence token, a stop string or ``max_new_tokens``.
-
-        Sampling is seeded with the indices.
-
-        Args:
-            model: Model in evaluation mode.
-            examples: Output of ``encode`` or ``encode_prompts``.
-            indices: Indices of the prompts in ``examples``.
-            device: Device of the model.
-
-        Returns:
-            Completions without surrounding whitespace.
-        """
-        prompts = Examples({"prompt": [examples.columns["prompt"][row] for row in indices]})
-        order = np.arange(len(indices))
-        texts: dict[int, str] = {}
-        for part in split_batch(self.prompt_padding, prompts, order):
-            completed = self._generator.complete(
-                model, self._prompts_on(device, examples, indices[part]), indices[part].tolist()
-            )
-            texts |= dict(zip(part.tolist(), completed, strict=True))
-        return [texts[row] for row in order.tolist()]
-
-    def stream(
-        self,
-        model: Any,
-        examples: Examples,
-        on_text: Callable[[str], None],
-        device: torch.device,
-    ) -> str:
-        return self._generator.stream(
-            model, self._prompts_on(device, examples, np.zeros(1, dtype=int)), on_text
-        )
-
-    def next_logits(
-        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
-    ) -> Tensor:
-        return self._generator.first_logits(model, self._prompts_on(device, examples, indices))
-
-    def _prompts_on(self, device: torch.device, examples: Examples, indices: NDArray[Any]) -> Batch:
-        prompts = self.collate_prompts(examples, indices)
-        return {name: tensor.to(device) for name, tensor in prompts.items()}
-
-    @classmethod
-    def format_in(cls, recipe: CausalLMRecipe, table: Dataset) -> str | None:
-        return infer_format(recipe, table)
-
-    def generate(
-        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
-    ) -> tuple[list[str], list[str]]:
-        """Return completions and references, without surrounding whitespace."""
-        held = examples.columns["reference"]
-        references = [bytes(held[index].tolist()).decode().strip() for index in indices]
-        return self.complete(model, examples, indices, device), references

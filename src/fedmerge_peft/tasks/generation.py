@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,10 @@ class TextGenerator:
     pad: int
     """Padding id."""
     settings: GenerationSettings
+    keeps_prompt: bool = True
+    """True if the model's output begins with the prompt, False if it has the start token only."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further values of ``GenerationConfig``."""
 
     def complete(self, model: Any, prompts: Batch, seed: Sequence[int]) -> list[str]:
         """Complete prompts up to an end token, a stop string or ``max_new_tokens``.
@@ -61,8 +65,9 @@ class TextGenerator:
         """
         with seeded(derive(0, "generation", *seed), prompts["input_ids"].device):
             output = self._generate(model, prompts, **generation_options(self.settings))
+        before = prompts["input_ids"].shape[1] if self.keeps_prompt else 1
         texts = self.tokenizer.batch_decode(
-            output[:, prompts["input_ids"].shape[1] :],
+            output[:, before:],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
@@ -108,7 +113,7 @@ class TextGenerator:
         # These override the settings of the model's generation_config.json.
         neutral = {"num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
         settings = GenerationConfig(
-            **{**neutral, "repetition_penalty": 1.0, **options},
+            **{**neutral, "repetition_penalty": 1.0, **self.options, **options},
             use_cache=True,
             pad_token_id=self.pad,
             eos_token_id=end_tokens(self.tokenizer, model) or None,

@@ -18,7 +18,6 @@ from fedmerge_peft.tasks.labels import (
 )
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import (
-    SpecialTokens,
     get_pad_token_id,
     load_tokenizer,
     pad,
@@ -26,9 +25,10 @@ from fedmerge_peft.tasks.tokenization import (
     pipeline_tokenizer,
     ragged,
     read_texts,
+    reject_empty,
     resolve_max_length,
     token_limit,
-    tokenized,
+    truncated,
 )
 from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
 
@@ -155,13 +155,8 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         texts = [read_texts(table, self.recipe.text, "task.text")]
         if self.recipe.text_pair is not None:
             texts.append(read_texts(table, self.recipe.text_pair, "task.text_pair"))
-        tokens, truncated = self._tokenize(texts)
-        empty = next((row for row, ids in enumerate(tokens["input_ids"]) if not ids), None)
-        if empty is not None:
-            raise DataError(
-                f"row {empty} (of the rows in use): the text in column {self.recipe.text!r} has no "
-                f"tokens: {texts[0][empty]!r}"
-            )
+        tokens, long = self._tokenize(texts)
+        reject_empty(tokens["input_ids"], texts[0], self.recipe.text)
         reject_unknown_ids(tokens["input_ids"], self._vocabulary)
         warn_of_unknown(tokens["input_ids"], self.processor)
         return Examples(
@@ -170,7 +165,7 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
                 "labels": list(labels.unbind()),
             },
             {
-                f"are longer than {self.max_length} tokens and were truncated": truncated,
+                f"are longer than {self.max_length} tokens and were truncated": long,
                 "have an empty text": [
                     row
                     for row, parts in enumerate(zip(*texts, strict=True))
@@ -198,25 +193,8 @@ base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         Raises:
             DataError: The tokenizer fails on a text, or takes a part of it for a special token.
         """
-        tokens: dict[str, list[list[int]]] = {name: [] for name in self._columns}
-        special = SpecialTokens(self.processor)
-        usual = special.count(self.processor(*["a"] * len(texts))["input_ids"])
-        truncated = []
-        for row, encoded in enumerate(tokenized(self.processor, *texts)):
-            if self.max_length is not None and len(encoded["input_ids"]) > self.max_length:
-                encoded = self.processor(
-                    *(column[row] for column in texts), truncation=True, max_length=self.max_length
-                )
-                truncated.append(row)
-            written = next(filter(None, (special.first_in(column[row]) for column in texts)), None)
-            if written and special.count(encoded["input_ids"]) > usual:
-                raise DataError(
-                    f"row {row} (of the rows in use): the tokenizer takes {written!r} in the text "
-                    "for a special token; remove it from the text"
-                )
-            for name in self._columns:
-                tokens[name].append(encoded[name])
-        return tokens, truncated
+        rows, long = truncated(self.processor, *texts, max_length=self.max_length)
+        return {name: rows.get(name, []) for name in self._columns}, long
 
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model, and find out if the model reads token types.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,7 +123,10 @@ def pipeline_tokenizer(backbone: BackboneRecipe, folder: str, max_length: int | 
 
 
 def resolve_max_length(
-    max_length: int | None, limit: int | None, default: int | None = None
+    max_length: int | None,
+    limit: int | None,
+    default: int | None = None,
+    key: str = "task.max_length",
 ) -> int | None:
     """Return the maximum length of an example in tokens.
 
@@ -131,15 +134,14 @@ def resolve_max_length(
         max_length: Setting of the recipe, or None.
         limit: Limit of the model, or None.
         default: Upper bound if the recipe has no setting.
+        key: Recipe key of the setting, for the error message.
 
     Raises:
         DataError: The setting exceeds the model's limit.
     """
     if max_length is not None:
         if limit is not None and max_length > limit:
-            raise DataError(
-                f"task.max_length: {max_length} tokens exceed the model's limit of {limit}"
-            )
+            raise DataError(f"{key}: {max_length} tokens exceed the model's limit of {limit}")
         return max_length
     return min((length for length in (limit, default) if length is not None), default=None)
 
@@ -207,6 +209,58 @@ def _tokenized_row(
         )
     ):
         return dict(tokenizer(*texts, verbose=False, **options))
+
+
+def truncated(
+    tokenizer: Any,
+    *columns: Sequence[str],
+    max_length: int | None,
+    call: Callable[..., Any] | None = None,
+    **options: Any,
+) -> tuple[dict[str, list[Any]], list[int]]:
+    """Tokenize parallel columns of texts, and truncate long rows.
+
+    Args:
+        tokenizer: Tokenizer.
+        columns: Texts, or first and second texts of pairs.
+        max_length: Maximum length in tokens; None for no limit.
+        call: Function that calls the tokenizer; None for itself.
+        options: Arguments of the tokenizer.
+
+    Returns:
+        The rows of each output of the tokenizer, and the numbers of the truncated rows.
+
+    Raises:
+        DataError: The tokenizer fails on a text, or takes a part of it for a special token.
+    """
+    tokenize = call or tokenizer
+    rows: dict[str, list[Any]] = {}
+    special = SpecialTokens(tokenizer)
+    usual = special.count(tokenize(*["a"] * len(columns))["input_ids"])
+    long = []
+    for row, encoded in enumerate(tokenized(tokenize, *columns, **options)):
+        texts = [column[row] for column in columns]
+        if max_length is not None and len(encoded["input_ids"]) > max_length:
+            encoded = tokenize(*texts, truncation=True, max_length=max_length, **options)
+            long.append(row)
+        written = next(filter(None, map(special.first_in, texts)), None)
+        if written and special.count(encoded["input_ids"]) > usual:
+            raise DataError(
+                f"row {row} (of the rows in use): the tokenizer takes {written!r} in the text "
+                "for a special token; remove it from the text"
+            )
+        for name, values in encoded.items():
+            rows.setdefault(name, []).append(values)
+    return rows, long
+
+
+def reject_empty(rows: Sequence[Sequence[int]], texts: Sequence[str], column: str) -> None:
+    """Raise ``DataError`` for the first text that has no tokens."""
+    if (row := next((row for row, ids in enumerate(rows) if not ids), None)) is not None:
+        raise DataError(
+            f"row {row} (of the rows in use): the text in column {column!r} has no "
+            f"tokens: {texts[row]!r}"
+        )
 
 
 class SpecialTokens:

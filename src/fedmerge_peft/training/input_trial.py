@@ -95,8 +95,8 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
                 "cannot be compared in one pass, as this task needs; choose another model"
             )
         if task.generates:
-            sides: tuple[Padding, ...] = ("left", "none", "alone")
-            _choose(next_tokens, set_prompt_padding, sides, examples, tolerance, name)
+            choices = task.prompt_paddings
+            _choose(next_tokens, set_prompt_padding, choices, examples, tolerance, name)
     finally:
         backbone.load_row(held.to(backbone.device))
 

@@ -182,7 +182,7 @@ class PrefixCache:
             for name, tensor in self._task.collate(self._examples, rows).items()
         }
         labels = inputs.pop("labels")
-        if "decoder_input_ids" in inputs:
+        if any(name.startswith("decoder_") for name in inputs):
             return "the decoder has positions of its own"
         with self._trial():
             losses, entering = self._run(prefix, inputs, labels)

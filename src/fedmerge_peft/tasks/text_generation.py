@@ -1,0 +1,106 @@
+"""Base of tasks that generate text: completions, references, losses of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
+from fedmerge_peft.tasks.generation import TextGenerator
+from fedmerge_peft.tasks.tokenization import ragged
+
+IGNORED = -100
+"""Label of a position without loss."""
+DEFAULT_LENGTH = 1024
+"""Maximum length in tokens if the recipe sets none and the model's limit is larger."""
+
+
+class TextGeneration(Task):
+    """Task whose predictions are generated texts.
+
+    Encoded examples have the column ``prompt``, and ``reference`` if a metric compares texts.
+    """
+
+    completes: ClassVar[bool] = True
+    _generator: TextGenerator
+
+    def complete(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> list[str]:
+        """Complete prompts, up to an end-of-sequence token, a stop string or ``max_new_tokens``.
+
+        Sampling is seeded with the indices.
+
+        Args:
+            model: Model in evaluation mode.
+            examples: Output of ``encode`` or ``encode_prompts``.
+            indices: Indices of the prompts in ``examples``.
+            device: Device of the model.
+
+        Returns:
+            Completions without surrounding whitespace.
+        """
+        prompts = Examples({"prompt": [examples.columns["prompt"][row] for row in indices]})
+        order = np.arange(len(indices))
+        texts: dict[int, str] = {}
+        for part in split_batch(self.prompt_padding, prompts, order):
+            completed = self._generator.complete(
+                model, self._prompts_on(device, examples, indices[part]), indices[part].tolist()
+            )
+            texts |= dict(zip(part.tolist(), completed, strict=True))
+        return [texts[row] for row in order.tolist()]
+
+    def stream(
+        self,
+        model: Any,
+        examples: Examples,
+        on_text: Callable[[str], None],
+        device: torch.device,
+    ) -> str:
+        return self._generator.stream(
+            model, self._prompts_on(device, examples, np.zeros(1, dtype=int)), on_text
+        )
+
+    def next_logits(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> Tensor:
+        return self._generator.first_logits(model, self._prompts_on(device, examples, indices))
+
+    def _prompts_on(self, device: torch.device, examples: Examples, indices: NDArray[Any]) -> Batch:
+        prompts = self.collate_prompts(examples, indices)
+        return {name: tensor.to(device) for name, tensor in prompts.items()}
+
+    def generate(
+        self, model: Any, examples: Examples, indices: NDArray[Any], device: torch.device
+    ) -> tuple[list[str], list[str]]:
+        """Return completions and references, without surrounding whitespace."""
+        held = examples.columns["reference"]
+        references = [bytes(held[index].tolist()).decode().strip() for index in indices]
+        return self.complete(model, examples, indices, device), references
+
+
+def as_references(texts: Sequence[str]) -> dict[str, Sequence[Tensor]]:
+    """Return the column ``reference`` of encoded examples: the bytes of texts."""
+    return {"reference": ragged([text.encode() for text in texts])}
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the cross-entropy of each sequence, in nats, over positions whose target is not -100.
+
+    Args:
+        logits: ``(batch, length, vocabulary)``.
+        targets: ``(batch, length)``.
+
+    Returns:
+        Sums and numbers of terms, both float32 ``(batch,)``.
+    """
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
+    return losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()

@@ -14,7 +14,8 @@ import torch
 
 import fedmerge_peft
 from fedmerge_peft import Run
-from fedmerge_peft.runs.environment import processor, source
+from fedmerge_peft.runs.environment import source
+from fedmerge_peft.util.processor import processor
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

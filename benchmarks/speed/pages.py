@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fedmerge_peft.runs import environment
+from fedmerge_peft.util.processor import processor
 
 
 def stamp() -> str:
@@ -21,7 +22,7 @@ def stamp() -> str:
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, "
-        f"{environment.processor()} with {threads} thread{'s' * (threads != 1)} beside other work."
+        f"{processor()} with {threads} thread{'s' * (threads != 1)} beside other work."
     )
 
 

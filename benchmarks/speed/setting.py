@@ -60,6 +60,11 @@ def engine(
             *overrides,
         ],
     )
+    return LocalEngine.from_data(recipe, made_data(clients, examples, tests))
+
+
+def made_data(clients: int, examples: int, tests: int) -> FederatedData:
+    """Return clients with ``examples`` training and ``tests`` test examples of 40 words each."""
     generator = np.random.default_rng(0)
     each = examples + tests
     texts = [" ".join(generator.choice(_WORDS, 40)) for _ in range(clients * each)]
@@ -69,12 +74,8 @@ def engine(
         Client(f"client {number}", own[:examples], none, own[examples:])
         for number, own in enumerate(rows)
     ]
-    return LocalEngine.from_data(
-        recipe,
-        FederatedData(
-            Dataset.from_dict({"text": texts, "label": [0, 1] * (len(texts) // 2)}), held
-        ),
-    )
+    table = Dataset.from_dict({"text": texts, "label": [0, 1] * (len(texts) // 2)})
+    return FederatedData(table, held)
 
 
 def rounds(engine: LocalEngine, measured: bool = False) -> Federation:

@@ -21,7 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import again
 import clients
+import decoder
 import flower
 import scale
 import server
@@ -34,6 +36,8 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "overhead": clients.overhead,
     "together": clients.together,
     "prefix": clients.prefix,
+    "again": again.rows,
+    "head": decoder.rows,
     "rounds": clients.whole_rounds,
     "flower": flower.rows,
     "server": server.rows,

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.base import warn_of_cuts
+from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.tasks.text_formats import fill_template, parse_template
 from tasks.causal_lm_tables import CHATS, NAME, PAIRS
 

@@ -236,9 +236,9 @@ def test_the_prefix_cache_is_disabled_with_a_reason(folders, caplog):
     bench = TaskBench(folders["bart"], PAIRS, {"name": NAME, "max_target_length": 8}, lora)
     assert bench.backbone.prefix is not None
     examples = bench.runtime.examples
-    cache = PrefixCache(bench.backbone, bench.task, examples, bench.rows, 1.0)
+    cache = PrefixCache(bench.backbone, bench.task, examples, [bench.rows], 1.0)
     with caplog.at_level(logging.INFO):
-        cache.prepare()
+        cache.prepare(bench.rows)
     assert "the decoder has positions of its own" in caplog.text
 
 

@@ -10,7 +10,7 @@ import transformers as hf
 from datasets import ClassLabel, Dataset, Features, Value
 
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.tasks.base import warn_of_cuts
+from fedmerge_peft.tasks.cuts import warn_of_cuts
 
 NAME = "sequence-classification"
 TEXTS = ["Where is my parcel?", "I was charged twice, please refund me.", "It crashes."]

@@ -44,7 +44,7 @@ def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Cons
     from fedmerge_peft.models.pretrained import model_folder
     from fedmerge_peft.models.quiet import quiet_transformers
     from fedmerge_peft.tasks import make_task
-    from fedmerge_peft.tasks.base import count_cuts
+    from fedmerge_peft.tasks.cuts import count_cuts
 
     own = [[(client, row) for row in client.train[:count]] for client in data.clients]
     turns = chain.from_iterable(zip_longest(*own))

@@ -30,7 +30,8 @@ from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.strategies.base import Reply, StrategyContext
 from fedmerge_peft.tasks import make_task
-from fedmerge_peft.tasks.base import Task, warn_of_cuts
+from fedmerge_peft.tasks.base import Task
+from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import clients_per_batch
 from fedmerge_peft.training.evaluation import evaluate, example_losses
@@ -38,6 +39,7 @@ from fedmerge_peft.training.execute import run_plans
 from fedmerge_peft.training.features import class_statistics
 from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.input_trial import try_inputs
+from fedmerge_peft.training.labeled_head import labeled_head
 from fedmerge_peft.training.loop import Job, train
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
@@ -134,6 +136,7 @@ class LocalEngine:
         rows = _rows_held(data.clients)
         if len(rows):
             runtime.first_token = cut_to_first_token(runtime, rows)
+            runtime.head = labeled_head(runtime, rows)
         gigabytes = recipe.training.prefix_cache
         if backbone.prefix is not None and gigabytes > 0:
             groups, disk = held_parts(data.clients), disk_cache(recipe)

@@ -14,6 +14,7 @@ import torch
 
 from fedmerge_peft import distributed
 from fedmerge_peft.runs.formats import FORMAT
+from fedmerge_peft.util.processor import processor
 
 if TYPE_CHECKING:
     from fedmerge_peft.engines.base import Engine
@@ -82,15 +83,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def processor() -> str:
-    """Return the CPU's name; it may be empty if the system does not report one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )

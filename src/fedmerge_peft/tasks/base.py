@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fedmerge_peft.recipe.schema import BackboneRecipe
-
-logger = logging.getLogger(__name__)
 
 ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 """``compute_metrics(predictions, references)``, which returns numbers by name."""
@@ -55,38 +52,6 @@ class Examples:
         return np.array(
             [tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64
         )
-
-
-def count_cuts(
-    examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
-) -> list[str]:
-    """Describe each kind of cut, with its numbers of examples in all and by part.
-
-    Args:
-        examples: Encoded examples.
-        parts: Numbers of the examples in use, by a name such as ``training``. An example that
-            several clients hold counts once.
-        name: Noun for the examples.
-    """
-    held = {part: set(rows.tolist()) for part, rows in parts.items() if len(rows)}
-    total = len(set().union(*held.values()))
-    lines = []
-    for predicate, rows in examples.cuts.items():
-        counts = {part: len(own.intersection(rows)) for part, own in held.items()}
-        if not (cut := len(set().union(*held.values()).intersection(rows))):
-            continue
-        each = ", ".join(f"{counts[part]:,} of {len(own):,} {part}" for part, own in held.items())
-        by_part = f" ({each})" if len(held) > 1 else ""
-        lines.append(f"{cut:,} of {total:,} {name} {predicate}{by_part}")
-    return lines
-
-
-def warn_of_cuts(
-    examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
-) -> None:
-    """Log what ``count_cuts`` returns as warnings."""
-    for line in count_cuts(examples, parts, name):
-        logger.warning("%s", line)
 
 
 @dataclass
@@ -203,12 +168,19 @@ class Task(ABC):
 
         Args:
             logits: Output of ``forward``: ``(batch, classes)``, ``(batch, length, vocabulary)`` or
-                another.
+                another. At the True ones of ``labeled_positions`` only: ``(n, vocabulary)``.
             labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
 
         Returns:
             Two float32 tensors ``(batch,)``: sum of the losses in nats, and number of terms.
         """
+
+    def labeled_positions(self, labels: Tensor) -> Tensor | None:
+        """Return the positions whose logits ``losses`` and ``predict`` read, bool like the labels.
+
+        None if they need the logits of the whole batch.
+        """
+        return None
 
     def match_inputs(self, model: Any) -> None:  # noqa: B027 - most tasks have nothing to match
         """Adapt the encoding to the loaded model, and check them against each other.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.recipe.tasks import compares_texts
@@ -28,6 +29,7 @@ from fedmerge_peft.tasks.text_generation import (
     IGNORED,
     TextGeneration,
     as_references,
+    likely_tokens,
     token_losses,
 )
 from fedmerge_peft.tasks.text_tokens import TextTokens
@@ -276,26 +278,28 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = ragged([*ids, [*ids[1][:1], *ids[1][:0:-1]]])
         return Examples({"input_ids": columns, "labels": columns, "prompt": columns})
 
+    def labeled_positions(self, labels: Tensor) -> Tensor:
+        """Return the positions before labeled tokens, ``(batch, length)`` bool."""
+        return functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum ``-log softmax(logits[t - 1])[label[t]]`` over the labeled tokens t of an example.
 
         Args:
-            logits: ``(batch, length, vocabulary)``.
+            logits: ``(batch, length, vocabulary)`` or, at ``labeled_positions``,
+                ``(n, vocabulary)``.
             labels: ``(batch, length)``, not shifted; -100 marks positions without loss.
 
         Returns:
             Sum in nats and number of labeled tokens, both float32 ``(batch,)``.
         """
-        return token_losses(logits[:, :-1], labels[:, 1:])
+        return token_losses(_before_last(logits), labels[:, 1:])
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
         """Return the most likely token and the label at each labeled position, if needed."""
         if "accuracy" not in self.metrics:
             return {}
-        targets = labels[:, 1:]
-        labeled = targets != IGNORED
-        predicted = logits[:, :-1].argmax(dim=-1)[labeled]
-        return {"tokens": (predicted.tolist(), targets[labeled].tolist())}
+        return likely_tokens(_before_last(logits), labels[:, 1:])
 
     def encode_prompts(self, prompts: Sequence[Any]) -> Examples:
         """Tokenize prompts for ``complete``. Long prompts are truncated on the left.
@@ -328,3 +332,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Return ``input_ids`` and ``attention_mask``, ``(batch, longest)``, padded on the left."""
         prompts = [examples.columns["prompt"][index] for index in indices]
         return pad_tokens(prompts, self.pad_token_id, "left")
+
+
+def _before_last(logits: Tensor) -> Tensor:
+    """Return the logits without those of the last position, if all positions have logits."""
+    return logits[:, :-1] if logits.ndim == 3 else logits

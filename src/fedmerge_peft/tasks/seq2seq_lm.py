@@ -18,6 +18,7 @@ from fedmerge_peft.tasks.text_generation import (
     IGNORED,
     TextGeneration,
     as_references,
+    likely_tokens,
     token_losses,
 )
 from fedmerge_peft.tasks.tokenization import (
@@ -259,5 +260,4 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         """Return the most likely token and the label at each position of a target, if needed."""
         if "accuracy" not in self.metrics:
             return {}
-        inside = labels != IGNORED
-        return {"tokens": (logits.argmax(dim=-1)[inside].tolist(), labels[inside].tolist())}
+        return likely_tokens(logits, labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
+from fedmerge_peft.tasks.base import Batch, Compared, Examples, Task, split_batch
 from fedmerge_peft.tasks.generation import TextGenerator
 from fedmerge_peft.tasks.tokenization import ragged
 
@@ -94,13 +94,29 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy of each sequence, in nats, over positions whose target is not -100.
 
     Args:
-        logits: ``(batch, length, vocabulary)``.
+        logits: ``(batch, length, vocabulary)`` or, at these positions only, ``(n, vocabulary)``.
         targets: ``(batch, length)``.
 
     Returns:
         Sums and numbers of terms, both float32 ``(batch,)``.
     """
-    losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(targets)
-    return losses.sum(dim=1), (targets != IGNORED).sum(dim=1).float()
+    inside = targets != IGNORED
+    terms = functional.cross_entropy(
+        _inside(logits, inside).float(), targets[inside], reduction="none"
+    )
+    by_position = terms.new_zeros(targets.shape).masked_scatter(inside, terms)
+    return by_position.sum(dim=1), inside.sum(dim=1).float()
+
+
+def likely_tokens(logits: Tensor, targets: Tensor) -> Mapping[str, Compared]:
+    """Return the most likely token and the target at each position whose target is not -100.
+
+    Arguments are those of ``token_losses``.
+    """
+    inside = targets != IGNORED
+    predicted = _inside(logits, inside).argmax(dim=-1)
+    return {"tokens": (predicted.tolist(), targets[inside].tolist())}
+
+
+def _inside(logits: Tensor, inside: Tensor) -> Tensor:
+    return logits[inside] if logits.ndim == 3 else logits

@@ -111,8 +111,8 @@ def _forward(
         logits = []
         for row in rows:
             backbone.load_row(row)
-            with runtime.forward_pass(chunk):  # entered for each row: autocast caches weights
-                logits.append(runtime.task.forward(backbone.model, inputs))
+            # Autocast is entered for each row, because it caches weights.
+            logits.append(runtime.logits(backbone.model, chunk, inputs, labels))
         if isinstance(served, Mixture):
             yield chunk, runtime.task.mix(logits, served.weights), labels
         else:

@@ -70,8 +70,7 @@ def _accumulate_one(
     total = torch.zeros((), device=runtime.device)
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = runtime.to_device(batch)
-        with runtime.forward_pass(chunk):
-            logits = shifted(runtime.task.forward(slot.model, inputs), [offset])
+        logits = shifted(runtime.logits(slot.model, chunk, inputs, labels), [offset])
         losses = runtime.task.losses(logits, labels)[0]
         if weights is not None:
             losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
@@ -117,8 +116,7 @@ def _accumulate_stack(
     divisors = torch.from_numpy(counts)[:, None]
     for rows, batch, weights in passes:
         labels, inputs = runtime.to_device(batch)
-        with runtime.forward_pass(rows):
-            logits = shifted(runtime.task.forward(stack.model, inputs), offsets)
+        logits = shifted(runtime.logits(stack.model, rows, inputs, labels), offsets)
         losses = _losses_by_adapter(runtime, logits, labels, len(stack))
         shares = (weights / divisors).to(losses)
         parts = (losses * shares).sum(dim=1)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-from pathlib import Path
 
 import torch
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.util.processor import processor
 from fedmerge_peft.util.tensor_cache import TensorCache, cache_folder
 
 DISK_VARIABLE = "FEDMERGE_PREFIX_DISK"
 _FORMAT = 1
 """Version of the meaning of stored states."""
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def disk_cache(recipe: Recipe) -> TensorCache | None:
@@ -48,7 +46,11 @@ def computation(device: torch.device) -> list[str]:
     """Return the properties of libraries, processor and settings that affect rounding."""
     import transformers
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} {processor()} {torch.backends.cpu.get_cpu_capability()}"
+    )
     autocast = torch.is_autocast_enabled(device.type)
     return [
         f"format {_FORMAT}",
@@ -60,12 +62,3 @@ def computation(device: torch.device) -> list[str]:
         f"matmul precision {torch.get_float32_matmul_precision()}",
         f"deterministic {torch.are_deterministic_algorithms_enabled()}",
     ]
-
-
-def _processor() -> str:
-    """Return the processor's model, as far as the system states it, and its vector instructions."""
-    model = platform.processor()
-    if _CPUINFO.is_file():
-        found = re.search(r"model name\s*:\s*(.+)", _CPUINFO.read_text())
-        model = found[1] if found else model
-    return f"{platform.machine()} {model} {torch.backends.cpu.get_cpu_capability()}"

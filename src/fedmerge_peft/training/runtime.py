@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.models.first_token import FirstToken
+from fedmerge_peft.models.labeled_head import LabeledHead
 from fedmerge_peft.recipe.schema import Logits
 from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
 from fedmerge_peft.training.label_logits import client_offset
@@ -46,6 +47,8 @@ class Runtime:
     """Cache that skips the layers before the first trainable one; None if there are none."""
     first_token: FirstToken | None = None
     """Cut of the last layer to the only token that the head reads; None if it reads others."""
+    head: LabeledHead | None = None
+    """Head of a decoder at labeled positions; None if it needs all positions."""
 
     @property
     def device(self) -> torch.device:
@@ -119,3 +122,22 @@ class Runtime:
             if self.first_token is not None:
                 stack.enter_context(self.first_token.applied())
             yield
+
+    def logits(self, model: Any, rows: Indices, inputs: Batch, labels: Tensor) -> Tensor:
+        """Run the model on examples and return their logits.
+
+        Args:
+            model: The backbone's model, with any adapters.
+            rows: Rows of the table.
+            inputs: Their inputs on the device.
+            labels: Their labels on the device.
+
+        Returns:
+            Output of ``Task.forward`` or, with ``head``, ``(labeled positions, vocabulary)``.
+        """
+        labeled = None if self.head is None else self.task.labeled_positions(labels)
+        with self.forward_pass(rows):
+            if self.head is None or labeled is None:
+                return self.task.forward(model, inputs)
+            with self.head.applied(labeled):
+                return self.task.forward(model, inputs)[0]

@@ -1,0 +1,47 @@
+"""Counts of examples of which a part was left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fedmerge_peft.tasks.base import Examples
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+
+def count_cuts(
+    examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
+) -> list[str]:
+    """Describe each kind of cut, with its numbers of examples in all and by part.
+
+    Args:
+        examples: Encoded examples.
+        parts: Numbers of the examples in use, by a name such as ``training``. An example that
+            several clients hold counts once.
+        name: Noun for the examples.
+    """
+    held = {part: set(rows.tolist()) for part, rows in parts.items() if len(rows)}
+    total = len(set().union(*held.values()))
+    lines = []
+    for predicate, rows in examples.cuts.items():
+        counts = {part: len(own.intersection(rows)) for part, own in held.items()}
+        if not (cut := len(set().union(*held.values()).intersection(rows))):
+            continue
+        each = ", ".join(f"{counts[part]:,} of {len(own):,} {part}" for part, own in held.items())
+        by_part = f" ({each})" if len(held) > 1 else ""
+        lines.append(f"{cut:,} of {total:,} {name} {predicate}{by_part}")
+    return lines
+
+
+def warn_of_cuts(
+    examples: Examples, parts: Mapping[str, NDArray[np.int64]], name: str = "examples"
+) -> None:
+    """Log what ``count_cuts`` returns as warnings."""
+    for line in count_cuts(examples, parts, name):
+        logger.warning("%s", line)

@@ -1,0 +1,50 @@
+"""Trial of a decoder's output layer at the labeled positions only (``models/labeled_head.py``)."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.models.labeled_head import LabeledHead
+from fedmerge_peft.training.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
+    """Return the head of a decoder for labeled positions; None if the model needs all positions.
+
+    A trial on two short examples decides: the losses must agree with those of a plain pass.
+
+    Args:
+        runtime: Model, task and examples.
+        rows: The rows of the table that clients hold.
+    """
+    task, model = runtime.task, runtime.backbone.model
+    layer = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
+    if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
+        return None
+    _, first = np.unique(runtime.examples.lengths[rows], return_index=True)
+    chunk = runtime.parts(rows[first[:2]])[0]
+    labels, inputs = runtime.to_device(runtime.collate(chunk))
+    labeled = task.labeled_positions(labels)
+    if labeled is None:
+        return None
+    head = LabeledHead(layer)
+    runtime.backbone.eval()
+    try:
+        with torch.no_grad(), runtime.accelerator.autocast():
+            expected = task.losses(task.forward(model, inputs), labels)[0]
+            with head.applied(labeled):
+                found = task.losses(task.forward(model, inputs)[0], labels)[0]
+    except Exception as error:  # training reports it, with the client
+        log.info("logits are computed at all positions: %s: %s", type(error).__name__, error)
+        return None
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        log.info("logits are computed at all positions: losses at the labeled ones differ")
+        return None
+    return head

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from fedmerge_peft.recipe.strategy_base import StrategyRecipe
     from fedmerge_peft.recipe.tasks import TaskRecipe
+    from fedmerge_peft.report.page import write_report
     from fedmerge_peft.runs.record import RoundRecord, Scores
     from fedmerge_peft.serving.export import export_all, export_client, export_soup, push_to_hub
     from fedmerge_peft.serving.merged_adapter import MergedAdapter
@@ -126,6 +127,7 @@ __all__ = [
     "register_task",
     "resume",
     "sweep",
+    "write_report",
 ]
 
 _HOMES = {
@@ -175,6 +177,7 @@ _HOMES = {
     ),
     "recipe.strategy_base": ("StrategyRecipe",),
     "recipe.tasks": ("TaskRecipe",),
+    "report.page": ("write_report",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,12 +1,14 @@
 """The tables that a terminal shows after a run."""
 
 import io
+from types import SimpleNamespace
 
 import pandas
 import pytest
 from rich.console import Console
 
 from fedmerge_peft.analysis import weights_table
+from fedmerge_peft.analysis.tables import scores_table
 
 
 class WithWeights:
@@ -15,6 +17,25 @@ class WithWeights:
     def __init__(self, clients, adapters):
         names = [f"amazon_books-{client}" for client in range(clients)]
         self.weights = pandas.DataFrame([[1 / adapters] * adapters] * clients, index=names)
+
+
+class WithScores:
+    """A finished run of three clients, ``a`` to ``c``, without baselines."""
+
+    def __init__(self, groups):
+        self.clients = pandas.DataFrame({"group": groups, "train": 9, "test": 4}, index=list("abc"))
+        scores = {name: {"test_accuracy": 0.5} for name in "abc"}
+        served = {
+            "metric": "test_accuracy",
+            "mean": 0.5,
+            "worst_client_score": 0.5,
+            "clients": scores,
+        }
+        self.summary = {"final": {"served": served}}
+        self.baselines = {}
+        self.recipe = SimpleNamespace(
+            strategy=SimpleNamespace(name="fedmerge"), task=SimpleNamespace(metrics=["accuracy"])
+        )
 
 
 def shown(table, width=80):
@@ -43,3 +64,12 @@ def test_names_from_data_are_neither_markup_nor_control_characters():
     text = shown(weights_table(run))
     assert "[red]x[/]" in text
     assert "\x1b" not in text
+
+
+def test_the_column_of_groups_is_left_out_where_each_client_is_its_own_group():
+    assert shown(scores_table(WithScores(["north", "south", "north"]))).count("north") == 2
+    alone = shown(scores_table(WithScores(["a", "b", "c"])))
+    assert "group" not in alone
+    assert [line.split()[:3] for line in alone.splitlines() if line.startswith("  a ")] == [
+        ["a", "9", "4"]
+    ]

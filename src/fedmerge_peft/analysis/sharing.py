@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from fedmerge_peft.runs.directory import RunDirectory
@@ -38,3 +39,12 @@ def sharing(run: RunDirectory) -> pandas.DataFrame:
         for group, row in frame.iterrows()
     ]
     return frame
+
+
+def known_groups(run: RunDirectory) -> list[str]:
+    """Return each client's group; empty unless there are several, with several clients."""
+    groups = [
+        "" if group != group or group is None else str(group) for group in run.clients["group"]
+    ]
+    counts = Counter(filter(None, groups))
+    return groups if len(counts) > 1 and max(counts.values()) > 1 else []

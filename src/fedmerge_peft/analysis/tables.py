@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fedmerge_peft.analysis.sharing import known_groups
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.tasks.metrics import greater_is_better
 from fedmerge_peft.util.text import printable
@@ -31,12 +32,14 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
     metric = final[run.recipe.strategy.name]["metric"]
     best_of = max if greater_is_better(run.recipe.task.metrics[0]) else min
     table = Table(
-        title=f"{metric.replace('_', ' ')} of the served models",
+        title=f"final {metric.replace('_', ' ')} of the served models",
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
+    groups = known_groups(run)
     table.add_column("client")
-    table.add_column("group")
+    if groups:
+        table.add_column("group")
     table.add_column("train", justify="right")
     table.add_column("test", justify="right")
     for name in runs:
@@ -51,11 +54,11 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
         ]
 
     clients = run.clients
-    for client_name, client in clients.head(most).iterrows():
+    for row, (client_name, client) in enumerate(clients.head(most).iterrows()):
         values = [scores["clients"][client_name][metric] for scores in final.values()]
         table.add_row(
             _plain(client_name),
-            _plain(client["group"]),
+            *([_plain(groups[row])] if groups else []),
             str(client["train"]),
             str(client["test"]),
             *cells(values),
@@ -63,9 +66,10 @@ def scores_table(run: RunDirectory, most: int = 40) -> Table:
     if len(clients) > most:
         table.add_row(f"... and {len(clients) - most} more")
     table.add_section()
-    table.add_row("mean", "", "", "", *cells([scores["mean"] for scores in final.values()]))
+    empty = [""] * (2 + bool(groups))
+    table.add_row("mean", *empty, *cells([scores["mean"] for scores in final.values()]))
     worst = [scores["worst_client_score"] for scores in final.values()]
-    table.add_row("worst client", "", "", "", *cells(worst))
+    table.add_row("worst client", *empty, *cells(worst))
     return table
 
 

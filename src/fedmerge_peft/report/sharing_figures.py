@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmerge_peft.analysis.sharing import sharing
+from fedmerge_peft.analysis.sharing import known_groups, sharing
 from fedmerge_peft.plotting.specs import Heat, Line, Lines, Strip
 from fedmerge_peft.plotting.svg_heat import MAX_ROWS, binned, binned_groups
 from fedmerge_peft.report.figure import Figure
@@ -70,15 +69,6 @@ def answer(method: Method) -> str:
             more = f", and {len(shared) - 3} more sets" if len(shared) > 3 else ""
             sentences.append(f"Sharing a main adapter: {'; '.join(shared[:3])}{more}.")
     return " ".join(sentences)
-
-
-def known_groups(run: RunDirectory) -> list[str]:
-    """Return each client's group; empty unless there are several, with several clients."""
-    groups = [
-        "" if group != group or group is None else str(group) for group in run.clients["group"]
-    ]
-    counts = Counter(filter(None, groups))
-    return groups if len(counts) > 1 and max(counts.values()) > 1 else []
 
 
 def similar_order(weights: NDArray[Any]) -> NDArray[np.int64]:

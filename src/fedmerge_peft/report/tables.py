@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmerge_peft.analysis.sharing import known_groups
 from fedmerge_peft.report.cost_figures import seconds, traffic
 from fedmerge_peft.report.methods import Setting, readable
 from fedmerge_peft.tasks.metrics import greater_score_is_better
@@ -63,11 +64,10 @@ def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
     trained = trained if len(setting.runs) == 1 else {}
     weights = first.run.weights.to_numpy() if first.run.records else np.zeros((len(names), 0))
     merged = weights.shape[1] > 1 and len(setting.runs) == 1
-    groups = ["" if group is None or group != group else str(group) for group in clients["group"]]
-    grouped = any(groups)
+    groups = known_groups(first.run)
     columns = [
         Column("client", "text"),
-        *([Column("group", "text")] if grouped else []),
+        *([Column("group", "text")] if groups else []),
         Column("train"),
         Column("test"),
         *(Column(method.name) for method in methods),
@@ -77,7 +77,7 @@ def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
     ]
     rows = []
     for row, name in enumerate(names):
-        cells = [Cell.of(name), *([Cell.of(groups[row])] if grouped else [])]
+        cells = [Cell.of(name), *([Cell.of(groups[row])] if groups else [])]
         cells += [_count(clients[split].iloc[row]) for split in ("train", "test")]
         cells += [Cell.of(values[method.name][row]) for method in methods]
         if reference is not None:

@@ -52,10 +52,13 @@ PEFT adapter of rank {{ rank }}.
 | {{ metric }}, on this client's own examples | {{ value }} |
 {%- endfor %}
 
-## Recipe
+<details>
+<summary>Recipe of the run</summary>
 
 ```yaml
 {{ recipe }}```
+
+</details>
 """
 
 _SOUP = """---
@@ -88,10 +91,13 @@ The clients' own parts, such as heads or label priors, are not included; export 
 | {{ metric }}, mean over clients | {{ value }} |
 {%- endfor %}
 
-## Recipe
+<details>
+<summary>Recipe of the run</summary>
 
 ```yaml
 {{ recipe }}```
+
+</details>
 """
 
 _CLIENT_LOAD = "model = PeftModel.from_pretrained(base, {place}).eval()"

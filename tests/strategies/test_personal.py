@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fedmerge_peft import AdapterLayout, Federation, Recipe, RecipeError, federate
-from fedmerge_peft.strategies import Reply
+from fedmerge_peft.adapters.lora_factors import layer_factors
+from fedmerge_peft.strategies import Reply, StrategyContext, make_strategy
 from strategies.factor_pairs import columns, halves
 
 # ---- FedAvg and finetuning -----------------------------------------------------------------------
@@ -249,6 +250,20 @@ def test_feddpas_jobs_train_the_global_half_alone_and_then_the_private_one(
     state = case.layout.state_dict(second.row)
     a, b = state["one.lora_A.weight"], state["one.lora_B.weight"]
     torch.testing.assert_close(b @ a, b[:, :2] @ a[:2] + b[:, 2:] @ a[2:])
+
+
+@pytest.mark.parametrize("name", ["feddpa", "fedalt"])
+def test_private_halves_of_embeddings_start_at_zero_and_can_be_trained(make_backbone, name):
+    """B_i A_i = 0 with one factor that is not zero: with both at zero, neither has a gradient."""
+    backbone = make_backbone("bert", {"r": 4, "target_modules": ["query", "word_embeddings"]})
+    strategy = make_strategy(
+        Recipe.load("smoke", [f"strategy={name}"]).strategy,
+        StrategyContext(2, backbone.layout, backbone.fresh_row),
+    )
+    for layer in layer_factors(backbone.layout):
+        a, b = layer.split(strategy.adapter(1))
+        assert not (b[:, 2:] @ a[2:]).any(), layer.module
+        assert a[2:].any() or b[:, 2:].any(), layer.module
 
 
 @pytest.mark.parametrize("name", ["feddpa", "fedalt"])

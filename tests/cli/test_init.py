@@ -167,3 +167,12 @@ def test_missing_answers_are_named(table, here):
     assert "give TABLE" in fault("--yes")
     assert "no answer, so nothing was written; --yes" in fault(table, answers="")
     assert not list(here.glob("*.yaml"))
+
+
+def test_a_first_line_that_is_an_example_is_told(table, here):
+    told = "The first line looks like an example."
+    write(here / "bare.csv", ROWS[0][:3], [row[:3] for row in ROWS[1:]])
+    assert told in init("bare.csv", "--yes").stdout
+    write(here / "numbers.csv", ["1", "2.5"], [("a word", 3.5), ("another", 1.5)] * 8)
+    assert told in init("numbers.csv", "--yes").stdout
+    assert told not in init(table, "--yes").stdout

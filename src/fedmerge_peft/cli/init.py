@@ -151,6 +151,8 @@ def _answers(
     print(f"{len(rows):,} rows with {len(columns)} columns:")
     for column in columns:
         print(printable(f"  {column}"))
+    if any(column.is_value for column in columns):
+        print("The first line looks like an example. If it is one, add a line of column names.")
     names = [column.name for column in columns]
     guess = guesses.guess_task(columns, len(rows))
     task = questions.choice("--task", "Task", given["task"], guess, _TASKS)

@@ -92,6 +92,8 @@ class Column:
     length: float
     """Mean number of characters of a text."""
     example: str
+    is_value: bool = False
+    """True if the name is a number or one of the values, as in a table without a header line."""
 
     def __str__(self) -> str:
         values = f"{self.distinct:,} different" if self.distinct else self.kind
@@ -181,7 +183,8 @@ def _column(table: Dataset, name: str) -> Column:
     if texts and len(texts) == len(known) and all(map(_is_image, texts)):
         return Column(name, "image", 0, 0.0, first[:40])
     length = sum(map(len, texts)) / len(texts) if texts else 0.0
-    return Column(name, "text" if texts else "number", len(known), length, first[:40])
+    kind = "text" if texts else "number"
+    return Column(name, kind, len(known), length, first[:40], name in texts or _is_number(name))
 
 
 def _values(table: Dataset, name: str) -> Any:
@@ -194,3 +197,11 @@ def _values(table: Dataset, name: str) -> Any:
 
 def _is_image(text: str) -> bool:
     return Path(text).suffix.lower() in _IMAGES
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -45,16 +45,21 @@ def concat(
         ValueError: The adapters use DoRA, or adapt convolutions or experts.
     """
     _check_exact(soup)
-    used = weights != 0
+    by_block, of = weights.expand(1, -1), None
+    if soup.blocks is not None and clients is not None:
+        by_block, of = weights + soup.blocks.mixed(clients), soup.blocks.blocks.of
+    used = (by_block != 0).any(dim=0)
     states = [soup.state_dict(row) for row in soup.rows[used]]
     # Heads and biases enter linearly, so their parameter average is exact.
     merged = soup.state_dict(soup.merge(weights, clients))
+    first = {entry.key: entry.offset for entry in soup.layout.entries}
     for _, a_key, b_key in factor_pairs(states[0]):
+        block = 0 if of is None else int(of[first[b_key]])
         merged[a_key] = torch.cat([state[a_key] for state in states], dim=0)
         merged[b_key] = torch.cat(
             [
                 float(weight) * state[b_key]
-                for weight, state in zip(weights[used], states, strict=True)
+                for weight, state in zip(by_block[block, used], states, strict=True)
             ],
             dim=1,
         )

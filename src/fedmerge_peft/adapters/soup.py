@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.blocks import BlockWeights
 from fedmerge_peft.adapters.layout import AdapterLayout
 from fedmerge_peft.util.checked import damaged, read_tensors, write_tensors
 from fedmerge_peft.util.html import page, table
@@ -16,6 +17,7 @@ from fedmerge_peft.util.html import page, table
 _SHARED = "shared."
 _BASE = "base."
 _OWN = "own."
+_BLOCKS = "blocks."
 _MAX_SHOWN = 50
 """Adapters that a notebook shows."""
 
@@ -73,6 +75,8 @@ class AdapterSoup:
     """
     own: OwnParts | None = None
     """Own parts of the clients' adapters; None if the soup alone determines them."""
+    blocks: BlockWeights | None = None
+    """Merging weights by block; None if they are the same in all columns."""
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[1] != self.layout.size:
@@ -103,8 +107,8 @@ class AdapterSoup:
 
         Args:
             weights: π.
-            clients: Weights of the clients' own parts, ``(m,)`` or ``(k, m)``, one-hot for a
-                client. None leaves these parts out.
+            clients: Weights of the clients, ``(m,)`` or ``(k, m)``, one-hot for a client: of their
+                own parts, and of their weights by block. None leaves both out.
 
         Raises:
             ValueError: The own parts are private, and the weights of the clients do not sum to 1.
@@ -117,6 +121,8 @@ class AdapterSoup:
                     "have whole adapters"
                 )
         merged = weights.to(self.rows) @ self.rows
+        if self.blocks is not None and clients is not None:
+            self.blocks.add(merged, self.rows, clients)
         if self.own is not None and clients is not None:
             merged[..., self.own.columns] += clients.to(self.rows) @ self.own.residuals
         return merged
@@ -136,7 +142,9 @@ class AdapterSoup:
             **{_SHARED + key: value for key, value in self.shared.items()},
             **{_BASE + key: value for key, value in self.base.items()},
             **{
-                _OWN + key: value for key, value in (self.own.tensors() if self.own else {}).items()
+                prefix + key: value
+                for prefix, part in ((_OWN, self.own), (_BLOCKS, self.blocks))
+                for key, value in (part.tensors() if part else {}).items()
             },
         }
         write_tensors(path, tensors, self.layout.to_json())
@@ -151,17 +159,19 @@ class AdapterSoup:
         tensors, note = read_tensors(path)
         try:
             layout = AdapterLayout.from_json(note)
-            shared, base, own = (
+            shared, base, own, blocks = (
                 {
                     key.removeprefix(prefix): value
                     for key, value in tensors.items()
                     if key.startswith(prefix)
                 }
-                for prefix in (_SHARED, _BASE, _OWN)
+                for prefix in (_SHARED, _BASE, _OWN, _BLOCKS)
             )
             parts = _own_parts(own, layout) if own else None
             _check_parts(tensors, shared, base, layout)
-            return cls(tensors["rows"], layout, shared, base, parts)
+            rows = tensors["rows"]
+            by_block = BlockWeights.from_tensors(blocks, layout, len(rows)) if blocks else None
+            return cls(rows, layout, shared, base, parts, by_block)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise damaged(path, f"it is no soup ({error})") from error
 

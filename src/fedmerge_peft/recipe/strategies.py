@@ -78,6 +78,11 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     from the soup has the rest. auto: what the label distributions of a group's clients do not have
     in common, which is 0 if they are alike. It needs the clients' label counts, and is 0 with
     differential privacy."""
+    blocks: Literal["head", "layers", "modules", "classes"] | None = None
+    """Merging weights for each block of an adapter's parameters, instead of one row per client.
+    head: the head, and the rest. layers: each layer of the backbone, and the head. modules: each
+    adapted module, and the head. classes: the head's parameters of each class, and the rest. Own
+    heads are then left out."""
     reseed_after: Count | None = None
     """Rounds without use after which an adapter is reassigned to part of the clients of the most
     used adapter. Default: never."""
@@ -109,8 +114,24 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _blocks_have_plain_steps(self) -> FedMergeRecipe:
+        others = {
+            f"rule: {self.rule}": self.rule in ("paper", "gradient"),
+            f"weights_columns: {self.weights_columns}": self.weights_columns == "head",
+            f"own_head: {self.own_head}": self.own_head not in ("auto", 0),
+            f"balance_rounds: {self.balance_rounds}": self.balance_rounds > 0,
+            f"reseed_after: {self.reseed_after}": self.reseed_after is not None,
+        }
+        if self.blocks is not None and (found := [key for key, there in others.items() if there]):
+            raise ValueError(
+                f"blocks: weights by block do not go with {found[0]}; remove one of them"
+            )
+        return self
+
     def privacy_refusal(self, mode: str) -> str | None:
         moved = {
+            f"blocks: {self.blocks} moves clients": self.blocks is not None,
             "start: warm groups clients": self.start == "warm",
             f"rule: {self.rule} weighs clients": self.rule in ("paper", "gradient"),
             "reseed_after moves clients": self.reseed_after is not None,

@@ -279,7 +279,7 @@ class RunDirectory:
 
     @property
     def weights(self) -> pd.DataFrame:
-        """π after the last finished round: clients × adapters."""
+        """π after the last finished round: clients × adapters; with blocks, their mean."""
         import pandas as pd
 
         weights = read_client_weights(self.path / "weights.safetensors", len(self._clients))

@@ -38,4 +38,8 @@ def read_state(folder: Path, clients: int) -> tuple[AdapterSoup, Tensor]:
         raise damaged(
             path, f"it has own parts of {len(soup.own.residuals)} clients, expected {clients}"
         )
+    if soup.blocks is not None and len(soup.blocks.offsets) != clients:
+        raise damaged(
+            path, f"it has weights of {len(soup.blocks.offsets)} clients, expected {clients}"
+        )
     return soup, weights

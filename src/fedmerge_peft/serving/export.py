@@ -139,6 +139,11 @@ def export_soup(
             f"({run.recipe.strategy.name}), so that the soup has no whole adapters; export the "
             "clients' adapters with --all"
         )
+    if soup.blocks is not None:
+        raise RunError(
+            f"{run.path}: the merging weights differ between blocks of the adapter, so that "
+            "weights.json cannot hold them; export the clients' adapters with --all"
+        )
     RunDirectory.check_free(folder)
     config = _config(run.adapter_config, run, base_model_id)
     base, hub = base_model(run, base_model_id)

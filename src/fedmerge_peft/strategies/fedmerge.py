@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from fedmerge_peft.adapters.blocks import Blocks
 from fedmerge_peft.adapters.merging_weights import MergingWeights
 from fedmerge_peft.adapters.soup import AdapterSoup, OwnParts
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import strategies as recipes
 from fedmerge_peft.strategies.balancing import balancing_shifts
 from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
-from fedmerge_peft.strategies.group_weights import affinities, first_logits
+from fedmerge_peft.strategies.block_logits import BlockLogits, make_blocks
+from fedmerge_peft.strategies.group_weights import group_logits, grouping_logits
 from fedmerge_peft.strategies.logit_steps import LogitSteps
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
-from fedmerge_peft.strategies.own_head import OwnHead, own_shares
+from fedmerge_peft.strategies.own_head import OwnHead, choose_shares
 from fedmerge_peft.strategies.reseeding import Reseeding
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.server_step import weights_gradient
-from fedmerge_peft.strategies.similarity import group_by_direction, nearest_row
+from fedmerge_peft.strategies.similarity import Grouping, group_by_direction, nearest_row
 from fedmerge_peft.strategies.validation_trial import FIRST, LAST, ValidationTrial
 
 _ADAPTERS = 5
@@ -46,6 +48,9 @@ class FedMerge(Strategy):
     If the clients of a group have different labels, each also gets a head of its own
     (``own_head.py``). It is a second block of merging weights, for the columns of the head.
 
+    With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
+    block then has its own grouping and steps.
+
     A few rounds later, validation losses tell whether merging harms (``validation_trial.py``). Then
     each client gets an adapter of its own, which the others share with small weights.
     """
@@ -58,6 +63,7 @@ class FedMerge(Strategy):
         "_warming",
         "_reseeding",
         "own_head",
+        "by_block",
         "joined",
         "rounds",
         "trial",
@@ -76,6 +82,7 @@ class FedMerge(Strategy):
                     "or name the head in lora.modules_to_save"
                 ]
             )
+        self.blocks = make_blocks(recipe, context)
         self._warming = MeanUpdates(context) if recipe.start == "warm" else None
         if recipe.adapters != "auto":
             adapters = recipe.adapters
@@ -111,6 +118,14 @@ class FedMerge(Strategy):
         self._reseeding = (
             Reseeding(recipe.reseed_after, adapters, context.seed) if recipe.reseed_after else None
         )
+        self.by_block: BlockLogits | None = None
+        """Logits by block, instead of ``merging``; None without blocks, and before the grouping."""
+        if self.blocks is not None and self._warming is None:
+            self._begin_blocks(self.blocks)
+
+    def _begin_blocks(self, blocks: Blocks) -> BlockLogits:
+        self.by_block = BlockLogits(self.recipe, self.context, blocks, self.merging.logits)
+        return self.by_block
 
     def resize(self, adapters: int) -> None:
         if self.recipe.adapters != "auto" or len(self.soup) != 1:
@@ -122,16 +137,22 @@ class FedMerge(Strategy):
     def load_state_dict(self, state: Mapping[str, Tensor | int | None]) -> None:
         if "own_head.shares" in state:
             self.own_head = OwnHead(len(self.head), torch.zeros(self.context.clients))
+        if "by_block.logits" in state and self.blocks is not None:
+            self._begin_blocks(self.blocks)
         super().load_state_dict(state)
-        self._store_own_parts()
+        self._store_parts()
 
     @property
     def weights(self) -> Tensor:
+        if self.by_block is not None:
+            return self.by_block.mean()
         return self._softmax(self.merging.logits)
 
     def adapter(self, client: int) -> Tensor:
         if self._warming is not None:  # all rows are equal; FedAvg's adapter, bit for bit
             return self.soup.rows[0].clone()
+        if self.by_block is not None:
+            return self.by_block.merge(self.soup.rows, client)
         merged = self.soup.merge(self._softmax(self.merging.logits[client]))
         if self.soup.own is not None:
             merged[self.soup.own.columns] += self.soup.own.residuals[client]
@@ -174,16 +195,19 @@ class FedMerge(Strategy):
         )
         if self.own_head is not None and served is not None:
             self.own_head.update(clients, served, deltas[:, self.head])
-            self._store_own_parts()
+        self._store_parts()
 
     def _step_weights(self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor) -> None:
         """W_i ← W_i − step(G_i); arguments as in ``_soup_gradient``."""
+        votes = self.aggregator.votes(sizes)
+        shares = votes / votes.sum()
+        if self.by_block is not None:
+            self.by_block.step(self.soup.rows, clients, deltas, shares)
+            return
         gradient = weights_gradient(
             self.soup.rows, before, deltas, self.steps.columns, self.aggregator.update_norms
         )
         gradient /= self.recipe.temperature
-        votes = self.aggregator.votes(sizes)
-        shares = votes / votes.sum()
         self.merging.logits[clients] -= self.steps.compute(clients, gradient, shares).float()
         if self._reseeding is not None:
             self._reseeding.apply(
@@ -191,14 +215,10 @@ class FedMerge(Strategy):
             )
 
     def _balance(self) -> None:
-        balance = (
-            1 - self.rounds / self.recipe.balance_rounds if self.recipe.balance_rounds else 0.0
-        )
-        self.shifts = (
-            balance * balancing_shifts(self.merging.logits / self.recipe.temperature)
-            if balance > 0
-            else torch.zeros_like(self.shifts)
-        )
+        self.shifts = torch.zeros_like(self.shifts)
+        if self.rounds < self.recipe.balance_rounds:
+            shifts = balancing_shifts(self.merging.logits / self.recipe.temperature)
+            self.shifts = (1 - self.rounds / self.recipe.balance_rounds) * shifts
 
     def _soup_gradient(
         self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor
@@ -217,6 +237,9 @@ class FedMerge(Strategy):
         if self._warming is not None:
             common = self.aggregator.combine(deltas, torch.ones(len(sizes), 1), sizes)
             return (common / len(self.soup) if chain_rule else common).expand_as(self.soup.rows)
+        if self.by_block is not None:
+            combine = partial(self.aggregator.combine, sizes=sizes)
+            return self.by_block.gradient(clients, deltas, combine)
         return self.aggregator.combine(
             deltas, before if chain_rule else self.weights[clients], sizes, normalize=not chain_rule
         )
@@ -245,15 +268,21 @@ class FedMerge(Strategy):
         if adapters == "auto":
             self.resize(int(found.groups.max()) + 1)
         number = int(found.groups.max()) + 1
-        self._assign(updates.clients, found.groups)
-        if number == len(self.soup):
-            similar = affinities(found.directions, found.groups)
-            first = first_logits(similar, self.recipe.warm_weight)
-            self.merging.logits[updates.clients] = (self.recipe.temperature * first).float()
+        self.joined[updates.clients] = True
+        self.merging.logits[updates.clients] = self._logits(found)
+        if self.blocks is not None:
+            count = self.recipe.groups or len(self.soup)
+            self._begin_blocks(self.blocks).set(
+                updates.clients,
+                lambda columns: self._logits(
+                    group_by_direction(means[:, columns], count, self.context.seed, count=count)
+                ),
+            )
         if number == self.context.clients:
             self.trial = None
         self._decided = [f"{number} group{'s' * (number > 1)} of clients: {found.reason}"]
-        self._decide_own_heads(updates.clients, found.groups)
+        if self.blocks is None:
+            self._decide_own_heads(updates.clients, found.groups)
 
     def _try_groups(self, trial: ValidationTrial, replies: Sequence[Reply]) -> None:
         """Keep the groups if merging does not harm; end them if its harm lasts."""
@@ -279,9 +308,11 @@ class FedMerge(Strategy):
         rows = torch.stack([self.adapter(client) for client in everyone])
         self.soup = AdapterSoup(rows, self.soup.layout, self.soup.shared)
         self.server = ServerOptimizer(self.recipe, self.soup.rows)
+        self.blocks = None
         self._set_weights(len(rows))
         self.own_head = None
-        self._assign(torch.tensor(everyone), torch.tensor(everyone))
+        self.joined[:] = True
+        self.merging.logits[:] = self._logits(torch.tensor(everyone))
 
     def _join(self, clients: Tensor, deltas: Tensor) -> None:
         """Assign clients that missed the grouping to the group that their first update points to.
@@ -289,38 +320,36 @@ class FedMerge(Strategy):
         They trained the mean adapter, because their weights were uniform.
         """
         new = ~self.joined[clients]
-        if len(self.soup) > 1 and new.any():
-            self._assign(clients[new], nearest_row(deltas[new], self.soup.rows))
-
-    def _assign(self, clients: Tensor, groups: Tensor) -> None:
-        """Set the weight of each client's group to ``warm_weight``; the others share the rest."""
-        self.joined[clients] = True
-        own, others = self.recipe.warm_weight, len(self.soup) - 1
-        if others:  # all other logits are zero, so softmax(W / T) gives this weight
-            self.merging.logits[clients, groups] = self.recipe.temperature * math.log(
-                own * others / (1 - own)
+        if len(self.soup) == 1 or not new.any():
+            return
+        joining, first = clients[new], deltas[new]
+        self.joined[joining] = True
+        self.merging.logits[joining] = self._logits(nearest_row(first, self.soup.rows))
+        if self.by_block is not None:
+            self.by_block.set(
+                joining,
+                lambda columns: self._logits(
+                    nearest_row(first[:, columns], self.soup.rows[:, columns])
+                ),
             )
+
+    def _logits(self, found: Grouping | Tensor) -> Tensor:
+        """Return the first logits ``(k, d)`` of k clients: of a grouping, or in groups ``(k,)``."""
+        adapters, weight = len(self.soup), self.recipe.warm_weight
+        if isinstance(found, Tensor):
+            return self.recipe.temperature * group_logits(found, adapters, weight)
+        return self.recipe.temperature * grouping_logits(found, adapters, weight)
 
     def _decide_own_heads(self, clients: Tensor, groups: Tensor) -> None:
         """Give clients own heads, with the recipe's share or one that follows from their labels."""
         share, counts = self.recipe.own_head, self.context.label_counts
-        shares = torch.zeros(self.context.clients)
         if share != "auto":
-            shares[:] = share
+            shares = torch.full((self.context.clients,), share)
             reason = "as set in the recipe"
+        elif counts is None or len(self.head) == 0 or not counts[clients].any():
+            return
         else:
-            known = torch.zeros(0) if counts is None else counts[clients].sum(dim=1) > 0
-            if counts is None or not known.any() or len(self.head) == 0:
-                return
-            clients = clients[known]
-            estimated, gain = own_shares(counts[clients], groups[known])
-            shares[:] = estimated.mean()  # also of clients whose labels are not known yet
-            shares[clients] = estimated
-            reason = (
-                f"own label distributions explain the labels better by {gain:.0f} nats"
-                if shares.any()
-                else "within a group, clients have about the same labels"
-            )
+            shares, reason = choose_shares(counts, clients, groups)
         if shares.any():
             self.own_head = OwnHead(len(self.head), shares)
             weight = float(shares[clients].mean())
@@ -336,7 +365,9 @@ class FedMerge(Strategy):
         own = self.soup.own
         return merged if own is None else merged + own.residuals[clients]
 
-    def _store_own_parts(self) -> None:
+    def _store_parts(self) -> None:
+        """Update what a saved soup has besides the rows."""
+        self.soup.blocks = None if self.by_block is None else self.by_block.offsets()
         if self.own_head is not None:
             residuals = self.own_head.residuals(self.weights @ self.soup.rows[:, self.head])
             self.soup.own = OwnParts(self.head, residuals)

@@ -1,9 +1,13 @@
-"""First merging weights of clients that have been grouped, from their similarity to each group."""
+"""First merging weights of clients that have been grouped."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from fedmerge_peft.strategies.similarity import Grouping
 
 _STEPS = 60
 """Bisections; they determine κ to the precision of float64."""
@@ -64,3 +68,26 @@ def first_logits(similar: Tensor, weight: float) -> Tensor:
     mixed = (reached - weight) / (reached - even) if reached > even else 1.0
     mixed = min(max(mixed, (1 - weight) / 2), 1.0)
     return ((1 - mixed) * soft + mixed * even).log()
+
+
+def grouping_logits(found: Grouping, adapters: int, weight: float) -> Tensor:
+    """Return the logits ``(k, adapters)`` float32 of k clients after their grouping.
+
+    With an adapter for each group they follow the similarity to the groups (``first_logits``), with
+    more adapters they are those of ``group_logits``.
+    """
+    if int(found.groups.max()) + 1 < adapters:
+        return group_logits(found.groups, adapters, weight)
+    return first_logits(affinities(found.directions, found.groups), weight).float()
+
+
+def group_logits(groups: Tensor, adapters: int, weight: float) -> Tensor:
+    """Return logits ``(k, adapters)`` float32 that give each client's group this weight.
+
+    The other adapters share the rest.
+    """
+    logits = torch.zeros(len(groups), adapters)
+    if adapters > 1:  # all other logits are zero
+        own = math.log(weight * (adapters - 1) / (1 - weight))
+        logits[torch.arange(len(groups)), groups] = own
+    return logits

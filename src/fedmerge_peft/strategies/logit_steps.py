@@ -18,12 +18,19 @@ of rounds."""
 
 
 class LogitSteps(Stateful):
-    """Steps of the logits along G, with running moments of G, ``(clients, d)`` each."""
+    """Steps of the logits along G, with running moments of G, ``(rows, d)`` each.
+
+    There is one row for each client, or one for each of its blocks.
+    """
 
     state_fields = ("average", "squares", "rounds")
 
     def __init__(
-        self, recipe: recipes.FedMergeRecipe, context: StrategyContext, adapters: int
+        self,
+        recipe: recipes.FedMergeRecipe,
+        context: StrategyContext,
+        adapters: int,
+        blocks: int = 1,
     ) -> None:
         self.recipe = recipe
         head = context.layout.columns("head")
@@ -41,32 +48,30 @@ class LogitSteps(Stateful):
         """Indices of the columns that enter the inner product in G; None for all P columns."""
         default = _ADAM_LR if recipe.rule == "adam" else WEIGHTS_LR[recipe.rule]
         self.lr = default if recipe.weights_lr is None else recipe.weights_lr
-        self.average = torch.zeros(context.clients, adapters, dtype=torch.float64)
+        self.average = torch.zeros(context.clients * blocks, adapters, dtype=torch.float64)
         self.squares = torch.zeros_like(self.average)
-        self.rounds = torch.zeros(context.clients, dtype=torch.int64)
+        self.rounds = torch.zeros(len(self.average), dtype=torch.int64)
 
-    def compute(self, clients: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
-        """Compute the steps to subtract from these clients' logits, ``(k, d)`` float64.
+    def compute(self, rows: Tensor, gradient: Tensor, shares: Tensor) -> Tensor:
+        """Compute the steps to subtract from these rows of logits, ``(k, d)`` float64.
 
         The steps use an exponential average of G over the rounds in which a client replied.
 
         Args:
-            clients: Client indices, ``(k,)``.
+            rows: Indices of rows, ``(k,)``.
             gradient: G, ``(k, d)`` float64.
             shares: ρ, ``(k,)`` float64.
         """
         memory = self.recipe.weights_memory
-        self.rounds[clients] += 1
-        self.average[clients] = memory * self.average[clients] + (1 - memory) * gradient
-        unbiased = self.average[clients] / (1 - memory ** self.rounds[clients, None].double())
+        self.rounds[rows] += 1
+        self.average[rows] = memory * self.average[rows] + (1 - memory) * gradient
+        unbiased = self.average[rows] / (1 - memory ** self.rounds[rows, None].double())
         if self.recipe.rule != "adam":
             return logits_step(self.recipe.rule, unbiased, shares, self.lr)
-        self.squares[clients] = (
-            _ADAM_DECAY * self.squares[clients] + (1 - _ADAM_DECAY) * gradient.square()
+        self.squares[rows] = (
+            _ADAM_DECAY * self.squares[rows] + (1 - _ADAM_DECAY) * gradient.square()
         )
-        root = (
-            self.squares[clients] / (1 - _ADAM_DECAY ** self.rounds[clients, None].double())
-        ).sqrt()
+        root = (self.squares[rows] / (1 - _ADAM_DECAY ** self.rounds[rows, None].double())).sqrt()
         return self.lr * torch.where(
             root > 0, unbiased / root.clamp_min(torch.finfo(torch.float64).tiny), 0.0
         )

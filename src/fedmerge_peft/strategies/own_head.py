@@ -54,6 +54,29 @@ class OwnHead(Stateful):
         return (self.shares * self.started)[:, None] * (self.rows - merged)
 
 
+def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tensor, str]:
+    """Choose the weights of own heads, and return them ``(m,)`` with the reason.
+
+    Clients without known labels, and those that are in no group yet, get the mean.
+
+    Args:
+        counts: Training examples of each client by label, ``(m, classes)``.
+        clients: Clients that were grouped, ``(k,)``; one of them has examples.
+        groups: Their groups, ``(k,)``.
+    """
+    known = counts[clients].sum(dim=1) > 0
+    clients = clients[known]
+    estimated, gain = own_shares(counts[clients], groups[known])
+    shares = estimated.mean().repeat(len(counts))
+    shares[clients] = estimated
+    reason = (
+        f"own label distributions explain the labels better by {gain:.0f} nats"
+        if shares.any()
+        else "within a group, clients have about the same labels"
+    )
+    return shares, reason
+
+
 def own_shares(counts: Tensor, groups: Tensor) -> tuple[Tensor, float]:
     """Estimate how much of a client's label distribution is its own, within its group.
 

@@ -73,7 +73,8 @@ class PartlyShared(WrappedStrategy):
         if inner.own is not None:
             columns = torch.nonzero(self.shared).flatten()[inner.own.columns]
             own = own.plus(OwnParts(columns, inner.own.residuals))
-        return AdapterSoup(rows, self.layout, self.tensors, inner.base, own)
+        blocks = None if inner.blocks is None else inner.blocks.spread(self.shared)
+        return AdapterSoup(rows, self.layout, self.tensors, inner.base, own, blocks)
 
     @soup.setter
     def soup(self, soup: AdapterSoup) -> None:

@@ -1,0 +1,137 @@
+"""Blocks of an adapter's columns that have merging weights of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.layout import AdapterLayout, Entry
+
+Kind = Literal["head", "layers", "modules", "classes"]
+
+_FACTOR = re.compile(r"\.(lora_|modules_to_save)|\.(weight|bias)$")
+"""End of a module's name in PEFT's saved form."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A partition of the P columns."""
+
+    of: Tensor
+    """Block of each column, ``(P,)`` int64, from 0."""
+
+    def __len__(self) -> int:
+        return int(self.of.max()) + 1
+
+    @cached_property
+    def columns(self) -> list[Tensor]:
+        """Columns of each block, int64 indices."""
+        return [torch.nonzero(self.of == block).flatten() for block in range(len(self))]
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Part of the columns that each block has, ``(B,)`` float64."""
+        return torch.bincount(self.of).double() / len(self.of)
+
+    @classmethod
+    def create(cls, kind: Kind, layout: AdapterLayout) -> Blocks:
+        """Divide the columns of a layout.
+
+        Args:
+            kind: ``head``: the head, and all other columns. ``layers``: each layer of the backbone,
+                and the head. ``modules``: each adapted module, and the head. ``classes``: for each
+                class the columns of the head's last layer that give its logit, and all others.
+            layout: Layout of the adapter.
+
+        Raises:
+            ValueError: The columns form one block only.
+        """
+        names: dict[Hashable, int] = {}
+        of = torch.empty(layout.size, dtype=torch.int64)
+        for entry in layout.entries:
+            of[entry.columns] = names.setdefault(_name(kind, entry), len(names))
+        if kind == "classes":
+            for entry in filter(None, (layout.classifier, layout.classifier_bias)):
+                classes = torch.arange(entry.shape[0]) + len(names)
+                of[entry.columns] = classes.repeat_interleave(entry.size // entry.shape[0])
+            of = torch.unique(of, return_inverse=True)[1]  # a block may have lost all its columns
+        if not bool((of != of[0]).any()):
+            raise ValueError(f"all parameters of this adapter are one block of the kind {kind}")
+        return cls(of)
+
+
+def _name(kind: Kind, entry: Entry) -> Hashable:
+    """Return the name of the block that a tensor belongs to."""
+    if kind == "classes":
+        return "others"
+    if entry.role == "head" or kind == "head":
+        return entry.role == "head"
+    module = entry.key[: match.start()] if (match := _FACTOR.search(entry.key)) else entry.key
+    if kind == "modules":
+        return module
+    return next((part for part in module.split(".") if part.isdecimal()), "others")
+
+
+@dataclass
+class BlockWeights:
+    """Merging weights by block: θ_ib = Σ_j π_ijb Θ_jb in the columns of block b.
+
+    Files and tables have the mean π_ij over the columns. This class has what to add to it.
+    """
+
+    blocks: Blocks
+    offsets: Tensor
+    """π_ijb − π_ij, ``(m, B, d)`` float32."""
+
+    def add(self, merged: Tensor, rows: Tensor, clients: Tensor) -> None:
+        """Add Σ_j (π_ijb − π_ij) Θ_jb to adapters that are merged with π_ij, in place.
+
+        Args:
+            merged: Σ_j π_ij Θ_j, ``(P,)`` or ``(k, P)``.
+            rows: Θ, ``(d, P)``.
+            clients: Weights of the clients, ``(m,)`` or ``(k, m)``; one-hot for a client.
+        """
+        offsets = self.mixed(clients).to(rows)
+        for block, columns in enumerate(self.blocks.columns):
+            merged[..., columns] += offsets[..., block, :] @ rows[:, columns]
+
+    def mixed(self, clients: Tensor) -> Tensor:
+        """Return the offsets of a mixture of clients, ``(B, d)`` or ``(k, B, d)``."""
+        mixed: Tensor = torch.tensordot(clients.to(self.offsets), self.offsets, dims=1)
+        return mixed
+
+    def spread(self, mask: Tensor) -> BlockWeights:
+        """Return these weights for longer rows, whose columns in a mask ``(P,)`` have them.
+
+        The other columns are 0 in all adapters, so that their block does not matter.
+        """
+        of = torch.zeros(len(mask), dtype=torch.int64)
+        of[mask] = self.blocks.of
+        return BlockWeights(Blocks(of), self.offsets)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields as tensors, for a file."""
+        return {"of": self.blocks.of, "offsets": self.offsets}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], layout: AdapterLayout, adapters: int
+    ) -> BlockWeights:
+        """Return the weights of a file. Raises ``ValueError`` if they do not fit the soup."""
+        of, offsets = tensors["of"], tensors["offsets"]
+        if of.dtype != torch.int64 or of.shape != (layout.size,) or bool((of < 0).any()):
+            raise ValueError("its blocks do not fit its layout")
+        blocks = Blocks(of)
+        if (
+            offsets.dtype != torch.float32
+            or offsets.shape[1:] != (len(blocks), adapters)
+            or not bool(offsets.isfinite().all())
+        ):
+            raise ValueError("its weights of blocks do not fit its adapters")
+        return cls(blocks, offsets)

@@ -1,0 +1,134 @@
+"""Merging logits by block: FedMerge's step of W and Θ in each block of the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.adapters.blocks import Blocks, BlockWeights
+from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe import strategies as recipes
+from fedmerge_peft.strategies.base import StrategyContext
+from fedmerge_peft.strategies.logit_steps import LogitSteps
+from fedmerge_peft.strategies.server_step import weights_gradient
+from fedmerge_peft.util.stateful import Stateful
+
+
+class BlockLogits(Stateful):
+    """Logits W_ib of each client's weights in each block.
+
+    θ_ib = Σ_j π_ijb Θ_jb,    π_ib = softmax(W_ib / T),    G_ijb = π_ijb ⟨Θ_jb − θ_ib, δ_ib⟩
+
+    A block has the step of FedMerge in its columns. With the rule ``normalized``, the gradient of
+    each client and block is divided by its own largest entry.
+    """
+
+    state_fields = ("logits", "steps")
+
+    def __init__(
+        self,
+        recipe: recipes.FedMergeRecipe,
+        context: StrategyContext,
+        blocks: Blocks,
+        logits: Tensor,
+    ) -> None:
+        """Start with the same logits in all blocks.
+
+        Args:
+            recipe: Recipe of the strategy.
+            context: Context of the strategy.
+            blocks: B blocks.
+            logits: W, ``(m, d)``.
+        """
+        self.blocks = blocks
+        self.temperature = recipe.temperature
+        self.logits = logits[:, None].repeat(1, len(blocks), 1)
+        """``(m, B, d)`` float32."""
+        self.steps = LogitSteps(recipe, context, logits.shape[1], len(blocks))
+
+    def set(self, clients: Tensor, first: Callable[[Tensor], Tensor]) -> None:
+        """Set the logits of these clients ``(k,)``.
+
+        Args:
+            clients: Client indices.
+            first: Returns the logits ``(k, d)`` of a block, given its columns.
+        """
+        for block, columns in enumerate(self.blocks.columns):
+            self.logits[clients, block] = first(columns)
+
+    def weights(self) -> Tensor:
+        """Return π, ``(m, B, d)`` float32."""
+        return torch.softmax((self.logits / self.temperature).double(), dim=-1).float()
+
+    def mean(self) -> Tensor:
+        """Return the mean of π over the columns, ``(m, d)`` float32."""
+        return torch.einsum("b,mbd->md", self.blocks.shares, self.weights().double()).float()
+
+    def offsets(self) -> BlockWeights:
+        """Return what the soup adds to adapters that are merged with ``mean``."""
+        return BlockWeights(self.blocks, self.weights() - self.mean()[:, None])
+
+    def merge(self, rows: Tensor, client: int) -> Tensor:
+        """Return the adapter ``(P,)`` of a client, merged from Θ ``(d, P)``."""
+        weights = torch.softmax((self.logits[client] / self.temperature).double(), dim=-1).to(rows)
+        merged = torch.empty_like(rows[0])
+        for block, columns in enumerate(self.blocks.columns):
+            merged[columns] = weights[block] @ rows[:, columns]
+        return merged
+
+    def step(self, rows: Tensor, clients: Tensor, deltas: Tensor, shares: Tensor) -> None:
+        """Step the logits of these clients along G.
+
+        Args:
+            rows: Θ, ``(d, P)``.
+            clients: Client indices, ``(k,)``.
+            deltas: δ, ``(k, P)``.
+            shares: ρ, ``(k,)`` float64.
+        """
+        weights, count = self.weights()[clients].double(), len(self.blocks)
+        gradient = torch.stack(
+            [
+                weights_gradient(rows[:, columns], weights[:, block], deltas[:, columns])
+                for block, columns in enumerate(self.blocks.columns)
+            ],
+            dim=1,
+        )
+        gradient = gradient.flatten(0, 1) / self.temperature  # (k B, d)
+        places = (clients[:, None] * count + torch.arange(count)).flatten()
+        steps = self.steps.compute(places, gradient, shares.repeat_interleave(count))
+        self.logits[clients] -= steps.view(len(clients), count, -1).float()
+
+    def gradient(
+        self, clients: Tensor, deltas: Tensor, combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Combine the updates ``(k, P)`` of these clients to the gradient of Θ, ``(d, P)``.
+
+        Args:
+            clients: Client indices, ``(k,)``.
+            deltas: δ, ``(k, P)``.
+            combine: Maps updates ``(k, c)`` and π ``(k, d)`` to one update for each adapter.
+        """
+        weights = self.weights()[clients]
+        combined = deltas.new_empty(weights.shape[-1], deltas.shape[1])
+        for block, columns in enumerate(self.blocks.columns):
+            combined[:, columns] = combine(deltas[:, columns], weights[:, block])
+        return combined
+
+
+def make_blocks(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Blocks | None:
+    """Return the blocks of the recipe. Raises ``RecipeError``."""
+    if recipe.blocks is None:
+        return None
+    if context.aggregator.recipe.defends:
+        raise RecipeError(
+            [
+                "strategy.blocks: robust rules compare whole updates; remove it, or "
+                "robustness.aggregation"
+            ]
+        )
+    try:
+        return Blocks.create(recipe.blocks, context.layout)
+    except ValueError as error:
+        raise RecipeError([f"strategy.blocks: {error}; choose another kind"]) from error

@@ -59,7 +59,7 @@ class TaskBench:
         examples = self.task.encode(table)
         self.runtime = Runtime(self.backbone, self.task, self.accelerator, examples)
         if prefix_cache and self.backbone.prefix is not None:
-            self.runtime.cache = PrefixCache(self.backbone, self.task, examples, self.rows, 1.0)
+            self.runtime.cache = PrefixCache(self.backbone, self.task, examples, [self.rows], 1.0)
 
     def row(self, seed=1):
         """An adapter none of whose factors is zero, ``(P,)``."""

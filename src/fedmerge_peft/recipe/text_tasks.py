@@ -1,14 +1,15 @@
-"""Sections of tasks on pairs of texts: source and target."""
+"""Sections of tasks on pairs of texts: source and target, question and context."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.generation import GenerationSettings
-from fedmerge_peft.recipe.section import Count
+from fedmerge_peft.recipe.registered import NameIn
+from fedmerge_peft.recipe.section import Boolean, Count, CountOrZero
 from fedmerge_peft.recipe.tasks import LanguageMetric, TaskRecipe
 
 _TEXTS = "fedmerge_peft.tasks.text_metrics"
@@ -26,6 +27,24 @@ METRICS.add(
     of=("texts",),
     range=(0.0, 1.0),
 )
+
+
+METRICS.add(
+    "squad_f1",
+    f"{_TEXTS}:squad_f1",
+    about="F1 of the words of each answer, as SQuAD's.",
+    of=("answers",),
+    range=(0.0, 1.0),
+)
+METRICS.add(
+    "squad_exact_match",
+    f"{_TEXTS}:squad_exact_match",
+    about="Fraction of the answers that equal a reference, as SQuAD's.",
+    of=("answers",),
+    range=(0.0, 1.0),
+)
+
+AnswerMetric = Annotated[str, NameIn(METRICS, of=frozenset({"answers"}))]
 
 
 class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
@@ -52,6 +71,43 @@ class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
     text (slower)."""
 
 
+class QuestionAnsweringRecipe(TaskRecipe):
+    """Extractive question answering: the answer is a part of a context."""
+
+    question: str = "question"
+    """Column with the question."""
+    context: str = "context"
+    """Column with the text that has the answer."""
+    answers: Annotated[str, Field(min_length=1)] = "answers"
+    """Column with the answers, {text, answer_start}: texts, and the places of their first
+    characters in the context. The first is learned; metrics take the best."""
+    no_answer: Boolean = False
+    """Questions may have no answer in their context, as in SQuAD 2."""
+    max_length: Count | None = None
+    """Maximum length of question and context in tokens. Longer contexts become several windows.
+    Default: the model's limit, at most 384."""
+    stride: CountOrZero = 128
+    """Tokens that consecutive windows of a context have in common."""
+    max_answer_length: Count = 30
+    """Maximum length of a predicted answer in tokens."""
+    metrics: Annotated[list[AnswerMetric], Field(min_length=1)] = ["squad_f1", "squad_exact_match"]
+    """Metrics. Tables and log lines show the first."""
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Columns of question and context."""
+        return self.question, self.context
+
+    def to_predict(self, format: str | None) -> Self:
+        """Return a copy for rows without answers."""
+        return self.model_copy(update={"answers": ""})
+
+
+TASKS.add(
+    "question-answering",
+    "fedmerge_peft.tasks.question_answering:QuestionAnsweringTask",
+    recipe=QuestionAnsweringRecipe,
+)
 TASKS.add(
     "seq2seq-lm",
     "fedmerge_peft.tasks.seq2seq_lm:Seq2SeqLMTask",

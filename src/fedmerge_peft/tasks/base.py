@@ -109,6 +109,8 @@ class Task(ABC):
     """True if a metric needs generated text."""
     padding: Padding = "right"
     """Padding of batches. ``training/input_trial.py`` chooses it for the loaded model."""
+    paddings: ClassVar[Sequence[Padding]] = ("right", "left", "none", "alone")
+    """Choices for ``padding``, the best first. A model for which none is right is refused."""
     prompt_padding: Padding = "left"
     """Padding of prompts for generation, chosen in the same way."""
     prompt_paddings: ClassVar[Sequence[Padding]] = ("left", "none", "alone")
@@ -215,6 +217,12 @@ class Task(ABC):
 
         Arguments are those of ``losses``.
         """
+
+    def outputs(
+        self, logits: Tensor, labels: Tensor, examples: Examples, indices: NDArray[Any]
+    ) -> Mapping[str, Compared]:
+        """Return what ``predict`` returns; tasks whose outputs need the examples override it."""
+        return self.predict(logits, labels)
 
     def mix(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Return the logits of a mixture of models, log Σ_k π_k softmax(logits_k).

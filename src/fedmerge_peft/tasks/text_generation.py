@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedmerge_peft.tasks.base import Batch, Compared, Examples, Task, split_batch
 from fedmerge_peft.tasks.generation import TextGenerator
-from fedmerge_peft.tasks.tokenization import ragged
+from fedmerge_peft.tasks.tokenization import as_bytes, from_bytes
 
 IGNORED = -100
 """Label of a position without loss."""
@@ -81,13 +81,13 @@ class TextGeneration(Task):
     ) -> tuple[list[str], list[str]]:
         """Return completions and references, without surrounding whitespace."""
         held = examples.columns["reference"]
-        references = [bytes(held[index].tolist()).decode().strip() for index in indices]
+        references = [from_bytes(held[index]).strip() for index in indices]
         return self.complete(model, examples, indices, device), references
 
 
 def as_references(texts: Sequence[str]) -> dict[str, Sequence[Tensor]]:
     """Return the column ``reference`` of encoded examples: the bytes of texts."""
-    return {"reference": ragged([text.encode() for text in texts])}
+    return {"reference": as_bytes(texts)}
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -295,6 +295,16 @@ def ragged(rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return list(torch.split(torch.from_numpy(flat), lengths)) if rows else []
 
 
+def as_bytes(texts: Sequence[str]) -> list[Tensor]:
+    """Convert texts to uint8 tensors, to hold them with other columns of examples."""
+    return [torch.tensor([*text.encode()], dtype=torch.uint8) for text in texts]
+
+
+def from_bytes(tensor: Tensor) -> str:
+    """Return the text of a tensor from ``as_bytes``."""
+    return bytes(tensor.tolist()).decode()
+
+
 def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"] = "right") -> Tensor:
     """Pad rows with ``value`` and stack them, ``(batch, longest)``."""
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)

@@ -40,7 +40,7 @@ def evaluate(
         sums, counts = task.losses(logits, labels)
         predictions.loss_sum += float(sums.double().sum())
         predictions.count += float(counts.sum())
-        predictions.add(task.predict(logits, labels))
+        predictions.add(task.outputs(logits, labels, runtime.examples, chunk))
         if task.generates:
             if isinstance(served, Mixture):
                 raise RecipeError(

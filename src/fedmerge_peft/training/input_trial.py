@@ -88,12 +88,7 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         def set_prompt_padding(padding: Padding) -> None:
             task.prompt_padding = padding
 
-        _choose(logits, set_padding, ("right", "left", "none", "alone"), examples, tolerance, name)
-        if task.in_batch and task.padding in ("none", "alone"):
-            raise BackboneError(
-                f"backbone.model: {name} sees the padding of a batch, so texts of several lengths "
-                "cannot be compared in one pass, as this task needs; choose another model"
-            )
+        _choose(logits, set_padding, task.paddings, examples, tolerance, name)
         if task.generates:
             choices = task.prompt_paddings
             _choose(next_tokens, set_prompt_padding, choices, examples, tolerance, name)
@@ -111,7 +106,7 @@ def _choose(
 ) -> None:
     """Set the first padding with which examples have the same outputs as alone.
 
-    The last choice is alone.
+    Raises ``BackboneError`` if there is none.
     """
     rows = np.arange(3)  # a short and a long example, and another one of the same length
     with library_errors(
@@ -140,6 +135,11 @@ def _choose(
         pairs = zip(together, expected, strict=True)
         if all(_agree(found, wanted, tolerance) for found, wanted in pairs):
             break
+    else:
+        raise BackboneError(
+            f"backbone.model: the outputs of {name} for a text depend on the longer texts of its "
+            "batch, which this task does not support; choose another model"
+        )
     if padding != choices[0]:
         log.info("an example's outputs depend on the others in its batch; padding: %s", padding)
 

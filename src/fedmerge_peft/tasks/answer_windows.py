@@ -1,0 +1,216 @@
+"""Windows of a context with the place of an answer, and the best span of tokens in a window."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.data.columns import did_you_mean, join_values
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.library_errors import library_errors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.text_tasks import QuestionAnsweringRecipe
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A part of a context."""
+
+    text: str
+    score: float
+    """Sum of the logits of its first and last token; infinite for references."""
+    probability: float
+    start: int = 0
+    """Place of its first character in the context."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A question, and as much of its context as fits."""
+
+    ids: list[int]
+    types: list[int]
+    places: list[tuple[int, int]]
+    """First character of each token in the context, and the one after its last; (-1, -1) for
+    others."""
+    label: tuple[int, int]
+    """First and last token of the answer; twice ``none`` if it is not in this window."""
+    none: int
+    """Token that stands for no answer."""
+
+
+class AnswerWindows:
+    """Tokenizes questions with contexts into overlapping windows, as transformers' example script.
+
+    Args:
+        tokenizer: Tokenizer that tells the places of tokens.
+        length: Length of a window in tokens.
+        stride: Tokens of the context that consecutive windows have in common.
+        with_types: The model reads token types.
+    """
+
+    def __init__(self, tokenizer: Any, length: int, stride: int, *, with_types: bool) -> None:
+        self._tokenizer = tokenizer
+        self.length = length
+        self._stride = stride
+        self.with_types = with_types and "token_type_ids" in tokenizer.model_input_names
+        self._special = tokenizer.num_special_tokens_to_add(pair=True)
+
+    def of_row(
+        self, row: int, question: str, context: str, answers: Sequence[Answer]
+    ) -> list[Window]:
+        """Return the windows of a row. The first of several answers is learned.
+
+        Raises:
+            DataError: The question leaves no room for the context, or the tokenizer fails.
+        """
+        question = question.lstrip()
+        where = f"row {row} (of the rows in use): "
+        asked = len(self._tokenizer(question, add_special_tokens=False)["input_ids"])
+        room = self.length - self._special - asked
+        if room <= self._stride:
+            raise DataError(
+                f"{where}the question has {asked} tokens, which leave {max(room, 0)} of "
+                f"{self.length} for the context, too few for task.stride={self._stride}; raise "
+                "task.max_length, or lower task.stride"
+            )
+        with library_errors(
+            lambda reason: DataError(f"{where}the tokenizer fails on {context[:80]!r}: {reason}")
+        ):
+            encoded = self._tokenizer(
+                question,
+                context,
+                truncation="only_second",
+                max_length=self.length,
+                stride=self._stride,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+        answer = next(iter(answers), None)
+        windows = []
+        for number, ids in enumerate(encoded["input_ids"]):
+            of_context = [part == 1 for part in encoded.sequence_ids(number)]
+            pairs = zip(encoded["offset_mapping"][number], of_context, strict=True)
+            places = [tuple(place) if inside else (-1, -1) for place, inside in pairs]
+            none = self._none(ids)
+            types = encoded["token_type_ids"][number] if self.with_types else []
+            windows.append(Window(ids, types, places, _label(places, answer, none), none))
+        return windows
+
+    def _none(self, ids: Sequence[int]) -> int:
+        """Return the place of the token that stands for no answer: CLS, or the first."""
+        for token in (self._tokenizer.cls_token_id, self._tokenizer.bos_token_id):
+            if token is not None and token in ids:
+                return ids.index(token)
+        return 0
+
+    def no_answer(self, logits: Tensor, ids: Tensor) -> Answer:
+        """Return the answer that there is none in a window with these tokens."""
+        place = self._none(ids.tolist())
+        chances = logits.softmax(dim=1)[:, place]
+        return Answer("", float(logits[:, place].sum()), float(chances.prod()))
+
+    def best_span(self, logits: Tensor, places: Tensor, context: str, longest: int) -> Answer:
+        """Return argmax over spans (i, j) of s_i + e_j, with 0 ≤ j − i < longest.
+
+        Args:
+            logits: s and e, ``(2, length)``.
+            places: Places of the tokens, ``(length, 2)``.
+            context: The context.
+            longest: Maximum number of tokens.
+        """
+        allowed = (places[:, 0] >= 0) & (places[:, 1] > places[:, 0])
+        if not bool(allowed.any()):
+            return Answer("", -torch.inf, 0.0)
+        scores = logits[0][:, None] + logits[1][None]  # (first, last)
+        spans = torch.ones_like(scores, dtype=torch.bool).triu().tril(longest - 1)
+        scores = scores.masked_fill(~(spans & allowed[:, None] & allowed), -torch.inf)
+        first, last = divmod(int(scores.argmax()), len(places))
+        chances = logits.softmax(dim=1)
+        begin, end = int(places[first, 0]), int(places[last, 1])
+        text = context[begin:end]  # tokens may begin with a space
+        return Answer(
+            text.strip(),
+            float(scores[first, last]),
+            float(chances[0, first] * chances[1, last]),
+            begin + len(text) - len(text.lstrip()),
+        )
+
+
+def _label(places: Sequence[tuple[int, int]], answer: Answer | None, none: int) -> tuple[int, int]:
+    """Return the first and the last token of an answer that is as a whole among these tokens."""
+    inside = [number for number, (begin, _) in enumerate(places) if begin >= 0]
+    if answer is None or not inside:
+        return none, none
+    end = answer.start + len(answer.text)
+    if places[inside[0]][0] > answer.start or places[inside[-1]][1] < end:
+        return none, none
+    first = max(number for number in inside if places[number][0] <= answer.start)
+    last = min(number for number in inside if places[number][1] >= end)
+    return first, last
+
+
+def read_answers(
+    table: Dataset, recipe: QuestionAnsweringRecipe, contexts: Sequence[str]
+) -> list[list[Answer]]:
+    """Read the answers of each row; none for rows that are to be predicted (``to_predict``).
+
+    A row has ``{text: [...], answer_start: [...]}``, a list of ``{text, answer_start}``, or the
+    JSON of either.
+
+    Raises:
+        DataError: The column does not exist; a row has another form; a text is not in its context
+            at ``answer_start``; a row has no answer, and the recipe does not allow that.
+    """
+    column = recipe.answers
+    if not column:
+        return [[] for _ in contexts]
+    if column not in table.column_names:
+        raise DataError(
+            f"task.answers: there is no column {column!r}"
+            f"{did_you_mean(column, table.column_names)}; the data have "
+            f"{join_values(table.column_names)}"
+        )
+    answers = []
+    for row, (value, context) in enumerate(zip(table[column], contexts, strict=True)):
+        own = _parsed(value, f"row {row} (of the rows in use): column {column!r}")
+        for each in own:
+            if context[each.start : each.start + len(each.text)] != each.text or each.start < 0:
+                raise DataError(
+                    f"row {row} (of the rows in use): the context does not have the answer "
+                    f"{each.text[:80]!r} at answer_start {each.start}, but "
+                    f"{context[max(each.start, 0) :][: len(each.text)][:80]!r}; correct the row"
+                )
+        if not own and not recipe.no_answer:
+            raise DataError(
+                f"row {row} (of the rows in use): there is no answer in column {column!r}; set "
+                "task.no_answer: true for questions without one, or remove the row"
+            )
+        answers.append(own)
+    return answers
+
+
+def _parsed(value: Any, where: str) -> list[Answer]:
+    expected = DataError(
+        f"{where} has {str(value)[:80]!r}, expected {{text: [...], answer_start: [...]}}"
+    )
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, Mapping):
+            pairs = list(zip(value["text"], value["answer_start"], strict=True))
+        else:
+            pairs = [(each["text"], each["answer_start"]) for each in value]
+    except (TypeError, KeyError, ValueError):
+        raise expected from None
+    if not all(isinstance(text, str) and isinstance(start, int) for text, start in pairs):
+        raise expected
+    return [Answer(text, torch.inf, 1.0, start) for text, start in pairs if text]

@@ -1,0 +1,295 @@
+"""Extractive question answering: the answer is a part of a context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.tasks.answer_windows import Answer, AnswerWindows, read_answers
+from fedmerge_peft.tasks.base import Batch, Compared, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.text_generation import IGNORED
+from fedmerge_peft.tasks.tokenization import (
+    as_bytes,
+    from_bytes,
+    get_pad_token_id,
+    load_tokenizer,
+    pad,
+    pad_tokens,
+    ragged,
+    read_texts,
+    resolve_max_length,
+    token_limit,
+)
+from fedmerge_peft.tasks.vocabulary import check_vocabulary, warn_of_unknown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.text_tasks import QuestionAnsweringRecipe
+
+DEFAULT_LENGTH = 384
+"""Maximum length of a window in tokens if the recipe sets none and the model's limit is larger."""
+
+
+class QuestionAnsweringTask(Task):
+    """Prediction of the first and the last token of an answer in a context.
+
+    An example is a row: its context is one window, or several that overlap. In a batch, all rows
+    have as many windows as the row with the most; the rest of them have no loss. Padding has no
+    probability, so an example's loss does not depend on its batch.
+
+    Args:
+        recipe: Columns, lengths and metrics.
+        backbone: Location of the tokenizer.
+        table: All rows of the federation.
+        model_folder: Local folder or hub id of the model.
+
+    Raises:
+        DataError: A length exceeds the model's limit.
+        BackboneError: The tokenizer or the model's configuration cannot be loaded, or the tokenizer
+            does not tell the places of its tokens.
+    """
+
+    auto_model: ClassVar[str] = "AutoModelForQuestionAnswering"
+    peft_task_type: ClassVar[str | None] = "QUESTION_ANS"
+    heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
+    config_options: ClassVar[Mapping[str, Any]] = {"num_labels": 2}
+    paddings: ClassVar[Sequence[Padding]] = ("right",)
+    loading_code: ClassVar[str] = """{imports}from peft import PeftModel
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+base = AutoModelForQuestionAnswering.from_pretrained({base}, num_labels=2, {options})
+tokenizer = AutoTokenizer.from_pretrained({processor})
+{load}
+"""
+    labels = ()
+
+    def __init__(
+        self,
+        recipe: QuestionAnsweringRecipe,
+        backbone: BackboneRecipe,
+        table: Dataset,
+        model_folder: str,
+    ) -> None:
+        self.recipe = recipe
+        self.metrics = recipe.metrics
+        self._model = backbone.model
+        self.processor, config = load_tokenizer(backbone, model_folder)
+        if not self.processor.is_fast:
+            raise BackboneError(
+                f"backbone.tokenizer: the tokenizer of {self._model} does not tell the places of "
+                "its tokens in a text; name a model with a tokenizer.json"
+            )
+        self.processor.split_special_tokens = True
+        self.pad_token_id = get_pad_token_id(self.processor)
+        limit = token_limit(self.processor, config)
+        length = resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
+        types = (getattr(config, "type_vocab_size", None) or 0) > 1
+        self._windows = AnswerWindows(self.processor, length, recipe.stride, with_types=types)
+
+    @classmethod
+    def check_table(cls, recipe: QuestionAnsweringRecipe, table: Dataset) -> None:
+        contexts = read_texts(table, recipe.context, "task.context")
+        read_texts(table, recipe.question, "task.question")
+        read_answers(table, recipe, contexts)
+
+    @classmethod
+    def probe_inputs(cls, recipe: QuestionAnsweringRecipe) -> list[Any]:
+        return [("a", "a b"), ("which one", "another text, which is longer")]
+
+    @classmethod
+    def input_table(
+        cls, recipe: QuestionAnsweringRecipe, labels: list[str], inputs: list[Any]
+    ) -> Dataset:
+        from datasets import Dataset
+
+        keys = ("question", "context")
+        pairs = [
+            tuple(each.get(key) for key in keys) if isinstance(each, Mapping) else each
+            for each in inputs
+        ]
+        unfit = [
+            given
+            for given, pair in zip(inputs, pairs, strict=True)
+            if not isinstance(pair, tuple | list)
+            or len(pair) != 2
+            or not all(isinstance(text, str) for text in pair)
+        ]
+        reject_inputs(unfit, "a question and a context: a pair, or a dictionary with both")
+        return Dataset.from_dict(
+            {name: [pair[side] for pair in pairs] for side, name in enumerate(recipe.texts)}
+        )
+
+    def encode(self, table: Dataset) -> Examples:
+        """Tokenize every row into windows. ``Examples.cuts`` has long and unanswered ones.
+
+        Raises:
+            DataError: A column does not exist, has nulls, or is not text; an answer is not in its
+                context at ``answer_start``; a question leaves no room for its context.
+        """
+        questions = read_texts(table, self.recipe.question, "task.question")
+        contexts = read_texts(table, self.recipe.context, "task.context")
+        answers = read_answers(table, self.recipe, contexts)
+        rows = [
+            self._windows.of_row(row, *texts)
+            for row, texts in enumerate(zip(questions, contexts, answers, strict=True))
+        ]
+        ids = [[token for window in row for token in window.ids] for row in rows]
+        warn_of_unknown(ids, self.processor)
+        columns = {
+            "input_ids": ragged(ids),
+            "windows": ragged([[len(window.ids) for window in row] for row in rows]),
+            "labels": [torch.tensor([window.label for window in row]) for row in rows],
+            "places": [
+                torch.tensor([place for window in row for place in window.places]) for row in rows
+            ],
+            "context": as_bytes(contexts),
+            "answers": as_bytes(["\0".join(each.text for each in own) for own in answers]),
+        }
+        if self._windows.with_types:
+            columns["token_type_ids"] = ragged(
+                [[kind for window in row for kind in window.types] for row in rows]
+            )
+        length, several = self._windows.length, [r for r, row in enumerate(rows) if len(row) > 1]
+        lost = [
+            number
+            for number, (row, own) in enumerate(zip(rows, answers, strict=True))
+            if own and all(window.label == (window.none, window.none) for window in row)
+        ]
+        return Examples(
+            columns,
+            {
+                f"have more than {length} tokens and become several windows": several,
+                "have an answer that no window holds as a whole (task.stride)": lost,
+                "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],
+            },
+        )
+
+    def match_inputs(self, model: Any) -> None:
+        """Check the tokenizer against the model."""
+        check_vocabulary(self.processor, model, self._model, reads_end=False)
+
+    def probe(self) -> Examples:
+        texts = ["a short text", "another text, which is longer than the first one"]
+        windows = [self._windows.of_row(0, "which one", text, [])[0] for text in texts]
+        ids = [window.ids for window in windows]
+        types = [window.types for window in windows]
+        columns = {"input_ids": ragged([*ids, [*ids[1][:1], *ids[1][-2:0:-1], *ids[1][-1:]]])}
+        if self._windows.with_types:
+            columns["token_type_ids"] = ragged([*types, types[1]])
+        lengths = [[each.numel()] for each in columns["input_ids"]]
+        labels = torch.zeros(3, 1, 2, dtype=torch.int64)
+        return Examples({**columns, "windows": ragged(lengths), "labels": list(labels.unbind())})
+
+    def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """Pad and stack the windows of examples.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and, if the model has token types, ``token_type_ids``,
+            ``(batch · windows, longest)``, and ``labels`` ``(batch, windows, 2)``: first and last
+            token of the answer; -100 in windows that fill up a row.
+        """
+        columns = examples.columns
+        most = max(len(columns["windows"][index]) for index in indices)
+        split: dict[str, list[Tensor]] = {}
+        for name in ("input_ids", "token_type_ids"):
+            for index in indices if name in columns else ():
+                own = torch.split(columns[name][index], columns["windows"][index].tolist())
+                split.setdefault(name, []).extend([*own, *own[:1] * (most - len(own))])
+        batch = pad_tokens(split["input_ids"], self.pad_token_id, "right")
+        if "token_type_ids" in split:
+            batch["token_type_ids"] = pad(split["token_type_ids"], self.processor.pad_token_type_id)
+        batch["labels"] = pad([columns["labels"][index] for index in indices], IGNORED)
+        return batch
+
+    def forward(self, model: Any, inputs: Batch) -> Tensor:
+        """Return logits of the first and the last token, ``(batch · windows, 2, longest)``.
+
+        Padding has the lowest number.
+        """
+        output = model(**inputs)
+        logits = torch.stack([output.start_logits, output.end_logits], dim=1)
+        outside = ~inputs["attention_mask"].bool()[:, None]
+        return logits.masked_fill(outside, torch.finfo(logits.dtype).min)
+
+    def own_outputs(self, logits: Tensor, batch: Batch) -> list[Tensor]:
+        real = (batch["labels"][..., 0] != IGNORED).to(logits.device)
+        inside = batch["attention_mask"].to(logits.device).bool().view(*real.shape, -1)
+        by_row = zip(logits.view(*real.shape, 2, -1), inside & real[..., None], strict=True)
+        return [own.movedim(1, 0)[:, mask] for own, mask in by_row]
+
+    def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the mean of both cross-entropies over the windows of an example.
+
+        Args:
+            logits: ``(batch · windows, 2, length)``.
+            labels: ``(batch, windows, 2)``.
+
+        Returns:
+            Sum in nats and number of windows, both float32 ``(batch,)``.
+        """
+        windows, targets = logits.float().flatten(0, 1), labels.flatten()
+        losses = functional.cross_entropy(windows, targets, ignore_index=IGNORED, reduction="none")
+        counts = (labels[..., 0] != IGNORED).sum(dim=1).float()
+        return losses.view(len(labels), -1).sum(dim=1) / 2, counts
+
+    def count_terms(self, labels: Tensor) -> int:
+        return int((labels[..., 0] != IGNORED).sum())
+
+    def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
+        """Return nothing: answers need the texts (``outputs``)."""
+        return {}
+
+    def outputs(
+        self, logits: Tensor, labels: Tensor, examples: Examples, indices: NDArray[Any]
+    ) -> Mapping[str, Compared]:
+        found = [answer["answer"] for answer in self.answers(logits, examples, indices)]
+        held = (from_bytes(examples.columns["answers"][index]) for index in indices)
+        return {"answers": (found, [text.split("\0") for text in held])}
+
+    def answers(
+        self, logits: Tensor, examples: Examples, indices: NDArray[Any]
+    ) -> Sequence[dict[str, Any]]:
+        """Return the best answer of each context, with its place and probability in its window.
+
+        The answer has the largest sum of both logits among all spans of at most
+        ``task.max_answer_length`` tokens. With ``task.no_answer``, it is empty if the sum of the
+        logits of no answer is larger, in the window where it is least.
+        """
+        rows = logits.float().cpu().view(len(indices), -1, *logits.shape[1:])
+        return [
+            self._best(own, examples, int(index)) for own, index in zip(rows, indices, strict=True)
+        ]
+
+    def _best(self, logits: Tensor, examples: Examples, index: int) -> dict[str, Any]:
+        columns = examples.columns
+        lengths = columns["windows"][index].tolist()
+        best, null = Answer("", -torch.inf, 0.0), Answer("", torch.inf, 0.0)
+        context = from_bytes(columns["context"][index])
+        for window, ids, places in zip(
+            logits,
+            torch.split(columns["input_ids"][index], lengths),
+            torch.split(columns["places"][index], lengths),
+            strict=False,
+        ):
+            own = window[:, : len(ids)]
+            best = max(
+                best,
+                self._windows.best_span(own, places, context, self.recipe.max_answer_length),
+                key=lambda answer: answer.score,
+            )
+            null = min(null, self._windows.no_answer(own, ids), key=lambda answer: answer.score)
+        chosen = null if self.recipe.no_answer and null.score > best.score else best
+        return {
+            "answer": chosen.text,
+            "score": chosen.probability,
+            "start": chosen.start,
+            "end": chosen.start + len(chosen.text),
+        }

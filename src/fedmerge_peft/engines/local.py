@@ -33,7 +33,7 @@ from fedmerge_peft.tasks import make_task
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.training.accelerator import make_accelerator
-from fedmerge_peft.training.batching import clients_per_batch
+from fedmerge_peft.training.batching import check_task, clients_per_batch
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.execute import run_plans
 from fedmerge_peft.training.features import class_statistics
@@ -133,6 +133,7 @@ class LocalEngine:
         try_inputs(task, backbone, accelerator, recipe.backbone.model)
         runtime = Runtime(backbone, task, accelerator, task.encode(data.table))
         warn_of_cuts(runtime.examples, rows_by_split(data.clients))
+        check_task(task, recipe, data.clients)
         rows = _rows_held(data.clients)
         if len(rows):
             runtime.first_token = cut_to_first_token(runtime, rows)

@@ -43,8 +43,30 @@ METRICS.add(
     of=("answers",),
     range=(0.0, 1.0),
 )
+METRICS.add(
+    "mrr",
+    f"{_TEXTS}:mean_reciprocal_rank",
+    about="Mean reciprocal rank of the nearest positive among the texts of the split.",
+    of=("vectors",),
+    range=(0.0, 1.0),
+)
+METRICS.add(
+    "recall_at_1",
+    f"{_TEXTS}:recall_at_1",
+    about="Fraction of the anchors whose nearest text is a positive.",
+    of=("vectors",),
+    range=(0.0, 1.0),
+)
+METRICS.add(
+    "recall_at_10",
+    f"{_TEXTS}:recall_at_10",
+    about="Fraction of the anchors with a positive among the 10 nearest texts.",
+    of=("vectors",),
+    range=(0.0, 1.0),
+)
 
 AnswerMetric = Annotated[str, NameIn(METRICS, of=frozenset({"answers"}))]
+RetrievalMetric = Annotated[str, NameIn(METRICS, of=frozenset({"vectors"}))]
 
 
 class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
@@ -103,6 +125,39 @@ class QuestionAnsweringRecipe(TaskRecipe):
         return self.model_copy(update={"answers": ""})
 
 
+class SentenceEmbeddingRecipe(TaskRecipe):
+    """Vectors of texts for search: near for pairs that belong together, far for others."""
+
+    anchor: str = "anchor"
+    """Column with the text to search with."""
+    positive: Annotated[str, Field(min_length=1)] = "positive"
+    """Column with a text that belongs to it. The others of a client's batch are negatives."""
+    negative: str | None = None
+    """Column with a text that does not belong to it, such as a similar one (triplets)."""
+    scale: Annotated[float, Field(gt=0, le=1_000)] = 20.0
+    """Factor of cosine similarities in the loss: the inverse temperature."""
+    max_length: Count | None = None
+    """Maximum length in tokens. Longer texts are truncated, and a warning counts them. Default:
+    the model's limit."""
+    metrics: Annotated[list[RetrievalMetric], Field(min_length=1)] = ["mrr", "recall_at_1"]
+    """Metrics. Tables and log lines show the first."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns of the texts by key."""
+        named = {"anchor": self.anchor, "positive": self.positive, "negative": self.negative}
+        return {key: column for key, column in named.items() if column}
+
+    def to_predict(self, format: str | None) -> Self:
+        """Return a copy for rows of single texts."""
+        return self.model_copy(update={"positive": "", "negative": None})
+
+
+TASKS.add(
+    "sentence-embedding",
+    "fedmerge_peft.tasks.sentence_embedding:SentenceEmbeddingTask",
+    recipe=SentenceEmbeddingRecipe,
+)
 TASKS.add(
     "question-answering",
     "fedmerge_peft.tasks.question_answering:QuestionAnsweringTask",

@@ -87,6 +87,10 @@ class Task(ABC):
     """Values of the model's configuration, such as ``problem_type``."""
     in_batch: ClassVar[bool] = False
     """True if the loss of an example depends on the other examples of its client's batch."""
+    mixes: ClassVar[bool] = True
+    """True if the outputs of several models may be mixed (``mix``)."""
+    smallest_batch: int = 1
+    """Smallest number of examples in a batch with a loss that is not constant."""
     per_token: ClassVar[bool] = False
     """True if a model with labels has logits for each token; False for one vector per example."""
     pipeline: ClassVar[str] = ""

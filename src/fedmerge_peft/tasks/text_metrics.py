@@ -6,6 +6,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Row = tuple[Sequence[int], Sequence[Any]]
 
 
 def bleu(generated: Sequence[str], references: Sequence[str]) -> float:
@@ -59,3 +65,45 @@ def _f1(found: list[str], wanted: list[str]) -> float:
         return float(found == wanted)
     precision, recall = common / len(found), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
+
+
+def recall_at_1(anchors: Sequence[Any], rows: Sequence[Row]) -> float:
+    """Compute the fraction of anchors whose nearest text is one of their positives."""
+    return float(np.mean(_ranks(anchors, rows) <= 1))
+
+
+def recall_at_10(anchors: Sequence[Any], rows: Sequence[Row]) -> float:
+    """Compute the fraction of anchors with one of their positives among the nearest 10 texts."""
+    return float(np.mean(_ranks(anchors, rows) <= 10))
+
+
+def mean_reciprocal_rank(anchors: Sequence[Any], rows: Sequence[Row]) -> float:
+    """Compute the mean of 1 / rank of the nearest positive among all texts."""
+    return float(np.mean(1 / _ranks(anchors, rows)))
+
+
+def _ranks(anchors: Sequence[Any], rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Return the rank of each anchor's nearest positive, from 1.
+
+    The candidates are the distinct positives and negatives of all rows, without the anchor's own
+    text. Positives of other rows with the same anchor are its positives too. Of equally near texts,
+    the positive is last.
+
+    Args:
+        anchors: Unit vectors.
+        rows: Numbers and unit vectors of each row's texts: anchor, positive and, if there are any,
+            negatives.
+    """
+    pool: dict[int, Any] = {}
+    positives: dict[int, set[int]] = {}
+    for numbers, vectors in rows:
+        positives.setdefault(numbers[0], set()).add(numbers[1])
+        pool |= dict(zip(numbers[1:], vectors[1:], strict=True))
+    numbers_of_pool = np.array([*pool])
+    similarity = np.stack(anchors) @ np.stack([*pool.values()]).T  # (anchors, candidates)
+    ranks = []
+    for near, (numbers, _) in zip(similarity, rows, strict=True):
+        own = np.isin(numbers_of_pool, [*positives[numbers[0]]])
+        others = ~own & (numbers_of_pool != numbers[0])
+        ranks.append(1 + int((near[others] >= near[own].max()).sum()))
+    return np.array(ranks)

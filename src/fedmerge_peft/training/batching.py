@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.data.clients import Client, Indices
+from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
-from fedmerge_peft.recipe.schema import TrainingRecipe
+from fedmerge_peft.recipe.schema import Recipe, TrainingRecipe
+from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.training.gradients import accumulate
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.seeds import seeded
@@ -21,6 +25,47 @@ _FEWEST, _MOST = 3, 16
 """Adapters that ``auto`` puts into one pass; two save too little (3 % on a CPU)."""
 _EXAMPLES = {"cpu": 8, "cuda": 256}
 """Examples that ``auto`` brings a pass to. On a CPU, padding outweighs what larger passes save."""
+
+
+def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
+    """Check that strategy and batches suit the task's loss; warn of clients with fewer examples.
+
+    Raises:
+        RecipeError: ``training.batch_size`` is too small, or a strategy mixes outputs that have no
+            mixture.
+        DataError: All clients have fewer examples than a batch needs.
+    """
+    mixing = [each for each in (recipe.strategy, *recipe.baselines) if not each.single_adapter]
+    if mixing and not task.mixes:
+        raise RecipeError(
+            [
+                f"strategy: {mixing[0].name} mixes the outputs of several adapters, which have no "
+                f"mixture in the task {recipe.task.name}; use another strategy"
+            ]
+        )
+    least = task.smallest_batch
+    if recipe.training.batch_size < least:
+        raise RecipeError(
+            [
+                f"training.batch_size: found {recipe.training.batch_size}, but this task compares "
+                f"the examples of a batch; use {least} or more"
+            ]
+        )
+    small = [client.name for client in clients if 0 < client.size < least]
+    if small and len(small) == sum(client.size > 0 for client in clients):
+        raise DataError(
+            f"each client has fewer than {least} training examples, and this task compares those "
+            "of one client; use fewer clients, or more data"
+        )
+    if small:
+        log.warning(
+            "%d of %d clients have fewer than %d training examples to compare, so they learn "
+            "nothing: %s",
+            len(small),
+            len(clients),
+            least,
+            join_values(small),
+        )
 
 
 def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices) -> int:

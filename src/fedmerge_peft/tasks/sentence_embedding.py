@@ -1,0 +1,227 @@
+"""Sentence embeddings: texts whose vectors are near those of their counterparts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedmerge_peft.tasks.base import Batch, Compared, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.tokenization import (
+    get_pad_token_id,
+    load_tokenizer,
+    pad_tokens,
+    pipeline_tokenizer,
+    ragged,
+    read_texts,
+    reject_empty,
+    resolve_max_length,
+    token_limit,
+    truncated,
+)
+from fedmerge_peft.tasks.vocabulary import check_vocabulary, reject_unknown_ids, warn_of_unknown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+    from fedmerge_peft.recipe.text_tasks import SentenceEmbeddingRecipe
+
+
+class SentenceEmbeddingTask(Task):
+    """Embedding of texts by mean pooling, with a contrastive loss on pairs or triplets.
+
+    The vectors of an anchor and its positive are compared with those of the other texts in the
+    client's batch. Only clients' own texts are negatives, also if several share a pass.
+
+    Args:
+        recipe: Columns, length, scale and metrics.
+        backbone: Location of the tokenizer.
+        table: All rows of the federation.
+        model_folder: Local folder or hub id of the model.
+
+    Raises:
+        DataError: ``max_length`` exceeds the model's limit.
+        BackboneError: The tokenizer or the model's configuration cannot be loaded.
+    """
+
+    auto_model: ClassVar[str] = "AutoModel"
+    peft_task_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
+    pipeline: ClassVar[str] = "feature-extraction"
+    in_batch: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False  # each model has a space of vectors of its own
+    paddings: ClassVar[Sequence[Padding]] = ("right",)
+    loading_code: ClassVar[str] = """{imports}from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer
+
+base = AutoModel.from_pretrained({base}, {options})
+tokenizer = AutoTokenizer.from_pretrained({processor})
+{load}
+"""
+    labels = ()
+
+    def __init__(
+        self,
+        recipe: SentenceEmbeddingRecipe,
+        backbone: BackboneRecipe,
+        table: Dataset,
+        model_folder: str,
+    ) -> None:
+        self.recipe = recipe
+        self.metrics = recipe.metrics
+        self.smallest_batch = 2 if recipe.negative is None else 1
+        self._model = backbone.model
+        self._vocabulary: int | None = None
+        self.processor, config = load_tokenizer(backbone, model_folder)
+        self.processor.split_special_tokens = True
+        self.pad_token_id = get_pad_token_id(self.processor)
+        self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
+
+    @classmethod
+    def check_table(cls, recipe: SentenceEmbeddingRecipe, table: Dataset) -> None:
+        for key, column in recipe.columns.items():
+            read_texts(table, column, f"task.{key}")
+
+    @classmethod
+    def probe_inputs(cls, recipe: SentenceEmbeddingRecipe) -> list[Any]:
+        return ["a", "another text, which is longer"]
+
+    @classmethod
+    def input_table(
+        cls, recipe: SentenceEmbeddingRecipe, labels: list[str], inputs: list[Any]
+    ) -> Dataset:
+        from datasets import Dataset
+
+        reject_inputs([text for text in inputs if not isinstance(text, str)], "a text")
+        return Dataset.from_dict({recipe.anchor: inputs})
+
+    @classmethod
+    def pipeline_options(
+        cls, recipe: SentenceEmbeddingRecipe, backbone: BackboneRecipe, folder: str
+    ) -> dict[str, Any]:
+        tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
+        tokenizer.split_special_tokens = True
+        return {"tokenizer": tokenizer, "truncation": True}
+
+    def encode(self, table: Dataset) -> Examples:
+        """Tokenize every row. Labels number the distinct texts of the table.
+
+        Raises:
+            DataError: A column does not exist, has nulls, or is not text; a text has no tokens.
+        """
+        columns, long, empty = [], set(), set()
+        tokens: list[list[list[int]]] = []
+        for key, column in self.recipe.columns.items():
+            texts = read_texts(table, column, f"task.{key}")
+            encoded, cut = truncated(self.processor, texts, max_length=self.max_length)
+            ids = encoded.get("input_ids", [])
+            reject_empty(ids, texts, column)
+            reject_unknown_ids(ids, self._vocabulary)
+            warn_of_unknown(ids, self.processor)
+            tokens.append(ids)
+            columns.append(texts)
+            long |= {*cut}
+            empty |= {row for row, text in enumerate(texts) if not text.strip()}
+        number = {text: place for place, text in enumerate(dict.fromkeys(chain(*columns)))}
+        rows = list(zip(*tokens, strict=True))
+        return Examples(
+            {
+                "input_ids": ragged([[*chain(*row)] for row in rows]),
+                "lengths": ragged([[len(ids) for ids in row] for row in rows]),
+                "labels": ragged([[number[text] for text in row] for row in zip(*columns)]),  # noqa: B905
+            },
+            {
+                f"have a text of more than {self.max_length} tokens, truncated": sorted(long),
+                "have an empty text": sorted(empty),
+            },
+        )
+
+    def match_inputs(self, model: Any) -> None:
+        """Check the tokenizer against the model."""
+        self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=False)
+
+    def probe(self) -> Examples:
+        texts = ["a short text", "another text, which is longer than the first one"]
+        ids = self.processor(texts)["input_ids"]
+        columns = ragged([*ids, [*ids[1][:1], *ids[1][-2:0:-1], *ids[1][-1:]]])
+        lengths = ragged([[len(each)] for each in columns])
+        return Examples({"input_ids": columns, "lengths": lengths, "labels": lengths})
+
+    def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """Pad and stack the texts of examples.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, ``(batch · texts, longest)``, and ``labels``,
+            the number of each text, ``(batch, texts)``.
+        """
+        columns = examples.columns
+        texts = [
+            text
+            for index in indices
+            for text in torch.split(columns["input_ids"][index], columns["lengths"][index].tolist())
+        ]
+        batch = pad_tokens(texts, self.pad_token_id, "right")
+        return {**batch, "labels": torch.stack([columns["labels"][index] for index in indices])}
+
+    def forward(self, model: Any, inputs: Batch) -> Tensor:
+        """Return the mean of the last hidden states of each text, ``(batch · texts, width)``."""
+        states: Tensor = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None].to(states.dtype)
+        return (states * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def own_outputs(self, logits: Tensor, batch: Batch) -> list[Tensor]:
+        return list(logits.view(len(batch["labels"]), -1).unbind())
+
+    def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute ``-log softmax_c(s · cos(a, c))[positive]`` of each example in float32.
+
+        The candidates c of an anchor a are the positives and negatives of the batch, each distinct
+        text once. Texts that equal the anchor, and positives of the same anchor or the same text as
+        its own, are no negatives. This is InfoNCE (van den Oord 2018), and the
+        MultipleNegativesRankingLoss of sentence-transformers for batches without repeated texts.
+
+        Args:
+            logits: Vectors, ``(batch · texts, width)``.
+            labels: Numbers of the texts, ``(batch, texts)``: anchor, positive and, of triplets,
+                negative.
+
+        Returns:
+            Losses in nats and ones, both float32 ``(batch,)``.
+        """
+        rows, texts = labels.shape
+        units = functional.normalize(logits.float(), dim=-1).view(rows, texts, -1)
+        candidates = units[:, 1:].transpose(0, 1).flatten(0, 1)  # positives before negatives
+        numbers = labels[:, 1:].T.flatten()
+        scores = self.recipe.scale * units[:, 0] @ candidates.T
+        repeated = (numbers[:, None] == numbers).tril(-1).any(dim=1)
+        anchors = labels[:, 0]
+        # (anchor, candidate): texts that are known to belong to the anchor
+        belongs = (anchors[:, None] == anchors).float() @ (labels[:, 1:2] == numbers).float() > 0
+        hidden = repeated | belongs | (anchors[:, None] == numbers)
+        own = torch.arange(rows, device=labels.device)
+        hidden[own, own] = False
+        losses = functional.cross_entropy(
+            scores.masked_fill(hidden, -torch.inf), own, reduction="none"
+        )
+        return losses, torch.ones_like(losses)
+
+    def count_terms(self, labels: Tensor) -> int:
+        return len(labels)
+
+    def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
+        """Return unit vectors of anchors, and numbers and unit vectors of all texts of a row."""
+        units = functional.normalize(logits.float(), dim=-1).view(*labels.shape, -1).cpu().numpy()
+        held = zip(labels.tolist(), units, strict=True)
+        return {"vectors": ([*units[:, 0]], [(numbers, vectors) for numbers, vectors in held])}
+
+    def answers(
+        self, logits: Tensor, examples: Examples, indices: NDArray[Any]
+    ) -> Sequence[dict[str, Any]]:
+        """Return the unit vector of each text."""
+        units = functional.normalize(logits, dim=-1)
+        return [{"embedding": vector} for vector in units.tolist()]

@@ -24,9 +24,13 @@ class Stop:
 
     Both raise ``Stopped``. The handlers are installed by ``arm``; before that, the previous
     handlers apply.
+
+    Args:
+        announced: Print a line for the first signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announced: bool = True) -> None:
+        self._announced = announced
         self.requested: int | None = None
         """Number of the first signal."""
         self._previous: dict[int, Any] = {}
@@ -60,6 +64,6 @@ class Stop:
         if self.requested is not None:
             raise Stopped(number)
         self.requested = number
-        if is_main():
+        if self._announced and is_main():
             with suppress(OSError):  # not print, which this handler may have interrupted
                 os.write(2, b"\nstopping after this round; repeat to stop now\n")

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmerge_peft.cli.app import RecipeSource, app
+from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
     from fedmerge_peft.api import Run
-    from fedmerge_peft.cli.stopping import Stop
     from fedmerge_peft.recipe import Recipe
 
 Values = Annotated[
@@ -33,6 +34,14 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run directories. Default: sweeps/NAME.")
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Runs at a time, each in a process with its share of the CPU cores.",
+        ),
+    ] = 1,
 ) -> None:
     """Run every combination of the given values, then compare the runs.
 
@@ -51,10 +60,9 @@ def sweep(
     from fedmerge_peft.analysis import Comparison
     from fedmerge_peft.api import Run
     from fedmerge_peft.cli.compare import print_tables, wide_console
-    from fedmerge_peft.cli.stopping import Stop
+    from fedmerge_peft.cli.sweep_jobs import run_jobs
     from fedmerge_peft.errors import RunError, SweepError
     from fedmerge_peft.util.logs import configure_logging
-    from fedmerge_peft.util.text import printable
 
     directory = (
         out
@@ -64,9 +72,14 @@ def sweep(
     console = wide_console()
     configure_logging(Console(stderr=True, highlight=False))
     failed = None
+    screen = _Screen(console, len(recipes))
     try:
-        with Stop() as stop:
-            finished = [run.path for run in _sweep(recipes, directory, console, stop).values()]
+        with screen.progress:
+            if min(jobs, len(recipes)) > 1:
+                count = min(jobs, len(recipes))
+                finished = run_jobs(count, recipe, values or [], list(recipes), directory, screen)
+            else:
+                finished = _run(recipes, directory, screen)
     except KeyboardInterrupt as interrupt:
         print("stopped; repeat the command to continue the sweep", file=sys.stderr)
         raise typer.Exit(getattr(interrupt, "code", 130)) from None
@@ -86,55 +99,63 @@ def sweep(
     console.print(f"next:\n  {printable(command)}", soft_wrap=True, markup=False)
 
 
-def _sweep(
-    recipes: dict[str, Recipe], directory: Path, console: Console, stop: Stop
-) -> dict[str, Run]:
-    """Run the recipes and print one line per run that ends."""
-    from itertools import count
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
+def _run(recipes: dict[str, Recipe], directory: Path, screen: _Screen) -> list[Path]:
+    """Run the recipes one after another in this process; return the directories of all runs."""
     from fedmerge_peft.api import sweep
+    from fedmerge_peft.cli.stopping import Stop
+    from fedmerge_peft.cli.sweep_jobs import result_of
     from fedmerge_peft.errors import FedMergeError
     from fedmerge_peft.runs.record import RoundRecord
-    from fedmerge_peft.util.text import printable
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        rounds = progress.add_task("", total=None)
-        ended = count(1)
+    def on_run(name: str, run: Run, fresh: bool) -> None:
+        screen.ended(name, result_of(run, fresh))
+        stop.check()
 
-        def print_result(name: str, result: str) -> None:
-            progress.console.print(
-                printable(f"[{next(ended)}/{len(recipes)}] {name}  {result}"),
-                soft_wrap=True,
-                markup=False,
-            )
+    def on_failure(name: str, error: FedMergeError) -> None:
+        screen.ended(name, f"failed: {str(error).splitlines()[0]}")
 
-        def on_run(name: str, run: Run, fresh: bool) -> None:
-            summary = run.summary
-            served = summary["final"]["served"]
-            scores = (
-                f"served {served['mean']:.3f} (worst client {served['worst_client_score']:.3f})  "
-                if served
-                else ""
-            )
-            duration = f"{summary['seconds']:.1f} s" if fresh else "finished before"
-            print_result(name, scores + duration)
-            stop.check()
+    def on_round(name: str, record: RoundRecord) -> None:
+        screen.round(name, record.round, record.rounds, str(record))
+        stop.arm()
+        stop.check()
 
-        def on_failure(name: str, error: FedMergeError) -> None:
-            print_result(name, f"failed: {str(error).splitlines()[0]}")
+    with Stop() as stop:
+        runs = sweep(recipes, directory, on_run=on_run, on_failure=on_failure, on_round=on_round)
+    return [run.path for run in runs.values()]
 
-        def on_round(name: str, record: RoundRecord) -> None:
-            if not console.is_terminal:  # a log, without a bar
-                console.print(printable(f"{name}  {record}"), soft_wrap=True, markup=False)
-            progress.update(
-                rounds, description=printable(name), completed=record.round, total=record.rounds
-            )
-            stop.arm()
-            stop.check()
 
-        return sweep(recipes, directory, on_run=on_run, on_failure=on_failure, on_round=on_round)
+class _Screen:
+    """One bar for each run in progress on a terminal, else a line for each round."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._terminal = console.is_terminal
+        self._total = total
+        self._ended = 0
+        self._bars: dict[str, TaskID] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def round(self, name: str, completed: int, total: int, record: str) -> None:
+        if not self._terminal:
+            self._print(f"{name}  {record}")
+            return
+        if name not in self._bars:
+            self._bars[name] = self.progress.add_task(printable(name))
+        self.progress.update(self._bars[name], completed=completed, total=total)
+
+    def ended(self, name: str, result: str) -> None:
+        if (bar := self._bars.pop(name, None)) is not None:
+            self.progress.remove_task(bar)
+        self._ended += 1
+        self._print(f"[{self._ended}/{self._total}] {name}  {result}")
+
+    def _print(self, line: str) -> None:
+        self.progress.console.print(printable(line), soft_wrap=True, markup=False)

@@ -61,7 +61,7 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
         typer.Exit: The program failed or was stopped; the code is that of the rank that ended
             first.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    share_cores(count)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_STOP))
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -95,6 +95,14 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
             raise typer.Exit(first.exitcode) from None
         except SignalException as stopped:
             raise typer.Exit(128 + stopped.sigval) from None
+
+
+def share_cores(count: int) -> None:
+    """Give each of ``count`` child processes its share of the CPU cores as threads.
+
+    A value of ``OMP_NUM_THREADS`` in the environment is kept.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
 
 
 def _cores() -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from fedmerge_peft.sites.exit_with_parent import exit_with_parent
+from fedmerge_peft.util.exit_with_parent import exit_with_parent
 
 _JOBS = {
     "runner_process": "nvflare.private.fed.app.server.runner_process",

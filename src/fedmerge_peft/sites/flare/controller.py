@@ -21,12 +21,12 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmerge_peft.sites.config import Federation
-from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, OUTCOME_FILE, PAYLOAD, TOPIC
 from fedmerge_peft.sites.flare.workarounds import UniqueList, disable_payload_repr
 from fedmerge_peft.sites.server.job import State, run_job
 from fedmerge_peft.sites.server.transport import JobStopped, Request
 from fedmerge_peft.sites.wire import kind_of
+from fedmerge_peft.util.exit_with_parent import exit_with_parent
 
 _POLL_INTERVAL = 0.05
 """Seconds between two checks of the reply queue."""

@@ -14,10 +14,10 @@ from nvflare.apis.signal import Signal
 
 from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.sites.config import ADDRESS_VARIABLE
-from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, PAYLOAD
 from fedmerge_peft.sites.flare.workarounds import disable_payload_repr
 from fedmerge_peft.sites.site.connection import TrainerConnection
+from fedmerge_peft.util.exit_with_parent import exit_with_parent
 
 if TYPE_CHECKING:
     from fedmerge_peft.sites.site.trainer import Trainer

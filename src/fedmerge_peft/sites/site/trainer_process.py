@@ -15,8 +15,8 @@ from fedmerge_peft.sites.config import (
     SiteSettings,
     printable_lines,
 )
-from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 from fedmerge_peft.sites.site.connection import serve
+from fedmerge_peft.util.exit_with_parent import exit_with_parent
 
 
 def main() -> None:

@@ -1,0 +1,216 @@
+"""Several runs of a sweep at a time, in processes that report to this one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from fedmerge_peft.cli.stopping import Stop
+from fedmerge_peft.errors import FedMergeError, RankError, SweepError
+from fedmerge_peft.util.exit_with_parent import exit_with_parent
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from fedmerge_peft.api import Run
+    from fedmerge_peft.runs.record import RoundRecord
+
+_POLL_SECONDS = 0.2
+
+
+class Display(Protocol):
+    """Receives the progress of a sweep's runs."""
+
+    def round(self, name: str, completed: int, total: int, record: str) -> None:
+        """Show that a round of a run has ended."""
+
+    def ended(self, name: str, result: str) -> None:
+        """Show that a run has ended, or failed."""
+
+
+def result_of(run: Run, fresh: bool) -> str:
+    """Return the scores of a finished run and its time, in one line."""
+    summary = run.summary
+    served = summary["final"]["served"]
+    scores = (
+        f"served {served['mean']:.3f} (worst client {served['worst_client_score']:.3f})  "
+        if served
+        else ""
+    )
+    return scores + (f"{summary['seconds']:.1f} s" if fresh else "finished before")
+
+
+def run_jobs(
+    count: int, source: str, values: Sequence[str], names: Sequence[str], out: Path, show: Display
+) -> list[Path]:
+    """Run the recipes of a sweep, ``count`` at a time; return the directories of all runs.
+
+    Each process loads the data and the model itself, and takes runs that no other one is writing.
+    Unless ``OMP_NUM_THREADS`` is set, it gets an equal share of the CPU cores as threads. The first
+    SIGINT or SIGTERM ends the runs after their rounds, the second at once.
+
+    Args:
+        count: Number of processes.
+        source: Recipe, as for ``expand``.
+        values: Values, as for ``expand``.
+        names: Names of the runs.
+        out: Folder of the run directories.
+        show: Display of the progress.
+
+    Raises:
+        SweepError: Runs failed; the others have ended.
+        RankError: Processes were killed, and runs are left.
+        Stopped: A signal ended the sweep.
+    """
+    from fedmerge_peft.cli.workers import share_cores
+
+    share_cores(count)
+    context = get_context("spawn")  # a forked process cannot use CUDA or torch's threads
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        context.Process(target=_job, args=(source, list(values), out, sender))
+        for _, sender in pipes
+    ]
+    progress = _Progress(show)
+    with Stop() as stop:
+        stop.arm()
+        try:
+            for process, (_, sender) in zip(processes, pipes, strict=True):
+                process.start()
+                sender.close()  # so that the end of the process ends the connection
+            asked = False
+            for event in _events([receiver for receiver, _ in pipes]):
+                if event is not None:
+                    progress.add(*event)
+                if stop.requested is not None and not asked:
+                    asked = True
+                    _terminate(processes)
+            for process in processes:
+                process.join()
+        except BaseException:
+            _terminate(processes)
+            raise
+        stop.check()
+    if progress.faults:
+        raise progress.faults[0]
+    if left := [name for name in names if name not in progress.ended]:
+        codes = ", ".join(str(process.exitcode) for process in processes if process.exitcode)
+        raise RankError(
+            f"{len(left)} of {len(names)} runs have not ended, because processes ended with code "
+            f"{codes} (-9: killed, as by a system that runs out of memory); repeat the command "
+            "with fewer --jobs to continue"
+        )
+    if progress.failures:
+        raise SweepError(progress.failures)
+    return [out / name for name in names]
+
+
+class _Progress:
+    """Events of all processes; each run ends once."""
+
+    def __init__(self, show: Display) -> None:
+        self._show = show
+        self._running: set[str] = set()
+        self.ended: set[str] = set()
+        self.failures: dict[str, str] = {}
+        self.faults: list[FedMergeError] = []
+        """Errors that concern the whole sweep."""
+
+    def add(self, kind: str, name: str, *details: Any) -> None:
+        match kind:
+            case "round":
+                self._running.add(name)
+                self._show.round(name, *details)
+            case "fault":
+                self.faults.append(details[0])
+            case "ended":
+                result, fresh = details
+                # The process that has run it reports it, too.
+                if name not in self.ended and (fresh or name not in self._running):
+                    self.ended.add(name)
+                    self._show.ended(name, result)
+            case "failed" if name not in self.ended:
+                self.ended.add(name)
+                self.failures[name] = details[0]
+                self._show.ended(name, f"failed: {details[0].splitlines()[0]}")
+
+
+def _events(connections: Sequence[Connection]) -> Iterator[tuple[Any, ...] | None]:
+    """Yield events until all processes have ended; None if there was none for a while."""
+    open_ones = list(connections)
+    while open_ones:
+        ready = cast("list[Connection]", wait(open_ones, timeout=_POLL_SECONDS))
+        if not ready:
+            yield None
+        for connection in ready:
+            try:
+                yield connection.recv()
+            except EOFError:
+                open_ones.remove(connection)
+
+
+def _terminate(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+
+
+def _job(source: str, values: Sequence[str], out: Path, events: Connection) -> None:
+    """Run recipes of a sweep in a process of their own."""
+    if os.name == "posix":
+        os.setpgrp()  # a terminal sends its signals to the parent, which forwards them
+    exit_with_parent()
+    signal.signal(signal.SIGTERM, _exit)
+    from rich.console import Console
+
+    from fedmerge_peft.util.logs import configure_logging
+
+    configure_logging(Console(stderr=True, highlight=False))
+    logging.getLogger("fedmerge_peft.federation.sweep").addFilter(_is_no_wait)
+    with suppress(KeyboardInterrupt):
+        run_and_report(source, values, out, events.send)
+
+
+def run_and_report(
+    source: str, values: Sequence[str], out: Path, send: Callable[[tuple[Any, ...]], None]
+) -> None:
+    """Run the recipes of a sweep that no other process is running, and send what happens."""
+    from fedmerge_peft.api import sweep
+    from fedmerge_peft.recipe.grid import expand
+
+    def on_run(name: str, run: Run, fresh: bool) -> None:
+        send(("ended", name, result_of(run, fresh), fresh))
+        stop.check()
+
+    def on_failure(name: str, error: FedMergeError) -> None:
+        send(("failed", name, str(error)))
+
+    def on_round(name: str, record: RoundRecord) -> None:
+        send(("round", name, record.round, record.rounds, str(record)))
+        stop.arm()
+        stop.check()
+
+    recipes = expand(source, values)
+    try:
+        with Stop(announced=False) as stop:
+            sweep(recipes, out, on_run=on_run, on_failure=on_failure, on_round=on_round)
+    except SweepError:
+        pass  # each failure was sent
+    except FedMergeError as error:
+        send(("fault", "", error))
+
+
+def _exit(*_: object) -> None:
+    """End this process before its first round."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _is_no_wait(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("waiting for other processes")

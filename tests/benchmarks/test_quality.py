@@ -99,17 +99,3 @@ def test_the_pretrained_vit_loads_without_a_head(pretrain, tmp_path):
     head = loaded.backbone.layout.columns("head")
     assert len(head) == 100 * 32 + 100
     assert not torch.equal(loaded.backbone.fresh_row(1)[head], loaded.backbone.fresh_row(2)[head])
-
-
-@pytest.mark.slow
-def test_the_pretrained_decoder_loads_with_its_tokenizer(pretrain):
-    model, output = pretrain(
-        "pretrain_decoder.py", "--rows", "100", "--vocabulary", "400", "--context", "64"
-    )
-    assert "held-out perplexity" in output
-    loaded = engine(
-        model, "task={name: causal-lm, max_length: 48}", "data.max_train=10", "data.max_test=4"
-    )
-    assert loaded.backbone.prefix is not None
-    first = loaded.runtime.examples.columns["input_ids"][0]
-    assert loaded.task.processor.decode(first).startswith("<s>")

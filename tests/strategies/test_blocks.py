@@ -8,7 +8,15 @@ from pydantic import ValidationError
 
 from equality import assert_near
 from federation.small_recipe import recipe
-from fedmerge_peft import AdapterLayout, RunError, concat, export_soup, federate, fedmerge_step
+from fedmerge_peft import (
+    AdapterLayout,
+    RunError,
+    concat,
+    export_soup,
+    federate,
+    fedmerge_step,
+    write_report,
+)
 from fedmerge_peft.adapters.blocks import Blocks
 from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RecipeError
@@ -220,6 +228,8 @@ def test_a_run_serves_predicts_and_exports_its_clients_by_block(tmp_path):
     assert_near(mixed, (expected + run.client(run.client_names[0]).row) / 2)
     with pytest.raises(RunError, match="merging weights differ between blocks"):
         export_soup(run, tmp_path / "soup")
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Weights differ between blocks of the adapter (modules)" in page
 
 
 @pytest.mark.parametrize(

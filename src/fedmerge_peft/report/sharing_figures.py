@@ -56,6 +56,11 @@ def answer(method: Method) -> str:
         f"{used} of {adapters} adapters are in use. {most} of {len(weights)} clients have more "
         "than half of their weight on one adapter."
     ]
+    if blocks := getattr(run.recipe.strategy, "blocks", None):
+        sentences.append(
+            f"Weights differ between blocks of the adapter ({blocks}); these are their means over "
+            "the parameters."
+        )
     if known_groups(run):
         table = sharing(run)
         apart = int(((table["share"] == 1) & (table["others"] == "")).sum())

@@ -86,6 +86,7 @@ def test_an_adapter_of_one_block_is_refused():
 # ---- the step ------------------------------------------------------------------------------------
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("kind", ["head", "layers", "classes"])
 def test_each_block_takes_the_step_of_fedmerge_in_its_columns(clients, kind):
     strategy = make(clients, blocks=kind, start="independent", adapters=3, weights_lr=0.7)
@@ -142,6 +143,7 @@ def test_clients_that_come_later_join_a_group_in_each_block(clients):
 # ---- what a saved soup has -----------------------------------------------------------------------
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("settings", [{}, {"head": "private"}], ids=["shared", "private"])
 def test_a_saved_soup_merges_what_the_strategy_serves(clients, tmp_path, settings):
     strategy = make(clients, blocks="layers", start="independent", adapters=3, **settings)
@@ -174,6 +176,7 @@ def test_damaged_blocks_of_a_soup_are_told(clients, tmp_path, damage):
         AdapterSoup.load(tmp_path / "soup.safetensors")
 
 
+@pytest.mark.equality
 def test_the_exact_average_has_the_weights_of_each_block(clients):
     strategy = make(clients, blocks="modules", start="independent", adapters=3)
     play(strategy, clients, 2)

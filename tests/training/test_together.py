@@ -24,6 +24,7 @@ from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.runtime import Runtime
 from oracle import train_plainly
+from tasks.made_examples import MADE
 
 COUNT = 16
 ROWS = np.arange(COUNT)
@@ -158,6 +159,11 @@ CASES = {
     "the prefix cache of images": {"kind": "vit", **CACHED},
     "the prefix cache and checkpointing": {**CHECKPOINTED, **CACHED},
 }
+
+
+for task in MADE:
+    CASES[task] = {"kind": f"bert-{task}", "epochs": 2}
+    CASES[f"the prefix cache of {task}"] = {"kind": f"bert-{task}", **CACHED}
 
 
 @pytest.mark.equality

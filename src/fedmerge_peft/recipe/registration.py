@@ -40,7 +40,9 @@ from fedmerge_peft.recipe.tasks import TaskRecipe
 
 Code = TypeVar("Code", bound=Callable[..., object])
 
-Output = Literal["classes", "tokens", "texts", "loss"]
+Output = Literal[
+    "classes", "tokens", "texts", "tags", "values", "label_sets", "label_scores", "loss"
+]
 
 
 def register_strategy(
@@ -106,7 +108,9 @@ def register_metric(
         name: The name in recipes, tables and files.
         of: Arguments of the function: predicted and expected ``classes`` (ids) of classification
             tasks; predicted and expected ``tokens`` (ids), or generated and reference ``texts``, of
-            language models; or ``loss``, the mean loss in nats as the only argument.
+            language models; ``tags``, a list of names for each text; predicted and expected
+            ``values``; ``label_sets``, lists of 0 and 1, or ``label_scores``, probabilities and
+            lists of 0 and 1; or ``loss``, the mean loss in nats as the only argument.
         greater_is_better: True if larger values are better.
 
     Raises:

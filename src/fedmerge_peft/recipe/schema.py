@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe import personal_strategies, text_tasks  # register parts  # noqa: F401
+from fedmerge_peft.recipe import label_tasks, personal_strategies, text_tasks  # noqa: F401 - register parts
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.error_messages import found, refuse_values

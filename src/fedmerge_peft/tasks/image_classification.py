@@ -19,9 +19,9 @@ from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
 from fedmerge_peft.tasks.classification import Classification
 from fedmerge_peft.tasks.in_memory import passed_processor
 from fedmerge_peft.tasks.labels import (
+    blank_table,
     encode_labels,
     infer_labels,
-    labeled_table,
     reject_nulls,
 )
 from fedmerge_peft.tasks.pixels import PixelCode, array_image, as_rgb
@@ -110,13 +110,14 @@ processor = AutoImageProcessor.from_pretrained({processor}, backend="pil")
     def input_table(
         cls, recipe: ImageClassificationRecipe, labels: list[str], inputs: list[Any]
     ) -> Dataset:
-        from datasets import Image
+        from datasets import ClassLabel, Image
         from PIL.Image import Image as Picture
 
         unfit = [each for each in inputs if not isinstance(each, Picture | str | Path)]
         reject_inputs(unfit, "a PIL image, or the path of a file")
         rows = [[each if isinstance(each, Picture) else str(each)] for each in inputs]
-        return labeled_table({recipe.image: Image()}, rows, recipe.label, labels)
+        label = {recipe.label: (ClassLabel(names=list(labels)), 0)}
+        return blank_table({recipe.image: Image()}, rows, label)
 
     @classmethod
     def pipeline_options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +22,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def labeled_table(
-    columns: dict[str, Any], rows: Sequence[Sequence[Any]], label: str, labels: Sequence[str]
+def blank_table(
+    columns: Mapping[str, Any], rows: Sequence[Sequence[Any]], blanks: Mapping[str, tuple[Any, Any]]
 ) -> Dataset:
-    """Convert rows to a table with these feature types; each row gets the first label."""
-    from datasets import ClassLabel, Dataset, Features
+    """Convert rows to a table with these feature types, and columns of one value each.
 
-    features = Features({**columns, label: ClassLabel(names=list(labels))})
-    listed = [{**dict(zip(columns, row, strict=True)), label: 0} for row in rows]
-    return Dataset.from_list(listed, features=features)
+    Args:
+        columns: Feature types by column.
+        rows: Values of the columns.
+        blanks: Feature type and value of further columns, which replace those of the same name.
+    """
+    from datasets import Dataset, Features
+
+    types = {name: kind for name, (kind, _) in blanks.items()}
+    values = {name: value for name, (_, value) in blanks.items()}
+    listed = [{**dict(zip(columns, row, strict=True)), **values} for row in rows]
+    return Dataset.from_list(listed, features=Features({**columns, **types}))
 
 
 def reject_nulls(values: Any, column: str, first: int = 0) -> None:

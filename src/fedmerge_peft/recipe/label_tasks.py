@@ -1,0 +1,189 @@
+"""Sections and metrics of tasks on texts that are no classification with one label each."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from fedmerge_peft.plugins import METRICS, TASKS
+from fedmerge_peft.recipe.registered import NameIn
+from fedmerge_peft.recipe.section import Count
+from fedmerge_peft.recipe.tasks import TaskRecipe
+
+_ENTITIES = "fedmerge_peft.tasks.entity_metrics"
+METRICS.add(
+    "entity_f1",
+    f"{_ENTITIES}:entity_f1",
+    about="Harmonic mean of entity_precision and entity_recall.",
+    of=("tags",),
+    range=(0.0, 1.0),
+    entities=True,
+)
+METRICS.add(
+    "entity_precision",
+    f"{_ENTITIES}:entity_precision",
+    about="Fraction of the predicted entities that are right, with type and borders.",
+    of=("tags",),
+    range=(0.0, 1.0),
+    entities=True,
+)
+METRICS.add(
+    "entity_recall",
+    f"{_ENTITIES}:entity_recall",
+    about="Fraction of the entities that are found, with type and borders.",
+    of=("tags",),
+    range=(0.0, 1.0),
+    entities=True,
+)
+METRICS.add(
+    "tag_accuracy",
+    f"{_ENTITIES}:tag_accuracy",
+    about="Fraction of the words with the right tag.",
+    of=("tags",),
+    range=(0.0, 1.0),
+)
+
+TagMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tags"}))]
+
+
+class TokenClassificationRecipe(TaskRecipe):
+    """Tags of the words of a text, such as named entities."""
+
+    words: str = "tokens"
+    """Column with the words of a text, a list."""
+    tags: str = "ner_tags"
+    """Column with the tag of each word, a list of names or ids. Entities have the tags of IOB2
+    (B-PER, I-PER, O) or BIOES."""
+    max_length: Count | None = None
+    """Maximum length in tokens. Words beyond it have no loss and no prediction, and a warning
+    counts the texts. Default: the model's limit."""
+    metrics: Annotated[list[TagMetric], Field(min_length=1)] = ["entity_f1"]
+    """Metrics. Tables and log lines show the first."""
+
+    @property
+    def has_labels(self) -> bool:
+        return True
+
+
+TASKS.add(
+    "token-classification",
+    "fedmerge_peft.tasks.token_classification:TokenClassificationTask",
+    recipe=TokenClassificationRecipe,
+)
+
+
+# ---- text-regression -----------------------------------------------------------------------------
+
+_VALUES = "fedmerge_peft.tasks.value_metrics"
+METRICS.add(
+    "mse",
+    f"{_VALUES}:mse",
+    about="Mean squared error; lower is better.",
+    of=("values",),
+    range=(0.0, math.inf),
+    greater_is_better=False,
+)
+METRICS.add(
+    "mae",
+    f"{_VALUES}:mae",
+    about="Mean absolute error; lower is better.",
+    of=("values",),
+    range=(0.0, math.inf),
+    greater_is_better=False,
+)
+METRICS.add(
+    "pearson",
+    f"{_VALUES}:pearson",
+    about="Pearson's correlation of predicted and true values, from -1 to 1.",
+    of=("values",),
+    range=(-1.0, 1.0),
+)
+METRICS.add(
+    "spearman",
+    f"{_VALUES}:spearman",
+    about="Correlation of the ranks of predicted and true values, from -1 to 1.",
+    of=("values",),
+    range=(-1.0, 1.0),
+)
+ValueMetric = Annotated[str, NameIn(METRICS, of=frozenset({"values"}))]
+
+
+class TextRegressionRecipe(TaskRecipe):
+    """A number for each text or pair of texts."""
+
+    text: str = "text"
+    """Column with the text."""
+    text_pair: str | None = None
+    """Column with the second text of a pair."""
+    target: str = "label"
+    """Column with the number. The model learns it as it is; numbers near 1 train best."""
+    max_length: Count | None = None
+    """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
+    the model's limit."""
+    metrics: Annotated[list[ValueMetric], Field(min_length=1)] = ["mse"]
+    """Metrics. Tables and log lines show the first."""
+
+
+TASKS.add(
+    "text-regression",
+    "fedmerge_peft.tasks.text_regression:TextRegressionTask",
+    recipe=TextRegressionRecipe,
+)
+
+# ---- multi-label-classification ------------------------------------------------------------------
+
+_SETS = "fedmerge_peft.tasks.label_set_metrics"
+METRICS.add(
+    "micro_f1",
+    f"{_SETS}:micro_f1",
+    about="F1 of all pairs of an example and a label together.",
+    of=("label_sets",),
+    range=(0.0, 1.0),
+)
+METRICS.add(
+    "macro_f1",
+    f"{_SETS}:macro_f1",
+    about="F1 of each label, averaged with equal weights.",
+    of=("label_sets",),
+    range=(0.0, 1.0),
+)
+METRICS.add(
+    "average_precision",
+    f"{_SETS}:average_precision",
+    about="Area under the curve of precision and recall of each label, averaged (macro).",
+    of=("label_scores",),
+    range=(0.0, 1.0),
+)
+LabelSetMetric = Annotated[str, NameIn(METRICS, of=frozenset({"label_sets", "label_scores"}))]
+
+
+class MultiLabelClassificationRecipe(TaskRecipe):
+    """Any number of labels for each text or pair of texts."""
+
+    text: str = "text"
+    """Column with the text."""
+    text_pair: str | None = None
+    """Column with the second text of a pair."""
+    labels: str | Annotated[list[str], Field(min_length=1)] = "labels"
+    """Column with lists of labels, which are names or ids; or the names of columns, one for each
+    label, with 0 and 1 or booleans."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Probability from which on a label is predicted."""
+    max_length: Count | None = None
+    """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
+    the model's limit."""
+    metrics: Annotated[list[LabelSetMetric], Field(min_length=1)] = ["micro_f1"]
+    """Metrics. Tables and log lines show the first."""
+
+    @property
+    def has_labels(self) -> bool:
+        return True
+
+
+TASKS.add(
+    "multi-label-classification",
+    "fedmerge_peft.tasks.multi_label_classification:MultiLabelClassificationTask",
+    recipe=MultiLabelClassificationRecipe,
+)

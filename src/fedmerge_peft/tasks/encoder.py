@@ -1,0 +1,202 @@
+"""Base of tasks on tokens whose models have a head: tokenizer, length, padding."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.tasks.labels import blank_table
+from fedmerge_peft.tasks.tokenization import (
+    get_pad_token_id,
+    load_tokenizer,
+    pad,
+    pad_tokens,
+    pipeline_tokenizer,
+    ragged,
+    resolve_max_length,
+    token_limit,
+    truncated,
+)
+from fedmerge_peft.tasks.vocabulary import check_vocabulary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+
+_LOADING = """{{imports}}from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+labels = {{labels}}
+base = {auto}.from_pretrained(
+    {{base}}, num_labels=len(labels), id2label=dict(enumerate(labels)),{further} {{options}}
+)
+tokenizer = AutoTokenizer.from_pretrained({{processor}})
+pad = tokenizer.pad_token_id
+base.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+{{load}}
+"""
+
+
+def loading_code(auto: str, problem_type: str | None = None) -> str:
+    """Return ``Task.loading_code`` of a model with a head for labels."""
+    further = "" if problem_type is None else f'\n    problem_type="{problem_type}",'
+    return _LOADING.format(auto=auto, further=further)
+
+
+class EncoderTask(Task):
+    """Task on tokens, truncated to the model's limit, with a new head for the task's labels.
+
+    Special tokens that are written in a text, such as ``</s>``, are characters like all others.
+
+    Args:
+        recipe: Columns, labels, length and metrics.
+        backbone: Location of the tokenizer.
+        table: All rows of the federation, from which the labels are inferred.
+        model_folder: Local folder or hub id of the model.
+
+    Raises:
+        DataError: The labels do not match the recipe, or ``max_length`` exceeds the model's limit.
+        BackboneError: The tokenizer or the model's configuration cannot be loaded.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+
+    def __init__(
+        self, recipe: Any, backbone: BackboneRecipe, table: Dataset, model_folder: str
+    ) -> None:
+        self.recipe = recipe
+        self.metrics = recipe.metrics
+        self.labels = self.output_names(recipe, table)
+        self._model = backbone.model
+        self.processor, config = load_tokenizer(backbone, model_folder)
+        self.processor.split_special_tokens = True
+        self.pad_token_id = get_pad_token_id(self.processor)
+        self.max_length = resolve_max_length(recipe.max_length, token_limit(self.processor, config))
+        special = self.processor.num_special_tokens_to_add(self.reads_pairs)
+        if self.max_length is not None and self.max_length <= special:
+            raise DataError(
+                f"task.max_length: {self.max_length} tokens leave no room for texts, because the "
+                f"tokenizer adds {special}; raise task.max_length"
+            )
+        self._vocabulary: int | None = None
+        self._columns = ["input_ids"]
+        # RoBERTa has one type of tokens, but its tokenizers may return two.
+        self._types = getattr(config, "type_vocab_size", None)
+        if (self._types or 0) > 1 and self._returns_types:
+            self._columns.append("token_type_ids")
+
+    @property
+    def reads_pairs(self) -> bool:
+        """True if an example is a pair of texts."""
+        return getattr(self.recipe, "text_pair", None) is not None
+
+    @property
+    def _returns_types(self) -> bool:
+        return "token_type_ids" in self.processor.model_input_names
+
+    @classmethod
+    @abstractmethod
+    def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
+        """Return the names of the head's outputs. Raises ``DataError`` for unsuitable columns."""
+
+    @classmethod
+    @abstractmethod
+    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """Return the type of each column that is no text, and a valid value."""
+
+    @classmethod
+    def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
+        from datasets import Value
+
+        return blank_table(
+            {name: Value("string") for name in columns}, [[""] * len(columns)],
+            cls.blanks(recipe, labels),
+        )  # fmt: skip
+
+    @classmethod
+    def pipeline_options(cls, recipe: Any, backbone: BackboneRecipe, folder: str) -> dict[str, Any]:
+        tokenizer = pipeline_tokenizer(backbone, folder, recipe.max_length)
+        tokenizer.split_special_tokens = True
+        return {"tokenizer": tokenizer}
+
+    def match_inputs(self, model: Any) -> None:
+        """Check the tokenizer against the model, and find out if the model reads token types.
+
+        Some models take them for words (GPT-2), so types that are all 0 must not change the output.
+        """
+        reads_end = bool(getattr(model.config, "is_encoder_decoder", False))
+        self._vocabulary = check_vocabulary(self.processor, model, self._model, reads_end=reads_end)
+        if self._types is not None or not self._returns_types:
+            return
+        ids = torch.tensor(
+            [self.processor("a")["input_ids"]], device=next(model.parameters()).device
+        )
+        with torch.no_grad():
+            try:
+                without = model(input_ids=ids).logits
+                with_zeros = model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+            except Exception:  # the model does not know them; if it does not run, the trial says so
+                return
+        if torch.allclose(without, with_zeros, rtol=1e-3, atol=1e-5):
+            self._columns.append("token_type_ids")
+
+    def tokenize(
+        self, texts: Sequence[Sequence[str]], *, offsets: bool = False
+    ) -> tuple[dict[str, list[list[Any]]], list[int]]:
+        """Tokenize columns of texts; return the model's columns and the truncated rows.
+
+        Args:
+            texts: Texts, or first and second texts of pairs.
+            offsets: Return ``offset_mapping``, too: begin and end of each token in its text.
+
+        Raises:
+            DataError: The tokenizer fails on a text, or takes a part of it for a special token.
+        """
+        options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
+        rows, long = truncated(self.processor, *texts, max_length=self.max_length, **options)
+        names = [*self._columns, *(["offset_mapping"] if offsets else [])]
+        return {name: rows.get(name, []) for name in names}, long
+
+    def probe(self) -> Examples:
+        texts = ["a short text", "another text, which is longer than the first one"]
+        pairs = [texts, texts] if self.reads_pairs else [texts]
+        tokens, _ = self.tokenize(pairs)
+        ids = tokens["input_ids"]
+        inner = slice(1, -1)  # special tokens keep their places
+        mirrored = [*ids[1][:1], *ids[1][inner][::-1], *ids[1][1:][-1:]]
+        columns = {name: ragged([*rows, rows[1]]) for name, rows in tokens.items()}
+        columns["input_ids"] = ragged([*ids, mirrored])
+        labels = [
+            torch.zeros_like(row if self.per_token else row[0]) for row in columns["input_ids"]
+        ]
+        return Examples({**columns, "labels": labels})
+
+    def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """Pad and stack examples.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and, if the model has token types, ``token_type_ids``,
+            all ``(batch, longest)``, and ``labels``.
+        """
+        rows = {
+            name: [column[index] for index in indices] for name, column in examples.columns.items()
+        }
+        side: Literal["left", "right"] = "left" if self.padding == "left" else "right"
+        batch = pad_tokens(rows["input_ids"], self.pad_token_id, side)
+        batch["labels"] = self.stack_labels(rows["labels"], side)
+        if "token_type_ids" in rows:
+            type_of_padding = self.processor.pad_token_type_id
+            batch["token_type_ids"] = pad(rows["token_type_ids"], type_of_padding, side)
+        return batch
+
+    def stack_labels(self, labels: Sequence[Tensor], side: Literal["left", "right"]) -> Tensor:
+        """Stack the labels of examples, by default tensors of one shape."""
+        return torch.stack(list(labels))

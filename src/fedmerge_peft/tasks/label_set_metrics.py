@@ -1,0 +1,52 @@
+"""Metrics of sets of labels, computed by scikit-learn.
+
+Arguments are matrices of examples × labels. A label that no example has is left out of averages
+over labels, unless it is predicted. Scores of examples without any label are ``nan``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def micro_f1(predicted: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
+    """Compute F1 of all pairs of an example and a label: 2 TP / (2 TP + FP + FN)."""
+    from sklearn.metrics import f1_score
+
+    found, wanted = np.asarray(predicted), np.asarray(expected)
+    if not (found.any() or wanted.any()):
+        return math.nan
+    return float(f1_score(wanted, found, average="micro", zero_division=0))
+
+
+def macro_f1(predicted: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
+    """Compute the mean F1 of the labels that are expected or predicted."""
+    from sklearn.metrics import f1_score
+
+    found, wanted = np.asarray(predicted), np.asarray(expected)
+    used = np.flatnonzero((found | wanted).any(axis=0))
+    if not len(used):
+        return math.nan
+    each = f1_score(wanted[:, used], found[:, used], average=None, zero_division=0)
+    return float(np.mean(each))
+
+
+def average_precision(
+    predicted: Sequence[Sequence[float]], expected: Sequence[Sequence[int]]
+) -> float:
+    """Compute the mean average precision of the labels that are expected.
+
+    Args:
+        predicted: Probabilities.
+        expected: 0 or 1.
+    """
+    from sklearn.metrics import average_precision_score
+
+    scores, wanted = np.asarray(predicted), np.asarray(expected)
+    used = np.flatnonzero(wanted.any(axis=0))
+    if not len(used):
+        return math.nan
+    return float(np.mean([average_precision_score(wanted[:, k], scores[:, k]) for k in used]))

@@ -1,0 +1,168 @@
+"""Columns with a list in each row: words, and names or ids of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from fedmerge_peft.data.columns import did_you_mean, join_values
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.labels import is_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class ListColumn:
+    """Values of a column one after another, and their number in each row."""
+
+    column: str
+    key: str
+    """Recipe key that names the column."""
+    values: Any
+    """Arrow array of all values, without nulls."""
+    lengths: NDArray[np.int64]
+    """Number of values in each row, ``(rows,)``."""
+
+    def where(self, position: int) -> str:
+        """Return the row of a value, and the column, for error messages."""
+        row = int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
+        return f"row {row} (of the rows in use): column {self.column!r}"
+
+    def rows(self, values: Sequence[Any]) -> list[list[Any]]:
+        """Divide values, one for each in the column, by row."""
+        ends = np.cumsum(self.lengths).tolist()
+        return [
+            list(values[end - size : end]) for end, size in zip(ends, self.lengths, strict=True)
+        ]
+
+
+def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
+    """Read a column of lists of texts or integers.
+
+    Args:
+        table: Rows.
+        column: Column.
+        key: Recipe key that names the column, for error messages.
+
+    Raises:
+        DataError: The column does not exist; its entries are no lists of texts or integers; a list
+            or a value in it is missing.
+    """
+    if column not in table.column_names:
+        raise DataError(
+            f"{key}: there is no column {column!r}{did_you_mean(column, table.column_names)}; "
+            f"the data have {join_values(table.column_names)}"
+        )
+    entries = table.select_columns([column]).with_format("arrow")[:].column(column)
+    entries = entries.combine_chunks()
+    kind = entries.type
+    if pa.types.is_fixed_size_list(kind):
+        entries = entries.cast(pa.list_(kind.value_type))
+    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise DataError(
+            f"{key}: column {column!r} has the type {kind}, expected lists, such as "
+            '["Ada", "lives"]; store them as parquet or jsonl'
+        )
+    if entries.null_count:
+        row = int(np.flatnonzero(entries.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError(
+            f"row {row} (of the rows in use): column {column!r} is empty (null); "
+            "fill in the values, or remove the rows"
+        )
+    values = entries.flatten()
+    lengths = pc.list_value_length(entries).to_numpy(zero_copy_only=False).astype(np.int64)
+    found = ListColumn(column, key, values, lengths)
+    if values.null_count:
+        position = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError(f"{found.where(position)} has a list with an empty value (null)")
+    if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
+        raise DataError(
+            f"{key}: column {column!r} has lists of {values.type}, expected names or ids"
+        )
+    return found
+
+
+def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
+    """Infer the names of the labels in a column of lists, in the order of their ids.
+
+    Names of a ``ClassLabel`` keep their order, texts are sorted, and integers are named ``0`` to
+    the largest.
+
+    Raises:
+        DataError: As ``read_lists``; or there are no labels, or negative ones.
+    """
+    lists = read_lists(table, column, key)
+    if names := _class_names(table, column):
+        return list(names)
+    if not len(lists.values):
+        raise DataError(f"{key}: column {column!r} has no values to infer labels from")
+    if is_text(lists.values.type):
+        return sorted(lists.values.unique().to_pylist())
+    ids = _ids(lists, None)
+    return [str(label) for label in range(int(ids.max()) + 1)]
+
+
+def encode_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -> list[list[int]]:
+    """Convert lists of labels to ids.
+
+    Texts, and ids of a ``ClassLabel`` with other names, are looked up by name.
+
+    Raises:
+        DataError: As ``read_lists``; or a label is not one of ``labels``.
+    """
+    lists = read_lists(table, column, key)
+    names = _class_names(table, column)
+    if is_text(lists.values.type):
+        texts = lists.values.to_pylist()
+    elif names and list(names) != list(labels):
+        texts = [names[label] for label in _ids(lists, len(names)).tolist()]
+    else:
+        return lists.rows(_ids(lists, len(labels)).tolist())
+    known = {name: label for label, name in enumerate(labels)}
+    for position, name in enumerate(texts):
+        if name not in known:
+            raise DataError(
+                f"{lists.where(position)} has {name!r}, which is not a known label"
+                f"{did_you_mean(name, labels)}; the labels are {join_values(labels)}"
+            )
+    return lists.rows([known[name] for name in texts])
+
+
+def relabel_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -> Dataset:
+    """Convert a column of lists to lists of a ``ClassLabel`` with these names.
+
+    Arguments and errors are those of ``encode_lists``.
+    """
+    from datasets import ClassLabel, Dataset, DatasetInfo, List
+
+    ids = pa.array(encode_lists(table, column, key, labels), pa.list_(pa.int64()))
+    rows = table.with_format("arrow")[:]
+    rows = rows.set_column(rows.column_names.index(column), column, ids)
+    features = table.features.copy()
+    features[column] = List(ClassLabel(names=list(labels)))
+    return Dataset(rows, info=DatasetInfo(features=features))
+
+
+def _class_names(table: Dataset, column: str) -> list[str] | None:
+    return getattr(getattr(table.features[column], "feature", None), "names", None)
+
+
+def _ids(lists: ListColumn, count: int | None) -> NDArray[np.int64]:
+    """Return ids from 0 to ``count`` - 1; raise ``DataError`` for others."""
+    ids: NDArray[np.int64] = lists.values.to_numpy(zero_copy_only=False).astype(np.int64)
+    wrong = ids < 0 if count is None else (ids < 0) | (ids >= count)
+    if wrong.any():
+        position = int(wrong.argmax())
+        limit = "" if count is None else f" to {count - 1}"
+        raise DataError(
+            f"{lists.where(position)} has the label {ids[position]}, expected ids from 0{limit}"
+        )
+    return ids

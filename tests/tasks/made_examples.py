@@ -1,0 +1,53 @@
+"""Made examples of tasks whose columns differ from those of text classification."""
+
+from datasets import Dataset
+
+WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
+NAMES = ["Ada Moor", "Bo", "Cy van Dam"]
+
+
+def tagged(count):
+    """Sentences of different lengths with names of persons and places."""
+    words, tags = [], []
+    for n in range(count):
+        name = NAMES[n % 3].split()
+        words.append(["the", WORDS[n % 7], *["is"] * (n % 4), "of", *name, "in", "Leeds"])
+        tags.append(["O"] * (3 + n % 4) + ["B-PER"] + ["I-PER"] * (len(name) - 1) + ["O", "B-LOC"])
+    return Dataset.from_dict({"tokens": words, "ner_tags": tags})
+
+
+def scored(count):
+    """Pairs of sentences, and a number that depends on both."""
+    return Dataset.from_dict(
+        {
+            "text": [f"the {WORDS[n % 7]} {'is late ' * (n % 4)}again" for n in range(count)],
+            "other": [f"{WORDS[(n + n % 2) % 7]} again" for n in range(count)],
+            "label": [n % 5 / 2 - 1 for n in range(count)],
+        }
+    )
+
+
+def labeled(count):
+    """Sentences with none, one or two of three labels."""
+    sets = [[], ["joy"], ["anger", "fear"], ["fear"]]
+    return Dataset.from_dict(
+        {
+            "text": [f"the {WORDS[n % 7]} {'is late ' * (n % 4)}again" for n in range(count)],
+            "labels": [sets[n % 4] for n in range(count)],
+        }
+    )
+
+
+MADE = {
+    "token-classification": tagged,
+    "text-regression": scored,
+    "multi-label-classification": labeled,
+}
+"""Functions from a number of examples to a table, by task."""
+SECTIONS = {"text-regression": {"text_pair": "other"}}
+"""Keys of the task's section."""
+
+
+def made(task, count):
+    """Return examples and the section of a task."""
+    return MADE[task](count), {"name": task, **SECTIONS.get(task, {})}

@@ -131,7 +131,10 @@ class LocalEngine:
                 recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed
             )
         try_inputs(task, backbone, accelerator, recipe.backbone.model)
-        runtime = Runtime(backbone, task, accelerator, task.encode(data.table))
+        examples = task.encode(data.table)
+        with accelerator.autocast():
+            examples = task.finish(backbone.model, examples, backbone.device)
+        runtime = Runtime(backbone, task, accelerator, examples)
         warn_of_cuts(runtime.examples, rows_by_split(data.clients))
         check_task(task, recipe, data.clients)
         rows = _rows_held(data.clients)

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.recipe import label_tasks, personal_strategies, text_tasks  # noqa: F401 - register parts
+from fedmerge_peft.recipe import (  # register parts  # noqa: F401
+    label_tasks,
+    personal_strategies,
+    preference,
+    text_tasks,
+)
 from fedmerge_peft.recipe.callbacks import AnyCallback
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.error_messages import found, refuse_values
@@ -61,8 +66,11 @@ class BackboneRecipe(Section):
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention implementation. Default: the choice of transformers."""
     quantization: Literal["8bit", "4bit"] | None = None
-    """Quantize the frozen weights to 8 or 4 bits. Requires a CUDA GPU and the extra `quantization`
-    (bitsandbytes)."""
+    """Quantize the frozen weights to 8 bits, or to 4 bits as QLoRA (NF4, computed in bfloat16).
+    Requires a CUDA GPU and the extra `quantization` (bitsandbytes)."""
+    double_quantization: Boolean = True
+    """With `quantization: 4bit`, quantize the scales of the weights as well, which saves 0.4 bits
+    per weight."""
     gradient_checkpointing: Boolean = False
     """Recompute activations in the backward pass, with less memory and about a third more time."""
     trust_remote_code: Boolean = False

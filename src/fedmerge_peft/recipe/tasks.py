@@ -124,8 +124,8 @@ class TaskRecipe(Section):
         """Return a copy with the text format set, if the task has several."""
         return self.model_copy(update={"format": format}) if self.has_formats else self
 
-    def to_predict(self, format: str | None) -> Self:
-        """Return a copy for predictions of single inputs, after a run with this text format."""
+    def to_predict(self, format: str | None) -> TaskRecipe:
+        """Return a section for predictions of single inputs, after a run with this text format."""
         return self
 
 

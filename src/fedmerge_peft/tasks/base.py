@@ -211,6 +211,16 @@ class Task(ABC):
         """
         raise TypeError(f"{type(self).__name__} does not generate text")
 
+    def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
+        """Add to encoded examples what the loaded model determines, once before the first round.
+
+        Args:
+            model: PEFT model with any adapter.
+            examples: Output of ``encode``.
+            device: Device of the model.
+        """
+        return examples
+
     def count_terms(self, labels: Tensor) -> int:
         """Count the loss terms of a batch with these labels, without a forward pass."""
         return int((labels != -100).sum())

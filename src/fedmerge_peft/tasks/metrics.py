@@ -194,6 +194,16 @@ def exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
     )
 
 
+def reward_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """Compute the fraction of pairs whose chosen completion has the higher reward."""
+    return float(np.mean(np.greater(chosen, rejected)))
+
+
+def reward_margin(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """Compute the mean difference of the rewards of chosen and rejected completions."""
+    return float(np.mean(np.subtract(chosen, rejected)))
+
+
 def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
     """Compute the mean ROUGE-L F-measure (Lin 2004), without stemming.
 

@@ -1,0 +1,61 @@
+"""Section of the task preference, and its metrics."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from fedmerge_peft.plugins import METRICS, TASKS
+from fedmerge_peft.recipe.registered import NameIn
+from fedmerge_peft.recipe.tasks import CausalLMRecipe, CompletionRecipe, TaskRecipe
+
+METRICS.add(
+    "reward_accuracy",
+    "fedmerge_peft.tasks.metrics:reward_accuracy",
+    about="Fraction of the pairs whose chosen completion has the higher reward.",
+    of=("rewards",),
+    range=(0.0, 1.0),
+)
+METRICS.add(
+    "reward_margin",
+    "fedmerge_peft.tasks.metrics:reward_margin",
+    about="Mean difference of the rewards of the chosen and the rejected completions.",
+    of=("rewards",),
+    range=(-math.inf, math.inf),
+)
+
+RewardMetric = Annotated[str, NameIn(METRICS, of=frozenset({"rewards"}))]
+
+
+class PreferenceRecipe(CompletionRecipe):
+    """Direct preference optimization (DPO) of pairs of a chosen and a rejected completion."""
+
+    prompt: str = "prompt"
+    """Column with the prompt: a text, or a list of messages. Chats may lack it; then the messages
+    with which both completions begin are the prompt."""
+    chosen: str = "chosen"
+    """Column with the preferred completion: a text, or a list of messages."""
+    rejected: str = "rejected"
+    """Column with the other completion: a text, or a list of messages."""
+    beta: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """β of DPO: the larger, the closer the model stays to the backbone without an adapter."""
+    metrics: Annotated[list[RewardMetric], Field(min_length=1)] = [
+        "reward_accuracy",
+        "reward_margin",
+    ]
+    """Metrics. Tables and log lines show the first. The reward of a completion is β times its
+    log-probability relative to that of the backbone."""
+
+    def to_causal_lm(self) -> CausalLMRecipe:
+        """Return the section of causal language modeling of either completion."""
+        own = self.model_dump(include={*CompletionRecipe.model_fields} - {"name"})
+        return CausalLMRecipe(name="causal-lm", loss="completion", **own)
+
+    def to_predict(self, format: str | None) -> TaskRecipe:
+        """Return a section that completes prompts."""
+        return self.to_causal_lm().to_predict(format)
+
+
+TASKS.add("preference", "fedmerge_peft.tasks.preference:PreferenceTask", recipe=PreferenceRecipe)

@@ -1,0 +1,250 @@
+"""Direct preference optimization (DPO): of two completions of a prompt, one is preferred.
+
+With the policy π_θ, the frozen reference π_ref and β > 0 (arXiv 2305.18290, eq. 7), the reward of a
+completion y of the prompt x is
+
+    r(y) = β (log π_θ(y | x) − log π_ref(y | x))
+
+and the loss of an example is −log σ(r(chosen) − r(rejected)). The reference is the backbone without
+an adapter. Its log-probabilities are computed once, before the first round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.base import Batch, Compared, Examples
+from fedmerge_peft.tasks.causal_lm import CausalLMTask
+from fedmerge_peft.tasks.chat_messages import parse_messages
+from fedmerge_peft.tasks.shown import ShownExample
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.preference import PreferenceRecipe
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+
+_PASS = 16
+"""Examples in a pass of the reference."""
+_SIDES = ("chosen", "rejected")
+
+
+class PreferenceTask(CausalLMTask):
+    """Preference pairs: a prompt with a chosen and a rejected completion, as texts or messages.
+
+    A batch of n examples has 2n sequences, in which the two of an example are adjacent.
+
+    Args:
+        recipe: Columns, lengths, β and metrics.
+        backbone: Location of the tokenizer.
+        table: All rows of the federation.
+        model_folder: Local folder or hub id of the model.
+
+    Raises:
+        FedMergeError: As ``CausalLMTask``.
+    """
+
+    in_batch: ClassVar[bool] = True  # the two sequences of an example need one pass
+
+    def __init__(
+        self, recipe: PreferenceRecipe, backbone: BackboneRecipe, table: Dataset, model_folder: str
+    ) -> None:
+        causal = recipe.to_causal_lm()
+        super().__init__(causal, backbone, _completions(recipe, table, "chosen"), model_folder)
+        self._preference = recipe
+        self.metrics = recipe.metrics
+
+    @classmethod
+    def check_table(cls, recipe: PreferenceRecipe, table: Dataset) -> None:  # type: ignore[override]
+        for side in _SIDES:
+            CausalLMTask.check_table(recipe.to_causal_lm(), _completions(recipe, table, side))
+
+    @classmethod
+    def format_in(cls, recipe: PreferenceRecipe, table: Dataset) -> str | None:  # type: ignore[override]
+        return CausalLMTask.format_in(recipe.to_causal_lm(), _completions(recipe, table, "chosen"))
+
+    def encode(self, table: Dataset) -> Examples:
+        """Tokenize both completions of every row behind the prompt.
+
+        Arguments and errors are those of ``CausalLMTask.encode``.
+        """
+        sides = [
+            super(PreferenceTask, self).encode(_completions(self._preference, table, side))
+            for side in _SIDES
+        ]
+        columns = {
+            f"{side}_{name}": tensors
+            for side, examples in zip(_SIDES, sides, strict=True)
+            for name, tensors in examples.columns.items()
+        }
+        predicates = dict.fromkeys(name for examples in sides for name in examples.cuts)
+        cuts = {
+            name: sorted({row for examples in sides for row in examples.cuts.get(name, ())})
+            for name in predicates
+        }
+        return Examples(columns, cuts)
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        chosen, rejected = (
+            super(PreferenceTask, self).show(_completions(self._preference, table, side))
+            for side in _SIDES
+        )
+        return [
+            ShownExample(
+                [
+                    replace(segment, role=f"{side}: {segment.role}")
+                    for side, example in zip(_SIDES, pair, strict=True)
+                    for segment in example.segments
+                ]
+            )
+            for pair in zip(chosen, rejected, strict=True)
+        ]
+
+    def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """Return ``input_ids`` and ``attention_mask``, ``(2n, longest)``, and ``labels``.
+
+        Returns:
+            ``labels`` is ``(n, 2, 1 + longest)`` float32: the reference's log-probability (nats),
+            then token ids, which float32 holds exactly; -100 marks positions without a loss.
+        """
+        columns = examples.columns
+        pairs = {
+            name: [columns[f"{side}_{name}"][index] for index in indices for side in _SIDES]
+            for name in ("input_ids", "labels")
+        }
+        flat = Examples(pairs)
+        batch = super().collate(flat, np.arange(2 * len(indices)))
+        ids = batch["labels"].float().view(len(indices), 2, -1)
+        if (held := columns.get("reference_scores")) is None:
+            reference = torch.zeros(len(indices), 2)
+        else:
+            reference = torch.stack([held[index] for index in indices])
+        return {**batch, "labels": torch.cat([reference[..., None], ids], dim=-1)}
+
+    def own_outputs(self, logits: Tensor, batch: Batch) -> list[Tensor]:
+        own = super().own_outputs(logits, batch)
+        return [torch.cat([*pair]) for pair in zip(own[::2], own[1::2], strict=True)]
+
+    def probe(self) -> Examples:
+        ids = super().probe().columns["input_ids"]
+        columns = {"chosen": ids, "rejected": [ids[0], ids[2], ids[1]]}
+        return Examples(
+            {f"{side}_{name}": columns[side] for side in _SIDES for name in ("input_ids", "labels")}
+            | {"prompt": ids}
+        )
+
+    @torch.no_grad()
+    def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
+        """Add the reference's log-probabilities to the examples, ``(2,)`` each.
+
+        The reference is the model with its adapter off.
+        """
+        model.eval()
+        trained = [each for each in model.parameters() if each.requires_grad]
+        reference = torch.zeros(len(examples), 2)
+        order = np.argsort(-examples.lengths, kind="stable")
+        with model.disable_adapter():
+            for start in range(0, len(order), _PASS):
+                rows = order[start : start + _PASS]
+                batch = {
+                    name: each.to(device) for name, each in self.collate(examples, rows).items()
+                }
+                labels = batch.pop("labels")
+                scores = self._log_probabilities(self.forward(model, batch), labels)
+                reference[torch.from_numpy(rows)] = scores.float().cpu()
+        for parameter in model.parameters():  # PEFT makes all of an adapter trainable again
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return replace(examples, columns={**examples.columns, "reference_scores": list(reference)})
+
+    # ---- logits to numbers -----------------------------------------------------------------------
+    def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute −log σ(r(chosen) − r(rejected)).
+
+        Args:
+            logits: ``(2n, length, vocabulary)``.
+            labels: ``(n, 2, 1 + length)``, as in ``collate``.
+
+        Returns:
+            Losses in nats and ones, both float32 ``(n,)``.
+        """
+        chosen, rejected = self._rewards(logits, labels).unbind(dim=1)
+        return -functional.logsigmoid(chosen - rejected), torch.ones_like(chosen)
+
+    def count_terms(self, labels: Tensor) -> int:
+        return len(labels)
+
+    def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
+        """Return the rewards of both completions of each example, as ``rewards``."""
+        chosen, rejected = self._rewards(logits, labels).unbind(dim=1)
+        return {"rewards": (chosen.tolist(), rejected.tolist())}
+
+    def _rewards(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return r of both completions of each example, ``(n, 2)``."""
+        policy = self._log_probabilities(logits, labels)
+        return self._preference.beta * (policy - labels[..., 0])
+
+    def _log_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return log π(y | x), the sum over the completion's tokens, ``(n, 2)`` in nats."""
+        return -super().losses(logits, labels[..., 1:].long().flatten(0, 1))[0].view(-1, 2)
+
+
+def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset:
+    """Return a table with the columns ``prompt`` and ``completion``, the chosen or rejected one.
+
+    Without a prompt, chats begin with the messages that both completions have in common.
+
+    Raises:
+        DataError: A column does not exist, or completions of text have no prompt.
+    """
+    columns = {"chosen": recipe.chosen, "rejected": recipe.rejected}
+    for key, column in columns.items():
+        if column not in table.column_names:
+            raise DataError(
+                f"task.{key}: there is no column {column!r}; the data have "
+                f"{', '.join(table.column_names)}"
+            )
+    own = columns[side]
+    if recipe.prompt in table.column_names:
+        both = table.select_columns([recipe.prompt, own])
+        return both.rename_columns({recipe.prompt: "prompt", own: "completion"})
+    if not hasattr(table.features[own], "feature"):
+        raise DataError(
+            f"task.prompt: there is no column {recipe.prompt!r}; completions of text need one"
+        )
+    from datasets import Dataset
+
+    rows: dict[str, list[Any]] = {"prompt": [], "completion": []}
+    for row, pair in enumerate(zip(*(table[columns[key]] for key in _SIDES), strict=True)):
+        chats = [
+            parse_messages(chat, column, f"row {row} (of the rows in use): ")
+            for chat, column in zip(pair, columns.values(), strict=True)
+        ]
+        shared = _common(*chats)
+        if not 0 < shared < min(map(len, chats)):
+            raise DataError(
+                f"row {row} (of the rows in use): the chosen and the rejected chat must begin with "
+                "the same messages and end with different ones; give the prompt in a column"
+            )
+        chat = chats[_SIDES.index(side)]
+        rows["prompt"].append(chat[:shared])
+        rows["completion"].append(chat[shared:])
+    return Dataset.from_dict(rows)
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return the number of messages with which both chats begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next(
+        (place for place, (one, other) in pairs if one != other), min(len(first), len(second))
+    )

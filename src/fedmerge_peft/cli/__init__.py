@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             compare,
             data,
             doctor,
+            estimate,
             export,
             federate,
             init,

@@ -79,13 +79,8 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
         training: ``clients_per_batch`` and the batch size.
         rows: Rows of the table that belong to clients.
     """
-    requested = training.clients_per_batch
-    if requested == "auto":
-        examples = _EXAMPLES.get(runtime.device.type, 8)
-        count, fewest = min(_MOST, examples // training.batch_size), _FEWEST
-    else:
-        count, fewest = requested, 2
-    if count < fewest:
+    count = requested_clients(training, runtime.device.type)
+    if count == 1:
         return 1
     if runtime.accelerator.scaler is not None:
         reason: str | None = "fp16 needs one loss scale for all clients (training.mixed_precision)"
@@ -97,6 +92,14 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
         log.info("clients train one at a time: %s", reason)
         return 1
     return count
+
+
+def requested_clients(training: TrainingRecipe, device: str) -> int:
+    """Return the number of adapters in one pass that a recipe asks for on a type of device."""
+    if training.clients_per_batch != "auto":
+        return training.clients_per_batch
+    count = min(_MOST, _EXAMPLES.get(device, 8) // training.batch_size)
+    return count if count >= _FEWEST else 1
 
 
 def _disagreement(runtime: Runtime, rows: Indices) -> str | None:

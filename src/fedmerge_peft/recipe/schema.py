@@ -20,6 +20,7 @@ from fedmerge_peft.recipe import (  # register parts  # noqa: F401
     text_tasks,
 )
 from fedmerge_peft.recipe.callbacks import AnyCallback
+from fedmerge_peft.recipe.clients import ClientsRecipe
 from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.error_messages import found, refuse_values
 from fedmerge_peft.recipe.evaluation import EvaluationRecipe, ServingRecipe
@@ -143,32 +144,6 @@ class TrainingRecipe(Section):
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to
     16 clients, to reach 8 examples per pass on a CPU and 256 on a GPU, else 1. With unsupported
     settings, such as DoRA, clients train one at a time; the log states the reason."""
-
-
-class ClientsRecipe(Section):
-    """Participation of clients in a round, and the treatment of failures."""
-
-    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Part of the clients that is drawn at random for each round, at least one client."""
-    sampling: Literal["fixed", "poisson"] = "fixed"
-    """fixed: each round has the same number of clients. poisson: each client is drawn independently
-    with the probability `fraction`, so that a round may have no clients and then changes nothing
-    but for its noise. With `privacy.mode: central`, poisson reduces epsilon (privacy.md); across
-    sites, the server then draws from the operating system's generator."""
-    failures: Literal["raise", "skip"] = "raise"
-    """raise: a failed client ends the run, which can be resumed. skip: the log and the round's
-    record name the client, and the round continues as if the client had not been selected. A client
-    fails if its training raises an error, if its reply is not finite or has another shape, dtype or
-    layout than requested, if it replies for another round or more than once, or if it exceeds the
-    timeout."""
-    min_clients: Count = 1
-    """Minimum number of clients with valid replies, with `failures: skip`. A round with fewer
-    changes nothing and ends the run, which can be resumed."""
-    timeout: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
-    """Maximum time in seconds that a client takes for a round, including evaluation; null for no
-    limit. Clients that train in this process are not interrupted; their time is checked afterwards,
-    and clients that share a pass share its time. A run is not reproducible if clients take about as
-    long as this limit."""
 
 
 Tracker = Literal[

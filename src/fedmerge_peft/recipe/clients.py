@@ -1,0 +1,35 @@
+"""Section of the clients: participation, failures, time limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedmerge_peft.recipe.section import Count, Section
+
+
+class ClientsRecipe(Section):
+    """Participation of clients in a round, and the treatment of failures."""
+
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Part of the clients that is drawn at random for each round, at least one client."""
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    """fixed: each round has the same number of clients. poisson: each client is drawn independently
+    with the probability `fraction`, so that a round may have no clients and then changes nothing
+    but for its noise. With `privacy.mode: central`, poisson reduces epsilon (privacy.md); across
+    sites, the server then draws from the operating system's generator."""
+    failures: Literal["raise", "skip"] = "raise"
+    """raise: a failed client ends the run, which can be resumed. skip: the log and the round's
+    record name the client, and the round continues as if the client had not been selected. A client
+    fails if its training raises an error, if its reply is not finite or has another shape, dtype or
+    layout than requested, if it replies for another round or more than once, or if it exceeds the
+    timeout."""
+    min_clients: Count = 1
+    """Minimum number of clients with valid replies, with `failures: skip`. A round with fewer
+    changes nothing and ends the run, which can be resumed."""
+    timeout: Annotated[float, Field(gt=0, le=31_536_000)] | None = None
+    """Maximum time in seconds that a client takes for a round, including evaluation; null for no
+    limit. Clients that train in this process are not interrupted; their time is checked afterwards,
+    and clients that share a pass share its time. A run is not reproducible if clients take about as
+    long as this limit."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -109,7 +110,8 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory of a run.
 
-    The frozen prefix's cache (``training.prefix_cache``), the allocator's fragmentation and the
+    All tokens are taken to have a loss, and no example to be shorter than ``length``. The frozen
+    prefix's cache (``training.prefix_cache``), the allocator's fragmentation and the
     libraries themselves are not included.
 
     Args:
@@ -278,13 +280,23 @@ def _pass(
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             logits = task.forward(model, inputs)
-        labels = ids if logits.ndim == 3 else ids[:, 0]
-        losses = task.losses(logits, labels)[0]
+        losses = (
+            _token_losses(logits, ids) if logits.ndim == 3 else task.losses(logits, ids[:, 0])[0]
+        )
         if train:
             losses.sum().backward()  # type: ignore[no-untyped-call]
         else:
             logits.argmax(dim=-1)
     return peak.bytes
+
+
+def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the losses of all tokens but the first, as ``token_losses`` if all have a loss.
+
+    That function selects tokens by their labels, which tensors without data do not have.
+    """
+    selected = logits[:, :-1].flatten(0, 1).float()
+    return functional.cross_entropy(selected, ids[:, 1:].flatten(), reduction="none")
 
 
 class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -82,7 +82,6 @@ def plain():
     [
         ("backbone.gradient_checkpointing=true", [], ["training"]),
         ("training.clients_per_batch=3", ["adapters", "training"], []),
-        ("backbone.attention=eager", ["training", "evaluation"], []),
         ("backbone.dtype=bfloat16", [], ["backbone"]),
     ],
 )

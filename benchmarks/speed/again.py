@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from timing import Row, seconds
 
-CLIENTS, EACH = 8, 16
+CLIENTS, EACH = 4, 12
 """Clients, and training and test examples of each."""
 
 

@@ -1,6 +1,7 @@
 """States of the frozen layers on disk: later runs read them, with the same results bit for bit."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +156,14 @@ def test_recipe_and_environment_place_and_bound_the_cache(monkeypatch, tmp_path)
         monkeypatch.setenv("FEDMERGE_PREFIX_DISK", text)
         with pytest.raises(RecipeError, match="FEDMERGE_PREFIX_DISK: expected a number of GB"):
             disk_cache(recipe())
+
+
+def test_a_user_without_a_home_has_no_cache_on_disk(monkeypatch, caplog):
+    for name in ("FEDMERGE_PREFIX_DISK", "FEDMERGE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path("~nobody-of-this-name").expanduser())
+    assert disk_cache(recipe()) is None
+    assert "set FEDMERGE_CACHE" in caplog.text
 
 
 def test_models_with_code_of_their_own_have_no_cache_on_disk(monkeypatch):

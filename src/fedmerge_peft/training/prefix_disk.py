@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 
@@ -11,6 +12,8 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.util.processor import processor
 from fedmerge_peft.util.tensor_cache import TensorCache, cache_folder
+
+log = logging.getLogger(__name__)
 
 DISK_VARIABLE = "FEDMERGE_PREFIX_DISK"
 _FORMAT = 1
@@ -39,7 +42,12 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
     own_code = recipe.backbone.trust_remote_code or recipe.backbone.model.startswith("memory:")
     if gigabytes == 0 or own_code:
         return None
-    return TensorCache(cache_folder() / "prefix", gigabytes * 1e9)
+    try:
+        folder = cache_folder() / "prefix"
+    except RuntimeError:  # a user without a home
+        log.warning("states are not kept on disk: there is no home; set FEDMERGE_CACHE to a folder")
+        return None
+    return TensorCache(folder, gigabytes * 1e9)
 
 
 def computation(device: torch.device) -> list[str]:

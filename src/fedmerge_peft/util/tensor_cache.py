@@ -110,7 +110,12 @@ class TensorCache:
                     temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             self._writes = False
-            log.warning("%s cannot be written, and is not used further: %s", self.folder, error)
+            log.warning(
+                "%s cannot be written, and is not used further: %s; FEDMERGE_CACHE names another "
+                "folder",
+                self.folder,
+                error,
+            )
             return
         self._used.add(path.name)
         self._total = (self._total or 0) + stored.nbytes

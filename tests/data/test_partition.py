@@ -4,10 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, List
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fedmerge_peft.data.columns import encode_classes
 from fedmerge_peft.data.partition import (
     assign_by_class,
     class_counts,
@@ -310,3 +312,15 @@ def test_more_shards_than_examples_are_refused():
         DataError, match=r"3 clients × 2 shards need 6 training examples, but there are 5"
     ):
         shards(np.zeros(5, dtype=np.int64), 3, 2, generator(0, "train"))
+
+
+def test_a_list_counts_by_its_first_value():
+    lists = Dataset.from_dict({"labels": [["b", "a"], ["a"], ["c", "b"]]})
+    named = lists.cast_column("labels", List(ClassLabel(names=["c", "b", "a"])))
+    for table, names in ((lists, ["a", "b", "c"]), (named, ["c", "b", "a"])):
+        numbers, found = encode_classes({"train": table}, "labels", "data.partition.by")
+        assert found == names
+        assert [names[number] for number in numbers["train"]] == ["b", "a", "c"]
+    empty = Dataset.from_dict({"labels": [["a"], []]})
+    with pytest.raises(DataError, match="labels is empty in 1 of the 2 train rows"):
+        encode_classes({"train": empty}, "labels", "data.partition.by")

@@ -1,5 +1,7 @@
 """Every shipped recipe trains a round, with a tiny backbone of its architecture."""
 
+import math
+
 import pytest
 
 from fedmerge_peft import Recipe, federate
@@ -44,6 +46,9 @@ ON_SHARED_DATA = [
         [*VIT, "task.image=image_jpeg", "data.max_train=10", "data.max_test=5"],
         20,
     ),
+    ("entities_domains", "ner.parquet", BERT, 7),
+    ("similarity_regression", "stsb.parquet", BERT, 7),
+    ("emotions_multilabel", "emotions.parquet", BERT, 20),
     ("flan_tasks", "instruct.parquet", DECODER, 8),
 ]
 
@@ -58,7 +63,7 @@ def test_recipe_trains_a_round_on_real_data(name, file, overrides, clients, shar
     recipe = Recipe.load(name, [*overrides, f"data.path={shared_data / file}"])
     run = federate(recipe, tmp_path / "run")
     assert len(run.clients) == clients
-    assert run.records[0]["served"]["mean"] >= 0
+    assert math.isfinite(run.records[0]["served"]["mean"])
     assert run.summary["final"]["served"]["validation_loss"] > 0
     assert run.weights.shape == (clients, 1)  # the only round is a warm round
 

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from fedmerge_peft.tasks import Predictions
-from fedmerge_peft.tasks.metrics import greater_is_better, metric, score
+from fedmerge_peft.tasks.metrics import greater_is_better, is_fraction, metric, score
 
 IDS = ["accuracy", "f1", "matthews_correlation"]
 TEXTS = ["exact_match", "rougeL"]
@@ -113,3 +113,9 @@ def test_importing_the_metrics_does_not_import_evaluate():
         "sys.exit('evaluate' in sys.modules or 'sklearn' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_scores_beyond_one_are_no_fractions():
+    found = [name for name in ("accuracy", "entity_f1", "perplexity", "mse", "pearson", "loss")
+             if is_fraction(f"test_{name}")]  # fmt: skip
+    assert found == ["accuracy", "entity_f1"]

@@ -8,9 +8,13 @@ from datasets import DatasetDict
 
 from equality import assert_near
 from fedmerge_peft import Recipe, federate
+from fedmerge_peft.data import federate_data
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.report.page import write_report
 from fedmerge_peft.serving.export import export_client
+from fedmerge_peft.sites.server.enrollment import agree_and_load
+from fedmerge_peft.sites.server.roster import Roster
+from fedmerge_peft.sites.site_data import site_summary, with_label_ids
 from tasks.made_examples import MADE, made
 
 TASKS = sorted(MADE)
@@ -104,6 +108,7 @@ def test_a_report_has_the_tasks_metric(finished, tmp_path):
     page = write_report([run], tmp_path / "report.html").read_text()
     assert engine.task.metrics[0].replace("_", " ") in page
     assert engine.recipe.task.name in page
+    assert "guessing" not in page  # among labels of which one is right
 
 
 def test_predictions_are_those_of_transformers_pipeline(finished):
@@ -116,3 +121,24 @@ def test_predictions_are_those_of_transformers_pipeline(finished):
             assert mine[key] == theirs[key]
         for key in mine.keys() & {"score", "scores"}:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3)
+
+
+def test_a_server_without_data_agrees_with_its_sites(finished):
+    """The server builds the adapter of the sites from a summary of their data."""
+    _, engine = finished
+    recipe = engine.recipe
+    data = federate_data(recipe.data, recipe.task.label_column, recipe.seed)
+    summary, roster = site_summary(data, recipe), Roster()
+    assert not roster.agree_on_format({"site-1": summary}, recipe)
+    absent = {}
+    task, backbone = agree_and_load(recipe, roster, {"site-1": summary}, absent)
+    assert not absent
+    assert task.labels == engine.task.labels
+    assert backbone.layout == engine.backbone.layout
+    table = with_label_ids(data, recipe, roster.labels or ()).table
+    rows = zip(
+        engine.task.encode(table).columns["labels"],
+        engine.runtime.examples.columns["labels"],
+        strict=True,
+    )
+    assert all(torch.equal(own, expected) for own, expected in rows)

@@ -132,12 +132,13 @@ def encode_classes(
 
     Returns:
         Class numbers ``(rows,)`` of each split, and the names of the C classes. A value that does
-        not occur in the training split has the number -1.
+        not occur in the training split has the number -1. Of a list, the first value counts.
 
     Raises:
         DataError: The column does not exist, is nested, or has nulls or inexact numbers.
     """
-    columns = {split: read_column(dataset, column, key) for split, dataset in splits.items()}
+    firsts = {split: first_of_lists(dataset, column) for split, dataset in splits.items()}
+    columns = {split: read_column(dataset, column, key) for split, dataset in firsts.items()}
     for split, entries in columns.items():
         missing = pc.sum(pc.is_null(entries, nan_is_null=True)).as_py() or 0
         if missing:
@@ -154,7 +155,23 @@ def encode_classes(
         split: _to_numpy(pc.fill_null(pc.index_in(entries, value_set=values), -1))
         for split, entries in columns.items()
     }
-    return numbers, [value_name(splits["train"], column, value) for value in values.to_pylist()]
+    return numbers, [value_name(firsts["train"], column, value) for value in values.to_pylist()]
+
+
+def first_of_lists(dataset: Dataset, column: str) -> Dataset:
+    """Return a column of lists as one of their first values; other data sets unchanged.
+
+    An empty list becomes an empty value.
+    """
+    from datasets import Dataset, Features
+
+    inner = getattr(dataset.features.get(column), "feature", None)
+    if inner is None:
+        return dataset
+    entries = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    values = pc.list_slice(entries.combine_chunks(), 0, 1)
+    firsts = [(each or [None])[0] for each in values.to_pylist()]
+    return Dataset.from_dict({column: firsts}, features=Features({column: inner}))
 
 
 def _reject_inexact(entries: Any, column: str, key: str) -> None:

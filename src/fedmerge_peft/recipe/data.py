@@ -64,7 +64,7 @@ class DirichletRecipe(PartitionRecipe):
     min_examples: Count = 10
     """Repeat the draw until each client has this many training examples."""
     by: str | None = None
-    """Column whose values are distributed. Default: the label."""
+    """Column whose values are distributed; of a list, the first value. Default: the label."""
 
 
 class ClustersRecipe(PartitionRecipe):

@@ -257,7 +257,10 @@ def _hint(value: Any, kinds: Kinds) -> str:
     """Return advice on plugins if the name resembles no registered name."""
     if not isinstance(value, str) or did_you_mean(value, kinds.names):
         return ""
-    return f"; if a plugin registers this {kinds.what}, list the plugin's module under plugins"
+    return (
+        f"; if a plugin registers this {kinds.what}, list the plugin's module under plugins "
+        "(docs/extending.md describes how to write one)"
+    )
 
 
 def _closest(value: Any, words: Iterable[str]) -> str:

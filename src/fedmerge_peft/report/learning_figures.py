@@ -14,6 +14,7 @@ from fedmerge_peft.plotting.specs import Line, Lines
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Setting, readable
 from fedmerge_peft.runs.directory import RunDirectory
+from fedmerge_peft.tasks.metrics import is_fraction
 
 _FLAT = 0.02
 """Relative fall of the training loss below which it counts as flat."""
@@ -28,7 +29,7 @@ class Losses:
     validation: list[tuple[int, float]]
     """Pairs of completed rounds and mean validation loss of the served models."""
     chance: float | None
-    """log L, the loss of guessing evenly among L labels; None for other tasks."""
+    """log L, the loss of guessing evenly among L labels; None without one label per example."""
 
     @property
     def flat(self) -> bool:
@@ -58,7 +59,8 @@ def losses(run: RunDirectory) -> Losses:
         for rounds, scores in served(run)
         if scores.get("validation_loss") is not None and math.isfinite(scores["validation_loss"])
     ]
-    labels = run.task["labels"] if (run.path / "task.json").is_file() else ()
+    one_each = run.recipe.task.label_column is not None
+    labels = run.task["labels"] if one_each and (run.path / "task.json").is_file() else ()
     return Losses(training, validation, math.log(len(labels)) if len(labels) > 1 else None)
 
 
@@ -178,7 +180,7 @@ def _scores(setting: Setting) -> Iterator[Figure]:
     if guess is not None:
         series.append(_constant("guessing", guess, series))
     name = readable(metric)
-    bounded = not metric.endswith(("perplexity", "loss", "correlation"))
+    bounded = is_fraction(metric)
     yield Figure(
         "scores",
         f"{name[:1].upper()}{name[1:]}, mean over clients, by round",

@@ -37,9 +37,9 @@ def score(names: Iterable[str], predictions: Predictions) -> dict[str, float]:
         predictions: Loss, and the outputs and references that the metrics compare.
 
     Returns:
-        ``loss`` (mean in nats) and the metrics by name. Metrics are fractions from 0 to 1, except
-        perplexity (``exp`` of the loss, ``inf`` on overflow) and Matthews correlation (-1 to 1). A
-        value without examples is ``nan``.
+        ``loss`` (mean in nats) and the metrics by name. Most metrics are fractions from 0 to 1;
+        correlations are from -1 to 1, perplexity is ``exp`` of the loss (``inf`` on overflow), and
+        errors of numbers have no limit. A value without examples is ``nan``.
     """
     loss = predictions.loss_sum / predictions.count if predictions.count else math.nan
     scores = {"loss": loss}
@@ -100,6 +100,12 @@ def greater_is_better(name: str) -> bool:
 def greater_score_is_better(name: str) -> bool:
     """Return True if larger values of a score, such as ``test_accuracy``, are better."""
     return greater_is_better(name.partition("_")[2])
+
+
+def is_fraction(score: str) -> bool:
+    """Return True if a score, such as ``test_accuracy``, is known to be from 0 to 1."""
+    name = score.partition("_")[2]
+    return name in METRICS and METRICS[name].facts.get("range") == (0.0, 1.0)
 
 
 def score_fault(

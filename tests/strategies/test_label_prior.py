@@ -152,5 +152,6 @@ def test_no_prior_without_labels_or_with_privacy():
         Recipe.load("smoke", ["strategy=fedavg", "privacy.mode=local", prior])
     with pytest.raises(RecipeError, match="logits: restricted needs examples with one label each"):
         Recipe.load("smoke", ["task={name: causal-lm}", "training.logits=restricted"])
-    with pytest.raises(RecipeError, match="fedpac needs examples with one label each"):
-        Recipe.load("smoke", ["task={name: causal-lm}", "baselines=[fedpac]"])
+    for name in ("fedpac", "fedrod"):
+        with pytest.raises(RecipeError, match=f"{name} needs examples with one label each"):
+            Recipe.load("smoke", ["task={name: causal-lm}", f"strategy={name}"])

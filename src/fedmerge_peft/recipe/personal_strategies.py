@@ -18,6 +18,7 @@ class FedPACRecipe(ServerRecipe):
     """
 
     measures_features = True
+    needs_labels = True
     alignment: Coefficient = 1.0
     """lambda of the term lambda / d · ‖features − centroid of the class‖²."""
 

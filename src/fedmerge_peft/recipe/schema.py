@@ -309,7 +309,7 @@ class Recipe(Section):
             f"training: logits: {self.training.logits}": self.training.logits != "plain",
             "serving: label_prior": self.serving.label_prior,
             **{
-                f"the strategy {each.name}": each.measures_features
+                f"the strategy {each.name}": each.needs_labels
                 for each in (self.strategy, *self.baselines)
             },
         }

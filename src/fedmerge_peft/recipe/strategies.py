@@ -216,6 +216,8 @@ class FedRoDRecipe(ServerRecipe):
     2107.00778).
     """
 
+    needs_labels = True
+
 
 class FedDPARecipe(ServerRecipe):
     """Dual-personalizing adapters: half of the rank is global, half private, and both are active

@@ -26,6 +26,8 @@ class StrategyRecipe(Section):
     update differs by layer."""
     measures_features: ClassVar[bool] = False
     """True if clients also return statistics of their features, which sites do not."""
+    needs_labels: ClassVar[bool] = False
+    """True if each example must have one label, whose classes the method treats differently."""
     shared_soup: ClassVar[bool] = False
     """True if every adapter of the soup may be merged for any client, including newcomers."""
     learned_merging: ClassVar[bool] = False

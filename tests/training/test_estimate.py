@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,10 @@ from fedmerge_peft import Recipe, RecipeError
 from fedmerge_peft.cli import main
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.training.estimate import _pass, estimate, load_config
+
+PROGRAM = runpy.run_path(
+    str(Path(__file__).parents[2] / "benchmarks" / "memory" / "memory.py"), run_name="memory"
+)
 
 
 def recipe(model="tiny:llama", task="causal-lm", **changes):
@@ -118,3 +125,10 @@ def test_the_command_prints_each_part(tmp_path, capsys):
         assert f"\n{part}" in out
     assert "2 examples of 16 tokens" in out
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", PROGRAM["MEASURED"])
+def test_the_estimate_is_near_the_measured_peak(model):
+    estimated, measured = PROGRAM["run_one"](model)
+    assert estimated == pytest.approx(measured, rel=0.15)

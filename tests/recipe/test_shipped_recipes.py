@@ -24,6 +24,22 @@ DECODER = [
     "task.max_new_tokens=4",
 ]
 
+READING = [
+    *BERT,
+    "task.max_length=128",
+    "task.stride=4",
+    "training.batch_size=4",
+    "data.filter.title=[Normans, French_and_Indian_War]",
+]
+SEQ2SEQ = [
+    *TINY,
+    "task.max_source_length=32",
+    "task.max_target_length=32",
+    "task.max_new_tokens=2",
+    "data.max_train=8",
+    "data.max_test=2",
+]
+
 ON_SHARED_DATA = [
     ("text_tasks", "textcls.parquet", BERT, 24),
     ("reviews_domains", "textcls.parquet", BERT, 16),
@@ -50,6 +66,9 @@ ON_SHARED_DATA = [
     ("similarity_regression", "stsb.parquet", BERT, 7),
     ("emotions_multilabel", "emotions.parquet", BERT, 20),
     ("flan_tasks", "instruct.parquet", DECODER, 8),
+    ("rewriting", "seq2seq.parquet", SEQ2SEQ, 10),
+    ("reading", "qa.parquet", READING, 2),
+    ("search_embeddings", "qa.parquet", BERT, 40),
 ]
 
 

@@ -245,7 +245,7 @@ def test_a_run_predicts_exports_and_reports(tmp_path, strategy):
         for row in range(6)
     ]
     sections = {"backbone": {"model": "tiny:bert"}, "lora": {"r": 2, **LORA}}
-    run = run_of(tmp_path / "run", rows, {"name": NAME, "stride": 8}, **sections, strategy=strategy)
+    run = run_of(tmp_path / "run", rows, {"name": NAME}, **sections, strategy=strategy)
     write_report([run.path], tmp_path / "report.html")
     assert "squad f1" in (tmp_path / "report.html").read_text()
     if strategy == "fedem":
@@ -306,10 +306,20 @@ def test_answers_may_be_json_or_a_list(task_of, answers):
     assert label[0] > 0
 
 
-def test_a_question_that_leaves_no_room_is_refused(task_of):
-    table = rows_of(["Where? " * 20], CONTEXTS[:1], TEXTS[:1])
-    with pytest.raises(DataError, match=r"row 0 .*tokens, which leave .* of 40 for the context"):
-        task_of("bert", table, name=NAME, max_length=40, stride=8).encode(table)
+def test_a_question_of_more_than_half_a_window_is_cut_and_counted(task_of):
+    table = rows_of(["Where? " * 20, "Who?"], CONTEXTS[:2], TEXTS[:2])
+    task = task_of("bert", table, name=NAME, max_length=40, stride=8)
+    examples = task.encode(table)
+    assert examples.cuts["have a question of more than 18 tokens, cut"] == [0]
+    first = examples.columns["windows"][0][0]
+    kinds = examples.columns["token_type_ids"][0][:first]
+    assert int((kinds == 0).sum()) <= 18 + 2  # with [CLS] and [SEP]
+    assert int((kinds == 1).sum()) > 8
+
+
+def test_a_stride_that_leaves_no_room_is_refused(task_of):
+    with pytest.raises(DataError, match=r"task.stride: windows of 40 tokens have too little room"):
+        task_of("bert", rows_of(), name=NAME, max_length=40, stride=18)
 
 
 def test_a_model_without_a_cls_token_has_a_place_for_no_answer(task_of):

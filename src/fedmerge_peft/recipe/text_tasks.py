@@ -108,8 +108,9 @@ class QuestionAnsweringRecipe(TaskRecipe):
     max_length: Count | None = None
     """Maximum length of question and context in tokens. Longer contexts become several windows.
     Default: the model's limit, at most 384."""
-    stride: CountOrZero = 128
-    """Tokens that consecutive windows of a context have in common."""
+    stride: CountOrZero | None = None
+    """Tokens that consecutive windows of a context have in common. Default: 128, at most a third of
+    a window."""
     max_answer_length: Count = 30
     """Maximum length of a predicted answer in tokens."""
     metrics: Annotated[list[AnswerMetric], Field(min_length=1)] = ["squad_f1", "squad_exact_match"]

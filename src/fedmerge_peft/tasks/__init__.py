@@ -1,4 +1,4 @@
-"""Tasks: text classification, causal language modeling, image classification."""
+"""Tasks: from examples to batches, losses and metrics, one file per task."""
 
 from __future__ import annotations
 

@@ -55,6 +55,9 @@ class AnswerWindows:
         length: Length of a window in tokens.
         stride: Tokens of the context that consecutive windows have in common.
         with_types: The model reads token types.
+
+    Raises:
+        DataError: The stride leaves no room for a context.
     """
 
     def __init__(self, tokenizer: Any, length: int, stride: int, *, with_types: bool) -> None:
@@ -62,29 +65,34 @@ class AnswerWindows:
         self.length = length
         self._stride = stride
         self.with_types = with_types and "token_type_ids" in tokenizer.model_input_names
-        self._special = tokenizer.num_special_tokens_to_add(pair=True)
+        special: int = tokenizer.num_special_tokens_to_add(pair=True)
+        self.longest_question = (length - special) // 2
+        """Maximum length of a question in tokens: half of a window."""
+        if stride >= self.longest_question:
+            raise DataError(
+                f"task.stride: windows of {length} tokens have too little room for a context of "
+                f"which {stride} are in common; lower task.stride, or raise task.max_length"
+            )
 
     def of_row(
         self, row: int, question: str, context: str, answers: Sequence[Answer]
     ) -> list[Window]:
         """Return the windows of a row. The first of several answers is learned.
 
+        A question of more than half a window is cut (``is_cut``).
+
         Raises:
-            DataError: The question leaves no room for the context, or the tokenizer fails.
+            DataError: The tokenizer fails.
         """
-        question = question.lstrip()
-        where = f"row {row} (of the rows in use): "
-        asked = len(self._tokenizer(question, add_special_tokens=False)["input_ids"])
-        room = self.length - self._special - asked
-        if room <= self._stride:
-            raise DataError(
-                f"{where}the question has {asked} tokens, which leave {max(room, 0)} of "
-                f"{self.length} for the context, too few for task.stride={self._stride}; raise "
-                "task.max_length, or lower task.stride"
-            )
         with library_errors(
-            lambda reason: DataError(f"{where}the tokenizer fails on {context[:80]!r}: {reason}")
+            lambda reason: DataError(
+                f"row {row} (of the rows in use): the tokenizer fails on {context[:80]!r}: {reason}"
+            )
         ):
+            question = question.lstrip()
+            places = self._question_places(question)
+            if len(places) > self.longest_question:
+                question = question[: places[self.longest_question - 1][1]]
             encoded = self._tokenizer(
                 question,
                 context,
@@ -105,6 +113,17 @@ class AnswerWindows:
             types = encoded["token_type_ids"][number] if self.with_types else []
             windows.append(Window(ids, types, places, _label(places, answer, none), none))
         return windows
+
+    def is_cut(self, question: str) -> bool:
+        """Return True if a question has more than half as many tokens as a window."""
+        return len(self._question_places(question.lstrip())) > self.longest_question
+
+    def _question_places(self, question: str) -> list[tuple[int, int]]:
+        encoded = self._tokenizer(
+            question, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        places: list[tuple[int, int]] = encoded["offset_mapping"]
+        return places
 
     def _none(self, ids: Sequence[int]) -> int:
         """Return the place of the token that stands for no answer: CLS, or the first."""

@@ -52,7 +52,7 @@ class QuestionAnsweringTask(Task):
         model_folder: Local folder or hub id of the model.
 
     Raises:
-        DataError: A length exceeds the model's limit.
+        DataError: A length exceeds the model's limit, or the stride leaves no room for contexts.
         BackboneError: The tokenizer or the model's configuration cannot be loaded, or the tokenizer
             does not tell the places of its tokens.
     """
@@ -92,7 +92,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         limit = token_limit(self.processor, config)
         length = resolve_max_length(recipe.max_length, limit, DEFAULT_LENGTH) or DEFAULT_LENGTH
         types = (getattr(config, "type_vocab_size", None) or 0) > 1
-        self._windows = AnswerWindows(self.processor, length, recipe.stride, with_types=types)
+        stride = min(128, length // 3) if recipe.stride is None else recipe.stride
+        self._windows = AnswerWindows(self.processor, length, stride, with_types=types)
 
     @classmethod
     def check_table(cls, recipe: QuestionAnsweringRecipe, table: Dataset) -> None:
@@ -132,7 +133,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
         Raises:
             DataError: A column does not exist, has nulls, or is not text; an answer is not in its
-                context at ``answer_start``; a question leaves no room for its context.
+                context at ``answer_start``.
         """
         questions = read_texts(table, self.recipe.question, "task.question")
         contexts = read_texts(table, self.recipe.context, "task.context")
@@ -163,9 +164,11 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             for number, (row, own) in enumerate(zip(rows, answers, strict=True))
             if own and all(window.label == (window.none, window.none) for window in row)
         ]
+        cut = [row for row, question in enumerate(questions) if self._windows.is_cut(question)]
         return Examples(
             columns,
             {
+                f"have a question of more than {self._windows.longest_question} tokens, cut": cut,
                 f"have more than {length} tokens and become several windows": several,
                 "have an answer that no window holds as a whole (task.stride)": lost,
                 "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],

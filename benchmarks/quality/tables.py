@@ -185,7 +185,12 @@ def overview_page(overview: Sequence[tuple[Setting, list[Row], list[Progress]]])
         "95 % interval", "fedmerge is", "worst 10 %, points to the best",
     )  # fmt: skip
     body = [(f"[{name}](comparison_{name}.md)", *cells) for name, cells in verdicts]
-    names = dict.fromkeys(method for setting, _, _ in overview for method in setting.methods)
+    run = {row["method"] for _, rows, _ in overview for row in rows}
+    names = [
+        name
+        for name in dict.fromkeys(name for setting, _, _ in overview for name in setting.methods)
+        if name in run
+    ]
     scores = [
         (
             name,

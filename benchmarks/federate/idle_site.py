@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.sites.config import ADDRESS_VARIABLE, KIT_VARIABLE, SITE_FILE, SiteSettings
-from fedmerge_peft.sites.exit_with_parent import exit_with_parent
 from fedmerge_peft.sites.site.connection import serve
 from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.strategies.base import Reply
+from fedmerge_peft.util.exit_with_parent import exit_with_parent
 
 
 def reply_without_training(engine, round, assignments):

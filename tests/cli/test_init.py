@@ -176,3 +176,62 @@ def test_a_first_line_that_is_an_example_is_told(table, here):
     write(here / "numbers.csv", ["1", "2.5"], [("a word", 3.5), ("another", 1.5)] * 8)
     assert told in init("numbers.csv", "--yes").stdout
     assert told not in init(table, "--yes").stdout
+
+
+N = 24
+TABLES = {
+    "token-classification": {"tokens": [["a", "b"]] * N, "ner_tags": [["O", "B-X"]] * N},
+    "question-answering": {
+        "question": [f"What is {n}?" for n in range(N)],
+        "passage": [f"It is {n}." for n in range(N)],
+        "answers": [{"text": ["It"], "answer_start": [0]}] * N,
+    },
+    "seq2seq-lm": {
+        "article": [f"a long text {n}" for n in range(N)],
+        "summary": [f"text {n}" for n in range(N)],
+    },
+    "sentence-embedding": {
+        "query": [f"what {n}" for n in range(N)],
+        "positive": [f"that {n}" for n in range(N)],
+    },
+    "preference": {
+        "prompt": [f"say {n}" for n in range(N)],
+        "chosen": ["yes"] * N,
+        "rejected": ["no"] * N,
+    },
+    "text-regression": {
+        "body": [f"text {n}" for n in range(N)],
+        "score": [n / 7 for n in range(N)],
+    },
+    "multi-label-classification": {
+        "body": [f"text {n}" for n in range(N)],
+        "labels": [["a"], ["a", "b"]] * (N // 2),
+    },
+}
+
+
+@pytest.mark.parametrize("task", TABLES)
+def test_the_columns_tell_the_task(here, task):
+    table = {**TABLES[task], "office": ["north", "south"] * (N // 2)}
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    (here / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = init("t.jsonl", "--yes", "--model", "tiny:bert")
+    assert result.exit_code == 0, result.output
+    recipe = Recipe.load("t.yaml")
+    assert recipe.task.name == task
+    assert recipe.data.partition.by == "office"
+    written = yaml.safe_load((here / "t.yaml").read_text())["task"]
+    assert sorted(written.values()) == sorted([task, *TABLES[task]])
+
+
+def test_a_task_without_its_columns_names_the_usual_ones(here):
+    write(here / "t.csv", ["body", "topic"], [row[1:3] for row in ROWS])
+    told = fault("t.csv", "--yes", "--task", "question-answering")
+    assert "Column for task.question is not clear from the table; give a column named" in told
+
+
+def test_every_task_can_be_asked_for():
+    from fedmerge_peft.plugins import TASKS
+    from fedmerge_peft.recipe.draft import MODELS
+
+    assert MODELS.keys() == {entry.name for entry in TASKS if entry.origin == "built-in"}

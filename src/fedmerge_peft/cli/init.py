@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fedmerge_peft.data.guesses import Column
     from fedmerge_peft.recipe.draft import Answers
 
-_TASKS = ("sequence-classification", "causal-lm", "image-classification")
+_LABEL_KEYS = {"text-regression": "target", "multi-label-classification": "labels"}
+"""Keys of tasks whose labels are not in ``task.label``."""
 _NONE = "none"
 """Answer for no column of clients."""
 
@@ -77,9 +78,11 @@ def init(
             metavar="TABLE", help="File, folder, one file per client ('clients/*.csv'), or hub id."
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help=f"Task: {', '.join(_TASKS)}.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task, as in fedmerge ls --all.")] = None,
     text: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
-    label: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column with the label, or the number to predict.")
+    ] = None,
     image: Annotated[str | None, typer.Option(help="Column with the image or its path.")] = None,
     client: Annotated[
         str | None, typer.Option(help="Column that names the client; none for random clients.")
@@ -155,7 +158,7 @@ def _answers(
         print("The first line looks like an example. If it is one, add a line of column names.")
     names = [column.name for column in columns]
     guess = guesses.guess_task(columns, len(rows))
-    task = questions.choice("--task", "Task", given["task"], guess, _TASKS)
+    task = questions.choice("--task", "Task", given["task"], guess, [*MODELS])
     roles: dict[str, Any] = _columns(questions, task, columns, len(rows), given)
     split = guesses.guess_split(rows)
     taken = [*roles.values(), *filter(None, [split])]
@@ -200,15 +203,33 @@ def _columns(
     def ask(key: str, question: str, suggested: str | None) -> None:
         roles[key] = questions.choice(f"--{key}", question, given[key], suggested, names)
 
+    if task in guesses.COLUMNS:
+        for key, usual in guesses.COLUMNS[task].items():
+            roles[key] = questions.choice(
+                f"a column named {usual[0]}",
+                f"Column for task.{key}",
+                None,
+                guesses.guess_role(columns, task, key),
+                names,
+            )
+        return roles
     if task == "image-classification":
         ask("image", "Column with the images", guesses.guess_image(columns))
-    elif task == "sequence-classification":
+    elif task != "causal-lm":
         ask("text", "Column with the texts", guesses.guess_text(columns, _given(given, "label")))
     elif not {"prompt", "completion", "messages", "conversations", "instruction"} & set(names):
         ask("text", "Column with the texts", guesses.guess_text(columns, ()))
-    if task != "causal-lm":
-        taken = [*roles.values(), *_given(given, "client")]
-        ask("label", "Column with the labels", guesses.guess_label(columns, rows, taken))
+    if task == "causal-lm":
+        return roles
+    taken = [*roles.values(), *_given(given, "client")]
+    suggested = {
+        "text-regression": guesses.guess_score(columns),
+        "multi-label-classification": guesses.guess_label_sets(columns),
+    }.get(task) or guesses.guess_label(columns, rows, taken)
+    key = _LABEL_KEYS.get(task, "label")
+    roles[key] = questions.choice(
+        "--label", "Column with the labels", given["label"], suggested, names
+    )
     return roles
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,26 @@ _TEXTS = [
     "description",
     "title",
 ]
+COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "question-answering": {
+        "question": ["question"],
+        "context": ["context", "passage", "paragraph"],
+        "answers": ["answers", "answer"],
+    },
+    "preference": {"prompt": ["prompt"], "chosen": ["chosen"], "rejected": ["rejected"]},
+    "token-classification": {
+        "words": ["tokens", "words"],
+        "tags": ["ner_tags", "tags", "pos_tags", "chunk_tags"],
+    },
+    "sentence-embedding": {"anchor": ["anchor", "query"], "positive": ["positive"]},
+    "seq2seq-lm": {
+        "source": ["source", "document", "article", "src"],
+        "target": ["target", "summary", "highlights", "tgt"],
+    },
+}
+"""Usual names of columns, by task and key. A table with one for each key of a task is for it."""
+_SCORES = ["score", "similarity", "rating", *_LABELS]
+"""Usual names of columns of numbers to predict."""
 _SPLITS = {"train", "training", "validation", "valid", "dev", "test"}
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_LABELS = 200
@@ -86,7 +106,7 @@ class Column:
 
     name: str
     kind: str
-    """text, number, image or other."""
+    """text, number, fraction (numbers that are not all whole), image or other."""
     distinct: int
     """Number of different values; 0 for images and others."""
     length: float
@@ -110,10 +130,32 @@ def guess_task(columns: Iterable[Column], rows: int) -> str:
     known = {column.name: column for column in columns}
     if any(column.kind == "image" for column in known.values()):
         return "image-classification"
+    for task, roles in COLUMNS.items():
+        if all(_named(known.values(), names) for names in roles.values()):
+            return task
     chats = {"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"}
     if any(names <= known.keys() for names in chats):
         return "causal-lm"
+    if guess_score(known.values()):
+        return "text-regression"
+    if guess_label_sets(known.values()):
+        return "multi-label-classification"
     return "sequence-classification" if guess_label(known.values(), rows, ()) else "causal-lm"
+
+
+def guess_role(columns: Iterable[Column], task: str, key: str) -> str | None:
+    """Return the column for a key of a task of ``COLUMNS``; None without a usual name."""
+    return _named(columns, COLUMNS[task][key])
+
+
+def guess_score(columns: Iterable[Column]) -> str | None:
+    """Return a column of numbers to predict: one with a usual name that has fractions."""
+    return _named((each for each in columns if each.kind == "fraction"), _SCORES)
+
+
+def guess_label_sets(columns: Iterable[Column]) -> str | None:
+    """Return a column of lists of labels: one with a usual name."""
+    return _named((each for each in columns if each.kind == "other"), _LABELS)
 
 
 def guess_image(columns: Iterable[Column]) -> str | None:
@@ -184,6 +226,8 @@ def _column(table: Dataset, name: str) -> Column:
         return Column(name, "image", 0, 0.0, first[:40])
     length = sum(map(len, texts)) / len(texts) if texts else 0.0
     kind = "text" if texts else "number"
+    if any(isinstance(value, float) and value % 1 for value in known):
+        kind = "fraction"
     return Column(name, kind, len(known), length, first[:40], name in texts or _is_number(name))
 
 

@@ -11,9 +11,18 @@ import yaml
 
 from fedmerge_peft.util.text import printable
 
+_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+_DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODELS = {
-    "sequence-classification": "sentence-transformers/all-MiniLM-L6-v2",
-    "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "sequence-classification": _ENCODER,
+    "multi-label-classification": _ENCODER,
+    "text-regression": _ENCODER,
+    "token-classification": _ENCODER,
+    "question-answering": _ENCODER,
+    "sentence-embedding": _ENCODER,
+    "causal-lm": _DECODER,
+    "preference": _DECODER,
+    "seq2seq-lm": "google-t5/t5-small",
     "image-classification": "google/vit-base-patch16-224-in21k",
 }
 """A small model of each task."""
@@ -78,6 +87,18 @@ _ABOUT = {
     "image": "the column with the image, or its path",
     "prompt": "the column with the prompt",
     "completion": "the column with the text to learn",
+    "target": "the column with the text or the number to predict",
+    "labels": "the column with the list of labels",
+    "words": "the column with the list of words",
+    "tags": "the column with the tag of each word",
+    "question": "the column with the question",
+    "context": "the column with the text that has the answer",
+    "answers": "the column with the answers and their places",
+    "source": "the column with the text to read",
+    "anchor": "the column with the text to search by",
+    "positive": "the column with the text to find",
+    "chosen": "the column with the better answer",
+    "rejected": "the column with the worse answer",
 }
 
 

@@ -27,7 +27,7 @@ VERBS = (
         "data",
         "personalize",
     ),
-    *("export", "init", "report", "doctor", "verify"),
+    *("export", "init", "report", "doctor", "verify", "chat", "estimate"),
 )
 HEAVY = {
     "torch",

@@ -293,7 +293,7 @@ def test_broken_files_and_empty_folders_are_refused_with_the_cause(tmp_path):
 def test_unknown_embedded_data_are_named():
     assert faults("embedded:support-ticket") == (
         "data.path: there is no embedded:support-ticket (did you mean support-tickets?); "
-        "the embedded data sets are support-tickets"
+        "the embedded data sets are support-tickets, assistants"
     )
 
 

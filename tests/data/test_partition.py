@@ -318,9 +318,11 @@ def test_a_list_counts_by_its_first_value():
     lists = Dataset.from_dict({"labels": [["b", "a"], ["a"], ["c", "b"]]})
     named = lists.cast_column("labels", List(ClassLabel(names=["c", "b", "a"])))
     for table, names in ((lists, ["a", "b", "c"]), (named, ["c", "b", "a"])):
-        numbers, found = encode_classes({"train": table}, "labels", "data.partition.by")
+        numbers, found = encode_classes({"train": table}, "labels", "by", lists=True)
         assert found == names
         assert [names[number] for number in numbers["train"]] == ["b", "a", "c"]
     empty = Dataset.from_dict({"labels": [["a"], []]})
     with pytest.raises(DataError, match="labels is empty in 1 of the 2 train rows"):
-        encode_classes({"train": empty}, "labels", "data.partition.by")
+        encode_classes({"train": empty}, "labels", "by", lists=True)
+    with pytest.raises(DataError, match="the column labels has the type list<"):
+        encode_classes({"train": lists}, "labels", "by")

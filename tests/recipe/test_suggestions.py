@@ -63,7 +63,7 @@ def test_tasks_are_known_by_their_other_names(written, guess, minimal, faults):
         "strategy: fedopt",
         "strategy: fedbn",
         "strategy: scaffold",
-        "task: token-classification",
+        "task: object-detection",
         "training: {optimizer: lion}",
     ],
 )

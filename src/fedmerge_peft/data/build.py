@@ -113,7 +113,7 @@ def _partition(
             "examples; lower data.partition.clients, or relax data.filter"
         )
     by = getattr(scheme, "by", None)
-    tables = Splits(splits, label, seed, by)
+    tables = Splits(splits, label, seed, by, scheme.counts_lists)
     entry = PARTITIONS[scheme.scheme]
     with entry.named_in_errors("partition scheme"):
         per_split = entry.load()(scheme, tables)

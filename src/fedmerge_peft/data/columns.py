@@ -121,7 +121,7 @@ def value_names(dataset: Dataset, column: str, key: str) -> list[str]:
 
 
 def encode_classes(
-    splits: Mapping[str, Dataset], column: str, key: str
+    splits: Mapping[str, Dataset], column: str, key: str, *, lists: bool = False
 ) -> tuple[dict[str, Indices], list[str]]:
     """Number the distinct values of a column in the training split, in sorted order.
 
@@ -129,15 +129,20 @@ def encode_classes(
         splits: Data sets by split, including ``train``.
         column: Column.
         key: Recipe key that names the column, for error messages.
+        lists: True to count a list by its first value.
 
     Returns:
         Class numbers ``(rows,)`` of each split, and the names of the C classes. A value that does
-        not occur in the training split has the number -1. Of a list, the first value counts.
+        not occur in the training split has the number -1.
 
     Raises:
         DataError: The column does not exist, is nested, or has nulls or inexact numbers.
     """
-    firsts = {split: first_of_lists(dataset, column) for split, dataset in splits.items()}
+    firsts = (
+        {split: first_of_lists(dataset, column) for split, dataset in splits.items()}
+        if lists
+        else splits
+    )
     columns = {split: read_column(dataset, column, key) for split, dataset in firsts.items()}
     for split, entries in columns.items():
         missing = pc.sum(pc.is_null(entries, nan_is_null=True)).as_py() or 0

@@ -42,6 +42,7 @@ class Splits:
         label: The task's label column; None if examples have no label.
         seed: The recipe's seed.
         by: Column with the classes, from the scheme's section; None for the label column.
+        lists: True if a list in this column counts by its first value.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Splits:
         label: str | None = None,
         seed: int = 0,
         by: str | None = None,
+        lists: bool = False,
     ) -> None:
         self.tables = tables
         self.label = label
         self.seed = seed
         self._by = by
+        self._lists = lists
 
     def rng(self, split: str) -> np.random.Generator:
         """Return a new random generator for one split; its stream is the same in each call."""
@@ -89,7 +92,7 @@ class Splits:
                 f"{join_values(self.tables['train'].column_names)}) or data.partition.scheme=iid"
             )
         key = "task.label" if self._by is None else "data.partition.by"
-        return encode_classes(self.tables, by, key)
+        return encode_classes(self.tables, by, key, lists=self._lists)
 
 
 def partition_alike(splits: Splits, clients: Sequence[ClientRows]) -> Assigned:

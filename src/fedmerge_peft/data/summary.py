@@ -223,7 +223,8 @@ def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.i
         return np.zeros((len(data.clients), 0), dtype=np.int64), []
     # Labels that occur in evaluation rows only would make empty columns.
     trained = np.concatenate([client.train for client in data.clients])
-    numbers, names = encode_classes({"train": data.table.select(trained)}, column, "column")
+    splits = {"train": data.table.select(trained)}
+    numbers, names = encode_classes(splits, column, "column", lists=True)
     ends = np.cumsum([client.size for client in data.clients])[:-1]
     positions = np.split(np.arange(len(trained)), ends)
     return class_counts(positions, numbers["train"], len(names)), names

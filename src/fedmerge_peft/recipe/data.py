@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -42,6 +42,9 @@ class PartitionRecipe(Section):
     scheme: str = ""
     """Name of the scheme."""
 
+    counts_lists: ClassVar[bool] = False
+    """True if a list in the column ``by`` counts by its first value."""
+
     def summary(self) -> str:
         """Summarize the clients, in a few words."""
         return f"{getattr(self, 'clients', 'some')} clients, {self.scheme}"
@@ -57,6 +60,7 @@ class IidRecipe(PartitionRecipe):
 class DirichletRecipe(PartitionRecipe):
     """Each class is distributed over the clients by a Dirichlet distribution (Yurochkin 2019)."""
 
+    counts_lists = True
     clients: Count
     """Number of clients."""
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import Field
@@ -11,39 +10,6 @@ from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Count
 from fedmerge_peft.recipe.tasks import TaskRecipe
-
-_ENTITIES = "fedmerge_peft.tasks.entity_metrics"
-METRICS.add(
-    "entity_f1",
-    f"{_ENTITIES}:entity_f1",
-    about="Harmonic mean of entity_precision and entity_recall.",
-    of=("tags",),
-    range=(0.0, 1.0),
-    entities=True,
-)
-METRICS.add(
-    "entity_precision",
-    f"{_ENTITIES}:entity_precision",
-    about="Fraction of the predicted entities that are right, with type and borders.",
-    of=("tags",),
-    range=(0.0, 1.0),
-    entities=True,
-)
-METRICS.add(
-    "entity_recall",
-    f"{_ENTITIES}:entity_recall",
-    about="Fraction of the entities that are found, with type and borders.",
-    of=("tags",),
-    range=(0.0, 1.0),
-    entities=True,
-)
-METRICS.add(
-    "tag_accuracy",
-    f"{_ENTITIES}:tag_accuracy",
-    about="Fraction of the words with the right tag.",
-    of=("tags",),
-    range=(0.0, 1.0),
-)
 
 TagMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tags"}))]
 
@@ -76,37 +42,6 @@ TASKS.add(
 
 # ---- text-regression -----------------------------------------------------------------------------
 
-_VALUES = "fedmerge_peft.tasks.value_metrics"
-METRICS.add(
-    "mse",
-    f"{_VALUES}:mse",
-    about="Mean squared error; lower is better.",
-    of=("values",),
-    range=(0.0, math.inf),
-    greater_is_better=False,
-)
-METRICS.add(
-    "mae",
-    f"{_VALUES}:mae",
-    about="Mean absolute error; lower is better.",
-    of=("values",),
-    range=(0.0, math.inf),
-    greater_is_better=False,
-)
-METRICS.add(
-    "pearson",
-    f"{_VALUES}:pearson",
-    about="Pearson's correlation of predicted and true values, from -1 to 1.",
-    of=("values",),
-    range=(-1.0, 1.0),
-)
-METRICS.add(
-    "spearman",
-    f"{_VALUES}:spearman",
-    about="Correlation of the ranks of predicted and true values, from -1 to 1.",
-    of=("values",),
-    range=(-1.0, 1.0),
-)
 ValueMetric = Annotated[str, NameIn(METRICS, of=frozenset({"values"}))]
 
 
@@ -134,28 +69,6 @@ TASKS.add(
 
 # ---- multi-label-classification ------------------------------------------------------------------
 
-_SETS = "fedmerge_peft.tasks.label_set_metrics"
-METRICS.add(
-    "micro_f1",
-    f"{_SETS}:micro_f1",
-    about="F1 of all pairs of an example and a label together.",
-    of=("label_sets",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "macro_f1",
-    f"{_SETS}:macro_f1",
-    about="F1 of each label, averaged with equal weights.",
-    of=("label_sets",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "average_precision",
-    f"{_SETS}:average_precision",
-    about="Area under the curve of precision and recall of each label, averaged (macro).",
-    of=("label_scores",),
-    range=(0.0, 1.0),
-)
 LabelSetMetric = Annotated[str, NameIn(METRICS, of=frozenset({"label_sets", "label_scores"}))]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import Field
@@ -10,21 +9,6 @@ from pydantic import Field
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.tasks import CausalLMRecipe, CompletionRecipe, TaskRecipe
-
-METRICS.add(
-    "reward_accuracy",
-    "fedmerge_peft.tasks.metrics:reward_accuracy",
-    about="Fraction of the pairs whose chosen completion has the higher reward.",
-    of=("rewards",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "reward_margin",
-    "fedmerge_peft.tasks.metrics:reward_margin",
-    about="Mean difference of the rewards of the chosen and the rejected completions.",
-    of=("rewards",),
-    range=(-math.inf, math.inf),
-)
 
 RewardMetric = Annotated[str, NameIn(METRICS, of=frozenset({"rewards"}))]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,54 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import AfterValidator, Field
 
 from fedmerge_peft.plugins import METRICS, TASKS
+from fedmerge_peft.recipe import metrics as _  # noqa: F401 (registered before the sections below)
 from fedmerge_peft.recipe.generation import GenerationSettings
 from fedmerge_peft.recipe.registered import NameIn, OneOf
 from fedmerge_peft.recipe.section import Count, Labels, Section
-
-_ARITHMETIC = "fedmerge_peft.tasks.metrics"
-METRICS.add(
-    "perplexity",
-    f"{_ARITHMETIC}:perplexity",
-    about="exp of the mean loss; lower is better.",
-    of=("loss",),
-    range=(0.0, math.inf),
-    greater_is_better=False,
-)
-METRICS.add(
-    "accuracy",
-    f"{_ARITHMETIC}:accuracy",
-    about="Fraction of the classes or tokens that are predicted correctly.",
-    of=("classes", "tokens"),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "f1",
-    f"{_ARITHMETIC}:f1",
-    about="F1 of each class, averaged with equal weights (macro).",
-    of=("classes",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "matthews_correlation",
-    f"{_ARITHMETIC}:matthews_correlation",
-    about="Correlation of predicted and expected classes, from -1 to 1.",
-    of=("classes",),
-    range=(-1.0, 1.0),
-)
-METRICS.add(
-    "exact_match",
-    f"{_ARITHMETIC}:exact_match",
-    about="Fraction of the generated texts that equal the references.",
-    of=("texts",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "rougeL",
-    f"{_ARITHMETIC}:rouge_l",
-    about="F-measure of the longest common subsequence of words, in any script.",
-    of=("texts",),
-    range=(0.0, 1.0),
-)
 
 ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes"}))]
 LanguageMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tokens", "texts", "loss"}))]
@@ -196,7 +151,7 @@ class CausalLMRecipe(CompletionRecipe):
     """Template of the prompt, with instruction and input as fields in Python's format syntax. A
     paragraph whose only field is empty is omitted."""
     metrics: Annotated[list[LanguageMetric], Field(min_length=1)] = ["perplexity"]
-    """Metrics. Tables and log lines show the first. exact_match and rougeL generate text
+    """Metrics. Tables and log lines show the first. Those of texts, such as rougeL, generate them
     (slower)."""
 
     def to_predict(self, format: str | None) -> Self:

@@ -12,59 +12,6 @@ from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Boolean, Count, CountOrZero
 from fedmerge_peft.recipe.tasks import LanguageMetric, TaskRecipe
 
-_TEXTS = "fedmerge_peft.tasks.text_metrics"
-METRICS.add(
-    "bleu",
-    f"{_TEXTS}:bleu",
-    about="BLEU of all generated texts, by sacrebleu.",
-    of=("texts",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "chrf",
-    f"{_TEXTS}:chrf",
-    about="chrF of all generated texts, the F-score of character n-grams, by sacrebleu.",
-    of=("texts",),
-    range=(0.0, 1.0),
-)
-
-
-METRICS.add(
-    "squad_f1",
-    f"{_TEXTS}:squad_f1",
-    about="F1 of the words of each answer, as SQuAD's.",
-    of=("answers",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "squad_exact_match",
-    f"{_TEXTS}:squad_exact_match",
-    about="Fraction of the answers that equal a reference, as SQuAD's.",
-    of=("answers",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "mrr",
-    f"{_TEXTS}:mean_reciprocal_rank",
-    about="Mean reciprocal rank of the nearest positive among the texts of the split.",
-    of=("vectors",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "recall_at_1",
-    f"{_TEXTS}:recall_at_1",
-    about="Fraction of the anchors whose nearest text is a positive.",
-    of=("vectors",),
-    range=(0.0, 1.0),
-)
-METRICS.add(
-    "recall_at_10",
-    f"{_TEXTS}:recall_at_10",
-    about="Fraction of the anchors with a positive among the 10 nearest texts.",
-    of=("vectors",),
-    range=(0.0, 1.0),
-)
-
 AnswerMetric = Annotated[str, NameIn(METRICS, of=frozenset({"answers"}))]
 RetrievalMetric = Annotated[str, NameIn(METRICS, of=frozenset({"vectors"}))]
 

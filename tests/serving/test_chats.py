@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig
 
-from fedmerge_peft import Recipe, RunError, federate
+from fedmerge_peft import BackboneError, Recipe, Run, RunError, federate
 from fedmerge_peft.cli import main
 from fedmerge_peft.serving.conversation import Conversation
 from fedmerge_peft.serving.export import export_all, export_client, export_soup
@@ -156,6 +156,17 @@ def test_vllm_serves_one_adapter_for_each_client(chats, tmp_path):
         assert config["base_model_name_or_path"] == module["base_model_name"] == "acme/base"
     assert "serve.sh" in (folder / "SHA256SUMS").read_text()
     assert stat.S_ISREG(script.stat().st_mode)
+
+
+def test_a_server_runs_no_code_of_the_model_without_consent(chats):
+    """A run directory is data: its recipe alone does not put the flag into a script."""
+    run = Run.open(chats.path)
+    asking = chats.recipe.replace(["backbone.trust_remote_code=true"])
+    run._load_recipe = lambda path: asking
+    with pytest.raises(BackboneError, match="may run code that comes with it"):
+        serve_script(run, {CLIENT: "clinic"}, "acme/base")
+    run.trust_remote_code = True
+    assert "--trust-remote-code" in serve_script(run, {CLIENT: "clinic"}, "acme/base")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def serve_script(
         options.append(f"--chat-template {shlex.quote(f'{first}/chat_template.jinja')}")
     if (revision := run.recipe.backbone.revision) is not None:
         options.append(f"--revision {shlex.quote(revision)}")
-    if run.recipe.backbone.trust_remote_code:
+    if run.trusted_recipe.backbone.trust_remote_code:
         options.append("--trust-remote-code")
     modules = [
         shlex.quote(json.dumps({"name": name, "path": folder, "base_model_name": base}))

@@ -161,13 +161,14 @@ def test_a_saved_soup_merges_what_the_strategy_serves(clients, tmp_path, setting
         assert float((plain - served).norm()) > 0.01 * float(served.norm())
 
 
-@pytest.mark.parametrize("damage", ["columns", "adapters", "finite"])
+@pytest.mark.parametrize("damage", ["columns", "range", "adapters", "finite"])
 def test_damaged_blocks_of_a_soup_are_told(clients, tmp_path, damage):
     strategy = make(clients, blocks="layers", start="independent", adapters=3)
     play(strategy, clients, 1)
     blocks = strategy.soup.blocks
     wrong = {
         "columns": replace(blocks, blocks=Blocks(blocks.blocks.of[:-1])),
+        "range": replace(blocks, blocks=Blocks(blocks.blocks.of + 2**62)),
         "adapters": replace(blocks, offsets=blocks.offsets[..., :-1]),
         "finite": replace(blocks, offsets=blocks.offsets * torch.nan),
     }[damage]

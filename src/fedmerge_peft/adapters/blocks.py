@@ -125,7 +125,8 @@ class BlockWeights:
     ) -> BlockWeights:
         """Return the weights of a file. Raises ``ValueError`` if they do not fit the soup."""
         of, offsets = tensors["of"], tensors["offsets"]
-        if of.dtype != torch.int64 or of.shape != (layout.size,) or bool((of < 0).any()):
+        fits = of.dtype == torch.int64 and of.shape == (layout.size,) and layout.size > 0
+        if not fits or bool(((of < 0) | (of >= layout.size)).any()):
             raise ValueError("its blocks do not fit its layout")
         blocks = Blocks(of)
         if (

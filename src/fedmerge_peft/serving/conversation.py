@@ -45,7 +45,7 @@ class Conversation:
             raise RunError(f"the run {no_client(client, run.client_names)}")
         self._client = client
         self._predictor = Predictor(run, best=best, device=device)
-        self._begin: list[Message] = [] if system is None else [role("system", system)]
+        self._begin: list[Message] = [] if system is None else [message("system", system)]
         self.messages = [*self._begin]
         """Messages so far, including the answers."""
 
@@ -59,12 +59,12 @@ class Conversation:
         Raises:
             DataError: The chat template rejects the chat. The message is not kept.
         """
-        messages = [*self.messages, role("user", text)]
+        messages = [*self.messages, message("user", text)]
         try:
             answer = self._predictor.stream(self._client, messages, on_text)
         except DataError as error:
             raise DataError(str(error).removeprefix("input 0: ")) from error
-        self.messages = [*messages, role("assistant", answer)]
+        self.messages = [*messages, message("assistant", answer)]
         return answer
 
     def restart(self) -> None:
@@ -72,6 +72,6 @@ class Conversation:
         self.messages = [*self._begin]
 
 
-def role(name: str, content: str) -> Message:
+def message(role: str, content: str) -> Message:
     """Return a message."""
-    return {"role": name, "content": content}
+    return {"role": role, "content": content}

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Prediction = dict[str, Any] | str
-"""What ``Task.answers`` returns, such as ``{"label": name, "score": probability}``, or the
-completion of a language model."""
+"""Result of ``Task.answers``, such as ``{"label": name, "score": number}``, or a completion."""
 
 _MAX_CLIENTS = 16
 """Clients per forward pass; beyond it, the adapters' memory outweighs the time saved."""

@@ -60,23 +60,30 @@ class BlockLogits(Stateful):
 
     def weights(self) -> Tensor:
         """Return π, ``(m, B, d)`` float32."""
-        return torch.softmax((self.logits / self.temperature).double(), dim=-1).float()
+        return self._softmax(self.logits)
 
     def mean(self) -> Tensor:
         """Return the mean of π over the columns, ``(m, d)`` float32."""
-        return torch.einsum("b,mbd->md", self.blocks.shares, self.weights().double()).float()
+        return self._mean(self.weights())
 
     def offsets(self) -> BlockWeights:
         """Return what the soup adds to adapters that are merged with ``mean``."""
-        return BlockWeights(self.blocks, self.weights() - self.mean()[:, None])
+        weights = self.weights()
+        return BlockWeights(self.blocks, weights - self._mean(weights)[:, None])
 
     def merge(self, rows: Tensor, client: int) -> Tensor:
         """Return the adapter ``(P,)`` of a client, merged from Θ ``(d, P)``."""
-        weights = torch.softmax((self.logits[client] / self.temperature).double(), dim=-1).to(rows)
+        weights = self._softmax(self.logits[client])
         merged = torch.empty_like(rows[0])
         for block, columns in enumerate(self.blocks.columns):
             merged[columns] = weights[block] @ rows[:, columns]
         return merged
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        return torch.softmax((logits / self.temperature).double(), dim=-1).float()
+
+    def _mean(self, weights: Tensor) -> Tensor:
+        return torch.einsum("b,mbd->md", self.blocks.shares, weights.double()).float()
 
     def step(self, rows: Tensor, clients: Tensor, deltas: Tensor, shares: Tensor) -> None:
         """Step the logits of these clients along G.

@@ -17,6 +17,7 @@ _SPEED = (
     "training.device",
     "training.prefix_cache",
     "training.prefix_disk",
+    "training.packing",
     "training.clients_per_batch",
 )
 _IRRELEVANT = (

@@ -41,6 +41,7 @@ from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.training.labeled_head import labeled_head
 from fedmerge_peft.training.loop import Job, train
+from fedmerge_peft.training.packing_trial import can_pack
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.prefix_disk import disk_cache
@@ -131,9 +132,8 @@ class LocalEngine:
                 recipe.backbone, recipe.lora, task, folder, accelerator.device, recipe.seed
             )
         try_inputs(task, backbone, accelerator, recipe.backbone.model)
-        examples = task.encode(data.table)
         with accelerator.autocast():
-            examples = task.finish(backbone.model, examples, backbone.device)
+            examples = task.finish(backbone.model, task.encode(data.table), backbone.device)
         runtime = Runtime(backbone, task, accelerator, examples)
         warn_of_cuts(runtime.examples, rows_by_split(data.clients))
         check_task(task, recipe, data.clients)
@@ -141,6 +141,7 @@ class LocalEngine:
         if len(rows):
             runtime.first_token = cut_to_first_token(runtime, rows)
             runtime.head = labeled_head(runtime, rows)
+            runtime.packed = recipe.training.packing and can_pack(runtime, rows, recipe)
         gigabytes = recipe.training.prefix_cache
         if backbone.prefix is not None and gigabytes > 0:
             groups, disk = held_parts(data.clients), disk_cache(recipe)
@@ -183,7 +184,7 @@ class LocalEngine:
         sections = ("seed", "task", "backbone", "lora", "data")
         if any(getattr(ours, section) != getattr(theirs, section) for section in sections):
             return None
-        keys = ("device", "mixed_precision", "prefix_cache", "prefix_disk")
+        keys = ("device", "mixed_precision", "prefix_cache", "prefix_disk", "packing")
         if any(getattr(ours.training, key) != getattr(theirs.training, key) for key in keys):
             return None
         engine = copy(self)

@@ -30,6 +30,7 @@ _IRRELEVANT = (
     "training.device",
     "training.prefix_cache",
     "training.prefix_disk",
+    "training.packing",
     "training.clients_per_batch",
 )
 """Keys that change nothing about a baseline's results but rounding."""

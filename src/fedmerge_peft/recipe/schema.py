@@ -139,6 +139,11 @@ class TrainingRecipe(Section):
     """GB of disk for these inputs in the cache folder (models.md), for later runs with the same
     model and examples; 0 for none. Texts can be reconstructed from them (privacy.md). The variable
     `FEDMERGE_PREFIX_DISK` replaces the value. The results are the same, bit for bit."""
+    packing: Boolean = False
+    """Let short examples of a batch share a row, instead of padding each to the longest. Attention
+    stays within an example, and the results are the same up to rounding, except for dropout masks.
+    Before training, the model's logits are compared with those of padded batches; models for which
+    they differ are refused."""
     clients_per_batch: Count | Literal["auto"] = "auto"
     """Number of clients that train in one forward pass, each with its own adapter and batch.
     Results are equal up to rounding, except for dropout masks, which are drawn per pass. auto: 3 to

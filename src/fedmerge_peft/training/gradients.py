@@ -116,7 +116,7 @@ def _accumulate_stack(
     divisors = torch.from_numpy(counts)[:, None]
     for rows, batch, weights in passes:
         labels, inputs = runtime.to_device(batch)
-        logits = shifted(runtime.logits(stack.model, rows, inputs, labels), offsets)
+        logits = shifted(runtime.logits(stack.model, rows, inputs, labels, len(stack)), offsets)
         losses = _losses_by_adapter(runtime, logits, labels, len(stack))
         shares = (weights / divisors).to(losses)
         parts = (losses * shares).sum(dim=1)

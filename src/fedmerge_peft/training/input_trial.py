@@ -35,6 +35,12 @@ Outputs = list[Tensor]
 Run = Callable[[Indices], Outputs]
 
 
+def tolerance(backbone: Backbone, accelerator: Accelerator) -> float:
+    """Return the largest relative difference between logits of the same examples."""
+    exact = accelerator.mixed_precision == "no" and backbone.model.dtype == torch.float32
+    return _TOLERANCE if exact else _HALF_TOLERANCE
+
+
 @torch.no_grad()
 def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: str) -> None:
     """Set ``task.padding`` and ``task.prompt_padding``, and the model's inputs.
@@ -54,8 +60,7 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
     examples = task.probe()
     if examples is None:
         return
-    exact = accelerator.mixed_precision == "no" and backbone.model.dtype == torch.float32
-    tolerance = _TOLERANCE if exact else _HALF_TOLERANCE
+    allowed = tolerance(backbone, accelerator)
 
     def logits(rows: Indices) -> Outputs:
         batch = task.collate(examples, rows)
@@ -88,10 +93,10 @@ def try_inputs(task: Task, backbone: Backbone, accelerator: Accelerator, name: s
         def set_prompt_padding(padding: Padding) -> None:
             task.prompt_padding = padding
 
-        _choose(logits, set_padding, task.paddings, examples, tolerance, name)
+        _choose(logits, set_padding, task.paddings, examples, allowed, name)
         if task.generates:
             choices = task.prompt_paddings
-            _choose(next_tokens, set_prompt_padding, choices, examples, tolerance, name)
+            _choose(next_tokens, set_prompt_padding, choices, examples, allowed, name)
     finally:
         backbone.load_row(held.to(backbone.device))
 

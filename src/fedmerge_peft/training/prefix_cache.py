@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.models.frozen_prefix import Prefix, prefix_identity
+from fedmerge_peft.models.packing import Packing
 from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
 from fedmerge_peft.training.prefix_disk import computation
 from fedmerge_peft.util.digest import digest
@@ -89,16 +90,23 @@ class PrefixCache:
         """Bytes of the states in memory."""
         return sum(states.nbytes for states in self._states.values())
 
-    def batch_context(self, rows: Indices) -> AbstractContextManager[None]:
+    def batch_context(
+        self, rows: Indices, packing: Packing | None = None
+    ) -> AbstractContextManager[None]:
         """Return a context in which a forward pass on the batch of these rows uses the cache.
 
         Enter it under the autocast of the pass.
+
+        Args:
+            rows: Rows of the table.
+            packing: Places of their tokens in a packed batch; None for a padded one.
         """
         self.prepare(rows)
         prefix = self._backbone.prefix
         if prefix is None or not self.used or (self._part_of[rows] < 0).any():
             return nullcontext()
-        return prefix.replay(self._read(rows))
+        states = self._read(rows)
+        return prefix.replay(states if packing is None else packing.pack(states))
 
     def prepare(self, rows: Indices) -> None:
         """Provide the states of these examples; the first call tries the model.

@@ -17,6 +17,7 @@ from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.models.first_token import FirstToken
 from fedmerge_peft.models.labeled_head import LabeledHead
+from fedmerge_peft.models.packing import Packing
 from fedmerge_peft.recipe.schema import Logits
 from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
 from fedmerge_peft.training.label_logits import client_offset
@@ -49,6 +50,8 @@ class Runtime:
     """Cut of the last layer to the only token that the head reads; None if it reads others."""
     head: LabeledHead | None = None
     """Head of a decoder at labeled positions; None if it needs all positions."""
+    packed: bool = False
+    """True if examples share rows in a pass; ``packing_trial.py`` checks the model."""
 
     @property
     def device(self) -> torch.device:
@@ -113,17 +116,19 @@ class Runtime:
             torch.set_num_threads(usual)
 
     @contextmanager
-    def forward_pass(self, rows: Indices) -> Iterator[None]:
+    def forward_pass(self, rows: Indices, packing: Packing | None = None) -> Iterator[None]:
         """Run a pass on these examples under autocast, prefix cache and cut to the first token."""
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
             if self.cache is not None:
-                stack.enter_context(self.cache.batch_context(rows))
+                stack.enter_context(self.cache.batch_context(rows, packing))
             if self.first_token is not None:
                 stack.enter_context(self.first_token.applied())
             yield
 
-    def logits(self, model: Any, rows: Indices, inputs: Batch, labels: Tensor) -> Tensor:
+    def logits(
+        self, model: Any, rows: Indices, inputs: dict[str, Any], labels: Tensor, adapters: int = 1
+    ) -> Tensor:
         """Run the model on examples and return their logits.
 
         Args:
@@ -131,13 +136,25 @@ class Runtime:
             rows: Rows of the table.
             inputs: Their inputs on the device.
             labels: Their labels on the device.
+            adapters: K, the number of adapters, each of which gets an equal part of the rows.
 
         Returns:
             Output of ``Task.forward`` or, with ``head``, ``(labeled positions, vocabulary)``.
         """
         labeled = None if self.head is None else self.task.labeled_positions(labels)
-        with self.forward_pass(rows):
+        packing = None
+        if self.packed:
+            packing = Packing(inputs["attention_mask"], adapters)
+            inputs = {
+                "input_ids": packing.pack(inputs["input_ids"]),
+                "position_ids": packing.positions,
+                "use_cache": False,  # with a cache, transformers derives no mask from positions
+            }
+            labeled = None if labeled is None else packing.pack(labeled)
+        with self.forward_pass(rows, packing):
             if self.head is None or labeled is None:
-                return self.task.forward(model, inputs)
+                logits = self.task.forward(model, inputs)
+                return logits if packing is None else packing.unpack(logits)
             with self.head.applied(labeled):
-                return self.task.forward(model, inputs)[0]
+                logits = self.task.forward(model, inputs)[0]
+        return logits if packing is None else packing.in_order(logits, labeled)

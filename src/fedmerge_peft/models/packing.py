@@ -1,0 +1,93 @@
+"""Packed batches: examples one after another in rows, with little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Packing:
+    """Places of a padded batch's tokens in rows that hold several examples each.
+
+    No row is longer than the longest example, so attention costs no more than with padding. The
+    positions of a model start at 0 in each example. From them, transformers derives the mask of
+    attention: no token attends to another example (``find_packed_sequence_indices``).
+
+    Args:
+        mask: Attention mask of the padded batch, ``(batch, length)``.
+        adapters: K. Each of K equal parts of the batch gets rows of its own, R of them.
+    """
+
+    def __init__(self, mask: Tensor, adapters: int = 1) -> None:
+        self._shape = mask.shape
+        inside = mask.bool().cpu()
+        lengths = inside.sum(dim=1).tolist()
+        size = len(lengths) // adapters
+        starts = range(0, len(lengths), size)
+        parts = [_first_fit(lengths[start : start + size], max(lengths)) for start in starts]
+        rows = max(len(part) for part in parts)
+        # The place of each token in the padded batch, and in its example; -1 for padding.
+        self._source = torch.full((adapters * rows, max(lengths)), -1)
+        positions = torch.zeros_like(self._source)
+        places = torch.arange(inside.numel()).view(inside.shape)
+        for part, start in enumerate(starts):
+            for row, members in enumerate(parts[part]):
+                end = 0
+                for member in members:
+                    own = places[start + member][inside[start + member]]
+                    columns = slice(end, end := end + len(own))
+                    self._source[part * rows + row, columns] = own
+                    positions[part * rows + row, columns] = torch.arange(len(own))
+        self._source = self._source.to(mask.device)
+        self.positions = positions.to(mask.device)
+        """Position of each token in its example, ``(K R, longest)``; 0 in padding."""
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Move values of a padded batch, ``(batch, length, ...)``, into rows.
+
+        Returns:
+            ``(K R, longest, ...)``; zeros for padding.
+        """
+        packed = values.flatten(0, 1)[self._source.clamp(min=0)]
+        packed[self._source < 0] = 0
+        return packed
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Move values in rows, ``(K R, longest, ...)``, to their places in the padded batch.
+
+        Returns:
+            ``(batch, length, ...)``; zeros for padding.
+        """
+        inside = self._source >= 0
+        padded = values.new_zeros(self._shape.numel(), *values.shape[2:])
+        padded[self._source[inside]] = values[inside]
+        return padded.view(*self._shape, *values.shape[2:])
+
+    def in_order(self, values: Tensor, selected: Tensor) -> Tensor:
+        """Sort values at selected tokens of the rows by the places in the padded batch.
+
+        Args:
+            values: ``(n, ...)``, in the order of the rows.
+            selected: The tokens, ``(K R, longest)`` bool with n True.
+        """
+        return values[self._source[selected].argsort()]
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Distribute items to bins of a capacity, the longest first, each to the first that holds it.
+
+    Returns:
+        Numbers of the items of each bin.
+    """
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        place = next((each for each, left in enumerate(free) if lengths[item] <= left), len(bins))
+        if place == len(bins):
+            bins.append([])
+            free.append(capacity)
+        bins[place].append(item)
+        free[place] -= lengths[item]
+    return bins

@@ -79,7 +79,7 @@ class Setting:
                     entry.get("strategy", method),
                     (*entry.get("overrides", []), *own.get("overrides_of", {}).get(method, [])),
                     tuple(_axis(**axes[axis]) for axis in entry.get("axes", [])),
-                    tuple(common["seeds"][group]),
+                    tuple({**common["seeds"], **own.get("seeds", {})}[group]),
                     entry.get("revision", 0),
                     group == "core",
                 )

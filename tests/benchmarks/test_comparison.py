@@ -157,10 +157,25 @@ def test_rivals_have_four_candidates_and_fedmerge_one_configuration():
                 assert places == list(range(places[0], places[-1] + 1)), "neighbors on the ladder"
 
 
+@pytest.mark.parametrize(("name", "seeds"), [("assistants", 5), ("chats", 3)])
+def test_chats_compare_four_methods_with_fedmerge(name, seeds):
+    from comparison import settings
+
+    (setting,) = settings([name])
+    assert set(setting.methods) == {"fedmerge", "fedavg", "local", "flhc", "ifca"}
+    for method in setting.methods.values():
+        assert len(method.seeds) == seeds
+        choice = tuple(axis.first[0] for axis in method.axes)
+        recipe = setting.recipe(method, choice, setting.tuning_seed)
+        assert recipe.strategy.name == method.strategy
+        assert recipe.lora.layers_to_transform == list(range(20, 30))
+        assert method.strategy != "fedmerge" or recipe.strategy.warm_rounds == 3
+
+
 def test_an_unknown_setting_is_one_message():
     from comparison import settings
 
-    with pytest.raises(SystemExit, match=r"^no setting nosuch; there are cifar100_clusters, "):
+    with pytest.raises(SystemExit, match=r"^no setting nosuch; there are assistants, "):
         settings(["nosuch"])
 
 

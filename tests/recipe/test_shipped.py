@@ -27,9 +27,9 @@ def test_a_shipped_recipe_has_a_description_and_a_seed(recipe):
 
 def test_the_shipped_recipes_are_these():
     expected = (
-        "cifar100_clusters cifar100_dirichlet emotions_multilabel entities_domains flan_tasks "
-        "intents_dirichlet pacs_domains quickstart reading reviews_domains rewriting "
-        "search_embeddings similarity_regression smoke text_tasks"
+        "assistants cifar100_clusters cifar100_dirichlet emotions_multilabel entities_domains "
+        "flan_tasks intents_dirichlet pacs_domains preferences quickstart reading "
+        "reviews_domains rewriting search_embeddings similarity_regression smoke text_tasks"
     )
     assert set(expected.split()) <= set(NAMES)
 

@@ -66,6 +66,12 @@ ON_SHARED_DATA = [
     ("similarity_regression", "stsb.parquet", BERT, 7),
     ("emotions_multilabel", "emotions.parquet", BERT, 20),
     ("flan_tasks", "instruct.parquet", DECODER, 8),
+    (
+        "preferences",
+        "preferences.parquet",
+        [*DECODER, "lora.layers_to_transform=[1]", "training.batch_size=4"],
+        5,
+    ),
     ("rewriting", "seq2seq.parquet", SEQ2SEQ, 10),
     ("reading", "qa.parquet", READING, 2),
     ("search_embeddings", "qa.parquet", BERT, 40),

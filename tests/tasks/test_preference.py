@@ -1,4 +1,4 @@
-"""Preference pairs: encoding, and DPO's loss, gradients and reference against float64."""
+"""Preference pairs: encoding; losses, gradients and rewards of DPO and ORPO against float64."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def recipe(**task):
     )
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return LocalEngine.from_recipe(recipe(), {"train": PAIRS})
+@pytest.fixture(scope="module", params=["dpo", "orpo"])
+def engine(request):
+    return LocalEngine.from_recipe(recipe(loss=request.param), {"train": PAIRS})
 
 
 def rows(engine, count):
@@ -56,24 +56,26 @@ def rows(engine, count):
 
 
 def expected(engine, row, indices):
-    """Losses and rewards of DPO, and the gradient of the mean loss, independently in float64.
+    """Losses, rewards and the gradient of the mean loss, independently in float64.
 
-    The gradient follows from that of the log-probabilities: ∂ℓ/∂ log π(chosen) = −β σ(−Δ), with the
-    opposite sign for the rejected completion. Sequences run one by one, without padding.
+    Sequences run one by one, without padding. The gradient of the log-probabilities is multiplied
+    by the derivatives of the loss with respect to them, which ``dpo`` and ``orpo`` write out.
     """
     backbone, columns = engine.runtime.backbone, engine.runtime.examples.columns
     model = backbone.model.double()
+    of_pair = dpo if engine.recipe.task.loss == "dpo" else orpo
 
     def log_probability(index, side):
         ids, labels = (columns[f"{side}_{name}"][index] for name in ("input_ids", "labels"))
         logits = model(input_ids=ids[None]).logits[0]
         assert logits.dtype == torch.float64
-        total = logits.new_zeros(())
+        total, count = logits.new_zeros(()), 0
         for place in range(1, len(ids)):
             if labels[place] != -100:
                 scores = logits[place - 1]
                 total = total + scores[labels[place]] - torch.logsumexp(scores, dim=0)
-        return total
+                count += 1
+        return total, count
 
     parameters = [each for each in model.parameters() if each.requires_grad]
     for parameter, entry in zip(parameters, backbone.layout.entries, strict=True):
@@ -82,30 +84,54 @@ def expected(engine, row, indices):
     gradient = torch.zeros(len(row), dtype=torch.float64)
     for index in indices:
         with model.disable_adapter(), torch.no_grad():
-            reference = [float(log_probability(index, side)) for side in ("chosen", "rejected")]
-        policy = [log_probability(index, side) for side in ("chosen", "rejected")]
-        pair = [
-            BETA * (float(own.detach()) - of) for own, of in zip(policy, reference, strict=True)
-        ]
-        difference = pair[0] - pair[1]
-        losses.append(math.log1p(math.exp(-difference)))
+            reference = [float(log_probability(index, side)[0]) for side in ("chosen", "rejected")]
+        policy, counts = zip(
+            *(log_probability(index, side) for side in ("chosen", "rejected")), strict=True
+        )
+        values = [float(each.detach()) for each in policy]
+        loss, pair, slopes = of_pair(values, reference, counts)
+        losses.append(loss)
         rewards.append(pair)
-        slope = BETA / (1 + math.exp(difference)) / len(indices)
-        objective = slope * (policy[1] - policy[0])
+        objective = (slopes[0] * policy[0] + slopes[1] * policy[1]) / len(indices)
         parts = torch.autograd.grad(objective, parameters)
         gradient += torch.cat([part.flatten() for part in parts])
     return losses, rewards, gradient
 
 
+def dpo(policy, reference, _):
+    """Loss, rewards, and the derivatives of the loss: ∓β σ(−Δ)."""
+    pair = [BETA * (own - of) for own, of in zip(policy, reference, strict=True)]
+    difference = pair[0] - pair[1]
+    slope = BETA / (1 + math.exp(difference))
+    return math.log1p(math.exp(-difference)), pair, (-slope, slope)
+
+
+def orpo(policy, _, counts):
+    """Loss, rewards, and the derivatives of the loss.
+
+    With odds o = p / (1 − p) of p = exp l, the loss is −l_c + λ log(1 + o_r / o_c); log o has the
+    derivative 1 / (1 − p) with respect to l.
+    """
+    means = [total / count for total, count in zip(policy, counts, strict=True)]
+    odds = [math.exp(mean) / (1 - math.exp(mean)) for mean in means]
+    share = BETA * odds[1] / (odds[0] + odds[1])  # λ σ(−log(o_c / o_r))
+    slopes = [share / (1 - math.exp(mean)) for mean in means]
+    return (
+        -means[0] + BETA * math.log(1 + odds[1] / odds[0]),
+        [BETA * mean for mean in means],
+        ((-1 - slopes[0]) / counts[0], slopes[1] / counts[1]),
+    )
+
+
 @pytest.fixture
-def fresh():
+def fresh(engine):
     """A model that the test may convert to float64."""
-    return LocalEngine.from_recipe(recipe(), {"train": PAIRS})
+    return LocalEngine.from_recipe(engine.recipe, {"train": PAIRS})
 
 
 @pytest.mark.equality
 @pytest.mark.parametrize("adapters", [1, 2])
-def test_losses_and_gradients_are_those_of_dpo(engine, fresh, adapters):
+def test_losses_and_gradients_are_those_of_the_papers(engine, fresh, adapters):
     runtime, indices = engine.runtime, np.array([0, 1, 5])
     own = rows(engine, adapters)
     runtime.backbone.eval()
@@ -140,8 +166,8 @@ def test_the_metrics_are_those_of_the_rewards(engine, fresh):
     assert reward_margin([1.0, 2.0], [0.5, 3.5]) == -0.5
 
 
-def test_the_reference_is_computed_once_and_the_first_loss_is_log_2(engine):
-    runtime = engine.runtime
+def test_the_reference_is_computed_once_and_the_first_loss_is_log_2():
+    runtime = LocalEngine.from_recipe(recipe(), {"train": PAIRS}).runtime
     with torch.no_grad():
         runtime.backbone.load_row(
             runtime.backbone.fresh_row(1)
@@ -154,8 +180,23 @@ def test_the_reference_is_computed_once_and_the_first_loss_is_log_2(engine):
     torch.testing.assert_close(losses, torch.full((4,), math.log(2)), atol=1e-5, rtol=0)
 
 
-def test_clients_learn_preferences_and_complete_prompts(tmp_path):
-    run = federate(recipe(), tmp_path / "run", data=PAIRS)
+def test_orpo_has_no_reference_and_bears_a_certain_completion(task_of):
+    task = task_of("llama", PAIRS, name=NAME, loss="orpo")
+    examples = task.encode(PAIRS)
+    assert task.finish(None, examples, torch.device("cpu")) is examples
+    batch = task.collate(examples, np.array([0]))
+    logits = torch.zeros(2, batch["input_ids"].shape[1], len(task.processor))
+    logits[:, :-1].scatter_(2, batch["input_ids"][:, 1:, None], 1e4)  # probability 1
+    logits.requires_grad_()
+    loss, _ = task.losses(logits, batch["labels"])
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_clients_learn_preferences_and_complete_prompts(tmp_path, loss):
+    run = federate(recipe(loss=loss), tmp_path / "run", data=PAIRS)
     scores = run.scores()
     assert {"test_loss", "test_reward_accuracy", "test_reward_margin"} <= set(
         next(iter(scores.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ RewardMetric = Annotated[str, NameIn(METRICS, of=frozenset({"rewards"}))]
 
 
 class PreferenceRecipe(CompletionRecipe):
-    """Direct preference optimization (DPO) of pairs of a chosen and a rejected completion."""
+    """Preference optimization of pairs of a chosen and a rejected completion."""
 
     prompt: str = "prompt"
     """Column with the prompt: a text, or a list of messages. Chats may lack it; then the messages
@@ -23,14 +23,18 @@ class PreferenceRecipe(CompletionRecipe):
     """Column with the preferred completion: a text, or a list of messages."""
     rejected: str = "rejected"
     """Column with the other completion: a text, or a list of messages."""
+    loss: Literal["dpo", "orpo"] = "dpo"
+    """Loss of a pair. dpo: rewards are relative to the backbone without an adapter. orpo: language
+    modeling of the chosen completion, and the ratio of both odds; it has no reference."""
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """β of DPO: the larger, the closer the model stays to the backbone without an adapter."""
+    """β of DPO: the larger, the closer the model stays to the backbone without an adapter. λ of
+    ORPO: weight of the odds ratio."""
     metrics: Annotated[list[RewardMetric], Field(min_length=1)] = [
         "reward_accuracy",
         "reward_margin",
     ]
     """Metrics. Tables and log lines show the first. The reward of a completion is β times its
-    log-probability relative to that of the backbone."""
+    log-probability relative to that of the backbone; for orpo, λ times its mean log-probability."""
 
     def to_causal_lm(self) -> CausalLMRecipe:
         """Return the section of causal language modeling of either completion."""

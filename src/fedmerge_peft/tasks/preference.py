@@ -1,12 +1,18 @@
-"""Direct preference optimization (DPO): of two completions of a prompt, one is preferred.
+"""Preference optimization: of two completions of a prompt, one is preferred.
 
-With the policy π_θ, the frozen reference π_ref and β > 0 (arXiv 2305.18290, eq. 7), the reward of a
-completion y of the prompt x is
+Direct preference optimization (DPO, arXiv 2305.18290, eq. 7) has a policy π_θ, a frozen reference
+π_ref and β > 0. The reward of a completion y of the prompt x is
 
     r(y) = β (log π_θ(y | x) − log π_ref(y | x))
 
 and the loss of an example is −log σ(r(chosen) − r(rejected)). The reference is the backbone without
 an adapter. Its log-probabilities are computed once, before the first round.
+
+ORPO (arXiv 2403.07691, eqs. 4 to 7) has no reference. With the mean over the |y| tokens
+
+    l(y) = log π_θ(y | x) / |y|,    log odds(y) = l(y) − log(1 − exp l(y))
+
+the loss is −l(chosen) − λ log σ(log odds(chosen) − log odds(rejected)). The reward is λ l(y).
 """
 
 from __future__ import annotations
@@ -142,7 +148,7 @@ class PreferenceTask(CausalLMTask):
 
     @torch.no_grad()
     def finish(self, model: Any, examples: Examples, device: torch.device) -> Examples:
-        """Add the reference's log-probabilities to the examples, ``(2,)`` each.
+        """Add the reference's log-probabilities to the examples, ``(2,)`` each, if there is one.
 
         The reference is the model with its adapter off.
 
@@ -155,6 +161,8 @@ class PreferenceTask(CausalLMTask):
                 f"backbone.model: {self._model} sees the padding of a batch, so two completions of "
                 "different lengths cannot share a pass, as this task needs; choose another model"
             )
+        if self._preference.loss == "orpo":
+            return examples
         model.eval()
         trained = [each for each in model.parameters() if each.requires_grad]
         reference = torch.zeros(len(examples), 2)
@@ -166,7 +174,7 @@ class PreferenceTask(CausalLMTask):
                     name: each.to(device) for name, each in self.collate(examples, rows).items()
                 }
                 labels = batch.pop("labels")
-                scores = self._log_probabilities(self.forward(model, batch), labels)
+                scores, _ = self._log_probabilities(self.forward(model, batch), labels)
                 reference[torch.from_numpy(rows)] = scores.float().cpu()
         for parameter in model.parameters():  # PEFT makes all of an adapter trainable again
             parameter.requires_grad_(False)
@@ -176,7 +184,7 @@ class PreferenceTask(CausalLMTask):
 
     # ---- logits to numbers -----------------------------------------------------------------------
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute −log σ(r(chosen) − r(rejected)).
+        """Compute the loss of each pair.
 
         Args:
             logits: ``(2n, length, vocabulary)``.
@@ -185,8 +193,13 @@ class PreferenceTask(CausalLMTask):
         Returns:
             Losses in nats and ones, both float32 ``(n,)``.
         """
-        chosen, rejected = self._rewards(logits, labels).unbind(dim=1)
-        return -functional.logsigmoid(chosen - rejected), torch.ones_like(chosen)
+        if self._preference.loss == "dpo":
+            chosen, rejected = self._rewards(logits, labels).unbind(dim=1)
+            return -functional.logsigmoid(chosen - rejected), torch.ones_like(chosen)
+        means = self._mean_log_probabilities(logits, labels)
+        chosen, rejected = _log_odds(means).unbind(dim=1)
+        preferred = functional.logsigmoid(chosen - rejected)
+        return -means[:, 0] - self._preference.beta * preferred, torch.ones_like(chosen)
 
     def labeled_positions(self, labels: Tensor) -> Tensor:
         return super().labeled_positions(_token_ids(labels))
@@ -201,12 +214,27 @@ class PreferenceTask(CausalLMTask):
 
     def _rewards(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return r of both completions of each example, ``(n, 2)``."""
-        policy = self._log_probabilities(logits, labels)
-        return self._preference.beta * (policy - labels[..., 0])
+        beta = self._preference.beta
+        if self._preference.loss == "orpo":
+            return beta * self._mean_log_probabilities(logits, labels)
+        policy, _ = self._log_probabilities(logits, labels)
+        return beta * (policy - labels[..., 0])
 
-    def _log_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return log π(y | x), the sum over the completion's tokens, ``(n, 2)`` in nats."""
-        return -super().losses(logits, _token_ids(labels))[0].view(-1, 2)
+    def _mean_log_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return l, the mean of log π over the completion's tokens, ``(n, 2)`` in nats."""
+        sums, counts = self._log_probabilities(logits, labels)
+        return sums / counts
+
+    def _log_probabilities(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log π(y | x) in nats and |y|, the sum and the number of tokens, ``(n, 2)``."""
+        losses, counts = super().losses(logits, _token_ids(labels))
+        return -losses.view(-1, 2), counts.view(-1, 2)
+
+
+def _log_odds(means: Tensor) -> Tensor:
+    """Return l − log(1 − exp l) for l < 0; for 0, the value at the largest number below it."""
+    below = means.clamp(max=-torch.finfo(means.dtype).eps)
+    return below - torch.log(-torch.expm1(below))
 
 
 def _token_ids(labels: Tensor) -> Tensor:

@@ -53,6 +53,14 @@ def test_sizes_are_those_of_the_loaded_model():
     assert found.total == found.backbone + found.adapters + max(found.training, found.evaluation)
 
 
+def test_a_state_of_8_bits_is_a_quarter_and_has_no_company():
+    plain = estimated(recipe(), length=16)
+    made = recipe().replace(["training.optimizer=adamw_8bit", "training.clients_per_batch=4"])
+    found = estimated(made, length=16)
+    assert found.clients == 1
+    assert found.adapters == int(4 * 2.5 * plain.adapter)
+
+
 def _texts():
     from datasets import Dataset
 

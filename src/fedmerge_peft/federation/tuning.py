@@ -139,7 +139,7 @@ def describe(document: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _learning_rate(recipe: Recipe, engine: Engine, epochs: Hyperparameters) -> dict[str, Any]:
     """Return the entry of ``decisions.json`` for the learning rate."""
-    ladder = LADDERS[recipe.training.optimizer]
+    ladder = LADDERS["sgd" if recipe.training.optimizer == "sgd" else "adamw"]
     if recipe.privacy.mode != "none":
         reason = f"without a test, which privacy.mode: {recipe.privacy.mode} would not cover"
         return {"value": ladder[_MIDDLE], "reason": reason}

@@ -91,8 +91,13 @@ class TrainingRecipe(Section):
     """auto (a CUDA GPU if available, else the CPU), cpu, mps, cuda, or cuda:1."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast in training. auto: bf16 (or fp16) on a CUDA GPU, no on other devices."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Local optimizer. Its state is new for each client and round."""
+    optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        "adamw"
+    )
+    """Local optimizer. Its state is new for each client and round. 8bit: AdamW with a state of 8
+    bits instead of 32. paged: the state may move to the CPU's memory. These need a CUDA GPU and the
+    extra `quantization` (bitsandbytes), and were not run on a GPU yet. With an 8-bit state, clients
+    train one at a time."""
     learning_rate: Rate | Literal["auto"] = "auto"
     """Step size of the local optimizer. auto: a range test before the first round trains a new
     adapter on up to four clients at each of several rates, and chooses the rate with the lowest

@@ -11,6 +11,7 @@ import torch
 from fedmerge_peft import distributed
 from fedmerge_peft.errors import DeviceError
 from fedmerge_peft.recipe.schema import TrainingRecipe
+from fedmerge_peft.training.optimization import check_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,12 +104,13 @@ def make_accelerator(training: TrainingRecipe) -> Accelerator:
     precision is therefore reset first, so that a notebook can use several.
 
     Raises:
-        DeviceError: The device or the precision is not available.
+        DeviceError: The device, the precision or the optimizer is not available.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     device = choose_device(training.device)
+    check_optimizer(training.optimizer, device)
     precision = choose_precision(training.mixed_precision, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

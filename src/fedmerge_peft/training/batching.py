@@ -16,6 +16,7 @@ from fedmerge_peft.models.adapter_stack import AdapterStack, stacking_obstacle
 from fedmerge_peft.recipe.schema import Recipe, TrainingRecipe
 from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.training.gradients import accumulate
+from fedmerge_peft.training.optimization import mixes_rows
 from fedmerge_peft.training.runtime import Runtime
 from fedmerge_peft.util.seeds import seeded
 
@@ -84,6 +85,8 @@ def clients_per_batch(runtime: Runtime, training: TrainingRecipe, rows: Indices)
         return 1
     if runtime.accelerator.scaler is not None:
         reason: str | None = "fp16 needs one loss scale for all clients (training.mixed_precision)"
+    elif mixes_rows(training.optimizer):
+        reason = "clients would share scales of the 8-bit state (training.optimizer)"
     elif runtime.task.padding in ("none", "alone"):
         reason = "the model sees padding, so not all examples share a pass"
     else:

@@ -31,6 +31,7 @@ from fedmerge_peft.tasks import Task, task_type
 from fedmerge_peft.tasks.tokenization import load_pretrained
 from fedmerge_peft.tasks.vocabulary import position_limit
 from fedmerge_peft.training.batching import requested_clients
+from fedmerge_peft.training.optimization import mixes_rows
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def estimate(
     if length is None:
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)
         length = limits[0] or min(limit for limit in limits[1:] if limit is not None)
-    shareable = recipe.backbone.quantization is None and not recipe.lora.use_dora
+    quantized = recipe.backbone.quantization is not None or mixes_rows(training.optimizer)
+    shareable = not quantized and not recipe.lora.use_dora
     clients = requested_clients(training, device) if shareable else 1
     with quiet_transformers(), torch.device("meta"):
         base, peft = _model(recipe, config, task)
@@ -165,7 +167,7 @@ def estimate(
         evaluation_batch=batch,
         length=length,
         backbone=weights,
-        adapters=FLOAT32 * size * _rows(training, clients),
+        adapters=int(FLOAT32 * size * _rows(training, clients)),
         training=step + transient,
         evaluation=scores + transient,
     )
@@ -215,13 +217,16 @@ def _replace_tensors(model: nn.Module) -> None:
                     tensors[name] = replaced(tensor)  # type: ignore[assignment]
 
 
-def _rows(training: TrainingRecipe, clients: int) -> int:
+def _rows(training: TrainingRecipe, clients: int) -> float:
     """Return the number of vectors ``(P,)``: the slot, K rows, gradients, optimizer states.
 
     A single client trains in the slot. Several have rows and gradients of their own, and a copy of
-    the gradients while they are added.
+    the gradients while they are added. Moments of 8 bits count as a quarter of a vector.
     """
-    states = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    if training.optimizer == "sgd":
+        states = float(training.momentum > 0)
+    else:
+        states = 0.5 if mixes_rows(training.optimizer) else 2
     slot = 2
     return slot + states if clients == 1 else slot + clients * (3 + states)
 

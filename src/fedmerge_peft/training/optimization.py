@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fedmerge_peft.data.clients import Indices
+from fedmerge_peft.errors import DeviceError
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.util.seeds import derive
 
@@ -64,18 +67,59 @@ def learning_rate(training: TrainingRecipe) -> float:
     return training.learning_rate
 
 
+_BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
+"""Classes in ``bitsandbytes.optim``, by ``training.optimizer``."""
+
+
+def check_optimizer(optimizer: str, device: torch.device) -> None:
+    """Check that an optimizer of bitsandbytes has its GPU and its package.
+
+    Raises:
+        DeviceError: It does not.
+    """
+    if optimizer not in _BITSANDBYTES:
+        return
+    if device.type != "cuda":
+        raise DeviceError(
+            f"training.optimizer: {optimizer} needs a CUDA GPU, but this run uses {device.type}; "
+            "use adamw"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise DeviceError(
+            f"training.optimizer: {optimizer} needs bitsandbytes: "
+            "pip install 'fedmerge-peft[quantization]'"
+        )
+
+
+def mixes_rows(optimizer: str) -> bool:
+    """Return True if a step on one adapter depends on others in the same tensor.
+
+    States of 8 bits have one scale for each block of numbers, and blocks span adapters.
+    """
+    return optimizer in _BITSANDBYTES and optimizer.endswith("8bit")
+
+
 def make_optimizer(
     parameter: torch.nn.Parameter, training: TrainingRecipe
 ) -> torch.optim.Optimizer:
     """Return a new optimizer for flat adapters, ``(K, P)``.
 
-    The optimizers are elementwise: a step on flat rows equals steps on each row's own tensors.
+    All but those that ``mixes_rows`` names are elementwise: a step on flat rows equals steps on
+    each row's own tensors.
     """
     rate = learning_rate(training)
     if training.optimizer == "adamw":
         return torch.optim.AdamW(
             [parameter], lr=rate, weight_decay=training.weight_decay, fused=True
         )
+    if training.optimizer in _BITSANDBYTES:
+        kind = getattr(import_module("bitsandbytes.optim"), _BITSANDBYTES[training.optimizer])
+        made: torch.optim.Optimizer = kind([parameter], lr=rate, weight_decay=training.weight_decay)
+        return made
     return torch.optim.SGD(
         [parameter],
         lr=rate,

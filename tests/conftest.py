@@ -35,7 +35,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def training_is_not_cached(monkeypatch):
-    """Tests share engines, and compare runs on one engine: each run trains by itself."""
+    """Disable the cache of trained adapters, because tests compare runs that share an engine."""
     module = sys.modules.get("fedmerge_peft.engines.training_cache")
     if module is not None:
 

@@ -72,7 +72,7 @@ class Ledger:
         self.read()
 
     def read(self) -> None:
-        """Read the lines that were added since. A line without its line feed is left out."""
+        """Read the complete lines that were added to the file since the last call."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:

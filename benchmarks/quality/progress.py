@@ -1,4 +1,4 @@
-"""What a ledger has of a setting, and what is left to run."""
+"""Finished and missing runs of a setting, by its ledger."""
 
 from __future__ import annotations
 

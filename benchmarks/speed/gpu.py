@@ -339,7 +339,7 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "server": (server_step, 90),
     "qlora": (qlora, 150),
 }
-"""What is measured, most important first, and the seconds that must be left for it."""
+"""Measurements, the most important first, and the seconds that must be left for each."""
 _HEAD = "| row | ratio | range | medians | target |\n|---|---|---|---|---|\n"
 
 

@@ -153,7 +153,7 @@ class Registry:
         del self._entries[name]
 
     def sections(self) -> dict[str, type[Any]]:
-        """Return the sections by name, of the parts that have one."""
+        """Return the sections by name; parts without a section are left out."""
         return {entry.name: entry.recipe for entry in self if entry.recipe is not None}
 
     def __getitem__(self, name: str) -> Entry:

@@ -1,4 +1,4 @@
-"""The GPU benchmark runs at tiny size on a CPU, and says what it leaves out."""
+"""The GPU benchmark runs at tiny size on a CPU, and reports the parts that it leaves out."""
 
 import importlib
 import os

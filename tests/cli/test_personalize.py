@@ -38,7 +38,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def personalize(capsys):
-    """Runs the verb in this process: exit code, standard output, standard error."""
+    """Run the command in this process; return exit code, standard output, standard error."""
 
     def call(*arguments):
         with pytest.raises(SystemExit) as stopped:

@@ -1,4 +1,4 @@
-"""``fedmerge data --show``: what rows became."""
+"""``fedmerge data --show``: rows as tokens."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def blocks(page):
 
 
 def run_line(line, capsys):
-    """Run a command; ``make`` is only planned, ``pip`` skipped, and sites are not started."""
+    """Run a command; ``make`` prints its plan, ``pip`` is skipped, and sites are not started."""
     command = shlex.split(line, comments=True)
     if command[0] == "torchrun":  # of one rank here; tests/engines starts several
         command = ["fedmerge", *command[command.index("fedmerge_peft") + 1 :]]

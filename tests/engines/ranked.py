@@ -59,7 +59,7 @@ SCENARIOS = {
 
 
 def one_client_fails(engine):
-    """The last client's, wherever it trains."""
+    """Let the training of the last client fail."""
     culprit, collate = engine.clients[-1], engine.task.collate
 
     def fail(examples, indices):

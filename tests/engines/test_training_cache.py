@@ -22,7 +22,7 @@ METHODS = [WARM, "strategy=fedavg", "strategy=local"]
 
 @pytest.fixture(autouse=True)
 def training_is_not_cached():
-    """Here it is."""
+    """Cache trained adapters, which the fixture of this name disables in other tests."""
 
 
 @pytest.fixture

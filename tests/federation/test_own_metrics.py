@@ -40,9 +40,9 @@ def test_an_engine_takes_metrics_before_the_run(tmp_path):
     ("result", "fault"),
     [
         (0.5, "the function returned 0.5, expected numbers by name"),
-        ({"accuracy": 0.5}, "'accuracy' is not a free name"),
-        ({"loss": 0.5}, "'loss' is not a free name"),
-        ({3: 0.5}, "3 is not a free name"),
+        ({"accuracy": 0.5}, "the name 'accuracy' is already taken"),
+        ({"loss": 0.5}, "the name 'loss' is already taken"),
+        ({3: 0.5}, "the name 3 is already taken"),
         ({"f": "high"}, "f is text 'high', expected a number"),
     ],
 )

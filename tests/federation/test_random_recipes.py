@@ -27,7 +27,7 @@ INPUTS = {
 
 
 class LateError(BaseException):
-    """Not an ``Exception``, so that no client's failure hides it."""
+    """A run took too long. The class is no ``Exception``, so that no client's failure hides it."""
 
 
 @contextmanager

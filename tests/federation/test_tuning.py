@@ -37,7 +37,7 @@ def client(number, size=10, validation=4):
 class FormulaEngine:
     """Clients whose losses are functions of the rate: ``losses[client](rate)``.
 
-    The trained adapter is 0 - log10(rate), so that scores can tell the rate. New adapters are 0.
+    The trained adapter is 0 - log10(rate), so that scores reveal the rate. New adapters are 0.
     A loss of None is a failure.
     """
 

@@ -1,4 +1,4 @@
-"""Runs that take days are told by their number of optimizer steps before they start."""
+"""Runs that take days are recognized by their number of optimizer steps before they start."""
 
 import logging
 

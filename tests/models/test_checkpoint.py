@@ -218,7 +218,7 @@ def test_a_model_folder_with_an_adapter_is_refused(with_model, tmp_path):
 
 
 def test_an_adapter_that_transformers_loads_with_the_model_is_refused(tmp_path):
-    """As from the hub, whose files are known only after they are loaded."""
+    """A model on the hub: its files are checked only after they are loaded."""
     model = make("bert", "ForSequenceClassification", num_labels=3)
     model.save_pretrained(tmp_path)
     adapter(model, tmp_path)

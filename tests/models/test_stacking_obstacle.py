@@ -1,4 +1,4 @@
-"""Reasons for which adapters of several clients cannot share a pass, told from the model alone."""
+"""Reasons, derived from the model, for which adapters of several clients cannot share a pass."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""What notebooks show: escaped tables, and figures as PNG."""
+"""Views of runs in notebooks: escaped tables, and figures as PNG."""
 
 from html.parser import HTMLParser
 

@@ -20,7 +20,7 @@ DAMAGED = 300
 
 
 def reading(path):
-    """Everything that a run directory tells, in a form that can be compared."""
+    """All content of a run directory, in a form that can be compared."""
     found = []
     run = load_run(path)
     for each in (run, *run.baselines.values()):

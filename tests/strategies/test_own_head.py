@@ -1,4 +1,4 @@
-"""What FedMerge decides by itself: adapters, groups, and the clients' own heads."""
+"""Decisions of FedMerge: the number of adapters, groups, and the clients' own heads."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Whatever a library raises at a boundary becomes one error of one line."""
+"""Every exception of a library becomes one error of one line."""
 
 import builtins
 

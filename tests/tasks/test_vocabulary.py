@@ -1,4 +1,4 @@
-"""Tokenizer, configuration and weights are held against each other before the first client."""
+"""Tokenizer, configuration and weights are checked against each other before training."""
 
 from types import SimpleNamespace
 

@@ -158,7 +158,7 @@ def drop_by_function(bench):
 
 
 def reach_back(bench):
-    """A later layer that uses an earlier one's insides."""
+    """A later layer that uses a tensor inside an earlier one."""
     early, late = bench.backbone.prefix.layers[0], bench.backbone.prefix.first
     seen = {}
     embeddings_of(bench).register_forward_hook(lambda *_: seen.clear())

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """Let torch use two threads, without a wish of the user."""
+    """Let torch use two threads, without ``OMP_NUM_THREADS``."""
     usual = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)

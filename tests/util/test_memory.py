@@ -1,4 +1,4 @@
-"""What does not fit into memory is refused with both numbers, before it is allocated."""
+"""A soup that does not fit into memory is refused with both sizes, before it is allocated."""
 
 import pytest
 

@@ -82,7 +82,7 @@ def _name(kind: Kind, entry: Entry) -> Hashable:
 class BlockWeights:
     """Merging weights by block: θ_ib = Σ_j π_ijb Θ_jb in the columns of block b.
 
-    Files and tables have the mean π_ij over the columns. This class has what to add to it.
+    Files and tables have the mean π_ij over the columns. This class stores the differences from it.
     """
 
     blocks: Blocks
@@ -107,9 +107,9 @@ class BlockWeights:
         return mixed
 
     def spread(self, mask: Tensor) -> BlockWeights:
-        """Return these weights for longer rows, whose columns in a mask ``(P,)`` have them.
+        """Return these weights for longer rows, whose mask ``(P,)`` selects the present columns.
 
-        The other columns are 0 in all adapters, so that their block does not matter.
+        The other columns are 0 in all adapters, so their block does not matter.
         """
         of = torch.zeros(len(mask), dtype=torch.int64)
         of[mask] = self.blocks.of

@@ -107,8 +107,8 @@ class AdapterSoup:
 
         Args:
             weights: π.
-            clients: Weights of the clients, ``(m,)`` or ``(k, m)``, one-hot for a client: of their
-                own parts, and of their weights by block. None leaves both out.
+            clients: Weights over the clients, ``(m,)`` or ``(k, m)``, for their own parts and their
+                weights by block; one-hot for a single client. None leaves both out.
 
         Raises:
             ValueError: The own parts are private, and the weights of the clients do not sum to 1.

@@ -25,8 +25,8 @@ def score_intervals(
 
     Returns:
         Lower and upper limit by client, without clients that have no examples. None if the metric
-        is no share of right examples. Runs do not store the scores of single examples, so other
-        metrics have no interval.
+        is not the fraction of correct examples. Runs do not store the scores of single examples,
+        so other metrics have no interval.
     """
     from scipy.stats import binomtest
 

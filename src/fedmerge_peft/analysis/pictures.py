@@ -1,4 +1,4 @@
-"""A comparison as a figure and as a table, which notebooks show."""
+"""Figure and table of a comparison, for notebooks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def comparison_html(methods: pandas.DataFrame) -> str:
 
 
 def _with_std(methods: pandas.DataFrame, name: str, form: str) -> list[str]:
-    """Format a column with its standard deviation over runs; nan as nothing."""
+    """Format a column with its standard deviation over runs; nan becomes an empty text."""
     pairs = zip(methods[name], methods[f"{name}_std"], strict=True)
     return [
         ""

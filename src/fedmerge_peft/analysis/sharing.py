@@ -42,7 +42,7 @@ def sharing(run: RunDirectory) -> pandas.DataFrame:
 
 
 def known_groups(run: RunDirectory) -> list[str]:
-    """Return each client's group; empty unless there are several, with several clients."""
+    """Return each client's group; empty without several groups, or if each has one client only."""
     groups = [
         "" if group != group or group is None else str(group) for group in run.clients["group"]
     ]

@@ -25,7 +25,7 @@ _SEGMENTS, _TOKENS = 16, 160
 
 
 def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Console) -> None:
-    """Print what training examples became, taken from the clients in turn.
+    """Print the tokens of training examples, which are taken from the clients in turn.
 
     Args:
         recipe: Task and backbone, whose tokenizer is loaded.

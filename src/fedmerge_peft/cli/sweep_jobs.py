@@ -181,7 +181,7 @@ def _job(source: str, values: Sequence[str], out: Path, events: Connection) -> N
 def run_and_report(
     source: str, values: Sequence[str], out: Path, send: Callable[[tuple[Any, ...]], None]
 ) -> None:
-    """Run the recipes of a sweep that no other process is running, and send what happens."""
+    """Run the recipes of a sweep that no other process is running, and send the events."""
     from fedmerge_peft.api import sweep
     from fedmerge_peft.recipe.grid import expand
 

@@ -156,9 +156,9 @@ def _reject_one_label(names: Sequence[str], label: str) -> None:
 
 
 def _check_unseen_labels(numbers: Mapping[str, Indices], label: str, *, reject: bool) -> None:
-    """Count labels that no training example has; reject splits of the whole that have no others.
+    """Warn of labels that no training example has; with ``reject``, refuse splits without others.
 
-    A site's few examples may well have none in common.
+    The splits of a single site may be so small that they have no label in common.
     """
     for split, labels in numbers.items():
         unseen = int((labels < 0).sum())

@@ -30,7 +30,7 @@ def read_clients(pattern: Path, recipe: DataRecipe, image: str | None) -> dict[s
     labels of folders of images become text.
 
     Raises:
-        DataError: There is none, files cannot be read, two have the same name, or they differ in
+        DataError: No file matches, files cannot be read, two have the same name, or they differ in
             splits or columns.
     """
     paths = _matches(pattern)

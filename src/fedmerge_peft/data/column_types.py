@@ -1,4 +1,4 @@
-"""Types of columns, told from all rows of all files."""
+"""Types of columns, inferred from all rows of all files."""
 
 from __future__ import annotations
 

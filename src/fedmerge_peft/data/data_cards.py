@@ -2,7 +2,7 @@
 
 Tables are read as other files are, so that codes with leading zeros stay text in all of them. If
 the card sets further options of a reader, or declares the types of files that have types of their
-own, ``datasets`` reads the files as it says.
+own, ``datasets`` reads the files.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def described_files(source: str, config: str | None, revision: str | None) -> De
 
 
 def load_described(source: str, config: str | None, revision: str | None) -> dict[str, Dataset]:
-    """Load the splits as the card says, with the readers of ``datasets``."""
+    """Load the splits that the card describes, with the readers of ``datasets``."""
     import datasets
 
     loaded = datasets.load_dataset(source, config, revision=revision)

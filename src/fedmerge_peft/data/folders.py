@@ -35,10 +35,10 @@ def walk(folder: Path) -> Iterator[Path]:
 def split_tables(folder: Path, files: Sequence[Path]) -> Splits:
     """Assign tables to splits by the names of the files or folders at the top.
 
-    They are splits if each name begins or ends with that of a split (``train.csv``, ``test/``,
-    ``tickets_train.csv``, ``train-00000-of-00002.parquet``). If no name at the top is, the rule
-    applies within each folder there (``en/train.csv``, ``de/train.csv``). Otherwise all files are
-    the training split.
+    Each name must begin or end with the name of a split (``train.csv``, ``test/``,
+    ``tickets_train.csv``, ``train-00000-of-00002.parquet``). If none does, the same rule is applied
+    within each folder at the top (``en/train.csv``, ``de/train.csv``). If it finds no splits there
+    either, all files are the training split.
 
     Raises:
         DataError: Some names are those of splits for evaluation, others of no split.
@@ -72,7 +72,7 @@ def _split_within(folder: Path, files: Sequence[Path]) -> Splits | None:
 
 
 def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | None:
-    """Return the files of all folders at the top by the splits within each; None if none has any.
+    """Join the splits that each folder at the top contains; return None if no folder has any.
 
     Raises:
         DataError: Some of the folders have splits for evaluation, others have no splits.

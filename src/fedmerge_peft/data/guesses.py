@@ -90,14 +90,14 @@ COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "target": ["target", "summary", "highlights", "tgt"],
     },
 }
-"""Usual names of columns, by task and key. A table with one for each key of a task is for it."""
+"""Usual names of columns, by task and key. A table with a column for each key fits the task."""
 _SCORES = ["score", "similarity", "rating", *_LABELS]
 """Usual names of columns of numbers to predict."""
 _SPLITS = {"train", "training", "validation", "valid", "dev", "test"}
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_LABELS = 200
 _FEWEST_ROWS = 4
-"""Rows that a client has on average; a column with fewer per value is not one of clients."""
+"""Least mean number of rows per value in a column that names clients."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
     if recipe.path.partition(":")[0] == IN_MEMORY:
         raise DataError(
             f"data.path: {recipe.path}: the examples are those of a Python program and are not "
-            "stored; pass them there: federate(recipe, data=...), resume(run, data=...)"
+            "stored; pass them again: federate(recipe, data=...), resume(run, data=...)"
         )
     path = Path(recipe.path).expanduser()
     if is_pattern(path):

@@ -129,7 +129,7 @@ def _read_tables(
 def read_table_files(
     files: Sequence[Path], recipe: DataRecipe, image: str | None, texts: Set[str] = frozenset()
 ) -> dict[Path, Dataset]:
-    """Read tables with types that are told from all of them. Arguments as in ``read_tables``."""
+    """Read tables with types that are inferred from all files. Arguments as in ``read_tables``."""
     from datasets import Dataset
 
     tables = read_tables(files, recipe, texts)

@@ -42,7 +42,7 @@ def is_table(path: Path) -> bool:
 def read_tables(
     files: Sequence[Path], recipe: DataRecipe, texts: Set[str] = frozenset()
 ) -> dict[Path, pa.Table]:
-    """Read tables. The types of text and JSON columns are told from all files together.
+    """Read tables. The types of text and JSON columns are inferred from all files together.
 
     Args:
         files: One or more files with the suffix of a table.

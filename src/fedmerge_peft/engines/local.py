@@ -93,7 +93,7 @@ class LocalEngine:
         ).hex()
 
     def add_metrics(self, compute_metrics: ComputeMetrics) -> None:
-        """Evaluate the metrics of a function too."""
+        """Add the metrics that a function computes to every evaluation."""
         self.task.compute_metrics = compute_metrics
         self.score_cache = ScoreCache()
 
@@ -202,7 +202,7 @@ class LocalEngine:
         return make_strategy_context(self.backbone, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Count training examples by label, clients × labels; None if they have not one each."""
+        """Count training examples by label, clients × labels; None unless each has one label."""
         if self.recipe.task.label_column is None:
             return None
         ids = torch.stack(list(self.runtime.examples.columns["labels"])).numpy()

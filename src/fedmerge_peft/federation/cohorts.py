@@ -47,7 +47,7 @@ def cohort(recipe: Recipe, clients: int, round: int, *, secret: bool = False) ->
 
 
 def amplified(recipe: Recipe) -> bool:
-    """Return whether secret sampling reduces ε: Poisson samples, drawn by a trusted server."""
+    """Return True if secret sampling reduces ε: Poisson samples, drawn by a trusted server."""
     clients = recipe.clients
     return (
         recipe.privacy.mode == "central" and clients.sampling == "poisson" and clients.fraction < 1

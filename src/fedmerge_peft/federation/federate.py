@@ -126,7 +126,9 @@ def _loaded(
 def with_data(
     recipe: Recipe, data: Data | None, engine: Engine | None = None
 ) -> tuple[Recipe, dict[str, Dataset] | None]:
-    """Return a recipe of examples in memory, and their splits; the recipe as it is without them.
+    """Return the recipe with these examples as its data, and their splits.
+
+    Without examples in memory, the recipe is unchanged and the splits are None.
 
     Raises:
         DataError: The examples cannot be used (``take_data``), or the engine has its own.
@@ -142,7 +144,7 @@ def with_data(
 def _same_data(
     run: RunDirectory, recipe: Recipe, data: Data | None, engine: Engine | None
 ) -> dict[str, Dataset] | None:
-    """Return the run's examples in memory by split; None if it has read them from elsewhere.
+    """Return the run's examples in memory by split; None if it reads them from ``data.path``.
 
     Raises:
         ResumeError: The examples are missing, or are not those of the run.
@@ -156,7 +158,7 @@ def _same_data(
         )
     if data is not None and not in_memory:
         raise ResumeError(
-            f"{run.path} has its examples from data.path: {recipe.data.path}; resume it without "
+            f"{run.path} reads its examples from data.path: {recipe.data.path}; resume it without "
             "data"
         )
     given, splits = with_data(recipe, data, engine)

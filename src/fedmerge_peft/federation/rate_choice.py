@@ -52,7 +52,7 @@ def below_lowest(rates: Sequence[float], ratios: NDArray[np.float64]) -> float:
 
 
 def reduces_loss(ratios: NDArray[np.float64]) -> bool:
-    """Return whether a rate reduces the clients' loss by more than two standard errors.
+    """Return True if a rate reduces the clients' loss by more than two standard errors.
 
     Args:
         ratios: ρ at this rate, one number for each client.

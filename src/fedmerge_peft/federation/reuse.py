@@ -33,7 +33,7 @@ _IRRELEVANT = (
     "training.packing",
     "training.clients_per_batch",
 )
-"""Keys that change nothing about a baseline's results but rounding."""
+"""Keys that change a baseline's results by rounding at most."""
 
 
 def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:

@@ -57,7 +57,7 @@ def copy_module(passed: PassedModel, backbone: BackboneRecipe, device: torch.dev
     for option in _NEEDS_TRANSFORMERS:
         if getattr(backbone, option):
             raise BackboneError(
-                f"backbone.{option}: needs a model as transformers builds it, not the "
+                f"backbone.{option}: applies to unchanged models of transformers only, not to the "
                 f"{type(passed.model).__name__} that was passed; remove it"
             )
     with library_errors(

@@ -31,16 +31,16 @@ from fedmerge_peft.util.text import printable
 MAX_CLIENTS = 240
 """Rows of a dumbbell chart; with more clients, every n-th is drawn."""
 _NAMED = 80
-"""Clients up to which every row has a name and its gain."""
+"""Limit on clients for charts in which every row has a name and its gain."""
 _WRAPPED = 30
-"""Clients up to which a name may take two lines."""
+"""Limit on clients for charts in which a name may take two lines."""
 _TALL = 320
 """Height above which the axis is repeated at the top."""
 _RATIO = 20.0
 """Ratio of the greatest to the least score of lower-is-better metrics, above which the axis is
 logarithmic."""
 _NAME = 0.42
-"""Most of the width for names."""
+"""Limit on the fraction of the width that names take."""
 
 
 def dumbbell(drawing: Dumbbell) -> Markup:

@@ -32,14 +32,14 @@ _MAX_HEIGHT = 640
 MAX_ROWS = int(_MAX_HEIGHT / _ROW_HEIGHTS[0])
 """Rows of a heat map; with more, adjacent rows are averaged."""
 MAX_COLUMNS = 80
-"""The same for columns."""
+"""Columns of a heat map; with more, adjacent columns are averaged."""
 _TOP = 8
 _MAX_CELL = 46.0
 """Greatest width of a cell."""
 _GROUPS = 0.24
-"""Most of the width for the names of groups."""
+"""Limit on the fraction of the width that the names of groups take."""
 _CELLS = 0.4
-"""Part of the width that names of rows leave to the cells, if these need it."""
+"""Fraction of the width that is reserved for the cells, if they need it."""
 
 
 def heat(drawing: Heat) -> Markup:

@@ -27,11 +27,11 @@ _LEFT, _TOP, _BOTTOM = 44, 24, 40
 """Margins for y tick labels, the title of the y axis, and x tick labels with the axis title."""
 _HEIGHT = 250
 _DOTS = 12
-"""Most dots of a line."""
+"""Limit on the dots of a line."""
 _KEY = 24
 """Width of a line's sample beside its name."""
 _MAX_LABEL = 100
-"""Width of names up to which they stand at the lines' ends, else in a legend below."""
+"""Largest width of names at the ends of the lines; wider names are in a legend below."""
 
 
 def lines(drawing: Lines) -> Markup:

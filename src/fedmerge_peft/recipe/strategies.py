@@ -109,8 +109,7 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     def _private_heads_are_not_merged(self) -> FedMergeRecipe:
         if self.private_head and self.own_head not in ("auto", 0):
             raise ValueError(
-                "own_head: with head: private, no head is shared that could be weighted against; "
-                "remove one of them"
+                "own_head: needs a shared head, but head is private; remove one of them"
             )
         return self
 

@@ -62,7 +62,7 @@ class TaskRecipe(Section):
 
     @property
     def has_labels(self) -> bool:
-        """True if the data have names of labels, on which sites must agree."""
+        """True if labels have names, on which sites must agree."""
         return self.label_column is not None
 
     @property

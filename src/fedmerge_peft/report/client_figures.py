@@ -16,9 +16,9 @@ from fedmerge_peft.report.methods import Method, Setting, readable
 _MAX_METHODS = 4
 """Methods of a dumbbell chart."""
 _MAX_ROWS = 30
-"""Clients up to which they are in one chart, else in two."""
+"""Limit on the clients of a single chart; more clients are in two charts."""
 _MAX_INTERVALS = 160
-"""Clients up to which intervals are drawn."""
+"""Limit on clients for charts with intervals."""
 _CERTAIN = 100
 """Test examples above which scores have no interval."""
 

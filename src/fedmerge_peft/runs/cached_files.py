@@ -1,4 +1,4 @@
-"""Values that were read from files, and are read again if the files have changed."""
+"""Cache of values that are read from files; a file that has changed is read again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Version = tuple[int, int, int]
 
 
 class CachedFiles:
-    """Cache of the values of files. Callers do not change the values."""
+    """Values by file. Callers must not change them."""
 
     def __init__(self) -> None:
         self._values: dict[Path, tuple[Version, Any]] = {}
 
     def get(self, path: Path, read: Callable[[Path], Any]) -> Any:
-        """Return ``read(path)``; a missing file is read each time."""
+        """Return ``read(path)``, cached until the file changes; a missing file is not cached."""
         version = _version(path)
         known = self._values.get(path)
         if version is not None and known is not None and known[0] == version:

@@ -153,7 +153,7 @@ class LabelCounts:
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.labels) for row in self.counts):
-            raise ValueError("a client has not one count for each label")
+            raise ValueError("a client does not have one count for each label")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def with_model(recipe: Recipe, model: PassedModel | None, engine: Engine | None = None) -> Recipe:
-    """Return a recipe of a model in memory; the recipe as it is without one.
+    """Return the recipe with this model as its backbone; the recipe itself without a model.
 
     Raises:
         BackboneError: The engine has its own model.
@@ -35,17 +35,17 @@ def with_model(recipe: Recipe, model: PassedModel | None, engine: Engine | None 
 
 
 def check_model(run: RunDirectory, given: Recipe, *, needed: bool = True) -> None:
-    """Raise ``ResumeError`` unless a recipe has the run's model, and a model in memory is here.
+    """Raise ``ResumeError`` unless the recipe has the run's model, in memory if it is needed.
 
     Args:
         run: The run.
         given: The run's recipe, with the model that a program has passed now.
-        needed: The model is loaded next.
+        needed: True if the model is about to be loaded.
     """
     expected, now = run.recipe.backbone.model, given.backbone.model
     if expected != now and not is_passed(expected):
         raise ResumeError(
-            f"{run.path} has its model from backbone.model: {expected}; pass none with it"
+            f"{run.path} loads its model from backbone.model: {expected}; do not pass a model"
         )
     if expected != now:
         raise ResumeError(

@@ -16,7 +16,8 @@ def worst_tenth(metric: str, scores: Iterable[float]) -> float:
     """Return the mean of the worst tenth of some scores, at least one; nan without scores.
 
     Args:
-        metric: A task's metric, without ``test_`` or ``validation_``; it tells which end is worse.
+        metric: A task's metric, without ``test_`` or ``validation_``. It determines which scores
+            are worse.
         scores: One score per client.
     """
     known = (score for score in scores if not math.isnan(score))

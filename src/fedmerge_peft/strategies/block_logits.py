@@ -67,7 +67,7 @@ class BlockLogits(Stateful):
         return self._mean(self.weights())
 
     def offsets(self) -> BlockWeights:
-        """Return what the soup adds to adapters that are merged with ``mean``."""
+        """Return the differences from ``mean``, which the soup adds to merged adapters."""
         weights = self.weights()
         return BlockWeights(self.blocks, weights - self._mean(weights)[:, None])
 

@@ -42,8 +42,9 @@ class FedMerge(Strategy):
     ``server_step.py`` defines the step for each rule.
 
     With ``start: warm``, there is one adapter for a few rounds, which then equal FedAvg. After
-    these rounds the directions of the clients' updates tell how many groups of clients there are,
-    and which. The soup step of the same round uses the new π and gives each group its own adapter.
+    these rounds the clients are grouped by the directions of their updates, which also determine
+    the number of groups. The soup step of the same round uses the new π and gives each group its
+    own adapter.
 
     If the clients of a group have different labels, each also gets a head of its own
     (``own_head.py``). It is a second block of merging weights, for the columns of the head.
@@ -51,8 +52,8 @@ class FedMerge(Strategy):
     With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
     block then has its own grouping and steps.
 
-    A few rounds later, validation losses tell whether merging harms (``validation_trial.py``). Then
-    each client gets an adapter of its own, which the others share with small weights.
+    A few rounds later, validation losses decide whether merging harms (``validation_trial.py``). If
+    so, each client gets an adapter of its own, which the others share with small weights.
     """
 
     state_fields = (
@@ -102,7 +103,7 @@ class FedMerge(Strategy):
             self._warming is not None
             and (recipe.adapters, recipe.groups) == ("auto", None)
             and recipe.own_head in ("auto", 0)
-            and not context.aggregator.recipe.defends  # losses are what clients say
+            and not context.aggregator.recipe.defends  # reported losses may be false
         )
         self.trial = ValidationTrial(context.clients) if automatic else None
         """Trial of the groups after the grouping; None if there is none, or when it is over."""
@@ -334,7 +335,7 @@ class FedMerge(Strategy):
             )
 
     def _logits(self, found: Grouping | Tensor) -> Tensor:
-        """Return the first logits ``(k, d)`` of k clients: of a grouping, or in groups ``(k,)``."""
+        """Return the first logits ``(k, d)`` of k clients from a grouping, or groups ``(k,)``."""
         adapters, weight = len(self.soup), self.recipe.warm_weight
         if isinstance(found, Tensor):
             return self.recipe.temperature * group_logits(found, adapters, weight)
@@ -366,7 +367,7 @@ class FedMerge(Strategy):
         return merged if own is None else merged + own.residuals[clients]
 
     def _store_parts(self) -> None:
-        """Update what a saved soup has besides the rows."""
+        """Update the soup's weights by block and own parts, which are saved with its rows."""
         self.soup.blocks = None if self.by_block is None else self.by_block.offsets()
         if self.own_head is not None:
             residuals = self.own_head.residuals(self.weights @ self.soup.rows[:, self.head])

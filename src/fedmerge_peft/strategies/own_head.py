@@ -61,7 +61,7 @@ def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tens
 
     Args:
         counts: Training examples of each client by label, ``(m, classes)``.
-        clients: Clients that were grouped, ``(k,)``; one of them has examples.
+        clients: Clients that were grouped, ``(k,)``; at least one of them has examples.
         groups: Their groups, ``(k,)``.
     """
     known = counts[clients].sum(dim=1) > 0

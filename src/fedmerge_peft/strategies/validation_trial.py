@@ -64,7 +64,7 @@ class ValidationTrial(Stateful):
         """Harm in the round before, ``()`` float64; infinite before the first comparison."""
 
     def lasting(self, found: Comparison) -> bool:
-        """Return whether this harm is at least 0.8 times that of the round before; remember it."""
+        """Return True if this harm is at least 0.8 times that of the round before; store it."""
         before, self.harm = float(self.harm), torch.tensor(found.harm, dtype=torch.float64)
         return found.harm >= _LASTING * before
 

@@ -51,7 +51,7 @@ class AnswerWindows:
     """Tokenizes questions with contexts into overlapping windows, as transformers' example script.
 
     Args:
-        tokenizer: Tokenizer that tells the places of tokens.
+        tokenizer: Tokenizer that returns character offsets (``return_offsets_mapping``).
         length: Length of a window in tokens.
         stride: Tokens of the context that consecutive windows have in common.
         with_types: The model reads token types.
@@ -166,7 +166,7 @@ class AnswerWindows:
 
 
 def _label(places: Sequence[tuple[int, int]], answer: Answer | None, none: int) -> tuple[int, int]:
-    """Return the first and the last token of an answer that is as a whole among these tokens."""
+    """Return the first and last token of an answer; twice ``none`` if the window lacks a part."""
     inside = [number for number, (begin, _) in enumerate(places) if begin >= 0]
     if answer is None or not inside:
         return none, none

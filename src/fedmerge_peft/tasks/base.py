@@ -174,7 +174,7 @@ class Task(ABC):
 
         Args:
             logits: Output of ``forward``: ``(batch, classes)``, ``(batch, length, vocabulary)`` or
-                another. At the True ones of ``labeled_positions`` only: ``(n, vocabulary)``.
+                another. At the ``labeled_positions`` only: ``(n, vocabulary)``.
             labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
 
         Returns:

@@ -74,7 +74,7 @@ def chat_columns(recipe: CausalLMRecipe, table: Dataset) -> list[str]:
     if any(lists) and both:
         chat, other = pair if lists[0] else reversed(pair)
         raise DataError(
-            f"task.format: the column {chat!r} has lists of messages, but {other!r} has not; "
+            f"task.format: the column {chat!r} has lists of messages, but {other!r} does not; "
             "both must be texts, or both lists of {role, content}"
         )
     return []

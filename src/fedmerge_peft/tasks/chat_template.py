@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer, and what it has to write."""
+"""The chat template of a tokenizer, and the parts of a chat that it has to write."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ class ChatTokens:
             disagreeing += [] if agree else [row]
         if disagreeing:
             logger.warning(
-                "in %d of %d chats the chat template marks other text for generation than the "
-                "assistant's messages (first: row %d); the marks decide which tokens have a loss",
+                "in %d of %d chats the parts that the chat template marks as generated differ "
+                "from the assistant's messages (first: row %d); the marked parts have the loss",
                 len(disagreeing),
                 len(chats),
                 disagreeing[0],
@@ -105,7 +105,7 @@ class ChatTokens:
     def _warn_about_prompts(
         self, rows: Sequence[Row], chats: Sequence[Chat], written: Sequence[bool], loss: Loss
     ) -> None:
-        """Count the chats before whose last turn something else stands than for generation."""
+        """Warn of chats whose last turn does not follow the generation prompt."""
         if loss == "all":
             return
         last = {
@@ -129,9 +129,9 @@ class ChatTokens:
         ]
         if other:
             logger.warning(
-                "in %d of %d chats other tokens stand before the assistant's last turn than the "
-                "generation prompt (first: row %d), so generation starts differently from "
-                "training; another task.chat_template may mend it",
+                "in %d of %d chats the assistant's last turn does not follow the generation prompt "
+                "of the chat template (first: row %d), so generation starts differently from "
+                "training; try another task.chat_template",
                 len(other),
                 len(chats),
                 other[0],

@@ -67,8 +67,8 @@ def take_model(
             tensor ``(channels, height, width)``.
 
     Raises:
-        BackboneError: The model is no module, is compiled, holds a PEFT adapter or has no weights
-            in memory; not one of tokenizer and processor is passed with it.
+        BackboneError: The model is not a module, is compiled, holds a PEFT adapter or has no
+            weights in memory; neither or both of tokenizer and processor are passed.
     """
     given = [each for each in (tokenizer, processor) if each is not None]
     if model is None:
@@ -185,7 +185,7 @@ def _parts(model: nn.Module, processor: Any) -> Iterator[Tensor | str]:
 
 
 def behavior(module: nn.Module) -> list[str]:
-    """Return what a module computes besides its weights, as far as texts show it.
+    """Describe a module's computation apart from its weights, as texts.
 
     These are its hooks, the settings of torch's own layers, and the source of other forward passes.
     """

@@ -192,7 +192,7 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
         row = int((ids < 0).argmax())
         raise DataError(
             f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is negative, "
-            "which marks rows without a label on the hub; remove these rows"
+            "as in rows without a label on the hub; remove these rows"
         )
     return ids
 

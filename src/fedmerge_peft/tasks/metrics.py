@@ -77,7 +77,7 @@ def own_scores(
         )
     for name, value in result.items():
         if not isinstance(name, str) or name in ("loss", *names):
-            raise RecipeError([f"metrics: {name!r} is not a free name; choose another"])
+            raise RecipeError([f"metrics: the name {name!r} is already taken; choose another"])
         if not isinstance(value, Real):
             raise RecipeError([f"metrics: {name} is {found(value)}, expected a number"])
     return {name: float(value) for name, value in result.items()}

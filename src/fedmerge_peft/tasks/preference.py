@@ -153,8 +153,8 @@ class PreferenceTask(CausalLMTask):
         The reference is the model with its adapter off.
 
         Raises:
-            BackboneError: The model does not bear padding, which the two sequences of an example
-                need.
+            BackboneError: The outputs of the model depend on padding, which the two sequences of an
+                example need.
         """
         if self.padding in ("none", "alone"):
             raise BackboneError(

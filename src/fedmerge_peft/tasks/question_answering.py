@@ -1,4 +1,4 @@
-"""Extractive question answering: the answer is a part of a context."""
+"""Extractive question answering: the answer is a span of a context."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class QuestionAnsweringTask(Task):
     Raises:
         DataError: A length exceeds the model's limit, or the stride leaves no room for contexts.
         BackboneError: The tokenizer or the model's configuration cannot be loaded, or the tokenizer
-            does not tell the places of its tokens.
+            does not return character offsets.
     """
 
     auto_model: ClassVar[str] = "AutoModelForQuestionAnswering"
@@ -84,7 +84,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         self.processor, config = load_tokenizer(backbone, model_folder)
         if not self.processor.is_fast:
             raise BackboneError(
-                f"backbone.tokenizer: the tokenizer of {self._model} does not tell the places of "
+                f"backbone.tokenizer: the tokenizer of {self._model} does not return the places of "
                 "its tokens in a text; name a model with a tokenizer.json"
             )
         self.processor.split_special_tokens = True

@@ -34,7 +34,7 @@ def squad_exact_match(found: Sequence[str], answers: Sequence[Sequence[str]]) ->
 
 
 def squad_f1(found: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Compute the mean F1 of the words of answers, each with its best reference.
+    """Compute the mean word-level F1 of answers, each against its best reference.
 
     An empty answer has F1 1 if the reference is empty too (SQuAD 2, Rajpurkar 2018).
     """

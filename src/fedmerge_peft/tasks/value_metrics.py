@@ -1,7 +1,7 @@
 """Metrics of predicted numbers, computed by scikit-learn and SciPy.
 
 A correlation is ``nan`` if all true values are equal, or there is only one. If all predicted values
-are equal, it is 0: the predictions tell nothing about the true values.
+are equal, it is 0: the predictions contain no information about the true values.
 """
 
 from __future__ import annotations

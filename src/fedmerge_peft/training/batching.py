@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _FEWEST, _MOST = 3, 16
 """Adapters that ``auto`` puts into one pass; two save too little (3 % on a CPU)."""
 _EXAMPLES = {"cpu": 8, "cuda": 256}
-"""Examples that ``auto`` brings a pass to. On a CPU, padding outweighs what larger passes save."""
+"""Examples in a pass with ``auto``. On a CPU, larger passes cost more in padding than they save."""
 
 
 def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
@@ -40,8 +40,8 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
     if mixing and not task.mixes:
         raise RecipeError(
             [
-                f"strategy: {mixing[0].name} mixes the outputs of several adapters, which have no "
-                f"mixture in the task {recipe.task.name}; use another strategy"
+                f"strategy: {mixing[0].name} mixes the outputs of several adapters, which the task "
+                f"{recipe.task.name} does not support; use another strategy"
             ]
         )
     least = task.smallest_batch

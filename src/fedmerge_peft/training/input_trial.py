@@ -133,7 +133,7 @@ def _choose(
         company = rows[1:] if padding == "none" else rows
         try:
             together = run(company)
-        except Exception as error:  # a model that does not bear padding raises any error
+        except Exception as error:  # a model without support for padding may raise any error
             log.info("padding %s: %s: %s", padding, type(error).__name__, error)
             continue
         expected = [alone[row] for row in company]

@@ -45,6 +45,8 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
         log.info("logits are computed at all positions: %s: %s", type(error).__name__, error)
         return None
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-        log.info("logits are computed at all positions: losses at the labeled ones differ")
+        log.info(
+            "logits are computed at all positions: those of labeled ones alone change the loss"
+        )
         return None
     return head

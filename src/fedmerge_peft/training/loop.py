@@ -125,7 +125,7 @@ def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
 
 
 def _group_key(state: _TrainState) -> tuple[int, float]:
-    """Return what the members of an optimizer group have in common; the most steps come first."""
+    """Return the sort key of optimizer groups: the most steps come first, then the lowest rate."""
     return -state.steps, learning_rate(state.training)
 
 

@@ -45,7 +45,7 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
     try:
         folder = cache_folder() / "prefix"
     except RuntimeError:  # a user without a home
-        log.warning("states are not kept on disk: there is no home; set FEDMERGE_CACHE to a folder")
+        log.warning("states are not kept on disk without a home directory; set FEDMERGE_CACHE")
         return None
     return TensorCache(folder, gigabytes * 1e9)
 

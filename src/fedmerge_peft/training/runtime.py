@@ -80,7 +80,7 @@ class Runtime:
         return inputs.pop("labels"), inputs
 
     def label_offset(self, logits: Logits, rows: Indices) -> Tensor | None:
-        """Return what the loss of a client with these examples adds to the logits.
+        """Return the offset of the logits in the loss of a client with these examples.
 
         Arguments, result and errors are those of ``label_logits.client_offset``.
         """

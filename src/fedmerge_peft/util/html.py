@@ -43,7 +43,7 @@ def details(summary: str, content: str) -> str:
 
 
 def lines(content: str) -> str:
-    """Return text of several lines as it is."""
+    """Return text with its line breaks and spaces."""
     return f"<pre>{chr(10).join(text(line) for line in content.splitlines())}</pre>"
 
 

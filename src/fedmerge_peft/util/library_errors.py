@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from fedmerge_peft.errors import FedMergeError
 
 _OBJECT = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
-"""Objects as Python names those without a name of their own."""
+"""Python's default description of an object, with its address in memory."""
 STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """Requests to stop, which are no errors of a library."""
 
 
 @contextmanager
 def library_errors(describe: Callable[[str], FedMergeError]) -> Iterator[None]:
-    """Raise ``describe(reason)`` for whatever the calls inside raise.
+    """Convert every exception that is raised inside the context to ``describe(reason)``.
 
     Libraries document few of the errors that they raise, and Rust code raises panics that are not
     even an ``Exception``. Errors of this package and requests to stop pass unchanged.
 
     Args:
-        describe: Makes the error from the reason, one line.
+        describe: Function that returns the error for a reason of one line.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def reason_of(error: BaseException) -> str:
     kind = type(error).__name__
     if not lines:
         return kind
-    # Libraries name the types of their own errors after what the message says.
-    telling = type(error).__module__ != "builtins" or isinstance(error, OSError | ValueError)
+    # The messages of a library's own errors, OSError and ValueError are clear without the type.
+    is_clear = type(error).__module__ != "builtins" or isinstance(error, OSError | ValueError)
     line = _OBJECT.sub("", lines[0])
-    return line if telling else f"{kind}: {line}"
+    return line if is_clear else f"{kind}: {line}"

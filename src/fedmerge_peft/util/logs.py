@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-_TOLD = ("federation.tuning", "sites.site.trainer")
+_SHOWN = ("federation.tuning", "sites.site.trainer")
 """Modules whose results users should see: chosen values, and the place of a site's adapters."""
 
 
@@ -42,7 +42,7 @@ def configure_logging(console: Console, *, engines_only: bool = False) -> None:
     package = logging.getLogger("fedmerge_peft")
     package.handlers = [handler]
     package.propagate = False
-    for name in _TOLD:
+    for name in _SHOWN:
         logging.getLogger(f"fedmerge_peft.{name}").setLevel(logging.INFO)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets|torch)\b"

@@ -163,8 +163,8 @@ class RemoteEngine:
     def label_counts(self) -> list[list[int]] | None:
         """Return the training examples of each label, clients × labels.
 
-        Rows of clients that have not enrolled yet are zero. None for a task whose examples have
-        not one label each, and with ``privacy.mode: local``.
+        Rows of clients that have not enrolled yet are zero. None for a task whose examples do not
+        have one label each, and with ``privacy.mode: local``.
         """
         if self.recipe.task.label_column is None or self.recipe.privacy.mode == "local":
             return None

@@ -50,7 +50,7 @@ def _rebuild(
 class RecipeError(FedMergeError):
     """Recipe with one or more faults, one per line, each as ``file:line: dotted.path: fault``."""
 
-    def __init__(self, faults: list[str]) -> None:
+    def __init__(self, *faults: str) -> None:
         self.faults = faults
         super().__init__("\n".join(faults))
 

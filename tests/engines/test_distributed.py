@@ -64,7 +64,7 @@ def test_assignments_are_created_lazily():
     "error",
     [
         ClientError("Ann", 3, "lost"),
-        RecipeError(["one", "two"]),
+        RecipeError("one", "two"),
         RunExistsError("there", Path("free")),
         RankError("gone"),
         Stopped(15),

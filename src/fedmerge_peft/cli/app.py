@@ -44,11 +44,11 @@ def write_new(path: Path, text: str) -> None:
             file.write(text)
     except FileExistsError:
         raise RecipeError(
-            [printable(f"{path}: already exists and was not changed; give another name")]
+            printable(f"{path}: already exists and was not changed; give another name")
         ) from None
     except (OSError, ValueError) as error:
         raise RecipeError(
-            [printable(f"{path}: cannot be written: {getattr(error, 'strerror', error)}")]
+            printable(f"{path}: cannot be written: {getattr(error, 'strerror', error)}")
         ) from None
 
 

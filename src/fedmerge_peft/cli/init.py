@@ -35,7 +35,7 @@ class _Questions:
             return given
         if not self._ask:
             if suggested is None:
-                raise RecipeError([f"init: {question} is not clear from the table; give {option}"])
+                raise RecipeError(f"init: {question} is not clear from the table; give {option}")
             return suggested
         try:
             return str(typer.prompt(question, default=suggested)).strip()
@@ -43,7 +43,7 @@ class _Questions:
             if sys.stdin.isatty():
                 raise KeyboardInterrupt from None
             raise RecipeError(
-                ["init: no answer, so nothing was written; --yes takes the suggestions"]
+                "init: no answer, so nothing was written; --yes takes the suggestions"
             ) from None
 
     def choice(
@@ -65,7 +65,7 @@ class _Questions:
                 f"{did_you_mean(answer, choices)}"
             )
             if given is not None or not self._ask:
-                raise RecipeError([f"init: {option}: {fault}"])
+                raise RecipeError(f"init: {option}: {fault}")
             print(fault)
         return answer
 
@@ -112,12 +112,12 @@ def init(
     from fedmerge_peft.util.text import printable
 
     if clients is not None and client not in (None, _NONE):
-        raise RecipeError(["init: --clients is for random clients; remove it, or --client"])
+        raise RecipeError("init: --clients is for random clients; remove it, or --client")
     questions = _Questions(ask=not yes)
     path = questions.text("TABLE", "Table (a file, a folder or a hub id)", table, None)
     target = out or Path(f"{_name(path)}.yaml")
     if target.exists():
-        raise RecipeError([printable(f"{target}: already exists; choose another --out")])
+        raise RecipeError(printable(f"{target}: already exists; choose another --out"))
     chosen = {"task": task, "text": text, "label": label, "image": image, "client": client}
     if clients is not None:
         chosen["client"] = _NONE
@@ -171,7 +171,7 @@ def _answers(
             "--clients", "Number of clients", None if clients is None else str(clients), "4"
         )
         if not number.isdecimal() or not int(number):
-            raise RecipeError([printable(f"init: {number!r} is no number of clients above 0")])
+            raise RecipeError(printable(f"init: {number!r} is no number of clients above 0"))
         count = int(number)
     chosen = questions.text("--model", "Model (a hub id or a folder)", model, MODELS[task])
     return Answers(

@@ -96,12 +96,10 @@ def cp(
     name = name.removesuffix(".yaml")
     if name not in recipes:
         raise RecipeError(
-            [
-                printable(
-                    f"{name}: no such shipped recipe{did_you_mean(name, recipes)} "
-                    "(fedmerge ls lists the shipped recipes)"
-                )
-            ]
+            printable(
+                f"{name}: no such shipped recipe{did_you_mean(name, recipes)} "
+                "(fedmerge ls lists the shipped recipes)"
+            )
         )
     target = dest or Path(f"{name}.yaml")
     if target.is_dir():
@@ -201,7 +199,7 @@ def schema(
         out.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise RecipeError(
-            [printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")]
+            printable(f"{out}: cannot be written: {getattr(error, 'strerror', error)}")
         ) from None
 
 

@@ -141,7 +141,7 @@ def check_same_work(
     )
     names = ("seed", "task", "backbone", "lora", "data", "training", "evaluation", *sections)
     if different := [name for name in names if getattr(expected, name) != getattr(recipe, name)]:
-        raise RecipeError([f"{', '.join(different)}: {reason}"])
+        raise RecipeError(f"{', '.join(different)}: {reason}")
 
 
 def make_strategy_context(model: Backbone, clients: int, seed: int) -> StrategyContext:

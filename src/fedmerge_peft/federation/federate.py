@@ -115,7 +115,7 @@ def _loaded(
     """
     if engine is not None:
         if metrics is not None:
-            raise RecipeError(["metrics: the engine is loaded; use engine.add_metrics(function)"])
+            raise RecipeError("metrics: the engine is loaded; use engine.add_metrics(function)")
         return engine
     loaded = load_engine(recipe, splits)
     if metrics is not None:
@@ -198,16 +198,14 @@ def _resumed_recipe(run: RunDirectory, saved: Recipe, overrides: Iterable[str]) 
     changed = differing([flat(saved), flat(recipe)])
     if refused := [key for key in changed if key not in RESUME_OVERRIDES]:
         raise RecipeError(
-            [
-                f"{', '.join(refused)}: cannot be changed in a resumed run; start a new run with "
-                f"fedmerge run, or change only {', '.join(RESUME_OVERRIDES)}"
-            ]
+            f"{', '.join(refused)}: cannot be changed in a resumed run; start a new run with "
+            f"fedmerge run, or change only {', '.join(RESUME_OVERRIDES)}"
         )
     for _, path in with_baselines(saved, run.path):
         done = RunDirectory(path).rounds_on_disk
         if done > recipe.rounds:
             raise RecipeError(
-                [f"rounds: {recipe.rounds} is less than the {done} completed rounds of {path}"]
+                f"rounds: {recipe.rounds} is less than the {done} completed rounds of {path}"
             )
     return recipe
 

@@ -83,29 +83,23 @@ class Federation:
             len(client.validation) for client in self.engine.clients
         ):
             raise RecipeError(
-                [
-                    "evaluation.serve: best needs validation examples, but no client has any; "
-                    "raise data.validation_fraction, or use serve: last"
-                ]
+                "evaluation.serve: best needs validation examples, but no client has any; "
+                "raise data.validation_fraction, or use serve: last"
             )
         if recipe.stop.patience is not None and not any(
             len(client.validation) for client in self.engine.clients
         ):
             raise RecipeError(
-                [
-                    "stop.patience needs validation examples, but no client has any; raise "
-                    "data.validation_fraction, or remove stop"
-                ]
+                "stop.patience needs validation examples, but no client has any; raise "
+                "data.validation_fraction, or remove stop"
             )
         if self.private:
             self.ledger.check()
         selected = cohort_size(recipe, len(self.engine.clients))
         if recipe.clients.min_clients > max(1, selected):
             raise RecipeError(
-                [
-                    f"clients.min_clients: {recipe.clients.min_clients} exceeds the {selected:g} "
-                    "clients of a round; lower it, or raise clients.fraction"
-                ]
+                f"clients.min_clients: {recipe.clients.min_clients} exceeds the {selected:g} "
+                "clients of a round; lower it, or raise clients.fraction"
             )
 
     def _new_strategy(self) -> Strategy:

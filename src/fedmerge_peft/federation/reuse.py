@@ -54,7 +54,7 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
         run = RunDirectory.open(recipe.baselines_from)
         earlier = {run.recipe.strategy.name: run, **run.baselines}
     except RunError as error:
-        raise RecipeError([f"baselines_from: {error}"]) from error
+        raise RecipeError(f"baselines_from: {error}") from error
     found = {}
     for name, part in missing.items():
         if name in earlier:
@@ -64,10 +64,8 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
             log.info("%s has no %s, which therefore runs", run.path, name)
     if not found:
         raise RecipeError(
-            [
-                f"baselines_from: {run.path} has no {' or '.join(missing)}; it has "
-                f"{', '.join(earlier)}. Name another run, or remove baselines_from"
-            ]
+            f"baselines_from: {run.path} has no {' or '.join(missing)}; it has "
+            f"{', '.join(earlier)}. Name another run, or remove baselines_from"
         )
     return found
 
@@ -75,7 +73,7 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
 def _check(recipe: Recipe, earlier: RunDirectory) -> None:
     """Raise ``RecipeError`` unless the earlier run has ended under the same recipe."""
     if earlier.ended_for is None:
-        raise RecipeError([f"baselines_from: {earlier.path} has not ended; resume it first"])
+        raise RecipeError(f"baselines_from: {earlier.path} has not ended; resume it first")
     flat_own, flat_earlier = (
         {
             key: value
@@ -90,10 +88,8 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
             for key in keys
         )
         raise RecipeError(
-            [
-                f"baselines_from: {earlier.path} is no baseline of this recipe: {changes}. Run the "
-                "baselines again (remove baselines_from), or restore these values"
-            ]
+            f"baselines_from: {earlier.path} is no baseline of this recipe: {changes}. Run the "
+            "baselines again (remove baselines_from), or restore these values"
         )
 
 
@@ -109,7 +105,7 @@ def earlier_decisions(found: Mapping[str, RunDirectory]) -> dict[str, dict[str, 
     for other in others:
         if {key: entry["value"] for key, entry in other.items()} != values:
             paths = " and ".join(map(str, chosen))
-            raise RecipeError([f"baselines_from: {paths} have chosen different values"])
+            raise RecipeError(f"baselines_from: {paths} have chosen different values")
     return first
 
 
@@ -117,7 +113,7 @@ def check_data(recipe: Recipe, engine: Engine, found: dict[str, RunDirectory]) -
     """Raise ``RecipeError`` unless clients, examples and adapters are those of the earlier runs."""
     own = metadata(recipe, engine) if found else {}
     if found and "examples.json" not in own:
-        raise RecipeError(["baselines_from: this engine's examples are unknown; remove the key"])
+        raise RecipeError("baselines_from: this engine's examples are unknown; remove the key")
     for run in found.values():
         for name, document in own.items():
             path = run.path / name
@@ -125,10 +121,8 @@ def check_data(recipe: Recipe, engine: Engine, found: dict[str, RunDirectory]) -
             if saved != strict_json.loads(strict_json.dumps(document)):
                 problem = "differs" if saved is not None else "is missing"
                 raise RecipeError(
-                    [
-                        f"baselines_from: {path} {problem}: the data or the model may have "
-                        "changed. Run the baselines again (remove baselines_from)"
-                    ]
+                    f"baselines_from: {path} {problem}: the data or the model may have "
+                    "changed. Run the baselines again (remove baselines_from)"
                 )
 
 

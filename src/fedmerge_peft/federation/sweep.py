@@ -132,10 +132,8 @@ def run_or_resume(
 def _run_path(out: Path, name: str) -> Path:
     if name in ("", "..") or Path(name).name != name:
         raise RecipeError(
-            [
-                f"{name!r} is not a valid folder name, but the recipes of a sweep run in "
-                f"{out}/NAME; choose another name"
-            ]
+            f"{name!r} is not a valid folder name, but the recipes of a sweep run in "
+            f"{out}/NAME; choose another name"
         )
     return out / name
 

@@ -322,10 +322,8 @@ class _RangeTest:
         """Continue with these clients only. Raises ``RecipeError`` if there are none."""
         if not clients:
             raise RecipeError(
-                [
-                    f"training.learning_rate: auto found no finite loss on {', '.join(self.names)};"
-                    " check these clients' examples, or set a number"
-                ]
+                f"training.learning_rate: auto found no finite loss on {', '.join(self.names)};"
+                " check these clients' examples, or set a number"
             )
         for client, name in zip(self._clients, self.names, strict=True):
             if client not in clients:
@@ -351,7 +349,7 @@ def drawn_clients(clients: Sequence[Client], seed: int) -> list[int]:
     candidates = sorted(validated or present, key=lambda index: -clients[index].size)
     if not candidates:
         raise RecipeError(
-            ["training.learning_rate: auto needs clients with training examples; set a number"]
+            "training.learning_rate: auto needs clients with training examples; set a number"
         )
     larger = candidates[: math.ceil(len(candidates) / 2)]
     generator = np.random.default_rng(derive(seed, "range test"))

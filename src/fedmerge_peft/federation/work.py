@@ -48,5 +48,5 @@ def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) ->
     )
     remedy = f"lower rounds, clients.fraction or {key}"
     if total > MAX_STEPS:
-        raise RecipeError([f"rounds: {work}, and at most {MAX_STEPS:,.0f} are accepted; {remedy}"])
+        raise RecipeError(f"rounds: {work}, and at most {MAX_STEPS:,.0f} are accepted; {remedy}")
     log.warning("%s; to take fewer, %s", work, remedy)

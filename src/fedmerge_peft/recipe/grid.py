@@ -79,7 +79,7 @@ def expand(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dic
                 )
             )
     if faults:
-        raise RecipeError(list(faults))
+        raise RecipeError(*faults)
     return _distinct(combinations, baselines)
 
 
@@ -99,12 +99,9 @@ def _distinct(
         if other := known.get(content):
             if number < len(combinations):
                 raise RecipeError(
-                    [
-                        printable(
-                            f"command line: {other} and {name} give the same recipe; "
-                            "remove one of them"
-                        )
-                    ]
+                    printable(
+                        f"command line: {other} and {name} give the same recipe; remove one of them"
+                    )
                 )
             continue
         name = _with_digest(name, content) if name.casefold() in taken else name
@@ -147,7 +144,7 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
             "give fewer values"
         )
     if faults:
-        raise RecipeError([printable(fault) for fault in faults])
+        raise RecipeError(*map(printable, faults))
     return list(settings), list(settings.values())
 
 

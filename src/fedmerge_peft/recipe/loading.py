@@ -94,12 +94,10 @@ def find(source: str | os.PathLike[str]) -> Path:
         return known[name]
     guess = did_you_mean(name, list(known))
     raise RecipeError(
-        [
-            printable(
-                f"{text or repr(text)}: no such file or shipped recipe{guess} "
-                "(fedmerge ls lists the shipped recipes)"
-            )
-        ]
+        printable(
+            f"{text or repr(text)}: no such file or shipped recipe{guess} "
+            "(fedmerge ls lists the shipped recipes)"
+        )
     )
 
 
@@ -108,16 +106,14 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
     except IsADirectoryError:
-        raise RecipeError([printable(f"{path}: is a directory; give a YAML file")]) from None
+        raise RecipeError(printable(f"{path}: is a directory; give a YAML file")) from None
     except OSError as error:
-        raise RecipeError([printable(f"{path}: cannot be read: {error.strerror}")]) from None
+        raise RecipeError(printable(f"{path}: cannot be read: {error.strerror}")) from None
     if len(content) > LARGEST:
         raise RecipeError(
-            [
-                printable(
-                    f"{path}: exceeds the limit of {LARGEST // 1024} KiB; give the file of a recipe"
-                )
-            ]
+            printable(
+                f"{path}: exceeds the limit of {LARGEST // 1024} KiB; give the file of a recipe"
+            )
         )
     try:
         return content.decode("utf-8-sig")

@@ -225,9 +225,9 @@ class Recipe(Section):
             hint = (
                 "; Recipe.load reads files and shipped recipes" if isinstance(values, str) else ""
             )
-            raise RecipeError([f"Recipe: found {found(values)}, expected a dictionary{hint}"])
+            raise RecipeError(f"Recipe: found {found(values)}, expected a dictionary{hint}")
         if repeated := sorted(values.keys() & keys):
-            raise RecipeError([f"Recipe: {key}: is given twice" for key in repeated])
+            raise RecipeError(*(f"Recipe: {key}: is given twice" for key in repeated))
         super().__init__(**nested({**values, **keys}, "Recipe"))
 
     # Files are checked without this constructor, with their lines.

@@ -84,7 +84,8 @@ def refuse(faults: list[Fault]) -> RecipeError:
     lines = [
         str(fault) for fault in sorted(faults, key=lambda fault: fault.mark.line or float("inf"))
     ]
-    return RecipeError(lines if len(lines) <= MOST else [*lines[:MOST], "... and more"])
+    more = ["... and more"] if len(lines) > MOST else []
+    return RecipeError(*lines[:MOST], *more)
 
 
 @dataclass

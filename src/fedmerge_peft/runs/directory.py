@@ -72,10 +72,8 @@ class RunDirectory:
         name = recipe.name
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise RecipeError(
-                [
-                    f"name: {name!r} is not a valid folder name; "
-                    "choose another, or give a run directory with --out"
-                ]
+                f"name: {name!r} is not a valid folder name; "
+                "choose another, or give a run directory with --out"
             )
         return Path("runs") / name
 

@@ -48,10 +48,8 @@ def check_trackers(recipe: Recipe) -> None:
     if missing := [name for name in recipe.tracking if find_spec(TRACKERS[name]) is None]:
         packages = " ".join(name.replace("comet_ml", "comet-ml") for name in missing)
         raise RecipeError(
-            [
-                f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, "
-                "or remove it from the recipe"
-            ]
+            f"tracking: {', '.join(missing)} cannot be imported: pip install {packages}, "
+            "or remove it from the recipe"
         )
 
 

@@ -26,10 +26,8 @@ def federated_recipe(recipe: Recipe) -> Recipe:
     for strategy in (recipe.strategy, *recipe.baselines):
         if strategy.measures_features:
             raise RecipeError(
-                [
-                    f"strategy.name: {strategy.name} needs statistics of the clients' features, "
-                    "which sites do not return; use another strategy"
-                ]
+                f"strategy.name: {strategy.name} needs statistics of the clients' features, "
+                "which sites do not return; use another strategy"
             )
     overrides = ["training.clients_per_batch=1"]
     if "failures" not in recipe.clients.model_fields_set:

@@ -47,7 +47,7 @@ def _make_strategy(recipe: StrategyRecipe, context: StrategyContext) -> Strategy
     strategy.aggregator = context.aggregator
     if context.aggregator.recipe.defends and recipe.federated and not strategy.averages:
         raise RecipeError(
-            [f"robustness: {recipe.name} has no mean of updates to defend; use another strategy"]
+            f"robustness: {recipe.name} has no mean of updates to defend; use another strategy"
         )
     if fault := _interface_fault(strategy, context):
         raise PluginError(f"the strategy {recipe.name!r} of {entry.module}: {fault}")
@@ -60,10 +60,8 @@ def _check_memory(recipe: StrategyRecipe, context: StrategyContext) -> None:
         count = getattr(recipe, key, None)
         if isinstance(count, int) and (lack := shortage(count * context.layout.size)):
             raise RecipeError(
-                [
-                    f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
-                    f"lower strategy.{key} or lora.r"
-                ]
+                f"strategy.{key}: {count} adapters of {context.layout.size:,} numbers {lack}; "
+                f"lower strategy.{key} or lora.r"
             )
 
 

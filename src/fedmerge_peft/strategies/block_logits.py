@@ -130,12 +130,10 @@ def make_blocks(recipe: recipes.FedMergeRecipe, context: StrategyContext) -> Blo
         return None
     if context.aggregator.recipe.defends:
         raise RecipeError(
-            [
-                "strategy.blocks: robust rules compare whole updates; remove it, or "
-                "robustness.aggregation"
-            ]
+            "strategy.blocks: robust rules compare whole updates; remove it, or "
+            "robustness.aggregation"
         )
     try:
         return Blocks.create(recipe.blocks, context.layout)
     except ValueError as error:
-        raise RecipeError([f"strategy.blocks: {error}; choose another kind"]) from error
+        raise RecipeError(f"strategy.blocks: {error}; choose another kind") from error

@@ -104,10 +104,8 @@ def epsilon_spent(recipe: PrivacyRecipe, releases: int, rate: float = 1.0) -> fl
         from opacus.accountants import PRVAccountant
     except ImportError as error:
         raise RecipeError(
-            [
-                "clients.sampling: poisson with privacy needs opacus to compute epsilon: "
-                "pip install 'fedmerge-peft[privacy]'"
-            ]
+            "clients.sampling: poisson with privacy needs opacus to compute epsilon: "
+            "pip install 'fedmerge-peft[privacy]'"
         ) from error
     accountant = PRVAccountant()
     accountant.history = [(recipe.noise, rate, releases)]

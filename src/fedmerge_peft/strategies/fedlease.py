@@ -67,7 +67,7 @@ class FedLEASE(ServerClustering):
         """Columns of B in each layer."""
         if not self.layers:
             raise RecipeError(
-                ["strategy.name: fedlease compares the clients' B, but this adapter has none"]
+                "strategy.name: fedlease compares the clients' B, but this adapter has none"
             )
         self.experts = 1
         """Number of experts, which are the first rows of the soup."""

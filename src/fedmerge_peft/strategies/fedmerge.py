@@ -78,10 +78,8 @@ class FedMerge(Strategy):
         """Columns of the head, ``(h,)`` int64."""
         if recipe.own_head not in ("auto", 0) and len(self.head) == 0:
             raise RecipeError(
-                [
-                    "strategy.own_head: this adapter has no head; use auto, "
-                    "or name the head in lora.modules_to_save"
-                ]
+                "strategy.own_head: this adapter has no head; use auto, "
+                "or name the head in lora.modules_to_save"
             )
         self.blocks = make_blocks(recipe, context)
         self._warming = MeanUpdates(context) if recipe.start == "warm" else None

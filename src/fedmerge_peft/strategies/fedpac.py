@@ -63,10 +63,8 @@ class FedPAC(PartlyShared):
         entry = context.layout.classifier
         if entry is None:
             raise RecipeError(
-                [
-                    "strategy.name: fedpac combines the heads of a classifier, but this adapter "
-                    "has none; use a classification task"
-                ]
+                "strategy.name: fedpac combines the heads of a classifier, but this adapter "
+                "has none; use a classification task"
             )
         layer = entry.key.rpartition(".")[0]
         super().__init__(

@@ -45,10 +45,8 @@ class FedRoD(FedAvg):
         super().__init__(recipe, context)
         if context.layout.classifier is None:
             raise RecipeError(
-                [
-                    "strategy.name: fedrod adds personal heads to a head, but this adapter has "
-                    "none; name one in lora.modules_to_save"
-                ]
+                "strategy.name: fedrod adds personal heads to a head, but this adapter has "
+                "none; name one in lora.modules_to_save"
             )
         self.head = torch.zeros(context.layout.size, dtype=torch.bool)
         """Columns of the head's last layer, a mask ``(P,)``."""

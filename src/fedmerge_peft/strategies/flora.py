@@ -41,10 +41,8 @@ class FLora(HeterogeneousRanks):
         super().__init__(recipe, context)
         if embeddings := [layer.module for layer in self.factors if layer.embedding]:
             raise RecipeError(
-                [
-                    f"lora.target_modules: {recipe.name} supports linear layers only, "
-                    f"but {embeddings[0]} is an embedding; remove it"
-                ]
+                f"lora.target_modules: {recipe.name} supports linear layers only, "
+                f"but {embeddings[0]} is an embedding; remove it"
             )
         shapes = {layer.module: (layer.b.shape[0], layer.a.shape[1]) for layer in self.factors}
         self.soup.base = {module: torch.zeros(shape) for module, shape in shapes.items()}

@@ -41,19 +41,15 @@ class HeterogeneousRanks(OneHotStrategy):
             self.factors = layer_factors(context.layout)
         except ValueError as error:
             raise RecipeError(
-                [
-                    f"strategy.name: {recipe.name} cannot use this adapter: {error}; "
-                    "use plain LoRA with lora.merge: factor"
-                ]
+                f"strategy.name: {recipe.name} cannot use this adapter: {error}; "
+                "use plain LoRA with lora.merge: factor"
             ) from error
         max_rank = max((layer.rank for layer in self.factors), default=0)
         ranks = recipe.ranks or [max_rank]
         if max(ranks) > max_rank:
             raise RecipeError(
-                [
-                    f"strategy.ranks: {max(ranks)} exceeds the adapter's rank of {max_rank}; "
-                    "lower it, or raise lora.r"
-                ]
+                f"strategy.ranks: {max(ranks)} exceeds the adapter's rank of {max_rank}; "
+                "lower it, or raise lora.r"
             )
         distinct = sorted(set(ranks[: context.clients]))
         self.ranks = [ranks[client % len(ranks)] for client in range(context.clients)]

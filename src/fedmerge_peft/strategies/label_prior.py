@@ -42,7 +42,7 @@ class LabelPrior(WrappedStrategy):
         self.trains_what_it_serves = False
         if context.label_counts is None:
             raise RecipeError(
-                ["serving.label_prior: this federation has no label counts; remove the key"]
+                "serving.label_prior: this federation has no label counts; remove the key"
             )
         self.columns = bias_columns(context.layout, context.label_counts.shape[1])
         shifts = LabelPriors.fit(context.label_counts).shifts(
@@ -91,4 +91,4 @@ def bias_columns(layout: AdapterLayout, classes: int) -> Tensor:
         reason = f"the last layer of the head has no bias ({matrix.key})"
     else:
         return torch.arange(bias.offset, bias.offset + bias.size)
-    raise RecipeError([f"serving.label_prior: {reason}, to which the prior could be added"])
+    raise RecipeError(f"serving.label_prior: {reason}, to which the prior could be added")

@@ -36,10 +36,8 @@ class LogitSteps(Stateful):
         head = context.layout.columns("head")
         if recipe.weights_columns == "head" and len(head) == 0:
             raise RecipeError(
-                [
-                    "strategy.weights_columns: this adapter has no head; "
-                    "use all, or name the head in lora.modules_to_save"
-                ]
+                "strategy.weights_columns: this adapter has no head; "
+                "use all, or name the head in lora.modules_to_save"
             )
         by_head = recipe.weights_columns == "head" or (
             recipe.weights_columns is None and recipe.rule == "paper" and len(head) > 0

@@ -89,10 +89,8 @@ class PartlyShared(WrappedStrategy):
         if isinstance(plan, Choose):
             return Choose(self._join(plan.rows, client))
         raise RecipeError(
-            [
-                f"strategy.head: private needs clients that train one adapter in a round, but "
-                f"this strategy has {type(plan).__name__} plans; use head: shared"
-            ]
+            f"strategy.head: private needs clients that train one adapter in a round, but "
+            f"this strategy has {type(plan).__name__} plans; use head: shared"
         )
 
     def served(self, client: int) -> Tensor:
@@ -157,14 +155,12 @@ class PrivateHeads(PartlyShared):
         heads = [entry.role == "head" for entry in context.layout.entries]
         if not any(heads):
             raise RecipeError(
-                [
-                    f"strategy: {name} keeps the head private, but this adapter has none; "
-                    "name one in lora.modules_to_save"
-                ]
+                f"strategy: {name} keeps the head private, but this adapter has none; "
+                "name one in lora.modules_to_save"
             )
         if all(heads):
             raise RecipeError(
-                [f"strategy: {name} keeps the head private, but this adapter has nothing else"]
+                f"strategy: {name} keeps the head private, but this adapter has nothing else"
             )
         super().__init__(make, context, lambda entry: entry.role != "head")
 
@@ -195,10 +191,8 @@ class FedSALora(PartlyShared):
     def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:
         if not suffix_mask(context.layout, A_SUFFIXES).any():
             raise RecipeError(
-                [
-                    "strategy.name: fedsa_lora averages A, which is not trained in this adapter; "
-                    "set lora.merge to factor"
-                ]
+                "strategy.name: fedsa_lora averages A, which is not trained in this adapter; "
+                "set lora.merge to factor"
             )
         super().__init__(
             lambda inner: FedAvg(recipe, inner),

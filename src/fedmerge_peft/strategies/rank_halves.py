@@ -30,7 +30,7 @@ def rank_halves(strategy: str, layout: AdapterLayout) -> tuple[Tensor, Tensor]:
     ]
     if odd:
         raise RecipeError(
-            [f"lora.r: {strategy} splits the ranks in half, but {odd[0]}; use an even rank"]
+            f"lora.r: {strategy} splits the ranks in half, but {odd[0]}; use an even rank"
         )
     return first, second
 
@@ -55,17 +55,13 @@ def rank_parts(strategy: str, layout: AdapterLayout, count: int) -> list[Tensor]
         ]
     except ValueError as error:
         raise RecipeError(
-            [
-                f"strategy.name: {strategy} cannot split this adapter: {error}; "
-                "use plain LoRA with lora.merge: factor"
-            ]
+            f"strategy.name: {strategy} cannot split this adapter: {error}; "
+            "use plain LoRA with lora.merge: factor"
         ) from error
     if small := [layer for layer in layers if layer.rank < count]:
         raise RecipeError(
-            [
-                f"lora.r: {strategy} splits the ranks into {count} parts, but {small[0].module} "
-                f"has rank {small[0].rank}; use a rank of at least {count}"
-            ]
+            f"lora.r: {strategy} splits the ranks into {count} parts, but {small[0].module} "
+            f"has rank {small[0].rank}; use a rank of at least {count}"
         )
     return parts
 

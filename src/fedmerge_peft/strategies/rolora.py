@@ -55,10 +55,8 @@ class RoLora(OneHotStrategy):
         random = suffix_mask(context.layout, RANDOM_INIT_SUFFIXES)
         if not random.any():
             raise RecipeError(
-                [
-                    "strategy.name: rolora trains A and B in turn, but A is not trained in this "
-                    "adapter; set lora.merge to factor"
-                ]
+                "strategy.name: rolora trains A and B in turn, but A is not trained in this "
+                "adapter; set lora.merge to factor"
             )
         self.masks = (factors & ~random, random)
         """Factors that train in odd and in even rounds, ``(P,)`` bool each."""

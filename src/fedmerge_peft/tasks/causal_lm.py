@@ -90,11 +90,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         self.generates = bool(generative)
         if generative and self.format == "text":
             raise RecipeError(
-                [
-                    f"task.metrics: {generative[0]} compares generated completions with "
-                    "references, but plain text has no prompts; use perplexity or accuracy, or "
-                    "data with prompts"
-                ]
+                f"task.metrics: {generative[0]} compares generated completions with "
+                "references, but plain text has no prompts; use perplexity or accuracy, or "
+                "data with prompts"
             )
         if self.format == "instruction":
             parse_template(recipe.template)

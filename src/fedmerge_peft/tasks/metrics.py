@@ -73,13 +73,13 @@ def own_scores(
     result: Any = compute(*(outputs.get("texts") or next(iter(outputs.values()))))
     if not isinstance(result, Mapping):
         raise RecipeError(
-            [f"metrics: the function returned {found(result)}, expected numbers by name"]
+            f"metrics: the function returned {found(result)}, expected numbers by name"
         )
     for name, value in result.items():
         if not isinstance(name, str) or name in ("loss", *names):
-            raise RecipeError([f"metrics: the name {name!r} is already taken; choose another"])
+            raise RecipeError(f"metrics: the name {name!r} is already taken; choose another")
         if not isinstance(value, Real):
-            raise RecipeError([f"metrics: {name} is {found(value)}, expected a number"])
+            raise RecipeError(f"metrics: {name} is {found(value)}, expected a number")
     return {name: float(value) for name, value in result.items()}
 
 

@@ -71,17 +71,13 @@ def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
     chats = format == "messages"
     if loss == "assistant" and not chats:
         raise RecipeError(
-            [
-                f"task.loss: assistant needs chats, but the data have the format {format}; use "
-                "completion or all, or data with messages"
-            ]
+            f"task.loss: assistant needs chats, but the data have the format {format}; use "
+            "completion or all, or data with messages"
         )
     if loss == "completion" and format == "text":
         raise RecipeError(
-            [
-                "task.loss: completion needs prompts and completions, or chats, but the data are "
-                "plain text; use all, or other data"
-            ]
+            "task.loss: completion needs prompts and completions, or chats, but the data are "
+            "plain text; use all, or other data"
         )
     if loss is not None or format == "text":
         return loss or "all"

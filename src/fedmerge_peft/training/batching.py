@@ -39,18 +39,14 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
     mixing = [each for each in (recipe.strategy, *recipe.baselines) if not each.single_adapter]
     if mixing and not task.mixes:
         raise RecipeError(
-            [
-                f"strategy: {mixing[0].name} mixes the outputs of several adapters, which the task "
-                f"{recipe.task.name} does not support; use another strategy"
-            ]
+            f"strategy: {mixing[0].name} mixes the outputs of several adapters, which the task "
+            f"{recipe.task.name} does not support; use another strategy"
         )
     least = task.smallest_batch
     if recipe.training.batch_size < least:
         raise RecipeError(
-            [
-                f"training.batch_size: found {recipe.training.batch_size}, but this task compares "
-                f"the examples of a batch; use {least} or more"
-            ]
+            f"training.batch_size: found {recipe.training.batch_size}, but this task compares "
+            f"the examples of a batch; use {least} or more"
         )
     small = [client.name for client in clients if 0 < client.size < least]
     if small and len(small) == sum(client.size > 0 for client in clients):

@@ -135,7 +135,7 @@ def estimate(
 
     def unknown(reason: str) -> RecipeError:
         return RecipeError(
-            [f"task: memory cannot be estimated for {recipe.task.name} with this model: {reason}"]
+            f"task: memory cannot be estimated for {recipe.task.name} with this model: {reason}"
         )
 
     if recipe.task.image_column is not None:

@@ -44,10 +44,8 @@ def evaluate(
         if task.generates:
             if isinstance(served, Mixture):
                 raise RecipeError(
-                    [
-                        "task.metrics: a mixture of models cannot generate text; "
-                        "use perplexity or accuracy"
-                    ]
+                    "task.metrics: a mixture of models cannot generate text; "
+                    "use perplexity or accuracy"
                 )
             with runtime.accelerator.autocast():
                 texts = task.generate(

@@ -32,11 +32,9 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
         (features,) = inputs
         if features.ndim != 2:
             raise RecipeError(
-                [
-                    "strategy: needs one feature vector per example, but the head of this model "
-                    f"reads a tensor of {features.ndim} dimensions; use an encoder for "
-                    "classification, or another strategy"
-                ]
+                "strategy: needs one feature vector per example, but the head of this model "
+                f"reads a tensor of {features.ndim} dimensions; use an encoder for "
+                "classification, or another strategy"
             )
         found.append(features)
 
@@ -54,7 +52,7 @@ def last_layer(backbone: Backbone) -> nn.Module:
     """
     entry = backbone.layout.classifier
     if entry is None:
-        raise RecipeError(["strategy: needs a head, but this adapter has none"])
+        raise RecipeError("strategy: needs a head, but this adapter has none")
     weight = backbone.trainable[backbone.layout.entries.index(entry)]
     modules: Iterator[nn.Module] = backbone.model.modules()
     return next(

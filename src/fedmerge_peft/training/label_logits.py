@@ -55,6 +55,6 @@ def client_offset(logits: Logits, examples: Examples, rows: Indices, classes: in
     labels = [examples.columns["labels"][row] for row in rows.tolist()]
     if classes == 0 or any(label.ndim for label in labels):
         raise RecipeError(
-            [f"training.logits: {logits} needs a task with one label per example; use plain"]
+            f"training.logits: {logits} needs a task with one label per example; use plain"
         )
     return label_offset(logits, torch.bincount(torch.stack(labels), minlength=classes))

@@ -37,7 +37,7 @@ def disk_cache(recipe: Recipe) -> TensorCache | None:
             gigabytes = -1.0
         if not 0 <= gigabytes <= 1e6:
             raise RecipeError(
-                [f"{DISK_VARIABLE}: expected a number of GB from 0 to 1e6, found {text!r}"]
+                f"{DISK_VARIABLE}: expected a number of GB from 0 to 1e6, found {text!r}"
             )
     own_code = recipe.backbone.trust_remote_code or recipe.backbone.model.startswith("memory:")
     if gigabytes == 0 or own_code:

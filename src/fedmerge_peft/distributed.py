@@ -9,7 +9,6 @@ launcher, a collective function runs its work in the only process.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -158,14 +157,6 @@ def destroy_process_group() -> None:
         from accelerate.state import PartialState
 
         PartialState().destroy_process_group()
-
-
-def wait_for_launcher(seconds: float = 5.0) -> None:
-    """Delay the exit of this rank while another rank reports the error.
-
-    A launcher terminates all ranks as soon as the first one exits.
-    """
-    time.sleep(seconds)  # the launcher's SIGTERM ends the sleep
 
 
 @contextmanager

@@ -3,7 +3,6 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from fedmerge_peft.data import (
@@ -11,7 +10,6 @@ from fedmerge_peft.data import (
     FederatedData,
     client_table,
     federate_data,
-    plot,
     terminal_chart,
 )
 from fedmerge_peft.errors import DataError
@@ -82,25 +80,3 @@ def test_the_figure_of_many_clients_and_labels_is_clipped_with_a_note(large):
     assert any("… and 170 more clients" in line for line in lines)
     assert any("more labels to the right" in line for line in lines)
     assert any(line.startswith("a-rather-long-clie…e-007") for line in lines)
-
-
-@pytest.mark.parametrize("column", ["label", None])
-def test_plots_are_written_as_png_and_svg(tmp_path, large, column):
-    plot(large, column, tmp_path / "clients.png")
-    with Image.open(tmp_path / "clients.png") as image:
-        assert min(image.size) > 300
-        assert max(image.size) < 3000
-    plot(large, column, tmp_path / "clients.svg")
-    assert "<svg" in (tmp_path / "clients.svg").read_text(encoding="utf-8")
-
-
-def test_plots_of_unknown_formats_are_refused(tmp_path, data):
-    with pytest.raises(DataError, match=r"use the suffix \.png, \.svg or \.pdf"):
-        plot(data, "label", tmp_path / "clients.doc")
-
-
-def test_plots_leave_pyplot_alone(tmp_path, data):
-    import matplotlib.pyplot as plt
-
-    plot(data, "label", tmp_path / "clients.png")
-    assert plt.get_fignums() == []

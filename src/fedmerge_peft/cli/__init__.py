@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from io import TextIOWrapper
 
-from fedmerge_peft.distributed import rank, wait_for_launcher
+from fedmerge_peft.distributed import rank
 from fedmerge_peft.errors import FedMergeError
 
 
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = "\n".join([str(error), *getattr(error, "__notes__", [])])
             print(_escape(text), file=sys.stderr, flush=True)
         else:
-            wait_for_launcher()
+            # The launcher ends all ranks as soon as one exits, also the one that prints the error.
+            time.sleep(5)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

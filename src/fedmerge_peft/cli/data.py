@@ -36,7 +36,7 @@ def data(
     """
     from rich.console import Console
 
-    from fedmerge_peft.data import federate_data, plot, terminal_chart
+    from fedmerge_peft.data import federate_data, terminal_chart
     from fedmerge_peft.recipe import Recipe
     from fedmerge_peft.util.text import printable
 
@@ -46,7 +46,9 @@ def data(
     console = Console(highlight=False)
     console.print(terminal_chart(federated, by or label, width=console.width))
     if figure is not None:
-        plot(federated, by or label, figure)
+        from fedmerge_peft.plotting.client_counts import ClientCounts
+
+        ClientCounts(federated, by or label).save(figure)
         console.print(printable(f"figure: {figure}"), markup=False)
     if show:
         from fedmerge_peft.cli.shown_examples import show_examples

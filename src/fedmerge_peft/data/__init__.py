@@ -10,7 +10,7 @@ from fedmerge_peft.data.build import federate_data
 from fedmerge_peft.data.clients import Client, FederatedData, Indices
 from fedmerge_peft.data.in_memory import take_data
 from fedmerge_peft.data.loading import load_splits
-from fedmerge_peft.data.summary import client_table, plot, terminal_chart
+from fedmerge_peft.data.summary import client_table, terminal_chart
 
 __all__ = [
     "Client",
@@ -21,5 +21,4 @@ __all__ = [
     "load_splits",
     "take_data",
     "terminal_chart",
-    "plot",
 ]

@@ -1,10 +1,8 @@
-"""Summaries of a partition: a table, a chart for the terminal, a figure."""
+"""Summaries of a partition: a table, and a chart for the terminal."""
 
 from __future__ import annotations
 
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +13,6 @@ from rich.text import Text
 from fedmerge_peft.data.clients import FederatedData
 from fedmerge_peft.data.columns import encode_classes, join_values
 from fedmerge_peft.data.partition import class_counts
-from fedmerge_peft.errors import DataError
 from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
@@ -23,8 +20,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 _BARS = " ▁▂▃▄▅▆▇█"
-_COLORS = ("#0072b2", "#e69f00", "#009e73")  # Okabe & Ito, distinguishable without red and green
-_MAX_TICKS = 40
 
 
 def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
@@ -44,10 +39,10 @@ def client_table(data: FederatedData, column: str | None) -> pandas.DataFrame:
     """
     import pandas
 
-    counts, names = _label_counts(data, column)
+    counts, names = label_counts(data, column)
     columns = [*(("examples", split) for split in SPLITS), *(("labels", name) for name in names)]
     return pandas.DataFrame(
-        np.hstack([_sizes(data), counts]),
+        np.hstack([split_sizes(data), counts]),
         index=pandas.Index([client.name for client in data.clients], name="client"),
         columns=pandas.MultiIndex.from_tuples(columns, names=["count", "of"]),
     )
@@ -73,7 +68,7 @@ def terminal_chart(
     Raises:
         DataError: The column does not exist, is nested, or has nulls.
     """
-    counts, names = _label_counts(data, column)
+    counts, names = label_counts(data, column)
     shown = data.clients[:height]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("client", no_wrap=True)
@@ -107,102 +102,12 @@ def terminal_chart(
             f"block height: number of training examples, {_BARS[-1]} is {top:,}, blank is none",
             f"labels from the left: {join_values(names, 10)}",
         ]
-    total = _sizes(data).sum(axis=0)
+    total = split_sizes(data).sum(axis=0)
     lines += [
         f"{len(data.clients):,} clients, {total[0]:,} training, {total[1]:,} validation "
         f"and {total[2]:,} test examples"
     ]
     return Group(table, *(Text(printable(line), style="dim") for line in lines))
-
-
-def plot(data: FederatedData, column: str | None, path: str | PathLike[str]) -> None:
-    """Save a figure: a heat map of clients × labels, and bars of the clients' split sizes.
-
-    Args:
-        data: Clients and their table.
-        column: Label column, or None to draw the bars only.
-        path: Destination. The suffix determines the format, such as ``.png`` or ``.svg``.
-
-    Raises:
-        DataError: The column does not exist, is nested, or has nulls; the suffix is not an image
-            format; the file cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    counts, names = _label_counts(data, column)
-    clients = [client.name for client in data.clients]
-    figure = Figure(
-        figsize=(
-            4 + min(10, 3 + 0.12 * len(names)) * bool(names),
-            min(14, 2.8 + 0.16 * len(clients)),
-        ),
-        layout="constrained",
-    )
-    canvas = FigureCanvasAgg(figure)
-    suffix = Path(path).suffix.removeprefix(".").lower()
-    if suffix not in canvas.get_supported_filetypes():
-        raise DataError(f"{path}: unsupported image format; use the suffix .png, .svg or .pdf")
-    axes = (
-        figure.subplots(1, 2, sharey=True, width_ratios=[3, 1], squeeze=False)[0]
-        if names
-        else [figure.subplots()]
-    )
-    if names:
-        _draw_counts(figure, axes[0], counts, names, str(column))
-    _draw_sizes(axes[-1], _sizes(data))
-    axes[0].set_ylabel("client")
-    _set_ticks(axes[0].yaxis, clients)
-    axes[0].set_ylim(len(clients) - 0.5, -0.5)
-    try:
-        figure.savefig(path, format=suffix, dpi=150)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _draw_counts(
-    figure: Any, axis: Any, counts: NDArray[np.int64], names: list[str], column: str
-) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    shown, top = np.ma.masked_equal(counts, 0), max(2, int(counts.max()))
-    image = axis.imshow(
-        shown, cmap="cividis_r", aspect="auto", interpolation="nearest", vmin=1, vmax=top
-    )
-    axis.set_xlabel(column)
-    _set_ticks(axis.xaxis, names)
-    axis.tick_params(axis="x", labelrotation=90)
-    ticks = MaxNLocator(nbins=6, integer=True)
-    figure.colorbar(
-        image,
-        ax=axis,
-        location="top",
-        aspect=40,
-        ticks=ticks,
-        label="training examples (count), white is none",
-    )
-
-
-def _draw_sizes(axis: Any, sizes: NDArray[np.int64]) -> None:
-    left = np.zeros(len(sizes), dtype=np.int64)
-    for split, size, color in zip(SPLITS, sizes.T, _COLORS, strict=True):
-        axis.barh(np.arange(len(sizes)), size, left=left, height=0.8, color=color, label=split)
-        left = left + size
-    axis.set_xlabel("examples (count)")
-    axis.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, frameon=False, fontsize="small"
-    )
-
-
-def _set_ticks(axis: Any, names: list[str]) -> None:
-    """Label every n-th position, so that labels do not overlap."""
-    step = -(-len(names) // _MAX_TICKS)
-    axis.set_ticks(
-        range(0, len(names), step),
-        labels=[_short_name(name) for name in names[::step]],
-        fontsize="x-small",
-        parse_math=False,
-    )
 
 
 def _short_name(name: str) -> str:
@@ -217,7 +122,7 @@ def _bars(counts: NDArray[np.int64], top: int) -> str:
     return "".join(_BARS[height] for height in heights)
 
 
-def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
+def label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.int64], list[str]]:
     """Count training rows by client and label, ``(clients, labels)``, and name the labels."""
     if column is None:
         return np.zeros((len(data.clients), 0), dtype=np.int64), []
@@ -230,7 +135,7 @@ def _label_counts(data: FederatedData, column: str | None) -> tuple[NDArray[np.i
     return class_counts(positions, numbers["train"], len(names)), names
 
 
-def _sizes(data: FederatedData) -> NDArray[np.int64]:
+def split_sizes(data: FederatedData) -> NDArray[np.int64]:
     """Count examples by client and split, ``(clients, 3)``."""
     return np.array(
         [[len(client.train), len(client.validation), len(client.test)] for client in data.clients],

@@ -210,7 +210,7 @@ def _dumbbell(axes: Any, drawing: Dumbbell) -> None:
         face = color if method is methods[0] else "white"
         style = {"color": color, "markerfacecolor": face, "markersize": 5, "linestyle": ""}
         axes.plot(method.values, rows, marker=shape, label=method.name, **style)
-    _names(axes.yaxis, drawing.names)
+    set_names(axes.yaxis, drawing.names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     scores = [*first, *second, *drawing.span]
     if drawing.span:
@@ -249,8 +249,8 @@ def _heat(figure: Any, axes: Any, drawing: Heat) -> None:
     image = axes.imshow(
         values, cmap=COLORMAP, vmin=0, vmax=drawing.top or 1, aspect="auto", interpolation="nearest"
     )
-    _names(axes.yaxis, drawing.rows)
-    _names(axes.xaxis, drawing.columns, turned=max(map(len, drawing.columns), default=0) > 3)
+    set_names(axes.yaxis, drawing.rows)
+    set_names(axes.xaxis, drawing.columns, turned=max(map(len, drawing.columns), default=0) > 3)
     for row, (above, below) in enumerate(pairwise(drawing.groups)):
         if above != below:
             axes.axhline(row + 0.5, color="gray", linewidth=0.8)
@@ -262,7 +262,7 @@ def _heat(figure: Any, axes: Any, drawing: Heat) -> None:
             if group
         }
         side = axes.secondary_yaxis("right")
-        _names(side.yaxis, list(middles), positions=list(middles.values()))
+        set_names(side.yaxis, list(middles), positions=list(middles.values()))
         side.tick_params(length=0)
     figure.colorbar(image, ax=axes, label=drawing.label)
 
@@ -307,7 +307,7 @@ def _bars(axes: Any, drawing: Bars) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _names(
+def set_names(
     axis: Any,
     names: Sequence[str],
     *,

@@ -14,8 +14,8 @@ _RULES = {
     "mean": "Weighted mean; one client can move it anywhere.",
     "median": "Coordinate-wise weighted median.",
     "trimmed_mean": "Coordinate-wise weighted mean without the ends.",
-    "krum": "The one update nearest to its neighbours.",
-    "multi_krum": "Weighted mean of the updates nearest to their neighbours.",
+    "krum": "The one update nearest to its neighbors.",
+    "multi_krum": "Weighted mean of the updates nearest to their neighbors.",
     "cosine_filter": "Weighted mean of the updates that do not point against the others'.",
 }
 for _name, _about in _RULES.items():

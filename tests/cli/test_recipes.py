@@ -63,7 +63,7 @@ def test_validate_shows_what_overrides_change(fedmerge):
     ).splitlines()
     assert line == (
         "\\x1b[31m is valid: fedavg, 1 round of sequence-classification on tiny:bert, "
-        "data embedded:support-tickets (one client for each organisation)"
+        "data embedded:ticket-subjects (one client for each organisation)"
     )
 
 

@@ -87,6 +87,15 @@ def test_the_embedded_tickets_are_text():
     assert all(isinstance(value, str) for value in train[0].values())
 
 
+def test_the_embedded_subjects_are_those_of_the_tickets():
+    tickets, subjects = (
+        load(f"embedded:{name}")["train"].to_pandas()
+        for name in ("support-tickets", "ticket-subjects")
+    )
+    expected = tickets.assign(text=tickets["text"].str.partition(": ")[0])
+    assert subjects.equals(expected)
+
+
 def test_progress_bars_are_restored(parquet):
     disabled = datasets.are_progress_bars_disabled()
     load(parquet)
@@ -293,7 +302,7 @@ def test_broken_files_and_empty_folders_are_refused_with_the_cause(tmp_path):
 def test_unknown_embedded_data_are_named():
     assert faults("embedded:support-ticket") == (
         "data.path: there is no embedded:support-ticket (did you mean support-tickets?); "
-        "the embedded data sets are support-tickets, assistants"
+        "the embedded data sets are support-tickets, ticket-subjects, assistants"
     )
 
 

@@ -23,7 +23,7 @@ from fedmerge_peft import (
 from fedmerge_peft.data import loading, take_data
 from fedmerge_peft.data.in_memory import fingerprint, read_parts
 
-FILE = Path(loading.__file__).parent / "embedded" / "support_tickets.csv"
+FILE = Path(loading.__file__).parent / "embedded" / "ticket_subjects.csv"
 
 
 def tickets():
@@ -135,7 +135,7 @@ def test_a_resumed_run_needs_the_same_data(tmp_path, left_behind):
 
 def test_a_run_from_a_file_is_resumed_without_data(tmp_path):
     stopped(tmp_path / "run")
-    with pytest.raises(ResumeError, match="embedded:support-tickets; resume it without data"):
+    with pytest.raises(ResumeError, match="embedded:ticket-subjects; resume it without data"):
         resume(tmp_path / "run", data=tickets())
 
 

@@ -27,6 +27,8 @@ OPTIONS = {
     "fedem": "adapters: 2",
 }
 SMALL = [
+    "data.path=embedded:support-tickets",  # version 0.1 had no other data
+    "task.max_length=32",
     "data.max_train=8",
     "data.max_test=4",
     "data.filter.provider=[Alder]",

@@ -93,8 +93,9 @@ def test_recipe_trains_a_round_on_real_data(name, file, overrides, clients, shar
     assert run.weights.shape == (clients, 1)  # the only round is a warm round
 
 
-def test_smoke_runs_with_its_baseline(tmp_path):
+def test_smoke_runs_with_its_baseline_and_without_a_warning(tmp_path, caplog):
     run = federate(Recipe.load("smoke", ["training.device=cpu"]), tmp_path / "run")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(run.records) == 2
     assert set(run.baselines) == {"fedavg"}
 

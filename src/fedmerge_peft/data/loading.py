@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.recipe.data import DataRecipe
 
-EMBEDDED = {"support-tickets": "support_tickets.csv", "assistants": "assistants.jsonl"}
+EMBEDDED = {
+    "support-tickets": "support_tickets.csv",
+    "ticket-subjects": "ticket_subjects.csv",
+    "assistants": "assistants.jsonl",
+}
 IN_MEMORY = "memory"
 """``data.path`` of examples that Python passes, followed by their fingerprint in a run."""
 

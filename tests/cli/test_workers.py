@@ -9,9 +9,11 @@ import sys
 import psutil
 import pytest
 
-from fedmerge_peft import Run
+from fedmerge_peft import Recipe, Run
 from fedmerge_peft.cli import main, workers
 from fedmerge_peft.errors import DeviceError
+from fedmerge_peft.runs.formats import FORMAT
+from fedmerge_peft.util import checked
 
 TINY = [
     "smoke",
@@ -30,39 +32,47 @@ def no_launcher(monkeypatch):
 
 
 def test_a_number_of_workers_is_taken(no_launcher):
-    assert [workers.number_of_workers(number) for number in ("1", "3")] == [1, 3]
+    assert [workers.number_of_workers(number, "auto") for number in ("1", "3")] == [1, 3]
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (16, 4)])
 def test_automatic_workers_follow_the_cores(no_launcher, monkeypatch, cores, expected):
     monkeypatch.setattr(workers, "_cores", lambda: cores)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert workers.number_of_workers("auto") == expected
+    assert workers.number_of_workers("auto", "auto") == expected
 
 
-def test_automatic_workers_follow_the_gpus(no_launcher, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "expected"), [("auto", 8), ("cuda", 8), ("cpu", 2), ("cuda:1", 1), ("mps", 1)]
+)
+def test_automatic_workers_follow_the_recipes_device(no_launcher, monkeypatch, device, expected):
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert workers.number_of_workers("auto") == 8
+    assert workers.number_of_workers("auto", device) == expected
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", ""])
 def test_what_is_no_number_of_workers_is_refused(no_launcher, number):
     with pytest.raises(DeviceError, match="write a number of processes from 1, or auto"):
-        workers.number_of_workers(number)
+        workers.number_of_workers(number, "auto")
 
 
 def test_ranks_of_another_launcher_start_no_further_ones(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert [workers.number_of_workers(number) for number in ("1", "auto")] == [1, 1]
+    assert [workers.number_of_workers(number, "auto") for number in ("1", "auto")] == [1, 1]
     with pytest.raises(DeviceError, match="already started 2 processes"):
-        workers.number_of_workers("4")
+        workers.number_of_workers("4", "auto")
 
 
 @pytest.mark.parametrize("command", ["run", "resume"])
 def test_bad_numbers_are_one_message(command, no_launcher, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"  # of a run without rounds, for resume
+    checked.write_text(recipe, Recipe.load("smoke").to_yaml())
+    checked.write_document(tmp_path / "environment.json", {"format": FORMAT})
     monkeypatch.chdir(tmp_path)
+    given = {"run": str(recipe), "resume": str(tmp_path)}[command]
     with pytest.raises(SystemExit) as stopped:
-        main([command, "smoke", "--workers", "none"])
+        main([command, given, "--workers", "none"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("--workers none: write a number")
 

@@ -45,6 +45,9 @@ def run(
 ) -> None:
     """Run a recipe's federation and its baselines.
 
+    The line of a round has the scores of the adapters that it begins with (served), and of these
+    after the clients' own training (finetuned). The last line has those of the final adapters.
+
     Example: fedmerge run quickstart rounds=5 --out runs/first
     """
     from fedmerge_peft.recipe import Recipe
@@ -66,7 +69,7 @@ def run(
             ["fedmerge", "run", recipe, *(overrides or []), "--out", str(error.free)]
         )
         raise RunExistsError(f"{error}\n  {command}", error.free) from None
-    if (count := number_of_workers(workers)) > 1:
+    if (count := number_of_workers(workers, loaded.training.device)) > 1:
         options = ["--out", str(directory), *["--quiet"] * quiet, *["--profile"] * profile]
         run_on_workers(count, ["run", *options, "--", recipe, *(overrides or [])])
         return
@@ -108,14 +111,14 @@ def resume(
     from fedmerge_peft.api import Run, resume
     from fedmerge_peft.util.logs import configure_logging
 
-    if (count := number_of_workers(workers)) > 1:
+    opened = Run.open(run, trust_remote_code=trust_remote_code)
+    if (count := number_of_workers(workers, opened.recipe.training.device)) > 1:
         options = [*["--quiet"] * quiet, *["--trust-remote-code"] * trust_remote_code]
         run_on_workers(count, ["resume", *options, "--", str(run), *(overrides or [])])
         return
     console = Console(highlight=False, quiet=not is_main())
     configure_logging(Console(stderr=True, highlight=False), engines_only=not is_main())
     start = partial(resume, run, overrides or [], trust_remote_code=trust_remote_code)
-    opened = Run(run, trust_remote_code=trust_remote_code)
     finished = _run_stoppable(start, opened, console, quiet)
     destroy_process_group()
     if not quiet and is_main():
@@ -210,6 +213,14 @@ def _run_with_progress(start: Callable[..., Run], stop: Stop, console: Console, 
                 progress.advance(rounds)
                 progress.reset(clients)
                 stop.check()
+
+            def on_end(self, run: RunDirectory) -> None:
+                if (final := run.last_scores) is not None:
+                    progress.print(
+                        f"after round {run.summary['rounds']}  served {final['mean']:.3f} "
+                        f"(worst client {final['worst_client_score']:.3f})",
+                        soft_wrap=True,
+                    )
 
         return start(callbacks=[ShowProgress()])
 

@@ -29,8 +29,12 @@ _SECONDS_TO_STOP = 600
 """Time that a signal leaves the processes to finish their round."""
 
 
-def number_of_workers(requested: str) -> int:
+def number_of_workers(requested: str, device: str) -> int:
     """Return the number of processes for the option ``--workers``.
+
+    Args:
+        requested: The option's value.
+        device: The recipe's ``training.device``.
 
     Raises:
         DeviceError: The value is no number from 1, or a launcher has started this process.
@@ -43,12 +47,20 @@ def number_of_workers(requested: str) -> int:
             "processes; leave --workers out"
         )
     if requested == "auto":
-        import torch
-
-        return torch.cuda.device_count() or min(_cores(), _MOST_ON_CPU)
+        return _automatic(device)
     if not requested.isdecimal() or int(requested) < 1:
         raise DeviceError(f"--workers {requested}: write a number of processes from 1, or auto")
     return int(requested)
+
+
+def _automatic(device: str) -> int:
+    """Return one process for each GPU or core; one if the recipe names a single device."""
+    import torch
+
+    if device not in ("auto", "cuda", "cpu"):
+        return 1
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return gpus or min(_cores(), _MOST_ON_CPU)
 
 
 def run_on_workers(count: int, arguments: Sequence[str]) -> None:

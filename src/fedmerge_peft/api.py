@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.federation import federate as running
 from fedmerge_peft.federation import sweep as sweeping
 from fedmerge_peft.federation.callbacks import Callback
-from fedmerge_peft.federation.notebook_progress import notebook_callbacks
+from fedmerge_peft.federation.notebook_progress import notebook_callbacks, sweep_progress
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.report.notebook import run_html
 from fedmerge_peft.report.run_plots import RunPlots
@@ -276,6 +277,7 @@ def sweep(
             already ended come first.
         on_failure: Called with the name and the error of a recipe that failed. The others continue.
         on_round: Called with the name and the record after each round, baselines included.
+            Notebooks also show the progress.
 
     Returns:
         The finished runs, in the order of ``recipes``.
@@ -287,11 +289,25 @@ def sweep(
             started.
         SweepError: Some recipes failed; raised after all others have run.
     """
+    progress = sweep_progress(len(recipes))
 
     def report(name: str, path: Path, fresh: bool) -> None:
+        run = Run(path, trust_remote_code=True, model=passed)
+        if progress is not None:
+            progress.ended(name, run)
         if on_run is not None:
-            on_run(name, Run(path, trust_remote_code=True, model=passed), fresh)
+            on_run(name, run, fresh)
+
+    def report_failure(name: str, error: FedMergeError) -> None:
+        if progress is not None:
+            progress.failed(name, error)
+        if on_failure is not None:
+            on_failure(name, error)
+
+    def callbacks(name: str) -> list[Callback]:
+        hooks = [] if on_round is None else [Callback(on_round=partial(on_round, name))]
+        return hooks if progress is None else [*hooks, progress.begin(name)]
 
     passed = take_model(model, tokenizer, processor)
-    paths = sweeping.run_sweep(recipes, out, report, on_failure, on_round, data, passed)
+    paths = sweeping.run_sweep(recipes, out, report, report_failure, callbacks, data, passed)
     return {name: Run(path, trust_remote_code=True, model=passed) for name, path in paths.items()}

@@ -5,7 +5,8 @@ import types
 
 import pytest
 
-from fedmerge_peft import federate
+from fedmerge_peft import federate, sweep
+from fedmerge_peft.errors import SweepError
 from fedmerge_peft.federation.notebook_progress import NotebookProgress, in_notebook
 
 
@@ -55,3 +56,25 @@ def test_clients_rounds_and_scores_are_shown_as_they_come(
     assert last.count("<polyline") == 2
     assert f"{run.baselines['fedavg'].records[1]['served']['mean']:.3f}" in last
     assert "clients" not in last.partition("<table>")[0].partition("</style>")[2]
+
+
+def test_a_sweep_shows_its_runs_and_the_progress_of_the_present_one(
+    shown, smoke, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fedmerge_peft.federation.notebook_progress.in_notebook", lambda: True)
+    small = ["rounds=1", "baselines=[]", "data.partition={scheme: iid, clients: 2}"]
+    recipes = {
+        "first": smoke(*small),
+        "second": smoke(*small, "seed=1"),
+        "wrong": smoke(*small, "data.filter.provider=[nobody]"),
+    }
+    with pytest.raises(SweepError):
+        sweep(recipes, tmp_path)
+    first, second, wrong = (
+        next(text for text in shown if f"runs {ended} of 3" in text) for ended in (1, 2, 3)
+    )
+    assert "<td>first</td>" in first
+    assert "rounds 1 of 1" not in first  # no run is in progress
+    assert any("second" in text and "rounds 0 of 1" in text for text in shown)
+    assert "<td>second</td>" in second
+    assert "failed: " in wrong

@@ -41,6 +41,11 @@ def notebook_callbacks() -> list[Callback]:
     return [NotebookProgress()] if in_notebook() else []
 
 
+def sweep_progress(runs: int) -> SweepProgress | None:
+    """Return the progress of a sweep of this many runs, if this is a notebook."""
+    return SweepProgress(runs) if in_notebook() else None
+
+
 class NotebookProgress(Callback):
     """Show each method of a run with its rounds, clients, last records and scores so far."""
 
@@ -125,6 +130,44 @@ class NotebookProgress(Callback):
         else:
             self._display.update(content)
         self._shown = time.monotonic()
+
+
+class SweepProgress(NotebookProgress):
+    """Show a sweep: the runs that have ended, and the progress of the present one."""
+
+    def __init__(self, runs: int) -> None:
+        super().__init__()
+        self._runs = runs
+        self._ended: list[tuple[str, str, str]] = []
+        self._name = ""
+
+    def begin(self, name: str) -> SweepProgress:
+        """Begin with the next run."""
+        self._name, self._curves = name, {}
+        return self
+
+    def ended(self, name: str, run: RunDirectory) -> None:
+        """Add a run with its final scores."""
+        final = run.last_scores
+        scores = [] if final is None else [final["mean"], final["worst_client_score"]]
+        self._add(name, *(f"{score:.3f}" for score in scores))
+
+    def failed(self, name: str, error: Exception) -> None:
+        """Add a run that has failed, with its error's first line."""
+        self._add(name, f"failed: {(str(error).splitlines() or [''])[0]}")
+
+    def html(self) -> str:
+        """Return the present state."""
+        runs = _bar("runs", len(self._ended), self._runs)
+        columns = ["run", "score", "worst client"]
+        done = table(columns, self._ended[-_SHOWN:]) if self._ended else ""
+        present = [text(self._name), super().html()] if self._name else []
+        return page("sweep", runs, done, *present)
+
+    def _add(self, name: str, score: str = "", worst: str = "") -> None:
+        self._ended.append((name, score, worst))
+        self._name = ""
+        self._show()
 
 
 def _bar(name: str, done: int, total: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING
@@ -26,7 +25,6 @@ from fedmerge_peft.recipe.diff import differing, flat, written
 from fedmerge_peft.runs.cleanup import check_only_run_files, files_in, remove_run
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.passed_model import with_model
-from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.util.files import locked_directory, translated_write_errors
 
 if TYPE_CHECKING:
@@ -46,11 +44,14 @@ def run_sweep(
     out: Path | str,
     on_run: Callable[[str, Path, bool], None] | None = None,
     on_failure: Callable[[str, FedMergeError], None] | None = None,
-    on_round: Callable[[str, RoundRecord], None] | None = None,
+    callbacks: Callable[[str], Sequence[Callback]] = lambda name: (),
     data: Data | None = None,
     model: PassedModel | None = None,
 ) -> dict[str, Path]:
-    """Run each recipe into ``out/<name>``; return the directories. Documented at ``api.sweep``."""
+    """Run each recipe into ``out/<name>``; return the directories. Documented at ``api.sweep``.
+
+    ``callbacks`` returns those of a run by its name, before it starts.
+    """
     distributed.require_single_process("a sweep")
     paths = {name: _run_path(Path(out), name) for name in recipes}
     examples = {
@@ -75,8 +76,7 @@ def run_sweep(
                     report(name, fresh=False)
                     return engine
                 engine = engine or LocalEngine.from_recipe(*examples[name])
-                callbacks = [] if on_round is None else [Callback(on_round=partial(on_round, name))]
-                run_or_resume(recipes[name], paths[name], engine, callbacks)
+                run_or_resume(recipes[name], paths[name], engine, callbacks(name))
                 report(name, fresh=True)
         except RunBusyError:
             raise

@@ -113,6 +113,17 @@ def test_the_wheel_has_the_package_and_its_data_alone(built):
     assert ours == {name for name in names if name.endswith(".py")}
 
 
+def test_an_installation_packs_the_wheel_that_it_was_installed_from(built, installed, tmp_path):
+    """Kits of a federation have this wheel: equal members but for the order of the record."""
+    program = f"from fedmerge_peft.sites.wheel import *; write_wheel(Path({str(tmp_path)!r}))"
+    run(installed, "-c", program, cwd=tmp_path)
+    first, again = (zipfile.ZipFile(path) for path in (built[1], tmp_path / built[1].name))
+    assert sorted(first.namelist()) == sorted(again.namelist())
+    for name in first.namelist():
+        old, new = first.read(name).splitlines(), again.read(name).splitlines()
+        assert (sorted(old) == sorted(new)) if name.endswith("/RECORD") else (old == new), name
+
+
 def test_the_program_runs_from_the_wheel(installed, tmp_path):
     program = installed.with_name("fedmerge")
     where = run(

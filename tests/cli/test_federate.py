@@ -1,5 +1,6 @@
 """The commands of ``fedmerge federate``: help, bad input, and light imports."""
 
+import hashlib
 import subprocess
 import sys
 
@@ -115,10 +116,14 @@ def test_prepare_writes_a_kit_for_each_and_a_readme_for_each_site(kits):
         recipe = Recipe.load(kits / kit / "recipe.yaml")
         assert (recipe.clients.failures, recipe.training.clients_per_batch) == ("skip", 1)
         assert (kits / kit / "startup" / "rootCA.pem").is_file()
+        (wheel,) = (kits / kit).glob("fedmerge_peft-*.whl")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        assert (kits / kit / "SHA256SUMS").read_text() == f"{digest}  {wheel.name}\n"
     readme = (kits / "sites" / "south" / "README.md").read_text()
     assert "fedmerge federate site . --data" in readme
     assert "examples of: a, b" in readme
     assert "10.1.2.3:8102" in readme
+    assert digest in readme
 
 
 def test_only_the_authority_can_sign_and_keys_are_private(kits):

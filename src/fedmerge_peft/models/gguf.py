@@ -15,6 +15,7 @@ import torch
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.util.extras import install_command
 from fedmerge_peft.util.library_errors import library_errors
 from fedmerge_peft.util.tensor_cache import cache_folder
 
@@ -44,7 +45,7 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
     if find_spec("gguf") is None:
         raise BackboneError(
             f"backbone.model: {path.name} is a GGUF file, which needs gguf: "
-            "pip install 'fedmerge-peft[gguf]'"
+            + install_command("gguf")
         )
     facts = path.stat()
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {backbone.dtype}"

@@ -16,6 +16,7 @@ from fedmerge_peft.models.in_memory import copy_module, save_stock
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe
 from fedmerge_peft.tasks.in_memory import passed_model
+from fedmerge_peft.util.extras import install_command
 from fedmerge_peft.util.library_errors import library_errors
 
 _PACKAGED = {
@@ -211,7 +212,7 @@ def _quantization(backbone: BackboneRecipe, device: torch.device) -> Any:
 
     if find_spec("bitsandbytes") is None:
         raise BackboneError(
-            "backbone.quantization needs bitsandbytes: pip install 'fedmerge-peft[quantization]'"
+            f"backbone.quantization needs bitsandbytes: {install_command('quantization')}"
         )
     if device.type != "cuda":
         raise BackboneError(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, Federation, check_names
+from fedmerge_peft.sites.wheel import SUMS, WHEEL, write_wheel
 from fedmerge_peft.util.files import translated_write_errors, write_text
 
 README = "README.md"
@@ -35,11 +39,23 @@ def federated_recipe(recipe: Recipe) -> Recipe:
     return recipe.replace(overrides)
 
 
-def prepare(recipe: Recipe, federation: Federation, out: Path) -> None:
+def prepare(
+    recipe: Recipe, federation: Federation, out: Path, *, wheel: bool = False
+) -> str | None:
     """Write the kits into a new folder.
 
+    Args:
+        recipe: Recipe of the federation.
+        federation: Its sites, and the address of its server.
+        out: The folder.
+        wheel: Put a wheel of this package into each kit, for other machines.
+
+    Returns:
+        The wheel's SHA-256 sum; None without a wheel (``write_wheel``).
+
     Raises:
-        FederateError: A name or the host is invalid, or nvflare is not installed.
+        FederateError: A name or the host is invalid, nvflare is not installed, or the wheel cannot
+            be built.
         RunExistsError: The folder is not empty.
     """
     check_names(federation.sites)
@@ -52,12 +68,26 @@ def prepare(recipe: Recipe, federation: Federation, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         provision(federation, out)
     kits = [out / "server", out / "operator", *(out / "sites" / site for site in federation.sites)]
+    digest = _copy_wheel(kits) if wheel else None
     for kit in kits:
         federation.write(kit)
         write_text(kit / RECIPE_FILE, recipe.to_yaml())
     for site in federation.sites:
         write_text(out / "sites" / site / SITE_FILE, _SITE_YAML)
-        write_text(out / "sites" / site / README, site_readme(federation, site, recipe))
+        write_text(out / "sites" / site / README, site_readme(federation, site, recipe, digest))
+    return digest
+
+
+def _copy_wheel(kits: Sequence[Path]) -> str | None:
+    """Put a wheel of this package and its sum into each kit; return the sum."""
+    with TemporaryDirectory() as name:
+        digest = write_wheel(Path(name))
+        if digest is not None:
+            for kit in kits:
+                with translated_write_errors(kit):
+                    for file in (WHEEL, SUMS):
+                        shutil.copyfile(Path(name, file), kit / file)
+    return digest
 
 
 def check_installed() -> None:
@@ -71,8 +101,17 @@ def check_installed() -> None:
         )
 
 
-def site_readme(federation: Federation, site: str, recipe: Recipe) -> str:
-    """Return the kit's README: the task, the commands, and the data that leaves the site."""
+def site_readme(
+    federation: Federation, site: str, recipe: Recipe, digest: str | None = None
+) -> str:
+    """Return the kit's README: the task, the commands, and the data that leaves the site.
+
+    Args:
+        federation: The federation.
+        site: Name of the site.
+        recipe: Recipe of the federation.
+        digest: SHA-256 sum of the wheel in the kit; None if the kit has none.
+    """
     clients = ", ".join(federation.sites[site])
     task, lora = recipe.task, recipe.lora
     columns = ", ".join(
@@ -95,12 +134,12 @@ Task: {task.name}{f", columns {columns}" if columns else ""}.
 
 ## The commands
 
-Install the package from the wheel that the organizers of the federation give you, after a look at
-its SHA-256 sum. Do not install it by its name: the project is not on the package index, where
-anyone may register the name.
+{_installation(digest)}
+Do not install it by its name: the project is not on the package index, where anyone may register
+the name.
 
 ```bash
-pip install "{_wheel()}[federate]"
+{"" if digest is None else f"sha256sum --check {SUMS}{chr(10)}"}pip install "./{WHEEL}[federate]"
 fedmerge federate site . --data {data}
 ```
 
@@ -122,11 +161,17 @@ After the last round, `adapters/` holds a PEFT folder for each client of the sit
 """
 
 
-def _wheel() -> str:
-    """Return the path of the wheel of this version, for a user to complete."""
-    from fedmerge_peft import __version__
+def _installation(digest: str | None) -> str:
+    """Return sentences on the wheel of the package."""
+    if digest is None:
+        return """Install the package from the wheel that the organizers of the federation give you,
+after a comparison of its SHA-256 sum with theirs."""
+    return f"""Install the package from the wheel in this folder. Its SHA-256 sum is
 
-    return f"./fedmerge_peft-{__version__}-py3-none-any.whl"
+    {digest}
+
+Compare it with the sum that the organizers tell you by another way than this folder, such as by
+telephone. `sha256sum` then compares the file with it (on macOS: `shasum -a 256`)."""
 
 
 def _leaving(recipe: Recipe) -> str:

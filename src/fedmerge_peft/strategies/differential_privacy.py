@@ -11,6 +11,7 @@ from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator, clipped
 from fedmerge_peft.training.update_privacy import UpdatePrivacy
+from fedmerge_peft.util.extras import install_command
 from fedmerge_peft.util.gaussian_noise import add_noise
 from fedmerge_peft.util.gaussian_privacy import epsilon_of
 from fedmerge_peft.util.seeds import derive
@@ -105,7 +106,7 @@ def epsilon_spent(recipe: PrivacyRecipe, releases: int, rate: float = 1.0) -> fl
     except ImportError as error:
         raise RecipeError(
             "clients.sampling: poisson with privacy needs opacus to compute epsilon: "
-            "pip install 'fedmerge-peft[privacy]'"
+            + install_command("privacy")
         ) from error
     accountant = PRVAccountant()
     accountant.history = [(recipe.noise, rate, releases)]

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from fedmerge_peft.util import tensor_cache
+from fedmerge_peft.util import private_folder, tensor_cache
 from fedmerge_peft.util.tensor_cache import TensorCache
 
 SIZE = 4 * 1000
@@ -121,17 +121,71 @@ def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog):
     assert caplog.text.count("cannot be written") == 1
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of files")
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_permissions_follow_the_umask(tmp_path, mask):
-    before = os.umask(mask)
+# ---- other users ---------------------------------------------------------------------------------
+posix = pytest.mark.skipif(os.name != "posix", reason="permissions of files")
+
+
+@posix
+@pytest.mark.parametrize("mode", [None, 0o755, 0o777])
+def test_only_the_user_may_open_folder_and_files(tmp_path, mode):
+    folder = tmp_path / "new"
+    if mode is not None:
+        folder.mkdir()
+        folder.chmod(mode)
+    before = os.umask(0)
     try:
-        TensorCache(tmp_path / "new", 1e9).put("one", tensor(0))
+        TensorCache(folder, 1e9).put("one", tensor(0))
     finally:
         os.umask(before)
-    file = tmp_path / "new" / "one.safetensors"
-    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
-    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o777 & ~mask
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "one.safetensors").stat().st_mode) == 0o600
+
+
+@posix
+def test_a_folder_of_another_user_is_neither_read_nor_written(tmp_path, monkeypatch, caplog):
+    TensorCache(tmp_path, 1e9).put("one", tensor(0))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    cache = TensorCache(tmp_path, 1e9)
+    assert get(cache, "one") is None
+    cache.put("two", tensor(0))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert caplog.text.count("belongs to another user") == 1
+
+
+@posix
+def test_a_file_of_another_user_is_replaced(tmp_path, monkeypatch, caplog):
+    TensorCache(tmp_path, 1e9).put("one", tensor(1))
+    own = private_folder.is_own
+    monkeypatch.setattr(tensor_cache, "is_own", lambda path: False)
+    cache = TensorCache(tmp_path, 1e9)
+    assert get(cache, "one") is None
+    assert "belongs to another user" in caplog.text
+    monkeypatch.setattr(tensor_cache, "is_own", own)
+    cache.put("one", tensor(0))
+    assert torch.equal(get(cache, "one"), tensor(0))
+
+
+@posix
+@pytest.mark.parametrize("name", ["folder", "one.safetensors"])
+def test_links_are_not_followed(tmp_path, name):
+    elsewhere = TensorCache(tmp_path / "elsewhere", 1e9)
+    elsewhere.put("one", tensor(1))
+    target = tmp_path / "elsewhere" / "one.safetensors"
+    before = target.read_bytes()
+    folder = tmp_path / "folder"
+    if name == "folder":
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        (folder / name).symlink_to(target)
+    cache = TensorCache(folder, 1e9)
+    assert get(cache, "one") is None
+    cache.put("one", tensor(0))
+    cache.put("two", tensor(0))
+    assert target.read_bytes() == before
+    assert len(list(target.parent.iterdir())) == 1
+    assert not (folder / "one.safetensors").is_symlink()
 
 
 def test_several_writers_and_readers_never_see_a_part_of_a_file(tmp_path, caplog):

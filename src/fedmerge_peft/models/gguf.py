@@ -17,6 +17,7 @@ from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe
 from fedmerge_peft.util.extras import install_command
 from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.private_folder import is_own, make_private
 from fedmerge_peft.util.tensor_cache import cache_folder
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
     facts = path.stat()
     key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {backbone.dtype}"
     target = cache_folder() / "gguf" / sha256(os.fsencode(key)).hexdigest()[:32]
-    if not (target / "config.json").is_file():
+    if not _is_written(target):
         log.info(
             "%s is dequantized to %s, and kept in %s; training and predictions use these weights",
             path.name,
@@ -58,7 +59,7 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
             target,
         )
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_private(target.parent)
             with TemporaryDirectory(prefix=".partial-", dir=target.parent) as partial:
                 _dequantize(backbone, path, Path(partial) / "model")
                 try:
@@ -72,6 +73,22 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
                 f"({error.strerror or error}); FEDMERGE_CACHE names another folder"
             ) from error
     return target
+
+
+def _is_written(target: Path) -> bool:
+    """Return True for a folder that this user has written; only the user may open those."""
+    try:
+        if not is_own(target):
+            raise PermissionError(None, "it is a link, or belongs to another user")
+        make_private(target.parent)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise BackboneError(
+            f"backbone.model: {target} is not used ({error.strerror or error}); FEDMERGE_CACHE "
+            "names another folder"
+        ) from error
+    return (target / "config.json").is_file()
 
 
 def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmerge_peft.util.private_folder import is_own, make_private
+
 log = logging.getLogger(__name__)
 
 _TENSOR, _SUM = "tensor", "blake2b"
@@ -38,11 +40,13 @@ class TensorCache:
 
     Files are written under another name and renamed, so that processes can read and write at the
     same time. A damaged file counts as missing. The least recently used files are removed to stay
-    within the limit, but none that this object has read or written. The permissions of files and
-    folders follow the umask. A failure to write is logged and ends writing.
+    within the limit, but none that this object has read or written. Only the user may open folder
+    and files: tensors can reveal examples, and a file from somebody else would change results. A
+    folder or a file that is a link or belongs to another user is not used. A failure to write is
+    logged and ends writing.
 
     Args:
-        folder: Folder, created on the first write.
+        folder: Folder, created on the first write with mode 0700.
         max_bytes: Limit on the bytes of all files.
     """
 
@@ -50,6 +54,8 @@ class TensorCache:
         self.folder = folder
         self._max_bytes = max_bytes
         self._writes = True
+        self._private: bool | None = None
+        """True if only this user can open the folder; None before it is checked."""
         self._used: set[str] = set()
         """Names of the files that this object has read or written."""
         self._total: int | None = None
@@ -65,8 +71,13 @@ class TensorCache:
             shape: Shape that the tensor must have.
             dtype: Data type that the tensor must have.
         """
+        if not self._is_private():
+            return None
         path = self._path(key)
         try:
+            if not is_own(path):
+                self._discard(path, "it is a link, or belongs to another user")
+                return None
             with safe_open(path, "pt") as file:
                 tensor: Tensor = file.get_tensor(_TENSOR)
                 expected = (file.metadata() or {}).get(_SUM)
@@ -88,38 +99,48 @@ class TensorCache:
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Store a tensor, unless there is no room for it."""
-        if not self._writes:
+        if not self._writes or not self._is_private(create=True):
             return
         stored = tensor.detach().cpu().contiguous()
         path = self._path(key)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if not self._has_room(stored.nbytes):
                 self._writes = False
                 log.info("%s is full", self.folder)
                 return
             try:
-                temporary.touch()
-                mode = temporary.stat().st_mode  # from the umask; safetensors would use 0600
                 save_file({_TENSOR: stored}, temporary, metadata={_SUM: _checksum(stored)})
-                temporary.chmod(mode)
+                temporary.chmod(0o600)
                 temporary.replace(path)
             finally:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
-            self._writes = False
-            log.warning(
-                "%s cannot be written, and is not used further: %s; FEDMERGE_CACHE names another "
-                "folder",
-                self.folder,
-                error,
-            )
+            self._give_up(error)
             return
         self._used.add(path.name)
         self._total = (self._total or 0) + stored.nbytes
         self._unscanned += stored.nbytes
+
+    def _is_private(self, *, create: bool = False) -> bool:
+        """Return True if only this user can open the folder; check it once."""
+        if self._private is None and (create or self.folder.exists()):
+            try:
+                make_private(self.folder)
+            except OSError as error:
+                self._give_up(error)
+            self._private = self._writes
+        return bool(self._private)
+
+    def _give_up(self, error: Exception) -> None:
+        self._writes = False
+        log.warning(
+            "%s cannot be written, and is not used further: %s; FEDMERGE_CACHE names another "
+            "folder",
+            self.folder,
+            error,
+        )
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -1,12 +1,13 @@
 """A run directory from somebody else runs no code without consent, and its links are refused."""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
 
-from fedmerge_peft import BackboneError, RecipeError, Run, RunError, load_run, resume
+from fedmerge_peft import BackboneError, Recipe, RecipeError, Run, RunError, load_run, resume
 from fedmerge_peft.cli import main
 from fedmerge_peft.models import tiny
 from fedmerge_peft.runs.cleanup import files_in
@@ -79,6 +80,24 @@ def test_consent_in_python_is_an_argument(run, plugin):
     assert load_run(run, trust_remote_code=True).recipe.plugins == ["hostile_module"]
     assert plugin.exists()
     assert load_run(run).recipe.plugins == ["hostile_module"]  # it is imported already
+
+
+@pytest.mark.parametrize("name", ["secret.json", "./secret", "~/secret.json"])
+def test_a_runs_recipe_takes_no_file_for_a_chat_template(run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in ("secret.json", "secret"):
+        (tmp_path / file).write_text('{"password": "{{ 1 }}"}')
+    text = checked.read_text(run / "recipe.yaml")
+    before, _, rest = text.partition("task:\n")
+    after = rest[re.search(r"^\w", rest, re.MULTILINE).start() :]
+    own = f"{before}task:\n  name: causal-lm\n  chat_template: {name}\n{after}"
+    (tmp_path / "own.yaml").write_text(own)
+    assert "password" in Recipe.load(tmp_path / "own.yaml").task.chat_template
+    checked.write_text(run / "recipe.yaml", own)
+    with pytest.raises(RecipeError, match=r"task\.chat_template: .* names no file") as refused:
+        load_run(run, trust_remote_code=True).recipe  # noqa: B018
+    assert "password" not in str(refused.value)
 
 
 @pytest.fixture

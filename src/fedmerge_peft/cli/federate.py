@@ -156,6 +156,7 @@ def site(
     """
     from fedmerge_peft.errors import FederateError
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.recipe.loading import load
     from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, SiteSettings, recipe_refusal
     from fedmerge_peft.sites.prepare import check_installed, find_kit
     from fedmerge_peft.sites.supervisor import run_site
@@ -171,7 +172,7 @@ def site(
             f"no data: use fedmerge federate site {shlex.quote(str(directory))} --data FILE, "
             f"or set data: {{path: FILE}} in {kit / SITE_FILE}"
         )
-    recipe = Recipe.load(kit / RECIPE_FILE)
+    recipe = load(Recipe, kit / RECIPE_FILE, foreign=True)
     settings.apply_to(recipe)
     if reason := recipe_refusal(recipe, recipe, settings.allow):
         raise FederateError(

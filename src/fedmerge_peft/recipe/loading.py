@@ -27,7 +27,7 @@ from fedmerge_peft.recipe.error_messages import (
     required,
     variants,
 )
-from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.recipe.section import FOREIGN, Section
 from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dotted, refuse
 from fedmerge_peft.util.text import is_encodable, printable
 
@@ -138,14 +138,16 @@ def load(
     source: str | os.PathLike[str],
     overrides: Iterable[str] = (),
     plugins: Plugins = "import",
+    *,
+    foreign: bool = False,
 ) -> R:
     """Read a shipped recipe by name, or a YAML file by path, then apply the overrides.
 
-    Raises ``RecipeError`` with all faults, each as
-    ``file:line: dotted.path: found ..., expected ...``.
+    ``plugins`` and ``foreign`` are those of ``loads``. Raises ``RecipeError`` with all faults, each
+    as ``file:line: dotted.path: found ..., expected ...``.
     """
     path = find(source)
-    return loads(model, _read(path), str(path), overrides, plugins=plugins)
+    return loads(model, _read(path), str(path), overrides, plugins=plugins, foreign=foreign)
 
 
 def loads(
@@ -155,6 +157,7 @@ def loads(
     overrides: Iterable[str] = (),
     *,
     plugins: Plugins = "import",
+    foreign: bool = False,
 ) -> R:
     """Read YAML text, then apply the overrides.
 
@@ -164,6 +167,8 @@ def loads(
         source: Name of the file in error messages.
         overrides: ``key.sub=value``, applied in this order.
         plugins: Treatment of the modules that the recipe lists.
+        foreign: The text comes from somebody else, such as a run directory or a message. No key
+            then means the content of a file.
 
     Raises:
         RecipeError: As ``load``.
@@ -188,7 +193,7 @@ def loads(
                 ),
             ]
         )
-    return _validate(model, document, overrides, plugins)
+    return _validate(model, document, overrides, plugins, foreign=foreign)
 
 
 def override(recipe: R, overrides: Iterable[str]) -> R:
@@ -215,7 +220,12 @@ def dump(recipe: Section) -> str:
 
 
 def _validate(
-    model: type[R], document: Document, overrides: Iterable[str], plugins: Plugins = "import"
+    model: type[R],
+    document: Document,
+    overrides: Iterable[str],
+    plugins: Plugins = "import",
+    *,
+    foreign: bool = False,
 ) -> R:
     import_installed()
     chosen = [(text.partition("=")[0].strip() == "plugins", text) for text in overrides]
@@ -226,7 +236,9 @@ def _validate(
     for text in [text for first, text in chosen if not first]:
         _apply(model, text, document)
     try:
-        recipe: R = model.__pydantic_validator__.validate_python(document.value)
+        recipe: R = model.__pydantic_validator__.validate_python(
+            document.value, context={FOREIGN: foreign}
+        )
     except ValidationError as error:
         known = {fault.where for fault in document.faults}
         document.faults += [

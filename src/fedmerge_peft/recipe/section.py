@@ -40,6 +40,8 @@ Rank = Annotated[int, Field(gt=0, le=4_096)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 """Step size of an optimizer."""
 Scalar = str | int | float | bool
+FOREIGN = "foreign"
+"""Key of the validation's context: true if the recipe comes from somebody else."""
 
 
 class Section(BaseModel):

@@ -7,25 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe import metrics as _  # noqa: F401 (registered before the sections below)
 from fedmerge_peft.recipe.generation import GenerationSettings
 from fedmerge_peft.recipe.registered import NameIn, OneOf
-from fedmerge_peft.recipe.section import Count, Labels, Section
+from fedmerge_peft.recipe.section import FOREIGN, Count, Labels, Section
 
 ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes"}))]
 LanguageMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tokens", "texts", "loss"}))]
 
 
-def _template_text(value: str) -> str:
+def _template_text(value: str, info: ValidationInfo) -> str:
     """Return the text of a chat template, which may be in a file, or the name of a template.
 
-    A recipe holds the text itself, so that a run does not depend on the file.
+    A recipe holds the text itself, so that a run does not depend on the file. A recipe of somebody
+    else may not name a file, because its content would get into exports and messages.
     """
-    if "{" in value:
+    if "{" in value or _TEMPLATE_NAME.fullmatch(value):
         return value
+    if (info.context or {}).get(FOREIGN):
+        raise ValueError("a recipe of a run or a kit holds the template itself and names no file")
     path = Path(value).expanduser()
     try:
         if path.is_file():
@@ -36,11 +39,10 @@ def _template_text(value: str) -> str:
             raise ValueError(f"{value} does not hold a chat template in Jinja")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{value} cannot be read as text ({error})") from error
-    if re.fullmatch(r"\w[\w-]*", value):
-        return value
     raise ValueError(f"{path.absolute()} does not exist; name a file with a chat template in Jinja")
 
 
+_TEMPLATE_NAME = re.compile(r"\w[\w-]*")
 LARGEST_TEMPLATE = 256 * 1024
 """Maximum size of a chat template, in characters."""
 ChatTemplate = Annotated[str, AfterValidator(_template_text)]
@@ -108,8 +110,8 @@ class CompletionRecipe(GenerationSettings, TaskRecipe):
     system_prompt: str | None = None
     """System prompt of chats that have none."""
     chat_template: ChatTemplate | None = None
-    """Chat template: Jinja text, a file with it, or the name of one of the tokenizer's templates.
-    Default: the tokenizer's."""
+    """Chat template: Jinja text, a file with it (a name with a dot or a slash), or the name of one of
+    the tokenizer's templates. Default: the tokenizer's."""
     max_length: Count | None = None
     """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
     the model's limit, at most 1024."""

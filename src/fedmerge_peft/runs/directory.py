@@ -170,7 +170,8 @@ class RunDirectory:
 
     def _load_recipe(self, path: Path) -> Recipe:
         plugins: Plugins = "import" if self.trust_remote_code else "refuse"
-        return loads(Recipe, checked.read_text(path), str(path), plugins=plugins)
+        text = checked.read_text(path)
+        return loads(Recipe, text, str(path), plugins=plugins, foreign=True)
 
     @property
     def trusted_recipe(self) -> Recipe:

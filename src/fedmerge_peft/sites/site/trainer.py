@@ -15,7 +15,7 @@ from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import ClientError, FedMergeError, RefusedError, WireError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.loading import loads
+from fedmerge_peft.recipe.loading import load, loads
 from fedmerge_peft.serving.export import folder_name
 from fedmerge_peft.sites.config import (
     RECIPE_FILE,
@@ -71,7 +71,7 @@ class Trainer:
         self.kit = kit
         self.settings = settings
         self.federation = Federation.read(kit)
-        agreed = Recipe.load(kit / RECIPE_FILE)
+        agreed = load(Recipe, kit / RECIPE_FILE, foreign=True)
         if reason := recipe_refusal(agreed, agreed, settings.allow):
             raise RefusedError(f"the recipe in the kit exceeds the limits in {SITE_FILE}: {reason}")
         self.agreed = agreed
@@ -136,7 +136,9 @@ class Trainer:
     def _enroll(self, message: Message) -> Message:
         fields = read_fields(Enroll, message)
         # Plugins of the server's recipe are not imported: a site only runs the code of its own kit.
-        requested = loads(Recipe, fields.recipe, "the server's recipe", plugins="ignore")
+        requested = loads(
+            Recipe, fields.recipe, "the server's recipe", plugins="ignore", foreign=True
+        )
         if reason := recipe_refusal(requested, self.agreed, self.settings.allow):
             raise RefusedError(reason)
         if fields.dtype != self.federation.wire_dtype:

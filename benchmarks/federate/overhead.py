@@ -19,7 +19,7 @@ from pathlib import Path
 from fedmerge_peft import Recipe, Run
 from fedmerge_peft.sites.config import ADDRESS_VARIABLE, KIT_VARIABLE
 from fedmerge_peft.sites.flare.operator import run
-from fedmerge_peft.sites.flare.provision import write_local_policy
+from fedmerge_peft.sites.flare.site_kit import secure_site_kit
 from fedmerge_peft.sites.rehearse import await_server, prepare_rehearsal, start_server
 from fedmerge_peft.sites.supervisor import ChildProcess, child_environment
 
@@ -49,7 +49,7 @@ def sized_recipe(megabytes, rounds):
 def start_idle_site(out, site):
     """Start FLARE's client and an idle trainer, as ``fedmerge federate site`` does."""
     kit = (out / "sites" / site).resolve()
-    write_local_policy(kit, server=False)
+    secure_site_kit(kit)
     environment = {
         **child_environment(),
         KIT_VARIABLE: str(kit),

@@ -163,8 +163,11 @@ def test_a_site_reports_errors_before_it_connects(kits, fedmerge, tmp_path):
     own = (site / "site.yaml").read_text()
     (site / "site.yaml").write_text("rounds: 3\n")
     code, _, err = fedmerge("federate", "site", site, "--data", tmp_path / "x.csv")
-    (site / "site.yaml").write_text(own)
     assert (code, "unknown key" in err) == (2, True)
+    (site / "site.yaml").write_text(own.replace("remote_code: false", "remote_code: true"))
+    code, _, err = fedmerge("federate", "site", site, "--data", tmp_path / "x.csv")
+    (site / "site.yaml").write_text(own)
+    assert (code, "confirm this with --trust-remote-code" in err) == (2, True)
 
 
 def test_an_unreachable_server_is_one_message(kits, fedmerge, monkeypatch):
@@ -182,21 +185,19 @@ def test_an_unreachable_server_is_one_message(kits, fedmerge, monkeypatch):
 def test_a_kit_gets_its_policy_on_first_use(kits):
     import json
 
-    from fedmerge_peft.sites.flare.provision import (
-        ALLOWED_CLASSES,
-        site_name,
-        write_local_policy,
-    )
+    from fedmerge_peft.sites.flare.provision import ALLOWED_CLASSES, write_server_policy
+    from fedmerge_peft.sites.flare.site_kit import secure_site_kit
 
     site = kits / "sites" / "north"
-    write_local_policy(site, server=False)
+    connection = json.loads((site / "startup" / "fed_client.json").read_text())
+    assert secure_site_kit(site) == "north"
+    assert json.loads((site / "startup" / "fed_client.json").read_text()) == connection
     resources = json.loads((site / "local" / "resources.json").read_text())
     roles = json.loads((site / "local" / "authorization.json").read_text())["permissions"]
     assert resources["class_allow_list"] == [ALLOWED_CLASSES]
     assert resources["allow_log_streaming"] is False
     assert all(rights["shell_commands"] == rights["byoc"] == "none" for rights in roles.values())
-    assert site_name(site) == "north"
-    write_local_policy(kits / "server", server=True)
+    write_server_policy(kits / "server")
     text = (kits / "server" / "local" / "resources.json").read_text()
     assert "/tmp/nvflare" not in text
 

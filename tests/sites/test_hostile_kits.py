@@ -1,6 +1,17 @@
 """A kit and the server's recipe are data: a site runs no code of theirs and gives no file away."""
 
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fedmerge_peft.errors import FederateError
+from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.supervisor import child_environment
 from fedmerge_peft.sites.wire import Message
+
+CERTIFICATES = ("rootCA.pem", "client.crt", "client.key")
 
 
 def test_the_servers_recipe_names_no_file_of_the_site(smoke, federation_of, tmp_path):
@@ -17,3 +28,109 @@ def test_the_servers_recipe_names_no_file_of_the_site(smoke, federation_of, tmp_
     assert reply.kind == "error"
     assert "names no file" in reply.fields["error"]
     assert "password" not in reply.fields["error"]
+
+
+# ---- kits ----------------------------------------------------------------------------------------
+@pytest.fixture
+def kit(tmp_path):
+    """A site's kit with files that prepare writes; certificates without content."""
+    folder = tmp_path / "kit"
+    for place in ("startup", "local", "adapters"):
+        (folder / place).mkdir(parents=True)
+    for name in CERTIFICATES:
+        (folder / "startup" / name).touch()
+    (folder / "startup" / "fed_client.json").write_text('{"client": {"fqsn": "north"}}')
+    for name in ("recipe.yaml", "site.yaml", "site.log"):
+        (folder / name).touch()
+    Federation(project="p", host="h", port=1, sites={"north": ["north"]}).write(folder)
+    return folder
+
+
+def secure(kit, **options):
+    pytest.importorskip("nvflare")
+    from fedmerge_peft.sites.flare.site_kit import secure_site_kit
+
+    return secure_site_kit(kit, **options)
+
+
+def test_nothing_of_a_kits_configuration_remains(kit):
+    """FLARE would import local/custom and its decomposers, and make objects of these names."""
+    custom = kit / "local" / "custom" / "decomposers"
+    custom.mkdir(parents=True)
+    (custom / "hostile.py").touch()
+    named = {"path": "hostile.Class", "()": "hostile.function", "id": "resource_manager"}
+    for name in ("resources.json", "log_config.json", "privacy.json", "comm_config.json"):
+        for ending in ("", ".default"):
+            (kit / "local" / f"{name}{ending}").write_text(json.dumps({"components": [named]}))
+    client = {"fqsn": "north", "overseer_agent": named, "connection_security": "clear"}
+    (kit / "startup" / "fed_client.json").write_text(json.dumps({"client": client, **named}))
+    assert secure(kit) == "north"
+    assert sorted(path.name for path in (kit / "local").rglob("*")) == [
+        "authorization.json",
+        "log_config.json",
+        "resources.json",
+    ]
+    for folder in ("startup", "local"):
+        text = "".join(path.read_text() for path in (kit / folder).iterdir())
+        assert "hostile" not in text
+        assert "clear" not in text
+    assert secure(kit) == "north"  # also at the next start
+
+
+@pytest.mark.parametrize("name", ["custom/evil.py", "comm_config.json", "signature.json"])
+def test_a_kit_with_other_files_to_start_from_is_refused(kit, name):
+    (kit / "startup" / name).parent.mkdir(exist_ok=True)
+    (kit / "startup" / name).touch()
+    with pytest.raises(FederateError, match="does not belong to a site's kit"):
+        secure(kit)
+
+
+@pytest.mark.parametrize(
+    "name", ["site.log", "audit.jsonl", "adapters", "local", "startup/client.key", "data/more.csv"]
+)
+def test_links_in_a_kit_are_refused(kit, tmp_path, name):
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "file").write_text("mine")
+    link = kit / name
+    link.parent.mkdir(exist_ok=True)
+    link.rmdir() if link.is_dir() else link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    with pytest.raises(FederateError, match="is a link to"):
+        secure(kit)
+    assert (target / "file").read_text() == "mine"
+    if name == "data/more.csv":  # the site's own
+        assert secure(kit, data=kit / "data") == "north"
+        assert secure(kit, data=link) == "north"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"client": {"fqsn": "south"}}', "which is no site of"),
+        ('{"client": {"fqsn": "../north"}}', "which is no site of"),
+        ('{"client": []}', "not a site's kit"),
+        ("[" * 100_000, "not a site's kit"),
+    ],
+)
+def test_a_kit_of_another_site_is_refused(kit, content, message):
+    (kit / "startup" / "fed_client.json").write_text(content)
+    with pytest.raises(FederateError, match=message):
+        secure(kit)
+
+
+def test_names_of_sites_in_a_kit_are_names(kit):
+    Federation(project="p", host="h", port=1, sites={"../north": ["a"]}).write(kit)
+    (kit / "startup" / "fed_client.json").write_text('{"client": {"fqsn": "../north"}}')
+    with pytest.raises(FederateError, match="is not a valid site name"):
+        secure(kit)
+
+
+def test_processes_of_a_site_import_no_module_of_the_kit(kit):
+    """FLARE starts a job with ``python -m`` in the kit."""
+    (kit / "colorsys.py").write_text("raise SystemExit('hostile')")
+    command = [sys.executable, "-c", "import colorsys; print(colorsys.__file__)"]
+    found = subprocess.run(
+        command, cwd=kit, env=child_environment(), capture_output=True, text=True, check=True
+    )
+    assert str(kit) not in found.stdout

@@ -31,12 +31,14 @@ class Machines:
     """Server and two sites as FLARE's main processes, without trainers."""
 
     def __init__(self, out):
-        from fedmerge_peft.sites.flare.provision import write_local_policy
+        from fedmerge_peft.sites.flare.provision import write_server_policy
+        from fedmerge_peft.sites.flare.site_kit import secure_site_kit
 
         self.out, self.running = out, {}
         self.federation = prepare_rehearsal(Recipe.load("smoke", SMALL), 2, out)
-        for name in ("server", "site-1", "site-2"):
-            write_local_policy(self.kit(name), server=name == "server")
+        write_server_policy(self.kit("server"))
+        for name in self.federation.sites:
+            secure_site_kit(self.kit(name))
 
     def kit(self, name):
         return self.out / name if name == "server" else self.out / "sites" / name

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedmerge_peft.cli.app import Overrides, RecipeSource, app
+from fedmerge_peft.cli.app import Overrides, RecipeSource, TrustRemoteCode, app
 from fedmerge_peft.cli.federate_arguments import parse_address, parse_sites, project_name
 
 if TYPE_CHECKING:
@@ -128,9 +128,9 @@ def server(
     kit = find_kit(directory, "server")
     federation = Federation.read(kit)
 
-    from fedmerge_peft.sites.flare.provision import write_local_policy
+    from fedmerge_peft.sites.flare.provision import write_server_policy
 
-    write_local_policy(kit, server=True)
+    write_server_policy(kit)
     print(
         printable(
             f"serving {federation.project} on port {federation.port}, for "
@@ -147,6 +147,7 @@ def site(
     data: Annotated[
         Path | None, typer.Option(help="The examples: csv, tsv, json, jsonl, parquet, or a folder.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a site of a federation until it is stopped.
 
@@ -172,6 +173,11 @@ def site(
             f"no data: use fedmerge federate site {shlex.quote(str(directory))} --data FILE, "
             f"or set data: {{path: FILE}} in {kit / SITE_FILE}"
         )
+    if settings.allow.remote_code and not trust_remote_code:
+        raise FederateError(
+            f"{kit / SITE_FILE}: allow.remote_code: code that comes with a model would run here; "
+            "the file comes with the kit, so confirm this with --trust-remote-code"
+        )
     recipe = load(Recipe, kit / RECIPE_FILE, foreign=True)
     settings.apply_to(recipe)
     if reason := recipe_refusal(recipe, recipe, settings.allow):
@@ -179,10 +185,9 @@ def site(
             f"the recipe in the kit exceeds the limits in {kit / SITE_FILE}: {reason}"
         )
 
-    from fedmerge_peft.sites.flare.provision import site_name, write_local_policy
+    from fedmerge_peft.sites.flare.site_kit import secure_site_kit
 
-    name = site_name(kit)
-    write_local_policy(kit, server=False)
+    name = secure_site_kit(kit, kit / Path(settings.data.path).expanduser())
     print(printable(f"site {name}; audit log: {kit}/audit.jsonl; log: {kit}/site.log"), flush=True)
     _run_until_stopped(lambda: run_site(kit, name, settings))
 

@@ -203,8 +203,10 @@ def child_environment() -> dict[str, str]:
     """Return the environment of child processes.
 
     It holds the settings of FLARE and glibc above; this process' own variables override them.
+    Python does not search the current folder for modules, because FLARE starts jobs in the kit,
+    which comes from somebody else.
     """
-    return {**_FLARE, **_MEMORY, **os.environ}
+    return {**_FLARE, **_MEMORY, **os.environ, "PYTHONSAFEPATH": "1"}
 
 
 def _supervise(kit: Path, children: Sequence[ChildProcess]) -> None:

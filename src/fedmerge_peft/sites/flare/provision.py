@@ -148,26 +148,11 @@ def _project(federation: Federation) -> dict[str, Any]:
     }
 
 
-def site_name(kit: Path) -> str:
-    """Return the site's name in a kit. Raises ``FederateError`` if it is not a site's kit."""
-    try:
-        return str(
-            json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))["client"][
-                "fqsn"
-            ]
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FederateError(
-            f"{kit}: not a site's kit (startup/fed_client.json); fedmerge federate prepare writes "
-            "them below sites/"
-        ) from error
-
-
-def write_local_policy(kit: Path, *, server: bool) -> None:
-    """Write the policy of a kit's machine into ``local``.
+def write_server_policy(kit: Path) -> None:
+    """Write the policy of the server's kit into ``local``.
 
     Jobs may name only ``ALLOWED_CLASSES``, and start behind the gate. Roles have the rights above,
-    sites do not stream their logs, and the server stores jobs inside the kit.
+    and jobs are stored inside the kit.
 
     Raises:
         FederateError: The kit is incomplete.
@@ -178,21 +163,18 @@ def write_local_policy(kit: Path, *, server: bool) -> None:
     except (OSError, ValueError) as error:
         raise FederateError(f"{kit}: incomplete kit ({error}); unpack it again") from error
     resources |= {"class_list_enforcement_mode": "enforce", "class_allow_list": [ALLOWED_CLASSES]}
-    launcher = "ServerJobLauncher" if server else "SiteJobLauncher"
     for component in resources["components"]:
         if component["id"] == "process_launcher":
-            component["path"] = f"{ALLOWED_CLASSES}launchers.{launcher}"
-    if server:
-        _store_inside(resources, kit.resolve() / "flare")
-    else:
-        resources["allow_log_streaming"] = False
-        resources["components"] = [
-            component
-            for component in resources["components"]
-            if component["id"] != "site_log_streamer"
-        ]
+            component["path"] = f"{ALLOWED_CLASSES}launchers.ServerJobLauncher"
+    _store_inside(resources, kit.resolve() / "flare")
     _write(local / "resources.json", resources)
-    _write(local / "authorization.json", {"format_version": "1.0", "permissions": _ROLES})
+    write_roles(kit)
+
+
+def write_roles(kit: Path) -> None:
+    """Write the rights of FLARE's roles into a kit."""
+    roles = {"format_version": "1.0", "permissions": _ROLES}
+    _write(kit / "local" / "authorization.json", roles)
 
 
 def _store_inside(resources: dict[str, Any], folder: Path) -> None:

@@ -1,0 +1,156 @@
+"""The startup kit of a site, which is data from the organizer of the federation.
+
+NVIDIA FLARE reads classes, modules and loggers from the files of a kit, and would run what they
+name. Before each start, the site therefore writes these files itself. What remains of the
+organizer's are the certificates, the site's key and name, and the address of the server.
+
+startup/   certificates and key, as they are; fed_client.json, written again
+local/     removed, and written again: resources, roles, logging
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from fedmerge_peft.errors import FederateError
+from fedmerge_peft.sites.config import Federation, check_names
+from fedmerge_peft.sites.flare.provision import ALLOWED_CLASSES, write_roles
+
+_STARTUP = {
+    "rootCA.pem",
+    "client.crt",
+    "client.key",
+    "fed_client.json",
+    "start.sh",
+    "stop_fl.sh",
+    "sub_start.sh",
+}
+"""Files of ``startup/``. The scripts are FLARE's, and are not used."""
+_COMPONENTS = [
+    {
+        "id": "resource_manager",
+        "path": "nvflare.app_common.resource_managers.gpu_resource_manager.GPUResourceManager",
+        "args": {"num_of_gpus": 0, "mem_per_gpu_in_GiB": 0, "expiration_period": 300},
+    },
+    {
+        "id": "resource_consumer",
+        "path": "nvflare.app_common.resource_consumers.gpu_resource_consumer.GPUResourceConsumer",
+        "args": {},
+    },
+    {"id": "process_launcher", "path": f"{ALLOWED_CLASSES}launchers.SiteJobLauncher", "args": {}},
+]
+"""FLARE's components of a site; jobs may name only ``ALLOWED_CLASSES``, and start behind the
+gate."""
+
+
+def site_name(kit: Path) -> str:
+    """Return the site's name in a kit. Raises ``FederateError`` if it is not a site's kit."""
+    try:
+        text = (kit / "startup" / "fed_client.json").read_text(encoding="utf-8")
+        return str(json.loads(text)["client"]["fqsn"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FederateError(
+            f"{kit}: not a site's kit (startup/fed_client.json); fedmerge federate prepare writes "
+            "them below sites/"
+        ) from error
+
+
+def secure_site_kit(kit: Path, data: Path | None = None) -> str:
+    """Write FLARE's configuration of a site, whatever the kit has; return the site's name.
+
+    Args:
+        kit: The site's kit.
+        data: The site's own examples, which may be links or hold some.
+
+    Raises:
+        FederateError: The kit is incomplete, contains links or files that do not belong to it, or
+            is not one of the federation that it names.
+    """
+    name, federation = site_name(kit), Federation.read(kit)
+    check_names(federation.sites)
+    if name not in federation.sites:
+        raise FederateError(
+            f"{kit}: startup/fed_client.json is the kit of {name!r}, which is no site of "
+            "federation.json; unpack the kit again"
+        )
+    _refuse_links(kit, data)
+    if unknown := sorted(
+        path.name
+        for path in (kit / "startup").iterdir()
+        if path.name not in _STARTUP or not path.is_file()
+    ):
+        raise FederateError(
+            f"{kit / 'startup' / unknown[0]} does not belong to a site's kit; remove it if you "
+            "trust the rest, or unpack the kit again"
+        )
+    _write(kit / "startup" / "fed_client.json", _connection(federation, name))
+    shutil.rmtree(kit / "local", ignore_errors=True)
+    (kit / "local").mkdir()
+    _write(kit / "local" / "resources.json", _resources())
+    _write(kit / "local" / "log_config.json", _logging())
+    write_roles(kit)
+    return name
+
+
+def _refuse_links(kit: Path, data: Path | None) -> None:
+    """Raise ``FederateError`` for a link in the kit outside the site's own data.
+
+    What a site writes would otherwise end, or begin, elsewhere.
+    """
+    own = None if data is None else Path(os.path.abspath(data))
+    for folder, folders, files in os.walk(kit):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            place = Path(os.path.abspath(path))
+            if path.is_symlink() and (own is None or own not in (place, *place.parents)):
+                raise FederateError(
+                    f"{path} is a link to {path.readlink()}; a kit contains only files and "
+                    "folders. Remove it, or replace it by a copy of its target if you trust that"
+                )
+
+
+def _connection(federation: Federation, name: str) -> dict[str, Any]:
+    """Return FLARE's ``fed_client.json``."""
+    service = {"target": f"{federation.host}:{federation.port}", "scheme": "grpc"}
+    return {
+        "format_version": 2,
+        "servers": [{"name": federation.project, "service": service, "identity": "server"}],
+        "client": {
+            "ssl_private_key": "client.key",
+            "ssl_cert": "client.crt",
+            "ssl_root_cert": "rootCA.pem",
+            "fqsn": name,
+            "is_leaf": True,
+            "connection_security": "mtls",
+        },
+    }
+
+
+def _resources() -> dict[str, Any]:
+    """Return FLARE's ``resources.json``. Logs are not streamed to the server."""
+    return {
+        "format_version": 2,
+        "class_list_enforcement_mode": "enforce",
+        "class_allow_list": [ALLOWED_CLASSES],
+        "allow_log_streaming": False,
+        "client": {"retry_timeout": 30, "compression": "Gzip"},
+        "components": _COMPONENTS,
+    }
+
+
+def _logging() -> dict[str, Any]:
+    """Return the logging configuration of the installed FLARE."""
+    from nvflare.fuel.utils.log_utils import default_log_dict
+
+    return dict(deepcopy(default_log_dict))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FederateError(f"{path} cannot be written ({error.strerror})") from error

@@ -142,6 +142,7 @@ def test_quoted_fields_hold_separators_quotation_marks_and_lines(read):
         ("t, t\na, 1\n", "rows.csv:1: two columns are named 't'; rename one"),
         ("", "rows.csv is empty; its first row names the columns"),
         (",".join(map(str, range(5_001))) + "\n", "has 5,001 columns, and at most 5,000 are"),
+        (f"t,{'l' * 1001}\na,1\n", "has a column with a name of 1,001 characters ('lll"),
     ],
 )
 def test_malformed_files_are_one_error_with_the_line(read, text, expected):

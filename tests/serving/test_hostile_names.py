@@ -1,11 +1,13 @@
 """Names from somebody else's run are shown literally, in cards and notebooks."""
 
+import json
 import shutil
 
 import pytest
 
-from fedmerge_peft import load_run
+from fedmerge_peft import Recipe, RecipeError, load_run
 from fedmerge_peft.serving.export import export_client
+from fedmerge_peft.serving.model_card import code_span
 from fedmerge_peft.util import checked
 
 NAMES = ["<script>alert(1)</script>", "\x1b[31mred\x07", "\u202eabc", "](javascript:alert(1))\n# a"]
@@ -48,3 +50,16 @@ def test_names_of_clients_change_no_card_and_no_notebook(renamed, name, tmp_path
     assert "<script>" not in body + page
     assert "](javascript" not in body
     assert "\n# a" not in card
+
+
+@pytest.mark.parametrize("key", ["model", "revision", "tokenizer", "gguf_file"])
+@pytest.mark.parametrize("value", ["--trust-remote-code", "a\n# b", "a\x1b[2J", "a\u202e"])
+def test_names_of_models_are_no_options_and_one_printable_line(key, value):
+    """Exports put them into cards, code and the command of a server."""
+    with pytest.raises(RecipeError, match=f"backbone.{key}: .*does not begin"):
+        Recipe.load("smoke").replace([f"backbone.{key}={json.dumps(value)}"])
+
+
+def test_backticks_do_not_end_a_span_of_code():
+    assert code_span("org/model") == "`org/model`"
+    assert code_span("a`b``](x)") == "``` a`b``](x) ```"

@@ -9,8 +9,10 @@ import torch
 import transformers as hf
 from datasets import ClassLabel, Dataset, Features, Value
 
+from fedmerge_peft.data.columns import encode_classes
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.cuts import warn_of_cuts
+from fedmerge_peft.tasks.labels import infer_labels
 
 NAME = "sequence-classification"
 TEXTS = ["Where is my parcel?", "I was charged twice, please refund me.", "It crashes."]
@@ -295,3 +297,20 @@ def test_padding_with_eos_changes_no_logits_of_a_decoder(task_of, tiny_models):
             [model(**task.collate(examples, np.array([row]))).logits for row in range(3)]
         )
     torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([f"label {number}" for number in range(100_001)], "100,001 different values"),
+        (["short", "long" * 251], r"a value of 1,004 characters \('longlong"),
+    ],
+)
+def test_names_of_labels_have_limits(labels, message):
+    table = Dataset.from_dict({"text": [""] * len(labels), "label": labels})
+    for check in (
+        lambda: infer_labels(table, "label", None),
+        lambda: encode_classes({"train": table}, "label", "data.partition.by"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check()

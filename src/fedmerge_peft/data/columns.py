@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_CLASSES = 100_000
+"""Largest number of names: of labels, or of clients and groups before the partition."""
+LONGEST_NAME = 1_000
+"""Longest name of a column, label, client or group, in characters."""
 SHOWN_VALUES = 20
 
 
@@ -160,7 +164,32 @@ def encode_classes(
         split: _to_numpy(pc.fill_null(pc.index_in(entries, value_set=values), -1))
         for split, entries in columns.items()
     }
-    return numbers, [value_name(firsts["train"], column, value) for value in values.to_pylist()]
+    names = [value_name(firsts["train"], column, value) for value in values.to_pylist()]
+    check_class_names(names, f"{key}: the column {column}")
+    return numbers, names
+
+
+def check_class_names(names: Sequence[str], subject: str) -> None:
+    """Raise ``DataError`` if there are too many names, or one is too long to be a name.
+
+    Names are in records, figures and messages. A column of texts in place of labels or clients
+    would fill them.
+
+    Args:
+        names: Distinct values.
+        subject: Key and column, the begin of the message.
+    """
+    if len(names) > MAX_CLASSES:
+        raise DataError(
+            f"{subject} has {len(names):,} different values, and at most {MAX_CLASSES:,} are "
+            "supported; name another column"
+        )
+    longest = max(names, key=len, default="")
+    if len(longest) > LONGEST_NAME:
+        raise DataError(
+            f"{subject} has a value of {len(longest):,} characters ({longest[:30]!r}…), and at "
+            f"most {LONGEST_NAME:,} are supported; name a column of short names"
+        )
 
 
 def first_of_lists(dataset: Dataset, column: str) -> Dataset:

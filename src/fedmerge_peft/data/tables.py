@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fedmerge_peft.data.column_types import json_column, plain_column, type_texts
-from fedmerge_peft.data.columns import join_values
+from fedmerge_peft.data.columns import LONGEST_NAME, join_values
 from fedmerge_peft.data.delimited import read_delimited
 from fedmerge_peft.data.json_rows import JsonRow, read_json
 from fedmerge_peft.data.text_files import format_suffix, read_text
@@ -201,6 +201,12 @@ def check_names(path: Path | str, names: Sequence[str]) -> None:
         raise DataError(
             f"data.path: {path} has {len(names):,} columns, and at most {MAX_COLUMNS:,} are "
             "supported; keep the columns that the recipe names"
+        )
+    if len(longest := max(names, key=len, default="")) > LONGEST_NAME:
+        raise DataError(
+            f"data.path: {path} has a column with a name of {len(longest):,} characters "
+            f"({longest[:30]!r}…), and at most {LONGEST_NAME:,} are supported; the first row may "
+            "be no header"
         )
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)

@@ -38,6 +38,7 @@ from fedmerge_peft.recipe.section import (
     Norm,
     Rate,
     Section,
+    Source,
 )
 from fedmerge_peft.recipe.stopping import StopRecipe
 from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
@@ -53,14 +54,14 @@ if TYPE_CHECKING:
 class BackboneRecipe(Section):
     """The frozen pretrained model, the same for all clients."""
 
-    model: str
+    model: Source
     """Hugging Face model id, or a local folder with the same files."""
-    revision: str | None = None
+    revision: Source | None = None
     """Branch, tag or commit on the hub."""
-    gguf_file: str | None = None
+    gguf_file: Source | None = None
     """GGUF file in the folder `model`, such as `model.Q4_K_M.gguf`. It is dequantized once, to
     `dtype`, and kept in the cache folder. Requires the extra `gguf`."""
-    tokenizer: str | None = None
+    tokenizer: Source | None = None
     """Id or folder of the tokenizer or image processor. Default: that of the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights. Adapters are always float32."""

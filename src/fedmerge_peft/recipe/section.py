@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fedmerge_peft.recipe.error_messages import refuse_values
 
@@ -40,6 +40,20 @@ Rank = Annotated[int, Field(gt=0, le=4_096)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 """Step size of an optimizer."""
 Scalar = str | int | float | bool
+
+
+def _source(value: str) -> str:
+    """Refuse names that a command would take for an option, or that are more than one line."""
+    if value.startswith("-") or not value.isprintable():
+        raise ValueError(
+            "a name of a model, file or revision has only printable characters and does not begin "
+            "with a hyphen"
+        )
+    return value
+
+
+Source = Annotated[str, AfterValidator(_source)]
+"""Name of a model, its file or its revision, which exports put into code, cards and commands."""
 FOREIGN = "foreign"
 """Key of the validation's context: true if the recipe comes from somebody else."""
 

@@ -110,8 +110,8 @@ class CompletionRecipe(GenerationSettings, TaskRecipe):
     system_prompt: str | None = None
     """System prompt of chats that have none."""
     chat_template: ChatTemplate | None = None
-    """Chat template: Jinja text, a file with it (a name with a dot or a slash), or the name of one of
-    the tokenizer's templates. Default: the tokenizer's."""
+    """Chat template: Jinja text, a file with it (a name with a dot or a slash), or the name of one
+    of the tokenizer's templates. Default: the tokenizer's."""
     max_length: Count | None = None
     """Maximum length in tokens. Longer examples are truncated, and a warning counts them. Default:
     the model's limit, at most 1024."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ _CLIENT = """---
 
 # {{ title }}
 
-A LoRA adapter of `{{ base }}` for **{{ name }}**, {{ role }}
+A LoRA adapter of {{ base }} for **{{ name }}**, {{ role }}
 ([FedMerge]({{ project }})). No client shared its data. The adapter is merged from
 {{ adapters }} shared adapter{{ "s" if adapters > 1 }}: θ = Σ_j π_j Θ_j{{ plus_own }}. It is a plain
 PEFT adapter of rank {{ rank }}.
@@ -38,9 +39,9 @@ PEFT adapter of rank {{ rank }}.
 
 | | |
 |---|---|
-| base model | `{{ base }}` |
+| base model | {{ base }} |
 {%- if gguf %}
-| base weights | dequantized from `{{ gguf }}` to {{ dtype }} |
+| base weights | dequantized from {{ gguf }} to {{ dtype }} |
 {%- endif %}
 | method | `{{ method }}` |
 | round | {{ round }} |
@@ -67,7 +68,7 @@ _SOUP = """---
 
 # {{ title }}
 
-{{ adapters }} LoRA adapters of `{{ base }}`, and the merging weights of {{ clients }} clients in
+{{ adapters }} LoRA adapters of {{ base }}, and the merging weights of {{ clients }} clients in
 `weights.json` ([FedMerge]({{ project }})). A client's adapter is Σ_j π_j Θ_j, tensor by tensor.
 PEFT's `add_weighted_adapter` computes something else, so merge as follows:
 {%- if own %}
@@ -80,9 +81,9 @@ The clients' own parts, such as heads or label priors, are not included; export 
 
 | | |
 |---|---|
-| base model | `{{ base }}` |
+| base model | {{ base }} |
 {%- if gguf %}
-| base weights | dequantized from `{{ gguf }}` to {{ dtype }} |
+| base weights | dequantized from {{ gguf }} to {{ dtype }} |
 {%- endif %}
 | method | `{{ method }}` |
 | round | {{ round }} |
@@ -234,14 +235,21 @@ def plain(text: str) -> str:
     )
 
 
+def code_span(text: str) -> str:
+    """Return Markdown that shows a text as code, also if it has backticks of its own."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    inner = f" {text} " if "`" in text else text
+    return f"{ticks}{printable(inner)}{ticks}"
+
+
 def _card(template: str, data: Any, run: RunDirectory, base: str, **fields: Any) -> ModelCard:
     from huggingface_hub import ModelCard
 
     card: ModelCard = ModelCard.from_template(
         data,
         template_str=template,
-        base=base,
-        gguf=gguf_source(run.recipe.backbone),
+        base=code_span(base),
+        gguf=(source := gguf_source(run.recipe.backbone)) and code_span(source),
         dtype=run.recipe.backbone.dtype,
         method=run.recipe.strategy.name,
         clients=len(run.client_names),

@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmerge_peft.data.column_types import whole_numbers
-from fedmerge_peft.data.columns import did_you_mean, join_values, read_column
+from fedmerge_peft.data.columns import (
+    check_class_names,
+    did_you_mean,
+    join_values,
+    read_column,
+)
 from fedmerge_peft.errors import DataError
 
 if TYPE_CHECKING:
@@ -92,6 +97,7 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
             if pa.types.is_boolean(values.type)
             else _numeric_names(ids, column, num_labels)
         )
+    check_class_names(names, f"column {column!r}")
     if num_labels is None:
         return list(names)
     return [*names[:num_labels], *(f"LABEL_{label}" for label in range(len(names), num_labels))]

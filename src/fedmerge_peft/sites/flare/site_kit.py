@@ -102,10 +102,10 @@ def _refuse_links(kit: Path, data: Path | None) -> None:
 
     What a site writes would otherwise end, or begin, elsewhere.
     """
-    own = None if data is None else Path(os.path.abspath(data))
+    own = None if data is None else data.absolute()
     for folder, folders, files in os.walk(kit):
         for path in (Path(folder, name) for name in (*folders, *files)):
-            place = Path(os.path.abspath(path))
+            place = path.absolute()
             if path.is_symlink() and (own is None or own not in (place, *place.parents)):
                 raise FederateError(
                     f"{path} is a link to {path.readlink()}; a kit contains only files and "

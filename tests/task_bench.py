@@ -86,7 +86,10 @@ class TaskBench:
         plain = {name: sorted(v) if isinstance(v, set) else v for name, v in config.items()}
         write_adapter(folder, self.backbone.layout.state_dict(row), plain)
         auto = getattr(hf, self.task.auto_model)
-        base = auto.from_pretrained(self.folder, dtype=torch.float64, **self.task.config_options)
+        options = {"num_labels": len(self.task.labels)} if self.task.labels else {}
+        base = auto.from_pretrained(
+            self.folder, dtype=torch.float64, **options, **self.task.config_options
+        )
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True).double()
         return _without_dropout(model)
 

@@ -95,7 +95,7 @@ def test_images_without_a_label_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"have no labels, such as .*0\.png"):
         load(tmp_path)
     write(tmp_path, "train/cat/0.png")
-    with pytest.raises(DataError, match="images lie at different depths"):
+    with pytest.raises(DataError, match="files lie at different depths"):
         load(tmp_path)
 
 

@@ -6,8 +6,8 @@ import pytest
 from federation.small_recipe import recipe
 from fedmerge_peft import FedMergeError, RecipeError, federate
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.tasks.base import Predictions
 from fedmerge_peft.tasks.metrics import own_scores
+from fedmerge_peft.tasks.predictions import Predictions
 
 
 def hits(predictions, references):

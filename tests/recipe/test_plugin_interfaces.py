@@ -27,8 +27,8 @@ from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.recipe.strategies import FedAvgRecipe
 from fedmerge_peft.strategies.aggregation import Aggregator
 from fedmerge_peft.strategies.fedavg import FedAvg
-from fedmerge_peft.tasks.base import Predictions
 from fedmerge_peft.tasks.metrics import score
+from fedmerge_peft.tasks.predictions import Predictions
 from fedmerge_peft.testing import FormulaClients, isolated_registries
 
 
@@ -65,7 +65,7 @@ def test_a_setting_of_a_type_that_yaml_lacks_is_named_in_the_message():
         (lambda: register_strategy("f")(lambda recipe, context: 0), "is not a class"),
         (lambda: register_strategy("s", recipe=StrategyRecipe), "is no subclass of StrategyRecipe"),
         (lambda: register_strategy("s", recipe=3), "3 is no subclass of StrategyRecipe"),
-        (lambda: register_metric("m", of="clases"), "of=clases, expected classes, tokens, texts"),
+        (lambda: register_metric("m", of="clases"), "of=clases, expected classes, class_scores, tokens, texts"),
         (lambda: register_metric("loss"), "every task already has that score"),
     ],
 )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from equality import assert_near
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.image_classification import as_rgb
+from fedmerge_peft.tasks.pixels import as_rgb
 
 NAME = "image-classification"
 

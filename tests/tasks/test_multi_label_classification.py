@@ -1,14 +1,17 @@
-"""Several labels for each text: their columns, their loss, and their metrics."""
+"""Several labels for each text or image: their columns, their loss, and their metrics."""
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
+from PIL.Image import fromarray
 from sklearn.metrics import average_precision_score, f1_score
 
+from fedmerge_peft import Recipe, federate
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks import Predictions
 from fedmerge_peft.tasks.metrics import score
+from task_bench import TaskBench, assert_same_step
 
 NAME = "multi-label-classification"
 METRICS = ["micro_f1", "macro_f1", "average_precision"]
@@ -109,3 +112,74 @@ def test_metrics_equal_scikit_learn():
 def test_clients_with_few_labels_have_defined_scores_without_warnings(predicted, expected, values):
     found = scores_of(predicted, expected)
     assert [str(found["micro_f1"]), str(found["macro_f1"])] == values
+
+
+def images_of(**columns):
+    count = len(next(iter(columns.values())))
+    noise = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    pictures = Dataset.from_dict({"image": [fromarray(each) for each in noise], **columns})
+    return pictures.cast_column("image", Image())
+
+
+IMAGES = "multi-label-image-classification"
+
+
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
+def test_a_step_on_images_equals_one_of_transformers_trainer(tiny_models, tmp_path):
+    table = images_of(labels=[["joy"], [], ["anger", "fear"], ["fear"]])
+    lora = {"target_modules": ["q_proj", "v_proj"]}
+    bench = TaskBench(tiny_models / "vit", table, {"name": IMAGES}, lora)
+    row = bench.row()
+    expected = bench.trained_by_transformers(
+        bench.plain_peft(row, tmp_path / "adapter"),
+        [{"row": place} for place in bench.rows],
+        lambda rows: {
+            name: tensor.double() if name == "labels" else tensor
+            for name, tensor in bench.runtime.collate(
+                np.array([each["row"] for each in rows])
+            ).items()
+        },
+        tmp_path / "trainer",
+    )
+    assert_same_step(bench.trained(row), expected, bench.backbone.layout.state_dict(row))
+    together, alone = bench.gradients(
+        torch.stack([row, bench.row(2)]), [np.array([0, 1, 2]), np.array([3])]
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_a_run_on_images_predicts_and_exports_sets_of_labels(tiny_models, tmp_path):
+    sets = [["joy"], [], ["anger", "fear"], ["fear"]] * 4
+    table = images_of(labels=sets, client=[f"client {n % 2}" for n in range(16)])
+    recipe = Recipe.model_validate(
+        {
+            "name": "pictures",
+            "rounds": 1,
+            "task": {"name": IMAGES, "threshold": 0.4},
+            "backbone": {"model": str(tiny_models / "vit")},
+            "lora": {"r": 2, "target_modules": ["q_proj"]},
+            "data": {
+                "path": "memory",
+                "test_fraction": 0.25,
+                "partition": {"scheme": "natural", "by": "client"},
+            },
+            "training": {"learning_rate": 0.01, "steps": 1, "batch_size": 4, "device": "cpu"},
+        }
+    )
+    run = federate(recipe, tmp_path / "run", data=table)
+    picture = table[0]["image"]
+    (found,) = run.predict({"client 0": [picture]}, device="cpu")["client 0"]
+    pipe = run.client("client 0").pipeline(device="cpu")
+    every = {each["label"]: each["score"] for each in pipe(picture, top_k=None)}
+    assert found["labels"] == sorted(name for name, score in every.items() if score >= 0.4)
+    assert found["scores"] == pytest.approx([every[name] for name in found["labels"]], rel=1e-3)
+    card = (run.save_adapter("client 0", tmp_path / "out") / "README.md").read_text()
+    scope = {}
+    exec(card.partition("```python\n")[2].partition("```")[0], scope)
+    assert scope["model"].config.problem_type == "multi_label_classification"
+    pixels = scope["processor"]([picture], return_tensors="pt")
+    with torch.no_grad():
+        logits = scope["model"].eval()(**pixels).logits[0]
+    scores = dict(zip(scope["labels"], logits.sigmoid().tolist(), strict=True))
+    assert scores == pytest.approx(every, rel=1e-3)

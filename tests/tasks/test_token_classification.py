@@ -11,7 +11,7 @@ from fedmerge_peft.tasks import Predictions
 from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.tasks.entity_metrics import continues_nothing
 from fedmerge_peft.tasks.metrics import score
-from fedmerge_peft.tasks.tagged_words import first_tokens
+from fedmerge_peft.tasks.tagged_words import first_tokens, joined_bounds
 from tasks.made_examples import tagged
 
 NAME = "token-classification"
@@ -41,8 +41,10 @@ def test_the_first_token_of_a_word_has_its_tag_and_others_have_none(task_of, kin
 
 def test_a_token_belongs_to_the_word_after_its_space_and_words_may_have_none():
     words = ["Ada", "", "lives"]  # "Ada  lives"
-    assert first_tokens(words, [(0, 0), (0, 2), (2, 3), (4, 8), (8, 10)]).tolist() == [1, -1, 3]
-    assert first_tokens(["a"], [(0, 0)]).tolist() == [-1]
+    assert first_tokens(
+        joined_bounds(words), [(0, 0), (0, 2), (2, 3), (4, 8), (8, 10)]
+    ).tolist() == [1, -1, 3]
+    assert first_tokens(joined_bounds(["a"]), [(0, 0)]).tolist() == [-1]
 
 
 def test_batches_are_padded_with_positions_without_loss(task_of):
@@ -83,7 +85,7 @@ def test_answers_are_read_at_the_words_on_either_side_of_padding(task_of):
     ("words", "tags", "options", "message"),
     [
         ([["a", "b"]], [["O"]], {}, r"row 0 .*: 2 words in column 'tokens', but 1 tags"),
-        ([["a"], []], [["O"], []], {}, r"row 1 .*: no word in column 'tokens' has tokens"),
+        ([["a"], []], [["O"], []], {}, r"row 1 .*: no word has tokens"),
         ([["a", None]], [["O", "O"]], {}, r"row 0 .*'tokens' has a list with an empty value"),
         ([["a"], None], [["O"], ["O"]], {}, r"row 1 .*'tokens' is empty \(null\)"),
         (["a"], [["O"]], {}, r"task.words: column 'tokens' has the type string, expected lists"),

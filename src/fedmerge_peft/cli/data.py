@@ -42,7 +42,7 @@ def data(
 
     loaded = Recipe.load(recipe, overrides or [])
     label = loaded.task.label_column
-    federated = federate_data(loaded.data, label, loaded.seed, loaded.task.image_column)
+    federated = federate_data(loaded.data, label, loaded.seed, loaded.task.media_column)
     console = Console(highlight=False)
     console.print(terminal_chart(federated, by or label, width=console.width))
     if figure is not None:

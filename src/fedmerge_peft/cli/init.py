@@ -125,7 +125,7 @@ def init(
     content = draft(answers)
     recipe = loads(Recipe, content, str(target))
     section = recipe.task
-    federated = federate_data(recipe.data, section.label_column, recipe.seed, section.image_column)
+    federated = federate_data(recipe.data, section.label_column, recipe.seed, section.media_column)
     write_new(target, content)
     file = shlex.quote(str(target))
     print(printable(f"Wrote {target}: {len(federated.clients)} clients, {recipe.backbone.model}"))

@@ -206,11 +206,11 @@ def schema(
 def _check_data(recipe: Recipe) -> str:
     """Read the data of a recipe, and check its columns; return a summary in one line."""
     from fedmerge_peft.data import federate_data
-    from fedmerge_peft.tasks import task_type
+    from fedmerge_peft.tasks import check_table
 
     task = recipe.task
-    federated = federate_data(recipe.data, task.label_column, recipe.seed, task.image_column)
-    task_type(task).check_table(task, federated.table)
+    federated = federate_data(recipe.data, task.label_column, recipe.seed, task.media_column)
+    check_table(task, federated.table)
     sizes = {
         split: sum(len(getattr(client, split)) for client in federated.clients)
         for split in ("train", "validation", "test")

@@ -29,7 +29,7 @@ def federate_data(
     recipe: DataRecipe,
     label: str | None,
     seed: int,
-    image: str | None = None,
+    media: str | None = None,
     *,
     whole: bool = True,
     splits: Mapping[str, Dataset] | None = None,
@@ -46,8 +46,8 @@ def federate_data(
         label: Label column of the task, or None if examples have no label.
         seed: Seed of the recipe. The clients depend on the seed only, not on random numbers drawn
             in training.
-        image: Image column of the task, or None. Its relative paths are looked for beside the
-            table first.
+        media: Column with images or audio of the task, or None. Its relative paths are looked for
+            beside the table first.
         whole: True if these are the examples of all clients, which have several labels, and the
             same ones in all splits. Those of one site may have one.
         splits: Examples in memory, instead of those at ``recipe.path`` (``take_data``).
@@ -62,7 +62,7 @@ def federate_data(
             training; there are fewer examples than clients; a client has no training rows;
             the validation and test fractions leave no training rows.
     """
-    splits = load_splits(recipe, image, splits)
+    splits = load_splits(recipe, media, splits)
     _check_columns(splits)
     if label is not None:
         numbers, names = encode_classes(splits, label, "task.label")

@@ -23,11 +23,11 @@ def is_pattern(path: Path) -> bool:
     return any(character in str(path) for character in "*?[") and not path.exists()
 
 
-def read_clients(pattern: Path, recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
+def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
     """Read one file or folder for each client; its name without suffixes is the client's name.
 
     A column with the clients is added (``client_column``). Folders are read as single ones are;
-    labels of folders of images become text.
+    labels of folders of images or audio become text.
 
     Raises:
         DataError: No file matches, files cannot be read, two have the same name, or they differ in
@@ -36,7 +36,7 @@ def read_clients(pattern: Path, recipe: DataRecipe, image: str | None) -> dict[s
     paths = _matches(pattern)
     if all(path.is_dir() for path in paths.values()):
         folders = {
-            name: _with_label_names(read_local(path, recipe, image)) for name, path in paths.items()
+            name: _with_label_names(read_local(path, recipe, media)) for name, path in paths.items()
         }
         clients = [ClientTables(name, str(paths[name]), parts) for name, parts in folders.items()]
     else:
@@ -47,7 +47,7 @@ def read_clients(pattern: Path, recipe: DataRecipe, image: str | None) -> dict[s
                 f"pattern match files of the same kind ({', '.join(TABLES)}), or folders"
             )
         with reading(pattern):
-            tables = read_table_files(files, recipe, image)
+            tables = read_table_files(files, recipe, media)
         clients = [
             ClientTables(name, str(path), {"train": tables[path]}) for name, path in paths.items()
         ]

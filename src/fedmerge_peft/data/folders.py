@@ -1,4 +1,4 @@
-"""Files of a folder: their splits, and the labels of images."""
+"""Files of a folder: their splits, and the labels of images and audio."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def _merged(folder: Path, entries: Mapping[str, Sequence[Path]]) -> Splits | Non
     return {split: paths for split, paths in merged.items() if paths}
 
 
-def split_images(folder: Path, files: Sequence[Path]) -> Splits:
-    """Assign images to splits if each folder at the top is named as a split.
+def split_media(folder: Path, files: Sequence[Path]) -> Splits:
+    """Assign images or audio to splits if each folder at the top is named as a split.
 
     Raises:
         DataError: Folders are named as the training split and as another one, and others are not.
@@ -116,11 +116,11 @@ def split_images(folder: Path, files: Sequence[Path]) -> Splits:
     return {"train": list(files)}
 
 
-def image_labels(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
-    """Return the label of each image by split: the name of its folder.
+def media_labels(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """Return the label of each file by split: the name of its folder.
 
     Raises:
-        DataError: Images lie at different depths, or in no folder of a label.
+        DataError: Files lie at different depths, or in no folder of a label.
     """
     files = [path for paths in splits.values() for path in paths]
     tops = {path.relative_to(folder).parts[0].lower() for path in files}
@@ -128,12 +128,12 @@ def image_labels(folder: Path, splits: Mapping[str, Sequence[Path]]) -> dict[str
     depths = {len(path.relative_to(folder).parts) - levels: path for path in files}
     if len(depths) > 1:
         raise DataError(
-            f"data.path: images lie at different depths ({join_values(depths.values(), 3)}); put "
+            f"data.path: files lie at different depths ({join_values(depths.values(), 3)}); put "
             "each into a folder that is named by its label"
         )
     if 1 in depths:
         raise DataError(
-            f"data.path: the images in {folder} have no labels, such as {depths[1]}; put each into "
+            f"data.path: the files in {folder} have no labels, such as {depths[1]}; put each into "
             "a folder that is named by its label, or add a metadata.csv with the columns file_name "
             "and label"
         )

@@ -85,6 +85,7 @@ COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "tags": ["ner_tags", "tags", "pos_tags", "chunk_tags"],
     },
     "sentence-embedding": {"anchor": ["anchor", "query"], "positive": ["positive"]},
+    "audio-classification": {"audio": ["audio", "sound"], "label": _LABELS},
     "seq2seq-lm": {
         "source": ["source", "document", "article", "src"],
         "target": ["target", "summary", "highlights", "tgt"],

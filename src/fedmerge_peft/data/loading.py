@@ -47,7 +47,7 @@ _OTHER_FILES = {*COMPRESSIONS, ".pickle", ".pkl", ".txt", ".xls", ".xlsx", ".zip
 
 def load_splits(
     recipe: DataRecipe,
-    image: str | None = None,
+    media: str | None = None,
     splits: Mapping[str, Dataset] | None = None,
 ) -> dict[str, Dataset]:
     """Load the data of a recipe, select its splits, and apply its filter.
@@ -58,7 +58,8 @@ def load_splits(
 
     Args:
         recipe: Source of the examples.
-        image: Column with images, whose relative paths are looked for beside the table first.
+        media: Column with images or audio, whose relative paths are looked for beside the table
+            first.
         splits: Splits in memory, instead of those at ``recipe.path``.
 
     Returns:
@@ -71,7 +72,7 @@ def load_splits(
     """
     if splits is None:
         with no_progress_bars():
-            splits = _read(recipe, image)
+            splits = _read(recipe, media)
     if recipe.split_column is not None:
         splits = _split_by_column(recipe.split_column, splits)
     chosen = _select_splits(recipe, splits)
@@ -84,7 +85,7 @@ def load_splits(
     return chosen
 
 
-def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
+def _read(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
     """Load all splits by name. A single table is named ``train``, as in ``datasets``."""
     if recipe.path.startswith("embedded:"):
         return _read_embedded(recipe.path.removeprefix("embedded:"), recipe)
@@ -95,7 +96,7 @@ def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
         )
     path = Path(recipe.path).expanduser()
     if is_pattern(path):
-        return read_clients(path, recipe, image)
+        return read_clients(path, recipe, media)
     if path.is_file() and not is_table(path):
         raise DataError(
             f"data.path: {path} has an unsupported format; convert it to one of "
@@ -107,7 +108,7 @@ def _read(recipe: DataRecipe, image: str | None) -> dict[str, Dataset]:
             f"({join_values(TABLES)}), data.path=FOLDER, a hub id such as data.path=owner/name, "
             f"or data.path=embedded:{next(iter(EMBEDDED))}"
         )
-    loaded = read_local(path, recipe, image) if path.exists() else read_hub(recipe, image)
+    loaded = read_local(path, recipe, media) if path.exists() else read_hub(recipe, media)
     return {name: dataset.with_format(None) for name, dataset in loaded.items()}
 
 

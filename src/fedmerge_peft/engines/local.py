@@ -115,7 +115,7 @@ class LocalEngine:
             recipe.data,
             recipe.task.label_column,
             recipe.seed,
-            recipe.task.image_column,
+            recipe.task.media_column,
             splits=splits,
         )
         return cls.from_data(recipe, data)
@@ -267,8 +267,8 @@ class LocalEngine:
             with turn.clock():
                 size = self.recipe.evaluation.batch_size
                 rows = turn.client.train
-                offset = self.runtime.label_offset(self.recipe.training.logits, rows)
-                return example_losses(self.runtime, row, rows, size, offset)
+                objective = self.runtime.objective(self.recipe.training.logits, rows)
+                return example_losses(self.runtime, row, rows, size, objective)
 
         def statistics(position: int, row: Tensor) -> Tensor:
             turn = ready[position]

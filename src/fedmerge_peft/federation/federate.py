@@ -324,7 +324,9 @@ def _run_rounds(
         final = federation.evaluate()
         if final is not None and len(final.clients) == len(names) and on_scores is not None:
             on_scores(federation.completed, final)
+        confusion = None if final is None else federation.confusion(final.clients)
         with timed("save"):
+            run.write_confusion(confusion)
             privacy = federation.ledger.document() if federation.private else None
             served = run.finish(final, privacy, reason)
             tracked.final(served, federation.completed)

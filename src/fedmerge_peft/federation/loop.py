@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmerge_peft.adapters import merging_weights
 from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.base import Engine
+from fedmerge_peft.engines.confusion import Confusion, confusion_matrices
 from fedmerge_peft.engines.distributed import load_engine
 from fedmerge_peft.errors import ClientError, DivergedError, RecipeError
 from fedmerge_peft.federation.cohorts import cohort, cohort_size
@@ -282,6 +283,18 @@ class Federation:
             else:
                 log.warning("%s; skipped", scores)
         return self._scores(known.items())
+
+    def confusion(self, scored: Collection[str]) -> Confusion | None:
+        """Count true and predicted classes of the test examples of these clients.
+
+        None for private runs, and for what ``confusion_matrices`` does not count.
+        """
+        if self.private:
+            return None
+        chosen = [
+            index for index, client in enumerate(self.engine.clients) if client.name in scored
+        ]
+        return confusion_matrices(self.engine, Assignments(chosen, self.strategy.served))
 
     @property
     def private(self) -> bool:

@@ -13,6 +13,7 @@ from fedmerge_peft.util.text import printable
 
 _ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_IMAGES = "google/vit-base-patch16-224-in21k"
 MODELS = {
     "sequence-classification": _ENCODER,
     "multi-label-classification": _ENCODER,
@@ -23,7 +24,9 @@ MODELS = {
     "causal-lm": _DECODER,
     "preference": _DECODER,
     "seq2seq-lm": "google-t5/t5-small",
-    "image-classification": "google/vit-base-patch16-224-in21k",
+    "audio-classification": "facebook/wav2vec2-base",
+    "image-classification": _IMAGES,
+    "multi-label-image-classification": _IMAGES,
 }
 """A small model of each task."""
 
@@ -85,6 +88,7 @@ _ABOUT = {
     "text": "the column with the text",
     "label": "the column with the label: a name, or an integer from 0",
     "image": "the column with the image, or its path",
+    "audio": "the column with the sound, or its path",
     "prompt": "the column with the prompt",
     "completion": "the column with the text to learn",
     "target": "the column with the text or the number to predict",

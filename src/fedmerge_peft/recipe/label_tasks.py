@@ -7,14 +7,15 @@ from typing import Annotated
 from pydantic import Field
 
 from fedmerge_peft.plugins import METRICS, TASKS
+from fedmerge_peft.recipe.imbalance import ImbalanceSettings
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Count
 from fedmerge_peft.recipe.tasks import TaskRecipe
 
-TagMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tags"}))]
+TagMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tags", "class_scores"}))]
 
 
-class TokenClassificationRecipe(TaskRecipe):
+class TokenClassificationRecipe(ImbalanceSettings, TaskRecipe):
     """Tags of the words of a text, such as named entities."""
 
     words: str = "tokens"
@@ -22,6 +23,11 @@ class TokenClassificationRecipe(TaskRecipe):
     tags: str = "ner_tags"
     """Column with the tag of each word, a list of names or ids. Entities have the tags of IOB2
     (B-PER, I-PER, O) or BIOES."""
+    text: str = "text"
+    """Column with the text of spans."""
+    spans: str | None = None
+    """Column with the entities of a text, a list of {start, end, label} in characters, instead of
+    words and tags. They may not overlap."""
     max_length: Count | None = None
     """Maximum length in tokens. Words beyond it have no loss and no prediction, and a warning
     counts the texts. Default: the model's limit."""
@@ -72,27 +78,32 @@ TASKS.add(
 LabelSetMetric = Annotated[str, NameIn(METRICS, of=frozenset({"label_sets", "label_scores"}))]
 
 
-class MultiLabelClassificationRecipe(TaskRecipe):
-    """Any number of labels for each text or pair of texts."""
+class LabelSetRecipe(ImbalanceSettings, TaskRecipe):
+    """Base of tasks whose examples have any number of labels each."""
 
-    text: str = "text"
-    """Column with the text."""
-    text_pair: str | None = None
-    """Column with the second text of a pair."""
     labels: str | Annotated[list[str], Field(min_length=1)] = "labels"
     """Column with lists of labels, which are names or ids; or the names of columns, one for each
     label, with 0 and 1 or booleans."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which on a label is predicted."""
-    max_length: Count | None = None
-    """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
-    the model's limit."""
     metrics: Annotated[list[LabelSetMetric], Field(min_length=1)] = ["micro_f1"]
     """Metrics. Tables and log lines show the first."""
 
     @property
     def has_labels(self) -> bool:
         return True
+
+
+class MultiLabelClassificationRecipe(LabelSetRecipe):
+    """Any number of labels for each text or pair of texts."""
+
+    text: str = "text"
+    """Column with the text."""
+    text_pair: str | None = None
+    """Column with the second text of a pair."""
+    max_length: Count | None = None
+    """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
+    the model's limit."""
 
 
 TASKS.add(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedmerge_peft.plugins import METRICS
@@ -28,6 +28,15 @@ _register(
     {"accuracy": "Fraction of the classes or tokens that are predicted correctly."},
 )
 _register("metrics", ("classes",), {"f1": "F1 of each class, averaged with equal weights (macro)."})
+_register(
+    "calibration",
+    ("class_scores", "label_scores"),
+    {
+        "expected_calibration_error": "Mean difference between the probability of a prediction and "
+        "its accuracy, in 15 bins; lower is better."
+    },
+    greater_is_better=False,
+)
 _register(
     "metrics",
     ("classes",),
@@ -125,3 +134,8 @@ _register(
     {"reward_margin": "Mean difference of the rewards of chosen and rejected completions."},
     range=(-math.inf, math.inf),
 )
+
+
+def compares(metrics: Iterable[str], kind: str) -> bool:
+    """Return True if one of these metrics reads outputs of a kind, such as ``texts``."""
+    return any(kind in METRICS[name].facts["of"] for name in metrics)

@@ -41,7 +41,15 @@ from fedmerge_peft.recipe.tasks import TaskRecipe
 Code = TypeVar("Code", bound=Callable[..., object])
 
 Output = Literal[
-    "classes", "tokens", "texts", "tags", "values", "label_sets", "label_scores", "loss"
+    "classes",
+    "class_scores",
+    "tokens",
+    "texts",
+    "tags",
+    "values",
+    "label_sets",
+    "label_scores",
+    "loss",
 ]
 
 
@@ -107,10 +115,11 @@ def register_metric(
     Args:
         name: The name in recipes, tables and files.
         of: Arguments of the function: predicted and expected ``classes`` (ids) of classification
-            tasks; predicted and expected ``tokens`` (ids), or generated and reference ``texts``, of
-            language models; ``tags``, a list of names for each text; predicted and expected
-            ``values``; ``label_sets``, lists of 0 and 1, or ``label_scores``, probabilities and
-            lists of 0 and 1; or ``loss``, the mean loss in nats as the only argument.
+            tasks, or ``class_scores``, probabilities of all classes and expected ids; predicted and
+            expected ``tokens`` (ids), or generated and reference ``texts``, of language models;
+            ``tags``, a list of names for each text; predicted and expected ``values``;
+            ``label_sets``, lists of 0 and 1, or ``label_scores``, probabilities and lists of 0 and
+            1; or ``loss``, the mean loss in nats as the only argument.
         greater_is_better: True if larger values are better.
 
     Raises:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe import (  # register parts  # noqa: F401
     label_tasks,
+    media_tasks,
     personal_strategies,
     preference,
     text_tasks,
@@ -25,6 +26,7 @@ from fedmerge_peft.recipe.data import DataRecipe
 from fedmerge_peft.recipe.error_messages import found, refuse_values
 from fedmerge_peft.recipe.evaluation import EvaluationRecipe, ServingRecipe
 from fedmerge_peft.recipe.lora import LoraRecipe
+from fedmerge_peft.recipe.metrics import compares
 from fedmerge_peft.recipe.presets import with_preset
 from fedmerge_peft.recipe.privacy import PrivacyRecipe
 from fedmerge_peft.recipe.python_values import nested
@@ -42,7 +44,7 @@ from fedmerge_peft.recipe.section import (
 )
 from fedmerge_peft.recipe.stopping import StopRecipe
 from fedmerge_peft.recipe.strategies import AnyStrategy, FedMergeRecipe
-from fedmerge_peft.recipe.tasks import AnyTask, compares_texts
+from fedmerge_peft.recipe.tasks import AnyTask
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe.loading import Plugins
@@ -339,7 +341,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _mixtures_generate_no_text(self) -> Recipe:
-        generated = [name for name in self.task.metrics if compares_texts(name)]
+        generated = [name for name in self.task.metrics if compares([name], "texts")]
         mixing = [each for each in (self.strategy, *self.baselines) if not each.single_adapter]
         if generated and mixing:
             raise ValueError(

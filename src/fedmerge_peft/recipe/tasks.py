@@ -12,10 +12,11 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe import metrics as _  # noqa: F401 (registered before the sections below)
 from fedmerge_peft.recipe.generation import GenerationSettings
+from fedmerge_peft.recipe.imbalance import ImbalanceSettings
 from fedmerge_peft.recipe.registered import NameIn, OneOf
 from fedmerge_peft.recipe.section import FOREIGN, Count, Labels, Section
 
-ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes"}))]
+ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes", "class_scores"}))]
 LanguageMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tokens", "texts", "loss"}))]
 
 
@@ -73,9 +74,9 @@ class TaskRecipe(Section):
         return "format" in type(self).model_fields
 
     @property
-    def image_column(self) -> str | None:
-        """Column with images, which may be paths of files; None for tasks without images."""
-        return getattr(self, "image", None)
+    def media_column(self) -> str | None:
+        """Column with images or audio, which may be paths of files; None for tasks without them."""
+        return getattr(self, "image", None) or getattr(self, "audio", None)
 
     def with_format(self, format: str | None) -> Self:
         """Return a copy with the text format set, if the task has several."""
@@ -86,7 +87,7 @@ class TaskRecipe(Section):
         return self
 
 
-class SequenceClassificationRecipe(TaskRecipe):
+class SequenceClassificationRecipe(ImbalanceSettings, TaskRecipe):
     """Classification of texts or pairs of texts."""
 
     text: str = "text"
@@ -164,18 +165,23 @@ class CausalLMRecipe(CompletionRecipe):
         return self.model_copy(update=completing)
 
 
-class ImageClassificationRecipe(TaskRecipe):
-    """Classification of images."""
+class ImageSettings(Section):
+    """Columns of tasks on images."""
 
     image: str = "image"
     """Column with the image: a datasets Image, encoded bytes, or the path of a file."""
+    white: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Value of white in images with more than 8 bits per channel, such as 4095 for 12 bits or 1.0
+    for fractions. Default: 65535 in 16-bit images with values above 4095; others are refused."""
+
+
+class ImageClassificationRecipe(ImageSettings, ImbalanceSettings, TaskRecipe):
+    """Classification of images."""
+
     label: str = "label"
     """Column with the label: an integer from 0, a boolean, or a name."""
     num_labels: Labels | None = None
     """Number of labels. Default: inferred from the data."""
-    white: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """Value of white in images with more than 8 bits per channel, such as 4095 for 12 bits or 1.0
-    for fractions. Default: 65535 in 16-bit images with values above 4095; others are refused."""
     metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
     """Metrics. Tables and log lines show the first."""
 
@@ -194,8 +200,3 @@ TASKS.add(
 
 AnyTask = Annotated[TaskRecipe, OneOf(TASKS)]
 """A section of any registered task."""
-
-
-def compares_texts(metric: str) -> bool:
-    """Return True if a metric compares generated texts."""
-    return "texts" in METRICS[metric].facts["of"]

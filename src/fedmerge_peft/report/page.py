@@ -18,6 +18,7 @@ from fedmerge_peft.errors import RunError
 from fedmerge_peft.plotting.palette import COLORS, DARK_COLORS, DASHES
 from fedmerge_peft.report import client_figures, cost_figures, learning_figures, sharing_figures
 from fedmerge_peft.report.advice import Advice, advice
+from fedmerge_peft.report.confusion_tables import confusion_tables
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.figures import drawn, figures, run_figures, shared_figures
 from fedmerge_peft.report.methods import Method, Setting, readable, settings
@@ -192,6 +193,7 @@ def _run(method: Method) -> dict[str, Any]:
         "name": method.name,
         "sharing": sharing_figures.answer(method),
         "figures": run_figures(method),
+        "confusion": confusion_tables(method.run),
         "advice": found,
         "facts": _facts(method.run),
     }

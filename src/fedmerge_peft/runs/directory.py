@@ -9,6 +9,7 @@ clients.json            name, group and number of examples of each client
 task.json               label names in the order of their ids, and the text format
 examples.json           digest of the encoded examples, if the recipe has baselines
 labels.json             training examples of each client by label, if examples have labels
+confusion.json          test examples of each client by true and predicted class, after the end
 adapter_config.json     PEFT's configuration of the adapters
 metrics.jsonl           one object per round
 weights/                π after each round

@@ -157,6 +157,22 @@ class LabelCounts:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """``confusion.json``."""
+
+    after_round: Whole
+    labels: list[Text]
+    clients: dict[str, list[Annotated[list[Whole], Field(min_length=3, max_length=3)]]]
+    """True class, predicted class and number of test examples or words."""
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        for client, pairs in self.clients.items():
+            if any(true >= count or predicted >= count for true, predicted, _ in pairs):
+                raise ValueError(f"{client} has a class that is not one of the {count} labels")
+
+
+@dataclass(frozen=True)
 class ExamplesDigest:
     """``examples.json``."""
 
@@ -169,6 +185,7 @@ SCHEMAS: Mapping[str, Any] = {
     "clients.json": Clients,
     "task.json": Task,
     "labels.json": LabelCounts,
+    "confusion.json": Confusion,
     "examples.json": ExamplesDigest,
     "summary.json": Summary,
     "scores.json": State,

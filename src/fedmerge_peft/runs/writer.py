@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,21 @@ class RunWriter(RunDirectory):
         )
 
     @rank_zero
+    def write_confusion(self, confusion: Mapping[str, Sequence[Sequence[int]]] | None) -> None:
+        """Write ``confusion.json`` after the last round.
+
+        Args:
+            confusion: True class, predicted class and number of test examples, by client; None if
+                they were not counted.
+        """
+        if confusion is None:
+            return
+        checked.write_document(
+            self.path / "confusion.json",
+            {"after_round": self.completed, "labels": self.task["labels"], "clients": confusion},
+        )
+
+    @rank_zero
     def finish(
         self,
         last_scores: Scores | None,
@@ -236,7 +251,7 @@ class RunWriter(RunDirectory):
         if checkpoint is None:
             stale += [self.path / "soup.safetensors", self.path / "weights.safetensors"]
         with translated_write_errors(self.path):
-            for path in [self.path / "summary.json", *stale]:
+            for path in [self.path / "summary.json", self.path / "confusion.json", *stale]:
                 path.unlink(missing_ok=True)
         # The checkpoints first: until then, metrics.jsonl contains all of their rounds.
         checkpoints.prune(self.path / "checkpoint", self.completed)

@@ -18,6 +18,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import RunError
 from fedmerge_peft.models.pretrained import load_model, model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
+from fedmerge_peft.runs.confusion import client_confusion
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.generation_files import generation_writer
 from fedmerge_peft.serving.model_card import adapter_card
@@ -29,6 +30,7 @@ from fedmerge_peft.util.files import write_text
 from fedmerge_peft.util.folders import whole_folder
 
 if TYPE_CHECKING:
+    import pandas as pd
     from huggingface_hub import ModelCard
 
     from fedmerge_peft.models.backbone import Backbone
@@ -83,6 +85,13 @@ class MergedAdapter:
     def row(self) -> Tensor:
         """θ, ``(P,)`` float32."""
         return self.soup.merge(self.weights, self.clients)
+
+    def confusion(self) -> pd.DataFrame:
+        """Return the client's test examples (or words), true × predicted label.
+
+        Raises ``RunError`` if the run has no such counts (``client_confusion``).
+        """
+        return client_confusion(self.run, self.name, self.round)
 
     def peft_state(self, *, exact: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return PEFT's state dict and configuration, including updates of the backbone (flora).

@@ -81,7 +81,7 @@ def _load(recipe: Recipe, path: Path) -> dict[str, Dataset]:
         )
     source: dict[str, Any] = {"path": str(path), "config": None, "revision": None, "filter": {}}
     data = _usual_splits(recipe).model_copy(update=source)
-    return load_splits(data, recipe.task.image_column)
+    return load_splits(data, recipe.task.media_column)
 
 
 def _usual_splits(recipe: Recipe) -> DataRecipe:

@@ -205,13 +205,13 @@ class _Comparison:
         self.rows = soup.rows
         self.prior = prior
         """Label prior, ``(P,)``, which adapters have in tests."""
-        self.offset = engine.runtime.label_offset(
+        self.objective = engine.runtime.objective(
             engine.recipe.training.logits, self.newcomer.train
         )
-        """Offset of the logits in the training loss, ``(classes,)``, or None."""
+        """Training loss of the newcomer."""
         self.methods: list[Method] = []
         batches = (engine.runtime.collate(chunk)["labels"] for chunk in self._chunks())
-        self._count = sum(engine.task.count_terms(labels) for labels in batches)
+        self._count = sum(self.objective.divisor(engine.task, labels) for labels in batches)
 
     def learn(self, known: Tensor, clients: list[str]) -> Tensor:
         """Evaluate fixed weights, then learn logits ``(d,)`` from the best of them."""
@@ -274,13 +274,13 @@ class _Comparison:
     def _loss(self, row: Tensor) -> float:
         # The batches of _objective, so that the losses are exactly comparable.
         size = self.engine.recipe.training.batch_size
-        losses = example_losses(self.engine.runtime, row, self.newcomer.train, size, self.offset)
+        losses = example_losses(self.engine.runtime, row, self.newcomer.train, size, self.objective)
         return float(losses.double().sum()) / self._count
 
     def _objective(self, row: Tensor) -> tuple[float, Tensor]:
         slot = AdapterSlot(self.engine.backbone, row)
         self.engine.backbone.eval()
-        loss = accumulate(self.engine.runtime, slot, [self._chunks()], offsets=[self.offset])
+        loss = accumulate(self.engine.runtime, slot, [self._chunks()], objectives=[self.objective])
         return float(loss), slot.gradient[0].cpu()
 
     def _chunks(self) -> list[Indices]:

@@ -24,8 +24,8 @@ from fedmerge_peft.recipe.error_messages import found
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.tasks import Examples, make_task, task_type
-from fedmerge_peft.tasks.base import split_batch
 from fedmerge_peft.tasks.cuts import warn_of_cuts
+from fedmerge_peft.tasks.passes import split_batch
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.util.seeds import seeded

@@ -38,7 +38,7 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
     """
     recipe = federated_recipe(recipe)
     data = federate_data(
-        recipe.data, recipe.task.label_column, recipe.seed, recipe.task.image_column
+        recipe.data, recipe.task.label_column, recipe.seed, recipe.task.media_column
     )
     settings = {"project": "rehearsal", "host": "localhost", "port": free_port(), **options}
     federation = Federation(sites=split_clients(data, sites), **settings)

@@ -94,7 +94,7 @@ def read_site_data(
         recipe.data.model_copy(update={**defaults, **overrides, "partition": scheme}),
         label,
         recipe.seed,
-        recipe.task.image_column,
+        recipe.task.media_column,
         whole=False,
     )
     if column is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from fedmerge_peft.plugins import TASKS
-from fedmerge_peft.tasks.base import Batch, Examples, Predictions, Task
+from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.tasks.imbalance import check_class_weights
+from fedmerge_peft.tasks.predictions import Predictions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -13,12 +15,25 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.schema import Recipe
     from fedmerge_peft.recipe.tasks import TaskRecipe
 
-__all__ = ["Batch", "Examples", "Predictions", "Task", "make_task", "task_type"]
+__all__ = ["Batch", "Examples", "Predictions", "Task", "check_table", "make_task", "task_type"]
 
 
 def task_type(recipe: TaskRecipe) -> type[Task]:
     """Return the class of the task that a recipe names."""
     return cast("type[Task]", TASKS[recipe.name].load())
+
+
+def check_table(recipe: TaskRecipe, table: Dataset) -> None:
+    """Check columns and labels of a table against a task's section, without loading a model.
+
+    Raises:
+        DataError: A column does not exist, has another type, or has missing values.
+        RecipeError: The section names a label that the data do not have.
+    """
+    kind = task_type(recipe)
+    kind.check_table(recipe, table)
+    if recipe.has_labels:
+        check_class_weights(recipe, kind.labels_in(recipe, table) or ())
 
 
 def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
@@ -31,6 +46,9 @@ def make_task(recipe: Recipe, table: Dataset, model_folder: str) -> Task:
 
     Raises:
         DataError: The data do not match the recipe.
+        RecipeError: The recipe names a label that the data do not have.
         BackboneError: The tokenizer or image processor cannot be loaded.
     """
-    return task_type(recipe.task)(recipe.task, recipe.backbone, table, model_folder)
+    task = task_type(recipe.task)(recipe.task, recipe.backbone, table, model_folder)
+    check_class_weights(recipe.task, task.labels)
+    return task

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import infer_labels, relabel
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
 
-Compared = tuple[Sequence[Any], Sequence[Any]]
-"""Outputs and references, one pair per example or token."""
 Padding = Literal["right", "left", "none", "alone"]
 """Side on which shorter examples are padded. none: a pass has examples of one length; alone: one
 example."""
@@ -42,6 +41,8 @@ class Examples:
     cuts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Examples of which a part was left out, or that are empty, by predicate: ``have more than 32
     tokens and ...``."""
+    positions: NDArray[np.int64] | None = None
+    """Positions of each example in the model's layers, if they are not those of the inputs."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -52,25 +53,6 @@ class Examples:
         return np.array(
             [tensor.numel() for tensor in next(iter(self.columns.values()))], dtype=np.int64
         )
-
-
-@dataclass
-class Predictions:
-    """Model outputs and references that metrics need."""
-
-    loss_sum: float = 0.0
-    """Sum of the losses, in nats."""
-    count: float = 0.0
-    """Number of terms in ``loss_sum``: examples, or labeled tokens."""
-    outputs: dict[str, tuple[list[Any], list[Any]]] = field(default_factory=dict)
-    """Outputs and references by the kind that metrics name (``of``), such as ``classes``."""
-
-    def add(self, compared: Mapping[str, Compared]) -> None:
-        """Append outputs and references of a batch, by kind."""
-        for kind, (predicted, expected) in compared.items():
-            known = self.outputs.setdefault(kind, ([], []))
-            known[0].extend(predicted)
-            known[1].extend(expected)
 
 
 class Task(ABC):
@@ -89,6 +71,8 @@ class Task(ABC):
     """True if the loss of an example depends on the other examples of its client's batch."""
     mixes: ClassVar[bool] = True
     """True if the outputs of several models may be mixed (``mix``)."""
+    names_classes: ClassVar[bool] = False
+    """True if each labeled term has one class, so that confusion matrices count them."""
     smallest_batch: int = 1
     """Smallest number of examples in a batch with a loss that is not constant."""
     per_token: ClassVar[bool] = False
@@ -180,6 +164,35 @@ class Task(ABC):
         Returns:
             Two float32 tensors ``(batch,)``: sum of the losses in nats, and number of terms.
         """
+
+    def training_losses(
+        self, logits: Tensor, labels: Tensor, class_weights: Tensor | None
+    ) -> Tensor:
+        """Compute the summed loss of each example that training minimizes, ``(batch,)``.
+
+        Args:
+            logits: As in ``losses``.
+            labels: As in ``losses``.
+            class_weights: Weights of the labels in the loss of each example, ``(batch, labels)``;
+                None for 1.
+        """
+        return self.losses(logits, labels)[0]
+
+    def loss_divisor(self, labels: Tensor, class_weights: Tensor | None) -> float:
+        """Return what the losses of a batch are divided by: the terms, or the sum of their weights.
+
+        Arguments are those of ``training_losses``.
+        """
+        return self.count_terms(labels)
+
+    def class_weights(self, examples: Examples, indices: NDArray[Any]) -> Tensor | None:
+        """Return the weights of the labels for a client, ``(labels,)``; None for 1.
+
+        Args:
+            examples: Output of ``encode``.
+            indices: The client's training examples.
+        """
+        return None
 
     def labeled_positions(self, labels: Tensor) -> Tensor | None:
         """Return the positions whose logits ``losses`` and ``predict`` read, bool like the labels.
@@ -378,14 +391,6 @@ class Task(ABC):
             TypeError: The task does not generate text.
         """
         raise TypeError(f"{type(self).__name__} does not generate text")
-
-
-def split_batch(padding: Padding, examples: Examples, indices: NDArray[Any]) -> list[NDArray[Any]]:
-    """Split a batch into the parts that may share a pass of the model, in order."""
-    if padding in ("right", "left"):
-        return [indices]
-    lengths = examples.lengths[indices] if padding == "none" else np.arange(len(indices))
-    return [indices[lengths == length] for length in dict.fromkeys(lengths.tolist())]
 
 
 def reject_inputs(invalid: Sequence[Any], expected: str) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmerge_peft.errors import DataError, RecipeError
-from fedmerge_peft.recipe.tasks import compares_texts
-from fedmerge_peft.tasks.base import Batch, Compared, Examples, reject_inputs
+from fedmerge_peft.recipe.metrics import compares
+from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
 from fedmerge_peft.tasks.chat_messages import parse_prompt, read_chats
 from fedmerge_peft.tasks.chat_template import name_template, set_chat_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
 from fedmerge_peft.tasks.generation import TextGenerator, generation_options
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample, split_into_segments
 from fedmerge_peft.tasks.text_formats import (
     check_columns,
@@ -86,7 +87,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         self.recipe = recipe
         self.metrics = recipe.metrics
         self.format = infer_format(recipe, table)
-        generative = [name for name in recipe.metrics if compares_texts(name)]
+        generative = [name for name in recipe.metrics if compares([name], "texts")]
         self.generates = bool(generative)
         if generative and self.format == "text":
             raise RecipeError(

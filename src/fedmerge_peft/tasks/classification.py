@@ -1,22 +1,46 @@
-"""Base of text and image classification: one label per example."""
+"""Base of classification of texts, images and sounds: one label per example."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.tasks.base import Compared, Examples, Task
+from fedmerge_peft.tasks.base import Examples
+from fedmerge_peft.tasks.calibration import class_scores
+from fedmerge_peft.tasks.imbalance import WeightedClasses
+from fedmerge_peft.tasks.labels import encode_labels, infer_labels
+from fedmerge_peft.tasks.predictions import Compared
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-class Classification(Task):
-    """Task with one label per example. The loss is the unweighted cross-entropy, not smoothed."""
+class Classification(WeightedClasses):
+    """Task with one label per example. The loss is the cross-entropy, not smoothed."""
 
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+
+    @classmethod
+    def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
+        return infer_labels(table, recipe.label, recipe.num_labels)
+
+    @classmethod
+    def targets(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Tensor:
+        return encode_labels(table, recipe.label, labels)
+
+    @classmethod
+    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        from datasets import ClassLabel
+
+        return {recipe.label: (ClassLabel(names=list(labels)), 0)}
+
+    def named(self, target: Tensor) -> str:
+        return self.labels[int(target)]
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the cross-entropy ``-log softmax(logits)[label]`` of each example in float32.
@@ -31,9 +55,13 @@ class Classification(Task):
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         return losses, torch.ones_like(losses)
 
+    def term_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.losses(logits, labels)[0]
+
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
-        """Return the most likely class and the label of each example."""
-        return {"classes": (logits.argmax(dim=-1).tolist(), labels.tolist())}
+        """Return the most likely class and the label of each example; probabilities if needed."""
+        scores = class_scores(self.metrics, logits, labels)
+        return {"classes": (logits.argmax(dim=-1).tolist(), labels.tolist()), **scores}
 
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]

@@ -18,12 +18,13 @@ import numpy as np
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.recipe.error_messages import found
-from fedmerge_peft.recipe.tasks import compares_texts
+from fedmerge_peft.recipe.metrics import compares
 from fedmerge_peft.tasks.words import words
 from fedmerge_peft.util.text import printable
 
 if TYPE_CHECKING:
-    from fedmerge_peft.tasks.base import ComputeMetrics, Predictions
+    from fedmerge_peft.tasks.base import ComputeMetrics
+    from fedmerge_peft.tasks.predictions import Predictions
 
 _ROUNDING = 1e-6
 """Rounding error by which a metric may leave its range."""
@@ -145,7 +146,7 @@ def metric(name: str) -> Any:
     from datasets import Features, Value
 
     compute = METRICS[name].load()
-    dtype = "string" if compares_texts(name) else "int64"
+    dtype = "string" if compares([name], "texts") else "int64"
 
     class Offline(evaluate.Metric):  # type: ignore[misc]
         def _info(self) -> Any:

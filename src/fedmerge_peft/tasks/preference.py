@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.tasks.base import Batch, Compared, Examples
+from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.causal_lm import CausalLMTask
 from fedmerge_peft.tasks.chat_messages import parse_messages
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample
 
 if TYPE_CHECKING:

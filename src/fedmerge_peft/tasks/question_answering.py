@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.tasks.answer_windows import Answer, AnswerWindows, read_answers
-from fedmerge_peft.tasks.base import Batch, Compared, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.base import Batch, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.text_generation import IGNORED
 from fedmerge_peft.tasks.tokenization import (
     as_bytes,

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.tasks.base import Batch, Compared, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.base import Batch, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.tokenization import (
     get_pad_token_id,
     load_tokenizer,

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.recipe.tasks import compares_texts
-from fedmerge_peft.tasks.base import Batch, Compared, Examples, Padding, reject_inputs
+from fedmerge_peft.recipe.metrics import compares
+from fedmerge_peft.tasks.base import Batch, Examples, Padding, reject_inputs
 from fedmerge_peft.tasks.generation import TextGenerator
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.text_generation import (
     DEFAULT_LENGTH,
@@ -76,7 +77,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     ) -> None:
         self.recipe = recipe
         self.metrics = recipe.metrics
-        self.generates = any(map(compares_texts, recipe.metrics))
+        self.generates = compares(recipe.metrics, "texts")
         self._model = backbone.model
         self._vocabulary: int | None = None
         self.processor, config = load_tokenizer(backbone, model_folder)

@@ -1,17 +1,20 @@
-"""Words of texts with a tag each, and the tokens at which they begin."""
+"""Words of texts with a tag each, where they lie, and the tokens at which they begin."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.labels import is_text
-from fedmerge_peft.tasks.lists import encode_lists, read_lists
+from fedmerge_peft.tasks.base import reject_inputs
+from fedmerge_peft.tasks.labels import blank_table, is_text
+from fedmerge_peft.tasks.lists import encode_lists, infer_list_labels, read_lists, relabel_lists
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,40 +22,144 @@ if TYPE_CHECKING:
     from fedmerge_peft.recipe.label_tasks import TokenClassificationRecipe
 
 
-def read_words(
-    recipe: TokenClassificationRecipe, table: Dataset, labels: Sequence[str]
-) -> tuple[list[list[str]], list[list[int]]]:
-    """Return the words of each row, and the ids of their tags."""
-    column = read_lists(table, recipe.words, "task.words")
-    if len(column.values) and not is_text(column.values.type):
-        raise DataError(f"task.words: column {recipe.words!r} has lists of {column.values.type}")
-    words = column.rows(column.values.to_pylist())
-    tags = encode_lists(table, recipe.tags, "task.tags", labels)
-    for row, (own, marks) in enumerate(zip(words, tags, strict=True)):
-        if len(own) != len(marks):
+@dataclass(frozen=True)
+class TaggedText:
+    """A text with tags of its words."""
+
+    text: str
+    bounds: NDArray[np.int64]
+    """Begin and end of each word in the text, ``(words, 2)``, in ascending order."""
+    tags: Sequence[int]
+    """Id of each word's tag."""
+
+
+@dataclass(frozen=True)
+class TagSource(ABC):
+    """Columns with texts and tags, and the form of predictions."""
+
+    recipe: TokenClassificationRecipe
+    key: ClassVar[str]
+    """Recipe key of the column with tags."""
+    probes: ClassVar[Sequence[Any]]
+    """Two inputs that all models accept."""
+
+    @property
+    def column(self) -> str:
+        """Column with tags."""
+        return str(getattr(self.recipe, self.key.removeprefix("task.")))
+
+    @abstractmethod
+    def infer_tags(self, table: Dataset) -> list[str]:
+        """Return the names of the tags in the order of their ids. Raises ``DataError``."""
+
+    @abstractmethod
+    def read(self, table: Dataset, labels: Sequence[str]) -> list[TaggedText]:
+        """Return all rows. Raises ``DataError`` if they do not match the recipe."""
+
+    @abstractmethod
+    def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
+        """Return rows from elsewhere with these tags. Raises ``DataError`` for another tag."""
+
+    @abstractmethod
+    def blank(self, labels: Sequence[str]) -> tuple[Any, Any]:
+        """Return the type of the column with these tags, and a value without any."""
+
+    @abstractmethod
+    def input_table(self, labels: list[str], inputs: list[Any]) -> Dataset:
+        """Convert inputs of predictions to rows. Raises ``DataError`` for unsuitable ones."""
+
+    @abstractmethod
+    def answer(
+        self,
+        bounds: NDArray[np.int64],
+        tags: Sequence[str | None],
+        scores: Sequence[float | None],
+    ) -> dict[str, Any]:
+        """Return a prediction; a word without tokens has the tag None."""
+
+
+class ListedTags(TagSource):
+    """Lists of words, which are joined with spaces, and lists of their tags."""
+
+    key: ClassVar[str] = "task.tags"
+    probes: ClassVar[Sequence[Any]] = [["a"], ["another", "text,", "which", "is", "longer"]]
+
+    def infer_tags(self, table: Dataset) -> list[str]:
+        return infer_list_labels(table, self.column, self.key)
+
+    def read(self, table: Dataset, labels: Sequence[str]) -> list[TaggedText]:
+        column = read_lists(table, self.recipe.words, "task.words")
+        if len(column.values) and not is_text(column.values.type):
             raise DataError(
-                f"row {row} (of the rows in use): {len(own)} words in column {recipe.words!r}, "
-                f"but {len(marks)} tags in column {recipe.tags!r}"
+                f"task.words: column {self.recipe.words!r} has lists of {column.values.type}"
             )
-    return words, tags
+        words = column.rows(column.values.to_pylist())
+        tags = encode_lists(table, self.column, self.key, labels)
+        for row, (own, marks) in enumerate(zip(words, tags, strict=True)):
+            if len(own) != len(marks):
+                raise DataError(
+                    f"row {row} (of the rows in use): {len(own)} words in column "
+                    f"{self.recipe.words!r}, but {len(marks)} tags in column {self.column!r}"
+                )
+        return [
+            TaggedText(" ".join(own), joined_bounds(own), marks)
+            for own, marks in zip(words, tags, strict=True)
+        ]
+
+    def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
+        return relabel_lists(table, self.column, self.key, labels)
+
+    def blank(self, labels: Sequence[str]) -> tuple[Any, Any]:
+        from datasets import ClassLabel, List
+
+        return List(ClassLabel(names=list(labels))), []
+
+    def input_table(self, labels: list[str], inputs: list[Any]) -> Dataset:
+        from datasets import List, Value
+
+        unfit = [
+            each
+            for each in inputs
+            if not isinstance(each, list | tuple) or not all(isinstance(word, str) for word in each)
+        ]
+        reject_inputs(unfit, "a list of words")
+        tag = labels.index("O") if "O" in labels else 0
+        types = {self.recipe.words: List(Value("string")), self.column: self.blank(labels)[0]}
+        return blank_table(types, [[list(words), [tag] * len(words)] for words in inputs], {})
+
+    def answer(
+        self,
+        bounds: NDArray[np.int64],
+        tags: Sequence[str | None],
+        scores: Sequence[float | None],
+    ) -> dict[str, Any]:
+        """Return the most likely tag of each word, and its probability."""
+        return {"tags": list(tags), "scores": list(scores)}
 
 
-def first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Return the first token of each word of a text joined with spaces; -1 for words without.
+def joined_bounds(words: Sequence[str]) -> NDArray[np.int64]:
+    """Return begin and end of each word in a text joined with spaces, ``(words, 2)``."""
+    ends = np.array([*accumulate((len(word) + 1 for word in words), initial=-1)][1:], np.int64)
+    return np.stack([ends - np.array([len(word) for word in words], np.int64), ends], axis=1)
+
+
+def first_tokens(
+    bounds: NDArray[np.int64], offsets: Sequence[tuple[int, int]]
+) -> NDArray[np.int64]:
+    """Return the first token of each word; -1 for words without.
 
     Args:
-        words: Words.
+        bounds: Begin and end of each word, ``(words, 2)``.
         offsets: Begin and end of each token in the text; equal for tokens that are not in it. A
             token that begins with the space before a word belongs to the word.
 
     Returns:
         Places of tokens, ``(words,)``.
     """
-    ends = np.array([*accumulate((len(word) + 1 for word in words), initial=-1)][1:])
-    begins = ends - np.array([len(word) for word in words], dtype=np.int64)
-    first = np.full(len(words), -1, dtype=np.int64)
+    begins, ends = bounds[:, 0], bounds[:, 1]
+    first = np.full(len(bounds), -1, dtype=np.int64)
     for place, (begin, end) in enumerate(offsets):
-        word = int(np.searchsorted(ends, end - 1, side="right")) if end > begin else len(words)
-        if word < len(words) and end > begins[word] and first[word] < 0:
+        word = int(np.searchsorted(ends, end - 1, side="right")) if end > begin else len(bounds)
+        if word < len(bounds) and end > begins[word] and first[word] < 0:
             first[word] = place
     return first

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.tasks.base import Batch, Compared, Examples, Task, split_batch
+from fedmerge_peft.tasks.base import Batch, Examples, Task
 from fedmerge_peft.tasks.generation import TextGenerator
+from fedmerge_peft.tasks.passes import split_batch
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.tokenization import as_bytes, from_bytes
 
 IGNORED = -100

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.base import Compared, Examples
+from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.encoder import loading_code
 from fedmerge_peft.tasks.labels import reject_nulls
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.texts import TextTask
 
 if TYPE_CHECKING:

@@ -13,13 +13,15 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.plugins import METRICS
-from fedmerge_peft.tasks.base import Compared, Examples, reject_inputs
+from fedmerge_peft.tasks.base import Examples
+from fedmerge_peft.tasks.calibration import class_scores
 from fedmerge_peft.tasks.encoder import EncoderTask, loading_code
 from fedmerge_peft.tasks.entity_metrics import continues_nothing, is_entity_tag
-from fedmerge_peft.tasks.labels import blank_table
-from fedmerge_peft.tasks.lists import infer_list_labels, relabel_lists
+from fedmerge_peft.tasks.imbalance import WeightedClasses
+from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
-from fedmerge_peft.tasks.tagged_words import first_tokens, read_words
+from fedmerge_peft.tasks.spans import SpanTags
+from fedmerge_peft.tasks.tagged_words import ListedTags, TagSource, first_tokens
 from fedmerge_peft.tasks.tokenization import pad, ragged
 from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 _IGNORED = -100
 
 
-class TokenClassificationTask(EncoderTask):
+class TokenClassificationTask(WeightedClasses, EncoderTask):
     """Tags of words. The first token of a word has its tag; other tokens have no loss.
 
     Words are joined with spaces, as pipelines read a text. ``EncoderTask`` has the arguments.
@@ -45,13 +47,14 @@ class TokenClassificationTask(EncoderTask):
 
     @classmethod
     def output_names(cls, recipe: TokenClassificationRecipe, table: Dataset) -> list[str]:
-        labels = infer_list_labels(table, recipe.tags, "task.tags")
+        source = tag_source(recipe)
+        labels = source.infer_tags(table)
         scored = [name for name in recipe.metrics if METRICS[name].facts.get("entities")]
         others = [label for label in labels if not is_entity_tag(label)]
         if scored and others:
             raise DataError(
                 f"task.metrics: {scored[0]} needs the tags of IOB2 or BIOES, such as B-PER and O; "
-                f"column {recipe.tags!r} has {others[0]!r}; use task.metrics=[tag_accuracy], or "
+                f"column {source.column!r} has {others[0]!r}; use task.metrics=[tag_accuracy], or "
                 "store the names of the tags"
             )
         return labels
@@ -64,49 +67,34 @@ class TokenClassificationTask(EncoderTask):
     def relabel(
         cls, recipe: TokenClassificationRecipe, table: Dataset, labels: Sequence[str]
     ) -> Dataset:
-        return relabel_lists(table, recipe.tags, "task.tags", labels)
+        return tag_source(recipe).relabel(table, labels)
 
     @classmethod
     def blanks(
         cls, recipe: TokenClassificationRecipe, labels: Sequence[str]
     ) -> dict[str, tuple[Any, Any]]:
-        from datasets import ClassLabel, List
-
-        return {recipe.tags: (List(ClassLabel(names=list(labels))), [])}
+        source = tag_source(recipe)
+        return {source.column: source.blank(labels)}
 
     @classmethod
     def check_table(cls, recipe: TokenClassificationRecipe, table: Dataset) -> None:
-        read_words(recipe, table, cls.output_names(recipe, table))
+        tag_source(recipe).read(table, cls.output_names(recipe, table))
 
     @classmethod
     def probe_inputs(cls, recipe: TokenClassificationRecipe) -> list[Any]:
-        return [["a"], ["another", "text,", "which", "is", "longer"]]
+        return list(tag_source(recipe).probes)
 
     @classmethod
     def input_table(
         cls, recipe: TokenClassificationRecipe, labels: list[str], inputs: list[Any]
     ) -> Dataset:
-        from datasets import List, Value
-
-        unfit = [
-            each
-            for each in inputs
-            if not isinstance(each, list | tuple) or not all(isinstance(word, str) for word in each)
-        ]
-        reject_inputs(unfit, "a list of words")
-        tag = labels.index("O") if "O" in labels else 0
-        types = {
-            recipe.words: List(Value("string")),
-            recipe.tags: cls.blanks(recipe, labels)[recipe.tags][0],
-        }
-        return blank_table(types, [[list(words), [tag] * len(words)] for words in inputs], {})
+        return tag_source(recipe).input_table(labels, inputs)
 
     def encode(self, table: Dataset) -> Examples:
         """Tokenize every row. ``Examples.cuts`` has texts and words that were cut.
 
         Raises:
-            DataError: A column does not exist, or is not one of lists; words and tags of a row
-                differ in number; no word of a row has tokens; a tag is unknown.
+            DataError: The columns do not match the recipe; no word of a row has tokens.
             BackboneError: The tokenizer does not return the places of its tokens.
         """
         if not getattr(self.processor, "is_fast", False):
@@ -114,31 +102,33 @@ class TokenClassificationTask(EncoderTask):
                 "token-classification needs a tokenizer that returns the places of its tokens (a "
                 "fast one of transformers); name another in backbone.tokenizer"
             )
-        words, tags = read_words(self.recipe, table, self.labels)
-        tokens, truncated = self.tokenize([[" ".join(row) for row in words]], offsets=True)
+        rows = tag_source(self.recipe).read(table, self.labels)
+        tokens, truncated = self.tokenize([[row.text for row in rows]], offsets=True)
         labels, places, lost, broken = [], [], [], []
         cut = set(truncated)
         for row, offsets in enumerate(tokens.pop("offset_mapping")):
-            first = first_tokens(words[row], offsets)
+            own_tags = rows[row].tags
+            first = first_tokens(rows[row].bounds, offsets)
             known = np.flatnonzero(first >= 0)
             if not len(known):
                 raise DataError(
-                    f"row {row} (of the rows in use): no word in column {self.recipe.words!r} has "
-                    f"tokens: {words[row][:5]}; remove the row"
+                    f"row {row} (of the rows in use): no word has tokens: {rows[row].text[:50]!r}; "
+                    "remove the row"
                 )
             if len(known) < len(first) and row not in cut:
                 lost.append(row)
-            if continues_nothing([self.labels[tag] for tag in tags[row]]):
+            if continues_nothing([self.labels[tag] for tag in own_tags]):
                 broken.append(row)
             own = np.full(len(offsets), _IGNORED)
-            own[first[known]] = np.array(tags[row])[known]
+            own[first[known]] = np.array(own_tags)[known]
             labels.append(own.tolist())
             places.append(first.tolist())
         reject_unknown_ids(tokens["input_ids"], self._vocabulary)
         warn_of_unknown(tokens["input_ids"], self.processor)
-        columns = {name: ragged(rows) for name, rows in tokens.items()}
+        columns = {name: ragged(values) for name, values in tokens.items()}
+        bounds = [torch.from_numpy(row.bounds) for row in rows]
         return Examples(
-            {**columns, "labels": ragged(labels), "places": ragged(places)},
+            {**columns, "labels": ragged(labels), "places": ragged(places), "bounds": bounds},
             {
                 f"are longer than {self.max_length} tokens and were truncated": truncated,
                 "have words that the tokenizer drops, which have no tag in scores": lost,
@@ -170,10 +160,13 @@ class TokenClassificationTask(EncoderTask):
         Returns:
             Sum in nats and number of words, both float32 ``(batch,)``.
         """
-        losses = functional.cross_entropy(
+        losses = self.term_losses(logits, labels)
+        return losses.sum(dim=1), (labels != _IGNORED).sum(dim=1).float()
+
+    def term_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="none"
         ).view_as(labels)
-        return losses.sum(dim=1), (labels != _IGNORED).sum(dim=1).float()
 
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
         """Return predicted and expected tags of each example, for words with a label."""
@@ -181,26 +174,32 @@ class TokenClassificationTask(EncoderTask):
         found = logits.argmax(dim=-1)
         predicted = [self._names(ids[inside]) for ids, inside in zip(found, own, strict=True)]
         expected = [self._names(ids[inside]) for ids, inside in zip(labels, own, strict=True)]
-        return {"tags": (predicted, expected)}
+        return {
+            "tags": (predicted, expected),
+            **class_scores(self.metrics, logits[own], labels[own]),
+        }
 
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
-        """Return the most likely tag of each word, and its probability; None without tokens."""
+        """Return the tags of words or the spans, with their probabilities."""
         scores, ids = torch.softmax(logits, dim=-1).max(dim=-1)
+        source = tag_source(self.recipe)
         answers = []
         for row, index in enumerate(indices):
             size = len(examples.columns["input_ids"][index])
             shift = logits.shape[1] - size if self.padding == "left" else 0
             places = [place + shift if place >= 0 else None
                       for place in examples.columns["places"][index].tolist()]  # fmt: skip
-            answers.append(
-                {
-                    "tags": [None if p is None else self.labels[int(ids[row, p])] for p in places],
-                    "scores": [None if p is None else float(scores[row, p]) for p in places],
-                }
-            )
+            tags = [None if p is None else self.labels[int(ids[row, p])] for p in places]
+            own = [None if p is None else float(scores[row, p]) for p in places]
+            answers.append(source.answer(examples.columns["bounds"][index].numpy(), tags, own))
         return answers
 
     def _names(self, ids: Tensor) -> list[str]:
         return [self.labels[label] for label in ids.tolist()]
+
+
+def tag_source(recipe: TokenClassificationRecipe) -> TagSource:
+    """Return the columns that a section names: words and tags, or texts and spans."""
+    return ListedTags(recipe) if recipe.spans is None else SpanTags(recipe)

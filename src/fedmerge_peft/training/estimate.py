@@ -138,7 +138,7 @@ def estimate(
             f"task: memory cannot be estimated for {recipe.task.name} with this model: {reason}"
         )
 
-    if recipe.task.image_column is not None:
+    if recipe.task.media_column is not None:
         raise unknown("its examples are not texts")
     if length is None:
         limits = (getattr(recipe.task, "max_length", None), position_limit(config), _LONGEST)

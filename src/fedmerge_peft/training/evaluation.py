@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.errors import RecipeError
-from fedmerge_peft.tasks.base import Examples, Predictions
+from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.metrics import own_scores, score
+from fedmerge_peft.tasks.predictions import Predictions
+from fedmerge_peft.training.objective import Objective, training_losses
 from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.training.runtime import Runtime
 
@@ -64,7 +66,7 @@ def example_losses(
     row: Tensor,
     indices: Indices,
     batch_size: int,
-    offset: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> Tensor:
     """Return each example's summed loss (nats) with an adapter, in the order of the indices.
 
@@ -73,20 +75,45 @@ def example_losses(
         row: Adapter, ``(P,)``.
         indices: Rows of the table.
         batch_size: Examples in a pass.
-        offset: Added to the logits, ``(classes,)``; None for 0.
+        objective: Training loss of the client; None for the task's loss.
 
     Returns:
         Losses, ``(n,)`` float32 on the CPU.
     """
     order = _by_length(runtime.examples, indices)
     batches = _forward(runtime, row, indices[order], batch_size)
-    losses = torch.cat(
-        [
-            runtime.task.losses(logits if offset is None else logits + offset, labels)[0].cpu()
-            for _, logits, labels in batches
-        ]
-    )
-    return losses[torch.from_numpy(np.argsort(order))]
+
+    def losses(logits: Tensor, labels: Tensor) -> Tensor:
+        if objective is None:
+            return runtime.task.losses(logits, labels)[0]
+        return training_losses(runtime.task, logits, labels, [objective])[0]
+
+    found = torch.cat([losses(logits, labels).cpu() for _, logits, labels in batches])
+    return found[torch.from_numpy(np.argsort(order))]
+
+
+@torch.no_grad()
+def confusion(
+    runtime: Runtime, served: Served, indices: Indices, batch_size: int
+) -> list[list[int]]:
+    """Count labeled terms by true and predicted class.
+
+    Args:
+        runtime: Model, examples, and a task with ``names_classes``.
+        served: An adapter ``(P,)`` or a mixture.
+        indices: Rows of the table.
+        batch_size: Examples in a pass.
+
+    Returns:
+        True class, predicted class and their number, for pairs that occur, in ascending order.
+    """
+    rows = indices[_by_length(runtime.examples, indices)]
+    pairs = []
+    for _, logits, labels in _forward(runtime, served, rows, batch_size):
+        own = labels >= 0
+        pairs.append(torch.stack([labels[own], logits.argmax(dim=-1)[own]], dim=1).cpu())
+    found, counts = np.unique(torch.cat(pairs).numpy(), axis=0, return_counts=True)
+    return [[*pair, count] for pair, count in zip(found.tolist(), counts.tolist(), strict=True)]
 
 
 def _by_length(examples: Examples, indices: Indices) -> Indices:

@@ -13,6 +13,7 @@ from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack
 from fedmerge_peft.training.features import captured_features, penalties
+from fedmerge_peft.training.objective import PLAIN, Objective, training_losses
 from fedmerge_peft.training.plan import Alignment
 from fedmerge_peft.training.runtime import Runtime
 
@@ -23,7 +24,7 @@ def accumulate(
     steps: Sequence[Sequence[Indices]],
     example_weights: Sequence[Tensor | None] | None = None,
     alignments: Sequence[Alignment | None] | None = None,
-    offsets: Sequence[Tensor | None] | None = None,
+    objectives: Sequence[Objective] | None = None,
 ) -> Tensor:
     """Add the gradient of each adapter's mean loss to ``adapters.gradient``.
 
@@ -37,22 +38,22 @@ def accumulate(
         example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None for
             1.
         alignments: For each adapter, the penalty on the features; None for none.
-        offsets: For each adapter, what is added to the logits, ``(classes,)``; None for 0.
+        objectives: Training loss of each adapter's client. Default: the task's.
 
     Returns:
         The mean losses (nats) without penalties, ``(K,)``.
     """
     weights = example_weights or [None] * len(steps)
     aligned = alignments or [None] * len(steps)
-    shifts = offsets or [None] * len(steps)
+    losses = objectives or [PLAIN] * len(steps)
     with ExitStack() as stack:
         features: list[Tensor] = []
         if any(alignment is not None for alignment in aligned):
             features = stack.enter_context(captured_features(runtime.backbone))
         if isinstance(adapters, AdapterSlot):
-            ((step,), (own,), (alignment,), (offset,)) = (steps, weights, aligned, shifts)
-            return _accumulate_one(runtime, adapters, step, own, alignment, features, offset)[None]
-        return _accumulate_stack(runtime, adapters, steps, weights, aligned, features, shifts)
+            ((step,), (own,), (alignment,), (loss,)) = (steps, weights, aligned, losses)
+            return _accumulate_one(runtime, adapters, step, own, alignment, features, loss)[None]
+        return _accumulate_stack(runtime, adapters, steps, weights, aligned, features, losses)
 
 
 def _accumulate_one(
@@ -62,23 +63,23 @@ def _accumulate_one(
     weights: Tensor | None,
     alignment: Alignment | None,
     features: list[Tensor],
-    offset: Tensor | None,
+    objective: Objective,
 ) -> Tensor:
     step = [part for chunk in step for part in runtime.parts(chunk)]
     batches = [runtime.collate(chunk) for chunk in step]
-    count = sum(float(runtime.task.count_terms(batch["labels"])) for batch in batches)
+    count = sum(objective.divisor(runtime.task, batch["labels"]) for batch in batches)
     total = torch.zeros((), device=runtime.device)
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = runtime.to_device(batch)
-        logits = shifted(runtime.logits(slot.model, chunk, inputs, labels), [offset])
-        losses = runtime.task.losses(logits, labels)[0]
+        logits = runtime.logits(slot.model, chunk, inputs, labels)
+        losses = training_losses(runtime.task, logits, labels, [objective])[0]
         if weights is not None:
             losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
         summed = losses.sum()
-        objective = summed
+        minimized = summed
         if alignment is not None:
-            objective = summed + penalties(alignment, features.pop(), labels).sum()
-        runtime.accelerator.backward(objective / count)
+            minimized = summed + penalties(alignment, features.pop(), labels).sum()
+        runtime.accelerator.backward(minimized / count)
         total += summed.detach()
     return total / count
 
@@ -90,7 +91,7 @@ def _accumulate_stack(
     example_weights: Sequence[Tensor | None],
     alignments: Sequence[Alignment | None],
     features: list[Tensor],
-    offsets: Sequence[Tensor | None],
+    objectives: Sequence[Objective],
 ) -> Tensor:
     """Run the n-th micro-batches of all adapters in one pass.
 
@@ -107,20 +108,19 @@ def _accumulate_stack(
         batch = runtime.collate(rows)
         weights = torch.zeros(len(stack), width)
         for k, (chunk, own) in enumerate(zip(chunks, example_weights, strict=True)):
-            counts[k] += runtime.task.count_terms(
-                batch["labels"][k * width : k * width + len(chunk)]
-            )
+            labels = batch["labels"][k * width : k * width + len(chunk)]
+            counts[k] += objectives[k].divisor(runtime.task, labels)
             weights[k, : len(chunk)] = 1.0 if own is None else own[torch.from_numpy(chunk)]
         passes.append((rows, batch, weights))
     means = torch.zeros(len(stack), device=stack.rows.device)
     divisors = torch.from_numpy(counts)[:, None]
     for rows, batch, weights in passes:
         labels, inputs = runtime.to_device(batch)
-        logits = shifted(runtime.logits(stack.model, rows, inputs, labels, len(stack)), offsets)
-        losses = _losses_by_adapter(runtime, logits, labels, len(stack))
+        logits = runtime.logits(stack.model, rows, inputs, labels, len(stack))
+        losses = training_losses(runtime.task, logits, labels, objectives)
         shares = (weights / divisors).to(losses)
         parts = (losses * shares).sum(dim=1)
-        objective = parts.sum()
+        minimized = parts.sum()
         if features:
             by_adapter = zip(
                 alignments,
@@ -131,23 +131,7 @@ def _accumulate_stack(
             )
             for alignment, part, targets, own in by_adapter:
                 if alignment is not None:
-                    objective = objective + (penalties(alignment, part, targets) * own).sum()
-        stack.backward(objective)
+                    minimized = minimized + (penalties(alignment, part, targets) * own).sum()
+        stack.backward(minimized)
         means += parts.detach()
     return means
-
-
-def _losses_by_adapter(runtime: Runtime, logits: Tensor, labels: Tensor, adapters: int) -> Tensor:
-    """Return the losses of K equal parts of a batch, ``(K, width)``."""
-    if not runtime.task.in_batch:
-        return runtime.task.losses(logits, labels)[0].view(adapters, -1)
-    parts = zip(logits.chunk(adapters), labels.chunk(adapters), strict=True)
-    return torch.stack([runtime.task.losses(own, targets)[0] for own, targets in parts])
-
-
-def shifted(logits: Tensor, offsets: Sequence[Tensor | None]) -> Tensor:
-    """Add offset k ``(classes,)`` to part k of K equal parts of logits ``(K · width, classes)``."""
-    if all(offset is None for offset in offsets):
-        return logits
-    parts = zip(logits.chunk(len(offsets)), offsets, strict=True)
-    return torch.cat([part if offset is None else part + offset for part, offset in parts])

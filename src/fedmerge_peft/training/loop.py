@@ -17,6 +17,7 @@ from fedmerge_peft.models.adapter_stack import AdapterStack
 from fedmerge_peft.recipe.schema import TrainingRecipe
 from fedmerge_peft.training.gradients import accumulate
 from fedmerge_peft.training.hyperparameters import Hyperparameters
+from fedmerge_peft.training.objective import Objective
 from fedmerge_peft.training.optimization import (
     count_steps,
     fresh_scaler,
@@ -62,15 +63,15 @@ class _TrainState:
     proximal: float
     example_weights: Tensor | None
     """Weight of each row of the whole table, ``(n,)``; None for 1."""
-    offset: Tensor | None
-    """Added to the logits, ``(classes,)``; None for 0."""
+    objective: Objective
+    """Training loss of the client."""
     losses: list[Tensor] = field(default_factory=list)
 
 
 def train(runtime: Runtime, training: TrainingRecipe, jobs: Sequence[Job]) -> list[Trained]:
     """Train adapters, each on its own examples: min_θ ℓ(θ) + μ ‖θ − anchor‖².
 
-    ``label_logits`` has the logits of the loss ℓ of a classifier.
+    ``Objective`` has the weights and logits of the loss ℓ of a classifier.
 
     A single job uses the backbone's own slot, with plain PEFT. Several jobs share each forward pass
     (``AdapterStack``); the results equal those of sequential training up to rounding. Each job has
@@ -120,8 +121,8 @@ def _start(runtime: Runtime, training: TrainingRecipe, job: Job) -> _TrainState:
         weights = torch.zeros(len(runtime.examples))
         weights[torch.from_numpy(job.indices)] = plan.example_weights
     steps = count_steps(len(job.indices), training)
-    offset = runtime.label_offset(plan.logits or training.logits, job.indices)
-    return _TrainState(job, training, steps, row, anchor, proximal, weights, offset)
+    objective = runtime.objective(plan.logits or training.logits, job.indices)
+    return _TrainState(job, training, steps, row, anchor, proximal, weights, objective)
 
 
 def _group_key(state: _TrainState) -> tuple[int, float]:
@@ -161,7 +162,7 @@ def _train_phase(
                 chunks,
                 [state.example_weights for state in active],
                 [state.job.train.alignment for state in active],
-                [state.offset for state in active],
+                [state.objective for state in active],
             )
             for state, loss in zip(active, losses, strict=True):
                 state.losses.append(loss)

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.models.frozen_prefix import Prefix, prefix_identity
 from fedmerge_peft.models.packing import Packing
-from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
+from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.tasks.passes import split_batch
 from fedmerge_peft.training.prefix_disk import computation
 from fedmerge_peft.util.digest import digest
 from fedmerge_peft.util.seeds import seeded
@@ -273,12 +274,15 @@ class PrefixCache:
             Positions of the batch that are no padding, ``(batch, length)``; None if its positions
             are not its tokens, padded on the right.
         """
-        mask = inputs.get("attention_mask")
+        mask, known = inputs.get("attention_mask"), self._examples.positions
+        if known is None and mask is None and len(np.unique(self._examples.lengths[held])) > 1:
+            return None
         lengths = states.shape[1] if mask is None else self._examples.lengths[held]
-        self._lengths[held] = lengths
+        self._lengths[held] = lengths if known is None else known[held]
         own = self._lengths[rows][:, None]
         inside = torch.from_numpy(np.arange(own.max()) < own).to(states.device)
-        fits = states.shape[:2] == inside.shape and (mask is None or torch.equal(mask > 0, inside))
+        same = mask is None or known is not None or torch.equal(mask > 0, inside)
+        fits = states.shape[:2] == inside.shape and same
         return inside if fits else None
 
     def _divide(self) -> None:

@@ -19,8 +19,10 @@ from fedmerge_peft.models.first_token import FirstToken
 from fedmerge_peft.models.labeled_head import LabeledHead
 from fedmerge_peft.models.packing import Packing
 from fedmerge_peft.recipe.schema import Logits
-from fedmerge_peft.tasks.base import Batch, Examples, Task, split_batch
+from fedmerge_peft.tasks.base import Batch, Examples, Task
+from fedmerge_peft.tasks.passes import split_batch
 from fedmerge_peft.training.label_logits import client_offset
+from fedmerge_peft.training.objective import Objective
 from fedmerge_peft.training.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -79,13 +81,14 @@ class Runtime:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         return inputs.pop("labels"), inputs
 
-    def label_offset(self, logits: Logits, rows: Indices) -> Tensor | None:
-        """Return the offset of the logits in the loss of a client with these examples.
+    def objective(self, logits: Logits, rows: Indices) -> Objective:
+        """Return the training loss of a client with these training examples.
 
-        Arguments, result and errors are those of ``label_logits.client_offset``.
+        Arguments and errors are those of ``label_logits.client_offset``.
         """
         offset = client_offset(logits, self.examples, rows, len(self.task.labels))
-        return None if offset is None else offset.to(self.device)
+        weights = self.task.class_weights(self.examples, rows)
+        return Objective(None if offset is None else offset.to(self.device), weights)
 
     @cached_property
     def _product_size(self) -> float:

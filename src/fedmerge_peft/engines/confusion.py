@@ -1,0 +1,46 @@
+"""Confusion matrices of the served models, on the test examples of their clients."""
+
+from __future__ import annotations
+
+from fedmerge_peft import distributed
+from fedmerge_peft.engines.assignments import Assignments
+from fedmerge_peft.engines.base import Engine
+from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.training.evaluation import confusion
+from fedmerge_peft.training.plan import Served
+
+Confusion = dict[str, list[list[int]]]
+"""True class, predicted class and number of test examples or words, by client."""
+
+
+def confusion_matrices(engine: Engine, served: Assignments[Served]) -> Confusion | None:
+    """Count the classes of test examples by client, without training.
+
+    Args:
+        engine: Engine that is at the state in which it scores the models.
+        served: Clients and their served models.
+
+    Returns:
+        None if the task has no classes, no client has test examples, or the clients are at sites,
+        which report scores alone.
+    """
+    if not (isinstance(engine, LocalEngine) and engine.task.names_classes):
+        return None
+    tested = [client for client in served.clients if len(engine.clients[client].test)]
+    own = tested[distributed.rank() :: distributed.world_size()]
+
+    def count() -> Confusion:
+        return {
+            engine.clients[client].name: confusion(
+                engine.runtime,
+                served.make(client),
+                engine.clients[client].test,
+                engine.recipe.evaluation.batch_size,
+            )
+            for client in own
+        }
+
+    parts = distributed.all_gather(count)
+    found = {name: counts for part in parts for name, counts in part.items()}
+    names = [engine.clients[client].name for client in tested]
+    return {name: found[name] for name in names} or None

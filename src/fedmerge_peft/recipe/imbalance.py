@@ -1,0 +1,34 @@
+"""Settings for labels that are not equally frequent."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from fedmerge_peft.recipe.section import Section
+
+
+def _named(value: object) -> object:
+    """Convert the keys of a mapping to names of labels: YAML reads 0 and yes as no texts."""
+    return {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
+
+
+ClassWeight = Annotated[float, Field(ge=1e-6, le=1e6)]
+ClassWeights = Annotated[
+    Literal["balanced"] | Annotated[dict[str, ClassWeight], Field(min_length=1)],
+    BeforeValidator(_named),
+]
+
+
+class ImbalanceSettings(Section):
+    """Weights of labels in the training loss; scores have the plain loss."""
+
+    class_weights: ClassWeights | None = None
+    """Weights of the labels in the training loss, by name; labels that are not listed have 1. The
+    loss of a step is divided by the sum of its weights. balanced: weights that are inversely
+    proportional to the frequencies of the labels in each client's training examples. If an example
+    has several labels, they weight the examples with a label against those without it."""
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Exponent γ of the focal loss, which multiplies the training loss -log p by (1 - p)^γ, so that
+    easy examples count less. 2 is usual; 0 is the plain loss."""

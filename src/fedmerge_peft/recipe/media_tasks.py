@@ -1,0 +1,47 @@
+"""Sections of tasks on audio, and on images with several labels."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fedmerge_peft.plugins import TASKS
+from fedmerge_peft.recipe.imbalance import ImbalanceSettings
+from fedmerge_peft.recipe.label_tasks import LabelSetRecipe
+from fedmerge_peft.recipe.section import Labels
+from fedmerge_peft.recipe.tasks import ClassificationMetric, ImageSettings, TaskRecipe
+
+
+class AudioClassificationRecipe(ImbalanceSettings, TaskRecipe):
+    """Classification of sounds: words, speakers, noises."""
+
+    audio: str = "audio"
+    """Column with the sound: the path of a WAV file, its bytes, a datasets Audio of such files, or
+    an array with the model's number of samples per second."""
+    label: str = "label"
+    """Column with the label: an integer from 0, a boolean, or a name."""
+    num_labels: Labels | None = None
+    """Number of labels. Default: inferred from the data."""
+    max_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 20.0
+    """Maximum length in seconds. Longer sounds are cut at their end, and a warning counts them."""
+    metrics: Annotated[list[ClassificationMetric], Field(min_length=1)] = ["accuracy"]
+    """Metrics. Tables and log lines show the first."""
+
+
+TASKS.add(
+    "audio-classification",
+    "fedmerge_peft.tasks.audio_classification:AudioClassificationTask",
+    recipe=AudioClassificationRecipe,
+)
+
+
+class MultiLabelImageClassificationRecipe(ImageSettings, LabelSetRecipe):
+    """Any number of labels for each image."""
+
+
+TASKS.add(
+    "multi-label-image-classification",
+    "fedmerge_peft.tasks.multi_label_classification:MultiLabelImageClassificationTask",
+    recipe=MultiLabelImageClassificationRecipe,
+)

@@ -1,0 +1,74 @@
+"""Confusion matrices of a finished run: test examples by true and predicted class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmerge_peft.data.columns import no_client
+from fedmerge_peft.errors import RunError
+from fedmerge_peft.runs import documents
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedmerge_peft.runs.directory import RunDirectory
+
+Pairs = Sequence[Sequence[int]]
+"""True class, predicted class, and number of examples."""
+
+
+def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Pairs]] | None:
+    """Return the labels and the pairs of each client, at the state that a run serves.
+
+    None if the run has none: it has not ended, its task has no classes, it is private or across
+    sites, or it serves an earlier round than its last.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = run.path / "confusion.json"
+    if not path.is_file():
+        return None
+    document = documents.read(path)
+    if document["after_round"] != run.round():
+        return None
+    return document["labels"], document["clients"]
+
+
+def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame:
+    """Return a client's test examples, true × predicted class.
+
+    Args:
+        run: Run.
+        client: Name.
+        round: Number of rounds after which the client's adapter was saved.
+
+    Raises:
+        RunError: There are no matrices of that round, or the client has no test examples.
+    """
+    import pandas as pd
+
+    found = read_confusion(run)
+    if found is None or round != run.round():
+        raise RunError(
+            f"{run.path} has no confusion matrices after round {round}: they are written after "
+            "the last round of runs whose examples or words have one label each, without privacy "
+            "and not across sites; use run.predict on labeled examples"
+        )
+    labels, clients = found
+    if client not in clients:
+        raise RunError(f"{run.path} {no_client(client, list(clients))} with test examples")
+    return pd.DataFrame(matrix([clients[client]], len(labels)), labels, labels)
+
+
+def matrix(clients: Iterable[Pairs], classes: int) -> NDArray[np.int64]:
+    """Return the sum of several clients' matrices, ``(classes, classes)``: true × predicted."""
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    for pairs in clients:
+        for true, predicted, count in pairs:
+            counts[true, predicted] += count
+    return counts

@@ -1,0 +1,246 @@
+"""Base of tasks on images: decoding, processing, storage as bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmerge_peft.errors import BackboneError, DataError
+from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
+from fedmerge_peft.tasks.labels import blank_table, reject_nulls
+from fedmerge_peft.tasks.media import MediaTask, loading_code
+from fedmerge_peft.tasks.pixels import PixelCode, array_image, as_rgb
+from fedmerge_peft.util.library_errors import library_errors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+
+logger = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 256
+_PROBES = ((48, 64), (64, 48), (56, 40))
+"""Heights and widths of images that try a model."""
+_WHITE = 255
+_LARGEST = 50
+"""Largest absolute value of scaled and normalized pixels, with a wide margin."""
+_PIXELS, _TABLES = "pixel_values", "pixel_tables"
+
+
+class ImageTask(MediaTask):
+    """Labels of images of any mode and size.
+
+    Images are decoded, converted to RGB and processed by the model's own image processor once.
+    Pixels are stored as 3 · height · width bytes if these restore them exactly (``PixelCode``).
+    ``MediaTask`` has the arguments.
+    """
+
+    auto_model: ClassVar[str] = "AutoModelForImageClassification"
+    pipeline: ClassVar[str] = "image-classification"
+    medium: ClassVar[str] = "image"
+    auto_processor: ClassVar[str] = "AutoImageProcessor"
+    # The Pillow backend gives the same pixels on machines with and without torchvision.
+    processor_options: ClassVar[Mapping[str, Any]] = {"backend": "pil"}
+    pipeline_argument: ClassVar[str] = "image_processor"
+    loading_code: ClassVar[str] = loading_code(auto_model, auto_processor, ', backend="pil"')
+
+    @classmethod
+    def probe_inputs(cls, recipe: Any) -> list[Any]:
+        from PIL.Image import new
+
+        return [new("RGB", (32, 32), color) for color in ("black", "orange")]
+
+    @classmethod
+    def input_table(cls, recipe: Any, labels: list[str], inputs: list[Any]) -> Dataset:
+        from datasets import Image
+        from PIL.Image import Image as Picture
+
+        unfit = [each for each in inputs if not isinstance(each, Picture | str | Path)]
+        reject_inputs(unfit, "a PIL image, or the path of a file")
+        rows = [[each if isinstance(each, Picture) else str(each)] for each in inputs]
+        return blank_table({recipe.image: Image()}, rows, cls.blanks(recipe, labels))
+
+    def probe(self) -> Examples | None:
+        """Return three processed images; None if the processor keeps the sizes of images.
+
+        A warning names pixels that are not scaled.
+
+        Raises:
+            BackboneError: The image processor fails on an image.
+        """
+        from PIL.Image import fromarray
+
+        random = np.random.default_rng(0)
+        columns: dict[str, list[Tensor]] = {}
+        for height, width in _PROBES:
+            pixels = random.integers(0, _WHITE + 1, (height, width, 3), dtype=np.uint8)
+            with library_errors(
+                lambda reason: BackboneError(
+                    f"backbone.model: {type(self.processor).__name__} does not process images: "
+                    f"{reason}; name another image processor in backbone.tokenizer"
+                )
+            ):
+                outputs = self._outputs(fromarray(pixels))
+            for name, tensor in outputs.items():
+                columns.setdefault(name, []).append(tensor)
+        if any(len({tensor.shape for tensor in tensors}) > 1 for tensors in columns.values()):
+            return None
+        largest = max(
+            float(pixels.abs().max()) for pixels in columns.get(_PIXELS, [torch.zeros(1)])
+        )
+        if largest > _LARGEST:
+            logger.warning(
+                "%s does not scale pixels: they are up to %g, and models usually expect values "
+                "near 1 (do_rescale and do_normalize in preprocessor_config.json)",
+                type(self.processor).__name__,
+                largest,
+            )
+        labels = list(torch.zeros(len(_PROBES), dtype=torch.int64).unbind())
+        return Examples({**columns, "labels": labels})
+
+    def encode(self, table: Dataset) -> Examples:
+        """Decode every image, and run the image processor on it alone.
+
+        Raises:
+            DataError: An image is missing, cannot be decoded or processed, or its value of white is
+                unknown. The message names the row.
+            BackboneError: The image processor does not bring all images to one size.
+        """
+        labels = self.targets(self.recipe, table, self.labels)
+        column = table.select_columns([self.recipe.image]).with_format("arrow")
+        columns: dict[str, list[Tensor]] = {}
+        for start in range(0, len(table), _ROWS_AT_ONCE):
+            rows = column[start : start + _ROWS_AT_ONCE].column(self.recipe.image).combine_chunks()
+            reject_nulls(rows, self.recipe.image, start)
+            for row, value in enumerate(self._encoded(rows), start):
+                image = self._decode(value, rows.type, row)
+                for name, tensor in self._process(image, row).items():
+                    columns.setdefault(name, []).append(tensor)
+        for name in columns.keys() - {_TABLES}:
+            self._reject_sizes(name, columns[name])
+        return Examples({**columns, "labels": list(labels.unbind())})
+
+    def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """Stack examples.
+
+        Returns:
+            The image processor's output, such as ``pixel_values`` float32 ``(batch, 3, height,
+            width)``, and ``labels`` ``(batch,)``.
+        """
+        columns = {
+            name: [tensors[index] for index in indices]
+            for name, tensors in examples.columns.items()
+        }
+        if _TABLES in columns:
+            pairs = zip(columns[_PIXELS], columns.pop(_TABLES), strict=True)
+            columns[_PIXELS] = [PixelCode.decode(codes, table) for codes, table in pairs]
+        return {name: torch.stack(tensors) for name, tensors in columns.items()}
+
+    def _encoded(self, rows: Any) -> list[Any]:
+        """Return the values of an Arrow array: nested lists, or dicts with ``bytes`` and ``path``.
+
+        Raises:
+            DataError: The type is not one of images.
+        """
+        from datasets import Image
+
+        if isinstance(rows, pa.ExtensionArray):  # Array2D and Array3D of datasets
+            rows = rows.storage
+        with library_errors(
+            lambda reason: DataError(
+                f"task.image: column {self.recipe.image!r} has the type {rows.type}; images are "
+                f"encoded bytes, file paths, arrays, or a datasets Image ({reason})"
+            )
+        ):
+            kept = rows if _is_list(rows.type) else Image().cast_storage(rows)
+        values: list[Any] = kept.to_pylist()
+        return values
+
+    def _decode(self, value: Any, kind: Any, row: int) -> Image:
+        """Decode one value of an Arrow type to RGB, upright by its EXIF orientation."""
+        from datasets import Image
+
+        listed = isinstance(value, list)
+        source = kind if listed else value["path"] or f"{len(value['bytes'] or b'')} bytes"
+        with library_errors(
+            lambda reason: DataError(
+                f"row {row} (of the rows in use): the image in column {self.recipe.image!r} cannot "
+                f"be decoded ({source}): {reason}"
+            )
+        ):
+            if listed:
+                return array_image(np.array(value, _number_type(kind)), self.recipe.white)
+            if value["bytes"] is None and Path(value["path"]).is_file():
+                # Pillow would leave a damaged file open.
+                value = {"path": value["path"], "bytes": Path(value["path"]).read_bytes()}
+            return as_rgb(Image().decode_example(value), self.recipe.white)
+
+    def _process(self, image: Image, row: int) -> dict[str, Tensor]:
+        """Run the image processor; return its outputs, with pixels as bytes if that is exact."""
+        with library_errors(
+            lambda reason: DataError(
+                f"row {row} (of the rows in use): {type(self.processor).__name__} fails on the "
+                f"image of {image.width} × {image.height} pixels: {reason}"
+            )
+        ):
+            outputs = self._outputs(image)
+            if _PIXELS in outputs and outputs[_PIXELS].ndim == 3:
+                outputs[_PIXELS], outputs[_TABLES] = self._pixel_code.encode(outputs[_PIXELS])
+            return outputs
+
+    def _outputs(self, image: Image) -> dict[str, Tensor]:
+        """Return the image processor's output on one image, without the axis of the batch."""
+        outputs = {}
+        for name, values in self.processor([image], return_tensors="np").items():
+            tensor = torch.from_numpy(np.array(values[0]))
+            real = tensor.is_floating_point() or name == _PIXELS
+            outputs[name] = tensor.float() if real else tensor
+        return outputs
+
+    @cached_property
+    def _pixel_code(self) -> PixelCode:
+        """Code of the processor's pixels, from its output on a black and a white image."""
+        from PIL.Image import new
+
+        black, white = (self._outputs(new("RGB", (64, 64), name)) for name in ("black", "white"))
+        middle = [
+            pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2]
+            for pixels in (black[_PIXELS], white[_PIXELS])
+        ]
+        return PixelCode(*middle)
+
+    def _reject_sizes(self, name: str, tensors: list[Tensor]) -> None:
+        sizes = {tuple(tensor.shape): row for row, tensor in reversed(list(enumerate(tensors)))}
+        if len(sizes) > 1:
+            (size, row), (other, another) = sorted(sizes.items(), key=lambda item: item[1])[:2]
+            raise BackboneError(
+                f"{type(self.processor).__name__} does not bring images to one size ({name} of row "
+                f"{row} has the shape {size}, of row {another} {other}), so they do not fit a "
+                "batch; set a fixed size or a crop in preprocessor_config.json, or resize the "
+                "images before"
+            )
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _number_type(kind: Any) -> Any:
+    """Return the numpy type of the numbers in nested lists."""
+    if isinstance(kind, pa.ExtensionType):
+        kind = kind.storage_type
+    while _is_list(kind):
+        kind = kind.value_type
+    return kind.to_pandas_dtype()

@@ -1,0 +1,29 @@
+"""Outputs of a model and references, which metrics compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Compared = tuple[Sequence[Any], Sequence[Any]]
+"""Outputs and references, one pair per example or token."""
+
+
+@dataclass
+class Predictions:
+    """Model outputs and references that metrics need."""
+
+    loss_sum: float = 0.0
+    """Sum of the losses, in nats."""
+    count: float = 0.0
+    """Number of terms in ``loss_sum``: examples, or labeled tokens."""
+    outputs: dict[str, tuple[list[Any], list[Any]]] = field(default_factory=dict)
+    """Outputs and references by the kind that metrics name (``of``), such as ``classes``."""
+
+    def add(self, compared: Mapping[str, Compared]) -> None:
+        """Append outputs and references of a batch, by kind."""
+        for kind, (predicted, expected) in compared.items():
+            known = self.outputs.setdefault(kind, ([], []))
+            known[0].extend(predicted)
+            known[1].extend(expected)

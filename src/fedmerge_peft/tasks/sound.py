@@ -1,0 +1,125 @@
+"""Sound as arrays of samples: WAV files and arrays, decoded without further packages."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.labels import reject_nulls
+from fedmerge_peft.util.library_errors import library_errors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Samples = NDArray[np.float32]
+"""One channel, ``(n,)``, from -1 to 1."""
+_SHORTEST = 0.05
+"""Least length in seconds; convolutions of models with fewer samples have no output."""
+
+
+def read_sounds(table: Dataset, column: str, rate: int) -> Iterator[Samples]:
+    """Yield the samples of each row.
+
+    Args:
+        table: Rows.
+        column: Column with values as of ``read_sound``.
+        rate: Sampling rate of the model, Hz.
+
+    Raises:
+        DataError: A value is missing, too short, or no sound. The message names the row.
+    """
+    values = table.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
+    reject_nulls(values, column)
+    for row, value in enumerate(values):
+        with library_errors(partial(_fault, row, column, value)):
+            sound = read_sound(value.as_py(), rate)
+            if len(sound) < _SHORTEST * rate:
+                raise ValueError(f"it is shorter than {_SHORTEST} seconds")
+        yield sound
+
+
+def _fault(row: int, column: str, value: Any, reason: str) -> DataError:
+    source = None if pa.types.is_list(value.type) else value.as_py()
+    source = source.get("path") if isinstance(source, dict) else source
+    named = source if isinstance(source, str) else f"of type {value.type}"
+    return DataError(
+        f"row {row} (of the rows in use): the sound in column {column!r} cannot be read ({named}): "
+        f"{reason}"
+    )
+
+
+def read_sound(value: Any, rate: int) -> Samples:
+    """Return the samples of one value of a column.
+
+    Several channels are averaged. Integers are divided by their range.
+
+    Args:
+        value: Path of a WAV file, its bytes, ``{"path", "bytes"}`` as of datasets' Audio, an array
+            ``(n,)`` with ``rate`` samples per second, or ``{"array", "sampling_rate"}``.
+        rate: Sampling rate of the model, Hz.
+
+    Raises:
+        ValueError: It is no sound, has another sampling rate, or has samples that are not finite.
+        OSError: The file cannot be read.
+    """
+    if isinstance(value, dict) and value.get("array") is not None:
+        samples, own = np.asarray(value["array"]), int(value.get("sampling_rate") or rate)
+    elif isinstance(value, str | bytes | dict):
+        own, samples = _read_wave(_content(value))
+    else:
+        samples, own = np.asarray(value), rate
+    if own != rate:
+        raise ValueError(
+            f"it has {own} samples per second, and the model expects {rate}; resample it, for "
+            f"example with ffmpeg -i in.wav -ar {rate} out.wav"
+        )
+    mono = _scaled(samples)
+    if not np.isfinite(mono).all():
+        raise ValueError("it has samples that are not finite")
+    return mono
+
+
+def _content(value: str | bytes | dict[str, Any]) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path") or b""
+    return Path(value).read_bytes() if isinstance(value, str) else value
+
+
+def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
+    """Return the sampling rate and the samples ``(n,)`` or ``(n, channels)`` of a WAV file."""
+    from scipy.io import wavfile
+
+    if content[:4] not in (b"RIFF", b"RIFX", b"RF64"):
+        raise ValueError(
+            "it is no WAV file; convert it, for example with ffmpeg -i in.mp3 -ac 1 out.wav"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # chunks with names of songs and the like
+        try:
+            rate, samples = wavfile.read(io.BytesIO(content))
+        except (ValueError, EOFError, struct.error) as error:
+            raise ValueError(f"a damaged WAV file, or one of an unknown kind: {error}") from error
+    return int(rate), samples
+
+
+def _scaled(samples: NDArray[Any]) -> Samples:
+    """Return the mean of the channels, from -1 to 1."""
+    if samples.dtype.kind not in "iuf" or samples.ndim not in (1, 2):
+        raise ValueError(f"it is no array of samples, but of {samples.dtype}, {samples.ndim}-d")
+    real: NDArray[np.floating] = samples.astype(np.float64)
+    if samples.dtype == np.uint8:  # WAV files with 8 bits have no sign
+        real = (real - 128) / 128
+    elif samples.dtype.kind == "i":
+        real = real / -float(np.iinfo(samples.dtype).min)
+    mono: Samples = (real if real.ndim == 1 else real.mean(axis=1)).astype(np.float32)
+    return mono

@@ -1,0 +1,211 @@
+"""Entities as spans of characters: their reading as tags of words, and their prediction."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fedmerge_peft.data.columns import did_you_mean, join_values
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.base import reject_inputs
+from fedmerge_peft.tasks.labels import blank_table, reject_nulls
+from fedmerge_peft.tasks.tagged_words import TaggedText, TagSource
+from fedmerge_peft.tasks.tokenization import read_texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Span(NamedTuple):
+    """Entity of a text: characters from start up to end."""
+
+    start: int
+    end: int
+    label: str
+
+
+class SpanTags(TagSource):
+    """Texts, and lists of spans ``{start, end, label}``.
+
+    Words are runs of letters and digits, and single other characters; borders of spans divide them.
+    A word has the tag B-X at the begin of a span with label X, I-X inside it, and O elsewhere.
+    """
+
+    key: ClassVar[str] = "task.spans"
+    probes: ClassVar[Sequence[Any]] = ["a", "another text, which is longer"]
+
+    def infer_tags(self, table: Dataset) -> list[str]:
+        names = self._class_names(table)
+        if names is None:
+            names = sorted({span.label for spans in self._rows(table) for span in spans})
+        if not names:
+            raise DataError(f"task.spans: column {self.column!r} has no spans to infer labels from")
+        return ["O", *(f"{mark}-{name}" for name in names for mark in "BI")]
+
+    def read(self, table: Dataset, labels: Sequence[str]) -> list[TaggedText]:
+        texts = read_texts(table, self.recipe.text, "task.text")
+        ids = {name: number for number, name in enumerate(labels)}
+        rows = []
+        for row, (text, spans) in enumerate(zip(texts, self._rows(table), strict=True)):
+            try:
+                bounds, tags = tag_words(text, spans)
+                rows.append(TaggedText(text, bounds, [ids[tag] for tag in tags]))
+            except KeyError as error:
+                name = str(error.args[0])[2:]
+                raise self._fault(row, _unknown(name, labels)) from None
+            except ValueError as error:
+                raise self._fault(row, str(error)) from None
+        return rows
+
+    def relabel(self, table: Dataset, labels: Sequence[str]) -> Dataset:
+        from datasets import Dataset, DatasetInfo
+
+        names = entity_names(labels)
+        ids: list[list[dict[str, Any]]] = []
+        for row, spans in enumerate(self._rows(table)):
+            if unknown := next((each.label for each in spans if each.label not in names), None):
+                raise self._fault(row, _unknown(unknown, labels))
+            ids.append([{**each._asdict(), "label": names.index(each.label)} for each in spans])
+        kind, _ = self.blank(labels)
+        features = table.features.copy()
+        features[self.column] = kind
+        rows = table.with_format("arrow")[:]
+        values = pa.array(ids, features.arrow_schema.field(self.column).type)
+        rows = rows.set_column(rows.column_names.index(self.column), self.column, values)
+        return Dataset(rows, info=DatasetInfo(features=features))
+
+    def blank(self, labels: Sequence[str]) -> tuple[Any, Any]:
+        from datasets import ClassLabel, List, Value
+
+        label = ClassLabel(names=entity_names(labels))
+        return List({"start": Value("int64"), "end": Value("int64"), "label": label}), []
+
+    def input_table(self, labels: list[str], inputs: list[Any]) -> Dataset:
+        from datasets import Value
+
+        reject_inputs([each for each in inputs if not isinstance(each, str)], "a text")
+        text = {self.recipe.text: Value("string")}
+        return blank_table(text, [[each] for each in inputs], {self.column: self.blank(labels)})
+
+    def answer(
+        self,
+        bounds: NDArray[np.int64],
+        tags: Sequence[str | None],
+        scores: Sequence[float | None],
+    ) -> dict[str, Any]:
+        """Return the predicted spans, each with the mean probability of its words' tags."""
+        spans: list[dict[str, Any]] = []
+        parts: list[list[float]] = []
+        before = "O"
+        for (start, end), tag, score in zip(bounds.tolist(), tags, scores, strict=True):
+            tag = tag or "O"
+            if tag != "O" and (tag.startswith("B-") or before[2:] != tag[2:]):
+                spans.append({"start": start, "end": end, "label": tag[2:]})
+                parts.append([])
+            if tag != "O":
+                spans[-1]["end"] = end
+                parts[-1].append(score or 0.0)
+            before = tag
+        pairs = zip(spans, parts, strict=True)
+        return {"spans": [{**span, "score": sum(part) / len(part)} for span, part in pairs]}
+
+    def _rows(self, table: Dataset) -> Iterator[list[Span]]:
+        """Yield the spans of each row, ascending. Raises ``DataError`` for other values."""
+        if self.column not in table.column_names:
+            raise DataError(
+                f"task.spans: there is no column {self.column!r}"
+                f"{did_you_mean(self.column, table.column_names)}; "
+                f"the data have {join_values(table.column_names)}"
+            )
+        column = table.select_columns([self.column]).with_format("arrow")[:].column(self.column)
+        reject_nulls(column, self.column)
+        names = self._class_names(table)
+        for row, value in enumerate(column.to_pylist()):
+            try:
+                yield sorted(_spans(value, names))
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise self._fault(
+                    row, f"expected a list of {{start, end, label}}, found {str(value)[:80]}"
+                ) from None
+
+    def _class_names(self, table: Dataset) -> list[str] | None:
+        kind = table.features.get(self.column)
+        fields = getattr(kind, "feature", kind)
+        label = fields.get("label") if isinstance(fields, dict) else None
+        return getattr(getattr(label, "feature", label), "names", None)
+
+    def _fault(self, row: int, reason: str) -> DataError:
+        return DataError(f"row {row} (of the rows in use): column {self.column!r}: {reason}")
+
+
+def tag_words(text: str, spans: Sequence[Span]) -> tuple[NDArray[np.int64], list[str]]:
+    """Divide a text into words, and tag them.
+
+    Args:
+        text: Text.
+        spans: Its spans, ascending.
+
+    Returns:
+        Begin and end of each word, ``(words, 2)``, and their tags.
+
+    Raises:
+        ValueError: A span is empty, not inside the text, without a word, or overlaps another.
+    """
+    end = 0
+    for span in spans:
+        if not 0 <= span.start < span.end <= len(text):
+            raise ValueError(
+                f"the span from {span.start} to {span.end} is not inside the text of {len(text)} "
+                "characters"
+            )
+        if span.start < end:
+            raise ValueError(f"the span from {span.start} to {span.end} overlaps another one")
+        end = span.end
+    borders = sorted({border for span in spans for border in span[:2]})
+    words = []
+    for word in _WORD.finditer(text):
+        inner = [border for border in borders if word.start() < border < word.end()]
+        edges = [word.start(), *inner, word.end()]
+        words += list(pairwise(edges))
+    tags = ["O"] * len(words)
+    for span in spans:
+        own = [place for place, (begin, _) in enumerate(words) if span.start <= begin < span.end]
+        if not own:
+            raise ValueError(f"the span from {span.start} to {span.end} has no word")
+        for place in own:
+            tags[place] = f"{'B' if place == own[0] else 'I'}-{span.label}"
+    return np.array(words, dtype=np.int64).reshape(-1, 2), tags
+
+
+def entity_names(labels: Sequence[str]) -> list[str]:
+    """Return the labels of spans, from the tags O, B-X and I-X in the order of their ids."""
+    return [label[2:] for label in labels if label.startswith("B-")]
+
+
+def _spans(value: Any, names: Sequence[str] | None) -> Iterator[Span]:
+    """Yield spans of a list of records, or of a record of lists."""
+    if isinstance(value, dict):
+        value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
+    for each in value:
+        label = each["label"]
+        if isinstance(label, int) and names is not None:
+            label = names[label]
+        if not isinstance(label, str) or not label:
+            raise TypeError
+        yield Span(int(each["start"]), int(each["end"]), label)
+
+
+def _unknown(name: str, labels: Sequence[str]) -> str:
+    known = entity_names(labels)
+    return (
+        f"{name!r} is not a known label{did_you_mean(name, known)}; the labels are "
+        f"{join_values(known)}"
+    )

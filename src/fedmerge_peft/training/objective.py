@@ -1,0 +1,69 @@
+"""The training loss of one client: offsets of its logits, and weights of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Training loss of one client, as it differs from the task's."""
+
+    offset: Tensor | None = None
+    """Added to the logits, ``(classes,)``; None for 0."""
+    class_weights: Tensor | None = None
+    """Weights of the classes, ``(classes,)``; None for 1."""
+
+    def divisor(self, task: Task, labels: Tensor) -> float:
+        """Return what the losses of a batch with these labels are divided by."""
+        return task.loss_divisor(labels, spread([self], len(labels), labels.device))
+
+
+PLAIN = Objective()
+
+
+def training_losses(
+    task: Task, logits: Tensor, labels: Tensor, objectives: Sequence[Objective]
+) -> Tensor:
+    """Compute the summed loss of each example (nats) for K clients with equal parts of a batch.
+
+    Args:
+        task: Task.
+        logits: Output of ``Task.forward`` for K · width examples.
+        labels: Their labels.
+        objectives: Loss of each client.
+
+    Returns:
+        ``(K, width)``.
+    """
+    clients = len(objectives)
+    logits = shifted(logits, [each.offset for each in objectives])
+    if not task.in_batch:
+        weights = spread(objectives, len(labels) // clients, logits.device)
+        return task.training_losses(logits, labels, weights).view(clients, -1)
+    parts = zip(logits.chunk(clients), labels.chunk(clients), strict=True)
+    return torch.stack([task.training_losses(own, targets, None) for own, targets in parts])
+
+
+def spread(objectives: Sequence[Objective], width: int, device: torch.device) -> Tensor | None:
+    """Return the class weights of each example of K parts, ``(K · width, classes)``; None for 1."""
+    known = [each.class_weights for each in objectives]
+    first = next((each for each in known if each is not None), None)
+    if first is None:
+        return None
+    rows = torch.stack([torch.ones_like(first) if each is None else each for each in known])
+    return rows.to(device).repeat_interleave(width, dim=0)
+
+
+def shifted(logits: Tensor, offsets: Sequence[Tensor | None]) -> Tensor:
+    """Add offset k ``(classes,)`` to part k of K equal parts of logits ``(K · width, classes)``."""
+    if all(offset is None for offset in offsets):
+        return logits
+    parts = zip(logits.chunk(len(offsets)), offsets, strict=True)
+    return torch.cat([part if offset is None else part + offset for part, offset in parts])

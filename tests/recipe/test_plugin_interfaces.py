@@ -65,7 +65,10 @@ def test_a_setting_of_a_type_that_yaml_lacks_is_named_in_the_message():
         (lambda: register_strategy("f")(lambda recipe, context: 0), "is not a class"),
         (lambda: register_strategy("s", recipe=StrategyRecipe), "is no subclass of StrategyRecipe"),
         (lambda: register_strategy("s", recipe=3), "3 is no subclass of StrategyRecipe"),
-        (lambda: register_metric("m", of="clases"), "of=clases, expected classes, class_scores, tokens, texts"),
+        (
+            lambda: register_metric("m", of="clases"),
+            "of=clases, expected classes, class_scores, tokens, texts",
+        ),
         (lambda: register_metric("loss"), "every task already has that score"),
     ],
 )

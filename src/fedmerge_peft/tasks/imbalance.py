@@ -95,10 +95,8 @@ def check_class_weights(recipe: TaskRecipe, labels: Sequence[str]) -> None:
     for name in given if isinstance(given, dict) else ():
         if name not in labels:
             raise RecipeError(
-                [
-                    f"task.class_weights: {name!r} is not a label{did_you_mean(name, labels)}; the "
-                    f"labels are {join_values(labels)}"
-                ]
+                f"task.class_weights: {name!r} is not a label{did_you_mean(name, labels)}; the "
+                f"labels are {join_values(labels)}"
             )
 
 

@@ -133,13 +133,14 @@ class RemoteEngine:
             },
             backbone.shared,
         )
+        counted = None if recipe.task.label_column is None else roster.labels
         for site, message in broadcast(transport, present, open_job, timeout, absent):
             with failures_to(absent, site):
                 clients = summaries[site].clients
                 counts = (
                     None  # private sites send none
                     if recipe.privacy.mode == "local"
-                    else parse_label_counts(message, clients, roster.labels)
+                    else parse_label_counts(message, clients, counted)
                 )
                 roster.add_clients(clients, counts)
         require_sites([site for site in present if site not in absent], absent)

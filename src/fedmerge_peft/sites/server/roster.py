@@ -220,10 +220,10 @@ def parse_label_counts(
     Args:
         message: A message of kind ``opened``.
         clients: The clients in the site's summary.
-        labels: The federation's labels.
+        labels: The federation's labels; None if examples do not have one label each.
 
     Returns:
-        The counts; None for a task without labels.
+        The counts; None without labels.
 
     Raises:
         WireError: A field is out of range, or the counts do not sum to the training examples.

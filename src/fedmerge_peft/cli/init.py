@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from fedmerge_peft.data.guesses import Column
     from fedmerge_peft.recipe.draft import Answers
 
-_LABEL_KEYS = {"text-regression": "target", "multi-label-classification": "labels"}
+_LABEL_KEYS = {
+    "text-regression": "target",
+    "multi-label-classification": "labels",
+    "multi-label-image-classification": "labels",
+}
 """Keys of tasks whose labels are not in ``task.label``."""
 _NONE = "none"
 """Answer for no column of clients."""
@@ -213,7 +217,7 @@ def _columns(
                 names,
             )
         return roles
-    if task == "image-classification":
+    if task.endswith("image-classification"):
         ask("image", "Column with the images", guesses.guess_image(columns))
     elif task != "causal-lm":
         ask("text", "Column with the texts", guesses.guess_text(columns, _given(given, "label")))
@@ -225,6 +229,7 @@ def _columns(
     suggested = {
         "text-regression": guesses.guess_score(columns),
         "multi-label-classification": guesses.guess_label_sets(columns),
+        "multi-label-image-classification": guesses.guess_label_sets(columns),
     }.get(task) or guesses.guess_label(columns, rows, taken)
     key = _LABEL_KEYS.get(task, "label")
     roles[key] = questions.choice(

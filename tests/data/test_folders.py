@@ -179,7 +179,7 @@ def test_relative_paths_of_images_are_looked_for_beside_the_table_first(tmp_path
     monkeypatch.chdir(tmp_path / "here")
     recipe = DataRecipe(path="../there/tables/rows.csv", partition={"scheme": "iid", "clients": 1})
     beside = str(tmp_path / "there" / "tables" / "a.png")
-    images = load_splits(recipe, image="image")["train"]["image"][:]
+    images = load_splits(recipe, media="image")["train"]["image"][:]
     assert [image and str(Path(image).resolve()) for image in images[:1]] == [beside]
     assert images[1:] == ["b.png", None]
     assert load_splits(recipe)["train"]["image"][0] == "a.png"

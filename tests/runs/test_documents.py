@@ -1,4 +1,4 @@
-"""Documents whose sum is valid and whose content is wrong are one error that names the file."""
+"""A document with a valid sum but wrong content gives one error that names the file."""
 
 import copy
 import json

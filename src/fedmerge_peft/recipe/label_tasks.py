@@ -1,4 +1,4 @@
-"""Sections and metrics of tasks on texts that are no classification with one label each."""
+"""Sections of tasks that predict tags, numbers or sets of labels from texts."""
 
 from __future__ import annotations
 

@@ -113,8 +113,9 @@ class RunDirectory:
 
     @property
     def ended_for(self) -> int | None:
-        """The recipe's rounds if the run has ended, after these or fewer; else None. A damaged
-        summary counts as missing, because resuming writes it again.
+        """Planned rounds of a run that has ended, also if it stopped earlier; None before the end.
+
+        A damaged summary counts as missing, because resuming writes it again.
         """
         try:
             stopped = self.summary.get("stopped")

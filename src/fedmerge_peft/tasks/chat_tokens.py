@@ -356,7 +356,7 @@ class ChatTokens:
 
 
 def _label(row: Row, before: Sequence[int], until: Sequence[int]) -> None:
-    """Label the tokens of a part of a text, including tokens that only begin or end in it.
+    """Mark the tokens of a part of a text as labeled, including those that begin or end in it.
 
     Args:
         row: Token ids and labels of the text.

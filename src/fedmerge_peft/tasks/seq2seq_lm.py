@@ -105,8 +105,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def _set_language(self, key: str, code: str) -> None:
         if not hasattr(self.processor, key) or code not in self.processor.get_vocab():
             raise DataError(
-                f"task: the tokenizer of {self._model} has no language {code!r}; remove it, or "
-                "write its code as the tokenizer does"
+                f"task: the tokenizer of {self._model} has no language {code!r}; use one of its "
+                "codes, or remove it from the recipe"
             )
         setattr(self.processor, key, code)
 

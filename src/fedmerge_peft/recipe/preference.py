@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ RewardMetric = Annotated[str, NameIn(METRICS, of=frozenset({"rewards"}))]
 
 class PreferenceRecipe(CompletionRecipe):
     """Preference optimization of pairs of a chosen and a rejected completion."""
+
+    sequences: ClassVar[int] = 2
 
     prompt: str = "prompt"
     """Column with the prompt: a text, or a list of messages. Chats may lack it; then the messages
@@ -36,14 +38,14 @@ class PreferenceRecipe(CompletionRecipe):
     """Metrics. Tables and log lines show the first. The reward of a completion is β times its
     log-probability relative to that of the backbone; for orpo, λ times its mean log-probability."""
 
-    def to_causal_lm(self) -> CausalLMRecipe:
+    def of_one_sequence(self) -> CausalLMRecipe:
         """Return the section of causal language modeling of either completion."""
         own = self.model_dump(include={*CompletionRecipe.model_fields} - {"name"})
         return CausalLMRecipe(name="causal-lm", loss="completion", **own)
 
     def to_predict(self, format: str | None) -> TaskRecipe:
         """Return a section that completes prompts."""
-        return self.to_causal_lm().to_predict(format)
+        return self.of_one_sequence().to_predict(format)
 
 
 TASKS.add("preference", "fedmerge_peft.tasks.preference:PreferenceTask", recipe=PreferenceRecipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
@@ -54,6 +54,8 @@ class TaskRecipe(Section):
 
     name: str = ""
     """Name of the task."""
+    sequences: ClassVar[int] = 1
+    """Sequences of tokens in an example."""
     if TYPE_CHECKING:
         metrics: Sequence[str]
         """Names of the metrics. Tables show the first. Each task declares its own field."""
@@ -81,6 +83,10 @@ class TaskRecipe(Section):
     def with_format(self, format: str | None) -> Self:
         """Return a copy with the text format set, if the task has several."""
         return self.model_copy(update={"format": format}) if self.has_formats else self
+
+    def of_one_sequence(self) -> TaskRecipe:
+        """Return the section of a task that reads a single one of ``sequences``."""
+        return self
 
     def to_predict(self, format: str | None) -> TaskRecipe:
         """Return a section for predictions of single inputs, after a run with this text format."""

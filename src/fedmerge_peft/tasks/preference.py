@@ -63,7 +63,7 @@ class PreferenceTask(CausalLMTask):
     def __init__(
         self, recipe: PreferenceRecipe, backbone: BackboneRecipe, table: Dataset, model_folder: str
     ) -> None:
-        causal = recipe.to_causal_lm()
+        causal = recipe.of_one_sequence()
         super().__init__(causal, backbone, _completions(recipe, table, "chosen"), model_folder)
         self._preference = recipe
         self.metrics = recipe.metrics
@@ -71,11 +71,13 @@ class PreferenceTask(CausalLMTask):
     @classmethod
     def check_table(cls, recipe: PreferenceRecipe, table: Dataset) -> None:  # type: ignore[override]
         for side in _SIDES:
-            CausalLMTask.check_table(recipe.to_causal_lm(), _completions(recipe, table, side))
+            CausalLMTask.check_table(recipe.of_one_sequence(), _completions(recipe, table, side))
 
     @classmethod
     def format_in(cls, recipe: PreferenceRecipe, table: Dataset) -> str | None:  # type: ignore[override]
-        return CausalLMTask.format_in(recipe.to_causal_lm(), _completions(recipe, table, "chosen"))
+        return CausalLMTask.format_in(
+            recipe.of_one_sequence(), _completions(recipe, table, "chosen")
+        )
 
     def encode(self, table: Dataset) -> Examples:
         """Tokenize both completions of every row behind the prompt.

@@ -25,7 +25,6 @@ from fedmerge_peft.errors import BackboneError, RecipeError
 from fedmerge_peft.models.peft_model import add_adapter, prepare_heads
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
-from fedmerge_peft.recipe.preference import PreferenceRecipe
 from fedmerge_peft.recipe.schema import BackboneRecipe, TrainingRecipe
 from fedmerge_peft.tasks import Task, task_type
 from fedmerge_peft.tasks.tokenization import load_pretrained
@@ -128,9 +127,7 @@ def estimate(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    training, section, sequences = recipe.training, recipe.task, 1
-    if isinstance(section, PreferenceRecipe):
-        section, sequences = section.to_causal_lm(), 2
+    training, section = recipe.training, recipe.task.of_one_sequence()
     task: Task = object.__new__(task_type(section))  # without a tokenizer
 
     def unknown(reason: str) -> RecipeError:
@@ -156,9 +153,9 @@ def estimate(
         weights, transient = _weight_bytes(base, frozen, recipe.backbone)
         precision = _autocast(training, recipe.backbone, device)
         batch = recipe.evaluation.batch_size
-        trained = sequences * clients * training.batch_size
+        trained = recipe.task.sequences * clients * training.batch_size
         step = _pass(peft, task, trained, length, precision, train=True)
-        scores = _pass(peft, task, sequences * batch, length, precision, train=False)
+        scores = _pass(peft, task, recipe.task.sequences * batch, length, precision, train=False)
     return Estimate(
         parameters=sum(tensor.numel() for tensor in frozen),
         adapter=size,

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from fedmerge_peft.data.json_rows import kind
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.text import is_encodable
 
 LARGEST_EXACT = 2**53
 """Integers beyond it are not exact as float64."""
@@ -67,7 +68,7 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
             row = max(range(len(values)), key=lambda row: abs(values[row] or 0))
             fault = f"has {_shown(values[row])}, which is too large for an exact number"
         elif expected == "text":
-            row = next(row for row, text in enumerate(values) if text and not _is_valid(text))
+            row = next(row for row, text in enumerate(values) if text and not is_encodable(text))
             fault = "has half of a character (an unpaired surrogate)"
         else:
             texts = [None if value is None else json.dumps(value) for value in values]
@@ -151,10 +152,6 @@ def _plain_type(type: Any) -> Any:
     if pa.types.is_struct(type):
         return pa.struct([field.with_type(_plain_type(field.type)) for field in type])
     return type
-
-
-def _is_valid(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown(value: object) -> str:

@@ -6,12 +6,13 @@ Both are right for heads, and wrong for everything else.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError
 
 ADAPTER_FILE = "adapter_config.json"
@@ -72,10 +73,11 @@ def missing_tensors(
     missing = set(report["missing_keys"]) | misfit.keys()
     body = {key for key in _state_names(model) if not in_head(model, key)}
     if body and body <= missing:
-        held = _listed(report["unexpected_keys"]) or "none"
+        held = join_values(sorted(report["unexpected_keys"]), _SHOWN) or "none"
         raise BackboneError(
             f"backbone.model: {name} holds no weights of {type(model).__name__} (its tensors: "
-            f"{held}; expected: {_listed(body)}); save it with save_pretrained of transformers"
+            f"{held}; expected: {join_values(sorted(body), _SHOWN)}); save it with save_pretrained "
+            "of transformers"
         )
     lacking = {key for key in missing if not (new_heads and in_head(model, key))}
     if lacking:
@@ -84,13 +86,13 @@ def missing_tensors(
         parts = "heads and poolers" if new_heads else "no tensors"
         raise BackboneError(
             f"backbone.model: the weights of {name} lack {len(lacking)} of the tensors that its "
-            f"config.json describes: {_listed(lacking)}{shapes}; {parts} may be missing. Correct "
-            "config.json, or choose a complete model"
+            f"config.json describes: {join_values(sorted(lacking), _SHOWN)}{shapes}; {parts} may "
+            "be missing. Correct config.json, or choose a complete model"
         )
     if ignored := [key for key in report["unexpected_keys"] if _has_no_place(model, key)]:
         raise BackboneError(
             f"backbone.model: {name} has {len(ignored)} tensors that its config.json leaves out: "
-            f"{_listed(ignored)}; correct config.json"
+            f"{join_values(sorted(ignored), _SHOWN)}; correct config.json"
         )
     return missing
 
@@ -136,9 +138,3 @@ def _state_names(model: nn.Module) -> Collection[str]:
     """Return the names of the tensors that a checkpoint holds: no second name of tied weights."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return [name for name, _ in model.named_parameters() if name not in tied]
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return ", ".join(ordered[:_SHOWN]) + more

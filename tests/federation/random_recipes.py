@@ -32,6 +32,7 @@ NAMES = {
     "label": ["label"] * 8 + ["team", "score"],
     **{key: [key] for key in ("image", "prompt", "completion", "messages")},
     **{key: [key] for key in ("instruction", "input", "output")},
+    "class_weights": ["balanced", "balanced", None, {"absent": 2.0}],
     "template": ["{instruction}\n\n{input}\n"],
     "train_split": ["train"] * 8 + ["test"],
     "validation_split": [None, None, "test"],

@@ -107,3 +107,16 @@ def test_the_page_has_the_name_of_its_recipe(program, write_run, tmp_path, monke
         r"`python benchmarks/quality/over_seeds\.py smoke rounds=1 .* --write`",
         capsys.readouterr().out,
     )
+
+
+def test_further_tasks_are_run_with_each_method_and_seed(program):
+    module = program("tasks")
+    for name in module.RECIPES:
+        found = module.recipes(name, Path("DATA"), "0,1", ["rounds=2"])
+        assert sorted((each.strategy.name, each.seed) for each in found.values()) == [
+            (strategy, seed) for strategy in ("fedavg", "fedmerge", "local") for seed in (0, 1)
+        ]
+        for each in found.values():
+            assert Path(each.data.path).parent == Path("DATA")
+            assert each.training.learning_rate == "auto"
+            assert (each.rounds, each.baselines) == (2, [])

@@ -11,6 +11,7 @@ from equality import assert_near
 from fedmerge_peft import Recipe, federate, resume
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.recipe.strategies import STRATEGIES
 from fedmerge_peft.report.page import write_report
 from fedmerge_peft.serving.export import export_client
 from fedmerge_peft.tasks.sound import read_sound
@@ -252,3 +253,21 @@ def test_a_run_is_resumed_with_more_rounds(finished, caplog):
         longer = resume(run.path, ["rounds=2"], engine=engine)
     assert len(longer.records) == 2
     assert not caplog.records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [entry.name for entry in STRATEGIES])
+def test_all_strategies_run_on_sounds(finished, tmp_path, name):
+    _, engine = finished
+    options = {"adapters": 2} if "adapters" in STRATEGIES[name].recipe.model_fields else {}
+    recipe = engine.recipe.model_copy(update={"baselines": []})
+    recipe = Recipe.model_validate(
+        {**recipe.model_dump(), "rounds": 2, "strategy": {"name": name, **options}}
+    )
+    own = engine.with_recipe(recipe)
+    run = federate(recipe, tmp_path / "run", engine=own)
+    assert run.last_scores["mean"] >= 0
+    if recipe.strategy.single_adapter:
+        client = run.client_names[0]
+        found = run.predict({client: [tone("hum", 1)]}, device="cpu")
+        assert found[client][0]["label"] in KINDS

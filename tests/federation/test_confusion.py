@@ -114,3 +114,14 @@ def test_classes_that_are_no_labels_are_refused(tmp_path):
     checked.write_document(run.path / "confusion.json", document)
     with pytest.raises(RunError, match=r"north clinic has a class that is not one of the 2 labels"):
         documents.read(run.path / "confusion.json")
+
+
+def test_a_hundred_thousand_labels_need_no_matrix(tmp_path):
+    run = made_run(tmp_path / "run", ["late", "lost"])
+    labels = [f"label {k}" for k in range(100_000)]
+    document = {"after_round": 1, "labels": labels, "clients": {"north clinic": [[99_999, 5, 3]]}}
+    checked.write_document(run.path / "confusion.json", document)
+    assert "label 99999 as label 5 (3)" in render([run])
+    found = run.client("north clinic").confusion()
+    assert found.loc["label 99999", "label 5"] == 3
+    assert found.shape == (2, 2)

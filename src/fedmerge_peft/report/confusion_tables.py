@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmerge_peft.report.tables import Cell, Column
-from fedmerge_peft.runs.confusion import matrix, read_confusion
+from fedmerge_peft.runs.confusion import counted, matrix, read_confusion, used_labels
 from fedmerge_peft.runs.directory import RunDirectory
 
+Counts = Counter[tuple[int, int]]
 _MAX_LABELS = 20
 """Labels of a matrix; with more, the most confused pairs are listed."""
 _MAX_PAIRS = 15
@@ -49,9 +50,9 @@ def confusion_tables(run: RunDirectory) -> dict[str, Any] | None:
     if found is None:
         return None
     labels, clients = found
-    counts = {name: matrix([pairs], len(labels)) for name, pairs in clients.items()}
+    counts = {name: counted([pairs]) for name, pairs in clients.items()}
     worst = sorted(counts, key=lambda name: _accuracy(counts[name]))[:_MAX_CLIENTS]
-    total = matrix(clients.values(), len(labels))
+    total = counted(clients.values())
     things = "words" if run.recipe.task.label_column is None else "examples"
     return {
         "answer": _answer(total, labels, things),
@@ -64,18 +65,14 @@ def confusion_tables(run: RunDirectory) -> dict[str, Any] | None:
     }
 
 
-def confused_pairs(counts: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return the pairs (true, predicted) of different labels that occur, most frequent first."""
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[: np.count_nonzero(wrong)]
-    rows, columns = np.unravel_index(order, wrong.shape)
-    return list(zip(rows.tolist(), columns.tolist(), strict=True))
+def confused_pairs(counts: Counts) -> list[tuple[int, int]]:
+    """Return the pairs (true, predicted) of different labels, the most frequent first."""
+    wrong = [pair for pair in counts if pair[0] != pair[1]]
+    return sorted(wrong, key=lambda pair: (-counts[pair], pair))
 
 
-def _answer(counts: NDArray[np.int64], labels: Sequence[str], things: str) -> str:
-    right, total = int(np.trace(counts)), int(counts.sum())
-    text = f"{right:,} of {total:,} test {things} are labeled right."
+def _answer(counts: Counts, labels: Sequence[str], things: str) -> str:
+    text = f"{_right(counts):,} of {counts.total():,} test {things} are labeled right."
     named = [
         f"{labels[true]} as {labels[predicted]} ({counts[true, predicted]:,})"
         for true, predicted in confused_pairs(counts)[:_NAMED]
@@ -83,28 +80,36 @@ def _answer(counts: NDArray[np.int64], labels: Sequence[str], things: str) -> st
     return f"{text} Most frequent errors: {', '.join(named)}." if named else text
 
 
-def _confusion(title: str, counts: NDArray[np.int64], labels: Sequence[str]) -> Confusion:
+def _confusion(title: str, counts: Counts, labels: Sequence[str]) -> Confusion:
     """Return a matrix of the labels that occur, or the most confused pairs of many labels."""
-    used = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1)).tolist()
-    sums = counts.sum(axis=1)
+    used = used_labels(counts)
     if len(used) > _MAX_LABELS:
+        sums: Counts = Counter()
+        for (true, _), count in counts.items():
+            sums[true, true] += count
         pairs = [
             [
                 Cell.of(labels[true]),
                 Cell.of(labels[predicted]),
                 Cell(f"{counts[true, predicted]:,}", str(counts[true, predicted])),
-                Cell.of(float(counts[true, predicted] / sums[true])),
+                Cell.of(counts[true, predicted] / sums[true, true]),
             ]
             for true, predicted in confused_pairs(counts)[:_MAX_PAIRS]
         ]
         return Confusion(title, [], [], _PAIR_COLUMNS, pairs)
-    shares = counts / np.maximum(sums, 1)[:, None]
+    names = [labels[label] for label in used]
+    table = matrix(counts, used)
+    shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     rows = [
-        (labels[true], [(int(counts[true, k]), float(shares[true, k])) for k in used])
-        for true in used
+        (name, list(zip(own.tolist(), parts.tolist(), strict=True)))
+        for name, own, parts in zip(names, table, shares, strict=True)
     ]
-    return Confusion(title, [labels[k] for k in used], rows, [], [])
+    return Confusion(title, names, rows, [], [])
 
 
-def _accuracy(counts: NDArray[np.int64]) -> float:
-    return float(np.trace(counts) / counts.sum())
+def _right(counts: Counts) -> int:
+    return sum(count for (true, predicted), count in counts.items() if true == predicted)
+
+
+def _accuracy(counts: Counts) -> float:
+    return _right(counts) / max(counts.total(), 1)

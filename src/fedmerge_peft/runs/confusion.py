@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.runs.directory import RunDirectory
 
+_MOST = 1000
+"""Labels up to which a client's table has all of them."""
 Pairs = Sequence[Sequence[int]]
 """True class, predicted class, and number of examples."""
 
@@ -42,6 +45,8 @@ def read_confusion(run: RunDirectory) -> tuple[list[str], Mapping[str, Pairs]] |
 def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame:
     """Return a client's test examples, true × predicted class.
 
+    With more than 1,000 labels, those that occur have rows and columns.
+
     Args:
         run: Run.
         client: Name.
@@ -62,13 +67,30 @@ def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame
     labels, clients = found
     if client not in clients:
         raise RunError(f"{run.path} {no_client(client, list(clients))} with test examples")
-    return pd.DataFrame(matrix([clients[client]], len(labels)), labels, labels)
+    counts = counted([clients[client]])
+    shown = range(len(labels)) if len(labels) <= _MOST else used_labels(counts)
+    names = [labels[label] for label in shown]
+    return pd.DataFrame(matrix(counts, shown), names, names)
 
 
-def matrix(clients: Iterable[Pairs], classes: int) -> NDArray[np.int64]:
-    """Return the sum of several clients' matrices, ``(classes, classes)``: true × predicted."""
-    counts = np.zeros((classes, classes), dtype=np.int64)
+def counted(clients: Iterable[Pairs]) -> Counter[tuple[int, int]]:
+    """Return the number of examples of all clients by true and predicted class."""
+    counts: Counter[tuple[int, int]] = Counter()
     for pairs in clients:
         for true, predicted, count in pairs:
             counts[true, predicted] += count
     return counts
+
+
+def used_labels(counts: Counter[tuple[int, int]]) -> list[int]:
+    """Return the classes that occur, true or predicted, in ascending order."""
+    return sorted({label for pair in counts for label in pair})
+
+
+def matrix(counts: Counter[tuple[int, int]], labels: Sequence[int]) -> NDArray[np.int64]:
+    """Return the counts of these classes, ``(labels, labels)``: true × predicted."""
+    place = {label: number for number, label in enumerate(labels)}
+    found = np.zeros((len(place), len(place)), dtype=np.int64)
+    for (true, predicted), count in counts.items():
+        found[place[true], place[predicted]] = count
+    return found

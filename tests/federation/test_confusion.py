@@ -8,6 +8,7 @@ from sklearn.metrics import confusion_matrix
 from fedmerge_peft import RunError, federate, resume
 from fedmerge_peft.report.page import render
 from fedmerge_peft.runs import documents
+from fedmerge_peft.runs.confusion import client_confusion
 from fedmerge_peft.training.evaluation import confusion
 from fedmerge_peft.util import checked
 from report.made_runs import write
@@ -122,6 +123,6 @@ def test_a_hundred_thousand_labels_need_no_matrix(tmp_path):
     document = {"after_round": 1, "labels": labels, "clients": {"north clinic": [[99_999, 5, 3]]}}
     checked.write_document(run.path / "confusion.json", document)
     assert "label 99999 as label 5 (3)" in render([run])
-    found = run.client("north clinic").confusion()
+    found = client_confusion(run, "north clinic", 1)
     assert found.loc["label 99999", "label 5"] == 3
     assert found.shape == (2, 2)

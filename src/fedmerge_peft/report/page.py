@@ -149,6 +149,11 @@ def _colors() -> str:
             f".line.s{style}:not(.second) {{ stroke-dasharray: {lengths}; }}",
             f".band.s{style}, .dot.s{style}, .speck.s{style} {{ fill: {color}; }}",
         ]
+    rules += [
+        f".level{level} {{ background: color-mix(in srgb, var(--ink) {4.5 * level:g}%, "
+        "transparent); }"
+        for level in range(1, 11)
+    ]
     return "\n".join([*rules, ""])
 
 

@@ -80,20 +80,15 @@ class Federation:
             recipe, len(self.engine.clients), simulated=self.engine.simulated
         )
         """Releases, for ε; unused without differential privacy."""
-        if recipe.evaluation.serve == "best" and not any(
-            len(client.validation) for client in self.engine.clients
+        for needed, key, remedy in (
+            (recipe.evaluation.serve == "best", "evaluation.serve: best", "use serve: last"),
+            (recipe.stop.patience is not None, "stop.patience", "remove stop"),
         ):
-            raise RecipeError(
-                "evaluation.serve: best needs validation examples, but no client has any; "
-                "raise data.validation_fraction, or use serve: last"
-            )
-        if recipe.stop.patience is not None and not any(
-            len(client.validation) for client in self.engine.clients
-        ):
-            raise RecipeError(
-                "stop.patience needs validation examples, but no client has any; raise "
-                "data.validation_fraction, or remove stop"
-            )
+            if needed and not any(len(client.validation) for client in self.engine.clients):
+                raise RecipeError(
+                    f"{key} needs validation examples, but no client has any; raise "
+                    f"data.validation_fraction, or {remedy}"
+                )
         if self.private:
             self.ledger.check()
         selected = cohort_size(recipe, len(self.engine.clients))

@@ -4,8 +4,9 @@
 
 The offices pass letters to three desks. Three of them choose the desk by the topic of a letter,
 the others by how soon the sender needs an answer, so that a desk means something else in each half.
-Nobody tells the recipe. All its other values are defaults of the package, and the baselines that
-it names are those of every run. The letters and the run's seed are drawn anew for each repeat.
+The recipe contains no hint of this. All its other values are defaults of the package, and the
+baselines that it names are those of every run. The letters and the run's seed are drawn anew for
+each repeat.
 """
 
 from __future__ import annotations

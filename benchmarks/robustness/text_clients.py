@@ -73,7 +73,7 @@ def averaged_words(labels: int) -> PassedModel:
 
 @dataclass
 class Attack:
-    """What colluders do.
+    """Behavior of colluders.
 
     ``poison`` changes their examples and ``send`` their updates.
     """
@@ -127,7 +127,7 @@ def of_the_victims(group: str) -> Callable[[LocalEngine, Sequence[int]], LocalEn
 
 
 def accuracies(engine: LocalEngine, federation: Federation) -> np.ndarray:
-    """Return each client's accuracy on its test examples, ``(m,)``, of what it is served."""
+    """Return each client's accuracy on its test examples, ``(m,)``, with its served adapter."""
     served = [(i, federation.strategy.served(i)) for i in range(len(engine.clients))]
     scores = dict(engine.evaluate_clients(served))
     return np.array([scores[i]["test_accuracy"] for i in range(len(served))])

@@ -89,7 +89,7 @@ def load(
     recipe = Recipe.model_validate({"name": "decoder", "baselines": [], **merged, **extra})
     generator = np.random.default_rng(0)
     count = clients * (examples + tests)
-    # The tokenizer has a token for each digit, and adds one at the begin and one at the end.
+    # The tokenizer has a token for each digit, and adds one at the beginning and one at the end.
     digits = length - labeled - 2
     prompts = ["".join(generator.choice(list("01234567"), digits)) for _ in range(count)]
     table = Dataset.from_dict({"prompt": prompts, "completion": ["9" * labeled] * count})

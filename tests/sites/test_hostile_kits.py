@@ -1,4 +1,4 @@
-"""A kit and the server's recipe are data: a site runs no code of theirs and gives no file away."""
+"""A kit and the server's recipe are data: a site runs none of their code and discloses no file."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Federations across sites on tasks whose examples have not one label each."""
+"""Federations across sites on tasks whose examples do not have one label each."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed batches: what is computed from them equals what padded batches give."""
+"""Packed batches: results equal those of padded batches."""
 
 import numpy as np
 import pytest

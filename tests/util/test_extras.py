@@ -1,9 +1,12 @@
 """Extras are installed by the names of their requirements, never by the name of this package."""
 
+import re
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 
+import fedmerge_peft
 from fedmerge_peft.util import extras
 
 REQUIRES = [
@@ -28,3 +31,9 @@ def test_an_unknown_extra_is_that_of_a_checkout(monkeypatch, known):
 
     monkeypatch.setattr(extras, "requires", requires)
     assert extras.install_command("new") == "pip install -e '.[new]'"
+
+
+def test_no_text_of_the_package_installs_by_its_name():
+    by_name = re.compile(r"pip install\s+[\"']?fedmerge[-_]peft\b(?!-)")
+    files = Path(fedmerge_peft.__file__).parent.rglob("*.py")
+    assert not [file for file in files if by_name.search(file.read_text(encoding="utf-8"))]

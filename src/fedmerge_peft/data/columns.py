@@ -177,7 +177,7 @@ def check_class_names(names: Sequence[str], subject: str) -> None:
 
     Args:
         names: Distinct values.
-        subject: Key and column, the begin of the message.
+        subject: Key and column, with which the message begins.
     """
     if len(names) > MAX_CLASSES:
         raise DataError(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"})
-"""Names of audio files. Tasks tell which of them they decode."""
+"""Names of audio files. Tasks determine which of them they decode."""
 
 
 def read_local(path: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:

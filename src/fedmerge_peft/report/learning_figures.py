@@ -22,7 +22,7 @@ _FLAT = 0.02
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of a run by round, nats, and what it takes to guess."""
+    """Losses of a run by round, nats, and the loss of guessing."""
 
     training: list[tuple[int, float]]
     """Pairs of round and mean loss of local training in it."""

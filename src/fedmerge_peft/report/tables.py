@@ -28,7 +28,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: what it shows, and the value that it is sorted by."""
+    """A cell: its text, and the value that it is sorted by."""
 
     text: str
     value: str

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.runs.directory import RunDirectory
 
 _MOST = 1000
-"""Labels up to which a client's table has all of them."""
+"""Limit on labels for tables of a client that have all of them."""
 Pairs = Sequence[Sequence[int]]
 """True class, predicted class, and number of examples."""
 

@@ -179,7 +179,7 @@ class Task(ABC):
         return self.losses(logits, labels)[0]
 
     def loss_divisor(self, labels: Tensor, class_weights: Tensor | None) -> float:
-        """Return what the losses of a batch are divided by: the terms, or the sum of their weights.
+        """Return the divisor of the losses of a batch: the terms, or the sum of their weights.
 
         Arguments are those of ``training_losses``.
         """

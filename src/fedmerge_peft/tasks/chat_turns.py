@@ -62,13 +62,13 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 def begin_of_turn(
     whole: Sequence[Any], before: Sequence[Any] | None, prompt: Sequence[Any] | None
 ) -> int | None:
-    """Return the begin of a turn; None if the messages before it are rendered differently.
+    """Return the beginning of a turn; None if the messages before it are rendered differently.
 
     Args:
         whole: Rendered chat, as text or tokens.
         before: Rendered messages before the turn.
         prompt: The same with the generation prompt. It may be longer than what the chat has there,
-            such as with the begin of reasoning that DeepSeek R1 removes from chats.
+            such as with the beginning of reasoning that DeepSeek R1 removes from chats.
     """
     if prompt is not None and whole[: len(prompt)] == prompt:
         return len(prompt)
@@ -78,7 +78,7 @@ def begin_of_turn(
 
 
 def find_begin(messages: Sequence[Message], index: int, whole: str, render: Render) -> int:
-    """Find the begin of the assistant's turn ``messages[index]`` in the rendered chat.
+    """Find the beginning of the assistant's turn ``messages[index]`` in the rendered chat.
 
     Args:
         messages: Chat.

@@ -131,7 +131,7 @@ class TextGenerator:
 class _Stream:
     """Streamer of ``model.generate`` that passes on text as soon as it can no longer change.
 
-    Text that may be the begin of a stop string, whitespace that may be the last, and incomplete
+    Text that may be the beginning of a stop string, whitespace that may be the last, and incomplete
     characters are held back.
     """
 

@@ -36,7 +36,7 @@ class SpanTags(TagSource):
     """Texts, and lists of spans ``{start, end, label}``.
 
     Words are runs of letters and digits, and single other characters; borders of spans divide them.
-    A word has the tag B-X at the begin of a span with label X, I-X inside it, and O elsewhere.
+    A word has the tag B-X at the beginning of a span with label X, I-X inside it, and O elsewhere.
     """
 
     key: ClassVar[str] = "task.spans"

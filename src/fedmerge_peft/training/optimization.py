@@ -14,6 +14,7 @@ import torch
 from fedmerge_peft.data.clients import Indices
 from fedmerge_peft.errors import DeviceError
 from fedmerge_peft.recipe.schema import TrainingRecipe
+from fedmerge_peft.util.extras import install_command
 from fedmerge_peft.util.seeds import derive
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ def check_optimizer(optimizer: str, device: torch.device) -> None:
         )
     if find_spec("bitsandbytes") is None:
         raise DeviceError(
-            f"training.optimizer: {optimizer} needs bitsandbytes: "
-            "pip install 'fedmerge-peft[quantization]'"
+            f"training.optimizer: {optimizer} needs bitsandbytes: {install_command('quantization')}"
         )
 
 

@@ -61,7 +61,7 @@ def site_name(kit: Path) -> str:
 
 
 def secure_site_kit(kit: Path, data: Path | None = None) -> str:
-    """Write FLARE's configuration of a site, whatever the kit has; return the site's name.
+    """Replace FLARE's configuration in a site's kit; return the site's name.
 
     Args:
         kit: The site's kit.

@@ -165,7 +165,14 @@ def test_a_sweep_takes_data(tmp_path):
 def test_a_newcomer_may_be_in_memory(from_file):
     frame = tickets()[:24]
     found = personalize(from_file, frame, local=False, seed=0)
-    same = personalize(from_file, Dataset.from_pandas(frame), local=False, seed=0)
+    same = personalize(
+        from_file,
+        Dataset.from_pandas(frame),
+        local=False,
+        seed=0,
+        metrics=lambda predictions, references: {"tested": len(references)},
+    )
+    assert {method.test.pop("tested") for method in same.methods} == {same.examples["test"]}
     assert found.logits.tolist() == same.logits.tolist()
     pair = personalize(from_file, (frame[:20], frame[20:]), local=False)
     assert pair.examples == {"train": 20, "test": 4}

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedmerge_peft.data.in_memory import Parts
+    from fedmerge_peft.tasks.base import ComputeMetrics
 
 
 _PATIENCE = 5
@@ -78,6 +79,7 @@ def personalize(
     model: nn.Module | None = None,
     tokenizer: Any = None,
     processor: Any = None,
+    metrics: ComputeMetrics | None = None,
 ) -> Personalized:
     """Learn a newcomer's merging weights on its own examples, and compare with alternatives.
 
@@ -101,6 +103,7 @@ def personalize(
         model: The model that the run was given in memory (``federate``), unless ``run`` has it.
         tokenizer: As in ``federate``.
         processor: As in ``federate``.
+        metrics: As in ``federate``, for the scores of all methods.
 
     Raises:
         RunError: The run has no adapters that a newcomer can merge, or they do not fit the model
@@ -118,6 +121,8 @@ def personalize(
     seed = run.recipe.seed if seed is None else seed
     table, newcomer = read_newcomer(run, data, name, test_fraction, max_train, seed)
     engine = LocalEngine.from_data(recipe, FederatedData(table, [newcomer]))
+    if metrics is not None:
+        engine.add_metrics(metrics)
     load_shared_state(engine.backbone, soup, run)
     clients = run.clients.index.tolist()
     prior = newcomer_prior(run, soup.layout, engine.label_counts())

@@ -69,7 +69,9 @@ def test_a_signal_stops_after_the_round_and_the_printed_command_resumes(fedmerge
     assert "after round 2" in out
     assert re.findall(r"round (\d)/3", out) == ["3"]
     assert "run directory: my run" in out
-    assert load_run("my run").ended
+    run = load_run("my run")
+    assert run.ended
+    assert f"after round 3  served {run.summary['final']['served']['mean']:.3f} (worst" in out
 
 
 @pytest.mark.parametrize(

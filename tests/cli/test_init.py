@@ -11,6 +11,7 @@ import fedmerge_peft.cli.init  # adds the command  # noqa: F401
 from fedmerge_peft import Recipe, RecipeError, federate
 from fedmerge_peft.cli.app import app
 from fedmerge_peft.recipe.draft import scalar
+from tasks.made_sounds import write_folder
 
 ROWS = [
     ("North", "The badge reader at the gate is offline.", "access", "train"),
@@ -50,6 +51,14 @@ def fault(*arguments, answers=None):
     result = init(*arguments, answers=answers)
     assert isinstance(result.exception, RecipeError), result.output
     return str(result.exception)
+
+
+def test_a_folder_of_sounds_is_for_audio_classification(here):
+    write_folder(here / "sounds", 9)
+    result = init("sounds", "--yes")
+    assert result.exit_code == 0, result.output
+    task = Recipe.load("sounds.yaml").task
+    assert (task.name, task.audio, task.label) == ("audio-classification", "audio", "label")
 
 
 def test_the_suggestions_make_a_recipe_that_runs(table, here):

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
-from fedmerge_peft.tasks.labels import blank_table, reject_nulls
+from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.media import MediaTask, loading_code
-from fedmerge_peft.tasks.pixels import PixelCode, array_image, as_rgb
+from fedmerge_peft.tasks.pictures import read_images
+from fedmerge_peft.tasks.pixels import PixelCode
 from fedmerge_peft.util.library_errors import library_errors
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 256
 _PROBES = ((48, 64), (64, 48), (56, 40))
 """Heights and widths of images that try a model."""
 _WHITE = 255
@@ -117,15 +116,10 @@ class ImageTask(MediaTask):
             BackboneError: The image processor does not bring all images to one size.
         """
         labels = self.targets(self.recipe, table, self.labels)
-        column = table.select_columns([self.recipe.image]).with_format("arrow")
         columns: dict[str, list[Tensor]] = {}
-        for start in range(0, len(table), _ROWS_AT_ONCE):
-            rows = column[start : start + _ROWS_AT_ONCE].column(self.recipe.image).combine_chunks()
-            reject_nulls(rows, self.recipe.image, start)
-            for row, value in enumerate(self._encoded(rows), start):
-                image = self._decode(value, rows.type, row)
-                for name, tensor in self._process(image, row).items():
-                    columns.setdefault(name, []).append(tensor)
+        for row, image in enumerate(read_images(table, self.recipe.image, self.recipe.white)):
+            for name, tensor in self._process(image, row).items():
+                columns.setdefault(name, []).append(tensor)
         for name in columns.keys() - {_TABLES}:
             self._reject_sizes(name, columns[name])
         return Examples({**columns, "labels": list(labels.unbind())})
@@ -145,45 +139,6 @@ class ImageTask(MediaTask):
             pairs = zip(columns[_PIXELS], columns.pop(_TABLES), strict=True)
             columns[_PIXELS] = [PixelCode.decode(codes, table) for codes, table in pairs]
         return {name: torch.stack(tensors) for name, tensors in columns.items()}
-
-    def _encoded(self, rows: Any) -> list[Any]:
-        """Return the values of an Arrow array: nested lists, or dicts with ``bytes`` and ``path``.
-
-        Raises:
-            DataError: The type is not one of images.
-        """
-        from datasets import Image
-
-        if isinstance(rows, pa.ExtensionArray):  # Array2D and Array3D of datasets
-            rows = rows.storage
-        with library_errors(
-            lambda reason: DataError(
-                f"task.image: column {self.recipe.image!r} has the type {rows.type}; images are "
-                f"encoded bytes, file paths, arrays, or a datasets Image ({reason})"
-            )
-        ):
-            kept = rows if _is_list(rows.type) else Image().cast_storage(rows)
-        values: list[Any] = kept.to_pylist()
-        return values
-
-    def _decode(self, value: Any, kind: Any, row: int) -> Image:
-        """Decode one value of an Arrow type to RGB, upright by its EXIF orientation."""
-        from datasets import Image
-
-        listed = isinstance(value, list)
-        source = kind if listed else value["path"] or f"{len(value['bytes'] or b'')} bytes"
-        with library_errors(
-            lambda reason: DataError(
-                f"row {row} (of the rows in use): the image in column {self.recipe.image!r} cannot "
-                f"be decoded ({source}): {reason}"
-            )
-        ):
-            if listed:
-                return array_image(np.array(value, _number_type(kind)), self.recipe.white)
-            if value["bytes"] is None and Path(value["path"]).is_file():
-                # Pillow would leave a damaged file open.
-                value = {"path": value["path"], "bytes": Path(value["path"]).read_bytes()}
-            return as_rgb(Image().decode_example(value), self.recipe.white)
 
     def _process(self, image: Image, row: int) -> dict[str, Tensor]:
         """Run the image processor; return its outputs, with pixels as bytes if that is exact."""
@@ -229,18 +184,3 @@ class ImageTask(MediaTask):
                 "batch; set a fixed size or a crop in preprocessor_config.json, or resize the "
                 "images before"
             )
-
-
-def _is_list(kind: Any) -> bool:
-    return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-
-
-def _number_type(kind: Any) -> Any:
-    """Return the numpy type of the numbers in nested lists."""
-    if isinstance(kind, pa.ExtensionType):
-        kind = kind.storage_type
-    while _is_list(kind):
-        kind = kind.value_type
-    return kind.to_pandas_dtype()

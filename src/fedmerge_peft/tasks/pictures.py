@@ -1,0 +1,97 @@
+"""Reading of images in columns: files, encoded bytes, arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.labels import reject_nulls
+from fedmerge_peft.tasks.pixels import array_image, as_rgb
+from fedmerge_peft.util.library_errors import library_errors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+_ROWS_AT_ONCE = 256
+
+
+def read_images(table: Dataset, column: str, white: float | None) -> Iterator[Image]:
+    """Yield the image of each row in RGB, upright by its EXIF orientation.
+
+    Args:
+        table: Rows.
+        column: Column with images.
+        white: Value of white in images with more than 8 bits, as in ``as_rgb``.
+
+    Raises:
+        DataError: An image is missing, cannot be decoded, or its value of white is unknown. The
+            message names the row.
+    """
+    entries = table.select_columns([column]).with_format("arrow")
+    for start in range(0, len(table), _ROWS_AT_ONCE):
+        rows = entries[start : start + _ROWS_AT_ONCE].column(column).combine_chunks()
+        reject_nulls(rows, column, start)
+        for row, value in enumerate(_values(rows, column), start):
+            yield _decode(value, rows.type, column, row, white)
+
+
+def _values(rows: Any, column: str) -> list[Any]:
+    """Return the values of an Arrow array: nested lists, or dicts with ``bytes`` and ``path``.
+
+    Raises:
+        DataError: The type is not one of images.
+    """
+    from datasets import Image
+
+    if isinstance(rows, pa.ExtensionArray):  # Array2D and Array3D of datasets
+        rows = rows.storage
+    with library_errors(
+        lambda reason: DataError(
+            f"task.image: column {column!r} has the type {rows.type}; images are "
+            f"encoded bytes, file paths, arrays, or a datasets Image ({reason})"
+        )
+    ):
+        kept = rows if _is_list(rows.type) else Image().cast_storage(rows)
+    values: list[Any] = kept.to_pylist()
+    return values
+
+
+def _decode(value: Any, kind: Any, column: str, row: int, white: float | None) -> Image:
+    """Decode one value of an Arrow type to RGB."""
+    from datasets import Image
+
+    listed = isinstance(value, list)
+    source = kind if listed else value["path"] or f"{len(value['bytes'] or b'')} bytes"
+    with library_errors(
+        lambda reason: DataError(
+            f"row {row} (of the rows in use): the image in column {column!r} cannot "
+            f"be decoded ({source}): {reason}"
+        )
+    ):
+        if listed:
+            return array_image(np.array(value, _number_type(kind)), white)
+        if value["bytes"] is None and Path(value["path"]).is_file():
+            # Pillow would leave a damaged file open.
+            value = {"path": value["path"], "bytes": Path(value["path"]).read_bytes()}
+        return as_rgb(Image().decode_example(value), white)
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _number_type(kind: Any) -> Any:
+    """Return the numpy type of the numbers in nested lists."""
+    if isinstance(kind, pa.ExtensionType):
+        kind = kind.storage_type
+    while _is_list(kind):
+        kind = kind.value_type
+    return kind.to_pandas_dtype()

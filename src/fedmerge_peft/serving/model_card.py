@@ -22,16 +22,13 @@ if TYPE_CHECKING:
 
 _PROJECT = "https://arxiv.org/abs/2504.06768"
 
-_CLIENT = """---
+_CARD = """---
 {{ card_data }}
 ---
 
 # {{ title }}
 
-A LoRA adapter of {{ base }} for **{{ name }}**, {{ role }}
-([FedMerge]({{ project }})). No client shared its data. The adapter is merged from
-{{ adapters }} shared adapter{{ "s" if adapters > 1 }}: θ = Σ_j π_j Θ_j{{ plus_own }}. It is a plain
-PEFT adapter of rank {{ rank }}.
+%s
 
 ```python
 {{ example }}
@@ -40,66 +37,50 @@ PEFT adapter of rank {{ rank }}.
 | | |
 |---|---|
 | base model | {{ base }} |
-{%- if gguf %}
+{%%- if gguf %%}
 | base weights | dequantized from {{ gguf }} to {{ dtype }} |
-{%- endif %}
+{%%- endif %%}
 | method | `{{ method }}` |
 | round | {{ round }} |
-| merging weights π | {{ weights }} |
+%s
+
+<details>
+<summary>Recipe of the run</summary>
+
+```yaml
+{{ recipe }}```
+
+</details>
+"""
+"""Card with an introduction and further rows of the table."""
+
+_CLIENT = _CARD % (
+    """A LoRA adapter of {{ base }} for **{{ name }}**, {{ role }}
+([FedMerge]({{ project }})). No client shared its data. The adapter is merged from
+{{ adapters }} shared adapter{{ "s" if adapters > 1 }}: θ = Σ_j π_j Θ_j{{ plus_own }}. It is a plain
+PEFT adapter of rank {{ rank }}.""",
+    """| merging weights π | {{ weights }} |
 {%- for part, number in examples.items() %}
 | {{ part }} examples | {{ number }} |
 {%- endfor %}
 {%- for metric, value in scores.items() %}
 | {{ metric }}, on this client's own examples | {{ value }} |
-{%- endfor %}
+{%- endfor %}""",
+)
 
-<details>
-<summary>Recipe of the run</summary>
-
-```yaml
-{{ recipe }}```
-
-</details>
-"""
-
-_SOUP = """---
-{{ card_data }}
----
-
-# {{ title }}
-
+_SOUP = _CARD % (
+    """\
 {{ adapters }} LoRA adapters of {{ base }}, and the merging weights of {{ clients }} clients in
 `weights.json` ([FedMerge]({{ project }})). A client's adapter is Σ_j π_j Θ_j, tensor by tensor.
 PEFT's `add_weighted_adapter` computes something else, so merge as follows:
 {%- if own %}
 The clients' own parts, such as heads or label priors, are not included; export clients for them.
-{%- endif %}
-
-```python
-{{ example }}
-```
-
-| | |
-|---|---|
-| base model | {{ base }} |
-{%- if gguf %}
-| base weights | dequantized from {{ gguf }} to {{ dtype }} |
-{%- endif %}
-| method | `{{ method }}` |
-| round | {{ round }} |
-| adapters | {{ adapters }}, of rank {{ rank }} |
+{%- endif %}""",
+    """| adapters | {{ adapters }}, of rank {{ rank }} |
 {%- for metric, value in scores.items() %}
 | {{ metric }}, mean over clients | {{ value }} |
-{%- endfor %}
-
-<details>
-<summary>Recipe of the run</summary>
-
-```yaml
-{{ recipe }}```
-
-</details>
-"""
+{%- endfor %}""",
+)
 
 _CLIENT_LOAD = "model = PeftModel.from_pretrained(base, {place}).eval()"
 _PASSED_BASE = "base = ...  # the model that the run was given, for example by federate(model=...)"

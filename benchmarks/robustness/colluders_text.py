@@ -133,10 +133,10 @@ def measure(
         cases = [(None, 0.0), *((a, f) for a in COLLUSIONS for f in FRACTIONS)]
         if len(FEDERATIONS[title][1]) == 1:
             cases = [case for case in cases if case[0] != "takeover"]
-        for seed in seeds:
-            cells = None
-            for attack, fraction in cases:
-                for defense in DEFENSES:
+        for defense in reversed(DEFENSES):
+            for seed in seeds:
+                cells = None
+                for attack, fraction in cases:
                     key = json.dumps([title, seed, defense, attack, fraction])
                     if key in found:
                         continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import stat
 
 import pytest
 import torch
@@ -63,11 +65,34 @@ def test_a_file_is_dequantized_once_for_each_number_format(tiny_models, tmp_path
 
 
 @needs_gguf
-def test_a_damaged_file_is_one_error_and_leaves_nothing(tmp_path, cache):
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"GGUF" + b"\0" * 40,
+        lambda data: data[: len(data) // 2],  # within the tensors
+        lambda data: data[:300],  # within the settings
+        lambda data: data[:8] + b"\xff" * 8 + data[16:],  # number of tensors
+        lambda data: data[:16] + b"\xff" * 8 + data[24:],  # number of settings
+        lambda data: data[:24] + b"\xff" * 8 + data[32:],  # length of a text
+    ],
+)
+def test_a_damaged_file_is_one_error_and_leaves_nothing(tiny_models, tmp_path, cache, damage):
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(damage(write_gguf(tiny_models / "llama", path).read_bytes()))
     with pytest.raises(BackboneError, match=r"tiny\.gguf cannot be loaded as a GGUF file: "):
         model_folder(recipe(tmp_path), tmp_path)
     assert not list(cache.iterdir())
+
+
+@needs_gguf
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_weights_of_another_user_are_not_used(tiny_models, tmp_path, cache, monkeypatch):
+    write_gguf(tiny_models / "llama", tmp_path / "tiny.gguf")
+    written = model_folder(recipe(tmp_path), tmp_path)
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    monkeypatch.setattr(reader, "is_own", lambda path: False)
+    with pytest.raises(BackboneError, match=f"{written} is not used .*belongs to another user"):
+        model_folder(recipe(tmp_path), tmp_path)
 
 
 def test_a_file_that_is_not_there_is_refused_with_those_that_are(tmp_path):

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fedmerge_peft import BackboneError, Recipe, Run, RunError, federate
 from fedmerge_peft.cli import main
+from fedmerge_peft.runs.cleanup import files_in
+from fedmerge_peft.runs.verify import verify
 from fedmerge_peft.serving.conversation import Conversation
 from fedmerge_peft.serving.export import export_all, export_client, export_soup
 from fedmerge_peft.serving.vllm import serve_script
@@ -149,6 +151,13 @@ def test_vllm_serves_one_adapter_for_each_client(chats, tmp_path):
     assert options["--max-lora-rank"] == "8"
     assert json.loads(options["--override-generation-config"])["temperature"] == 0
     assert (folder / options["--chat-template"]).is_file()
+    assert verify(folder) == len(files := files_in(folder))
+    for file in files:  # the script, settings of generation and the tokenizer too
+        content = file.read_bytes()
+        file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(RunError, match=re.escape(file.name)):
+            verify(folder)
+        file.write_bytes(content)
     modules = [json.loads(word) for word in words[words.index("--lora-modules") + 1 :]]
     assert [module["name"] for module in modules] == list(chats.client_names)
     for module in modules:

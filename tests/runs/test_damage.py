@@ -24,10 +24,11 @@ def reading(path):
     found = []
     run = load_run(path)
     for each in (run, *run.baselines.values()):
+        best = (each.path / "best").is_dir()
         found += [each.recipe, each.environment, each.decisions, each.records, each.summary]
-        found += [each.task, each.adapter_config, each.client_names, each.scores(best=True)]
+        found += [each.task, each.adapter_config, each.client_names, each.scores(best=best)]
         found += [each.clients.to_csv(), each.label_counts.to_csv(), each.weights.to_csv()]
-        states = [each.state(), each.state(best=True)]
+        states = [each.state(), each.state(best=best)]
         found += [(soup.layout, soup.rows.tolist(), pi.tolist()) for soup, pi in states]
         found += [(number, pi.tolist()) for number, pi in each.weights_by_round()]
     return found

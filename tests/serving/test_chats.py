@@ -151,7 +151,8 @@ def test_vllm_serves_one_adapter_for_each_client(chats, tmp_path):
     assert options["--max-lora-rank"] == "8"
     assert json.loads(options["--override-generation-config"])["temperature"] == 0
     assert (folder / options["--chat-template"]).is_file()
-    assert verify(folder) == len(files := files_in(folder))
+    files = files_in(folder)
+    assert verify(folder) == len(files)
     for file in files:  # the script, settings of generation and the tokenizer too
         content = file.read_bytes()
         file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])

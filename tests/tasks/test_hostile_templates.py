@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from fedmerge_peft.errors import DataError, FedMergeError
+from fedmerge_peft.errors import DataError
 
 CHATS = Dataset.from_dict(
     {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]}
@@ -28,11 +28,8 @@ REACHING = [
 def test_a_template_reaches_nothing_but_the_messages(task_of, tmp_path, template):
     mark = tmp_path / "ran"
     template = template.replace("MARK", str(mark))
-    with pytest.raises(FedMergeError) as refused:
-        task = task_of("llama", CHATS, name="causal-lm", chat_template=template)
-        task.encode(CHATS)
-    assert isinstance(refused.value, DataError)
-    assert "chat template" in str(refused.value)
+    with pytest.raises(DataError, match="chat template") as refused:
+        task_of("llama", CHATS, name="causal-lm", chat_template=template).encode(CHATS)
     assert not mark.exists()
     for secret in ("root:", "class 'object'", "builtins"):
         assert secret not in str(refused.value).replace(template, "")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -67,6 +69,8 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
     """Run ``fedmerge`` with these arguments on several ranks.
 
     Unless ``OMP_NUM_THREADS`` is set, each process gets an equal share of the CPU cores as threads.
+    On Linux without a GPU, the ranks are forks of this process, which imports the libraries once
+    for all of them.
 
     Raises:
         RankError: A process was killed.
@@ -92,10 +96,16 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
+            start_method="fork",  # of functions; programs are started as they are
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
+        program: str | Callable[..., None] = sys.executable
+        options: Sequence[object] = ("-m", "fedmerge_peft", *arguments)
+        if _forks():
+            _import_libraries()
+            program, options = _run_forked, (arguments,)
         try:
-            elastic_launch(config, sys.executable)("-m", "fedmerge_peft", *arguments)
+            elastic_launch(config, program)(*options)
         except ChildFailedError as error:
             number, first = error.get_first_failure()
             if first.exitcode < 0:  # it could not report anything itself
@@ -115,6 +125,39 @@ def share_cores(count: int) -> None:
     A value of ``OMP_NUM_THREADS`` in the environment is kept.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+
+
+def _forks() -> bool:
+    """Return True if ranks may be forks: no other system, and no process that has used a GPU."""
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.is_available()
+
+
+def _import_libraries() -> None:
+    """Import what all ranks need, without starting a thread or running a tensor operation."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+
+    from fedmerge_peft.engines import distributed  # noqa: F401
+    from fedmerge_peft.federation import federate  # noqa: F401
+
+
+def _run_forked(arguments: Sequence[str]) -> None:
+    """Run ``fedmerge`` in a forked rank, as in a process of its own."""
+    import torch
+
+    from fedmerge_peft.cli import main
+
+    os.setsid()  # Ctrl-C in a terminal reaches the launcher only, which passes it on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # libraries read it at import
+    try:
+        main(arguments)
+    except Exception:  # the launcher would print it in a form of its own
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def _cores() -> int:

@@ -9,7 +9,7 @@ from equality import tolerance
 from fedmerge_peft import Federation
 from fedmerge_peft.engines.assignments import Assignment, Assignments
 from fedmerge_peft.engines.local import LocalEngine
-from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.evaluation import evaluate, evaluate_parts, example_losses
 from fedmerge_peft.training.plan import Train
 
 
@@ -86,8 +86,8 @@ def test_the_same_adapter_is_scored_once(smoke, monkeypatch, strategy, scored):
     """A client that trains alone is served its trained adapter; its scores are reused."""
     asked = []
     monkeypatch.setattr(
-        "fedmerge_peft.engines.local.evaluate",
-        lambda *given: asked.append(given) or evaluate(*given),
+        "fedmerge_peft.engines.local.evaluate_parts",
+        lambda *given: asked.append(given) or evaluate_parts(*given),
     )
     recipe = smoke(f"strategy={{name: {strategy}}}", "rounds=4", "data.validation_fraction=0")
     engine = LocalEngine.from_recipe(recipe)

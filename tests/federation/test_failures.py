@@ -106,15 +106,15 @@ def test_a_run_that_lost_too_many_clients_resumes_when_they_are_back(
 def test_a_client_that_cannot_be_evaluated_is_missing_from_the_final_scores_only(
     smoke, smoke_engine, tmp_path, monkeypatch
 ):
-    evaluate, culprit = local.evaluate, smoke_engine.clients[1]
+    evaluate, culprit = local.evaluate_parts, smoke_engine.clients[1]
     smoke_engine.clear_caches()
 
-    def fail(runtime, served, rows, batch_size):
-        if rows is culprit.test:
+    def fail(runtime, served, parts, batch_size):
+        if any(rows is culprit.test for rows in parts):
             raise ZeroDivisionError("no luck")
-        return evaluate(runtime, served, rows, batch_size)
+        return evaluate(runtime, served, parts, batch_size)
 
-    monkeypatch.setattr(local, "evaluate", fail)
+    monkeypatch.setattr(local, "evaluate_parts", fail)
     run = federate(smoke("clients.failures=skip"), tmp_path / "run", engine=smoke_engine)
     assert run.summary["failures"] == {culprit.name: 2}
     assert culprit.name not in run.summary["final"]["served"]["clients"]

@@ -9,12 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 
+from equality import tolerance
 from fedmerge_peft import Recipe, federate
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.models.adapter_slot import AdapterSlot
 from fedmerge_peft.models.adapter_stack import AdapterStack
 from fedmerge_peft.tasks.metrics import reward_accuracy, reward_margin
+from fedmerge_peft.training.evaluation import evaluate, evaluate_parts
 from fedmerge_peft.training.gradients import accumulate
 
 NAME = "preference"
@@ -149,6 +151,17 @@ def test_losses_and_gradients_are_those_of_the_papers(engine, fresh, adapters):
         assert float(loss) == pytest.approx(np.mean(each), rel=1e-4)
         assert float((gradient - wanted).norm() / wanted.norm()) < 1e-3
     assert len({round(float(loss), 5) for loss in losses}) == adapters
+
+
+@pytest.mark.equality
+def test_parts_that_share_batches_have_the_scores_of_each_alone(engine):
+    assert engine.runtime.head is not None
+    (row,) = rows(engine, 1)
+    parts = [np.array([1, 2]), np.array([0, 7, 4])]
+    found = evaluate_parts(engine.runtime, row, parts, 8)
+    for part, scores in zip(parts, found, strict=True):
+        alone = evaluate(engine.runtime, row, part, 8)
+        assert scores == pytest.approx(alone, rel=tolerance(torch.float32))
 
 
 def test_the_metrics_are_those_of_the_rewards(engine, fresh):

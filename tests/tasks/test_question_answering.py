@@ -11,11 +11,12 @@ import torch
 import transformers as hf
 from datasets import Dataset
 
-from equality import assert_near
+from equality import assert_near, tolerance
 from fedmerge_peft.errors import DataError, RunError
 from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.report.page import write_report
 from fedmerge_peft.training.batching import clients_per_batch
+from fedmerge_peft.training.evaluation import evaluate, evaluate_parts
 from task_bench import TaskBench, assert_same_step, run_of
 
 NAME = "question-answering"
@@ -119,6 +120,16 @@ def test_the_loss_of_an_example_depends_on_no_other(tiny_models):
     together, counts = losses([0, 1, 2, 3])
     assert counts.tolist() == [1, 6, 1, 1]
     assert_near(together, torch.cat([losses([row])[0] for row in range(4)]))
+
+
+@pytest.mark.equality
+def test_parts_that_share_batches_have_the_scores_of_each_alone(tiny_models):
+    bench = bench_of(tiny_models)
+    parts = [np.array([2, 1]), np.array([0, 3])]  # example 1 has six windows
+    found = evaluate_parts(bench.runtime, bench.row(), parts, 4)
+    for part, scores in zip(parts, found, strict=True):
+        alone = evaluate(bench.runtime, bench.row(), part, 4)
+        assert scores == pytest.approx(alone, rel=tolerance(torch.float32))
 
 
 @pytest.mark.equality

@@ -6,7 +6,8 @@ import torch
 
 from equality import assert_near, tolerance
 from fedmerge_peft import RecipeError
-from fedmerge_peft.training.evaluation import example_losses
+from fedmerge_peft.training.evaluation import evaluate, evaluate_parts, example_losses
+from fedmerge_peft.training.labeled_head import labeled_head
 from fedmerge_peft.training.plan import Mixture
 from training.bench import Bench
 
@@ -33,6 +34,27 @@ def test_the_losses_of_examples_add_up_to_the_evaluations(tiny_models):
         bench.evaluate(bench.row)["loss"], rel=tolerance(torch.float64)
     )
     assert_near(found[0], found[1].flip(0))
+
+
+@pytest.mark.equality
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["adapter", "mixture"])
+def test_parts_that_share_batches_have_the_scores_of_each_alone(tiny_models, kind, mixed):
+    bench = Bench(tiny_models, kind)
+    bench.runtime.head = labeled_head(bench.runtime, np.arange(10)) if kind == "gpt2" else None
+    rows = torch.stack([bench.row, bench.backbone.fresh_row(2)])
+    served = Mixture(rows, torch.tensor([0.3, 0.7])) if mixed else bench.row
+    parts = [np.array([7, 1, 4]), np.array([0]), np.array([9, 2, 3, 5, 8])]
+    alone = [evaluate(bench.runtime, served, part, 4) for part in parts]
+    passes = []
+    handle = bench.backbone.model.register_forward_hook(lambda *_: passes.append(1))
+    found = evaluate_parts(bench.runtime, served, parts, 4)
+    handle.remove()
+    assert len(passes) == 3 * (1 + mixed)  # batches of 4, 4 and 1
+    assert len({scores["loss"] for scores in found}) == 3
+    for one, other in zip(found, alone, strict=True):
+        assert one == pytest.approx(other, rel=tolerance(torch.float64))
 
 
 @pytest.mark.equality

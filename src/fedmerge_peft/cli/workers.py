@@ -84,7 +84,8 @@ def run_on_workers(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed"):  # the ranks report their errors themselves
+        # The ranks report their errors themselves.
+        if name.startswith(("torch.distributed", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with TemporaryDirectory(prefix="fedmerge-") as folder:
         config = LaunchConfig(
@@ -128,7 +129,7 @@ def share_cores(count: int) -> None:
 
 
 def _forks() -> bool:
-    """Return True if ranks may be forks: no other system, and no process that has used a GPU."""
+    """Return True if ranks may be forks: on Linux, and if no library can have started a GPU."""
     import torch
 
     return sys.platform == "linux" and not torch.cuda.is_available()

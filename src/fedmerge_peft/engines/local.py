@@ -34,7 +34,7 @@ from fedmerge_peft.tasks.base import Task
 from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.batching import check_task, clients_per_batch
-from fedmerge_peft.training.evaluation import evaluate, example_losses
+from fedmerge_peft.training.evaluation import evaluate_parts, example_losses
 from fedmerge_peft.training.execute import run_plans
 from fedmerge_peft.training.features import class_statistics
 from fedmerge_peft.training.first_token import cut_to_first_token
@@ -386,13 +386,12 @@ class LocalEngine:
             )
 
     def _evaluate(self, client: Client, served: Served) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        batch_size = self.recipe.evaluation.batch_size
-        for part, rows in (("validation", client.validation), ("test", client.test)):
-            if len(rows):
-                values = evaluate(self.runtime, served, rows, batch_size)
-                scores |= {f"{part}_{name}": value for name, value in values.items()}
-        return scores
+        size = self.recipe.evaluation.batch_size
+        parts = {"validation": client.validation, "test": client.test}
+        held = {part: rows for part, rows in parts.items() if len(rows)}
+        scores = evaluate_parts(self.runtime, served, list(held.values()), size)
+        by_part = zip(held, scores, strict=True)
+        return {f"{part}_{name}": each for part, own in by_part for name, each in own.items()}
 
 
 def _rows_held(clients: Sequence[Client]) -> Indices:

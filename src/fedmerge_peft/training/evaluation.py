@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from fedmerge_peft.training.plan import Mixture, Served
 from fedmerge_peft.training.runtime import Runtime
 
 
-@torch.no_grad()
 def evaluate(
     runtime: Runtime, served: Served, indices: Indices, batch_size: int
 ) -> dict[str, float]:
@@ -36,28 +36,96 @@ def evaluate(
         RecipeError: A metric needs generated text, which mixtures do not support, or
             ``compute_metrics`` returned no numbers by name.
     """
-    task, predictions = runtime.task, Predictions()
-    rows = indices[_by_length(runtime.examples, indices)]
+    return evaluate_parts(runtime, served, [indices], batch_size)[0]
+
+
+@torch.no_grad()
+def evaluate_parts(
+    runtime: Runtime, served: Served, parts: Sequence[Indices], batch_size: int
+) -> list[dict[str, float]]:
+    """Return the scores (``evaluate``) of several sets of examples, such as validation and test.
+
+    The sets fill batches together, so that a client with few examples of each needs fewer passes.
+    Their scores equal those of separate calls up to rounding.
+
+    Args:
+        runtime: Model, task and examples.
+        served: An adapter ``(P,)`` or a mixture.
+        parts: Rows of the table of each set.
+        batch_size: Examples in a pass.
+
+    Raises:
+        RecipeError: As ``evaluate``.
+    """
+    task = runtime.task
+    if not parts:
+        return []
+    if len(parts) > 1 and (task.in_batch or task.padding in ("none", "alone")):
+        return [evaluate(runtime, served, part, batch_size) for part in parts]
+    predictions = [Predictions() for _ in parts]
+    rows, owners = _joined(runtime.examples, parts, batch_size)
+    done = 0
     for chunk, logits, labels in _forward(runtime, served, rows, batch_size):
-        sums, counts = task.losses(logits, labels)
-        predictions.loss_sum += float(sums.double().sum())
-        predictions.count += float(counts.sum())
-        predictions.add(task.outputs(logits, labels, runtime.examples, chunk))
-        if task.generates:
-            if isinstance(served, Mixture):
-                raise RecipeError(
-                    "task.metrics: a mixture of models cannot generate text; "
-                    "use perplexity or accuracy"
-                )
-            with runtime.accelerator.autocast():
-                texts = task.generate(
-                    runtime.backbone.model, runtime.examples, chunk, runtime.device
-                )
-            predictions.add({"texts": texts})
-    scores = score(task.metrics, predictions)
-    if task.compute_metrics is not None and predictions.outputs:
-        scores |= own_scores(task.compute_metrics, task.metrics, predictions)
+        bounds = np.searchsorted(owners[done : done + len(chunk)], np.arange(len(parts) + 1))
+        done += len(chunk)
+        for part, (start, stop) in zip(predictions, pairwise(bounds.tolist()), strict=True):
+            if start < stop:
+                outputs = _of_examples(runtime, logits, labels, start, stop)
+                _add(runtime, part, served, chunk[start:stop], outputs, labels[start:stop])
+    scores = [score(task.metrics, part) for part in predictions]
+    if task.compute_metrics is not None:
+        for own, part in zip(scores, predictions, strict=True):
+            own |= own_scores(task.compute_metrics, task.metrics, part) if part.outputs else {}
     return scores
+
+
+def _joined(
+    examples: Examples, parts: Sequence[Indices], batch_size: int
+) -> tuple[Indices, Indices]:
+    """Return the rows of all parts in batches of similar lengths, and the part of each row.
+
+    Within a batch, the rows of a part are adjacent, and parts ascend.
+    """
+    rows = np.concatenate(list(parts))
+    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    order = _by_length(examples, rows)
+    batch = np.arange(len(rows)) // batch_size
+    order = order[np.lexsort((owners[order], batch))]
+    return rows[order], owners[order]
+
+
+def _of_examples(runtime: Runtime, logits: Tensor, labels: Tensor, start: int, stop: int) -> Tensor:
+    """Return the logits of consecutive examples of a batch, as a view."""
+    positions = None if runtime.head is None else runtime.task.labeled_positions(labels)
+    if positions is None:
+        each = len(logits) // len(labels)  # rows of an example
+        return logits[start * each : stop * each]
+    ends = np.cumsum([0, *positions.reshape(len(labels), -1).sum(dim=1).tolist()])
+    return logits[ends[start] : ends[stop]]
+
+
+def _add(
+    runtime: Runtime,
+    predictions: Predictions,
+    served: Served,
+    rows: Indices,
+    logits: Tensor,
+    labels: Tensor,
+) -> None:
+    """Add losses and outputs of some examples."""
+    task = runtime.task
+    sums, counts = task.losses(logits, labels)
+    predictions.loss_sum += float(sums.double().sum())
+    predictions.count += float(counts.sum())
+    predictions.add(task.outputs(logits, labels, runtime.examples, rows))
+    if task.generates:
+        if isinstance(served, Mixture):
+            raise RecipeError(
+                "task.metrics: a mixture of models cannot generate text; use perplexity or accuracy"
+            )
+        with runtime.accelerator.autocast():
+            texts = task.generate(runtime.backbone.model, runtime.examples, rows, runtime.device)
+        predictions.add({"texts": texts})
 
 
 @torch.no_grad()

@@ -319,8 +319,8 @@ def test_groups_that_larger_differences_hide_are_found_too():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_clients_of_a_group_have_of_their_own_divides_no_group(seed):
-    """Five groups of ten; among ten, k-means finds own parts that are alike by chance."""
+def test_individual_differences_within_a_group_do_not_divide_it(seed):
+    """Five groups of ten: k-means of so few clients finds similar differences by chance."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.arange(50) % 5
     group, axes = (

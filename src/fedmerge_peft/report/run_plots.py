@@ -32,7 +32,7 @@ class RunPlots:
         return _picture(learning_figures(self._setting), "scores")
 
     def loss(self) -> Picture:
-        """Return the training and validation loss by round, against guessing."""
+        """Return the training and validation loss by round, with the loss of guessing."""
         return _picture(learning_figures(self._setting), "loss")
 
     def weights(self) -> Picture:

@@ -53,7 +53,8 @@ TWO_LISTS = (
         ),
         (
             "training: {optimizer: adam}",
-            "found text 'adam', expected one of adamw, sgd; did you mean 'adamw'?",
+            "found text 'adam', expected one of adamw, sgd, adamw_8bit, paged_adamw_32bit, "
+            "paged_adamw_8bit; did you mean 'adamw'?",
         ),
         (
             "lora: {target_modules: 3}",

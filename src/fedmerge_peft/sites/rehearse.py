@@ -19,7 +19,7 @@ from fedmerge_peft.sites.site_data import split_clients, write_site_data
 from fedmerge_peft.sites.supervisor import ChildProcess, child_environment
 
 _PROGRAM = [sys.executable, "-c", "from fedmerge_peft.cli import main; main()", "federate"]
-_START_TIMEOUT = 60.0
+_START_TIMEOUT = 180.0
 """Seconds that the server may take to listen."""
 
 

@@ -189,6 +189,32 @@ def test_other_encodings_are_refused_until_they_are_named(read, encoding):
     assert "the bytes are not valid utf-8" in fault(read, "é".encode("cp1252"), encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        (gzip.compress(TEXT.encode()), "compressed with gzip; name it .gz"),
+        (b"PK\x03\x04\x14\0", "a zip archive, as spreadsheets are"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html>\n<html><body>404, not found</body></html>", "a web page"),
+        (b"PAR1\x15\x04", "a parquet file; name it .parquet"),
+    ],
+)
+def test_files_of_another_kind_are_named(read, raw, kind):
+    assert f"rows.csv is {kind}" in fault(read, raw)
+    assert "rows.csv is " not in fault(read, b"PAR1,BZh\n1\n")
+
+
+def test_one_nul_character_is_no_utf_16(read):
+    assert "rows.csv:2: the text has a NUL character, which is no text" in fault(
+        read, "name,x\nJos\0e,1\n"
+    )
+
+
+def test_a_table_without_rows_names_its_columns(read):
+    assert "has no rows (its columns: name, x); add some" in fault(read, "name,x\n")
+    assert "first row names 1 columns (# made in 2024);" in fault(read, "# made in 2024\na,b\n")
+
+
 def test_compressed_files_are_read_and_damaged_ones_refused(read):
     raw = gzip.compress(TEXT.encode())
     assert read(raw, "ROWS.CSV.GZ") == read(raw, "rows.csv.gz") == {"name": ["José"], "größe": [1]}

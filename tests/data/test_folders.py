@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -173,11 +174,23 @@ def test_tables_that_a_card_names_have_the_types_of_files(tmp_path):
     assert loaded["test"]["code"][:] == ["100"]
 
 
-def test_relative_paths_of_images_are_looked_for_beside_the_table_first(tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", ["rows.json", "rows.csv.gz"])
+def test_one_table_in_two_formats_is_refused(tmp_path, other):
+    write(tmp_path, "data/rows.csv", f"data/{other}", "data/rows.v2.csv")
+    with pytest.raises(DataError, match="are one name in two formats, so rows may be there twice"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_relative_paths_of_images_are_looked_for_beside_the_table_first(
+    tmp_path, monkeypatch, name
+):
     write(tmp_path, "here/a.png", "there/tables/a.png", "here/b.png")
-    (tmp_path / "there" / "tables" / "rows.csv").write_text("image,label\na.png,1\nb.png,1\n,2\n")
+    table = tmp_path / "there" / "tables" / name
+    frame = pd.DataFrame({"image": ["a.png", "b.png", None], "label": [1, 1, 2]})
+    frame.to_csv(table, index=False) if name == "rows.csv" else frame.to_parquet(table)
     monkeypatch.chdir(tmp_path / "here")
-    recipe = DataRecipe(path="../there/tables/rows.csv", partition={"scheme": "iid", "clients": 1})
+    recipe = DataRecipe(path=f"../there/tables/{name}", partition={"scheme": "iid", "clients": 1})
     beside = str(tmp_path / "there" / "tables" / "a.png")
     images = load_splits(recipe, media="image")["train"]["image"][:]
     assert [image and str(Path(image).resolve()) for image in images[:1]] == [beside]

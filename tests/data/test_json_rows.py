@@ -23,6 +23,15 @@ def read(tmp_path):
     return make
 
 
+def test_one_object_is_one_row_and_a_warning(read, caplog):
+    assert len(read(json.dumps({"data": [{"a": 1}, {"a": 2}]}), "rows.json")["data"]) == 1
+    assert "rows.json has one object, which is read as one row" in caplog.text
+    caplog.clear()
+    read(json.dumps({"a": 1}))
+    read(json.dumps([{"a": 1}]), "rows.json")
+    assert not caplog.text
+
+
 def lines(values):
     return "\n".join(json.dumps({"id": number, "x": x}) for number, x in enumerate(values)) + "\n"
 

@@ -175,7 +175,7 @@ def test_parts_of_a_checkpoint_are_all_read_or_refused(tmp_path):
     _, missing = load_saved(tmp_path)
     assert modules(missing) == {"classifier"}
     first.unlink()
-    with pytest.raises(BackboneError, match="cannot be loaded as AutoModelForSequenceClass"):
+    with pytest.raises(BackboneError, match=r"lacks 1 of the \d+ files .*, such as model-00001-"):
         load_saved(tmp_path)
 
 
@@ -183,8 +183,58 @@ def test_a_damaged_file_is_one_error(tmp_path):
     make("bert").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BackboneError, match=r"cannot be loaded as .*: .*(incomplete|not fully)"):
+    with pytest.raises(BackboneError, match=r"model.safetensors is damaged or incomplete: "):
         load_saved(tmp_path)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(BackboneError, match=r"model.safetensors is a pointer of Git LFS; git lfs"):
+        load_saved(tmp_path)
+
+
+def test_weights_under_another_name_are_named(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    with pytest.raises(BackboneError, match=r"neither .* \(but weights.safetensors\); add"):
+        load_saved(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_without_their_description_are_refused(tmp_path, dtype):
+    make("bert").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    name = "encoder.layer.0.attention.self.query.weight"
+    save_file({**weights, name: weights[name].to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=f"has {name} as (I8|F8_E4M3), so .* is quantized"):
+        load_saved(tmp_path)
+
+
+def test_an_unknown_quantization_is_refused(tmp_path):
+    with pytest.raises(BackboneError, match="quantized in a way that transformers does not know"):
+        load(make("bert"), tmp_path, quantization_config={"quant_method": "unheard of"})
+
+
+def test_folders_of_models_below_are_listed(tmp_path):
+    make("bert").save_pretrained(tmp_path / "checkpoint-20")
+    with pytest.raises(BackboneError, match="name one of the folders in it: checkpoint-20"):
+        load_saved(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://hub.test/owner/name", "is a URL; write the hub id alone, such as owner/name"),
+        ("models/bert/final", "is not a model folder"),
+        (r"C:\models\bert", "is not a model folder"),
+    ],
+)
+def test_places_that_are_no_hub_id_are_not_looked_for_there(tmp_path, name, message):
+    with pytest.raises(BackboneError, match=message):
+        model_folder(BackboneRecipe(model=name), tmp_path)
 
 
 def test_pickled_weights_are_refused(tmp_path):

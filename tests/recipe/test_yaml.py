@@ -25,7 +25,6 @@ def read(text):
         ("-3", -3),
         ("0x1F", 31),
         ("0o17", 15),
-        ("017", 17),
         ("9223372036854775807", 2**63 - 1),
         ("-.inf", float("-inf")),
         ("true", True),
@@ -148,6 +147,10 @@ def test_text_that_is_not_one_mapping_is_refused_in_one_line(content, fault, fau
     ("line", "fault"),
     [
         ("rounds: 123456789012345678901234567890", "rounds: the number does not fit into 64 bits"),
+        (
+            "rounds: 017",
+            "rounds: 017 begins with a zero; leave it out, or quote the value if it is text",
+        ),
         ("rounds: !!int x", "rounds: 'x' does not match its tag !!int"),
         (
             "rounds: !!python/object:os.system 3",

@@ -73,7 +73,7 @@ def test_tokenizers_that_are_loaded(error, task_of, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(error))
     with pytest.raises(BackboneError) as found:
         task_of("bert", TEXTS, **CLASSES)
-    check(found, BackboneError, "Tokenizer of ")
+    check(found, BackboneError, "backbone.tokenizer: Tokenizer of ")
 
 
 def test_chat_templates(error, task_of, monkeypatch):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -109,6 +111,7 @@ def test_labels_that_start_at_1_or_are_whole_numbers_keep_their_names(task_of, c
             r"row 1 \(of the rows in use\): label 123456 .* is too large for a label id",
         ),
         ([0], {"label": "intent"}, r"task.label: there is no column 'intent'.*text, label"),
+        ([0, 1], {"num_labels": 1001}, r"1,001 labels for 2 rows; accepted are as many as there"),
         ([], {}, r"no rows"),
     ],
 )
@@ -255,7 +258,26 @@ def test_a_missing_tokenizer_is_refused(task_of, tmp_path):
     with pytest.raises(
         BackboneError, match=r"Tokenizer of .* cannot be loaded: .*; backbone.tokenizer may name"
     ):
+        task_of("bert", table_of([0, 1]), name=NAME, backbone={"tokenizer": str(tmp_path)})
+
+
+def test_a_faulty_configuration_is_told_from_a_faulty_tokenizer(task_of, tiny_models, tmp_path):
+    config = json.loads((tiny_models / "bert" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "32"}))
+    message = r"backbone.model: Config of .* 'hidden_size': .*'32'.*; correct config.json"
+    with pytest.raises(BackboneError, match=message):
         task_of("bert", table_of([0, 1]), name=NAME, folder=tmp_path)
+
+
+@pytest.mark.parametrize("length", ["512", 0, -1])
+def test_a_limit_of_the_tokenizer_that_is_no_length_is_refused(
+    task_of, tiny_models, tmp_path, length
+):
+    folder = shutil.copytree(tiny_models / "bert", tmp_path / "bert")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": length}))
+    with pytest.raises(BackboneError, match=f"model_max_length in .* is {length!r}, but"):
+        task_of("bert", table_of([0, 1]), name=NAME, folder=folder)
 
 
 # --- losses ---------------------------------------------------------------------------------------

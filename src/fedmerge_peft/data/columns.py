@@ -209,8 +209,14 @@ def first_of_lists(dataset: Dataset, column: str) -> Dataset:
 
 
 def _reject_inexact(entries: Any, column: str, key: str) -> None:
-    """Raise ``DataError`` for floating-point numbers to which several integers are rounded."""
+    """Raise ``DataError`` for infinities, and for numbers to which several integers are rounded."""
     if pa.types.is_floating(entries.type):
+        infinite = entries.filter(pc.is_inf(entries))
+        if len(infinite):
+            raise DataError(
+                f"{key}: the column {column} has {infinite[0].as_py()!r}, which is no value of a "
+                "class; correct it, or remove its rows"
+            )
         inexact = entries.filter(pc.greater_equal(pc.abs(entries), float(LARGEST_EXACT)))
         if len(inexact):
             raise DataError(

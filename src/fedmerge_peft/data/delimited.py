@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
+from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe.data import Quoting
@@ -129,8 +131,9 @@ def _check_width(path: Path, records: Sequence[_Record], separator: str) -> None
     if len(row.fields) != len(names):
         raise DataError(
             f"data.path: {path}:{row.first}: the row has {len(row.fields)} fields, but the first "
-            f"row names {len(names)} columns; enclose fields that contain {separator!r} in "
-            'quotation marks, or set data.separator (such as data.separator=";")'
+            f"row names {len(names)} columns ({shortened(join_values(names, 3), 80)}); enclose "
+            f"fields that contain {separator!r} in quotation marks, set data.separator (such as "
+            'data.separator=";"), or remove lines that are no rows'
         )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmerge_peft.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -31,6 +34,12 @@ def read_json(path: Path, text: str) -> list[JsonRow]:
     if len(values) == 1 and isinstance(values[0], list):
         (values,) = values
         places = [f"{path}, row {number}" for number in range(1, len(values) + 1)]
+    elif len(values) == 1 and path.suffix.lower() == ".json":
+        logger.warning(
+            "%s has one object, which is read as one row; several rows are a list of objects, or "
+            "one object per line",
+            path,
+        )
     if len(values) == 1 and _has_columns(values[0]):
         raise DataError(
             f"data.path: {path} has one object of columns, not of one row; write one object per "

@@ -27,6 +27,7 @@ from fedmerge_peft.data.local_files import read_hub, read_local
 from fedmerge_peft.data.tables import TABLES, is_table
 from fedmerge_peft.data.text_files import COMPRESSIONS
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,9 +79,10 @@ def load_splits(
     chosen = _select_splits(recipe, splits)
     chosen = _filter(recipe, chosen) if recipe.filter else chosen
     if not len(chosen["train"]):
+        columns = join_values(chosen["train"].column_names, 5) or "none"
         raise DataError(
-            f"data.path: the split {recipe.train_split} of {recipe.path} has no rows; "
-            "name another split with data.train_split=..."
+            f"data.path: the split {recipe.train_split} of {recipe.path} has no rows (its columns: "
+            f"{shortened(columns, 120)}); add some, or name another split in data.train_split"
         )
     return chosen
 
@@ -101,6 +103,11 @@ def _read(recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
         raise DataError(
             f"data.path: {path} has an unsupported format; convert it to one of "
             f"{join_values(TABLES)}, or name a folder or a hub id"
+        )
+    if "://" in recipe.path:
+        raise DataError(
+            f"data.path: {recipe.path} is a URL; download the file, or write the id of a data set "
+            "on the hub, such as owner/name"
         )
     if not path.exists() and _looks_local(recipe.path):
         raise DataError(

@@ -13,6 +13,7 @@ from fedmerge_peft.data import data_cards
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.data.folders import media_labels, split_media, split_tables, walk
 from fedmerge_peft.data.tables import TABLES, is_table, read_tables, reading
+from fedmerge_peft.data.text_files import format_suffix
 from fedmerge_peft.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _read_folder(folder: Path, recipe: DataRecipe, media: str | None) -> dict[st
     if tables:
         described = [path for path in tables if _describes_media(path)] if found else []
         used = described or tables
+        _reject_copies(used)
         read = _read_tables(split_tables(folder, used), recipe, kind if described else media)
         used = [*used, *_media_paths(read, kind if described else media)]
     elif found:
@@ -115,6 +117,18 @@ def _read_folder(folder: Path, recipe: DataRecipe, media: str | None) -> dict[st
         names = join_values((path.relative_to(folder) for path in unread), 10)
         logger.warning("%s: not read (%d of %d files): %s", folder, len(unread), len(files), names)
     return read
+
+
+def _reject_copies(tables: Sequence[Path]) -> None:
+    """Raise ``DataError`` for a table in two formats, because its rows would count twice."""
+    seen: dict[str, Path] = {}
+    for path in tables:
+        name = str(path)[: str(path).lower().rindex(format_suffix(path))]
+        if (other := seen.setdefault(name, path)) != path:
+            raise DataError(
+                f"data.path: {other} and {path} are one name in two formats, so rows may be there "
+                "twice; keep one of them, or rename one"
+            )
 
 
 def _read_tables(
@@ -190,11 +204,15 @@ def _with_media(table: pa.Table, path: Path, media: str | None) -> pa.Table:
     if _describes_media(path) and "file_name" in table.column_names:
         media = media or "image"
         table = table.rename_columns({"file_name": media})
-    if media not in table.column_names or not pa.types.is_string(table.schema.field(media).type):
+    if media not in table.column_names or not _is_text(table.schema.field(media).type):
         return table
     values = [_beside(value, path.parent) for value in table.column(media).to_pylist()]
     number = table.column_names.index(media)
     return table.set_column(number, media, pa.array(values, pa.string()))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))  # pandas has the second
 
 
 def _beside(value: str | None, folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from fedmerge_peft.data.delimited import read_delimited
 from fedmerge_peft.data.json_rows import JsonRow, read_json
 from fedmerge_peft.data.text_files import format_suffix, read_text
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.foreign_files import foreign_content
 
 if TYPE_CHECKING:
     from fedmerge_peft.recipe.data import DataRecipe
@@ -127,7 +128,10 @@ def _binary(paths: Sequence[Path], recipe: DataRecipe, texts: Set[str]) -> list[
     tables = []
     for path in paths:
         with reading(path):
-            table = _read_parquet(path) if format_suffix(path) == ".parquet" else _read_arrow(path)
+            parquet = format_suffix(path) == ".parquet"
+            if kind := foreign_content(path, b"PAR1" if parquet else b"ARROW1"):
+                raise DataError(f"data.path: {path} is {kind}")
+            table = _read_parquet(path) if parquet else _read_arrow(path)
             check_names(path, table.column_names)
             tables.append(plain_table(table, path))
     return tables

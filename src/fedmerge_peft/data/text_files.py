@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.foreign_files import foreign_content
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 """Suffixes of compressed files, after the suffix of the format: ``.csv.gz``."""
@@ -35,9 +36,13 @@ def read_text(path: Path, encoding: str | None) -> str:
         encoding: Name of the encoding. None is UTF-8, or the encoding that a byte order mark names.
 
     Raises:
-        DataError: The bytes are not text in this encoding. The message names the line.
+        DataError: The file is of another kind, or the bytes are not text in this encoding. The
+            message names the line.
     """
-    with pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as stream:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None and (kind := foreign_content(path)):
+        raise DataError(f"data.path: {path} is {kind}")
+    with pa.input_stream(str(path), compression=compression) as stream:
         content: bytes = stream.read()
     name = encoding or next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
@@ -54,8 +59,11 @@ def read_text(path: Path, encoding: str | None) -> str:
         ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(
-            f"data.path: {path}:{line}: the text has a NUL character, as UTF-16 without a byte "
-            "order mark has; name the encoding, such as data.encoding=utf-16-le"
+        remedy = (
+            "as UTF-16 without a byte order mark has; name the encoding, such as "
+            "data.encoding=utf-16-le"
+            if 8 * text.count("\0") > len(text)
+            else "which is no text; remove it"
         )
+        raise DataError(f"data.path: {path}:{line}: the text has a NUL character, {remedy}")
     return text.removeprefix("\ufeff")

@@ -14,6 +14,7 @@ from torch import nn
 
 from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.models.weight_files import check_weight_files
 
 ADAPTER_FILE = "adapter_config.json"
 _SHOWN = 3
@@ -29,13 +30,17 @@ def check_folder(name: str, folder: Path) -> None:
         folder: Folder.
 
     Raises:
-        BackboneError: There is no configuration or no safetensors file, or there is a PEFT adapter.
+        BackboneError: There is no configuration or no safetensors file, there is a PEFT adapter, or
+            a file of weights is missing, damaged or quantized in an unknown way.
     """
     if (folder / ADAPTER_FILE).is_file():
         raise BackboneError(adapter_found(name))
     if not (folder / "config.json").is_file():
+        models = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; name one of the folders in it: {_listed(models)}" if models else ""
         raise BackboneError(
             f"backbone.model: {name} is not a model folder (no config.json in {folder.absolute()})"
+            f"{hint}"
         )
     if not any(folder.glob("*.safetensors")):
         raise BackboneError(
@@ -43,6 +48,7 @@ def check_folder(name: str, folder: Path) -> None:
             "other formats are not read, because unpickling runs code. Save the model again with "
             "save_pretrained of transformers"
         )
+    check_weight_files(name, folder)
 
 
 def adapter_found(name: str) -> str:

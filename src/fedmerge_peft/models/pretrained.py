@@ -61,7 +61,12 @@ def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
     if packaged := _packaged(model):
         folder, gguf_file = packaged
         return str(dequantized_folder(backbone, folder, gguf_file) if gguf_file else folder)
-    local = model.startswith((".", "/", "~")) or Path(model).exists()
+    if "://" in model:
+        raise BackboneError(
+            f"backbone.model: {model} is a URL; write the hub id alone, such as owner/name"
+        )
+    named = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+    local = named or Path(model).exists()
     folder = Path(model).expanduser()
     if backbone.gguf_file is not None:
         if not local:
@@ -172,6 +177,12 @@ def load_model(
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BackboneError(adapter_found(backbone.model))
+    if hasattr(model.config, "quantization_config") and not getattr(model, "hf_quantizer", None):
+        raise BackboneError(
+            f"backbone.model: {backbone.model} is quantized in a way that transformers does not "
+            "know (quantization_config in config.json); choose a model with weights in float32, "
+            "bfloat16 or float16"
+        )
     missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.heads))
     if not backbone.quantization:
         model = model.to(device)

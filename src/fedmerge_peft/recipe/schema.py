@@ -36,6 +36,7 @@ from fedmerge_peft.recipe.section import (
     Boolean,
     Coefficient,
     Count,
+    FileName,
     Fraction,
     Norm,
     Rate,
@@ -167,7 +168,7 @@ Tracker = Literal[
 class Recipe(Section):
     """The settings of a run: task, backbone, adapter, data, strategy, training."""
 
-    name: str
+    name: FileName
     """Name of the run. Its directory is runs/NAME unless --out is given."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random choices, together with the round and the client."""

@@ -29,6 +29,8 @@ PositiveCoefficient = Annotated[float, Field(gt=0, le=1_000)]
 Count = Annotated[int, Field(gt=0, le=1_000_000)]
 """Number of rounds, steps, clients or tokens."""
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
+FileName = Annotated[str, Field(min_length=1, max_length=200)]
+"""Name of a file or folder."""
 Labels = Annotated[int, Field(gt=0, le=100_000)]
 """Number of classes."""
 Norm = Annotated[float, Field(ge=1e-9, le=1e9)]
@@ -39,6 +41,10 @@ Rank = Annotated[int, Field(gt=0, le=4_096)]
 """Rank of an adapter."""
 Rate = Annotated[float, Field(gt=0, le=100)]
 """Step size of an optimizer."""
+Source = Annotated[str, Field(min_length=1)]
+"""Path or hub id."""
+WarmRounds = Annotated[int, Field(gt=0, le=1_000)]
+"""Rounds before clients are grouped."""
 Scalar = str | int | float | bool
 
 

@@ -17,6 +17,7 @@ from fedmerge_peft.recipe.section import (
     Passes,
     PositiveCoefficient,
     Rank,
+    WarmRounds,
 )
 from fedmerge_peft.recipe.strategy_base import HeadRecipe, ServerRecipe, StrategyRecipe
 
@@ -64,8 +65,9 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     identical: equal. Equal adapters never specialize, so this value is for tests only."""
     start_noise: Annotated[float, Field(gt=0, le=10)] = 0.02
     """Standard deviation of the noise of `start: noise`."""
-    warm_rounds: Count = 3
-    """Rounds of `start: warm` before the grouping."""
+    warm_rounds: WarmRounds = 3
+    """Rounds of `start: warm` before the grouping. A run with fewer rounds trains one adapter, and
+    a warning says so."""
     groups: Adapters | None = None
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
     adapters if that is set."""
@@ -263,8 +265,9 @@ class FLHCRecipe(HeadRecipe, StrategyRecipe):
     dp_modes = frozenset({"local"})
     adapters: Adapters = 5
     """Number of clusters."""
-    warm_rounds: Count = 2
-    """Rounds of FedAvg before the clustering."""
+    warm_rounds: WarmRounds = 2
+    """Rounds of FedAvg before the clustering. A run with fewer rounds trains one adapter, and a
+    warning says so."""
     metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """Distance between updates."""
     linkage: Literal["average", "complete", "single"] = "average"

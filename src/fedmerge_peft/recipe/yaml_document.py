@@ -42,6 +42,8 @@ _CORE: dict[str, tuple[str, str]] = {  # tag: (pattern, possible first character
 }
 _SHAPES = {tag: re.compile(rf"(?:{pattern})\Z") for tag, (pattern, _) in _CORE.items()}
 
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9]")
+
 
 def dotted(where: Where) -> str:
     """Format a place in a document: ``baselines[0].adapters``."""
@@ -202,6 +204,10 @@ def _scalar(node: yaml.ScalarNode, where: Where, document: Document, here: Mark)
     if tag == "bool":
         return text.lower() == "true"
     if tag == "int":
+        if _LEADING_ZERO.match(text):
+            fault = f"{text} begins with a zero; leave it out, or quote the value if it is text"
+            document.faults.append(Fault(here, where, fault))
+            return 1
         if len(text) <= 70:
             number = int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
             if -(2**63) <= number < 2**63:

@@ -100,6 +100,8 @@ class RunDirectory:
     @staticmethod
     def free_path(path: Path) -> Path:
         """Return the first of ``path-2``, ``path-3``, ... that does not exist."""
+        if not path.name:  # the working directory, or the root
+            path = Path.cwd() / "run"
         numbered = (path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))
         return next(candidate for candidate in numbered if not candidate.exists())
 

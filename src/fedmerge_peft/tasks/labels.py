@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MANY_LABELS = 1_000
+"""Number of labels that data with any number of rows may have."""
+
 
 def blank_table(
     columns: Mapping[str, Any], rows: Sequence[Sequence[Any]], blanks: Mapping[str, tuple[Any, Any]]
@@ -76,9 +79,15 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
 
     Raises:
         DataError: The column does not exist; it has nulls, or negative or fractional numbers; there
-            are more labels than ``num_labels``.
+            are more labels than ``num_labels``; ``num_labels`` exceeds 1,000 and the rows.
     """
     values = _label_column(table, column)
+    if num_labels is not None and num_labels > max(_MANY_LABELS, len(values)):
+        raise DataError(
+            f"task.num_labels: {num_labels:,} labels for {len(values):,} rows; accepted are as "
+            f"many as there are rows, or {_MANY_LABELS:,}, because each adapter has weights for "
+            "every label; lower it, or remove it to infer the labels"
+        )
     if not len(values):
         raise DataError(f"column {column!r}: the data have no rows to infer labels from")
     if is_text(values.type):
@@ -206,7 +215,7 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
 def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
     """Create label names ``0`` to the largest id."""
     row = int(ids.argmax())
-    if num_labels is None and ids[row] >= max(1000, len(ids)):
+    if num_labels is None and ids[row] >= max(_MANY_LABELS, len(ids)):
         raise DataError(
             f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is too large "
             "for a label id; if it is correct, set task.num_labels"

@@ -56,6 +56,8 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
                 f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers"
             )
         return tokenizer, deepcopy(getattr(passed.model, "config", None))
+    # First, because a tokenizer reads the model's configuration, too.
+    config = load_pretrained(AutoConfig, model_folder, backbone, backbone.revision)
     separate = backbone.tokenizer is not None
     tokenizer = load_pretrained(
         AutoTokenizer,
@@ -63,7 +65,7 @@ def load_tokenizer(backbone: BackboneRecipe, model_folder: str) -> tuple[Any, An
         backbone,
         None if separate else backbone.revision,
     )
-    return tokenizer, load_pretrained(AutoConfig, model_folder, backbone, backbone.revision)
+    return tokenizer, config
 
 
 def load_pretrained(
@@ -74,12 +76,22 @@ def load_pretrained(
     Raises:
         BackboneError: Transformers cannot load the object.
     """
-    with library_errors(
-        lambda reason: BackboneError(
-            f"{auto.__name__.removeprefix('Auto')} of {source} cannot be loaded: {reason}; "
-            "backbone.tokenizer may name another folder or hub id"
+    part = auto.__name__.removeprefix("Auto")
+    key, remedy = (
+        ("backbone.model", "correct config.json, or choose another model")
+        if part == "Config"
+        else ("backbone.tokenizer", "backbone.tokenizer may name another folder or hub id")
+    )
+
+    def fault(reason: str) -> BackboneError:
+        own_code = "custom code" in reason or "trust_remote_code" in reason
+        advice = "backbone.trust_remote_code=true runs it, once you have read it"
+        return BackboneError(
+            f"{key}: {part} of {source} cannot be loaded: {reason}; "
+            f"{advice if own_code else remedy}"
         )
-    ):
+
+    with library_errors(fault):
         return auto.from_pretrained(
             source, revision=revision, trust_remote_code=backbone.trust_remote_code, **options
         )
@@ -104,10 +116,17 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     """Return the maximum number of tokens, including special tokens, or None for no limit.
 
     The limit is the smaller of the limits of the tokenizer and the model.
+
+    Raises:
+        BackboneError: The tokenizer's limit is no positive number.
     """
-    limits = [
-        limit for limit in (tokenizer.model_max_length,) if limit is not None and limit < _NO_LIMIT
-    ]
+    length = tokenizer.model_max_length
+    if length is not None and not (isinstance(length, int | float) and length >= 1):
+        raise BackboneError(
+            f"backbone.tokenizer: model_max_length in tokenizer_config.json is {length!r}, but it "
+            "is a number of tokens; correct it"
+        )
+    limits = [int(length)] if length is not None and length < _NO_LIMIT else []
     positions = position_limit(config)
     return min([*limits, *([] if positions is None else [positions])], default=None)
 

@@ -33,12 +33,15 @@ def library_errors(describe: Callable[[str], FedMergeError]) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error's message, with its type if it is a builtin one."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of an error's message, with its type if it is a builtin one.
+
+    A line that ends with a colon is joined with the next one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__
     if not lines:
         return kind
     # The messages of a library's own errors, OSError and ValueError are clear without the type.
     is_clear = type(error).__module__ != "builtins" or isinstance(error, OSError | ValueError)
-    line = _OBJECT.sub("", lines[0])
+    line = _OBJECT.sub("", " ".join(lines[:2]) if lines[0].endswith(":") else lines[0])
     return line if is_clear else f"{kind}: {line}"

@@ -1,0 +1,93 @@
+"""Checks of a model folder's safetensors files, without reading their tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedmerge_peft.errors import BackboneError
+from fedmerge_peft.util.foreign_files import foreign_content
+from fedmerge_peft.util.library_errors import library_errors
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_REAL = {"F64", "F32", "F16", "BF16"}
+"""Types of weights that are used as they are."""
+
+
+def check_weight_files(name: str, folder: Path) -> None:
+    """Check the files that transformers reads: ``model.safetensors``, or those that an index names.
+
+    Args:
+        name: Name of the model, for error messages.
+        folder: Model folder.
+
+    Raises:
+        BackboneError: A file is missing, damaged or of another kind; weights are integers or have
+            8 bits, but the configuration does not describe how they are quantized.
+    """
+    quantized = _has_quantization(folder / "config.json")
+    for path in _files(name, folder):
+        for tensor, kind in _types(path).items():
+            if tensor.endswith(".weight") and kind not in _REAL and not quantized:
+                raise BackboneError(
+                    f"backbone.model: {path} has {tensor} as {kind}, so {name} is quantized, but "
+                    "its config.json has no quantization_config; choose a model with weights in "
+                    "float32, bfloat16 or float16"
+                )
+
+
+def _files(name: str, folder: Path) -> list[Path]:
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if not (folder / _INDEX).is_file():
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
+        raise BackboneError(
+            f"backbone.model: {name} has neither {_SINGLE} nor {_INDEX} in {folder.absolute()} "
+            f"(but {others}); add the file that is missing, or save the model again with "
+            "save_pretrained of transformers"
+        )
+    with library_errors(
+        lambda reason: BackboneError(
+            f"backbone.model: {folder / _INDEX} cannot be read: {reason}; download it again"
+        )
+    ):
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        files = [folder / file for file in sorted(set(index["weight_map"].values()))]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise BackboneError(
+            f"backbone.model: {name} lacks {len(missing)} of the {len(files)} files that {_INDEX} "
+            f"names, such as {missing[0]}; download them again"
+        )
+    return files
+
+
+def _types(path: Path) -> dict[str, str]:
+    """Return the types of a file's tensors, such as ``F32``, by name."""
+    from safetensors import safe_open
+
+    if kind := foreign_content(path):
+        raise BackboneError(f"backbone.model: {path} is {kind}")
+    with (
+        library_errors(
+            lambda reason: BackboneError(
+                f"backbone.model: {path} is damaged or incomplete: {reason}; download it again"
+            )
+        ),
+        safe_open(path, framework="pt") as tensors,
+    ):
+        return {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+
+
+def _has_quantization(config: Path) -> bool:
+    """Return True if a configuration, or a nested one, describes a quantization.
+
+    A configuration that cannot be read is refused when it is loaded.
+    """
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    if not isinstance(values, dict):
+        return True
+    nested = [value for value in values.values() if isinstance(value, dict)]
+    return any("quantization_config" in part for part in (values, *nested))

@@ -277,9 +277,17 @@ def test_a_completion_that_fills_the_length_keeps_one_token_before_it(task_of):
     assert examples.cuts == {
         "are longer than 10 tokens and were truncated": [0],
         "lost tokens that have a loss, because 10 tokens do not hold them": [0],
+        "have no text to learn, only special tokens": [],
     }
     assert examples.columns["input_ids"][0][0] == 2
     assert (examples.columns["labels"][0] != -100).tolist() == [False] + [True] * 9
+
+
+@pytest.mark.parametrize("columns", [["text"], ["prompt", "completion"]], ids=len)
+def test_examples_without_a_text_to_learn_are_counted(columns, task_of):
+    table = Dataset.from_dict({column: ["a", ""] for column in columns})
+    cuts = task_of("llama", table, name=NAME).encode(table).cuts
+    assert cuts["have no text to learn, only special tokens"] == [1]
 
 
 @pytest.mark.parametrize("columns", [["text"], ["prompt", "completion"]], ids=len)

@@ -135,6 +135,9 @@ def test_the_orientation_tag_is_applied(task_of):
             {"path": "nowhere/one.png"},
             r"row 1 \(of the rows in use\): the image .* cannot be decoded \(nowhere/one.png\)",
         ),
+        ({"path": "https://site.test/a.png"}, r"\(https://site.test/a.png\): URLs are not read"),
+        ({"path": "iVBORw0KGgo" * 999}, r"\((iVBORw0KGgo)+iV…\): .{,200}$"),
+        ({"path": "", "bytes": None}, "there are neither bytes nor a path"),
         (None, r"row 1 \(of the rows in use\): column 'image' is empty \(null\)"),
     ],
 )

@@ -180,6 +180,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         length = self.max_length
         long = [row for row, (ids, _) in enumerate(rows) if len(ids) > length]
         unlearned: list[int] = []
+        blank: list[int] = []
+        no_text = {IGNORED, *self.processor.all_special_ids}
         for row, example in enumerate(rows):
             ids, labeled = example
             kept = self._kept(example)
@@ -195,12 +197,15 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                     f"predict: {self.processor.decode(ids)[:80]!r}"
                     + ("; raise task.max_length" if len(ids) > length else "")
                 )
+            if no_text.issuperset(labels[row]):
+                blank.append(row)
         reject_unknown_ids(inputs, self._vocabulary)
         warn_of_unknown(inputs, self.processor)
         columns = {"input_ids": ragged(inputs), "labels": ragged(labels)}
         cuts = {
             f"are longer than {length} tokens and were truncated": long,
             f"lost tokens that have a loss, because {length} tokens do not hold them": unlearned,
+            "have no text to learn, only special tokens": blank,
         }
         return Examples({**columns, **generation.columns}, {**cuts, **generation.cuts})
 

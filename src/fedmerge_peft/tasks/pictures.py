@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +10,10 @@ import pyarrow as pa
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import reject_nulls
+from fedmerge_peft.tasks.media_files import read_file
 from fedmerge_peft.tasks.pixels import array_image, as_rgb
 from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +68,8 @@ def _decode(value: Any, kind: Any, column: str, row: int, white: float | None) -
     from datasets import Image
 
     listed = isinstance(value, list)
-    source = kind if listed else value["path"] or f"{len(value['bytes'] or b'')} bytes"
+    path = "" if listed else value["path"] or ""
+    source = kind if listed else shortened(path, 80) or f"{len(value['bytes'] or b'')} bytes"
     with library_errors(
         lambda reason: DataError(
             f"row {row} (of the rows in use): the image in column {column!r} cannot "
@@ -76,9 +78,9 @@ def _decode(value: Any, kind: Any, column: str, row: int, white: float | None) -
     ):
         if listed:
             return array_image(np.array(value, _number_type(kind)), white)
-        if value["bytes"] is None and Path(value["path"]).is_file():
-            # Pillow would leave a damaged file open.
-            value = {"path": value["path"], "bytes": Path(value["path"]).read_bytes()}
+        if value["bytes"] is None and not path.startswith("data:"):
+            # Pillow would leave a damaged file open, and datasets would download a URL.
+            value = {"path": path, "bytes": read_file(path)}
         return as_rgb(Image().decode_example(value), white)
 
 

@@ -7,7 +7,6 @@ import struct
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,9 @@ from numpy.typing import NDArray
 
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import reject_nulls
+from fedmerge_peft.tasks.media_files import read_file
 from fedmerge_peft.util.library_errors import library_errors
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +52,7 @@ def read_sounds(table: Dataset, column: str, rate: int) -> Iterator[Samples]:
 def _fault(row: int, column: str, value: Any, reason: str) -> DataError:
     source = None if pa.types.is_list(value.type) else value.as_py()
     source = source.get("path") if isinstance(source, dict) else source
-    named = source if isinstance(source, str) else f"of type {value.type}"
+    named = shortened(source, 80) if isinstance(source, str) else f"of type {value.type}"
     return DataError(
         f"row {row} (of the rows in use): the sound in column {column!r} cannot be read ({named}): "
         f"{reason}"
@@ -69,8 +70,8 @@ def read_sound(value: Any, rate: int) -> Samples:
         rate: Sampling rate of the model, Hz.
 
     Raises:
-        ValueError: It is no sound, has another sampling rate, or has samples that are not finite.
-        OSError: The file cannot be read.
+        ValueError: It is no sound, has another sampling rate, or has samples that are not finite; or
+            the file cannot be read.
     """
     if isinstance(value, dict) and value.get("array") is not None:
         samples, own = np.asarray(value["array"]), int(value.get("sampling_rate") or rate)
@@ -92,7 +93,7 @@ def read_sound(value: Any, rate: int) -> Samples:
 def _content(value: str | bytes | dict[str, Any]) -> bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path") or b""
-    return Path(value).read_bytes() if isinstance(value, str) else value
+    return read_file(value) if isinstance(value, str) else value
 
 
 def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:

@@ -1,0 +1,20 @@
+"""Files of images and audio that the rows of a table name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def read_file(path: str) -> bytes:
+    """Read a file. Raises ``ValueError`` if there is none at the path, such as for a URL."""
+    if not path:
+        raise ValueError("there are neither bytes nor a path")
+    if "://" in path:
+        raise ValueError("URLs are not read; download the files, and write their paths")
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{reason}; paths are looked for beside the table, then in {Path.cwd()}"
+        ) from error

@@ -200,6 +200,8 @@ def faulty(**changes):
         (lambda: tickets()[:0], "data: there are no rows"),
         ({}, "the dictionary is empty"),
         (lambda: {1: tickets(), "1": tickets()}, "two clients have the same name"),
+        (lambda: {"a": nameless(), None: nameless()}, "a client has no name (None or NaN)"),
+        (lambda: {"a": nameless(), float("nan"): nameless()}, "a client has no name"),
         (
             lambda: {"train": tickets(), "test": tickets()},
             "test, train are names of splits, but the keys of a dictionary are clients",
@@ -238,6 +240,12 @@ def test_faults_name_client_and_column(data, fault, tmp_path):
             recipe("data.filter={}"), tmp_path / "run", data=data() if callable(data) else data
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_periods_are_named_as_pandas_names_them():
+    days = pd.period_range("2026-01", periods=8, freq="M")
+    _, splits = take_data(recipe().data, nameless()[:8].assign(organisation=days))
+    assert splits["train"]["organisation"][:2] == ["2026-01", "2026-02"]
 
 
 def test_integers_and_decimals_of_clients_become_decimals():

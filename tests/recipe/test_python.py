@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmerge_peft import Recipe, RecipeError
+from fedmerge_peft import Recipe, RecipeError, RunError, expand, federate, load_run, sweep
+from fedmerge_peft.federation.callbacks import Callback, Callbacks
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.recipe.schema import BackboneRecipe
 from fedmerge_peft.recipe.strategies import FedMergeRecipe
@@ -114,3 +115,35 @@ def test_valid_sections_and_values_are_equal_and_can_be_copied():
     recipe = Recipe(**VALID, lora=LoraRecipe(r=4), strategy=FedMergeRecipe(name="fedmerge"))
     assert recipe == Recipe(**VALID, lora={"r": 4}, strategy="fedmerge")
     assert pickle.loads(pickle.dumps(recipe)) == copy.deepcopy(recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        (lambda: federate("smoke"), "recipe: found text 'smoke', expected a Recipe; Recipe.load("),
+        (lambda: federate(VALID), "recipe: found a section, expected a Recipe"),
+        (lambda: sweep(Recipe(VALID), "out"), "recipes: found "),
+        (lambda: sweep({"a": "smoke"}, "out"), "recipes['a']: found text 'smoke', expected"),
+        (lambda: Recipe.load(VALID), "source: found a section, expected a path or the name"),
+        (lambda: Recipe.load("smoke", "rounds=2"), "overrides: found text 'rounds=2', expected a"),
+        (lambda: Recipe.load("smoke", {"rounds": 2}), "overrides: found a section, expected a"),
+        (
+            lambda: Recipe(VALID).replace([None]),
+            "overrides: found a list, expected a list of texts",
+        ),
+        (lambda: expand("smoke", "rounds=2,3"), "overrides: found text 'rounds=2,3', expected"),
+        (lambda: Recipe({**VALID, 3: 4}), "Recipe: found the key 3, expected text"),
+    ],
+)
+def test_arguments_of_other_types_are_named(call, fault):
+    with pytest.raises(RecipeError) as refused:
+        call()
+    assert str(refused.value).startswith(fault)
+
+
+def test_runs_and_callbacks_of_other_types_are_named():
+    with pytest.raises(RunError, match="path: found None, expected the path of a run directory"):
+        load_run(None)
+    with pytest.raises(TypeError, match="callbacks: found 3, expected a Callback"):
+        Callbacks([Callback(), 3])
+    assert Recipe.load("smoke", (text for text in ["rounds=2"])).rounds == 2

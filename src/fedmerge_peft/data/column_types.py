@@ -92,6 +92,8 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
         texts = column.cast(column.type.storage_type).to_pylist()
         values = [None if text is None else json.loads(text) for text in texts]
         return pa.chunked_array([json_column(values, name, place)])
+    if getattr(column.type, "extension_name", "") == "pandas.period":  # stored as numbers
+        return pa.chunked_array([pa.array(column.to_pandas().astype(str), pa.string())])
     if column.type == pa.uuid():
         texts = [None if value is None else str(value) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(texts, pa.string())])

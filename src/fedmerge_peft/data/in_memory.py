@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
+from math import isnan
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
@@ -148,6 +149,11 @@ def _join_clients(
 
 
 def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
+    if any(key is None or (isinstance(key, float) and isnan(key)) for key in data):
+        raise DataError(
+            "data: a client has no name (None or NaN), as rows without one have after groupby; "
+            "give it one, or leave it out"
+        )
     names = {str(key) for key in data}
     splits = {"train", "validation", "test", recipe.train_split}
     if not names:

@@ -55,8 +55,15 @@ class Callbacks(Callback):
     """Several callbacks, called in order on all ranks."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
+        """Raise ``TypeError`` for an object that is no callback."""
         super().__init__()
         self._callbacks = list(callbacks)
+        for callback in self._callbacks:
+            if not isinstance(callback, Callback):
+                raise TypeError(
+                    f"callbacks: found {callback!r}, expected a Callback, such as "
+                    "Callback(on_round=print)"
+                )
 
     def any_stopped(self) -> bool:
         """Return True if a callback on any rank has asked to stop the run."""

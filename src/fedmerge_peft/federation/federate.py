@@ -30,6 +30,7 @@ from fedmerge_peft.plugins import CALLBACKS
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.callbacks import CallbackRecipe
 from fedmerge_peft.recipe.diff import differing, flat
+from fedmerge_peft.recipe.python_values import check_recipe
 from fedmerge_peft.runs.checkpoint import RESUME_OVERRIDES
 from fedmerge_peft.runs.cleanup import remove_temporary_files
 from fedmerge_peft.runs.directory import RunDirectory, with_baselines
@@ -61,6 +62,7 @@ def run_recipe(
     callbacks: Sequence[Callback],
 ) -> Path:
     """Run a recipe and its baselines; return the run directory. Documented at ``api.federate``."""
+    check_recipe(recipe)
     recipe, splits = with_data(with_model(recipe, model, engine), data, engine)
     directory = Path(out) if out is not None else RunDirectory.default_path(recipe)
     check_trackers(recipe)

@@ -37,7 +37,7 @@ def check_folder(name: str, folder: Path) -> None:
         raise BackboneError(adapter_found(name))
     if not (folder / "config.json").is_file():
         models = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; name one of the folders in it: {_listed(models)}" if models else ""
+        hint = f"; name one of the folders in it: {join_values(models, _SHOWN)}" if models else ""
         raise BackboneError(
             f"backbone.model: {name} is not a model folder (no config.json in {folder.absolute()})"
             f"{hint}"

@@ -15,6 +15,7 @@ from math import prod
 import yaml
 
 from fedmerge_peft.errors import RecipeError
+from fedmerge_peft.recipe.python_values import listed_overrides
 from fedmerge_peft.recipe.schema import Recipe
 from fedmerge_peft.util.text import printable
 
@@ -114,7 +115,7 @@ def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:
     """Return the keys, and for each key its values as text."""
     settings: dict[str, list[str]] = {}
     faults = []
-    for text in overrides:
+    for text in listed_overrides(overrides):
         key, equals, values = text.partition("=")
         key = key.strip()
         if key in settings:

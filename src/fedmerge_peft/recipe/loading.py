@@ -27,6 +27,7 @@ from fedmerge_peft.recipe.error_messages import (
     required,
     variants,
 )
+from fedmerge_peft.recipe.python_values import check_source, listed_overrides
 from fedmerge_peft.recipe.section import FOREIGN, Section
 from fedmerge_peft.recipe.yaml_document import Document, Fault, Mark, Where, dotted, refuse
 from fedmerge_peft.util.text import is_encodable, printable
@@ -80,6 +81,7 @@ def find(source: str | os.PathLike[str]) -> Path:
     A bare name refers to the shipped recipe; ``name.yaml`` refers to a file of that name, or to the
     shipped recipe if there is none. Raises ``RecipeError`` if neither exists.
     """
+    check_source(source)
     text = os.fspath(source)
     known = {recipe.name: recipe.path for recipe in shipped()}
     if text in known:
@@ -227,6 +229,7 @@ def _validate(
     *,
     foreign: bool = False,
 ) -> R:
+    overrides = listed_overrides(overrides)
     import_installed()
     chosen = [(text.partition("=")[0].strip() == "plugins", text) for text in overrides]
     for text in [text for first, text in chosen if first]:

@@ -2,11 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.error_messages import found
+from fedmerge_peft.recipe.section import Section
 from fedmerge_peft.recipe.yaml_document import Fault, Mark, Where, refuse
+
+
+def check_recipe(value: object, argument: str = "recipe") -> None:
+    """Raise ``RecipeError`` if an argument is no recipe, such as the name of one."""
+    if not isinstance(value, Section):
+        loading = f"Recipe.load({value!r})" if isinstance(value, str) else "Recipe.load(...)"
+        raise RecipeError(
+            f"{argument}: found {found(value)}, expected a Recipe; {loading} reads a file or a "
+            "shipped recipe, Recipe({...}) takes a dictionary"
+        )
+
+
+def check_recipes(value: object) -> None:
+    """Raise ``RecipeError`` if an argument is no dictionary of recipes by name."""
+    if not isinstance(value, Mapping):
+        raise RecipeError(
+            f"recipes: found {found(value)}, expected a dictionary of recipes by name, as "
+            "fedmerge_peft.expand returns"
+        )
+    for name, recipe in value.items():
+        check_recipe(recipe, f"recipes[{name!r}]")
+
+
+def check_source(value: object) -> None:
+    """Raise ``RecipeError`` if an argument is neither a path nor a name."""
+    if not isinstance(value, str | os.PathLike):
+        raise RecipeError(
+            f"source: found {found(value)}, expected a path or the name of a shipped recipe; "
+            "Recipe({...}) takes a dictionary"
+        )
+
+
+def listed_overrides(values: object) -> list[str]:
+    """Return overrides as a list.
+
+    Raises ``RecipeError`` if they are no list of texts; a single text is none.
+    """
+    if isinstance(values, Iterable) and not isinstance(values, str | Mapping):
+        listed = list(values)
+        if all(isinstance(text, str) for text in listed):
+            return listed
+    raise RecipeError(
+        f'overrides: found {found(values)}, expected a list of texts, such as ["training.epochs=2"]'
+    )
 
 
 def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
@@ -23,7 +70,11 @@ def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
         RecipeError: A key is given twice, or its section is no dictionary.
     """
     result = {key: value for key, value in values.items() if not _is_dotted(key)}
-    faults = []
+    faults = [
+        Fault(Mark(source), (), f"found the key {found(key)}, expected text")
+        for key in result
+        if not isinstance(key, str)
+    ]
     for key in filter(_is_dotted, values):
         where = tuple(key.split("."))
         part, text = _section(result, where[:-1])

@@ -152,6 +152,8 @@ class RunDirectory:
             RunError: There is no run, it contains links, or another version of the package wrote
                 it in another format.
         """
+        if not isinstance(path, str | Path):
+            raise RunError(f"path: found {path!r}, expected the path of a run directory")
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
             raise RunError(

@@ -70,8 +70,8 @@ def read_sound(value: Any, rate: int) -> Samples:
         rate: Sampling rate of the model, Hz.
 
     Raises:
-        ValueError: It is no sound, has another sampling rate, or has samples that are not finite; or
-            the file cannot be read.
+        ValueError: It is no sound, has another sampling rate, has samples that are not finite, or
+            cannot be read.
     """
     if isinstance(value, dict) and value.get("array") is not None:
         samples, own = np.asarray(value["array"]), int(value.get("sampling_rate") or rate)

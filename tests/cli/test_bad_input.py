@@ -88,7 +88,7 @@ BAD_OVERRIDES = {
     "a tiny model of no kind": (["backbone.model=tiny:foo"], ["backbone.model", "bert"]),
     "a model that does not exist": (["backbone.model=nobody/nothing"], ["nobody/nothing"]),
     "an empty name": (["name="], ["name", "text"]),
-    "an empty path": (["data.path=''"], ["data.path", "text (1 or more)"]),
+    "an empty path": (["data.path=''"], ["data.path", "text (1 or more characters)"]),
     "a URL": (["data.path=https://site.test/rows.csv"], ["is a URL; download the file"]),
     "the working directory as a run": (["--out", ""], ["already holds other files", "--out "]),
     "unknown strategy": (["strategy=fedmurge"], ["fedmurge", "fedmerge"]),

@@ -113,6 +113,10 @@ def test_messages_without_a_chat_template_are_refused_with_the_fix(task_of):
             [[{"role": "user"}]],
             r"row 0 \(of the rows in use\): a message in 'messages' needs a role and a content",
         ),
+        (
+            [[{"role": "assistant", "content": "a", "weight": 0}]],
+            "a message in 'messages' has the weight 0, but all turns of the assistant are learned",
+        ),
         (["hello"], r"row 0 \(of the rows in use\): 'messages' must be a list"),
         (
             [None, [{"role": "user", "content": "a"}]],

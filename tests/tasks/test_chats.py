@@ -257,6 +257,13 @@ def test_messages_that_the_template_leaves_out_are_counted(chat_task, caplog):
     assert "in 1 of 1 chats the chat template leaves out or changes the text" in caplog.text
 
 
+def test_reasoning_that_the_template_leaves_out_is_counted(chat_task, caplog):
+    thought = [*CHAT[:-1], {**CHAT[-1], "reasoning_content": "Let me see."}]
+    task, table = chat_task(MISTRAL, {"messages": [thought]})
+    task.encode(table)
+    assert "in 1 of 1 chats the chat template leaves out or changes the text" in caplog.text
+
+
 # --- the template of the recipe -------------------------------------------------------------------
 OWN = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
 

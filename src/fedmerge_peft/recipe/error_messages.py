@@ -122,7 +122,9 @@ def expected(annotation: Any, many: bool = False) -> str:
     if kinds := kinds_of(annotation):
         return f"{'sections' if many else 'a section'} with {kinds.key}: {_choice(kinds)}"
     if origin is Annotated:
-        return expected(arguments[0], many) + _bounds(arguments[1:])
+        return expected(arguments[0], many) + _bounds(
+            arguments[1:], "characters" if arguments[0] is str else ""
+        )
     if variants(annotation) or origin is dict:
         return "a section (indented lines of key: value)"
     if origin is Literal and len(arguments) == 1:
@@ -139,7 +141,7 @@ def expected(annotation: Any, many: bool = False) -> str:
     return _PLAIN[annotation][many]
 
 
-def _bounds(constraints: Iterable[Any]) -> str:
+def _bounds(constraints: Iterable[Any], unit: str) -> str:
     parts = [
         part
         for entry in constraints
@@ -157,7 +159,7 @@ def _bounds(constraints: Iterable[Any]) -> str:
             case Le(le=bound):
                 bounds.append(f"at most {bound}")
             case MinLen(min_length=length):
-                bounds.append(f"({length} or more)")
+                bounds.append(f"({length} or more {unit}".rstrip() + ")")
             case _:
                 pass
     return " " + " and ".join(bounds) if bounds else ""

@@ -27,6 +27,9 @@ from fedmerge_peft.util.library_errors import library_errors
 
 logger = logging.getLogger(__name__)
 
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of messages with what the assistant thinks before its answer."""
+
 Loss = Literal["assistant", "completion", "all"]
 """Part of a chat with a loss."""
 Row = tuple[list[int], list[bool]]
@@ -273,7 +276,9 @@ class ChatTokens:
                         f"the chat template does not write the tool {name!r}; set "
                         "task.chat_template to one that takes tools, or remove the tools",
                     )
-            contents = (message["content"].rpartition("</think>")[2] for message in chat.messages)
+            contents = [message["content"].rpartition("</think>")[2] for message in chat.messages]
+            # Templates leave out the reasoning of earlier turns on purpose.
+            contents += [str(chat.messages[-1].get(key, "")) for key in _REASONING]
             if not all(content.strip() in text for content in contents):
                 lost.append(row)
         if lost:

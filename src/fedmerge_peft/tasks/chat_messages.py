@@ -182,8 +182,8 @@ def _message(message: Any, column: str, where: str) -> Message:
         )
     if cleaned.get("weight", 1) != 1:
         raise DataError(
-            f"{where}a message in {column!r} has the weight {cleaned['weight']!r}, but all turns of "
-            "the assistant are learned alike; remove the key, or the message and those after it"
+            f"{where}a message in {column!r} has the weight {cleaned['weight']!r}, but all turns "
+            "of the assistant are learned alike; remove the key, or the message and those after it"
         )
     return {**cleaned, "content": content}
 

@@ -73,7 +73,7 @@ def test_differences_of_renderings_equal_the_marks_of_the_template(chat_task, ca
             plain.processor.decode(from_differences.columns["input_ids"][row][differences]).strip()
             == ""
         )
-    assert "marks other text" not in caplog.text
+    assert "marks as generated" not in caplog.text
 
 
 def test_marks_that_differ_from_the_turns_decide_with_a_warning(chat_task, caplog):
@@ -82,7 +82,9 @@ def test_marks_that_differ_from_the_turns_decide_with_a_warning(chat_task, caplo
     )
     task, table = chat_task(CHATML, {"messages": [CHATML.chat]}, chat_template=marked)
     assert decoded(task, task.encode(table))[1] == "<|im_end|>\n<|im_end|>\n"
-    assert "in 1 of 1 chats the chat template marks other text" in caplog.text
+    assert (
+        "in 1 of 1 chats the parts that the chat template marks as generated differ" in caplog.text
+    )
 
 
 def test_reasoning_that_the_template_removes_from_earlier_turns_is_no_part_of_them(chat_task):
@@ -172,7 +174,7 @@ def test_prompts_and_completions_may_be_lists_of_messages(task_of):
 def test_a_prompt_of_messages_needs_a_completion_of_messages(task_of):
     table = Dataset.from_dict({"prompt": [CHAT[:1]], "completion": ["Red"]})
     with pytest.raises(
-        DataError, match=r"'prompt' has lists of messages, but 'completion' has not"
+        DataError, match=r"'prompt' has lists of messages, but 'completion' does not"
     ):
         task_of("llama", table, name=NAME)
 

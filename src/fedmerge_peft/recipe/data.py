@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedmerge_peft.plugins import PARTITIONS
 from fedmerge_peft.recipe.registered import OneOf
-from fedmerge_peft.recipe.section import Count, Fraction, Labels, Scalar, Section, Source
+from fedmerge_peft.recipe.section import Count, Fraction, Labels, NonEmpty, Scalar, Section
 
 Quoting = Literal["auto", "double", "none"]
 
@@ -147,7 +147,7 @@ Examples = Annotated[int, Field(gt=0, lt=2**63)]
 class DataRecipe(Section):
     """The source of the examples, and their partition among the clients."""
 
-    path: Source
+    path: NonEmpty
     """A hub id, a local csv, tsv, json, jsonl, parquet or arrow file, a folder of tables or images,
     a save_to_disk folder, a pattern for one file or folder a client (clients/*.csv),
     embedded:support-tickets, or memory for examples that Python passes with data=."""

@@ -41,8 +41,8 @@ Rank = Annotated[int, Field(gt=0, le=4_096)]
 """Rank of an adapter."""
 Rate = Annotated[float, Field(gt=0, le=100)]
 """Step size of an optimizer."""
-Source = Annotated[str, Field(min_length=1)]
-"""Path or hub id."""
+NonEmpty = Annotated[str, Field(min_length=1)]
+"""Text that is not empty, such as a path."""
 WarmRounds = Annotated[int, Field(gt=0, le=1_000)]
 """Rounds before clients are grouped."""
 Scalar = str | int | float | bool
@@ -58,7 +58,7 @@ def _source(value: str) -> str:
     return value
 
 
-Source = Annotated[str, AfterValidator(_source)]
+Source = Annotated[str, Field(min_length=1), AfterValidator(_source)]
 """Name of a model, its file or its revision, which exports put into code, cards and commands."""
 FOREIGN = "foreign"
 """Key of the validation's context: true if the recipe comes from somebody else."""

@@ -202,7 +202,8 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
         (
             "name: first\n",
             "",
-            "recipe.yaml:1: name: this required key is missing; expected text (1 or more characters): Name of the run",
+            "recipe.yaml:1: name: this required key is missing; expected text (1 or more "
+            "characters): Name of the run",
         ),
         (
             "path:",

@@ -149,7 +149,8 @@ def _join_clients(
 
 
 def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
-    if any(key is None or (isinstance(key, float) and isnan(key)) for key in data):
+    keys: list[Any] = list(data)
+    if any(key is None or (isinstance(key, float) and isnan(key)) for key in keys):
         raise DataError(
             "data: a client has no name (None or NaN), as rows without one have after groupby; "
             "give it one, or leave it out"

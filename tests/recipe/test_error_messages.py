@@ -197,7 +197,8 @@ def test_each_error_is_listed_once_with_line_key_and_expectation(lines, fault, m
         (
             "  path: embedded:support-tickets\n",
             "",
-            "recipe.yaml:6: data.path: this required key is missing; expected text: A hub id",
+            "recipe.yaml:6: data.path: this required key is missing; expected text (1 or more "
+            "characters): A hub id",
         ),
         (
             "name: first\n",

@@ -12,6 +12,7 @@ from fedmerge_peft.federation import sweep as sweeping
 from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.federation.notebook_progress import notebook_callbacks, sweep_progress
 from fedmerge_peft.recipe import Recipe
+from fedmerge_peft.recipe.python_values import check_recipes
 from fedmerge_peft.report.notebook import run_html
 from fedmerge_peft.report.run_plots import RunPlots
 from fedmerge_peft.runs.directory import RunDirectory
@@ -283,12 +284,14 @@ def sweep(
         The finished runs, in the order of ``recipes``.
 
     Raises:
-        RecipeError: A name is not a valid folder name; nothing was started.
+        RecipeError: A name is not a valid folder name, or there are no recipes by name; nothing was
+            started.
         DeviceError: A launcher has started several ranks of this process.
         RunError: A directory contains the run of another recipe, or other files; nothing was
             started.
         SweepError: Some recipes failed; raised after all others have run.
     """
+    check_recipes(recipes)
     progress = sweep_progress(len(recipes))
 
     def report(name: str, path: Path, fresh: bool) -> None:

@@ -22,7 +22,6 @@ from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.federation.federate import resume_run, run_recipe, with_data
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.recipe.diff import differing, flat, written
-from fedmerge_peft.recipe.python_values import check_recipes
 from fedmerge_peft.runs.cleanup import check_only_run_files, files_in, remove_run
 from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.passed_model import with_model
@@ -54,7 +53,6 @@ def run_sweep(
     ``callbacks`` returns those of a run by its name, before it starts.
     """
     distributed.require_single_process("a sweep")
-    check_recipes(recipes)
     paths = {name: _run_path(Path(out), name) for name in recipes}
     examples = {
         name: with_data(with_model(recipe, model), data) for name, recipe in recipes.items()

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmerge_peft.errors import FedMergeError, RunError
 from fedmerge_peft.federation import federate as running
 from fedmerge_peft.federation import sweep as sweeping
 from fedmerge_peft.federation.callbacks import Callback
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from fedmerge_peft.data.in_memory import Data
     from fedmerge_peft.engines.base import Engine
-    from fedmerge_peft.errors import FedMergeError
     from fedmerge_peft.runs.record import RoundRecord
     from fedmerge_peft.serving.predictor import Prediction
     from fedmerge_peft.tasks.base import ComputeMetrics
@@ -129,6 +129,8 @@ def load_run(
         ResumeError: The run had another model.
         BackboneError: The model cannot be used (``federate``).
     """
+    if not isinstance(path, str | Path):
+        raise RunError(f"path: found {path!r}, expected the path of a run directory")
     passed = take_model(model, tokenizer, processor)
     run = Run.open(path, trust_remote_code=trust_remote_code)
     if passed is not None:

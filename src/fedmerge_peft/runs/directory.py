@@ -100,8 +100,7 @@ class RunDirectory:
     @staticmethod
     def free_path(path: Path) -> Path:
         """Return the first of ``path-2``, ``path-3``, ... that does not exist."""
-        if not path.name:  # the working directory, or the root
-            path = Path.cwd() / "run"
+        path = path if path.name else Path.cwd() / "run"  # not "" or the root
         numbered = (path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))
         return next(candidate for candidate in numbered if not candidate.exists())
 
@@ -152,8 +151,6 @@ class RunDirectory:
             RunError: There is no run, it contains links, or another version of the package wrote
                 it in another format.
         """
-        if not isinstance(path, str | Path):
-            raise RunError(f"path: found {path!r}, expected the path of a run directory")
         path = Path(path)
         if not (path / "recipe.yaml").is_file():
             raise RunError(

@@ -7,5 +7,5 @@ data = {"path": "clients/*.csv", "partition": {"scheme": "natural", "by": "clien
 model = {"model": "sentence-transformers/all-MiniLM-L6-v2"}
 recipe = Recipe(name="files", rounds=4, task=task, data=data, backbone=model, baselines=["local"])
 run = federate(recipe)
-print(run.clients)
+print(run.clients.to_string())
 write_report([run], "files.html")

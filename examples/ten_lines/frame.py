@@ -10,5 +10,5 @@ data = {"path": "memory", "partition": {"scheme": "natural", "by": "organisation
 model = {"model": "sentence-transformers/all-MiniLM-L6-v2"}
 recipe = Recipe(name="frame", rounds=4, task=task, data=data, backbone=model, baselines=["local"])
 run = federate(recipe, data=frame)
-print(run.clients)
+print(run.clients.to_string())
 write_report([run], "frame.html")

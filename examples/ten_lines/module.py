@@ -29,5 +29,5 @@ data = {"path": "clients/*.csv", "partition": {"scheme": "natural", "by": "clien
 model = {"model": "memory"}
 recipe = Recipe(name="module", rounds=4, task=task, data=data, backbone=model, baselines=["local"])
 run = federate(recipe, model=net, tokenizer=tokenizer)
-print(run.clients)
+print(run.clients.to_string())
 write_report([run], "module.html")

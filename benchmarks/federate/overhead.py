@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedmerge_peft import Recipe, Run
-from fedmerge_peft.sites.config import ADDRESS_VARIABLE, KIT_VARIABLE
+from fedmerge_peft.sites.config import ADDRESS_VARIABLE, KIT_VARIABLE, SOCKETS_VARIABLE
 from fedmerge_peft.sites.flare.operator import run
 from fedmerge_peft.sites.flare.site_kit import secure_site_kit
 from fedmerge_peft.sites.rehearse import await_server, prepare_rehearsal, start_server
@@ -50,8 +50,11 @@ def start_idle_site(out, site):
     """Start FLARE's client and an idle trainer, as ``fedmerge federate site`` does."""
     kit = (out / "sites" / site).resolve()
     secure_site_kit(kit)
+    sockets = out / f"sockets-{site}"
+    sockets.mkdir(mode=0o700)
     environment = {
         **child_environment(),
+        SOCKETS_VARIABLE: str(sockets),
         KIT_VARIABLE: str(kit),
         ADDRESS_VARIABLE: str(out / f"{site}.socket"),
     }

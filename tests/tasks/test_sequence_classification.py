@@ -110,6 +110,11 @@ def test_labels_that_start_at_1_or_are_whole_numbers_keep_their_names(task_of, c
             {},
             r"row 1 \(of the rows in use\): label 123456 .* is too large for a label id",
         ),
+        (
+            np.array([0, 2**63], np.uint64),
+            {"num_labels": 2},
+            r"row 1 \(of the rows in use\): label 9223372036854775808 .* is too large",
+        ),
         ([0], {"label": "intent"}, r"task.label: there is no column 'intent'.*text, label"),
         ([0, 1], {"num_labels": 1001}, r"1,001 labels for 2 rows; accepted are as many as there"),
         ([], {}, r"no rows"),

@@ -202,7 +202,14 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
             f"column {column!r} has the type {values.type}{first}; a label is an integer from 0, "
             "or a name: cast the column"
         )
-    ids: NDArray[np.int64] = values.to_numpy().astype(np.int64)
+    numbers = values.to_numpy()
+    if len(numbers) and int(numbers.max()) > np.iinfo(np.int64).max:  # would wrap
+        row = int(numbers.argmax())
+        raise DataError(
+            f"row {row} (of the rows in use): label {numbers[row]} in column {column!r} is too "
+            "large for a label id; convert the labels to names"
+        )
+    ids: NDArray[np.int64] = numbers.astype(np.int64)
     if (ids < 0).any():
         row = int((ids < 0).argmax())
         raise DataError(

@@ -9,6 +9,7 @@ from fedmerge_peft import RunError, federate, resume
 from fedmerge_peft.report.page import render
 from fedmerge_peft.runs import documents
 from fedmerge_peft.runs.confusion import client_confusion
+from fedmerge_peft.runs.verify import verify
 from fedmerge_peft.training.evaluation import confusion
 from fedmerge_peft.util import checked
 from report.made_runs import write
@@ -41,6 +42,11 @@ def test_baselines_have_their_own_and_accuracies_agree(run):
             counts = each.client(name).confusion().to_numpy()
             assert counts.sum() == row["test"]
             assert np.trace(counts) / counts.sum() == pytest.approx(row["test_accuracy"])
+
+
+def test_the_counts_belong_to_the_run(run):
+    assert (run.path / "confusion.json").is_file()
+    assert verify(run.path) > 0
 
 
 def test_words_are_counted_without_padding_and_later_tokens(tiny_models):

@@ -9,12 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedmerge_peft.errors import RunError
+from fedmerge_peft.runs.documents import SCHEMAS
 from fedmerge_peft.util.files import translated_write_errors
 
+_DOCUMENTS = "|".join(map(re.escape, sorted({*SCHEMAS, "adapter_config.json"} - {"scores.json"})))
 _RUN_FILE = re.compile(
     r"(baselines/[^/]+/)*"
-    r"((recipe\.yaml|metrics\.jsonl|weights/round-\d+\.safetensors"
-    r"|(environment|decisions|clients|examples|task|labels|adapter_config|privacy|summary)\.json)"
+    rf"(recipe\.yaml|metrics\.jsonl|weights/round-\d+\.safetensors|{_DOCUMENTS}"
     r"|(best/)?(soup|weights)\.safetensors|best/scores\.json"
     r"|checkpoint/round-\d+(\.soup)?\.safetensors|tracking/.+)"
 )

@@ -187,7 +187,7 @@ def finished(models, tmp_path_factory):
             "task": {"name": NAME, "metrics": ["accuracy", "expected_calibration_error"]},
             "rounds": 1,
             "backbone": {"model": str(models["masked"])},
-            "lora": {"r": 3, **LORA, "layers_to_transform": [1, 2]},
+            "lora": {"r": 4, **LORA, "layers_to_transform": [1, 2]},
             "data": {
                 "path": str(folder / "data"),
                 "test_fraction": 0.25,

@@ -16,6 +16,9 @@ from scipy import stats
 
 Row = dict[str, Any]
 
+_DIGIT = 1e-3
+"""Last digit of scores on the pages. Smaller differences are none."""
+
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float, float] | None:
     """Return the mean of paired differences with its 95 % t-interval; None for fewer than two."""
@@ -226,7 +229,10 @@ def verdict(rows: Sequence[Row]) -> tuple[str, ...]:
         return ("",) * 8
     own, best = rows[place], others[0]
     lead = own["mean"] - best["mean"]
-    words = "above" if lead > 0 else "within a point" if lead >= -0.01 else "below"
+    if abs(lead) < _DIGIT / 2:
+        words = "equal"
+    else:
+        words = "above" if lead > 0 else "within a point" if lead >= -0.01 else "below"
     worst = own["worst_tenth"] - max(row["worst_tenth"] for row in others)
     known = best["low"] is not None
     return (

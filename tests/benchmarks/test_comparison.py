@@ -336,6 +336,17 @@ def test_rows_are_paired_by_seed_and_sorted():
     assert verdict(rows)[6] == "within a point"
 
 
+@pytest.mark.parametrize(
+    ("mean", "word"),
+    [(0.6, "above"), (0.7, "equal"), (0.7001, "equal"), (0.705, "within a point"), (0.8, "below")],
+)
+def test_differences_below_the_digits_shown_are_none(mean, word):
+    from tables import rows_of, verdict
+
+    rows = rows_of([made("fedmerge", {0: 0.7}), made("flhc", {0: mean})], "fedmerge")
+    assert verdict(rows)[6] == word
+
+
 def test_missing_seeds_and_failures_are_named():
     from tables import _missing
 

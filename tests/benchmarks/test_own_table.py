@@ -1,15 +1,21 @@
 """The newcomer's table: its offices, its desks, and a recipe without settings."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
-own_table = pytest.importorskip("own_table")
+QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 
 
-def test_table_has_three_hundred_rows_of_six_offices_and_all_desks_in_each():
+@pytest.fixture
+def own_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(QUALITY))
+    import own_table
+
+    return own_table
+
+
+def test_table_has_three_hundred_rows_of_six_offices_and_all_desks_in_each(own_table):
     table = own_table.letters(seed=3)
 
     assert len(table) == 300
@@ -18,7 +24,7 @@ def test_table_has_three_hundred_rows_of_six_offices_and_all_desks_in_each():
     assert not table["letter"].str.contains("[{}]").any()
 
 
-def test_offices_choose_the_desk_by_topic_or_by_time_in_turn():
+def test_offices_choose_the_desk_by_topic_or_by_time_in_turn(own_table):
     table = own_table.letters(seed=3)
 
     for index, office in enumerate(own_table.OFFICES):
@@ -35,7 +41,7 @@ def test_offices_choose_the_desk_by_topic_or_by_time_in_turn():
             assert desk in named
 
 
-def test_recipe_has_path_columns_and_backbone_alone(tmp_path):
+def test_recipe_has_path_columns_and_backbone_alone(own_table, tmp_path):
     table = tmp_path / "letters.csv"
     own_table.letters(seed=0).to_csv(table, index=False)
 

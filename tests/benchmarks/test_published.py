@@ -110,7 +110,7 @@ def test_the_page_has_the_name_of_its_recipe(program, write_run, tmp_path, monke
 
 
 def test_further_tasks_are_run_with_each_method_and_seed(program):
-    module = program("tasks")
+    module = program("further_tasks")
     for name in module.RECIPES:
         found = module.recipes(name, Path("DATA"), "0,1", ["rounds=2"])
         assert sorted((each.strategy.name, each.seed) for each in found.values()) == [

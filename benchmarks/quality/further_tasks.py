@@ -1,7 +1,7 @@
 """Compare FedMerge with local training and FedAvg on the recipes of further tasks; write a page.
 
-    python benchmarks/quality/tasks.py --data DATA --write
-    python benchmarks/quality/tasks.py entities_domains reading rounds=5 --data DATA --seeds 0
+    python benchmarks/quality/further_tasks.py --data DATA --write
+    python benchmarks/quality/further_tasks.py reading rounds=5 --data DATA --seeds 0
 
 FedMerge has its one default, as in ``comparison.yaml``. Nothing is tuned by hand: each method
 chooses its learning rate by the range test before its first round. The same command again runs only
@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the tables")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
     parser.add_argument("--out", type=Path, default=Path("sweeps"), help="folder of the runs")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/tasks.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/results/further_tasks.md"
+    )
     arguments = parser.parse_args()
     overrides = [name for name in arguments.names if "=" in name]
     runs = []
@@ -87,7 +89,7 @@ def main() -> None:
     page = f"{PAGE}{markdown(Comparison.of(runs))}\n{stamp(runs)}\n"
     print(f"\n{page}")
     if arguments.write:
-        (RESULTS / "tasks.md").write_text(page, encoding="utf-8")
+        (RESULTS / "further_tasks.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

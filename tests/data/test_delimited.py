@@ -192,7 +192,7 @@ def test_other_encodings_are_refused_until_they_are_named(read, encoding):
 @pytest.mark.parametrize(
     ("raw", "kind"),
     [
-        (gzip.compress(TEXT.encode()), "compressed with gzip; name it .gz"),
+        (gzip.compress(TEXT.encode(), mtime=0), "compressed with gzip; name it .gz"),
         (b"PK\x03\x04\x14\0", "a zip archive, as spreadsheets are"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
         (b"\n<!DOCTYPE html>\n<html><body>404, not found</body></html>", "a web page"),

@@ -294,7 +294,7 @@ def test_a_torn_last_line_of_metrics_is_left_out(tmp_path, engine):
     assert [record["round"] for record in load_run(run.path).records] == [1]
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere", "..", "''"])
+@pytest.mark.parametrize("name", ["../../elsewhere", ".."])
 def test_a_name_outside_the_folder_is_refused(engine, name):
     with pytest.raises(RecipeError, match="not a valid folder name"):
         federate(recipe(f"name={name}"), engine=engine)

@@ -46,12 +46,16 @@ SCALARS = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False),
     st.booleans(),
 )
+NONEMPTY = TEXT.filter(bool)
+MODELS = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1).filter(
+    lambda name: not name.startswith("-")
+)
 RECIPES = st.fixed_dictionaries(
     {
-        "name": TEXT,
+        "name": NONEMPTY,
         "seed": st.integers(0, 2**63 - 1),
         "task": st.fixed_dictionaries({"name": st.just("causal-lm"), "template": TEXT}),
-        "backbone": st.fixed_dictionaries({"model": TEXT}),
+        "backbone": st.fixed_dictionaries({"model": MODELS}),
         "lora": st.fixed_dictionaries(
             {
                 "alpha": st.floats(1e-6, 10_000),
@@ -61,7 +65,7 @@ RECIPES = st.fixed_dictionaries(
         ),
         "data": st.fixed_dictionaries(
             {
-                "path": TEXT,
+                "path": NONEMPTY,
                 "filter": st.dictionaries(TEXT, st.one_of(SCALARS, st.lists(SCALARS))),
                 "partition": st.fixed_dictionaries({"scheme": st.just("natural"), "by": TEXT}),
             }
@@ -95,7 +99,7 @@ def test_thousands_of_dumped_recipes_load_equal(recipe_file, plain):
 
 
 @settings(max_examples=150, deadline=None)
-@given(TEXT)
+@given(NONEMPTY)
 def test_other_yaml_programs_read_the_same_text(name):
     recipe = Recipe.model_validate(
         {

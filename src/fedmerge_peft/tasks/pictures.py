@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 256
 
+_LONGEST_PATH = 300
+"""Characters of a path in messages. A longer one may be an image in base64."""
+
 
 def read_images(table: Dataset, column: str, white: float | None) -> Iterator[Image]:
     """Yield the image of each row in RGB, upright by its EXIF orientation.
@@ -69,7 +72,9 @@ def _decode(value: Any, kind: Any, column: str, row: int, white: float | None) -
 
     listed = isinstance(value, list)
     path = "" if listed else value["path"] or ""
-    source = kind if listed else shortened(path, 80) or f"{len(value['bytes'] or b'')} bytes"
+    source = (
+        kind if listed else shortened(path, _LONGEST_PATH) or f"{len(value['bytes'] or b'')} bytes"
+    )
     with library_errors(
         lambda reason: DataError(
             f"row {row} (of the rows in use): the image in column {column!r} cannot "

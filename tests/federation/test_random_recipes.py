@@ -15,7 +15,7 @@ from federation.random_recipes import SCHEMA, random_recipe
 from fedmerge_peft import federate
 from fedmerge_peft.errors import FedMergeError
 
-QUICK, ALL = range(8), range(8, int(os.environ.get("FEDMERGE_RANDOM_RECIPES", "64")))
+QUICK, ALL = range(8), range(8, int(os.environ.get("FEDMERGE_RANDOM_RECIPES", "40")))
 """Numbers of recipes. After a new key of recipes, try 1000."""
 SECONDS = 120
 """Processor time of a run; usual ones take two."""

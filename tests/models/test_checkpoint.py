@@ -195,6 +195,17 @@ def test_a_file_of_another_kind_is_named(tmp_path):
         load_saved(tmp_path)
 
 
+def test_a_header_whose_length_begins_like_gzip_is_no_other_kind(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    saved = path.read_bytes()
+    end = 8 + int.from_bytes(saved[:8], "little")
+    length = int.from_bytes(b"\x1f\x8b", "little")
+    header = saved[8:end].ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header + saved[end:])
+    load_saved(tmp_path)
+
+
 def test_weights_under_another_name_are_named(tmp_path):
     make("bert").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")

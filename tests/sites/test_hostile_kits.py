@@ -1,6 +1,7 @@
 """A kit and the server's recipe are data: a site runs none of their code and discloses no file."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -116,6 +117,13 @@ def test_links_in_a_kit_are_refused(kit, tmp_path, name):
 def test_a_kit_of_another_site_is_refused(kit, content, message):
     (kit / "startup" / "fed_client.json").write_text(content)
     with pytest.raises(FederateError, match=message):
+        secure(kit)
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_error(kit):
+    shutil.rmtree(kit / "local")
+    (kit / "local").write_text("")
+    with pytest.raises(FederateError, match="local cannot be written again"):
         secure(kit)
 
 

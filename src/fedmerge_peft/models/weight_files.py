@@ -65,14 +65,15 @@ def _types(path: Path) -> dict[str, str]:
     """Return the types of a file's tensors, such as ``F32``, by name."""
     from safetensors import safe_open
 
-    if kind := foreign_content(path):
-        raise BackboneError(f"backbone.model: {path} is {kind}")
+    def fault(reason: str) -> BackboneError:
+        if kind := foreign_content(path):
+            return BackboneError(f"backbone.model: {path} is {kind}")
+        return BackboneError(
+            f"backbone.model: {path} is damaged or incomplete: {reason}; download it again"
+        )
+
     with (
-        library_errors(
-            lambda reason: BackboneError(
-                f"backbone.model: {path} is damaged or incomplete: {reason}; download it again"
-            )
-        ),
+        library_errors(fault),
         safe_open(path, framework="pt") as tensors,
     ):
         return {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118

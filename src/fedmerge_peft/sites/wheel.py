@@ -6,7 +6,9 @@ whoever registers it. A wheel in the kit, with its SHA-256 sum, installs the org
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import subprocess
 import sys
 from base64 import urlsafe_b64encode
@@ -97,10 +99,11 @@ def _pack(packages: Path, wheel: Path) -> bool:
                     "again before it goes to other sites"
                 )
             _add(archive, name, content)
-            record.append(f"{_quoted(name)},sha256={digest},{len(content)}")
+            record.append((name, f"sha256={digest}", len(content)))
         (info,) = {name.partition("/")[0] for name in members if ".dist-info/" in name}
-        record.append(f"{info}/RECORD,,")
-        _add(archive, f"{info}/RECORD", ("\n".join(record) + "\n").encode())
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([*record, (f"{info}/RECORD", "", "")])
+        _add(archive, f"{info}/RECORD", table.getvalue().encode())
     return True
 
 
@@ -114,8 +117,3 @@ def _add(archive: ZipFile, name: str, content: bytes) -> None:
 def _record_digest(content: bytes) -> str:
     """Return a SHA-256 sum as records of installed files write it (PEP 376, PEP 427)."""
     return urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-
-
-def _quoted(name: str) -> str:
-    """Return a field of a CSV file."""
-    return '"' + name.replace('"', '""') + '"' if set(name) & set(',"') else name

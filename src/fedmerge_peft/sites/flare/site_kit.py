@@ -89,8 +89,13 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
             "trust the rest, or unpack the kit again"
         )
     _write(kit / "startup" / "fed_client.json", _connection(federation, name))
-    shutil.rmtree(kit / "local", ignore_errors=True)
-    (kit / "local").mkdir()
+    try:
+        shutil.rmtree(kit / "local", ignore_errors=True)
+        (kit / "local").mkdir()
+    except OSError as error:
+        raise FederateError(
+            f"{kit / 'local'} cannot be written again ({error.strerror}); remove it"
+        ) from error
     _write(kit / "local" / "resources.json", _resources())
     _write(kit / "local" / "log_config.json", _logging())
     write_roles(kit)

@@ -59,6 +59,14 @@ def test_the_best_weights_seen_are_kept():
     assert len(seen) == 7  # the best, and five steps without gain after it
 
 
+def test_the_client_next_to_the_best_adapter_is_compared(run, tickets, monkeypatch):
+    comparison = _Comparison(newcomer(run, tickets), run.soup, torch.zeros(run.soup.layout.size))
+    monkeypatch.setattr(comparison, "_loss", lambda row: float((row - run.soup.rows[2]).norm()))
+    known = torch.cat([0.94 * torch.eye(3) + 0.02, torch.tensor([[0.5, 0.5, 0.0]])])
+    comparison.learn(known, ["a", "b", "c", "d"])
+    assert [method.detail for method in comparison.methods[1:3]] == ["adapter 2", "c"]
+
+
 def test_the_gradient_is_that_of_the_training_loss_through_the_merge(run, tickets):
     engine = newcomer(run, tickets)
     comparison = _Comparison(engine, run.soup, torch.zeros(run.soup.layout.size))

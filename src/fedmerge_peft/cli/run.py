@@ -255,6 +255,7 @@ def _print_profile(timer: PhaseTimer, console: Console) -> None:
 def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[str, str]]:
     """Return three commands to continue with, each with its purpose."""
     from fedmerge_peft.recipe.loading import shipped
+    from fedmerge_peft.report.advice import only_warm_rounds
 
     def rerun(override: str, suffix: str) -> str:
         out = f"{run.path}-{suffix}"
@@ -270,6 +271,10 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
         if adapters > 1:
             fewer = (adapters + 1) // 2
             commands.append((rerun(f"strategy.adapters={fewer}", str(fewer)), "a smaller soup"))
+        elif only_warm_rounds(run):
+            rounds = 2 * getattr(run.recipe.strategy, "warm_rounds", run.recipe.rounds)
+            longer = shlex.join(["fedmerge", "resume", str(run.path), f"rounds={rounds}"])
+            commands.append((longer, "clients are grouped after the warm rounds"))
     else:
         commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))
     if any(recipe == entry.name for entry in shipped()):

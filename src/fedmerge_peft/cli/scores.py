@@ -47,10 +47,10 @@ def scores(
 
 
 def print_tables(run: RunDirectory, console: Console) -> None:
-    """Print the scores of a finished run and its baselines, and π if FedMerge learned it."""
+    """Print the scores of a finished run and its baselines, and π of several adapters."""
     from fedmerge_peft.analysis import scores_table, weights_table
 
     if run.summary["final"]["served"] is not None:
         console.print(scores_table(run))
-    if run.recipe.strategy.learned_merging:
+    if run.recipe.strategy.learned_merging and len(run.soup) > 1:
         console.print(weights_table(run))

@@ -62,7 +62,7 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
     for warning in run.records[-1]["warnings"] if run.records else []:
         finding, _, remedy = warning.partition(". ")
         if finding.startswith("until "):  # ends by itself, unless the run ends first
-            if _trained_after_warm_rounds(run) and run.ended_for is not None:
+            if not only_warm_rounds(run) and run.ended_for is not None:
                 yield Advice(
                     finding,
                     "the run ended before all clients had taken part",
@@ -78,15 +78,15 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
         )
 
 
-def _trained_after_warm_rounds(run: RunDirectory) -> bool:
-    """Return True if the recipe has rounds after the warm ones, or no warm rounds."""
+def only_warm_rounds(run: RunDirectory) -> bool:
+    """Return True if the recipe has no rounds after the warm ones."""
     strategy = run.recipe.strategy
     warm = getattr(strategy, "start", "warm") == "warm"
-    return not warm or run.recipe.rounds > getattr(strategy, "warm_rounds", 0)
+    return warm and run.recipe.rounds <= getattr(strategy, "warm_rounds", 0)
 
 
-def _only_warm_rounds(run: RunDirectory) -> Iterator[Advice]:
-    if not _trained_after_warm_rounds(run):
+def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
+    if only_warm_rounds(run):
         name, rounds = run.recipe.strategy.name, run.recipe.rounds
         yield Advice(
             f"all {rounds} rounds are warm rounds, in which {name} equals FedAvg",
@@ -254,7 +254,7 @@ def _few_test_examples(run: RunDirectory) -> Iterator[Advice]:
 _CHECKS: tuple[Callable[[RunDirectory], Iterator[Advice]], ...] = (
     _unfinished,
     _flat_loss,
-    _only_warm_rounds,
+    _warm_rounds,
     _warnings,
     _fewer_adapters_than_groups,
     _worse_than_baselines,

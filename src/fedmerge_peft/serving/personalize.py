@@ -230,6 +230,9 @@ class _Comparison:
             ),
         ]
         if chosen:
+            closest, _ = min(candidates, key=lambda candidate: candidate[1])
+            nearest = int(torch.cdist(known, closest[None], p=1).argmin())
+            chosen += [nearest] if nearest not in chosen else []
             candidates.append(
                 self._best_of(
                     "a client's weights", known[chosen], [clients[number] for number in chosen]

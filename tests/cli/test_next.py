@@ -32,8 +32,9 @@ def test_one_adapter_has_no_smaller_soup():
     assert "a smaller soup" not in suggested(1, [])
 
 
-def test_a_run_of_warm_rounds_only_is_continued_beyond_them():
-    found = suggested(1, ["strategy={name: fedmerge, start: warm}", "rounds=2"])
+@pytest.mark.parametrize(("adapters", "rounds"), [(1, 2), (4, 3)])
+def test_a_run_of_warm_rounds_only_is_continued_beyond_them(adapters, rounds):
+    found = suggested(adapters, ["strategy={name: fedmerge, start: warm}", f"rounds={rounds}"])
     command = found["clients are grouped after the warm rounds"]
     assert command == "fedmerge resume runs/smoke rounds=6"
     assert "clients are grouped after the warm rounds" not in suggested(1, ["rounds=2"])

@@ -268,13 +268,13 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
     ]
     if run.recipe.strategy.learned_merging:
         adapters = len(run.soup)
-        if adapters > 1:
-            fewer = (adapters + 1) // 2
-            commands.append((rerun(f"strategy.adapters={fewer}", str(fewer)), "a smaller soup"))
-        elif only_warm_rounds(run):
+        if only_warm_rounds(run):
             rounds = 2 * getattr(run.recipe.strategy, "warm_rounds", run.recipe.rounds)
             longer = shlex.join(["fedmerge", "resume", str(run.path), f"rounds={rounds}"])
             commands.append((longer, "clients are grouped after the warm rounds"))
+        elif adapters > 1:
+            fewer = (adapters + 1) // 2
+            commands.append((rerun(f"strategy.adapters={fewer}", str(fewer)), "a smaller soup"))
     else:
         commands.append((rerun("strategy=fedmerge", "fedmerge"), "merged adapters instead"))
     if any(recipe == entry.name for entry in shipped()):

@@ -195,7 +195,7 @@ class FormulaClients:
         """Return an engine for these clients, without scores."""
         engine = SimpleNamespace(
             clients=[
-                SimpleNamespace(name=str(client), size=size)
+                SimpleNamespace(name=str(client), size=size, validation=())
                 for client, size in enumerate(self.sizes)
             ],
             task=SimpleNamespace(metrics=["accuracy"]),

@@ -75,7 +75,10 @@ def engine(mode, member, seed):
 
     return SimpleNamespace(
         simulated=mode == "local",  # central noise comes from the operating system
-        clients=[SimpleNamespace(name=str(number), size=EXAMPLES) for number in range(CLIENTS)],
+        clients=[
+            SimpleNamespace(name=str(number), size=EXAMPLES, validation=())
+            for number in range(CLIENTS)
+        ],
         task=SimpleNamespace(metrics=["accuracy"]),
         backbone=SimpleNamespace(set_base=lambda _: None),
         check_serves=lambda _: None,

@@ -286,3 +286,26 @@ def test_an_adapter_that_transformers_loads_with_the_model_is_refused(tmp_path):
     recipe = BackboneRecipe(model="hub/name")
     with pytest.raises(BackboneError, match="hub/name holds a PEFT adapter"):
         load_model(recipe, LabelTask(), str(tmp_path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "output"),
+    [("bert", "classifier"), ("roberta", "classifier.out_proj"), ("gpt2", "score")],
+)
+def test_a_head_follows_the_order_of_the_labels(kind, output, tmp_path, caplog):
+    labels = dict(enumerate(["Negative", "Neutral", "Positive"]))
+    model = make(kind, "ForSequenceClassification", id2label=labels)
+    held = model.get_submodule(output).weight.detach().clone()
+    task = LabelTask()
+    for names, order in [
+        (("positive", "negative", "neutral"), [2, 0, 1]),
+        (("negative", "neutral", "positive"), [0, 1, 2]),
+        (("negative", "neutral", "mixed"), [0, 1, 2]),
+    ]:
+        caplog.clear()
+        task.labels = names
+        with caplog.at_level("INFO"):
+            loaded, missing = load(model, tmp_path / "-".join(names), task)
+        assert not missing
+        assert torch.equal(loaded.get_submodule(output).weight, held[order])
+        assert ("positive, negative, neutral" in caplog.text) == (order == [2, 0, 1])

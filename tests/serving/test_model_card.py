@@ -7,6 +7,7 @@ from equality import assert_near
 from fedmerge_peft import Recipe
 from fedmerge_peft.models.pretrained import gguf_source
 from fedmerge_peft.recipe.schema import BackboneRecipe
+from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.serving.export import export_client, export_soup
 from fedmerge_peft.serving.personalize import personalize
 
@@ -28,6 +29,17 @@ def test_the_card_states_the_number_of_examples_behind_the_scores(finished, tmp_
     assert f"**{CLIENT}**, one of 3 clients" in text
     assert f"| training examples | {run.clients.loc[CLIENT, 'train']} |" in text
     assert f"| test examples | {run.clients.loc[CLIENT, 'test']} |" in text
+
+
+def test_the_card_advises_on_padding_if_outputs_depend_on_it(finished, tmp_path, monkeypatch):
+    run = finished(KIND).run
+    assert run.task["padding"] == "right"
+    for padding, advice in [("right", None), ("left", "padding_side"), ("none", "one length")]:
+        task = {**run.task, "padding": padding}
+        monkeypatch.setattr(RunDirectory, "task", property(lambda _, task=task: task))
+        text = ModelCard.load(run.save_adapter(CLIENT, tmp_path / padding) / "README.md").text
+        assert ("| padding |" in text) == (advice is not None)
+        assert advice is None or advice in text
 
 
 def test_the_card_of_an_exact_merge_has_its_rank(finished, tmp_path):

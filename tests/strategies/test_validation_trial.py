@@ -1,4 +1,4 @@
-"""FedMerge's trial of its groups: merged adapters against own ones, on validation examples."""
+"""FedMerge's trials of its groups: merged adapters against others, on validation examples."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from equality import assert_near
 from fedmerge_peft.recipe.robustness import RobustnessRecipe
 from fedmerge_peft.strategies import Reply, make_strategy
 from fedmerge_peft.strategies.aggregation import Aggregator
-from fedmerge_peft.strategies.validation_trial import FIRST, LAST, ValidationTrial
+from fedmerge_peft.strategies.validation_trial import FIRST, LAST, CommonTrial, OwnTrial
 from fedmerge_peft.testing import FormulaClients, strategy_recipe
 
 CLIENTS, WARM = 6, 2
@@ -29,16 +29,17 @@ def reply(client, before, after):
 
 
 def compared(own, merged):
-    trial = ValidationTrial(len(own))
+    trial = OwnTrial(len(own))
     trial.store([reply(client, 9.0, loss) for client, loss in enumerate(own)])
     return trial.compare([reply(client, loss, 9.0) for client, loss in enumerate(merged)])
 
 
-def play(strategy, clients, rounds, own=1.0, merged=1.0):
+def play(strategy, clients, rounds, own=1.0, merged=1.0, common=9.0):
     """Run rounds in which each client reports these losses when it is asked for them."""
     for _ in range(rounds):
-        asked = strategy.validates()
-        losses = (merged, own) if asked else None
+        losses = (merged, own) if strategy.validates() else None
+        if losses and strategy.plan(0).compared is not None:
+            losses = (*losses, common)
         strategy.update([replace(one, validation=losses) for one in clients.replies(strategy)])
 
 
@@ -58,7 +59,7 @@ def test_differences_below_one_percent_are_chance(merged, better):
 
 
 def test_a_loss_of_zero_is_a_loss():
-    trial = ValidationTrial(2)
+    trial = OwnTrial(2)
     trial.store([reply(0, 1.0, 0.0), reply(1, 1.0, 0.0)])
     found = trial.compare([reply(0, 0.0, 0.0), reply(1, 0.0, 0.0)])
     assert (found.harm, found.own_is_better) == (0.0, False)
@@ -72,7 +73,7 @@ def test_a_liar_cannot_end_groups():
 
 
 def test_no_comparison_without_half_of_the_clients():
-    trial = ValidationTrial(5)
+    trial = OwnTrial(5)
     trial.store([reply(client, 1.0, 1.0) for client in range(3)])
     asked = [reply(client, 2.0, 1.0) for client in range(5)]
     assert trial.compare(asked[:2]) is None
@@ -101,7 +102,8 @@ def test_groups_whose_harm_shrinks_are_tried_on():
     play(strategy, clients, WARM)
     for merged in (1.0, 1.5, 1.3, 1.15, 1.08):
         play(strategy, clients, 1, merged=merged)
-        assert (strategy.validates(), strategy.decisions()) == (True, [])
+        assert strategy.validates()
+        assert all("groups kept" in decision for decision in strategy.decisions())
     play(strategy, clients, 1, merged=1.0)
     assert "merging kept" in strategy.decisions()[0]
 
@@ -185,3 +187,99 @@ def test_a_federation_resumes_during_and_after_its_trial():
         play(second, clients, END + 2 - stop, merged=2.0)
         assert torch.equal(second.soup.rows, whole.soup.rows)
         assert torch.equal(second.weights, whole.weights)
+
+
+# ---- groups against one adapter ------------------------------------------------------------------
+
+
+def with_common(*losses):
+    return [
+        replace(reply(client, grouped, 9.0), validation=(grouped, 9.0, common))
+        for client, (grouped, common) in enumerate(losses)
+    ]
+
+
+@pytest.mark.parametrize(("common", "keep"), [(1.03, True), (1.0201, True), (1.019, None)])
+def test_groups_are_kept_for_a_gain_of_two_percent(common, keep):
+    assert CommonTrial().decide(with_common((1.0, common), (2.0, 2 * common)))[0] is keep
+
+
+def test_groups_without_a_gain_end_in_the_second_round():
+    trial = CommonTrial()
+    assert trial.decide(with_common((1.0, 1.01), (2.0, 2.0)))[0] is None
+    keep, losses = trial.decide(with_common((1.0, 0.9), (2.0, 2.0)))
+    assert keep is False
+    assert losses == "1.5 by group, 1.45 with one adapter"
+
+
+def test_losses_that_are_missing_or_infinite_do_not_count():
+    trial = CommonTrial()
+    for replies in (
+        with_common((1.0, 1.0)),
+        with_common((1.0, 1.0), (1.0, float("inf"))),
+        [reply(client, 1.0, 1.0) for client in range(3)],
+        [replace(one, validation=None) for one in with_common((1.0, 1.0), (1.0, 1.0))],
+    ):
+        assert trial.decide(replies) == (None, "")
+    assert trial.rounds == 0
+
+
+def test_clients_are_sent_the_mean_of_all_adapters_until_the_trial_ends():
+    clients = grouped_clients()
+    strategy = clients.strategy("fedmerge", warm_rounds=WARM)
+    size = clients.layout.size
+    play(strategy, clients, WARM - 1)
+    assert strategy.plan(0).compared is None
+    play(strategy, clients, 1)
+    merged = torch.stack([strategy.adapter(client) for client in range(CLIENTS)])
+    for client in range(CLIENTS):
+        plan = strategy.plan(client)
+        assert_near(plan.compared, merged.mean(dim=0))
+        assert torch.equal(plan.sent, torch.stack([merged[client], plan.compared]))
+        assert (plan.returned_rows, strategy.traffic(client)) == (1, (2 * size, size))
+    play(strategy, clients, 1, common=1.5)
+    assert strategy.decisions() == ["groups kept: validation loss 1 by group, 1.5 with one adapter"]
+    assert strategy.plan(0).compared is None
+    assert strategy.traffic(0) == (size, size)
+
+
+def test_clients_share_one_adapter_if_groups_gain_nothing():
+    """The soup becomes the mean of what the clients were sent, and makes FedAvg's step."""
+    clients = grouped_clients()
+    strategy = clients.strategy("fedmerge", warm_rounds=WARM)
+    play(strategy, clients, WARM + 1, common=1.0)
+    assert (len(strategy.soup), strategy.decisions()) == (2, [])
+    sent = torch.stack([strategy.adapter(client) for client in range(CLIENTS)])
+    play(strategy, clients, 1, common=1.01)
+    assert strategy.decisions() == [
+        "one adapter for all clients: validation loss 1 by group, 1.01 with one adapter"
+    ]
+    assert torch.equal(strategy.weights, torch.ones(CLIENTS, 1))
+    updates = sent - clients.centres
+    assert_near(strategy.soup.rows[0], sent.mean(dim=0) - updates.mean(dim=0))
+    play(strategy, clients, 3, merged=0.5)
+    assert len(strategy.soup) == 1
+    assert not strategy.validates()
+
+
+def test_a_federation_resumes_during_and_after_its_trial_of_groups():
+    clients = grouped_clients()
+    whole = clients.strategy("fedmerge", warm_rounds=WARM)
+    play(whole, clients, WARM + 4, common=1.0)
+    for stop in range(WARM - 1, WARM + 4):
+        first, second = (clients.strategy("fedmerge", warm_rounds=WARM) for _ in range(2))
+        play(first, clients, stop, common=1.0)
+        second.resize(len(first.soup))
+        second.soup = first.soup
+        second.load_state_dict(first.state_dict())
+        play(second, clients, WARM + 4 - stop, common=1.0)
+        assert torch.equal(second.soup.rows, whole.soup.rows)
+
+
+def test_clients_without_validation_examples_compare_nothing():
+    clients = grouped_clients()
+    context = replace(clients.strategy_context(), validation=False)
+    strategy = make_strategy(strategy_recipe("fedmerge", warm_rounds=WARM), context)
+    play(strategy, clients, WARM + 1)
+    assert not strategy.validates()
+    assert strategy.plan(0).compared is None

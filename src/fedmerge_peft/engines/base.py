@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedmerge_peft.errors import ClientError
     from fedmerge_peft.models.backbone import Backbone
     from fedmerge_peft.recipe import Recipe
+    from fedmerge_peft.tasks.base import Padding
 
 
 class Model(Protocol):
@@ -51,6 +52,10 @@ class TaskInfo(Protocol):
     @property
     def labels(self) -> Sequence[str]:
         """Names of the labels; empty if the task has none."""
+
+    @property
+    def padding(self) -> Padding:
+        """Side on which shorter examples are padded."""
 
 
 class Engine(Protocol):

@@ -361,8 +361,8 @@ class LocalEngine:
         turn.seconds += known.seconds
         return known.trained
 
-    def _validate(self, turn: ClientTurn) -> tuple[float, float] | None:
-        """Return the mean validation losses of the adapter as sent and as trained."""
+    def _validate(self, turn: ClientTurn) -> tuple[float, ...] | None:
+        """Return the mean validation losses of ``Reply.validation``."""
         rows = turn.client.validation
         if turn.result is None or not len(rows):
             return None
@@ -371,11 +371,11 @@ class LocalEngine:
             return None
         size = self.recipe.evaluation.batch_size
         with timed("evaluate"):
-            before, after = (
+            return tuple(
                 float(example_losses(self.runtime, row, rows, size).double().mean())
-                for row in (plan.row, trained)
+                for row in (plan.row, trained, plan.compared)
+                if row is not None
             )
-        return before, after
 
     def _scores(self, client: Client, served: Served) -> dict[str, float]:
         with timed("evaluate"):

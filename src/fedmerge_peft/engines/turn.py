@@ -38,8 +38,8 @@ class ClientTurn:
     result: ClientResult | None = None
     after: dict[str, float] | None = None
     """Scores after local training."""
-    validation: tuple[float, float] | None = None
-    """Mean loss (nats) of a validation example, before and after local training."""
+    validation: tuple[float, ...] | None = None
+    """Mean losses (nats) of a validation example (``Reply.validation``)."""
     error: ClientError | None = None
     """The first failure, which ends the turn."""
 

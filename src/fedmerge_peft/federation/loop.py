@@ -104,6 +104,8 @@ class Federation:
             self.engine.strategy_context(),
             aggregator=self._aggregator(),
             label_counts=self._label_counts(),
+            validation=self.recipe.privacy.mode == "none"
+            and any(len(client.validation) for client in self.engine.clients),
         )
         strategy = make_strategy(self.recipe.strategy, context)
         if not self.recipe.serving.label_prior:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedmerge_peft.strategies.base import Reply
-from fedmerge_peft.training.plan import Plan
+from fedmerge_peft.training.plan import Plan, Train
 from fedmerge_peft.util.ranges import MAX_SCORE, MAX_SECONDS
 from fedmerge_peft.util.vectors import norm_fault, row_norms, tensor_mismatch
 
@@ -42,6 +42,10 @@ def validate_reply(
         return f"its update is {problem}"
     if reply.train_loss is not None and not abs(reply.train_loss) <= MAX_SCORE:
         return f"its training loss is {reply.train_loss}"
+    if reply.validation is not None:
+        number = 3 if isinstance(plan, Train) and plan.compared is not None else 2
+        if len(reply.validation) != number:
+            return f"it reports {len(reply.validation)} validation losses, expected {number}"
     if plan.statistics_shape is not None:
         if reply.statistics is None:
             return "its class statistics are missing"

@@ -12,6 +12,7 @@ import torch
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.models.checkpoint import adapter_found, check_folder, missing_tensors
 from fedmerge_peft.models.gguf import dequantized_folder
+from fedmerge_peft.models.head_order import label_names, order_head
 from fedmerge_peft.models.in_memory import copy_module, save_stock
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe
@@ -149,6 +150,7 @@ def load_model(
     }
     if backbone.revision is not None and folder == backbone.model:
         options["revision"] = backbone.revision
+    source = {name: options[name] for name in ("trust_remote_code", "revision") if name in options}
     if backbone.attention is not None:
         options["attn_implementation"] = backbone.attention
     if backbone.quantization is not None:
@@ -172,6 +174,7 @@ def load_model(
         ),
         quiet_transformers(),
     ):
+        held = transformers.AutoConfig.from_pretrained(folder, **source)
         model, report = auto_model.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **options
         )
@@ -184,6 +187,8 @@ def load_model(
             "bfloat16 or float16"
         )
     missing = missing_tensors(model, report, backbone.model, new_heads=bool(task.heads))
+    if task.labels:
+        order_head(model, label_names(held), task.labels)
     if not backbone.quantization:
         model = model.to(device)
     return _prepared(model, task), missing

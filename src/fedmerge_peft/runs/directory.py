@@ -6,7 +6,7 @@ environment.json        format version, start, versions, git commit, device and 
 decisions.json          values that the run has chosen for training.learning_rate and
                         training.epochs, with their reasons and the losses of the range test
 clients.json            name, group and number of examples of each client
-task.json               label names in the order of their ids, and the text format
+task.json               label names in the order of their ids, text format, and padding
 examples.json           digest of the encoded examples, if the recipe has baselines
 labels.json             training examples of each client by label, if examples have labels
 confusion.json          test examples of each client by true and predicted class, after the end
@@ -339,7 +339,7 @@ class RunDirectory:
 
     @property
     def task(self) -> dict[str, Any]:
-        """``labels``, names in the order of their ids, and the ``format`` of texts or None."""
+        """``labels`` in the order of their ids, ``format`` of texts or None, and ``padding``."""
         path = self.path / "task.json"
         if not path.is_file():
             raise RunError(

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fedmerge_peft.recipe.lora import LoraRecipe
 from fedmerge_peft.runs.record import RoundRecord, Scores, restore_scores
+from fedmerge_peft.tasks.base import Padding
 from fedmerge_peft.util import checked
 from fedmerge_peft.util.ranges import Flag, Number, Text, Whole, first_fault
 
@@ -141,6 +142,7 @@ class Task:
 
     labels: list[Text]
     format: Text | None
+    padding: Padding = "right"
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,7 @@ def metadata(recipe: Recipe, engine: Engine) -> dict[str, Any]:
         "task.json": {
             "labels": list(engine.task.labels),
             "format": getattr(engine.task, "format", None),
+            "padding": engine.task.padding,
         },
         "adapter_config.json": {
             **config,

@@ -40,6 +40,9 @@ _CARD = """---
 {%%- if gguf %%}
 | base weights | dequantized from {{ gguf }} to {{ dtype }} |
 {%%- endif %%}
+{%%- if padding %%}
+| padding | {{ padding }} |
+{%%- endif %%}
 | method | `{{ method }}` |
 | round | {{ round }} |
 %s
@@ -99,6 +102,14 @@ from pathlib import Path
 {fetch}from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 """
+
+
+_PADDING = {
+    "left": 'on the left (`tokenizer.padding_side = "left"`), since outputs depend on the side',
+    "none": "none, since outputs depend on it: give texts of one length, or one text at a time",
+    "alone": "none, since outputs depend on the other texts of a batch: give one text at a time",
+}
+"""Advice for models that do not ignore padding on the right, by ``task.padding``."""
 
 
 def adapter_card(
@@ -232,6 +243,7 @@ def _card(template: str, data: Any, run: RunDirectory, base: str, **fields: Any)
         base=code_span(base),
         gguf=(source := gguf_source(run.recipe.backbone)) and code_span(source),
         dtype=run.recipe.backbone.dtype,
+        padding=_PADDING.get(run.task.get("padding", "right")),
         method=run.recipe.strategy.name,
         clients=len(run.client_names),
         project=_PROJECT,

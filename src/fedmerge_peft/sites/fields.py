@@ -121,6 +121,7 @@ class TrainPlan(TrainJob):
     """Plan ``train``."""
 
     name: Literal["train"]
+    compared: TensorName | None
 
 
 class InTurnPlan(Fields):
@@ -197,7 +198,7 @@ class Trained(Fields):
     served: Scores | None
     finetuned: Scores | None
     choice: Index
-    validation: Annotated[list[Loss], Field(min_length=2, max_length=2)] | None
+    validation: Annotated[list[Loss], Field(min_length=2, max_length=3)] | None
 
 
 class Evaluated(Fields):

@@ -9,7 +9,7 @@ masks are booleans.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from fedmerge_peft.sites.fields import (
     ServedRow,
     Trained,
     TrainJob,
+    TrainPlan,
     WireDtype,
     read_fields,
 )
@@ -133,7 +134,8 @@ def _plan(plan: Plan, table: TensorTable) -> dict[str, Any]:
         raise FederateError("strategy: sites return no class statistics; use another strategy")
     match plan:
         case Train():
-            return {"name": "train", **_train(plan, table)}
+            compared = None if plan.compared is None else table.add_adapters(plan.compared)
+            return {"name": "train", **_train(plan, table), "compared": compared}
         case InTurn():
             return {"name": "in_turn", "jobs": [_train(job, table) for job in plan.jobs]}
         case Choose():
@@ -199,8 +201,8 @@ def scores_in_range(scores: Mapping[str, float] | None) -> dict[str, float] | No
     return {name: value for name, value in scores.items() if abs(value) <= MAX_SCORE}
 
 
-def losses_in_range(losses: tuple[float, float] | None) -> list[float] | None:
-    """Return the two losses, or None if one of them is not in the range of a message."""
+def losses_in_range(losses: tuple[float, ...] | None) -> list[float] | None:
+    """Return the losses, or None if one of them is not in the range of a message."""
     if losses is None or not all(abs(loss) <= MAX_SCORE for loss in losses):
         return None
     return list(losses)
@@ -281,9 +283,7 @@ def read_reply(
         fields.choice,
         reader.float32("weights", 1) if "weights" in message.tensors else None,
         fields.round,
-        validation=None
-        if fields.validation is None
-        else (fields.validation[0], fields.validation[1]),
+        validation=None if fields.validation is None else tuple(fields.validation),
     )
 
 
@@ -344,8 +344,9 @@ class _Reader:
 
     def plan(self, fields: PlanFields) -> Plan:
         match fields:
-            case TrainJob():
-                return self._train(fields)
+            case TrainPlan():
+                compared = None if fields.compared is None else self.adapters(fields.compared, 1)
+                return replace(self._train(fields), compared=compared)
             case InTurnPlan():
                 return InTurn(tuple(self._train(job) for job in fields.jobs))
             case ChoosePlan():

@@ -37,6 +37,8 @@ class StrategyContext:
     label_counts: Tensor | None = None
     """Training examples of each client by label, ``(m, classes)`` int64. None if examples have no
     labels, or if the recipe asks for differential privacy."""
+    validation: bool = True
+    """True if clients may report losses on validation examples."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ class Reply:
     """Round of the plan, from 1. If None, it is not checked."""
     statistics: Tensor | None = None
     """Class statistics ``(rows, classes, d + 2)``, if the plan measures adapters."""
-    validation: tuple[float, float] | None = None
-    """Mean loss (nats) of a validation example, before and after local training, in rounds in which
-    ``Strategy.validates``. None without validation examples, and from a private site."""
+    validation: tuple[float, ...] | None = None
+    """Mean losses (nats) of a validation example: before local training, after it, and of the
+    adapter that the plan compares, if any. Reported in rounds in which ``Strategy.validates``; None
+    without validation examples, and from a private site."""
 
     @property
     def delta(self) -> Tensor:

@@ -20,12 +20,14 @@ from fedmerge_peft.strategies.block_logits import BlockLogits, make_blocks
 from fedmerge_peft.strategies.group_weights import group_logits, grouping_logits
 from fedmerge_peft.strategies.logit_steps import LogitSteps
 from fedmerge_peft.strategies.mean_updates import MeanUpdates
-from fedmerge_peft.strategies.own_head import OwnHead, choose_shares
+from fedmerge_peft.strategies.own_head import OwnHead, make_own_heads
 from fedmerge_peft.strategies.reseeding import Reseeding
 from fedmerge_peft.strategies.server_optimizer import ServerOptimizer
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.strategies.similarity import Grouping, group_by_direction, nearest_row
-from fedmerge_peft.strategies.validation_trial import FIRST, LAST, ValidationTrial
+from fedmerge_peft.strategies.starts import initial_rows
+from fedmerge_peft.strategies.validation_trial import GroupTrials
+from fedmerge_peft.training.plan import Plan, Train
 
 _ADAPTERS = 5
 """d with ``adapters: auto`` if the clients are not grouped; the default of the authors' code."""
@@ -52,8 +54,9 @@ class FedMerge(Strategy):
     With ``blocks``, W has a row for each client and block of columns (``block_logits.py``). Each
     block then has its own grouping and steps.
 
-    A few rounds later, validation losses decide whether merging harms (``validation_trial.py``). If
-    so, each client gets an adapter of its own, which the others share with small weights.
+    In the rounds after the grouping, validation losses try it (``validation_trial.py``). If groups
+    gain nothing, all clients share the mean of the adapters. If merging harms, each client gets an
+    adapter of its own, which the others share with small weights.
     """
 
     state_fields = (
@@ -67,7 +70,7 @@ class FedMerge(Strategy):
         "by_block",
         "joined",
         "rounds",
-        "trial",
+        "trials",
     )
     learns_weights = True
 
@@ -88,7 +91,7 @@ class FedMerge(Strategy):
         else:
             adapters = 1 if self._warming is not None else min(_ADAPTERS, context.clients)
         self.soup = AdapterSoup(
-            _initial_rows(recipe, context, adapters), context.layout, context.shared
+            initial_rows(recipe, context, adapters), context.layout, context.shared
         )
         self.server = ServerOptimizer(recipe, self.soup.rows)
         self._set_weights(adapters)
@@ -101,10 +104,11 @@ class FedMerge(Strategy):
             self._warming is not None
             and (recipe.adapters, recipe.groups) == ("auto", None)
             and recipe.own_head in ("auto", 0)
+            and context.validation
             and not context.aggregator.recipe.defends  # reported losses may be false
         )
-        self.trial = ValidationTrial(context.clients) if automatic else None
-        """Trial of the groups after the grouping; None if there is none, or when it is over."""
+        self.trials = GroupTrials(context.clients) if automatic else None
+        """Trials after the grouping; None if the recipe decides."""
         self._decided: list[str] = []
 
     def _set_weights(self, adapters: int) -> None:
@@ -161,7 +165,33 @@ class FedMerge(Strategy):
         return self._decided
 
     def validates(self) -> bool:
-        return self.trial is not None and self.rounds >= self.recipe.warm_rounds
+        after = self.rounds >= self.recipe.warm_rounds
+        return after and self.trials is not None and self.trials.own is not None
+
+    def plan(self, client: int) -> Plan:
+        compared = self._common_adapter(client) if self._compares() else None
+        return Train(self.adapter(client), compared=compared)
+
+    def traffic(self, client: int) -> tuple[int, int]:
+        size = self.soup.layout.size
+        return (2 * size if self._compares() else size), size
+
+    def _compares(self) -> bool:
+        """Return True while the groups are compared with one adapter for all clients."""
+        after = self._warming is None
+        return after and self.trials is not None and self.trials.common is not None
+
+    def _common_adapter(self, client: int) -> Tensor:
+        """Return the mean of the clients' merged adapters, with the client's own head, ``(P,)``."""
+        common = self._mean_adapter()
+        if self.own_head is not None:
+            one = slice(client, client + 1)
+            common[self.head] += self.own_head.residuals(common[self.head], one)[0]
+        return common
+
+    def _mean_adapter(self) -> Tensor:
+        """Return the mean of the merged adapters of clients that were grouped, ``(P,)``."""
+        return self.soup.merge(self.weights[self.joined].mean(dim=0))
 
     def _softmax(self, logits: Tensor) -> Tensor:
         return torch.softmax(
@@ -176,8 +206,8 @@ class FedMerge(Strategy):
         served = self._served_heads(clients) if own else None
         self._decided = []
         self.rounds += 1
-        if self.trial is not None and self._warming is None:
-            self._try_groups(self.trial, replies)
+        if self.trials is not None and self._warming is None:
+            self._try_groups(self.trials, replies)
         if self._warming is not None:
             self._warming.add(clients, deltas)
             if self.rounds == self.recipe.warm_rounds:
@@ -277,29 +307,29 @@ class FedMerge(Strategy):
                     group_by_direction(means[:, columns], count, self.context.seed, count=count)
                 ),
             )
-        if number == self.context.clients:
-            self.trial = None
+        if self.trials is not None:
+            self.trials.begin(number, blocks=self.blocks is not None)
         self._decided = [f"{number} group{'s' * (number > 1)} of clients: {found.reason}"]
         if self.blocks is None:
-            self._decide_own_heads(updates.clients, found.groups)
+            self.own_head, reason = make_own_heads(
+                self.recipe.own_head, len(self.head), self.context, updates.clients, found.groups
+            )
+            self._decided += reason
 
-    def _try_groups(self, trial: ValidationTrial, replies: Sequence[Reply]) -> None:
-        """Keep the groups if merging does not harm; end them if its harm lasts."""
-        number, found = self.rounds - self.recipe.warm_rounds, trial.compare(replies)
-        trial.store(replies)
-        lasts = found is not None and trial.lasting(found)
-        if number >= LAST:
-            self.trial = None
-        if found is None or number < FIRST:
-            return
-        losses = f"{found.own:.3g} after own training, {found.merged:.3g} after merging"
-        if not found.own_is_better:
-            self.trial = None
-            self._decided.append(f"merging kept: validation loss {losses}")
-        elif lasts:
-            self.trial = None
-            self._separate()
-            self._decided.append(f"an adapter for each client: validation loss {losses}")
+    def _try_groups(self, trials: GroupTrials, replies: Sequence[Reply]) -> None:
+        """Act on the outcomes of the trials."""
+        for outcome, reason in trials.decide(self.rounds - self.recipe.warm_rounds, replies):
+            if outcome == "share":
+                self._share()
+            elif outcome == "separate":
+                self._separate()
+            self._decided.append(reason)
+
+    def _share(self) -> None:
+        """Give all clients one adapter, the mean of what they were sent."""
+        self.soup = replace(self.soup, rows=self._mean_adapter()[None], own=None)
+        self.server = ServerOptimizer(self.recipe, self.soup.rows)
+        self._set_weights(1)
 
     def _separate(self) -> None:
         """Give each client an adapter, which starts from what the client was sent."""
@@ -339,23 +369,6 @@ class FedMerge(Strategy):
             return self.recipe.temperature * group_logits(found, adapters, weight)
         return self.recipe.temperature * grouping_logits(found, adapters, weight)
 
-    def _decide_own_heads(self, clients: Tensor, groups: Tensor) -> None:
-        """Give clients own heads, with the recipe's share or one that follows from their labels."""
-        share, counts = self.recipe.own_head, self.context.label_counts
-        if share != "auto":
-            shares = torch.full((self.context.clients,), share)
-            reason = "as set in the recipe"
-        elif counts is None or len(self.head) == 0 or not counts[clients].any():
-            return
-        else:
-            shares, reason = choose_shares(counts, clients, groups)
-        if shares.any():
-            self.own_head = OwnHead(len(self.head), shares)
-            weight = float(shares[clients].mean())
-            self._decided.append(f"own heads with a mean weight of {weight:.2f}: {reason}")
-        else:
-            self._decided.append(f"shared heads: {reason}")
-
     def _served_heads(self, clients: Tensor) -> Tensor:
         """Return the heads that these clients were sent, ``(k, h)``."""
         if self._warming is not None:  # all were sent the same one
@@ -383,16 +396,3 @@ class FedMerge(Strategy):
                 f"fedmerge equals FedAvg; completed rounds: {self.rounds}"
             ]
         return super().warnings()
-
-
-def _initial_rows(
-    recipe: recipes.FedMergeRecipe, context: StrategyContext, adapters: int
-) -> Tensor:
-    """Return Θ before the first round, ``(d, P)``."""
-    if recipe.start == "independent":
-        return torch.stack([context.fresh_row(number) for number in range(adapters)])
-    rows = context.fresh_row(0).repeat(adapters, 1)
-    if recipe.start == "noise":
-        generator = torch.Generator().manual_seed(context.seed)
-        rows += recipe.start_noise * torch.randn(rows.shape, generator=generator)
-    return rows

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from fedmerge_peft.strategies.base import StrategyContext
 from fedmerge_peft.strategies.label_counts import fit_concentration
 from fedmerge_peft.util.stateful import Stateful
 
@@ -49,9 +52,47 @@ class OwnHead(Stateful):
         self.started[clients] = True
         self.rows[clients] -= deltas
 
-    def residuals(self, merged: Tensor) -> Tensor:
-        """Return s_i (H_i − Σ_j π_ij Θ_j,head), what to add to the merged heads, ``(m, h)``."""
-        return (self.shares * self.started)[:, None] * (self.rows - merged)
+    def residuals(self, merged: Tensor, clients: slice | Tensor = slice(None)) -> Tensor:
+        """Return s_i (H_i − Σ_j π_ij Θ_j,head), what to add to the merged heads ``(k, h)``.
+
+        Args:
+            merged: Σ_j π_ij Θ_j,head, ``(k, h)`` or ``(h,)``.
+            clients: Indices of the k clients; all by default.
+        """
+        shares = (self.shares * self.started)[clients]
+        return shares[:, None] * (self.rows[clients] - merged)
+
+
+def make_own_heads(
+    share: float | Literal["auto"],
+    size: int,
+    context: StrategyContext,
+    clients: Tensor,
+    groups: Tensor,
+) -> tuple[OwnHead | None, list[str]]:
+    """Create own heads with the recipe's share, or one that follows from the clients' labels.
+
+    Args:
+        share: s of all clients, or ``auto``.
+        size: h, the number of parameters of a head.
+        context: Number of clients, and their label counts.
+        clients: Clients that were grouped, ``(k,)``.
+        groups: Their groups, ``(k,)``.
+
+    Returns:
+        The own heads, None if the head is shared; and the reason, if there is a choice.
+    """
+    counts = context.label_counts
+    if share != "auto":
+        shares, reason = torch.full((context.clients,), share), "as set in the recipe"
+    elif counts is None or size == 0 or not counts[clients].any():
+        return None, []
+    else:
+        shares, reason = choose_shares(counts, clients, groups)
+    if not shares.any():
+        return None, [f"shared heads: {reason}"]
+    weight = float(shares[clients].mean())
+    return OwnHead(size, shares), [f"own heads with a mean weight of {weight:.2f}: {reason}"]
 
 
 def choose_shares(counts: Tensor, clients: Tensor, groups: Tensor) -> tuple[Tensor, str]:

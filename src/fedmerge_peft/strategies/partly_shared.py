@@ -85,7 +85,9 @@ class PartlyShared(WrappedStrategy):
         if isinstance(plan, Train):
             anchor = None if plan.anchor is None else self._join(plan.anchor, client)
             phases = tuple(self._trained(mask) for mask in plan.phases)
-            return replace(plan, row=self._join(plan.row, client), phases=phases, anchor=anchor)
+            row = self._join(plan.row, client)
+            compared = None if plan.compared is None else self._join(plan.compared, client)
+            return replace(plan, row=row, phases=phases, anchor=anchor, compared=compared)
         if isinstance(plan, Choose):
             return Choose(self._join(plan.rows, client))
         raise RecipeError(

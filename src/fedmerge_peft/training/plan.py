@@ -154,10 +154,19 @@ class Train(Plan):
     """Penalty on the features; None for none."""
     logits: Logits | None = None
     """Logits of the loss (``label_logits``); None for the recipe's ``training.logits``."""
+    compared: Tensor | None = None
+    """Another adapter ``(P,)``, whose validation loss the client reports too; None for none."""
 
     @property
     def sent(self) -> Tensor:
-        return self.row[None]
+        return self.row[None] if self.compared is None else torch.stack([self.row, self.compared])
+
+    @property
+    def returned_rows(self) -> int:
+        return 1
+
+    def shared_rows(self, choice: int) -> slice:
+        return slice(1)
 
     def train_requests(self, losses: Sequence[Tensor], seed: int) -> Sequence[TrainRequest]:
         return [TrainRequest(self, seed)]

@@ -1,0 +1,63 @@
+"""Order of the labels in a pretrained head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmerge_peft.models.checkpoint import in_head
+
+logger = logging.getLogger(__name__)
+
+
+def label_names(config: Any) -> list[str]:
+    """Return the names in ``id2label`` in the order of their ids; [] if there are none."""
+    named = getattr(config, "id2label", None) or {}
+    return [str(named[label]) for label in sorted(named)]
+
+
+def order_head(model: Any, held: Sequence[str], labels: Sequence[str]) -> None:
+    """Move the outputs of a pretrained head to the places of their labels.
+
+    Transformers matches weights by position, so that a checkpoint of negative and positive would
+    begin with the opposite of what it knows if the data list positive first. Names are compared
+    without regard to case. A head for other names keeps its order.
+
+    Args:
+        model: Model of transformers with a head for ``labels``.
+        held: Names of the checkpoint's labels.
+        labels: Names of the task's labels.
+    """
+    places = {name.casefold(): place for place, name in enumerate(held)}
+    wanted = [name.casefold() for name in labels]
+    if places.keys() != set(wanted) or not len(held) == len(labels) == len(places):
+        return
+    order = torch.tensor([places[name] for name in wanted])
+    if torch.equal(order, torch.arange(len(order))):
+        return
+    with torch.no_grad():
+        for tensor in _output_tensors(model, len(order)):
+            tensor.copy_(tensor[order.to(tensor.device)])
+    logger.info(
+        "The outputs of the pretrained head were put into the order of the data's labels: %s",
+        ", ".join(labels),
+    )
+
+
+def _output_tensors(model: Any, count: int) -> list[Tensor]:
+    """Return weights and biases of the last module of each head, if it has one output a label."""
+    last: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if getattr(module, "weight", None) is not None and in_head(model, f"{path}.weight"):
+            last[path.partition(".")[0]] = module
+    return [
+        tensor
+        for name, module in last.items()
+        if name != "pooler"
+        for tensor in (module.weight, getattr(module, "bias", None))
+        if tensor is not None and tensor.shape[0] == count
+    ]

@@ -16,19 +16,30 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+from transformers import BertConfig, BertModel
+
 from fedmerge_peft import Recipe, Run
+from fedmerge_peft.models import tiny
 from fedmerge_peft.sites.config import ADDRESS_VARIABLE, KIT_VARIABLE, SOCKETS_VARIABLE
 from fedmerge_peft.sites.flare.operator import run
 from fedmerge_peft.sites.flare.site_kit import secure_site_kit
 from fedmerge_peft.sites.rehearse import await_server, prepare_rehearsal, start_server
 from fedmerge_peft.sites.supervisor import ChildProcess, child_environment
 
-PER_RANK = 4 * (2 * 2 * 2 * 32)
-"""Bytes per unit of rank: two layers, two modules, two factors, width 32."""
+WIDTH = 1024
+"""Width of the backbone; rank 4096 gives 134 MB."""
+PER_RANK = 4 * (2 * 2 * 2 * WIDTH)
+"""Bytes per unit of rank: two layers, two modules, two factors."""
 
 
-def sized_recipe(megabytes, rounds):
-    """Return the smoke recipe with a tiny model and the rank that gives about this size."""
+def write_backbone(folder):
+    """Write the tiny BERT, with two layers of ``WIDTH``."""
+    tiny.write("bert", folder)
+    BertModel(BertConfig.from_pretrained(folder, hidden_size=WIDTH)).save_pretrained(folder)
+
+
+def sized_recipe(model, megabytes, rounds):
+    """Return the smoke recipe with the rank that gives about this size."""
     rank = max(1, round(megabytes * 1e6 / PER_RANK))
     small = [
         "data.max_train=4",
@@ -42,6 +53,7 @@ def sized_recipe(megabytes, rounds):
         "evaluation.finetuned=false",
         f"rounds={rounds}",
         f"lora.r={rank}",
+        f"backbone.model={model}",
     ]
     return Recipe.load("smoke", [*small, *rest])
 
@@ -70,8 +82,10 @@ def measure(megabytes, rounds, wire_dtype):
     out = Path(tempfile.mkdtemp(prefix="fedmerge-"))
     children = []
     try:
+        write_backbone(out / "model")
+        recipe = sized_recipe(out / "model", megabytes, rounds)
         federation = prepare_rehearsal(
-            sized_recipe(megabytes, rounds), 2, out / "f", segment=rounds + 1, wire_dtype=wire_dtype
+            recipe, 2, out / "f", segment=rounds + 1, wire_dtype=wire_dtype
         )
         children.append(start_server(out / "f"))
         for site in federation.sites:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import bulyan
+import fltrust
 import foolsgold
 import torch
 from attacks import attackers
@@ -38,6 +40,8 @@ DEFENSES = {
     "cosine filter": [_BOUND, "robustness.aggregation=cosine_filter"],
     "multi-Krum": [_BOUND, "robustness.aggregation=multi_krum", "robustness.malicious=0.35"],
     "FoolsGold": [_BOUND, f"robustness.aggregation={foolsgold.foolsgold.__name__}"],
+    "Bulyan": [_BOUND, f"robustness.aggregation={bulyan.bulyan.__name__}"],
+    "FLTrust": [_BOUND, f"robustness.aggregation={fltrust.fltrust.__name__}"],
     "similarity filter": [_BOUND, "robustness.aggregation=similarity_filter"],
 }
 """Defenses; all but none clip updates to the median norm."""
@@ -72,6 +76,7 @@ def outcome(
         "smoke", ["baselines=[]", f"strategy={strategy}", f"rounds={ROUNDS}", *defense]
     )
     federation = Federation(recipe, clients.engine())
+    fltrust.Server.updates = lambda: clients.server_updates(federation.strategy.soup.rows)
     for _ in federation.rounds():
         pass
     rows = torch.stack([federation.strategy.adapter(i) for i in range(len(clients.group))])

@@ -68,6 +68,7 @@ class MadeClients(FormulaClients):
         shape = (len(self.group), TRAIN + TEST)
         self.topics = torch.randint(CLASSES, shape, generator=draws)
         noise = torch.randn(*shape, INPUTS, generator=draws)
+        self.prototypes = prototypes
         self.inputs = prototypes[self.topics] + NOISE * noise
         self.labels = torch.stack(
             [self.names[g][topics] for g, topics in zip(self.group, self.topics, strict=True)]
@@ -106,15 +107,33 @@ class MadeClients(FormulaClients):
         ]
         chosen = torch.tensor(clients)[:, None]
         for batch in torch.cat(epochs, dim=1)[clients].split(BATCH, dim=1):
-            rows = rows.detach().requires_grad_()
-            loss = torch.nn.functional.cross_entropy(
-                self.logits(rows, self.inputs[chosen, batch]).flatten(0, 1),
-                self.labels[chosen, batch].flatten(),
-                reduction="sum",
-            )
-            (gradient,) = torch.autograd.grad(loss / BATCH, rows)
-            rows = rows.detach() - RATE * gradient
+            rows = self.step(rows, self.inputs[chosen, batch], self.labels[chosen, batch])
         return rows
+
+    def step(self, rows: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return adapters ``(k, P)`` after a step on inputs ``(k, n, D)`` and labels ``(k, n)``."""
+        rows = rows.detach().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(
+            self.logits(rows, inputs).flatten(0, 1), labels.flatten(), reduction="sum"
+        )
+        (gradient,) = torch.autograd.grad(loss / BATCH, rows)
+        return rows.detach() - RATE * gradient
+
+    def server_updates(self, rows: Tensor) -> Tensor:
+        """Return the updates of adapters ``(d, P)`` from a few examples that the server has.
+
+        The server does not know groups: the label of an example is that of a random client.
+        """
+        draws = torch.Generator().manual_seed(derive(self.seed, "server's data"))
+        topics = torch.randint(CLASSES, (STEPS, BATCH), generator=draws)
+        clients = torch.randint(len(self.group), (STEPS, BATCH), generator=draws)
+        labels = self.names[self.group[clients], topics]
+        noise = torch.randn(STEPS, BATCH, INPUTS, generator=draws)
+        trained = rows
+        for inputs, own in zip(self.prototypes[topics] + NOISE * noise, labels, strict=True):
+            count = len(rows)
+            trained = self.step(trained, inputs.expand(count, -1, -1), own.expand(count, -1))
+        return rows - trained
 
     def accuracies(self, rows: Tensor) -> Tensor:
         """Return each client's accuracy on its test examples ``(m,)`` with adapters ``(m, P)``."""

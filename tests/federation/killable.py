@@ -4,7 +4,7 @@ It loads a backbone once and forks a child for each line of its input. A line is
 ``strategy`` and ``kill``. ``kill`` is null, ``["after", seconds]``, ``["event", n]`` (before the
 child opens, renames, links, truncates or removes a file below the path for the n-th time) or
 ``["torn", n]`` (after half of the n-th file of tensors is written). The answer is
-``[killed, number of events]``.
+``[killed, number of events, error]``, with the text of a ``RunError`` or null.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fedmerge_peft import Recipe, Run, federate, resume
+from fedmerge_peft import Recipe, Run, RunError, federate, resume
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.util import files
 
@@ -78,8 +78,12 @@ def child(asked, engine, write):
     watch(asked["path"], number if how == "event" else 0, seen)
     if how == "torn":
         tear(number)
-    go(Path(asked["path"]), asked["strategy"], engine)
-    os.write(write, json.dumps(seen[0]).encode())
+    error = None
+    try:
+        go(Path(asked["path"]), asked["strategy"], engine)
+    except RunError as failed:
+        error = str(failed)
+    os.write(write, json.dumps([seen[0], error]).encode())
 
 
 def main():
@@ -107,9 +111,8 @@ def main():
         if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
             sys.exit("the child failed")
         with os.fdopen(read) as answer:
-            print(
-                json.dumps([os.WIFSIGNALED(status), json.loads(answer.read() or "0")]), flush=True
-            )
+            seen, error = json.loads(answer.read() or "[0, null]")
+            print(json.dumps([os.WIFSIGNALED(status), seen, error]), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.cli import main
+from fedmerge_peft.errors import FederateError, RecipeError
+from fedmerge_peft.sites.config import Federation, SiteSettings
+from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.sites.supervisor import child_environment
 from fedmerge_peft.sites.wire import Message
 
@@ -29,6 +31,73 @@ def test_the_servers_recipe_names_no_file_of_the_site(smoke, federation_of, tmp_
     assert reply.kind == "error"
     assert "names no file" in reply.fields["error"]
     assert "password" not in reply.fields["error"]
+
+
+# ---- plugins of a kit's recipe -------------------------------------------------------------------
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A module that is installed at the site; importing it leaves a file."""
+    mark, modules = tmp_path / "imported", tmp_path / "modules"
+    modules.mkdir()
+    (modules / "installed_module.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(modules)
+    yield mark
+    sys.modules.pop("installed_module", None)
+
+
+@pytest.fixture
+def kit_with_plugin(smoke, federation_of, tmp_path):
+    """The kit of a site with data, whose recipe lists the installed module."""
+    federation_of(smoke(), 1)
+    folder = tmp_path / "federation" / "site-1"
+    (folder / "startup").mkdir()
+    text = (folder / "recipe.yaml").read_text()
+    assert "plugins: []" in text
+    (folder / "recipe.yaml").write_text(
+        text.replace("plugins: []", "plugins: [json, installed_module]")
+    )
+    return folder
+
+
+def allow_plugins(kit, *names):
+    settings = SiteSettings.read(kit / "site.yaml").model_dump()
+    settings["allow"]["plugins"] = list(names)
+    (kit / "site.yaml").write_text(json.dumps(settings))
+    return SiteSettings.read(kit / "site.yaml")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "options", "message"),
+    [
+        ([], [], "plugins[1]: the import of 'installed_module' would run its code"),
+        ([], ["--trust-remote-code"], "add it to allow.plugins in site.yaml"),
+        (["other"], ["--trust-remote-code"], "add it to allow.plugins in site.yaml"),
+        (["installed_module"], [], "allows the plugin installed_module"),
+    ],
+)
+def test_a_kits_recipe_imports_no_module_without_the_sites_consent(
+    kit_with_plugin, installed, capsys, allowed, options, message
+):
+    """Consent is a name in site.yaml and an option, because site.yaml comes with the kit, too."""
+    pytest.importorskip("nvflare")
+    settings = allow_plugins(kit_with_plugin, *allowed)
+    with pytest.raises(SystemExit) as stopped:
+        main(["federate", "site", str(kit_with_plugin), *options])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    if allowed != ["installed_module"]:
+        with pytest.raises(RecipeError, match=r"allow\.plugins"):
+            Trainer(kit_with_plugin, "site-1", settings)
+    assert not installed.exists()
+
+
+def test_a_kits_recipe_imports_a_module_with_the_sites_consent(kit_with_plugin, installed):
+    settings = allow_plugins(kit_with_plugin, "installed_module")
+    trainer = Trainer(kit_with_plugin, "site-1", settings)
+    assert trainer.agreed.plugins == ["json", "installed_module"]
+    assert installed.exists()
 
 
 # ---- kits ----------------------------------------------------------------------------------------

@@ -31,3 +31,16 @@ def test_a_wheel_is_checked_before_it_is_installed():
     assert "ab" * 32 in text
     assert commands[0] == "sha256sum --check SHA256SUMS"
     assert commands[1].startswith("pip install")
+
+
+def test_a_kit_names_the_modules_that_its_recipe_imports():
+    federation = Federation.model_construct(
+        project="trial", host="here", port=8002, sites={"north": ["a"]}
+    )
+    recipe = Recipe.load("smoke")
+    assert "allow:" not in prepare.site_readme(federation, "north", recipe)
+    text = prepare.site_readme(
+        federation, "north", recipe.model_copy(update={"plugins": ["mine", "yours"]})
+    )
+    assert "allow: {plugins: [mine, yours]}" in text
+    assert "--trust-remote-code" in text

@@ -69,7 +69,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run code that the run's recipe names: plugins, and code that comes with a model.",
+        help="Run code that the recipe names: plugins, and code that comes with a model.",
     ),
 ]
 

@@ -14,6 +14,8 @@ from fedmerge_peft.cli.federate_arguments import parse_address, parse_sites, pro
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fedmerge_peft.sites.config import SiteLimits
+
 federate = typer.Typer(
     name="federate",
     no_args_is_help=True,
@@ -156,9 +158,7 @@ def site(
     Example: fedmerge federate site north --data tickets.csv
     """
     from fedmerge_peft.errors import FederateError
-    from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.recipe.loading import load
-    from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, SiteSettings, recipe_refusal
+    from fedmerge_peft.sites.config import SITE_FILE, SiteSettings, load_kit_recipe, recipe_refusal
     from fedmerge_peft.sites.prepare import check_installed, find_kit
     from fedmerge_peft.sites.supervisor import run_site
     from fedmerge_peft.util.text import printable
@@ -173,12 +173,9 @@ def site(
             f"no data: use fedmerge federate site {shlex.quote(str(directory))} --data FILE, "
             f"or set data: {{path: FILE}} in {kit / SITE_FILE}"
         )
-    if settings.allow.remote_code and not trust_remote_code:
-        raise FederateError(
-            f"{kit / SITE_FILE}: allow.remote_code: code that comes with a model would run here; "
-            "the file comes with the kit, so confirm this with --trust-remote-code"
-        )
-    recipe = load(Recipe, kit / RECIPE_FILE, foreign=True)
+    if not trust_remote_code:
+        _refuse_code(kit / SITE_FILE, settings.allow)
+    recipe = load_kit_recipe(kit, settings.allow)
     settings.apply_to(recipe)
     if reason := recipe_refusal(recipe, recipe, settings.allow):
         raise FederateError(
@@ -338,6 +335,24 @@ def rehearse(
         str(folder / "server" / "run"),
         f"fedmerge federate server {shlex.quote(str(folder))}, its sites, and run",
     )
+
+
+def _refuse_code(path: Path, limits: SiteLimits) -> None:
+    """Raise ``FederateError`` if a site's settings allow code besides this package."""
+    from fedmerge_peft.errors import FederateError
+    from fedmerge_peft.util.text import printable
+
+    allowed = [
+        *["code that comes with a model (allow.remote_code)"] * limits.remote_code,
+        *[f"the plugin {name} (allow.plugins)" for name in limits.plugins],
+    ]
+    if allowed:
+        raise FederateError(
+            printable(
+                f"{path}: allows {' and '.join(allowed)} to run here; the file comes with the "
+                "kit, so confirm this with --trust-remote-code"
+            )
+        )
 
 
 def _reporter(quiet: bool) -> Callable[[str], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_origin
 
@@ -37,15 +37,24 @@ LARGEST = 256 * 1024
 
 COMMAND_LINE = Mark("command line")
 
-CONSENT = (
+RUN_REMEDY = (
     "if you trust this run, allow it with --trust-remote-code, in Python with "
     "trust_remote_code=True"
 )
 """Advice in errors about code that a run directory names."""
 
-Plugins = Literal["import", "ignore", "refuse"]
+
+class Consent(NamedTuple):
+    """Modules that a recipe from somebody else may import, besides those already imported."""
+
+    modules: Sequence[str]
+    remedy: str
+    """Advice on allowing further modules, for errors."""
+
+
+Plugins = Literal["import", "ignore"] | Consent
 """Treatment of the modules that a recipe lists under ``plugins``. An import runs code: text from
-somebody else must not cause one. ``refuse`` accepts modules that are already imported."""
+somebody else must not cause one without consent."""
 
 R = TypeVar("R", bound=Section)
 """Class of the recipe; an argument, so that this module need not import the schema."""
@@ -263,8 +272,8 @@ def _import_plugins(document: Document, plugins: Plugins) -> None:
         if not isinstance(module, str):
             continue  # reported by the validation
         where = ("plugins", number)
-        if plugins == "refuse" and module not in sys.modules:
-            text = f"the import of {module!r} would run its code; {CONSENT}"
+        if isinstance(plugins, Consent) and module not in {*plugins.modules, *sys.modules}:
+            text = f"the import of {module!r} would run its code; {plugins.remedy}"
             faults.append(Fault(document.mark(where), where, text))
             continue
         try:

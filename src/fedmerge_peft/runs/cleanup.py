@@ -24,18 +24,28 @@ _TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.\d+$")
 """The temporary name of a file while it is written; the group is its final name."""
 _TRACKING = re.compile(r"((?:baselines/[^/]+/)*tracking)/.+")
 """A file of a tracker, as a path relative to the run directory; the group is the folder."""
+_DEEPEST = 64
+"""Deepest nesting of folders in a run directory."""
 _MAX_LISTED = 5
 """Files that a message names."""
 
 
 def files_in(directory: Path) -> list[Path]:
-    """Return all files at any depth; links count as files and are not followed."""
-    return [
-        path
-        for folder, folders, names in os.walk(directory)
-        for name in [*folders, *names]
-        if (path := Path(folder, name)).is_symlink() or not path.is_dir()
-    ]
+    """Return all files; links count as files and are not followed.
+
+    Raises ``RunError`` for folders that are nested deeper than any run or tracker does.
+    """
+    found, top = [], len(directory.parts)
+    for folder, folders, names in os.walk(directory):
+        here = Path(folder)
+        if len(here.parts) - top > _DEEPEST:  # os.walk recurses
+            raise RunError(f"{directory} has folders that are nested more than {_DEEPEST} deep")
+        found += [
+            path
+            for name in [*folders, *names]
+            if (path := here / name).is_symlink() or not path.is_dir()
+        ]
+    return found
 
 
 def refuse_links(directory: Path) -> None:

@@ -40,7 +40,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.data.columns import no_client
 from fedmerge_peft.errors import BackboneError, FedMergeError, RecipeError, RunError, RunExistsError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.loading import CONSENT, Plugins, loads
+from fedmerge_peft.recipe.loading import RUN_REMEDY, Consent, Plugins, loads
 from fedmerge_peft.runs import documents
 from fedmerge_peft.runs.cached_files import CachedFiles
 from fedmerge_peft.runs.cleanup import is_temporary, refuse_links
@@ -172,7 +172,7 @@ class RunDirectory:
         return recipe
 
     def _load_recipe(self, path: Path) -> Recipe:
-        plugins: Plugins = "import" if self.trust_remote_code else "refuse"
+        plugins: Plugins = "import" if self.trust_remote_code else Consent((), RUN_REMEDY)
         text = checked.read_text(path)
         return loads(Recipe, text, str(path), plugins=plugins, foreign=True)
 
@@ -188,7 +188,7 @@ class RunDirectory:
         if recipe.backbone.trust_remote_code and not self.trust_remote_code:
             raise BackboneError(
                 f"{self.path / 'recipe.yaml'}: backbone.trust_remote_code: loading "
-                f"{recipe.backbone.model} may run code that comes with it; {CONSENT}"
+                f"{recipe.backbone.model} may run code that comes with it; {RUN_REMEDY}"
             )
         return recipe
 

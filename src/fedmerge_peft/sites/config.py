@@ -27,6 +27,7 @@ from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.recipe import Recipe, yaml_document
 from fedmerge_peft.recipe.data import Encoding, Quoting, Separator
 from fedmerge_peft.recipe.diff import differing, flat, written
+from fedmerge_peft.recipe.loading import Consent, load
 from fedmerge_peft.recipe.section import Boolean, Fraction, Scalar, Section
 from fedmerge_peft.recipe.yaml_document import Mark, dotted
 from fedmerge_peft.util.text import printable
@@ -196,6 +197,8 @@ class SiteLimits(Section):
 
     remote_code: Boolean = False
     """Run Python code that comes with a model."""
+    plugins: list[str] = []
+    """Installed modules that the kit's recipe may import (its ``plugins``). Default: none."""
     models: list[str] | None = None
     """Backbones that a recipe may use. Default: the one in the kit's recipe."""
     modules: list[str] | None = None
@@ -289,6 +292,16 @@ class SiteSettings(Section):
                 }
             )
         return recipe.model_copy(update={"training": training})
+
+
+def load_kit_recipe(kit: Path, limits: SiteLimits) -> Recipe:
+    """Return the recipe of a site's kit, after the import of the plugins that the site allows.
+
+    Raises ``RecipeError`` if it is invalid or lists other plugins.
+    """
+    remedy = f"if you trust it, add it to allow.plugins in {SITE_FILE}"
+    consent = Consent(limits.plugins, remedy)
+    return load(Recipe, kit / RECIPE_FILE, plugins=consent, foreign=True)
 
 
 def recipe_refusal(requested: Recipe, agreed: Recipe, limits: SiteLimits) -> str | None:

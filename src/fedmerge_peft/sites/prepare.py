@@ -148,7 +148,7 @@ port needs to be open at the site) and waits for the federation to start. It may
 started again at any time; the site then rejoins after the current round. `{SITE_FILE}`
 has further settings: path of the data, device, batch size, clipping and noise of the updates,
 checks of the data, and limits on the recipe.
-
+{_plugins(recipe)}
 ## Data that leaves the site
 
 {_leaving(recipe)} No message of the trainer contains an example. `audit.jsonl` gets
@@ -172,6 +172,17 @@ after a comparison of its SHA-256 sum with theirs."""
 
 Compare it with the sum that the organizers tell you by another way than this folder, such as by
 telephone. `sha256sum` then compares the file with it (on macOS: `shasum -a 256`)."""
+
+
+def _plugins(recipe: Recipe) -> str:
+    """Return sentences on the modules that the recipe imports."""
+    if not recipe.plugins:
+        return ""
+    names = ", ".join(recipe.plugins)
+    return f"""
+The recipe imports the modules {names}, which run on this machine. Install them if you trust them,
+set `allow: {{plugins: [{names}]}}` in `{SITE_FILE}`, and add `--trust-remote-code` to the command.
+"""
 
 
 def _leaving(recipe: Recipe) -> str:
@@ -202,7 +213,8 @@ checks:
   max_repeated: 1.0       # largest fraction of rows that repeat another
 
 allow:
-  remote_code: false      # code that comes with a model
+  remote_code: false      # code that comes with a model; needs --trust-remote-code
+  plugins: []             # installed modules that the recipe imports; needs --trust-remote-code
   models: null            # [names]; null: the recipe's
   modules: null           # [names of modules that may train]; null: the recipe's
   max_parameters: null    # largest number of values in an update

@@ -43,8 +43,9 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
     settings = {"project": "rehearsal", "host": "localhost", "port": free_port(), **options}
     federation = Federation(sites=split_clients(data, sites), **settings)
     prepare(recipe, federation, out)
+    own = {"remote_code": recipe.backbone.trust_remote_code, "plugins": recipe.plugins}
     for site, clients in federation.sites.items():
-        write_site_data(data, clients, out / "sites" / site, {})
+        write_site_data(data, clients, out / "sites" / site, {"allow": own})
     return federation
 
 
@@ -74,10 +75,13 @@ def start_server(out: Path) -> ChildProcess:
 
 
 def start_site(out: Path, site: str) -> ChildProcess:
-    """Start ``fedmerge federate site``, with its output in ``<site>.out``."""
+    """Start ``fedmerge federate site``, with its output in ``<site>.out``.
+
+    The kit is this user's own, so that its recipe may run code.
+    """
     return ChildProcess(
         site,
-        [*_PROGRAM, "site", str(out / "sites" / site)],
+        [*_PROGRAM, "site", str(out / "sites" / site), "--trust-remote-code"],
         out / f"{site}.out",
         child_environment(),
     )

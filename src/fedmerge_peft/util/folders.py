@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
 
+from fedmerge_peft.errors import RunError
 from fedmerge_peft.util.files import locked_directory, translated_write_errors, write_text
 
 SUMS = "SHA256SUMS"
@@ -57,37 +58,58 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def write_sums(folder: Path) -> None:
     """Write ``SHA256SUMS`` of a folder. Raise ``RunError`` on failure."""
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in _covered(folder)]
+    sums = {name: _digest(folder / name) for name in _covered(folder)}
+    if unread := [name for name, digest in sums.items() if digest is None]:
+        raise RunError(f"{folder / unread[0]} cannot be read; repeat the export")
+    lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
     write_text(folder / SUMS, "".join(lines))
 
 
 def faults(folder: Path) -> list[str]:
-    """Return one sentence for each file that does not agree with ``SHA256SUMS``."""
+    """Return one sentence for each file that does not agree with ``SHA256SUMS``.
+
+    The folder may come from somebody else: links and special files are not opened.
+    """
+    found: list[str] = []
+    folders = [folder]
+    while folders:
+        faulty, inner = _faults_of(folders.pop())
+        found += faulty
+        folders += reversed(inner)
+    return found
+
+
+def _faults_of(folder: Path) -> tuple[list[str], list[Path]]:
+    """Return the faults of one folder, and its subfolders with sums of their own."""
     path = folder / SUMS
     if path.is_symlink() or not path.is_file():
-        return [f"{path} is missing"]
+        return [f"{path} is missing"], []
     try:
         lines = path.read_bytes().decode().splitlines()
     except UnicodeDecodeError:
-        return [f"{path} is damaged: it is not UTF-8"]
-    found, listed = [], {}
+        return [f"{path} is damaged: it is not UTF-8"], []
+    found, listed, inner = [], {}, []
     for number, line in enumerate(lines, 1):
         if match := _LINE.fullmatch(line):
             listed[match[2]] = match[1]
         else:
             found.append(f"{path}:{number} is damaged: it is no SHA-256 sum with a name")
     present = _covered(folder)
-    found += [f"{folder / name} is missing" for name in listed if name not in present]
+    found += [f"{folder / name} is missing" for name in sorted(listed.keys() - set(present))]
     for name in present:
         if (folder / name).is_symlink():
             found.append(f"{folder / name} is a link")
+        elif not (folder / name).is_file():
+            found.append(f"{folder / name} is no regular file")
         elif name not in listed:
             found.append(f"{folder / name} is not listed in {path}")
-        elif listed[name] != _digest(folder / name):
+        elif (digest := _digest(folder / name)) is None:
+            found.append(f"{folder / name} cannot be read")
+        elif listed[name] != digest:
             found.append(f"{folder / name} is damaged: its SHA-256 sum differs from {path}")
         elif name.endswith(f"/{SUMS}"):
-            found += faults((folder / name).parent)
-    return found
+            inner.append((folder / name).parent)
+    return found, inner
 
 
 def _covered(folder: Path) -> list[str]:
@@ -106,9 +128,13 @@ def _covered(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 sum of a file; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _clear(folder: Path) -> None:

@@ -22,9 +22,11 @@ _JOBS = {
 def main() -> None:
     """Run the module that FLARE would run, behind the gate."""
     exit_with_parent()
+    from fedmerge_peft.sites.flare.configuration import search_only_own_files
     from fedmerge_peft.sites.flare.gate import close_gate
     from fedmerge_peft.sites.flare.local_sockets import use_local_sockets
 
+    search_only_own_files()
     use_local_sockets()
     close_gate()
     kind, *arguments = sys.argv[1:]

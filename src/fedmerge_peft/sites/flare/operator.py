@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +24,7 @@ from fedmerge_peft.errors import FederateError
 from fedmerge_peft.sites.config import Federation
 from fedmerge_peft.sites.flare.job_files import write_job
 from fedmerge_peft.sites.flare.names import OUTCOME_FILE, TOPIC
+from fedmerge_peft.sites.flare.operator_files import download_outcome, read_status
 from fedmerge_peft.sites.flare.session import (
     ConnectionLostError,
     ServerUnreachableError,
@@ -269,7 +268,7 @@ def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[s
     """Return a job's reply to a command; empty if the job is starting or has just ended."""
     with no_output():
         try:
-            return dict(session.do_app_command(job, TOPIC, command))
+            return read_status(session.do_app_command(job, TOPIC, command))
         except (InternalError, JobNotFound, JobNotRunning, NoReply) as error:
             log.debug("the job does not reply: %s", error)
             return {}
@@ -277,19 +276,15 @@ def _send_command(session: Session, job: str, command: dict[str, Any]) -> dict[s
 
 def _fetch_outcome(session: Session, job: str) -> dict[str, Any]:
     """Download a job's outcome. Raises ``FederateError`` if there is none."""
-    with TemporaryDirectory(prefix="fedmerge-") as scratch:
-        with no_output():
-            status = session.get_job_meta(job).get("status", "")
-            folder = session.download_job_result(job, scratch)
-        path = next(Path(folder).rglob(OUTCOME_FILE), None) if folder else None
-        if path is None and status == _ABORTED:
-            return {"state": "stopped", "rounds": None, "total": None, "events": []}
-        if path is None:
-            raise _NoOutcomeError(
-                f"job {job} ended as {status} without {OUTCOME_FILE}; see the server's log.txt"
-            )
-        outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    shutil.rmtree(Path(folder), ignore_errors=True)
+    with no_output():
+        status = session.get_job_meta(job).get("status", "")
+        outcome = download_outcome(session, job)
+    if outcome is None and status == _ABORTED:
+        return {"state": "stopped", "rounds": None, "total": None, "events": []}
+    if outcome is None:
+        raise _NoOutcomeError(
+            f"job {job} ended as {status} without {OUTCOME_FILE}; see the server's log.txt"
+        )
     return outcome
 
 

@@ -12,6 +12,8 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.sites.config import OPERATOR, Federation
+from fedmerge_peft.sites.flare.configuration import search_only_own_files
+from fedmerge_peft.sites.flare.operator_files import restrict_file_commands
 
 _LOST = (api_spec.NoConnection, api_spec.SessionClosed)
 _REFUSED = (
@@ -52,6 +54,8 @@ def open_session(kit: Path, timeout: float = 10.0) -> Iterator[Session]:
         FederateError: The server refused a request of the block.
     """
     federation = Federation.read(kit)
+    restrict_file_commands()
+    search_only_own_files()
     address = f"{federation.host}:{federation.port}"
     with no_output():
         try:

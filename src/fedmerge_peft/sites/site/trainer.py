@@ -15,13 +15,13 @@ from fedmerge_peft.engines.assignments import Assignment
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.errors import ClientError, FedMergeError, RefusedError, WireError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.recipe.loading import load, loads
+from fedmerge_peft.recipe.loading import loads
 from fedmerge_peft.serving.export import folder_name
 from fedmerge_peft.sites.config import (
-    RECIPE_FILE,
     SITE_FILE,
     Federation,
     SiteSettings,
+    load_kit_recipe,
     modules_refusal,
     recipe_refusal,
 )
@@ -66,12 +66,13 @@ class Trainer:
 
         Raises:
             DataError: The data cannot be read, or do not fit the recipe.
+            RecipeError: The kit's recipe is invalid, or lists plugins that the site does not allow.
             FederateError: The data belong to other clients, or do not meet the site's checks.
         """
         self.kit = kit
         self.settings = settings
         self.federation = Federation.read(kit)
-        agreed = load(Recipe, kit / RECIPE_FILE, foreign=True)
+        agreed = load_kit_recipe(kit, settings.allow)
         if reason := recipe_refusal(agreed, agreed, settings.allow):
             raise RefusedError(f"the recipe in the kit exceeds the limits in {SITE_FILE}: {reason}")
         self.agreed = agreed

@@ -1,0 +1,114 @@
+"""Files that pass between the operator and the server: jobs to submit, and the outcome of a job.
+
+NVIDIA FLARE's client takes the server's word for which of its own functions a command runs, for the
+names of the files that a download writes, and for the folder of the result, which is then moved and
+removed. A hostile server could write, upload and remove any file of the operator. Here the server
+names nothing: the only command that handles files uploads the job that the operator has written,
+and a download goes to one file of a temporary folder, from which one document is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile
+
+from nvflare.apis.fl_constant import AdminCommandNames
+from nvflare.apis.storage import WORKSPACE_ZIP
+from nvflare.fuel.flare_api.flare_api import Session
+from nvflare.fuel.hci.client.api import ResultKey
+from nvflare.fuel.hci.client.file_transfer import FileTransferModule
+from nvflare.fuel.hci.file_transfer_defs import PUSH_FOLDER_FQN
+from nvflare.fuel.hci.proto import MetaKey
+from pydantic import ValidationError
+
+from fedmerge_peft.errors import WireError
+from fedmerge_peft.recipe.section import Section
+from fedmerge_peft.sites.flare.names import OUTCOME_FILE
+from fedmerge_peft.util.ranges import Count, Text, first_fault
+from fedmerge_peft.util.text import printable, shortened
+
+_MAX_OUTCOME = 2**24
+"""Largest number of bytes of ``outcome.json``."""
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, BadZipFile)
+"""Exceptions for a reply or an archive of another form than FLARE's server sends."""
+_for_any_command = FileTransferModule.generate_module_spec
+
+
+class JobOutcome(Section):
+    """``outcome.json``, which a job leaves at the server."""
+
+    state: Literal["ended", "paused", "stopped", "failed"]
+    rounds: Count
+    total: Count
+    error: Text | None
+    absent: dict[str, Text]
+    adapters: dict[str, Text | None]
+    events: list[Text]
+
+
+class JobStatus(Section):
+    """Reply of a running job to a command of the operator."""
+
+    sites: list[Text] = []
+    events: list[Text] = []
+    requested: Text | None = None
+
+
+def restrict_file_commands() -> None:
+    """Let the server use no function of FLARE's client for files but the upload of a job."""
+    FileTransferModule.generate_module_spec = _for_submissions
+
+
+def _for_submissions(module: FileTransferModule, command: Any) -> Any:
+    submission = (AdminCommandNames.SUBMIT_JOB, PUSH_FOLDER_FQN)
+    if (command.name, command.client_cmd) != submission:
+        return None
+    return _for_any_command(module, command)
+
+
+def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
+    """Return a job's outcome; None if the job has left none.
+
+    Raises ``WireError`` if the server sends something else.
+    """
+    with TemporaryDirectory(prefix="fedmerge-") as scratch:
+        archive = Path(scratch) / WORKSPACE_ZIP
+        reply = session._do_command(f"{AdminCommandNames.DOWNLOAD_JOB} {job}")
+        try:
+            meta = reply[ResultKey.META]
+            for name, reference in meta[MetaKey.FILES]:
+                if Path(name).name == WORKSPACE_ZIP:
+                    source = meta[MetaKey.SOURCE_FQCN]
+                    session.api.download_file(source, reference, str(archive))
+            content = _outcome_in(archive)
+            return None if content is None else JobOutcome.model_validate_json(content).model_dump()
+        except ValidationError as invalid:
+            raise WireError(f"{OUTCOME_FILE} of job {job}: {first_fault(invalid)}") from None
+        except (*_MALFORMED, OSError) as error:
+            reason = printable(shortened(f"{type(error).__name__}: {error}", 200))
+            raise WireError(f"the server sent no files of job {job} ({reason})") from error
+
+
+def _outcome_in(archive: Path) -> bytes | None:
+    """Return the bytes of the outcome in a job's archive, without unpacking it."""
+    if not archive.exists():
+        return None
+    with ZipFile(archive) as files:
+        name = next((name for name in files.namelist() if Path(name).name == OUTCOME_FILE), None)
+        if name is None:
+            return None
+        with files.open(name) as file:
+            content = file.read(_MAX_OUTCOME + 1)
+    if len(content) > _MAX_OUTCOME:
+        raise ValueError(f"{OUTCOME_FILE} has more than {_MAX_OUTCOME} bytes")
+    return content
+
+
+def read_status(reply: Any) -> dict[str, Any]:
+    """Return a job's reply to a command. Raises ``WireError`` if it is something else."""
+    try:
+        return JobStatus.model_validate(reply).model_dump()
+    except ValidationError as invalid:
+        raise WireError(f"the job's status: {first_fault(invalid)}") from None

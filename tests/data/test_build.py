@@ -322,6 +322,19 @@ def test_numbers_that_stand_for_several_integers_are_refused(tmp_path):
         labeled([float("inf"), 1.0])(tmp_path / "infinite")
 
 
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_numbers_of_all_widths_are_names(tmp_path, kind):
+    labels = np.array([0.5, 1.5, 0.5], kind)
+    names = [client.name for client in labeled(labels)(tmp_path / "rows").clients]
+    assert names == ["0.5", "1.5"]
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\u00a0"])
+def test_blank_names_are_missing(tmp_path, blank):
+    with pytest.raises(DataError, match="the column label is empty in 2 of the 4 train rows"):
+        labeled(["a", "b", blank, blank])(tmp_path / "rows")
+
+
 def test_missing_and_binary_values_are_refused(tmp_path):
     with pytest.raises(DataError, match="the column label is empty in 1 of the 3 train rows"):
         labeled([1.0, float("nan"), 2.0])(tmp_path / "nan")

@@ -1,5 +1,6 @@
 """One file or folder for each client."""
 
+import gzip
 import json
 
 import pytest
@@ -44,6 +45,14 @@ def test_types_are_told_from_all_files(write):
     folder = write(a_csv="code,queue\n7,red\n", b_csv="code,queue\n007,red\n")
     splits = load_splits(recipe(folder / "*.csv"))
     assert splits["train"]["code"][:] == ["7", "007"]
+
+
+def test_names_of_clients_have_dots(tmp_path):
+    for name in ("st. john.csv", "st. mary.CSV", "north.2024.csv.gz"):
+        content = gzip.compress(ROWS.encode()) if name.endswith("gz") else ROWS.encode()
+        (tmp_path / name).write_bytes(content)
+    data = federate_data(recipe(tmp_path / "*", "client"), "queue", seed=0)
+    assert [client.name for client in data.clients] == ["north.2024", "st. john", "st. mary"]
 
 
 def test_each_folder_of_tables_is_a_client(tmp_path):

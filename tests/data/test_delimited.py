@@ -140,6 +140,9 @@ def test_quoted_fields_hold_separators_quotation_marks_and_lines(read):
         ("t;l\na, b;1\nc;2\n", "if ';' separates the fields, set data.separator=';'"),
         ("t,t\na,1\n", "rows.csv:1: two columns are named 't'; rename one"),
         ("t, t\na, 1\n", "rows.csv:1: two columns are named 't'; rename one"),
+        ("t,l\na,1\nt,l\nb,2\n", "rows.csv:3: the row repeats the names of the columns, as in"),
+        ("t,l\na,1\n\ufefft,l\nb,2\n", "rows.csv:3: the row repeats the names of the columns"),
+        ("sep=;\r\nt;l\r\na;1\r\n", "rows.csv:1: 'sep=;' is a hint for spreadsheets, not a row"),
         ("", "rows.csv is empty; its first row names the columns"),
         (",".join(map(str, range(5_001))) + "\n", "has 5,001 columns, and at most 5,000 are"),
         (f"t,{'l' * 1001}\na,1\n", "has a column with a name of 1,001 characters ('lll"),
@@ -147,6 +150,11 @@ def test_quoted_fields_hold_separators_quotation_marks_and_lines(read):
 )
 def test_malformed_files_are_one_error_with_the_line(read, text, expected):
     assert expected in fault(read, text)
+
+
+def test_a_text_may_be_the_name_of_its_column(read):
+    assert read("text\na\ntext\n") == {"text": ["a", "text"]}
+    assert read("\ufeff\ufefftext,label\na,1\n") == {"text": ["a"], "label": [1]}
 
 
 def test_other_separators_are_set_in_the_recipe(read):

@@ -134,6 +134,17 @@ def test_a_split_serves_as_the_default_of_one_purpose_alone(tmp_path, table):
     assert set(load(tmp_path / "rows", test_split="validation")) == {"train", "test"}
 
 
+def test_splits_that_are_not_used_are_named(tmp_path, table, caplog):
+    datasets.DatasetDict(train=table, Test=table.select(range(9)), test=table).save_to_disk(
+        str(tmp_path / "rows")
+    )
+    assert set(load(tmp_path / "rows")) == {"train", "test"}
+    assert "splits that are not used, with their numbers of rows: Test (9); data" in caplog.text
+    caplog.clear()
+    assert set(load(tmp_path / "rows", validation_split="Test")) == {"train", "validation", "test"}
+    assert not caplog.records
+
+
 def test_filters_keep_rows_that_match_all_columns(parquet):
     train = load(parquet, filter={"task": ["snips", "subj"], "label": [0, 1], "domain": "speech"})[
         "train"
@@ -154,6 +165,9 @@ def test_filters_keep_rows_that_match_all_columns(parquet):
         ("score", 3),
         ("kind", "three"),
         ("kind", 3),
+        ("third", True),
+        ("third", 1),
+        ("third", "true"),
     ],
 )
 def test_filter_values_are_read_as_the_columns_type(tmp_path, column, value):
@@ -163,15 +177,18 @@ def test_filter_values_are_read_as_the_columns_type(tmp_path, column, value):
         name=datasets.Value("large_string"),
         score=datasets.Value("float32"),
         kind=kinds,
+        third=datasets.Value("bool"),
     )
     rows = {
         "id": range(5),
         "name": [str(i) for i in range(5)],
         "score": [float(i) for i in range(5)],
         "kind": range(5),
+        "third": [i == 3 for i in range(5)],
     }
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "rows"))
     assert load(tmp_path / "rows", filter={column: value})["train"]["id"][:] == [3]
+    assert "data.filter.third: no row has 2; the" in faults(tmp_path / "rows", filter={"third": 2})
 
 
 def test_a_default_split_without_matching_rows_is_left_out(tmp_path, table):

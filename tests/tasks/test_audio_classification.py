@@ -79,6 +79,20 @@ def test_channels_are_averaged(tmp_path):
     np.testing.assert_allclose(read_sound(path, RATE), tone("hum", 0) / 2, rtol=1e-6)
 
 
+def cut_off(path):
+    write_wave(path, tone("hum", 0))
+    path.write_bytes(path.read_bytes()[:-99])
+    return str(path)
+
+
+@pytest.mark.parametrize("length", [0, 2**32 - 1])
+def test_a_streamed_file_has_no_length(tmp_path, length):
+    path = write_wave(tmp_path / "a.wav", tone("hum", 0))
+    content = (tmp_path / "a.wav").read_bytes()
+    streamed = content[:4] + length.to_bytes(4, "little") + content[8:]
+    assert np.array_equal(read_sound(streamed, RATE), read_sound(path, RATE))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -86,6 +100,8 @@ def test_channels_are_averaged(tmp_path):
         (lambda path: write_wave(path, tone("hum", 0)[:20]), "shorter than 0.05 seconds"),
         (lambda path: path.write_bytes(b"ID3 no wave") and str(path), "no WAV file; convert it"),
         (lambda path: path.write_bytes(b"RIFF") and str(path), "damaged WAV file"),
+        (cut_off, "a damaged WAV file: 99 of 644 bytes are missing"),
+        (lambda path: write_wave(path, np.full(999, 9e3), dtype=np.float32), "range up to 9,000"),
         (lambda path: str(path), "No such file"),
         (lambda path: write_wave(path, np.full(999, np.nan), dtype=np.float32), "not finite"),
     ],
@@ -96,6 +112,16 @@ def test_other_files_are_refused_with_their_row(models, task_of, tmp_path, make,
     task = task_of("vit", table, folder=models["masked"], name=NAME)
     with pytest.raises(DataError, match=rf"row 1 .*bad\.wav.*{message}"):
         task.encode(table)
+
+
+def test_arrays_of_integers_are_scaled_by_their_width_or_refused():
+    samples = (tone("hum", 0) * 32767).astype(np.int16)
+    scaled = read_sound({"array": samples, "sampling_rate": RATE}, RATE)
+    np.testing.assert_allclose(scaled, samples / 32768, rtol=1e-6)
+    with pytest.raises(ValueError, match="integers without a known range; write fractions"):
+        read_sound(samples.tolist(), RATE)
+    with pytest.raises(ValueError, match=r"shape \(2, 300\), not \(samples,\) or \(samples, ch"):
+        read_sound([tone("hum", 0).tolist()] * 2, RATE)
 
 
 def test_columns_of_datasets_need_no_further_package(models, task_of, tmp_path):

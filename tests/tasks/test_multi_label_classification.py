@@ -40,9 +40,11 @@ def test_lists_and_columns_of_flags_are_the_same_labels(task_of):
     task = task_of("bert", lists, name=NAME)
     assert task.labels == ["a", "b"]
     assert labels_of(task, lists) == expected
-    task = task_of("bert", flags, name=NAME, labels=["a", "b"])
-    assert task.labels == ["a", "b"]
-    assert labels_of(task, flags) == expected
+    written = table_of(a=["1", "0", "1"], b=["False", "False", "True"])  # as in csv files
+    for table in (flags, written):
+        task = task_of("bert", table, name=NAME, labels=["a", "b"])
+        assert task.labels == ["a", "b"]
+        assert labels_of(task, table) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,10 @@ def test_lists_and_columns_of_flags_are_the_same_labels(task_of):
         ({"labels": [["a"], None]}, {}, r"row 1 .*'labels' is empty"),
         ({"labels": ["a", "b"]}, {}, r"'labels' has the type string, expected lists"),
         ({"labels": [[], []]}, {}, r"has no values to infer labels from"),
+        ({"labels": [["a"], ["b", " "]]}, {}, r"row 1 .*'labels' has a list with an empty label"),
+        ({"labels": [[0, 1], [1, 0]]}, {}, r"have 2 values, 0 or 1, so they seem to say of each"),
+        ({"labels": [[0, 0, 1], [1, 0, 0]]}, {}, r"have 3 values, 0 or 1, so they seem to say"),
+        ({"labels": [[0], [10**6]]}, {}, r"row 1 .*'labels' has the label 1000000, .* too large"),
         ({"a": [0, 2]}, {"labels": ["a"]}, r"row 1 .*'a' has 2, expected 0 or 1"),
         ({"a": [0, None]}, {"labels": ["a"]}, r"row 1 .*'a' is empty"),
         ({"a": ["yes", "no"]}, {"labels": ["a"]}, r"'a' has the type string, expected 0 and 1"),
@@ -62,6 +68,11 @@ def test_unsuitable_labels_are_refused(task_of, columns, options, message):
     table = table_of(**columns)
     with pytest.raises(DataError, match=message):
         task_of("bert", table, name=NAME, **options).encode(table)
+
+
+def test_labels_in_lists_that_look_alike_are_warned_about(task_of, caplog):
+    task_of("bert", table_of(labels=[["a", " a"], ["b"]]), name=NAME)
+    assert "task.labels: labels that look alike are counted as different ones" in caplog.text
 
 
 def test_an_unknown_label_is_refused_with_its_row(task_of):

@@ -80,12 +80,15 @@ def test_records_of_lists_and_ids_of_labels_are_read(task_of):
         ([{"start": 2, "end": 2, "label": "X"}], "from 2 to 2 is not inside"),
         ([{"start": 1, "end": 2, "label": "X"}], "from 1 to 2 has no word"),
         ([{"start": 0, "end": 3, "label": "X"}, {"start": 2, "end": 3, "label": "X"}], "overlaps"),
+        ([{"start": 0.5, "end": 3, "label": "X"}], "expected a list of {start, end, label}"),
+        ([{"start": False, "end": True, "label": "X"}], "expected a list of {start, end, label}"),
         ([{"begin": 0, "end": 3, "label": "X"}], "expected a list of {start, end, label}"),
     ],
 )
 def test_unsuitable_spans_are_refused_with_their_row(task_of, spans, message):
     good = [{"start": 0, "end": 1, "label": "X"}]
-    rows = [good, spans] if "begin" not in spans[0] else [spans, spans]
+    alike = isinstance(spans[0].get("start"), int) and spans[0]["start"] is not False
+    rows = [good, spans] if alike else [spans, spans]
     table = Dataset.from_dict({"text": ["a b"] * 2, "spans": rows})
     with pytest.raises(DataError, match=rf"row \d .*'spans': .*{message}"):
         task_of("bert", table, name=NAME, spans="spans").encode(table)

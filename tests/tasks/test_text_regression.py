@@ -40,7 +40,9 @@ def test_losses_are_squared_errors_also_of_the_value_that_marks_missing_labels(t
         ([1.0, None], r"row 1 .*'label' is empty"),
         ([1.0, math.nan], r"row 1 .*'label' has nan, expected a finite number"),
         ([1.0, math.inf], r"row 1 .*'label' has inf"),
-        (["high", "low"], r"task.target: column 'label' has the type string, such as 'high'"),
+        (["0.5", "high"], r"row 1 .*'high' in column 'label' is not a number; write numbers with"),
+        (["1,5", "2"], r"row 0 .*'1,5' in column 'label' is not a number"),
+        (["1", "inf"], r"row 1 .*'label' has inf"),
         ([1e31, 0.0], r"task.target: column 'label' has values up to 1e\+31"),
     ],
 )
@@ -48,6 +50,12 @@ def test_targets_that_are_no_finite_numbers_are_refused(task_of, labels, message
     table = table_of(labels)
     with pytest.raises(DataError, match=message):
         task_of("bert", table, name=NAME).encode(table)
+
+
+def test_targets_that_are_written_as_text_are_numbers(task_of):
+    table = table_of(["0.50", " -1.25", "1e-3", "007"])  # as programs write csv files
+    labels = task_of("bert", table, name=NAME).encode(table).columns["labels"]
+    assert torch.stack(labels).tolist() == pytest.approx([0.5, -1.25, 1e-3, 7.0])
 
 
 def test_a_warning_names_targets_that_a_new_head_learns_slowly(task_of, caplog):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fedmerge_peft.data.client_tables import ClientTables, client_column, join_clients
 from fedmerge_peft.data.local_files import read_local, read_table_files
 from fedmerge_peft.data.tables import TABLES, is_table, reading
+from fedmerge_peft.data.text_files import format_suffix
 from fedmerge_peft.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def _matches(pattern: Path) -> dict[str, Path]:
         raise DataError(f"data.path: no file matches {pattern.absolute()}; correct the pattern")
     named: dict[str, Path] = {}
     for path in paths:
-        name = path.name if path.is_dir() else path.name.partition(".")[0]
+        suffix = "" if path.is_dir() else format_suffix(path)
+        name = path.name[: path.name.lower().rfind(suffix)] if suffix else path.name
         if name in named:
             raise DataError(
                 f"data.path: {named[name]} and {path} are both of the client {name}; rename one"

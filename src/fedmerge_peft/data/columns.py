@@ -150,6 +150,9 @@ def encode_classes(
     columns = {split: read_column(dataset, column, key) for split, dataset in firsts.items()}
     for split, entries in columns.items():
         missing = pc.sum(pc.is_null(entries, nan_is_null=True)).as_py() or 0
+        if pa.types.is_string(entries.type) or pa.types.is_large_string(entries.type):
+            blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(entries)), 0)
+            missing += pc.sum(blank).as_py() or 0
         if missing:
             raise DataError(
                 f"{key}: the column {column} is empty in {missing:,} of the {len(entries):,} "
@@ -211,6 +214,7 @@ def first_of_lists(dataset: Dataset, column: str) -> Dataset:
 def _reject_inexact(entries: Any, column: str, key: str) -> None:
     """Raise ``DataError`` for infinities, and for numbers to which several integers are rounded."""
     if pa.types.is_floating(entries.type):
+        kind, entries = entries.type, entries.cast(pa.float64())
         infinite = entries.filter(pc.is_inf(entries))
         if len(infinite):
             raise DataError(
@@ -220,7 +224,7 @@ def _reject_inexact(entries: Any, column: str, key: str) -> None:
         inexact = entries.filter(pc.greater_equal(pc.abs(entries), float(LARGEST_EXACT)))
         if len(inexact):
             raise DataError(
-                f"{key}: the column {column} has {inexact[0].as_py()!r} as {entries.type}, to "
+                f"{key}: the column {column} has {inexact[0].as_py()!r} as {kind}, to "
                 "which several integers are rounded; store the column as integers or text"
             )
 
@@ -263,6 +267,8 @@ def _as_type(value: Scalar, type: Any, feature: Any) -> Any:
         return feature.names.index(value) if value in feature.names else None
     if pa.types.is_string(type) or pa.types.is_large_string(type):
         return str(value)
+    if pa.types.is_boolean(type) and not isinstance(value, str) and value not in (0, 1):
+        return None  # Arrow would read it as true
     try:
         return pa.scalar(value).cast(type).as_py()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

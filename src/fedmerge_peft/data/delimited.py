@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SEPARATORS = (",", ";", "\t", "|")
+_HINT = re.compile(r'"?sep=.?"?[\r\n]')
+"""First line that tells a spreadsheet the separator."""
 
 
 class _Record(NamedTuple):
@@ -49,13 +52,15 @@ def read_delimited(path: Path, text: str, separator: str, quoting: Quoting) -> p
         quoting: Meaning of quotation marks.
 
     Raises:
-        DataError: A row has more or fewer fields than the first, a quoted field does not end, the
-            file is ambiguous, or two columns have the same name. The message names the line.
+        DataError: A row has more or fewer fields than the first or repeats it, a quoted field does
+            not end, the file is ambiguous, two columns have the same name, or the first line is a
+            hint for spreadsheets. The message names the line.
     """
     records = _records(path, text, separator, quoting)
     if not records:
         raise DataError(f"data.path: {path} is empty; its first row names the columns")
     header, *rows = records
+    _reject_repeated_header(path, header, rows)
     names = [name.strip() or f"Unnamed: {number}" for number, name in enumerate(header.fields)]
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
@@ -95,7 +100,23 @@ def _records(path: Path, text: str, separator: str, quoting: Quoting) -> list[_R
     )
 
 
+def _reject_repeated_header(path: Path, header: _Record, rows: Sequence[_Record]) -> None:
+    """Raise ``DataError`` for a row of column names, as files that were joined have."""
+    several = len(header.fields) > 1  # a text may be the name of its column
+    for row in rows if several else ():
+        if [field.removeprefix("\ufeff") for field in row.fields] == header.fields:
+            raise DataError(
+                f"data.path: {path}:{row.first}: the row repeats the names of the columns, as in "
+                "files that were joined; remove it"
+            )
+
+
 def _parse(path: Path, text: str, separator: str, *, quoted: bool) -> list[_Record]:
+    if _HINT.match(text):
+        raise DataError(
+            f"data.path: {path}:1: {text.splitlines()[0]!r} is a hint for spreadsheets, not a row; "
+            "remove the line (data.separator sets another separator than that of the suffix)"
+        )
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,

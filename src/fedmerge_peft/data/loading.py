@@ -5,6 +5,7 @@ Loading never runs code from a data set and never unpickles.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from fedmerge_peft.recipe.data import DataRecipe
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = {
     "support-tickets": "support_tickets.csv",
@@ -182,7 +185,18 @@ def _select_splits(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[st
     for role in ("validation", "test"):
         if requested[role] is None and role in splits and role not in requested.values():
             requested[role] = role
-    return {role: splits[name] for role, name in requested.items() if name is not None}
+    used = {role: splits[name] for role, name in requested.items() if name is not None}
+    others = [
+        f"{name} ({len(splits[name]):,})" for name in splits if name not in requested.values()
+    ]
+    if others:
+        logger.warning(
+            "%s: splits that are not used, with their numbers of rows: %s; data.train_split, "
+            "data.validation_split and data.test_split name the splits that are",
+            source,
+            join_values(others),
+        )
+    return used
 
 
 def _filter(recipe: DataRecipe, splits: Mapping[str, Dataset]) -> dict[str, Dataset]:

@@ -66,4 +66,4 @@ def read_text(path: Path, encoding: str | None) -> str:
             else "which is no text; remove it"
         )
         raise DataError(f"data.path: {path}:{line}: the text has a NUL character, {remedy}")
-    return text.removeprefix("\ufeff")
+    return text.lstrip("\ufeff")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,8 +19,13 @@ from fedmerge_peft.data.columns import join_values, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.imbalance import WeightedClasses
-from fedmerge_peft.tasks.labels import reject_nulls
-from fedmerge_peft.tasks.lists import encode_lists, infer_list_labels, relabel_lists
+from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.tasks.lists import (
+    encode_lists,
+    infer_list_labels,
+    reject_indicators,
+    relabel_lists,
+)
 from fedmerge_peft.tasks.predictions import Compared
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ class LabelSets(WeightedClasses):
     def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
         if isinstance(recipe.labels, list):
             return list(recipe.labels)
+        reject_indicators(table, recipe.labels, "task.labels")
         return infer_list_labels(table, recipe.labels, "task.labels")
 
     @classmethod
@@ -51,6 +58,7 @@ class LabelSets(WeightedClasses):
     def relabel(cls, recipe: Any, table: Dataset, labels: Sequence[str]) -> Dataset:
         if isinstance(recipe.labels, list):
             return table
+        reject_indicators(table, recipe.labels, "task.labels")
         return relabel_lists(table, recipe.labels, "task.labels", labels)
 
     @classmethod
@@ -160,6 +168,9 @@ def _flags(table: Dataset, column: str) -> NDArray[np.int64]:
     """Return a column of 0 and 1 or booleans, ``(rows,)``."""
     (values,) = whole_numbers([read_column(table, column, "task.labels")])
     reject_nulls(values, column)
+    if is_text(values.type):
+        with suppress(pa.ArrowInvalid):
+            values = values.cast(pa.bool_())  # True and 1 as pandas and spreadsheets write them
     kind = values.type
     if len(values) and not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"task.labels: column {column!r} has the type {kind}, expected 0 and 1")

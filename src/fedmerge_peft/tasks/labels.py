@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MANY_LABELS = 1_000
+MANY_LABELS = 1_000
 """Number of labels that data with any number of rows may have."""
 
 
@@ -82,10 +82,10 @@ def infer_labels(table: Dataset, column: str, num_labels: int | None) -> list[st
             are more labels than ``num_labels``; ``num_labels`` exceeds 1,000 and the rows.
     """
     values = _label_column(table, column)
-    if num_labels is not None and num_labels > max(_MANY_LABELS, len(values)):
+    if num_labels is not None and num_labels > max(MANY_LABELS, len(values)):
         raise DataError(
             f"task.num_labels: {num_labels:,} labels for {len(values):,} rows; accepted are as "
-            f"many as there are rows, or {_MANY_LABELS:,}, because each adapter has weights for "
+            f"many as there are rows, or {MANY_LABELS:,}, because each adapter has weights for "
             "every label; lower it, or remove it to infer the labels"
         )
     if not len(values):
@@ -222,7 +222,7 @@ def _integer_labels(values: Any, column: str) -> NDArray[np.int64]:
 def _numeric_names(ids: NDArray[np.int64], column: str, num_labels: int | None) -> list[str]:
     """Create label names ``0`` to the largest id."""
     row = int(ids.argmax())
-    if num_labels is None and ids[row] >= max(_MANY_LABELS, len(ids)):
+    if num_labels is None and ids[row] >= max(MANY_LABELS, len(ids)):
         raise DataError(
             f"row {row} (of the rows in use): label {ids[row]} in column {column!r} is too large "
             "for a label id; if it is correct, set task.num_labels"

@@ -11,9 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from fedmerge_peft.data.columns import did_you_mean, join_values
+from fedmerge_peft.data.columns import (
+    check_class_names,
+    did_you_mean,
+    join_values,
+    warn_of_lookalikes,
+)
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.labels import is_text
+from fedmerge_peft.tasks.labels import MANY_LABELS, is_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,9 +110,22 @@ def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:
     if not len(lists.values):
         raise DataError(f"{key}: column {column!r} has no values to infer labels from")
     if is_text(lists.values.type):
-        return sorted(lists.values.unique().to_pylist())
+        texts = lists.values.to_pylist()
+        if (
+            blank := next((n for n, text in enumerate(texts) if not text.strip()), None)
+        ) is not None:
+            raise DataError(f"{lists.where(blank)} has a list with an empty label")
+        labels = sorted(set(texts))
+        check_class_names(labels, f"{key}: the column {column}")
+        warn_of_lookalikes(labels, key, "labels")
+        return labels
     ids = _ids(lists, None)
-    return [str(label) for label in range(int(ids.max()) + 1)]
+    if (largest := int(ids.max())) >= max(MANY_LABELS, len(lists.lengths)):
+        raise DataError(
+            f"{lists.where(int(ids.argmax()))} has the label {largest}, which is too large for a "
+            "label id; write the names of labels, as text"
+        )
+    return [str(label) for label in range(largest + 1)]
 
 
 def encode_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) -> list[list[int]]:
@@ -149,6 +167,20 @@ def relabel_lists(table: Dataset, column: str, key: str, labels: Sequence[str]) 
     features = table.features.copy()
     features[column] = List(ClassLabel(names=list(labels)))
     return Dataset(rows, info=DatasetInfo(features=features))
+
+
+def reject_indicators(table: Dataset, column: str, key: str) -> None:
+    """Raise ``DataError`` if lists have a 0 or 1 for each label, not the ids of their labels."""
+    lists = read_lists(table, column, key)
+    if not len(lists.values) or is_text(lists.values.type) or _class_names(table, column):
+        return
+    length = int(lists.lengths[0])
+    if length > 1 and (lists.lengths == length).all() and _ids(lists, None).max() <= 1:
+        raise DataError(
+            f"{key}: all lists in column {column!r} have {length} values, 0 or 1, so they seem to "
+            "say of each label whether it applies, but a list has the ids of the labels that do; "
+            "write these, or a column of 0 and 1 for each label"
+        )
 
 
 def _class_names(table: Dataset, column: str) -> list[str] | None:

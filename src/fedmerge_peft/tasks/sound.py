@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 Samples = NDArray[np.float32]
 """One channel, ``(n,)``, from -1 to 1."""
+_LOUDEST = 32.0
+"""Largest sample of fractions. Recordings may exceed 1 a little; integers exceed it by far."""
+_STREAMED = (0, 0xFFFFFFFF)
+"""Lengths in the headers of WAV files whose length was not known when they were begun."""
 _SHORTEST = 0.05
 """Least length in seconds; convolutions of models with fewer samples have no output."""
 
@@ -87,6 +91,11 @@ def read_sound(value: Any, rate: int) -> Samples:
     mono = _scaled(samples)
     if not np.isfinite(mono).all():
         raise ValueError("it has samples that are not finite")
+    if (peak := np.abs(mono).max(initial=0.0)) > _LOUDEST:
+        raise ValueError(
+            f"its samples range up to {peak:,.0f}, but fractions are from -1 to 1; divide them by "
+            "their range, such as 32768 for 16 bits"
+        )
     return mono
 
 
@@ -104,6 +113,11 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
         raise ValueError(
             "it is no WAV file; convert it, for example with ffmpeg -i in.mp3 -ac 1 out.wav"
         )
+    (length,) = struct.unpack(
+        ">I" if content[:4] == b"RIFX" else "<I", content[4:8].ljust(4, b"\0")
+    )
+    if length not in _STREAMED and (missing := length + 8 - len(content)) > 1:  # 1 is padding
+        raise ValueError(f"a damaged WAV file: {missing:,} of {length + 8:,} bytes are missing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # chunks with names of songs and the like
         try:
@@ -117,6 +131,13 @@ def _scaled(samples: NDArray[Any]) -> Samples:
     """Return the mean of the channels, from -1 to 1."""
     if samples.dtype.kind not in "iuf" or samples.ndim not in (1, 2):
         raise ValueError(f"it is no array of samples, but of {samples.dtype}, {samples.ndim}-d")
+    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+        raise ValueError(f"it has the shape {samples.shape}, not (samples,) or (samples, channels)")
+    if samples.dtype.kind in "iu" and samples.dtype.itemsize > 4:
+        raise ValueError(
+            "its samples are integers without a known range; write fractions from -1 to 1, such as "
+            "samples of 16 bits divided by 32768"
+        )
     real: NDArray[np.floating] = samples.astype(np.float64)
     if samples.dtype == np.uint8:  # WAV files with 8 bits have no sign
         real = (real - 128) / 128

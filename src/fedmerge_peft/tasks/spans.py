@@ -200,7 +200,13 @@ def _spans(value: Any, names: Sequence[str] | None) -> Iterator[Span]:
             label = names[label]
         if not isinstance(label, str) or not label:
             raise TypeError
-        yield Span(int(each["start"]), int(each["end"]), label)
+        yield Span(_place(each["start"]), _place(each["end"]), label)
+
+
+def _place(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
 
 
 def _unknown(name: str, labels: Sequence[str]) -> str:

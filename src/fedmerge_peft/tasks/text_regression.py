@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,7 +17,7 @@ from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.encoder import loading_code
-from fedmerge_peft.tasks.labels import reject_nulls
+from fedmerge_peft.tasks.labels import is_text, reject_nulls
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.texts import TextTask
 
@@ -49,6 +50,8 @@ class TextRegressionTask(TextTask):
     def targets(cls, recipe: TextRegressionRecipe, table: Dataset, labels: Sequence[str]) -> Tensor:
         values = read_column(table, recipe.target, "task.target")
         reject_nulls(values, recipe.target)
+        if is_text(values.type):
+            values = _numbers(values, recipe.target)
         kind = values.type
         if len(values) and not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
             raise DataError(
@@ -115,3 +118,26 @@ class TextRegressionTask(TextTask):
     ) -> Sequence[dict[str, Any]]:
         """Return the predicted number of each example, as transformers' pipeline does."""
         return [{"label": self.labels[0], "score": value} for value in logits[:, 0].tolist()]
+
+
+def _numbers(texts: Any, column: str) -> Any:
+    """Convert numbers that are written as text, such as 0.50, to float64."""
+    try:
+        return pc.utf8_trim_whitespace(texts).cast(pa.float64())
+    except pa.ArrowInvalid:
+        for row, text in enumerate(texts.to_pylist()):
+            if not _is_number(text):
+                raise DataError(
+                    f"row {row} (of the rows in use): {text!r} in column {column!r} is not a "
+                    "number; write numbers with a decimal point, and without units or separators "
+                    "of thousands"
+                ) from None
+        raise
+
+
+def _is_number(text: str) -> bool:
+    try:
+        pa.scalar(text.strip()).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True

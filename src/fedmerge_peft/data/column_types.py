@@ -82,8 +82,8 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
 def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
     """Convert a ``pyarrow.ChunkedArray`` of a type that other code does not expect.
 
-    Views, dictionaries and runs become plain values. Arrow's JSON is parsed. Other extension types
-    become their storage.
+    Views, dictionaries and runs become plain values. Float16, which Arrow cannot sort, becomes
+    float32. Arrow's JSON is parsed. Other extension types become their storage.
 
     Raises:
         DataError: A JSON column has values of different types (``json_column``).
@@ -94,6 +94,8 @@ def plain_column(column: Any, name: str, place: Callable[[int], str]) -> Any:
         return pa.chunked_array([json_column(values, name, place)])
     if getattr(column.type, "extension_name", "") == "pandas.period":  # stored as numbers
         return pa.chunked_array([pa.array(column.to_pandas().astype(str), pa.string())])
+    if pa.types.is_float16(column.type):
+        return column.cast(pa.float32())
     if column.type == pa.uuid():
         texts = [None if value is None else str(value) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(texts, pa.string())])

@@ -214,7 +214,6 @@ def first_of_lists(dataset: Dataset, column: str) -> Dataset:
 def _reject_inexact(entries: Any, column: str, key: str) -> None:
     """Raise ``DataError`` for infinities, and for numbers to which several integers are rounded."""
     if pa.types.is_floating(entries.type):
-        kind, entries = entries.type, entries.cast(pa.float64())
         infinite = entries.filter(pc.is_inf(entries))
         if len(infinite):
             raise DataError(
@@ -224,7 +223,7 @@ def _reject_inexact(entries: Any, column: str, key: str) -> None:
         inexact = entries.filter(pc.greater_equal(pc.abs(entries), float(LARGEST_EXACT)))
         if len(inexact):
             raise DataError(
-                f"{key}: the column {column} has {inexact[0].as_py()!r} as {kind}, to "
+                f"{key}: the column {column} has {inexact[0].as_py()!r} as {entries.type}, to "
                 "which several integers are rounded; store the column as integers or text"
             )
 

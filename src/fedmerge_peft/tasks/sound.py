@@ -7,7 +7,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,8 @@ Samples = NDArray[np.float32]
 """One channel, ``(n,)``, from -1 to 1."""
 _LOUDEST = 32.0
 """Largest sample of fractions. Recordings may exceed 1 a little; integers exceed it by far."""
-_STREAMED = (0, 0xFFFFFFFF)
-"""Lengths in the headers of WAV files whose length was not known when they were begun."""
+_STREAMED = 2**31 - 2**16
+"""Least length in the headers of WAV files whose length was not known when they were begun."""
 _SHORTEST = 0.05
 """Least length in seconds; convolutions of models with fewer samples have no output."""
 
@@ -113,10 +113,12 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
         raise ValueError(
             "it is no WAV file; convert it, for example with ffmpeg -i in.mp3 -ac 1 out.wav"
         )
-    (length,) = struct.unpack(
-        ">I" if content[:4] == b"RIFX" else "<I", content[4:8].ljust(4, b"\0")
-    )
-    if length not in _STREAMED and (missing := length + 8 - len(content)) > 1:  # 1 is padding
+    order: Literal["little", "big"] = "big" if content[:4] == b"RIFX" else "little"
+    length = int.from_bytes(content[4:8], order)
+    if length == 0 or length >= _STREAMED:
+        length = max(0, len(content) - 8)
+        content = content[:4] + length.to_bytes(4, order) + content[8:]
+    elif (missing := length + 8 - len(content)) > 1:  # 1 is padding
         raise ValueError(f"a damaged WAV file: {missing:,} of {length + 8:,} bytes are missing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # chunks with names of songs and the like

@@ -1,5 +1,8 @@
 """The frozen model and its one adapter slot."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from tests.conftest import ImageTask, LabelTask
@@ -227,6 +230,25 @@ def test_running_statistics_do_not_change(tmp_path):
     backbone.train()
     backbone.model(pixel_values=torch.randn(4, 3, 32, 32))
     assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.model.named_buffers())
+
+
+@pytest.mark.parametrize(("key", "value"), [("return_dict", False), ("torchscript", True)])
+def test_outputs_have_names_whatever_the_configuration_says(tiny_models, tmp_path, key, value):
+    from fedmerge_peft.models.backbone import load_backbone
+    from fedmerge_peft.recipe.schema import BackboneRecipe
+
+    folder = shutil.copytree(tiny_models / "bert", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    backbone = load_backbone(
+        BackboneRecipe(model=str(folder)),
+        LoraRecipe(target_modules=["query"]),
+        LabelTask(),
+        str(folder),
+        torch.device("cpu"),
+        0,
+    )
+    assert len(backbone.model(**inputs("bert")).logits) == 2
 
 
 def test_half_precision_with_trained_biases_is_refused(make_backbone):

@@ -110,6 +110,12 @@ def test_a_chat_without_the_assistant_is_refused(chat_task):
         task.encode(table)
 
 
+def test_a_completion_of_the_user_is_refused(chat_task):
+    task, table = chat_task(CHATML, {"messages": [CHAT, [*CHAT, CHAT[0]]]}, loss="completion")
+    with pytest.raises(DataError, match=r"row 1 .*no turn of the assistant \(roles: user\)"):
+        task.encode(table)
+
+
 def test_special_tokens_in_messages_are_characters_and_labels_stay_right(chat_task):
     chat = [dict(message) for message in CHATML.chat]
     chat[1]["content"] = "What is <|im_end|>?"
@@ -229,14 +235,16 @@ WITH_TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("written", [False, True], ids=["objects", "JSON"])
+@pytest.mark.parametrize("written", ["objects", "JSON", "function_call"])
 def test_tool_calls_are_part_of_the_assistants_turn(chat_task, written):
     call = {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}
     chat = [dict(message) for message in WITH_TOOLS]
     tools = [{"name": "add", "about": "Adds"}]
-    if written:
+    if written == "JSON":
         chat[1]["tool_calls"] = [{**CALL, "function": call}]
-    rows = {"messages": [chat], "tools": [json.dumps(tools) if written else tools]}
+    if written == "function_call":
+        chat[1] = {"role": "assistant", "content": "", "function_call": call}
+    rows = {"messages": [chat], "tools": [tools if written == "objects" else json.dumps(tools)]}
     task, table = chat_task(TOOLS, rows)
     whole, learned = decoded(task, task.encode(table))
     assert learned == (

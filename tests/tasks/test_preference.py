@@ -244,11 +244,21 @@ def test_chats_are_rendered_with_the_template(task_of, table):
         ({"prompt": ["a"], "chosen": ["b"]}, "task.rejected: there is no column 'rejected'"),
         ({"chosen": ["b"], "rejected": ["c"]}, "task.prompt: there is no column 'prompt'"),
         ({"chosen": [TURN], "rejected": [TURN]}, "row 0 .* must begin with the same messages"),
+        (
+            {"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["c", None]},
+            "row 1 .* column 'rejected' is empty",
+        ),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(task_of, table, message):
     with pytest.raises(DataError, match=message):
         task_of("llama", Dataset.from_dict(table), name=NAME)
+
+
+def test_equal_completions_are_counted(task_of):
+    table = Dataset.from_dict({"prompt": ["a"] * 2, "chosen": ["b"] * 2, "rejected": ["c", "b"]})
+    cuts = task_of("llama", table, name=NAME).encode(table).cuts
+    assert cuts["have the same chosen and rejected completion, so there is nothing to learn"] == [1]
 
 
 def test_examples_are_shown_with_both_completions(task_of):

@@ -200,8 +200,18 @@ def _prepared(model: Any, task: ModelRequirements) -> Any:
     pad = getattr(task, "pad_token_id", None)
     if pad is not None:
         set_pad_token_id(model.config, pad)
+    _name_outputs(model.config)
     align_weights(model)
     return model
+
+
+def _name_outputs(config: Any) -> None:
+    """Let a model return its outputs by name, whatever its config.json says."""
+    config.return_dict = True
+    config.torchscript = False
+    for name in getattr(config, "sub_configs", {}):
+        if (nested := getattr(config, name, None)) is not None:
+            _name_outputs(nested)
 
 
 def set_pad_token_id(config: Any, pad_token_id: int) -> None:

@@ -172,6 +172,8 @@ def _message(message: Any, column: str, where: str) -> Message:
     content = cleaned.get("content")
     if isinstance(content, list):
         content = _joined(content, column, where)
+    if "function_call" in cleaned:  # the older form of a single call
+        cleaned["tool_calls"] = [{"function": cleaned.pop("function_call")}]
     if "tool_calls" in cleaned:
         cleaned["tool_calls"] = _tool_calls(cleaned["tool_calls"], column, where)
         content = "" if content is None else content

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of messages with what the assistant thinks before its answer."""
 
+_OTHERS = {"user", "system", "developer", "tool"}
+"""Roles whose messages a model does not write."""
 Loss = Literal["assistant", "completion", "all"]
 """Part of a chat with a loss."""
 Row = tuple[list[int], list[bool]]
@@ -215,6 +217,12 @@ class ChatTokens:
         if loss == "all":
             return [(0, len(chat.messages) - 1)]
         if loss == "completion":
+            if set(roles := chat.roles[chat.prompt :]) <= _OTHERS:
+                raise self.error(
+                    row,
+                    f"the completion is no turn of the assistant (roles: {join_values(roles)}); "
+                    "end the chat with one, remove the row, or set task.loss=all",
+                )
             return [(chat.prompt, len(chat.messages) - 1)]
         turns = [(index, index) for index, role in enumerate(chat.roles) if role == "assistant"]
         if not turns:

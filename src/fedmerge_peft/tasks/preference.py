@@ -31,6 +31,7 @@ from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.causal_lm import CausalLMTask
 from fedmerge_peft.tasks.chat_messages import parse_messages
+from fedmerge_peft.tasks.labels import reject_nulls
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample
 
@@ -98,6 +99,9 @@ class PreferenceTask(CausalLMTask):
             name: sorted({row for examples in sides for row in examples.cuts.get(name, ())})
             for name in predicates
         }
+        pairs = zip(*(columns[f"{side}_labels"] for side in _SIDES), strict=True)
+        equal = [row for row, pair in enumerate(pairs) if torch.equal(*pair)]
+        cuts["have the same chosen and rejected completion, so there is nothing to learn"] = equal
         return Examples(columns, cuts)
 
     def show(self, table: Dataset) -> list[ShownExample]:
@@ -251,7 +255,7 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
     Without a prompt, chats begin with the messages that both completions have in common.
 
     Raises:
-        DataError: A column does not exist, or completions of text have no prompt.
+        DataError: A column does not exist or has nulls, or completions of text have no prompt.
     """
     columns = {"chosen": recipe.chosen, "rejected": recipe.rejected}
     for key, column in columns.items():
@@ -260,6 +264,7 @@ def _completions(recipe: PreferenceRecipe, table: Dataset, side: str) -> Dataset
                 f"task.{key}: there is no column {column!r}; the data have "
                 f"{', '.join(table.column_names)}"
             )
+        reject_nulls(table.select_columns([column]).with_format("arrow")[:].column(column), column)
     own = columns[side]
     if recipe.prompt in table.column_names:
         both = table.select_columns([recipe.prompt, own])

@@ -161,6 +161,15 @@ def test_a_checkpoint_of_other_names_holds_no_weights(tmp_path):
         load_saved(tmp_path)
 
 
+def test_tensors_of_an_adapter_are_refused(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    name = "encoder.layer.0.attention.self.query.lora_A.weight"
+    save_file({**load_file(path), name: torch.zeros(2, 16)}, path)
+    with pytest.raises(BackboneError, match=r"those of an adapter among them: .*lora_A.*merge the"):
+        load_saved(tmp_path)
+
+
 def test_tied_matrices_are_not_missing(tmp_path):
     model, missing = load(
         make("llama", "ForCausalLM", tie_word_embeddings=True), tmp_path, TextTask()

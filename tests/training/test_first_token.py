@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from equality import assert_near, tolerance
 from fedmerge_peft import Recipe
@@ -24,9 +25,9 @@ TARGETS = {"bert": ["query", "output.dense"], "llama": ["q_proj"], "vit": ["q_pr
 def make_runtime(tiny_models, table_and_task):
     """``make_runtime("bert")``: a tiny model with dropout, and its recipe."""
 
-    def make(kind, **options):
+    def make(kind, folder=None, **options):
         table, task = table_and_task(kind, COUNT)
-        model = str(tiny_models / kind.partition("-")[0])
+        model = str(folder or tiny_models / kind.partition("-")[0])
         recipe = Recipe.model_validate(
             {
                 "name": "bench",
@@ -49,6 +50,26 @@ def make_runtime(tiny_models, table_and_task):
         return Runtime(backbone, task, accelerator, task.encode(table)), recipe.training
 
     return make
+
+
+def test_a_layer_whose_output_loses_padding_is_not_cut(make_runtime, tiny_models, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_models / "bert")
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LongformerConfig(
+        **sizes,
+        vocab_size=len(tokenizer),
+        intermediate_size=16,
+        attention_window=2,
+        max_position_embeddings=140,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.LongformerModel(config).save_pretrained(tmp_path)
+    runtime, _ = make_runtime("bert", tmp_path)
+    odd = ROWS[runtime.examples.lengths % 2 == 1]
+    assert len(odd)
+    assert cut_to_first_token(runtime, odd) is None
+    assert cut_to_first_token(runtime, ROWS) is None
 
 
 def test_checkpointed_layers_are_not_cut_because_they_run_again_without_it(make_runtime):

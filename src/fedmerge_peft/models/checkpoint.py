@@ -73,7 +73,7 @@ def missing_tensors(
 
     Raises:
         BackboneError: The checkpoint lacks other tensors, has them in other shapes, or has tensors
-            for which the configuration leaves no place.
+            of an adapter, or for which the configuration leaves no place.
     """
     misfit = {key: (tuple(held), tuple(wanted)) for key, held, wanted in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | misfit.keys()
@@ -94,6 +94,12 @@ def missing_tensors(
             f"backbone.model: the weights of {name} lack {len(lacking)} of the tensors that its "
             f"config.json describes: {join_values(sorted(lacking), _SHOWN)}{shapes}; {parts} may "
             "be missing. Correct config.json, or choose a complete model"
+        )
+    if adapter := [key for key in report["unexpected_keys"] if ".lora_" in key]:
+        raise BackboneError(
+            f"backbone.model: the weights of {name} have those of an adapter among them: "
+            f"{join_values(sorted(adapter), _SHOWN)}; merge the adapter first "
+            "(PeftModel.merge_and_unload), or remove its tensors"
         )
     if ignored := [key for key in report["unexpected_keys"] if _has_no_place(model, key)]:
         raise BackboneError(

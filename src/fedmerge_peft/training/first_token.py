@@ -18,7 +18,10 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     """Return a cut of the model's last layer to the first token, if its head reads no other.
 
     A trial on the shortest and the longest example decides. The gradient of the losses must vanish
-    at all other positions of the last layer, and the losses must agree with and without them.
+    at all other positions of the last layer, and the losses must agree with and without them, also
+    for an example of odd length: Longformer pads to a multiple of its window, and removes this
+    padding from the end of the last layer's output.
+
     Results then agree up to rounding. Dropout masks are drawn for all positions, so they are the
     same.
 
@@ -42,12 +45,16 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     try:
         with torch.enable_grad():
             losses = _losses(runtime, chunk)
+            odd = rows[sizes % 2 == 1][:1]
+            trials = [(chunk, losses.detach())]
+            if len(odd):
+                trials.append((odd, _losses(runtime, odd).detach()))
     except Exception as error:  # training reports it, with the client
         log.info("the last layer computes all tokens: %s: %s", type(error).__name__, error)
         return None
     finally:
         handle.remove()
-    if len(states) != 1 or not states[0].requires_grad:
+    if len(states) != len(trials) or not states[0].requires_grad:
         return None
     (gradient,) = torch.autograd.grad(losses.sum(), states[0], allow_unused=True)
     if gradient is None or gradient.ndim != 3 or bool(gradient[:, 1:].any()):
@@ -55,11 +62,14 @@ def cut_to_first_token(runtime: Runtime, rows: Indices) -> FirstToken | None:
     cut = FirstToken(layer)
     try:
         with torch.no_grad(), cut.applied():
-            again = _losses(runtime, chunk)
+            agree = [
+                torch.allclose(_losses(runtime, tried), expected, rtol=1e-3, atol=1e-3)
+                for tried, expected in trials
+            ]
     except Exception as error:  # a model that needs the other positions elsewhere
         log.info("the last layer computes all tokens: %s: %s", type(error).__name__, error)
         return None
-    if not torch.allclose(again, losses.detach(), rtol=1e-3, atol=1e-3):
+    if not all(agree):
         return None
     log.info("the last layer computes the first token only: the head reads no other")
     return cut

@@ -262,6 +262,13 @@ def test_many_inputs_are_split_into_passes(predictor, passes):
         ),
         ("sequence-classification", {"client 0": [""]}, None, ""),
         (
+            "sequence-classification",
+            {"client 0": ["half of a \ud83d"]},
+            DataError,
+            "an input cannot be read: .*surrogates not allowed",
+        ),
+        ("causal-lm", {"client 0": ["half of a \ud83d"]}, DataError, "surrogate|half of a"),
+        (
             "image-classification",
             {"client 0": [0]},
             DataError,

@@ -28,6 +28,7 @@ from fedmerge_peft.tasks.cuts import warn_of_cuts
 from fedmerge_peft.tasks.passes import split_batch
 from fedmerge_peft.training.accelerator import make_accelerator
 from fedmerge_peft.training.input_trial import try_inputs
+from fedmerge_peft.util.library_errors import library_errors
 from fedmerge_peft.util.seeds import seeded
 
 if TYPE_CHECKING:
@@ -186,9 +187,10 @@ class Predictor:
     # ---- inputs ----------------------------------------------------------------------------------
 
     def _encode(self, inputs: list[Any]) -> Examples:
-        if self._kind.completes:
-            return self._task.encode_prompts(inputs)
-        return self._task.encode(self._table(inputs))
+        with library_errors(lambda reason: DataError(f"an input cannot be read: {reason}")):
+            if self._kind.completes:
+                return self._task.encode_prompts(inputs)
+            return self._task.encode(self._table(inputs))
 
     def _table(self, inputs: list[Any]) -> Dataset:
         return self._kind.input_table(self._recipe.task, self._labels, inputs)

@@ -40,7 +40,7 @@ class HostileServer:
             "location": str(victim),
         } | changes
 
-    def _do_command(self, command):
+    def server_execute(self, command):
         return {"meta": self.meta}
 
     def download_file(self, source, reference, path):

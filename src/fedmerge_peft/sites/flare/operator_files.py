@@ -75,7 +75,8 @@ def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
     """
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
         archive = Path(scratch) / WORKSPACE_ZIP
-        reply = session._do_command(f"{AdminCommandNames.DOWNLOAD_JOB} {job}")
+        # A session only knows commands that map to functions of the client.
+        reply = session.api.server_execute(f"{AdminCommandNames.DOWNLOAD_JOB} {job}")
         try:
             meta = reply[ResultKey.META]
             for name, reference in meta[MetaKey.FILES]:

@@ -52,6 +52,10 @@ FAULTS = {
     "too slow": (changed(seconds=lambda _: 61.0), r"it took 61\.0 s, but clients\.timeout is 60 s"),
     "endless": (changed(seconds=lambda _: torch.nan), "it took nan s"),
     "loss": (changed(train_loss=lambda _: float("inf")), "its training loss is inf"),
+    "validation": (
+        changed(validation=lambda _: (1.0, 1.0, 1.0)),
+        "it reports 3 validation losses, expected 2",
+    ),
     "more examples than it has": (
         changed(size=lambda n: 1000 * n),
         "it reports 10000 examples, but has 10",

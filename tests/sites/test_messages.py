@@ -45,6 +45,7 @@ TRAIN = Train(
 MIXTURE = Mixture(row(3, 2, P), torch.tensor([0.3, 0.7]))
 PLANS = {
     "train": TRAIN,
+    "compared": Train(row(10), compared=row(11)),
     "in_turn": InTurn((Train(row(4)), Train(row(5), anchor=row(4)))),
     "choose": Choose(row(6, 3, P)),
     "mixture": MIXTURE,
@@ -207,9 +208,11 @@ def reply(**changes):
     )
 
 
-def test_a_reply_arrives_bit_by_bit():
-    message = Message.from_bytes(reply_message(reply(), "a", LAYOUT, "float32").to_bytes())
-    assert plain(read_reply(message, 2, "a", LAYOUT, P, "float32")) == plain(reply())
+@pytest.mark.parametrize("losses", [None, (0.5, 0.25), (0.5, 0.25, 1.0)])
+def test_a_reply_arrives_bit_by_bit(losses):
+    sent = reply(validation=losses)
+    message = Message.from_bytes(reply_message(sent, "a", LAYOUT, "float32").to_bytes())
+    assert plain(read_reply(message, 2, "a", LAYOUT, P, "float32")) == plain(sent)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +223,9 @@ def test_a_reply_arrives_bit_by_bit():
         ({"num_examples": None}, {}),
         ({"served": [1]}, {}),
         ({"served": {"a": "x"}}, {}),
+        ({"validation": [0.5]}, {}),
+        ({"validation": [0.5] * 4}, {}),
+        ({"validation": [0.5, 1e400]}, {}),
         ({}, {"deltas": row(1, 2, P + 1)}),
         ({}, {"deltas": row(1, P)[0]}),
         ({}, {"deltas": row(1, 2, P).double()}),

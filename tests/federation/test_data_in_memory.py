@@ -66,8 +66,9 @@ def _pathless(value):
         lambda: DatasetDict(train=Dataset.from_pandas(tickets())),
         lambda: by_client(tickets()),
         lambda: dict(list(tickets().groupby("organisation"))),
+        lambda: dict(list(tickets().groupby(["organisation"]))),
     ],
-    ids=["frame", "dataset", "dataset dict", "clients", "groupby"],
+    ids=["frame", "dataset", "dataset dict", "clients", "groupby", "groupby list"],
 )
 def test_a_run_equals_one_on_the_same_data_from_a_file(passed, from_file, tmp_path, left_behind):
     run = federate(recipe("rounds=1", "baselines=[fedavg]"), tmp_path / "run", data=passed())

@@ -225,6 +225,17 @@ def test_a_system_prompt_is_added_to_chats_without_one(task_of):
     assert decoded(task, examples, 1)[0].startswith("<s>[system] Be kind</s>[user]")
 
 
+def test_conversations_may_have_a_column_of_system_prompts(task_of):
+    chats = {"conversations": CHATS["messages"][:2] * 2, "system": ["Be quick", "Mine", "", None]}
+    table = Dataset.from_dict(chats)
+    task = task_of("llama", table, name=NAME, system_prompt="Be brief")
+    examples = task.encode(table)
+    for row, start in enumerate(["Be quick", "Be kind", "Be brief", "Be kind"]):
+        assert decoded(task, examples, row)[0].startswith(f"<s>[system] {start}</s>[user]")
+    with pytest.raises(DataError, match=r"row 0 .*'system' must be a text, not 3"):
+        task.encode(Dataset.from_dict({**chats, "system": [3] * 4}))
+
+
 # --- tools ----------------------------------------------------------------------------------------
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 WITH_TOOLS = [

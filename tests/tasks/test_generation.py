@@ -93,7 +93,7 @@ def test_a_tokenizer_writes_the_system_prompt_of_the_recipe(task_of, own):
     tokenizer = task_of("llama", CHATS, name=NAME).processor
     chat = [{"role": "user", "content": "Hello"}]
     chat = [{"role": "system", "content": "Mine"}, *chat] if own else chat
-    expected = tokenizer.apply_chat_template(add_system(recipe, chat), tokenize=False)
+    expected = tokenizer.apply_chat_template(add_system(recipe.system_prompt, chat), tokenize=False)
     set_chat_template(tokenizer, recipe)
     assert tokenizer.apply_chat_template(chat, tokenize=False) == expected
     assert ("Mine" if own else 'Say "no"\n\\ ü') in expected

@@ -148,6 +148,11 @@ def _join_clients(
     return recipe, splits
 
 
+def client_name(key: Any) -> str:
+    """Return a client's name; the parts of a tuple, as of ``groupby([...])``, are joined."""
+    return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
 def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
     keys: list[Any] = list(data)
     if any(key is None or (isinstance(key, float) and isnan(key)) for key in keys):
@@ -155,7 +160,7 @@ def _check_clients(recipe: DataRecipe, data: Mapping[str, Parts]) -> None:
             "data: a client has no name (None or NaN), as rows without one have after groupby; "
             "give it one, or leave it out"
         )
-    names = {str(key) for key in data}
+    names = {client_name(key) for key in data}
     splits = {"train", "validation", "test", recipe.train_split}
     if not names:
         raise DataError("data: the dictionary is empty; its keys are the clients")
@@ -180,5 +185,5 @@ def _client_tables(
             raise DataError(f"{source} has no training rows; add some, or leave the client out")
         if label is not None and not recipe.filter and "train" in splits:
             encode_classes(splits, label, f"{source}: task.label")
-        tables.append(ClientTables(str(key), source, splits))
+        tables.append(ClientTables(client_name(key), source, splits))
     return tables

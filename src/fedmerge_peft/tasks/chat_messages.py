@@ -24,6 +24,8 @@ Message = dict[str, Any]
 
 CONVERSATIONS = "conversations"
 """Column of ShareGPT's format, which is read if there is no column of messages."""
+_SYSTEM = "system"
+"""Column beside it with the system prompt of each row, if it has one."""
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -91,13 +93,16 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
         DataError: A row is no list of messages, or a message has no role or no text.
     """
     columns = chat_columns(recipe, table)
+    systems = columns == [CONVERSATIONS] and _SYSTEM in table.column_names
     read = [*columns, *([recipe.tools] if recipe.tools in table.column_names else [])]
-    entries = table.select_columns(read).with_format(None)[:]
+    entries = table.select_columns([*read, *([_SYSTEM] * systems)]).with_format(None)[:]
     chats = []
     for row in range(len(table)):
         where = f"row {row} (of the rows in use): "
         parts = [parse_messages(entries[column][row], column, where) for column in columns]
-        messages = add_system(recipe, [message for part in parts for message in part])
+        messages = [message for part in parts for message in part]
+        own = entries[_SYSTEM][row] if systems else None
+        messages = add_system(_system_prompt(own, where) or recipe.system_prompt, messages)
         prompt = len(messages) - (1 if len(parts) == 1 else len(parts[1]))
         tools = (
             _tools(entries[recipe.tools][row], recipe.tools, where)
@@ -119,7 +124,7 @@ def parse_prompt(recipe: CausalLMRecipe, value: Any, where: str) -> Chat:
     Raises:
         DataError: There is no list of messages, or the last one is the assistant's.
     """
-    messages = add_system(recipe, parse_messages(value, "messages", where))
+    messages = add_system(recipe.system_prompt, parse_messages(value, "messages", where))
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where}the last message is the assistant's, so there is nothing to answer; end with "
@@ -128,11 +133,18 @@ def parse_prompt(recipe: CausalLMRecipe, value: Any, where: str) -> Chat:
     return Chat(messages, len(messages))
 
 
-def add_system(recipe: CausalLMRecipe, messages: list[Message]) -> list[Message]:
-    """Put the recipe's system prompt before messages that do not begin with one."""
-    if recipe.system_prompt is None or messages[0]["role"] in ("system", "developer"):
+def add_system(prompt: str | None, messages: list[Message]) -> list[Message]:
+    """Put a system prompt before messages that do not begin with one."""
+    if prompt is None or messages[0]["role"] in ("system", "developer"):
         return messages
-    return [{"role": "system", "content": recipe.system_prompt}, *messages]
+    return [{"role": "system", "content": prompt}, *messages]
+
+
+def _system_prompt(value: Any, where: str) -> str | None:
+    """Return the entry of the column of system prompts; None if it is empty."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}{_SYSTEM!r} must be a text, not {_shown(value)}")
+    return value or None
 
 
 def parse_messages(value: Any, column: str, where: str) -> list[Message]:

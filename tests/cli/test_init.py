@@ -180,8 +180,10 @@ def test_missing_answers_are_named(table, here):
 
 def test_a_first_line_that_is_an_example_is_told(table, here):
     told = "The first line looks like an example."
-    write(here / "bare.csv", ROWS[0][:3], [row[:3] for row in ROWS[1:]])
+    write(here / "bare.csv", ROWS[0][:3], [row[:3] for row in ROWS if row != ROWS[0]])
     assert told in init("bare.csv", "--yes").stdout
+    write(here / "equal.csv", ROWS[0][:3], [row[:3] for row in ROWS])
+    assert "or add a line of column names" in str(init("equal.csv", "--yes").exception)
     write(here / "numbers.csv", ["1", "2.5"], [("a word", 3.5), ("another", 1.5)] * 8)
     assert told in init("numbers.csv", "--yes").stdout
     assert told not in init(table, "--yes").stdout

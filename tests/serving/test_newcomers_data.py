@@ -16,7 +16,7 @@ from serving.newcomer import QUEUES, newcomer, numbers, recipe
 
 
 def test_a_newcomer_with_some_of_the_runs_labels_keeps_their_numbers(run, tickets, tmp_path):
-    assert run.task == {"labels": QUEUES, "format": None}
+    assert run.task == {"labels": QUEUES, "format": None, "padding": "right"}
     some = tickets.filter(lambda row: row["queue"] in {"denim", "fuchsia"})
     some.to_csv(tmp_path / "Fen Water.csv")
     result = personalize(run, tmp_path / "Fen Water.csv", local=False)

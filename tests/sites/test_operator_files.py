@@ -132,8 +132,8 @@ def test_a_status_of_another_form_is_one_error(reply):
 @pytest.fixture
 def client(tmp_path, monkeypatch):
     """FLARE's module for files at the operator."""
-    own = FileTransferModule.generate_module_spec
-    monkeypatch.setattr(FileTransferModule, "generate_module_spec", own)  # restored afterwards
+    own = operator_files._for_any_command  # not restricted by another test
+    monkeypatch.setattr(FileTransferModule, "generate_module_spec", own)
     return FileTransferModule(str(tmp_path), str(tmp_path))
 
 

@@ -106,8 +106,8 @@ def _reject_repeated_header(path: Path, header: _Record, rows: Sequence[_Record]
     for row in rows if several else ():
         if [field.removeprefix("\ufeff") for field in row.fields] == header.fields:
             raise DataError(
-                f"data.path: {path}:{row.first}: the row repeats the names of the columns, as in "
-                "files that were joined; remove it"
+                f"data.path: {path}:{row.first}: the row equals the first one, which names the "
+                "columns; remove it if files were joined, or add a line of column names"
             )
 
 

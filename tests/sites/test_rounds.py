@@ -55,3 +55,27 @@ def test_a_federation_of_three_sites_equals_one_machine(
         assert json.loads((run.path / name).read_text()) == json.loads(
             (local.path / name).read_text()
         )
+
+
+def test_sites_compare_groups_with_one_adapter(smoke, federation_of, connect, tmp_path):
+    """In the rounds after the grouping, sites receive two adapters and report three losses."""
+    recipe = smoke(
+        "strategy={name: fedmerge, warm_rounds: 1}",
+        "data.max_train=14",
+        "data.max_test=3",
+        "data.validation_fraction=0.3",
+        "training.learning_rate=0.02",
+        "rounds=4",
+        LOCAL,
+    )
+    kit, trainers = federation_of(recipe, 3)
+    outcome = run_job(kit, connect(trainers), lambda: None, lambda line: None)
+    assert outcome.state == "ended", outcome.error
+    run, local = Run.open(kit / "run"), federate(recipe, tmp_path / "local")
+    assert_same_state(run, local)
+    assert [without_seconds(record) for record in run.records] == [
+        without_seconds(record) for record in local.records
+    ]
+    assert any(record["bytes_down"] == 2 * record["bytes_up"] for record in run.records)
+    decisions = [text for record in run.records for text in record["decisions"]]
+    assert any("with one adapter" in text for text in decisions)

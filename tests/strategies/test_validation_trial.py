@@ -212,6 +212,14 @@ def test_groups_without_a_gain_end_in_the_second_round():
     assert losses == "1.5 by group, 1.45 with one adapter"
 
 
+def test_a_small_but_certain_gain_ends_no_groups():
+    trial = CommonTrial()
+    certain = with_common((1.0, 1.009), (2.0, 2.011), (3.0, 3.010), (4.0, 4.012))
+    assert [trial.decide(certain)[0] for _ in range(4)] == [None] * 4
+    uncertain = with_common((1.0, 1.03), (2.0, 1.99), (3.0, 3.02), (4.0, 4.01))
+    assert [trial.decide(uncertain)[0] for _ in range(2)] == [None, False]
+
+
 def test_losses_that_are_missing_or_infinite_do_not_count():
     trial = CommonTrial()
     for replies in (
@@ -250,9 +258,9 @@ def test_clients_share_one_adapter_if_groups_gain_nothing():
     play(strategy, clients, WARM + 1, common=1.0)
     assert (len(strategy.soup), strategy.decisions()) == (2, [])
     sent = torch.stack([strategy.adapter(client) for client in range(CLIENTS)])
-    play(strategy, clients, 1, common=1.01)
+    play(strategy, clients, 1, common=0.99)
     assert strategy.decisions() == [
-        "one adapter for all clients: validation loss 1 by group, 1.01 with one adapter"
+        "one adapter for all clients: validation loss 1 by group, 0.99 with one adapter"
     ]
     assert torch.equal(strategy.weights, torch.ones(CLIENTS, 1))
     updates = sent - clients.centres

@@ -20,6 +20,8 @@ _LASTING = 0.8
 """Least harm that lasts, relative to that of the round before."""
 _LEAST_GAIN = 0.02
 """Least relative fall of the validation loss by groups."""
+_CERTAIN = 3
+"""Number of standard errors above which a small gain is not put down to chance."""
 _ROUNDS_WITHOUT_GAIN = 2
 """Number of rounds after which groups without a gain end."""
 
@@ -130,8 +132,11 @@ class CommonTrial(Stateful):
             return None, ""
         grouped, common = pairs.mean(dim=0).tolist()
         losses = f"{grouped:.3g} by group, {common:.3g} with one adapter"
+        gains = pairs[:, 1] - pairs[:, 0]
         if common - grouped >= _LEAST_GAIN * abs(grouped):
             return True, losses
+        if common - grouped > _CERTAIN * standard_error(gains):
+            return None, losses  # small so far, as in a run that learns slowly
         self.rounds += 1
         return (False if self.rounds == _ROUNDS_WITHOUT_GAIN else None), losses
 

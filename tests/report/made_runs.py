@@ -29,7 +29,9 @@ def write(folder, overrides, names, scores, metric, groups=None, labels="abcd", 
     recipe = Recipe.load("smoke", ["baselines=[]", f"rounds={rounds}", *overrides])
     checked.write_text(folder / "recipe.yaml", recipe.to_yaml())
     checked.write_document(folder / "environment.json", {"format": FORMAT})
-    checked.write_document(folder / "task.json", {"labels": list(labels), "format": None})
+    checked.write_document(
+        folder / "task.json", {"labels": list(labels), "format": None, "padding": "right"}
+    )
     groups = groups or [None] * len(names)
     clients = [
         {"name": name, "group": group, "train": 30, "validation": 8, "test": tests}

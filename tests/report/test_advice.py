@@ -40,7 +40,9 @@ def advised(write_run, write_records):
             for record, loss in zip(load_run(path).records, losses, strict=True)
         ]
         write_records(path / "metrics.jsonl", records)
-        checked.write_document(path / "task.json", {"labels": list(labels), "format": None})
+        checked.write_document(
+            path / "task.json", {"labels": list(labels), "format": None, "padding": "right"}
+        )
         clients = [
             {"name": f"client {number}", "group": group, "train": 9, "validation": 1, "test": 40}
             for number, group in enumerate(groups)

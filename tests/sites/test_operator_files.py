@@ -11,6 +11,7 @@ from fedmerge_peft.errors import WireError
 
 pytest.importorskip("nvflare")
 
+from nvflare.fuel.flare_api.api_spec import NoConnection
 from nvflare.fuel.hci.client.file_transfer import FileTransferModule
 from nvflare.fuel.hci.file_transfer_defs import PULL_FOLDER_FQN, PUSH_FOLDER_FQN
 from nvflare.fuel.hci.reg import CommandSpec
@@ -126,6 +127,14 @@ def test_an_archive_that_is_none_is_one_error_and_a_job_may_leave_no_outcome(vic
 def test_a_status_of_another_form_is_one_error(reply):
     with pytest.raises(WireError, match="the job's status"):
         operator_files.read_status(reply)
+
+
+@pytest.mark.parametrize("status", operator_files._LOST)
+def test_a_lost_connection_is_no_malformed_reply(status):
+    """Only then does the operator ask again."""
+    api = SimpleNamespace(server_execute=lambda _: {"status": status})
+    with pytest.raises(NoConnection):
+        operator_files.download_outcome(SimpleNamespace(api=api), "job")
 
 
 # ---- FLARE's functions for files -----------------------------------------------------------------

@@ -174,17 +174,22 @@ def test_each_client_gets_an_adapter_if_merging_harms():
     assert not strategy.validates()
 
 
-def test_a_federation_resumes_during_and_after_its_trial():
+@pytest.mark.parametrize(
+    ("losses", "stops"),
+    [({"merged": 2.0}, (END - 1, END, END + 1)), ({"common": 1.0}, range(WARM - 1, WARM + 4))],
+    ids=["merging", "groups"],
+)
+def test_a_federation_resumes_during_and_after_its_trials(losses, stops):
     clients = grouped_clients()
     whole = clients.strategy("fedmerge", warm_rounds=WARM)
-    play(whole, clients, END + 2, merged=2.0)
-    for stop in (END - 1, END, END + 1):
+    play(whole, clients, END + 2, **losses)
+    for stop in stops:
         first, second = (clients.strategy("fedmerge", warm_rounds=WARM) for _ in range(2))
-        play(first, clients, stop, merged=2.0)
+        play(first, clients, stop, **losses)
         second.resize(len(first.soup))
         second.soup = first.soup
         second.load_state_dict(first.state_dict())
-        play(second, clients, END + 2 - stop, merged=2.0)
+        play(second, clients, END + 2 - stop, **losses)
         assert torch.equal(second.soup.rows, whole.soup.rows)
         assert torch.equal(second.weights, whole.weights)
 
@@ -268,20 +273,6 @@ def test_clients_share_one_adapter_if_groups_gain_nothing():
     play(strategy, clients, 3, merged=0.5)
     assert len(strategy.soup) == 1
     assert not strategy.validates()
-
-
-def test_a_federation_resumes_during_and_after_its_trial_of_groups():
-    clients = grouped_clients()
-    whole = clients.strategy("fedmerge", warm_rounds=WARM)
-    play(whole, clients, WARM + 4, common=1.0)
-    for stop in range(WARM - 1, WARM + 4):
-        first, second = (clients.strategy("fedmerge", warm_rounds=WARM) for _ in range(2))
-        play(first, clients, stop, common=1.0)
-        second.resize(len(first.soup))
-        second.soup = first.soup
-        second.load_state_dict(first.state_dict())
-        play(second, clients, WARM + 4 - stop, common=1.0)
-        assert torch.equal(second.soup.rows, whole.soup.rows)
 
 
 def test_clients_without_validation_examples_compare_nothing():

@@ -142,7 +142,7 @@ class Task:
 
     labels: list[Text]
     format: Text | None
-    padding: Padding = "right"
+    padding: Padding
 
 
 @dataclass(frozen=True)

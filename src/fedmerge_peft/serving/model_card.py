@@ -243,7 +243,7 @@ def _card(template: str, data: Any, run: RunDirectory, base: str, **fields: Any)
         base=code_span(base),
         gguf=(source := gguf_source(run.recipe.backbone)) and code_span(source),
         dtype=run.recipe.backbone.dtype,
-        padding=_PADDING.get(run.task.get("padding", "right")),
+        padding=_PADDING.get(run.task["padding"]),
         method=run.recipe.strategy.name,
         clients=len(run.client_names),
         project=_PROJECT,

@@ -86,10 +86,8 @@ class FedMerge(Strategy):
             )
         self.blocks = make_blocks(recipe, context)
         self._warming = MeanUpdates(context) if recipe.start == "warm" else None
-        if recipe.adapters != "auto":
-            adapters = recipe.adapters
-        else:
-            adapters = 1 if self._warming is not None else min(_ADAPTERS, context.clients)
+        number = 1 if self._warming is not None else min(_ADAPTERS, context.clients)
+        adapters = number if recipe.adapters == "auto" else recipe.adapters
         self.soup = AdapterSoup(
             initial_rows(recipe, context, adapters), context.layout, context.shared
         )
@@ -110,6 +108,7 @@ class FedMerge(Strategy):
         self.trials = GroupTrials(context.clients) if automatic else None
         """Trials after the grouping; None if the recipe decides."""
         self._decided: list[str] = []
+        self._mean: Tensor | None = None  # of this round, for all clients
 
     def _set_weights(self, adapters: int) -> None:
         """Start with uniform weights over this number of adapters."""
@@ -178,12 +177,11 @@ class FedMerge(Strategy):
 
     def _compares(self) -> bool:
         """Return True while the groups are compared with one adapter for all clients."""
-        after = self._warming is None
-        return after and self.trials is not None and self.trials.common is not None
+        return self._warming is None and self.trials is not None and self.trials.common is not None
 
     def _common_adapter(self, client: int) -> Tensor:
         """Return the mean of the clients' merged adapters, with the client's own head, ``(P,)``."""
-        common = self._mean_adapter()
+        common = self._mean_adapter().clone()
         if self.own_head is not None:
             one = slice(client, client + 1)
             common[self.head] += self.own_head.residuals(common[self.head], one)[0]
@@ -191,7 +189,9 @@ class FedMerge(Strategy):
 
     def _mean_adapter(self) -> Tensor:
         """Return the mean of the merged adapters of clients that were grouped, ``(P,)``."""
-        return self.soup.merge(self.weights[self.joined].mean(dim=0))
+        if self._mean is None:
+            self._mean = self.soup.merge(self.weights[self.joined].mean(dim=0))
+        return self._mean
 
     def _softmax(self, logits: Tensor) -> Tensor:
         return torch.softmax(
@@ -224,6 +224,7 @@ class FedMerge(Strategy):
         )
         if self.own_head is not None and served is not None:
             self.own_head.update(clients, served, deltas[:, self.head])
+        self._mean = None
         self._store_parts()
 
     def _step_weights(self, clients: Tensor, before: Tensor, deltas: Tensor, sizes: Tensor) -> None:

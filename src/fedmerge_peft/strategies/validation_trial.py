@@ -132,10 +132,10 @@ class CommonTrial(Stateful):
             return None, ""
         grouped, common = pairs.mean(dim=0).tolist()
         losses = f"{grouped:.3g} by group, {common:.3g} with one adapter"
-        gains = pairs[:, 1] - pairs[:, 0]
-        if common - grouped >= _LEAST_GAIN * abs(grouped):
+        gain = common - grouped
+        if gain >= _LEAST_GAIN * abs(grouped):
             return True, losses
-        if common - grouped > _CERTAIN * standard_error(gains):
+        if gain > _CERTAIN * standard_error(pairs[:, 1] - pairs[:, 0]):
             return None, losses  # small so far, as in a run that learns slowly
         self.rounds += 1
         return (False if self.rounds == _ROUNDS_WITHOUT_GAIN else None), losses

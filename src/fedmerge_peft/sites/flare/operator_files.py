@@ -16,8 +16,9 @@ from zipfile import BadZipFile, ZipFile
 
 from nvflare.apis.fl_constant import AdminCommandNames
 from nvflare.apis.storage import WORKSPACE_ZIP
+from nvflare.fuel.flare_api.api_spec import NoConnection
 from nvflare.fuel.flare_api.flare_api import Session
-from nvflare.fuel.hci.client.api import ResultKey
+from nvflare.fuel.hci.client.api import APIStatus, ResultKey
 from nvflare.fuel.hci.client.file_transfer import FileTransferModule
 from nvflare.fuel.hci.file_transfer_defs import PUSH_FOLDER_FQN
 from nvflare.fuel.hci.proto import MetaKey
@@ -33,6 +34,8 @@ _MAX_OUTCOME = 2**24
 """Largest number of bytes of ``outcome.json``."""
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, BadZipFile)
 """Exceptions for a reply or an archive of another form than FLARE's server sends."""
+_LOST = (APIStatus.ERROR_SERVER_CONNECTION, APIStatus.ERROR_INACTIVE_SESSION)
+"""States of a request that is worth repeating in another session."""
 _for_any_command = FileTransferModule.generate_module_spec
 
 
@@ -71,12 +74,14 @@ def _for_submissions(module: FileTransferModule, command: Any) -> Any:
 def download_outcome(session: Session, job: str) -> dict[str, Any] | None:
     """Return a job's outcome; None if the job has left none.
 
-    Raises ``WireError`` if the server sends something else.
+    Raises ``WireError`` if the server sends something else, and FLARE's ``NoConnection``.
     """
     with TemporaryDirectory(prefix="fedmerge-") as scratch:
         archive = Path(scratch) / WORKSPACE_ZIP
         # A session only knows commands that map to functions of the client.
         reply = session.api.server_execute(f"{AdminCommandNames.DOWNLOAD_JOB} {job}")
+        if reply.get(ResultKey.STATUS) in _LOST:
+            raise NoConnection(f"the files of job {job} did not arrive")
         try:
             meta = reply[ResultKey.META]
             for name, reference in meta[MetaKey.FILES]:

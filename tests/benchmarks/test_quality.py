@@ -23,8 +23,8 @@ SMALL = [
     "2",
     "--batch-size",
     "8",
-    "--minutes",
-    "0.02",
+    "--steps",
+    "20",
 ]
 
 

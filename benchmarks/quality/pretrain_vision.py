@@ -137,7 +137,7 @@ def fit(
             optimizer.zero_grad()
             schedule.step()
         if step % 100 == 0:
-            print(f"step {step:5d}  loss {float(loss):.3f}", flush=True)
+            print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
 
 
 def main() -> None:

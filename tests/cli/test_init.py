@@ -1,6 +1,7 @@
 """``fedmerge init`` writes recipes that are valid and run."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -8,9 +9,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fedmerge_peft.cli.init  # adds the command  # noqa: F401
-from fedmerge_peft import Recipe, RecipeError, federate
+from fedmerge_peft import Recipe, RecipeError, federate, register_task
 from fedmerge_peft.cli.app import app
+from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.recipe.draft import scalar
+from fedmerge_peft.recipe.tasks import TaskRecipe
+from fedmerge_peft.recipe.usual_columns import LABEL, UsualColumns, named
+from fedmerge_peft.tasks.sequence_classification import SequenceClassificationTask
+from fedmerge_peft.testing import isolated_registries
 from tasks.made_sounds import write_folder
 
 ROWS = [
@@ -241,8 +247,36 @@ def test_a_task_without_its_columns_names_the_usual_ones(here):
     assert "Column for task.question is not clear from the table; give a column named" in told
 
 
-def test_every_task_can_be_asked_for():
-    from fedmerge_peft.plugins import TASKS
-    from fedmerge_peft.recipe.draft import MODELS
+def test_every_task_has_a_model_and_columns_of_its_section():
+    for section in TASKS.sections().values():
+        assert section.small_model
+        assert section.usual_columns
+        assert section.usual_columns.keys() <= section.model_fields.keys()
 
-    assert MODELS.keys() == {entry.name for entry in TASKS if entry.origin == "built-in"}
+
+class LettersRecipe(TaskRecipe):
+    """A task of a plugin."""
+
+    other_names: ClassVar[str] = "mail-routing"
+    small_model: ClassVar[str | None] = "me/letters"
+    usual_columns: ClassVar[UsualColumns] = {"letter": named("letter brief"), "office": LABEL}
+
+    letter: str = "letter"
+    """Column with the letter, as text."""
+    office: str = "office"
+    """Column with the office: its name."""
+    metrics: list[str] = ["accuracy"]
+
+
+def test_a_plugins_task_is_recognized_like_a_built_in_one(here):
+    write(here / "post.csv", ["office", "Brief", "category"], [row[:3] for row in ROWS])
+    with isolated_registries():
+        register_task("letters", recipe=LettersRecipe)(SequenceClassificationTask)
+        result = init("post.csv", "--yes")
+        assert result.exit_code == 0, result.exception
+        recipe = Recipe.load("post.yaml")
+        assert (recipe.task.letter, recipe.task.office) == ("Brief", "category")
+        assert (recipe.task.name, recipe.backbone.model) == ("letters", "me/letters")
+        assert "letter: Brief   # the column with the letter\n" in (here / "post.yaml").read_text()
+        with pytest.raises(RecipeError, match="did you mean 'letters'"):
+            Recipe.load("post.yaml", ["task.name=mail_routing"])

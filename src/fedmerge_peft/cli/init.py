@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,13 +14,14 @@ from fedmerge_peft.cli.app import app, write_new
 if TYPE_CHECKING:
     from fedmerge_peft.data.guesses import Column
     from fedmerge_peft.recipe.draft import Answers
+    from fedmerge_peft.recipe.tasks import TaskRecipe
 
-_LABEL_KEYS = {
-    "text-regression": "target",
-    "multi-label-classification": "labels",
-    "multi-label-image-classification": "labels",
+_ASKED = {
+    "image": ("image", "Column with the images"),
+    "text": ("text", "Column with the texts"),
+    **dict.fromkeys(("label", "number", "list"), ("label", "Column with the labels")),
 }
-"""Keys of tasks whose labels are not in ``task.label``."""
+"""Option and question for a column of a kind."""
 _NONE = "none"
 """Answer for no column of clients."""
 
@@ -148,10 +149,13 @@ def _answers(
     from fedmerge_peft.data import guesses
     from fedmerge_peft.data.loading import load_splits
     from fedmerge_peft.errors import RecipeError
+    from fedmerge_peft.plugins import TASKS, import_installed
     from fedmerge_peft.recipe.data import DataRecipe, IidRecipe
-    from fedmerge_peft.recipe.draft import MODELS, Answers
+    from fedmerge_peft.recipe.draft import Answers
     from fedmerge_peft.util.text import printable
 
+    import_installed()
+    sections = TASKS.sections()
     source = DataRecipe(path=path, partition=IidRecipe(scheme="iid", clients=1))
     rows = load_splits(source)["train"]
     columns = guesses.describe(rows)
@@ -162,8 +166,8 @@ def _answers(
         print("The first line looks like an example. If it is one, add a line of column names.")
     names = [column.name for column in columns]
     guess = guesses.guess_task(columns, len(rows))
-    task = questions.choice("--task", "Task", given["task"], guess, [*MODELS])
-    roles: dict[str, Any] = _columns(questions, task, columns, len(rows), given)
+    task = questions.choice("--task", "Task", given["task"], guess, [*sections])
+    roles = _columns(questions, sections[task], columns, len(rows), given)
     split = guesses.guess_split(rows)
     taken = [*roles.values(), *filter(None, [split])]
     found = guesses.guess_client(columns, len(rows), taken) or _NONE
@@ -177,7 +181,8 @@ def _answers(
         if not number.isdecimal() or not int(number):
             raise RecipeError(printable(f"init: {number!r} is no number of clients above 0"))
         count = int(number)
-    chosen = questions.text("--model", "Model (a hub id or a folder)", model, MODELS[task])
+    small = sections[task].small_model
+    chosen = questions.text("--model", "Model (a hub id or a folder)", model, small)
     return Answers(
         name=_name(path),
         file=str(target),
@@ -193,53 +198,31 @@ def _answers(
 
 def _columns(
     questions: _Questions,
-    task: str,
+    section: type[TaskRecipe],
     columns: Sequence[Column],
     rows: int,
     given: dict[str, str | None],
 ) -> dict[str, str]:
     """Return the task's columns by key."""
-    from fedmerge_peft.data import guesses
+    from fedmerge_peft.data.guesses import guess_column, guess_label
 
     names = [column.name for column in columns]
     roles: dict[str, str] = {}
-
-    def ask(key: str, question: str, suggested: str | None) -> None:
-        roles[key] = questions.choice(f"--{key}", question, given[key], suggested, names)
-
-    if task in guesses.COLUMNS:
-        for key, usual in guesses.COLUMNS[task].items():
-            roles[key] = questions.choice(
-                f"a column named {usual[0]}",
-                f"Column for task.{key}",
-                None,
-                guesses.guess_role(columns, task, key),
-                names,
-            )
+    if any(set(names).issuperset(known.split()) for known in section.known_columns):
         return roles
-    if task.endswith("image-classification"):
-        ask("image", "Column with the images", guesses.guess_image(columns))
-    elif task != "causal-lm":
-        ask("text", "Column with the texts", guesses.guess_text(columns, _given(given, "label")))
-    elif not {"prompt", "completion", "messages", "conversations", "instruction"} & set(names):
-        ask("text", "Column with the texts", guesses.guess_text(columns, ()))
-    if task == "causal-lm":
-        return roles
-    taken = [*roles.values(), *_given(given, "client")]
-    suggested = {
-        "text-regression": guesses.guess_score(columns),
-        "multi-label-classification": guesses.guess_label_sets(columns),
-        "multi-label-image-classification": guesses.guess_label_sets(columns),
-    }.get(task) or guesses.guess_label(columns, rows, taken)
-    key = _LABEL_KEYS.get(task, "label")
-    roles[key] = questions.choice(
-        "--label", "Column with the labels", given["label"], suggested, names
-    )
+    for key, usual in section.usual_columns.items():
+        taken = [*roles.values(), *filter(None, (given["client"], given["label"]))]
+        suggested = guess_column(usual, columns, rows, taken)
+        if usual.kind in _ASKED:
+            name, question = _ASKED[usual.kind]
+            if suggested is None and name == "label":
+                suggested = guess_label(columns, rows, taken)
+            option, answer = f"--{name}", given[name]
+        else:
+            option, answer = f"a column named {usual.names.split()[0]}", None
+            question = f"Column for task.{key}"
+        roles[key] = questions.choice(option, question, answer, suggested, names)
     return roles
-
-
-def _given(given: dict[str, str | None], key: str) -> list[str]:
-    return [value] if (value := given[key]) is not None else []
 
 
 def _name(path: str) -> str:

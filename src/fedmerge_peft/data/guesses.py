@@ -9,91 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import DataError
+from fedmerge_peft.plugins import TASKS
+from fedmerge_peft.recipe.usual_columns import KINDS, LABEL, UsualColumn
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_CLIENTS = [
-    "client",
-    "client_id",
-    "hospital",
-    "site",
-    "organisation",
-    "organization",
-    "office",
-    "clinic",
-    "center",
-    "centre",
-    "bank",
-    "user",
-    "user_id",
-    "author",
-    "speaker",
-    "writer",
-    "annotator",
-    "device",
-    "customer",
-    "department",
-    "shop",
-    "store",
-    "school",
-    "station",
-    "domain",
-    "source",
-    "provider",
-    "owner",
-    "institution",
-    "branch",
-    "country",
-    "region",
-    "group",
-]
-_LABELS = [
-    "label",
-    "labels",
-    "category",
-    "class",
-    "target",
-    "intent",
-    "topic",
-    "sentiment",
-    "queue",
-    "tag",
-    "y",
-]
-_TEXTS = [
-    "text",
-    "body",
-    "sentence",
-    "message",
-    "content",
-    "review",
-    "question",
-    "comment",
-    "description",
-    "title",
-]
-COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "question-answering": {
-        "question": ["question"],
-        "context": ["context", "passage", "paragraph"],
-        "answers": ["answers", "answer"],
-    },
-    "preference": {"prompt": ["prompt"], "chosen": ["chosen"], "rejected": ["rejected"]},
-    "token-classification": {
-        "words": ["tokens", "words"],
-        "tags": ["ner_tags", "tags", "pos_tags", "chunk_tags"],
-    },
-    "sentence-embedding": {"anchor": ["anchor", "query"], "positive": ["positive"]},
-    "audio-classification": {"audio": ["audio", "sound"], "label": _LABELS},
-    "seq2seq-lm": {
-        "source": ["source", "document", "article", "src"],
-        "target": ["target", "summary", "highlights", "tgt"],
-    },
-}
-"""Usual names of columns, by task and key. A table with a column for each key fits the task."""
-_SCORES = ["score", "similarity", "rating", *_LABELS]
-"""Usual names of columns of numbers to predict."""
+_CLIENTS = (
+    "client client_id hospital site organisation organization office clinic center centre "
+    "bank user user_id author speaker writer annotator device customer department shop store "
+    "school station domain source provider owner institution branch country region group"
+)
 _SPLITS = {"train", "training", "validation", "valid", "dev", "test"}
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_LABELS = 200
@@ -126,51 +52,42 @@ def describe(table: Dataset) -> list[Column]:
     return [_column(table, name) for name in table.column_names]
 
 
-def guess_task(columns: Iterable[Column], rows: int) -> str:
-    """Return the task whose columns a table has."""
-    known = {column.name: column for column in columns}
-    if any(column.kind == "image" for column in known.values()):
-        return "image-classification"
-    for task, roles in COLUMNS.items():
-        if all(_named(known.values(), names) for names in roles.values()):
-            return task
-    chats = {"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"}
-    if any(names <= known.keys() for names in chats):
-        return "causal-lm"
-    if guess_score(known.values()):
-        return "text-regression"
-    if guess_label_sets(known.values()):
-        return "multi-label-classification"
-    return "sequence-classification" if guess_label(known.values(), rows, ()) else "causal-lm"
+def guess_task(columns: Sequence[Column], rows: int) -> str | None:
+    """Return the task with the most specific columns that a table has; None without any."""
+    names = {column.name for column in columns}
+    fit: list[tuple[list[int], str]] = []
+    for task, section in TASKS.sections().items():
+        usual = section.usual_columns.values()
+        if any(names.issuperset(known.split()) for known in section.known_columns):
+            kinds = ["named"]
+        elif all(each.optional or guess_column(each, columns, rows) for each in usual):
+            kinds = [each.kind for each in usual]
+        else:
+            continue
+        fit.append(([*sorted(map(KINDS.index, kinds)), len(KINDS)], task))
+    return min(fit, key=lambda pair: pair[0], default=(None, None))[1]
 
 
-def guess_role(columns: Iterable[Column], task: str, key: str) -> str | None:
-    """Return the column for a key of a task of ``COLUMNS``; None without a usual name."""
-    return _named(columns, COLUMNS[task][key])
-
-
-def guess_score(columns: Iterable[Column]) -> str | None:
-    """Return a column of numbers to predict: one with a usual name that has fractions."""
-    return _named((each for each in columns if each.kind == "fraction"), _SCORES)
-
-
-def guess_label_sets(columns: Iterable[Column]) -> str | None:
-    """Return a column of lists of labels: one with a usual name."""
-    return _named((each for each in columns if each.kind == "other"), _LABELS)
-
-
-def guess_image(columns: Iterable[Column]) -> str | None:
-    """Return the column of images; None without one."""
-    return next((column.name for column in columns if column.kind == "image"), None)
-
-
-def guess_text(columns: Iterable[Column], taken: Iterable[str]) -> str | None:
-    """Return the column of texts: one with a usual name, or that with the longest texts."""
-    texts = [each for each in _free(columns, taken) if each.kind == "text" and each.length > 0]
-    return (
-        _named(texts, _TEXTS)
-        or max(((each.length, each.name) for each in texts), default=(0, None))[1]
-    )
+def guess_column(
+    usual: UsualColumn, columns: Iterable[Column], rows: int, taken: Iterable[str] = ()
+) -> str | None:
+    """Return the column that is most likely what a task reads; None if none is."""
+    free = _free(columns, taken)
+    match usual.kind:
+        case "image":
+            return next((column.name for column in free if column.kind == "image"), None)
+        case "text":  # one with a usual name, or that with the longest texts
+            texts = [each for each in free if each.kind == "text" and each.length > 0]
+            longest = max(((each.length, each.name) for each in texts), default=(0, None))[1]
+            return _named(texts, usual.names) or longest
+        case "label":
+            return guess_label(free, rows, ())
+        case "number":
+            return _named((each for each in free if each.kind == "fraction"), usual.names)
+        case "list":
+            return _named((each for each in free if each.kind == "other"), usual.names)
+        case _:
+            return _named(free, usual.names)
 
 
 def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
@@ -178,10 +95,11 @@ def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> s
     fit = [
         each
         for each in _free(columns, taken)
-        if 2 <= each.distinct <= min(_MOST_LABELS, rows / 2) and each.name.lower() not in _CLIENTS
+        if 2 <= each.distinct <= min(_MOST_LABELS, rows / 2)
+        and each.name.lower() not in _CLIENTS.split()
     ]
     fewest = min(((each.distinct, each.name) for each in fit), default=(0, None))[1]
-    return _named(fit, _LABELS) or fewest
+    return _named(fit, LABEL.names) or fewest
 
 
 def guess_client(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
@@ -207,10 +125,10 @@ def _free(columns: Iterable[Column], taken: Iterable[str]) -> list[Column]:
     return [column for column in columns if column.name not in set(taken)]
 
 
-def _named(columns: Iterable[Column], names: Iterable[str]) -> str | None:
+def _named(columns: Iterable[Column], names: str) -> str | None:
     """Return the first column that has one of the names, in the order of the names."""
     there: Mapping[str, str] = {column.name.lower(): column.name for column in columns}
-    return next((there[name] for name in names if name in there), None)
+    return next((there[name] for name in names.split() if name in there), None)
 
 
 def _column(table: Dataset, name: str) -> Column:

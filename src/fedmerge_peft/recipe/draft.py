@@ -9,26 +9,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.util.text import printable
-
-_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-_DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_IMAGES = "google/vit-base-patch16-224-in21k"
-MODELS = {
-    "sequence-classification": _ENCODER,
-    "multi-label-classification": _ENCODER,
-    "text-regression": _ENCODER,
-    "token-classification": _ENCODER,
-    "question-answering": _ENCODER,
-    "sentence-embedding": _ENCODER,
-    "causal-lm": _DECODER,
-    "preference": _DECODER,
-    "seq2seq-lm": "google-t5/t5-small",
-    "audio-classification": "facebook/wav2vec2-base",
-    "image-classification": _IMAGES,
-    "multi-label-image-classification": _IMAGES,
-}
-"""A small model of each task."""
 
 _TEMPLATE = """# {name}: {about}
 #
@@ -84,32 +66,11 @@ class Answers:
     split: str | None = None
 
 
-_ABOUT = {
-    "text": "the column with the text",
-    "label": "the column with the label: a name, or an integer from 0",
-    "image": "the column with the image, or its path",
-    "audio": "the column with the sound, or its path",
-    "prompt": "the column with the prompt",
-    "completion": "the column with the text to learn",
-    "target": "the column with the text or the number to predict",
-    "labels": "the column with the list of labels",
-    "words": "the column with the list of words",
-    "tags": "the column with the tag of each word",
-    "question": "the column with the question",
-    "context": "the column with the text that has the answer",
-    "answers": "the column with the answers and their places",
-    "source": "the column with the text to read",
-    "anchor": "the column with the text to search by",
-    "positive": "the column with the text to find",
-    "chosen": "the column with the better answer",
-    "rejected": "the column with the worse answer",
-}
-
-
 def draft(answers: Answers) -> str:
     """Return the YAML of a recipe, with comments."""
     columns = [
-        f"  {key}: {scalar(column)}   # {_ABOUT[key]}" for key, column in answers.columns.items()
+        f"  {key}: {scalar(column)}   # {_about(answers.task, key)}"
+        for key, column in answers.columns.items()
     ]
     if answers.client is not None:
         about = printable(f"one client for each value of {answers.client}")
@@ -133,6 +94,13 @@ def draft(answers: Answers) -> str:
         split=split,
         partition=partition,
     )
+
+
+def _about(task: str, key: str) -> str:
+    """Return the beginning of a key's description: ``the column with the text``."""
+    about = TASKS.sections()[task].model_fields[key].description or "column"
+    first = re.split("[.:;,]", about)[0]
+    return printable(f"the {first[:1].lower()}{' '.join(first[1:].split())}")
 
 
 def scalar(text: str) -> str:

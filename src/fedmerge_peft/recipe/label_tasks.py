@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -10,13 +10,21 @@ from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.imbalance import ImbalanceSettings
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Count
-from fedmerge_peft.recipe.tasks import TaskRecipe
+from fedmerge_peft.recipe.tasks import ENCODER, TaskRecipe
+from fedmerge_peft.recipe.usual_columns import LABELS, NUMBER, TEXT, UsualColumns, named
 
 TagMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tags", "class_scores"}))]
 
 
 class TokenClassificationRecipe(ImbalanceSettings, TaskRecipe):
     """Tags of the words of a text, such as named entities."""
+
+    other_names: ClassVar[str] = "ner pos tagging token_cls named-entity-recognition"
+    small_model: ClassVar[str | None] = ENCODER
+    usual_columns: ClassVar[UsualColumns] = {
+        "words": named("tokens words"),
+        "tags": named("ner_tags tags pos_tags chunk_tags"),
+    }
 
     words: str = "tokens"
     """Column with the words of a text, a list."""
@@ -53,6 +61,10 @@ ValueMetric = Annotated[str, NameIn(METRICS, of=frozenset({"values"}))]
 
 class TextRegressionRecipe(TaskRecipe):
     """A number for each text or pair of texts."""
+
+    other_names: ClassVar[str] = "regression sts stsb"
+    small_model: ClassVar[str | None] = ENCODER
+    usual_columns: ClassVar[UsualColumns] = {"text": TEXT, "target": NUMBER}
 
     text: str = "text"
     """Column with the text."""
@@ -96,6 +108,10 @@ class LabelSetRecipe(ImbalanceSettings, TaskRecipe):
 
 class MultiLabelClassificationRecipe(LabelSetRecipe):
     """Any number of labels for each text or pair of texts."""
+
+    other_names: ClassVar[str] = "multilabel multi-label multilabel-classification"
+    small_model: ClassVar[str | None] = ENCODER
+    usual_columns: ClassVar[UsualColumns] = {"text": TEXT, "labels": LABELS}
 
     text: str = "text"
     """Column with the text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -11,10 +11,17 @@ from fedmerge_peft.recipe.imbalance import ImbalanceSettings
 from fedmerge_peft.recipe.label_tasks import LabelSetRecipe
 from fedmerge_peft.recipe.section import Labels
 from fedmerge_peft.recipe.tasks import ClassificationMetric, ImageSettings, TaskRecipe
+from fedmerge_peft.recipe.usual_columns import IMAGE, LABEL, LABELS, UsualColumns, named
 
 
 class AudioClassificationRecipe(ImbalanceSettings, TaskRecipe):
     """Classification of sounds: words, speakers, noises."""
+
+    small_model: ClassVar[str | None] = "facebook/wav2vec2-base"
+    usual_columns: ClassVar[UsualColumns] = {
+        "audio": named("audio sound"),
+        "label": named(LABEL.names),
+    }
 
     audio: str = "audio"
     """Column with the sound: the path of a WAV file, its bytes, a datasets Audio of such files, or
@@ -38,6 +45,8 @@ TASKS.add(
 
 class MultiLabelImageClassificationRecipe(ImageSettings, LabelSetRecipe):
     """Any number of labels for each image."""
+
+    usual_columns: ClassVar[UsualColumns] = {"image": IMAGE, "labels": LABELS}
 
 
 TASKS.add(

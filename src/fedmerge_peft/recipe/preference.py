@@ -9,6 +9,7 @@ from pydantic import Field
 from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.tasks import CausalLMRecipe, CompletionRecipe, TaskRecipe
+from fedmerge_peft.recipe.usual_columns import UsualColumns, named
 
 RewardMetric = Annotated[str, NameIn(METRICS, of=frozenset({"rewards"}))]
 
@@ -17,6 +18,9 @@ class PreferenceRecipe(CompletionRecipe):
     """Preference optimization of pairs of a chosen and a rejected completion."""
 
     sequences: ClassVar[int] = 2
+    usual_columns: ClassVar[UsualColumns] = {
+        key: named(key) for key in ("prompt", "chosen", "rejected")
+    }
 
     prompt: str = "prompt"
     """Column with the prompt: a text, or a list of messages. Chats may lack it; then the messages

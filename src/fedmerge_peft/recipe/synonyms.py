@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.util.text import closest, folded
 
 _KEYS = {
@@ -96,16 +97,6 @@ _KEYS = {
 """Words by the dotted key that they stand for."""
 
 _VALUES = {
-    "sequence-classification": "text-classification sentiment-analysis seq_cls classification "
-    "sentence-classification",
-    "causal-lm": "text-generation language-modeling language-modelling clm lm sft",
-    "token-classification": "ner pos tagging token_cls named-entity-recognition",
-    "text-regression": "regression sts stsb",
-    "multi-label-classification": "multilabel multi-label multilabel-classification",
-    "question-answering": "qa squad extractive-qa question_ans",
-    "sentence-embedding": "sentence-similarity embedding feature-extraction retrieval",
-    "seq2seq-lm": "seq2seq text2text-generation summarization translation seq_2_seq_lm",
-    "image-classification": "vision img_cls image_cls",
     "fedavg": "fedit average",
     "local": "standalone individual",
     "iid": "uniform random homogeneous",
@@ -139,18 +130,13 @@ _VALUES = {
     "f1": "f1_score f1_macro macro_f1",
     "mean": "average fedavg",
 }
-"""Words by the value that they stand for."""
+"""Words by the value that they stand for; tasks have their own (``TaskRecipe.other_names``)."""
 
 
-def _by_word(table: dict[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for target, words in table.items():
-        for word in words.split():
-            found.setdefault(folded(word), []).append(target)
-    return found
-
-
-_KEYS_BY_WORD, _VALUES_BY_WORD = _by_word(_KEYS), _by_word(_VALUES)
+_KEYS_BY_WORD: dict[str, list[str]] = {}
+for _key, _words in _KEYS.items():
+    for _word in _words.split():
+        _KEYS_BY_WORD.setdefault(folded(_word), []).append(_key)
 
 
 def keys_meant(word: str) -> list[str]:
@@ -160,7 +146,13 @@ def keys_meant(word: str) -> list[str]:
 
 def value_meant(word: str, words: Iterable[str]) -> str | None:
     """Return the one of several words that a wrong one stands for; None if none is close."""
-    known = list(words)
-    synonyms = [each for each in _VALUES_BY_WORD.get(folded(word), ()) if each in known]
-    exact = next((each for each in known if folded(each) == folded(word)), None)
-    return exact or next(iter(synonyms), None) or closest(word, known)
+    known, meant = list(words), folded(word)
+    exact = next((each for each in known if folded(each) == meant), None)
+    synonym = next((each for each in known if meant in map(folded, _synonyms(each))), None)
+    return exact or synonym or closest(word, known)
+
+
+def _synonyms(value: str) -> list[str]:
+    """Return the words of other programs for a value, which may be the name of a task."""
+    names = TASKS.sections()[value].other_names if value in TASKS else ""
+    return [*_VALUES.get(value, "").split(), *names.split()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -15,9 +16,12 @@ from fedmerge_peft.recipe.generation import GenerationSettings
 from fedmerge_peft.recipe.imbalance import ImbalanceSettings
 from fedmerge_peft.recipe.registered import NameIn, OneOf
 from fedmerge_peft.recipe.section import FOREIGN, Count, Labels, Section
+from fedmerge_peft.recipe.usual_columns import IMAGE, LABEL, TEXT, UsualColumns
 
 ClassificationMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes", "class_scores"}))]
 LanguageMetric = Annotated[str, NameIn(METRICS, of=frozenset({"tokens", "texts", "loss"}))]
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+"""A small model of texts (``TaskRecipe.small_model``)."""
 
 
 def _template_text(value: str, info: ValidationInfo) -> str:
@@ -56,6 +60,15 @@ class TaskRecipe(Section):
     """Name of the task."""
     sequences: ClassVar[int] = 1
     """Sequences of tokens in an example."""
+    other_names: ClassVar[str] = ""
+    """Names of the task in other programs, for suggestions: words with spaces between them."""
+    small_model: ClassVar[str | None] = None
+    """Hub id of a small model, which ``fedmerge init`` suggests."""
+    usual_columns: ClassVar[UsualColumns] = {}
+    """Columns that ``fedmerge init`` looks and asks for, by key of the section."""
+    known_columns: ClassVar[Sequence[str]] = ()
+    """Columns that the task reads without keys of the recipe, with spaces between them; or others,
+    for other formats of rows."""
     if TYPE_CHECKING:
         metrics: Sequence[str]
         """Names of the metrics. Tables show the first. Each task declares its own field."""
@@ -96,6 +109,12 @@ class TaskRecipe(Section):
 class SequenceClassificationRecipe(ImbalanceSettings, TaskRecipe):
     """Classification of texts or pairs of texts."""
 
+    other_names: ClassVar[str] = (
+        "text-classification sentiment-analysis seq_cls classification sentence-classification"
+    )
+    small_model: ClassVar[str | None] = ENCODER
+    usual_columns: ClassVar[UsualColumns] = {"text": TEXT, "label": LABEL}
+
     text: str = "text"
     """Column with the text."""
     text_pair: str | None = None
@@ -114,6 +133,8 @@ class SequenceClassificationRecipe(ImbalanceSettings, TaskRecipe):
 class CompletionRecipe(GenerationSettings, TaskRecipe):
     """Base of tasks whose models complete prompts, as texts or as chats."""
 
+    small_model: ClassVar[str | None] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
     system_prompt: str | None = None
     """System prompt of chats that have none."""
     chat_template: ChatTemplate | None = None
@@ -130,6 +151,15 @@ class CompletionRecipe(GenerationSettings, TaskRecipe):
 
 class CausalLMRecipe(CompletionRecipe):
     """Causal language modeling of plain texts, chats, prompts with completions, or instructions."""
+
+    other_names: ClassVar[str] = "text-generation language-modeling language-modelling clm lm sft"
+    usual_columns: ClassVar[UsualColumns] = {"text": TEXT}
+    known_columns: ClassVar[Sequence[str]] = (
+        "prompt completion",
+        "instruction output",
+        "messages",
+        "conversations",
+    )
 
     format: Literal["text", "messages", "prompt-completion", "instruction"] | None = None
     """Format of a row. Default: the first of messages, prompt-completion, instruction and text
@@ -174,6 +204,8 @@ class CausalLMRecipe(CompletionRecipe):
 class ImageSettings(Section):
     """Columns of tasks on images."""
 
+    small_model: ClassVar[str | None] = "google/vit-base-patch16-224-in21k"
+
     image: str = "image"
     """Column with the image: a datasets Image, encoded bytes, or the path of a file."""
     white: Annotated[float, Field(gt=0, le=1e9)] | None = None
@@ -183,6 +215,12 @@ class ImageSettings(Section):
 
 class ImageClassificationRecipe(ImageSettings, ImbalanceSettings, TaskRecipe):
     """Classification of images."""
+
+    other_names: ClassVar[str] = "vision img_cls image_cls"
+    usual_columns: ClassVar[UsualColumns] = {
+        "image": IMAGE,
+        "label": replace(LABEL, optional=True),
+    }
 
     label: str = "label"
     """Column with the label: an integer from 0, a boolean, or a name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
@@ -10,7 +10,8 @@ from fedmerge_peft.plugins import METRICS, TASKS
 from fedmerge_peft.recipe.generation import GenerationSettings
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Boolean, Count, CountOrZero
-from fedmerge_peft.recipe.tasks import LanguageMetric, TaskRecipe
+from fedmerge_peft.recipe.tasks import ENCODER, LanguageMetric, TaskRecipe
+from fedmerge_peft.recipe.usual_columns import UsualColumns, named
 
 AnswerMetric = Annotated[str, NameIn(METRICS, of=frozenset({"answers"}))]
 RetrievalMetric = Annotated[str, NameIn(METRICS, of=frozenset({"vectors"}))]
@@ -18,6 +19,15 @@ RetrievalMetric = Annotated[str, NameIn(METRICS, of=frozenset({"vectors"}))]
 
 class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
     """Generation of a target text from a source text, with an encoder and a decoder."""
+
+    other_names: ClassVar[str] = (
+        "seq2seq text2text-generation summarization translation seq_2_seq_lm"
+    )
+    small_model: ClassVar[str | None] = "google-t5/t5-small"
+    usual_columns: ClassVar[UsualColumns] = {
+        "source": named("source document article src"),
+        "target": named("target summary highlights tgt"),
+    }
 
     source: str = "source"
     """Column with the source text."""
@@ -42,6 +52,14 @@ class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
 
 class QuestionAnsweringRecipe(TaskRecipe):
     """Extractive question answering: the answer is a part of a context."""
+
+    other_names: ClassVar[str] = "qa squad extractive-qa question_ans"
+    small_model: ClassVar[str | None] = ENCODER
+    usual_columns: ClassVar[UsualColumns] = {
+        "question": named("question"),
+        "context": named("context passage paragraph"),
+        "answers": named("answers answer"),
+    }
 
     question: str = "question"
     """Column with the question."""
@@ -75,6 +93,13 @@ class QuestionAnsweringRecipe(TaskRecipe):
 
 class SentenceEmbeddingRecipe(TaskRecipe):
     """Vectors of texts for search: near for pairs that belong together, far for others."""
+
+    other_names: ClassVar[str] = "sentence-similarity embedding feature-extraction retrieval"
+    small_model: ClassVar[str | None] = ENCODER
+    usual_columns: ClassVar[UsualColumns] = {
+        "anchor": named("anchor query"),
+        "positive": named("positive"),
+    }
 
     anchor: str = "anchor"
     """Column with the text to search with."""

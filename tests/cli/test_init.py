@@ -139,6 +139,15 @@ def test_columns_of_images_are_found(here):
     assert recipe.data.partition.by == "hospital"
 
 
+def test_images_with_fractions_are_for_regression(here):
+    for number in range(24):
+        Image.new("RGB", (4, 4)).save(here / f"{number}.png")
+    write(here / "bones.csv", ["scan", "score"], [(f"{n}.png", n / 7) for n in range(24)])
+    assert init("bones.csv", "--yes").exit_code == 0
+    task = Recipe.load("bones.yaml").task
+    assert (task.name, task.image, task.target) == ("image-regression", "scan", "score")
+
+
 def test_odd_names_are_quoted(here):
     names = ["client: one", "no", "# label"]
     rows = [dict(zip(names, row[:3], strict=True)) for row in ROWS]

@@ -1,6 +1,8 @@
 """Made examples of tasks whose columns differ from those of text classification."""
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, Features, Image, Value
+from PIL.Image import fromarray
 
 WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
 NAMES = ["Ada Moor", "Bo", "Cy van Dam"]
@@ -38,14 +40,30 @@ def labeled(count):
     )
 
 
+def pictures(count, seed=0):
+    """Images of noise."""
+    shape = (count, 32, 32, 3)
+    return [*map(fromarray, np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))]
+
+
+def rated(count):
+    """Images of noise, and a number for each."""
+    features = Features({"image": Image(), "label": Value("float64")})
+    numbers = [n % 5 / 2 - 1 for n in range(count)]
+    return Dataset.from_dict({"image": pictures(count), "label": numbers}, features=features)
+
+
 MADE = {
     "token-classification": tagged,
     "text-regression": scored,
     "multi-label-classification": labeled,
+    "image-regression": rated,
 }
 """Functions from a number of examples to a table, by task."""
 SECTIONS = {"text-regression": {"text_pair": "other"}}
 """Keys of the task's section."""
+KINDS = {task: "vit" if "image" in task else "bert" for task in MADE}
+"""Tiny model of each task."""
 
 
 def made(task, count):

@@ -15,21 +15,24 @@ from fedmerge_peft.serving.export import export_client
 from fedmerge_peft.sites.server.enrollment import agree_and_load
 from fedmerge_peft.sites.server.roster import Roster
 from fedmerge_peft.sites.site_data import site_summary, with_label_ids
-from tasks.made_examples import MADE, made
+from tasks.made_examples import KINDS, MADE, made, pictures
 
 TASKS = sorted(MADE)
-
+TARGETS = {"bert": ["query", "value"], "vit": ["q_proj", "v_proj"]}
 
 INPUTS = {
     "token-classification": [["Ada", "Moor", "called"], ["the", "badge", "of", "Bo"]],
     "text-regression": [("the parcel", "parcel again"), ("a badge", "no")],
     "multi-label-classification": ["the parcel is late", "a badge"],
+    "image-regression": pictures(2, seed=1),
 }
 """Inputs of predictions."""
 
 
 def piped(task, pipeline):
     """Return the answers of transformers' pipeline to the inputs, in the form of this package."""
+    if task == "image-regression":
+        return [answer for (answer,) in pipeline(INPUTS[task])]
     if task == "text-regression":
         return [pipeline({"text": a, "text_pair": b}) for a, b in INPUTS[task]]
     if task == "multi-label-classification":
@@ -59,14 +62,15 @@ def finished(request, tiny_models, tmp_path_factory):
     """A run of a round with two clients, and the engine that trained it."""
     folder = tmp_path_factory.mktemp(request.param)
     table, section = made(request.param, 24)
+    kind = KINDS[request.param]
     table = table.add_column("by", [f"client {row % 2}" for row in range(24)])
     DatasetDict({"train": table}).save_to_disk(folder / "data")
     recipe = {
         "name": "mine",
         "task": section,
         "rounds": 1,
-        "backbone": {"model": str(tiny_models / "bert")},
-        "lora": {"r": 2, "target_modules": ["query", "value"]},
+        "backbone": {"model": str(tiny_models / kind)},
+        "lora": {"r": 2, "target_modules": TARGETS[kind]},
         "data": {
             "path": str(folder / "data"),
             "test_fraction": 0.25,

@@ -1,4 +1,4 @@
-"""Numbers from texts: their columns, their loss, and their metrics."""
+"""Numbers from texts and images: their columns, their loss, and their metrics."""
 
 import math
 
@@ -12,6 +12,7 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks import Predictions
 from fedmerge_peft.tasks.metrics import greater_is_better, score
+from tasks.made_examples import rated
 
 NAME = "text-regression"
 METRICS = ["mse", "mae", "pearson", "spearman"]
@@ -50,6 +51,15 @@ def test_targets_that_are_no_finite_numbers_are_refused(task_of, labels, message
     table = table_of(labels)
     with pytest.raises(DataError, match=message):
         task_of("bert", table, name=NAME).encode(table)
+
+
+def test_numbers_of_images_have_the_same_checks(task_of):
+    table = rated(3).remove_columns("label")
+    for labels, message in (([0.5, None, 1.0], r"row 1 .*'label' is empty"), (["a"] * 3, "row 0")):
+        with pytest.raises(DataError, match=message):
+            task_of("vit", table.add_column("label", labels), name="image-regression")
+    with pytest.raises(DataError, match=r"task.target: there is no column 'age'; the data have"):
+        task_of("vit", rated(3), name="image-regression", target="age")
 
 
 def test_targets_that_are_written_as_text_are_numbers(task_of):

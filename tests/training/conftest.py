@@ -3,11 +3,10 @@
 from functools import partial
 from unittest import mock
 
-import numpy as np
 import pytest
 
 from fedmerge_peft.models import tiny
-from tasks.made_examples import MADE, made
+from tasks.made_examples import MADE, made, pictures
 from training.prefix_bench import Bench
 
 WORDS = ["parcel", "refund", "password", "laptop", "invoice", "badge", "heating"]
@@ -18,21 +17,19 @@ def table_and_task():
     """``table_and_task("bert", 12)``: twelve examples, and the recipe's ``task`` for them.
 
     Examples are of three classes, or prompts and completions; their lengths differ. Kinds are those
-    of the tiny models, ``llama-classifier``, and ``bert-TASK`` for the tasks of ``MADE``.
+    of the tiny models, ``llama-classifier``, and ``bert-TASK`` or ``vit-TASK`` for the tasks of
+    ``MADE``.
     """
     from datasets import Dataset, Features, Image, Value
-    from PIL.Image import fromarray
 
     def make(kind, count):
         if kind.partition("-")[2] in MADE:
             return made(kind.partition("-")[2], count)
         labels = [n % 3 for n in range(count)]
         if kind == "vit":
-            noise = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
             features = Features({"image": Image(), "label": Value("int64")})
-            data = Dataset.from_dict(
-                {"image": [fromarray(each) for each in noise], "label": labels}, features=features
-            )
+            columns = {"image": pictures(count), "label": labels}
+            data = Dataset.from_dict(columns, features=features)
             return data, {"name": "image-classification"}
         if kind in ("bert", "llama-classifier"):
             texts = [f"the {WORDS[n % 7]} {'is late ' * (n % 5)}again" for n in range(count)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.made_examples import MADE
+from tasks.made_examples import KINDS, MADE
 from training.prefix_bench import ROWS
 
 TASKS = sorted(MADE)
@@ -17,7 +17,7 @@ def test_a_step_equals_one_of_transformers_trainer(make_bench, task, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     bench = make_bench(
-        f"bert-{task}",
+        f"{KINDS[task]}-{task}",
         batch_size=len(ROWS),
         max_grad_norm=None,
         cached=False,

@@ -24,7 +24,7 @@ from fedmerge_peft.training.plan import Train
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.runtime import Runtime
 from oracle import train_plainly
-from tasks.made_examples import MADE
+from tasks.made_examples import KINDS, MADE
 
 COUNT = 16
 ROWS = np.arange(COUNT)
@@ -162,8 +162,9 @@ CASES = {
 
 
 for task in MADE:
-    CASES[task] = {"kind": f"bert-{task}", "epochs": 2}
-    CASES[f"the prefix cache of {task}"] = {"kind": f"bert-{task}", **CACHED}
+    kind = f"{KINDS[task]}-{task}"
+    CASES[task] = {"kind": kind, "epochs": 2}
+    CASES[f"the prefix cache of {task}"] = {"kind": kind, **CACHED}
 
 
 @pytest.mark.equality

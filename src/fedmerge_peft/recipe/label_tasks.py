@@ -59,7 +59,16 @@ TASKS.add(
 ValueMetric = Annotated[str, NameIn(METRICS, of=frozenset({"values"}))]
 
 
-class TextRegressionRecipe(TaskRecipe):
+class RegressionRecipe(TaskRecipe):
+    """Base of tasks whose examples have a number each."""
+
+    target: str = "label"
+    """Column with the number. The model learns it as it is; numbers near 1 train best."""
+    metrics: Annotated[list[ValueMetric], Field(min_length=1)] = ["mse"]
+    """Metrics. Tables and log lines show the first."""
+
+
+class TextRegressionRecipe(RegressionRecipe):
     """A number for each text or pair of texts."""
 
     other_names: ClassVar[str] = "regression sts stsb"
@@ -70,13 +79,9 @@ class TextRegressionRecipe(TaskRecipe):
     """Column with the text."""
     text_pair: str | None = None
     """Column with the second text of a pair."""
-    target: str = "label"
-    """Column with the number. The model learns it as it is; numbers near 1 train best."""
     max_length: Count | None = None
     """Maximum length in tokens. Longer inputs are truncated, and a warning counts them. Default:
     the model's limit."""
-    metrics: Annotated[list[ValueMetric], Field(min_length=1)] = ["mse"]
-    """Metrics. Tables and log lines show the first."""
 
 
 TASKS.add(

@@ -1,4 +1,4 @@
-"""Sections of tasks on audio, and on images with several labels."""
+"""Sections of tasks on audio, and on images with several labels or a number."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import Field
 
 from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.recipe.imbalance import ImbalanceSettings
-from fedmerge_peft.recipe.label_tasks import LabelSetRecipe
+from fedmerge_peft.recipe.label_tasks import LabelSetRecipe, RegressionRecipe
 from fedmerge_peft.recipe.section import Labels
 from fedmerge_peft.recipe.tasks import ClassificationMetric, ImageSettings, TaskRecipe
-from fedmerge_peft.recipe.usual_columns import IMAGE, LABEL, LABELS, UsualColumns, named
+from fedmerge_peft.recipe.usual_columns import IMAGE, LABEL, LABELS, NUMBER, UsualColumns, named
 
 
 class AudioClassificationRecipe(ImbalanceSettings, TaskRecipe):
@@ -53,4 +53,17 @@ TASKS.add(
     "multi-label-image-classification",
     "fedmerge_peft.tasks.multi_label_classification:MultiLabelImageClassificationTask",
     recipe=MultiLabelImageClassificationRecipe,
+)
+
+
+class ImageRegressionRecipe(ImageSettings, RegressionRecipe):
+    """A number for each image."""
+
+    usual_columns: ClassVar[UsualColumns] = {"image": IMAGE, "target": NUMBER}
+
+
+TASKS.add(
+    "image-regression",
+    "fedmerge_peft.tasks.image_regression:ImageRegressionTask",
+    recipe=ImageRegressionRecipe,
 )

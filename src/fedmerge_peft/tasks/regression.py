@@ -1,0 +1,143 @@
+"""Base of tasks that predict a number for each example."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmerge_peft.data.columns import read_column
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.base import Examples, Task
+from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.tasks.predictions import Compared
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedmerge_peft.recipe.label_tasks import RegressionRecipe
+
+logger = logging.getLogger(__name__)
+
+_FAR = 20.0
+"""Largest absolute value of targets that a new head, whose outputs start near 0, learns well."""
+
+
+PROBLEM_TYPE = "regression"
+"""Name of the loss in configurations of transformers; pipelines return the output."""
+
+
+class Regression(Task):
+    """Regression with one output z; the loss is the squared error (z − y)².
+
+    Targets y are not standardized: an exported model predicts them as they are, and clients need
+    not agree on a mean and a deviation.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    config_options: ClassVar[Mapping[str, Any]] = {"problem_type": PROBLEM_TYPE}
+
+    @classmethod
+    def output_names(cls, recipe: RegressionRecipe, table: Dataset) -> list[str]:
+        return [recipe.target]
+
+    @classmethod
+    def targets(cls, recipe: RegressionRecipe, table: Dataset, labels: Sequence[str]) -> Tensor:
+        values = read_column(table, recipe.target, "task.target")
+        reject_nulls(values, recipe.target)
+        if is_text(values.type):
+            values = _numbers(values, recipe.target)
+        kind = values.type
+        if len(values) and not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise DataError(
+                f"task.target: column {recipe.target!r} has the type {kind}, such as "
+                f"{values[0].as_py()!r} in row 0; expected numbers"
+            )
+        numbers = values.to_numpy().astype(np.float64)
+        if not np.isfinite(numbers).all():
+            row = int((~np.isfinite(numbers)).argmax())
+            raise DataError(
+                f"row {row} (of the rows in use): column {recipe.target!r} has {numbers[row]}, "
+                "expected a finite number; correct the value, or remove the row"
+            )
+        largest = float(np.abs(numbers).max(initial=0.0))
+        if largest > 1e30:
+            raise DataError(
+                f"task.target: column {recipe.target!r} has values up to {largest:.3g}, whose "
+                "squared errors exceed float32; divide the column by a constant"
+            )
+        if largest > _FAR:
+            logger.warning(
+                "task.target: column %r has values up to %.3g, but the model's outputs start near "
+                "0; divide the column by a constant to train faster",
+                recipe.target,
+                largest,
+            )
+        return torch.tensor(numbers.tolist(), dtype=torch.get_default_dtype())
+
+    @classmethod
+    def blanks(cls, recipe: RegressionRecipe, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        from datasets import Value
+
+        return {recipe.target: (Value("float64"), 0.0)}
+
+    def count_terms(self, labels: Tensor) -> int:
+        return len(labels)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute (z − y)² of each example.
+
+        Args:
+            logits: z, ``(batch, 1)``.
+            labels: y, ``(batch,)``.
+
+        Returns:
+            Losses and ones, both float32 ``(batch,)``.
+        """
+        losses = (logits[:, 0].float() - labels).square()
+        return losses, torch.ones_like(losses)
+
+    def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
+        """Return z and y of each example."""
+        return {"values": (logits[:, 0].float().tolist(), labels.tolist())}
+
+    def mix(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return the mean prediction, Σ_k π_k z_k."""
+        pairs = zip(logits, weights.tolist(), strict=True)
+        return torch.stack([component.float() * weight for component, weight in pairs]).sum(dim=0)
+
+    def answers(
+        self, logits: Tensor, examples: Examples, indices: NDArray[Any]
+    ) -> Sequence[dict[str, Any]]:
+        """Return the predicted number of each example, as transformers' pipeline does."""
+        return [{"label": self.labels[0], "score": value} for value in logits[:, 0].tolist()]
+
+
+def _numbers(texts: Any, column: str) -> Any:
+    """Convert numbers that are written as text, such as 0.50, to float64."""
+    try:
+        return pc.utf8_trim_whitespace(texts).cast(pa.float64())
+    except pa.ArrowInvalid:
+        for row, text in enumerate(texts.to_pylist()):
+            if not _is_number(text):
+                raise DataError(
+                    f"row {row} (of the rows in use): {text!r} in column {column!r} is not a "
+                    "number; write numbers with a decimal point, and without units or separators "
+                    "of thousands"
+                ) from None
+        raise
+
+
+def _is_number(text: str) -> bool:
+    try:
+        pa.scalar(text.strip()).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True

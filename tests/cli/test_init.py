@@ -225,6 +225,11 @@ TABLES = {
         "chosen": ["yes"] * N,
         "rejected": ["no"] * N,
     },
+    "multiple-choice": {
+        "sent1": [f"what {n}" for n in range(N)],
+        "endings": [["yes", "no"]] * N,
+        "label": [0, 1] * (N // 2),
+    },
     "text-regression": {
         "body": [f"text {n}" for n in range(N)],
         "score": [n / 7 for n in range(N)],

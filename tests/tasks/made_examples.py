@@ -40,6 +40,17 @@ def labeled(count):
     )
 
 
+def asked(count):
+    """Contexts with four choices, of which the right one depends on the context."""
+    return Dataset.from_dict(
+        {
+            "context": [f"the {WORDS[n % 7]} {'is late ' * (n % 4)}again" for n in range(count)],
+            "choices": [[f"{word} again" for word in WORDS[n % 3 :][:4]] for n in range(count)],
+            "label": [(n % 7 + n) % 4 for n in range(count)],
+        }
+    )
+
+
 def pictures(count, seed=0):
     """Images of noise."""
     shape = (count, 32, 32, 3)
@@ -58,6 +69,7 @@ MADE = {
     "text-regression": scored,
     "multi-label-classification": labeled,
     "image-regression": rated,
+    "multiple-choice": asked,
 }
 """Functions from a number of examples to a table, by task."""
 SECTIONS = {"text-regression": {"text_pair": "other"}}

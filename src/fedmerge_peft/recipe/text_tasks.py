@@ -1,4 +1,4 @@
-"""Sections of tasks on pairs of texts: source and target, question and context."""
+"""Sections of tasks on several texts: source and target, question and context, choices."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fedmerge_peft.recipe.tasks import ENCODER, LanguageMetric, TaskRecipe
 from fedmerge_peft.recipe.usual_columns import UsualColumns, named
 
 AnswerMetric = Annotated[str, NameIn(METRICS, of=frozenset({"answers"}))]
+ChoiceMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes"}))]
 RetrievalMetric = Annotated[str, NameIn(METRICS, of=frozenset({"vectors"}))]
 
 
@@ -126,6 +127,49 @@ class SentenceEmbeddingRecipe(TaskRecipe):
         return self.model_copy(update={"positive": "", "negative": None})
 
 
+class MultipleChoiceRecipe(TaskRecipe):
+    """Choice of the right one of several texts that may follow a context."""
+
+    sequences: ClassVar[int] = 4  # as in most data; rows may have any number
+    other_names: ClassVar[str] = "mc swag multichoice multiple-choice-qa"
+    small_model: ClassVar[str | None] = ENCODER
+    usual_columns: ClassVar[UsualColumns] = {
+        "context": named("context sent1 ctx premise article question"),
+        "choices": named("choices endings options"),
+        "label": named("label answer answerkey"),
+    }
+
+    context: str = "context"
+    """Column with the text that the choices may follow, such as a question."""
+    choices: str | Annotated[list[str], Field(min_length=2)] = "choices"
+    """Column with lists of texts; or the names of columns, one for each choice. Rows may have
+    different numbers of choices; the last columns are empty in rows with fewer."""
+    start: str | None = None
+    """Column with a text with which each choice of a row begins, such as SWAG's sent2."""
+    label: str = "label"
+    """Column with the right choice: its number from 0, its letter from A, or its text."""
+    max_length: Count | None = None
+    """Maximum length of a context with a choice in tokens. Longer ones are truncated, and a warning
+    counts them. Default: the model's limit."""
+    metrics: Annotated[list[ChoiceMetric], Field(min_length=1)] = ["accuracy"]
+    """Metrics. Tables and log lines show the first."""
+
+    @property
+    def label_column(self) -> None:
+        """None: the number of a choice means nothing in another row."""
+        return None
+
+    def to_predict(self, format: str | None) -> Self:
+        """Return a copy for rows of inputs, whose columns have the names of the keys."""
+        own = {key: key for key in ("context", "choices", "label")}
+        return self.model_copy(update={**own, "start": self.start and "start"})
+
+
+TASKS.add(
+    "multiple-choice",
+    "fedmerge_peft.tasks.multiple_choice:MultipleChoiceTask",
+    recipe=MultipleChoiceRecipe,
+)
 TASKS.add(
     "sentence-embedding",
     "fedmerge_peft.tasks.sentence_embedding:SentenceEmbeddingTask",

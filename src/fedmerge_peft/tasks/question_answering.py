@@ -21,7 +21,7 @@ from fedmerge_peft.tasks.tokenization import (
     get_pad_token_id,
     load_tokenizer,
     pad,
-    pad_tokens,
+    pad_parts,
     ragged,
     read_texts,
     resolve_max_length,
@@ -200,17 +200,12 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             ``(batch · windows, longest)``, and ``labels`` ``(batch, windows, 2)``: first and last
             token of the answer; -100 in windows that fill up a row.
         """
-        columns = examples.columns
-        most = max(len(columns["windows"][index]) for index in indices)
-        split: dict[str, list[Tensor]] = {}
-        for name in ("input_ids", "token_type_ids"):
-            for index in indices if name in columns else ():
-                own = torch.split(columns[name][index], columns["windows"][index].tolist())
-                split.setdefault(name, []).extend([*own, *own[:1] * (most - len(own))])
-        batch = pad_tokens(split["input_ids"], self.pad_token_id, "right")
-        if "token_type_ids" in split:
-            batch["token_type_ids"] = pad(split["token_type_ids"], self.processor.pad_token_type_id)
-        batch["labels"] = pad([columns["labels"][index] for index in indices], IGNORED)
+        rows = {
+            name: [values[index] for index in indices] for name, values in examples.columns.items()
+        }
+        type_of_padding = self.processor.pad_token_type_id
+        batch = pad_parts(rows, rows["windows"], self.pad_token_id, type_of_padding)
+        batch["labels"] = pad(rows["labels"], IGNORED)
         return batch
 
     def forward(self, model: Any, inputs: Batch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge_peft.data.column_types import as_text
@@ -337,3 +338,36 @@ def pad_tokens(
         "input_ids": pad(rows, pad_token_id, side),
         "attention_mask": pad([torch.ones_like(ids) for ids in rows], 0, side),
     }
+
+
+def pad_parts(
+    columns: Mapping[str, Sequence[Tensor]],
+    lengths: Sequence[Tensor],
+    pad_token_id: int,
+    pad_token_type_id: int,
+) -> dict[str, Tensor]:
+    """Split examples into their sequences; pad and stack these.
+
+    All examples get as many sequences as the one with the most; the further ones are one token.
+
+    Args:
+        columns: ``input_ids`` and perhaps ``token_type_ids`` of each example, its sequences one
+            after another. Others are left out.
+        lengths: Lengths of the sequences of each example.
+        pad_token_id: Id of padding.
+        pad_token_type_id: Type of padding.
+
+    Returns:
+        The two columns and ``attention_mask``, ``(examples · sequences, longest)``.
+    """
+    most = max(map(len, lengths))
+    counts = torch.cat([functional.pad(own, (0, most - len(own)), value=1) for own in lengths])
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    batch = {"attention_mask": mask.long()}
+    for name, value in (("input_ids", pad_token_id), ("token_type_ids", pad_token_type_id)):
+        parts: list[Tensor] = []
+        for row, own in zip(columns.get(name, []), lengths, strict=False):
+            parts += [*torch.split(row, own.tolist()), *[row[:1]] * (most - len(own))]
+        if parts:
+            batch[name] = pad(parts, value)
+    return batch

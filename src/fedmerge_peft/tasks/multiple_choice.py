@@ -1,0 +1,150 @@
+"""Multiple choice: the right one of several texts that may follow a context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedmerge_peft.tasks.base import Batch, Examples, Padding, reject_inputs
+from fedmerge_peft.tasks.choices import is_row, read_rows
+from fedmerge_peft.tasks.encoder import EncoderTask
+from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.tokenization import pad_parts, ragged, reject_empty
+from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class MultipleChoiceTask(EncoderTask):
+    """Choice by one logit of each pair of context and choice; ``EncoderTask`` has the arguments.
+
+    In a batch, all rows have as many choices as the row with the most. The rest of them are single
+    tokens, which ``forward`` recognizes by their mask; their logits are the lowest number.
+    """
+
+    auto_model: ClassVar[str] = "AutoModelForMultipleChoice"
+    peft_task_type: ClassVar[str | None] = None
+    heads: ClassVar[tuple[str, ...]] = ("classifier", "logits_proj")
+    paddings: ClassVar[Sequence[Padding]] = ("right",)
+    loading_code: ClassVar[str] = """{imports}from peft import PeftModel
+from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+base = AutoModelForMultipleChoice.from_pretrained({base}, {options})
+tokenizer = AutoTokenizer.from_pretrained({processor})
+{load}
+"""
+
+    @property
+    def reads_pairs(self) -> bool:
+        return True
+
+    @classmethod
+    def output_names(cls, recipe: Any, table: Dataset) -> list[str]:
+        return []  # the head has one output, which is of no label
+
+    @classmethod
+    def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        return {}
+
+    @classmethod
+    def check_table(cls, recipe: Any, table: Dataset) -> None:
+        read_rows(table, recipe)
+
+    @classmethod
+    def probe_inputs(cls, recipe: Any) -> list[Any]:
+        own = {"context": "a", "choices": ["b", "c"], **({"start": "d"} if recipe.start else {})}
+        return [own, {**own, "choices": ["another text, which is longer", "b", "c"]}]
+
+    @classmethod
+    def input_table(cls, recipe: Any, labels: list[str], inputs: list[Any]) -> Dataset:
+        from datasets import Dataset
+
+        (wanted, _) = cls.probe_inputs(recipe)
+        unfit = [given for given in inputs if not is_row(given, wanted.keys())]
+        reject_inputs(unfit, f"a dictionary such as {wanted}")
+        return Dataset.from_list([{**given, recipe.label: 0} for given in inputs])
+
+    def encode(self, table: Dataset) -> Examples:
+        """Tokenize the context with each choice. ``Examples.cuts`` has truncated and empty ones.
+
+        Raises:
+            DataError: The columns do not match the recipe; the tokenizer fails on a text.
+        """
+        contexts, choices, right = read_rows(table, self.recipe)
+        tokens: dict[str, list[list[Any]]] = {name: [[] for _ in right] for name in self._columns}
+        long: set[int] = set()
+        for place in range(max(map(len, choices), default=0)):  # so that errors name the row
+            own = [texts[place] if place < len(texts) else "" for texts in choices]
+            found, truncated = self.tokenize([contexts, own])
+            there = [row for row, texts in enumerate(choices) if place < len(texts)]
+            long |= {*truncated} & {*there}
+            for name, rows in tokens.items():
+                for row in there:
+                    rows[row].append(found[name][row])
+        ids = tokens["input_ids"]
+        reject_empty([min(own, key=len)[1:] for own in ids], contexts, self.recipe.context)
+        flat = {name: [[*chain(*own)] for own in rows] for name, rows in tokens.items()}
+        reject_unknown_ids(flat["input_ids"], self._vocabulary)
+        warn_of_unknown(flat["input_ids"], self.processor)
+        return Examples(
+            {
+                **{name: ragged(rows) for name, rows in flat.items()},
+                "choices": ragged([[*map(len, own)] for own in ids]),
+                "labels": list(torch.tensor(right).unbind()),
+            },
+            {
+                f"have choices of more than {self.max_length} tokens, truncated": sorted(long),
+                "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],
+            },
+        )
+
+    def probe(self) -> Examples:
+        columns = super().probe().columns
+        lengths = ragged([[len(ids)] * 2 for ids in columns["input_ids"]])
+        twice = {name: [own.repeat(2) for own in columns[name]] for name in self._columns}
+        return Examples({**twice, "choices": lengths, "labels": columns["labels"]})
+
+    def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
+        """Pad and stack the choices, ``(batch, choices, longest)``, and ``labels`` ``(batch,)``."""
+        rows = {name: [own[index] for index in indices] for name, own in examples.columns.items()}
+        type_id = self.processor.pad_token_type_id
+        parts = pad_parts(rows, rows["choices"], self.pad_token_id, type_id)
+        batch = {name: own.view(len(indices), -1, own.shape[1]) for name, own in parts.items()}
+        return {**batch, "labels": torch.stack(rows["labels"])}
+
+    def forward(self, model: Any, inputs: Batch) -> Tensor:
+        """Return the logit of each choice, ``(batch, choices)``; the lowest number for none.
+
+        Inputs ``(batch, length)`` have one choice each.
+        """
+        shaped = {name: rows if rows.ndim == 3 else rows[:, None] for name, rows in inputs.items()}
+        logits: Tensor = model(**shaped).logits
+        absent = shaped["attention_mask"].sum(dim=-1) <= 1
+        return logits.masked_fill(absent.to(logits.device), torch.finfo(logits.dtype).min)
+
+    def own_outputs(self, logits: Tensor, batch: Batch) -> list[Tensor]:
+        return [own[own != torch.finfo(own.dtype).min] for own in logits]
+
+    def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of the choices ``(batch, choices)``, and 1, of each example."""
+        losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+        return losses, torch.ones_like(losses)
+
+    def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
+        """Return the places of the most likely and the right choice of each example."""
+        return {"classes": (logits.argmax(dim=-1).tolist(), labels.tolist())}
+
+    def answers(
+        self, logits: Tensor, examples: Examples, indices: NDArray[Any]
+    ) -> Sequence[dict[str, Any]]:
+        """Return the place of the most likely choice, its probability, and those of all choices."""
+        counts = [len(examples.columns["choices"][index]) for index in indices]
+        every = [own[:n].softmax(dim=0).tolist() for own, n in zip(logits, counts, strict=True)]
+        return [{"choice": own.index(max(own)), "score": max(own), "scores": own} for own in every]

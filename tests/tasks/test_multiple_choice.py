@@ -1,0 +1,220 @@
+"""Multiple choice: batches, choices of different number, labels, metrics, edge cases."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from datasets import Dataset
+from sklearn.metrics import accuracy_score
+
+from equality import assert_near
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.report.page import write_report
+from fedmerge_peft.training.estimate import estimate
+from task_bench import TaskBench, run_of
+
+NAME = "multiple-choice"
+LORA = {"target_modules": ["query", "value"]}
+CONTEXTS = ["The badge reader", "My parcel is late, and", "It", "Who sleeps at the gate?"]
+CHOICES = [["is offline.", "sings"], ["I wait.", "you fly.", "no"], ["b", "c"], ["a", "dog", "a c"]]
+
+
+def rows_of(labels=(0, 2, 1, 1), choices=CHOICES, **columns):
+    contexts = CONTEXTS[: len(choices)]
+    own = {"context": contexts, "choices": choices, "label": labels[: len(choices)]}
+    return Dataset.from_dict({**own, **columns})
+
+
+def bench_of(tiny_models, table, **task):
+    return TaskBench(tiny_models / "bert", table, {"name": NAME, **task}, LORA)
+
+
+def labels_of(task_of, table, **task):
+    labels = task_of("bert", table, name=NAME, **task).encode(table).columns["labels"]
+    return torch.stack(labels).tolist()
+
+
+def test_batches_are_those_of_the_example_script(task_of):
+    """The encoding of run_swag.py, with transformers' collator."""
+    choices = [each[:2] for each in CHOICES]
+    table = rows_of((0, 1, 1, 0), choices, sent2=["Now", "then", "", "The"])
+    task = task_of("bert", table, name=NAME, start="sent2", max_length=12)
+    rows, long = [], []
+    for number, row in enumerate(table):
+        endings = [f"{row['sent2']} {choice}" for choice in row["choices"]]
+        tokens = task.processor([row["context"]] * 2, endings, truncation=True, max_length=12)
+        rows.append({**tokens, "labels": row["label"]})
+        whole = task.processor([row["context"]] * 2, endings)["input_ids"]
+        long += [number] * (max(map(len, whole)) > 12)
+    wanted = hf.DataCollatorForMultipleChoice(task.processor)(rows)
+    examples = task.encode(table)
+    found = task.collate(examples, np.arange(4))
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: values.tolist() for name, values in wanted.items()
+    }
+    assert examples.cuts["have choices of more than 12 tokens, truncated"] == long
+    assert 0 < len(long) < 4
+
+
+def test_the_outputs_of_an_example_depend_on_no_other(tiny_models):
+    bench = bench_of(tiny_models, rows_of())
+    bench.backbone.load_row(bench.row())
+    logits, labels = bench.logits()
+    losses, counts = bench.task.losses(logits, labels)
+    assert counts.tolist() == [1] * 4
+    batch = bench.task.collate(bench.runtime.examples, bench.rows)
+    assert batch["input_ids"].shape[:2] == (4, 3)
+    own = bench.task.own_outputs(logits, batch)
+    assert [len(each) for each in own] == [2, 3, 2, 3]
+    for row in range(4):
+        alone, label = bench.logits(np.array([row]))
+        assert_near(own[row], alone[0])
+        assert_near(losses[row], -alone[0].log_softmax(dim=0)[label[0]])
+
+
+@pytest.mark.equality
+def test_clients_in_one_pass_have_the_gradients_of_each_alone(tiny_models, float64):
+    bench = bench_of(tiny_models, rows_of())
+    adapters = torch.stack([bench.row(1), bench.row(2), bench.row(3)])
+    rows = [np.array([0, 3]), np.array([1]), np.array([2, 0])]
+    for together, alone in zip(*bench.gradients(adapters, rows), strict=True):
+        assert alone.norm() > 0
+        assert (together - alone).norm() <= 1e-10 * alone.norm()
+
+
+def test_the_accuracy_and_the_answers_follow_from_the_logits(tiny_models):
+    bench = bench_of(tiny_models, rows_of())
+    row = bench.row()
+    bench.backbone.load_row(row)
+    logits, labels = bench.logits()
+    places = [own[: len(texts)].argmax() for own, texts in zip(logits, CHOICES, strict=True)]
+    assert bench.scores(row)["accuracy"] == accuracy_score(labels, places)
+    answers = bench.task.answers(logits, bench.runtime.examples, bench.rows)
+    assert [answer["choice"] for answer in answers] == places
+    for answer, texts in zip(answers, CHOICES, strict=True):
+        assert len(answer["scores"]) == len(texts)
+        assert sum(answer["scores"]) == pytest.approx(1, abs=1e-6)
+        assert answer["score"] == answer["scores"][answer["choice"]]
+
+
+def test_an_adapter_predicts_the_same_in_plain_peft(tiny_models, tmp_path):
+    bench = bench_of(tiny_models, rows_of())
+    row = bench.row()
+    assert any("classifier" in name for name in bench.backbone.layout.state_dict(row))
+    bench.backbone.load_row(row)
+    logits, _ = bench.logits()
+    batch = bench.task.collate(bench.runtime.examples, bench.rows)
+    del batch["labels"]
+    with torch.no_grad():
+        plain = bench.plain_peft(row, tmp_path).float().eval()(**batch).logits
+    real = logits > torch.finfo(logits.dtype).min
+    assert_near(logits[real], plain[real])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 2, 1, 1], [0.0, 2.0, 1.0, 1.0], ["0", "2", "1", "1"], ["A", "no", "c", " B"]],
+)
+def test_labels_are_numbers_letters_or_texts(task_of, labels):
+    assert labels_of(task_of, rows_of(labels)) == [0, 2, 1, 1]
+
+
+def test_choices_may_be_in_columns_of_which_the_last_may_be_empty(task_of):
+    filled = [[*own, None][:3] for own in CHOICES]
+    columns = {f"ending{n}": [own[n] for own in filled] for n in range(3)}
+    table = rows_of(**columns).remove_columns("choices")
+    task = task_of("bert", table, name=NAME, choices=[*columns])
+    found = task.encode(table).columns
+    assert [len(each) for each in found["choices"]] == [2, 3, 2, 3]
+    reference = rows_of()
+    wanted = task_of("bert", reference, name=NAME).encode(reference).columns
+    for name, rows in wanted.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[name], rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 3, 1, 1], r"row 1 .*: 3 in column 'label' is none of 3 choices; write .* 0 to 2"),
+        ([0, -1, 1, 1], r"row 1 .*: -1 in column 'label' is none"),
+        ([0, None, 1, 1], r"row 1 .*'label' is empty"),
+        (["A", "1", "B", "B"], r"row 1 .*: '1' in column 'label' is none of 3 choices"),
+        (["A", "D", "B", "B"], r"row 1 .*: 'D' in column 'label' is none of 3 choices"),
+        ([0.5, 1, 1, 1], r"task.label: column 'label' has the type double, expected numbers from"),
+    ],
+)
+def test_labels_that_are_no_choice_are_refused_with_their_row(task_of, labels, message):
+    with pytest.raises(DataError, match=message):
+        labels_of(task_of, rows_of(labels))
+
+
+@pytest.mark.parametrize(
+    ("choices", "label"), [(["B", "A"], "A"), (["1", "2"], "1"), (["x"] * 2, "x")]
+)
+def test_labels_that_may_be_several_choices_are_refused(task_of, choices, label):
+    with pytest.raises(
+        DataError, match=rf"row 0 .*{label}'.* may be each of the choices 0, 1 of 2"
+    ):
+        labels_of(task_of, rows_of([label], [choices]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "message"),
+    [
+        (
+            {"choices": [["a"], ["b", "c"]]},
+            {},
+            r"row 0 .*'choices' has 1 choice\(s\), expected two",
+        ),
+        ({"choices": [["a", None]] * 2}, {}, r"row 0 .*'choices' has a list with an empty value"),
+        ({"choices": ["a", "b"]}, {}, r"task.choices: column 'choices' has the type string"),
+        ({}, {"choices": "options"}, r"task.choices: there is no column 'options'"),
+        ({"a": ["x", None], "b": ["y", "z"]}, {"choices": ["a", "b"]}, r"row 1 .*'a' is empty"),
+        (
+            {"a": ["x", "y"], "b": ["y", None]},
+            {"choices": ["a", "b"]},
+            r"row 1 .*a, b has 1 choice",
+        ),
+        ({"context": ["x", None]}, {}, r"row 1 .*'context' is empty"),
+        ({}, {"start": "sent2"}, r"task.start: there is no column 'sent2'"),
+    ],
+)
+def test_unsuitable_rows_are_refused(task_of, columns, task, message):
+    table = Dataset.from_dict({**rows_of(choices=CHOICES[:2]).to_dict(), **columns})
+    with pytest.raises(DataError, match=message):
+        labels_of(task_of, table, **task)
+
+
+@pytest.mark.parametrize("strategy", ["fedmerge", "fedem"])
+def test_a_run_predicts_and_reports(tmp_path, strategy):
+    rows = [
+        {"client": client, "q": f"Number {row}", "a": client, "b": "other", "c": None, "label": 0}
+        for client in ("north", "south")
+        for row in range(6)
+    ]
+    task = {"name": NAME, "context": "q", "choices": ["a", "b", "c"]}
+    sections = {"backbone": {"model": "tiny:bert"}, "lora": {"r": 2, **LORA}}
+    run = run_of(tmp_path / "run", rows, task, **sections, strategy=strategy)
+    write_report([run.path], tmp_path / "report.html")
+    assert "accuracy" in (tmp_path / "report.html").read_text()
+    if strategy == "fedem":
+        return
+    inputs = [{"context": "Number 2", "choices": ["north", "other", "south", "no"]}]
+    (found,) = run.predict({"north": inputs}, device="cpu")["north"]
+    assert len(found["scores"]) == 4
+    for unfit in (
+        "Who?",
+        {"context": "Who?"},
+        {"context": "a", "choices": ["b"]},
+        {**inputs[0], "x": "y"},
+    ):
+        with pytest.raises(DataError, match=r"an input must be a dictionary such as {'context'"):
+            run.predict({"north": [unfit]}, device="cpu")
+
+
+def test_memory_is_estimated_for_four_choices(tiny_models):
+    bench = bench_of(tiny_models, rows_of())
+    config = hf.AutoConfig.from_pretrained(tiny_models / "bert")
+    found = estimate(bench.recipe, config, length=16)
+    assert found.adapter == bench.backbone.layout.size
+    assert found.training > 0

@@ -44,3 +44,18 @@ def test_a_kit_names_the_modules_that_its_recipe_imports():
     )
     assert "allow: {plugins: [mine, yours]}" in text
     assert "--trust-remote-code" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        ("question-answering", "question, context, answers"),
+        ("{name: text-regression, target: score, text_pair: other}", "text, score, other"),
+    ],
+)
+def test_a_kit_names_the_columns_of_any_task(task, columns):
+    federation = Federation.model_construct(
+        project="trial", host="here", port=8002, sites={"north": ["a"]}
+    )
+    text = prepare.site_readme(federation, "north", Recipe.load("smoke", [f"task={task}"]))
+    assert f", columns {columns}.\n" in text

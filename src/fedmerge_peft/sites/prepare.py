@@ -116,7 +116,7 @@ def site_readme(
     task, lora = recipe.task, recipe.lora
     columns = ", ".join(
         str(getattr(task, name))
-        for name in ("text", "text_pair", "image", "label")
+        for name in (*task.usual_columns, "text_pair")
         if getattr(task, name, None)
     )
     data = shlex.quote("your-data.csv")

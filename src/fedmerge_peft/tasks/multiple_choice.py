@@ -125,8 +125,11 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         Inputs ``(batch, length)`` have one choice each.
         """
         shaped = {name: rows if rows.ndim == 3 else rows[:, None] for name, rows in inputs.items()}
-        logits: Tensor = model(**shaped).logits
         absent = shaped["attention_mask"].sum(dim=-1) <= 1
+        read = {  # the first choice instead of none, because Longformer counts the separators
+            name: torch.where(absent[..., None], rows[:, :1], rows) for name, rows in shaped.items()
+        }
+        logits: Tensor = model(**read).logits
         return logits.masked_fill(absent.to(logits.device), torch.finfo(logits.dtype).min)
 
     def own_outputs(self, logits: Tensor, batch: Batch) -> list[Tensor]:

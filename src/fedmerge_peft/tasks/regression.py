@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _FAR = 20.0
 """Largest absolute value of targets that a new head, whose outputs start near 0, learns well."""
 
+_LARGEST = 1e12
+"""Largest absolute value of targets: a sum of 1,000,000 of their squared errors is a valid loss."""
 
 PROBLEM_TYPE = "regression"
 """Name of the loss in configurations of transformers; pipelines return the output."""
@@ -50,8 +52,14 @@ class Regression(Task):
 
     @classmethod
     def targets(cls, recipe: RegressionRecipe, table: Dataset, labels: Sequence[str]) -> Tensor:
+        """Return the numbers of a column. Of a ``ClassLabel``, such as folders, they are names."""
         values = read_column(table, recipe.target, "task.target")
         reject_nulls(values, recipe.target)
+        if names := getattr(table.features[recipe.target], "names", None):
+            texts = [names[place] if place >= 0 else "" for place in values.to_pylist()]
+            values = pa.chunked_array([pa.array(texts, pa.string())])
+        if pa.types.is_decimal(values.type):
+            values = values.cast(pa.float64())
         if is_text(values.type):
             values = _numbers(values, recipe.target)
         kind = values.type
@@ -68,10 +76,11 @@ class Regression(Task):
                 "expected a finite number; correct the value, or remove the row"
             )
         largest = float(np.abs(numbers).max(initial=0.0))
-        if largest > 1e30:
+        if largest > _LARGEST:
             raise DataError(
                 f"task.target: column {recipe.target!r} has values up to {largest:.3g}, whose "
-                "squared errors exceed float32; divide the column by a constant"
+                f"squared errors are too large for a loss (accepted are values up to {_LARGEST:g});"
+                " divide the column by a constant"
             )
         if largest > _FAR:
             logger.warning(

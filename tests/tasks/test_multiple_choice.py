@@ -1,14 +1,16 @@
 """Multiple choice: batches, choices of different number, labels, metrics, edge cases."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import transformers as hf
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, List
 from sklearn.metrics import accuracy_score
 
 from equality import assert_near
-from fedmerge_peft.errors import DataError
+from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.report.page import write_report
 from fedmerge_peft.training.estimate import estimate
 from task_bench import TaskBench, run_of
@@ -119,6 +121,74 @@ def test_labels_are_numbers_letters_or_texts(task_of, labels):
     assert labels_of(task_of, rows_of(labels)) == [0, 2, 1, 1]
 
 
+def test_labels_that_never_are_0_are_warned_of(task_of, caplog):
+    labels_of(task_of, rows_of([0, 2, 1, 1]))
+    assert not caplog.messages
+    labels_of(task_of, rows_of([1, 2, 1, 1]))
+    assert "no row has 0 in column 'label', so the first choice is never right" in caplog.text
+
+
+def test_labels_of_a_class_label_are_its_names(task_of):
+    kinds = {"letters": ["B", "A"], "numbers": ["1", "2"], "texts": ["b", "a"]}
+    expected = {"letters": [1, 0], "numbers": [0, 1], "texts": [1, 0]}
+    for kind, names in kinds.items():
+        table = rows_of([0, 1], [["a", "b"]] * 2).cast_column("label", ClassLabel(names=names))
+        assert labels_of(task_of, table) == expected[kind]
+
+
+def test_choices_may_have_names_as_in_arc(task_of):
+    """ARC names the choices of some questions A, B, C, and those of others 1, 2, 3."""
+    names = [["A", "B"], ["1", "2", "3"], ["1", "2"], ["B", "A"]]
+    named = [{"text": a, "label": b} for a, b in zip(CHOICES[:4], names, strict=True)]
+    named[3]["text"] = named[3]["text"][:2]
+    assert labels_of(task_of, rows_of(["A", "3", "1", "A"], named)) == [0, 2, 0, 1]
+    with pytest.raises(DataError, match=r"row 1 .*'0' .* is none of 3 choices; .*one of 1, 2, 3"):
+        labels_of(task_of, rows_of(["A", "0", "1", "A"], named))
+    named[0]["label"] = ["A"]
+    with pytest.raises(DataError, match=r"row 0 .*'choices' has 2 texts, but 1 names"):
+        labels_of(task_of, rows_of(["A", "3", "1", "A"], named))
+
+
+def test_choices_of_a_class_label_are_its_names(task_of):
+    ids = rows_of([0, 1], [[0, 1], [1, 0]])
+    table = ids.cast_column("choices", List(ClassLabel(names=["yes", "no"])))
+    task = task_of("bert", table, name=NAME)
+    texts = task.processor.batch_decode(task.encode(table).columns["input_ids"])
+    assert ["yes" in text and "no" in text for text in texts] == [True, True]
+
+
+def test_texts_before_the_choices_may_be_missing(task_of):
+    """An empty field of a CSV file is a missing value, and HellaSwag has many of them."""
+    tables = [rows_of(sent2=["Now", empty, "He", "It"]) for empty in ("", None)]
+    found = [task_of("bert", each, name=NAME, start="sent2").encode(each) for each in tables]
+    ids = [each.columns["input_ids"] for each in found]
+    assert all(torch.equal(a, b) for a, b in zip(*ids, strict=True))
+
+
+def test_choices_that_are_equal_after_their_truncation_are_counted(task_of):
+    choices = [["a word " * 9 + end for end in "xy"], ["b", "c"], ["d", "d"], ["e", "f"]]
+    table = rows_of((0, 1, 0, 0), choices)
+    cuts = task_of("bert", table, name=NAME, max_length=16).encode(table).cuts
+    assert cuts["have choices with the same tokens"] == [0, 2]
+
+
+def test_longformer_gets_no_choice_of_a_single_token(task_of):
+    """It counts the separators of each sequence, also of those that fill up a batch."""
+    seen = []
+
+    def model(input_ids, attention_mask, **others):
+        seen.append(attention_mask.sum(dim=-1).min().item())
+        return SimpleNamespace(logits=torch.zeros(input_ids.shape[:2]))
+
+    table = rows_of()
+    task = task_of("bert", table, name=NAME)
+    batch = task.collate(task.encode(table), np.arange(4))
+    del batch["labels"]
+    logits = task.forward(model, batch)
+    assert seen[0] > 1
+    assert (logits == 0).sum(dim=1).tolist() == [2, 3, 2, 3]
+
+
 def test_choices_may_be_in_columns_of_which_the_last_may_be_empty(task_of):
     filled = [[*own, None][:3] for own in CHOICES]
     columns = {f"ending{n}": [own[n] for own in filled] for n in range(3)}
@@ -140,6 +210,10 @@ def test_choices_may_be_in_columns_of_which_the_last_may_be_empty(task_of):
         ([0, None, 1, 1], r"row 1 .*'label' is empty"),
         (["A", "1", "B", "B"], r"row 1 .*: '1' in column 'label' is none of 3 choices"),
         (["A", "D", "B", "B"], r"row 1 .*: 'D' in column 'label' is none of 3 choices"),
+        (["0", "", "1", "1"], r"row 1 .*: '' in column 'label' is none .*rows without a label"),
+        (["0", "-1", "1", "1"], r"row 1 .*: '-1' in .* or name another split in data.test_split"),
+        (["0", "1", "1", "x"], r"row 3 .*: 'x' in column 'label' is none of 3 choices"),
+        (["1", "3", "2", "2"], r"row 1 .*: '3' in .*; if the labels start at 1, subtract 1"),
         ([0.5, 1, 1, 1], r"task.label: column 'label' has the type double, expected numbers from"),
     ],
 )
@@ -210,6 +284,12 @@ def test_a_run_predicts_and_reports(tmp_path, strategy):
     ):
         with pytest.raises(DataError, match=r"an input must be a dictionary such as {'context'"):
             run.predict({"north": [unfit]}, device="cpu")
+
+
+def test_decoders_are_refused_in_one_line(tiny_models):
+    told = r"cannot be loaded as AutoModelForMultipleChoice, .*; choose a model of another arch"
+    with pytest.raises(BackboneError, match=told):
+        TaskBench(tiny_models / "gpt2", rows_of(), {"name": NAME}, {"target_modules": ["c_attn"]})
 
 
 def test_memory_is_estimated_for_four_choices(tiny_models):

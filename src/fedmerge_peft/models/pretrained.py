@@ -30,6 +30,11 @@ _PACKAGED = {
 }
 """Python packages with the weights of a hub model, by hub id: package, folder, GGUF file."""
 
+_NO_MODEL = (
+    ", which transformers does not have for its architecture; choose a model of another "
+    "architecture, or another task"
+)
+
 
 def model_folder(backbone: BackboneRecipe, scratch: Path) -> str:
     """Resolve ``backbone.model`` to a folder or hub id that transformers can load.
@@ -169,7 +174,8 @@ def load_model(
     with (
         library_errors(
             lambda reason: BackboneError(
-                f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}: {reason}"
+                f"backbone.model: {backbone.model} cannot be loaded as {task.auto_model}"
+                + (_NO_MODEL if reason.startswith("Unrecognized config") else f": {reason}")
             )
         ),
         quiet_transformers(),

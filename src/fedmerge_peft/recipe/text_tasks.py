@@ -142,12 +142,14 @@ class MultipleChoiceRecipe(TaskRecipe):
     context: str = "context"
     """Column with the text that the choices may follow, such as a question."""
     choices: str | Annotated[list[str], Field(min_length=2)] = "choices"
-    """Column with lists of texts; or the names of columns, one for each choice. Rows may have
-    different numbers of choices; the last columns are empty in rows with fewer."""
+    """Column with lists of texts, or with records {text: [...], label: [...]} of texts and their
+    names; or the names of columns, one for each choice. Rows may have different numbers of choices;
+    the last columns are empty in rows with fewer."""
     start: str | None = None
-    """Column with a text with which each choice of a row begins, such as SWAG's sent2."""
+    """Column with a text with which each choice of a row begins, such as SWAG's sent2. It may be
+    empty."""
     label: str = "label"
-    """Column with the right choice: its number from 0, its letter from A, or its text."""
+    """Column with the right choice: its number from 0, its letter from A, its name or its text."""
     max_length: Count | None = None
     """Maximum length of a context with a choice in tokens. Longer ones are truncated, and a warning
     counts them. Default: the model's limit."""

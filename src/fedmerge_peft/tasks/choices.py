@@ -1,17 +1,15 @@
-"""Columns of multiple choice: the choices of each row, and the place of the right one."""
+"""Columns of multiple choice: the context and the choices of each row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from fedmerge_peft.data.column_types import as_text, whole_numbers
+from fedmerge_peft.data.column_types import as_text
 from fedmerge_peft.data.columns import join_values, read_column
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.tasks.choice_labels import read_right
+from fedmerge_peft.tasks.labels import is_text
 from fedmerge_peft.tasks.lists import read_lists
 from fedmerge_peft.tasks.tokenization import read_texts
 
@@ -29,40 +27,63 @@ def read_rows(
     Raises ``DataError`` if the columns do not match the recipe.
     """
     contexts = read_texts(table, recipe.context, "task.context")
-    choices = read_choices(table, recipe.choices)
-    right = read_right(table, recipe.label, choices)
+    choices, names = read_choices(table, recipe.choices)
+    right = read_right(table, recipe.label, choices, names)
     if recipe.start is not None:
-        starts = read_texts(table, recipe.start, "task.start")
+        starts = _texts(table, recipe.start, "task.start")
         pairs = zip(starts, choices, strict=True)
-        choices = [[f"{start} {choice}" for choice in own] for start, own in pairs]
+        choices = [[f"{start or ''} {choice}" for choice in own] for start, own in pairs]
     return contexts, choices, right
 
 
-def read_choices(table: Dataset, columns: str | Sequence[str]) -> list[list[str]]:
-    """Read the choices of each row.
+def read_choices(
+    table: Dataset, columns: str | Sequence[str]
+) -> tuple[list[list[str]], list[list[str]] | None]:
+    """Read the choices of each row, and their names if they have some.
 
     Args:
         table: Rows.
-        columns: Column with lists of texts; or columns with one text each, of which a row with
-            fewer choices lacks the last ones.
+        columns: Column with lists of texts, or with records ``{text: [...], label: [...]}`` of
+            texts and their names; or columns with one text each, of which a row with fewer choices
+            lacks the last ones.
 
     Raises:
         DataError: A column does not exist or has no texts, or a row has fewer than two choices, or
-            lacks one before the last.
+            lacks one before the last, or has another number of names.
     """
-    if isinstance(columns, str):
-        lists = read_lists(table, columns, "task.choices")
-        rows = lists.rows([str(value) for value in lists.values.to_pylist()])
-    else:
-        texts = zip(*(_texts(table, column) for column in columns), strict=True)
+    names = None
+    if not isinstance(columns, str):
+        texts = zip(*(_texts(table, column, "task.choices") for column in columns), strict=True)
         rows = [_without_missing(row, own, columns) for row, own in enumerate(texts)]
+    elif {f"{columns}.text", f"{columns}.label"} <= {*_parts(table, columns).column_names}:
+        parts = _parts(table, columns)
+        rows = _lists(parts, f"{columns}.text")
+        names = _lists(parts, f"{columns}.label")
+    else:
+        rows = _lists(table, columns)
     for row, choices in enumerate(rows):
         if len(choices) < 2:
             raise DataError(
                 f"row {row} (of the rows in use): {_named(columns)} has {len(choices)} choice(s), "
                 "expected two or more; add the others, or remove the row"
             )
-    return rows
+        if names is not None and len(names[row]) != len(choices):
+            raise DataError(
+                f"row {row} (of the rows in use): {_named(columns)} has {len(choices)} texts, but "
+                f"{len(names[row])} names (label); correct the row, or remove it"
+            )
+    return rows, names
+
+
+def _parts(table: Dataset, column: str) -> Dataset:
+    """Return the fields of a column of records, as columns such as ``choices.text``."""
+    return table.select_columns([column] if column in table.column_names else []).flatten()
+
+
+def _lists(table: Dataset, column: str) -> list[list[str]]:
+    lists = read_lists(table, column, "task.choices")
+    names = getattr(getattr(table.features[column], "feature", None), "names", None)
+    return lists.rows([names[n] if names else str(n) for n in lists.values.to_pylist()])
 
 
 def _named(columns: str | Sequence[str]) -> str:
@@ -71,8 +92,8 @@ def _named(columns: str | Sequence[str]) -> str:
     return f"the columns {join_values(columns)}"
 
 
-def _texts(table: Dataset, column: str) -> list[str | None]:
-    values = read_column(table, column, "task.choices")
+def _texts(table: Dataset, column: str, key: str) -> list[str | None]:
+    values = read_column(table, column, key)
     texts: list[str | None] = (values if is_text(values.type) else as_text(values)).to_pylist()
     return texts
 
@@ -85,54 +106,6 @@ def _without_missing(row: int, texts: Sequence[str | None], columns: Sequence[st
             "(null), but a later choice is not; fill it in, or move the later ones"
         )
     return known
-
-
-def read_right(table: Dataset, column: str, choices: Sequence[Sequence[str]]) -> list[int]:
-    """Read the place of the right choice in each row.
-
-    Labels are numbers from 0; or letters from A, or the texts of choices. Numbers may be written as
-    text if all labels are.
-
-    Args:
-        table: Rows.
-        column: Column with the labels.
-        choices: Choices of each row.
-
-    Raises:
-        DataError: The column does not exist, has nulls, or is neither text nor whole numbers; or a
-            label is none of the row's choices, or may be several of them.
-    """
-    (values,) = whole_numbers([read_column(table, column, "task.label")])
-    reject_nulls(values, column)
-    if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
-        raise DataError(
-            f"task.label: column {column!r} has the type {values.type}, expected "
-            "numbers from 0, letters from A, or the texts of the right choices"
-        )
-    labels = values.to_pylist()
-    numbered = not is_text(values.type) or all(label.strip().isdecimal() for label in labels)
-    right = []
-    for row, (label, own) in enumerate(zip(labels, choices, strict=True)):
-        places = _places(label, own, numbered=numbered)
-        if len(places) != 1:
-            fault = f"may be each of the choices {join_values(places)}" if places else "is none"
-            raise DataError(
-                f"row {row} (of the rows in use): {label!r} in column {column!r} {fault} of "
-                f"{len(own)} choices; write the number of the right choice, from 0 to "
-                f"{len(own) - 1}"
-            )
-        right.append(places[0])
-    return right
-
-
-def _places(label: Any, choices: Sequence[str], *, numbered: bool) -> list[int]:
-    """Return the places of the choices that a label may stand for, in ascending order."""
-    text = str(label).strip()
-    letter = ascii_uppercase.find(text) if len(text) == 1 else -1
-    places = {int(text) if numbered else letter} & {*range(len(choices))}
-    if isinstance(label, str):
-        places |= {place for place, choice in enumerate(choices) if choice.strip() == text}
-    return sorted(places)
 
 
 def is_row(given: Any, keys: Set[str]) -> bool:

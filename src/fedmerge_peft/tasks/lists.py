@@ -90,7 +90,8 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
         raise DataError(f"{found.where(position)} has a list with an empty value (null)")
     if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
         raise DataError(
-            f"{key}: column {column!r} has lists of {values.type}, expected names or ids"
+            f"{key}: column {column!r} has lists of {values.type}, expected "
+            "lists of texts or integers"
         )
     return found
 

@@ -101,6 +101,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             },
             {
                 f"have choices of more than {self.max_length} tokens, truncated": sorted(long),
+                "have choices with the same tokens": [
+                    row for row, own in enumerate(ids) if len({*map(tuple, own)}) < len(own)
+                ],
                 "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],
             },
         )

@@ -1,0 +1,128 @@
+"""The right choice of each row of multiple choice: a number, a letter, a name, or its text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from fedmerge_peft.data.column_types import whole_numbers
+from fedmerge_peft.data.columns import join_values, read_column
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.tasks.labels import is_text, reject_nulls
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def read_right(
+    table: Dataset,
+    column: str,
+    choices: Sequence[Sequence[str]],
+    names: Sequence[Sequence[str]] | None = None,
+) -> list[int]:
+    """Read the place of the right choice in each row.
+
+    Labels are the names of choices or, without names, numbers from 0 or letters from A; or the
+    texts of choices. Numbers may be written as text if all labels are.
+
+    Args:
+        table: Rows.
+        column: Column with the labels.
+        choices: Choices of each row.
+        names: Names of the choices of each row, such as A, B and C, or 1, 2 and 3.
+
+    Raises:
+        DataError: The column does not exist, has nulls, or is neither text nor whole numbers; or a
+            label is none of the row's choices, or may be several of them.
+    """
+    labels = _labels(table, column)
+    if names is not None:
+        rows = [_places(*row) for row in zip(labels, choices, names, strict=True)]
+        return _only(rows, labels, choices, column, names)
+    numbers = [isinstance(label, int) or label.strip().isdecimal() for label in labels]
+    by_number = [
+        _places(label, own, [*map(str, range(len(own)))])
+        for label, own in zip(labels, choices, strict=True)
+    ]
+    if all(numbers):
+        right = _only(by_number, labels, choices, column)
+        _warn_without_zero(right, column)
+        return right
+    rows = [_places(*row, ascii_uppercase) for row in zip(labels, choices, strict=True)]
+    if 2 * sum(numbers) > len(labels) and not all(rows):  # the other labels are at fault
+        _only([own or by_number[row] for row, own in enumerate(rows)], labels, choices, column)
+    return _only(rows, labels, choices, column)
+
+
+def _labels(table: Dataset, column: str) -> list[Any]:
+    """Return texts or integers; of a ``ClassLabel`` the names, unless they are numbers."""
+    (values,) = whole_numbers([read_column(table, column, "task.label")])
+    reject_nulls(values, column)
+    if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
+        raise DataError(
+            f"task.label: column {column!r} has the type {values.type}, expected "
+            "numbers from 0, letters from A, or the texts of the right choices"
+        )
+    labels: list[Any] = values.to_pylist()
+    names = getattr(table.features[column], "names", None)
+    if names is None or all(name.isdecimal() for name in names):
+        return labels
+    return [names[label] if label >= 0 else label for label in labels]
+
+
+def _places(label: Any, choices: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the places of the choices that a label may stand for, in ascending order."""
+    text = str(label).strip()
+    if not text:
+        return []
+    known = {text, str(int(text))} if text.isdecimal() else {text}
+    named = zip(choices, [*names, *[""] * len(choices)], strict=False)
+    return [
+        place
+        for place, (choice, name) in enumerate(named)
+        if name.strip() in known or (isinstance(label, str) and choice.strip() == text)
+    ]
+
+
+def _only(
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Any],
+    choices: Sequence[Sequence[str]],
+    column: str,
+    names: Sequence[Sequence[str]] | None = None,
+) -> list[int]:
+    """Return the only place of each row; raise ``DataError`` for rows with none or several."""
+    for row, places in enumerate(rows):
+        if len(places) != 1:
+            label, count = labels[row], len(choices[row])
+            fault = f"may be each of the choices {join_values(places)}" if places else "is none"
+            remedy = f"write the number of the right choice, from 0 to {count - 1}"
+            if names is not None:
+                remedy = f"write the name of the right choice: one of {join_values(names[row])}"
+            if str(label).strip() in ("", "-1"):
+                remedy = (
+                    "as in rows without a label, which test splits on the hub have; remove these "
+                    "rows, or name another split in data.test_split"
+                )
+            elif names is None and str(label).strip() == str(count):
+                remedy += "; if the labels start at 1, subtract 1 from all of them"
+            raise DataError(
+                f"row {row} (of the rows in use): {label!r} in column {column!r} {fault} of "
+                f"{count} choices; {remedy}"
+            )
+    return [place for (place,) in rows]
+
+
+def _warn_without_zero(right: Sequence[int], column: str) -> None:
+    if right and min(right) > 0:
+        logger.warning(
+            "task.label: no row has 0 in column %r, so the first choice is never right; if the "
+            "labels start at 1, subtract 1 from all of them",
+            column,
+        )

@@ -32,7 +32,14 @@ class _Questions:
     def __init__(self, *, ask: bool) -> None:
         self._ask = ask
 
-    def text(self, option: str, question: str, given: str | None, suggested: str | None) -> str:
+    def text(
+        self,
+        option: str,
+        question: str,
+        given: str | None,
+        suggested: str | None,
+        among: str = "",
+    ) -> str:
         """Return an option, the answer, or the suggestion. Raises ``RecipeError`` without any."""
         from fedmerge_peft.errors import RecipeError
 
@@ -40,8 +47,11 @@ class _Questions:
             return given
         if not self._ask:
             if suggested is None:
-                raise RecipeError(f"init: {question} is not clear from the table; give {option}")
+                wanted = f"{option}{among if option.startswith('--') else ''}"
+                raise RecipeError(f"init: {question} is not clear from the table; give {wanted}")
             return suggested
+        if suggested is None and among:
+            print(f"{question}{among}")
         try:
             return str(typer.prompt(question, default=suggested)).strip()
         except typer.Abort:
@@ -64,7 +74,8 @@ class _Questions:
         from fedmerge_peft.errors import RecipeError
         from fedmerge_peft.util.text import printable
 
-        while (answer := self.text(option, question, given, suggested)) not in choices:
+        among = printable(f", one of {join_values(choices)}")
+        while (answer := self.text(option, question, given, suggested, among)) not in choices:
             fault = printable(
                 f"{question}: {answer!r} is not among {join_values(choices)}"
                 f"{did_you_mean(answer, choices)}"
@@ -165,11 +176,12 @@ def _answers(
     if any(column.is_value for column in columns):
         print("The first line looks like an example. If it is one, add a line of column names.")
     names = [column.name for column in columns]
-    guess = guesses.guess_task(columns, len(rows))
+    own = [column for column in columns if column.name != given["client"]]
+    guess = guesses.guess_task(own, len(rows), given["label"])
     task = questions.choice("--task", "Task", given["task"], guess, [*sections])
     roles = _columns(questions, sections[task], columns, len(rows), given)
     split = guesses.guess_split(rows)
-    taken = [*roles.values(), *filter(None, [split])]
+    taken = [*_flat(roles), *filter(None, [split])]
     found = guesses.guess_client(columns, len(rows), taken) or _NONE
     question = f"Column that names the client ({_NONE} for random clients)"
     client = questions.choice("--client", question, given["client"], found, [*names, _NONE])
@@ -202,27 +214,45 @@ def _columns(
     columns: Sequence[Column],
     rows: int,
     given: dict[str, str | None],
-) -> dict[str, str]:
+) -> dict[str, str | list[str]]:
     """Return the task's columns by key."""
-    from fedmerge_peft.data.guesses import guess_column, guess_label
+    from fedmerge_peft.data.guesses import guess_any, guess_choices, guess_column
+    from fedmerge_peft.errors import RecipeError
 
     names = [column.name for column in columns]
-    roles: dict[str, str] = {}
+    roles: dict[str, str | list[str]] = {}
+    usual_columns = section.usual_columns
     if any(set(names).issuperset(known.split()) for known in section.known_columns):
-        return roles
-    for key, usual in section.usual_columns.items():
-        taken = [*roles.values(), *filter(None, (given["client"], given["label"]))]
+        usual_columns = {}  # the task reads the columns with these names
+    read = {_ASKED.get(usual.kind, (key,))[0] for key, usual in usual_columns.items()}
+    for option in ("text", "label", "image"):
+        if given[option] is not None and option not in read:
+            raise RecipeError(
+                f"init: --{option}: {section.__name__.removesuffix('Recipe')} asks for no such "
+                "column; remove the option, or choose another --task"
+            )
+    for key, usual in usual_columns.items():
+        taken = [*_flat(roles), *filter(None, (given["client"], given["label"]))]
+        if usual.kind == "choices" and len(several := guess_choices(usual, columns, taken)) > 1:
+            roles[key] = several  # their names leave no doubt
+            continue
         suggested = guess_column(usual, columns, rows, taken)
-        if usual.kind in _ASKED:
-            name, question = _ASKED[usual.kind]
-            if suggested is None and name == "label":
-                suggested = guess_label(columns, rows, taken)
-            option, answer = f"--{name}", given[name]
-        else:
-            option, answer = f"a column named {usual.names.split()[0]}", None
-            question = f"Column for task.{key}"
-        roles[key] = questions.choice(option, question, answer, suggested, names)
+        if usual.kind == "choices":
+            suggested = next(iter(several), None)
+        if usual.kind == "named" and usual.optional:
+            roles |= {} if suggested is None else {key: suggested}
+            continue
+        name, question = _ASKED.get(usual.kind, (key, f"Column for task.{key}"))
+        if suggested is None and usual.kind in ("number", "list", "label"):
+            suggested = guess_any(usual.kind, columns, rows, taken)
+        option = f"--{name}" if name in given else f"a column named {usual.names.split()[0]}"
+        roles[key] = questions.choice(option, question, given.get(name), suggested, names)
     return roles
+
+
+def _flat(roles: dict[str, str | list[str]]) -> list[str]:
+    """Return the names of all columns."""
+    return [name for own in roles.values() for name in ([own] if isinstance(own, str) else own)]
 
 
 def _name(path: str) -> str:

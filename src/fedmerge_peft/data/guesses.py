@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmerge_peft.data.columns import read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.plugins import TASKS
-from fedmerge_peft.recipe.usual_columns import KINDS, LABEL, UsualColumn
+from fedmerge_peft.recipe.usual_columns import KINDS, LABEL, NUMBER, UsualColumn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,6 +23,12 @@ _CLIENTS = (
 )
 _SPLITS = {"train", "training", "validation", "valid", "dev", "test"}
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_ANSWERS = "answer answers response reply output completion chosen summary translation"
+"""Names of columns with what a language model may answer to a text."""
+_CHOICE = re.compile(
+    r"((?P<stem>ending|choice|option|opt|answer|sol|solution)[ _-]?)?([a-e]|\d\d?)"
+)
+"""Names of columns with one choice each, such as ending0 and ending1, or A and B."""
 _MOST_LABELS = 200
 _FEWEST_ROWS = 4
 """Least mean number of rows per value in a column that names clients."""
@@ -33,7 +40,8 @@ class Column:
 
     name: str
     kind: str
-    """text, number, fraction (numbers that are not all whole), image or other."""
+    """text, number, fraction (numbers that are not all whole), image, list (texts or integers) or
+    other."""
     distinct: int
     """Number of different values; 0 for images and others."""
     length: float
@@ -52,20 +60,64 @@ def describe(table: Dataset) -> list[Column]:
     return [_column(table, name) for name in table.column_names]
 
 
-def guess_task(columns: Sequence[Column], rows: int) -> str | None:
-    """Return the task with the most specific columns that a table has; None without any."""
+def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -> str | None:
+    """Return the task with the most specific columns that a table has; None if it is not clear.
+
+    Args:
+        columns: All columns but that of the clients, if it is known.
+        rows: Number of rows.
+        label: Column of the labels, if it is known. Others are none.
+    """
+    if any(each.name == label for each in columns):
+        columns = [
+            replace(each, name="label") if each.name == label else each
+            for each in columns
+            if each.name == label
+            or each.kind in ("image", "other")
+            or (each.kind != "fraction" and each.distinct > rows / 2)
+        ]
     names = {column.name for column in columns}
     fit: list[tuple[list[int], str]] = []
     for task, section in TASKS.sections().items():
         usual = section.usual_columns.values()
         if any(names.issuperset(known.split()) for known in section.known_columns):
             kinds = ["named"]
-        elif all(each.optional or guess_column(each, columns, rows) for each in usual):
+        elif all(each.optional or _has(each, columns, rows) for each in usual):
             kinds = [each.kind for each in usual]
         else:
             continue
         fit.append(([*sorted(map(KINDS.index, kinds)), len(KINDS)], task))
-    return min(fit, key=lambda pair: pair[0], default=(None, None))[1]
+    if not fit:
+        return None
+    ranks, best = min(fit, key=lambda pair: pair[0])
+    found = {KINDS[rank] for rank in ranks[:-1]}
+    return None if _is_doubtful(found, columns, rows) else best
+
+
+def _has(usual: UsualColumn, columns: Sequence[Column], rows: int) -> bool:
+    match usual.kind:
+        case "choices":
+            return bool(guess_choices(usual, columns))
+        case "label":
+            return bool(_likely_labels(columns, rows))
+        case _:
+            return guess_column(usual, columns, rows) is not None
+
+
+def _is_doubtful(kinds: Set[str], columns: Sequence[Column], rows: int) -> bool:
+    """Return True if a table with columns of these kinds may as well be for another task."""
+    if "number" in kinds:  # the score of a class, or a person's confidence
+        others = _free(columns, [guess_column(NUMBER, columns, rows)])
+        if _named(_likely_labels(others, rows), LABEL.names):
+            return True
+        client = guess_client(others, rows, ())
+        return any(each.kind == "text" for each in _likely_labels(_free(others, [client]), rows))
+    if "label" in kinds:
+        return len(_likely_labels(columns, rows)) > 1
+    if kinds == {"text"}:  # a text alone, beside what it may be about
+        answers = _named(columns, _ANSWERS)
+        return bool(answers) or any(each.kind == "fraction" for each in columns)
+    return False
 
 
 def guess_column(
@@ -85,21 +137,74 @@ def guess_column(
         case "number":
             return _named((each for each in free if each.kind == "fraction"), usual.names)
         case "list":
-            return _named((each for each in free if each.kind == "other"), usual.names)
+            return _named((each for each in free if each.kind == "list"), usual.names)
         case _:
-            return _named(free, usual.names)
+            few = min(_MOST_LABELS, rows / 2)
+            fit = {
+                "": free,
+                "list": [each for each in free if each.kind == "list"],
+                "varied": [
+                    each
+                    for each in free
+                    if each.distinct > few or each.name.lower() not in LABEL.names.split()
+                ],
+            }
+            return _named(fit[usual.of], usual.names)
+
+
+def guess_choices(
+    usual: UsualColumn, columns: Iterable[Column], taken: Iterable[str] = ()
+) -> list[str]:
+    """Return the column of lists of choices, or the columns with one choice each; [] for none."""
+    free = _free(columns, taken)
+    nested = [each for each in free if each.kind in ("list", "other")]
+    if (name := _named(nested, usual.names)) is not None:
+        return [name]
+    found: dict[str, list[str]] = {}
+    for each in free:
+        if match := _CHOICE.fullmatch(each.name.lower()):
+            found.setdefault(match["stem"] or "", []).append(each.name)
+    several = [sorted(group) for group in found.values() if len(group) > 1]
+    return max(several, key=len, default=[])
 
 
 def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
-    """Return the column of labels: one with a usual name, or that with the fewest values."""
+    """Return the column of labels: one with a usual name, or that with the fewest values.
+
+    None if several have the fewest values.
+    """
+    likely = _likely_labels(_free(columns, taken), rows)
+    return likely[0].name if len(likely) == 1 else None
+
+
+def guess_any(kind: str, columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
+    """Return the only column of a kind that a task needs, whatever its name; None if unclear."""
+    free = _free(columns, taken)
+    match kind:
+        case "number":
+            fractions = [each.name for each in free if each.kind == "fraction"]
+            if fractions:
+                return fractions[0] if len(fractions) == 1 else None
+            return guess_label([each for each in free if each.kind == "number"], rows, ())
+        case "list":
+            lists = [each.name for each in free if each.kind == "list"]
+            return lists[0] if len(lists) == 1 else None
+        case _:
+            return guess_label(free, rows, ())
+
+
+def _likely_labels(columns: Iterable[Column], rows: int) -> list[Column]:
+    """Return the column of labels with a usual name, or all that have the fewest values."""
     fit = [
         each
-        for each in _free(columns, taken)
+        for each in columns
         if 2 <= each.distinct <= min(_MOST_LABELS, rows / 2)
         and each.name.lower() not in _CLIENTS.split()
     ]
-    fewest = min(((each.distinct, each.name) for each in fit), default=(0, None))[1]
-    return _named(fit, LABEL.names) or fewest
+    if (named := _named(fit, LABEL.names)) is not None:
+        return [each for each in fit if each.name == named]
+    fewest = min((each.distinct for each in fit), default=0)
+    return [each for each in fit if each.distinct == fewest]
 
 
 def guess_client(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
@@ -121,7 +226,7 @@ def guess_split(table: Dataset) -> str | None:
     return None
 
 
-def _free(columns: Iterable[Column], taken: Iterable[str]) -> list[Column]:
+def _free(columns: Iterable[Column], taken: Iterable[str | None]) -> list[Column]:
     return [column for column in columns if column.name not in set(taken)]
 
 
@@ -136,7 +241,7 @@ def _column(table: Dataset, name: str) -> Column:
 
     values = None if isinstance(table.features[name], Image) else _values(table, name)
     if values is None:
-        kind = "image" if isinstance(table.features[name], Image) else "other"
+        kind = "image" if isinstance(table.features[name], Image) else _nested(table, name)
         return Column(name, kind, 0, 0.0, kind)
     known = [value for value in values.unique().to_pylist() if value is not None]
     first = str(known[0]) if known else ""
@@ -156,6 +261,12 @@ def _values(table: Dataset, name: str) -> Any:
         return read_column(table, name, "column")
     except DataError:
         return None
+
+
+def _nested(table: Dataset, name: str) -> str:
+    """Return list for lists of texts or integers, else other."""
+    inner = str(getattr(getattr(table.features[name], "feature", None), "dtype", ""))
+    return "list" if re.fullmatch(r"(large_)?string|u?int\d+", inner) else "other"
 
 
 def _is_image(text: str) -> bool:

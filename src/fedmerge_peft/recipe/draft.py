@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import yaml
@@ -57,8 +58,8 @@ class Answers:
     task: str
     path: str
     model: str
-    columns: dict[str, str] = field(default_factory=dict)
-    """Columns by the task's key, such as ``text`` and ``label``."""
+    columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    """Column, or columns, by the task's key, such as ``text`` and ``label``."""
     client: str | None = None
     """Column whose values are the clients; None to assign the rows at random."""
     clients: int = 4
@@ -69,8 +70,8 @@ class Answers:
 def draft(answers: Answers) -> str:
     """Return the YAML of a recipe, with comments."""
     columns = [
-        f"  {key}: {scalar(column)}   # {_about(answers.task, key)}"
-        for key, column in answers.columns.items()
+        f"  {key}: {_value(own)}   # {_about(answers.task, key)}"
+        for key, own in answers.columns.items()
     ]
     if answers.client is not None:
         about = printable(f"one client for each value of {answers.client}")
@@ -101,6 +102,11 @@ def _about(task: str, key: str) -> str:
     about = TASKS.sections()[task].model_fields[key].description or "column"
     first = re.split("[.:;,]", about)[0]
     return printable(f"the {first[:1].lower()}{' '.join(first[1:].split())}")
+
+
+def _value(columns: str | Sequence[str]) -> str:
+    """Return the YAML of a column, or of a list of columns."""
+    return scalar(columns) if isinstance(columns, str) else f"[{', '.join(map(scalar, columns))}]"
 
 
 def scalar(text: str) -> str:

@@ -22,8 +22,8 @@ class TokenClassificationRecipe(ImbalanceSettings, TaskRecipe):
     other_names: ClassVar[str] = "ner pos tagging token_cls named-entity-recognition"
     small_model: ClassVar[str | None] = ENCODER
     usual_columns: ClassVar[UsualColumns] = {
-        "words": named("tokens words"),
-        "tags": named("ner_tags tags pos_tags chunk_tags"),
+        "words": named("tokens words", of="list"),
+        "tags": named("ner_tags tags pos_tags chunk_tags", of="list"),
     }
 
     words: str = "tokens"

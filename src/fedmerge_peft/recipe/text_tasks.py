@@ -11,7 +11,7 @@ from fedmerge_peft.recipe.generation import GenerationSettings
 from fedmerge_peft.recipe.registered import NameIn
 from fedmerge_peft.recipe.section import Boolean, Count, CountOrZero
 from fedmerge_peft.recipe.tasks import ENCODER, LanguageMetric, TaskRecipe
-from fedmerge_peft.recipe.usual_columns import UsualColumns, named
+from fedmerge_peft.recipe.usual_columns import UsualColumn, UsualColumns, named
 
 AnswerMetric = Annotated[str, NameIn(METRICS, of=frozenset({"answers"}))]
 ChoiceMetric = Annotated[str, NameIn(METRICS, of=frozenset({"classes"}))]
@@ -27,7 +27,7 @@ class Seq2SeqLMRecipe(GenerationSettings, TaskRecipe):
     small_model: ClassVar[str | None] = "google-t5/t5-small"
     usual_columns: ClassVar[UsualColumns] = {
         "source": named("source document article src"),
-        "target": named("target summary highlights tgt"),
+        "target": named("target summary highlights tgt", of="varied"),
     }
 
     source: str = "source"
@@ -134,8 +134,9 @@ class MultipleChoiceRecipe(TaskRecipe):
     other_names: ClassVar[str] = "mc swag multichoice multiple-choice-qa"
     small_model: ClassVar[str | None] = ENCODER
     usual_columns: ClassVar[UsualColumns] = {
-        "context": named("context sent1 ctx premise article question"),
-        "choices": named("choices endings options"),
+        "context": named("context sent1 ctx premise article question question_stem goal sentence"),
+        "choices": UsualColumn("choices", "choices endings options"),
+        "start": named("sent2 question", optional=True),
         "label": named("label answer answerkey"),
     }
 

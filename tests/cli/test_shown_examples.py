@@ -126,4 +126,4 @@ def test_images_cannot_be_shown(tmp_path, capsys):
     with pytest.raises(SystemExit) as code:
         main(["data", str(tmp_path / "recipe.yaml"), "--show", "1"])
     assert code.value.code == 2
-    assert "only examples of text can be shown" in capsys.readouterr().err
+    assert "the examples of this task cannot be shown" in capsys.readouterr().err

@@ -122,9 +122,13 @@ def test_labels_are_numbers_letters_or_texts(task_of, labels):
 
 
 def test_labels_that_never_are_0_are_warned_of(task_of, caplog):
-    labels_of(task_of, rows_of([0, 2, 1, 1]))
+    def table(labels):
+        rows = {"context": ["a"] * 20, "choices": [["b", "c", "d"]] * 20}
+        return Dataset.from_dict({**rows, "label": labels * 10})
+
+    labels_of(task_of, table([0, 2]))
     assert not caplog.messages
-    labels_of(task_of, rows_of([1, 2, 1, 1]))
+    labels_of(task_of, table([1, 2]))
     assert "no row has 0 in column 'label', so the first choice is never right" in caplog.text
 
 
@@ -284,6 +288,21 @@ def test_a_run_predicts_and_reports(tmp_path, strategy):
     ):
         with pytest.raises(DataError, match=r"an input must be a dictionary such as {'context'"):
             run.predict({"north": [unfit]}, device="cpu")
+
+
+def test_each_choice_is_shown_with_its_context(task_of):
+    (shown, _, _, _) = task_of("bert", rows_of(), name=NAME).show(rows_of())
+    assert [each.role for each in shown.segments] == ["choice 0", "choice 1"]
+    assert "".join(shown.segments[1].tokens).count("reader") == 1
+    assert shown.label == "0"
+
+
+def test_a_long_input_is_refused_in_short(task_of):
+    with pytest.raises(DataError, match="an input must be") as told:
+        type(task_of("bert", rows_of(), name=NAME)).input_table(
+            task_of("bert", rows_of(), name=NAME).recipe, [], ["a" * 10_000]
+        )
+    assert len(str(told.value)) < 400
 
 
 def test_decoders_are_refused_in_one_line(tiny_models):

@@ -77,7 +77,7 @@ class MergedAdapter:
             raise RunError(
                 f"{self.run.path}: {self.run.recipe.strategy.name} mixes the predictions of its "
                 "adapters, so a client has no single adapter. Load each row of run.soup.rows as "
-                "run.soup.state_dict(row), and average their probabilities with the weights "
+                "run.soup.state_dict(row), and average their predictions with the weights "
                 "run.weights.loc[client]"
             )
 

@@ -16,6 +16,7 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import infer_labels, relabel
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,7 +131,7 @@ class Task(ABC):
         Raises:
             DataError: The task does not read texts, or the rows do not match the recipe.
         """
-        raise DataError("only examples of text can be shown; this task does not read texts")
+        raise DataError("the examples of this task cannot be shown; omit --show")
 
     @abstractmethod
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
@@ -396,4 +397,4 @@ class Task(ABC):
 def reject_inputs(invalid: Sequence[Any], expected: str) -> None:
     """Raise ``DataError`` for the first of the inputs that a task does not accept."""
     if invalid:
-        raise DataError(f"an input must be {expected}, found {invalid[0]!r}")
+        raise DataError(f"an input must be {expected}, found {shortened(repr(invalid[0]), 200)}")

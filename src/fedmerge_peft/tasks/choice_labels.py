@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MANY_ROWS = 20
+"""Number of rows from which on it is no chance that the first choice is never right."""
+
 
 def read_right(
     table: Dataset,
@@ -120,7 +123,7 @@ def _only(
 
 
 def _warn_without_zero(right: Sequence[int], column: str) -> None:
-    if right and min(right) > 0:
+    if len(right) >= _MANY_ROWS and min(right) > 0:
         logger.warning(
             "task.label: no row has 0 in column %r, so the first choice is never right; if the "
             "labels start at 1, subtract 1 from all of them",

@@ -15,6 +15,7 @@ from fedmerge_peft.tasks.base import Batch, Examples, Padding, reject_inputs
 from fedmerge_peft.tasks.choices import is_row, read_rows
 from fedmerge_peft.tasks.encoder import EncoderTask
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import pad_parts, ragged, reject_empty
 from fedmerge_peft.tasks.vocabulary import reject_unknown_ids, warn_of_unknown
 
@@ -107,6 +108,22 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],
             },
         )
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        columns = self.encode(table).columns
+        rows = zip(columns["input_ids"], columns["choices"], columns["labels"], strict=True)
+        return [
+            ShownExample(
+                [
+                    Segment(f"choice {place}", [self.processor.decode([token]) for token in own])
+                    for place, own in enumerate(
+                        map(Tensor.tolist, torch.split(ids, lengths.tolist()))
+                    )
+                ],
+                str(int(label)),
+            )
+            for ids, lengths, label in rows
+        ]
 
     def probe(self) -> Examples:
         columns = super().probe().columns

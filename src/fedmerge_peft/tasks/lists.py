@@ -19,6 +19,7 @@ from fedmerge_peft.data.columns import (
 )
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import MANY_LABELS, is_text
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,9 +73,10 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
     if pa.types.is_fixed_size_list(kind):
         entries = entries.cast(pa.list_(kind.value_type))
     elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        remedy = "store them as parquet or jsonl" if is_text(kind) else "choose another column"
         raise DataError(
-            f"{key}: column {column!r} has the type {kind}, expected lists, such as "
-            '["Ada", "lives"]; store them as parquet or jsonl'
+            f"{key}: column {column!r} has the type {shortened(str(kind), 80)}, expected lists, "
+            f'such as ["Ada", "lives"]; {remedy}'
         )
     if entries.null_count:
         row = int(np.flatnonzero(entries.is_null().to_numpy(zero_copy_only=False))[0])

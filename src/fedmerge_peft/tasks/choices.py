@@ -53,6 +53,8 @@ def read_choices(
     """
     names = None
     if not isinstance(columns, str):
+        if twice := [name for place, name in enumerate(columns) if name in columns[:place]]:
+            raise DataError(f"task.choices: names column {twice[0]!r} twice; name each choice once")
         texts = zip(*(_texts(table, column, "task.choices") for column in columns), strict=True)
         rows = [_without_missing(row, own, columns) for row, own in enumerate(texts)]
     elif {f"{columns}.text", f"{columns}.label"} <= {*_parts(table, columns).column_names}:

@@ -38,6 +38,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "prefix": clients.prefix,
     "again": again.rows,
     "head": decoder.rows,
+    "step": decoder.step,
     "rounds": clients.whole_rounds,
     "flower": flower.rows,
     "server": server.rows,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK = 2**24
+"""Most logits of a chunk in ``LabeledHead.losses``: 64 MiB in float32, 341 tokens of 49 152 words.
+"""
 
 
 class LabeledHead:
@@ -21,6 +27,8 @@ class LabeledHead:
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
+        self.unchanged = False
+        """True if the model returns the layer's output as it is, so that ``losses`` are its own."""
 
     @contextmanager
     def applied(self, labeled: Tensor) -> Iterator[None]:
@@ -29,13 +37,83 @@ class LabeledHead:
         Args:
             labeled: ``(batch, length)`` bool with n True.
         """
+        with self._reading(lambda states: states[labeled][None]):
+            yield
 
-        def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            (states,) = args
-            return (states[labeled][None],)
+    @contextmanager
+    def set_aside(self, labeled: Tensor) -> Iterator[list[Tensor]]:
+        """Keep the layer's input ``(n, width)`` inside the context, instead of computing logits.
 
-        handle = self._layer.register_forward_pre_hook(select)
+        Args:
+            labeled: As in ``applied``.
+
+        Yields:
+            A list, to which each pass of the model adds its input.
+        """
+        kept: list[Tensor] = []
+
+        def keep(states: Tensor) -> Tensor:
+            kept.append(states[labeled])
+            return states[:, :0]
+
+        with self._reading(keep):
+            yield kept
+
+    @contextmanager
+    def _reading(self, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        handle = self._layer.register_forward_pre_hook(lambda _, args: (select(*args),))
         try:
             yield
         finally:
             handle.remove()
+
+    def in_chunks(self, positions: int) -> bool:
+        """Return True if training on so many positions should use ``losses`` instead of logits."""
+        return self.unchanged and positions > self._chunk
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, CHUNK // self._layer.out_features)
+
+    def losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Compute ``-log softmax(logits)[target]`` at n positions, in chunks of ``CHUNK`` logits.
+
+        A loss depends on the state of its own position only. Its gradient is therefore computed
+        with the chunk, and multiplied in the backward pass by the gradient of what follows: the
+        weights of clients, or a preference. The matrix products are the two of whole logits.
+        ``torch.utils.checkpoint`` and ``functional.linear_cross_entropy(reduction="none")`` compute
+        the logits twice, and the sums of the latter have no weights of positions. Calling the layer
+        itself covers biases, quantized weights and autocast.
+
+        Args:
+            states: ``(n, width)``, from ``set_aside``.
+            targets: ``(n,)`` ids of tokens.
+
+        Returns:
+            ``(n,)`` in nats.
+        """
+        apply: Callable[..., Tensor] = _TokenLosses.apply
+        return apply(states, targets, self._layer, self._chunk)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Losses in chunks, each with its gradient for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, layer: nn.Linear, chunk: int) -> Tensor:
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for part, ids in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True):
+            leaf = part.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.enable_grad():
+                own = functional.cross_entropy(layer(leaf).float(), ids, reduction="none")
+            if leaf.requires_grad:
+                gradients += torch.autograd.grad(own, leaf, torch.ones_like(own))
+            losses.append(own.detach())
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream[:, None] * gradient).to(gradient), None, None, None

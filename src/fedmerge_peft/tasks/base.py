@@ -159,7 +159,7 @@ class Task(ABC):
 
         Args:
             logits: Output of ``forward``: ``(batch, classes)``, ``(batch, length, vocabulary)`` or
-                another. At the ``labeled_positions`` only: ``(n, vocabulary)``.
+                another. At ``token_targets``: ``(n, vocabulary)``, or cross-entropies ``(n,)``.
             labels: ``(batch,)`` or ``(batch, length)``; -100 marks positions without a label.
 
         Returns:
@@ -195,8 +195,8 @@ class Task(ABC):
         """
         return None
 
-    def labeled_positions(self, labels: Tensor) -> Tensor | None:
-        """Return the positions whose logits ``losses`` and ``predict`` read, bool like the labels.
+    def token_targets(self, labels: Tensor) -> Tensor | None:
+        """Return the target of each position whose logits ``losses`` and ``predict`` read, or -100.
 
         None if they need the logits of the whole batch.
         """

@@ -282,16 +282,16 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = ragged([*ids, [*ids[1][:1], *ids[1][:0:-1]]])
         return Examples({"input_ids": columns, "labels": columns, "prompt": columns})
 
-    def labeled_positions(self, labels: Tensor) -> Tensor:
-        """Return the positions before labeled tokens, ``(batch, length)`` bool."""
-        return functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    def token_targets(self, labels: Tensor) -> Tensor:
+        """Return the label of the token after each position, ``(batch, length)``."""
+        return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum ``-log softmax(logits[t - 1])[label[t]]`` over the labeled tokens t of an example.
 
         Args:
-            logits: ``(batch, length, vocabulary)`` or, at ``labeled_positions``,
-                ``(n, vocabulary)``.
+            logits: ``(batch, length, vocabulary)`` or, at the n positions of ``token_targets``,
+                ``(n, vocabulary)`` or their cross-entropies ``(n,)``.
             labels: ``(batch, length)``, not shifted; -100 marks positions without loss.
 
         Returns:

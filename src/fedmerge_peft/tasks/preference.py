@@ -208,8 +208,8 @@ class PreferenceTask(CausalLMTask):
         preferred = functional.logsigmoid(chosen - rejected)
         return -means[:, 0] - self._preference.beta * preferred, torch.ones_like(chosen)
 
-    def labeled_positions(self, labels: Tensor) -> Tensor:
-        return super().labeled_positions(_token_ids(labels))
+    def token_targets(self, labels: Tensor) -> Tensor:
+        return super().token_targets(_token_ids(labels))
 
     def count_terms(self, labels: Tensor) -> int:
         return len(labels)

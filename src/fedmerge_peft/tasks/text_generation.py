@@ -96,16 +96,19 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy of each sequence, in nats, over positions whose target is not -100.
 
     Args:
-        logits: ``(batch, length, vocabulary)`` or, at these positions only, ``(n, vocabulary)``.
+        logits: ``(batch, length, vocabulary)`` or, at these positions only, ``(n, vocabulary)`` or
+            the cross-entropies themselves, ``(n,)``.
         targets: ``(batch, length)``.
 
     Returns:
         Sums and numbers of terms, both float32 ``(batch,)``.
     """
     inside = targets != IGNORED
-    terms = functional.cross_entropy(
-        _inside(logits, inside).float(), targets[inside], reduction="none"
-    )
+    if logits.ndim == 1:
+        terms = logits
+    else:
+        scores = _inside(logits, inside).float()
+        terms = functional.cross_entropy(scores, targets[inside], reduction="none")
     by_position = terms.new_zeros(targets.shape).masked_scatter(inside, terms)
     return by_position.sum(dim=1), inside.sum(dim=1).float()
 

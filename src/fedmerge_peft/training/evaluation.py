@@ -96,11 +96,11 @@ def _joined(
 
 def _of_examples(runtime: Runtime, logits: Tensor, labels: Tensor, start: int, stop: int) -> Tensor:
     """Return the logits of consecutive examples of a batch, as a view."""
-    positions = None if runtime.head is None else runtime.task.labeled_positions(labels)
-    if positions is None:
+    targets = None if runtime.head is None else runtime.task.token_targets(labels)
+    if targets is None:
         each = len(logits) // len(labels)  # rows of an example
         return logits[start * each : stop * each]
-    ends = np.cumsum([0, *positions.reshape(len(labels), -1).sum(dim=1).tolist()])
+    ends = np.cumsum([0, *(targets != -100).view(len(labels), -1).sum(dim=1).tolist()])
     return logits[ends[start] : ends[stop]]
 
 

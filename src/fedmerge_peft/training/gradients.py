@@ -71,7 +71,7 @@ def _accumulate_one(
     total = torch.zeros((), device=runtime.device)
     for chunk, batch in zip(step, batches, strict=True):
         labels, inputs = runtime.to_device(batch)
-        logits = runtime.logits(slot.model, chunk, inputs, labels)
+        logits = runtime.logits(slot.model, chunk, inputs, labels, for_losses=True)
         losses = training_losses(runtime.task, logits, labels, [objective])[0]
         if weights is not None:
             losses = losses * weights[torch.from_numpy(chunk)].to(runtime.device)
@@ -116,7 +116,7 @@ def _accumulate_stack(
     divisors = torch.from_numpy(counts)[:, None]
     for rows, batch, weights in passes:
         labels, inputs = runtime.to_device(batch)
-        logits = runtime.logits(stack.model, rows, inputs, labels, len(stack))
+        logits = runtime.logits(stack.model, rows, inputs, labels, len(stack), for_losses=True)
         losses = training_losses(runtime.task, logits, labels, objectives)
         shares = (weights / divisors).to(losses)
         parts = (losses * shares).sum(dim=1)

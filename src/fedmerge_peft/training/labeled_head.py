@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
     """Return the head of a decoder for labeled positions; None if the model needs all positions.
 
-    A trial on two short examples decides: the losses must agree with those of a plain pass.
+    A trial on two short examples decides: the losses must agree with those of a plain pass. Another
+    sets ``LabeledHead.unchanged``: the model must return the layer's output bit for bit, unlike one
+    that scales or caps it, and the task's losses must need cross-entropies only.
 
     Args:
         runtime: Model, task and examples.
@@ -31,16 +33,18 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
     _, first = np.unique(runtime.examples.lengths[rows], return_index=True)
     chunk = runtime.parts(rows[first[:2]])[0]
     labels, inputs = runtime.to_device(runtime.collate(chunk))
-    labeled = task.labeled_positions(labels)
-    if labeled is None:
+    targets = task.token_targets(labels)
+    if targets is None:
         return None
+    labeled = targets != -100
     head = LabeledHead(layer)
     runtime.backbone.eval()
     try:
         with torch.no_grad(), runtime.accelerator.autocast():
             expected = task.losses(task.forward(model, inputs), labels)[0]
             with head.applied(labeled):
-                found = task.losses(task.forward(model, inputs)[0], labels)[0]
+                logits = task.forward(model, inputs)
+            found = task.losses(logits[0], labels)[0]
     except Exception as error:  # training reports it, with the client
         log.info("logits are computed at all positions: %s: %s", type(error).__name__, error)
         return None
@@ -49,4 +53,14 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
             "logits are computed at all positions: those of labeled ones alone change the loss"
         )
         return None
+    try:
+        with torch.no_grad(), runtime.accelerator.autocast():
+            with head.set_aside(labeled) as kept:
+                task.forward(model, inputs)
+            (states,) = kept
+            own = task.losses(head.losses(states, targets[labeled]), labels)[0]
+            same = torch.equal(layer(states[None]).to(logits), logits)
+            head.unchanged = same and torch.allclose(own, found, rtol=1e-3, atol=1e-3)
+    except Exception as error:
+        log.info("a training step has all logits at once: %s: %s", type(error).__name__, error)
     return head

@@ -130,7 +130,14 @@ class Runtime:
             yield
 
     def logits(
-        self, model: Any, rows: Indices, inputs: dict[str, Any], labels: Tensor, adapters: int = 1
+        self,
+        model: Any,
+        rows: Indices,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        adapters: int = 1,
+        *,
+        for_losses: bool = False,
     ) -> Tensor:
         """Run the model on examples and return their logits.
 
@@ -140,11 +147,13 @@ class Runtime:
             inputs: Their inputs on the device.
             labels: Their labels on the device.
             adapters: K, the number of adapters, each of which gets an equal part of the rows.
+            for_losses: True if ``Task.losses`` alone reads the result.
 
         Returns:
-            Output of ``Task.forward`` or, with ``head``, ``(labeled positions, vocabulary)``.
+            Output of ``Task.forward`` or, with ``head``, ``(labeled positions, vocabulary)``; for
+            losses, with more logits than fit into a chunk, the cross-entropies of these positions.
         """
-        labeled = None if self.head is None else self.task.labeled_positions(labels)
+        targets = None if self.head is None else self.task.token_targets(labels)
         packing = None
         if self.packed:
             packing = Packing(inputs["attention_mask"], adapters)
@@ -153,11 +162,21 @@ class Runtime:
                 "position_ids": packing.positions,
                 "use_cache": False,  # with a cache, transformers derives no mask from positions
             }
-            labeled = None if labeled is None else packing.pack(labeled)
         with self.forward_pass(rows, packing):
-            if self.head is None or labeled is None:
+            if self.head is None or targets is None:
                 logits = self.task.forward(model, inputs)
                 return logits if packing is None else packing.unpack(logits)
-            with self.head.applied(labeled):
-                logits = self.task.forward(model, inputs)[0]
-        return logits if packing is None else packing.in_order(logits, labeled)
+            inside = targets != -100
+            tokens = targets[inside]
+            labeled = inside if packing is None else packing.pack(inside)
+            in_chunks = for_losses and self.head.in_chunks(len(tokens))
+            if in_chunks:
+                with self.head.set_aside(labeled) as kept:
+                    self.task.forward(model, inputs)
+                (values,) = kept
+            else:
+                with self.head.applied(labeled):
+                    values = self.task.forward(model, inputs)[0]
+            if packing is not None:
+                values = packing.in_order(values, labeled)
+            return self.head.losses(values, tokens) if in_chunks else values

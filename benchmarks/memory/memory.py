@@ -49,6 +49,7 @@ MEASURED = {
     "Llama, 10 million": ("llama", SMALL, (8, 256, 1)),
     "GPT-2, 7 million": ("gpt2", SMALL_GPT2, (8, 256, 1)),
     "Llama, 10 million, two clients a pass": ("llama", SMALL, (4, 256, 2)),
+    "Llama, 35 million, losses in chunks": ("llama", {**SMALL, "vocab_size": 60_000}, (8, 256, 1)),
 }
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 """Environment of a measurement: the C library returns freed memory to the system at once, so that

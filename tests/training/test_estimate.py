@@ -11,6 +11,7 @@ import torch
 from fedmerge_peft import Recipe, RecipeError
 from fedmerge_peft.cli import main
 from fedmerge_peft.engines.local import LocalEngine
+from fedmerge_peft.models import labeled_head
 from fedmerge_peft.training.estimate import _pass, estimate, load_config
 
 PROGRAM = runpy.run_path(
@@ -98,6 +99,15 @@ def test_settings_change_the_memory(plain, changed, more, less):
     after = estimated(recipe().replace([changed]), length=64)
     assert all(getattr(after, part) > getattr(plain, part) for part in more)
     assert all(getattr(after, part) < getattr(plain, part) for part in less)
+
+
+def test_losses_in_chunks_need_less_memory(plain, monkeypatch):
+    size = load_config(recipe().backbone).vocab_size
+    monkeypatch.setattr(labeled_head, "CHUNK", 20 * size)
+    found = estimated(recipe(), length=64)
+    logits = 4 * 2 * 63 * size
+    assert plain.training - found.training > logits
+    assert found.evaluation == plain.evaluation
 
 
 @pytest.mark.parametrize(

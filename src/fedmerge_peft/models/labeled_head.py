@@ -96,6 +96,12 @@ class LabeledHead:
         return apply(states, targets, self._layer, self._chunk)
 
 
+def frozen_output_layer(model: Any) -> nn.Linear | None:
+    """Return the output layer of a PEFT model that is a decoder; None if it trains or has none."""
+    layer = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
+    return layer if isinstance(layer, nn.Linear) and not layer.weight.requires_grad else None
+
+
 class _TokenLosses(torch.autograd.Function):
     """Losses in chunks, each with its gradient for an upstream gradient of 1."""
 

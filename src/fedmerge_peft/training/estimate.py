@@ -22,11 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedmerge_peft.errors import BackboneError, RecipeError
+from fedmerge_peft.models.labeled_head import LabeledHead, frozen_output_layer
 from fedmerge_peft.models.peft_model import add_adapter, prepare_heads
 from fedmerge_peft.models.pretrained import model_folder
 from fedmerge_peft.models.quiet import quiet_transformers
 from fedmerge_peft.recipe.schema import BackboneRecipe, TrainingRecipe
 from fedmerge_peft.tasks import Task, task_type
+from fedmerge_peft.tasks.base import Batch
 from fedmerge_peft.tasks.tokenization import load_pretrained
 from fedmerge_peft.tasks.vocabulary import position_limit
 from fedmerge_peft.training.batching import requested_clients
@@ -279,25 +281,51 @@ def _pass(
     known = [*model.parameters(), *model.buffers()]
     known += [parameter.grad for parameter in known if parameter.grad is not None]
     ids = torch.zeros(batch, length, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+    with autocast, torch.no_grad():
+        head = _head(model, task, inputs) if train else None
     with torch.set_grad_enabled(train), _peak_of_storages(known) as peak:
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            logits = task.forward(model, inputs)
-        losses = (
-            _token_losses(logits, ids) if logits.ndim == 3 else task.losses(logits, ids[:, 0])[0]
-        )
+        with autocast:
+            if head is not None and head.in_chunks(batch * (length - 1)):
+                with head.set_aside(torch.arange(batch)) as kept:
+                    task.forward(model, inputs)
+                logits = head.losses(kept.pop()[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            else:
+                logits = task.forward(model, inputs)
         if train:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            _losses(task, logits, ids).sum().backward()  # type: ignore[no-untyped-call]
         else:
+            _losses(task, logits, ids)
             logits.argmax(dim=-1)
     return peak.bytes
 
 
-def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the losses of all tokens but the first, as ``token_losses`` if all have a loss.
+def _head(model: Any, task: Task, inputs: Batch) -> LabeledHead | None:
+    """Return the head that may compute losses in chunks; None for other models and tasks.
 
-    That function selects tokens by their labels, which tensors without data do not have.
+    ``training/labeled_head.py`` compares numbers, which tensors without data do not have.
     """
+    layer = frozen_output_layer(model)
+    if layer is None or task.token_targets(inputs["input_ids"]) is None:
+        return None
+    head, outputs = LabeledHead(layer), []
+    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    logits = task.forward(model, inputs)
+    handle.remove()
+    head.unchanged = any(output is logits for output in outputs)
+    return head
+
+
+def _losses(task: Task, logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the losses, of all tokens but the first for a language model.
+
+    ``token_losses`` selects tokens by their labels, which tensors without data do not have.
+    """
+    if logits.ndim == 1:
+        return logits
+    if logits.ndim == 2:
+        return task.losses(logits, ids[:, 0])[0]
     selected = logits[:, :-1].flatten(0, 1).float()
     return functional.cross_entropy(selected, ids[:, 1:].flatten(), reduction="none")
 

@@ -6,10 +6,9 @@ import logging
 
 import numpy as np
 import torch
-from torch import nn
 
 from fedmerge_peft.data.clients import Indices
-from fedmerge_peft.models.labeled_head import LabeledHead
+from fedmerge_peft.models.labeled_head import LabeledHead, frozen_output_layer
 from fedmerge_peft.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -27,8 +26,8 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
         rows: The rows of the table that clients hold.
     """
     task, model = runtime.task, runtime.backbone.model
-    layer = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
-    if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
+    layer = frozen_output_layer(model)
+    if layer is None:
         return None
     _, first = np.unique(runtime.examples.lengths[rows], return_index=True)
     chunk = runtime.parts(rows[first[:2]])[0]

@@ -1,4 +1,4 @@
-"""Rows e: more clients with the same examples and cohorts of 1 %; more and larger adapters."""
+"""Rows e: more clients, with the same examples or the same cohort; more and larger adapters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from timing import Row, seconds
 
 CLIENTS = (10, 1000, 10_000)
 EXAMPLES = 20_000
 ROUNDS = 5
+MANY = (10**3, 10**4, 10**5)
+"""Clients in the rows on the server with one size of cohorts."""
+COHORT, NUMBERS, SERVED = 100, 10_000, 10
+"""Clients per round, numbers in an adapter, and rounds in these rows."""
 ASKED = 4
 """Clients per round in the rows on the size of adapters."""
 SIZES = ((8, 10**5), (8, 10**6), (8, 10**7), (1, 10**7), (1, 10**8))
@@ -50,6 +55,27 @@ def rows() -> Iterator[Row]:
                 max(ratios),
                 sides,
                 wanted,
+            )
+
+
+def server() -> Iterator[Row]:
+    """e. The server's rounds with 100 clients each, saved; 8 adapters of 10^4 numbers, no model."""
+    for name in ("fedmerge", "ifca"):
+        found = {clients: _measured(f"server:{name}", clients, 2) for clients in MANY}
+        (least, fewest) = found[MANY[0]]
+        for clients in MANY[1:]:
+            memory, each = found[clients]
+            ratios = [a / b for a, b in zip(each, fewest, strict=True)]
+            sides = (
+                f"{seconds(median(each))} of processor time and {median(memory):.0f} MB, "
+                f"10^3 clients {seconds(median(fewest))} and {median(least):.0f} MB"
+            )
+            yield Row(
+                f"e. {name}: a round of 10^{round(math.log10(clients))} clients over 10^3",
+                median(ratios),
+                min(ratios),
+                max(ratios),
+                sides,
             )
 
 
@@ -93,7 +119,7 @@ def _measured(first: object, second: object, repeats: int) -> tuple[list[float],
     """Return peak memory (MB) and seconds per round, for each of ``repeats`` processes.
 
     Args:
-        first: A strategy, or a number of adapters.
+        first: A strategy, ``server:`` and its name, or a number of adapters.
         second: The number of clients, or of numbers in an adapter.
         repeats: Number of processes.
     """
@@ -126,6 +152,44 @@ def _run(strategy: str, clients: int) -> tuple[float, float]:
     )
 
 
+def _serve_many(name: str, clients: int) -> tuple[float, float]:
+    import torch
+
+    from fedmerge_peft.adapters.layout import AdapterLayout
+    from fedmerge_peft.runs.writer import RunWriter
+    from fedmerge_peft.testing import FormulaClients
+
+    shapes = [("layer.lora_A.weight", (100, NUMBERS // 100), "lora")]
+    made = FormulaClients(1, AdapterLayout.from_tensors(shapes))
+    made.sizes = [10] * clients
+    made.centres = _Centres()  # those of 10^5 clients would take 4 GB
+    strategy = f"strategy={{name: {name}, adapters: 8}}"
+    cohort = f"clients.fraction={COHORT / clients}"
+    federation = made.federation(strategy, cohort, f"rounds={SERVED}")
+    times = []
+    with TemporaryDirectory() as folder, torch.no_grad():
+        run, rounds = RunWriter(Path(folder), federation.recipe), federation.rounds()
+        for _ in range(SERVED):
+            begin = time.process_time()  # without the wait for the disk
+            run.append(next(rounds), federation.strategy)
+            times.append(time.process_time() - begin)
+    # FedMerge groups the clients after the third round.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, median(times[3:])
+
+
+class _Centres:
+    """Minima of the clients' losses, ``(P,)`` each: that of a group, plus noise of the client."""
+
+    def __getitem__(self, client: int) -> Any:
+        import torch
+
+        of_group, own = (
+            torch.randn(NUMBERS, generator=torch.Generator().manual_seed(seed))
+            for seed in (client % 8, 8 + client)
+        )
+        return of_group + 0.5 * own
+
+
 def _serve(adapters: int, size: int) -> tuple[float, float]:
     import torch
 
@@ -155,13 +219,13 @@ def _serve(adapters: int, size: int) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("first", help="a strategy, or the number of adapters")
+    parser.add_argument("first", help="a strategy, server:NAME, or the number of adapters")
     parser.add_argument("second", type=int, help="number of clients, or numbers in an adapter")
     options = parser.parse_args()
-    print(
-        *(
-            _serve(int(options.first), options.second)
-            if options.first.isdigit()
-            else _run(options.first, options.second)
-        )
-    )
+    if options.first.isdigit():
+        found = _serve(int(options.first), options.second)
+    elif options.first.startswith("server:"):
+        found = _serve_many(options.first.removeprefix("server:"), options.second)
+    else:
+        found = _run(options.first, options.second)
+    print(*found)

@@ -43,6 +43,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "flower": flower.rows,
     "server": server.rows,
     "scale": scale.rows,
+    "many": scale.server,
     "sizes": scale.sizes,
     "startup": startup.rows,
     "first_step": startup.first_step,

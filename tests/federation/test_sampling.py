@@ -51,6 +51,10 @@ def test_a_poisson_sample_draws_each_client_independently_and_across_sites_anew(
     assert sum(sizes) == pytest.approx(1000, abs=5 * (4000 * 0.25 * 0.75) ** 0.5)
     assert len(set(sizes)) > 3
     assert len({tuple(cohort(recipe, 40, 1, secret=True)) for _ in range(5)}) > 1
+    many = cohort(recipe, 100_000, 1, secret=True)
+    assert many == sorted(set(many) & set(range(100_000)))
+    rate = recipe.clients.fraction
+    assert abs(len(many) - 100_000 * rate) < 6 * (100_000 * rate * (1 - rate)) ** 0.5
 
 
 def test_a_round_without_clients_releases_noise_alone(formulas):

@@ -54,6 +54,17 @@ def test_every_client_is_served_its_weights_times_the_soup():
             )
 
 
+@pytest.mark.parametrize("name", ["fedavg", "fedmerge", "flhc", "ifca"])
+def test_plans_and_updates_do_not_compute_the_weights_of_all_clients(formulas, name, monkeypatch):
+    """With 100,000 clients, of which 100 reply, these weights take longer than all other steps."""
+    case = formulas(6)
+    strategy = case.strategy(name)
+    for _ in range(5):  # past the grouping
+        case.round(strategy)
+    monkeypatch.setattr(type(strategy), "weights", property(lambda _: pytest.fail("all weights")))
+    case.round(strategy, [1, 2])
+
+
 @pytest.mark.parametrize("name", [entry.name for entry in STRATEGIES])
 def test_a_single_plan_trains_the_served_adapter(formulas, name):
     """The round loop scores a plan's row instead of requesting the same numbers again."""

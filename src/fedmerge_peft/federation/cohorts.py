@@ -6,6 +6,7 @@ import math
 import secrets
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.util.seeds import derive
@@ -34,16 +35,18 @@ def cohort(recipe: Recipe, clients: int, round: int, *, secret: bool = False) ->
     seed = derive(recipe.seed, "cohort", round)
     generator = np.random.default_rng(seed)
     if recipe.clients.sampling == "poisson":
-        draws = (
-            [secrets.randbits(53) / 2.0**53 for _ in range(clients)]
-            if secret
-            else generator.random(clients).tolist()
-        )
-        return [client for client in range(clients) if draws[client] < recipe.clients.fraction]
+        draws = _secret_draws(clients) if secret else generator.random(clients)
+        return [int(client) for client in np.flatnonzero(draws < recipe.clients.fraction)]
     size = int(cohort_size(recipe, clients))
     if size == clients:
         return list(range(clients))
     return sorted(int(client) for client in generator.choice(clients, size, replace=False))
+
+
+def _secret_draws(count: int) -> NDArray[np.float64]:
+    """Return uniform numbers in [0, 1), ``(count,)``: 53 bits of the operating system each."""
+    bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64)
+    return (bits >> np.uint64(11)) / 2.0**53
 
 
 def amplified(recipe: Recipe) -> bool:

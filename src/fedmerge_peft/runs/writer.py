@@ -112,15 +112,13 @@ class RunWriter(RunDirectory):
         """
         with translated_write_errors(self.path / "weights") as folder:
             folder.mkdir(exist_ok=True)
-        checked.write_tensors(
-            self.path / "weights" / f"round-{record.round:05}.safetensors",
-            {"weights": strategy.weights},
-        )
+        weights = self.path / "weights" / f"round-{record.round:05}.safetensors"
+        checked.write_tensors(weights, {"weights": strategy.weights})
         hardlink(
             checkpoints.write_soup(self.path / "checkpoint", record.round, strategy.soup),
             self.path / "soup.safetensors",
         )
-        checked.write_tensors(self.path / "weights.safetensors", {"weights": strategy.weights})
+        hardlink(weights, self.path / "weights.safetensors")
         metrics = checked.append_record(
             self.path / "metrics.jsonl", record.to_dict(), self._metrics_sum
         )

@@ -72,11 +72,12 @@ def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> 
         PluginError: A plugin's strategy failed, or its soup or weights cannot be merged afterwards.
     """
     entry = STRATEGIES[name]
+    if entry.origin == "built-in":
+        strategy.update(replies)
+        return
     rows, weights = tuple(strategy.soup.rows.shape), tuple(strategy.weights.shape)
     with entry.named_in_errors("strategy"):
         strategy.update(replies)
-    if entry.origin == "built-in":
-        return
     for part, value, shape in (
         ("soup.rows", strategy.soup.rows, rows),
         ("weights", strategy.weights, weights),

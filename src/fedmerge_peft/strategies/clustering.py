@@ -30,8 +30,15 @@ class Clustering(Strategy):
 
     @property
     def weights(self) -> Tensor:
-        one_hot = membership(self.clusters, len(self.soup)).float()
-        return torch.where(self.clusters[:, None] < 0, 1 / len(self.soup), one_hot)
+        return self._weights_of(self.clusters)
+
+    def adapter(self, client: int) -> Tensor:
+        return self.soup.merge(self._weights_of(self.clusters[client, None])[0])
+
+    def _weights_of(self, clusters: Tensor) -> Tensor:
+        """Return π ``(k, d)`` of members of these clusters ``(k,)``."""
+        one_hot = membership(clusters, len(self.soup)).float()
+        return torch.where(clusters[:, None] < 0, 1 / len(self.soup), one_hot)
 
 
 class ServerClustering(Clustering):

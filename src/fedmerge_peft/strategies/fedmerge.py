@@ -193,10 +193,14 @@ class FedMerge(Strategy):
             self._mean = self.soup.merge(self.weights[self.joined].mean(dim=0))
         return self._mean
 
+    def _weights_of(self, clients: Tensor) -> Tensor:
+        """Return π of these clients, ``(k, d)``, without computing that of all m clients."""
+        logits = self.merging.logits[clients]
+        return self._softmax(logits) if self.by_block is None else self.weights[clients]
+
     def _softmax(self, logits: Tensor) -> Tensor:
-        return torch.softmax(
-            (logits / self.recipe.temperature).double() + self.shifts, dim=-1
-        ).float()
+        shifted = (logits / self.recipe.temperature).double() + self.shifts
+        return torch.softmax(shifted, dim=-1).float()
 
     def update(self, replies: Iterable[Reply]) -> None:
         replies = list(replies)
@@ -208,20 +212,18 @@ class FedMerge(Strategy):
         self.rounds += 1
         if self.trials is not None and self._warming is None:
             self._try_groups(self.trials, replies)
-        if self._warming is not None:
-            self._warming.add(clients, deltas)
+        if (warming := self._warming) is not None:
+            warming.add(clients, deltas)
             if self.rounds == self.recipe.warm_rounds:
-                self._group(self._warming)
+                self._group(warming)
                 self._warming = None
-            before = self.weights[clients].double()
-        else:
-            before = self.weights[clients].double()
+        before = self._weights_of(clients).double()
+        if warming is None:
             self._join(clients, deltas)
             self._step_weights(clients, before, deltas, sizes)
         self._balance()
-        self.soup.rows = self.server.step(
-            self.soup.rows, self._soup_gradient(clients, before, deltas, sizes)
-        )
+        gradient = self._soup_gradient(clients, before, deltas, sizes)
+        self.soup.rows = self.server.step(self.soup.rows, gradient)
         if self.own_head is not None and served is not None:
             self.own_head.update(clients, served, deltas[:, self.head])
         self._mean = None
@@ -270,9 +272,8 @@ class FedMerge(Strategy):
         if self.by_block is not None:
             combine = partial(self.aggregator.combine, sizes=sizes)
             return self.by_block.gradient(clients, deltas, combine)
-        return self.aggregator.combine(
-            deltas, before if chain_rule else self.weights[clients], sizes, normalize=not chain_rule
-        )
+        weights = before if chain_rule else self._weights_of(clients)
+        return self.aggregator.combine(deltas, weights, sizes, normalize=not chain_rule)
 
     def _group(self, updates: MeanUpdates) -> None:
         """Set the number of adapters, W and the own heads according to the warm rounds.
@@ -374,7 +375,7 @@ class FedMerge(Strategy):
         """Return the heads that these clients were sent, ``(k, h)``."""
         if self._warming is not None:  # all were sent the same one
             return self.soup.rows[:1, self.head].expand(len(clients), -1)
-        merged = self.weights[clients] @ self.soup.rows[:, self.head]
+        merged = self._weights_of(clients) @ self.soup.rows[:, self.head]
         own = self.soup.own
         return merged if own is None else merged + own.residuals[clients]
 

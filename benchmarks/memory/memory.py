@@ -73,12 +73,14 @@ def recipe(**backbone):
 
 def table() -> None:
     """Print estimates for large models."""
-    print("| model | weights | frozen weights | adapter | training step | peak | on the wire |")
-    print("|---|---|---|---|---|---|---|")
+    parts = "frozen weights | adapter | training step | evaluation | peak | on the wire"
+    print(f"| model | weights | {parts} |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         for setting, backbone in SETTINGS.items():
             found = deep_estimate(recipe(**backbone), shape)
-            sizes = [found.backbone, found.adapters, found.training, found.total]
+            passes = [found.training, found.evaluation]
+            sizes = [found.backbone, found.adapters, *passes, found.total]
             cells = " | ".join(f"{size / 1e9:.1f} GB" for size in sizes)
             print(f"| {name} | {setting} | {cells} | {found.wire / 1e6:.0f} MB |", flush=True)
 

@@ -37,10 +37,9 @@ OVERRIDES = (
 )
 PAGE = """# Further tasks
 
-FedMerge with its defaults, local training and FedAvg on the shipped recipes of entities, sets of
-labels, numbers, answers, rewriting and search. All three choose their learning rate by the range
-test; all else is the recipe's. Scores are means over the clients' test examples, after the last
-round.
+FedMerge with its defaults, local training and FedAvg on shipped recipes of further tasks. All three
+choose their learning rate by the range test; all else is the recipe's. Scores are means over the
+clients' test examples, after the last round.
 
 """
 

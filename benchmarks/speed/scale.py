@@ -48,11 +48,9 @@ def rows() -> Iterator[Row]:
                 f"client{'s' * (asked > 1)}, 10 clients {seconds(median(fewest))} for 1"
             )
             wanted = "≤ 1.1" if clients == CLIENTS[-1] else ""
-            yield Row(
+            yield Row.of(
                 f"e. {name}: peak memory of {clients} clients over 10",
-                median(ratios),
-                min(ratios),
-                max(ratios),
+                ratios,
                 sides,
                 wanted,
             )
@@ -70,11 +68,9 @@ def server() -> Iterator[Row]:
                 f"{seconds(median(each))} of processor time and {median(memory):.0f} MB, "
                 f"10^3 clients {seconds(median(fewest))} and {median(least):.0f} MB"
             )
-            yield Row(
+            yield Row.of(
                 f"e. {name}: a round of 10^{round(math.log10(clients))} clients over 10^3",
-                median(ratios),
-                min(ratios),
-                max(ratios),
+                ratios,
                 sides,
             )
 
@@ -97,11 +93,9 @@ def sizes() -> Iterator[Row]:
                 f"{seconds(median(more))} and {median(memory):.0f} MB, "
                 f"{_named(*small)} {seconds(median(less))}"
             )
-            yield Row(
+            yield Row.of(
                 f"e. {_named(*large)} over {_named(*small)}",
-                median(ratios),
-                min(ratios),
-                max(ratios),
+                ratios,
                 sides,
             )
 

@@ -41,7 +41,7 @@ def rows() -> Iterator[Row]:
         sides = ", ".join(
             f"{each} {seconds(median(taken[each]))}" for each in (name, "import torch", "python")
         )
-        yield Row(f"f. `fedmerge {name}`", median(ratios), min(ratios), max(ratios), sides, wanted)
+        yield Row.of(f"f. `fedmerge {name}`", ratios, sides, wanted)
 
 
 def first_step() -> Iterator[Row]:

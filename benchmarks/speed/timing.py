@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -22,6 +22,11 @@ class Row:
     """The times of both sides."""
     wanted: str = ""
     """The target: a lower or an upper bound."""
+
+    @classmethod
+    def of(cls, what: str, ratios: Sequence[float], sides: str, wanted: str = "") -> Row:
+        """Return the row of the ratios of all repeats."""
+        return cls(what, median(ratios), min(ratios), max(ratios), sides, wanted)
 
     def __str__(self) -> str:
         spread = f"{self.low:.2f} to {self.high:.2f}"
@@ -53,7 +58,7 @@ def faster(
     """Return the row of the ratio theirs / ours."""
     ratios = [b / a for a, b in zip(taken[ours], taken[theirs], strict=True)]
     sides = f"{ours} {seconds(median(taken[ours]))}, {theirs} {seconds(median(taken[theirs]))}"
-    return Row(what, median(ratios), min(ratios), max(ratios), sides, wanted)
+    return Row.of(what, ratios, sides, wanted)
 
 
 def seconds(value: float) -> str:

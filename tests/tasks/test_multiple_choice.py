@@ -216,6 +216,7 @@ def test_choices_may_be_in_columns_of_which_the_last_may_be_empty(task_of):
         (["A", "D", "B", "B"], r"row 1 .*: 'D' in column 'label' is none of 3 choices"),
         (["0", "", "1", "1"], r"row 1 .*: '' in column 'label' is none .*rows without a label"),
         (["0", "-1", "1", "1"], r"row 1 .*: '-1' in .* or name another split in data.test_split"),
+        (["0", "9" * 5000, "1", "1"], r"row 1 .*: '9{20,80}\S* in column 'label' is none"),
         (["0", "1", "1", "x"], r"row 3 .*: 'x' in column 'label' is none of 3 choices"),
         (["1", "3", "2", "2"], r"row 1 .*: '3' in .*; if the labels start at 1, subtract 1"),
         ([0.5, 1, 1, 1], r"task.label: column 'label' has the type double, expected numbers from"),

@@ -13,6 +13,7 @@ from fedmerge_peft.data.column_types import whole_numbers
 from fedmerge_peft.data.columns import join_values, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
+from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +85,7 @@ def _places(label: Any, choices: Sequence[str], names: Sequence[str]) -> list[in
     text = str(label).strip()
     if not text:
         return []
-    known = {text, str(int(text))} if text.isdecimal() else {text}
+    known = {text, text.lstrip("0") or "0"} if text.isdecimal() else {text}  # 01 is 1
     named = zip(choices, [*names, *[""] * len(choices)], strict=False)
     return [
         place
@@ -104,6 +105,7 @@ def _only(
     for row, places in enumerate(rows):
         if len(places) != 1:
             label, count = labels[row], len(choices[row])
+            found = shortened(repr(label), 80)
             fault = f"may be each of the choices {join_values(places)}" if places else "is none"
             remedy = f"write the number of the right choice, from 0 to {count - 1}"
             if names is not None:
@@ -116,8 +118,8 @@ def _only(
             elif names is None and str(label).strip() == str(count):
                 remedy += "; if the labels start at 1, subtract 1 from all of them"
             raise DataError(
-                f"row {row} (of the rows in use): {label!r} in column {column!r} {fault} of "
-                f"{count} choices; {remedy}"
+                f"row {row} (of the rows in use): {found} in column {column!r} {fault} "
+                f"of {count} choices; {remedy}"
             )
     return [place for (place,) in rows]
 

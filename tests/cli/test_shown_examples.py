@@ -49,7 +49,7 @@ def rows_of(values):
 
 def segments(output):
     """Return mark, role and text of each segment."""
-    lines = re.findall(r"^(loss|cut |    )  (\S+) +(.*)$", output, re.MULTILINE)
+    lines = re.findall(r"^(loss|cut |    )  (\S+(?: \d+)?) +(.*)$", output, re.MULTILINE)
     return [(mark.strip(), role, text.replace("│", "").strip()) for mark, role, text in lines]
 
 
@@ -106,6 +106,30 @@ def test_classification_shows_the_label(shown):
     assert segments(output) == [("", "text", "[CLS]fine[SEP]")]
     assert "none of 8 examples is cut" in output
     assert re.search(r"^row \d, client s[01]: \d+ tokens, label (no|yes)$", output, re.M)
+
+
+def test_question_answering_marks_the_answer_in_each_window(shown):
+    """The first window has the answer; in the others, the first token stands for no answer."""
+    context = "the colour of it is red, and all else about it is long and of no use"
+    own = {"context": context, "question": "colour?", "answers": {"text": ["red"]}}
+    own["answers"]["answer_start"] = [context.index("red")]
+    task = {"name": "question-answering", "max_length": 40, "stride": 10}
+    parts = segments(shown(rows_of(own), task, "1", model="tiny:bert"))
+    answers = {text for mark, role, text in parts if (mark, role) == ("loss", "answer")}
+    assert answers == {"red", "[CLS]"}
+    assert {role for _, role, _ in parts} >= {"window 0", "window 1", "answer"}
+    assert parts[0][2].startswith("[CLS]colour?")
+
+
+def test_sentence_embedding_shows_the_texts_of_a_row(shown):
+    own = {"anchor": "ask", "positive": "yes", "negative": "no"}
+    task = {"name": "sentence-embedding", "anchor": "anchor", "positive": "positive"}
+    output = shown(rows_of(own), {**task, "negative": "negative"}, "1", model="tiny:bert")
+    assert segments(output) == [
+        ("", "anchor", "[CLS]ask[SEP]"),
+        ("", "positive", "[CLS]yes[SEP]"),
+        ("", "negative", "[CLS]no[SEP]"),
+    ]
 
 
 def test_images_cannot_be_shown(tmp_path, capsys):

@@ -115,10 +115,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return [
             ShownExample(
                 [
-                    Segment(f"choice {place}", [self.processor.decode([token]) for token in own])
-                    for place, own in enumerate(
-                        map(Tensor.tolist, torch.split(ids, lengths.tolist()))
-                    )
+                    Segment.of(self.processor, f"choice {place}", own)
+                    for place, own in enumerate(torch.split(ids, lengths.tolist()))
                 ],
                 str(int(label)),
             )

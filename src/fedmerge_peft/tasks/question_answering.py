@@ -14,6 +14,7 @@ from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.tasks.answer_windows import Answer, AnswerWindows, read_answers
 from fedmerge_peft.tasks.base import Batch, Examples, Padding, Task, reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.text_generation import IGNORED
 from fedmerge_peft.tasks.tokenization import (
     as_bytes,
@@ -175,6 +176,25 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 "have an empty context": [r for r, text in enumerate(contexts) if not text.strip()],
             },
         )
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        """Return the windows of each row; the answer of a window without one is its first token."""
+        columns = self.encode(table).columns
+        shown = []
+        for ids, lengths, labels in zip(
+            columns["input_ids"], columns["windows"], columns["labels"], strict=True
+        ):
+            segments = []
+            windows = torch.split(ids, lengths.tolist())
+            for number, (own, (first, last)) in enumerate(zip(windows, labels, strict=True)):
+                window = f"window {number}"
+                segments += [
+                    Segment.of(self.processor, window, own[:first]),
+                    Segment.of(self.processor, "answer", own[first : last + 1], has_loss=True),
+                    Segment.of(self.processor, window, own[last + 1 :]),
+                ]
+            shown.append(ShownExample([segment for segment in segments if segment.tokens]))
+        return shown
 
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model."""

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fedmerge_peft.tasks.base import Batch, Examples, Padding, Task, reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
+from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import (
     get_pad_token_id,
     load_tokenizer,
@@ -141,6 +142,21 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 "have an empty text": sorted(empty),
             },
         )
+
+    def show(self, table: Dataset) -> list[ShownExample]:
+        columns = self.encode(table).columns
+        rows = zip(columns["input_ids"], columns["lengths"], strict=True)
+        return [
+            ShownExample(
+                [
+                    Segment.of(self.processor, key, own)
+                    for key, own in zip(
+                        self.recipe.columns, torch.split(ids, lengths.tolist()), strict=True
+                    )
+                ]
+            )
+            for ids, lengths in rows
+        ]
 
     def match_inputs(self, model: Any) -> None:
         """Check the tokenizer against the model."""

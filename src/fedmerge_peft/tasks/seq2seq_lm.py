@@ -176,8 +176,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return [
             ShownExample(
                 [
-                    Segment(role, [self.processor.decode([each]) for each in ids.tolist()], learned)
-                    for role, ids, learned in (("source", source, False), ("target", target, True))
+                    Segment.of(self.processor, "source", source),
+                    Segment.of(self.processor, "target", target, has_loss=True),
                 ]
             )
             for source, target in pairs

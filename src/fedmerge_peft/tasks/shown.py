@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,11 @@ class Segment:
     has_loss: bool = False
     is_cut: bool = False
     """True for tokens that truncation removes."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, role: str, ids: Tensor, *, has_loss: bool = False) -> Segment:
+        """Decode token ids ``(n,)`` one by one."""
+        return cls(role, [tokenizer.decode([token]) for token in ids.tolist()], has_loss)
 
 
 @dataclass(frozen=True)

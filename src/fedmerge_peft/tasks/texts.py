@@ -111,7 +111,7 @@ class TextTask(EncoderTask):
         rows = zip(examples.columns["input_ids"], examples.columns["labels"], strict=True)
         return [
             ShownExample(
-                [Segment("text", [self.processor.decode([token]) for token in ids.tolist()])],
+                [Segment.of(self.processor, "text", ids)],
                 self.named(label),
             )
             for ids, label in rows

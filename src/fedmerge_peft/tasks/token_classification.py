@@ -141,7 +141,7 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
         rows = zip(examples.columns["input_ids"], examples.columns["labels"], strict=True)
         return [
             ShownExample(
-                [Segment("text", [self.processor.decode([token]) for token in ids.tolist()])],
+                [Segment.of(self.processor, "text", ids)],
                 " ".join(self._names(labels[labels != _IGNORED])),
             )
             for ids, labels in rows

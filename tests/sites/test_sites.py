@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from fedmerge_peft.sites.config import (
 )
 from fedmerge_peft.sites.flare.provision import ALLOWED_CLASSES
 from fedmerge_peft.sites.server.job import run_job
+from fedmerge_peft.sites.server.roster import parse_label_counts
 from fedmerge_peft.sites.site.release import strictest_privacy
 from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.sites.site_data import agree_on_labels
-from fedmerge_peft.sites.wire import Message
+from fedmerge_peft.sites.wire import Message, WireError
 from fedmerge_peft.training.plan import Choose, Train, UpdatePrivacy
 
 
@@ -202,12 +204,36 @@ def test_a_site_that_connects_late_takes_part_from_then_on(smoke, federation_of,
     assert (run.label_counts.sum(axis=1) == run.clients["train"]).all()
 
 
+@pytest.mark.parametrize(
+    ("counts", "one_each", "fits"),
+    [
+        ([[2, 3]], True, True),
+        ([[2, 2]], True, False),
+        ([[5, 4]], True, False),
+        ([[5, 4]], False, True),
+        ([[0, 0]], False, True),
+        ([[6, 0]], False, False),
+        ([[2, 3, 0]], False, False),
+        ([[2, 3], [1, 1]], False, False),
+        (None, False, False),
+    ],
+)
+def test_label_counts_must_fit_the_examples(counts, one_each, fits):
+    client = SimpleNamespace(train=5)
+    message = Message("opened", {"layout": "0" * 64, "size": 1, "counts": counts})
+    if fits:
+        assert parse_label_counts(message, [client], ["a", "b"], one_each=one_each) == counts
+    else:
+        with pytest.raises(WireError, match="counts of labels do not fit"):
+            parse_label_counts(message, [client], ["a", "b"], one_each=one_each)
+
+
 def test_data_that_change_within_a_federation_are_refused(smoke, federation_of, connect):
     kit, trainers = federation_of(smoke("rounds=2", "clients.failures=skip"), 2, segment=1)
     run_federation(kit, connect(trainers))
     trainers["site-1"].summary.clients[0]["train"] += 1
     outcome, _ = run_federation(kit, connect(trainers))
-    assert "its counts of labels do not add up to its examples" in outcome.absent["site-1"]
+    assert "its counts of labels do not fit its examples" in outcome.absent["site-1"]
 
 
 def test_a_stopped_run_ends_after_a_whole_round_and_continues_from_there(

@@ -83,4 +83,7 @@ def test_a_federation_of_two_sites_equals_one_machine(
     assert torch.equal(weights, expected_weights)
     assert run.summary["final"] == local.summary["final"]
     assert run.task["labels"] == local.task["labels"]
+    assert (run.label_counts is None) == (local.label_counts is None)
+    if local.label_counts is not None:
+        assert run.label_counts.equals(local.label_counts)
     assert not (run.path / "confusion.json").exists()  # sites report scores alone

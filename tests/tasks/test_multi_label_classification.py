@@ -179,6 +179,10 @@ def test_a_run_on_images_predicts_and_exports_sets_of_labels(tiny_models, tmp_pa
         }
     )
     run = federate(recipe, tmp_path / "run", data=table)
+    first, second = (run.label_counts.loc[f"client {number}"] for number in (0, 1))
+    assert first["joy"] + first["anger"] == run.clients["train"]["client 0"]
+    assert first["anger"] == first["fear"] > 0  # an example counts for each of its labels
+    assert second["joy"] == second["anger"] == 0 < second["fear"] < run.clients["train"]["client 1"]
     picture = table[0]["image"]
     (found,) = run.predict({"client 0": [picture]}, device="cpu")["client 0"]
     pipe = run.client("client 0").pipeline(device="cpu")

@@ -98,7 +98,10 @@ class Engine(Protocol):
         """Return the inputs from which a strategy is constructed."""
 
     def label_counts(self) -> list[list[int]] | None:
-        """Count training examples by label, clients × labels; None if the task has no labels."""
+        """Count the training examples with each label, clients × labels.
+
+        An example with several labels counts for each of them. None if the task has no labels.
+        """
 
     def train_clients(
         self, round: int, assignments: Iterable[tuple[int, Assignment]]

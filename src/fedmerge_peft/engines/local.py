@@ -202,13 +202,14 @@ class LocalEngine:
         return make_strategy_context(self.backbone, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Count training examples by label, clients × labels; None unless each has one label."""
-        if self.recipe.task.label_column is None:
+        if not self.recipe.task.counts_labels:
             return None
-        ids = torch.stack(list(self.runtime.examples.columns["labels"])).numpy()
+        held = torch.stack(list(self.runtime.examples.columns["labels"])).numpy()
+        if held.ndim == 2:  # sets of labels, as 0 and 1
+            return [held[client.train].sum(axis=0).astype(int).tolist() for client in self.clients]
         labels = len(self.task.labels)
         return [
-            np.bincount(ids[client.train], minlength=labels).tolist() for client in self.clients
+            np.bincount(held[client.train], minlength=labels).tolist() for client in self.clients
         ]
 
     def train_clients(

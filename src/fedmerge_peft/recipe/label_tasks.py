@@ -107,6 +107,10 @@ class LabelSetRecipe(ImbalanceSettings, TaskRecipe):
     """Metrics. Tables and log lines show the first."""
 
     @property
+    def counts_labels(self) -> bool:
+        return True
+
+    @property
     def has_labels(self) -> bool:
         return True
 

@@ -79,6 +79,11 @@ class TaskRecipe(Section):
         return getattr(self, "label", None)
 
     @property
+    def counts_labels(self) -> bool:
+        """True if a client's distribution of labels is known from the labels of its examples."""
+        return self.label_column is not None
+
+    @property
     def has_labels(self) -> bool:
         """True if labels have names, on which sites must agree."""
         return self.label_column is not None

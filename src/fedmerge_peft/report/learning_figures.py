@@ -214,7 +214,7 @@ def _constant(name: str, value: float, series: list[Line]) -> Line:
 def _most_frequent(run: RunDirectory) -> float | None:
     """Return the mean share of the clients' most frequent label in their training examples."""
     counts = run.label_counts
-    if counts is None or not len(counts):
+    if counts is None or not len(counts) or run.recipe.task.label_column is None:
         return None
     numbers = counts.to_numpy()
     known = numbers[numbers.sum(axis=1) > 0]

@@ -160,7 +160,7 @@ def _labels(run: RunDirectory, order: NDArray[np.int64], groups: list[str]) -> I
             rows=[str(counts.index[row]) for row in order],
             columns=[str(column) for column in counts.columns],
             x="label",
-            label="share of the client's training examples",
+            label="share of the labels of the client's training examples",
             top=float(min(1.0, math.ceil(10 * shares.max(initial=0.1)) / 10)),
             groups=groups,
         ),

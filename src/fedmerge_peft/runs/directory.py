@@ -275,7 +275,7 @@ class RunDirectory:
 
     @property
     def label_counts(self) -> pd.DataFrame | None:
-        """Training examples, clients × labels; None if examples have no labels."""
+        """Training examples with each label, clients × labels; None if examples have no labels."""
         document = documents.read_labels(self.path / "labels.json", len(self._clients))
         return label_counts_frame(document, self.client_names) if document else None
 

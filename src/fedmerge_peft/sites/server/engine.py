@@ -133,14 +133,15 @@ class RemoteEngine:
             },
             backbone.shared,
         )
-        counted = None if recipe.task.label_column is None else roster.labels
+        counted = roster.labels if recipe.task.counts_labels else None
+        one_each = recipe.task.label_column is not None
         for site, message in broadcast(transport, present, open_job, timeout, absent):
             with failures_to(absent, site):
                 clients = summaries[site].clients
                 counts = (
                     None  # private sites send none
                     if recipe.privacy.mode == "local"
-                    else parse_label_counts(message, clients, counted)
+                    else parse_label_counts(message, clients, counted, one_each=one_each)
                 )
                 roster.add_clients(clients, counts)
         require_sites([site for site in present if site not in absent], absent)
@@ -162,12 +163,12 @@ class RemoteEngine:
         return make_strategy_context(self._model, len(self.clients), self.recipe.seed)
 
     def label_counts(self) -> list[list[int]] | None:
-        """Return the training examples of each label, clients × labels.
+        """Return the training examples with each label, clients × labels.
 
-        Rows of clients that have not enrolled yet are zero. None for a task whose examples do not
-        have one label each, and with ``privacy.mode: local``.
+        Rows of clients that have not enrolled yet are zero. None for a task without labels, and
+        with ``privacy.mode: local``.
         """
-        if self.recipe.task.label_column is None or self.recipe.privacy.mode == "local":
+        if not self.recipe.task.counts_labels or self.recipe.privacy.mode == "local":
             return None
         unknown = [0] * len(self.task.labels)
         entries = [self._roster.clients.get(client.name, NOT_ENROLLED) for client in self.clients]

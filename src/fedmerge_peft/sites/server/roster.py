@@ -213,29 +213,36 @@ def parse_site_summary(message: Message, clients: Sequence[str], site: str) -> E
 
 
 def parse_label_counts(
-    message: Message, clients: Sequence[EnrolledClient], labels: Sequence[str] | None
+    message: Message,
+    clients: Sequence[EnrolledClient],
+    labels: Sequence[str] | None,
+    *,
+    one_each: bool,
 ) -> list[list[int]] | None:
-    """Check and return the training examples of each label, clients × labels.
+    """Check and return the training examples with each label, clients × labels.
 
     Args:
         message: A message of kind ``opened``.
         clients: The clients in the site's summary.
-        labels: The federation's labels; None if examples do not have one label each.
+        labels: The federation's labels; None if examples have none.
+        one_each: True if an example has one label, False if it has any number.
 
     Returns:
         The counts; None without labels.
 
     Raises:
-        WireError: A field is out of range, or the counts do not sum to the training examples.
+        WireError: A field is out of range, or the counts do not fit the training examples.
     """
     counts = read_fields(Opened, message).counts
     if not labels:
         return None
     counts = counts or []
-    if [sum(row) for row in counts] != [client.train for client in clients] or any(
-        len(row) != len(labels) for row in counts
+    complete = len(counts) == len(clients) and all(len(row) == len(labels) for row in counts)
+    if not complete or not all(
+        sum(row) == client.train if one_each else max(row) <= client.train
+        for row, client in zip(counts, clients, strict=True)
     ):
-        raise WireError("its counts of labels do not add up to its examples")
+        raise WireError("its counts of labels do not fit its examples")
     return counts
 
 

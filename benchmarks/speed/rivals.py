@@ -1,0 +1,164 @@
+"""Programs in processes of their own that run a round whenever it is their turn.
+
+A program connects to the socket of the process that measures, and calls ``Turns.boundary`` before
+its first round and after each. There it waits, so that rounds of several programs alternate. All
+of them, and the processes that they start, share one core.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import mkdtemp
+
+from timing import Row, race, seconds
+
+HERE = Path(__file__).resolve().parent
+
+
+class Turns:
+    """The side of a program."""
+
+    def __init__(self, address: str) -> None:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(address)
+        self._lines = connection.makefile("rw")
+
+    def boundary(self) -> None:
+        """Report that a round ended, and wait for the next turn."""
+        self._lines.write("ready\n")
+        self._lines.flush()
+        if not self._lines.readline():
+            raise SystemExit("the measuring process has ended")
+
+
+class Program:
+    """The side of the measuring process.
+
+    ``startup`` is the time from the start of the program to the end of its first round, which is
+    not counted among the others.
+    """
+
+    def __init__(self, folder: Path, rounds: int, script: str, *arguments: str) -> None:
+        """Start ``script FOLDER ROUNDS ADDRESS ARGUMENTS`` and run its first round."""
+        scratch = Path(mkdtemp(prefix="speed-"))
+        address = str(scratch / "turns")
+        self._log = scratch / "log"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(address)
+        listener.listen(1)
+        listener.settimeout(0.5)
+        command = [sys.executable, str(HERE / script), str(folder), str(rounds), address]
+        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        begin = time.perf_counter()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=scratch,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        with listener:
+            self._lines = self._accept(listener)
+        self._wait()
+        self.round()
+        self.startup = time.perf_counter() - begin
+
+    def round(self) -> None:
+        """Run one round."""
+        self._lines.write("go\n")
+        self._lines.flush()
+        self._wait()
+
+    def end(self) -> None:
+        """Let the program end, which is expected to have run all its rounds."""
+        try:
+            self._lines.write("go\n")
+            self._lines.flush()
+            self._process.wait(120)
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _accept(self, listener: socket.socket):  # type: ignore[no-untyped-def]
+        while self._process.poll() is None:
+            try:
+                return listener.accept()[0].makefile("rw")
+            except TimeoutError:
+                continue
+        raise self._failure()
+
+    def _wait(self) -> None:
+        if self._lines.readline() != "ready\n":
+            raise self._failure()
+
+    def _failure(self) -> RuntimeError:
+        last = self._log.read_text(errors="replace")[-3000:]
+        return RuntimeError(f"a program ended early; the end of {self._log}:\n{last}")
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Confine this process, and those that it starts, to one core."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def compared(
+    folder: Path,
+    what: str,
+    rivals: Mapping[str, tuple[str, ...]],
+    wanted: Mapping[str, str],
+    repeats: int,
+) -> Iterator[Row]:
+    """Yield the rows of rounds, and of start-up with the first round, against each rival.
+
+    Args:
+        folder: Workload from ``workload.write``.
+        what: Description of the workload.
+        rivals: Script and arguments of each program.
+        wanted: Targets of the rounds.
+        repeats: Rounds of each program after its first.
+    """
+    scripts = {"ours": ("ours.py",), **rivals}
+    programs: dict[str, Program] = {}
+    with one_core():
+        try:
+            for name, script in scripts.items():
+                programs[name] = Program(folder, repeats + 1, *script)
+            sides: dict[str, Callable[[], object]] = {
+                name: program.round for name, program in programs.items()
+            }
+            taken = race(sides, repeats, warm=False)
+        finally:
+            for program in programs.values():
+                program.end()
+    startup = {name: program.startup for name, program in programs.items()}
+    for name in rivals:
+        ratios = [theirs / ours for ours, theirs in zip(taken["ours"], taken[name], strict=True)]
+        sides_of_row = f"ours {seconds(median(taken['ours']))}, {seconds(median(taken[name]))}"
+        yield Row.of(f"{name}; {what}", ratios, sides_of_row, wanted.get(name, ""))
+        ratio = startup[name] / startup["ours"]
+        yield Row(
+            f"{name}; {what}; start to end of round 1",
+            ratio, ratio, ratio, f"ours {seconds(startup['ours'])}, {seconds(startup[name])}",
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -46,6 +47,7 @@ def main(folder: str, rounds: str, address: str, manner: str) -> None:
     from flwr.simulation import run_simulation
     from rivals import Turns
 
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the name that Ray reads
     setting = programs.load(folder)
     clients = len(setting.clients)
     client_app, server_app = ClientApp(), ServerApp()

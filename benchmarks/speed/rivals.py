@@ -13,13 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import mkdtemp
 
-from timing import Row, race, seconds
+from timing import Row, faster, race
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,7 +58,8 @@ class Program:
         listener.listen(1)
         listener.settimeout(0.5)
         command = [sys.executable, str(HERE / script), str(folder), str(rounds), address]
-        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         begin = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -80,6 +82,20 @@ class Program:
         self._lines.flush()
         self._wait()
 
+    def processor_time(self) -> float:
+        """Return the processor time of the program and the processes that it started, so far."""
+        processes: dict[int, tuple[int, int]] = {}  # parent, and ticks with those of ended children
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # ended meanwhile
+                continue
+            processes[int(folder.name)] = int(fields[1]), sum(map(int, fields[11:15]))
+        own = {self._process.pid}
+        while more := {each for each in processes if processes[each][0] in own} - own:
+            own |= more
+        return sum(processes[each][1] for each in own) / os.sysconf("SC_CLK_TCK")
+
     def end(self) -> None:
         """Let the program end, which is expected to have run all its rounds."""
         try:
@@ -91,11 +107,13 @@ class Program:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        self._lines.close()
 
     def _accept(self, listener: socket.socket):  # type: ignore[no-untyped-def]
         while self._process.poll() is None:
             try:
-                return listener.accept()[0].makefile("rw")
+                with listener.accept()[0] as connection:
+                    return connection.makefile("rw")
             except TimeoutError:
                 continue
         raise self._failure()
@@ -132,6 +150,8 @@ def compared(
 ) -> Iterator[Row]:
     """Yield the rows of rounds, and of start-up with the first round, against each rival.
 
+    Processor time is that of all processes of a program; waits are not part of it.
+
     Args:
         folder: Workload from ``workload.write``.
         what: Description of the workload.
@@ -141,24 +161,26 @@ def compared(
     """
     scripts = {"ours": ("ours.py",), **rivals}
     programs: dict[str, Program] = {}
+    used: dict[str, list[float]] = {name: [] for name in scripts}
+
+    def turn(name: str) -> None:
+        before = programs[name].processor_time()
+        programs[name].round()
+        used[name].append(programs[name].processor_time() - before)
+
     with one_core():
         try:
             for name, script in scripts.items():
                 programs[name] = Program(folder, repeats + 1, *script)
-            sides: dict[str, Callable[[], object]] = {
-                name: program.round for name, program in programs.items()
-            }
-            taken = race(sides, repeats, warm=False)
+            taken = race({name: partial(turn, name) for name in scripts}, repeats, warm=False)
         finally:
             for program in programs.values():
                 program.end()
-    startup = {name: program.startup for name, program in programs.items()}
     for name in rivals:
-        ratios = [theirs / ours for ours, theirs in zip(taken["ours"], taken[name], strict=True)]
-        sides_of_row = f"ours {seconds(median(taken['ours']))}, {seconds(median(taken[name]))}"
-        yield Row.of(f"{name}; {what}", ratios, sides_of_row, wanted.get(name, ""))
-        ratio = startup[name] / startup["ours"]
-        yield Row(
-            f"{name}; {what}; start to end of round 1",
-            ratio, ratio, ratio, f"ours {seconds(startup['ours'])}, {seconds(startup[name])}",
-        )  # fmt: skip
+        for measure, times, target in (
+            ("", taken, wanted.get(name, "")),
+            (", processor time", used, ""),
+            (", start to end of round 1", {each: [programs[each].startup] for each in scripts}, ""),
+        ):
+            row = faster(f"{name}; {what}{measure}", times, "ours", name, target)
+            yield replace(row, sides=row.sides.replace(name, "theirs"))

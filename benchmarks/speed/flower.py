@@ -21,7 +21,10 @@ def rows() -> Iterator[Row]:
     from rivals import compared
     from workload import made
 
-    kept, written = "c. Flower, model kept", "c. Flower as in its LLM example"
+    kept, written = (
+        "c. rounds over Flower's simulation, model kept",
+        "c. rounds over Flower's simulation, as in its LLM example",
+    )
     rivals = {kept: ("flower.py", "kept"), written: ("flower.py", "written")}
     for what, kind, clients, batch in (
         ("MiniLM, 8 clients, batch 1", "encoder", 8, 1),

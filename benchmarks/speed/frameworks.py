@@ -13,15 +13,15 @@ STEPS, CLIENTS = 10, 2
 
 
 def rows() -> Iterator[Row]:
-    """c. Rounds against OpenFedLLM's manner, NVIDIA FLARE's simulator and pfl-research."""
+    """c. Rounds against OpenFedLLM's loop, NVIDIA FLARE's simulator and pfl-research."""
     from rivals import compared
     from workload import made
 
-    rivals = {"c. OpenFedLLM's manner": ("openfedllm.py",)}
+    rivals = {"c. rounds over OpenFedLLM's loop": ("openfedllm.py",)}
     if find_spec("nvflare") is not None:
-        rivals["c. NVIDIA FLARE's simulator"] = ("flare.py",)
+        rivals["c. rounds over NVIDIA FLARE's simulator"] = ("flare.py",)
     if find_spec("pfl") is not None:
-        rivals["c. pfl-research"] = ("pfl_research.py",)
+        rivals["c. rounds over pfl-research"] = ("pfl_research.py",)
     for what, kind, batch in (
         (f"MiniLM, {CLIENTS} clients, batch 8", "encoder", 8),
         (f"decoder, {CLIENTS} clients, batch 4", "decoder", 4),

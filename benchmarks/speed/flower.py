@@ -42,6 +42,8 @@ def main(folder: str, rounds: str, address: str, manner: str) -> None:
     A client keeps the model of its worker and trains in a loop (``kept``), or loads the model and
     makes a Trainer, as in FlowerTune LLM (``written``).
     """
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when flwr is imported
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the name that Ray reads
     import programs
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -50,7 +52,6 @@ def main(folder: str, rounds: str, address: str, manner: str) -> None:
     from flwr.simulation import run_simulation
     from rivals import Turns
 
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the name that Ray reads
     setting = programs.load(folder)
     clients = len(setting.clients)
     client_app, server_app = ClientApp(), ServerApp()

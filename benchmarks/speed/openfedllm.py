@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from programs import (
     Setting,
     State,
@@ -29,10 +30,9 @@ def run_round(model, setting: Setting, shared: State) -> State:  # type: ignore[
         train_with_trainer(model, setting, client)
         states.append(adapter(model))
     sizes = [size(setting, client) for client in range(len(setting.clients))]
+    weights = torch.tensor(sizes) / sum(sizes)
     mean = {
-        name: sum(
-            state[name] * (count / sum(sizes)) for state, count in zip(states, sizes, strict=True)
-        )
+        name: torch.tensordot(weights, torch.stack([state[name] for state in states]), dims=1)
         for name in shared
     }
     set_adapter(model, mean)

@@ -8,6 +8,7 @@ of them, and the processes that they start, share one core.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,7 +51,7 @@ class Program:
 
     def __init__(self, folder: Path, rounds: int, script: str, *arguments: str) -> None:
         """Start ``script FOLDER ROUNDS ADDRESS ARGUMENTS`` and run its first round."""
-        scratch = Path(mkdtemp(prefix="speed-"))
+        self._scratch = scratch = Path(mkdtemp(prefix="speed-"))
         address = str(scratch / "turns")
         self._log = scratch / "log"
         listener = socket.socket(socket.AF_UNIX)
@@ -108,6 +109,7 @@ class Program:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._lines.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _accept(self, listener: socket.socket):  # type: ignore[no-untyped-def]
         while self._process.poll() is None:

@@ -2,119 +2,95 @@
 
 from __future__ import annotations
 
-import time
+import os
+import sys
 from collections.abc import Iterator
-from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
-from statistics import median
 
-import numpy as np
-from setting import Plain, engine, rounds
-from timing import Row, faster, race
+from timing import Row
 
-CLIENTS, EXAMPLES, TESTS, BATCH = 16, 8, 4, 8
-ROUNDS = 3
+REPEATS = 3
+STEPS = 10
+"""Steps of a client in a round, as in Flower's example FlowerTune LLM."""
 
 
 def rows() -> Iterator[Row]:
-    """c. A round of 16 clients against Flower's simulation: same work, one core, cached models."""
+    """c. Rounds against Flower's simulation: a kept model, or one that each client loads."""
     if find_spec("flwr") is None or find_spec("ray") is None:
         return
-    for batch in (1, BATCH):
-        ours = engine(
-            CLIENTS, EXAMPLES, f"training.batch_size={batch}", "evaluation.every=1", tests=TESTS
-        )
-        federation = rounds(ours).rounds()
-        next(federation)
-        before = race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]
-        theirs = simulated(batch)
-        after = race({"round": partial(next, federation)}, ROUNDS, warm=False)["round"]
-        taken = {
-            "round": [median(pair) for pair in zip(before, after, strict=True)],
-            "Flower": theirs,
-        }
-        many = ours.clients_per_batch
-        yield faster(
-            f"c. a round of 16 clients over Flower's simulation; batch {batch}, "
-            f"{many} client{'s' * (many > 1)} a pass",
-            taken, "round", "Flower", "≥ 3",
-        )  # fmt: skip
+    from rivals import compared
+    from workload import made
+
+    kept, written = (
+        "c. rounds over Flower's simulation, model kept",
+        "c. rounds over Flower's simulation, as in its LLM example",
+    )
+    rivals = {kept: ("flower.py", "kept"), written: ("flower.py", "written")}
+    for what, kind, clients, batch in (
+        ("MiniLM, 8 clients, batch 1", "encoder", 8, 1),
+        ("MiniLM, 2 clients, batch 8", "encoder", 2, 8),
+        ("decoder, 2 clients, batch 4", "decoder", 2, 4),
+    ):
+        wanted = {written: "≥ 5", **({kept: "≥ 3"} if batch == 1 else {})}
+        with made(kind, clients, STEPS, batch) as folder:
+            yield from compared(folder, what, rivals, wanted, REPEATS)
 
 
-def simulated(batch: int) -> list[float]:
-    """Return the seconds of each round except the first, in which the workers load the model."""
-    from flwr.client import ClientApp, NumPyClient
-    from flwr.common import ndarrays_to_parameters
-    from flwr.server import ServerApp, ServerAppComponents, ServerConfig
-    from flwr.server.strategy import FedAvg
+def main(folder: str, rounds: str, address: str, manner: str) -> None:
+    """Run FedAvg, one client at a time.
+
+    A client keeps the model of its worker and trains in a loop (``kept``), or loads the model and
+    makes a Trainer, as in FlowerTune LLM (``written``).
+    """
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when flwr is imported
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the name that Ray reads
+    import programs
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
+    from rivals import Turns
 
-    ended: list[float] = []
+    setting = programs.load(folder)
+    clients = len(setting.clients)
+    client_app, server_app = ClientApp(), ServerApp()
 
-    class Timed(FedAvg):
-        def aggregate_fit(self, *arguments):  # type: ignore[no-untyped-def]
-            aggregated = super().aggregate_fit(*arguments)
-            ended.append(time.perf_counter())
-            return aggregated
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        if manner == "kept":
+            model, own = programs.kept(folder)
+            work = programs.train_in_loop
+        else:
+            own = programs.load(folder)
+            model, work = programs.new_model(own), programs.train_with_trainer
+        number = int(context.node_config["partition-id"])
+        programs.set_adapter(model, message.content["arrays"].to_torch_state_dict())
+        work(model, own, number)
+        metrics = MetricRecord({"num-examples": programs.size(own, number)})
+        arrays = ArrayRecord(programs.adapter(model))
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
-    def server(_):  # type: ignore[no-untyped-def]
-        plain = _loaded(batch)[0]
-        first = ndarrays_to_parameters([tensor.numpy() for tensor in plain.state().values()])
-        everyone = {
-            "min_fit_clients": CLIENTS,
-            "min_available_clients": CLIENTS,
-            "fraction_evaluate": 0.0,
-            "initial_parameters": first,
-        }
-        return ServerAppComponents(
-            strategy=Timed(**everyone), config=ServerConfig(num_rounds=ROUNDS + 1)
+    @server_app.main()
+    def serve(grid: Grid, context: Context) -> None:
+        turns = Turns(address)
+        strategy = FedAvg(
+            fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients
         )
-
-    class Client(NumPyClient):
-        def __init__(self, number: int) -> None:
-            self.plain, self.clients = _loaded(batch)
-            self.own = self.clients[number]
-
-        def fit(self, parameters, config):  # type: ignore[no-untyped-def]
-            import torch
-
-            self.plain.load(
-                {
-                    name: torch.from_numpy(np.array(value))
-                    for name, value in zip(self.plain.state(), parameters, strict=True)
-                }
-            )
-            accuracy = self.plain.evaluate([int(row) for row in self.own.test])
-            self.plain.train([int(row) for row in self.own.train])
-            return (
-                [tensor.numpy() for tensor in self.plain.state().values()],
-                self.own.size,
-                {"accuracy": accuracy},
-            )
-
-    def client(context):  # type: ignore[no-untyped-def]
-        return Client(int(context.node_config["partition-id"])).to_client()
+        result = strategy.start(
+            grid,
+            ArrayRecord(dict(setting.start)),
+            num_rounds=int(rounds),
+            evaluate_fn=lambda *_: turns.boundary(),  # called before round 1 and after each round
+        )
+        programs.save_end(folder, f"flower-{manner}", result.arrays.to_torch_state_dict())
 
     backend = {
         "init_args": {"num_cpus": 1, "log_to_driver": False},
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
     }
-    run_simulation(
-        server_app=ServerApp(server_fn=server),
-        client_app=ClientApp(client_fn=client),
-        num_supernodes=CLIENTS,
-        backend_config=backend,
-    )
-    return [after - before for before, after in pairwise(ended)]
+    run_simulation(server_app, client_app, clients, backend_config=backend)
 
 
-_KEPT: dict[int, tuple[Plain, list]] = {}
-
-
-def _loaded(batch: int):  # type: ignore[no-untyped-def]
-    """Load model and examples once per process."""
-    if batch not in _KEPT:
-        ours = engine(CLIENTS, EXAMPLES, f"training.batch_size={batch}", tests=TESTS)
-        _KEPT[batch] = Plain(ours), list(ours.clients)
-    return _KEPT[batch]
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -108,7 +108,7 @@ class Plain:
         self.accelerator = Accelerator(cpu=True)
         with TemporaryDirectory() as folder:
             loaded = AutoModelForSequenceClassification.from_pretrained(
-                model_folder(engine.recipe.backbone.model, Path(folder))
+                model_folder(engine.recipe.backbone, Path(folder))
             )
         wanted = engine.recipe.lora
         config = LoraConfig(

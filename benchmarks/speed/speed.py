@@ -5,7 +5,7 @@
     python benchmarks/speed/speed.py --write        # update benchmarks/results/speed.md
 
 Rows that are not named keep their text in that file. Row ``flower`` needs flwr[simulation] and is
-skipped without it.
+skipped without it. Row ``frameworks`` leaves out nvflare and pfl if they are not installed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import again
 import clients
 import decoder
 import flower
+import frameworks
 import scale
 import server
 import startup
@@ -41,6 +42,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "step": decoder.step,
     "rounds": clients.whole_rounds,
     "flower": flower.rows,
+    "frameworks": frameworks.rows,
     "server": server.rows,
     "scale": scale.rows,
     "many": scale.server,
@@ -52,9 +54,9 @@ _HEAD = """# Speed
 
 A ratio is the time of the alternative over the time of this package. In the rows on memory and on
 the size of adapters, it is the cost of the larger case over the cost of the smaller one. Both sides
-alternate in one process. The ratio is the median over the repeats, with the smallest and the
-largest. The model is MiniLM (22 M parameters) with 32 tokens per example and LoRA of rank 8 on
-query and value.
+alternate in one process, or in processes that share one core. The ratio is the median over the
+repeats, with the smallest and the largest. The model is MiniLM (22 M parameters) with 32 tokens per
+example and LoRA of rank 8 on query and value.
 """
 
 

@@ -85,9 +85,11 @@ def _plain() -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from fedmerge_peft.models.pretrained import model_folder
+    from fedmerge_peft.recipe.schema import BackboneRecipe
 
     with TemporaryDirectory() as scratch:
-        folder = model_folder("sentence-transformers/all-MiniLM-L6-v2", Path(scratch))
+        model_name = "sentence-transformers/all-MiniLM-L6-v2"
+        folder = model_folder(BackboneRecipe(model=model_name), Path(scratch))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     table = Dataset.from_dict(

@@ -90,3 +90,12 @@ def test_a_servers_round_is_measured_in_megabytes_and_seconds(benchmark):
     memory, taken = benchmark("scale")._serve(2, 1000)
     assert memory > 10
     assert 0 < taken < 10
+
+
+def test_the_plain_program_trains_the_examples_of_an_engine(benchmark):
+    setting = benchmark("setting")
+    engine = setting.engine(1, 8, model="tiny:bert")
+    plain = setting.Plain(engine)
+    before = [parameter.detach().clone() for parameter in plain.parameters]
+    assert plain.train([int(row) for row in engine.clients[0].train]) > 0
+    assert any(not torch.equal(*pair) for pair in zip(plain.parameters, before, strict=True))

@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import again
 import clients
+import compiled
 import decoder
 import flower
 import frameworks
@@ -49,6 +50,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "sizes": scale.sizes,
     "startup": startup.rows,
     "first_step": startup.first_step,
+    "compile": compiled.rows,
 }
 _HEAD = """# Speed
 

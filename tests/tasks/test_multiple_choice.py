@@ -199,7 +199,7 @@ def test_choices_may_be_in_columns_of_which_the_last_may_be_empty(task_of):
     table = rows_of(**columns).remove_columns("choices")
     task = task_of("bert", table, name=NAME, choices=[*columns])
     found = task.encode(table).columns
-    assert [len(each) for each in found["choices"]] == [2, 3, 2, 3]
+    assert [len(each) for each in found["sequences"]] == [2, 3, 2, 3]
     reference = rows_of()
     wanted = task_of("bert", reference, name=NAME).encode(reference).columns
     for name, rows in wanted.items():

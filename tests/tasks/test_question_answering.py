@@ -1,6 +1,5 @@
 """Extractive question answering: windows, losses, answers, metrics, edge cases."""
 
-import logging
 import re
 import string
 from collections import Counter
@@ -82,7 +81,7 @@ def test_windows_and_labels_are_those_of_the_example_script(tiny_models):
     columns = bench.runtime.examples.columns
     found = []
     for row in range(len(table)):
-        windows = torch.split(columns["input_ids"][row], columns["windows"][row].tolist())
+        windows = torch.split(columns["input_ids"][row], columns["sequences"][row].tolist())
         found += [
             (ids.tolist(), *label)
             for ids, label in zip(windows, columns["labels"][row].tolist(), strict=True)
@@ -91,7 +90,7 @@ def test_windows_and_labels_are_those_of_the_example_script(tiny_models):
     wanted = features(bench.task.processor, stripped)
     names = ("input_ids", "start_positions", "end_positions")
     assert found == [tuple(each[name] for name in names) for each in wanted]
-    assert [len(own) for own in columns["windows"]] == [1, 6, 1, 1, 5]
+    assert [len(own) for own in columns["sequences"]] == [1, 6, 1, 1, 5]
 
 
 def test_one_step_equals_that_of_the_trainer(tiny_models, float64, tmp_path):
@@ -144,10 +143,13 @@ def test_clients_in_one_pass_have_the_gradients_of_each_alone(tiny_models):
 
 
 @pytest.mark.equality
-def test_the_prefix_cache_is_exact_or_disabled_with_a_reason(tiny_models, caplog):
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_prefix_cache_is_exact_for_one_window_and_for_several(tiny_models, step):
     lora = {**LORA, "layers_to_transform": [1]}
-    short = rows_of(*(values[::2] for values in (QUESTIONS, CONTEXTS, TEXTS)))
-    cached, plain = (bench_of(tiny_models, short, kept, lora) for kept in (True, False))
+    table = rows_of(*(values[::step] for values in (QUESTIONS, CONTEXTS, TEXTS)))
+    cached, plain = (bench_of(tiny_models, table, kept, lora) for kept in (True, False))
+    windows = max(map(len, plain.runtime.examples.sequences))
+    assert (windows == 1) == (step == 2)
     row = plain.row()
     assert cached.runtime.cache is not None
     before = plain.backbone.layout.state_dict(row)
@@ -159,9 +161,6 @@ def test_the_prefix_cache_is_exact_or_disabled_with_a_reason(tiny_models, caplog
         )
         assert_near(found, wanted, start)
     assert cached.runtime.cache.used
-    with caplog.at_level(logging.INFO):
-        bench_of(tiny_models, None, True, lora).trained(row)
-    assert "the model's positions are not the batch's tokens" in caplog.text
 
 
 def test_the_best_span_has_the_largest_sum_of_logits(tiny_models):
@@ -172,7 +171,7 @@ def test_the_best_span_has_the_largest_sum_of_logits(tiny_models):
     answers = bench.task.answers(logits, examples, bench.rows)
     rows = logits.view(*labels.shape, -1)
     for row, answer in enumerate(answers):
-        lengths = examples.columns["windows"][row].tolist()
+        lengths = examples.columns["sequences"][row].tolist()
         places = torch.split(examples.columns["places"][row], lengths)
         sums = {
             (own[0, i] + own[1, j]).item(): (spots[i, 0].item(), spots[j, 1].item())
@@ -326,7 +325,7 @@ def test_a_question_of_more_than_half_a_window_is_cut_and_counted(task_of):
     task = task_of("bert", table, name=NAME, max_length=40, stride=8)
     examples = task.encode(table)
     assert examples.cuts["have a question of more than 18 tokens, cut"] == [0]
-    first = examples.columns["windows"][0][0]
+    first = examples.columns["sequences"][0][0]
     kinds = examples.columns["token_type_ids"][0][:first]
     assert int((kinds == 0).sum()) <= 18 + 2  # with [CLS] and [SEP]
     assert int((kinds == 1).sum()) > 8

@@ -191,7 +191,7 @@ def test_long_and_empty_texts_are_counted(tiny_models):
         "have a text of more than 8 tokens, truncated": [1],
         "have an empty text": [0, 1],
     }
-    assert max(bench.runtime.examples.columns["lengths"][1]) == 8
+    assert max(bench.runtime.examples.columns["sequences"][1]) == 8
 
 
 @pytest.mark.parametrize("column", ["anchor", "positive", "negative"])

@@ -18,13 +18,22 @@ def table_and_task():
 
     Examples are of three classes, or prompts and completions; their lengths differ. Kinds are those
     of the tiny models, ``llama-classifier``, and ``bert-TASK`` or ``vit-TASK`` for the tasks of
-    ``MADE``.
+    ``MADE``, question answering and sentence embedding.
     """
     from datasets import Dataset, Features, Image, Value
 
     def make(kind, count):
         if kind.partition("-")[2] in MADE:
             return made(kind.partition("-")[2], count)
+        texts = [f"the {WORDS[n % 7]} {'is late ' * (n % 5)}again" for n in range(count)]
+        if kind == "bert-question-answering":  # of one to four windows
+            answers = [{"text": ["again"], "answer_start": [text.index("again")]} for text in texts]
+            columns = {"context": texts, "question": ["when"] * count, "answers": answers}
+            section = {"max_length": 20, "stride": 4, "metrics": ["squad_f1"]}
+            return Dataset.from_dict(columns), {"name": "question-answering", **section}
+        if kind == "bert-sentence-embedding":
+            columns = {"anchor": texts, "positive": [*reversed(texts)]}
+            return Dataset.from_dict(columns), {"name": "sentence-embedding", "metrics": ["mrr"]}
         labels = [n % 3 for n in range(count)]
         if kind == "vit":
             features = Features({"image": Image(), "label": Value("int64")})
@@ -32,7 +41,6 @@ def table_and_task():
             data = Dataset.from_dict(columns, features=features)
             return data, {"name": "image-classification"}
         if kind in ("bert", "llama-classifier"):
-            texts = [f"the {WORDS[n % 7]} {'is late ' * (n % 5)}again" for n in range(count)]
             return Dataset.from_dict({"text": texts, "label": labels}), {
                 "name": "sequence-classification"
             }

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.base import Batch, Examples, Padding, reject_inputs
+from fedmerge_peft.tasks.base import Batch, Examples, Padding
 from fedmerge_peft.tasks.classification import Classification
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.media import MediaTask, loading_code
 from fedmerge_peft.tasks.sound import Samples, read_sounds

@@ -16,7 +16,6 @@ from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.labels import infer_labels, relabel
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample
-from fedmerge_peft.util.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,6 +28,8 @@ ComputeMetrics = Callable[[Sequence[Any], Sequence[Any]], Mapping[str, float]]
 Batch = dict[str, Tensor]
 """Keyword arguments of the model, and ``labels``."""
 
+SEQUENCES = "sequences"
+"""Column with the lengths of an example's sequences, such as texts of a pair."""
 Padding = Literal["right", "left", "none", "alone"]
 """Side on which shorter examples are padded. none: a pass has examples of one length; alone: one
 example."""
@@ -47,6 +48,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    @property
+    def sequences(self) -> Sequence[Tensor] | None:
+        """Lengths of each example's sequences in the first column; None if each is one."""
+        return self.columns.get(SEQUENCES)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -392,9 +398,3 @@ class Task(ABC):
             TypeError: The task does not generate text.
         """
         raise TypeError(f"{type(self).__name__} does not generate text")
-
-
-def reject_inputs(invalid: Sequence[Any], expected: str) -> None:
-    """Raise ``DataError`` for the first of the inputs that a task does not accept."""
-    if invalid:
-        raise DataError(f"an input must be {expected}, found {shortened(repr(invalid[0]), 200)}")

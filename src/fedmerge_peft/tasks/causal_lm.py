@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import DataError, RecipeError
 from fedmerge_peft.recipe.metrics import compares
-from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
+from fedmerge_peft.tasks.base import Batch, Examples
 from fedmerge_peft.tasks.chat_messages import parse_prompt, read_chats
 from fedmerge_peft.tasks.chat_template import name_template, set_chat_template
 from fedmerge_peft.tasks.chat_tokens import ChatTokens, Row
 from fedmerge_peft.tasks.generation import TextGenerator, generation_options
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import ShownExample, split_into_segments
 from fedmerge_peft.tasks.text_formats import (

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmerge_peft.errors import BackboneError, DataError
-from fedmerge_peft.tasks.base import Batch, Examples, reject_inputs
+from fedmerge_peft.tasks.base import Batch, Examples
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.media import MediaTask, loading_code
 from fedmerge_peft.tasks.pictures import read_images

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.tasks.base import Batch, Examples, Padding, reject_inputs
+from fedmerge_peft.tasks.base import SEQUENCES, Batch, Examples, Padding
 from fedmerge_peft.tasks.choices import is_row, read_rows
 from fedmerge_peft.tasks.encoder import EncoderTask
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import pad_parts, ragged, reject_empty
@@ -97,7 +98,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Examples(
             {
                 **{name: ragged(rows) for name, rows in flat.items()},
-                "choices": ragged([[*map(len, own)] for own in ids]),
+                SEQUENCES: ragged([[*map(len, own)] for own in ids]),
                 "labels": list(torch.tensor(right).unbind()),
             },
             {
@@ -111,7 +112,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     def show(self, table: Dataset) -> list[ShownExample]:
         columns = self.encode(table).columns
-        rows = zip(columns["input_ids"], columns["choices"], columns["labels"], strict=True)
+        rows = zip(columns["input_ids"], columns[SEQUENCES], columns["labels"], strict=True)
         return [
             ShownExample(
                 [
@@ -127,13 +128,13 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = super().probe().columns
         lengths = ragged([[len(ids)] * 2 for ids in columns["input_ids"]])
         twice = {name: [own.repeat(2) for own in columns[name]] for name in self._columns}
-        return Examples({**twice, "choices": lengths, "labels": columns["labels"]})
+        return Examples({**twice, SEQUENCES: lengths, "labels": columns["labels"]})
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Pad and stack the choices, ``(batch, choices, longest)``, and ``labels`` ``(batch,)``."""
         rows = {name: [own[index] for index in indices] for name, own in examples.columns.items()}
         type_id = self.processor.pad_token_type_id
-        parts = pad_parts(rows, rows["choices"], self.pad_token_id, type_id)
+        parts = pad_parts(rows, rows[SEQUENCES], self.pad_token_id, type_id)
         batch = {name: own.view(len(indices), -1, own.shape[1]) for name, own in parts.items()}
         return {**batch, "labels": torch.stack(rows["labels"])}
 
@@ -166,6 +167,6 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Sequence[dict[str, Any]]:
         """Return the place of the most likely choice, its probability, and those of all choices."""
-        counts = [len(examples.columns["choices"][index]) for index in indices]
+        counts = [len(examples.columns[SEQUENCES][index]) for index in indices]
         every = [own[:n].softmax(dim=0).tolist() for own, n in zip(logits, counts, strict=True)]
         return [{"choice": own.index(max(own)), "score": max(own), "scores": own} for own in every]

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from fedmerge_peft.errors import BackboneError
 from fedmerge_peft.tasks.answer_windows import Answer, AnswerWindows, read_answers
-from fedmerge_peft.tasks.base import Batch, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.base import SEQUENCES, Batch, Examples, Padding, Task
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.text_generation import IGNORED
@@ -148,7 +149,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         warn_of_unknown(ids, self.processor)
         columns = {
             "input_ids": ragged(ids),
-            "windows": ragged([[len(window.ids) for window in row] for row in rows]),
+            SEQUENCES: ragged([[len(window.ids) for window in row] for row in rows]),
             "labels": [torch.tensor([window.label for window in row]) for row in rows],
             "places": [
                 torch.tensor([place for window in row for place in window.places]) for row in rows
@@ -182,7 +183,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = self.encode(table).columns
         shown = []
         for ids, lengths, labels in zip(
-            columns["input_ids"], columns["windows"], columns["labels"], strict=True
+            columns["input_ids"], columns[SEQUENCES], columns["labels"], strict=True
         ):
             segments = []
             windows = torch.split(ids, lengths.tolist())
@@ -210,7 +211,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             columns["token_type_ids"] = ragged([*types, types[1]])
         lengths = [[each.numel()] for each in columns["input_ids"]]
         labels = torch.zeros(3, 1, 2, dtype=torch.int64)
-        return Examples({**columns, "windows": ragged(lengths), "labels": list(labels.unbind())})
+        return Examples({**columns, SEQUENCES: ragged(lengths), "labels": list(labels.unbind())})
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Pad and stack the windows of examples.
@@ -224,7 +225,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             name: [values[index] for index in indices] for name, values in examples.columns.items()
         }
         type_of_padding = self.processor.pad_token_type_id
-        batch = pad_parts(rows, rows["windows"], self.pad_token_id, type_of_padding)
+        batch = pad_parts(rows, rows[SEQUENCES], self.pad_token_id, type_of_padding)
         batch["labels"] = pad(rows["labels"], IGNORED)
         return batch
 
@@ -289,7 +290,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     def _best(self, logits: Tensor, examples: Examples, index: int) -> dict[str, Any]:
         columns = examples.columns
-        lengths = columns["windows"][index].tolist()
+        lengths = columns[SEQUENCES][index].tolist()
         best, null = Answer("", -torch.inf, 0.0), Answer("", torch.inf, 0.0)
         context = from_bytes(columns["context"][index])
         for window, ids, places in zip(

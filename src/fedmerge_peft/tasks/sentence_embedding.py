@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedmerge_peft.tasks.base import Batch, Examples, Padding, Task, reject_inputs
+from fedmerge_peft.tasks.base import SEQUENCES, Batch, Examples, Padding, Task
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import (
@@ -134,7 +135,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         return Examples(
             {
                 "input_ids": ragged([[*chain(*row)] for row in rows]),
-                "lengths": ragged([[len(ids) for ids in row] for row in rows]),
+                SEQUENCES: ragged([[len(ids) for ids in row] for row in rows]),
                 "labels": ragged([[number[text] for text in row] for row in zip(*columns)]),  # noqa: B905
             },
             {
@@ -145,7 +146,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     def show(self, table: Dataset) -> list[ShownExample]:
         columns = self.encode(table).columns
-        rows = zip(columns["input_ids"], columns["lengths"], strict=True)
+        rows = zip(columns["input_ids"], columns[SEQUENCES], strict=True)
         return [
             ShownExample(
                 [
@@ -167,7 +168,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         ids = self.processor(texts)["input_ids"]
         columns = ragged([*ids, [*ids[1][:1], *ids[1][-2:0:-1], *ids[1][-1:]]])
         lengths = ragged([[len(each)] for each in columns])
-        return Examples({"input_ids": columns, "lengths": lengths, "labels": lengths})
+        return Examples({"input_ids": columns, SEQUENCES: lengths, "labels": lengths})
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:
         """Pad and stack the texts of examples.
@@ -180,7 +181,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         texts = [
             text
             for index in indices
-            for text in torch.split(columns["input_ids"][index], columns["lengths"][index].tolist())
+            for text in torch.split(columns["input_ids"][index], columns[SEQUENCES][index].tolist())
         ]
         batch = pad_tokens(texts, self.pad_token_id, "right")
         return {**batch, "labels": torch.stack([columns["labels"][index] for index in indices])}

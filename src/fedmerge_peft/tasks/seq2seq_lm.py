@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedmerge_peft.errors import BackboneError, DataError
 from fedmerge_peft.recipe.metrics import compares
-from fedmerge_peft.tasks.base import Batch, Examples, Padding, reject_inputs
+from fedmerge_peft.tasks.base import Batch, Examples, Padding
 from fedmerge_peft.tasks.generation import TextGenerator
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.predictions import Compared
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.text_generation import (

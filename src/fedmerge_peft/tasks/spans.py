@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedmerge_peft.data.columns import did_you_mean, join_values
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.base import reject_inputs
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table, reject_nulls
 from fedmerge_peft.tasks.tagged_words import TaggedText, TagSource
 from fedmerge_peft.tasks.tokenization import read_texts

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge_peft.errors import DataError
-from fedmerge_peft.tasks.base import reject_inputs
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table, is_text
 from fedmerge_peft.tasks.lists import encode_lists, infer_list_labels, read_lists, relabel_lists
 

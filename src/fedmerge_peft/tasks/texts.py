@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from fedmerge_peft.tasks.base import Examples, reject_inputs
+from fedmerge_peft.tasks.base import Examples
 from fedmerge_peft.tasks.encoder import EncoderTask, loading_code
+from fedmerge_peft.tasks.inputs import reject_inputs
 from fedmerge_peft.tasks.labels import blank_table
 from fedmerge_peft.tasks.shown import Segment, ShownExample
 from fedmerge_peft.tasks.tokenization import ragged, read_texts, reject_empty

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +76,7 @@ class PrefixCache:
         self.used = False
         """True after a trial that found the cache to be exact."""
         self._lengths = np.zeros(len(examples), dtype=np.int64)
-        """Positions of each example."""
+        """Positions of each example, in all of its sequences."""
         self._parts: list[Indices] = []
         """Rows of the batches whose states are computed in one pass."""
         self._states: dict[int, Tensor] = {}
@@ -155,8 +156,8 @@ class PrefixCache:
         on_device = {name: tensor.to(self._backbone.device) for name, tensor in inputs.items()}
         with torch.no_grad():
             states = prefix.states(lambda: self._task.forward(self._backbone.model, on_device))
-        pairs = zip(states, self._lengths[rows].tolist(), strict=True)
-        return torch.cat([own[:length] for own, length in pairs])
+        lengths = chain(*self._sequence_lengths(rows))
+        return torch.cat([own[:length] for own, length in zip(states, lengths, strict=True)])
 
     def _key(self, inputs: Batch) -> str:
         """Return a digest of all that the bits of the states depend on."""
@@ -164,15 +165,28 @@ class PrefixCache:
         return digest([self._identity, *computation(self._backbone.device), *content]).hex()
 
     def _read(self, rows: Indices) -> Tensor:
-        """Return the states of a batch, ``(batch, length, width)``; zeros for padding."""
-        places = zip(
+        """Return the states of a batch, ``(sequences, length, width)``; zeros for padding."""
+        views: list[Tensor] = []
+        for part, start, total, lengths in zip(
             self._part_of[rows].tolist(),
             self._starts[rows].tolist(),
             self._lengths[rows].tolist(),
+            self._sequence_lengths(rows),
             strict=True,
-        )
-        views = [self._states[part][start : start + length] for part, start, length in places]
+        ):
+            views += torch.split(self._states[part][start : start + total], lengths)
         return pad_sequence(views, batch_first=True)
+
+    def _sequence_lengths(self, rows: Indices) -> list[list[int]]:
+        """Return the positions of each sequence of these examples.
+
+        All have as many sequences as the example with the most; the further ones are empty.
+        """
+        if self._examples.sequences is None:
+            return [[length] for length in self._lengths[rows].tolist()]
+        held = [self._examples.sequences[row].tolist() for row in rows]
+        most = max(map(len, held))
+        return [own + [0] * (most - len(own)) for own in held]
 
     # ---- the trial -------------------------------------------------------------------------------
 
@@ -271,19 +285,23 @@ class PrefixCache:
         """Determine the number of positions of each example.
 
         Returns:
-            Positions of the batch that are no padding, ``(batch, length)``; None if its positions
-            are not its tokens, padded on the right.
+            Positions of the batch that are no padding, ``(sequences, length)``; None if its
+            positions are not its tokens, padded on the right.
         """
         mask, known = inputs.get("attention_mask"), self._examples.positions
         if known is None and mask is None and len(np.unique(self._examples.lengths[held])) > 1:
             return None
         lengths = states.shape[1] if mask is None else self._examples.lengths[held]
         self._lengths[held] = lengths if known is None else known[held]
-        own = self._lengths[rows][:, None]
-        inside = torch.from_numpy(np.arange(own.max()) < own).to(states.device)
-        same = mask is None or known is not None or torch.equal(mask > 0, inside)
-        fits = states.shape[:2] == inside.shape and same
-        return inside if fits else None
+        own = torch.tensor([*chain(*self._sequence_lengths(rows))], device=states.device)
+        inside = torch.arange(int(own.max()), device=states.device) < own[:, None]
+        if states.shape[:2] != inside.shape:
+            return None
+        if mask is None or known is not None:
+            return inside
+        there = own > 0  # sequences that fill up an example have a mask too
+        shaped = mask.flatten(0, -2) > 0
+        return inside if torch.equal(shaped[there], inside[there]) else None
 
     def _divide(self) -> None:
         """Divide each group into parts of similar lengths, the longest examples first."""

@@ -1,0 +1,15 @@
+"""Refusal of inputs that a task cannot predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedmerge_peft.errors import DataError
+from fedmerge_peft.util.text import shortened
+
+
+def reject_inputs(invalid: Sequence[Any], expected: str) -> None:
+    """Raise ``DataError`` for the first of the inputs that a task does not accept."""
+    if invalid:
+        raise DataError(f"an input must be {expected}, found {shortened(repr(invalid[0]), 200)}")

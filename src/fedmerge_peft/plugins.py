@@ -131,7 +131,9 @@ class Registry:
             PluginError: Another module has registered the name, or the section is registered under
                 another name.
         """
-        entry = Entry(name, code, recipe, about or _first_line(recipe) or _first_line(code), facts)
+        entry = Entry(
+            name, code, recipe, about or _first_paragraph(recipe) or _first_paragraph(code), facts
+        )
         known = self._entries.get(name)
         if known is not None and known.module != entry.module:
             raise PluginError(
@@ -178,9 +180,9 @@ def _tag(recipe: type[BaseModel], key: str, name: str) -> None:
     recipe.model_rebuild(force=True)
 
 
-def _first_line(documented: Any) -> str:
+def _first_paragraph(documented: Any) -> str:
     text = None if isinstance(documented, str) else getattr(documented, "__doc__", None)
-    return (text or "").strip().partition("\n")[0]
+    return " ".join((text or "").strip().partition("\n\n")[0].split())
 
 
 STRATEGIES = Registry("strategy", "strategies")

@@ -161,7 +161,7 @@ def test_the_json_schema_agrees_with_validate(fedmerge):
 
 
 def test_validate_states_what_it_checked(fedmerge):
-    assert "keys and values; not the data" in fedmerge("validate", "smoke")
+    assert "Not checked: the model, and the data" in fedmerge("validate", "smoke")
     out = fedmerge("validate", "smoke", "--data")
     assert re.search(r"checked: keys, values, and data \(\d+ clients; \d+ train, ", out)
 

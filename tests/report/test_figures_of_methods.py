@@ -1,5 +1,6 @@
 """Figures of several methods and clients: their order, colors, widths and intervals."""
 
+import json
 import math
 import re
 from itertools import groupby, permutations
@@ -7,12 +8,13 @@ from itertools import groupby, permutations
 import numpy as np
 import pytest
 
-from fedmerge_peft import load_run
+from fedmerge_peft import load_run, register_metric
 from fedmerge_peft.analysis.intervals import score_intervals
 from fedmerge_peft.plotting.palette import method_styles
 from fedmerge_peft.plotting.specs import Bars, Dumbbell, Lines, Spread
 from fedmerge_peft.report.figures import figures
 from fedmerge_peft.report.page import render
+from fedmerge_peft.testing import isolated_registries
 from fedmerge_peft.util import checked
 from report.made_runs import NAMES, family
 from report.parsed_page import Page
@@ -69,6 +71,17 @@ def test_intervals_are_those_of_wilson(tmp_path):
         middle = (right + z**2 / 2) / (n + z**2)
         half = z * math.sqrt(right * (n - right) / n + z**2 / 4) / (n + z**2)
         assert found[name] == pytest.approx((middle - half, middle + half), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("facts", "has_interval"), [({"per_example": True}, True), ({"range": (0, 1)}, False)]
+)
+def test_a_metric_says_whether_it_is_a_fraction_of_examples(tmp_path, facts, has_interval):
+    made = family(tmp_path / "run", NAMES, tests=20)
+    scores = json.loads(json.dumps(made.summary["final"]["served"]).replace("accuracy", "right"))
+    with isolated_registries():
+        register_metric("right", **facts)(lambda predicted, expected: 0.0)
+        assert (score_intervals(made, scores) is not None) == has_interval
 
 
 def test_rows_of_weights_are_grouped_and_groups_named(tmp_path):

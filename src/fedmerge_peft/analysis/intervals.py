@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.runs.directory import RunDirectory
 
 LEVEL = 0.95
@@ -31,9 +32,10 @@ def score_intervals(
     from scipy.stats import binomtest
 
     split, _, name = scores["metric"].partition("_")
-    labeled = run.recipe.task.label_column is not None
-    if name != "exact_match" and not (name == "accuracy" and labeled):
-        return None  # the accuracy of texts is one of tokens
+    facts = METRICS[name].facts if name in METRICS else {}
+    of_tokens = "tokens" in facts.get("of", ()) and run.recipe.task.label_column is None
+    if not facts.get("per_example") or of_tokens:
+        return None
     sizes = run.clients[split]
     intervals = {}
     for client, values in scores["clients"].items():

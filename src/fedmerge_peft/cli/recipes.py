@@ -135,7 +135,7 @@ def validate(
         settings = " ".join(f"{key}={written(value)}" for key, value in values.items())
         print(printable(f"preset {preset}: {settings}"))
     if not data:
-        print("checked: keys and values; not the data (--data checks them) and the model")
+        print("checked: keys and values. Not checked: the model, and the data (add --data)")
         return
     print(printable(_check_data(loaded)))
 
@@ -226,6 +226,8 @@ def _summary(recipe: Recipe) -> str:
     data, strategy = recipe.data, recipe.strategy
     count = getattr(strategy, "adapters", None)
     adapters = "" if count is None else f" with {count} adapters"
+    if count == "auto":
+        adapters = " with as many adapters as it finds groups"
     clients = data.partition.summary()
     names = ", ".join(baseline.name for baseline in recipe.baselines)
     baselines = f"; baselines {names}" if names else ""

@@ -269,7 +269,7 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
     if run.recipe.strategy.learned_merging:
         adapters = len(run.soup)
         if only_warm_rounds(run):
-            rounds = 2 * getattr(run.recipe.strategy, "warm_rounds", run.recipe.rounds)
+            rounds = 2 * run.recipe.strategy.rounds_with_one_adapter
             longer = shlex.join(["fedmerge", "resume", str(run.path), f"rounds={rounds}"])
             commands.append((longer, "clients are grouped after the warm rounds"))
         elif adapters > 1:

@@ -37,6 +37,15 @@ def join_values(values: Iterable[object], limit: int = SHOWN_VALUES) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def is_number(text: str) -> bool:
+    """Return True if a text is a number as tables have them: with a decimal point, in digits."""
+    try:
+        pa.scalar(text.strip()).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 def did_you_mean(wrong: object, names: Iterable[object]) -> str:
     """Return `` (did you mean x?)`` with the closest name, or an empty string."""
     close = closest(str(wrong), map(str, names))

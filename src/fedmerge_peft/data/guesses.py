@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmerge_peft.data.columns import read_column
+from fedmerge_peft.data.columns import is_number, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.recipe.usual_columns import KINDS, LABEL, NUMBER, UsualColumn
@@ -252,7 +252,7 @@ def _column(table: Dataset, name: str) -> Column:
     kind = "text" if texts else "number"
     if any(isinstance(value, float) and value % 1 for value in known):
         kind = "fraction"
-    return Column(name, kind, len(known), length, first[:40], name in texts or _is_number(name))
+    return Column(name, kind, len(known), length, first[:40], name in texts or is_number(name))
 
 
 def _values(table: Dataset, name: str) -> Any:
@@ -271,11 +271,3 @@ def _nested(table: Dataset, name: str) -> str:
 
 def _is_image(text: str) -> bool:
     return Path(text).suffix.lower() in _IMAGES
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -26,6 +26,7 @@ _register(
     "metrics",
     ("classes", "tokens"),
     {"accuracy": "Fraction of the classes or tokens that are predicted correctly."},
+    per_example=True,
 )
 _register("metrics", ("classes",), {"f1": "F1 of each class, averaged with equal weights (macro)."})
 _register(
@@ -46,10 +47,13 @@ _register(
 _register(
     "metrics",
     ("texts",),
-    {
-        "exact_match": "Fraction of the generated texts that equal the references.",
-        "rougeL": "F-measure of the longest common subsequence of words, in any script.",
-    },
+    {"exact_match": "Fraction of the generated texts that equal the references."},
+    per_example=True,
+)
+_register(
+    "metrics",
+    ("texts",),
+    {"rougeL": "F-measure of the longest common subsequence of words, in any script."},
 )
 _register(
     "text_metrics",
@@ -62,19 +66,27 @@ _register(
 _register(
     "text_metrics",
     ("answers",),
-    {
-        "squad_f1": "F1 of the words of each answer, as SQuAD's.",
-        "squad_exact_match": "Fraction of the answers that equal a reference, as SQuAD's.",
-    },
+    {"squad_f1": "F1 of the words of each answer, as SQuAD's."},
+)
+_register(
+    "text_metrics",
+    ("answers",),
+    {"squad_exact_match": "Fraction of the answers that equal a reference, as SQuAD's."},
+    per_example=True,
+)
+_register(
+    "text_metrics",
+    ("vectors",),
+    {"mrr": "Mean reciprocal rank of the nearest positive among the texts of the split."},
 )
 _register(
     "text_metrics",
     ("vectors",),
     {
-        "mrr": "Mean reciprocal rank of the nearest positive among the texts of the split.",
         "recall_at_1": "Fraction of the anchors whose nearest text is a positive.",
         "recall_at_10": "Fraction of the anchors with a positive among the 10 nearest texts.",
     },
+    per_example=True,
 )
 _register(
     "entity_metrics",
@@ -127,6 +139,7 @@ _register(
     "metrics",
     ("rewards",),
     {"reward_accuracy": "Fraction of the pairs whose chosen completion has the higher reward."},
+    per_example=True,
 )
 _register(
     "metrics",

@@ -13,6 +13,7 @@ argument of most registered classes and functions:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from inspect import isclass
@@ -105,7 +106,12 @@ def register_callback(
 
 
 def register_metric(
-    name: str, *, of: Output | tuple[Output, ...] = "classes", greater_is_better: bool = True
+    name: str,
+    *,
+    of: Output | tuple[Output, ...] = "classes",
+    greater_is_better: bool = True,
+    range: tuple[float, float] = (-math.inf, math.inf),
+    per_example: bool = False,
 ) -> Callable[[Code], Code]:
     """Register a function that scores predictions under a name, for the list ``task.metrics``.
 
@@ -121,9 +127,13 @@ def register_metric(
             ``label_sets``, lists of 0 and 1, or ``label_scores``, probabilities and lists of 0 and
             1; or ``loss``, the mean loss in nats as the only argument.
         greater_is_better: True if larger values are better.
+        range: Smallest and largest value. Scores outside it are refused across sites. Figures of
+            metrics from 0 to 1 have an axis from 0 to 1.
+        per_example: True for the fraction of examples that are predicted correctly. Tables then
+            have confidence intervals.
 
     Raises:
-        PluginError: Another module has registered the name.
+        PluginError: Another module has registered the name; an argument is out of its domain.
     """
     outputs = (of,) if isinstance(of, str) else of
     if unknown := set(outputs) - set(get_args(Output)):
@@ -135,7 +145,13 @@ def register_metric(
         raise PluginError(
             "the metric 'loss': every task already has that score; choose another name"
         )
-    return _named(METRICS, name, of=outputs, greater_is_better=greater_is_better)
+    low, high = range
+    if not low < high:
+        raise PluginError(
+            f"the metric {name!r}: range={range}, expected the smallest value before the largest"
+        )
+    facts = {"greater_is_better": greater_is_better, "range": range, "per_example": per_example}
+    return _named(METRICS, name, of=outputs, **facts)
 
 
 def register_aggregation(name: str) -> Callable[[Code], Code]:

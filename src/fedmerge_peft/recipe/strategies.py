@@ -89,6 +89,10 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     """Rounds without use after which an adapter is reassigned to part of the clients of the most
     used adapter. Default: never."""
 
+    @property
+    def rounds_with_one_adapter(self) -> int:
+        return self.warm_rounds if self.start == "warm" else 0
+
     @model_validator(mode="after")
     def _a_group_has_an_adapter(self) -> FedMergeRecipe:
         if self.groups is not None and self.adapters != "auto" and self.groups > self.adapters:
@@ -272,6 +276,10 @@ class FLHCRecipe(HeadRecipe, StrategyRecipe):
     """Distance between updates."""
     linkage: Literal["average", "complete", "single"] = "average"
     """Distance between clusters."""
+
+    @property
+    def rounds_with_one_adapter(self) -> int:
+        return self.warm_rounds
 
 
 class FedLEASERecipe(HeadRecipe, ServerRecipe):

@@ -37,6 +37,11 @@ class StrategyRecipe(Section):
     """Values of ``privacy.mode`` that protect everything that the strategy shares."""
 
     @property
+    def rounds_with_one_adapter(self) -> int:
+        """Number of rounds before clients are grouped; 0 for methods that do not group them."""
+        return 0
+
+    @property
     def private_head(self) -> bool:
         """True if the method shares all of the adapter but its head."""
         return bool(getattr(self, "head", "shared") == "private")

@@ -80,9 +80,7 @@ def _warnings(run: RunDirectory) -> Iterator[Advice]:
 
 def only_warm_rounds(run: RunDirectory) -> bool:
     """Return True if the recipe has no rounds after the warm ones."""
-    strategy = run.recipe.strategy
-    warm = getattr(strategy, "start", "warm") == "warm"
-    return warm and run.recipe.rounds <= getattr(strategy, "warm_rounds", 0)
+    return run.recipe.rounds <= run.recipe.strategy.rounds_with_one_adapter
 
 
 def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
@@ -91,8 +89,8 @@ def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
         yield Advice(
             f"all {rounds} rounds are warm rounds, in which {name} equals FedAvg",
             "clients are grouped after the warm rounds, so no adapter was trained for a group",
-            f"use more than {getattr(run.recipe.strategy, 'warm_rounds', 0)} rounds, better twice "
-            "as many, or a smaller strategy.warm_rounds",
+            f"use more than {run.recipe.strategy.rounds_with_one_adapter} rounds, better twice as "
+            "many, or a smaller strategy.warm_rounds",
         )
 
 

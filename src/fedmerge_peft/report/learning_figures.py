@@ -11,6 +11,7 @@ import numpy as np
 
 from fedmerge_peft.analysis import local_global_gap
 from fedmerge_peft.plotting.specs import Line, Lines
+from fedmerge_peft.plugins import METRICS
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Setting, readable
 from fedmerge_peft.runs.directory import RunDirectory
@@ -176,7 +177,7 @@ def _scores(setting: Setting) -> Iterator[Figure]:
             series.append(Line("finetuned", rounds, values, style=method.style, kind="second"))
     if not series:
         return
-    guess = _most_frequent(setting.methods[0].run) if metric.endswith("accuracy") else None
+    guess = _most_frequent(setting.methods[0].run) if _counts_classes(metric) else None
     if guess is not None:
         series.append(_constant("guessing", guess, series))
     name = readable(metric)
@@ -209,6 +210,13 @@ def _scores(setting: Setting) -> Iterator[Figure]:
 def _constant(name: str, value: float, series: list[Line]) -> Line:
     x = [value for line in series for value in line.x]
     return Line(name, [min(x), max(x)], [value, value], kind="reference")
+
+
+def _counts_classes(score: str) -> bool:
+    """Return True for the fraction of examples whose class is right."""
+    name = score.partition("_")[2]
+    facts = METRICS[name].facts if name in METRICS else {}
+    return bool(facts.get("per_example")) and "classes" in facts["of"]
 
 
 def _most_frequent(run: RunDirectory) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmerge_peft.analysis.comparison import REFERENCES
 from fedmerge_peft.analysis.methods import methods as method_names
 from fedmerge_peft.plotting.palette import method_styles
 from fedmerge_peft.runs.directory import RunDirectory
@@ -75,19 +76,23 @@ class Setting:
 
         local and fedavg come before others.
         """
-        order = {"local": 0, "fedavg": 1}
         seed = self.methods[0].run.recipe.seed
         scored = [each for each in self.methods[1:] if each.scores]
         paired = [each for each in scored if each.run.recipe.seed == seed]
         return sorted(
             paired or scored,
-            key=lambda each: order.get(each.run.recipe.strategy.name, len(order)),
+            key=lambda method: _order(method.run.recipe.strategy.name),
         )
 
     @property
     def reference(self) -> Method | None:
         """The first of the rivals; None without any."""
         return next(iter(self.rivals), None)
+
+
+def _order(strategy: str) -> int:
+    """Return the place of a strategy among the references; others come after them."""
+    return REFERENCES.index(strategy) if strategy in REFERENCES else len(REFERENCES)
 
 
 def settings(runs: Iterable[RunDirectory]) -> list[Setting]:

@@ -9,7 +9,7 @@ from fedmerge_peft.adapters.soup import AdapterSoup
 from fedmerge_peft.errors import PluginError, RecipeError
 from fedmerge_peft.plugins import STRATEGIES
 from fedmerge_peft.recipe.strategy_base import StrategyRecipe
-from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext
+from fedmerge_peft.strategies.base import Reply, Strategy, StrategyContext, stack_replies
 from fedmerge_peft.strategies.partly_shared import PrivateHeads
 from fedmerge_peft.strategies.server_step import fedmerge_step
 from fedmerge_peft.util.memory import shortage
@@ -21,6 +21,7 @@ __all__ = [
     "StrategyContext",
     "fedmerge_step",
     "make_strategy",
+    "stack_replies",
     "update_strategy",
 ]
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmerge_peft.data.columns import read_column
+from fedmerge_peft.data.columns import is_number, read_column
 from fedmerge_peft.errors import DataError
 from fedmerge_peft.tasks.base import Examples, Task
 from fedmerge_peft.tasks.labels import is_text, reject_nulls
@@ -135,18 +135,10 @@ def _numbers(texts: Any, column: str) -> Any:
         return pc.utf8_trim_whitespace(texts).cast(pa.float64())
     except pa.ArrowInvalid:
         for row, text in enumerate(texts.to_pylist()):
-            if not _is_number(text):
+            if not is_number(text):
                 raise DataError(
                     f"row {row} (of the rows in use): {text!r} in column {column!r} is not a "
                     "number; write numbers with a decimal point, and without units or separators "
                     "of thousands"
                 ) from None
         raise
-
-
-def _is_number(text: str) -> bool:
-    try:
-        pa.scalar(text.strip()).cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return True

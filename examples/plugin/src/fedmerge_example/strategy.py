@@ -16,7 +16,7 @@ from fedmerge_peft import (
     StrategyRecipe,
     register_strategy,
 )
-from fedmerge_peft.strategies.base import stack_replies
+from fedmerge_peft.strategies import stack_replies
 
 
 class CautiousRecipe(StrategyRecipe):

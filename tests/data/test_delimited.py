@@ -213,7 +213,7 @@ def test_files_of_another_kind_are_named(read, raw, kind):
 
 
 def test_one_nul_character_is_no_utf_16(read):
-    assert "rows.csv:2: the text has a NUL character, which is no text" in fault(
+    assert "rows.csv:2: the text has a NUL character, which is not text" in fault(
         read, "name,x\nJos\0e,1\n"
     )
 

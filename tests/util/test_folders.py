@@ -34,8 +34,8 @@ def test_special_files_are_told_and_not_opened(export):
     add_line(export, "pipe")
     add_line(export, f"inner/{SUMS}")
     assert faults(export) == [
-        f"{export / 'inner' / SUMS} is no regular file",
-        f"{export / 'pipe'} is no regular file",
+        f"{export / 'inner' / SUMS} is not a regular file",
+        f"{export / 'pipe'} is not a regular file",
     ]
 
 

@@ -41,7 +41,7 @@ def test_each_file_is_a_client(write, by):
     assert {data.table[int(row)][by] for row in data.clients[1].train} == {"south"}
 
 
-def test_types_are_told_from_all_files(write):
+def test_types_are_inferred_from_all_files(write):
     folder = write(a_csv="code,queue\n7,red\n", b_csv="code,queue\n007,red\n")
     splits = load_splits(recipe(folder / "*.csv"))
     assert splits["train"]["code"][:] == ["7", "007"]

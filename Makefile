@@ -40,7 +40,7 @@ coverage: $(INSTALLED_DEV)  ## the fast tests, and the lines of the package that
 slow: $(INSTALLED_DEV)  ## the tests that take longer
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not gpu"
 
-check: $(INSTALLED_DEV)  ## formatting, lint, types, imports between rooms, docstrings
+check: $(INSTALLED_DEV)  ## formatting, lint, types, imports between rooms, docstrings, pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -1,4 +1,8 @@
-"""Count the docstrings that open with a question word; fail if they are more than 2 %."""
+"""Check docstrings and pages.
+
+At most 2 % of the docstrings open with a question word, and prose of the pages has at most 100
+columns.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,13 @@ from pathlib import Path
 LIMIT = 0.02
 QUESTION = re.compile(r"(What|How|Where|Who|Which|Why|Whether)\b")
 """A clause that opens with one of these stands in for a noun or a verb."""
+COLUMNS = 100
+PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md")
+GENERATED = {Path("docs/recipes.md")}
+"""Pages that a program writes."""
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})")
+_NOT_PROSE = re.compile(r"\s*(\||#|<|!\[|\[!\[)|\s*([-*] )?\[[^\]]*\]\([^)]*\)[.,;]?\s*$")
+"""Tables, headings, HTML, images, and lines that are one link."""
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
@@ -32,20 +43,56 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
                 yield statement.lineno, text.strip()
 
 
-def main(folder: str) -> int:
-    """Print the offenders and the share; the exit status."""
+def long_lines(page: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line of prose with more than ``COLUMNS`` characters."""
+    fence = ""
+    for number, line in enumerate(page.splitlines(), 1):
+        if mark := _FENCE.match(line):
+            if not fence:
+                fence = mark[1]
+            elif mark[1].startswith(fence):
+                fence = ""
+        elif not fence and len(line) > COLUMNS and not _NOT_PROSE.match(line):
+            yield number, line
+
+
+def questions(root: Path) -> int:
+    """Print the share of docstrings that open with a question word; if it is too high, also which.
+
+    Returns the exit status.
+    """
     every = [
-        (path, *found) for path in sorted(Path(folder).rglob("*.py")) for found in docstrings(path)
+        (path, *found)
+        for path in sorted((root / "src").rglob("*.py"))
+        for found in docstrings(path)
     ]
-    questions = [entry for entry in every if QUESTION.match(entry[2])]
-    for path, line, text in questions if len(questions) > LIMIT * len(every) else []:
+    found = [entry for entry in every if QUESTION.match(entry[2])]
+    for path, line, text in found if len(found) > LIMIT * len(every) else []:
         print(f"{path}:{line}: {text.splitlines()[0]}")
     print(
-        f"{len(questions)} of {len(every)} docstrings open with a question word "
-        f"({len(questions) / len(every):.1%}; at most {LIMIT:.0%})"
+        f"{len(found)} of {len(every)} docstrings open with a question word "
+        f"({len(found) / max(1, len(every)):.1%}; at most {LIMIT:.0%})"
     )
-    return int(len(questions) > LIMIT * len(every))
+    return int(len(found) > LIMIT * len(every))
+
+
+def wide_pages(root: Path) -> int:
+    """Print the lines of prose that are too long. Returns the exit status."""
+    paths = sorted({path for pattern in PAGES for path in root.glob(pattern)})
+    every = [
+        f"{path}:{number}: {len(line)} columns, at most {COLUMNS}: {line[:60]}..."
+        for path in paths
+        if path.relative_to(root) not in GENERATED
+        for number, line in long_lines(path.read_text(encoding="utf-8"))
+    ]
+    print("\n".join([*every, f"{len(every)} lines of {len(paths)} pages are too long"]))
+    return int(bool(every))
+
+
+def main(root: str = ".") -> int:
+    """Check the files below ``root``; the exit status."""
+    return questions(Path(root)) | wide_pages(Path(root))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:] or ["src"]))
+    sys.exit(main(*sys.argv[1:]))

@@ -129,7 +129,10 @@ class WireError(FederateError):
 
 
 class ClientError(FedMergeError):
-    """Failure of a client, raised from the original error. Names the client and the round."""
+    """Failure of a client. The message names the client and the round.
+
+    The original error is the cause.
+    """
 
     def __init__(self, client: str, round: int, cause: str) -> None:
         self.client, self.round, self.cause = client, round, cause

@@ -75,7 +75,7 @@ def test_rounds_are_counted_until_the_mean_reaches_fedavgs_final_score(three_met
     # one round with seed 0, two with seed 1
     assert frame.loc["fedmerge", "rounds_to_target"] == 1.5
     assert frame.loc["fedavg", "rounds_to_target"] == 2
-    assert frame.loc["local", "rounds_to_target"] == math.inf  # one seed of two is no median
+    assert frame.loc["local", "rounds_to_target"] == math.inf  # one seed of two is not a median
 
 
 def test_a_lucky_first_evaluation_does_not_count(write_run, tmp_path):
@@ -179,7 +179,7 @@ def test_finetuning_and_gap_are_of_the_last_tenth_of_the_rounds(write_run):
 
 
 def test_scores_of_some_of_the_clients_are_left_out(write_run):
-    """The scores of two of four clients are no estimate of the mean over all four."""
+    """The scores of two of four clients are not an estimate of the mean over all four."""
     some, good = "clients.fraction=0.5", [0.9, 0.9]
     run = write_run(
         "run",

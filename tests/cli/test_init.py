@@ -193,15 +193,15 @@ def test_missing_answers_are_named(table, here):
     assert not list(here.glob("*.yaml"))
 
 
-def test_a_first_line_that_is_an_example_is_told(table, here):
-    told = "The first line looks like an example."
+def test_a_first_line_that_is_an_example_is_reported(table, here):
+    reported = "The first line looks like an example."
     write(here / "bare.csv", ROWS[0][:3], [row[:3] for row in ROWS if row != ROWS[0]])
-    assert told in init("bare.csv", "--yes").stdout
+    assert reported in init("bare.csv", "--yes").stdout
     write(here / "equal.csv", ROWS[0][:3], [row[:3] for row in ROWS])
     assert "or add a line of column names" in str(init("equal.csv", "--yes").exception)
     write(here / "numbers.csv", ["1", "2.5"], [("a word", 3.5), ("another", 1.5)] * 8)
-    assert told in init("numbers.csv", "--yes").stdout
-    assert told not in init(table, "--yes").stdout
+    assert reported in init("numbers.csv", "--yes").stdout
+    assert reported not in init(table, "--yes").stdout
 
 
 N = 24
@@ -242,7 +242,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("task", TABLES)
-def test_the_columns_tell_the_task(here, task):
+def test_the_task_is_inferred_from_the_columns(here, task):
     table = {**TABLES[task], "office": ["north", "south"] * (N // 2)}
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     (here / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -257,8 +257,8 @@ def test_the_columns_tell_the_task(here, task):
 
 def test_a_task_without_its_columns_names_the_usual_ones(here):
     write(here / "t.csv", ["body", "topic"], [row[1:3] for row in ROWS])
-    told = fault("t.csv", "--yes", "--task", "question-answering")
-    assert "Column for task.question is not clear from the table; give a column named" in told
+    reported = fault("t.csv", "--yes", "--task", "question-answering")
+    assert "Column for task.question is not clear from the table; give a column named" in reported
 
 
 def test_every_task_has_a_model_and_columns_of_its_section():

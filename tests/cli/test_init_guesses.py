@@ -125,14 +125,16 @@ def test_columns_of_another_kind_are_not_recognized_by_their_names(here, columns
 )
 def test_tables_that_may_be_for_several_tasks_need_an_answer(here, columns):
     Image.new("RGB", (4, 4)).save(here / "a.png")
-    told = fault(made(here, columns), "--yes")
-    assert told.startswith("init: Task is not clear from the table; give --task, one of sequence-")
+    reported = fault(made(here, columns), "--yes")
+    assert reported.startswith(
+        "init: Task is not clear from the table; give --task, one of sequence-"
+    )
     asked = init("t.jsonl", answers="\n")
     assert "Task, one of sequence-classification, causal-lm" in asked.output
     assert not (here / "t.yaml").exists()
 
 
-def test_the_column_of_the_labels_tells_the_task(here):
+def test_the_task_is_inferred_from_the_column_of_the_labels(here):
     columns = {"text": a_text, "label": one_of("x", "y"), "score": lambda n: n / 7}
     for label, task in (("label", "sequence-classification"), ("score", "text-regression")):
         assert init(made(here, columns), "--yes", "--label", label, "--out", task).exit_code == 0
@@ -141,8 +143,8 @@ def test_the_column_of_the_labels_tells_the_task(here):
 
 def test_options_that_a_task_does_not_read_are_refused(here):
     chats = {"messages": [{"role": "user", "content": "a"}], "label": one_of("x", "y")}
-    told = fault(made(here, chats), "--yes", "--label", "label", "--task", "causal-lm")
-    assert "init: --label: CausalLM asks for no such column; remove the option" in told
+    reported = fault(made(here, chats), "--yes", "--label", "label", "--task", "causal-lm")
+    assert "init: --label: CausalLM asks for no such column; remove the option" in reported
 
 
 @pytest.mark.parametrize(

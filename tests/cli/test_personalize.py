@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def file(tmp_path):
-    """Tickets of an organisation that is no client."""
+    """Tickets of an organisation that is not a client."""
     loaded = load_splits(Recipe.load("smoke", ["data.filter={organisation: Fen Water}"]).data)[
         "train"
     ]

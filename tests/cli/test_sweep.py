@@ -48,8 +48,8 @@ def test_each_finished_run_has_a_line_and_the_comparison_comes_last(fedmerge, tm
 
 def test_a_log_without_a_terminal_has_a_line_for_each_round(fedmerge):
     _, out, _ = fedmerge("sweep", "smoke", "strategy.adapters=2,3", "baselines=[]", *TINY)
-    told = re.findall(r"^strategy\.adapters=(\d)  round 1/1  loss", out, re.MULTILINE)
-    assert told == ["2", "3"]
+    shown = re.findall(r"^strategy\.adapters=(\d)  round 1/1  loss", out, re.MULTILINE)
+    assert shown == ["2", "3"]
 
 
 def test_failures_are_listed_at_the_end_with_code_2(fedmerge):

@@ -310,7 +310,7 @@ def test_whole_numbers_are_named_without_a_fraction(tmp_path, labels, names):
     assert [client.name for client in labeled(labels)(tmp_path / "rows").clients] == names
 
 
-def test_whole_numbers_are_told_from_all_splits(tmp_path):
+def test_whole_numbers_are_inferred_from_all_splits(tmp_path):
     clients = labeled([1.0, 2.0], [1.0, 2.5])(tmp_path / "rows").clients
     assert [(client.name, len(client.test)) for client in clients] == [("1.0", 1), ("2.0", 0)]
 
@@ -318,7 +318,7 @@ def test_whole_numbers_are_told_from_all_splits(tmp_path):
 def test_numbers_that_stand_for_several_integers_are_refused(tmp_path):
     with pytest.raises(DataError, match="to which several integers are rounded"):
         labeled([2.0**53, 1.0])(tmp_path / "rows")
-    with pytest.raises(DataError, match="has inf, which is no value of a class"):
+    with pytest.raises(DataError, match="has inf, which is not a value of a class"):
         labeled([float("inf"), 1.0])(tmp_path / "infinite")
 
 

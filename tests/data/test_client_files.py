@@ -41,7 +41,7 @@ def test_each_file_is_a_client(write, by):
     assert {data.table[int(row)][by] for row in data.clients[1].train} == {"south"}
 
 
-def test_types_are_told_from_all_files(write):
+def test_types_are_inferred_from_all_files(write):
     folder = write(a_csv="code,queue\n7,red\n", b_csv="code,queue\n007,red\n")
     splits = load_splits(recipe(folder / "*.csv"))
     assert splits["train"]["code"][:] == ["7", "007"]
@@ -82,7 +82,7 @@ def test_each_folder_of_images_is_a_client(tmp_path):
     [
         ({}, "no file matches"),
         ({"a_csv": ROWS, "a_tsv": "text\tqueue\nx\tred\n"}, "both of the client a"),
-        ({"a_csv": ROWS, "b_txt": "x"}, "b.txt is no table"),
+        ({"a_csv": ROWS, "b_txt": "x"}, "b.txt is not a table"),
         ({"a_csv": ROWS, "b_csv": "text\nx\n"}, r"different columns \(queue"),
         ({"a_csv": ROWS, "b_csv": "text,queue\n"}, "b.csv has no rows"),
         ({"a_csv": "client,text\nz,x\n"}, "a.csv: the column client has 'z'"),

@@ -86,12 +86,12 @@ def test_no_conversion_loses_anything(cells):
     assert [cell if isinstance(cell, str) else write(cell) for cell in values] == cells
 
 
-def test_types_are_told_from_the_whole_file(read):
+def test_types_are_inferred_from_the_whole_file(read):
     cells = ["A1"] + ["7"] * 20_000 + ["007"] * 20_000
     assert read("x,y\n" + "".join(f"{cell},\n" for cell in cells))["x"] == cells
 
 
-def test_types_are_told_from_all_files_and_splits_together(tmp_path):
+def test_types_are_inferred_from_all_files_and_splits_together(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,1\nb,2\n")
     (tmp_path / "test.csv").write_text("label,text\n01,c\n")
     splits = load_splits(DataRecipe(path=str(tmp_path), partition=IID))
@@ -213,7 +213,7 @@ def test_files_of_another_kind_are_named(read, raw, kind):
 
 
 def test_one_nul_character_is_no_utf_16(read):
-    assert "rows.csv:2: the text has a NUL character, which is no text" in fault(
+    assert "rows.csv:2: the text has a NUL character, which is not text" in fault(
         read, "name,x\nJos\0e,1\n"
     )
 

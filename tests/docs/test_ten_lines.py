@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "examples" / "ten_lines"
 PROGRAMS = sorted(FOLDER.glob("*.py"))
 GIVEN = (ast.Import, ast.ImportFrom, ast.ClassDef)
-"""Statements that are no part of the ten lines: imports, and the user's own module."""
+"""Statements that are not part of the ten lines: imports, and the user's own module."""
 
 
 def write_inputs(folder):

@@ -74,7 +74,7 @@ def random_recipe(random, models, data):
     while True:
         try:
             return Recipe.model_validate(_draw(random, models, data))
-        except RecipeError:  # most keys that rule each other out are told without data and model
+        except RecipeError:  # most conflicts of keys are reported without data and model
             continue
 
 

@@ -1,4 +1,4 @@
-"""A round that would break the soup has no effect; declared sizes are no votes under a defense."""
+"""A round that would break the soup has no effect; declared sizes are not votes under a defense."""
 
 import dataclasses
 from contextlib import suppress

@@ -27,7 +27,7 @@ INPUTS = {
 
 
 class LateError(BaseException):
-    """A run took too long. The class is no ``Exception``, so that no client's failure hides it."""
+    """A run took too long. It is not an ``Exception``, so that no client's failure hides it."""
 
 
 @contextmanager

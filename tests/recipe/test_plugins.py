@@ -153,7 +153,7 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_line(module, minimal
     text = f"{minimal}plugins:\n  - {plugin}\nstrategy: mine\n"
     with pytest.raises(RecipeError) as caught:
         loads(Recipe, text, "recipe.yaml")
-    (found,) = caught.value.faults  # the strategy that it would have registered is no second fault
+    (found,) = caught.value.faults  # the strategy that it would have registered is not a fault
     assert found.startswith("recipe.yaml:12: plugins[0]: ")
     assert fault in found
 
@@ -226,7 +226,7 @@ def test_a_section_has_one_name():
     register_strategy("one", recipe=OneRecipe)(Other)
     with pytest.raises(PluginError, match="OneRecipe, which belongs to 'one'"):
         register_strategy("two", recipe=OneRecipe)(Other)
-    with pytest.raises(PluginError, match="int is no subclass of StrategyRecipe"):
+    with pytest.raises(PluginError, match="int is not a subclass of StrategyRecipe"):
         register_strategy("three", recipe=int)(Other)
 
 

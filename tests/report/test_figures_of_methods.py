@@ -39,7 +39,7 @@ def test_runs_of_other_data_have_a_section_of_their_own(tmp_path):
     assert page.text.count("Test perplexity of each client") == 1
 
 
-def test_repeated_runs_are_told_apart_by_their_seeds_and_folders(tmp_path):
+def test_repeated_runs_are_distinguished_by_their_seeds_and_folders(tmp_path):
     runs = [family(tmp_path / name, NAMES, seed=seed) for name, seed in [("a", 0), ("b", 1)]]
     text = Page(render(runs)).text
     assert "fedmerge, seed 0" in text

@@ -55,7 +55,7 @@ def places(folder, chance, number):
         yield path, chance.randrange(path.stat().st_size), chance.randrange(8)
 
 
-def test_a_single_flipped_bit_of_a_run_is_harmless_or_told(run):
+def test_a_single_flipped_bit_of_a_run_is_harmless_or_reported(run):
     chance, whole, told = random.Random(0), reading(run), 0
     assert verify(run) == len(files_in(run))
     for trial, (path, at, bit) in enumerate(places(run, chance, FLIPS // 2)):
@@ -71,7 +71,7 @@ def test_a_single_flipped_bit_of_a_run_is_harmless_or_told(run):
     assert told > 0.9 * FLIPS / 2
 
 
-def test_a_single_flipped_bit_of_an_export_is_told(run, tmp_path):
+def test_a_single_flipped_bit_of_an_export_is_reported(run, tmp_path):
     chance, opened = random.Random(0), load_run(run)
     folders = [export_all(opened, tmp_path / "all"), export_soup(opened, tmp_path / "soup")]
     for folder in folders:
@@ -107,7 +107,7 @@ def test_an_export_of_one_client_can_be_verified_alone(run, tmp_path):
         "metrics.jsonl",
     ],
 )
-def test_a_flipped_bit_is_repaired_or_told_when_a_run_is_resumed(
+def test_a_flipped_bit_is_repaired_or_reported_when_a_run_is_resumed(
     smoke, smoke_engine, finished, run, left_behind, name
 ):
     if name != "summary.json":

@@ -37,7 +37,7 @@ def copied(other, tmp_path):
     return shutil.copytree(other, tmp_path / "run")
 
 
-def test_a_single_flipped_bit_is_harmless_or_told(copied):
+def test_a_single_flipped_bit_is_harmless_or_reported(copied):
     chance, whole, told = random.Random(1), reading(copied), 0
     for path, at, bit in places(copied, chance, FLIPS):
         content = path.read_bytes()

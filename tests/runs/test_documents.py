@@ -232,7 +232,7 @@ def test_each_tensor_of_a_soup_is_checked(run, change):
     path = run / "soup.safetensors"
     tensors, note = checked.read_tensors(path)
     checked.write_tensors(path, {**tensors, **change}, note)
-    with pytest.raises(RunError, match=r"soup\.safetensors is damaged: it is no soup"):
+    with pytest.raises(RunError, match=r"soup\.safetensors is damaged: it is not a soup"):
         AdapterSoup.load(path)
 
 

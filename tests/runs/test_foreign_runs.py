@@ -211,7 +211,7 @@ def test_special_files_are_refused(run):
 
     (run / "summary.json").unlink()
     os.mkfifo(run / "summary.json")
-    with pytest.raises(RunError, match=r"summary\.json is no regular file"):
+    with pytest.raises(RunError, match=r"summary\.json is not a regular file"):
         Run.open(run)
 
 

@@ -104,7 +104,7 @@ def run(tmp_path_factory, engine):
 
 @pytest.fixture(scope="module")
 def tickets():
-    """Tickets of an organisation that is no client."""
+    """Tickets of an organisation that is not a client."""
     return load_splits(recipe("data.filter={organisation: Fen Water}").data)["train"].select(
         range(24)
     )

@@ -39,7 +39,7 @@ def renamed(finished, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_clients_change_no_card_and_no_notebook(renamed, name, tmp_path):
+def test_names_of_clients_inject_no_markup_into_cards_and_notebooks(renamed, name, tmp_path):
     run = renamed(name)
     assert name in run.client_names
     card = (export_client(run, name, tmp_path / "export") / "README.md").read_text()
@@ -54,7 +54,7 @@ def test_names_of_clients_change_no_card_and_no_notebook(renamed, name, tmp_path
 
 @pytest.mark.parametrize("key", ["model", "revision", "tokenizer", "gguf_file"])
 @pytest.mark.parametrize("value", ["--trust-remote-code", "a\n# b", "a\x1b[2J", "a\u202e"])
-def test_names_of_models_are_no_options_and_one_printable_line(key, value):
+def test_names_of_models_are_one_printable_line_and_not_options(key, value):
     """Exports put them into cards, code and the command of a server."""
     with pytest.raises(RecipeError, match=f"backbone.{key}: .*does not begin"):
         Recipe.load("smoke").replace([f"backbone.{key}={json.dumps(value)}"])

@@ -152,7 +152,7 @@ REFUSED = {
         stream("server", "a.J", ("aux_communication", "fed.event")),
     ),
     "the server, in a bulk": ("a", SERVER, headers("server", "a", ("cellnet.channel", "bulk"))),
-    "a local process that is no job of the site": (
+    "a local process that is not a job of the site": (
         "a",
         Peer("server", local=True),
         headers("server", "a"),

@@ -177,8 +177,8 @@ def test_links_in_a_kit_are_refused(kit, tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"client": {"fqsn": "south"}}', "which is no site of"),
-        ('{"client": {"fqsn": "../north"}}', "which is no site of"),
+        ('{"client": {"fqsn": "south"}}', "which is not a site of"),
+        ('{"client": {"fqsn": "../north"}}', "which is not a site of"),
         ('{"client": []}', "not a site's kit"),
         ("[" * 100_000, "not a site's kit"),
     ],

@@ -104,13 +104,13 @@ def test_a_site_without_the_gate_gives_its_private_key_away(machines, attacker):
 def test_a_site_gives_neither_files_nor_its_environment_away(machines, attacker):
     answers = machines.attack(attacker, PACKAGE)
     assert not any("PRIVATE KEY" in answer for answer in answers.values()), answers
-    told = [text for name, text in answers.items() if not name.startswith("shutdown")]
-    assert not any("workspace" in text or "successfully" in text for text in told), answers
+    reported = [text for name, text in answers.items() if not name.startswith("shutdown")]
+    assert not any("workspace" in text or "successfully" in text for text in reported), answers
     assert (machines.kit("site-1") / "local").is_dir()
     assert not (machines.kit("site-1") / "shutdown.fl").exists()
     assert machines.running["site-1"].process.poll() is None
     if attacker == "server":  # the requests have arrived, and were refused
-        assert any("invalid_request" in text for text in told), answers
+        assert any("invalid_request" in text for text in reported), answers
 
 
 def test_no_process_of_a_site_listens_on_a_port(machines):

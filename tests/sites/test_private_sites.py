@@ -133,7 +133,7 @@ def test_a_private_site_answers_scoring_requests_without_scores(local_site, smok
     assert (reply.kind, reply.fields["scores"]) == ("evaluated", None)
 
 
-def test_a_client_that_fails_is_not_told_from_one_that_trains(local_site, caplog):
+def test_a_client_that_fails_is_not_distinguished_from_one_that_trains(local_site, caplog):
     trainer, received = local_site(settings={"privacy": {"epsilon": 50.0}})
     message = received["train"]
     for engine_fails in (False, True):

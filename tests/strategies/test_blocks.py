@@ -162,7 +162,7 @@ def test_a_saved_soup_merges_what_the_strategy_serves(clients, tmp_path, setting
 
 
 @pytest.mark.parametrize("damage", ["columns", "range", "adapters", "finite"])
-def test_damaged_blocks_of_a_soup_are_told(clients, tmp_path, damage):
+def test_damaged_blocks_of_a_soup_are_reported(clients, tmp_path, damage):
     strategy = make(clients, blocks="layers", start="independent", adapters=3)
     play(strategy, clients, 1)
     blocks = strategy.soup.blocks

@@ -111,7 +111,7 @@ def test_the_cosine_filter_leaves_out_updates_opposed_to_the_others():
 def test_a_client_has_no_vote_on_itself_in_the_cosine_filter():
     between = torch.tensor([[1.0, -0.1, -0.1], [-0.1, 1.0, 0.5], [-0.1, 0.5, 1.0]]).double()
     found = cosine_filter_weights(between, torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64))
-    # it has nearly all of the weight: the other two are no users, and have no vote
+    # it has nearly all of the weight: the other two are not users, and have no vote
     assert found.tolist() == [0.9, 0.05, 0.05]
     torch.testing.assert_close(
         cosine_filter_weights(between, torch.tensor([0.5, 0.25, 0.25]).double()),

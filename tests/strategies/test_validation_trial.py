@@ -131,7 +131,7 @@ def test_other_settings_have_no_trial():
         assert not strategy.validates()
 
 
-def test_a_robust_federation_believes_no_losses():
+def test_a_robust_federation_ignores_reported_losses():
     clients = grouped_clients()
     context = replace(
         clients.strategy_context(), aggregator=Aggregator(RobustnessRecipe(norm_multiple=2.0))

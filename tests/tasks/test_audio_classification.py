@@ -98,7 +98,7 @@ def test_a_streamed_file_has_no_length(tmp_path, length):
     [
         (lambda path: write_wave(path, tone("hum", 0), rate=8000), "8000 samples per second, and"),
         (lambda path: write_wave(path, tone("hum", 0)[:20]), "shorter than 0.05 seconds"),
-        (lambda path: path.write_bytes(b"ID3 no wave") and str(path), "no WAV file; convert it"),
+        (lambda path: path.write_bytes(b"ID3 no wave") and str(path), "not a WAV file; convert it"),
         (lambda path: path.write_bytes(b"RIFF") and str(path), "damaged WAV file"),
         (cut_off, "a damaged WAV file: 99 of 644 bytes are missing"),
         (lambda path: write_wave(path, np.full(999, 9e3), dtype=np.float32), "range up to 9,000"),

@@ -112,7 +112,7 @@ def test_a_chat_without_the_assistant_is_refused(chat_task):
 
 def test_a_completion_of_the_user_is_refused(chat_task):
     task, table = chat_task(CHATML, {"messages": [CHAT, [*CHAT, CHAT[0]]]}, loss="completion")
-    with pytest.raises(DataError, match=r"row 1 .*no turn of the assistant \(roles: user\)"):
+    with pytest.raises(DataError, match=r"row 1 .*not a turn of the assistant \(roles: user\)"):
         task.encode(table)
 
 

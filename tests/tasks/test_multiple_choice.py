@@ -300,16 +300,16 @@ def test_each_choice_is_shown_with_its_context(task_of):
 
 
 def test_a_long_input_is_refused_in_short(task_of):
-    with pytest.raises(DataError, match="an input must be") as told:
+    with pytest.raises(DataError, match="an input must be") as reported:
         type(task_of("bert", rows_of(), name=NAME)).input_table(
             task_of("bert", rows_of(), name=NAME).recipe, [], ["a" * 10_000]
         )
-    assert len(str(told.value)) < 400
+    assert len(str(reported.value)) < 400
 
 
 def test_decoders_are_refused_in_one_line(tiny_models):
-    told = r"cannot be loaded as AutoModelForMultipleChoice, .*; choose a model of another arch"
-    with pytest.raises(BackboneError, match=told):
+    reported = r"cannot be loaded as AutoModelForMultipleChoice, .*; choose a model of another arch"
+    with pytest.raises(BackboneError, match=reported):
         TaskBench(tiny_models / "gpt2", rows_of(), {"name": NAME}, {"target_modules": ["c_attn"]})
 
 

@@ -266,7 +266,9 @@ def test_a_missing_tokenizer_is_refused(task_of, tmp_path):
         task_of("bert", table_of([0, 1]), name=NAME, backbone={"tokenizer": str(tmp_path)})
 
 
-def test_a_faulty_configuration_is_told_from_a_faulty_tokenizer(task_of, tiny_models, tmp_path):
+def test_a_faulty_configuration_is_distinguished_from_a_faulty_tokenizer(
+    task_of, tiny_models, tmp_path
+):
     config = json.loads((tiny_models / "bert" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "32"}))
     message = r"backbone.model: Config of .* 'hidden_size': .*'32'.*; correct config.json"

@@ -89,7 +89,7 @@ def test_an_ordinary_token_is_not_the_end_of_a_text(tokenizer):
     word = tokenizer.convert_tokens_to_ids("e")
     model = knowing(400, eos_token_id=word)
     with pytest.raises(
-        BackboneError, match=r"takes 'e' \(\d+\) for the end of a text, but the end"
+        BackboneError, match=r"treats 'e' \(\d+\) as the end of a text, but the end"
     ):
         check_vocabulary(tokenizer, model, "x", reads_end=True)
     assert check_vocabulary(tokenizer, model, "x", reads_end=False) == 400
@@ -101,7 +101,7 @@ def test_the_end_in_a_nested_configuration_is_checked_too(tokenizer):
     model.config = hf.LlavaConfig(
         text_config=hf.LlamaConfig(vocab_size=400, eos_token_id=word), eos_token_id=None
     )
-    with pytest.raises(BackboneError, match="for the end of a text"):
+    with pytest.raises(BackboneError, match="as the end of a text"):
         check_vocabulary(tokenizer, model, "x", reads_end=True)
 
 
@@ -114,7 +114,9 @@ def test_the_padding_id_reaches_nested_configurations():
 def test_an_ordinary_token_is_not_padding_without_a_position(tiny_models, tmp_path, tokenizer):
     word = tokenizer.convert_tokens_to_ids("e")
     model = hf.RobertaModel(config_of("roberta", tokenizer, pad_token_id=word))
-    with pytest.raises(BackboneError, match=r"gives no position to 'e' \(\d+\), which it takes"):
+    with pytest.raises(
+        BackboneError, match=r"treats 'e' \(\d+\) as padding and gives it no position"
+    ):
         check_vocabulary(tokenizer, model, "x", reads_end=False)
 
 

@@ -12,14 +12,15 @@ from fedmerge_peft.models.packing import Packing
 from fedmerge_peft.training.evaluation import evaluate, example_losses
 from fedmerge_peft.training.gradients import accumulate
 from fedmerge_peft.training.labeled_head import labeled_head
-from fedmerge_peft.training.packing_trial import can_pack
+from fedmerge_peft.training.packing_trial import require_packing
 from training.prefix_bench import ROWS
 
 
 def packed_runtime(bench, head=True):
     runtime = bench.runtime
     runtime.head = labeled_head(runtime, ROWS) if head else None
-    runtime.packed = can_pack(runtime, ROWS, bench.recipe)
+    require_packing(runtime, ROWS, bench.recipe)
+    runtime.packed = True
     return runtime
 
 
@@ -87,7 +88,7 @@ def test_tasks_without_logits_of_tokens_are_refused(make_bench, kind, reason):
     lora = {"layers_to_transform": None} if kind == "bert" else None
     bench = make_bench(kind, cached=False, lora=lora)
     with pytest.raises(BackboneError, match=f"training.packing: .*{reason}"):
-        can_pack(bench.runtime, ROWS, bench.recipe)
+        require_packing(bench.runtime, ROWS, bench.recipe)
 
 
 def ignore_positions(inputs):
@@ -110,7 +111,7 @@ def test_models_without_such_attention_are_refused(make_bench, change, reason):
         lambda _, args, inputs: (args, change(inputs)), with_kwargs=True
     )
     with pytest.raises(BackboneError, match=reason):
-        can_pack(bench.runtime, ROWS, bench.recipe)
+        require_packing(bench.runtime, ROWS, bench.recipe)
 
 
 def test_rows_hold_whole_examples_and_keep_their_order():

@@ -26,7 +26,7 @@ def add_line(folder, name, digest="0" * 64):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_special_files_are_told_and_not_opened(export):
+def test_special_files_are_reported_and_not_opened(export):
     """A named pipe without a writer would be read for ever."""
     os.mkfifo(export / "pipe")
     (export / "inner").mkdir()
@@ -34,12 +34,12 @@ def test_special_files_are_told_and_not_opened(export):
     add_line(export, "pipe")
     add_line(export, f"inner/{SUMS}")
     assert faults(export) == [
-        f"{export / 'inner' / SUMS} is no regular file",
-        f"{export / 'pipe'} is no regular file",
+        f"{export / 'inner' / SUMS} is not a regular file",
+        f"{export / 'pipe'} is not a regular file",
     ]
 
 
-def test_names_outside_the_folder_are_told_and_not_opened(export, tmp_path, monkeypatch):
+def test_names_outside_the_folder_are_reported_and_not_opened(export, tmp_path, monkeypatch):
     (tmp_path / "secret").write_text("mine")
     add_line(export, "../secret", sha256(b"mine").hexdigest())
     add_line(export, "/etc/hostname")
@@ -63,6 +63,6 @@ def test_folders_with_sums_inside_folders_with_sums_are_read(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs a plain user")
-def test_a_file_that_cannot_be_read_is_told(export):
+def test_a_file_that_cannot_be_read_is_reported(export):
     (export / "a").chmod(0)
     assert faults(export) == [f"{export / 'a'} cannot be read"]

@@ -102,7 +102,7 @@ class BlockWeights:
             merged[..., columns] += offsets[..., block, :] @ rows[:, columns]
 
     def mixed(self, clients: Tensor) -> Tensor:
-        """Return the offsets of a mixture of clients, ``(B, d)`` or ``(k, B, d)``."""
+        """Return the offsets for a mixture of clients, ``(B, d)``, or for k, ``(k, B, d)``."""
         mixed: Tensor = torch.tensordot(clients.to(self.offsets), self.offsets, dims=1)
         return mixed
 

@@ -173,7 +173,7 @@ class AdapterSoup:
             by_block = BlockWeights.from_tensors(blocks, layout, len(rows)) if blocks else None
             return cls(rows, layout, shared, base, parts, by_block)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
-            raise damaged(path, f"it is no soup ({error})") from error
+            raise damaged(path, f"it is not a soup ({error})") from error
 
 
 def _own_parts(tensors: Mapping[str, Tensor], layout: AdapterLayout) -> OwnParts:
@@ -203,4 +203,4 @@ def _check_parts(
     if twice := shared.keys() & {entry.key for entry in layout.entries}:
         raise ValueError(f"{min(twice)} is both shared and part of a row")
     if any(update.ndim != 2 or not update.is_floating_point() for update in base.values()):
-        raise ValueError("an update of the backbone is no matrix")
+        raise ValueError("an update of the backbone is not a matrix")

@@ -53,7 +53,7 @@ def tables(comparison: Comparison, width: int) -> Iterator[Table | Text]:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return ``comparison.methods`` as CSV, in which names are no formulas."""
+    """Return ``comparison.methods`` as CSV, in which names cannot be formulas."""
     frame = comparison.methods.map(
         lambda value: spreadsheet_cell(value) if isinstance(value, str) else value
     )

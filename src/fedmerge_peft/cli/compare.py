@@ -85,7 +85,7 @@ def compare(
 
 
 def print_tables(comparison: Comparison, console: Console) -> None:
-    """Print the tables with as many columns as fit the console."""
+    """Print the tables, with as many columns as the console has room for."""
     from fedmerge_peft.analysis.reports import tables
 
     for part in tables(comparison, console.width):

@@ -191,7 +191,9 @@ def _answers(
             "--clients", "Number of clients", None if clients is None else str(clients), "4"
         )
         if not number.isdecimal() or not int(number):
-            raise RecipeError(printable(f"init: {number!r} is no number of clients above 0"))
+            raise RecipeError(
+                printable(f"init: expected a number of clients above 0, found {number!r}")
+            )
         count = int(number)
     small = sections[task].small_model
     chosen = questions.text("--model", "Model (a hub id or a folder)", model, small)

@@ -39,7 +39,7 @@ def number_of_workers(requested: str, device: str) -> int:
         device: The recipe's ``training.device``.
 
     Raises:
-        DeviceError: The value is no number from 1, or a launcher has started this process.
+        DeviceError: The value is not a number from 1, or a launcher has started this process.
     """
     if requested == "1" or (requested == "auto" and launched_processes() > 1):
         return 1

@@ -44,8 +44,8 @@ def read_clients(pattern: Path, recipe: DataRecipe, media: str | None) -> dict[s
         files = [path for path in paths.values() if path.is_file()]
         if others := [path for path in paths.values() if path not in files or not is_table(path)]:
             raise DataError(
-                f"data.path: {others[0]} is no table, beside tables that match {pattern}; let the "
-                f"pattern match files of the same kind ({', '.join(TABLES)}), or folders"
+                f"data.path: {others[0]} is not a table, beside tables that match {pattern}; let "
+                f"the pattern match files of the same kind ({', '.join(TABLES)}), or folders"
             )
         with reading(pattern):
             tables = read_table_files(files, recipe, media)

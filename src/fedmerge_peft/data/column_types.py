@@ -47,8 +47,8 @@ def json_column(values: Sequence[Any], name: str, place: Callable[[int], str]) -
         place: Returns the place of a row for error messages, such as ``rows.jsonl:7``.
 
     Raises:
-        DataError: Values have different types, are too large for an exact number, or are no valid
-            text.
+        DataError: Values have different types, are too large for an exact number, or are not
+            valid text.
     """
     known = next((row for row, value in enumerate(values) if value is not None), None)
     if known is None:

@@ -226,8 +226,8 @@ def _reject_inexact(entries: Any, column: str, key: str) -> None:
         infinite = entries.filter(pc.is_inf(entries))
         if len(infinite):
             raise DataError(
-                f"{key}: the column {column} has {infinite[0].as_py()!r}, which is no value of a "
-                "class; correct it, or remove its rows"
+                f"{key}: the column {column} has {infinite[0].as_py()!r}, which is not a value "
+                "of a class; correct it, or remove its rows"
             )
         inexact = entries.filter(pc.greater_equal(pc.abs(entries), float(LARGEST_EXACT)))
         if len(inexact):

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SEPARATORS = (",", ";", "\t", "|")
 _HINT = re.compile(r'"?sep=.?"?[\r\n]')
-"""First line that tells a spreadsheet the separator."""
+"""First line that sets a spreadsheet's separator."""
 
 
 class _Record(NamedTuple):
@@ -154,7 +154,7 @@ def _check_width(path: Path, records: Sequence[_Record], separator: str) -> None
             f"data.path: {path}:{row.first}: the row has {len(row.fields)} fields, but the first "
             f"row names {len(names)} columns ({shortened(join_values(names, 3), 80)}); enclose "
             f"fields that contain {separator!r} in quotation marks, set data.separator (such as "
-            'data.separator=";"), or remove lines that are no rows'
+            'data.separator=";"), or remove lines that are not rows'
         )
 
 

@@ -61,7 +61,7 @@ def _split_within(folder: Path, files: Sequence[Path]) -> Splits | None:
     }
     if len(splits) == len(entries):
         return _collect(entries, splits)
-    # A first word alone is no evidence: train-station.csv.
+    # A first word alone is not evidence: train-station.csv.
     named = {
         entry: _SPLIT_OF[words[entry][-1]] for entry in splits if words[entry][-1] in _SPLIT_OF
     }

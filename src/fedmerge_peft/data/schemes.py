@@ -134,7 +134,7 @@ def assignment_fault(assigned: object, tables: Mapping[str, Dataset]) -> str | N
             return f"client names for {split} that are not text, or not unique"
         for name, rows, _ in clients:
             if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
-                return f"rows of {name} for {split} that are no one-dimensional array of integers"
+                return f"rows of {name} for {split} that are not a 1-d array of integers"
         rows = np.concatenate([client.rows for client in clients])
         if rows.size and not (rows.min() >= 0 and rows.max() < len(tables[split])):
             return f"row numbers for {split} outside 0 to {len(tables[split]) - 1}"

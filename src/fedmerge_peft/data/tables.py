@@ -30,11 +30,14 @@ TABLES = (*_SEPARATORS, *_JSON, *_BINARY)
 """Suffixes of tables. Those of text may be followed by a compression: ``.csv.gz``."""
 MAX_COLUMNS = 5_000
 _ABOUT = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
-"""Files about a data set."""
+"""Files with the metadata of a data set."""
 
 
 def is_table(path: Path) -> bool:
-    """Return True if a file has the suffix of a table."""
+    """Return True for a table that can be read.
+
+    Metadata of data sets and compressed binary tables do not count.
+    """
     suffix = format_suffix(path)
     compressed = path.suffix.lower() != suffix
     return suffix in TABLES and path.name not in _ABOUT and not (compressed and suffix in _BINARY)
@@ -210,7 +213,7 @@ def check_names(path: Path | str, names: Sequence[str]) -> None:
         raise DataError(
             f"data.path: {path} has a column with a name of {len(longest):,} characters "
             f"({longest[:30]!r}…), and at most {LONGEST_NAME:,} are supported; the first row may "
-            "be no header"
+            "not be a header"
         )
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)

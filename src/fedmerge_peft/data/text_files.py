@@ -63,7 +63,7 @@ def read_text(path: Path, encoding: str | None) -> str:
             "as UTF-16 without a byte order mark has; name the encoding, such as "
             "data.encoding=utf-16-le"
             if 8 * text.count("\0") > len(text)
-            else "which is no text; remove it"
+            else "which is not text; remove it"
         )
         raise DataError(f"data.path: {path}:{line}: the text has a NUL character, {remedy}")
     return text.lstrip("\ufeff")

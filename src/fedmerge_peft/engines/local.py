@@ -41,7 +41,7 @@ from fedmerge_peft.training.first_token import cut_to_first_token
 from fedmerge_peft.training.input_trial import try_inputs
 from fedmerge_peft.training.labeled_head import labeled_head
 from fedmerge_peft.training.loop import Job, train
-from fedmerge_peft.training.packing_trial import can_pack
+from fedmerge_peft.training.packing_trial import require_packing
 from fedmerge_peft.training.plan import Plan, Served, Train, Trained, TrainRequest
 from fedmerge_peft.training.prefix_cache import PrefixCache
 from fedmerge_peft.training.prefix_disk import disk_cache
@@ -141,9 +141,10 @@ class LocalEngine:
         if len(rows):
             runtime.first_token = cut_to_first_token(runtime, rows)
             runtime.head = labeled_head(runtime, rows)
-            runtime.packed = recipe.training.packing and can_pack(runtime, rows, recipe)
-        gigabytes = recipe.training.prefix_cache
-        if backbone.prefix is not None and gigabytes > 0:
+            if recipe.training.packing:
+                require_packing(runtime, rows, recipe)
+                runtime.packed = True
+        if (gigabytes := recipe.training.prefix_cache) > 0 and backbone.prefix is not None:
             groups, disk = held_parts(data.clients), disk_cache(recipe)
             runtime.cache = PrefixCache(backbone, task, runtime.examples, groups, gigabytes, disk)
         return cls(recipe, data.clients, runtime)
@@ -180,18 +181,17 @@ class LocalEngine:
 
         Engines that share a model must be used one at a time.
         """
-        ours, theirs = self.recipe, recipe
         sections = ("seed", "task", "backbone", "lora", "data")
-        if any(getattr(ours, section) != getattr(theirs, section) for section in sections):
+        if any(getattr(self.recipe, section) != getattr(recipe, section) for section in sections):
             return None
         keys = ("device", "mixed_precision", "prefix_cache", "prefix_disk", "packing")
-        if any(getattr(ours.training, key) != getattr(theirs.training, key) for key in keys):
+        if any(getattr(self.recipe.training, key) != getattr(recipe.training, key) for key in keys):
             return None
         engine = copy(self)
         engine.recipe = recipe
-        if theirs.evaluation != ours.evaluation:
+        if recipe.evaluation != self.recipe.evaluation:
             engine.score_cache = ScoreCache()
-        if theirs.training != ours.training:
+        if recipe.training != self.recipe.training:
             engine.training_cache = TrainingCache()
         for cached in ("clients_per_batch", "automatic_epochs"):  # the batch size may differ
             vars(engine).pop(cached, None)

@@ -55,7 +55,7 @@ class Callbacks(Callback):
     """Several callbacks, called in order on all ranks."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
-        """Raise ``TypeError`` for an object that is no callback."""
+        """Raise ``TypeError`` for an object that is not a callback."""
         super().__init__()
         self._callbacks = list(callbacks)
         for callback in self._callbacks:

@@ -36,7 +36,7 @@ class EarlyStopping:
         values = [each[key] for each in (scores or {}).values() if key in each]
         if not values:
             return
-        value = self._sign * fmean(values)  # NaN is no improvement
+        value = self._sign * fmean(values)  # NaN is not an improvement
         self._idle = 0 if value > self._best else self._idle + 1
         self._best = value if value > self._best else self._best
 

@@ -249,8 +249,8 @@ def _callback(section: CallbackRecipe) -> Callback:
     callback = entry.load()(section)
     if not isinstance(callback, Callback):
         raise PluginError(
-            f"the callback {section.name!r} of {entry.module}: {type(callback).__name__} is no "
-            "subclass of Callback; derive it from that class"
+            f"the callback {section.name!r} of {entry.module}: {type(callback).__name__} is not "
+            "a subclass of Callback; derive it from that class"
         )
     return callback
 

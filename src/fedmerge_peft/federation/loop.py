@@ -284,7 +284,7 @@ class Federation:
     def confusion(self, scored: Collection[str]) -> Confusion | None:
         """Count true and predicted classes of the test examples of these clients.
 
-        None for private runs, and for what ``confusion_matrices`` does not count.
+        Return None for private runs and for tasks without confusion matrices.
         """
         if self.private:
             return None

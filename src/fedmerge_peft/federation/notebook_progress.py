@@ -157,7 +157,7 @@ class SweepProgress(NotebookProgress):
         self._add(name, f"failed: {(str(error).splitlines() or [''])[0]}")
 
     def html(self) -> str:
-        """Return the present state."""
+        """Render the progress of the sweep as HTML."""
         runs = _bar("runs", len(self._ended), self._runs)
         columns = ["run", "score", "worst client"]
         done = table(columns, self._ended[-_SHOWN:]) if self._ended else ""

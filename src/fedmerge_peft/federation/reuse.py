@@ -88,7 +88,7 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
             for key in keys
         )
         raise RecipeError(
-            f"baselines_from: {earlier.path} is no baseline of this recipe: {changes}. Run the "
+            f"baselines_from: {earlier.path} is not a baseline of this recipe: {changes}. Run the "
             "baselines again (remove baselines_from), or restore these values"
         )
 

@@ -117,7 +117,7 @@ def _dequantize(backbone: BackboneRecipe, path: Path, target: Path) -> None:
                 f"backbone.model: {path.name} lacks {len(missing)} of the tensors of "
                 f"{type(loaded).__name__}, such as {missing[0]}"
             )
-        # The model remembers that it was quantized. A new one with the same weights does not.
+        # The model is marked as quantized. A new one with the same weights is not.
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

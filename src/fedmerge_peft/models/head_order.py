@@ -23,8 +23,8 @@ def label_names(config: Any) -> list[str]:
 def order_head(model: Any, held: Sequence[str], labels: Sequence[str]) -> None:
     """Move the outputs of a pretrained head to the places of their labels.
 
-    Transformers matches weights by position, so that a checkpoint of negative and positive would
-    begin with the opposite of what it knows if the data list positive first. Names are compared
+    Transformers matches weights by position, so that the outputs of a checkpoint for negative and
+    positive would be swapped if the data list positive first. Names are compared
     without regard to case. A head for other names keeps its order.
 
     Args:

@@ -18,7 +18,7 @@ def _known_encoding(name: str) -> str:
         "".encode(name)
     except (LookupError, ValueError):
         raise ValueError(
-            f"{name!r} is no text encoding of Python; write utf-8, utf-16, cp1252 or another one"
+            f"{name!r} is not a text encoding of Python; write utf-8, utf-16, cp1252 or another one"
         ) from None
     return name
 

@@ -13,7 +13,7 @@ from fedmerge_peft.recipe.yaml_document import Fault, Mark, Where, refuse
 
 
 def check_recipe(value: object, argument: str = "recipe") -> None:
-    """Raise ``RecipeError`` if an argument is no recipe, such as the name of one."""
+    """Raise ``RecipeError`` if an argument is not a recipe, such as the name of one."""
     if not isinstance(value, Section):
         loading = f"Recipe.load({value!r})" if isinstance(value, str) else "Recipe.load(...)"
         raise RecipeError(
@@ -23,7 +23,7 @@ def check_recipe(value: object, argument: str = "recipe") -> None:
 
 
 def check_recipes(value: object) -> None:
-    """Raise ``RecipeError`` if an argument is no dictionary of recipes by name."""
+    """Raise ``RecipeError`` if an argument is not a dictionary of recipes by name."""
     if not isinstance(value, Mapping):
         raise RecipeError(
             f"recipes: found {found(value)}, expected a dictionary of recipes by name, as "
@@ -45,7 +45,7 @@ def check_source(value: object) -> None:
 def listed_overrides(values: object) -> list[str]:
     """Return overrides as a list.
 
-    Raises ``RecipeError`` if they are no list of texts; a single text is none.
+    Raises ``RecipeError`` if they are not a list of texts. A single text is not one.
     """
     if isinstance(values, Iterable) and not isinstance(values, str | Mapping):
         listed = list(values)
@@ -67,7 +67,7 @@ def nested(values: Mapping[Any, Any], source: str) -> dict[Any, Any]:
         source: Place of the values, for error messages.
 
     Raises:
-        RecipeError: A key is given twice, or its section is no dictionary.
+        RecipeError: A key is given twice, or its section is not a dictionary.
     """
     result = {key: value for key, value in values.items() if not _is_dotted(key)}
     faults = [

@@ -174,8 +174,8 @@ def _section_of(
         isclass(recipe) and issubclass(recipe, base) and recipe is not base
     ):
         raise PluginError(
-            f"the {registry.kind} {name!r}: {getattr(recipe, '__name__', repr(recipe))} is no "
-            f"subclass of {base.__name__}; derive the section from that class"
+            f"the {registry.kind} {name!r}: {getattr(recipe, '__name__', repr(recipe))} is not "
+            f"a subclass of {base.__name__}; derive the section from that class"
         )
 
     def register(code: Code) -> Code:

@@ -66,8 +66,8 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
     start_noise: Annotated[float, Field(gt=0, le=10)] = 0.02
     """Standard deviation of the noise of `start: noise`."""
     warm_rounds: WarmRounds = 3
-    """Rounds of `start: warm` before the grouping. A run with fewer rounds trains one adapter, and
-    a warning says so."""
+    """Rounds of `start: warm` before the grouping. A run with fewer rounds trains one adapter,
+    with a warning."""
     groups: Adapters | None = None
     """Number of groups of `start: warm`. Default: inferred from the updates, at most the number of
     adapters if that is set."""
@@ -270,8 +270,8 @@ class FLHCRecipe(HeadRecipe, StrategyRecipe):
     adapters: Adapters = 5
     """Number of clusters."""
     warm_rounds: WarmRounds = 2
-    """Rounds of FedAvg before the clustering. A run with fewer rounds trains one adapter, and a
-    warning says so."""
+    """Rounds of FedAvg before the clustering. A run with fewer rounds trains one adapter, with
+    a warning."""
     metric: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """Distance between updates."""
     linkage: Literal["average", "complete", "single"] = "average"

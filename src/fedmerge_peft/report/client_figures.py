@@ -53,7 +53,7 @@ def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figur
 
 
 def answer(setting: Setting) -> str:
-    """Return for how many clients the first method is better than the others."""
+    """Return a sentence on the clients for which the first method is better than the others."""
     metric = setting.metric
     if metric is None:
         return "There are no scores yet: no round has been evaluated."

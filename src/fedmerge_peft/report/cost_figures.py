@@ -39,7 +39,7 @@ def cost_figures(setting: Setting) -> Iterator[Figure]:
 
 
 def answer(setting: Setting) -> str:
-    """Return the costs of the first method."""
+    """Return a sentence on the traffic and time of the first method."""
     first = setting.methods[0]
     if not first.run.records:
         return "No round is done yet."

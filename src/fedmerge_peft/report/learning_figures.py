@@ -96,7 +96,7 @@ def learning_figures(setting: Setting) -> Iterator[Figure]:
 
 
 def answer(setting: Setting) -> str:
-    """Return how the first method's losses have changed."""
+    """Return sentences on the changes of the first method's losses."""
     name, found = setting.methods[0].name, losses(setting.methods[0].run)
     if not found.training and not found.validation:
         return "There are no losses yet."

@@ -158,7 +158,7 @@ def _colors() -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Escape control and direction characters of text that is no markup yet."""
+    """Escape control and direction characters of text that is not markup yet."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

@@ -42,7 +42,7 @@ def sharing_figures(run: RunDirectory) -> Iterator[Figure]:
 
 
 def answer(method: Method) -> str:
-    """Return how clients share adapters, in two or three sentences."""
+    """Return sentences on the sharing of adapters between clients."""
     run = method.run
     if not run.records:
         return "No round is done yet."

@@ -39,7 +39,10 @@ def files_in(directory: Path) -> list[Path]:
     for folder, folders, names in os.walk(directory):
         here = Path(folder)
         if len(here.parts) - top > _DEEPEST:  # os.walk recurses
-            raise RunError(f"{directory} has folders that are nested more than {_DEEPEST} deep")
+            raise RunError(
+                f"{directory} has folders that are nested more than {_DEEPEST} deep; name a run "
+                "directory, or remove the nested folders"
+            )
         found += [
             path
             for name in [*folders, *names]
@@ -51,7 +54,7 @@ def files_in(directory: Path) -> list[Path]:
 def refuse_links(directory: Path) -> None:
     """Raise ``RunError`` if the directory contains links or special files, at any depth.
 
-    A run directory from somebody else could use them to have files elsewhere read, overwritten or
+    Links in an untrusted run directory could cause files elsewhere to be read, overwritten or
     deleted. Links of trackers inside their own folder are accepted. The directory itself may be a
     link, because its path comes from the user.
     """
@@ -59,7 +62,7 @@ def refuse_links(directory: Path) -> None:
         with suppress(FileNotFoundError):  # another process is writing the run
             if stat.S_ISREG(path.lstat().st_mode) or _is_link_of_tracker(path, directory):
                 continue
-            kind = f"a link to {path.readlink()}" if path.is_symlink() else "no regular file"
+            kind = f"a link to {path.readlink()}" if path.is_symlink() else "not a regular file"
             raise RunError(
                 f"{path} is {kind}; a run directory contains only files and folders. Remove it, or "
                 "replace it by a copy of its target if you trust that"

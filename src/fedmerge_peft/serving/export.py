@@ -208,7 +208,8 @@ def check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise RunError(
-            f"{repo!r} is not a valid repository id: {str(error).splitlines()[0]}"
+            f"{repo!r} is not a valid repository id: "
+            f"{str(error).splitlines()[0].rstrip('.')}; write it as USER/NAME"
         ) from error
 
 

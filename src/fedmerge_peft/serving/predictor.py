@@ -306,8 +306,8 @@ def _lists(inputs: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
     """Return the inputs of each client as a list.
 
     Raises:
-        DataError: There is no mapping, or one input instead of several. A text would otherwise be
-            taken for its letters, and a table for the names of its columns.
+        DataError: It is not a mapping, or has one input instead of several. Otherwise, a text would
+            be read as its letters, and a table as the names of its columns.
     """
     if not isinstance(inputs, Mapping):
         raise DataError(

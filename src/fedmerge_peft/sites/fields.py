@@ -227,7 +227,7 @@ class StoreAdapter(Fields):
 
 
 class AdapterStored(Fields):
-    """``adapter_stored``, from a site."""
+    """``adapter_stored``, with which a site confirms that it stored an adapter: no fields."""
 
 
 F = TypeVar("F", bound=Fields)

@@ -92,7 +92,7 @@ def update_strategy(name: str, strategy: Strategy, replies: Sequence[Reply]) -> 
 def _interface_fault(strategy: object, context: StrategyContext) -> str | None:
     """Return why a new strategy cannot run, or could not resume; None if it can."""
     if not isinstance(strategy, Strategy):
-        return f"{type(strategy).__name__} is no subclass of Strategy; derive it from that class"
+        return f"{type(strategy).__name__} is not a subclass of Strategy; derive it from that class"
     if not isinstance(getattr(strategy, "soup", None), AdapterSoup):
         return "it has no AdapterSoup; set self.soup in __init__"
     shape, expected = tuple(strategy.weights.shape), (context.clients, len(strategy.soup))

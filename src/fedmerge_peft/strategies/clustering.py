@@ -82,7 +82,7 @@ class ServerClustering(Clustering):
 
 
 def membership(clusters: Tensor, count: int) -> Tensor:
-    """Return a mask ``(m, count)`` of the members of each cluster; -1 belongs to no cluster."""
+    """Return a mask ``(m, count)`` of each cluster's members. Clients of cluster -1 are in none."""
     return clusters[:, None] == torch.arange(count)
 
 

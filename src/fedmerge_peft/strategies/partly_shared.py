@@ -186,8 +186,8 @@ class FedRep(PrivateHeads):
 class FedSALora(PartlyShared):
     """A ← mean of the clients' A, with private B_i and heads (Guo et al. 2025, arXiv 2410.01463).
 
-    All of the adapter trains. Parameters that are neither factor nor head (trained biases, DoRA's
-    magnitudes) are private as well.
+    The whole adapter is trained. Parameters that are neither factor nor head (trained biases,
+    DoRA's magnitudes) are private as well.
     """
 
     def __init__(self, recipe: recipes.FedSALoraRecipe, context: StrategyContext) -> None:

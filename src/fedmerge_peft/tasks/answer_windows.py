@@ -48,7 +48,9 @@ class Window:
 
 
 class AnswerWindows:
-    """Tokenizes questions with contexts into overlapping windows, as transformers' example script.
+    """Splitter of questions with contexts into overlapping windows.
+
+    It divides as transformers' question answering example does.
 
     Args:
         tokenizer: Tokenizer that returns character offsets (``return_offsets_mapping``).

@@ -181,7 +181,7 @@ class Task(ABC):
             logits: As in ``losses``.
             labels: As in ``losses``.
             class_weights: Weights of the labels in the loss of each example, ``(batch, labels)``;
-                None for 1.
+                None if all are 1.
         """
         return self.losses(logits, labels)[0]
 
@@ -193,7 +193,7 @@ class Task(ABC):
         return self.count_terms(labels)
 
     def class_weights(self, examples: Examples, indices: NDArray[Any]) -> Tensor | None:
-        """Return the weights of the labels for a client, ``(labels,)``; None for 1.
+        """Return a client's label weights, ``(labels,)``; None if all are 1.
 
         Args:
             examples: Output of ``encode``.

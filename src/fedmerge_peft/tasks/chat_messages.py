@@ -90,7 +90,7 @@ def read_chats(recipe: CausalLMRecipe, table: Dataset) -> list[Chat]:
         table: Rows with ``chat_columns``.
 
     Raises:
-        DataError: A row is no list of messages, or a message has no role or no text.
+        DataError: A row is not a list of messages, or a message has no role or no text.
     """
     columns = chat_columns(recipe, table)
     systems = columns == [CONVERSATIONS] and _SYSTEM in table.column_names
@@ -196,8 +196,9 @@ def _message(message: Any, column: str, where: str) -> Message:
         )
     if cleaned.get("weight", 1) != 1:
         raise DataError(
-            f"{where}a message in {column!r} has the weight {cleaned['weight']!r}, but all turns "
-            "of the assistant are learned alike; remove the key, or the message and those after it"
+            f"{where}a message in {column!r} has the weight {cleaned['weight']!r}, but weights of "
+            "messages are not supported: all turns of the assistant are learned; remove the key, "
+            "or cut the chat before this message"
         )
     return {**cleaned, "content": content}
 

@@ -31,8 +31,8 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
-def name_template(tokenizer: Any, template: str) -> str:
-    """Return the chat template of a recipe, or that of the tokenizer with this name.
+def resolve_template(tokenizer: Any, template: str) -> str:
+    """Return the chat template of a recipe. A name is looked up in the tokenizer.
 
     Raises:
         DataError: The tokenizer has no template with this name.
@@ -58,7 +58,7 @@ def set_chat_template(tokenizer: Any, recipe: CompletionRecipe) -> None:
         DataError: The tokenizer has no template with the recipe's name.
     """
     if recipe.chat_template is not None:
-        tokenizer.chat_template = name_template(tokenizer, recipe.chat_template)
+        tokenizer.chat_template = resolve_template(tokenizer, recipe.chat_template)
     if recipe.system_prompt is None or not (template := tokenizer.chat_template):
         return
     prompt = json.dumps(recipe.system_prompt)

@@ -220,7 +220,7 @@ class ChatTokens:
             if set(roles := chat.roles[chat.prompt :]) <= _OTHERS:
                 raise self.error(
                     row,
-                    f"the completion is no turn of the assistant (roles: {join_values(roles)}); "
+                    f"the completion is not a turn of the assistant (roles: {join_values(roles)}); "
                     "end the chat with one, remove the row, or set task.loss=all",
                 )
             return [(chat.prompt, len(chat.messages) - 1)]

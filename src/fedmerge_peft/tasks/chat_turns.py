@@ -9,8 +9,8 @@ between renderings of the first i and the first i + 1 messages:
 
 if both are prefixes of the rendered chat. Some templates render a message differently if others
 follow it: Qwen 3 removes the reasoning of earlier turns, Mistral moves the system prompt to the
-last question. There the content is found by rendering the chat with another content, and the end
-of the turn is what follows the content if the turn is the last.
+last question. For such templates, the content is located by rendering the chat with different
+content. The turn ends with the text that follows the content if the turn is the last message.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def begin_of_turn(
     Args:
         whole: Rendered chat, as text or tokens.
         before: Rendered messages before the turn.
-        prompt: The same with the generation prompt. It may be longer than what the chat has there,
-            such as with the beginning of reasoning that DeepSeek R1 removes from chats.
+        prompt: The same with the generation prompt. It may be longer than the chat's own text
+            there: DeepSeek R1's prompt begins the reasoning, which its template removes from chats.
     """
     if prompt is not None and whole[: len(prompt)] == prompt:
         return len(prompt)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MANY_ROWS = 20
-"""Number of rows from which on it is no chance that the first choice is never right."""
+"""Number of rows from which on it is unlikely by chance that the first choice is never right."""
 
 
 def read_right(

@@ -110,7 +110,7 @@ class EncoderTask(Task):
     @classmethod
     @abstractmethod
     def blanks(cls, recipe: Any, labels: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-        """Return the type of each column that is no text, and a valid value."""
+        """Return the type of each column that is not text, and a valid value."""
 
     @classmethod
     def placeholder(cls, recipe: Any, labels: Sequence[str], columns: Sequence[str]) -> Dataset:
@@ -143,7 +143,7 @@ class EncoderTask(Task):
             try:
                 without = model(input_ids=ids).logits
                 with_zeros = model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
-            except Exception:  # the model does not know them; if it does not run, the trial says so
+            except Exception:  # the model does not accept them; later trials report other causes
                 return
         if torch.allclose(without, with_zeros, rtol=1e-3, atol=1e-5):
             self._columns.append("token_type_ids")

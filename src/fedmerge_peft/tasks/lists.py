@@ -59,7 +59,7 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
         key: Recipe key that names the column, for error messages.
 
     Raises:
-        DataError: The column does not exist; its entries are no lists of texts or integers; a list
+        DataError: The column does not exist; its entries are not lists of texts or integers; a list
             or a value in it is missing.
     """
     if column not in table.column_names:

@@ -68,7 +68,7 @@ def own_scores(
         predictions: Outputs and references.
 
     Raises:
-        RecipeError: The result is no dictionary of numbers by name.
+        RecipeError: The result is not a dictionary of numbers by name.
     """
     outputs = predictions.outputs
     result: Any = compute(*(outputs.get("texts") or next(iter(outputs.values()))))

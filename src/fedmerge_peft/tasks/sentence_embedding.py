@@ -200,7 +200,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
         The candidates c of an anchor a are the positives and negatives of the batch, each distinct
         text once. Texts that equal the anchor, and positives of the same anchor or the same text as
-        its own, are no negatives. This is InfoNCE (van den Oord 2018), and the
+        its own, are not negatives. This is InfoNCE (van den Oord 2018), and the
         MultipleNegativesRankingLoss of sentence-transformers for batches without repeated texts.
 
         Args:

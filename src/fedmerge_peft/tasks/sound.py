@@ -74,8 +74,8 @@ def read_sound(value: Any, rate: int) -> Samples:
         rate: Sampling rate of the model, Hz.
 
     Raises:
-        ValueError: It is no sound, has another sampling rate, has samples that are not finite, or
-            cannot be read.
+        ValueError: It is not a sound, has another sampling rate, has samples that are not finite,
+            or cannot be read.
     """
     if isinstance(value, dict) and value.get("array") is not None:
         samples, own = np.asarray(value["array"]), int(value.get("sampling_rate") or rate)
@@ -111,7 +111,7 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
 
     if content[:4] not in (b"RIFF", b"RIFX", b"RF64"):
         raise ValueError(
-            "it is no WAV file; convert it, for example with ffmpeg -i in.mp3 -ac 1 out.wav"
+            "it is not a WAV file; convert it, for example with ffmpeg -i in.mp3 -ac 1 out.wav"
         )
     order: Literal["little", "big"] = "big" if content[:4] == b"RIFX" else "little"
     length = int.from_bytes(content[4:8], order)
@@ -132,7 +132,7 @@ def _read_wave(content: bytes) -> tuple[int, NDArray[Any]]:
 def _scaled(samples: NDArray[Any]) -> Samples:
     """Return the mean of the channels, from -1 to 1."""
     if samples.dtype.kind not in "iuf" or samples.ndim not in (1, 2):
-        raise ValueError(f"it is no array of samples, but of {samples.dtype}, {samples.ndim}-d")
+        raise ValueError(f"it is not an array of samples: {samples.dtype}, {samples.ndim}-d")
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
         raise ValueError(f"it has the shape {samples.shape}, not (samples,) or (samples, channels)")
     if samples.dtype.kind in "iu" and samples.dtype.itemsize > 4:

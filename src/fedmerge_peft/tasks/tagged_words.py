@@ -75,7 +75,10 @@ class TagSource(ABC):
         tags: Sequence[str | None],
         scores: Sequence[float | None],
     ) -> dict[str, Any]:
-        """Return a prediction; a word without tokens has the tag None."""
+        """Convert the tags of a text's words to a prediction.
+
+        A word without tokens has the tag None.
+        """
 
 
 class ListedTags(TagSource):
@@ -91,7 +94,8 @@ class ListedTags(TagSource):
         column = read_lists(table, self.recipe.words, "task.words")
         if len(column.values) and not is_text(column.values.type):
             raise DataError(
-                f"task.words: column {self.recipe.words!r} has lists of {column.values.type}"
+                f"task.words: column {self.recipe.words!r} has lists of {column.values.type}, "
+                "expected lists of texts; choose another column"
             )
         words = column.rows(column.values.to_pylist())
         tags = encode_lists(table, self.column, self.key, labels)

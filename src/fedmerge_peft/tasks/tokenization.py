@@ -119,7 +119,7 @@ def token_limit(tokenizer: Any, config: Any) -> int | None:
     The limit is the smaller of the limits of the tokenizer and the model.
 
     Raises:
-        BackboneError: The tokenizer's limit is no positive number.
+        BackboneError: The tokenizer's limit is not a positive number.
     """
     length = tokenizer.model_max_length
     if length is not None and not (isinstance(length, int | float) and length >= 1):
@@ -210,7 +210,7 @@ def tokenized(tokenizer: Any, *columns: Sequence[str], **options: Any) -> Iterat
             encoded = tokenizer(*chunk, verbose=False, **options)
         except STOPS:
             raise
-        except BaseException:  # one at a time, to find the row; Rust's panics are no Exception
+        except BaseException:  # one at a time, to find the row; Rust's panics are not Exceptions
             yield from (
                 _tokenized_row(tokenizer, start + row, texts, options)
                 for row, texts in enumerate(zip(*chunk, strict=True))

@@ -54,7 +54,7 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) 
             if _is_ordinary(tokenizer, token_id):
                 token = tokenizer.convert_ids_to_tokens(token_id)
                 raise BackboneError(
-                    f"backbone.model: {name} takes {token!r} ({token_id}) for the end of a text, "
+                    f"backbone.model: {name} treats {token!r} ({token_id}) as the end of a text, "
                     f"but the end token of the tokenizer is {tokenizer.eos_token!r} "
                     f"({tokenizer.eos_token_id}); correct eos_token_id in the model's config.json "
                     "and generation_config.json, or name another tokenizer in backbone.tokenizer"
@@ -64,9 +64,9 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, *, reads_end: bool) 
         if padding is not None and _is_ordinary(tokenizer, padding):
             token = tokenizer.convert_ids_to_tokens(padding)
             raise BackboneError(
-                f"backbone.model: {name} gives no position to {token!r} ({padding}), which it "
-                "takes for padding, but it is an ordinary token of the tokenizer; correct "
-                "pad_token_id in config.json, or name another tokenizer in backbone.tokenizer"
+                f"backbone.model: {name} treats {token!r} ({padding}) as padding and gives it no "
+                "position, but the tokenizer uses it as an ordinary token; correct pad_token_id in "
+                "config.json, or name another tokenizer in backbone.tokenizer"
             )
     return size
 

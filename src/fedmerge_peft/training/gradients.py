@@ -35,8 +35,8 @@ def accumulate(
         runtime: Model, task and examples.
         adapters: K adapters.
         steps: For each adapter, the micro-batches of one step, as rows of the table.
-        example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None for
-            1.
+        example_weights: For each adapter, the weight of each row of the table, ``(n,)``; None if
+            all are 1.
         alignments: For each adapter, the penalty on the features; None for none.
         objectives: Training loss of each adapter's client. Default: the task's.
 

@@ -62,7 +62,7 @@ class _TrainState:
     """``(P,)``; None without a proximal term."""
     proximal: float
     example_weights: Tensor | None
-    """Weight of each row of the whole table, ``(n,)``; None for 1."""
+    """Weight of each row of the whole table, ``(n,)``; None if all are 1."""
     objective: Objective
     """Training loss of the client."""
     losses: list[Tensor] = field(default_factory=list)

@@ -18,7 +18,7 @@ class Objective:
     offset: Tensor | None = None
     """Added to the logits, ``(classes,)``; None for 0."""
     class_weights: Tensor | None = None
-    """Weights of the classes, ``(classes,)``; None for 1."""
+    """Weights of the classes, ``(classes,)``; None if all are 1."""
 
     def divisor(self, task: Task, labels: Tensor) -> float:
         """Return what the losses of a batch with these labels are divided by."""
@@ -52,7 +52,10 @@ def training_losses(
 
 
 def spread(objectives: Sequence[Objective], width: int, device: torch.device) -> Tensor | None:
-    """Return the class weights of each example of K parts, ``(K · width, classes)``; None for 1."""
+    """Return the class weights of each example of K parts, ``(K · width, classes)``.
+
+    Return None if all are 1.
+    """
     known = [each.class_weights for each in objectives]
     first = next((each for each in known if each is not None), None)
     if first is None:

@@ -15,8 +15,8 @@ from fedmerge_peft.training.input_trial import tolerance
 from fedmerge_peft.training.runtime import Runtime
 
 
-def can_pack(runtime: Runtime, rows: Indices, recipe: Recipe) -> bool:
-    """Return True: the model has the same logits for packed examples as for padded ones.
+def require_packing(runtime: Runtime, rows: Indices, recipe: Recipe) -> None:
+    """Raise ``BackboneError`` unless packed examples give the same logits as padded ones.
 
     Args:
         runtime: Model, task and examples.
@@ -31,7 +31,6 @@ def can_pack(runtime: Runtime, rows: Indices, recipe: Recipe) -> bool:
             f"training.packing: {recipe.backbone.model} cannot process packed batches of this "
             f"task: {reason}; set training.packing to false"
         )
-    return True
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ class Train(Plan):
     anchor: Tensor | None = None
     """``(P,)``; None for the row itself."""
     example_weights: Tensor | None = None
-    """The weight of each of the client's training examples, ``(n,)``; None for 1."""
+    """The weight of each of the client's training examples, ``(n,)``; None if all are 1."""
     privacy: UpdatePrivacy | None = None
     """Clipping and noise of the update before it leaves the client; None to send it unchanged. The
     adapter that the client keeps is not changed."""

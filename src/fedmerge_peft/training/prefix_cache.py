@@ -285,7 +285,7 @@ class PrefixCache:
         """Determine the number of positions of each example.
 
         Returns:
-            Positions of the batch that are no padding, ``(sequences, length)``; None if its
+            Positions of the batch that are not padding, ``(sequences, length)``; None if its
             positions are not its tokens, padded on the right.
         """
         mask, known = inputs.get("attention_mask"), self._examples.positions

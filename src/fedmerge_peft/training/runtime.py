@@ -147,11 +147,12 @@ class Runtime:
             inputs: Their inputs on the device.
             labels: Their labels on the device.
             adapters: K, the number of adapters, each of which gets an equal part of the rows.
-            for_losses: True if ``Task.losses`` alone reads the result.
+            for_losses: True if only ``Task.losses`` reads the result.
 
         Returns:
-            Output of ``Task.forward`` or, with ``head``, ``(labeled positions, vocabulary)``; for
-            losses, with more logits than fit into a chunk, the cross-entropies of these positions.
+            Output of ``Task.forward``. With ``head``: the logits at labeled positions,
+            ``(positions, vocabulary)``, or their cross-entropies, ``(positions,)``, if
+            ``for_losses`` is set and the logits do not fit into one chunk.
         """
         targets = None if self.head is None else self.task.token_targets(labels)
         packing = None

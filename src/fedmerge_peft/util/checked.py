@@ -227,5 +227,5 @@ def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise damaged(path, str(error)) from error
     if not isinstance(document, dict) or "sha256" not in document:
-        raise damaged(path, "it is no JSON object")
+        raise damaged(path, "it is not a JSON object with a SHA-256 sum")
     return document

@@ -93,14 +93,14 @@ def _faults_of(folder: Path) -> tuple[list[str], list[Path]]:
         if match := _LINE.fullmatch(line):
             listed[match[2]] = match[1]
         else:
-            found.append(f"{path}:{number} is damaged: it is no SHA-256 sum with a name")
+            found.append(f"{path}:{number} is damaged: it is not a SHA-256 sum with a name")
     present = _covered(folder)
     found += [f"{folder / name} is missing" for name in sorted(listed.keys() - set(present))]
     for name in present:
         if (folder / name).is_symlink():
             found.append(f"{folder / name} is a link")
         elif not (folder / name).is_file():
-            found.append(f"{folder / name} is no regular file")
+            found.append(f"{folder / name} is not a regular file")
         elif name not in listed:
             found.append(f"{folder / name} is not listed in {path}")
         elif (digest := _digest(folder / name)) is None:

@@ -1,6 +1,6 @@
 """Gaussian noise from a seed, for simulations, or from the operating system's generator.
 
-A seeded generator is no protection: anyone with the seed, or with enough of its output, computes
+A seeded generator does not protect: anyone with the seed, or with enough of its output, computes
 the rest. Noise that protects somebody comes from ``os.urandom``.
 """
 

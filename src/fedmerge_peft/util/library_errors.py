@@ -11,7 +11,7 @@ from fedmerge_peft.errors import FedMergeError
 _OBJECT = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 """Python's default description of an object, with its address in memory."""
 STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)
-"""Requests to stop, which are no errors of a library."""
+"""Requests to stop, which are not errors of a library."""
 
 
 @contextmanager

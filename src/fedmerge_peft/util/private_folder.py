@@ -25,7 +25,7 @@ def make_private(folder: Path) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Return True for a file or folder of this user that is no link.
+    """Return True for a file or folder of this user that is not a link.
 
     Raises:
         OSError: It does not exist, or cannot be examined.

@@ -63,7 +63,7 @@ def first_fault(invalid: ValidationError) -> str:
         case "missing":
             return f"{where} is missing"
         case "extra_forbidden":
-            return f"{where} is no field of it"
+            return f"{where} is not one of its fields"
     expected = fault["msg"].removeprefix("Value error, ")
     expected = expected.replace("Input should be", "expected").replace("should have", "may have")
     value = printable(shortened(repr(fault["input"]), 60))

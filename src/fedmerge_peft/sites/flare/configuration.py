@@ -31,6 +31,6 @@ def _initialize_from_own_files(
 
 
 def configuration_folders(folder: str) -> list[str]:
-    """Return the folders of a kit that hold configuration; the folder itself if it is no kit."""
+    """Return the folders of a kit that hold configuration; the folder itself if it is not a kit."""
     parts = [str(Path(folder, part)) for part in ("startup", "local")]
     return parts if Path(parts[0]).is_dir() else [folder]

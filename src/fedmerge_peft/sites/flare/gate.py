@@ -1,8 +1,8 @@
 """Admission of messages to NVIDIA FLARE's processes, by their connection.
 
-FLARE hands a message to the handler that its headers name, and believes what the headers say about
-the sender. The gate decides before any of it is parsed. The sender is the party at the other end of
-the connection: the name in its certificate, or a process of the same user behind a Unix socket.
+FLARE hands a message to the handler that its headers name, and trusts the headers about its sender.
+The gate decides before any of it is parsed. The sender is the party at the other end of the
+connection: the name in its certificate, or a process of the same user behind a Unix socket.
 Requests pass only if this package needs them, and no message is passed on between sites:
 
     process          admits requests from

@@ -151,8 +151,8 @@ def _project(federation: Federation) -> dict[str, Any]:
 def write_server_policy(kit: Path) -> None:
     """Write the policy of the server's kit into ``local``.
 
-    Jobs may name only ``ALLOWED_CLASSES``, and start behind the gate. Roles have the rights above,
-    and jobs are stored inside the kit.
+    Jobs may name only ``ALLOWED_CLASSES``, and start behind the gate. Roles have the rights of
+    ``_ROLES``, and jobs are stored inside the kit.
 
     Raises:
         FederateError: The kit is incomplete.

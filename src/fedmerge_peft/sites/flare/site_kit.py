@@ -75,7 +75,7 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
     check_names(federation.sites)
     if name not in federation.sites:
         raise FederateError(
-            f"{kit}: startup/fed_client.json is the kit of {name!r}, which is no site of "
+            f"{kit}: startup/fed_client.json is the kit of {name!r}, which is not a site of "
             "federation.json; unpack the kit again"
         )
     _refuse_links(kit, data)

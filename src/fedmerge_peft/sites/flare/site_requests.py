@@ -64,14 +64,14 @@ class SiteRequest(RequestProcessor):  # type: ignore[misc]
 
 
 class Deploy(RequestProcessor):  # type: ignore[misc]
-    """Request to prepare a job: writes the site's own job, whatever the server has sent."""
+    """Request to prepare a job. The site writes its own job files and ignores the server's."""
 
     def get_topics(self) -> list[str]:
         """Return the topic of FLARE's request."""
         return [TrainingTopic.DEPLOY]
 
     def process(self, req: Message, app_ctx: ClientEngineInternalSpec) -> Message:
-        """Write the job's files."""
+        """Prepare a job: write the site's own job files."""
         job = req.get_header(RequestHeader.JOB_ID)
         if not is_job_id(job):
             return error_reply("the job's id is not a UUID")

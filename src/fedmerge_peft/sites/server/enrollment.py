@@ -1,4 +1,4 @@
-"""Start of a job at the server: what the sites have in common, and the replies that they send."""
+"""Start of a job at the server: agreement with the sites on task and model, and their replies."""
 
 from __future__ import annotations
 

@@ -160,7 +160,10 @@ def agreed_epsilon(recipe: Recipe) -> float:
 
 
 def strictest_privacy(site: SitePrivacy, *others: UpdatePrivacy | None) -> UpdatePrivacy | None:
-    """Return the smallest clip and the largest noise of several; None if all are empty."""
+    """Return the strictest of several settings: the smallest clip and the largest noise.
+
+    Return None if none of them clips or adds noise.
+    """
     given = [privacy for privacy in others if privacy is not None]
     clips = [clip for clip in (site.clip, *(privacy.clip for privacy in given)) if clip is not None]
     noise = max([site.noise, *(privacy.noise for privacy in given)])

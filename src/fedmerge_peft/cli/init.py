@@ -182,9 +182,9 @@ def _answers(
     roles = _columns(questions, sections[task], columns, len(rows), given)
     split = guesses.guess_split(rows)
     taken = [*_flat(roles), *filter(None, [split])]
-    found = guesses.guess_client(columns, len(rows), taken) or _NONE
+    default = guesses.guess_client(columns, len(rows), taken) or _NONE
     question = f"Column that names the client ({_NONE} for random clients)"
-    client = questions.choice("--client", question, given["client"], found, [*names, _NONE])
+    client = questions.choice("--client", question, given["client"], default, [*names, _NONE])
     count = 4
     if client == _NONE:
         number = questions.text(

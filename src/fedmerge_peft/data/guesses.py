@@ -68,13 +68,13 @@ def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -
         rows: Number of rows.
         label: Column of the labels, if it is known. Others are none.
     """
-    if any(each.name == label for each in columns):
+    if any(column.name == label for column in columns):
         columns = [
-            replace(each, name="label") if each.name == label else each
-            for each in columns
-            if each.name == label
-            or each.kind in ("image", "other")
-            or (each.kind != "fraction" and each.distinct > rows / 2)
+            replace(column, name="label") if column.name == label else column
+            for column in columns
+            if column.name == label
+            or column.kind in ("image", "other")
+            or (column.kind != "fraction" and column.distinct > rows / 2)
         ]
     names = {column.name for column in columns}
     fit: list[tuple[list[int], str]] = []
@@ -82,16 +82,16 @@ def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -
         usual = section.usual_columns.values()
         if any(names.issuperset(known.split()) for known in section.known_columns):
             kinds = ["named"]
-        elif all(each.optional or _has(each, columns, rows) for each in usual):
-            kinds = [each.kind for each in usual]
+        elif all(role.optional or _has(role, columns, rows) for role in usual):
+            kinds = [role.kind for role in usual]
         else:
             continue
         fit.append(([*sorted(map(KINDS.index, kinds)), len(KINDS)], task))
     if not fit:
         return None
     ranks, best = min(fit, key=lambda pair: pair[0])
-    found = {KINDS[rank] for rank in ranks[:-1]}
-    return None if _is_doubtful(found, columns, rows) else best
+    best_kinds = {KINDS[rank] for rank in ranks[:-1]}
+    return None if _is_doubtful(best_kinds, columns, rows) else best
 
 
 def _has(usual: UsualColumn, columns: Sequence[Column], rows: int) -> bool:
@@ -111,12 +111,14 @@ def _is_doubtful(kinds: Set[str], columns: Sequence[Column], rows: int) -> bool:
         if _named(_likely_labels(others, rows), LABEL.names):
             return True
         client = guess_client(others, rows, ())
-        return any(each.kind == "text" for each in _likely_labels(_free(others, [client]), rows))
+        return any(
+            column.kind == "text" for column in _likely_labels(_free(others, [client]), rows)
+        )
     if "label" in kinds:
         return len(_likely_labels(columns, rows)) > 1
     if kinds == {"text"}:  # a text alone, beside what it may be about
         answers = _named(columns, _ANSWERS)
-        return bool(answers) or any(each.kind == "fraction" for each in columns)
+        return bool(answers) or any(column.kind == "fraction" for column in columns)
     return False
 
 
@@ -129,24 +131,24 @@ def guess_column(
         case "image":
             return next((column.name for column in free if column.kind == "image"), None)
         case "text":  # one with a usual name, or that with the longest texts
-            texts = [each for each in free if each.kind == "text" and each.length > 0]
-            longest = max(((each.length, each.name) for each in texts), default=(0, None))[1]
+            texts = [column for column in free if column.kind == "text" and column.length > 0]
+            longest = max(((column.length, column.name) for column in texts), default=(0, None))[1]
             return _named(texts, usual.names) or longest
         case "label":
             return guess_label(free, rows, ())
         case "number":
-            return _named((each for each in free if each.kind == "fraction"), usual.names)
+            return _named((column for column in free if column.kind == "fraction"), usual.names)
         case "list":
-            return _named((each for each in free if each.kind == "list"), usual.names)
+            return _named((column for column in free if column.kind == "list"), usual.names)
         case _:
             few = min(_MOST_LABELS, rows / 2)
             fit = {
                 "": free,
-                "list": [each for each in free if each.kind == "list"],
+                "list": [column for column in free if column.kind == "list"],
                 "varied": [
-                    each
-                    for each in free
-                    if each.distinct > few or each.name.lower() not in LABEL.names.split()
+                    column
+                    for column in free
+                    if column.distinct > few or column.name.lower() not in LABEL.names.split()
                 ],
             }
             return _named(fit[usual.of], usual.names)
@@ -157,14 +159,14 @@ def guess_choices(
 ) -> list[str]:
     """Return the column of lists of choices, or the columns with one choice each; [] for none."""
     free = _free(columns, taken)
-    nested = [each for each in free if each.kind in ("list", "other")]
+    nested = [column for column in free if column.kind in ("list", "other")]
     if (name := _named(nested, usual.names)) is not None:
         return [name]
-    found: dict[str, list[str]] = {}
-    for each in free:
-        if match := _CHOICE.fullmatch(each.name.lower()):
-            found.setdefault(match["stem"] or "", []).append(each.name)
-    several = [sorted(group) for group in found.values() if len(group) > 1]
+    by_stem: dict[str, list[str]] = {}
+    for column in free:
+        if match := _CHOICE.fullmatch(column.name.lower()):
+            by_stem.setdefault(match["stem"] or "", []).append(column.name)
+    several = [sorted(group) for group in by_stem.values() if len(group) > 1]
     return max(several, key=len, default=[])
 
 
@@ -182,12 +184,12 @@ def guess_any(kind: str, columns: Iterable[Column], rows: int, taken: Iterable[s
     free = _free(columns, taken)
     match kind:
         case "number":
-            fractions = [each.name for each in free if each.kind == "fraction"]
+            fractions = [column.name for column in free if column.kind == "fraction"]
             if fractions:
                 return fractions[0] if len(fractions) == 1 else None
-            return guess_label([each for each in free if each.kind == "number"], rows, ())
+            return guess_label([column for column in free if column.kind == "number"], rows, ())
         case "list":
-            lists = [each.name for each in free if each.kind == "list"]
+            lists = [column.name for column in free if column.kind == "list"]
             return lists[0] if len(lists) == 1 else None
         case _:
             return guess_label(free, rows, ())
@@ -196,23 +198,25 @@ def guess_any(kind: str, columns: Iterable[Column], rows: int, taken: Iterable[s
 def _likely_labels(columns: Iterable[Column], rows: int) -> list[Column]:
     """Return the column of labels with a usual name, or all that have the fewest values."""
     fit = [
-        each
-        for each in columns
-        if 2 <= each.distinct <= min(_MOST_LABELS, rows / 2)
-        and each.name.lower() not in _CLIENTS.split()
+        column
+        for column in columns
+        if 2 <= column.distinct <= min(_MOST_LABELS, rows / 2)
+        and column.name.lower() not in _CLIENTS.split()
     ]
     if (named := _named(fit, LABEL.names)) is not None:
-        return [each for each in fit if each.name == named]
-    fewest = min((each.distinct for each in fit), default=0)
-    return [each for each in fit if each.distinct == fewest]
+        return [column for column in fit if column.name == named]
+    fewest = min((column.distinct for column in fit), default=0)
+    return [column for column in fit if column.distinct == fewest]
 
 
 def guess_client(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of clients: one with a usual name, or the text with the most values."""
     fit = [
-        each for each in _free(columns, taken) if 2 <= each.distinct <= max(2, rows / _FEWEST_ROWS)
+        column
+        for column in _free(columns, taken)
+        if 2 <= column.distinct <= max(2, rows / _FEWEST_ROWS)
     ]
-    texts = ((each.distinct, each.name) for each in fit if each.kind == "text")
+    texts = ((column.distinct, column.name) for column in fit if column.kind == "text")
     return _named(fit, _CLIENTS) or max(texts, default=(0, None))[1]
 
 
@@ -220,8 +224,8 @@ def guess_split(table: Dataset) -> str | None:
     """Return the column whose values are names of splits; None without one."""
     for name in table.column_names:
         if "split" in name.lower() and (values := _values(table, name)) is not None:
-            found = {str(value).lower() for value in values.unique().to_pylist()}
-            if "train" in found and found <= _SPLITS:
+            splits = {str(value).lower() for value in values.unique().to_pylist()}
+            if "train" in splits and splits <= _SPLITS:
                 return str(name)
     return None
 

@@ -257,9 +257,9 @@ def _callback(section: CallbackRecipe) -> Callback:
 
 def _reused(recipe: Recipe, directory: Path, engine: Engine) -> dict[str, RunDirectory]:
     """Return the earlier runs to reuse, by strategy. Raises ``RecipeError`` if they differ."""
-    found = reuse.reusable(recipe, directory)
-    reuse.check_data(recipe, engine, found)
-    return found
+    baselines = reuse.reusable(recipe, directory)
+    reuse.check_data(recipe, engine, baselines)
+    return baselines
 
 
 def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions | None:

@@ -147,8 +147,8 @@ def keys_meant(word: str) -> list[str]:
 def value_meant(word: str, words: Iterable[str]) -> str | None:
     """Return the one of several words that a wrong one stands for; None if none is close."""
     known, meant = list(words), folded(word)
-    exact = next((each for each in known if folded(each) == meant), None)
-    synonym = next((each for each in known if meant in map(folded, _synonyms(each))), None)
+    exact = next((choice for choice in known if folded(choice) == meant), None)
+    synonym = next((choice for choice in known if meant in map(folded, _synonyms(choice))), None)
     return exact or synonym or closest(word, known)
 
 

@@ -110,7 +110,7 @@ def _dumbbells(
     if len(setting.methods) > len(chosen):
         caption += " The table has other methods too."
     none = (math.nan, math.nan)
-    finite = [value for each in values.values() for value in each if math.isfinite(value)]
+    finite = [value for scores in values.values() for value in scores if math.isfinite(value)]
     finite += [limit for span in spans.values() for limit in span]
     place = 1
     for number, rows in enumerate(parts):
@@ -140,8 +140,8 @@ def _intervals(method: Method, metric: str) -> dict[str, tuple[float, float]]:
     if method.scores is None or method.scores["metric"] != metric:
         return {}
     sizes = method.run.clients[metric.partition("_")[0]]
-    found = score_intervals(method.run, method.scores) or {}
-    return {client: span for client, span in found.items() if sizes[client] <= _CERTAIN}
+    intervals = score_intervals(method.run, method.scores) or {}
+    return {client: span for client, span in intervals.items() if sizes[client] <= _CERTAIN}
 
 
 def _title(metric: str) -> str:

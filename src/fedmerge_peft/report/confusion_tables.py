@@ -46,10 +46,10 @@ class Confusion:
 
 def confusion_tables(run: RunDirectory) -> dict[str, Any] | None:
     """Return the sentence, the matrix of all clients and those of single ones; None for none."""
-    found = read_confusion(run)
-    if found is None:
+    matrices = read_confusion(run)
+    if matrices is None:
         return None
-    labels, clients = found
+    labels, clients = matrices
     counts = {name: counted([pairs]) for name, pairs in clients.items()}
     worst = sorted(counts, key=lambda name: _accuracy(counts[name]))[:_MAX_CLIENTS]
     total = counted(clients.values())

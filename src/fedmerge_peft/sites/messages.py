@@ -297,8 +297,8 @@ def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
             "and all sites"
         )
     if number_format != dtype:
-        found = printable(shortened(str(number_format), 12))
-        raise WireError(f"the message has numbers in {found}, but the federation uses {dtype}")
+        shown = printable(shortened(str(number_format), 12))
+        raise WireError(f"the message has numbers in {shown}, but the federation uses {dtype}")
 
 
 class _Reader:

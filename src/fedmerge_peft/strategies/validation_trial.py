@@ -70,10 +70,10 @@ class OwnTrial(Stateful):
         self.harm = torch.tensor(torch.inf, dtype=torch.float64)
         """Harm in the round before, ``()`` float64; infinite before the first comparison."""
 
-    def lasting(self, found: Comparison) -> bool:
+    def lasting(self, loss: Comparison) -> bool:
         """Return True if this harm is at least 0.8 times that of the round before; store it."""
-        before, self.harm = float(self.harm), torch.tensor(found.harm, dtype=torch.float64)
-        return found.harm >= _LASTING * before
+        before, self.harm = float(self.harm), torch.tensor(loss.harm, dtype=torch.float64)
+        return loss.harm >= _LASTING * before
 
     def store(self, replies: Sequence[Reply]) -> None:
         """Store the validation losses after local training."""
@@ -178,12 +178,12 @@ class GroupTrials(Stateful):
                     else ("share", f"one adapter for all clients: validation loss {losses}")
                 )
         if self.own is not None:
-            found = self.own.compare(replies)
+            loss = self.own.compare(replies)
             self.own.store(replies)
-            lasts = found is not None and self.own.lasting(found)
-            if found is not None and number >= FIRST:
-                losses = f"{found.own:.3g} after own training, {found.merged:.3g} after merging"
-                if not found.own_is_better:
+            lasts = loss is not None and self.own.lasting(loss)
+            if loss is not None and number >= FIRST:
+                losses = f"{loss.own:.3g} after own training, {loss.merged:.3g} after merging"
+                if not loss.own_is_better:
                     outcomes.append(("keep", f"merging kept: validation loss {losses}"))
                     self.own = None
                 elif lasts:

@@ -97,8 +97,8 @@ class Roster:
         task = recipe.task
         refused: dict[str, str] = {}
         for site, summary in summaries.items():
-            found = summary.labels is not None, summary.format is not None
-            if found != (task.has_labels, task.has_formats):
+            present = summary.labels is not None, summary.format is not None
+            if present != (task.has_labels, task.has_formats):
                 labels = "labels" if task.has_labels else "no labels"
                 refused[site] = (
                     f"its summary of the data must have {labels} and "

@@ -12,7 +12,7 @@ import typer
 from fedmerge_peft.cli.app import app, write_new
 
 if TYPE_CHECKING:
-    from fedmerge_peft.data.guesses import Column
+    from fedmerge_peft.data.guesses import ColumnProfile
     from fedmerge_peft.recipe.draft import Answers
     from fedmerge_peft.recipe.tasks import TaskRecipe
 
@@ -211,7 +211,7 @@ def _answers(
 def _columns(
     questions: _Questions,
     section: type[TaskRecipe],
-    columns: Sequence[Column],
+    columns: Sequence[ColumnProfile],
     rows: int,
     given: dict[str, str | None],
 ) -> dict[str, str | list[str]]:

@@ -35,7 +35,7 @@ _FEWEST_ROWS = 4
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnProfile:
     """One column of a table."""
 
     name: str
@@ -55,12 +55,12 @@ class Column:
         return f"{self.name} ({values}, such as {self.example!r})"
 
 
-def describe(table: Dataset) -> list[Column]:
+def describe(table: Dataset) -> list[ColumnProfile]:
     """Return the columns of a table."""
     return [_column(table, name) for name in table.column_names]
 
 
-def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -> str | None:
+def guess_task(columns: Sequence[ColumnProfile], rows: int, label: str | None = None) -> str | None:
     """Return the task with the most specific columns that a table has; None if it is not clear.
 
     Args:
@@ -94,7 +94,7 @@ def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -
     return None if _is_doubtful(best_kinds, columns, rows) else best
 
 
-def _has(usual: UsualColumn, columns: Sequence[Column], rows: int) -> bool:
+def _has(usual: UsualColumn, columns: Sequence[ColumnProfile], rows: int) -> bool:
     match usual.kind:
         case "choices":
             return bool(guess_choices(usual, columns))
@@ -104,7 +104,7 @@ def _has(usual: UsualColumn, columns: Sequence[Column], rows: int) -> bool:
             return guess_column(usual, columns, rows) is not None
 
 
-def _is_doubtful(kinds: Set[str], columns: Sequence[Column], rows: int) -> bool:
+def _is_doubtful(kinds: Set[str], columns: Sequence[ColumnProfile], rows: int) -> bool:
     """Return True if a table with columns of these kinds may as well be for another task."""
     if "number" in kinds:  # the score of a class, or a person's confidence
         others = _free(columns, [guess_column(NUMBER, columns, rows)])
@@ -123,7 +123,7 @@ def _is_doubtful(kinds: Set[str], columns: Sequence[Column], rows: int) -> bool:
 
 
 def guess_column(
-    usual: UsualColumn, columns: Iterable[Column], rows: int, taken: Iterable[str] = ()
+    usual: UsualColumn, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str] = ()
 ) -> str | None:
     """Return the column that is most likely what a task reads; None if none is."""
     free = _free(columns, taken)
@@ -155,7 +155,7 @@ def guess_column(
 
 
 def guess_choices(
-    usual: UsualColumn, columns: Iterable[Column], taken: Iterable[str] = ()
+    usual: UsualColumn, columns: Iterable[ColumnProfile], taken: Iterable[str] = ()
 ) -> list[str]:
     """Return the column of lists of choices, or the columns with one choice each; [] for none."""
     free = _free(columns, taken)
@@ -170,7 +170,7 @@ def guess_choices(
     return max(several, key=len, default=[])
 
 
-def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
+def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of labels: one with a usual name, or that with the fewest values.
 
     None if several have the fewest values.
@@ -179,7 +179,9 @@ def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> s
     return likely[0].name if len(likely) == 1 else None
 
 
-def guess_any(kind: str, columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
+def guess_any(
+    kind: str, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]
+) -> str | None:
     """Return the only column of a kind that a task needs, whatever its name; None if unclear."""
     free = _free(columns, taken)
     match kind:
@@ -195,7 +197,7 @@ def guess_any(kind: str, columns: Iterable[Column], rows: int, taken: Iterable[s
             return guess_label(free, rows, ())
 
 
-def _likely_labels(columns: Iterable[Column], rows: int) -> list[Column]:
+def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnProfile]:
     """Return the column of labels with a usual name, or all that have the fewest values."""
     fit = [
         column
@@ -209,7 +211,7 @@ def _likely_labels(columns: Iterable[Column], rows: int) -> list[Column]:
     return [column for column in fit if column.distinct == fewest]
 
 
-def guess_client(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
+def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of clients: one with a usual name, or the text with the most values."""
     fit = [
         column
@@ -230,33 +232,35 @@ def guess_split(table: Dataset) -> str | None:
     return None
 
 
-def _free(columns: Iterable[Column], taken: Iterable[str | None]) -> list[Column]:
+def _free(columns: Iterable[ColumnProfile], taken: Iterable[str | None]) -> list[ColumnProfile]:
     return [column for column in columns if column.name not in set(taken)]
 
 
-def _named(columns: Iterable[Column], names: str) -> str | None:
+def _named(columns: Iterable[ColumnProfile], names: str) -> str | None:
     """Return the first column that has one of the names, in the order of the names."""
     there: Mapping[str, str] = {column.name.lower(): column.name for column in columns}
     return next((there[name] for name in names.split() if name in there), None)
 
 
-def _column(table: Dataset, name: str) -> Column:
+def _column(table: Dataset, name: str) -> ColumnProfile:
     from datasets import Image
 
     values = None if isinstance(table.features[name], Image) else _values(table, name)
     if values is None:
         kind = "image" if isinstance(table.features[name], Image) else _nested(table, name)
-        return Column(name, kind, 0, 0.0, kind)
+        return ColumnProfile(name, kind, 0, 0.0, kind)
     known = [value for value in values.unique().to_pylist() if value is not None]
     first = str(known[0]) if known else ""
     texts = [value for value in known if isinstance(value, str)]
     if texts and len(texts) == len(known) and all(map(_is_image, texts)):
-        return Column(name, "image", 0, 0.0, first[:40])
+        return ColumnProfile(name, "image", 0, 0.0, first[:40])
     length = sum(map(len, texts)) / len(texts) if texts else 0.0
     kind = "text" if texts else "number"
     if any(isinstance(value, float) and value % 1 for value in known):
         kind = "fraction"
-    return Column(name, kind, len(known), length, first[:40], name in texts or is_number(name))
+    return ColumnProfile(
+        name, kind, len(known), length, first[:40], name in texts or is_number(name)
+    )
 
 
 def _values(table: Dataset, name: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedmerge_peft.analysis.intervals import LEVEL, score_intervals
-from fedmerge_peft.plotting.specs import Dumbbell, Scores, Spread
+from fedmerge_peft.plotting.specs import Dumbbell, MethodScores, Spread
 from fedmerge_peft.plotting.svg_clients import MAX_CLIENTS
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Method, Setting, readable
@@ -32,7 +32,7 @@ def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figur
     if metric is None:
         return
     scores = [
-        Scores(
+        MethodScores(
             method.name,
             method.values(metric, setting.clients),
             method.style,
@@ -123,7 +123,7 @@ def _dumbbells(
             Dumbbell(
                 names,
                 [
-                    Scores(method.name, values[method.name][rows].tolist(), method.style)
+                    MethodScores(method.name, values[method.name][rows].tolist(), method.style)
                     for method in chosen
                 ],
                 readable(metric),

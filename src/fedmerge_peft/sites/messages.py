@@ -26,7 +26,7 @@ from fedmerge_peft.sites.fields import (
     PlanFields,
     ServedMixture,
     ServedRow,
-    Trained,
+    TrainedFields,
     TrainJob,
     TrainPlan,
     WireDtype,
@@ -269,7 +269,7 @@ def read_reply(
             range.
     """
     check_format(message, layout, dtype)
-    fields, reader = read_fields(Trained, message), _Reader(message, columns, dtype)
+    fields, reader = read_fields(TrainedFields, message), _Reader(message, columns, dtype)
     if fields.client != client:
         raise WireError(f"the reply belongs to client {fields.client!r}, expected {client!r}")
     return Reply(

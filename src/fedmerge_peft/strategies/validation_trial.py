@@ -27,7 +27,7 @@ _ROUNDS_WITHOUT_GAIN = 2
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LossComparison:
     """Mean validation losses (nats) over the clients with both."""
 
     own: float
@@ -70,7 +70,7 @@ class OwnTrial(Stateful):
         self.harm = torch.tensor(torch.inf, dtype=torch.float64)
         """Harm in the round before, ``()`` float64; infinite before the first comparison."""
 
-    def lasting(self, loss: Comparison) -> bool:
+    def lasting(self, loss: LossComparison) -> bool:
         """Return True if this harm is at least 0.8 times that of the round before; store it."""
         before, self.harm = float(self.harm), torch.tensor(loss.harm, dtype=torch.float64)
         return loss.harm >= _LASTING * before
@@ -81,7 +81,7 @@ class OwnTrial(Stateful):
             if reply.validation is not None:
                 self.losses[reply.client] = reply.validation[1]
 
-    def compare(self, replies: Sequence[Reply]) -> Comparison | None:
+    def compare(self, replies: Sequence[Reply]) -> LossComparison | None:
         """Compare with the losses before this round's training.
 
         Returns None if fewer than half of all clients, or fewer than two, have both losses.
@@ -98,7 +98,7 @@ class OwnTrial(Stateful):
         if len(pairs) < max(2, len(self.losses) / 2):
             return None
         own, merged = pairs.mean(dim=0).tolist()
-        return Comparison(own, merged, standard_error(pairs[:, 1] - pairs[:, 0]))
+        return LossComparison(own, merged, standard_error(pairs[:, 1] - pairs[:, 0]))
 
 
 class CommonTrial(Stateful):

@@ -15,7 +15,7 @@ from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs import documents
-from fedmerge_peft.sites.config import Federation, read_json
+from fedmerge_peft.sites.config import FederationFile, read_json
 from fedmerge_peft.sites.fields import (
     MAX_LABELS,
     Enrolled,
@@ -246,7 +246,7 @@ def parse_label_counts(
     return counts
 
 
-def update_run_clients(run: Path, federation: Federation, roster: Roster) -> None:
+def update_run_clients(run: Path, federation: FederationFile, roster: Roster) -> None:
     """Enter the counts of sites that joined late into a run directory.
 
     Raises:

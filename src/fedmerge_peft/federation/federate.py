@@ -317,8 +317,8 @@ def _run_rounds(
                     tracked.weights(strategy.weights, names, record.round)
             callbacks.on_round(record)
             stopping.observe(record.served.clients if record.served is not None else None)
-            asked = "a callback has stopped it" if callbacks.any_stopped() else None
-            reason = stopping.reason or asked
+            requested = "a callback has stopped it" if callbacks.any_stopped() else None
+            reason = stopping.reason or requested
         if federation.completed == federation.recipe.rounds:
             reason = None
         if reason is not None:

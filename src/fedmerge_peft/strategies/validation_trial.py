@@ -70,7 +70,7 @@ class OwnTrial(Stateful):
         self.harm = torch.tensor(torch.inf, dtype=torch.float64)
         """Harm in the round before, ``()`` float64; infinite before the first comparison."""
 
-    def lasting(self, loss: LossComparison) -> bool:
+    def persists(self, loss: LossComparison) -> bool:
         """Return True if this harm is at least 0.8 times that of the round before; store it."""
         before, self.harm = float(self.harm), torch.tensor(loss.harm, dtype=torch.float64)
         return loss.harm >= _LASTING * before
@@ -180,13 +180,13 @@ class GroupTrials(Stateful):
         if self.own is not None:
             loss = self.own.compare(replies)
             self.own.store(replies)
-            lasts = loss is not None and self.own.lasting(loss)
+            persistent = loss is not None and self.own.persists(loss)
             if loss is not None and number >= FIRST:
                 losses = f"{loss.own:.3g} after own training, {loss.merged:.3g} after merging"
                 if not loss.own_is_better:
                     outcomes.append(("keep", f"merging kept: validation loss {losses}"))
                     self.own = None
-                elif lasts:
+                elif persistent:
                     reason = f"an adapter for each client: validation loss {losses}"
                     outcomes.append(("separate", reason))
                     self.own = self.common = None

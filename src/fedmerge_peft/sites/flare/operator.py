@@ -129,7 +129,7 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
         jobs = _unfinished_jobs(session)
         end = time.monotonic() + FederationFile.read(kit).deadline + _END_TIMEOUT
         for job in jobs:
-            _ask_to_stop(session, job, end, now=now)
+            _request_stop(session, job, end, now=now)
             report(f"job {job} stops {'at once' if now else 'after this round'}")
         if not jobs:
             report("no job is running")
@@ -141,17 +141,17 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
             report("server and sites shut down")
 
 
-def _ask_to_stop(session: Session, job: str, end: float, *, now: bool) -> None:
+def _request_stop(session: Session, job: str, end: float, *, now: bool) -> None:
     """Ask a job to stop, as soon as it has started. Raises ``FederateError``."""
 
-    def asked() -> bool:
+    def request() -> bool:
         if now:
             with no_output():
                 session.abort_job(job)
             return True
         return bool(_send_command(session, job, {"command": "stop"})) or _has_finished(session, job)
 
-    _await(asked, f"job {job} does not reply", end)
+    _await(request, f"job {job} does not reply", end)
 
 
 def _shut_down(session: Session) -> bool:

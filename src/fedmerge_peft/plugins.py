@@ -36,7 +36,7 @@ GROUP = "fedmerge_peft.plugins"
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegistryEntry:
     """One registered part."""
 
     name: str
@@ -104,7 +104,7 @@ class Registry:
         self.kind = kind
         self.plural = plural
         self.key = key
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, RegistryEntry] = {}
 
     def add(
         self,
@@ -131,7 +131,7 @@ class Registry:
             PluginError: Another module has registered the name, or the section is registered under
                 another name.
         """
-        entry = Entry(
+        entry = RegistryEntry(
             name, code, recipe, about or _first_paragraph(recipe) or _first_paragraph(code), facts
         )
         known = self._entries.get(name)
@@ -158,13 +158,13 @@ class Registry:
         """Return the sections by name; parts without a section are left out."""
         return {entry.name: entry.recipe for entry in self if entry.recipe is not None}
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> RegistryEntry:
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[RegistryEntry]:
         return iter(list(self._entries.values()))
 
     def __len__(self) -> int:

@@ -103,9 +103,9 @@ def test_bad_input_exits_with_2_and_a_message(arguments, message, fedmerge, tmp_
 
 def test_prepare_writes_a_kit_for_each_and_a_readme_for_each_site(kits):
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.sites.config import Federation
+    from fedmerge_peft.sites.config import FederationFile
 
-    federation = Federation.read(kits / "sites" / "south")
+    federation = FederationFile.read(kits / "sites" / "south")
     assert federation.sites == {"north": ["north"], "south": ["a", "b"]}
     assert (federation.host, federation.port, federation.wire_dtype) == (
         "10.1.2.3",

@@ -11,7 +11,7 @@ from fedmerge_peft.data import federate_data
 from fedmerge_peft.engines.distributed import RankedEngine
 from fedmerge_peft.engines.local import LocalEngine
 from fedmerge_peft.federation.privacy_ledger import PrivacyLedger
-from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, Federation, SiteSettings
+from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, FederationFile, SiteSettings
 from fedmerge_peft.sites.server.engine import RemoteEngine
 from fedmerge_peft.sites.server.roster import Roster
 from fedmerge_peft.sites.site.trainer import Trainer
@@ -39,7 +39,7 @@ class Sites:
 
     def __init__(self, recipe, path):
         data = federate_data(recipe.data, recipe.task.label_column, recipe.seed)
-        self.federation = Federation(
+        self.federation = FederationFile(
             project="test", host="localhost", port=1, sites=split_clients(data, 2)
         )
         self.trainers = {}

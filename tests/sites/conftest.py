@@ -32,14 +32,14 @@ class InProcessTransport:
 @pytest.fixture
 def federation_of(tmp_path):
     """``federation_of(recipe, 3)``: a server's kit, and three trainers that share the clients."""
-    from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, Federation, SiteSettings
+    from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, FederationFile, SiteSettings
     from fedmerge_peft.sites.site.trainer import Trainer
     from fedmerge_peft.sites.site_data import split_clients, write_site_data
 
     def make(recipe, sites, *, settings=None, name="federation", **options):
         recipe = recipe.replace(["training.clients_per_batch=1"])
         data = federate_data(recipe.data, getattr(recipe.task, "label", None), recipe.seed)
-        federation = Federation(
+        federation = FederationFile(
             project="test",
             host="localhost",
             port=1,

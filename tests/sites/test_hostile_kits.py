@@ -9,7 +9,7 @@ import pytest
 
 from fedmerge_peft.cli import main
 from fedmerge_peft.errors import FederateError, RecipeError
-from fedmerge_peft.sites.config import Federation, SiteSettings
+from fedmerge_peft.sites.config import FederationFile, SiteSettings
 from fedmerge_peft.sites.site.trainer import Trainer
 from fedmerge_peft.sites.supervisor import child_environment
 from fedmerge_peft.sites.wire import Message
@@ -112,7 +112,7 @@ def kit(tmp_path):
     (folder / "startup" / "fed_client.json").write_text('{"client": {"fqsn": "north"}}')
     for name in ("recipe.yaml", "site.yaml", "site.log"):
         (folder / name).touch()
-    Federation(project="p", host="h", port=1, sites={"north": ["north"]}).write(folder)
+    FederationFile(project="p", host="h", port=1, sites={"north": ["north"]}).write(folder)
     return folder
 
 
@@ -197,7 +197,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_error(kit):
 
 
 def test_names_of_sites_in_a_kit_are_names(kit):
-    Federation(project="p", host="h", port=1, sites={"../north": ["a"]}).write(kit)
+    FederationFile(project="p", host="h", port=1, sites={"../north": ["a"]}).write(kit)
     (kit / "startup" / "fed_client.json").write_text('{"client": {"fqsn": "../north"}}')
     with pytest.raises(FederateError, match="is not a valid site name"):
         secure(kit)

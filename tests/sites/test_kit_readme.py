@@ -6,11 +6,11 @@ import pytest
 
 from fedmerge_peft import Recipe, __version__
 from fedmerge_peft.sites import prepare
-from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.config import FederationFile
 
 
 def commands_of(digest):
-    federation = Federation.model_construct(
+    federation = FederationFile.model_construct(
         project="trial", host="here", port=8002, sites={"north": ["a"]}
     )
     text = prepare.site_readme(federation, "north", Recipe.load("smoke"), digest)
@@ -34,7 +34,7 @@ def test_a_wheel_is_checked_before_it_is_installed():
 
 
 def test_a_kit_names_the_modules_that_its_recipe_imports():
-    federation = Federation.model_construct(
+    federation = FederationFile.model_construct(
         project="trial", host="here", port=8002, sites={"north": ["a"]}
     )
     recipe = Recipe.load("smoke")
@@ -54,7 +54,7 @@ def test_a_kit_names_the_modules_that_its_recipe_imports():
     ],
 )
 def test_a_kit_names_the_columns_of_any_task(task, columns):
-    federation = Federation.model_construct(
+    federation = FederationFile.model_construct(
         project="trial", host="here", port=8002, sites={"north": ["a"]}
     )
     text = prepare.site_readme(federation, "north", Recipe.load("smoke", [f"task={task}"]))

@@ -86,7 +86,7 @@ def stop(monkeypatch, tmp_path):
 
         lines = []
         monkeypatch.setattr(operator, "open_session", opened)
-        monkeypatch.setattr(operator, "Federation", Prepared)
+        monkeypatch.setattr(operator, "FederationFile", Prepared)
         monkeypatch.setattr(operator, "_POLL_INTERVAL", 0.001)
         monkeypatch.setattr(operator, "_FETCH_TIME", 0.0)
         monkeypatch.setattr(operator, "_END_TIMEOUT", -0.9)
@@ -148,7 +148,7 @@ def test_a_refused_request_is_one_error_with_exit_code_2(
         def close(self):
             pass
 
-    monkeypatch.setattr(session, "Federation", Prepared)
+    monkeypatch.setattr(session, "FederationFile", Prepared)
     monkeypatch.setattr(session, "new_secure_session", lambda *names, **options: Refusing())
     monkeypatch.setattr("fedmerge_peft.sites.prepare.find_kit", lambda directory, name: tmp_path)
     with pytest.raises(SystemExit) as stopped:

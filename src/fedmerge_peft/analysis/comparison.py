@@ -61,7 +61,7 @@ def find_runs(
     Raises:
         RunError: A path does not exist or holds no run.
     """
-    found: dict[Path, RunDirectory] = {}
+    opened: dict[Path, RunDirectory] = {}
     for run in runs:
         path = run.path if isinstance(run, RunDirectory) else Path(run)
         consent = run.trust_remote_code if isinstance(run, RunDirectory) else trust_remote_code
@@ -73,8 +73,10 @@ def find_runs(
                 "fedmerge sweep, or folders that contain such directories"
             )
         for folder in folders:
-            found.setdefault(folder.resolve(), RunDirectory.open(folder, trust_remote_code=consent))
-    return list(found.values())
+            opened.setdefault(
+                folder.resolve(), RunDirectory.open(folder, trust_remote_code=consent)
+            )
+    return list(opened.values())
 
 
 @dataclass(frozen=True)

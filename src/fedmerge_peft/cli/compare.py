@@ -70,8 +70,8 @@ def compare(
         check_suffix(figure)
     console = wide_console()
     configure_logging(Console(stderr=True, highlight=False))
-    found = find_runs(runs, trust_remote_code=trust_remote_code)
-    comparison = Comparison.of(found, metric=metric, target=target)
+    directories = find_runs(runs, trust_remote_code=trust_remote_code)
+    comparison = Comparison.of(directories, metric=metric, target=target)
     print_tables(comparison, console)
     if csv is not None:
         _write(csv, as_csv(comparison))

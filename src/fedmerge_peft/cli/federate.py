@@ -74,13 +74,13 @@ def prepare(
     Example: fedmerge federate prepare my.yaml --sites north,south --server fl.example.org:8002
     """
     from fedmerge_peft.recipe import Recipe
-    from fedmerge_peft.sites.config import Federation
+    from fedmerge_peft.sites.config import FederationFile
     from fedmerge_peft.sites.prepare import prepare
     from fedmerge_peft.util.text import printable
 
     loaded = Recipe.load(recipe, overrides or [])
     host, port = parse_address(server)
-    federation = Federation(
+    federation = FederationFile(
         project=project_name(loaded.name),
         host=host,
         port=port,
@@ -121,14 +121,14 @@ def server(
 
     Example: fedmerge federate server federation
     """
-    from fedmerge_peft.sites.config import Federation
+    from fedmerge_peft.sites.config import FederationFile
     from fedmerge_peft.sites.prepare import check_installed, find_kit
     from fedmerge_peft.sites.supervisor import run_server
     from fedmerge_peft.util.text import printable
 
     check_installed()
     kit = find_kit(directory, "server")
-    federation = Federation.read(kit)
+    federation = FederationFile.read(kit)
 
     from fedmerge_peft.sites.flare.provision import write_server_policy
 
@@ -247,7 +247,7 @@ def status(
 
     Example: fedmerge federate status federation
     """
-    from fedmerge_peft.sites.config import Federation
+    from fedmerge_peft.sites.config import FederationFile
     from fedmerge_peft.sites.prepare import check_installed, find_kit
     from fedmerge_peft.util.text import printable
 
@@ -258,7 +258,7 @@ def status(
 
     state = federation_status(kit)
     in_job = state.get("sites", []) if state["job"] else []
-    for name in Federation.read(kit).sites:
+    for name in FederationFile.read(kit).sites:
         connection = "connected" if name in state["connected"] else "away"
         print(f"{name:<24}{connection}{', in the running job' if name in in_job else ''}")
     print(f"job: {state['job'] or 'none'}")

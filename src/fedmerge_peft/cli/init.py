@@ -12,7 +12,7 @@ import typer
 from fedmerge_peft.cli.app import app, write_new
 
 if TYPE_CHECKING:
-    from fedmerge_peft.data.guesses import Column
+    from fedmerge_peft.data.guesses import ColumnProfile
     from fedmerge_peft.recipe.draft import Answers
     from fedmerge_peft.recipe.tasks import TaskRecipe
 
@@ -182,9 +182,9 @@ def _answers(
     roles = _columns(questions, sections[task], columns, len(rows), given)
     split = guesses.guess_split(rows)
     taken = [*_flat(roles), *filter(None, [split])]
-    found = guesses.guess_client(columns, len(rows), taken) or _NONE
+    default = guesses.guess_client(columns, len(rows), taken) or _NONE
     question = f"Column that names the client ({_NONE} for random clients)"
-    client = questions.choice("--client", question, given["client"], found, [*names, _NONE])
+    client = questions.choice("--client", question, given["client"], default, [*names, _NONE])
     count = 4
     if client == _NONE:
         number = questions.text(
@@ -213,7 +213,7 @@ def _answers(
 def _columns(
     questions: _Questions,
     section: type[TaskRecipe],
-    columns: Sequence[Column],
+    columns: Sequence[ColumnProfile],
     rows: int,
     given: dict[str, str | None],
 ) -> dict[str, str | list[str]]:

@@ -260,7 +260,7 @@ def _next_commands(run: Run, recipe: str, overrides: list[str]) -> list[tuple[st
     def rerun(override: str, suffix: str) -> str:
         out = f"{run.path}-{suffix}"
         key = override.partition("=")[0]
-        others = [each for each in overrides if each.partition("=")[0].strip() != key]
+        others = [other for other in overrides if other.partition("=")[0].strip() != key]
         return shlex.join(["fedmerge", "run", recipe, *others, override, "--out", out])
 
     commands = [

@@ -48,7 +48,7 @@ def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Cons
 
     own = [[(client, row) for row in client.train[:count]] for client in data.clients]
     turns = chain.from_iterable(zip_longest(*own))
-    chosen = [each for each in turns if each is not None][:count]
+    chosen = [turn for turn in turns if turn is not None][:count]
     with TemporaryDirectory(prefix="fedmerge-") as scratch, quiet_transformers():
         folder = model_folder(recipe.backbone, Path(scratch))
         task = make_task(recipe, data.table, folder)
@@ -72,7 +72,7 @@ def show_examples(recipe: Recipe, data: FederatedData, count: int, console: Cons
         grid.add_column(min_width=4, style="dim")
         for segment in _ends(example.segments, _SEGMENTS):
             if isinstance(segment, list):
-                tokens = sum(len(each.tokens) for each in segment)
+                tokens = sum(len(part.tokens) for part in segment)
                 left_out = f"[{len(segment):,} parts with {tokens:,} tokens not shown]"
                 grid.add_row("", "", Text(left_out, style="dim"))
                 continue

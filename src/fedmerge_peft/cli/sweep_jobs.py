@@ -85,12 +85,12 @@ def run_jobs(
             for process, (_, sender) in zip(processes, pipes, strict=True):
                 process.start()
                 sender.close()  # so that the end of the process ends the connection
-            asked = False
+            stopping = False
             for event in _events([receiver for receiver, _ in pipes]):
                 if event is not None:
                     progress.add(*event)
-                if stop.requested is not None and not asked:
-                    asked = True
+                if stop.requested is not None and not stopping:
+                    stopping = True
                     _terminate(processes)
             for process in processes:
                 process.join()

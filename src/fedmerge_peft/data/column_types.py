@@ -137,7 +137,7 @@ def whole_numbers(columns: Sequence[Any]) -> list[Any]:
     except pa.ArrowInvalid:  # fractions, infinities
         return list(columns)
     small = (pc.all(pc.less(pc.abs(column), LARGEST_EXACT), min_count=0) for column in converted)
-    return converted if all(each.as_py() for each in small) else list(columns)
+    return converted if all(check.as_py() for check in small) else list(columns)
 
 
 def _plain_type(type: Any) -> Any:

@@ -216,7 +216,7 @@ def first_of_lists(dataset: Dataset, column: str) -> Dataset:
         return dataset
     entries = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     values = pc.list_slice(entries.combine_chunks(), 0, 1)
-    firsts = [(each or [None])[0] for each in values.to_pylist()]
+    firsts = [(items or [None])[0] for items in values.to_pylist()]
     return Dataset.from_dict({column: firsts}, features=Features({column: inner}))
 
 

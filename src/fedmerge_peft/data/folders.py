@@ -67,7 +67,7 @@ def _split_within(folder: Path, files: Sequence[Path]) -> Splits | None:
     }
     exact = {entry: split for entry, split in named.items() if len(words[entry]) == 1}
     if set(exact.values()) - {"train"} or {"train"} < set(named.values()):
-        _reject_some(folder, named, entries)
+        _reject_mixed_names(folder, named, entries)
     return None if exact else _merged(folder, entries)
 
 
@@ -112,7 +112,7 @@ def split_media(folder: Path, files: Sequence[Path]) -> Splits:
     if len(splits) == len(entries):
         return _collect(entries, splits)
     if {"train"} < set(splits.values()):
-        _reject_some(folder, splits, entries)
+        _reject_mixed_names(folder, splits, entries)
     return {"train": list(files)}
 
 
@@ -166,7 +166,9 @@ def _collect(entries: Mapping[str, Sequence[Path]], splits: Mapping[str, str]) -
     return {split: files for split, files in parts.items() if files}
 
 
-def _reject_some(folder: Path, splits: Mapping[str, str], entries: Mapping[str, object]) -> None:
+def _reject_mixed_names(
+    folder: Path, splits: Mapping[str, str], entries: Mapping[str, object]
+) -> None:
     rest = [entry for entry in entries if entry not in splits]
     raise DataError(
         f"data.path: {folder} has {join_values(splits, 5)}, which are named as splits, beside "

@@ -35,7 +35,7 @@ _FEWEST_ROWS = 4
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnProfile:
     """One column of a table."""
 
     name: str
@@ -55,12 +55,12 @@ class Column:
         return f"{self.name} ({values}, such as {self.example!r})"
 
 
-def describe(table: Dataset) -> list[Column]:
+def describe(table: Dataset) -> list[ColumnProfile]:
     """Return the columns of a table."""
     return [_column(table, name) for name in table.column_names]
 
 
-def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -> str | None:
+def guess_task(columns: Sequence[ColumnProfile], rows: int, label: str | None = None) -> str | None:
     """Return the task with the most specific columns that a table has; None if it is not clear.
 
     Args:
@@ -68,13 +68,13 @@ def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -
         rows: Number of rows.
         label: Column of the labels, if it is known. Others are none.
     """
-    if any(each.name == label for each in columns):
+    if any(column.name == label for column in columns):
         columns = [
-            replace(each, name="label") if each.name == label else each
-            for each in columns
-            if each.name == label
-            or each.kind in ("image", "other")
-            or (each.kind != "fraction" and each.distinct > rows / 2)
+            replace(column, name="label") if column.name == label else column
+            for column in columns
+            if column.name == label
+            or column.kind in ("image", "other")
+            or (column.kind != "fraction" and column.distinct > rows / 2)
         ]
     names = {column.name for column in columns}
     fit: list[tuple[list[int], str]] = []
@@ -82,19 +82,19 @@ def guess_task(columns: Sequence[Column], rows: int, label: str | None = None) -
         usual = section.usual_columns.values()
         if any(names.issuperset(known.split()) for known in section.known_columns):
             kinds = ["named"]
-        elif all(each.optional or _has(each, columns, rows) for each in usual):
-            kinds = [each.kind for each in usual]
+        elif all(role.optional or _has(role, columns, rows) for role in usual):
+            kinds = [role.kind for role in usual]
         else:
             continue
         fit.append(([*sorted(map(KINDS.index, kinds)), len(KINDS)], task))
     if not fit:
         return None
     ranks, best = min(fit, key=lambda pair: pair[0])
-    found = {KINDS[rank] for rank in ranks[:-1]}
-    return None if _is_doubtful(found, columns, rows) else best
+    best_kinds = {KINDS[rank] for rank in ranks[:-1]}
+    return None if _is_doubtful(best_kinds, columns, rows) else best
 
 
-def _has(usual: UsualColumn, columns: Sequence[Column], rows: int) -> bool:
+def _has(usual: UsualColumn, columns: Sequence[ColumnProfile], rows: int) -> bool:
     match usual.kind:
         case "choices":
             return bool(guess_choices(usual, columns))
@@ -104,24 +104,26 @@ def _has(usual: UsualColumn, columns: Sequence[Column], rows: int) -> bool:
             return guess_column(usual, columns, rows) is not None
 
 
-def _is_doubtful(kinds: Set[str], columns: Sequence[Column], rows: int) -> bool:
+def _is_doubtful(kinds: Set[str], columns: Sequence[ColumnProfile], rows: int) -> bool:
     """Return True if a table with columns of these kinds may as well be for another task."""
     if "number" in kinds:  # the score of a class, or a person's confidence
         others = _free(columns, [guess_column(NUMBER, columns, rows)])
         if _named(_likely_labels(others, rows), LABEL.names):
             return True
         client = guess_client(others, rows, ())
-        return any(each.kind == "text" for each in _likely_labels(_free(others, [client]), rows))
+        return any(
+            column.kind == "text" for column in _likely_labels(_free(others, [client]), rows)
+        )
     if "label" in kinds:
         return len(_likely_labels(columns, rows)) > 1
     if kinds == {"text"}:  # a text alone, beside what it may be about
         answers = _named(columns, _ANSWERS)
-        return bool(answers) or any(each.kind == "fraction" for each in columns)
+        return bool(answers) or any(column.kind == "fraction" for column in columns)
     return False
 
 
 def guess_column(
-    usual: UsualColumn, columns: Iterable[Column], rows: int, taken: Iterable[str] = ()
+    usual: UsualColumn, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str] = ()
 ) -> str | None:
     """Return the column that is most likely what a task reads; None if none is."""
     free = _free(columns, taken)
@@ -129,46 +131,46 @@ def guess_column(
         case "image":
             return next((column.name for column in free if column.kind == "image"), None)
         case "text":  # one with a usual name, or that with the longest texts
-            texts = [each for each in free if each.kind == "text" and each.length > 0]
-            longest = max(((each.length, each.name) for each in texts), default=(0, None))[1]
+            texts = [column for column in free if column.kind == "text" and column.length > 0]
+            longest = max(((column.length, column.name) for column in texts), default=(0, None))[1]
             return _named(texts, usual.names) or longest
         case "label":
             return guess_label(free, rows, ())
         case "number":
-            return _named((each for each in free if each.kind == "fraction"), usual.names)
+            return _named((column for column in free if column.kind == "fraction"), usual.names)
         case "list":
-            return _named((each for each in free if each.kind == "list"), usual.names)
+            return _named((column for column in free if column.kind == "list"), usual.names)
         case _:
             few = min(_MOST_LABELS, rows / 2)
             fit = {
                 "": free,
-                "list": [each for each in free if each.kind == "list"],
+                "list": [column for column in free if column.kind == "list"],
                 "varied": [
-                    each
-                    for each in free
-                    if each.distinct > few or each.name.lower() not in LABEL.names.split()
+                    column
+                    for column in free
+                    if column.distinct > few or column.name.lower() not in LABEL.names.split()
                 ],
             }
             return _named(fit[usual.of], usual.names)
 
 
 def guess_choices(
-    usual: UsualColumn, columns: Iterable[Column], taken: Iterable[str] = ()
+    usual: UsualColumn, columns: Iterable[ColumnProfile], taken: Iterable[str] = ()
 ) -> list[str]:
     """Return the column of lists of choices, or the columns with one choice each; [] for none."""
     free = _free(columns, taken)
-    nested = [each for each in free if each.kind in ("list", "other")]
+    nested = [column for column in free if column.kind in ("list", "other")]
     if (name := _named(nested, usual.names)) is not None:
         return [name]
-    found: dict[str, list[str]] = {}
-    for each in free:
-        if match := _CHOICE.fullmatch(each.name.lower()):
-            found.setdefault(match["stem"] or "", []).append(each.name)
-    several = [sorted(group) for group in found.values() if len(group) > 1]
+    by_stem: dict[str, list[str]] = {}
+    for column in free:
+        if match := _CHOICE.fullmatch(column.name.lower()):
+            by_stem.setdefault(match["stem"] or "", []).append(column.name)
+    several = [sorted(group) for group in by_stem.values() if len(group) > 1]
     return max(several, key=len, default=[])
 
 
-def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
+def guess_label(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of labels: one with a usual name, or that with the fewest values.
 
     None if several have the fewest values.
@@ -177,42 +179,46 @@ def guess_label(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> s
     return likely[0].name if len(likely) == 1 else None
 
 
-def guess_any(kind: str, columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
+def guess_any(
+    kind: str, columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]
+) -> str | None:
     """Return the only column of a kind that a task needs, whatever its name; None if unclear."""
     free = _free(columns, taken)
     match kind:
         case "number":
-            fractions = [each.name for each in free if each.kind == "fraction"]
+            fractions = [column.name for column in free if column.kind == "fraction"]
             if fractions:
                 return fractions[0] if len(fractions) == 1 else None
-            return guess_label([each for each in free if each.kind == "number"], rows, ())
+            return guess_label([column for column in free if column.kind == "number"], rows, ())
         case "list":
-            lists = [each.name for each in free if each.kind == "list"]
+            lists = [column.name for column in free if column.kind == "list"]
             return lists[0] if len(lists) == 1 else None
         case _:
             return guess_label(free, rows, ())
 
 
-def _likely_labels(columns: Iterable[Column], rows: int) -> list[Column]:
+def _likely_labels(columns: Iterable[ColumnProfile], rows: int) -> list[ColumnProfile]:
     """Return the column of labels with a usual name, or all that have the fewest values."""
     fit = [
-        each
-        for each in columns
-        if 2 <= each.distinct <= min(_MOST_LABELS, rows / 2)
-        and each.name.lower() not in _CLIENTS.split()
+        column
+        for column in columns
+        if 2 <= column.distinct <= min(_MOST_LABELS, rows / 2)
+        and column.name.lower() not in _CLIENTS.split()
     ]
     if (named := _named(fit, LABEL.names)) is not None:
-        return [each for each in fit if each.name == named]
-    fewest = min((each.distinct for each in fit), default=0)
-    return [each for each in fit if each.distinct == fewest]
+        return [column for column in fit if column.name == named]
+    fewest = min((column.distinct for column in fit), default=0)
+    return [column for column in fit if column.distinct == fewest]
 
 
-def guess_client(columns: Iterable[Column], rows: int, taken: Iterable[str]) -> str | None:
+def guess_client(columns: Iterable[ColumnProfile], rows: int, taken: Iterable[str]) -> str | None:
     """Return the column of clients: one with a usual name, or the text with the most values."""
     fit = [
-        each for each in _free(columns, taken) if 2 <= each.distinct <= max(2, rows / _FEWEST_ROWS)
+        column
+        for column in _free(columns, taken)
+        if 2 <= column.distinct <= max(2, rows / _FEWEST_ROWS)
     ]
-    texts = ((each.distinct, each.name) for each in fit if each.kind == "text")
+    texts = ((column.distinct, column.name) for column in fit if column.kind == "text")
     return _named(fit, _CLIENTS) or max(texts, default=(0, None))[1]
 
 
@@ -220,39 +226,41 @@ def guess_split(table: Dataset) -> str | None:
     """Return the column whose values are names of splits; None without one."""
     for name in table.column_names:
         if "split" in name.lower() and (values := _values(table, name)) is not None:
-            found = {str(value).lower() for value in values.unique().to_pylist()}
-            if "train" in found and found <= _SPLITS:
+            splits = {str(value).lower() for value in values.unique().to_pylist()}
+            if "train" in splits and splits <= _SPLITS:
                 return str(name)
     return None
 
 
-def _free(columns: Iterable[Column], taken: Iterable[str | None]) -> list[Column]:
+def _free(columns: Iterable[ColumnProfile], taken: Iterable[str | None]) -> list[ColumnProfile]:
     return [column for column in columns if column.name not in set(taken)]
 
 
-def _named(columns: Iterable[Column], names: str) -> str | None:
+def _named(columns: Iterable[ColumnProfile], names: str) -> str | None:
     """Return the first column that has one of the names, in the order of the names."""
     there: Mapping[str, str] = {column.name.lower(): column.name for column in columns}
     return next((there[name] for name in names.split() if name in there), None)
 
 
-def _column(table: Dataset, name: str) -> Column:
+def _column(table: Dataset, name: str) -> ColumnProfile:
     from datasets import Image
 
     values = None if isinstance(table.features[name], Image) else _values(table, name)
     if values is None:
         kind = "image" if isinstance(table.features[name], Image) else _nested(table, name)
-        return Column(name, kind, 0, 0.0, kind)
+        return ColumnProfile(name, kind, 0, 0.0, kind)
     known = [value for value in values.unique().to_pylist() if value is not None]
     first = str(known[0]) if known else ""
     texts = [value for value in known if isinstance(value, str)]
     if texts and len(texts) == len(known) and all(map(_is_image, texts)):
-        return Column(name, "image", 0, 0.0, first[:40])
+        return ColumnProfile(name, "image", 0, 0.0, first[:40])
     length = sum(map(len, texts)) / len(texts) if texts else 0.0
     kind = "text" if texts else "number"
     if any(isinstance(value, float) and value % 1 for value in known):
         kind = "fraction"
-    return Column(name, kind, len(known), length, first[:40], name in texts or is_number(name))
+    return ColumnProfile(
+        name, kind, len(known), length, first[:40], name in texts or is_number(name)
+    )
 
 
 def _values(table: Dataset, name: str) -> Any:

@@ -97,16 +97,16 @@ def _read_described(source: str, recipe: DataRecipe, media: str | None) -> dict[
 def _read_folder(folder: Path, recipe: DataRecipe, media: str | None) -> dict[str, Dataset]:
     files = list(walk(folder))
     tables = [path for path in files if is_table(path)]
-    kind, found = _media_files(files)
+    kind, media_files = _media_files(files)
     if tables:
-        described = [path for path in tables if _describes_media(path)] if found else []
+        described = [path for path in tables if _describes_media(path)] if media_files else []
         used = described or tables
         _reject_copies(used)
         read = _read_tables(split_tables(folder, used), recipe, kind if described else media)
         used = [*used, *_media_paths(read, kind if described else media)]
-    elif found:
-        used = found
-        read = _read_media(folder, split_media(folder, found), kind)
+    elif media_files:
+        used = media_files
+        read = _read_media(folder, split_media(folder, media_files), kind)
     else:
         others = f"; it has {join_values((path.name for path in files), 5)}" if files else ""
         raise DataError(
@@ -169,8 +169,8 @@ def _image_suffixes() -> set[str]:
 def _media_files(files: Sequence[Path]) -> tuple[str, list[Path]]:
     """Return the column of images, or of audio if there are no images, and the files."""
     for column, suffixes in (("image", _image_suffixes()), ("audio", AUDIO_SUFFIXES)):
-        if found := [path for path in files if path.suffix.lower() in suffixes]:
-            return column, found
+        if matches := [path for path in files if path.suffix.lower() in suffixes]:
+            return column, matches
     return "image", []
 
 
@@ -181,7 +181,7 @@ def _read_media(
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
     labels = media_labels(folder, splits)
-    names = sorted({label for each in labels.values() for label in each})
+    names = sorted({label for split_labels in labels.values() for label in split_labels})
     # The type Audio cannot be created without torchcodec.
     kind = Image() if column == "image" else Value("string")
     features = Features({column: kind, "label": ClassLabel(names=names)})

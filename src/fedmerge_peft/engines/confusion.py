@@ -41,6 +41,6 @@ def confusion_matrices(engine: Engine, served: Assignments[Served]) -> Confusion
         }
 
     parts = distributed.all_gather(count)
-    found = {name: counts for part in parts for name, counts in part.items()}
+    by_name = {name: counts for part in parts for name, counts in part.items()}
     names = [engine.clients[client].name for client in tested]
-    return {name: found[name] for name in names} or None
+    return {name: by_name[name] for name in names} or None

@@ -392,7 +392,7 @@ class LocalEngine:
         held = {part: rows for part, rows in parts.items() if len(rows)}
         scores = evaluate_parts(self.runtime, served, list(held.values()), size)
         by_part = zip(held, scores, strict=True)
-        return {f"{part}_{name}": each for part, own in by_part for name, each in own.items()}
+        return {f"{part}_{name}": score for part, own in by_part for name, score in own.items()}
 
 
 def _rows_held(clients: Sequence[Client]) -> Indices:

@@ -33,7 +33,9 @@ class EarlyStopping:
             scores: Scores of the served models by client; None for a round without evaluation.
         """
         key = f"validation_{self._metric}"
-        values = [each[key] for each in (scores or {}).values() if key in each]
+        values = [
+            client_scores[key] for client_scores in (scores or {}).values() if key in client_scores
+        ]
         if not values:
             return
         value = self._sign * fmean(values)  # NaN is not an improvement

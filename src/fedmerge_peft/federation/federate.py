@@ -257,9 +257,9 @@ def _callback(section: CallbackRecipe) -> Callback:
 
 def _reused(recipe: Recipe, directory: Path, engine: Engine) -> dict[str, RunDirectory]:
     """Return the earlier runs to reuse, by strategy. Raises ``RecipeError`` if they differ."""
-    found = reuse.reusable(recipe, directory)
-    reuse.check_data(recipe, engine, found)
-    return found
+    baselines = reuse.reusable(recipe, directory)
+    reuse.check_data(recipe, engine, baselines)
+    return baselines
 
 
 def _decisions(directory: Path, reused: Mapping[str, RunDirectory]) -> Decisions | None:
@@ -317,8 +317,8 @@ def _run_rounds(
                     tracked.weights(strategy.weights, names, record.round)
             callbacks.on_round(record)
             stopping.observe(record.served.clients if record.served is not None else None)
-            asked = "a callback has stopped it" if callbacks.any_stopped() else None
-            reason = stopping.reason or asked
+            requested = "a callback has stopped it" if callbacks.any_stopped() else None
+            reason = stopping.reason or requested
         if federation.completed == federation.recipe.rounds:
             reason = None
         if reason is not None:

@@ -55,19 +55,19 @@ def reusable(recipe: Recipe, directory: Path) -> dict[str, RunDirectory]:
         earlier = {run.recipe.strategy.name: run, **run.baselines}
     except RunError as error:
         raise RecipeError(f"baselines_from: {error}") from error
-    found = {}
+    reused = {}
     for name, part in missing.items():
         if name in earlier:
             _check(part, earlier[name])
-            found[name] = earlier[name]
+            reused[name] = earlier[name]
         else:
             log.info("%s has no %s, which therefore runs", run.path, name)
-    if not found:
+    if not reused:
         raise RecipeError(
             f"baselines_from: {run.path} has no {' or '.join(missing)}; it has "
             f"{', '.join(earlier)}. Name another run, or remove baselines_from"
         )
-    return found
+    return reused
 
 
 def _check(recipe: Recipe, earlier: RunDirectory) -> None:
@@ -77,10 +77,10 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
     flat_own, flat_earlier = (
         {
             key: value
-            for key, value in flat(each).items()
+            for key, value in flat(version).items()
             if not f"{key}.".startswith(tuple(f"{name}." for name in _IRRELEVANT))
         }
-        for each in (recipe, earlier.recipe)
+        for version in (recipe, earlier.recipe)
     )
     if keys := differing([flat_earlier, flat_own]):
         changes = "; ".join(
@@ -93,13 +93,13 @@ def _check(recipe: Recipe, earlier: RunDirectory) -> None:
         )
 
 
-def earlier_decisions(found: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
+def earlier_decisions(reused: Mapping[str, RunDirectory]) -> dict[str, dict[str, Any]]:
     """Return the values that the earlier runs have chosen, which this run uses too.
 
     Raises:
         RecipeError: They have chosen different values.
     """
-    chosen = {run.path: run.decisions for run in found.values()}
+    chosen = {run.path: run.decisions for run in reused.values()}
     first, *others = chosen.values() or [{}]
     values = {key: entry["value"] for key, entry in first.items()}
     for other in others:
@@ -109,12 +109,12 @@ def earlier_decisions(found: Mapping[str, RunDirectory]) -> dict[str, dict[str, 
     return first
 
 
-def check_data(recipe: Recipe, engine: Engine, found: dict[str, RunDirectory]) -> None:
+def check_data(recipe: Recipe, engine: Engine, reused: dict[str, RunDirectory]) -> None:
     """Raise ``RecipeError`` unless clients, examples and adapters are those of the earlier runs."""
-    own = metadata(recipe, engine) if found else {}
-    if found and "examples.json" not in own:
+    own = metadata(recipe, engine) if reused else {}
+    if reused and "examples.json" not in own:
         raise RecipeError("baselines_from: this engine's examples are unknown; remove the key")
-    for run in found.values():
+    for run in reused.values():
         for name, document in own.items():
             path = run.path / name
             saved = documents.read(path) if path.is_file() else None

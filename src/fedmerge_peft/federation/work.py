@@ -36,15 +36,15 @@ def check_work(recipe: Recipe, sizes: Sequence[int], chosen: Hyperparameters) ->
     """
     training = chosen.apply_to(recipe.training)
     clients = cohort_size(recipe, len(sizes))
-    each = fmean(count_steps(size, training) for size in sizes) if sizes else 0.0
-    each *= getattr(recipe.strategy, "passes", 1)
-    total = recipe.rounds * clients * each
+    steps = fmean(count_steps(size, training) for size in sizes) if sizes else 0.0
+    steps *= getattr(recipe.strategy, "passes", 1)
+    total = recipe.rounds * clients * steps
     if total <= MANY_STEPS:
         return
     key = "training.epochs" if training.steps is None else "training.steps"
     work = (
         f"the run takes about {total:,.0f} optimizer steps ({recipe.rounds:,} rounds × "
-        f"{clients:,.0f} clients × {each:,.0f} steps)"
+        f"{clients:,.0f} clients × {steps:,.0f} steps)"
     )
     remedy = f"lower rounds, clients.fraction or {key}"
     if total > MAX_STEPS:

@@ -39,9 +39,9 @@ def dequantized_folder(backbone: BackboneRecipe, folder: Path, gguf_file: str) -
     """
     path = folder / gguf_file
     if not path.is_file():
-        found = ", ".join(sorted(each.name for each in folder.glob("*.gguf"))[:5]) or "none"
+        names = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))[:5]) or "none"
         raise BackboneError(
-            f"backbone.gguf_file: there is no file {path.absolute()} (GGUF files there: {found})"
+            f"backbone.gguf_file: there is no file {path.absolute()} (GGUF files there: {names})"
         )
     if find_spec("gguf") is None:
         raise BackboneError(

@@ -84,7 +84,9 @@ def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     bins: list[list[int]] = []
     free: list[int] = []
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        place = next((each for each, left in enumerate(free) if lengths[item] <= left), len(bins))
+        place = next(
+            (number for number, left in enumerate(free) if lengths[item] <= left), len(bins)
+        )
         if place == len(bins):
             bins.append([])
             free.append(capacity)

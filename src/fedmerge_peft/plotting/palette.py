@@ -29,7 +29,7 @@ def method_styles(strategies: Mapping[str, str]) -> dict[str, int]:
     """
     styles: dict[str, int] = {}
     for number, strategy in enumerate(_FIXED):
-        if first := next((name for name, each in strategies.items() if each == strategy), None):
+        if first := next((name for name, kind in strategies.items() if kind == strategy), None):
             styles[first] = number
     free = count(len(_FIXED))
     rest = (name for name in strategies if name not in styles)

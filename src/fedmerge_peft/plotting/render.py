@@ -218,7 +218,7 @@ def _dumbbell(axes: Any, drawing: Dumbbell) -> None:
         axes.set_xlim(min(drawing.span) - margin, max(drawing.span) + margin)
     _score_axis(axes, scores, drawing.x, drawing.greater_is_better)
     style = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    axes.legend(*(each[::-1] for each in axes.get_legend_handles_labels()), ncols=4, **style)
+    axes.legend(*(items[::-1] for items in axes.get_legend_handles_labels()), ncols=4, **style)
 
 
 def _spread(axes: Any, drawing: Spread) -> None:

@@ -42,7 +42,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Scores:
+class MethodScores:
     """The scores of one method."""
 
     name: str
@@ -60,7 +60,7 @@ class Dumbbell:
 
     names: Sequence[str]
     """Clients."""
-    methods: Sequence[Scores]
+    methods: Sequence[MethodScores]
     """The method of interest, then one to three others. A bar connects the first two."""
     x: str
     """Title of the scores, with their unit."""
@@ -75,7 +75,7 @@ class Dumbbell:
 class Spread:
     """Scores of methods, one row per method and one dot per client."""
 
-    methods: Sequence[Scores]
+    methods: Sequence[MethodScores]
     x: str
     """Title of the scores, with their unit."""
     greater_is_better: bool = True

@@ -8,7 +8,7 @@ from itertools import chain
 
 from markupsafe import Markup, escape
 
-from fedmerge_peft.plotting.specs import Dumbbell, Scores, Spread
+from fedmerge_peft.plotting.specs import Dumbbell, MethodScores, Spread
 from fedmerge_peft.plotting.svg_marks import (
     LINE,
     WIDTH,
@@ -214,7 +214,7 @@ def _row(drawing: Dumbbell, row: int, y: float, height: float, across: Scale) ->
     return f"<g><title>{title}</title>{''.join(parts)}</g>"
 
 
-def _described(method: Scores, row: int) -> str:
+def _described(method: MethodScores, row: int) -> str:
     return f"{method.name} {number(method.values[row])}"
 
 

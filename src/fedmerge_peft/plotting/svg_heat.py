@@ -51,7 +51,8 @@ def heat(drawing: Heat) -> Markup:
     height = min(max(_MAX_HEIGHT / max(tall, 1), _ROW_HEIGHTS[0]), _ROW_HEIGHTS[1])
     groups = binned_groups(drawing.groups, tall)
     group_room = min(
-        max((text_width(each, small=True) for each in groups), default=-14.0) + 14, _GROUPS * WIDTH
+        max((text_width(group, small=True) for group in groups), default=-14.0) + 14,
+        _GROUPS * WIDTH,
     )
     needed = min(wide * 24.0, _CELLS * WIDTH)
     room = WIDTH - group_room - needed

@@ -60,7 +60,7 @@ def label(
 
 
 def _columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _beginning(text: str, columns: int) -> str:
@@ -120,21 +120,21 @@ def ticks(low: float, high: float, ceiling: float | None = None) -> list[float]:
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= span / 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    found = [step * number for number in range(first, max(last, first + 1) + 1)]
-    return [tick for tick in found if ceiling is None or tick <= ceiling + 1e-9]
+    values = [step * number for number in range(first, max(last, first + 1) + 1)]
+    return [tick for tick in values if ceiling is None or tick <= ceiling + 1e-9]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Return round numbers that enclose a positive range, with equal ratios."""
     for factors in ((1, 2, 5), (1, 3), (1,)):
         powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-        found = [factor * 10.0**power for power in powers for factor in factors]
-        first = max(number for number, tick in enumerate(found) if tick <= low * (1 + 1e-9))
-        last = min(number for number, tick in enumerate(found) if tick >= high * (1 - 1e-9))
+        values = [factor * 10.0**power for power in powers for factor in factors]
+        first = max(number for number, tick in enumerate(values) if tick <= low * (1 + 1e-9))
+        last = min(number for number, tick in enumerate(values) if tick >= high * (1 - 1e-9))
         if last - first < 7:
             break
     step = max(1, (last - first) // 6)
-    return found[first : last + step : step]
+    return values[first : last + step : step]
 
 
 def whole(low: float, high: float) -> list[int]:

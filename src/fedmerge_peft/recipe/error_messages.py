@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from fedmerge_peft.errors import RecipeError
 from fedmerge_peft.recipe.registered import names_in, one_of
-from fedmerge_peft.recipe.synonyms import keys_meant, value_meant
+from fedmerge_peft.recipe.synonyms import closest_value, keys_for
 from fedmerge_peft.recipe.yaml_document import MOST, Document, Fault, Mark, Where, dotted, refuse
 from fedmerge_peft.util.text import closest
 
@@ -188,7 +188,7 @@ def _cut(text: str) -> str:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Return ``; did you mean '...'?`` with the word that is meant; empty if none is close."""
-    guess = value_meant(word, words)
+    guess = closest_value(word, words)
     return f"; did you mean '{guess}'?" if guess else ""
 
 
@@ -277,7 +277,7 @@ def _unknown(where: Where, section: type[BaseModel], root: type[BaseModel]) -> s
     siblings = [_kind(kind) for place, kind in places if place == here]
     if siblings:
         return f"not a key of {_kind(section)}, but of {' or '.join(siblings)}; remove it"
-    if guess := _key_meant(key, here, section):
+    if guess := _closest_key(key, here, section):
         return f"unknown key; did you mean '{guess}'?"
     if places:
         homes = dict.fromkeys(
@@ -285,14 +285,14 @@ def _unknown(where: Where, section: type[BaseModel], root: type[BaseModel]) -> s
         )
         return f"unknown key here; move it {' or '.join(homes)}"
     elsewhere = {name: dotted((*place, name)) for place, _, name in _keys(root)}
-    if guess := next(iter(keys_meant(key)), None) or elsewhere.get(closest(key, elsewhere) or ""):
+    if guess := next(iter(keys_for(key)), None) or elsewhere.get(closest(key, elsewhere) or ""):
         return f"unknown key; did you mean '{guess}'?"
     return f"unknown key; use one of {', '.join(section.model_fields)}"
 
 
-def _key_meant(key: str, here: Where, section: type[BaseModel]) -> str | None:
+def _closest_key(key: str, here: Where, section: type[BaseModel]) -> str | None:
     """Return the key of this section that an unknown key stands for; None if none is close."""
-    meant = {place.rpartition(".")[::2] for place in keys_meant(key)}
+    meant = {place.rpartition(".")[::2] for place in keys_for(key)}
     synonyms = (name for place, name in meant if place == dotted(here))
     known = next((name for name in synonyms if name in section.model_fields), None)
     return known or closest(key, section.model_fields)

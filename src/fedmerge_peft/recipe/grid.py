@@ -92,7 +92,7 @@ def _distinct(
     If two names map to the same folder (``a/b`` and ``a:b``), a digest is appended to the second.
     Raises ``RecipeError`` if two combinations are the same recipe.
     """
-    found: dict[str, Recipe] = {}
+    recipes: dict[str, Recipe] = {}
     taken: set[str] = set()
     known: dict[str, str] = {}
     for number, (name, recipe) in enumerate(combinations + baselines):
@@ -107,8 +107,8 @@ def _distinct(
             continue
         name = _with_digest(name, content) if name.casefold() in taken else name
         taken.add(name.casefold())
-        known[content], found[name] = name, recipe
-    return found
+        known[content], recipes[name] = name, recipe
+    return recipes
 
 
 def _parsed(overrides: Iterable[str]) -> tuple[list[str], list[list[str]]]:

@@ -11,7 +11,7 @@ from fedmerge_peft.recipe.section import Section
 
 def _named(value: object) -> object:
     """Convert the keys of a mapping to names of labels: YAML reads 0 and yes as no texts."""
-    return {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
 ClassWeight = Annotated[float, Field(ge=1e-6, le=1e6)]

@@ -216,7 +216,7 @@ def override(recipe: R, overrides: Iterable[str]) -> R:
     written = Mark(f"recipe {getattr(recipe, 'name', '')}".rstrip())
     result = _validate(type(recipe), Document(recipe.model_dump(), {(): written}), overrides)
     before, after = (
-        getattr(getattr(each, "strategy", None), "preset", None) for each in (recipe, result)
+        getattr(getattr(version, "strategy", None), "preset", None) for version in (recipe, result)
     )
     if after not in (None, before):
         where = ("strategy", "preset")

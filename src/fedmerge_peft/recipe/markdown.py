@@ -60,9 +60,9 @@ def _kinds(
     level = "##" + "#" * path.count(".")
     yield f"{level} {path}\n"
     yield _description(field) + "\n"
-    tag = next(key for key, each in kinds[0]["properties"].items() if "const" in each)
+    tag = next(key for key, schema in kinds[0]["properties"].items() if "const" in schema)
     counts = Counter(
-        json.dumps([key, each]) for kind in kinds for key, each in kind["properties"].items()
+        json.dumps([key, schema]) for kind in kinds for key, schema in kind["properties"].items()
     )
     common = dict(json.loads(text) for text, count in counts.items() if count >= _SHARED_BY)
     if common:
@@ -105,7 +105,7 @@ def _type(field: Schema) -> str:
     if "$ref" in field or _variants(field):
         return "a list of such sections" if field.get("type") == "array" else "a section, below"
     if "anyOf" in field:
-        parts = [_type(each) for each in field["anyOf"]]
+        parts = [_type(variant) for variant in field["anyOf"]]
         return (
             _NAMES["boolean"]
             if parts[0] == _NAMES["boolean"] and "`yes`" in parts[1]
@@ -148,7 +148,7 @@ def _description(section: Schema) -> str:
 def _variants(field: Schema) -> list[Schema]:
     """Return the schemas of the kinds of a field's section; none for a section of one kind."""
     inner = [field, *field.get("anyOf", ()), *field.get("items", {}).get("anyOf", ())]
-    return next((list(each["oneOf"]) for each in inner if "oneOf" in each), [])
+    return next((list(schema["oneOf"]) for schema in inner if "oneOf" in schema), [])
 
 
 def _of(field: Schema, known: dict[str, Schema]) -> Schema:

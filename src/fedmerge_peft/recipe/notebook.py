@@ -11,7 +11,7 @@ def recipe_html(recipe: Any) -> str:  # a Recipe, whose module imports this one
     """Return the main settings of a recipe, and all of them below."""
     training = recipe.training
     length = f"{training.steps} steps" if training.steps else f"epochs {training.epochs}"
-    baselines = ", ".join(each.name for each in recipe.baselines)
+    baselines = ", ".join(baseline.name for baseline in recipe.baselines)
     return page(
         recipe.name,
         facts(

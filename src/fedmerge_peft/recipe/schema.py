@@ -323,8 +323,8 @@ class Recipe(Section):
             f"training: logits: {self.training.logits}": self.training.logits != "plain",
             "serving: label_prior": self.serving.label_prior,
             **{
-                f"the strategy {each.name}": each.needs_labels
-                for each in (self.strategy, *self.baselines)
+                f"the strategy {strategy.name}": strategy.needs_labels
+                for strategy in (self.strategy, *self.baselines)
             },
         }
         for key, needs_labels in keys.items():
@@ -343,7 +343,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _mixtures_generate_no_text(self) -> Recipe:
         generated = [name for name in self.task.metrics if compares([name], "texts")]
-        mixing = [each for each in (self.strategy, *self.baselines) if not each.single_adapter]
+        mixing = [
+            strategy for strategy in (self.strategy, *self.baselines) if not strategy.single_adapter
+        ]
         if generated and mixing:
             raise ValueError(
                 f"task: the metric {generated[0]} needs generated text, which the mixture of "

@@ -128,9 +128,9 @@ class FedMergeRecipe(HeadRecipe, ServerRecipe):
             f"balance_rounds: {self.balance_rounds}": self.balance_rounds > 0,
             f"reseed_after: {self.reseed_after}": self.reseed_after is not None,
         }
-        if self.blocks is not None and (found := [key for key, there in others.items() if there]):
+        if self.blocks is not None and (given := [key for key, there in others.items() if there]):
             raise ValueError(
-                f"blocks: weights by block do not go with {found[0]}; remove one of them"
+                f"blocks: weights by block do not go with {given[0]}; remove one of them"
             )
         return self
 

@@ -139,16 +139,16 @@ for _key, _words in _KEYS.items():
         _KEYS_BY_WORD.setdefault(folded(_word), []).append(_key)
 
 
-def keys_meant(word: str) -> list[str]:
+def keys_for(word: str) -> list[str]:
     """Return the dotted keys that a word of another program stands for."""
     return _KEYS_BY_WORD.get(folded(word), [])
 
 
-def value_meant(word: str, words: Iterable[str]) -> str | None:
+def closest_value(word: str, words: Iterable[str]) -> str | None:
     """Return the one of several words that a wrong one stands for; None if none is close."""
     known, meant = list(words), folded(word)
-    exact = next((each for each in known if folded(each) == meant), None)
-    synonym = next((each for each in known if meant in map(folded, _synonyms(each))), None)
+    exact = next((choice for choice in known if folded(choice) == meant), None)
+    synonym = next((choice for choice in known if meant in map(folded, _synonyms(choice))), None)
     return exact or synonym or closest(word, known)
 
 

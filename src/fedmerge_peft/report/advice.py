@@ -96,16 +96,16 @@ def _warm_rounds(run: RunDirectory) -> Iterator[Advice]:
 
 def _flat_loss(run: RunDirectory) -> Iterator[Advice]:
     """Compare the training losses with each other, and with that of guessing evenly."""
-    found = losses(run)
-    loss = found.training[-1][1] if found.training else math.nan
-    if found.chance is not None and loss >= _CHANCE * found.chance:
+    curves = losses(run)
+    loss = curves.training[-1][1] if curves.training else math.nan
+    if curves.chance is not None and loss >= _CHANCE * curves.chance:
         finding = (
             f"the training loss of the last round is {loss:.2f}, near that of guessing one of "
-            f"{len(run.task['labels'])} labels ({found.chance:.2f})"
+            f"{len(run.task['labels'])} labels ({curves.chance:.2f})"
         )
-    elif found.flat and found.training[0][1] > _SOLVED:
+    elif curves.flat and curves.training[0][1] > _SOLVED:
         finding = (
-            f"the training loss is flat: {found.training[0][1]:.3g} in the first round, "
+            f"the training loss is flat: {curves.training[0][1]:.3g} in the first round, "
             f"{loss:.3g} in the last"
         )
     else:
@@ -212,11 +212,11 @@ def _finetuning_gain(run: RunDirectory) -> Iterator[Advice]:
 
 
 def _overfitting(run: RunDirectory) -> Iterator[Advice]:
-    rounds, found = len(run.records), losses(run)
+    rounds, curves = len(run.records), losses(run)
     saved = (run.path / "best" / "scores.json").is_file()
     best = run.round(best=True) if saved and rounds else rounds
     if best < run.round():
-        falls = len(found.training) > 1 and found.training[-1][1] < found.training[0][1]
+        falls = len(curves.training) > 1 and curves.training[-1][1] < curves.training[0][1]
         yield Advice(
             f"the validation loss was lowest after round {best} of {rounds}",
             "overfitting: the training loss went on falling while the validation loss rose"

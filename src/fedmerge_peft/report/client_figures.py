@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedmerge_peft.analysis.intervals import LEVEL, score_intervals
-from fedmerge_peft.plotting.specs import Dumbbell, Scores, Spread
+from fedmerge_peft.plotting.specs import Dumbbell, MethodScores, Spread
 from fedmerge_peft.plotting.svg_clients import MAX_CLIENTS
 from fedmerge_peft.report.figure import Figure
 from fedmerge_peft.report.methods import Method, Setting, readable
@@ -32,7 +32,7 @@ def client_figures(setting: Setting, parts: int | None = None) -> Iterator[Figur
     if metric is None:
         return
     scores = [
-        Scores(
+        MethodScores(
             method.name,
             method.values(metric, setting.clients),
             method.style,
@@ -110,7 +110,7 @@ def _dumbbells(
     if len(setting.methods) > len(chosen):
         caption += " The table has other methods too."
     none = (math.nan, math.nan)
-    finite = [value for each in values.values() for value in each if math.isfinite(value)]
+    finite = [value for scores in values.values() for value in scores if math.isfinite(value)]
     finite += [limit for span in spans.values() for limit in span]
     place = 1
     for number, rows in enumerate(parts):
@@ -123,7 +123,7 @@ def _dumbbells(
             Dumbbell(
                 names,
                 [
-                    Scores(method.name, values[method.name][rows].tolist(), method.style)
+                    MethodScores(method.name, values[method.name][rows].tolist(), method.style)
                     for method in chosen
                 ],
                 readable(metric),
@@ -140,8 +140,8 @@ def _intervals(method: Method, metric: str) -> dict[str, tuple[float, float]]:
     if method.scores is None or method.scores["metric"] != metric:
         return {}
     sizes = method.run.clients[metric.partition("_")[0]]
-    found = score_intervals(method.run, method.scores) or {}
-    return {client: span for client, span in found.items() if sizes[client] <= _CERTAIN}
+    intervals = score_intervals(method.run, method.scores) or {}
+    return {client: span for client, span in intervals.items() if sizes[client] <= _CERTAIN}
 
 
 def _title(metric: str) -> str:

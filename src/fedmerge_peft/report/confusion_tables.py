@@ -31,7 +31,7 @@ _PAIR_COLUMNS = [
 
 
 @dataclass(frozen=True)
-class Confusion:
+class ConfusionTable:
     """Counts of one or all clients: a matrix, or the most confused pairs of many labels."""
 
     title: str
@@ -46,10 +46,10 @@ class Confusion:
 
 def confusion_tables(run: RunDirectory) -> dict[str, Any] | None:
     """Return the sentence, the matrix of all clients and those of single ones; None for none."""
-    found = read_confusion(run)
-    if found is None:
+    matrices = read_confusion(run)
+    if matrices is None:
         return None
-    labels, clients = found
+    labels, clients = matrices
     counts = {name: counted([pairs]) for name, pairs in clients.items()}
     worst = sorted(counts, key=lambda name: _accuracy(counts[name]))[:_MAX_CLIENTS]
     total = counted(clients.values())
@@ -80,7 +80,7 @@ def _answer(counts: Counts, labels: Sequence[str], things: str) -> str:
     return f"{text} Most frequent errors: {', '.join(named)}." if named else text
 
 
-def _confusion(title: str, counts: Counts, labels: Sequence[str]) -> Confusion:
+def _confusion(title: str, counts: Counts, labels: Sequence[str]) -> ConfusionTable:
     """Return a matrix of the labels that occur, or the most confused pairs of many labels."""
     used = used_labels(counts)
     if len(used) > _MAX_LABELS:
@@ -96,7 +96,7 @@ def _confusion(title: str, counts: Counts, labels: Sequence[str]) -> Confusion:
             ]
             for true, predicted in confused_pairs(counts)[:_MAX_PAIRS]
         ]
-        return Confusion(title, [], [], _PAIR_COLUMNS, pairs)
+        return ConfusionTable(title, [], [], _PAIR_COLUMNS, pairs)
     names = [labels[label] for label in used]
     table = matrix(counts, used)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -104,7 +104,7 @@ def _confusion(title: str, counts: Counts, labels: Sequence[str]) -> Confusion:
         (name, list(zip(own.tolist(), parts.tolist(), strict=True)))
         for name, own, parts in zip(names, table, shares, strict=True)
     ]
-    return Confusion(title, names, rows, [], [])
+    return ConfusionTable(title, names, rows, [], [])
 
 
 def _right(counts: Counts) -> int:

@@ -16,7 +16,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 def figures(run: RunDirectory) -> list[Figure]:
     """Return all figures of a run and its baselines for which there are data."""
     (setting,) = settings([run])
-    own = [each for method in setting.runs for each in run_figures(method)]
+    own = [figure for method in setting.runs for figure in run_figures(method)]
     return [*shared_figures(setting), *own]
 
 

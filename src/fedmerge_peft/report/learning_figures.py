@@ -97,26 +97,26 @@ def learning_figures(setting: Setting) -> Iterator[Figure]:
 
 def answer(setting: Setting) -> str:
     """Return sentences on the changes of the first method's losses."""
-    name, found = setting.methods[0].name, losses(setting.methods[0].run)
-    if not found.training and not found.validation:
+    name, curves = setting.methods[0].name, losses(setting.methods[0].run)
+    if not curves.training and not curves.validation:
         return "There are no losses yet."
     sentences = []
-    if found.training:
-        first, last = found.training[0][1], found.training[-1][1]
-        change = "rose" if last > first else "hardly fell:" if found.flat else "fell"
+    if curves.training:
+        first, last = curves.training[0][1], curves.training[-1][1]
+        change = "rose" if last > first else "hardly fell:" if curves.flat else "fell"
         start = f"The training loss of {name} {change} from {first:.2f} to {last:.2f}"
-        if len(found.training) == 1:
+        if len(curves.training) == 1:
             start = f"The training loss of {name} was {last:.2f} in its only round"
-        guess = f"; guessing evenly gives {found.chance:.2f}" if found.chance is not None else ""
+        guess = f"; guessing evenly gives {curves.chance:.2f}" if curves.chance is not None else ""
         sentences.append(f"{start}{guess}.")
-    if found.turning is not None:
-        rounds, best = found.turning
+    if curves.turning is not None:
+        rounds, best = curves.turning
         sentences.append(
             f"Its validation loss was lowest after round {rounds} ({best:.2f}) and is "
-            f"{found.validation[-1][1]:.2f} at the end."
+            f"{curves.validation[-1][1]:.2f} at the end."
         )
-    elif len(found.validation) > 1:
-        first, last = found.validation[0][1], found.validation[-1][1]
+    elif len(curves.validation) > 1:
+        first, last = curves.validation[0][1], curves.validation[-1][1]
         sentences.append(f"Its validation loss fell from {first:.2f} to {last:.2f}.")
     return " ".join(sentences)
 
@@ -124,13 +124,13 @@ def answer(setting: Setting) -> str:
 def _losses(setting: Setting) -> Iterator[Figure]:
     series = []
     for method in setting.methods:
-        found = losses(method.run)
-        if found.validation:
-            x, y = zip(*found.validation, strict=True)
+        curves = losses(method.run)
+        if curves.validation:
+            x, y = zip(*curves.validation, strict=True)
             series.append(Line(f"{method.name}, validation", x, y, style=method.style))
-        if found.training and (method is setting.methods[0] or not found.validation):
-            x, y = zip(*((number - 1, loss) for number, loss in found.training), strict=True)
-            kind: Literal["main", "second"] = "second" if found.validation else "main"
+        if curves.training and (method is setting.methods[0] or not curves.validation):
+            x, y = zip(*((number - 1, loss) for number, loss in curves.training), strict=True)
+            kind: Literal["main", "second"] = "second" if curves.validation else "main"
             name = f"{method.name}, training"
             series.append(Line(name, x, y, style=method.style, kind=kind))
     if not series:
@@ -232,6 +232,10 @@ def _most_frequent(run: RunDirectory) -> float | None:
 def percentile(scores: dict[str, Any], percent: float) -> float:
     """Return a percentile of the clients' scores; nan if there are none."""
     metric = scores["metric"]
-    values = [each[metric] for each in scores["clients"].values() if metric in each]
+    values = [
+        client_scores[metric]
+        for client_scores in scores["clients"].values()
+        if metric in client_scores
+    ]
     finite = [value for value in values if math.isfinite(value)]
     return float(np.percentile(finite, percent)) if finite else math.nan

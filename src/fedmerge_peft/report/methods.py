@@ -58,7 +58,7 @@ class Setting:
     @property
     def metric(self) -> str | None:
         """Score of the first method that has any, such as ``test_accuracy``."""
-        return next((each.scores["metric"] for each in self.methods if each.scores), None)
+        return next((method.scores["metric"] for method in self.methods if method.scores), None)
 
     @property
     def greater_is_better(self) -> bool:
@@ -77,8 +77,8 @@ class Setting:
         local and fedavg come before others.
         """
         seed = self.methods[0].run.recipe.seed
-        scored = [each for each in self.methods[1:] if each.scores]
-        paired = [each for each in scored if each.run.recipe.seed == seed]
+        scored = [method for method in self.methods[1:] if method.scores]
+        paired = [method for method in scored if method.run.recipe.seed == seed]
         return sorted(
             paired or scored,
             key=lambda method: _order(method.run.recipe.strategy.name),
@@ -101,13 +101,13 @@ def settings(runs: Iterable[RunDirectory]) -> list[Setting]:
     A baseline is omitted if an earlier run has the same method and seed.
     """
     given = {run.path.resolve(): run for run in runs}
-    found = dict(given)
+    by_path = dict(given)
     for run in given.values():
         for baseline in run.baselines.values():
-            found.setdefault(baseline.path.resolve(), baseline)
+            by_path.setdefault(baseline.path.resolve(), baseline)
     order = [path for run in given.values() for path in _with_baselines(run)]
     order = list(dict.fromkeys(order))
-    opened = [found[path] for path in order]
+    opened = [by_path[path] for path in order]
     frame = method_names([run.recipe for run in opened])
     own = [row for row, path in enumerate(order) if path in given]
     repeated = frame.duplicated(["setting", "method", "seed"])
@@ -119,7 +119,7 @@ def settings(runs: Iterable[RunDirectory]) -> list[Setting]:
 
 
 def _with_baselines(run: RunDirectory) -> list[Path]:
-    return [each.path.resolve() for each in (run, *run.baselines.values())]
+    return [directory.path.resolve() for directory in (run, *run.baselines.values())]
 
 
 def _setting(

@@ -76,24 +76,26 @@ def write_figures(runs: Iterable[RunDirectory | Path | str], folder: Path | str)
     opened = _open(runs)
     if len(opened) == 1:
         return _save(figures(opened[0]), Path(folder))
-    found = settings(opened)
+    all_settings = settings(opened)
     written = []
-    for place, setting in enumerate(found, 1):
-        shared = folder_name(f"{place}-{setting.name}") if len(found) > 1 else ""
+    for place, setting in enumerate(all_settings, 1):
+        shared = folder_name(f"{place}-{setting.name}") if len(all_settings) > 1 else ""
         written += _save(shared_figures(setting), Path(folder) / shared)
     for place, run in enumerate(opened, 1):
-        method = next(each for setting in found for each in setting.runs if each.run is run)
+        method = next(
+            entry for setting in all_settings for entry in setting.runs if entry.run is run
+        )
         subfolder = Path(folder) / folder_name(f"{place}-{run.recipe.name}")
         written += _save(run_figures(method), subfolder)
     return written
 
 
-def _save(found: Sequence[Figure], folder: Path) -> list[Path]:
+def _save(chosen: Sequence[Figure], folder: Path) -> list[Path]:
     from fedmerge_peft.plotting import render
 
     return [
         path
-        for figure in found
+        for figure in chosen
         for path in render.save(figure.drawing, figure.title, folder / figure.name)
     ]
 
@@ -112,12 +114,12 @@ def render(runs: Iterable[RunDirectory | Path | str]) -> str:
         lstrip_blocks=True,
         finalize=_printable,
     )
-    found = settings(opened)
+    all_settings = settings(opened)
     script = _part("sorting.js")
-    title = found[0].runs[0].run.recipe.name if len(opened) == 1 else f"{len(opened)} runs"
+    title = all_settings[0].runs[0].run.recipe.name if len(opened) == 1 else f"{len(opened)} runs"
     return environment.from_string(_part("page.html.j2")).render(
         title=title,
-        settings=[_setting(setting) for setting in found],
+        settings=[_setting(setting) for setting in all_settings],
         style=Markup(_colors() + _part("page.css")),  # noqa: S704 (part of the package)
         script=Markup(script),  # noqa: S704 (part of the package)
         script_digest=b64encode(sha256(script.encode()).digest()).decode(),
@@ -193,13 +195,13 @@ def _setting(setting: Setting) -> dict[str, Any]:
 
 def _run(method: Method) -> dict[str, Any]:
     """Return the template's variables for one run."""
-    found: list[Advice] = advice(method.run)
+    suggestions: list[Advice] = advice(method.run)
     return {
         "name": method.name,
         "sharing": sharing_figures.answer(method),
         "figures": run_figures(method),
         "confusion": confusion_tables(method.run),
-        "advice": found,
+        "advice": suggestions,
         "facts": _facts(method.run),
     }
 
@@ -209,7 +211,7 @@ def _subtitle(setting: Setting) -> str:
     known = setting.methods
     few = len(known) <= _MAX_NAMES
     names = ", ".join(method.name for method in known) if few else f"{len(known)} methods and seeds"
-    seed = f", seed {recipe.seed}" if len({each.run.recipe.seed for each in known}) == 1 else ""
+    seed = f", seed {recipe.seed}" if len({method.run.recipe.seed for method in known}) == 1 else ""
     return f"{names} on {len(setting.clients)} clients, {recipe.task.name}{seed}"
 
 

@@ -44,8 +44,8 @@ class RunPlots:
 
         Without baselines, it is each client's score alone.
         """
-        found = list(client_figures(self._setting, parts=1))
-        return _picture(found[::-1], "gains", "clients")
+        figures = list(client_figures(self._setting, parts=1))
+        return _picture(figures[::-1], "gains", "clients")
 
     def traffic(self) -> Picture:
         """Return the data sent to and received from a client in the whole run, MB."""
@@ -63,10 +63,10 @@ class RunPlots:
 
 
 def _picture(figures: Iterable[Figure], *names: str) -> Picture:
-    found = {figure.name: figure for figure in figures}
+    by_name = {figure.name: figure for figure in figures}
     for name in names:
-        if name in found:
-            return DrawingPicture(found[name].drawing, found[name].title)
+        if name in by_name:
+            return DrawingPicture(by_name[name].drawing, by_name[name].title)
     raise RunError(
         "the run has no data for this figure: no round was evaluated, or all clients share one "
         "adapter"

@@ -124,9 +124,9 @@ def _weights(run: RunDirectory, order: NDArray[np.int64], groups: list[str]) -> 
 def _by_round(run: RunDirectory, order: NDArray[np.int64]) -> Iterator[Figure]:
     adapters = run.weights.shape[1]
     by_round = [
-        (number, each)
-        for number, each in run.weights_by_round()
-        if each.shape[1] == adapters  # not those of before the grouping
+        (number, weights)
+        for number, weights in run.weights_by_round()
+        if weights.shape[1] == adapters  # not those of before the grouping
     ]
     chosen = np.unique(np.linspace(0, len(by_round) - 1, _MAX_ROUNDS).round().astype(int))
     if run.recipe.strategy.learned_merging and len(chosen) > 1:
@@ -217,7 +217,7 @@ def adapter_figures(run: RunDirectory) -> Iterator[Figure]:
     """Yield the use of each adapter, and the entropy of π, by round."""
     records = [record for record in run.records if record["adapter_mass"]]
     widths = [len(record["adapter_mass"]) for record in records]
-    records = [each for each, width in zip(records, widths, strict=True) if width == widths[-1]]
+    records = [record for record, width in zip(records, widths, strict=True) if width == widths[-1]]
     if not records or widths[-1] < 2:
         return
     mass = np.array([record["adapter_mass"] for record in records]).T

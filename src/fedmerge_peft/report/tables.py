@@ -58,7 +58,11 @@ def client_table(setting: Setting) -> tuple[list[Column], list[list[Cell]]]:
     own = values.get(first.name, [math.nan] * len(names))
     sign = 1 if setting.greater_is_better else -1
     trained: dict[str, Any] = next(
-        (each["finetuned"]["clients"] for each in reversed(first.run.records) if each["finetuned"]),
+        (
+            record["finetuned"]["clients"]
+            for record in reversed(first.run.records)
+            if record["finetuned"]
+        ),
         {},
     )
     trained = trained if len(setting.runs) == 1 else {}

@@ -215,8 +215,8 @@ def _check_metrics(folder: Path, manifest: Manifest, metrics: bytes) -> None:
             f"{_path(folder, manifest.round)} cannot be used: {path.name} does not "
             f"contain all of its {manifest.round} rounds"
         )
-    found = checked.read_records(path, metrics[: manifest.metrics_bytes])
-    if (len(found.records), found.sha256) != (manifest.round, manifest.metrics_sha256):
+    stored = checked.read_records(path, metrics[: manifest.metrics_bytes])
+    if (len(stored.records), stored.sha256) != (manifest.round, manifest.metrics_sha256):
         raise checked.damaged(path, "it belongs to another run")
 
 

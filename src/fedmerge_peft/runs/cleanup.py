@@ -35,7 +35,7 @@ def files_in(directory: Path) -> list[Path]:
 
     Raises ``RunError`` for folders that are nested deeper than any run or tracker does.
     """
-    found, top = [], len(directory.parts)
+    files, top = [], len(directory.parts)
     for folder, folders, names in os.walk(directory):
         here = Path(folder)
         if len(here.parts) - top > _DEEPEST:  # os.walk recurses
@@ -43,12 +43,12 @@ def files_in(directory: Path) -> list[Path]:
                 f"{directory} has folders that are nested more than {_DEEPEST} deep; name a run "
                 "directory, or remove the nested folders"
             )
-        found += [
+        files += [
             path
             for name in [*folders, *names]
             if (path := here / name).is_symlink() or not path.is_dir()
         ]
-    return found
+    return files
 
 
 def refuse_links(directory: Path) -> None:

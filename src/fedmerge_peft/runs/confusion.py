@@ -57,14 +57,14 @@ def client_confusion(run: RunDirectory, client: str, round: int) -> pd.DataFrame
     """
     import pandas as pd
 
-    found = read_confusion(run)
-    if found is None or round != run.round():
+    matrices = read_confusion(run)
+    if matrices is None or round != run.round():
         raise RunError(
             f"{run.path} has no confusion matrices after round {round}: they are written after "
             "the last round of runs whose examples or words have one label each, without privacy "
             "and not across sites; use run.predict on labeled examples"
         )
-    labels, clients = found
+    labels, clients = matrices
     if client not in clients:
         raise RunError(f"{run.path} {no_client(client, list(clients))} with test examples")
     counts = counted([clients[client]])
@@ -90,7 +90,7 @@ def used_labels(counts: Counter[tuple[int, int]]) -> list[int]:
 def matrix(counts: Counter[tuple[int, int]], labels: Sequence[int]) -> NDArray[np.int64]:
     """Return the counts of these classes, ``(labels, labels)``: true × predicted."""
     place = {label: number for number, label in enumerate(labels)}
-    found = np.zeros((len(place), len(place)), dtype=np.int64)
+    table = np.zeros((len(place), len(place)), dtype=np.int64)
     for (true, predicted), count in counts.items():
-        found[place[true], place[predicted]] = count
-    return found
+        table[place[true], place[predicted]] = count
+    return table

@@ -31,7 +31,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Stopped:
+class StoppedDocument:
     """Early end of a run."""
 
     reason: Text
@@ -39,7 +39,7 @@ class Stopped:
 
 
 @dataclass(frozen=True)
-class Privacy:
+class PrivacyDocument:
     """Privacy in ``summary.json``."""
 
     epsilon: Number
@@ -48,7 +48,7 @@ class Privacy:
 
 
 @dataclass(frozen=True)
-class Releases(Privacy):
+class Releases(PrivacyDocument):
     """``privacy.json``: counts of releases in each round, by method."""
 
     releases: dict[str, list[Whole]]
@@ -66,8 +66,8 @@ class Summary:
     last: State
     warnings: list[Text]
     best: State | None = None
-    stopped: Stopped | None = None
-    privacy: Privacy | None = None
+    stopped: StoppedDocument | None = None
+    privacy: PrivacyDocument | None = None
     failures: dict[str, Whole] = field(default_factory=dict)
 
 
@@ -115,7 +115,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Client:
+class ClientDocument:
     """Entry of ``clients.json``."""
 
     name: Text
@@ -129,7 +129,7 @@ class Client:
 class Clients:
     """``clients.json``."""
 
-    clients: Annotated[list[Client], Field(min_length=1)]
+    clients: Annotated[list[ClientDocument], Field(min_length=1)]
 
     def __post_init__(self) -> None:
         if len({client.name for client in self.clients}) < len(self.clients):
@@ -137,7 +137,7 @@ class Clients:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskDocument:
     """``task.json``."""
 
     labels: list[Text]
@@ -159,7 +159,7 @@ class LabelCounts:
 
 
 @dataclass(frozen=True)
-class Confusion:
+class ConfusionDocument:
     """``confusion.json``."""
 
     after_round: Whole
@@ -185,9 +185,9 @@ SCHEMAS: Mapping[str, Any] = {
     "environment.json": Environment,
     "decisions.json": dict[str, Decision],
     "clients.json": Clients,
-    "task.json": Task,
+    "task.json": TaskDocument,
     "labels.json": LabelCounts,
-    "confusion.json": Confusion,
+    "confusion.json": ConfusionDocument,
     "examples.json": ExamplesDigest,
     "summary.json": Summary,
     "scores.json": State,

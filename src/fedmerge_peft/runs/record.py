@@ -95,7 +95,7 @@ def restore_scores(document: dict[str, Any]) -> dict[str, Any]:
             continue
         for scores, keys in [
             (value, ("mean", "worst", "worst_client_score", "validation_loss")),
-            *((each, each) for each in clients.values() if isinstance(each, dict)),
+            *((client, client) for client in clients.values() if isinstance(client, dict)),
         ]:
             for key in [key for key in keys if key in scores]:
                 if scores[key] in _INFINITE:

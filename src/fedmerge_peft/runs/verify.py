@@ -34,18 +34,18 @@ def verify(path: Path) -> int:
     if not (path / "recipe.yaml").is_file():
         if not (path / SUMS).is_file():
             raise RunError(f"{path} holds neither a run (recipe.yaml) nor an export ({SUMS})")
-        found, count = faults(path), len(files_in(path))
+        problems, count = faults(path), len(files_in(path))
     else:
         RunDirectory.open(path)
-        found, count = _verify_run(path)
-    if found:
-        raise RunError("\n".join(found))
+        problems, count = _verify_run(path)
+    if problems:
+        raise RunError("\n".join(problems))
     return count
 
 
 def _verify_run(path: Path) -> tuple[list[str], int]:
     """Return a sentence for each fault of a run directory, and the number of its files."""
-    found: list[str] = []
+    problems: list[str] = []
     exports = {file.parent for file in path.rglob(SUMS)}
     exports -= {folder for folder in exports if exports & set(folder.parents)}
     files = [
@@ -57,22 +57,22 @@ def _verify_run(path: Path) -> tuple[list[str], int]:
         if exports & set(file.parents):
             continue
         if not is_run_file(file.relative_to(path).as_posix()):
-            found.append(f"{file} does not belong to the run, and has no SHA-256 sum")
+            problems.append(f"{file} does not belong to the run, and has no SHA-256 sum")
             continue
         try:
             _verify_file(file)
         except RunError as error:
-            found.append(str(error))
+            problems.append(str(error))
     for recipe in path.rglob("recipe.yaml"):
         if not exports & set(recipe.parents):
-            found += _missing(recipe.parent)
+            problems += _missing(recipe.parent)
     for folder in sorted(exports):
-        found += faults(folder)
-    if not found:
+        problems += faults(folder)
+    if not problems:
         for recipe in path.rglob("recipe.yaml"):
             if not exports & set(recipe.parents):
-                found += _inconsistent(recipe.parent)
-    return found, len(files)
+                problems += _inconsistent(recipe.parent)
+    return problems, len(files)
 
 
 def _verify_file(file: Path) -> None:

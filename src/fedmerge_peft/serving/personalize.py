@@ -32,7 +32,7 @@ from fedmerge_peft.runs.directory import RunDirectory
 from fedmerge_peft.runs.passed_model import check_model, with_model
 from fedmerge_peft.serving.merged_adapter import load_shared_state
 from fedmerge_peft.serving.newcomer_data import newcomer_prior, read_newcomer
-from fedmerge_peft.serving.personalized import LEARNED, Method, Personalized
+from fedmerge_peft.serving.personalized import LEARNED, Alternative, Personalized
 from fedmerge_peft.strategies.server_step import weights_gradient
 from fedmerge_peft.tasks.in_memory import take_model
 from fedmerge_peft.training.accelerator import choose_device, choose_precision
@@ -214,7 +214,7 @@ class _Comparison:
             engine.recipe.training.logits, self.newcomer.train
         )
         """Training loss of the newcomer."""
-        self.methods: list[Method] = []
+        self.methods: list[Alternative] = []
         batches = (engine.runtime.collate(chunk)["labels"] for chunk in self._chunks())
         self._count = sum(self.objective.divisor(engine.task, labels) for labels in batches)
 
@@ -277,7 +277,7 @@ class _Comparison:
         seconds = time.perf_counter() - begin
         test, size = self.newcomer.test, self.engine.recipe.evaluation.batch_size
         scores = evaluate(self.engine.runtime, row + self.prior, test, size) if len(test) else {}
-        self.methods.append(Method(name, detail, loss, scores, seconds))
+        self.methods.append(Alternative(name, detail, loss, scores, seconds))
 
     def _loss(self, row: Tensor) -> float:
         # The batches of _objective, so that the losses are exactly comparable.

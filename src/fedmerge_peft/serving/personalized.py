@@ -23,7 +23,7 @@ LEARNED = "learned weights"
 
 
 @dataclass(frozen=True)
-class Method:
+class Alternative:
     """Method to obtain an adapter for the newcomer, with its scores."""
 
     name: str
@@ -48,7 +48,7 @@ class Personalized:
     soup: AdapterSoup
     logits: Tensor
     """w, ``(d,)`` float32."""
-    methods: tuple[Method, ...]
+    methods: tuple[Alternative, ...]
     """Alternatives on the same examples; ``LEARNED`` is the one of this adapter."""
     nearest: str
     """The federation's client with the most similar weights, by ½ ‖π − π'‖₁."""

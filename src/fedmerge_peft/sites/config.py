@@ -71,7 +71,7 @@ _SERVER_KEYS = (
 here."""
 
 
-class Federation(Section):
+class FederationFile(Section):
     """``federation.json``: settings common to server, sites and operator."""
 
     project: str
@@ -93,7 +93,7 @@ class Federation(Section):
     seconds."""
 
     @classmethod
-    def read(cls, kit: Path) -> Federation:
+    def read(cls, kit: Path) -> FederationFile:
         """Read the file of a kit. Raises ``FederateError`` if the folder is not a kit."""
         try:
             return cls.model_validate_json((kit / FEDERATION_FILE).read_text(encoding="utf-8"))

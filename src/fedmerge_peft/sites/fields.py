@@ -185,7 +185,7 @@ Scores = Annotated[
 """Scores by name. The server also compares them with its task (``score_fault``)."""
 
 
-class Trained(Fields):
+class TrainedFields(Fields):
     """``trained``, from a site."""
 
     round: Count

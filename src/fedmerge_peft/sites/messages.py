@@ -26,7 +26,7 @@ from fedmerge_peft.sites.fields import (
     PlanFields,
     ServedMixture,
     ServedRow,
-    Trained,
+    TrainedFields,
     TrainJob,
     TrainPlan,
     WireDtype,
@@ -269,7 +269,7 @@ def read_reply(
             range.
     """
     check_format(message, layout, dtype)
-    fields, reader = read_fields(Trained, message), _Reader(message, columns, dtype)
+    fields, reader = read_fields(TrainedFields, message), _Reader(message, columns, dtype)
     if fields.client != client:
         raise WireError(f"the reply belongs to client {fields.client!r}, expected {client!r}")
     return Reply(
@@ -297,8 +297,8 @@ def check_format(message: Message, layout: str, dtype: WireDtype) -> None:
             "and all sites"
         )
     if number_format != dtype:
-        found = printable(shortened(str(number_format), 12))
-        raise WireError(f"the message has numbers in {found}, but the federation uses {dtype}")
+        shown = printable(shortened(str(number_format), 12))
+        raise WireError(f"the message has numbers in {shown}, but the federation uses {dtype}")
 
 
 class _Reader:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from fedmerge_peft.errors import FederateError, RecipeError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory
-from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, Federation, check_names
+from fedmerge_peft.sites.config import RECIPE_FILE, SITE_FILE, FederationFile, check_names
 from fedmerge_peft.sites.wheel import SUMS, WHEEL, write_wheel
 from fedmerge_peft.util.files import translated_write_errors, write_text
 
@@ -40,7 +40,7 @@ def federated_recipe(recipe: Recipe) -> Recipe:
 
 
 def prepare(
-    recipe: Recipe, federation: Federation, out: Path, *, wheel: bool = False
+    recipe: Recipe, federation: FederationFile, out: Path, *, wheel: bool = False
 ) -> str | None:
     """Write the kits into a new folder.
 
@@ -102,7 +102,7 @@ def check_installed() -> None:
 
 
 def site_readme(
-    federation: Federation, site: str, recipe: Recipe, digest: str | None = None
+    federation: FederationFile, site: str, recipe: Recipe, digest: str | None = None
 ) -> str:
     """Return the kit's README: the task, the commands, and the data that leaves the site.
 

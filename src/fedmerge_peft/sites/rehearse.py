@@ -13,7 +13,7 @@ from typing import Any
 from fedmerge_peft.data import federate_data
 from fedmerge_peft.errors import FederateError
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.config import FederationFile
 from fedmerge_peft.sites.prepare import federated_recipe, prepare
 from fedmerge_peft.sites.site_data import split_clients, write_site_data
 from fedmerge_peft.sites.supervisor import ChildProcess, child_environment
@@ -23,14 +23,14 @@ _START_TIMEOUT = 180.0
 """Seconds that the server may take to listen."""
 
 
-def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> Federation:
+def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> FederationFile:
     """Prepare a federation on a free local port, and split the recipe's data over its sites.
 
     Args:
         recipe: The recipe whose clients are split over the sites, in order.
         sites: Number of sites.
         out: A new folder.
-        options: Fields of ``Federation``, such as ``wire_dtype``.
+        options: Fields of ``FederationFile``, such as ``wire_dtype``.
 
     Raises:
         DataError: There are fewer clients than sites, or the data cannot be read.
@@ -41,7 +41,7 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
         recipe.data, recipe.task.label_column, recipe.seed, recipe.task.media_column
     )
     settings = {"project": "rehearsal", "host": "localhost", "port": free_port(), **options}
-    federation = Federation(sites=split_clients(data, sites), **settings)
+    federation = FederationFile(sites=split_clients(data, sites), **settings)
     prepare(recipe, federation, out)
     own = {"remote_code": recipe.backbone.trust_remote_code, "plugins": recipe.plugins}
     for site, clients in federation.sites.items():
@@ -50,7 +50,7 @@ def prepare_rehearsal(recipe: Recipe, sites: int, out: Path, **options: Any) -> 
 
 
 @contextmanager
-def running_processes(out: Path, federation: Federation) -> Iterator[dict[str, ChildProcess]]:
+def running_processes(out: Path, federation: FederationFile) -> Iterator[dict[str, ChildProcess]]:
     """Run server and sites as processes within a block; yield them by name, with ``server``."""
     processes: dict[str, ChildProcess] = {}
     try:
@@ -89,7 +89,7 @@ def start_site(out: Path, site: str) -> ChildProcess:
 
 def run_rehearsal(
     out: Path,
-    federation: Federation,
+    federation: FederationFile,
     report: Callable[[str], None],
     *,
     wait: float = 120.0,
@@ -122,7 +122,7 @@ def run_rehearsal(
         )
 
 
-def await_server(federation: Federation, server: ChildProcess) -> None:
+def await_server(federation: FederationFile, server: ChildProcess) -> None:
     """Wait until the server listens. Raises ``FederateError``."""
     start = time.monotonic()
     while time.monotonic() - start < _START_TIMEOUT:

@@ -75,8 +75,8 @@ def _build(checkout: Path, folder: Path) -> bool:
 
 def _pack(packages: Path, wheel: Path) -> bool:
     """Write the wheel of a package that was installed into the folder ``packages``."""
-    found = metadata.distributions(name="fedmerge-peft", path=[str(packages)])
-    installed = next(iter(found), None)
+    distributions = metadata.distributions(name="fedmerge-peft", path=[str(packages)])
+    installed = next(iter(distributions), None)
     files = sorted(installed.files or [], key=str) if installed is not None else []
     members = {
         str(file): file

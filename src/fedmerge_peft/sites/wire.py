@@ -60,9 +60,9 @@ class Message:
                 f"{len(data)} bytes are not a message ({type(error).__name__})"
             ) from error
         if protocol != PROTOCOL:
-            found = printable(shortened(repr(protocol), 20))
+            shown = printable(shortened(repr(protocol), 20))
             raise WireError(
-                f"the message has protocol {found}, but this version uses {PROTOCOL}; "
+                f"the message has protocol {shown}, but this version uses {PROTOCOL}; "
                 "install the same version on the server and all sites"
             )
         if not isinstance(kind, str) or len(kind) > _MAX_KIND or not isinstance(fields, dict):

@@ -142,8 +142,8 @@ def clusters_by_silhouette(distances: Tensor, most: int) -> Tensor:
     best, clusters = -1.0, torch.zeros(len(distances), dtype=torch.int64)
     for count in range(2, min(most, len(distances) - 1) + 1):
         tree = AgglomerativeClustering(count, metric="precomputed", linkage="average")
-        found = tree.fit_predict(points)
-        score = float(silhouette_score(points, found, metric="precomputed"))
+        labels = tree.fit_predict(points)
+        score = float(silhouette_score(points, labels, metric="precomputed"))
         if score > best:
-            best, clusters = score, torch.from_numpy(found).long()
+            best, clusters = score, torch.from_numpy(labels).long()
     return clusters

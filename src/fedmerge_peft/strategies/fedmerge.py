@@ -288,7 +288,7 @@ class FedMerge(Strategy):
             else None
         )
         adapters = self.recipe.adapters
-        found = group_by_direction(
+        grouping = group_by_direction(
             means,
             self.context.clients if adapters == "auto" else adapters,
             self.context.seed,
@@ -297,10 +297,10 @@ class FedMerge(Strategy):
             repeatability=updates.repeatability(),
         )
         if adapters == "auto":
-            self.resize(int(found.groups.max()) + 1)
-        number = int(found.groups.max()) + 1
+            self.resize(int(grouping.groups.max()) + 1)
+        number = int(grouping.groups.max()) + 1
         self.joined[updates.clients] = True
-        self.merging.logits[updates.clients] = self._logits(found)
+        self.merging.logits[updates.clients] = self._logits(grouping)
         if self.blocks is not None:
             count = self.recipe.groups or len(self.soup)
             self._begin_blocks(self.blocks).set(
@@ -311,10 +311,10 @@ class FedMerge(Strategy):
             )
         if self.trials is not None:
             self.trials.begin(number, blocks=self.blocks is not None)
-        self._decided = [f"{number} group{'s' * (number > 1)} of clients: {found.reason}"]
+        self._decided = [f"{number} group{'s' * (number > 1)} of clients: {grouping.reason}"]
         if self.blocks is None:
             self.own_head, reason = make_own_heads(
-                self.recipe.own_head, len(self.head), self.context, updates.clients, found.groups
+                self.recipe.own_head, len(self.head), self.context, updates.clients, grouping.groups
             )
             self._decided += reason
 
@@ -364,12 +364,12 @@ class FedMerge(Strategy):
                 ),
             )
 
-    def _logits(self, found: Grouping | Tensor) -> Tensor:
+    def _logits(self, grouping: Grouping | Tensor) -> Tensor:
         """Return the first logits ``(k, d)`` of k clients from a grouping, or groups ``(k,)``."""
         adapters, weight = len(self.soup), self.recipe.warm_weight
-        if isinstance(found, Tensor):
-            return self.recipe.temperature * group_logits(found, adapters, weight)
-        return self.recipe.temperature * grouping_logits(found, adapters, weight)
+        if isinstance(grouping, Tensor):
+            return self.recipe.temperature * group_logits(grouping, adapters, weight)
+        return self.recipe.temperature * grouping_logits(grouping, adapters, weight)
 
     def _served_heads(self, clients: Tensor) -> Tensor:
         """Return the heads that these clients were sent, ``(k, h)``."""

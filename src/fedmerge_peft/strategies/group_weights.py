@@ -70,15 +70,15 @@ def first_logits(similar: Tensor, weight: float) -> Tensor:
     return ((1 - mixed) * soft + mixed * even).log()
 
 
-def grouping_logits(found: Grouping, adapters: int, weight: float) -> Tensor:
+def grouping_logits(grouping: Grouping, adapters: int, weight: float) -> Tensor:
     """Return the logits ``(k, adapters)`` float32 of k clients after their grouping.
 
     With an adapter for each group they follow the similarity to the groups (``first_logits``), with
     more adapters they are those of ``group_logits``.
     """
-    if int(found.groups.max()) + 1 < adapters:
-        return group_logits(found.groups, adapters, weight)
-    return first_logits(affinities(found.directions, found.groups), weight).float()
+    if int(grouping.groups.max()) + 1 < adapters:
+        return group_logits(grouping.groups, adapters, weight)
+    return first_logits(affinities(grouping.directions, grouping.groups), weight).float()
 
 
 def group_logits(groups: Tensor, adapters: int, weight: float) -> Tensor:

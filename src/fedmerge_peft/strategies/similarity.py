@@ -122,16 +122,16 @@ def _divide(
     clients = len(whole)
     one = torch.zeros(clients, dtype=torch.int64)
     excess: dict[int, float] = {}
-    found: dict[int, Tensor] = {}
+    groupings: dict[int, Tensor] = {}
     points = coordinates(directions)
     for number in range(2, min(max_groups, clients - 1, _MOST_GROUPS) + 1):
-        found[number] = k_means(points, number, seed)
-        chance = agreement(_unrelated(clients), found[number])
-        excess[number] = agreement(directions, found[number]) - chance
+        groupings[number] = k_means(points, number, seed)
+        chance = agreement(_unrelated(clients), groupings[number])
+        excess[number] = agreement(directions, groupings[number]) - chance
     best = max(excess.values(), default=0.0)
     if best < max(least, _CONFLICT * agreement(whole, one)):
         return one, best
-    return found[max(excess, key=excess.__getitem__)], best
+    return groupings[max(excess, key=excess.__getitem__)], best
 
 
 def _divide_further(directions: Tensor, groups: Tensor, max_groups: int, seed: int) -> Tensor:
@@ -284,5 +284,5 @@ def k_means(points: Tensor, groups: int, seed: int) -> Tensor:
     model = KMeans(min(groups, len(points)), n_init=20, random_state=seed % 2**32)
     with warnings.catch_warnings():  # of fewer distinct points than groups
         warnings.simplefilter("ignore", ConvergenceWarning)
-        _, found = np.unique(model.fit_predict(points.numpy()), return_inverse=True)
-    return torch.from_numpy(found).long()
+        _, labels = np.unique(model.fit_predict(points.numpy()), return_inverse=True)
+    return torch.from_numpy(labels).long()

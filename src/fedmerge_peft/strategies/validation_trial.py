@@ -27,7 +27,7 @@ _ROUNDS_WITHOUT_GAIN = 2
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LossComparison:
     """Mean validation losses (nats) over the clients with both."""
 
     own: float
@@ -70,10 +70,10 @@ class OwnTrial(Stateful):
         self.harm = torch.tensor(torch.inf, dtype=torch.float64)
         """Harm in the round before, ``()`` float64; infinite before the first comparison."""
 
-    def lasting(self, found: Comparison) -> bool:
+    def persists(self, loss: LossComparison) -> bool:
         """Return True if this harm is at least 0.8 times that of the round before; store it."""
-        before, self.harm = float(self.harm), torch.tensor(found.harm, dtype=torch.float64)
-        return found.harm >= _LASTING * before
+        before, self.harm = float(self.harm), torch.tensor(loss.harm, dtype=torch.float64)
+        return loss.harm >= _LASTING * before
 
     def store(self, replies: Sequence[Reply]) -> None:
         """Store the validation losses after local training."""
@@ -81,7 +81,7 @@ class OwnTrial(Stateful):
             if reply.validation is not None:
                 self.losses[reply.client] = reply.validation[1]
 
-    def compare(self, replies: Sequence[Reply]) -> Comparison | None:
+    def compare(self, replies: Sequence[Reply]) -> LossComparison | None:
         """Compare with the losses before this round's training.
 
         Returns None if fewer than half of all clients, or fewer than two, have both losses.
@@ -98,7 +98,7 @@ class OwnTrial(Stateful):
         if len(pairs) < max(2, len(self.losses) / 2):
             return None
         own, merged = pairs.mean(dim=0).tolist()
-        return Comparison(own, merged, standard_error(pairs[:, 1] - pairs[:, 0]))
+        return LossComparison(own, merged, standard_error(pairs[:, 1] - pairs[:, 0]))
 
 
 class CommonTrial(Stateful):
@@ -178,15 +178,15 @@ class GroupTrials(Stateful):
                     else ("share", f"one adapter for all clients: validation loss {losses}")
                 )
         if self.own is not None:
-            found = self.own.compare(replies)
+            loss = self.own.compare(replies)
             self.own.store(replies)
-            lasts = found is not None and self.own.lasting(found)
-            if found is not None and number >= FIRST:
-                losses = f"{found.own:.3g} after own training, {found.merged:.3g} after merging"
-                if not found.own_is_better:
+            persistent = loss is not None and self.own.persists(loss)
+            if loss is not None and number >= FIRST:
+                losses = f"{loss.own:.3g} after own training, {loss.merged:.3g} after merging"
+                if not loss.own_is_better:
                     outcomes.append(("keep", f"merging kept: validation loss {losses}"))
                     self.own = None
-                elif lasts:
+                elif persistent:
                     reason = f"an adapter for each client: validation loss {losses}"
                     outcomes.append(("separate", reason))
                     self.own = self.common = None

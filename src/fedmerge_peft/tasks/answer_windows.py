@@ -204,12 +204,15 @@ def read_answers(
     answers = []
     for row, (value, context) in enumerate(zip(table[column], contexts, strict=True)):
         own = _parsed(value, f"row {row} (of the rows in use): column {column!r}")
-        for each in own:
-            if context[each.start : each.start + len(each.text)] != each.text or each.start < 0:
+        for answer in own:
+            if (
+                context[answer.start : answer.start + len(answer.text)] != answer.text
+                or answer.start < 0
+            ):
                 raise DataError(
                     f"row {row} (of the rows in use): the context does not have the answer "
-                    f"{each.text[:80]!r} at answer_start {each.start}, but "
-                    f"{context[max(each.start, 0) :][: len(each.text)][:80]!r}; correct the row"
+                    f"{answer.text[:80]!r} at answer_start {answer.start}, but "
+                    f"{context[max(answer.start, 0) :][: len(answer.text)][:80]!r}; correct the row"
                 )
         if not own and not recipe.no_answer:
             raise DataError(
@@ -229,7 +232,7 @@ def _parsed(value: Any, where: str) -> list[Answer]:
         if isinstance(value, Mapping):
             pairs = list(zip(value["text"], value["answer_start"], strict=True))
         else:
-            pairs = [(each["text"], each["answer_start"]) for each in value]
+            pairs = [(answer["text"], answer["answer_start"]) for answer in value]
     except (TypeError, KeyError, ValueError):
         raise expected from None
     if not all(isinstance(text, str) and isinstance(start, int) for text, start in pairs):

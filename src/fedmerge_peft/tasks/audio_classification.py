@@ -61,14 +61,14 @@ class AudioClassificationTask(Classification, MediaTask):
     def input_table(cls, recipe: Section, labels: list[str], inputs: list[Any]) -> Dataset:
         from datasets import List, Value
 
-        unfit = [each for each in inputs if not isinstance(each, str | Path | dict | np.ndarray)]
+        unfit = [clip for clip in inputs if not isinstance(clip, str | Path | dict | np.ndarray)]
         reject_inputs(unfit, "the path of a WAV file, an array, or {array, sampling_rate}")
         column = {
             "path": Value("string"),
             "array": List(Value("float32")),
             "sampling_rate": Value("int64"),
         }
-        rows = [[_as_row(each)] for each in inputs]
+        rows = [[_as_row(clip)] for clip in inputs]
         return blank_table({recipe.audio: column}, rows, cls.blanks(recipe, labels))
 
     def match_inputs(self, model: Any) -> None:
@@ -120,7 +120,7 @@ class AudioClassificationTask(Classification, MediaTask):
         inputs = [examples.columns[self._input_name][index] for index in indices]
         labels = torch.stack([examples.columns["labels"][index] for index in indices])
         batch = {self._input_name: pad_sequence(inputs, batch_first=True), "labels": labels}
-        lengths = torch.tensor([len(each) for each in inputs])
+        lengths = torch.tensor([len(clip) for clip in inputs])
         if (lengths < lengths.max()).any():
             batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return batch

@@ -157,7 +157,7 @@ class Task(ABC):
         if logits.ndim != 3 or mask is None:
             return list(logits.unbind())
         inside = mask.to(logits.device).bool()
-        return [each[own] for each, own in zip(logits, inside, strict=True)]
+        return [row[own] for row, own in zip(logits, inside, strict=True)]
 
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

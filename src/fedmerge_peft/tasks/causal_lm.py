@@ -325,7 +325,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
             ]
             ids |= dict(zip(chats, self._prompted.prompts(parsed), strict=True))
         ids |= dict(
-            zip(texts, self._tokens.prompts([prompts[each] for each in texts]), strict=True)
+            zip(texts, self._tokens.prompts([prompts[place] for place in texts]), strict=True)
         )
         reject_inputs(
             [prompt for place, prompt in enumerate(prompts) if place not in ids],

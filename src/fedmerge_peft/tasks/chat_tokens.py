@@ -242,7 +242,7 @@ class ChatTokens:
 
         marked = self._marked(chat) if loss == "assistant" else []
         try:
-            found = [
+            spans = [
                 (
                     find_begin(chat.messages, first, text, render),
                     find_end(chat.messages, last, text, render),
@@ -253,9 +253,9 @@ class ChatTokens:
             if not marked:
                 raise self.error(row, _NOT_FOUND) from None
             return marked, True
-        if any(end <= begin for begin, end in found) and not marked:
+        if any(end <= begin for begin, end in spans) and not marked:
             raise self.error(row, _NOT_FOUND)
-        return marked or found, not marked or same_turns(text, marked, found)
+        return marked or spans, not marked or same_turns(text, marked, spans)
 
     def _marked(self, chat: Chat) -> list[Span]:
         """Return the parts of a rendered chat that the template marks; empty without marks."""
@@ -341,7 +341,9 @@ class ChatTokens:
 
     def _writes_tokens(self, messages: Sequence[Message]) -> bool:
         """Return True if the text of a message has a special token."""
-        return any(self._special.first_in(text) for each in messages for text in strings(each))
+        return any(
+            self._special.first_in(text) for message in messages for text in strings(message)
+        )
 
     def _sanitized(
         self, row: int, chat: Chat, messages: list[Message], *, generation_prompt: bool = False

@@ -105,7 +105,7 @@ def _only(
     for row, places in enumerate(rows):
         if len(places) != 1:
             label, count = labels[row], len(choices[row])
-            found = shortened(repr(label), 80)
+            shown = shortened(repr(label), 80)
             fault = f"may be each of the choices {join_values(places)}" if places else "is none"
             remedy = f"write the number of the right choice, from 0 to {count - 1}"
             if names is not None:
@@ -118,7 +118,7 @@ def _only(
             elif names is None and str(label).strip() == str(count):
                 remedy += "; if the labels start at 1, subtract 1 from all of them"
             raise DataError(
-                f"row {row} (of the rows in use): {found} in column {column!r} {fault} "
+                f"row {row} (of the rows in use): {shown} in column {column!r} {fault} "
                 f"of {count} choices; {remedy}"
             )
     return [place for (place,) in rows]

@@ -33,8 +33,8 @@ def count_cuts(
         counts = {part: len(own.intersection(rows)) for part, own in held.items()}
         if not (cut := len(set().union(*held.values()).intersection(rows))):
             continue
-        each = ", ".join(f"{counts[part]:,} of {len(own):,} {part}" for part, own in held.items())
-        by_part = f" ({each})" if len(held) > 1 else ""
+        shares = ", ".join(f"{counts[part]:,} of {len(own):,} {part}" for part, own in held.items())
+        by_part = f" ({shares})" if len(held) > 1 else ""
         lines.append(f"{cut:,} of {total:,} {name} {predicate}{by_part}")
     return lines
 

@@ -67,4 +67,4 @@ def _of_entities(score: Any, predicted: Tags, expected: Tags) -> float:
 
 
 def _lists(tags: Tags) -> list[list[str]]:
-    return [list(each) for each in tags]
+    return [list(sequence) for sequence in tags]

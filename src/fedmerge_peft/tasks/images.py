@@ -65,9 +65,9 @@ class ImageTask(MediaTask):
         from datasets import Image
         from PIL.Image import Image as Picture
 
-        unfit = [each for each in inputs if not isinstance(each, Picture | str | Path)]
+        unfit = [image for image in inputs if not isinstance(image, Picture | str | Path)]
         reject_inputs(unfit, "a PIL image, or the path of a file")
-        rows = [[each if isinstance(each, Picture) else str(each)] for each in inputs]
+        rows = [[image if isinstance(image, Picture) else str(image)] for image in inputs]
         return blank_table({recipe.image: Image()}, rows, cls.blanks(recipe, labels))
 
     def probe(self) -> Examples | None:

@@ -49,7 +49,7 @@ class WeightedClasses(Task):
         Args:
             labels: Labels of a client's training examples.
         """
-        terms = torch.cat([each.flatten() for each in labels])
+        terms = torch.cat([row.flatten() for row in labels])
         counts = torch.bincount(terms[terms >= 0], minlength=len(self.labels))
         known = counts > 0
         return torch.where(known, counts.sum() / (known.sum() * counts.clamp_min(1)), 1.0)

@@ -70,7 +70,7 @@ def take_model(
         BackboneError: The model is not a module, is compiled, holds a PEFT adapter or has no
             weights in memory; neither or both of tokenizer and processor are passed.
     """
-    given = [each for each in (tokenizer, processor) if each is not None]
+    given = [part for part in (tokenizer, processor) if part is not None]
     if model is None:
         if given:
             raise BackboneError("tokenizer, processor: pass the model, too: model=...")

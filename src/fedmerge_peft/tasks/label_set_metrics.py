@@ -16,22 +16,22 @@ def micro_f1(predicted: Sequence[Sequence[int]], expected: Sequence[Sequence[int
     """Compute F1 of all pairs of an example and a label: 2 TP / (2 TP + FP + FN)."""
     from sklearn.metrics import f1_score
 
-    found, wanted = np.asarray(predicted), np.asarray(expected)
-    if not (found.any() or wanted.any()):
+    chosen, wanted = np.asarray(predicted), np.asarray(expected)
+    if not (chosen.any() or wanted.any()):
         return math.nan
-    return float(f1_score(wanted, found, average="micro", zero_division=0))
+    return float(f1_score(wanted, chosen, average="micro", zero_division=0))
 
 
 def macro_f1(predicted: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
     """Compute the mean F1 of the labels that are expected or predicted."""
     from sklearn.metrics import f1_score
 
-    found, wanted = np.asarray(predicted), np.asarray(expected)
-    used = np.flatnonzero((found | wanted).any(axis=0))
+    chosen, wanted = np.asarray(predicted), np.asarray(expected)
+    used = np.flatnonzero((chosen | wanted).any(axis=0))
     if not len(used):
         return math.nan
-    each = f1_score(wanted[:, used], found[:, used], average=None, zero_division=0)
-    return float(np.mean(each))
+    scores = f1_score(wanted[:, used], chosen[:, used], average=None, zero_division=0)
+    return float(np.mean(scores))
 
 
 def average_precision(

@@ -86,16 +86,16 @@ def read_lists(table: Dataset, column: str, key: str) -> ListColumn:
         )
     values = entries.flatten()
     lengths = pc.list_value_length(entries).to_numpy(zero_copy_only=False).astype(np.int64)
-    found = ListColumn(column, key, values, lengths)
+    lists = ListColumn(column, key, values, lengths)
     if values.null_count:
         position = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{found.where(position)} has a list with an empty value (null)")
+        raise DataError(f"{lists.where(position)} has a list with an empty value (null)")
     if len(values) and not (is_text(values.type) or pa.types.is_integer(values.type)):
         raise DataError(
             f"{key}: column {column!r} has lists of {values.type}, expected "
             "lists of texts or integers"
         )
-    return found
+    return lists
 
 
 def infer_list_labels(table: Dataset, column: str, key: str) -> list[str]:

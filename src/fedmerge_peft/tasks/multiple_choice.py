@@ -84,12 +84,12 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         long: set[int] = set()
         for place in range(max(map(len, choices), default=0)):  # so that errors name the row
             own = [texts[place] if place < len(texts) else "" for texts in choices]
-            found, truncated = self.tokenize([contexts, own])
+            encoded, truncated = self.tokenize([contexts, own])
             there = [row for row, texts in enumerate(choices) if place < len(texts)]
             long |= {*truncated} & {*there}
             for name, rows in tokens.items():
                 for row in there:
-                    rows[row].append(found[name][row])
+                    rows[row].append(encoded[name][row])
         ids = tokens["input_ids"]
         reject_empty([min(own, key=len)[1:] for own in ids], contexts, self.recipe.context)
         flat = {name: [[*chain(*own)] for own in rows] for name, rows in tokens.items()}

@@ -171,14 +171,14 @@ class PreferenceTask(CausalLMTask):
         if self._preference.loss == "orpo":
             return examples
         model.eval()
-        trained = [each for each in model.parameters() if each.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         reference = torch.zeros(len(examples), 2)
         order = np.argsort(-examples.lengths, kind="stable")
         with model.disable_adapter():
             for start in range(0, len(order), _PASS):
                 rows = order[start : start + _PASS]
                 batch = {
-                    name: each.to(device) for name, each in self.collate(examples, rows).items()
+                    name: tensor.to(device) for name, tensor in self.collate(examples, rows).items()
                 }
                 labels = batch.pop("labels")
                 scores, _ = self._log_probabilities(self.forward(model, batch), labels)

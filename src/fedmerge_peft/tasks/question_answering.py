@@ -116,8 +116,8 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
         keys = ("question", "context")
         pairs = [
-            tuple(each.get(key) for key in keys) if isinstance(each, Mapping) else each
-            for each in inputs
+            tuple(item.get(key) for key in keys) if isinstance(item, Mapping) else item
+            for item in inputs
         ]
         unfit = [
             given
@@ -155,7 +155,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
                 torch.tensor([place for window in row for place in window.places]) for row in rows
             ],
             "context": as_bytes(contexts),
-            "answers": as_bytes(["\0".join(each.text for each in own) for own in answers]),
+            "answers": as_bytes(["\0".join(answer.text for answer in own) for own in answers]),
         }
         if self._windows.with_types:
             columns["token_type_ids"] = ragged(
@@ -209,7 +209,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         columns = {"input_ids": ragged([*ids, [*ids[1][:1], *ids[1][-2:0:-1], *ids[1][-1:]]])}
         if self._windows.with_types:
             columns["token_type_ids"] = ragged([*types, types[1]])
-        lengths = [[each.numel()] for each in columns["input_ids"]]
+        lengths = [[row.numel()] for row in columns["input_ids"]]
         labels = torch.zeros(3, 1, 2, dtype=torch.int64)
         return Examples({**columns, SEQUENCES: ragged(lengths), "labels": list(labels.unbind())})
 
@@ -270,9 +270,9 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
     def outputs(
         self, logits: Tensor, labels: Tensor, examples: Examples, indices: NDArray[Any]
     ) -> Mapping[str, Compared]:
-        found = [answer["answer"] for answer in self.answers(logits, examples, indices)]
+        texts = [answer["answer"] for answer in self.answers(logits, examples, indices)]
         held = (from_bytes(examples.columns["answers"][index]) for index in indices)
-        return {"answers": (found, [text.split("\0") for text in held])}
+        return {"answers": (texts, [text.split("\0") for text in held])}
 
     def answers(
         self, logits: Tensor, examples: Examples, indices: NDArray[Any]

@@ -167,7 +167,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
         texts = ["a short text", "another text, which is longer than the first one"]
         ids = self.processor(texts)["input_ids"]
         columns = ragged([*ids, [*ids[1][:1], *ids[1][-2:0:-1], *ids[1][-1:]]])
-        lengths = ragged([[len(each)] for each in columns])
+        lengths = ragged([[len(row)] for row in columns])
         return Examples({"input_ids": columns, SEQUENCES: lengths, "labels": lengths})
 
     def collate(self, examples: Examples, indices: NDArray[Any]) -> Batch:

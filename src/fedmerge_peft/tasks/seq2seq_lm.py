@@ -153,7 +153,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     def encode_prompts(self, prompts: Sequence[Any]) -> Examples:
         """Tokenize sources, with the prefix. Raises ``DataError`` as ``encode``."""
-        reject_inputs([each for each in prompts if not isinstance(each, str)], "a text")
+        reject_inputs([prompt for prompt in prompts if not isinstance(prompt, str)], "a text")
         texts = [self.recipe.prefix + text for text in prompts]
         tokens, long = truncated(self.processor, texts, max_length=self.max_source)
         ids = tokens["input_ids"]
@@ -238,7 +238,7 @@ tokenizer = AutoTokenizer.from_pretrained({processor})
 
     def own_outputs(self, logits: Tensor, batch: Batch) -> list[Tensor]:
         inside = (batch["labels"] != IGNORED).to(logits.device)
-        return [each[own] for each, own in zip(logits, inside, strict=True)]
+        return [row[own] for row, own in zip(logits, inside, strict=True)]
 
     def prompt_logits(self, model: Any, prompts: Batch) -> Tensor:
         start = model.config.decoder_start_token_id

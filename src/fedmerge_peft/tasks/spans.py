@@ -71,9 +71,9 @@ class SpanTags(TagSource):
         names = entity_names(labels)
         ids: list[list[dict[str, Any]]] = []
         for row, spans in enumerate(self._rows(table)):
-            if unknown := next((each.label for each in spans if each.label not in names), None):
+            if unknown := next((span.label for span in spans if span.label not in names), None):
                 raise self._fault(row, _unknown(unknown, labels))
-            ids.append([{**each._asdict(), "label": names.index(each.label)} for each in spans])
+            ids.append([{**span._asdict(), "label": names.index(span.label)} for span in spans])
         kind, _ = self.blank(labels)
         features = table.features.copy()
         features[self.column] = kind
@@ -91,9 +91,9 @@ class SpanTags(TagSource):
     def input_table(self, labels: list[str], inputs: list[Any]) -> Dataset:
         from datasets import Value
 
-        reject_inputs([each for each in inputs if not isinstance(each, str)], "a text")
+        reject_inputs([item for item in inputs if not isinstance(item, str)], "a text")
         text = {self.recipe.text: Value("string")}
-        return blank_table(text, [[each] for each in inputs], {self.column: self.blank(labels)})
+        return blank_table(text, [[item] for item in inputs], {self.column: self.blank(labels)})
 
     def answer(
         self,
@@ -193,14 +193,16 @@ def entity_names(labels: Sequence[str]) -> list[str]:
 def _spans(value: Any, names: Sequence[str] | None) -> Iterator[Span]:
     """Yield spans of a list of records, or of a record of lists."""
     if isinstance(value, dict):
-        value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
-    for each in value:
-        label = each["label"]
+        value = [
+            dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)
+        ]
+    for entry in value:
+        label = entry["label"]
         if isinstance(label, int) and names is not None:
             label = names[label]
         if not isinstance(label, str) or not label:
             raise TypeError
-        yield Span(_place(each["start"]), _place(each["end"]), label)
+        yield Span(_place(entry["start"]), _place(entry["end"]), label)
 
 
 def _place(value: Any) -> int:

@@ -122,9 +122,10 @@ class ListedTags(TagSource):
         from datasets import List, Value
 
         unfit = [
-            each
-            for each in inputs
-            if not isinstance(each, list | tuple) or not all(isinstance(word, str) for word in each)
+            words
+            for words in inputs
+            if not isinstance(words, list | tuple)
+            or not all(isinstance(word, str) for word in words)
         ]
         reject_inputs(unfit, "a list of words")
         tag = labels.index("O") if "O" in labels else 0

@@ -87,13 +87,13 @@ def infer_loss(recipe: CausalLMRecipe, format: str, table: Dataset) -> Loss:
 
 def check_columns(recipe: CausalLMRecipe, table: Dataset) -> None:
     """Raise ``DataError`` if the columns of a table match no format, or values are missing."""
-    found = infer_format(recipe, table)
-    if found == "messages":
+    kind = infer_format(recipe, table)
+    if kind == "messages":
         read_chats(recipe, table)
-    elif found == "text":
+    elif kind == "text":
         read_texts(table, recipe.text, "task.text")
     else:
-        read_pairs(recipe, found, table)
+        read_pairs(recipe, kind, table)
 
 
 def read_pairs(

@@ -28,42 +28,42 @@ def chrf(generated: Sequence[str], references: Sequence[str]) -> float:
     return float(CHRF().corpus_score([*generated], [[*references]]).score) / 100
 
 
-def squad_exact_match(found: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+def squad_exact_match(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
     """Compute the fraction of answers that equal one of the references after normalization."""
-    return _best_of(found, answers, lambda text, answer: float(text == answer))
+    return _best_of(predicted, answers, lambda text, answer: float(text == answer))
 
 
-def squad_f1(found: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+def squad_f1(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
     """Compute the mean word-level F1 of answers, each against its best reference.
 
     An empty answer has F1 1 if the reference is empty too (SQuAD 2, Rajpurkar 2018).
     """
-    return _best_of(found, answers, _f1)
+    return _best_of(predicted, answers, _f1)
 
 
 def _best_of(
-    found: Sequence[str],
+    predicted: Sequence[str],
     answers: Sequence[Sequence[str]],
     compare: Callable[[list[str], list[str]], float],
 ) -> float:
     scores = []
-    for text, references in zip(found, answers, strict=True):
-        wanted = [words for each in references if (words := _normalized(each))] or [[]]
+    for text, references in zip(predicted, answers, strict=True):
+        wanted = [words for reference in references if (words := _normalized(reference))] or [[]]
         scores.append(max(compare(_normalized(text), words) for words in wanted))
     return sum(scores) / len(scores)
 
 
 def _normalized(text: str) -> list[str]:
     """Return the words of an answer, in lower case, without punctuation and articles."""
-    kept = "".join(each for each in text.lower() if each not in string.punctuation)
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
-def _f1(found: list[str], wanted: list[str]) -> float:
-    common = sum((Counter(found) & Counter(wanted)).values())
-    if not found or not wanted or not common:
-        return float(found == wanted)
-    precision, recall = common / len(found), common / len(wanted)
+def _f1(predicted: list[str], wanted: list[str]) -> float:
+    common = sum((Counter(predicted) & Counter(wanted)).values())
+    if not predicted or not wanted or not common:
+        return float(predicted == wanted)
+    precision, recall = common / len(predicted), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 

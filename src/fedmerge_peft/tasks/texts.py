@@ -62,7 +62,7 @@ class TextTask(EncoderTask):
         columns = [name for name in (recipe.text, recipe.text_pair) if name is not None]
         pairs = len(columns) == 2
         rows = [
-            list(each) if pairs and isinstance(each, tuple | list) else [each] for each in inputs
+            list(item) if pairs and isinstance(item, tuple | list) else [item] for item in inputs
         ]
         unfit = [
             row if pairs else row[0]

@@ -171,8 +171,8 @@ class TokenClassificationTask(WeightedClasses, EncoderTask):
     def predict(self, logits: Tensor, labels: Tensor) -> Mapping[str, Compared]:
         """Return predicted and expected tags of each example, for words with a label."""
         own = labels != _IGNORED
-        found = logits.argmax(dim=-1)
-        predicted = [self._names(ids[inside]) for ids, inside in zip(found, own, strict=True)]
+        classes = logits.argmax(dim=-1)
+        predicted = [self._names(ids[inside]) for ids, inside in zip(classes, own, strict=True)]
         expected = [self._names(ids[inside]) for ids, inside in zip(labels, own, strict=True)]
         return {
             "tags": (predicted, expected),

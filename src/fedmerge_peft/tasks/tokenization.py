@@ -300,8 +300,8 @@ class SpecialTokens:
 
     def first_in(self, text: str) -> str | None:
         """Return the first special token that is written in a text, or None."""
-        found = self._written.search(text) if self._written else None
-        return found.group() if found else None
+        match = self._written.search(text) if self._written else None
+        return match.group() if match else None
 
     def count(self, ids: Sequence[int]) -> int:
         """Count the special tokens among ids, without those for unknown text."""

@@ -107,8 +107,8 @@ def warn_of_unknown(rows: Sequence[list[int]], tokenizer: Any) -> None:
 
 def special_strings(tokenizer: Any) -> list[str]:
     """Return the special tokens of a tokenizer as they are written, the longest first."""
-    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(found, key=lambda token: (-len(token), token))
+    strings = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(strings, key=lambda token: (-len(token), token))
 
 
 def position_limit(config: Any) -> int | None:

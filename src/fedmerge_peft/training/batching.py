@@ -36,7 +36,9 @@ def check_task(task: Task, recipe: Recipe, clients: Sequence[Client]) -> None:
             mixture.
         DataError: All clients have fewer examples than a batch needs.
     """
-    mixing = [each for each in (recipe.strategy, *recipe.baselines) if not each.single_adapter]
+    mixing = [
+        strategy for strategy in (recipe.strategy, *recipe.baselines) if not strategy.single_adapter
+    ]
     if mixing and not task.mixes:
         raise RecipeError(
             f"strategy: {mixing[0].name} mixes the outputs of several adapters, which the task "

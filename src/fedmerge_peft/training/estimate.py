@@ -257,8 +257,8 @@ def _quantized_bytes(weight: Tensor, backbone: BackboneRecipe) -> int:
     if backbone.quantization == "8bit":
         return numbers + FLOAT32 * len(weight)
     scales = numbers / _BLOCK
-    each = 1 + FLOAT32 / _DOUBLE_BLOCK if backbone.double_quantization else FLOAT32
-    return int(numbers / 2 + scales * each)
+    scale_bytes = 1 + FLOAT32 / _DOUBLE_BLOCK if backbone.double_quantization else FLOAT32
+    return int(numbers / 2 + scales * scale_bytes)
 
 
 def _autocast(

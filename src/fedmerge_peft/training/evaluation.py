@@ -98,8 +98,8 @@ def _of_examples(runtime: Runtime, logits: Tensor, labels: Tensor, start: int, s
     """Return the logits of consecutive examples of a batch, as a view."""
     targets = None if runtime.head is None else runtime.task.token_targets(labels)
     if targets is None:
-        each = len(logits) // len(labels)  # rows of an example
-        return logits[start * each : stop * each]
+        per_example = len(logits) // len(labels)  # rows of an example
+        return logits[start * per_example : stop * per_example]
     ends = np.cumsum([0, *(targets != -100).view(len(labels), -1).sum(dim=1).tolist()])
     return logits[ends[start] : ends[stop]]
 
@@ -156,8 +156,8 @@ def example_losses(
             return runtime.task.losses(logits, labels)[0]
         return training_losses(runtime.task, logits, labels, [objective])[0]
 
-    found = torch.cat([losses(logits, labels).cpu() for _, logits, labels in batches])
-    return found[torch.from_numpy(np.argsort(order))]
+    values = torch.cat([losses(logits, labels).cpu() for _, logits, labels in batches])
+    return values[torch.from_numpy(np.argsort(order))]
 
 
 @torch.no_grad()
@@ -180,8 +180,8 @@ def confusion(
     for _, logits, labels in _forward(runtime, served, rows, batch_size):
         own = labels >= 0
         pairs.append(torch.stack([labels[own], logits.argmax(dim=-1)[own]], dim=1).cpu())
-    found, counts = np.unique(torch.cat(pairs).numpy(), axis=0, return_counts=True)
-    return [[*pair, count] for pair, count in zip(found.tolist(), counts.tolist(), strict=True)]
+    cells, counts = np.unique(torch.cat(pairs).numpy(), axis=0, return_counts=True)
+    return [[*pair, count] for pair, count in zip(cells.tolist(), counts.tolist(), strict=True)]
 
 
 def _by_length(examples: Examples, indices: Indices) -> Indices:

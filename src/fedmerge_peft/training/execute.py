@@ -51,8 +51,8 @@ def run_plans(
             done = [_checked(result) for result in results]
             result = plan.result(done, scores[position], seed)
             if (measured := plan.measured_rows(done)) and statistics is not None:
-                found = torch.stack([statistics(position, row) for row in measured])
-                result = replace(result, statistics=found)
+                stacked = torch.stack([statistics(position, row) for row in measured])
+                result = replace(result, statistics=stacked)
             outcomes[position] = result
         except Exception as error:
             outcomes[position] = error

@@ -26,7 +26,7 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
         RecipeError: The model has no last layer in its adapter, or that layer has no single input
             for each example.
     """
-    found: list[Tensor] = []
+    vectors: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         (features,) = inputs
@@ -36,11 +36,11 @@ def captured_features(backbone: Backbone) -> Iterator[list[Tensor]]:
                 f"reads a tensor of {features.ndim} dimensions; use an encoder for "
                 "classification, or another strategy"
             )
-        found.append(features)
+        vectors.append(features)
 
     handle = last_layer(backbone).register_forward_pre_hook(keep)
     try:
-        yield found
+        yield vectors
     finally:
         handle.remove()
 

@@ -138,7 +138,7 @@ def _choose(
             continue
         expected = [alone[row] for row in company]
         pairs = zip(together, expected, strict=True)
-        if all(_agree(found, wanted, tolerance) for found, wanted in pairs):
+        if all(_agree(output, wanted, tolerance) for output, wanted in pairs):
             break
     else:
         raise BackboneError(
@@ -149,8 +149,8 @@ def _choose(
         log.info("an example's outputs depend on the others in its batch; padding: %s", padding)
 
 
-def _agree(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    if found.shape != wanted.shape:
+def _agree(output: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if output.shape != wanted.shape:
         return False
-    difference = (found.float() - wanted.float()).norm()
+    difference = (output.float() - wanted.float()).norm()
     return bool(difference <= tolerance * wanted.float().norm())

@@ -43,11 +43,11 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
             expected = task.losses(task.forward(model, inputs), labels)[0]
             with head.applied(labeled):
                 logits = task.forward(model, inputs)
-            found = task.losses(logits[0], labels)[0]
+            labeled_losses = task.losses(logits[0], labels)[0]
     except Exception as error:  # training reports it, with the client
         log.info("logits are computed at all positions: %s: %s", type(error).__name__, error)
         return None
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(labeled_losses, expected, rtol=1e-3, atol=1e-3):
         log.info(
             "logits are computed at all positions: those of labeled ones alone change the loss"
         )
@@ -59,7 +59,7 @@ def labeled_head(runtime: Runtime, rows: Indices) -> LabeledHead | None:
             (states,) = kept
             own = task.losses(head.losses(states, targets[labeled]), labels)[0]
             same = torch.equal(layer(states[None]).to(logits), logits)
-            head.unchanged = same and torch.allclose(own, found, rtol=1e-3, atol=1e-3)
+            head.unchanged = same and torch.allclose(own, labeled_losses, rtol=1e-3, atol=1e-3)
     except Exception as error:
         log.info("a training step has all logits at once: %s: %s", type(error).__name__, error)
     return head

@@ -43,7 +43,7 @@ def training_losses(
         ``(K, width)``.
     """
     clients = len(objectives)
-    logits = shifted(logits, [each.offset for each in objectives])
+    logits = shifted(logits, [objective.offset for objective in objectives])
     if not task.in_batch:
         weights = spread(objectives, len(labels) // clients, logits.device)
         return task.training_losses(logits, labels, weights).view(clients, -1)
@@ -56,11 +56,13 @@ def spread(objectives: Sequence[Objective], width: int, device: torch.device) ->
 
     Return None if all are 1.
     """
-    known = [each.class_weights for each in objectives]
-    first = next((each for each in known if each is not None), None)
+    known = [objective.class_weights for objective in objectives]
+    first = next((weights for weights in known if weights is not None), None)
     if first is None:
         return None
-    rows = torch.stack([torch.ones_like(first) if each is None else each for each in known])
+    rows = torch.stack(
+        [torch.ones_like(first) if weights is None else weights for weights in known]
+    )
     return rows.to(device).repeat_interleave(width, dim=0)
 
 

@@ -57,11 +57,11 @@ def _obstacle(runtime: Runtime, rows: Indices) -> str | None:
         return "it has one output for each example, and not for each token"
     for adapters in (1, 2):
         try:
-            found = logits(True, adapters)
+            outputs = logits(True, adapters)
         except Exception as error:  # models that take no positions raise any error
             return f"the model fails ({type(error).__name__}: {error})"
         wanted = expected[inside] if by_token else expected
-        difference = (found[inside] if by_token else found) - wanted
+        difference = (outputs[inside] if by_token else outputs) - wanted
         if (
             not difference.norm()
             <= tolerance(runtime.backbone, runtime.accelerator) * wanted.norm()

@@ -212,11 +212,11 @@ def _read(path: Path) -> bytes:
 
 def _verified(path: Path, content: bytes, end: re.Pattern[bytes], previous: str = "") -> bytes:
     """Return the part of the content that its sum covers. Raises ``RunError``."""
-    found = end.search(content)
-    if found is None:
+    match = end.search(content)
+    if match is None:
         raise damaged(path, "it does not end with its SHA-256 sum")
-    covered = content[: found.start()]
-    if _sum(covered, previous) != found[1].decode():
+    covered = content[: match.start()]
+    if _sum(covered, previous) != match[1].decode():
         raise damaged(path, "its SHA-256 sum differs from the stored one")
     return covered
 

@@ -70,13 +70,13 @@ def faults(folder: Path) -> list[str]:
 
     The folder may come from somebody else: links and special files are not opened.
     """
-    found: list[str] = []
+    problems: list[str] = []
     folders = [folder]
     while folders:
         faulty, inner = _faults_of(folders.pop())
-        found += faulty
+        problems += faulty
         folders += reversed(inner)
-    return found
+    return problems
 
 
 def _faults_of(folder: Path) -> tuple[list[str], list[Path]]:
@@ -88,28 +88,28 @@ def _faults_of(folder: Path) -> tuple[list[str], list[Path]]:
         lines = path.read_bytes().decode().splitlines()
     except UnicodeDecodeError:
         return [f"{path} is damaged: it is not UTF-8"], []
-    found, listed, inner = [], {}, []
+    problems, listed, inner = [], {}, []
     for number, line in enumerate(lines, 1):
         if match := _LINE.fullmatch(line):
             listed[match[2]] = match[1]
         else:
-            found.append(f"{path}:{number} is damaged: it is not a SHA-256 sum with a name")
+            problems.append(f"{path}:{number} is damaged: it is not a SHA-256 sum with a name")
     present = _covered(folder)
-    found += [f"{folder / name} is missing" for name in sorted(listed.keys() - set(present))]
+    problems += [f"{folder / name} is missing" for name in sorted(listed.keys() - set(present))]
     for name in present:
         if (folder / name).is_symlink():
-            found.append(f"{folder / name} is a link")
+            problems.append(f"{folder / name} is a link")
         elif not (folder / name).is_file():
-            found.append(f"{folder / name} is not a regular file")
+            problems.append(f"{folder / name} is not a regular file")
         elif name not in listed:
-            found.append(f"{folder / name} is not listed in {path}")
+            problems.append(f"{folder / name} is not listed in {path}")
         elif (digest := _digest(folder / name)) is None:
-            found.append(f"{folder / name} cannot be read")
+            problems.append(f"{folder / name} cannot be read")
         elif listed[name] != digest:
-            found.append(f"{folder / name} is damaged: its SHA-256 sum differs from {path}")
+            problems.append(f"{folder / name} is damaged: its SHA-256 sum differs from {path}")
         elif name.endswith(f"/{SUMS}"):
             inner.append((folder / name).parent)
-    return found, inner
+    return problems, inner
 
 
 def _covered(folder: Path) -> list[str]:

@@ -21,11 +21,11 @@ def available_memory() -> int:
         (_LIMIT, r"(\d+)", 1),
     ):
         try:
-            found = re.search(pattern, path.read_text())
+            match = re.search(pattern, path.read_text())
         except OSError:
             continue
-        if found:
-            bounds.append(int(found[1]) * unit)
+        if match:
+            bounds.append(int(match[1]) * unit)
     return min(bounds)
 
 

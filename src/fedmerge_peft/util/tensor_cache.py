@@ -157,13 +157,13 @@ class TensorCache:
         stale = self._total is None or self._unscanned > self._max_bytes / _RESCANS
         if not stale and (self._total or 0) + size <= self._max_bytes:
             return True
-        found = []
+        files = []
         for path in self.folder.iterdir():
             with suppress(OSError):  # another process has removed it
                 facts = path.stat()
-                found.append((facts.st_mtime, facts.st_size, path))
-        total = sum(length for _, length, _ in found)
-        for _, length, path in sorted(found):
+                files.append((facts.st_mtime, facts.st_size, path))
+        total = sum(length for _, length, _ in files)
+        for _, length, path in sorted(files):
             if total + size <= self._max_bytes:
                 break
             if path.name not in self._used:

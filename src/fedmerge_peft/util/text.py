@@ -73,11 +73,11 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     for candidate in candidates:
         if folded(word) == folded(candidate) or folded_form(word) == folded_form(candidate):
             return candidate
-    ranked = [(_edits(word.casefold(), each.casefold()), each) for each in candidates]
+    ranked = [(_edits(word.casefold(), option.casefold()), option) for option in candidates]
     edits, best = min(ranked, key=lambda pair: pair[0], default=(math.inf, ""))
     if edits < math.inf:
         return best
-    return next((each for each in candidates if _is_beginning(word, each)), None)
+    return next((option for option in candidates if _is_beginning(word, option)), None)
 
 
 def folded(word: str) -> str:

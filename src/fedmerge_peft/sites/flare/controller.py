@@ -20,7 +20,7 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.config import FederationFile
 from fedmerge_peft.sites.flare.names import DEADLINE, ERROR, OUTCOME_FILE, PAYLOAD, TOPIC
 from fedmerge_peft.sites.flare.workarounds import UniqueList, disable_payload_repr
 from fedmerge_peft.sites.server.job import State, run_job
@@ -160,7 +160,7 @@ class FederationController(Controller):  # type: ignore[misc]
         engine = fl_ctx.get_engine()
         workspace = engine.get_workspace()
         kit = self._kit(fl_ctx)
-        known = Federation.read(kit).sites
+        known = FederationFile.read(kit).sites
         self._sites = [client.name for client in engine.get_clients() if client.name in known]
         transport = FlareTransport(self, fl_ctx, abort_signal, self._sites)
 

@@ -21,7 +21,7 @@ from nvflare.fuel.flare_api.api_spec import (
 from nvflare.fuel.flare_api.flare_api import Session
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.config import FederationFile
 from fedmerge_peft.sites.flare.job_files import write_job
 from fedmerge_peft.sites.flare.names import OUTCOME_FILE, TOPIC
 from fedmerge_peft.sites.flare.operator_files import download_outcome, read_status
@@ -127,9 +127,9 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
     """
     with open_session(kit) as session:
         jobs = _unfinished_jobs(session)
-        end = time.monotonic() + Federation.read(kit).deadline + _END_TIMEOUT
+        end = time.monotonic() + FederationFile.read(kit).deadline + _END_TIMEOUT
         for job in jobs:
-            _ask_to_stop(session, job, end, now=now)
+            _request_stop(session, job, end, now=now)
             report(f"job {job} stops {'at once' if now else 'after this round'}")
         if not jobs:
             report("no job is running")
@@ -141,17 +141,17 @@ def stop(kit: Path, report: Callable[[str], None], *, now: bool, everything: boo
             report("server and sites shut down")
 
 
-def _ask_to_stop(session: Session, job: str, end: float, *, now: bool) -> None:
+def _request_stop(session: Session, job: str, end: float, *, now: bool) -> None:
     """Ask a job to stop, as soon as it has started. Raises ``FederateError``."""
 
-    def asked() -> bool:
+    def request() -> bool:
         if now:
             with no_output():
                 session.abort_job(job)
             return True
         return bool(_send_command(session, job, {"command": "stop"})) or _has_finished(session, job)
 
-    _await(asked, f"job {job} does not reply", end)
+    _await(request, f"job {job} does not reply", end)
 
 
 def _shut_down(session: Session) -> bool:
@@ -184,7 +184,7 @@ def _run_segment(
     on_poll: Callable[[], None],
 ) -> dict[str, Any]:
     """Wait for sites, submit a job, follow it, and return its outcome."""
-    federation, server_start = Federation.read(kit), _server_start_time(session)
+    federation, server_start = FederationFile.read(kit), _server_start_time(session)
     for job in _running_jobs(session):
         report(f"waiting for job {job}, which is already running")
         _follow_job(session, job, server_start, federation, report, on_poll)
@@ -200,7 +200,7 @@ def _run_segment(
 
 def _await_sites(
     session: Session,
-    federation: Federation,
+    federation: FederationFile,
     report: Callable[[str], None],
     wait: float,
     min_sites: int,
@@ -224,7 +224,7 @@ def _follow_job(
     session: Session,
     job: str,
     server_start: float,
-    federation: Federation,
+    federation: FederationFile,
     report: Callable[[str], None],
     on_poll: Callable[[], None],
 ) -> int:

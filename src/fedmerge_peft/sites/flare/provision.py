@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import OPERATOR, Federation
+from fedmerge_peft.sites.config import OPERATOR, FederationFile
 
 ALLOWED_CLASSES = "fedmerge_peft.sites.flare."
 """Prefix of the classes that a job's configuration may name, at the server and at the sites."""
@@ -68,7 +68,7 @@ _ROLES = {
 """Rights of NVIDIA FLARE's roles in every kit: none includes shell commands or custom code."""
 
 
-def provision(federation: Federation, out: Path) -> None:
+def provision(federation: FederationFile, out: Path) -> None:
     """Create certificates and kits below ``out``.
 
     The folders are ``server``, ``operator``, ``sites/<name>``, and ``authority``, which holds the
@@ -128,7 +128,7 @@ def _owner_only(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _project(federation: Federation) -> dict[str, Any]:
+def _project(federation: FederationFile) -> dict[str, Any]:
     server = {
         "name": "server",
         "type": "server",

@@ -11,7 +11,7 @@ from nvflare.fuel.flare_api import api_spec
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import OPERATOR, Federation
+from fedmerge_peft.sites.config import OPERATOR, FederationFile
 from fedmerge_peft.sites.flare.configuration import search_only_own_files
 from fedmerge_peft.sites.flare.operator_files import restrict_file_commands
 
@@ -53,7 +53,7 @@ def open_session(kit: Path, timeout: float = 10.0) -> Iterator[Session]:
         ConnectionLostError: The server stopped responding within the block.
         FederateError: The server refused a request of the block.
     """
-    federation = Federation.read(kit)
+    federation = FederationFile.read(kit)
     restrict_file_commands()
     search_only_own_files()
     address = f"{federation.host}:{federation.port}"

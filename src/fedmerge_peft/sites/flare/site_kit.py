@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge_peft.errors import FederateError
-from fedmerge_peft.sites.config import Federation, check_names
+from fedmerge_peft.sites.config import FederationFile, check_names
 from fedmerge_peft.sites.flare.provision import ALLOWED_CLASSES, write_roles
 
 _STARTUP = {
@@ -71,7 +71,7 @@ def secure_site_kit(kit: Path, data: Path | None = None) -> str:
         FederateError: The kit is incomplete, contains links or files that do not belong to it, or
             is not one of the federation that it names.
     """
-    name, federation = site_name(kit), Federation.read(kit)
+    name, federation = site_name(kit), FederationFile.read(kit)
     check_names(federation.sites)
     if name not in federation.sites:
         raise FederateError(
@@ -118,7 +118,7 @@ def _refuse_links(kit: Path, data: Path | None) -> None:
                 )
 
 
-def _connection(federation: Federation, name: str) -> dict[str, Any]:
+def _connection(federation: FederationFile, name: str) -> dict[str, Any]:
     """Return FLARE's ``fed_client.json``."""
     service = {"target": f"{federation.host}:{federation.port}", "scheme": "grpc"}
     return {

@@ -21,7 +21,7 @@ from fedmerge_peft.errors import ClientError, FederateError, WireError
 from fedmerge_peft.models.backbone import Backbone
 from fedmerge_peft.plugins import TASKS
 from fedmerge_peft.recipe import Recipe
-from fedmerge_peft.sites.config import Federation
+from fedmerge_peft.sites.config import FederationFile
 from fedmerge_peft.sites.fields import Enrolled, Evaluated, read_fields
 from fedmerge_peft.sites.messages import assignment_message, layout_digest, read_reply
 from fedmerge_peft.sites.server.enrollment import (
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Model:
+class ServerModel:
     """Interface of the model for the round loop at the server."""
 
     config: Any
@@ -77,7 +77,7 @@ class RemoteEngine:
     def __init__(
         self,
         recipe: Recipe,
-        federation: Federation,
+        federation: FederationFile,
         roster: Roster,
         transport: Transport,
         task: Task,
@@ -92,7 +92,7 @@ class RemoteEngine:
         self.accelerator: Accelerator = make_accelerator(
             recipe.training.model_copy(update={"device": "cpu"})
         )
-        self.backbone = Model(backbone.config, backbone.device, {})
+        self.backbone = ServerModel(backbone.config, backbone.device, {})
         self.absent = absent
         """Sites that take no part in this job, with the reasons."""
         self._model = backbone
@@ -101,7 +101,7 @@ class RemoteEngine:
 
     @classmethod
     def enroll(
-        cls, recipe: Recipe, federation: Federation, roster: Roster, transport: Transport
+        cls, recipe: Recipe, federation: FederationFile, roster: Roster, transport: Transport
     ) -> RemoteEngine:
         """Start a job: collect the sites' summaries, agree on labels, and load the model.
 
@@ -287,7 +287,7 @@ class RemoteEngine:
             yield index, reply
 
 
-def _clients(federation: Federation, roster: Roster) -> list[Client]:
+def _clients(federation: FederationFile, roster: Roster) -> list[Client]:
     """Return all clients with their reported sizes; zero for clients that have not enrolled."""
     entries = [(name, roster.clients.get(name, NOT_ENROLLED)) for name in federation.clients]
     return [

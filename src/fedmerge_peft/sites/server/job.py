@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from fedmerge_peft.errors import FedMergeError
 from fedmerge_peft.federation.callbacks import Callback
 from fedmerge_peft.federation.federate import resume_run, run_recipe
-from fedmerge_peft.federation.loop import Federation as FederatedRun
+from fedmerge_peft.federation.loop import Federation
 from fedmerge_peft.federation.tuning import describe
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs.directory import RunDirectory, with_baselines
 from fedmerge_peft.runs.record import RoundRecord
 from fedmerge_peft.serving.export import export_client
-from fedmerge_peft.sites.config import RECIPE_FILE, RUN_FOLDER, Federation
+from fedmerge_peft.sites.config import RECIPE_FILE, RUN_FOLDER, FederationFile
 from fedmerge_peft.sites.server.engine import RemoteEngine
 from fedmerge_peft.sites.server.roster import Roster, update_run_clients
 from fedmerge_peft.sites.server.transport import JobStopped, Transport
@@ -73,7 +73,7 @@ def run_job(
     """
     absent: dict[str, str] = {}
     try:
-        federation, recipe = Federation.read(kit), Recipe.load(kit / RECIPE_FILE)
+        federation, recipe = FederationFile.read(kit), Recipe.load(kit / RECIPE_FILE)
         roster, run = Roster.read(kit), kit / RUN_FOLDER
         engine = RemoteEngine.enroll(recipe, federation, roster, transport)
         absent |= engine.absent
@@ -110,7 +110,7 @@ def _continue_run(
     """Run up to ``segment`` rounds. Raises ``_EndOfJob`` if rounds remain."""
     done = 0
 
-    def on_start(federation: FederatedRun, started: RunDirectory) -> None:
+    def on_start(federation: Federation, started: RunDirectory) -> None:
         if federation.completed == 0 and started.path == run:
             for line in describe(started.decisions):
                 report(line)

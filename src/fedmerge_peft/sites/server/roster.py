@@ -15,7 +15,7 @@ from fedmerge_peft.data.columns import join_values
 from fedmerge_peft.errors import FederateError, WireError
 from fedmerge_peft.recipe import Recipe
 from fedmerge_peft.runs import documents
-from fedmerge_peft.sites.config import Federation, read_json
+from fedmerge_peft.sites.config import FederationFile, read_json
 from fedmerge_peft.sites.fields import (
     MAX_LABELS,
     Enrolled,
@@ -97,8 +97,8 @@ class Roster:
         task = recipe.task
         refused: dict[str, str] = {}
         for site, summary in summaries.items():
-            found = summary.labels is not None, summary.format is not None
-            if found != (task.has_labels, task.has_formats):
+            present = summary.labels is not None, summary.format is not None
+            if present != (task.has_labels, task.has_formats):
                 labels = "labels" if task.has_labels else "no labels"
                 refused[site] = (
                     f"its summary of the data must have {labels} and "
@@ -246,7 +246,7 @@ def parse_label_counts(
     return counts
 
 
-def update_run_clients(run: Path, federation: Federation, roster: Roster) -> None:
+def update_run_clients(run: Path, federation: FederationFile, roster: Roster) -> None:
     """Enter the counts of sites that joined late into a run directory.
 
     Raises:

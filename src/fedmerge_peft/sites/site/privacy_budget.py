@@ -76,12 +76,12 @@ class PrivacyBudget:
             write_json(self.kit / BUDGET_FILE, {"delta": self.delta, "clients": entries})
 
     def _check(self, client: str, before: Spent, after: Spent) -> None:
-        found, needed = (epsilon_of(spent.mu_squared, self.delta) for spent in (before, after))
+        used, needed = (epsilon_of(spent.mu_squared, self.delta) for spent in (before, after))
         limit = self.epsilon or 0.0
         if needed > limit * (1 + _SLACK):
             raise RefusedError(
                 f"the privacy budget of client {client} is spent: {before.updates} updates have "
-                f"ε = {found:.4g} of {limit:.4g} at δ = {self.delta:g}, and one more would make it "
+                f"ε = {used:.4g} of {limit:.4g} at δ = {self.delta:g}, and one more would make it "
                 f"{needed:.4g}; the site can raise privacy.epsilon in {SITE_FILE}"
             )
 

@@ -19,7 +19,7 @@ from fedmerge_peft.recipe.loading import loads
 from fedmerge_peft.serving.export import folder_name
 from fedmerge_peft.sites.config import (
     SITE_FILE,
-    Federation,
+    FederationFile,
     SiteSettings,
     load_kit_recipe,
     modules_refusal,
@@ -71,7 +71,7 @@ class Trainer:
         """
         self.kit = kit
         self.settings = settings
-        self.federation = Federation.read(kit)
+        self.federation = FederationFile.read(kit)
         agreed = load_kit_recipe(kit, settings.allow)
         if reason := recipe_refusal(agreed, agreed, settings.allow):
             raise RefusedError(f"the recipe in the kit exceeds the limits in {SITE_FILE}: {reason}")

@@ -173,7 +173,7 @@ def test_damaged_blocks_of_a_soup_are_reported(clients, tmp_path, damage):
         "finite": replace(blocks, offsets=blocks.offsets * torch.nan),
     }[damage]
     replace(strategy.soup, blocks=wrong).save(tmp_path / "soup.safetensors")
-    with pytest.raises(RunError, match=r"soup.safetensors.*no soup \(its"):
+    with pytest.raises(RunError, match=r"soup.safetensors.*not a soup \(its"):
         AdapterSoup.load(tmp_path / "soup.safetensors")
 
 

@@ -12,7 +12,7 @@ KINDS = {
     "open": fields.Open,
     "opened": fields.Opened,
     "train, evaluate": fields.AssignmentFields,
-    "trained": fields.Trained,
+    "trained": fields.TrainedFields,
     "evaluated": fields.Evaluated,
     "error": fields.Failure,
     "adapter": fields.StoreAdapter,

@@ -63,7 +63,7 @@ def test_a_loss_of_zero_is_a_loss():
     trial.store([reply(0, 1.0, 0.0), reply(1, 1.0, 0.0)])
     found = trial.compare([reply(0, 0.0, 0.0), reply(1, 0.0, 0.0)])
     assert (found.harm, found.own_is_better) == (0.0, False)
-    assert not trial.lasting(found)
+    assert not trial.persists(found)
 
 
 def test_a_liar_cannot_end_groups():

@@ -258,7 +258,9 @@ def test_predictions_are_those_of_transformers_pipeline(finished, tmp_path):
     inputs = [path, wave, {"array": wave, "sampling_rate": RATE}]
     name = run.client_names[0]
     found = run.predict({name: inputs}, device="cpu")[name]
-    assert found[0] == found[1] == found[2]
+    assert len({prediction["label"] for prediction in found}) == 1
+    scores = [prediction["score"] for prediction in found]
+    assert scores == pytest.approx(scores[:1] * 3, rel=1e-5)  # rows of a batch may round apart
     (expected, *_) = run.client(name).pipeline(device="cpu")(wave, top_k=1)
     assert found[0]["label"] == expected["label"]
     assert found[0]["score"] == pytest.approx(expected["score"], rel=1e-3)
